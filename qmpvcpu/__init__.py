@@ -1,0 +1,103 @@
+"""qmpvcpu: switch single virtual CPUs of a QEMU guest on and off, by id, straight over QMP.
+
+    async with qmpvcpu.connect("/run/web1.qmp") as domain:
+        outcome = await domain.vcpu(5, VcpuFlag.ENABLE)
+
+The names below are loaded when they are first used: importing qmpvcpu costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from qmpvcpu._version import __version__
+
+if TYPE_CHECKING:
+    from qmpvcpu.core.model import DomainState, Entity, Outcome, Props, QemuVersion, Topology, Vcpu
+    from qmpvcpu.core.plan import Plan
+    from qmpvcpu.core.request import Request, parse_ids
+    from qmpvcpu.domain import Domain, connect
+    from qmpvcpu.errors import (
+        OutcomeKind,
+        Refusal,
+        VcpuConnectionError,
+        VcpuError,
+        VcpuFailed,
+        VcpuPartial,
+        VcpuRefused,
+        VcpuRejected,
+        VcpuUsageError,
+    )
+    from qmpvcpu.flags import VcpuFlag
+    from qmpvcpu.qemu.monitor import QmpLog
+
+_HOMES = {
+    "qmpvcpu.core.model": (
+        "DomainState",
+        "Entity",
+        "Outcome",
+        "Props",
+        "QemuVersion",
+        "Topology",
+        "Vcpu",
+    ),
+    "qmpvcpu.core.plan": ("Plan",),
+    "qmpvcpu.core.request": ("Request", "parse_ids"),
+    "qmpvcpu.domain": ("Domain", "connect"),
+    "qmpvcpu.errors": (
+        "OutcomeKind",
+        "Refusal",
+        "VcpuConnectionError",
+        "VcpuError",
+        "VcpuFailed",
+        "VcpuPartial",
+        "VcpuRefused",
+        "VcpuRejected",
+        "VcpuUsageError",
+    ),
+    "qmpvcpu.flags": ("VcpuFlag",),
+    "qmpvcpu.qemu.monitor": ("QmpLog",),
+}
+_HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
+
+__all__ = [
+    "__version__",
+    "connect",
+    "Domain",
+    "DomainState",
+    "Entity",
+    "Outcome",
+    "OutcomeKind",
+    "Plan",
+    "Props",
+    "QemuVersion",
+    "QmpLog",
+    "Refusal",
+    "Request",
+    "Topology",
+    "Vcpu",
+    "VcpuConnectionError",
+    "VcpuError",
+    "VcpuFailed",
+    "VcpuFlag",
+    "VcpuPartial",
+    "VcpuRefused",
+    "VcpuRejected",
+    "VcpuUsageError",
+    "parse_ids",
+]
+
+
+def __getattr__(name: str) -> object:
+    module = _HOME_OF.get(name)
+    if module is None:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from importlib import import_module
+
+    value = getattr(import_module(module), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,1 @@
+"""What is not one domain: doctor, demo."""

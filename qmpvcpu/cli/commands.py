@@ -1,0 +1,180 @@
+"""One function a command: call the API, render what it returns."""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import Namespace
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any, Final
+
+from qmpvcpu.cli import render
+from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.request import Request, parse_ids
+from qmpvcpu.domain import Domain, connect
+from qmpvcpu.errors import OutcomeKind, Refusal, VcpuRefused
+from qmpvcpu.flags import VcpuFlag
+
+__all__ = ["Session", "command"]
+
+
+class Session:
+    """What one run of the command line holds: its options, and the domain while it is open."""
+
+    def __init__(self, options: Namespace) -> None:
+        self.options = options
+        self.domain: Domain | None = None
+        self._log: Any = None
+
+    def connect(self) -> Domain:
+        """The domain of the command line, to be entered."""
+        if self.options.qmp_log is not None:
+            from qmpvcpu import QmpLog
+
+            self._log = QmpLog(self.options.qmp_log)
+        self.domain = connect(self.options.domain, qmp_log=self._log)
+        return self.domain
+
+    def pending(self) -> tuple[int, ...]:
+        """vCPU ids whose unplug was asked and has not ended."""
+        return self.domain.pending_ids if self.domain is not None else ()
+
+    def show(self, document: dict[str, Any], lines: Iterable[str]) -> None:
+        """One JSON document, or lines for a person."""
+        if self.options.json:
+            print(json.dumps(document))
+        else:
+            for line in lines:
+                print(line)
+
+    def warn(self, messages: Iterable[str]) -> None:
+        """Warnings go to stderr, with --json too."""
+        for message in messages:
+            print(f"note: {message}", file=sys.stderr)
+
+
+async def command(session: Session) -> int:
+    """Run the command that was parsed; returns the exit code."""
+    return await _COMMANDS[session.options.command](session)
+
+
+async def _vcpuinfo(session: Session) -> int:
+    if session.options.live and session.options.config:
+        raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
+    flags = VcpuFlag.CONFIG if session.options.config else VcpuFlag.CURRENT
+    async with session.connect() as domain:
+        state = await domain.state(flags)
+    session.show(state.to_json(), _info_lines(state))
+    return 0
+
+
+def _info_lines(state: DomainState) -> list[str]:
+    head = (
+        f"{state.name}: {state.arch}, {state.machine}, QEMU {state.version}, {state.accel}:"
+        f" {len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
+    )
+    if not state.can_plug:
+        head += " (this machine has no CPU hotplug)"
+    elif not state.can_unplug:
+        head += " (this machine never unplugs a CPU)"
+    if state.threads_shared:
+        head += ", all on one thread"
+    return [head, *render.topology(state), "", *render.vcpu_table(state, state.vcpus)]
+
+
+async def _vcpucount(session: Session) -> int:
+    options = session.options
+    flags = VcpuFlag.GUEST if options.guest else VcpuFlag.CURRENT
+    if options.config:
+        flags |= VcpuFlag.CONFIG
+    if options.maximum and options.active:
+        raise VcpuRefused([Refusal("flags", "--maximum and --active exclude each other", (), "ask twice")])
+    if options.live and options.config:
+        raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
+    async with session.connect() as domain:
+        state = await domain.state(flags)
+    counts = {"maximum": state.maxcpus, "current": len(state.enabled_ids)}
+    document: dict[str, Any] = {"domain": state.name}
+    document |= {name: {"live": number, "config": None} for name, number in counts.items()}
+    if options.maximum or options.active or options.live or options.current:
+        count = counts["maximum" if options.maximum else "current"]
+        session.show(document | {"count": count}, [str(count)])
+    else:
+        lines = render.columns([(name, "live", str(number)) for name, number in counts.items()])
+        session.show(document, lines)
+    return 0
+
+
+def _request(options: Namespace) -> Request:
+    flags = VcpuFlag.CURRENT
+    for name, flag in (
+        ("enable", VcpuFlag.ENABLE),
+        ("disable", VcpuFlag.DISABLE),
+        ("live", VcpuFlag.LIVE),
+        ("config", VcpuFlag.CONFIG),
+        ("guest", VcpuFlag.GUEST),
+        ("numa_node", VcpuFlag.NUMA_NODE),
+        ("core", VcpuFlag.CORE),
+    ):
+        if getattr(options, name):
+            flags |= flag
+    return Request(parse_ids(options.ids), flags, options.count, options.force)
+
+
+async def _setvcpu(session: Session) -> int:
+    options = session.options
+    request = _request(options)
+    async with session.connect() as domain:
+        if options.dry_run and not request.is_query:
+            planned = await domain.plan(request)
+            session.warn(planned.messages)
+            session.show(planned.to_json(), render.plan(planned))
+            return OutcomeKind.REFUSED.exit_code if planned.refusals else 0
+        result = await domain.request(request, timeout=options.timeout, wait=not options.no_wait)
+        state = domain.last_state
+    session.warn(result.messages)
+    if result.outcome is OutcomeKind.QUERIED:
+        document = state.to_json() | {"vcpus": [row.to_json() for row in result.rows]}
+        session.show(document, render.vcpu_table(state, result.rows))
+    else:
+        session.show(result.to_json(), render.outcome(result))
+    return result.outcome.exit_code
+
+
+async def _doctor(session: Session) -> int:
+    from qmpvcpu.app import doctor
+
+    if session.options.domain is None:
+        report = await doctor.examine_host()
+        session.show(report.to_json(), report.lines())
+        return 0
+    async with session.connect() as domain:
+        state = await domain.state()
+    findings = doctor.examine_domain(state)
+    session.show(findings.to_json(), findings.lines())
+    return 0
+
+
+async def _demo(session: Session) -> int:
+    from qmpvcpu.app import demo
+
+    lines: list[str] = []
+
+    def tell(line: str) -> None:
+        lines.append(line)
+        if not session.options.json:
+            print(line, flush=True)
+
+    report = await demo.run(tell)
+    if session.options.json:
+        print(json.dumps(report | {"lines": lines}))
+    return 0
+
+
+_COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
+    "vcpuinfo": _vcpuinfo,
+    "vcpucount": _vcpucount,
+    "setvcpu": _setvcpu,
+    "doctor": _doctor,
+    "demo": _demo,
+}

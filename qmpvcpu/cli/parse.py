@@ -1,0 +1,132 @@
+"""The grammar of the command line, in virsh's words. Loads argparse and nothing of qmpvcpu's engine."""
+
+from __future__ import annotations
+
+import argparse
+from typing import NoReturn
+
+from qmpvcpu.errors import VcpuUsageError
+
+__all__ = ["build_parser", "parse"]
+
+_EPILOG = """\
+DOMAIN is a QMP socket: a path, host:port, or fd:N.
+IDS is a list of vCPU ids: 5, 1-3,7 or 0-7,^2.
+
+exit codes: 0 done  2 usage  3 refused  4 the guest rejected it  5 pending  6 partial  7 no connection
+            8 QEMU failed, undone  130/143 interrupted
+"""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors as `VcpuUsageError`, so that --json renders them too."""
+
+    def error(self, message: str) -> NoReturn:
+        raise VcpuUsageError(message, hint=f"`{self.prog} --help` shows the words")
+
+
+def _global_options() -> _Parser:
+    """Options that stand before or after the command; SUPPRESS keeps the one from undoing the other."""
+    options = _Parser(add_help=False)
+    group = options.add_argument_group("global options")
+    add = group.add_argument
+    add("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document on stdout")
+    add("--debug", action="store_true", default=argparse.SUPPRESS, help="tracebacks and debug log on stderr")
+    add("--qmp-log", metavar="FILE", default=argparse.SUPPRESS, help="append every QMP message as a JSON line")
+    return options
+
+
+def _seconds(text: str) -> float:
+    try:
+        value = float(text)
+    except ValueError:
+        value = -1.0
+    if not 0 <= value <= 86400 * 365:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of seconds, 0 or more")
+    return value
+
+
+def _positive(text: str) -> int:
+    if not text.isascii() or not text.isdigit() or not 0 < int(text[:9]) < 10**6:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of 1 or more")
+    return int(text)
+
+
+def _impact(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--live", action="store_true", help="the running guest")
+    parser.add_argument("--config", action="store_true", help="the persistent definition, from the next boot")
+    parser.add_argument("--current", action="store_true", help="live if it runs, else config (default)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The whole grammar."""
+    shared = _global_options()
+    parser = _Parser(
+        prog="qmpvcpu",
+        description="Switch single virtual CPUs of a QEMU guest on and off, by id, straight over QMP.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        parents=[shared],
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    commands = parser.add_subparsers(dest="command", metavar="COMMAND", required=True, parser_class=_Parser)
+
+    def command(name: str, text: str) -> argparse.ArgumentParser:
+        return commands.add_parser(name, help=text, description=text, parents=[shared], allow_abbrev=False)
+
+    def domain_command(name: str, text: str) -> argparse.ArgumentParser:
+        made = command(name, text)
+        made.add_argument("domain", metavar="DOMAIN", help="QMP socket of the guest")
+        return made
+
+    info = domain_command("vcpuinfo", "show every vCPU: id, place, state")
+    info.add_argument("--live", action="store_true", help="the running guest")
+    info.add_argument("--config", action="store_true", help="the persistent definition")
+
+    count = domain_command("vcpucount", "count vCPUs, as virsh does")
+    count.add_argument("--maximum", action="store_true", help="how many there can be")
+    count.add_argument("--active", action="store_true", help="how many are enabled")
+    _impact(count)
+    count.add_argument("--guest", action="store_true", help="ask the guest agent")
+
+    switch = domain_command("setvcpu", "enable, disable or query single vCPUs by id")
+    switch.add_argument("ids", metavar="IDS", help="5, 1-3,7 or 0-7,^2; with --numa-node one node")
+    switch.add_argument("--enable", action="store_true")
+    switch.add_argument("--disable", action="store_true")
+    _impact(switch)
+    switch.add_argument("--guest", action="store_true", help="through the guest agent: online and offline only")
+    switch.add_argument("--numa-node", action="store_true", help="IDS is a node; take vCPUs of it")
+    switch.add_argument("--count", type=_positive, metavar="N", help="with --numa-node: how many")
+    switch.add_argument("--core", action="store_true", help="every vCPU of the core that holds the id")
+    switch.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    switch.add_argument(
+        "--async", dest="no_wait", action="store_true", help="do not wait for the end of an unplug"
+    )
+    switch.add_argument(
+        "--timeout", type=_seconds, default=30.0, metavar="S", help="seconds the guest has (default 30; 0: none)"
+    )
+    switch.add_argument("--force", action="store_true", help="do what is known to kill QEMU")
+
+    doctor = command("doctor", "what is here: QEMUs, machines that can hotplug, KVM, rights, what is missing")
+    doctor.add_argument("domain", metavar="DOMAIN", nargs="?", help="what this guest can and cannot do")
+
+    command("demo", "boot a small guest, enable a vCPU in it, disable it again")
+
+    completion = command("completion", "print a completion script for a shell")
+    completion.add_argument("shell", choices=("bash", "zsh", "fish"))
+    return parser
+
+
+def parse(arguments: list[str]) -> argparse.Namespace:
+    """Parse, with the global options always present.
+
+    Raises:
+        VcpuUsageError: the words are not of the grammar.
+        SystemExit: after --help.
+    """
+    found = build_parser().parse_args(arguments)
+    for name, default in (("json", False), ("debug", False), ("qmp_log", None)):
+        if not hasattr(found, name):
+            setattr(found, name, default)
+    return found

@@ -1,0 +1,117 @@
+"""Results as text for people. JSON comes from the results' own `to_json()`."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from itertools import groupby
+from typing import TYPE_CHECKING
+
+from qmpvcpu.core.inventory import LEVELS
+from qmpvcpu.core.model import Props, format_ids
+from qmpvcpu.core.plan import core_of
+
+if TYPE_CHECKING:
+    from qmpvcpu.core.model import DomainState, Outcome, Vcpu
+    from qmpvcpu.core.plan import Plan
+
+__all__ = ["columns", "outcome", "plan", "topology", "vcpu_table"]
+
+
+def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> list[str]:
+    """Rows as aligned lines, the first row being the head; `right` names columns of numbers."""
+    widths = [max(len(row[number]) for row in rows) for number in range(len(rows[0]))]
+    lines = []
+    for row in rows:
+        cells = (
+            cell.rjust(width) if number in right else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        lines.append("  ".join(cells).rstrip())
+    return lines
+
+
+def topology(state: DomainState) -> list[str]:
+    """One line a node and socket, one bracket a core, one sign a vCPU: `#` enabled, `.` disabled."""
+    lines = []
+
+    def place(vcpu: Vcpu) -> tuple[tuple[str, int], ...]:
+        props = vcpu.props or Props()
+        outer = [("node", vcpu.node)] if vcpu.node is not None else []
+        outer += [(level[:-3], props[level]) for level in LEVELS[:3] if level in props]
+        return tuple(outer)
+
+    for where, members in groupby(state.vcpus, key=place):
+        group = list(members)
+        signs = "".join(
+            "[" + "".join(_sign(vcpu) for vcpu in core) + "]"
+            for _, core in groupby(group, key=lambda vcpu: core_of(state, vcpu.id))
+        )
+        name = " ".join(f"{level} {number}" for level, number in where)
+        lines.append(f"{name or 'vCPUs'}: {format_ids(vcpu.id for vcpu in group)}  {signs}".rstrip())
+    return lines
+
+
+def _sign(vcpu: Vcpu) -> str:
+    if vcpu.pending:
+        return "~"
+    return "#" if vcpu.enabled else "."
+
+
+def vcpu_table(state: DomainState, vcpus: Iterable[Vcpu]) -> list[str]:
+    """One row a vCPU, its place first; a place that repeats the row above is left blank."""
+    shown = list(vcpus)
+    levels = [level for level in LEVELS if any(level in (vcpu.props or Props()) for vcpu in shown)]
+    has_nodes = any(vcpu.node is not None for vcpu in shown)
+    is_grouped = any(len(vcpu.entity) > 1 for vcpu in shown)
+    head = (["NODE"] if has_nodes else []) + [level[:-3].upper() for level in levels]
+    places = len(head)
+    head += ["VCPU", "STATE", "ORDER", "HOTPLUGGABLE", "THREAD-ID"] + (["ENTITY"] if is_grouped else [])
+    rows = [head]
+    above: list[str] = []
+    for vcpu in shown:
+        props = vcpu.props or Props()
+        place = ([_text(vcpu.node)] if has_nodes else []) + [_text(props.get(level)) for level in levels]
+        same = next((n for n, (a, b) in enumerate(zip(place, above, strict=False)) if a != b), len(above))
+        row = ["" if number < same else cell for number, cell in enumerate(place)]
+        above = place
+        row += [
+            str(vcpu.id),
+            vcpu.state + (", unplug pending" if vcpu.pending else ""),
+            _text(vcpu.order),
+            "yes" if vcpu.hotpluggable else "no",
+            _text(vcpu.thread_id),
+        ]
+        rows.append(row + ([format_ids(vcpu.entity)] if is_grouped else []))
+    numbers = frozenset((*range(places + 1), places + 2, places + 4))
+    return columns(rows, right=numbers)
+
+
+def _text(value: object) -> str:
+    return "-" if value is None else str(value)
+
+
+def outcome(result: Outcome) -> list[str]:
+    """What a `setvcpu` did, in one line or two."""
+    ids = format_ids(result.ids)
+    if result.outcome == "requested":
+        return [f"vCPU {format_ids(result.pending)}: unplug requested, QEMU took it"]
+    lines = []
+    if result.changed_ids:
+        states = {row.id: row.state for row in result.rows}
+        word = states.get(result.changed_ids[0], "changed")
+        lines.append(f"vCPU {format_ids(result.changed_ids)}: {word} ({result.mechanism})")
+    if result.pending:
+        lines.append(f"vCPU {format_ids(result.pending)}: unplug asked, and not ended at the deadline")
+    if not lines:
+        word = result.rows[0].state if result.rows else "so"
+        lines.append(f"vCPU {ids}: already {word}")
+    return lines
+
+
+def plan(result: Plan) -> list[str]:
+    """What would be done, and why not."""
+    lines = result.describe() or ["nothing to do"]
+    if result.refusals:
+        lines = [f"refused: {refusal.message}" for refusal in result.refusals]
+        lines += [f"  hint: {refusal.hint}" for refusal in result.refusals if refusal.hint]
+    return lines

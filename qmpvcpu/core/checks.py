@@ -1,0 +1,305 @@
+"""Every reason to refuse a request, collected, and the combinations that kill QEMU.
+
+Each check is a plain function `(…) -> list[Refusal]`; `core.plan` runs them all and reports all findings.
+Versions in this file are those where the behaviour was measured (docs/qemu-facts.md).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from qmpvcpu.core.model import DomainState, Entity, QemuVersion, format_ids
+from qmpvcpu.core.request import Knowledge, Request
+from qmpvcpu.errors import Refusal
+from qmpvcpu.flags import VcpuFlag
+
+__all__ = [
+    "apic_id",
+    "check_flags",
+    "check_kills_on_plug",
+    "check_kills_on_unplug",
+    "check_plug",
+    "check_range",
+    "check_unplug",
+    "is_x86",
+    "needs_firmware_state",
+    "needs_x2apic",
+    "undo_forbidden",
+    "warnings",
+]
+
+FORCE_HINT: Final = "--force (force=True) does it all the same"
+
+#: The first QEMU seen without a defect; everything older counts as having it.
+_TCG_UNPLUG_FIXED: Final = QemuVersion(8, 0)
+_SINGLE_THREAD_UNPLUG_FIXED: Final = QemuVersion(11, 0)
+_APIC_255_FIXED: Final = QemuVersion(11, 0)
+
+
+def is_x86(state: DomainState) -> bool:
+    """Whether the guest is a PC (x86_64 or i386)."""
+    return state.arch in ("x86_64", "i386")
+
+
+def check_flags(flags: VcpuFlag) -> list[Refusal]:
+    """Flags that exclude each other (design.md, "Refused before anything is touched")."""
+    found = []
+
+    def exclusive(message: str, hint: str) -> None:
+        found.append(Refusal("flags", message, (), hint))
+
+    if flags & VcpuFlag.ENABLE and flags & VcpuFlag.DISABLE:
+        exclusive("ENABLE and DISABLE exclude each other", "ask for one of the two")
+    if flags & VcpuFlag.GUEST:
+        for flag, why in (
+            (VcpuFlag.NUMA_NODE, "the agent does not tell a CPU's NUMA node"),
+            (VcpuFlag.CONFIG, "the agent changes only the running guest"),
+            (VcpuFlag.CORE, "the agent switches single CPUs"),
+        ):
+            if flags & flag:
+                exclusive(f"GUEST and {flag.name} exclude each other: {why}", f"leave out {flag.name} or GUEST")
+    is_query = not flags & (VcpuFlag.ENABLE | VcpuFlag.DISABLE)
+    if is_query and flags & VcpuFlag.LIVE and flags & VcpuFlag.CONFIG:
+        exclusive("a query answers for LIVE or for CONFIG, not for both at once", "ask twice")
+    return found
+
+
+def check_range(state: DomainState, ids: Iterable[int]) -> list[Refusal]:
+    """vCPU ids that this machine does not have."""
+    bad = [number for number in ids if number not in state.by_id]
+    if not bad:
+        return []
+    return [
+        Refusal(
+            "range",
+            f"vCPU {format_ids(bad)} is not in this domain: its ids are 0 to {state.maxcpus - 1}"
+            if min(bad) >= 0
+            else f"a vCPU id cannot be negative: {', '.join(map(str, bad))}",
+            tuple(bad),
+            "`qmpvcpu vcpuinfo` lists the ids",
+        )
+    ]
+
+
+def check_whole_entities(state: DomainState, ids: Sequence[int], flags: VcpuFlag) -> list[Refusal]:
+    """Ids that are only a part of what one `device_add` or `device_del` moves."""
+    asked = set(ids)
+    found = []
+    for entity in _entities(state, ids):
+        missing = [number for number in entity.ids if number not in asked]
+        if missing:
+            mine = [number for number in entity.ids if number in asked]
+            verb = "enable" if flags & VcpuFlag.ENABLE else "disable"
+            found.append(
+                Refusal(
+                    "entity",
+                    f"vCPU {format_ids(mine)} is a part of {entity.label}, which QEMU plugs and unplugs"
+                    f" only together",
+                    tuple(mine),
+                    f"{verb} {format_ids(entity.ids)}, or give --core (CORE) for the whole core",
+                )
+            )
+    return found
+
+
+def check_plug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal]:
+    """What stands against plugging these empty slots."""
+    if not entities or state.can_plug:
+        return []
+    return [_no_hotplug(state, entities, "plugged")]
+
+
+def check_unplug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal]:
+    """What stands against unplugging these plugged entities."""
+    if not entities:
+        return []
+    if not state.can_plug:
+        return [_no_hotplug(state, entities, "unplugged")]
+    if not state.can_unplug:
+        return [
+            Refusal(
+                "no-unplug",
+                f"{state.machine} ({state.arch}) can plug CPUs, but never unplug one",
+                _ids(entities),
+                "the guest agent can take the CPU offline: --guest --disable",
+                "VIR_ERR_OPERATION_UNSUPPORTED",
+            )
+        ]
+    return [
+        Refusal(
+            "boot-cpu",
+            f"{entity.label} {'hold' if len(entity.ids) > 1 else 'is'} the boot CPU, which QEMU never unplugs",
+            entity.ids,
+            "leave it enabled",
+        )
+        for entity in entities
+        if not entity.hotpluggable
+    ]
+
+
+def _no_hotplug(state: DomainState, entities: Sequence[Entity], verb: str) -> Refusal:
+    return Refusal(
+        "no-hotplug",
+        f"this machine has no CPU hotplug: on {state.machine} ({state.arch}) no CPU can be {verb}"
+        " while the guest runs",
+        _ids(entities),
+        "change the number of CPUs it starts with (-smp), or its machine type",
+        "VIR_ERR_OPERATION_UNSUPPORTED",
+    )
+
+
+def apic_id(state: DomainState, entity: Entity) -> int | None:
+    """The x86 APIC id of a slot, None where the topology is not known (QEMU: hw/i386/topology.h)."""
+    if state.topology is None or entity.props is None:
+        return None
+    thread_bits, core_bits, module_bits, die_bits = state.topology.x86_apic_widths
+    result: int = entity.props.get("thread-id", 0)
+    shift = thread_bits
+    for level, width in (
+        ("core-id", core_bits),
+        ("module-id", module_bits),
+        ("die-id", die_bits),
+        ("socket-id", 0),
+    ):
+        result |= entity.props.get(level, 0) << shift
+        shift += width
+    return result
+
+
+def _big_apic_ids(state: DomainState, entities: Iterable[Entity]) -> list[Entity]:
+    if not (is_x86(state) and state.accel == "tcg" and state.version < _APIC_255_FIXED):
+        return []
+    return [entity for entity in entities if (apic_id(state, entity) or 0) >= 255]
+
+
+def needs_x2apic(state: DomainState, entities: Iterable[Entity]) -> bool:
+    """Whether a plan to plug these needs `Knowledge.x2apic`."""
+    return bool(_big_apic_ids(state, entities))
+
+
+def needs_firmware_state(state: DomainState) -> bool:
+    """Whether a plan to unplug needs `Knowledge.firmware_runs`."""
+    return state.arch == "ppc64" and state.accel == "tcg"
+
+
+def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
+    """Plugs that are known to end QEMU."""
+    found: list[Refusal] = []
+    if not entities:
+        return found
+    big = _big_apic_ids(state, entities)
+    if big and known.x2apic is not True:
+        found.append(
+            _kill(
+                big,
+                f"QEMU {state.version} under TCG aborts when a CPU with APIC id 255 or more is plugged and the"
+                " CPU model has no x2apic",
+                "start the guest with -cpu max, or with QEMU 11",
+            )
+        )
+    if is_x86(state) and state.accel == "tcg" and known.removals_seen:
+        if state.version < _TCG_UNPLUG_FIXED:
+            found.append(
+                _kill(
+                    entities,
+                    f"QEMU {state.version} under TCG crashes at a plug after an unplug",
+                    "restart the guest, or use QEMU 10",
+                )
+            )
+        elif state.threads_shared is not True:
+            plugged = sum(entity.plugged for entity in state.entities)
+            used = plugged + known.removals_seen + len(entities)
+            if used > len(state.entities):
+                found.append(
+                    _kill(
+                        entities,
+                        "QEMU under TCG never gives back the context of a CPU that was unplugged: at least"
+                        f" {used - len(entities)} of {len(state.entities)} are used up, and QEMU aborts"
+                        " (tcg_register_thread) when they run out",
+                        "restart the guest; a generous maxcpus puts it off",
+                    )
+                )
+    return found
+
+
+def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
+    """Unplugs that are known to end QEMU."""
+    found: list[Refusal] = []
+    if not entities or state.accel != "tcg":
+        return found
+    if is_x86(state):
+        if state.version < _TCG_UNPLUG_FIXED:
+            found.append(
+                _kill(
+                    entities,
+                    f"QEMU {state.version} under TCG crashes after the unplug of an x86 CPU, or at the next plug",
+                    "use QEMU 10 or KVM",
+                )
+            )
+        if state.threads_shared and state.version < _SINGLE_THREAD_UNPLUG_FIXED:
+            found.append(
+                _kill(
+                    entities,
+                    f"QEMU {state.version} with -accel tcg,thread=single aborts at the unplug of a CPU"
+                    " (qemu_thread_join)",
+                    "start the guest with -accel tcg,thread=multi",
+                )
+            )
+    if needs_firmware_state(state) and known.firmware_runs:
+        found.append(
+            _kill(
+                entities,
+                f"QEMU {state.version} under TCG crashes when a ppc64 core is unplugged while the firmware"
+                " (SLOF) runs",
+                "wait until the guest's kernel runs",
+            )
+        )
+    return found
+
+
+def _kill(entities: Sequence[Entity], message: str, hint: str) -> Refusal:
+    return Refusal(
+        "kills-qemu",
+        message,
+        _ids(entities),
+        f"{hint}; {FORCE_HINT}",
+        "VIR_ERR_OPERATION_UNSUPPORTED",
+        forceable=True,
+    )
+
+
+def warnings(
+    state: DomainState, request: Request, plugs: Sequence[Entity], unplugs: Sequence[Entity]
+) -> list[str]:
+    """What is no reason to refuse, but the user should know."""
+    found = []
+    if is_x86(state) and state.accel == "tcg" and state.threads_shared is not True and (plugs or unplugs):
+        found.append(
+            "under TCG every CPU ever plugged uses up one of QEMU's contexts for good: after"
+            f" {len(state.entities)} plugs in all, boot CPUs included, QEMU aborts; QMP does not tell how many"
+            " are left"
+        )
+    return found
+
+
+def _entities(state: DomainState, ids: Iterable[int]) -> list[Entity]:
+    seen: dict[int, Entity] = {}
+    for number in ids:
+        entity = state.by_id.get(number)
+        if entity is not None:
+            seen.setdefault(entity.first, entity)
+    return [seen[first] for first in sorted(seen)]
+
+
+def _ids(entities: Iterable[Entity]) -> tuple[int, ...]:
+    return tuple(number for entity in entities for number in entity.ids)
+
+
+def undo_forbidden(state: DomainState, known: Knowledge) -> str | None:
+    """Why a plug must not be undone by an unplug on this machine, None where it may be tried."""
+    if not state.can_unplug:
+        return f"{state.machine} ({state.arch}) never unplugs a CPU"
+    sample = [entity for entity in state.entities if entity.first != 0][:1]
+    kills = check_kills_on_unplug(state, sample, known)
+    return kills[0].message if kills else None

@@ -1,0 +1,388 @@
+"""QMP replies -> `DomainState`: which vCPU ids there are, what each one is, and which are plugged.
+
+`query-hotpluggable-cpus` says what can be, `query-cpus-fast` what is. They are joined by QOM path and by
+nothing else: positions differ (the first lists the highest slot first, the second goes by order of plugging) and
+props are absent from some replies. Nothing QEMU says is believed unchecked: a reply of the wrong shape is a
+`VcpuConnectionError` with reason "malformed".
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from qmpvcpu.core.model import DomainState, Entity, Props, QemuVersion, Topology, Vcpu
+from qmpvcpu.errors import VcpuConnectionError
+
+__all__ = [
+    "BootFacts",
+    "CpuInfoFast",
+    "HotpluggableCpu",
+    "InconsistentReplies",
+    "build_state",
+    "parse_cpus_fast",
+    "parse_hotpluggable_cpus",
+    "parse_topology",
+    "parse_version",
+    "refresh_state",
+]
+
+#: Levels of a slot's address from the outside in: the order in which vCPU ids are numbered.
+LEVELS: Final = (
+    "drawer-id",
+    "book-id",
+    "socket-id",
+    "die-id",
+    "cluster-id",
+    "module-id",
+    "core-id",
+    "thread-id",
+)
+
+#: More vCPUs than any QEMU machine takes (pseries: 2048 in 10.0); beyond it a reply is nonsense.
+MAX_VCPUS: Final = 65536
+
+#: Where the machine can never unplug a CPU although it can plug one.
+#: s390x: "CPU hot unplug not supported on this machine" (7.2 to 11.1).
+_NEVER_UNPLUGS: Final = frozenset({"s390x"})
+
+_THREAD = re.compile(r"/thread\[(\d{1,6})\]\Z")
+
+
+class InconsistentReplies(VcpuConnectionError):
+    """Two replies do not describe the same moment: a CPU came or went between them. Ask again."""
+
+
+@dataclass(frozen=True, slots=True)
+class HotpluggableCpu:
+    """One entry of `query-hotpluggable-cpus` (QAPI `HotpluggableCPU`)."""
+
+    type: str
+    vcpus_count: int
+    props: Props
+    qom_path: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class CpuInfoFast:
+    """One entry of `query-cpus-fast` (QAPI `CpuInfoFast`)."""
+
+    cpu_index: int
+    qom_path: str
+    thread_id: int
+    props: Props | None
+
+
+@dataclass(frozen=True, slots=True)
+class BootFacts:
+    """What does not change while one QEMU runs; read once per connection."""
+
+    name: str
+    arch: str
+    machine: str
+    kvm: bool
+    version: QemuVersion
+    topology: Topology | None
+
+
+def _malformed(command: str, what: str) -> VcpuConnectionError:
+    return VcpuConnectionError(
+        f"{command}: {what}",
+        reason="malformed",
+        libvirt="VIR_ERR_INTERNAL_ERROR",
+        hint="is this socket really QEMU's? run again with --qmp-log FILE and look at the reply",
+    )
+
+
+def _rows(command: str, reply: object) -> list[Mapping[str, Any]]:
+    if not isinstance(reply, list):
+        raise _malformed(command, f"a list was expected, not {type(reply).__name__}")
+    if len(reply) > MAX_VCPUS:
+        raise _malformed(command, f"{len(reply)} entries are more than any machine has")
+    for row in reply:
+        if not isinstance(row, dict):
+            raise _malformed(command, f"an entry is {type(row).__name__}, not an object")
+    return reply
+
+
+def _integer(command: str, row: Mapping[str, Any], key: str, low: int = 0) -> int:
+    value = row.get(key)
+    if type(value) is not int or value < low:
+        raise _malformed(command, f"'{key}' is {value!r}, not a number of at least {low}")
+    return value
+
+
+def _string(command: str, row: Mapping[str, Any], key: str) -> str:
+    value = row.get(key)
+    if not isinstance(value, str) or not value:
+        raise _malformed(command, f"'{key}' is {value!r}, not a text")
+    return value
+
+
+def _props(command: str, value: object) -> Props:
+    if not isinstance(value, dict):
+        raise _malformed(command, f"'props' is {value!r}, not an object")
+    # Unknown keys are QEMU's future: any scalar is kept and passed back as it came.
+    for key, item in value.items():
+        if not isinstance(item, int | str) or (key in LEVELS and (type(item) is not int or item < 0)):
+            raise _malformed(command, f"'props' has {key!r}: {item!r}")
+    return Props(value)
+
+
+def parse_hotpluggable_cpus(reply: object) -> tuple[HotpluggableCpu, ...]:
+    """The reply of `query-hotpluggable-cpus`, checked, in QEMU's order."""
+    command = "query-hotpluggable-cpus"
+    slots = []
+    total = 0
+    for row in _rows(command, reply):
+        path = row.get("qom-path")
+        if path is not None and (not isinstance(path, str) or not path):
+            raise _malformed(command, f"'qom-path' is {path!r}")
+        slot = HotpluggableCpu(
+            type=_string(command, row, "type"),
+            vcpus_count=_integer(command, row, "vcpus-count", 1),
+            props=_props(command, row.get("props")),
+            qom_path=path,
+        )
+        total += slot.vcpus_count
+        if total > MAX_VCPUS:
+            raise _malformed(command, f"more than {MAX_VCPUS} vCPUs")
+        slots.append(slot)
+    if not slots:
+        raise _malformed(command, "no slot at all")
+    return tuple(slots)
+
+
+def parse_cpus_fast(reply: object) -> tuple[CpuInfoFast, ...]:
+    """The reply of `query-cpus-fast`, checked, in QEMU's order, which is the order of plugging."""
+    command = "query-cpus-fast"
+    cpus = tuple(
+        CpuInfoFast(
+            cpu_index=_integer(command, row, "cpu-index"),
+            qom_path=_string(command, row, "qom-path"),
+            thread_id=_integer(command, row, "thread-id"),
+            props=None if row.get("props") is None else _props(command, row["props"]),
+        )
+        for row in _rows(command, reply)
+    )
+    # `-machine none` has no CPU at all.
+    if len({cpu.qom_path for cpu in cpus}) != len(cpus):
+        raise _malformed(command, "two CPUs have one qom-path")
+    return cpus
+
+
+def parse_version(greeting: object) -> QemuVersion:
+    """QEMU's version out of the `QMP` member of the greeting."""
+    try:
+        numbers = greeting["version"]["qemu"]  # type: ignore[index]
+        return QemuVersion(*(_integer("greeting", numbers, key) for key in ("major", "minor", "micro")))
+    except (KeyError, TypeError, AttributeError) as error:
+        raise _malformed("greeting", "it names no QEMU version") from error
+
+
+def parse_topology(reply: object) -> Topology | None:
+    """`qom-get /machine smp`; None where this machine has no such property or too old a form of it."""
+    if not isinstance(reply, dict) or "maxcpus" not in reply:
+        return None
+    levels = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
+    command = "qom-get /machine smp"
+    counts = {key: _integer(command, reply, key, 1) for key in levels if key in reply}
+    maxcpus = _integer(command, reply, "maxcpus", 1)
+    if maxcpus > MAX_VCPUS:
+        raise _malformed(command, f"maxcpus {maxcpus} is more than any machine has")
+    return Topology(maxcpus=maxcpus, **counts)
+
+
+def _address(props: Props | None) -> tuple[int, ...]:
+    return tuple(props.get(level, 0) if props is not None else 0 for level in LEVELS)
+
+
+def _node(*candidates: Props | None) -> int | None:
+    for props in candidates:
+        if props is not None and type(props.get("node-id")) is int:
+            node: int = props["node-id"]
+            return node
+    return None
+
+
+class _Plugged:
+    """`query-cpus-fast`, found by the QOM path of an entity."""
+
+    def __init__(self, cpus: Sequence[CpuInfoFast]) -> None:
+        self.by_path: dict[str, list[CpuInfoFast]] = {}
+        self.order: dict[str, int] = {}
+        for cpu in cpus:
+            # A ppc64 CPU is a child of its core: /machine/peripheral/vcpu8/thread[3].
+            key = _THREAD.sub("", cpu.qom_path)
+            self.by_path.setdefault(key, []).append(cpu)
+            self.order.setdefault(key, len(self.order) + 1)
+        for members in self.by_path.values():
+            if len(members) > 1:
+                members.sort(key=_thread_number)
+        threads = {cpu.thread_id for cpu in cpus}
+        self.shared = None if len(cpus) < 2 else len(threads) < len(cpus)
+
+
+def _thread_number(cpu: CpuInfoFast) -> int:
+    found = _THREAD.search(cpu.qom_path)
+    return int(found[1]) if found else 0
+
+
+def _entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tuple[Entity, ...]:
+    ordered = sorted(slots, key=lambda slot: _address(slot.props))
+    entities = []
+    first = 0
+    previous: tuple[int, ...] | None = None
+    for slot in ordered:
+        address = _address(slot.props)
+        if address == previous:
+            raise _malformed("query-hotpluggable-cpus", f"two slots have the address {dict(slot.props)}")
+        previous = address
+        # The boot CPU is the first slot on every machine that can unplug: "Boot CPU is unpluggable" (x86),
+        # "Boot CPU core may not be unplugged" (ppc64).
+        hotpluggable = slot.qom_path is None or (can_unplug and first != 0)
+        entities.append(
+            Entity(
+                ids=tuple(range(first, first + slot.vcpus_count)),
+                driver=slot.type,
+                props=slot.props,
+                qom_path=slot.qom_path,
+                node=_node(slot.props),
+                hotpluggable=hotpluggable,
+            )
+        )
+        first += slot.vcpus_count
+    return tuple(entities)
+
+
+def _entities_without_slots(cpus: Sequence[CpuInfoFast], topology: Topology | None) -> tuple[Entity, ...]:
+    """A machine without CPU hotplug: what `query-cpus-fast` lists, then ids that can never be plugged."""
+    ordered = sorted(cpus, key=lambda cpu: (_address(cpu.props), cpu.cpu_index))
+    entities = [
+        Entity((number,), None, cpu.props, cpu.qom_path, _node(cpu.props), hotpluggable=False)
+        for number, cpu in enumerate(ordered)
+    ]
+    maxcpus = topology.maxcpus if topology is not None else 0
+    entities += [
+        Entity((number,), None, None, None, None, hotpluggable=False) for number in range(len(entities), maxcpus)
+    ]
+    return tuple(entities)
+
+
+def build_state(
+    boot: BootFacts,
+    slots: Sequence[HotpluggableCpu] | None,
+    cpus: Sequence[CpuInfoFast],
+    *,
+    run_state: str | None = None,
+    pending: Iterable[int] = (),
+) -> DomainState:
+    """Join the two replies to one state.
+
+    Args:
+        boot: facts of the connection.
+        slots: `query-hotpluggable-cpus`, or None where the machine has no CPU hotplug.
+        cpus: `query-cpus-fast`, asked right after.
+        run_state: `query-status`, where it was asked.
+        pending: first ids of entities whose unplug was asked and has not ended.
+
+    Raises:
+        InconsistentReplies: a CPU came or went between the two replies.
+        VcpuConnectionError: the replies cannot be true.
+    """
+    can_unplug = slots is not None and boot.arch not in _NEVER_UNPLUGS
+    if slots is None:
+        entities = _entities_without_slots(cpus, boot.topology)
+    else:
+        entities = _entities_of_slots(slots, can_unplug)
+    return _assemble(boot, entities, cpus, slots is not None, can_unplug, run_state, frozenset(pending))
+
+
+def refresh_state(
+    state: DomainState, boot: BootFacts, cpus: Sequence[CpuInfoFast], *, pending: Iterable[int] = ()
+) -> DomainState:
+    """The state after a fresh `query-cpus-fast` alone, for slots already known.
+
+    An empty slot counts as filled when a CPU sits at the QOM path that our own `device_add` gives it
+    (`/machine/peripheral/vcpuN`); a filled one as empty when its path is gone.
+
+    Raises:
+        InconsistentReplies: a CPU sits at a path no slot is known to have; `query-hotpluggable-cpus` is needed.
+    """
+    paths = {_THREAD.sub("", cpu.qom_path) for cpu in cpus}
+    entities = []
+    for entity in state.entities:
+        if entity.qom_path in paths:
+            entities.append(entity)
+            continue
+        path = f"/machine/peripheral/{entity.device_id}"
+        plugged = path if path in paths else None
+        hotpluggable = state.can_plug and (plugged is None or (state.can_unplug and entity.first != 0))
+        entities.append(replace(entity, qom_path=plugged, hotpluggable=hotpluggable))
+    return _assemble(
+        boot,
+        tuple(entities),
+        cpus,
+        state.can_plug,
+        state.can_unplug,
+        state.run_state,
+        frozenset(pending),
+    )
+
+
+def _assemble(
+    boot: BootFacts,
+    entities: tuple[Entity, ...],
+    cpus: Sequence[CpuInfoFast],
+    can_plug: bool,
+    can_unplug: bool,
+    run_state: str | None,
+    pending: frozenset[int],
+) -> DomainState:
+    plugged = _Plugged(cpus)
+    paths = {entity.qom_path for entity in entities if entity.qom_path is not None}
+    if paths != plugged.by_path.keys():
+        odd = sorted(paths ^ plugged.by_path.keys())
+        raise InconsistentReplies(
+            f"query-hotpluggable-cpus and query-cpus-fast do not agree on {', '.join(odd[:4])}",
+            reason="malformed",
+            hint="another client plugs or unplugs vCPUs right now; try again",
+        )
+    vcpus: list[Vcpu] = []
+    for entity in entities:
+        members = plugged.by_path[entity.qom_path] if entity.qom_path is not None else []
+        if len(members) > len(entity.ids):
+            raise _malformed("query-cpus-fast", f"{len(members)} CPUs at {entity.qom_path}")
+        for number, vcpu_id in enumerate(entity.ids):
+            cpu = members[number] if number < len(members) else None
+            vcpus.append(
+                Vcpu(
+                    id=vcpu_id,
+                    enabled=entity.plugged,
+                    hotpluggable=entity.hotpluggable,
+                    entity=entity.ids,
+                    props=entity.props,
+                    order=plugged.order[entity.qom_path] if entity.qom_path is not None else None,
+                    node=entity.node if entity.node is not None else _node(cpu.props if cpu else None),
+                    qom_path=cpu.qom_path if cpu else entity.qom_path,
+                    thread_id=None if cpu is None or plugged.shared else cpu.thread_id,
+                    pending=entity.first in pending,
+                )
+            )
+    return DomainState(
+        name=boot.name,
+        arch=boot.arch,
+        machine=boot.machine,
+        accel="kvm" if boot.kvm else "tcg",
+        active=True,
+        version=boot.version,
+        topology=boot.topology,
+        can_plug=can_plug,
+        can_unplug=can_unplug,
+        threads_shared=plugged.shared,
+        entities=entities,
+        vcpus=tuple(vcpus),
+        run_state=run_state,
+    )

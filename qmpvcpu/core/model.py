@@ -1,0 +1,293 @@
+"""The facts everything else speaks of: vCPU, entity, the state of a domain, an outcome. All frozen.
+
+Words are those of docs/design: an *entity* is what one `device_add` creates; *enabled* means plugged.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from qmpvcpu.errors import OutcomeKind
+
+__all__ = [
+    "Arch",
+    "DomainState",
+    "Entity",
+    "Outcome",
+    "Props",
+    "QemuVersion",
+    "Topology",
+    "Vcpu",
+    "format_ids",
+]
+
+#: QEMU's target name as `query-target` gives it: "x86_64", "ppc64", "s390x", "loongarch64", "aarch64" …
+Arch = str
+
+
+def format_ids(ids: Iterable[int]) -> str:
+    """Ids as virsh writes a CPU list: `0-2,5`."""
+    runs: list[list[int]] = []
+    for number in sorted(set(ids)):
+        if runs and number == runs[-1][1] + 1:
+            runs[-1][1] = number
+        else:
+            runs.append([number, number])
+    return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+class Props(Mapping[str, Any]):
+    """`CpuInstanceProperties` exactly as QEMU gave them: every key kept, immutable, hashable."""
+
+    __slots__ = ("_items",)
+    _items: dict[str, Any]
+
+    def __init__(self, items: Mapping[str, Any] | Iterable[tuple[str, Any]] = ()) -> None:
+        object.__setattr__(self, "_items", dict(items))
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError("Props are immutable")
+
+    def __getitem__(self, key: str) -> Any:
+        return self._items[key]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._items)
+
+    def __len__(self) -> int:
+        return len(self._items)
+
+    def __eq__(self, other: object) -> bool:
+        return self._items == (other._items if isinstance(other, Props) else other)
+
+    def __hash__(self) -> int:
+        return hash(frozenset(self._items.items()))
+
+    def __reduce__(self) -> tuple[type[Props], tuple[dict[str, Any]]]:
+        return Props, (dict(self._items),)
+
+    def __repr__(self) -> str:
+        return f"Props({self._items!r})"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class QemuVersion:
+    """QEMU's version as the QMP greeting tells it."""
+
+    major: int
+    minor: int
+    micro: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.major}.{self.minor}.{self.micro}"
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """`qom-get /machine smp` (QAPI `SMPConfiguration`): counts per parent level; absent levels are 1."""
+
+    maxcpus: int
+    drawers: int = 1
+    books: int = 1
+    sockets: int = 1
+    dies: int = 1
+    clusters: int = 1
+    modules: int = 1
+    cores: int = 1
+    threads: int = 1
+
+    @property
+    def x86_apic_widths(self) -> tuple[int, int, int, int]:
+        """Bits an x86 APIC id gives to thread, core, module and die (QEMU's hw/i386/topology.h)."""
+
+        def bits(count: int) -> int:
+            return max(count - 1, 0).bit_length()
+
+        return bits(self.threads), bits(self.cores), bits(self.modules), bits(self.dies)
+
+
+@dataclass(frozen=True, slots=True)
+class Vcpu:
+    """One virtual CPU.
+
+    `order` is the rank of its entity in `query-cpus-fast`, None while disabled. `thread_id` is a Linux thread
+    id, None where disabled or where all vCPUs share one thread. `online` is what the guest says (None: nobody
+    was asked). `pending` is true while an unplug is asked and not ended. `pin` is a cpuset string.
+    """
+
+    id: int
+    enabled: bool
+    hotpluggable: bool
+    entity: tuple[int, ...]
+    props: Props | None = None
+    order: int | None = None
+    node: int | None = None
+    qom_path: str | None = None
+    thread_id: int | None = None
+    online: bool | None = None
+    pending: bool = False
+    pin: str | None = None
+    scheduler: str | None = None
+
+    @property
+    def state(self) -> str:
+        """`"enabled"` or `"disabled"`, the words of the domain XML."""
+        return "enabled" if self.enabled else "disabled"
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of `vcpuinfo --json`."""
+        return {
+            "id": self.id,
+            "state": self.state,
+            "hotpluggable": self.hotpluggable,
+            "order": self.order,
+            "node": self.node,
+            "props": None if self.props is None else dict(self.props),
+            "entity": list(self.entity),
+            "qom_path": self.qom_path,
+            "thread_id": self.thread_id,
+            "online": self.online,
+            "pending": self.pending,
+            "pin": self.pin,
+            "scheduler": self.scheduler,
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Entity:
+    """What one `device_add` creates: a thread, a core of several vCPUs, or an s390x cpu.
+
+    `driver` and `props` are the arguments of `device_add`, kept verbatim. `qom_path` is None while the slot is
+    empty. `driver` is None where the machine has no CPU hotplug.
+    """
+
+    ids: tuple[int, ...]
+    driver: str | None
+    props: Props | None
+    qom_path: str | None
+    node: int | None
+    hotpluggable: bool
+
+    @property
+    def first(self) -> int:
+        """The first vCPU id; the entity's key within one domain."""
+        return self.ids[0]
+
+    @property
+    def plugged(self) -> bool:
+        """Whether QEMU has it."""
+        return self.qom_path is not None
+
+    @property
+    def device_id(self) -> str:
+        """The id that `device_add` gets: `vcpuN`, N the first vCPU (libvirt's rule as well)."""
+        return f"vcpu{self.ids[0]}"
+
+    @property
+    def label(self) -> str:
+        """How a message names it: `vCPU 3`, `vCPUs 8-15`."""
+        return f"vCPU{'s' if len(self.ids) > 1 else ''} {format_ids(self.ids)}"
+
+
+@dataclass(frozen=True, slots=True)
+class DomainState:
+    """Everything known of one domain's vCPUs at one moment; `core.inventory` makes it from QMP replies.
+
+    `accel` is "kvm" or "tcg" (QEMU tells only whether KVM is on). `machine` is the versioned machine name.
+    `threads_shared` is None while one vCPU alone cannot tell.
+    """
+
+    name: str
+    arch: Arch
+    machine: str
+    accel: str
+    active: bool
+    version: QemuVersion
+    topology: Topology | None
+    can_plug: bool
+    can_unplug: bool
+    threads_shared: bool | None
+    entities: tuple[Entity, ...]
+    vcpus: tuple[Vcpu, ...]
+    run_state: str | None = None
+    by_id: Mapping[int, Entity] = field(default_factory=dict, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "by_id", {number: e for e in self.entities for number in e.ids})
+
+    @property
+    def maxcpus(self) -> int:
+        """How many vCPU ids there are; ids run from 0 to maxcpus-1."""
+        return len(self.vcpus)
+
+    @property
+    def enabled_ids(self) -> tuple[int, ...]:
+        """Ids of the plugged vCPUs, ascending."""
+        return tuple(vcpu.id for vcpu in self.vcpus if vcpu.enabled)
+
+    @property
+    def nodes(self) -> tuple[int, ...]:
+        """NUMA nodes that have a vCPU, ascending; empty on a machine without NUMA."""
+        return tuple(sorted({vcpu.node for vcpu in self.vcpus if vcpu.node is not None}))
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `vcpuinfo --json`."""
+        return {
+            "domain": self.name,
+            "arch": self.arch,
+            "machine": self.machine,
+            "accel": self.accel,
+            "active": self.active,
+            "vcpus": [vcpu.to_json() for vcpu in self.vcpus],
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a call did, verified; what `Domain.vcpu()`, `enable()` and `disable()` return.
+
+    `ids` is every vCPU id asked for, `changed_ids` those that are different now, `pending` those whose unplug
+    was asked and has not ended, `rows` the vCPUs asked for as they are now. `seconds` is the call's duration.
+    """
+
+    outcome: OutcomeKind
+    ids: tuple[int, ...]
+    rows: tuple[Vcpu, ...] = ()
+    changed_ids: tuple[int, ...] = ()
+    pending: tuple[int, ...] = ()
+    undone: tuple[int, ...] = ()
+    mechanism: str | None = None
+    messages: tuple[str, ...] = ()
+    seconds: float = 0.0
+
+    @property
+    def changed(self) -> bool:
+        """Whether anything is different now."""
+        return bool(self.changed_ids)
+
+    @property
+    def vcpu(self) -> Vcpu:
+        """The one vCPU asked for.
+
+        Raises:
+            ValueError: if the call was about several.
+        """
+        if len(self.rows) != 1:
+            raise ValueError(f"this outcome is about {len(self.rows)} vCPUs, use .rows")
+        return self.rows[0]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `setvcpu --json`."""
+        return {
+            "outcome": str(self.outcome),
+            "changed": self.changed,
+            "mechanism": self.mechanism,
+            "vcpus": list(self.ids),
+            "changed_ids": list(self.changed_ids),
+            "pending": list(self.pending),
+            "undone": list(self.undone),
+            "messages": list(self.messages),
+            "seconds": round(self.seconds, 6),
+        }

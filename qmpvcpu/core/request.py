@@ -1,0 +1,76 @@
+"""What a caller asks for, as data, and the parser of id lists. Pure."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+from qmpvcpu.errors import VcpuUsageError
+from qmpvcpu.flags import VcpuFlag
+
+__all__ = ["Knowledge", "Request", "parse_ids"]
+
+_RANGE = re.compile(r"(\^?)(\d{1,6})(?:-(\d{1,6}))?\Z")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One call: vCPU ids (or, with NUMA_NODE, one node), the flags, and how many of a node (`count`)."""
+
+    ids: tuple[int, ...]
+    flags: VcpuFlag = VcpuFlag.CURRENT
+    count: int | None = None
+    force: bool = False
+
+    @property
+    def enable(self) -> bool:
+        """Whether the request enables."""
+        return bool(self.flags & VcpuFlag.ENABLE)
+
+    @property
+    def disable(self) -> bool:
+        """Whether the request disables."""
+        return bool(self.flags & VcpuFlag.DISABLE)
+
+    @property
+    def is_query(self) -> bool:
+        """Neither ENABLE nor DISABLE."""
+        return not self.flags & (VcpuFlag.ENABLE | VcpuFlag.DISABLE)
+
+
+@dataclass(frozen=True, slots=True)
+class Knowledge:
+    """What the replies of the inventory do not say, and a check needs.
+
+    `removals_seen`: unplugs this connection saw end, each of which lost a TCG context. `x2apic`: whether the
+    CPU model has it (None: not asked). `firmware_runs`: on ppc64, whether the boot CPU still executes firmware
+    (None: not asked). `pending`: first ids of entities whose unplug was asked and has not ended.
+    """
+
+    removals_seen: int = 0
+    x2apic: bool | None = None
+    firmware_runs: bool | None = None
+    pending: frozenset[int] = frozenset()
+
+
+def parse_ids(text: str) -> tuple[int, ...]:
+    """`5`, `1-3,7`, `0-7,^2`: vCPU ids as virsh writes a CPU list, ascending, each once.
+
+    Raises:
+        VcpuUsageError: the text is not such a list, or leaves nothing.
+    """
+    chosen: set[int] = set()
+    left_out: set[int] = set()
+    for part in text.split(","):
+        found = _RANGE.match(part.strip())
+        if not found:
+            raise VcpuUsageError(f"'{part.strip()}' is no vCPU id", hint="write ids as 5, 1-3,7 or 0-7,^2")
+        low = int(found[2])
+        high = int(found[3]) if found[3] is not None else low
+        if high < low:
+            raise VcpuUsageError(f"the range '{part.strip()}' runs backwards", hint=f"write {high}-{low}")
+        (left_out if found[1] else chosen).update(range(low, high + 1))
+    ids = tuple(sorted(chosen - left_out))
+    if not ids:
+        raise VcpuUsageError(f"'{text}' leaves no vCPU id", hint="^N takes N out of ids named beside it")
+    return ids

@@ -1,0 +1,446 @@
+"""One request being carried out, as a table: feed what happened, get what to do next. No IO, no clock.
+
+Rules of the table
+- An *item* is one entity on its way: to be plugged, to be unplugged, or (its unplug still pending) to be waited
+  for and plugged again.
+- Only a `Snapshot`, a query answered after the act, makes an item PLUGGED, REMOVED or UNDONE. Replies and events
+  say at most that it is time to look. So nothing is ever reported that the slot does not confirm.
+- A pair (state, input) that is not in the table changes nothing: a late or doubled message is harmless.
+- Every state outside `WAITING` is left by itself or final; `WAITING` ones end by the deadline at the latest.
+
+Phases: RUN, then UNDO if a plug failed or the call was cancelled, then DONE. What drives it (`domain.drive`)
+performs the effects in the order given, feeds `Replied` for each, and `Expired` at the phase's deadline.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from qmpvcpu.core.events import Signal, SignalKind
+from qmpvcpu.core.model import Entity
+from qmpvcpu.errors import OutcomeKind
+
+__all__ = [
+    "Add",
+    "Cancelled",
+    "Delete",
+    "Effect",
+    "Expired",
+    "Failure",
+    "Input",
+    "ItemState",
+    "Phase",
+    "Poll",
+    "Query",
+    "Replied",
+    "Result",
+    "Snapshot",
+    "TABLE",
+    "Transaction",
+    "WAITING",
+]
+
+
+class ItemState(Enum):
+    """Where one entity stands."""
+
+    TO_ADD = "to add"
+    ADDING = "device_add sent"
+    ADDED = "device_add accepted"
+    PLUGGED = "plugged"
+    NOT_ADDED = "device_add failed"
+    VANISHED = "accepted, and not there"
+    TO_REMOVE = "to remove"
+    DELETING = "device_del sent"
+    ASKED = "unplug asked"
+    REMOVED = "removed"
+    NOT_ASKED = "device_del failed"
+    REJECTED = "rejected by the guest"
+    PENDING = "unplug pending"
+    TO_READD = "to add after its unplug"
+    AWAITING = "its earlier unplug awaited"
+    KEPT = "its earlier unplug did not happen"
+    UNDOING = "undo: device_del sent"
+    UNDO_ASKED = "undo: unplug asked"
+    UNDONE = "undone"
+    UNDO_FAILED = "undo: failed"
+    UNDO_PENDING = "undo: unplug pending"
+    DROPPED = "never begun"
+
+
+class _On(Enum):
+    """What can happen to an item."""
+
+    START = "start"
+    OK = "ok"
+    ERROR = "error"
+    PRESENT = "present"
+    ABSENT = "absent"
+    REFUSED = "refused"
+    EXPIRE = "expire"
+    CANCEL = "cancel"
+    UNDO = "undo"
+
+
+S = ItemState
+
+#: Item, what happened -> item. The effects that go with START, UNDO and a second ADDING are in `_EFFECTS`.
+TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
+    (S.TO_ADD, _On.START): S.ADDING,
+    (S.TO_ADD, _On.CANCEL): S.DROPPED,
+    (S.ADDING, _On.OK): S.ADDED,
+    (S.ADDING, _On.ERROR): S.NOT_ADDED,
+    (S.ADDED, _On.PRESENT): S.PLUGGED,
+    (S.ADDED, _On.ABSENT): S.VANISHED,
+    (S.ADDED, _On.UNDO): S.UNDOING,
+    (S.PLUGGED, _On.ABSENT): S.VANISHED,
+    (S.PLUGGED, _On.UNDO): S.UNDOING,
+    (S.UNDOING, _On.OK): S.UNDO_ASKED,
+    (S.UNDOING, _On.ERROR): S.UNDO_FAILED,
+    (S.UNDOING, _On.REFUSED): S.UNDO_FAILED,
+    (S.UNDO_ASKED, _On.ABSENT): S.UNDONE,
+    (S.UNDO_ASKED, _On.REFUSED): S.UNDO_FAILED,
+    (S.UNDO_ASKED, _On.EXPIRE): S.UNDO_PENDING,
+    (S.UNDO_FAILED, _On.ABSENT): S.UNDONE,
+    (S.TO_REMOVE, _On.START): S.DELETING,
+    (S.TO_REMOVE, _On.CANCEL): S.DROPPED,
+    (S.DELETING, _On.OK): S.ASKED,
+    (S.DELETING, _On.ERROR): S.NOT_ASKED,
+    (S.DELETING, _On.REFUSED): S.REJECTED,
+    (S.NOT_ASKED, _On.ABSENT): S.REMOVED,
+    (S.ASKED, _On.ABSENT): S.REMOVED,
+    (S.ASKED, _On.REFUSED): S.REJECTED,
+    (S.ASKED, _On.EXPIRE): S.PENDING,
+    (S.ASKED, _On.CANCEL): S.PENDING,
+    (S.REJECTED, _On.ABSENT): S.REMOVED,
+    (S.TO_READD, _On.START): S.AWAITING,
+    (S.TO_READD, _On.CANCEL): S.DROPPED,
+    (S.AWAITING, _On.ABSENT): S.ADDING,
+    (S.AWAITING, _On.REFUSED): S.KEPT,
+    (S.AWAITING, _On.EXPIRE): S.PENDING,
+    (S.AWAITING, _On.CANCEL): S.PENDING,
+}
+
+#: States whose end comes from the guest, not from QEMU's reply.
+WAITING: Final = frozenset({S.ASKED, S.AWAITING, S.UNDO_ASKED})
+#: States that a query answers.
+_UNVERIFIED: Final = frozenset({S.ADDED})
+#: States that a reply ends.
+_IN_FLIGHT: Final = frozenset({S.ADDING, S.DELETING, S.UNDOING})
+_FAILED: Final = frozenset({S.NOT_ADDED, S.VANISHED, S.NOT_ASKED})
+_LEFT_PLUGGED: Final = frozenset({S.ADDED, S.PLUGGED, S.UNDO_FAILED, S.UNDO_PENDING})
+
+
+class Phase(Enum):
+    """Where the whole transaction stands."""
+
+    RUN = "run"
+    UNDO = "undo"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class Add:
+    """Effect: `device_add` this entity."""
+
+    entity: Entity
+
+
+@dataclass(frozen=True, slots=True)
+class Delete:
+    """Effect: `device_del` this entity."""
+
+    entity: Entity
+    undo: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Query:
+    """Effect: a fresh query, to be answered with a `Snapshot`."""
+
+
+Effect = Add | Delete | Query
+
+
+@dataclass(frozen=True, slots=True)
+class Replied:
+    """Input: QEMU answered an `Add` or `Delete`; `error_class` None is success."""
+
+    first: int
+    error_class: str | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Snapshot:
+    """Input: the first ids of all entities that are plugged, from a query sent after the last effect."""
+
+    plugged: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Poll:
+    """Input: some time went by; events may have been lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Expired:
+    """Input: the deadline of this phase."""
+
+
+@dataclass(frozen=True, slots=True)
+class Cancelled:
+    """Input: the caller does not want it any more."""
+
+
+Input = Replied | Signal | Snapshot | Poll | Expired | Cancelled
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """What QEMU, or the guest, said of one entity."""
+
+    entity: Entity
+    text: str
+    error_class: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """How it ended, by vCPU ids; `remaining` are plugs that should have been undone and are still there."""
+
+    outcome: OutcomeKind
+    plugged: tuple[int, ...]
+    removed: tuple[int, ...]
+    pending: tuple[int, ...]
+    undone: tuple[int, ...]
+    remaining: tuple[int, ...]
+    kept: tuple[int, ...]
+    failures: tuple[Failure, ...]
+    rejections: tuple[Failure, ...]
+    undo_forbidden: str | None = None
+
+
+@dataclass(slots=True)
+class _Item:
+    entity: Entity
+    state: ItemState
+    note: Failure | None = None
+
+
+@dataclass(slots=True)
+class Transaction:
+    """The machine: `start()`, then `feed()` until `phase` is DONE, then `result()`.
+
+    Args:
+        plugs, unplugs, awaited: entities of the plan.
+        undo_forbidden: why plugs of this call must not be undone here, None if they may.
+        wait: False ends as soon as QEMU took the unplugs (`--async`).
+        reset_drops_unplug: on x86 a reset drops what was asked.
+    """
+
+    plugs: Iterable[Entity]
+    unplugs: Iterable[Entity] = ()
+    awaited: Iterable[Entity] = ()
+    undo_forbidden: str | None = None
+    wait: bool = True
+    reset_drops_unplug: bool = False
+    phase: Phase = Phase.RUN
+    _items: dict[int, _Item] = field(default_factory=dict)
+    _effects: list[Effect] = field(default_factory=list)
+    _querying: bool = False
+    _look_again: bool = False
+    _expired: bool = False
+    _cancelled: bool = False
+
+    def __post_init__(self) -> None:
+        for entities, state in (
+            (self.awaited, S.TO_READD),
+            (self.plugs, S.TO_ADD),
+            (self.unplugs, S.TO_REMOVE),
+        ):
+            for entity in entities:
+                self._items[entity.first] = _Item(entity, state)
+
+    # -- inputs -----------------------------------------------------------------------------------
+
+    def start(self) -> list[Effect]:
+        """The first effects: everything that can go out goes out together, one query behind the plugs."""
+        for item in self._items.values():
+            self._move(item, _On.START)
+        if any(isinstance(effect, Add) for effect in self._effects):
+            # QEMU answers in order, so this one query, sent along, sees the result of all plugs.
+            self._query()
+        return self._settle()
+
+    def feed(self, happened: Input) -> list[Effect]:
+        """What happened -> what to do next."""
+        match happened:
+            case Replied():
+                self._replied(happened)
+            case Signal():
+                self._signal(happened)
+            case Snapshot():
+                self._querying = False
+                for item in self._items.values():
+                    self._move(item, _On.PRESENT if item.entity.first in happened.plugged else _On.ABSENT)
+                if self._expired and not self._look_again:
+                    self._all(_On.EXPIRE)
+            case Poll():
+                if self.waiting and not self._querying:
+                    self._query()
+            case Expired():
+                # The last word is a query's: what ended right at the deadline has ended.
+                self._expired = True
+                self._query()
+            case Cancelled():
+                self._cancelled = True
+        if self._cancelled:
+            self._all(_On.CANCEL)
+        return self._settle()
+
+    # -- what the driver asks ---------------------------------------------------------------------
+
+    @property
+    def waiting(self) -> bool:
+        """Whether the next step is the guest's (poll, and listen)."""
+        return any(item.state in WAITING for item in self._items.values())
+
+    @property
+    def states(self) -> dict[int, ItemState]:
+        """First vCPU id -> state, for reports while it runs."""
+        return {first: item.state for first, item in self._items.items()}
+
+    def result(self) -> Result:
+        """The end, by ids."""
+        failures = tuple(
+            item.note or Failure(item.entity, "QEMU accepted device_add, but the vCPU is not there")
+            for item in self._items.values()
+            if item.state in _FAILED
+        )
+        rejections = tuple(
+            item.note or Failure(item.entity, "the guest refused")
+            for item in self._items.values()
+            if item.state is S.REJECTED
+        )
+        failing = bool(failures) or self._cancelled
+        remaining = self._ids(_LEFT_PLUGGED) if failing else ()
+        pending = self._ids({S.PENDING, S.UNDO_PENDING} | (set() if self.wait else {S.ASKED}))
+        removed = self._ids({S.REMOVED})
+        if failing and (remaining or (failures and removed)):
+            outcome = OutcomeKind.PARTIAL
+        elif failures:
+            outcome = OutcomeKind.FAILED
+        elif rejections:
+            outcome = OutcomeKind.REJECTED
+        elif not self.wait and self._ids({S.ASKED}):
+            outcome = OutcomeKind.REQUESTED
+        elif pending:
+            outcome = OutcomeKind.PENDING
+        else:
+            outcome = OutcomeKind.APPLIED
+        return Result(
+            outcome=outcome,
+            plugged=self._ids(_LEFT_PLUGGED),
+            removed=removed,
+            pending=pending,
+            undone=self._ids({S.UNDONE}),
+            remaining=remaining,
+            kept=self._ids({S.KEPT}),
+            failures=failures,
+            rejections=rejections,
+            undo_forbidden=self.undo_forbidden if remaining else None,
+        )
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _ids(self, states: Iterable[ItemState]) -> tuple[int, ...]:
+        wanted = frozenset(states)
+        return tuple(sorted(n for item in self._items.values() if item.state in wanted for n in item.entity.ids))
+
+    def _any(self, states: frozenset[ItemState]) -> bool:
+        return any(item.state in states for item in self._items.values())
+
+    def _all(self, what: _On) -> None:
+        for item in self._items.values():
+            self._move(item, what)
+
+    def _move(self, item: _Item, what: _On) -> bool:
+        target = TABLE.get((item.state, what))
+        if target is None:
+            return False
+        item.state = target
+        if target is S.ADDING:
+            self._effects.append(Add(item.entity))
+        elif target in (S.DELETING, S.UNDOING):
+            self._effects.append(Delete(item.entity, undo=target is S.UNDOING))
+        return True
+
+    def _query(self) -> None:
+        if self._querying:
+            self._look_again = True
+            return
+        self._querying = True
+        self._look_again = False
+        self._effects.append(Query())
+
+    def _replied(self, reply: Replied) -> None:
+        item = self._items[reply.first]
+        failed = reply.error_class is not None or reply.text is not None
+        if self._move(item, _On.ERROR if failed else _On.OK) and failed:
+            item.note = Failure(item.entity, reply.text or "no reason given", reply.error_class)
+        if item.state in (S.ASKED, S.UNDO_ASKED, S.NOT_ASKED, S.UNDO_FAILED):
+            # On ppc64 before the guest runs it is gone before the reply; and "DeviceNotFound" may mean gone.
+            self._query()
+
+    def _signal(self, signal: Signal) -> None:
+        if signal.kind is SignalKind.EJECTING:
+            return
+        refused: list[_Item] = []
+        if signal.kind is SignalKind.GUEST_REFUSED:
+            refused = [item for first, item in self._items.items() if first == signal.first]
+        elif signal.kind is SignalKind.RESET and self.reset_drops_unplug:
+            refused = [item for item in self._items.values() if item.state in WAITING]
+        waited = self.waiting
+        for item in refused:
+            if self._move(item, _On.REFUSED):
+                item.note = Failure(item.entity, signal.reason or "the guest refused")
+        if waited:
+            self._query()
+
+    def _settle(self) -> list[Effect]:
+        """Go on to the next phase where this one has nothing left to wait for; hand out the effects."""
+        if self.phase is not Phase.DONE and not self._any(_IN_FLIGHT):
+            self._advance()
+        effects, self._effects = self._effects, []
+        return effects
+
+    def _advance(self) -> None:
+        if self._look_again and not self._querying and not self._effects:
+            self._query()
+            return
+        if self._any(_UNVERIFIED) and not self._undo_due():
+            if not self._querying:
+                self._query()
+            return
+        if self.phase is Phase.RUN and self._undo_due():
+            self.phase = Phase.UNDO
+            self._expired = False
+            self._all(_On.UNDO)
+            if self._any(_IN_FLIGHT):
+                return
+        if self.waiting and self.wait:
+            return
+        if self.waiting and self._any(frozenset({S.AWAITING, S.UNDO_ASKED})):
+            return
+        if not self._querying:
+            self.phase = Phase.DONE
+
+    def _undo_due(self) -> bool:
+        if self.phase is not Phase.RUN or self.undo_forbidden is not None:
+            return False
+        failing = self._cancelled or self._any(frozenset({S.NOT_ADDED, S.VANISHED}))
+        return failing and self._any(frozenset({S.ADDED, S.PLUGGED}))

@@ -1,0 +1,220 @@
+"""Reads a domain's state over a monitor: facts of the boot once, the two CPU queries as often as needed."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Iterable
+from typing import Final
+
+from qmpvcpu.core.inventory import (
+    BootFacts,
+    InconsistentReplies,
+    build_state,
+    parse_cpus_fast,
+    parse_hotpluggable_cpus,
+    parse_topology,
+    parse_version,
+    refresh_state,
+)
+from qmpvcpu.core.model import DomainState
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.ports import CommandError, Monitor
+
+__all__ = ["Reader", "firmware_runs", "has_x2apic", "run_state"]
+
+_TRIES: Final = 4
+
+
+class Reader:
+    """What one connection knows about its QEMU; `open_reader` makes it."""
+
+    def __init__(self, monitor: Monitor, boot: BootFacts, hotplug: bool) -> None:
+        self._monitor = monitor
+        self.boot = boot
+        self._hotplug = hotplug
+
+    async def full(self, pending: Iterable[int] = ()) -> DomainState:
+        """Both queries, sent together.
+
+        Raises:
+            InconsistentReplies: somebody keeps plugging and unplugging between the two.
+        """
+        for attempt in range(_TRIES):
+            try:
+                if self._hotplug:
+                    slots_reply, cpus_reply = _good(
+                        await asyncio.gather(
+                            self._monitor.query_hotpluggable_cpus(),
+                            self._monitor.query_cpus_fast(),
+                            return_exceptions=True,
+                        )
+                    )
+                    slots = parse_hotpluggable_cpus(slots_reply)
+                else:
+                    slots, cpus_reply = None, await self._monitor.query_cpus_fast()
+                return build_state(self.boot, slots, parse_cpus_fast(cpus_reply), pending=pending)
+            except InconsistentReplies:
+                if attempt == _TRIES - 1:
+                    raise
+            except CommandError as error:
+                raise _unexpected(self._monitor, error) from error
+        raise AssertionError("unreachable")
+
+    async def fast(self, state: DomainState, pending: Iterable[int] = ()) -> DomainState:
+        """`query-cpus-fast` alone; both queries where it shows that a CPU has gone, or come from elsewhere."""
+        try:
+            cpus = parse_cpus_fast(await self._monitor.query_cpus_fast())
+            fresh = refresh_state(state, self.boot, cpus, pending=pending)
+        except InconsistentReplies:
+            return await self.full(pending)
+        except CommandError as error:
+            raise _unexpected(self._monitor, error) from error
+        gone = any(
+            before.plugged and not after.plugged
+            for before, after in zip(state.entities, fresh.entities, strict=True)
+        )
+        return await self.full(pending) if gone else fresh
+
+
+async def open_reader(monitor: Monitor, name: str) -> tuple[Reader, DomainState]:
+    """Ask everything once, all at the same time.
+
+    Raises:
+        VcpuConnectionError: QEMU answers what cannot be, or not at all.
+    """
+    version = parse_version(monitor.greeting)
+    try:
+        target, kvm, machine, topology, slots = _good(
+            await asyncio.gather(
+                monitor.query_target(),
+                monitor.query_kvm(),
+                monitor.qom_get("/machine", "type"),
+                _topology(monitor),
+                _slots(monitor),
+                return_exceptions=True,
+            )
+        )
+    except CommandError as error:
+        raise _unexpected(monitor, error) from error
+    boot = BootFacts(
+        name=name,
+        arch=_text(monitor, "query-target", target.get("arch") if isinstance(target, dict) else None),
+        machine=_text(monitor, "qom-get /machine type", machine).removesuffix("-machine"),
+        kvm=isinstance(kvm, dict) and kvm.get("enabled") is True,
+        version=version,
+        topology=parse_topology(topology),
+    )
+    if slots is not True:
+        await _confirm_no_hotplug(monitor, boot)
+    reader = Reader(monitor, boot, hotplug=slots is True)
+    return reader, await reader.full()
+
+
+async def _slots(monitor: Monitor) -> bool:
+    try:
+        await monitor.query_hotpluggable_cpus()
+    except CommandError:
+        return False
+    return True
+
+
+async def _confirm_no_hotplug(monitor: Monitor, boot: BootFacts) -> None:
+    """The error's text differs from version to version; `query-machines` says it as data."""
+    machines = await monitor.query_machines()
+    if not isinstance(machines, list):
+        machines = []
+    for machine in machines:
+        if isinstance(machine, dict) and machine.get("name") == boot.machine:
+            if machine.get("hotpluggable-cpus") is True:
+                raise _malformed(monitor, "query-hotpluggable-cpus fails on a machine that has it")
+            return
+
+
+async def _topology(monitor: Monitor) -> object:
+    try:
+        return await monitor.qom_get("/machine", "smp")
+    except CommandError:
+        return None  # before QEMU 6.2
+
+
+async def run_state(monitor: Monitor) -> str | None:
+    """`query-status`: "running", "paused", "prelaunch" …; None if QEMU does not tell."""
+    try:
+        status = await monitor.query_status()
+    except CommandError:
+        return None
+    return str(status.get("status")) if isinstance(status, dict) else None
+
+
+async def has_x2apic(monitor: Monitor, state: DomainState) -> bool | None:
+    """Whether the guest's CPU model has x2apic, from a CPU that is there."""
+    path = next((vcpu.qom_path for vcpu in state.vcpus if vcpu.qom_path is not None), None)
+    if path is None:
+        return None
+    try:
+        return await monitor.qom_get(path, "x2apic") is True
+    except CommandError:
+        return None
+
+
+_MSR = re.compile(r"\bMSR ([0-9a-fA-F]{8,16})\b")
+
+
+async def firmware_runs(monitor: Monitor) -> bool | None:
+    """Whether a ppc64 guest still executes its firmware: None if QEMU does not tell.
+
+    QMP has no word for it. SLOF runs in real mode (MSR[IR] off, seen with 7.2: at the top of the first 512 MiB);
+    a kernel runs translated, and only for moments without. A guest that was never started executes nothing.
+    """
+    if await run_state(monitor) == "prelaunch":
+        return False
+    for _ in range(_FIRMWARE_SAMPLES):
+        try:
+            text = await monitor.human_monitor_command("info registers")
+        except CommandError:
+            return None
+        found = _MSR.search(text) if isinstance(text, str) else None
+        if found is None:
+            return None
+        if int(found[1], 16) & _MSR_IR:
+            return False
+        await asyncio.sleep(_FIRMWARE_PAUSE)
+    return True
+
+
+_MSR_IR: Final = 0x20
+_FIRMWARE_SAMPLES: Final = 5
+_FIRMWARE_PAUSE: Final = 0.01
+
+
+def _good(replies: tuple[object, ...]) -> tuple[object, ...]:
+    """What `gather(…, return_exceptions=True)` gave, or the first error of it."""
+    for reply in replies:
+        if isinstance(reply, BaseException):
+            raise reply
+    return replies
+
+
+def _text(monitor: Monitor, command: str, value: object) -> str:
+    if not isinstance(value, str) or not value:
+        raise _malformed(monitor, f"{command} answers {value!r}")
+    return value
+
+
+def _malformed(monitor: Monitor, what: str) -> VcpuConnectionError:
+    return VcpuConnectionError(
+        f"'{monitor.address}': {what}",
+        address=monitor.address,
+        reason="malformed",
+        hint="is this socket really QEMU's? --qmp-log FILE keeps what it says",
+    )
+
+
+def _unexpected(monitor: Monitor, error: CommandError) -> VcpuConnectionError:
+    return VcpuConnectionError(
+        f"QEMU at '{monitor.address}' cannot answer {error}",
+        address=monitor.address,
+        reason="malformed",
+        hint="QEMU 6.2 or later is needed, past its -preconfig stage (x-exit-preconfig)",
+    )

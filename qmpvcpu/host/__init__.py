@@ -1,0 +1,1 @@
+"""Host placement of vCPU threads: affinity, scheduler, cgroups, and files kept safely."""

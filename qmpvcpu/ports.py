@@ -1,0 +1,91 @@
+"""What a domain needs of the world, as Protocols. The edges (`qemu`, `libvirt`, …) implement them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from qmpvcpu.errors import VcpuConnectionError
+
+__all__ = ["CommandError", "Monitor", "MonitorEvent", "Sink"]
+
+
+class CommandError(Exception):
+    """QEMU answered a command with an error. Stays inside: the domain turns it into a `VcpuError`.
+
+    `error_class` is QAPI's `QapiErrorClass` ("GenericError", "DeviceNotFound", …), `text` QEMU's `desc`.
+    """
+
+    def __init__(self, command: str, error_class: str, text: str) -> None:
+        super().__init__(f"{command}: {text}")
+        self.command = command
+        self.error_class = error_class
+        self.text = text
+
+
+@dataclass(frozen=True, slots=True)
+class MonitorEvent:
+    """One QMP event: its QAPI name, its data, and QEMU's time stamp in seconds since the epoch."""
+
+    name: str
+    data: Mapping[str, Any] = field(default_factory=dict)
+    time: float = 0.0
+
+
+#: Called in the order in which messages arrive, before the reply that follows an event is delivered. A lost
+#: connection is the last thing a sink gets. A sink must not block and must not raise.
+Sink = Callable[[MonitorEvent | VcpuConnectionError], None]
+
+
+class Monitor(Protocol):
+    """A QEMU monitor: QMP commands one to one, named after them. Replies are QEMU's, unchecked.
+
+    Every method raises `CommandError` when QEMU answers with an error, and `VcpuConnectionError` when no answer
+    comes in time or the connection is gone.
+    """
+
+    @property
+    def address(self) -> str:
+        """What it is connected to, as the user wrote it."""
+
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """The `QMP` member of the greeting."""
+
+    def listen(self, sink: Sink) -> AbstractContextManager[None]:
+        """Give every event to `sink` from now on, until the context is left."""
+
+    async def query_hotpluggable_cpus(self) -> object:
+        """QMP `query-hotpluggable-cpus`."""
+
+    async def query_cpus_fast(self) -> object:
+        """QMP `query-cpus-fast`."""
+
+    async def query_target(self) -> object:
+        """QMP `query-target`."""
+
+    async def query_kvm(self) -> object:
+        """QMP `query-kvm`."""
+
+    async def query_machines(self) -> object:
+        """QMP `query-machines`."""
+
+    async def query_status(self) -> object:
+        """QMP `query-status`."""
+
+    async def qom_get(self, path: str, name: str) -> object:
+        """QMP `qom-get`; `name` is the property."""
+
+    async def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> None:
+        """QMP `device_add`; `props` go out as they are."""
+
+    async def device_del(self, device: str) -> None:
+        """QMP `device_del`; `device` is an id or a QOM path. It only asks."""
+
+    async def human_monitor_command(self, line: str) -> object:
+        """QMP `human-monitor-command`."""
+
+    async def close(self) -> None:
+        """Close the connection. Never raises; may be called twice."""

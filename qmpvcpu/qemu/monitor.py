@@ -1,0 +1,470 @@
+"""A QMP monitor on `qemu.qmp`: commands one to one, a deadline on each, events before the act.
+
+Errors of the sockets and of `qemu.qmp` are translated here, once, to `VcpuConnectionError`; what QEMU answers to a
+command as `CommandError`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import logging
+import os
+import re
+import socket
+import stat
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Iterator, Mapping
+from contextlib import asynccontextmanager, contextmanager, suppress
+from typing import Any, Final
+
+from qemu.qmp import (
+    ConnectError,
+    ExecInterruptedError,
+    ExecuteError,
+    Message,
+    QMPClient,
+    QMPError,
+    Runstate,
+    StateError,
+)
+
+from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
+from qmpvcpu.ports import CommandError, MonitorEvent, Sink
+
+__all__ = ["Address", "QmpLog", "QmpMonitor", "open_monitor", "parse_address"]
+
+logger = logging.getLogger("qmpvcpu.qemu.monitor")
+
+CONNECT_TIMEOUT: Final = 5.0
+COMMAND_TIMEOUT: Final = 10.0
+
+#: Largest single message, bytes. 65536 vCPUs fit; an endless line ends here.
+MESSAGE_LIMIT: Final = 32 * 1024 * 1024
+
+_FD = re.compile(r"fd:(\d{1,9})\Z")
+_TCP = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^:/\[\]]+):(\d{1,5})\Z")
+
+#: A unix path, a (host, port), or the number of an open file descriptor.
+Address = str | tuple[str, int] | int
+
+
+def parse_address(text: str) -> Address:
+    """ADDR of the command line: a unix socket path, `host:port` (`[v6]:port`), or `fd:N`.
+
+    Raises:
+        VcpuUsageError: the port is out of range.
+    """
+    if found := _FD.match(text):
+        return int(found[1])
+    if "/" not in text and (found := _TCP.match(text)):
+        port = int(found[2])
+        if not 0 < port < 65536:
+            raise VcpuUsageError(f"'{text}': there is no port {port}", hint="ports are 1 to 65535")
+        return found[1].strip("[]"), port
+    return text
+
+
+class QmpLog:
+    """`--qmp-log`: every message of a connection as one JSON line, in a file only its owner can read."""
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        try:
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            fd = os.open(path, flags, 0o600)
+            if stat.S_ISREG(os.fstat(fd).st_mode):
+                # The file may be older than we are, with a mode of its own.
+                os.fchmod(fd, 0o600)
+        except OSError as error:
+            raise VcpuUsageError(
+                f"cannot write the QMP log '{os.fspath(path)}': {error.strerror}", hint="name another FILE"
+            ) from error
+        self._file = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
+
+    def write(self, direction: str, message: Mapping[str, Any]) -> None:
+        """Append one message; `direction` is "send" or "receive". A full disk never stops a command."""
+        line = json.dumps({"time": time.time(), "direction": direction, "message": dict(message)})
+        with suppress(OSError):
+            self._file.write(line + "\n")
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        with suppress(OSError):
+            self._file.close()
+
+
+class _Client(QMPClient):
+    """`QMPClient` that hands every event to our sinks as it arrives, in order with the replies."""
+
+    def __init__(self, name: str, log: QmpLog | None) -> None:
+        super().__init__(name, readbuflen=MESSAGE_LIMIT)
+        self.sinks: list[Sink] = []
+        self.log = log
+
+    def _cb_outbound(self, msg: Message) -> Message:
+        if self.log is not None:
+            self.log.write("send", msg)
+        return msg
+
+    def _cb_inbound(self, msg: Message) -> Message:
+        if self.log is not None:
+            self.log.write("receive", msg)
+        if "event" in msg and self.sinks:
+            event = _event(msg)
+            for sink in tuple(self.sinks):
+                sink(event)
+        return msg
+
+
+def _event(msg: Message) -> MonitorEvent:
+    data = msg.get("data")
+    stamp = msg.get("timestamp")
+    seconds = 0.0
+    if isinstance(stamp, dict):
+        numbers = (stamp.get("seconds"), stamp.get("microseconds"))
+        if all(type(number) is int and abs(number) < 1 << 62 for number in numbers):
+            seconds = numbers[0] + numbers[1] / 1e6  # type: ignore[operator]
+    return MonitorEvent(str(msg.get("event")), data if isinstance(data, dict) else {}, seconds)
+
+
+class QmpMonitor:
+    """An open QMP connection (`ports.Monitor`); made by `open_monitor`."""
+
+    def __init__(self, client: _Client, address: str, command_timeout: float) -> None:
+        self._client = client
+        self._address = address
+        self._timeout = command_timeout
+        self._closing = False
+        self._lost: VcpuConnectionError | None = None
+        self._in_flight: deque[asyncio.Timeout] = deque()
+        self._watcher = asyncio.create_task(self._watch(), name=f"qmpvcpu watch {address}")
+
+    @property
+    def address(self) -> str:
+        """What it is connected to, as the user wrote it."""
+        return self._address
+
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """The `QMP` member of the greeting."""
+        greeting = self._client.greeting
+        return {"version": greeting.QMP.version} if greeting is not None else {}
+
+    @contextmanager
+    def listen(self, sink: Sink) -> Iterator[None]:
+        """Give every event, and at the end a lost connection, to `sink` until the context is left."""
+        self._client.sinks.append(sink)
+        try:
+            if self._lost is not None:
+                sink(self._lost)
+            yield
+        finally:
+            self._client.sinks.remove(sink)
+
+    def _loss(self) -> VcpuConnectionError | None:
+        return self._lost
+
+    async def _watch(self) -> None:
+        """Notice that the connection ends, also while nobody waits for a reply."""
+        while self._client.runstate is Runstate.RUNNING:
+            await self._client.runstate_changed()
+        if self._closing:
+            return
+        cause = await self._disconnect()
+        self._lost = _closed(self._address, cause)
+        for sink in tuple(self._client.sinks):
+            sink(self._lost)
+
+    async def _disconnect(self) -> BaseException | None:
+        try:
+            await self._client.disconnect()
+        except Exception as error:  # noqa: BLE001 - whatever ended the reader is the cause we report
+            return error
+        return None
+
+    async def close(self) -> None:
+        """Close the connection. Never raises; may be called twice."""
+        self._closing = True
+        self._watcher.cancel()
+        await asyncio.wait([self._watcher])
+        if self._client.runstate is not Runstate.IDLE:
+            await self._disconnect()
+
+    # -- commands, in the order of QEMU's QAPI schema ---------------------------------------------
+
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> object:
+        """Any QMP command.
+
+        Raises:
+            CommandError: QEMU answered with an error.
+            VcpuConnectionError: no answer within 10 s (`reason` "timeout"), or the connection is gone.
+        """
+        if (lost := self._loss()) is not None:
+            raise lost
+        try:
+            async with self._deadline():
+                return await self._client.execute(command, arguments)
+        except ExecuteError as error:
+            raise CommandError(command, error.error.error.class_, error.error.error.desc) from error
+        except TimeoutError as error:
+            raise VcpuConnectionError(
+                f"QEMU did not answer '{command}' within {self._timeout:g} s ({self._address})",
+                address=self._address,
+                reason="timeout",
+                libvirt="VIR_ERR_OPERATION_TIMEOUT",
+                hint="QEMU is busy or hangs; whether it still does what was asked is not known: query again",
+            ) from error
+        except (ExecInterruptedError, StateError) as error:
+            # The reader knows why, and the watcher asks it.
+            await asyncio.wait([self._watcher])
+            raise self._loss() or _closed(self._address, error) from error
+        except QMPError as error:
+            raise _malformed(self._address, error) from error
+
+    @asynccontextmanager
+    async def _deadline(self) -> AsyncIterator[None]:
+        """The deadline of one command runs from when QEMU can begin with it.
+
+        QEMU answers in the order asked, so of many commands sent at once only the oldest is on the clock.
+        """
+        loop = asyncio.get_running_loop()
+        async with asyncio.timeout(None) as mine:
+            if not self._in_flight:
+                mine.reschedule(loop.time() + self._timeout)
+            self._in_flight.append(mine)
+            try:
+                yield
+            except asyncio.CancelledError:
+                if mine.expired():
+                    # A QEMU that hangs answers none of the others either.
+                    for other in self._in_flight:
+                        if other is not mine and not other.expired():
+                            other.reschedule(loop.time())
+                raise
+            finally:
+                was_head = self._in_flight[0] is mine
+                self._in_flight.remove(mine)
+                if was_head and self._in_flight and self._in_flight[0].when() is None:
+                    self._in_flight[0].reschedule(loop.time() + self._timeout)
+
+    async def query_hotpluggable_cpus(self) -> object:
+        """QMP `query-hotpluggable-cpus`."""
+        return await self.execute("query-hotpluggable-cpus")
+
+    async def query_cpus_fast(self) -> object:
+        """QMP `query-cpus-fast`."""
+        return await self.execute("query-cpus-fast")
+
+    async def query_target(self) -> object:
+        """QMP `query-target`."""
+        return await self.execute("query-target")
+
+    async def query_kvm(self) -> object:
+        """QMP `query-kvm`."""
+        return await self.execute("query-kvm")
+
+    async def query_machines(self) -> object:
+        """QMP `query-machines`."""
+        return await self.execute("query-machines")
+
+    async def query_status(self) -> object:
+        """QMP `query-status`."""
+        return await self.execute("query-status")
+
+    async def qom_get(self, path: str, name: str) -> object:
+        """QMP `qom-get`; `name` is the property."""
+        return await self.execute("qom-get", {"path": path, "property": name})
+
+    async def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> None:
+        """QMP `device_add`; `props` go out as they are: integers since 9.2 must be integers."""
+        await self.execute("device_add", {**props, "driver": driver, "id": device_id})
+
+    async def device_del(self, device: str) -> None:
+        """QMP `device_del`; `device` is an id or a QOM path. It only asks."""
+        await self.execute("device_del", {"id": device})
+
+    async def human_monitor_command(self, line: str) -> object:
+        """QMP `human-monitor-command`."""
+        return await self.execute("human-monitor-command", {"command-line": line})
+
+    async def cont(self) -> None:
+        """QMP `cont`."""
+        await self.execute("cont")
+
+    async def quit(self) -> None:
+        """QMP `quit`."""
+        await self.execute("quit")
+
+
+def _closed(address: str, cause: BaseException | None) -> VcpuConnectionError:
+    if isinstance(cause, ValueError) and "limit" in str(cause):  # StreamReader.readline
+        return VcpuConnectionError(
+            f"'{address}' sent a message of more than {MESSAGE_LIMIT >> 20} MiB; the connection was closed",
+            address=address,
+            reason="malformed",
+            hint="is this socket really QEMU's?",
+        )
+    if cause is not None and not isinstance(cause, OSError | EOFError | ExecInterruptedError | StateError):
+        return _malformed(address, cause)  # nested too deep, or a number of thousands of digits
+    why = f": {cause}" if isinstance(cause, OSError) and str(cause) else ""
+    error = VcpuConnectionError(
+        f"the connection to '{address}' was closed by the other side{why}",
+        address=address,
+        reason="closed",
+        hint="QEMU has exited, or closed this monitor: look at its log",
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _malformed(address: str, cause: BaseException) -> VcpuConnectionError:
+    error = VcpuConnectionError(
+        f"'{address}' sent what is not QMP: {_first_line(cause)}",
+        address=address,
+        reason="malformed",
+        hint="is this socket really QEMU's? --qmp-log FILE keeps what it says",
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+_OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
+    errno.ENOENT: (
+        "missing",
+        "there is no socket '{}'",
+        "start QEMU with -qmp unix:PATH,server=on,wait=off, or name the right path",
+    ),
+    errno.ECONNREFUSED: (
+        "refused",
+        "nobody listens on '{}'",
+        "QEMU is gone, or listens elsewhere; a socket file it left behind can be removed",
+    ),
+    errno.ENOTSOCK: ("not-qmp", "'{}' is not a socket", "name QEMU's QMP socket"),
+    errno.EACCES: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
+    errno.EPERM: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
+    errno.EAGAIN: (
+        "no-greeting",
+        "'{}' takes no more connections",
+        "a QMP socket takes one client at a time: close the other one, or give QEMU a second -qmp",
+    ),
+}
+
+
+def _os_error(address: str, error: OSError) -> VcpuConnectionError:
+    reason, text, hint = _OS_REASONS.get(
+        error.errno or 0,
+        ("other", "cannot connect to '{}': " + (error.strerror or str(error)), "check the address"),
+    )
+    return VcpuConnectionError(text.format(address), address=address, reason=reason, hint=hint)
+
+
+def _socket_of(address: str, number: int) -> socket.socket:
+    """Our own duplicate of an inherited descriptor: closing it leaves the caller's open."""
+    try:
+        sock = socket.socket(fileno=os.dup(number))
+    except OSError as error:
+        raise VcpuConnectionError(
+            f"'{address}' is not an open socket: {error.strerror}",
+            address=address,
+            reason="missing" if error.errno == errno.EBADF else "not-qmp",
+            hint=f"hand the connected socket in as descriptor {number}",
+        ) from error
+    sock.setblocking(False)
+    return sock
+
+
+def _connect_error(address: str, error: ConnectError) -> VcpuConnectionError:
+    cause = error.exc
+    if isinstance(cause, OSError) and not isinstance(cause, EOFError):
+        return _os_error(address, cause)
+    if isinstance(cause, EOFError):
+        return VcpuConnectionError(
+            f"'{address}' closed the connection before it said anything",
+            address=address,
+            reason="not-qmp",
+            hint="is this socket QEMU's QMP monitor (-qmp …,server=on)?",
+        )
+    return VcpuConnectionError(
+        f"'{address}' is no QMP server: {_first_line(cause)}",
+        address=address,
+        reason="not-qmp",
+        hint="name QEMU's QMP socket (-qmp …,server=on), not its HMP monitor, console or guest agent",
+    )
+
+
+@asynccontextmanager
+async def open_monitor(
+    address: str,
+    *,
+    log: QmpLog | None = None,
+    connect_timeout: float = CONNECT_TIMEOUT,
+    command_timeout: float = COMMAND_TIMEOUT,
+) -> AsyncIterator[QmpMonitor]:
+    """Connect to a QMP server, negotiate, and close at the end.
+
+    Args:
+        address: a unix path, `host:port` or `fd:N`.
+        log: where to keep every message.
+        connect_timeout, command_timeout: seconds.
+
+    Raises:
+        VcpuConnectionError: at once for what is known at once (missing, refused, not QMP), after
+            `connect_timeout` for a server that accepts and never greets.
+    """
+    monitor = await connect_monitor(
+        address, log=log, connect_timeout=connect_timeout, command_timeout=command_timeout
+    )
+    try:
+        yield monitor
+    finally:
+        await monitor.close()
+
+
+async def connect_monitor(
+    address: str,
+    *,
+    log: QmpLog | None = None,
+    connect_timeout: float = CONNECT_TIMEOUT,
+    command_timeout: float = COMMAND_TIMEOUT,
+) -> QmpMonitor:
+    """`open_monitor` for who closes it himself."""
+    where = parse_address(address)
+    client = _Client(address, log)
+    if isinstance(where, str) and where:
+        # asyncio reports a plain file as "connection refused".
+        with suppress(OSError):
+            if not stat.S_ISSOCK(os.stat(where).st_mode):  # noqa: PTH116 - one stat(2)
+                raise _os_error(address, OSError(errno.ENOTSOCK, "not a socket"))
+    target = _socket_of(address, where) if isinstance(where, int) else where
+    try:
+        async with asyncio.timeout(connect_timeout):
+            await client.connect(target)
+    except TimeoutError as error:
+        raise VcpuConnectionError(
+            f"'{address}' accepted the connection and did not greet within {connect_timeout:g} s",
+            address=address,
+            reason="no-greeting",
+            libvirt="VIR_ERR_OPERATION_TIMEOUT",
+            hint="a QMP socket takes one client at a time: another one probably holds it; close that, or give"
+            " QEMU a second -qmp",
+        ) from error
+    except ConnectError as error:
+        raise _connect_error(address, error) from error
+    except OSError as error:
+        raise _os_error(address, error) from error
+    except ValueError as error:
+        raise _closed(address, error) from error
+    finally:
+        if client.runstate is not Runstate.RUNNING:
+            with suppress(Exception):
+                await client.disconnect()
+            if isinstance(target, socket.socket):
+                target.close()
+    logger.debug("connected to %s", address)
+    return QmpMonitor(client, address, command_timeout)

@@ -1,0 +1,159 @@
+"""Starts a QEMU that we own: its QMP socket is ours from the start, and it never outlives us.
+
+The listening socket is made here and handed in as a descriptor, so there is nothing to poll for: we connect at
+once, and QEMU greets when it is up, or its exit closes the socket.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import socket
+import tempfile
+from collections.abc import AsyncIterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, suppress
+from pathlib import Path
+from typing import Final
+
+from qmpvcpu.errors import VcpuConnectionError, VcpuFailed
+from qmpvcpu.qemu.monitor import QmpMonitor, connect_monitor
+
+__all__ = ["QemuProcess", "run_qemu"]
+
+#: What of QEMU's stderr an error keeps, bytes.
+_STDERR_KEPT: Final = 4000
+_EXIT_SECONDS: Final = 3.0
+
+
+class QemuProcess:
+    """A running QEMU: `pid`, `folder` (mode 0700, gone afterwards), `qmp`, the sockets nobody holds yet."""
+
+    def __init__(
+        self, process: asyncio.subprocess.Process, command: Sequence[str], folder: Path, monitor: QmpMonitor
+    ) -> None:
+        self.process = process
+        self.command = tuple(command)
+        self.folder = folder
+        #: Our own monitor on its first QMP socket.
+        self.monitor = monitor
+
+    @property
+    def pid(self) -> int:
+        """The process id of QEMU itself."""
+        return self.process.pid
+
+    @property
+    def qmp(self) -> str:
+        """Path of its second QMP socket, free for others."""
+        return str(self.folder / "qmp")
+
+    def stderr(self) -> str:
+        """The end of what QEMU said on stderr."""
+        return _stderr(self.folder)
+
+
+@asynccontextmanager
+async def run_qemu(
+    binary: str, arguments: Sequence[str], *, start_timeout: float = 20.0
+) -> AsyncIterator[QemuProcess]:
+    """Run `binary` with `arguments` and two QMP sockets; at the end it is killed and reaped.
+
+    Should we be killed, the kernel ends QEMU as well (PR_SET_PDEATHSIG, by util-linux's setpriv).
+
+    Args:
+        start_timeout: seconds until it must greet.
+
+    Raises:
+        VcpuFailed: it exited; the message has its exit code and stderr.
+        VcpuConnectionError: it is there and does not greet.
+    """
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(_short_folder()))
+        process, command = await _start(binary, arguments, folder, stack)
+        try:
+            try:
+                monitor = await connect_monitor(str(folder / "own"), connect_timeout=start_timeout)
+            except VcpuConnectionError as error:
+                if error.reason not in ("no-greeting", "malformed"):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_EXIT_SECONDS):
+                            await process.wait()
+                raise _start_error(command, process.returncode, folder, error) from error
+            try:
+                yield QemuProcess(process, command, folder, monitor)
+            finally:
+                await monitor.close()
+        finally:
+            await _end(process)
+
+
+async def _start(
+    binary: str, arguments: Sequence[str], folder: Path, stack: ExitStack
+) -> tuple[asyncio.subprocess.Process, list[str]]:
+    with ExitStack() as ours:
+        descriptors = []
+        command = [binary, *arguments]
+        for name in ("own", "qmp"):
+            sock = ours.enter_context(socket.socket(socket.AF_UNIX))
+            sock.bind(str(folder / name))
+            sock.listen(8)
+            number = sock.fileno()
+            descriptors.append(number)
+            command += ["-chardev", f"socket,id=qmpvcpu-{name},fd={number},server=on,wait=off"]
+            command += ["-mon", f"chardev=qmpvcpu-{name},mode=control"]
+        stderr = ours.enter_context((folder / "stderr").open("wb"))
+        setpriv = shutil.which("setpriv")
+        prefix = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+        try:
+            process = await asyncio.create_subprocess_exec(
+                *prefix,
+                *command,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=asyncio.subprocess.DEVNULL,
+                stderr=stderr,
+                pass_fds=descriptors,
+            )
+        except OSError as error:
+            raise VcpuFailed(
+                f"cannot start '{binary}': {error.strerror}", hint="`qmpvcpu doctor` lists the QEMUs that are here"
+            ) from error
+    return process, command
+
+
+def _short_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder of our own whose path leaves room for a socket's name (108 bytes in all)."""
+    base = tempfile.gettempdir()
+    return tempfile.TemporaryDirectory(prefix="qmpvcpu-", dir=base if len(os.fsencode(base)) < 70 else "/tmp")  # noqa: S108
+
+
+def _stderr(folder: Path) -> str:
+    with suppress(OSError):
+        return (folder / "stderr").read_bytes()[-_STDERR_KEPT:].decode(errors="replace").strip()
+    return ""
+
+
+def _start_error(
+    command: Sequence[str], code: int | None, folder: Path, error: VcpuConnectionError
+) -> VcpuFailed | VcpuConnectionError:
+    if code is None:
+        return error
+    said = _stderr(folder)
+    return VcpuFailed(
+        f"{os.path.basename(command[0])} exited with code {code}" + (f": {said}" if said else ""),  # noqa: PTH119
+        qmp_text=said or None,
+        hint="its command line was: " + " ".join(command),
+    )
+
+
+async def _end(process: asyncio.subprocess.Process) -> None:
+    """Kill and reap; a throwaway has nothing to save."""
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            process.kill()
+    reaper = asyncio.ensure_future(process.wait())
+    try:
+        await asyncio.shield(reaper)
+    except asyncio.CancelledError:
+        await reaper
+        raise

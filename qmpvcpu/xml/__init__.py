@@ -1,0 +1,1 @@
+"""Domain XML: bytes in, bytes out."""
