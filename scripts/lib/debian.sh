@@ -1,0 +1,55 @@
+# shellcheck shell=bash
+# Debian packages without installing them: an apt of our own (source list, lists, cache, empty dpkg status) that
+# takes its mirror, keys and proxies from how the machine is set up, and changes nothing on it.
+
+cache_root() { printf '%s\n' "${QMPVCPU_CACHE:-${XDG_CACHE_HOME:-$HOME/.cache}/qmpvcpu}"; }
+
+say() { printf '%s: %s\n' "${0##*/}" "$*" >&2; }
+die() { say "$*"; exit 1; }
+
+is_debian() { [ -r /etc/os-release ] && grep -Eq '^ID(_LIKE)?=.*debian' /etc/os-release && command -v apt-get >/dev/null; }
+
+# The main archive this machine already uses. `indextargets` reads sources.list and *.sources alike.
+debian_mirror() {
+    apt-get indextargets --format '$(REPO_URI)|$(COMPONENT)|$(SITE)' 2>/dev/null |
+        sed -n 's#^\([^|]*/debian/\{0,1\}\)|main|.*#\1#p' | sort | uniq -c | sort -rn | awk 'NR==1{print $2}'
+}
+
+# apt_init DIR ARCH SUITE...: afterwards `apt_own COMMAND...` runs against these suites only.
+apt_init() {
+    local dir=$1 arch=$2 mirror suite keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    shift 2
+    is_debian || die "this needs Debian's apt; on another system build or install QEMU and guests yourself"
+    mirror=$(debian_mirror)
+    [ -n "$mirror" ] || die "no Debian archive in this machine's apt sources: run 'apt-get update' as root and try again"
+    [ -r "$keyring" ] || die "Debian's keys are missing: apt-get install debian-archive-keyring"
+    mkdir -p "$dir"/{etc/parts,lists/partial,cache/archives/partial}
+    : >"$dir/status"
+    for suite; do
+        printf 'deb [signed-by=%s] %s %s main\n' "$keyring" "$mirror" "$suite"
+    done >"$dir/etc/sources.list"
+    APT_OWN=(
+        -o "Dir::Etc::sourcelist=$dir/etc/sources.list" -o "Dir::Etc::sourceparts=$dir/etc/parts"
+        -o "Dir::Etc::preferences=$dir/etc/preferences" -o "Dir::Etc::preferencesparts=$dir/etc/parts"
+        -o "Dir::State=$dir" -o "Dir::State::lists=$dir/lists" -o "Dir::State::status=$dir/status"
+        -o "Dir::State::extended_states=$dir/extended" -o "Dir::Cache=$dir/cache"
+        -o "Dir::Cache::archives=$dir/cache/archives" -o "APT::Architecture=$arch" -o "APT::Architectures::=$arch"
+        -o "APT::Install-Recommends=0" -o "Acquire::Retries=3" -o "Acquire::http::Timeout=60"
+        -o "Acquire::https::Timeout=60" -o "Acquire::Languages=none" -o "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false"
+        -o "Debug::NoLocking=1" -o "APT::Sandbox::User=" -o "Dir::Log=$dir" -o "APT::Get::List-Cleanup=0"
+        -o "Binary::apt-get::APT::Keep-Downloaded-Packages=true" -o "APT::Keep-Downloaded-Packages=true"
+        -o "DPkg::Post-Invoke::=" -o "APT::Update::Post-Invoke::="
+    )
+    # The machine's hooks (docker-clean …) would empty our archive folder.
+    {
+        printf '#clear DPkg::Post-Invoke;\n#clear APT::Update::Post-Invoke;\n'
+        printf '#clear APT::Update::Post-Invoke-Success;\n#clear APT::Architectures;\n'
+    } >"$dir/etc/clear.conf"
+    apt_own update -qq >"$dir/update.log" 2>&1 || {
+        tail -n 20 "$dir/update.log" >&2
+        die "the package lists of $* could not be fetched"
+    }
+}
+
+apt_own() { apt-get -c "$APT_DIR/etc/clear.conf" "${APT_OWN[@]}" "$@"; }
+apt_own_cache() { apt-cache -c "$APT_DIR/etc/clear.conf" "${APT_OWN[@]}" "$@"; }
