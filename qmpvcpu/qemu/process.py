@@ -55,22 +55,23 @@ class QemuProcess:
 
 @asynccontextmanager
 async def run_qemu(
-    binary: str, arguments: Sequence[str], *, start_timeout: float = 20.0
+    binary: str, arguments: Sequence[str], *, channels: Sequence[str] = (), start_timeout: float = 20.0
 ) -> AsyncIterator[QemuProcess]:
     """Run `binary` with `arguments` and two QMP sockets; at the end it is killed and reaped.
 
     Should we be killed, the kernel ends QEMU as well (PR_SET_PDEATHSIG, by util-linux's setpriv).
 
     Args:
+        channels: names of further socket chardevs, which `arguments` may name; each listens at `folder/NAME`.
         start_timeout: seconds until it must greet.
 
     Raises:
         VcpuFailed: it exited; the message has its exit code and stderr.
         VcpuConnectionError: it is there and does not greet.
     """
-    with ExitStack() as stack:
-        folder = Path(stack.enter_context(_short_folder()))
-        process, command = await _start(binary, arguments, folder, stack)
+    with _short_folder() as name:
+        folder = Path(name)
+        process, command = await _start(binary, arguments, folder, channels)
         try:
             try:
                 monitor = await connect_monitor(str(folder / "own"), connect_timeout=start_timeout)
@@ -89,19 +90,20 @@ async def run_qemu(
 
 
 async def _start(
-    binary: str, arguments: Sequence[str], folder: Path, stack: ExitStack
+    binary: str, arguments: Sequence[str], folder: Path, channels: Sequence[str]
 ) -> tuple[asyncio.subprocess.Process, list[str]]:
     with ExitStack() as ours:
         descriptors = []
         command = [binary, *arguments]
-        for name in ("own", "qmp"):
+        for name in ("own", "qmp", *channels):
             sock = ours.enter_context(socket.socket(socket.AF_UNIX))
             sock.bind(str(folder / name))
             sock.listen(8)
             number = sock.fileno()
             descriptors.append(number)
-            command += ["-chardev", f"socket,id=qmpvcpu-{name},fd={number},server=on,wait=off"]
-            command += ["-mon", f"chardev=qmpvcpu-{name},mode=control"]
+            # In front: a device can name only a chardev that stands before it.
+            chardev = ["-chardev", f"socket,id={name},fd={number},server=on,wait=off"]
+            command[1:1] = chardev if name in channels else [*chardev, "-mon", f"chardev={name},mode=control"]
         stderr = ours.enter_context((folder / "stderr").open("wb"))
         setpriv = shutil.which("setpriv")
         prefix = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []

@@ -15,7 +15,8 @@ debian_mirror() {
         sed -n 's#^\([^|]*/debian/\{0,1\}\)|main|.*#\1#p' | sort | uniq -c | sort -rn | awk 'NR==1{print $2}'
 }
 
-# apt_init DIR ARCH SUITE...: afterwards `apt_own COMMAND...` runs against these suites only.
+# apt_init DIR ARCH SUITE...: afterwards `apt_own COMMAND...` runs against these suites only. Fails where the mirror
+# cannot serve them now (a mirror in the middle of its sync answers with lists that do not match): try another suite.
 apt_init() {
     local dir=$1 arch=$2 mirror suite keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     shift 2
@@ -23,6 +24,8 @@ apt_init() {
     mirror=$(debian_mirror)
     [ -n "$mirror" ] || die "no Debian archive in this machine's apt sources: run 'apt-get update' as root and try again"
     [ -r "$keyring" ] || die "Debian's keys are missing: apt-get install debian-archive-keyring"
+    APT_DIR=$dir
+    rm -rf "$dir"
     mkdir -p "$dir"/{etc/parts,lists/partial,cache/archives/partial}
     : >"$dir/status"
     for suite; do
@@ -45,10 +48,9 @@ apt_init() {
         printf '#clear DPkg::Post-Invoke;\n#clear APT::Update::Post-Invoke;\n'
         printf '#clear APT::Update::Post-Invoke-Success;\n#clear APT::Architectures;\n'
     } >"$dir/etc/clear.conf"
-    apt_own update -qq >"$dir/update.log" 2>&1 || {
-        tail -n 20 "$dir/update.log" >&2
-        die "the package lists of $* could not be fetched"
-    }
+    apt_own update -qq >"$dir/update.log" 2>&1 && return 0
+    say "the package lists of $* ($arch) cannot be had now: $(grep '^E:' "$dir/update.log" | head -n 1 | sed 's#[a-z]*://[^ ]*##g')"
+    return 1
 }
 
 apt_own() { apt-get -c "$APT_DIR/etc/clear.conf" "${APT_OWN[@]}" "$@"; }

@@ -1,0 +1,171 @@
+"""Boots the tiny Linux guest that `scripts/build-guest` makes, and talks to the shell in it.
+
+The shell is a virtio port of that guest: one line is one command, its output comes back, then a line with its exit
+status. It shows what the guest itself sees, with no agent in between.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from qmpvcpu.app.cache import cache_folder
+from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused
+from qmpvcpu.qemu.process import QemuProcess, run_qemu
+
+__all__ = ["Guest", "GuestImage", "boot", "find_image"]
+
+_EXIT = "QMPVCPU-EXIT "
+
+
+@dataclass(frozen=True, slots=True)
+class GuestImage:
+    """A built guest: `folder` with vmlinuz, initrd.cpio.gz and guest.json (`facts`)."""
+
+    folder: Path
+    facts: dict[str, Any] = field(hash=False)
+
+    @property
+    def qemu(self) -> str:
+        """Which QEMU program runs it, for example `qemu-system-x86_64`."""
+        return str(self.facts["qemu"])
+
+
+def find_image(arch: str) -> GuestImage:
+    """The built guest of that architecture ("x86_64", "ppc64le").
+
+    Raises:
+        VcpuRefused: it is not built.
+    """
+    folder = cache_folder() / "guests" / arch
+    try:
+        facts = json.loads((folder / "guest.json").read_text())
+    except (OSError, ValueError):
+        raise VcpuRefused(
+            [Refusal("no-guest", f"there is no {arch} guest in {folder}", (), f"scripts/build-guest {arch}")]
+        ) from None
+    return GuestImage(folder, facts)
+
+
+class Guest:
+    """A guest that has booted: `qemu`, its process, and `shell`."""
+
+    def __init__(self, qemu: QemuProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self.qemu = qemu
+        self._reader = reader
+        self._writer = writer
+
+    async def shell(self, command: str, *, timeout: float = 30.0) -> str:
+        """Run one line of shell in the guest; its output.
+
+        Raises:
+            VcpuFailed: its exit status is not 0, or the guest does not answer within `timeout` seconds.
+        """
+        self._writer.write(command.encode() + b"\n")
+        lines: list[str] = []
+        try:
+            async with asyncio.timeout(timeout):
+                while True:
+                    raw = await self._reader.readline()
+                    if not raw:
+                        raise VcpuFailed("the guest's shell is gone", hint="its QEMU has exited")
+                    line = raw.decode(errors="replace").rstrip("\r\n")
+                    if line.startswith(_EXIT):
+                        break
+                    lines.append(line)
+        except TimeoutError as error:
+            raise VcpuFailed(f"the guest did not run '{command}' within {timeout:g} s", hint="it hangs") from error
+        output = "\n".join(lines)
+        if line != _EXIT + "0":
+            raise VcpuFailed(f"'{command}' failed in the guest ({line}): {output}", hint="look at its kernel log")
+        return output
+
+    async def online(self) -> str:
+        """The guest's own /sys/devices/system/cpu/online, a CPU list of its logical ids."""
+        return await self.shell("cat /sys/devices/system/cpu/online")
+
+    async def wait_online(self, count: int, *, timeout: float = 30.0) -> str:
+        """Wait until the guest has exactly `count` CPUs online; the CPU list it then shows.
+
+        The guest itself waits, so nothing is asked twice.
+        """
+        return await self.shell(
+            f"n=0; while [ $(grep -c ^processor /proc/cpuinfo) != {count} ]; do n=$((n+1));"
+            f" [ $n -gt {int(timeout * 10)} ] && exit 1; usleep 100000; done;"
+            " cat /sys/devices/system/cpu/online",
+            timeout=timeout + 10,
+        )
+
+
+@asynccontextmanager
+async def boot(
+    image: GuestImage,
+    binary: str,
+    arguments: Sequence[str],
+    *,
+    append: str = "",
+    timeout: float = 120.0,
+) -> AsyncIterator[Guest]:
+    """Boot the guest and wait until it is ready; at the end its QEMU is killed.
+
+    Args:
+        binary: the QEMU program.
+        arguments: -smp, -m, -numa and the like.
+        append: more words for the kernel's command line (`qmpvcpu.selfonline=0` …).
+        timeout: seconds to be ready in.
+
+    Raises:
+        VcpuFailed: QEMU exited, or the guest is not ready in time; the message ends with its console.
+    """
+    facts = image.facts
+    command = ["-machine", facts["machine"], "-nodefaults", "-display", "none", "-no-user-config", "-S"]
+    if facts["cpu"]:
+        command += ["-cpu", facts["cpu"]]
+    command += ["-kernel", str(image.folder / "vmlinuz"), "-initrd", str(image.folder / "initrd.cpio.gz")]
+    command += ["-append", f"{facts['append']} {append}".strip(), "-serial", "chardev:console"]
+    command += facts["qemu_args"]
+    for channel in ("shell", "agent"):
+        command += ["-device", f"{facts['serial_device']},chardev={channel},name={facts[channel]}"]
+    command += arguments
+    async with run_qemu(binary, command, channels=("console", "shell", "agent")) as qemu:
+        console, console_writer = await asyncio.open_unix_connection(qemu.folder / "console")
+        shell, shell_writer = await asyncio.open_unix_connection(qemu.folder / "shell")
+        said: list[str] = []
+        try:
+            await qemu.monitor.cont()
+            await _ready(console, facts["ready"], said, timeout)
+            drain = asyncio.create_task(_drain(console, said))
+            try:
+                yield Guest(qemu, shell, shell_writer)
+            finally:
+                drain.cancel()
+                with suppress(asyncio.CancelledError):
+                    await drain
+        finally:
+            console_writer.close()
+            shell_writer.close()
+
+
+async def _ready(console: asyncio.StreamReader, word: str, said: list[str], timeout: float) -> None:
+    try:
+        async with asyncio.timeout(timeout):
+            while line := await console.readline():
+                said.append(line.decode(errors="replace").rstrip())
+                if word in said[-1]:
+                    return
+    except TimeoutError:
+        pass
+    tail = "\n".join(said[-15:])
+    raise VcpuFailed(f"the guest is not ready after {timeout:g} s; its console:\n{tail}", hint="see its console")
+
+
+async def _drain(console: asyncio.StreamReader, said: list[str]) -> None:
+    """Keep the console flowing, and its last lines."""
+    while line := await console.readline():
+        said.append(line.decode(errors="replace").rstrip())
+        del said[:-200]
