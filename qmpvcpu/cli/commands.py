@@ -165,7 +165,7 @@ async def _demo(session: Session) -> int:
         if not session.options.json:
             print(line, flush=True)
 
-    report = await demo.run(tell)
+    report = await demo.run(tell, _info_lines)
     if session.options.json:
         print(json.dumps(report | {"lines": lines}))
     return 0

@@ -10,7 +10,7 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from qmpvcpu.core.model import DomainState, Entity, QemuVersion, format_ids
-from qmpvcpu.core.request import Knowledge, Request
+from qmpvcpu.core.request import Knowledge
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
@@ -269,9 +269,7 @@ def _kill(entities: Sequence[Entity], message: str, hint: str) -> Refusal:
     )
 
 
-def warnings(
-    state: DomainState, request: Request, plugs: Sequence[Entity], unplugs: Sequence[Entity]
-) -> list[str]:
+def warnings(state: DomainState, plugs: Sequence[Entity], unplugs: Sequence[Entity]) -> list[str]:
     """What is no reason to refuse, but the user should know."""
     found = []
     if is_x86(state) and state.accel == "tcg" and state.threads_shared is not True and (plugs or unplugs):

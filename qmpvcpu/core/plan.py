@@ -117,7 +117,7 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
         refusals += [] if request.force else kills
     else:
         kills = []
-    messages = checks.warnings(state, request, [*awaited, *plugs], unplugs)
+    messages = checks.warnings(state, [*awaited, *plugs], unplugs)
     messages += [f"forced: {kill.message}" for kill in kills if request.force]
     return Plan(
         request=request,

@@ -1,0 +1,181 @@
+"""What is here and what is missing (`doctor`), and what one guest can and cannot do (`doctor DOMAIN`)."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from qmpvcpu.app.cache import cache_folder
+from qmpvcpu.app.qemus import ARCHES, QemuBinary, examine_all, find_binaries
+from qmpvcpu.core import checks
+from qmpvcpu.core.model import DomainState, QemuVersion, format_ids
+from qmpvcpu.core.request import Knowledge
+from qmpvcpu.host.rights import kvm_state, rights
+
+__all__ = ["DomainReport", "HostReport", "examine_domain", "examine_host"]
+
+_PACKAGES = {
+    "x86_64": "qemu-system-x86",
+    "ppc64": "qemu-system-ppc",
+    "s390x": "qemu-system-misc",
+    "loongarch64": "qemu-system-misc",
+    "aarch64": "qemu-system-arm",
+    "riscv64": "qemu-system-misc",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class HostReport:
+    """`doctor`: QEMUs, KVM, rights, guests, and (what, cure) of what is missing."""
+
+    qemus: tuple[QemuBinary, ...]
+    kvm: bool
+    kvm_reason: str | None
+    rights: dict[str, Any]
+    guests: tuple[str, ...]
+    missing: tuple[tuple[str, str], ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `doctor --json`."""
+        return {
+            "qemus": [qemu.to_json() for qemu in self.qemus],
+            "kvm": {"usable": self.kvm, "reason": self.kvm_reason},
+            "rights": self.rights,
+            "guests": list(self.guests),
+            "missing": [{"what": what, "cure": cure} for what, cure in self.missing],
+        }
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        lines = []
+        for qemu in self.qemus:
+            told = f"QEMU {qemu.version}" if qemu.version else f"does not run: {qemu.error}"
+            lines.append(f"{qemu.path}: {told}")
+            if qemu.version:
+                lines.append(f"    CPU hotplug on: {_families(qemu.hotplug) or 'no machine of it'}")
+        if not self.qemus:
+            lines.append("no QEMU is here")
+        lines.append(f"KVM: {'usable' if self.kvm else self.kvm_reason}")
+        may = "root" if self.rights["root"] else "an ordinary user"
+        nice = "may" if self.rights["sys_nice"] else "may not"
+        lines.append(f"rights: {may}, {nice} set real-time schedulers (CAP_SYS_NICE)")
+        cgroup = self.rights["cgroup"]
+        lines += [f"cgroup {version}: {', '.join(names)}" for version, names in cgroup.items() if names]
+        lines.append(f"test guests: {', '.join(self.guests) or 'none built'}")
+        lines += [f"missing: {what}\n    cure: {cure}" for what, cure in self.missing]
+        return lines
+
+
+def _families(machines: Sequence[str]) -> str:
+    """`pc-q35-7.2` … `pc-q35-2.4` as one name with its newest version."""
+    newest: dict[str, tuple[list[int], str]] = {}
+    for name in machines:
+        family = re.sub(r"-\d+(\.\d+)+$", "", name)
+        number = [int(n) for n in re.findall(r"\d+", name[len(family) :])]
+        newest[family] = max(newest.get(family, ([], name)), (number, name))
+    return ", ".join(name for _, name in (newest[family] for family in sorted(newest)))
+
+
+async def examine_host() -> HostReport:
+    """Look at this host; starts each QEMU for a moment."""
+    qemus = tuple(await examine_all(find_binaries()))
+    usable, reason = kvm_state()
+    guests = tuple(sorted(path.parent.name for path in (cache_folder() / "guests").glob("[!.]*/guest.json")))
+    return HostReport(qemus, usable, reason, rights(), guests, tuple(_missing(qemus, usable, reason, guests)))
+
+
+def _missing(
+    qemus: Sequence[QemuBinary], kvm: bool, reason: str | None, guests: Sequence[str]
+) -> list[tuple[str, str]]:
+    found = []
+    running = [qemu for qemu in qemus if qemu.version]
+    for package in dict.fromkeys(_PACKAGES[arch] for arch in ARCHES):
+        lacking = [a for a in ARCHES if _PACKAGES[a] == package and all(q.arch != a for q in running)]
+        if lacking:
+            what = f"no QEMU for {', '.join(lacking)}"
+            found.append((what, f"apt-get install --no-install-recommends {package}"))
+    if not any(q.arch == "x86_64" and q.version and q.version >= QemuVersion(10, 0) for q in running):
+        found.append(("no QEMU that survives an x86 unplug under TCG (10.0 or later)", "scripts/fetch-qemu 10.0"))
+    if "x86_64" not in guests:
+        found.append(("no test guest for `qmpvcpu demo`", "scripts/build-guest x86_64"))
+    if not kvm:
+        cure = f"adduser {os.environ.get('USER', 'USER')} kvm, then log in again"
+        if reason is not None and reason.startswith("there is no"):
+            cure = "modprobe kvm_intel (or kvm_amd), with virtualization on in the firmware; TCG works without"
+        found.append((f"KVM: {reason}", cure))
+    try:
+        import shtab  # noqa: F401
+    except ImportError:
+        found.append(("`qmpvcpu completion` needs shtab", "pip install 'qmpvcpu[cli]'"))
+    return found
+
+
+@dataclass(frozen=True, slots=True)
+class DomainReport:
+    """`doctor DOMAIN`: what this guest can and cannot do, and what could kill its QEMU."""
+
+    state: DomainState
+    can: tuple[str, ...]
+    cannot: tuple[str, ...]
+    kills: tuple[str, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `doctor DOMAIN --json`."""
+        state = self.state
+        return {
+            "domain": state.name,
+            "arch": state.arch,
+            "machine": state.machine,
+            "accel": state.accel,
+            "version": str(state.version),
+            "can": list(self.can),
+            "cannot": list(self.cannot),
+            "kills": list(self.kills),
+        }
+
+    def lines(self) -> list[str]:
+        """For a person."""
+        state = self.state
+        head = f"{state.name}: {state.arch}, {state.machine}, QEMU {state.version}, {state.accel}"
+        return [
+            head,
+            *(f"can: {text}" for text in self.can),
+            *(f"cannot: {text}" for text in self.cannot),
+            *(f"KILLS QEMU: {text}" for text in self.kills),
+        ]
+
+
+def examine_domain(state: DomainState, known: Knowledge | None = None) -> DomainReport:
+    """What the checks say of this state, gathered; asks nothing."""
+    known = known or Knowledge()
+    can, cannot = [], []
+    empty = [entity for entity in state.entities if not entity.plugged]
+    unpluggable = [entity for entity in state.entities if entity.plugged and entity.hotpluggable]
+    fixed = [entity for entity in state.entities if entity.plugged and not entity.hotpluggable]
+    unit = max((len(entity.ids) for entity in state.entities), default=1)
+    if not state.can_plug:
+        cannot.append("plug or unplug: this machine has no CPU hotplug")
+    else:
+        ids = format_ids(n for entity in empty for n in entity.ids)
+        grain = f", {unit} vCPUs (one core) at a time" if unit > 1 else ""
+        if empty:
+            can.append(f"plug vCPU {ids}{grain}")
+        else:
+            cannot.append("plug: every slot is filled")
+    if state.can_unplug:
+        if unpluggable:
+            ids = format_ids(n for entity in unpluggable for n in entity.ids)
+            can.append(f"unplug vCPU {ids}, if the guest's kernel lets go")
+        cannot += [f"unplug {entity.label}: it holds the boot CPU" for entity in fixed]
+    elif state.can_plug:
+        cannot.append(f"unplug: {state.machine} never unplugs a CPU")
+    if state.threads_shared:
+        cannot.append("place vCPUs: all of them share one thread (-accel tcg,thread=single)")
+    sample = unpluggable or [entity for entity in empty if entity.first != 0]
+    kills = checks.check_kills_on_plug(state, empty, known)
+    kills += checks.check_kills_on_unplug(state, sample, Knowledge(firmware_runs=True)) if state.can_unplug else []
+    texts = [kill.message for kill in kills] + checks.warnings(state, empty, sample)
+    return DomainReport(state, tuple(can), tuple(cannot), tuple(dict.fromkeys(texts)))

@@ -1,0 +1,85 @@
+"""Which QEMUs are here: on the PATH, and those `scripts/fetch-qemu` put into the cache."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from qmpvcpu.app.cache import cache_folder
+from qmpvcpu.core.inventory import parse_version
+from qmpvcpu.core.model import QemuVersion
+from qmpvcpu.errors import VcpuError
+from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.process import run_qemu
+
+__all__ = ["ARCHES", "QemuBinary", "examine", "examine_all", "find_binaries"]
+
+#: The targets qmpvcpu knows, by the name of their program.
+ARCHES: Final = ("x86_64", "ppc64", "s390x", "loongarch64", "aarch64", "riscv64")
+
+_AT_ONCE: Final = 4
+
+
+@dataclass(frozen=True, slots=True)
+class QemuBinary:
+    """One QEMU program, examined. `hotplug` names its machine types with CPU hotplug, `error` why it does not run."""
+
+    path: str
+    arch: str
+    version: QemuVersion | None = None
+    hotplug: tuple[str, ...] = ()
+    error: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As plain JSON data."""
+        return {
+            "path": self.path,
+            "arch": self.arch,
+            "version": str(self.version) if self.version else None,
+            "hotpluggable_machines": list(self.hotplug),
+            "error": self.error,
+        }
+
+
+def find_binaries() -> list[tuple[str, str]]:
+    """(path, arch) of every qemu-system-* of a known target; the PATH first, then the cache by version."""
+    folders = [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
+    fetched = (cache_folder() / "qemu").glob("[0-9]*/bin")
+    folders += sorted(fetched, key=lambda folder: [int(n) for n in re.findall(r"\d+", folder.parent.name)])
+    found: dict[str, tuple[str, str]] = {}
+    for folder in folders:
+        for arch in ARCHES:
+            path = folder / f"qemu-system-{arch}"
+            if path.is_file() and os.access(path, os.X_OK):
+                found.setdefault(str(path.resolve()), (str(path), arch))
+    return list(found.values())
+
+
+async def examine(path: str, arch: str) -> QemuBinary:
+    """Start it with no machine and ask; never raises for a QEMU that does not run."""
+    arguments = ["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S"]
+    try:
+        async with run_qemu(path, arguments) as qemu:
+            version = parse_version(qemu.monitor.greeting)
+            machines = await qemu.monitor.query_machines()
+    except (VcpuError, CommandError) as error:
+        return QemuBinary(path, arch, error=str(error))
+    rows = machines if isinstance(machines, list) else []
+    names = (row for row in rows if isinstance(row, dict) and row.get("hotpluggable-cpus") is True)
+    return QemuBinary(path, arch, version, tuple(sorted(str(row.get("name")) for row in names)))
+
+
+async def examine_all(binaries: Iterable[tuple[str, str]]) -> list[QemuBinary]:
+    """Examine several, a few at a time."""
+    gate = asyncio.Semaphore(_AT_ONCE)
+
+    async def one(path: str, arch: str) -> QemuBinary:
+        async with gate:
+            return await examine(path, arch)
+
+    return await asyncio.gather(*(one(path, arch) for path, arch in binaries))
