@@ -57,8 +57,7 @@ async def run(tell: Tell, show: Show) -> dict[str, Any]:
 async def _with_linux(tell: Tell, show: Show, binary: str, image: GuestImage) -> dict[str, Any]:
     tell(f"booting Linux {image.facts['kernel_version']} with 2 NUMA nodes, 4 of 16 vCPUs, under TCG")
     arguments = ["-accel", "tcg,thread=multi", "-m", "512", "-smp", _SMP, *_NUMA]
-    async with boot(image, binary, arguments) as guest, connect(guest.qemu.qmp) as domain:
-        domain.name = "demo"
+    async with boot(image, binary, arguments) as guest, connect("demo", qmp=guest.qemu.qmp) as domain:
         for line in show(await domain.state()):
             tell(line)
         before = await guest.online()
@@ -95,8 +94,7 @@ async def _paused(tell: Tell, show: Show, binary: str, missing: list[str]) -> di
     tell("a paused machine with 2 NUMA nodes and 4 of 16 vCPUs (no guest to boot: see below)")
     arguments = ["-S", "-nodefaults", "-display", "none", "-no-user-config", "-machine", "q35"]
     arguments += ["-accel", "tcg", "-m", "512", "-smp", _SMP, *_NUMA]
-    async with run_qemu(binary, arguments) as qemu, connect(qemu.qmp) as domain:
-        domain.name = "demo"
+    async with run_qemu(binary, arguments) as qemu, connect("demo", qmp=qemu.qmp) as domain:
         tell(f"\n$ qmpvcpu setvcpu demo {_VCPU} --enable")
         plugged = await domain.enable(_VCPU)
         for line in show(await domain.state()):

@@ -27,7 +27,7 @@ _AT_ONCE: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class QemuBinary:
-    """One QEMU program, examined. `hotplug` names its machine types with CPU hotplug, `error` why it does not run."""
+    """One QEMU program, examined. `hotplug`: its machine types with CPU hotplug; `error`: why it does not run."""
 
     path: str
     arch: str

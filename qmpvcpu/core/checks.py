@@ -198,29 +198,32 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
                 "start the guest with -cpu max, or with QEMU 11",
             )
         )
-    if is_x86(state) and state.accel == "tcg" and known.removals_seen:
-        if state.version < _TCG_UNPLUG_FIXED:
+    if is_x86(state) and state.accel == "tcg" and known.removals_seen and state.version < _TCG_UNPLUG_FIXED:
+        found.append(
+            _kill(
+                entities,
+                f"QEMU {state.version} under TCG crashes at a plug after an unplug",
+                "restart the guest, or use QEMU 10",
+            )
+        )
+    elif _contexts_run_out(state) and known.removals_seen:
+        used = len(state.enabled_ids) + known.removals_seen
+        if used + len(_ids(entities)) > state.maxcpus:
             found.append(
                 _kill(
                     entities,
-                    f"QEMU {state.version} under TCG crashes at a plug after an unplug",
-                    "restart the guest, or use QEMU 10",
+                    "QEMU under TCG never gives back the context of a CPU that was unplugged: at least"
+                    f" {used} of {state.maxcpus} are used up, and QEMU aborts (tcg_register_thread) when they"
+                    " run out",
+                    "restart the guest; a generous maxcpus puts it off",
                 )
             )
-        elif state.threads_shared is not True:
-            plugged = sum(entity.plugged for entity in state.entities)
-            used = plugged + known.removals_seen + len(entities)
-            if used > len(state.entities):
-                found.append(
-                    _kill(
-                        entities,
-                        "QEMU under TCG never gives back the context of a CPU that was unplugged: at least"
-                        f" {used - len(entities)} of {len(state.entities)} are used up, and QEMU aborts"
-                        " (tcg_register_thread) when they run out",
-                        "restart the guest; a generous maxcpus puts it off",
-                    )
-                )
     return found
+
+
+def _contexts_run_out(state: DomainState) -> bool:
+    """TCG with a thread for each vCPU has maxcpus contexts and never frees one (x86, ppc64; 7.2 to 11.1)."""
+    return state.accel == "tcg" and state.can_unplug and state.threads_shared is not True
 
 
 def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
@@ -271,14 +274,12 @@ def _kill(entities: Sequence[Entity], message: str, hint: str) -> Refusal:
 
 def warnings(state: DomainState, plugs: Sequence[Entity], unplugs: Sequence[Entity]) -> list[str]:
     """What is no reason to refuse, but the user should know."""
-    found = []
-    if is_x86(state) and state.accel == "tcg" and state.threads_shared is not True and (plugs or unplugs):
-        found.append(
-            "under TCG every CPU ever plugged uses up one of QEMU's contexts for good: after"
-            f" {len(state.entities)} plugs in all, boot CPUs included, QEMU aborts; QMP does not tell how many"
-            " are left"
-        )
-    return found
+    if not (_contexts_run_out(state) and (plugs or unplugs)):
+        return []
+    return [
+        "under TCG every CPU ever plugged uses up one of QEMU's contexts for good: after"
+        f" {state.maxcpus} in all, boot CPUs included, QEMU aborts; QMP does not tell how many are left"
+    ]
 
 
 def _entities(state: DomainState, ids: Iterable[int]) -> list[Entity]:

@@ -42,7 +42,7 @@ class Request:
 class Knowledge:
     """What the replies of the inventory do not say, and a check needs.
 
-    `removals_seen`: unplugs this connection saw end, each of which lost a TCG context. `x2apic`: whether the
+    `removals_seen`: vCPUs this connection saw go, each of which lost a TCG context. `x2apic`: whether the
     CPU model has it (None: not asked). `firmware_runs`: on ppc64, whether the boot CPU still executes firmware
     (None: not asked). `pending`: first ids of entities whose unplug was asked and has not ended.
     """

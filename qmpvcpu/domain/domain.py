@@ -9,6 +9,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any
 
@@ -313,8 +314,12 @@ class Domain:
     def _keep(self, state: DomainState) -> None:
         before, self._state = self._state, state
         if before is not None and before is not state:
+            if state.threads_shared is None:
+                # One vCPU alone does not show it; what was seen with two still holds.
+                self._state = state = replace(state, threads_shared=before.threads_shared)
             self._removals_seen += sum(
-                was.plugged and not now.plugged for was, now in zip(before.entities, state.entities, strict=False)
+                len(was.ids) * (was.plugged and not now.plugged)
+                for was, now in zip(before.entities, state.entities, strict=False)
             )
         self._pending = {first for first in self._pending if state.by_id[first].plugged}
 

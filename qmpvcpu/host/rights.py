@@ -44,7 +44,7 @@ def _cgroups() -> dict[str, list[str]]:
     with suppress(OSError):
         for line in Path("/proc/self/mountinfo").read_text().splitlines():
             _, _, tail = line.partition(" - ")
-            kind, _, options = (tail.split(" ") + ["", "", ""])[:3]
+            kind, _, options = [*tail.split(" "), "", "", ""][:3]
             if kind == "cgroup":
                 found["v1"] += [word for word in options.split(",") if word in ("cpuset", "cpu", "cpuacct")]
             elif kind == "cgroup2":

@@ -72,7 +72,7 @@ class QmpLog:
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW
+            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
             fd = os.open(path, flags, 0o600)
             if stat.S_ISREG(os.fstat(fd).st_mode):
                 # The file may be older than we are, with a mode of its own.

@@ -103,7 +103,7 @@ async def _start(
             descriptors.append(number)
             # In front: a device can name only a chardev that stands before it.
             chardev = ["-chardev", f"socket,id={name},fd={number},server=on,wait=off"]
-            command[1:1] = chardev if name in channels else [*chardev, "-mon", f"chardev={name},mode=control"]
+            command[1:1] = chardev if name in channels else [*chardev, "-qmp", f"chardev:{name}"]
         stderr = ours.enter_context((folder / "stderr").open("wb"))
         setpriv = shutil.which("setpriv")
         prefix = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
