@@ -35,6 +35,7 @@ FORCE_HINT: Final = "--force (force=True) does it all the same"
 _TCG_UNPLUG_FIXED: Final = QemuVersion(8, 0)
 _SINGLE_THREAD_UNPLUG_FIXED: Final = QemuVersion(11, 0)
 _APIC_255_FIXED: Final = QemuVersion(11, 0)
+_FIRMWARE_UNPLUG_FIXED: Final = QemuVersion(11, 0)
 
 
 def is_x86(state: DomainState) -> bool:
@@ -180,7 +181,7 @@ def needs_x2apic(state: DomainState, entities: Iterable[Entity]) -> bool:
 
 def needs_firmware_state(state: DomainState) -> bool:
     """Whether a plan to unplug needs `Knowledge.firmware_runs`."""
-    return state.arch == "ppc64" and state.accel == "tcg"
+    return state.arch == "ppc64" and state.accel == "tcg" and state.version < _FIRMWARE_UNPLUG_FIXED
 
 
 def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
@@ -253,8 +254,8 @@ def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known:
         found.append(
             _kill(
                 entities,
-                f"QEMU {state.version} under TCG crashes when a ppc64 core is unplugged while the firmware"
-                " (SLOF) runs",
+                f"QEMU {state.version} under TCG crashes at or after the unplug of a ppc64 core while the"
+                " firmware (SLOF) runs",
                 "wait until the guest's kernel runs",
             )
         )

@@ -171,13 +171,14 @@ async def firmware_runs(monitor: Monitor) -> bool | None:
         return False
     for _ in range(_FIRMWARE_SAMPLES):
         try:
-            text = await monitor.human_monitor_command("info registers")
+            text = await monitor.human_monitor_command("info registers -a")
         except CommandError:
             return None
-        found = _MSR.search(text) if isinstance(text, str) else None
-        if found is None:
+        registers = _MSR.findall(text) if isinstance(text, str) else []
+        if not registers:
             return None
-        if int(found[1], 16) & _MSR_IR:
+        # A CPU that the kernel has taken offline stays in real mode (RTAS stop-self): one that translates is enough.
+        if any(int(msr, 16) & _MSR_IR for msr in registers):
             return False
         await asyncio.sleep(_FIRMWARE_PAUSE)
     return True
