@@ -10,7 +10,7 @@ from qmpvcpu.flags import VcpuFlag
 
 __all__ = ["Knowledge", "Request", "parse_ids"]
 
-_RANGE = re.compile(r"(\^?)(\d{1,6})(?:-(\d{1,6}))?\Z")
+_RANGE = re.compile(r"(\^?)([0-9]{1,6})(?:-([0-9]{1,6}))?\Z")
 
 
 @dataclass(frozen=True, slots=True)

@@ -42,10 +42,11 @@ async def test_unplugs_of_one_call_are_asked_together_and_all_awaited(arch, vers
     assert await box.guest.online() == f"0-{len(box.boot_ids) - 1}"
     messages = [json.loads(line)["message"] for line in log.read_text().splitlines()]
     kinds = [message.get("execute") or message.get("event") for message in messages]
-    last_asked = max(n for n, kind in enumerate(kinds) if kind == "device_del")
-    ended = [n for n, kind in enumerate(kinds) if kind == "DEVICE_DELETED"]
-    assert kinds.count("device_del") == 3
-    assert last_asked < min(ended)
+    asked = [n for n, kind in enumerate(kinds) if kind == "device_del"]
+    # An earlier test's unplug may end with a last event only now.
+    ended = [n for n, kind in enumerate(kinds) if kind == "DEVICE_DELETED" and n > asked[0]]
+    assert len(asked) == 3
+    assert asked[-1] < ended[0]
 
 
 @matrix(("x86_64", "10.0"), ("x86_64", "11.1"))

@@ -190,30 +190,28 @@ async def test_dry_run_says_the_steps_and_does_nothing(tmp_path):
 
 async def test_a_failing_plug_undoes_the_others_where_that_is_possible():
     """ppc64 before the guest runs gives an unconfigured core back at once."""
-    async with paused("ppc64", "10.0", PPC_8) as qemu:
-        async with qmpvcpu.connect(qemu.qmp) as domain:
-            await _take_id(qemu, "vcpu24")
-            with pytest.raises(qmpvcpu.VcpuFailed, match="Duplicate device ID") as failed:
-                await domain.enable(range(8, 32))
-            assert failed.value.outcome == "failed"
-            assert failed.value.undone == tuple(range(8, 24))
-            assert failed.value.changed_ids == ()
-            assert (failed.value.qmp_class, failed.value.qmp_text) == (
-                "GenericError",
-                "Duplicate device ID 'vcpu24'",
-            )
-            assert (await domain.state()).enabled_ids == tuple(range(8))
+    async with paused("ppc64", "10.0", PPC_8) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+        await _take_id(qemu, "vcpu24")
+        with pytest.raises(qmpvcpu.VcpuFailed, match="Duplicate device ID") as failed:
+            await domain.enable(range(8, 32))
+        assert failed.value.outcome == "failed"
+        assert failed.value.undone == tuple(range(8, 24))
+        assert failed.value.changed_ids == ()
+        assert (failed.value.qmp_class, failed.value.qmp_text) == (
+            "GenericError",
+            "Duplicate device ID 'vcpu24'",
+        )
+        assert (await domain.state()).enabled_ids == tuple(range(8))
 
 
 async def test_a_failing_plug_that_cannot_be_undone_is_partial_and_names_what_stays():
-    async with paused("s390x", "10.0", "1,maxcpus=8") as qemu:
-        async with qmpvcpu.connect(qemu.qmp) as domain:
-            await _take_id(qemu, "vcpu5")
-            with pytest.raises(qmpvcpu.VcpuPartial) as partial:
-                await domain.enable([3, 4, 5])
-            assert (partial.value.remaining, partial.value.changed_ids) == ((3, 4), (3, 4))
-            assert "never unplugs" in str(partial.value)
-            assert (await domain.state()).enabled_ids == (0, 3, 4)
+    async with paused("s390x", "10.0", "1,maxcpus=8") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+        await _take_id(qemu, "vcpu5")
+        with pytest.raises(qmpvcpu.VcpuPartial) as partial:
+            await domain.enable([3, 4, 5])
+        assert (partial.value.remaining, partial.value.changed_ids) == ((3, 4), (3, 4))
+        assert "never unplugs" in str(partial.value)
+        assert (await domain.state()).enabled_ids == (0, 3, 4)
 
 
 async def _take_id(qemu, device_id):

@@ -1,0 +1,101 @@
+"""What users hold on to: public names, JSON keys, exit codes, pickles; and what must not be loaded."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import subprocess
+import sys
+
+import pytest
+
+import qmpvcpu
+from qmpvcpu.core.model import Outcome, Props, Vcpu
+from qmpvcpu.errors import OutcomeKind, Refusal
+
+
+def loaded(code):
+    script = f"import sys\n{code}\nimport json; print(json.dumps(sorted(sys.modules)))"
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
+    return set(json.loads(run.stdout.splitlines()[-1]))
+
+
+def test_importing_qmpvcpu_loads_no_engine():
+    assert not {"asyncio", "lxml", "qemu.qmp", "argparse", "importlib.metadata"} & loaded("import qmpvcpu")
+
+
+def test_version_loads_nothing_it_does_not_need():
+    modules = loaded("sys.argv = ['qmpvcpu', '--version']\nfrom qmpvcpu.cli import main\nassert main() == 0")
+    assert not {"asyncio", "lxml", "qemu.qmp", "importlib.metadata", "argparse"} & modules
+
+
+def test_help_loads_no_engine():
+    code = "sys.argv = ['qmpvcpu', 'setvcpu', '--help']\nfrom qmpvcpu.cli import main\n"
+    code += "try: main()\nexcept SystemExit: 0"
+    assert not {"asyncio", "lxml", "qemu.qmp", "importlib.metadata", "shtab"} & loaded(code)
+
+
+def test_every_public_name_is_there():
+    for name in qmpvcpu.__all__:
+        assert getattr(qmpvcpu, name) is not None
+    assert set(qmpvcpu.__all__) == set(dir(qmpvcpu))
+    with pytest.raises(AttributeError):
+        _ = qmpvcpu.nothing
+
+
+def test_exit_codes_are_designs():
+    codes = {"queried": 0, "applied": 0, "requested": 0, "pending": 5, "refused": 3, "rejected": 4, "partial": 6}
+    codes |= {"connection": 7, "failed": 8, "usage": 2}
+    assert {str(kind): kind.exit_code for kind in OutcomeKind} == codes
+
+
+REFUSAL = Refusal("range", "vCPU 9 is not here", (9,), "look", "VIR_ERR_INVALID_ARG")
+
+ERRORS = [
+    qmpvcpu.VcpuUsageError("bad", hint="good"),
+    qmpvcpu.VcpuRefused([REFUSAL], ids=(9,)),
+    qmpvcpu.VcpuRejected("no", reasons={3: "eject disabled"}, ids=(3,)),
+    qmpvcpu.VcpuFailed("x", qmp_class="GenericError", qmp_text="y", undone=(1,)),
+    qmpvcpu.VcpuPartial("x", remaining=(1,), changed_ids=(1,)),
+    qmpvcpu.VcpuConnectionError("gone", address="/a", reason="closed"),
+]
+
+
+@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+def test_errors_are_one_tree_and_keep_their_facts(error):
+    assert isinstance(error, qmpvcpu.VcpuError)
+    document = error.to_json()
+    assert document["outcome"] == error.outcome
+    assert {"type", "libvirt", "message", "hint"} <= set(document["error"])
+    assert document["error"]["libvirt"].startswith("VIR_ERR_")
+    json.dumps(document)
+    again = pickle.loads(pickle.dumps(error))
+    assert (type(again), again.__dict__, str(again)) == (type(error), error.__dict__, str(error))
+
+
+def test_results_compare_pickle_and_show_themselves():
+    vcpu = Vcpu(1, True, True, (1,), Props({"core-id": 1}))
+    outcome = Outcome(OutcomeKind.APPLIED, (1,), (vcpu,), changed_ids=(1,), mechanism="hotplug")
+    again = pickle.loads(pickle.dumps(outcome))
+    assert again == outcome
+    assert hash(again) == hash(outcome)
+    assert "core-id" in repr(outcome)
+    assert outcome.vcpu is vcpu
+    with pytest.raises(ValueError, match="about 0"):
+        _ = Outcome(OutcomeKind.APPLIED, ()).vcpu
+    with pytest.raises(AttributeError):
+        vcpu.props.x = 1
+
+
+def test_flags_have_the_rfcs_values():
+    values = {
+        "CURRENT": 0,
+        "LIVE": 1,
+        "CONFIG": 2,
+        "ENABLE": 4,
+        "DISABLE": 8,
+        "GUEST": 16,
+        "NUMA_NODE": 32,
+        "CORE": 64,
+    }
+    assert {name: int(flag) for name, flag in qmpvcpu.VcpuFlag.__members__.items()} == values

@@ -1,0 +1,432 @@
+"""The table of transitions: each path by hand, then every order of replies, events, losses and cancels."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+
+from qmpvcpu.core.events import Signal, SignalKind, interpret
+from qmpvcpu.core.model import Entity, Props
+from qmpvcpu.core.transaction import (
+    Add,
+    Cancelled,
+    Delete,
+    Expired,
+    ItemState,
+    Phase,
+    Poll,
+    Query,
+    Replied,
+    Snapshot,
+    Transaction,
+)
+
+
+def entity(first, plugged=False, size=1):
+    path = f"/machine/peripheral/vcpu{first}" if plugged else None
+    return Entity(tuple(range(first, first + size)), "t", Props({"core-id": first}), path, None, True)
+
+
+def kinds(effects):
+    return [type(effect).__name__ for effect in effects]
+
+
+def snap(*firsts):
+    return Snapshot(frozenset(firsts))
+
+
+def refused(first, reason="no"):
+    return Signal(SignalKind.GUEST_REFUSED, first, reason)
+
+
+def end(transaction):
+    assert transaction.phase is Phase.DONE
+    return transaction.result()
+
+
+def test_plugs_go_out_together_with_one_query_behind_them():
+    t = Transaction([entity(1), entity(2), entity(3)])
+    assert kinds(t.start()) == ["Add", "Add", "Add", "Query"]
+    for first in (1, 2, 3):
+        assert t.feed(Replied(first)) == []
+    assert t.phase is Phase.RUN
+    assert t.feed(snap(0, 1, 2, 3)) == []
+    assert (end(t).outcome, end(t).plugged) == ("applied", (1, 2, 3))
+
+
+def test_a_plug_that_is_not_in_the_query_is_a_failure():
+    t = Transaction([entity(1)])
+    t.start()
+    t.feed(Replied(1))
+    t.feed(snap(0))
+    assert (end(t).outcome, "not there" in end(t).failures[0].text) == ("failed", True)
+
+
+def test_a_failing_plug_undoes_the_others_and_each_undo_is_verified():
+    t = Transaction([entity(1), entity(2)])
+    t.start()
+    t.feed(Replied(1))
+    effects = t.feed(Replied(2, "GenericError", "taken"))
+    assert [(type(e), e.entity.first, e.undo) for e in effects] == [(Delete, 1, True)]
+    t.feed(snap(0, 1))
+    assert kinds(t.feed(Replied(1))) == ["Query"]
+    assert t.feed(snap(0, 1)) == []
+    assert t.phase is Phase.UNDO
+    assert kinds(t.feed(Signal(SignalKind.DELETED, 1))) == ["Query"]
+    t.feed(snap(0))
+    result = end(t)
+    assert (result.outcome, result.undone, result.remaining) == ("failed", (1,), ())
+    assert (result.failures[0].error_class, result.failures[0].text) == ("GenericError", "taken")
+
+
+@pytest.mark.parametrize("how", ["refused", "error", "silent"])
+def test_an_undo_that_fails_is_partial_and_names_what_stays(how):
+    t = Transaction([entity(1), entity(2)])
+    t.start()
+    t.feed(Replied(1))
+    t.feed(Replied(2, "GenericError", "taken"))
+    t.feed(snap(0, 1))
+    t.feed(Replied(1, "GenericError", "no") if how == "error" else Replied(1))
+    t.feed(snap(0, 1))
+    if how == "refused":
+        t.feed(refused(1))
+        t.feed(snap(0, 1))
+    if how == "silent":
+        t.feed(Expired())
+        t.feed(snap(0, 1))
+    result = end(t)
+    assert (result.outcome, result.remaining, result.undone) == ("partial", (1,), ())
+    assert result.pending == ((1,) if how == "silent" else ())
+
+
+def test_where_an_undo_is_forbidden_none_is_tried():
+    t = Transaction([entity(1), entity(2)], undo_forbidden="it kills QEMU")
+    t.start()
+    t.feed(Replied(1))
+    assert t.feed(Replied(2, "E", "taken")) == []
+    t.feed(snap(0, 1))
+    result = end(t)
+    assert (result.outcome, result.remaining, result.undo_forbidden) == ("partial", (1,), "it kills QEMU")
+
+
+def test_unplugs_are_asked_together_and_end_by_a_query_only():
+    t = Transaction([], [entity(1, True), entity(2, True)])
+    assert kinds(t.start()) == ["Delete", "Delete"]
+    assert kinds(t.feed(Replied(1))) == ["Query"]
+    t.feed(Replied(2))
+    assert kinds(t.feed(snap(0, 1, 2))) == ["Query"]  # asked for after the query had gone out
+    t.feed(snap(0, 1, 2))
+    assert kinds(t.feed(Signal(SignalKind.DELETED, 1))) == ["Query"]
+    assert t.feed(snap(0, 1, 2)) == []  # an event alone ends nothing
+    t.feed(Poll())
+    t.feed(snap(0, 2))
+    assert t.phase is Phase.RUN
+    t.feed(Signal(SignalKind.LOOK_AGAIN))
+    t.feed(snap(0))
+    assert (end(t).outcome, end(t).removed) == ("applied", (1, 2))
+
+
+def test_gone_before_the_reply_to_device_del():
+    t = Transaction([], [entity(8, True, 8)])
+    t.start()
+    t.feed(Signal(SignalKind.DELETED, 8))
+    assert kinds(t.feed(Replied(8))) == ["Query"]
+    t.feed(snap(0))
+    assert (end(t).outcome, end(t).removed) == ("applied", tuple(range(8, 16)))
+
+
+def test_device_not_found_is_gone_if_the_query_says_so():
+    t = Transaction([], [entity(1, True)])
+    t.start()
+    t.feed(Replied(1, "DeviceNotFound", "Device 'vcpu1' not found"))
+    t.feed(snap(0))
+    assert end(t).outcome == "applied"
+
+
+def test_an_error_of_device_del_is_a_failure_with_qemus_text():
+    t = Transaction([], [entity(1, True)])
+    t.start()
+    t.feed(Replied(1, "GenericError", "not supported"))
+    t.feed(snap(0, 1))
+    assert (end(t).outcome, end(t).failures[0].text) == ("failed", "not supported")
+
+
+def test_a_rejection_keeps_the_guests_reason_and_is_checked_by_a_query():
+    t = Transaction([], [entity(1, True)])
+    t.start()
+    t.feed(Replied(1))
+    t.feed(snap(0, 1))
+    assert kinds(t.feed(refused(1, "eject disabled"))) == ["Query"]
+    t.feed(snap(0, 1))
+    assert (end(t).outcome, end(t).rejections[0].text) == ("rejected", "eject disabled")
+
+
+def test_ejecting_is_no_end():
+    t = Transaction([], [entity(1, True)])
+    t.start()
+    t.feed(Replied(1))
+    t.feed(snap(0, 1))
+    assert t.feed(Signal(SignalKind.EJECTING, 1)) == []
+    assert t.waiting
+
+
+def test_at_the_deadline_one_last_query_decides_between_pending_and_done():
+    for last, outcome in ((snap(0, 1), "pending"), (snap(0), "applied")):
+        t = Transaction([], [entity(1, True)])
+        t.start()
+        t.feed(Replied(1))
+        t.feed(snap(0, 1))
+        assert kinds(t.feed(Expired())) == ["Query"]
+        t.feed(last)
+        assert end(t).outcome == outcome
+
+
+def test_async_ends_as_soon_as_qemu_took_it():
+    t = Transaction([], [entity(1, True)], wait=False)
+    t.start()
+    t.feed(Replied(1))
+    t.feed(snap(0, 1))
+    assert (end(t).outcome, end(t).pending) == ("requested", (1,))
+
+
+def test_a_reset_drops_what_was_asked_where_the_machine_is_a_pc():
+    for drops, phase in ((True, Phase.DONE), (False, Phase.RUN)):
+        t = Transaction([], [entity(1, True)], reset_drops_unplug=drops)
+        t.start()
+        t.feed(Replied(1))
+        t.feed(snap(0, 1))
+        t.feed(Signal(SignalKind.RESET, None, "the machine was reset"))
+        t.feed(snap(0, 1))
+        assert t.phase is phase
+
+
+def test_cancelled_plugs_are_undone_and_cancelled_unplugs_stay_pending():
+    t = Transaction([entity(1)], [entity(2, True)])
+    t.start()
+    assert t.feed(Cancelled()) == []
+    t.feed(Replied(1))
+    assert kinds(t.feed(Replied(2))) == ["Query", "Delete"] or t.phase is not Phase.DONE
+    t.feed(snap(0, 1, 2))
+    t.feed(Replied(1))
+    for _ in range(3):
+        t.feed(snap(0, 2))
+    assert (end(t).undone, end(t).pending, end(t).plugged) == ((1,), (2,), ())
+
+
+def test_plug_after_a_pending_unplug():
+    t = Transaction([], [], [entity(1, True)])
+    t.start()
+    assert t.waiting
+    t.feed(Poll())
+    assert kinds(t.feed(snap(0))) == ["Add"]
+    assert kinds(t.feed(Replied(1))) == ["Query"]
+    t.feed(snap(0, 1))
+    assert (end(t).outcome, end(t).plugged) == ("applied", (1,))
+
+
+def test_a_pending_unplug_that_the_guest_then_refused_leaves_it_enabled():
+    t = Transaction([], [], [entity(1, True)])
+    t.start()
+    t.feed(refused(1))
+    t.feed(snap(0, 1))
+    assert (end(t).outcome, end(t).kept, end(t).plugged) == ("applied", (1,), ())
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "signal"),
+    [
+        ("DEVICE_DELETED", {"device": "vcpu1", "path": "/machine/peripheral/vcpu1"}, (SignalKind.DELETED, 1)),
+        ("DEVICE_DELETED", {"path": "/machine/unattached/device[3]"}, (SignalKind.DELETED, 2)),
+        ("DEVICE_DELETED", {"path": "/machine/peripheral/vcpu1/lapic"}, (SignalKind.LOOK_AGAIN, None)),
+        ("DEVICE_DELETED", {"device": "vcpu4", "path": "/machine/peripheral/vcpu4"}, (SignalKind.DELETED, 4)),
+        ("DEVICE_UNPLUG_GUEST_ERROR", {"device": "vcpu1", "path": "x"}, (SignalKind.GUEST_REFUSED, 1)),
+        ("DEVICE_UNPLUG_GUEST_ERROR", {"device": "net0", "path": "x"}, None),
+        ("ACPI_DEVICE_OST", {"info": {"slot-type": "DIMM", "slot": "1", "source": 3, "status": 128}}, None),
+        ("RESET", {"guest": False}, (SignalKind.RESET, None)),
+        ("STOP", {}, None),
+        ("ACPI_DEVICE_OST", {}, None),
+    ],
+)
+def test_events_are_matched_by_id_or_exact_path(name, data, signal):
+    cold = Entity((2,), "t", Props({"core-id": 2}), "/machine/unattached/device[3]", None, True)
+    found = interpret(name, data, [entity(1, True), cold, entity(4)])
+    assert (None if found is None else (found.kind, found.first)) == signal
+
+
+@pytest.mark.parametrize(
+    ("source", "status", "kind", "words"),
+    [
+        (3, 132, SignalKind.EJECTING, None),
+        (3, 0, SignalKind.LOOK_AGAIN, None),
+        (3, 128, SignalKind.GUEST_REFUSED, "eject disabled"),
+        (3, 1, SignalKind.GUEST_REFUSED, "failed"),
+        (3, 999, SignalKind.GUEST_REFUSED, "unknown status 999"),
+        (1, 0, SignalKind.LOOK_AGAIN, None),
+    ],
+)
+def test_ost_codes_in_words(source, status, kind, words):
+    info = {"slot-type": "CPU", "slot": "1", "source": source, "status": status}
+    found = interpret("ACPI_DEVICE_OST", {"info": info}, [entity(0, True), entity(1, True)])
+    assert found.kind is kind
+    if words:
+        assert (found.first, words in found.reason) == (1, True)
+
+
+class World(RuleBasedStateMachine):
+    """A QEMU and a guest that do anything in any order; the transaction is told of it late, doubled or never."""
+
+    def __init__(self):
+        super().__init__()
+        self.slots = set()
+        self.asked = set()  # unplugs QEMU has taken and the guest has not ended
+        self.in_flight = []
+        self.expired_in = {}
+        self.cancelled = False
+        self.fed_after_expiry = 0
+
+    @initialize(
+        plugs=st.sets(st.integers(1, 4)),
+        unplugs=st.sets(st.integers(5, 8)),
+        awaited=st.sets(st.integers(9, 10)),
+        forbidden=st.sampled_from([None, "kills"]),
+        wait=st.booleans(),
+        drops=st.booleans(),
+    )
+    def begin(self, plugs, unplugs, awaited, forbidden, wait, drops):
+        self.plugs, self.unplugs, self.awaited, self.wait, self.drops = plugs, unplugs, awaited, wait, drops
+        self.slots = {0, *unplugs, *awaited}
+        self.asked = set(awaited)
+        self.t = Transaction(
+            [entity(n) for n in sorted(plugs)],
+            [entity(n, True) for n in sorted(unplugs)],
+            [entity(n, True) for n in sorted(awaited)],
+            undo_forbidden=forbidden,
+            wait=wait,
+            reset_drops_unplug=drops,
+        )
+        self.perform(self.t.start())
+
+    def perform(self, effects):
+        assert not (self.cancelled and any(type(e) is Add for e in effects)), "a new plug after a cancel"
+        self.in_flight += effects
+
+    def feed(self, happened):
+        if self.t.phase is not Phase.DONE:
+            self.perform(self.t.feed(happened))
+
+    @property
+    def open(self):
+        return hasattr(self, "t") and self.t.phase is not Phase.DONE
+
+    @precondition(lambda self: self.open and self.in_flight)
+    @rule(succeeds=st.booleans())
+    def qemu_answers_the_oldest(self, succeeds):
+        effect = self.in_flight.pop(0)
+        if isinstance(effect, Query):
+            self.feed(Snapshot(frozenset(self.slots)))
+            return
+        first = effect.entity.first
+        if isinstance(effect, Add):
+            if succeeds and first not in self.slots:
+                self.slots.add(first)
+                self.feed(Replied(first))
+            else:
+                self.feed(Replied(first, "GenericError", "no"))
+        elif succeeds and first in self.slots:
+            self.asked.add(first)
+            self.feed(Replied(first))
+        else:
+            self.feed(Replied(first, "DeviceNotFound", "gone"))
+
+    @precondition(lambda self: self.open and self.asked)
+    @rule(data=st.data(), told=st.sampled_from(["never", "once", "twice", "unclearly"]))
+    def guest_lets_go(self, data, told):
+        first = data.draw(st.sampled_from(sorted(self.asked)))
+        self.asked.discard(first)
+        self.slots.discard(first)
+        for _ in range({"never": 0, "once": 1, "twice": 2, "unclearly": 0}[told]):
+            self.feed(Signal(SignalKind.DELETED, first))
+        if told == "unclearly":
+            self.feed(Signal(SignalKind.LOOK_AGAIN))
+
+    @precondition(lambda self: self.open and self.asked)
+    @rule(data=st.data())
+    def guest_refuses(self, data):
+        first = data.draw(st.sampled_from(sorted(self.asked)))
+        self.asked.discard(first)
+        self.feed(refused(first))
+
+    @precondition(lambda self: self.open)
+    @rule(first=st.integers(0, 12), kind=st.sampled_from([SignalKind.EJECTING, SignalKind.DELETED]))
+    def a_stray_event_comes(self, first, kind):
+        self.feed(Signal(kind, first))
+
+    @precondition(lambda self: self.open and self.drops)
+    @rule()
+    def the_machine_is_reset(self):
+        self.asked.clear()
+        self.feed(Signal(SignalKind.RESET, None, "reset"))
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def time_goes_by(self):
+        self.feed(Poll())
+
+    @precondition(lambda self: self.open and not self.expired_in.get(self.t.phase))
+    @rule()
+    def the_deadline_comes(self):
+        self.expired_in[self.t.phase] = True
+        self.feed(Expired())
+
+    @precondition(lambda self: self.open and not self.cancelled)
+    @rule()
+    def the_caller_cancels(self):
+        self.cancelled = True
+        self.feed(Cancelled())
+
+    @precondition(lambda self: not self.open)
+    @rule()
+    def it_is_over(self):
+        pass
+
+    @invariant()
+    def nothing_is_claimed_that_the_slot_denies(self):
+        if not hasattr(self, "t"):
+            return
+        for first, state in self.t.states.items():
+            if state in (ItemState.REMOVED, ItemState.UNDONE):
+                assert first not in self.slots
+            if state is ItemState.PLUGGED:
+                assert first in self.slots
+        if self.t.phase is not Phase.DONE:
+            return
+        result = self.t.result()
+        if result.outcome == "applied" and not self.cancelled:
+            assert self.plugs <= self.slots
+            assert not self.unplugs & self.slots
+        # What QEMU was asked to let go and the guest has not ended is told, or was given up as rejected.
+        silent = self.asked - set(result.pending)
+        for first in silent:
+            assert self.t.states[first] in (ItemState.REJECTED, ItemState.UNDO_FAILED, ItemState.KEPT), first
+
+    def teardown(self):
+        """Whatever has happened, deadline and answers alone bring it to its end."""
+        if not hasattr(self, "t"):
+            return
+        for _ in range(200):
+            if self.t.phase is Phase.DONE:
+                return
+            if self.in_flight:
+                self.qemu_answers_the_oldest(succeeds=True)
+            elif not self.expired_in.get(self.t.phase):
+                self.expired_in[self.t.phase] = True
+                self.feed(Expired())
+            else:
+                raise AssertionError(f"stuck in {self.t.states}")
+        raise AssertionError("does not end")
+
+
+World.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
+TestEveryOrder = World.TestCase
