@@ -8,10 +8,10 @@ The names below are loaded when they are first used: importing qmpvcpu costs nex
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from qmpvcpu._version import __version__
 
+# Type checkers read this name as true; importing `typing` for it would cost more than the rest of this file.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qmpvcpu.core.model import DomainState, Entity, Outcome, Props, QemuVersion, Topology, Vcpu
     from qmpvcpu.core.plan import Plan

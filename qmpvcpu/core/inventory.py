@@ -155,22 +155,28 @@ def parse_hotpluggable_cpus(reply: object) -> tuple[HotpluggableCpu, ...]:
     return tuple(slots)
 
 
-def parse_cpus_fast(reply: object) -> tuple[CpuInfoFast, ...]:
-    """The reply of `query-cpus-fast`, checked, in QEMU's order, which is the order of plugging."""
-    command = "query-cpus-fast"
-    cpus = tuple(
-        CpuInfoFast(
-            cpu_index=_integer(command, row, "cpu-index"),
-            qom_path=_string(command, row, "qom-path"),
-            thread_id=_integer(command, row, "thread-id"),
-            props=None if row.get("props") is None else _props(command, row["props"]),
-        )
-        for row in _rows(command, reply)
-    )
+def parse_cpus_fast(reply: object, *, props: bool = True) -> tuple[CpuInfoFast, ...]:
+    """The reply of `query-cpus-fast`, checked, in QEMU's order, which is the order of plugging.
+
+    `props=False` leaves the props out: where there are slots, the slots say it.
+    """
+    cpus = tuple(_cpu(row, props) for row in _rows("query-cpus-fast", reply))
     # `-machine none` has no CPU at all.
     if len({cpu.qom_path for cpu in cpus}) != len(cpus):
-        raise _malformed(command, "two CPUs have one qom-path")
+        raise _malformed("query-cpus-fast", "two CPUs have one qom-path")
     return cpus
+
+
+def _cpu(row: Mapping[str, Any], props: bool) -> CpuInfoFast:
+    command = "query-cpus-fast"
+    index, path, thread_id = row.get("cpu-index"), row.get("qom-path"), row.get("thread-id")
+    if not (type(index) is type(thread_id) is int and type(path) is str and path and index >= 0 <= thread_id):
+        # Which of them it is; this is asked after every plug, so the good case takes the short way.
+        _integer(command, row, "cpu-index")
+        _string(command, row, "qom-path")
+        _integer(command, row, "thread-id")
+    found = _props(command, row["props"]) if props and row.get("props") is not None else None
+    return CpuInfoFast(index, path, thread_id, found)  # type: ignore[arg-type]
 
 
 def parse_version(greeting: object) -> QemuVersion:
@@ -215,7 +221,7 @@ class _Plugged:
         self.order: dict[str, int] = {}
         for cpu in cpus:
             # A ppc64 CPU is a child of its core: /machine/peripheral/vcpu8/thread[3].
-            key = _THREAD.sub("", cpu.qom_path)
+            key = _THREAD.sub("", cpu.qom_path) if "/thread[" in cpu.qom_path else cpu.qom_path
             self.by_path.setdefault(key, []).append(cpu)
             self.order.setdefault(key, len(self.order) + 1)
         for members in self.by_path.values():
@@ -297,7 +303,8 @@ def build_state(
         entities = _entities_without_slots(cpus, boot.topology)
     else:
         entities = _entities_of_slots(slots, can_unplug)
-    return _assemble(boot, entities, cpus, slots is not None, can_unplug, run_state, frozenset(pending))
+    plugged = _Plugged(cpus)
+    return _assemble(boot, entities, plugged, slots is not None, can_unplug, run_state, frozenset(pending))
 
 
 def refresh_state(
@@ -311,37 +318,41 @@ def refresh_state(
     Raises:
         InconsistentReplies: a CPU sits at a path no slot is known to have; `query-hotpluggable-cpus` is needed.
     """
-    paths = {_THREAD.sub("", cpu.qom_path) for cpu in cpus}
+    plugged = _Plugged(cpus)
     entities = []
     for entity in state.entities:
-        if entity.qom_path in paths:
+        if entity.qom_path in plugged.by_path:
             entities.append(entity)
             continue
         path = f"/machine/peripheral/{entity.device_id}"
-        plugged = path if path in paths else None
-        hotpluggable = state.can_plug and (plugged is None or (state.can_unplug and entity.first != 0))
-        entities.append(replace(entity, qom_path=plugged, hotpluggable=hotpluggable))
+        now = path if path in plugged.by_path else None
+        if now != entity.qom_path:
+            hotpluggable = state.can_plug and (now is None or (state.can_unplug and entity.first != 0))
+            entity = replace(entity, qom_path=now, hotpluggable=hotpluggable)
+        entities.append(entity)
     return _assemble(
         boot,
         tuple(entities),
-        cpus,
+        plugged,
         state.can_plug,
         state.can_unplug,
         state.run_state,
         frozenset(pending),
+        state.vcpus,
     )
 
 
 def _assemble(
     boot: BootFacts,
     entities: tuple[Entity, ...],
-    cpus: Sequence[CpuInfoFast],
+    plugged: _Plugged,
     can_plug: bool,
     can_unplug: bool,
     run_state: str | None,
     pending: frozenset[int],
+    known: Sequence[Vcpu] = (),
 ) -> DomainState:
-    plugged = _Plugged(cpus)
+    """`known` is what the vCPUs were; those that have not changed are taken over as they are."""
     paths = {entity.qom_path for entity in entities if entity.qom_path is not None}
     if paths != plugged.by_path.keys():
         odd = sorted(paths ^ plugged.by_path.keys())
@@ -352,11 +363,28 @@ def _assemble(
         )
     vcpus: list[Vcpu] = []
     for entity in entities:
+        first = known[entity.first] if entity.first < len(known) else None
+        if first is not None and entity.qom_path is None and not first.enabled:
+            vcpus += known[entity.first : entity.first + len(entity.ids)]
+            continue
         members = plugged.by_path[entity.qom_path] if entity.qom_path is not None else []
         if len(members) > len(entity.ids):
             raise _malformed("query-cpus-fast", f"{len(members)} CPUs at {entity.qom_path}")
         for number, vcpu_id in enumerate(entity.ids):
             cpu = members[number] if number < len(members) else None
+            order = plugged.order[entity.qom_path] if entity.qom_path is not None else None
+            thread_id = None if cpu is None or plugged.shared else cpu.thread_id
+            path = cpu.qom_path if cpu is not None else entity.qom_path
+            is_pending = entity.plugged and entity.first in pending
+            was = known[vcpu_id] if vcpu_id < len(known) else None
+            if was is not None and (was.order, was.thread_id, was.qom_path, was.pending) == (
+                order,
+                thread_id,
+                path,
+                is_pending,
+            ):
+                vcpus.append(was)
+                continue
             vcpus.append(
                 Vcpu(
                     id=vcpu_id,
@@ -364,11 +392,11 @@ def _assemble(
                     hotpluggable=entity.hotpluggable,
                     entity=entity.ids,
                     props=entity.props,
-                    order=plugged.order[entity.qom_path] if entity.qom_path is not None else None,
-                    node=entity.node if entity.node is not None else _node(cpu.props if cpu else None),
-                    qom_path=cpu.qom_path if cpu else entity.qom_path,
-                    thread_id=None if cpu is None or plugged.shared else cpu.thread_id,
-                    pending=entity.first in pending,
+                    order=order,
+                    node=entity.node,
+                    qom_path=path,
+                    thread_id=thread_id,
+                    pending=is_pending,
                 )
             )
     return DomainState(

@@ -91,6 +91,7 @@ def unplug_name(entity: Entity) -> str:
 def make_plan(state: DomainState, request: Request, known: Knowledge | None = None) -> Plan:
     """Select the vCPUs, find what is to be done, and collect every reason not to do it."""
     known = known or Knowledge()
+    enable, disable = request.enable, request.disable
     refusals = checks.check_flags(request.flags)
     targets, found = select(state, request)
     refusals += found
@@ -98,17 +99,17 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     unplugs: list[Entity] = []
     awaited: list[Entity] = []
     unchanged: list[int] = []
-    if not request.is_query and not (request.enable and request.disable):
+    if enable != disable:
         asked = set(targets)
         for entity in _entities(state, targets):
-            if request.enable and entity.first in known.pending and entity.plugged:
+            if enable and entity.first in known.pending and entity.plugged:
                 awaited.append(entity)
-            elif entity.plugged == request.enable:
+            elif entity.plugged == enable:
                 unchanged += [number for number in entity.ids if number in asked]
             else:
-                (plugs if request.enable else unplugs).append(entity)
-        moved = [*awaited, *plugs, *unplugs]
-        touched = [number for number in targets if any(number in entity.ids for entity in moved)]
+                (plugs if enable else unplugs).append(entity)
+        moved = {number for entity in (*awaited, *plugs, *unplugs) for number in entity.ids}
+        touched = [number for number in targets if number in moved]
         refusals += checks.check_whole_entities(state, touched, request.flags)
         refusals += checks.check_plug(state, plugs)
         refusals += checks.check_unplug(state, unplugs)

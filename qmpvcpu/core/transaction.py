@@ -37,6 +37,8 @@ __all__ = [
     "Query",
     "Replied",
     "Result",
+    "SETTLED",
+    "STILL_ASKED",
     "Snapshot",
     "TABLE",
     "Transaction",
@@ -131,6 +133,12 @@ _UNVERIFIED: Final = frozenset({S.ADDED})
 #: States that a reply ends.
 _IN_FLIGHT: Final = frozenset({S.ADDING, S.DELETING, S.UNDOING})
 _FAILED: Final = frozenset({S.NOT_ADDED, S.VANISHED, S.NOT_ASKED})
+#: At whatever moment it stops: QEMU may still carry out an unplug that it was asked for.
+STILL_ASKED: Final = frozenset(
+    {S.ASKED, S.PENDING, S.UNDOING, S.UNDO_ASKED, S.UNDO_PENDING, S.AWAITING, S.DELETING}
+)
+#: No unplug is open any more.
+SETTLED: Final = frozenset({S.REMOVED, S.REJECTED, S.KEPT, S.UNDONE, S.UNDO_FAILED, S.PLUGGED})
 _LEFT_PLUGGED: Final = frozenset({S.ADDED, S.PLUGGED, S.UNDO_FAILED, S.UNDO_PENDING})
 
 

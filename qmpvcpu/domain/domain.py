@@ -8,7 +8,6 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from contextlib import suppress
 from dataclasses import replace
 from types import TracebackType
 from typing import Any
@@ -19,7 +18,7 @@ from qmpvcpu.core.model import DomainState, Outcome, Vcpu, format_ids
 from qmpvcpu.core.outcome import conclude, queried, unchanged
 from qmpvcpu.core.plan import Plan, make_plan, select
 from qmpvcpu.core.request import Knowledge, Request
-from qmpvcpu.core.transaction import Result, Transaction
+from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, Result, Transaction
 from qmpvcpu.domain.drive import Drive
 from qmpvcpu.domain.read import Reader, firmware_runs, has_x2apic, open_reader, run_state
 from qmpvcpu.errors import (
@@ -433,46 +432,21 @@ class Domain:
         )
         drive = Drive(transaction, monitor, self._look, timeout)
         entities = (*plan.awaited, *plan.plugs, *plan.unplugs)
-        running = asyncio.create_task(drive.run(entities), name=f"qmpvcpu {self.name}")
         try:
-            await _to_the_end(running, drive)
-        finally:
-            self._pending |= {
-                first
-                for first, item in transaction.states.items()
-                if item.name in ("ASKED", "PENDING", "UNDO_ASKED", "UNDO_PENDING", "AWAITING", "DELETING")
-            }
-            self._pending -= {
-                first
-                for first, item in transaction.states.items()
-                if item.name in ("REMOVED", "REJECTED", "KEPT", "UNDONE", "PLUGGED")
-            }
-        try:
-            return running.result()
+            return await drive.run(entities)
         except VcpuConnectionError as error:
             raise _lost_on_the_way(error, plan, transaction) from error
+        finally:
+            for first, state_now in transaction.states.items():
+                if state_now in STILL_ASKED:
+                    self._pending.add(first)
+                elif state_now in SETTLED:
+                    self._pending.discard(first)
 
 
 def _check_timeout(timeout: float) -> None:
     if not 0 <= timeout <= 86400 * 365:
         raise VcpuUsageError(f"a timeout of {timeout} s makes no sense", hint="give seconds, 0 or more")
-
-
-async def _to_the_end(running: asyncio.Task[Result], drive: Drive) -> None:
-    """Wait for the drive; a first cancel lets it undo, a second one stops it."""
-    try:
-        await asyncio.wait([running])
-    except asyncio.CancelledError:
-        drive.cancel()
-        try:
-            await asyncio.wait([running])
-        finally:
-            running.cancel()
-            with suppress(asyncio.CancelledError):
-                await asyncio.wait([running])
-            if not running.cancelled():
-                running.exception()  # seen: the cancellation is what goes on
-        raise
 
 
 def _lost_on_the_way(error: VcpuConnectionError, plan: Plan, transaction: Transaction) -> VcpuConnectionError:

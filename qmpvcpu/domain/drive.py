@@ -58,16 +58,17 @@ class Drive:
         self._monitor = monitor
         self._look = look
         self._timeout = timeout
-        self._inbox: asyncio.Queue[Input | BaseException] = asyncio.Queue()
         self._tasks: set[asyncio.Task[None]] = set()
         self._entities: tuple[Entity, ...] = ()
-
-    def cancel(self) -> None:
-        """The caller was cancelled: begin nothing new, undo the plugs; `run` then ends by itself."""
-        self._inbox.put_nowait(Cancelled())
+        self._waker: asyncio.Future[None] | None = None
+        self._failure: BaseException | None = None
+        self._cancelled: asyncio.CancelledError | None = None
 
     async def run(self, entities: Iterable[Entity]) -> Result:
         """Carry the transaction to its end. `entities`: those it is about.
+
+        Cancelled: nothing new begins, plugs are undone within `UNDO_SECONDS`, asked unplugs stay pending, then
+        CancelledError goes on. A second cancel stops at once.
 
         Raises:
             VcpuConnectionError: the connection was lost, or QEMU stopped answering.
@@ -75,61 +76,104 @@ class Drive:
         self._entities = tuple(entities)
         try:
             with self._monitor.listen(self._sink):
-                await self._loop()
+                await self._begin()
+                await self._keep_time()
         finally:
-            for task in self._tasks:
+            unfinished = [task for task in self._tasks if not task.done()]
+            for task in unfinished:
                 task.cancel()
-            if self._tasks:
-                await asyncio.wait(self._tasks)
+            if unfinished:
+                await asyncio.wait(unfinished)
+        if self._cancelled is not None:
+            raise self._cancelled
         return self._transaction.result()
 
-    async def _loop(self) -> None:
+    async def _begin(self) -> None:
+        """The first effects. A query behind plugs is awaited here: for nearly every plug it is the last word, and
+        what is left out, a task and a turn of the loop, is a good part of what a plug costs in Python.
+        """
+        effects = self._transaction.start()
+        if not effects or not isinstance(effects[-1], Query):
+            self._perform(effects)
+            return
+        self._perform(effects[:-1])
+        # The tasks have not run yet: let them send first.
+        await asyncio.sleep(0)
+        try:
+            await self._do(effects[-1])
+        except asyncio.CancelledError as error:
+            self._cancelled = error
+            self._perform(effects[-1:])
+            self._take(Cancelled())
+
+    async def _keep_time(self) -> None:
+        """Sleep until the transaction is done, feeding it what time brings: polls, deadlines, a cancel."""
         transaction = self._transaction
         now = asyncio.get_running_loop().time
-        deadline = now() + self._timeout
-        phase = Phase.RUN
-        poll = _POLL_FIRST
-        expired = False
-        self._perform(transaction.start())
+        deadline: float | None = now() + (self._timeout if self._cancelled is None else UNDO_SECONDS)
+        phase = transaction.phase
+        poll, poll_at = _POLL_FIRST, now() + _POLL_FIRST
         while transaction.phase is not Phase.DONE:
             if transaction.phase is not phase:
-                phase = transaction.phase
-                deadline = max(deadline, now() + UNDO_SECONDS)
-                expired = False
-            happened = await self._next(None if expired else deadline, poll)
-            if isinstance(happened, Poll):
-                poll = min(poll * 2, _POLL_MOST)
-            elif isinstance(happened, Expired):
-                expired = True
-            elif isinstance(happened, Cancelled):
-                deadline = now() + UNDO_SECONDS
-            self._perform(transaction.feed(happened))
-
-    async def _next(self, deadline: float | None, poll: float) -> Input:
-        if self._inbox.empty():
-            loop = asyncio.get_running_loop()
-            polls_at = loop.time() + poll if self._transaction.waiting else None
-            wakes = [when for when in (deadline, polls_at) if when is not None]
+                phase, deadline = transaction.phase, max(deadline or 0.0, now() + UNDO_SECONDS)
+            wakes = [deadline] if deadline is not None else []
+            if transaction.waiting:
+                wakes.append(poll_at)
             try:
-                async with asyncio.timeout_at(min(wakes) if wakes else None):
-                    happened = await self._inbox.get()
-            except TimeoutError:
-                if deadline is not None and loop.time() >= deadline:
-                    return Expired()
-                return Poll()
-        else:
-            happened = self._inbox.get_nowait()
-        if isinstance(happened, BaseException):
-            raise happened
-        return happened
+                await self._sleep(min(wakes, default=None))
+            except asyncio.CancelledError as error:
+                if self._cancelled is not None:
+                    raise
+                self._cancelled = error
+                deadline = now() + UNDO_SECONDS
+                self._take(Cancelled())
+            if deadline is not None and now() >= deadline:
+                deadline = None
+                self._take(Expired())
+            elif now() >= poll_at:
+                poll = min(poll * 2, _POLL_MOST)
+                poll_at = now() + poll
+                self._take(Poll())
+            if self._failure is not None:
+                raise self._failure
+
+    async def _sleep(self, until: float | None) -> None:
+        """Until `_wake`, or that moment of the loop's clock."""
+        if self._failure is not None:
+            return
+        self._waker = asyncio.get_running_loop().create_future()
+        try:
+            async with asyncio.timeout_at(until):
+                await self._waker
+        except TimeoutError:
+            pass
+        finally:
+            self._waker = None
+
+    def _take(self, happened: Input) -> None:
+        """Feed the transaction at once, in the order in which things arrive, and do what it says."""
+        if self._failure is not None:
+            return
+        phase, waiting = self._transaction.phase, self._transaction.waiting
+        try:
+            self._perform(self._transaction.feed(happened))
+        except Exception as error:  # noqa: BLE001 - raised where `run` is awaited
+            self._failure = error
+        if self._failure or (phase, waiting) != (self._transaction.phase, self._transaction.waiting):
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
 
     def _sink(self, event: MonitorEvent | VcpuConnectionError) -> None:
         if isinstance(event, VcpuConnectionError):
-            self._inbox.put_nowait(event)
+            self._failure = self._failure or event
+            self._wake()
             return
         signal = interpret(event.name, event.data, self._entities)
         if signal is not None:
-            self._inbox.put_nowait(signal)
+            self._take(signal)
 
     def _perform(self, effects: list[Effect]) -> None:
         """Send all of them now, in this order; QEMU answers in this order."""
@@ -140,11 +184,10 @@ class Drive:
 
     async def _do(self, effect: Effect) -> None:
         try:
-            self._inbox.put_nowait(await self._answer(effect))
-        except asyncio.CancelledError:
-            raise
-        except BaseException as error:  # noqa: BLE001 - it is raised where the loop waits
-            self._inbox.put_nowait(error)
+            self._take(await self._answer(effect))
+        except Exception as error:  # noqa: BLE001 - raised where `run` is awaited
+            self._failure = self._failure or error
+            self._wake()
 
     async def _answer(self, effect: Effect) -> Input:
         if isinstance(effect, Query):

@@ -53,7 +53,8 @@ class Reader:
                     slots = parse_hotpluggable_cpus(slots_reply)
                 else:
                     slots, cpus_reply = None, await self._monitor.query_cpus_fast()
-                return build_state(self.boot, slots, parse_cpus_fast(cpus_reply), pending=pending)
+                cpus = parse_cpus_fast(cpus_reply, props=slots is None)
+                return build_state(self.boot, slots, cpus, pending=pending)
             except InconsistentReplies:
                 if attempt == _TRIES - 1:
                     raise
@@ -64,7 +65,7 @@ class Reader:
     async def fast(self, state: DomainState, pending: Iterable[int] = ()) -> DomainState:
         """`query-cpus-fast` alone; both queries where it shows that a CPU has gone, or come from elsewhere."""
         try:
-            cpus = parse_cpus_fast(await self._monitor.query_cpus_fast())
+            cpus = parse_cpus_fast(await self._monitor.query_cpus_fast(), props=False)
             fresh = refresh_state(state, self.boot, cpus, pending=pending)
         except InconsistentReplies:
             return await self.full(pending)
@@ -177,7 +178,7 @@ async def firmware_runs(monitor: Monitor) -> bool | None:
         registers = _MSR.findall(text) if isinstance(text, str) else []
         if not registers:
             return None
-        # A CPU that the kernel has taken offline stays in real mode (RTAS stop-self): one that translates is enough.
+        # A CPU that the kernel took offline stays in real mode (RTAS stop-self): one that translates is enough.
         if any(int(msr, 16) & _MSR_IR for msr in registers):
             return False
         await asyncio.sleep(_FIRMWARE_PAUSE)

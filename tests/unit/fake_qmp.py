@@ -1,4 +1,4 @@
-"""A scripted QMP server, for what real QEMU cannot be made to do: lies, silence, garbage, closing at a bad moment."""
+"""A scripted QMP server, for what real QEMU cannot be made to do: lies, silence, garbage, closing at a bad time"""
 
 from __future__ import annotations
 

@@ -129,7 +129,8 @@ def test_a_plug_seen_by_the_fast_query_alone_gives_the_same_state_as_both(machin
         if sum("qom-path" in s and s["qom-path"] == path for s in slots):
             return  # an unrelated CPU already sits at this path
         expected = state_of(boot, full_slots, fast + more)
-        assert refresh_state(state, boot, parse_cpus_fast(fast + more)) == expected
+        cpus = parse_cpus_fast(fast + more)
+        assert refresh_state(state, boot, cpus) == expected
 
 
 @given(machines())

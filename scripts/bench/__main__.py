@@ -1,0 +1,143 @@
+"""scripts/bench: ratios of medians of interleaved pairs, in one run and one interpreter; nothing is a timed test.
+
+scripts/bench                 everything
+scripts/bench import enable   only these
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Awaitable, Callable
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import qmpvcpu
+from qmpvcpu.app.cache import cache_folder
+from qmpvcpu.host.rights import kvm_state
+from qmpvcpu.qemu.process import run_qemu
+from scripts.bench.raw import RawQmp
+
+PAIRS = 30
+
+
+def report(name: str, ours: list[float], other: list[float], limit: float | None, *, unit: str = "ms") -> bool:
+    a, b = statistics.median(ours), statistics.median(other)
+    ratio = a / b
+    verdict = "" if limit is None else f"  (at most {limit:.2f}: {'holds' if ratio <= limit else 'MISSED'})"
+    print(f"{name}: {a * 1000:.2f} / {b * 1000:.2f} {unit} = {ratio:.2f}{verdict}, {len(ours)} pairs", flush=True)
+    return limit is None or ratio <= limit
+
+
+def timed_process(command: list[str]) -> float:
+    began = time.perf_counter()
+    subprocess.run(command, check=True, stdout=subprocess.DEVNULL)
+    return time.perf_counter() - began
+
+
+def bench_import() -> bool:
+    """`import qmpvcpu` against `import qemu.qmp`, and `qmpvcpu --version` against `python -c pass`."""
+    python = sys.executable
+    ours, qemu_qmp, version, nothing = [], [], [], []
+    command = Path(python).with_name("qmpvcpu")
+    for _ in range(PAIRS):
+        ours.append(timed_process([python, "-c", "import qmpvcpu"]))
+        qemu_qmp.append(timed_process([python, "-c", "import qemu.qmp"]))
+        version.append(timed_process([str(command), "--version"]))
+        nothing.append(timed_process([python, "-c", "pass"]))
+    good = report("import qmpvcpu / import qemu.qmp", ours, qemu_qmp, 1.3)
+    return report("qmpvcpu --version / python -c pass", version, nothing, 3.0) and good
+
+
+@asynccontextmanager
+async def machine(accel: str, smp: str):
+    arguments = ["-S", "-nodefaults", "-display", "none", "-no-user-config", "-machine", "q35", "-cpu", "qemu64"]
+    arguments += ["-accel", accel, "-smp", smp, "-m", "64"]
+    binary = cache_folder() / "qemu" / "10.0" / "bin" / "qemu-system-x86_64"
+    async with run_qemu(str(binary), arguments) as qemu:
+        yield qemu
+
+
+def slots_of(state: qmpvcpu.DomainState) -> list[qmpvcpu.Entity]:
+    return [entity for entity in state.entities if not entity.plugged]
+
+
+async def bench_enable(accel: str) -> bool:
+    """One enable over a held connection / device_add + query-cpus-fast on a bare socket, each pair on two QEMUs.
+
+    Two equal machines are filled in step, ours and raw taking turns to go first, so that both see the same growth.
+    """
+    ours, raw = [], []
+    for round_number in range(4):
+        async with machine(accel, "1,maxcpus=17") as left, machine(accel, "1,maxcpus=17") as right:
+            with RawQmp(right.qmp) as bare:
+                async with qmpvcpu.connect(left.qmp) as domain:
+                    for number, entity in enumerate(slots_of(await domain.state())):
+
+                        async def we() -> None:
+                            began = time.perf_counter()
+                            await domain.enable(entity.first)  # noqa: B023
+                            ours.append(time.perf_counter() - began)
+
+                        async def they() -> None:
+                            began = time.perf_counter()
+                            bare.device_add(entity)  # noqa: B023
+                            bare.command("query-cpus-fast")
+                            raw.append(time.perf_counter() - began)
+
+                        turns: list[Callable[[], Awaitable[None]]] = [we, they]
+                        for turn in turns if (number + round_number) % 2 else reversed(turns):
+                            await turn()
+    return report(f"{accel}: one enable / raw device_add + query-cpus-fast", ours, raw, 1.25)
+
+
+async def bench_fill(accel: str, pairs: int) -> bool:
+    """1 to 240 in one call / the same commands written at once to a bare socket and then read."""
+    ours, raw = [], []
+    for number in range(pairs):
+        async with machine(accel, "1,maxcpus=240") as left, machine(accel, "1,maxcpus=240") as right:
+            with RawQmp(right.qmp) as bare:
+                async with qmpvcpu.connect(left.qmp) as domain:
+                    entities = slots_of(await domain.state())
+
+                    async def we() -> None:
+                        began = time.perf_counter()
+                        await domain.enable([entity.first for entity in entities], timeout=300)  # noqa: B023
+                        ours.append(time.perf_counter() - began)
+
+                    async def they() -> None:
+                        began = time.perf_counter()
+                        bare.pipeline(entities)  # noqa: B023
+                        raw.append(time.perf_counter() - began)
+
+                    turns: list[Callable[[], Awaitable[None]]] = [we, they]
+                    for turn in turns if number % 2 else reversed(turns):
+                        await turn()
+    return report(f"{accel}: 1 to 240 in one call / raw pipelined", ours, raw, 1.10)
+
+
+def main() -> int:
+    chosen = sys.argv[1:] or ["import", "enable", "fill"]
+    good = True
+    if "import" in chosen:
+        good &= bench_import()
+    kvm, why = kvm_state()
+    for accel in ("kvm", "tcg"):
+        for name in ("enable", "fill"):
+            if name not in chosen:
+                continue
+            if accel == "kvm" and not kvm:
+                print(f"kvm: {name}: not measured ({why})")
+                continue
+            pairs = int(os.environ.get("QMPVCPU_BENCH_PAIRS", PAIRS))
+            bench = bench_enable(accel) if name == "enable" else bench_fill(accel, pairs)
+            good &= asyncio.run(bench)
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,399 @@
+"""Whole calls on a scripted QEMU: what the caller gets, what QEMU was sent, and what the slots are afterwards."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+import qmpvcpu
+from qmpvcpu import VcpuFlag
+from tests.unit.fake_qemu import BOOT_PATH, FakeQemu, error
+from tests.unit.fake_qmp import answering, serve
+
+
+@pytest.fixture
+def running(tmp_path):
+    @asynccontextmanager
+    async def start(qemu, **options):
+        async with serve(tmp_path, qemu.script) as path, qmpvcpu.connect(path, **options) as domain:
+            yield domain
+
+    return start
+
+
+def when_sent(qemu, name, count=1):
+    """An Event that is set once QEMU has read that many commands of this name."""
+    reached = asyncio.Event()
+    before = qemu.hook
+
+    def hook(connection, command):
+        if len(qemu.sent(name)) >= count:
+            reached.set()
+        return before(connection, command)
+
+    qemu.hook = hook
+    return reached
+
+
+async def test_plugs_go_out_with_the_slots_props_and_our_device_id(running):
+    qemu = FakeQemu()
+    async with running(qemu) as domain:
+        outcome = await domain.enable([3, 1])
+    assert (outcome.outcome, outcome.changed_ids, outcome.mechanism) == ("applied", (1, 3), "hotplug")
+    assert [row.enabled for row in outcome.rows] == [True, True]
+    assert qemu.sent("device_add") == [
+        {"driver": "t-cpu", "id": f"vcpu{n}", "socket-id": n, "core-id": 0, "thread-id": 0} for n in (1, 3)
+    ]
+
+
+async def test_what_is_so_already_is_applied_and_unchanged(running):
+    qemu = FakeQemu(plugged=(1,))
+    async with running(qemu) as domain:
+        for outcome in (await domain.enable([0, 1]), await domain.disable(2)):
+            assert (outcome.outcome, outcome.changed, outcome.mechanism) == ("applied", False, None)
+    assert not qemu.sent("device_add") + qemu.sent("device_del")
+
+
+async def test_a_refused_call_sends_nothing_and_gives_every_reason(running):
+    qemu = FakeQemu()
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuRefused) as caught:
+            await domain.disable([0, 9])
+    assert [refusal.code for refusal in caught.value.refusals] == ["range", "boot-cpu"]
+    assert not qemu.sent("device_del")
+
+
+@pytest.mark.parametrize("flag", [VcpuFlag.CONFIG, VcpuFlag.GUEST])
+async def test_what_this_connection_cannot_serve_is_refused_for_queries_and_changes(running, flag):
+    qemu = FakeQemu()
+    async with running(qemu) as domain:
+        for wanted in (flag, flag | VcpuFlag.ENABLE):
+            with pytest.raises(qmpvcpu.VcpuRefused):
+                await domain.vcpu(1, wanted)
+    assert not qemu.sent("device_add")
+
+
+async def test_a_failing_plug_undoes_the_others_by_path_and_looks_again(running):
+    qemu = FakeQemu()
+    qemu.add_errors = {2: "Duplicate device ID 'vcpu2'"}
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuFailed) as caught:
+            await domain.enable([1, 2, 3])
+        assert set(qemu.paths) == {0}
+        assert [vcpu.enabled for vcpu in await domain.vcpus()] == [True, False, False, False]
+    failure = caught.value
+    assert (failure.undone, failure.changed_ids, failure.qmp_class) == ((1, 3), (), "GenericError")
+    assert failure.qmp_text == "Duplicate device ID 'vcpu2'"
+    assert failure.hint
+    assert [a["id"] for a in qemu.sent("device_del")] == ["/machine/peripheral/vcpu1", "/machine/peripheral/vcpu3"]
+
+
+@pytest.mark.parametrize("how", ["refused", "error"])
+async def test_an_undo_that_does_not_succeed_is_partial_and_names_what_stays(running, how):
+    qemu = FakeQemu()
+    qemu.add_errors = {2: "no"}
+    qemu.on_delete = {1: how}
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuPartial) as caught:
+            await domain.enable([1, 2])
+    assert (caught.value.remaining, caught.value.changed_ids, caught.value.undone) == ((1,), (1,), ())
+    assert 1 in qemu.paths
+
+
+async def test_an_undo_is_not_tried_where_it_is_known_to_kill_qemu(running):
+    qemu = FakeQemu(plugged=(3,), kvm=False)
+    qemu.one_thread = True
+    qemu.add_errors = {2: "no"}
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuPartial, match="qemu_thread_join") as caught:
+            await domain.enable([1, 2])
+    assert caught.value.remaining == (1,)
+    assert not qemu.sent("device_del")
+
+
+@pytest.mark.parametrize("how", ["gone", "gone-silently"])
+async def test_an_unplug_is_done_when_the_slot_is_empty_with_an_event_or_without(running, how):
+    qemu = FakeQemu(plugged=(1, 2))
+    qemu.on_delete = {1: how, 2: how}
+    async with running(qemu) as domain:
+        outcome = await domain.disable([1, 2])
+        assert domain.pending_ids == ()
+    assert (outcome.outcome, outcome.changed_ids) == ("applied", (1, 2))
+    assert [a["id"] for a in qemu.sent("device_del")] == ["vcpu1", "vcpu2"]
+
+
+async def test_an_unplug_is_found_out_by_looking_when_its_event_was_lost(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    looked = when_sent(qemu, "query-cpus-fast", 4)
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.disable(1))
+        await looked.wait()
+        qemu.let_go(1, tell=False)
+        assert (await task).outcome == "applied"
+
+
+async def test_a_guest_that_refuses_is_rejected_with_its_reason_and_nothing_stays_pending(running):
+    qemu = FakeQemu(plugged=(1, 2))
+    qemu.on_delete = {1: "refused"}
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuRejected) as caught:
+            await domain.disable([1, 2])
+        assert domain.pending_ids == ()
+    assert "eject disabled" in caught.value.reasons[1]
+    assert caught.value.changed_ids == (2,)
+
+
+@pytest.mark.parametrize("timeout", [0, 0.1])
+async def test_an_unplug_that_has_not_ended_at_the_deadline_is_pending(running, timeout):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    qemu.status = "paused"
+    async with running(qemu) as domain:
+        outcome = await domain.disable(1, timeout=timeout)
+        assert (outcome.outcome, outcome.pending, outcome.changed) == ("pending", (1,), False)
+        assert "paused" in outcome.messages[-1]
+        assert domain.pending_ids == (1,)
+        assert [vcpu.pending for vcpu in await domain.vcpus()] == [False, True, False, False]
+        qemu.let_go(1)
+        assert not (await domain.vcpus())[1].pending
+        assert domain.pending_ids == ()
+
+
+async def test_without_waiting_an_unplug_is_requested(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        outcome = await domain.disable(1, wait=False)
+        assert (outcome.outcome, outcome.pending, domain.pending_ids) == ("requested", (1,), (1,))
+
+
+async def test_a_reset_drops_a_pending_unplug_of_a_pc(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        await domain.disable(1, wait=False)
+        qemu.connections[0].event("RESET", guest=False)
+        assert not (await domain.vcpus())[1].pending
+        assert domain.pending_ids == ()
+
+
+async def test_enabling_a_vcpu_that_is_leaving_waits_for_its_end_and_plugs_it_again(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        await domain.disable(1, wait=False)
+        looked = when_sent(qemu, "query-cpus-fast", len(qemu.sent("query-cpus-fast")) + 2)
+        task = asyncio.create_task(domain.enable(1))
+        await looked.wait()
+        assert not qemu.sent("device_add")
+        qemu.let_go(1)
+        outcome = await task
+        assert (outcome.outcome, outcome.changed_ids, domain.pending_ids) == ("applied", (1,), ())
+    assert len(qemu.sent("device_add")) == 1
+
+
+async def test_enabling_a_vcpu_that_then_stays_is_applied_and_says_so(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        await domain.disable(1, wait=False)
+        looked = when_sent(qemu, "query-cpus-fast", len(qemu.sent("query-cpus-fast")) + 2)
+        task = asyncio.create_task(domain.enable(1))
+        await looked.wait()
+        qemu.refuse(1)
+        outcome = await task
+        assert (outcome.outcome, outcome.changed, domain.pending_ids) == ("applied", False, ())
+    assert "did not happen" in outcome.messages[-1]
+
+
+async def test_enabling_a_vcpu_that_does_not_leave_in_time_is_pending(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        await domain.disable(1, wait=False)
+        outcome = await domain.enable(1, timeout=0.05)
+        assert (outcome.outcome, domain.pending_ids) == ("pending", (1,))
+    assert not qemu.sent("device_add")
+
+
+async def test_an_error_of_device_del_is_failed_and_leaves_nothing_pending(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "error"}
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuFailed, match="not supported device type") as caught:
+            await domain.disable(1)
+        assert domain.pending_ids == ()
+    assert "kernel has booted" in caught.value.hint
+
+
+async def test_a_connection_lost_in_the_middle_says_how_far_it_came(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "close"}
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="vCPU 1: device_del sent") as caught:
+            await domain.disable(1)
+        assert caught.value.reason == "closed"
+        assert domain.pending_ids == (1,)
+        with pytest.raises(qmpvcpu.VcpuConnectionError):
+            await domain.vcpus()
+        qemu.paths.pop(1)
+        await domain.reconnect()
+        assert not (await domain.vcpus())[1].enabled
+        assert domain.pending_ids == ()
+
+
+async def test_a_cancelled_plug_is_undone_before_the_cancellation_goes_on(running):
+    qemu = FakeQemu()
+    held = []
+    qemu.hook = lambda connection, command: bool(
+        command["execute"] == "device_add"
+        and command["arguments"]["socket-id"] == 2
+        and (held.append((connection, command)) or sent.set() or True)
+    )
+    sent = asyncio.Event()
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.enable([1, 2]))
+        await sent.wait()
+        task.cancel()
+        assert 1 in qemu.paths
+        error(*held[0], "no")
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert set(qemu.paths) == {0}
+        assert [vcpu.enabled for vcpu in await domain.vcpus()][1:] == [False] * 3
+
+
+async def test_a_second_cancel_stops_waiting_for_the_undo_and_it_stays_pending(running):
+    qemu = FakeQemu()
+    qemu.add_errors = {2: "no"}
+    qemu.on_delete = {1: "silence"}
+    undoing = when_sent(qemu, "device_del")
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.enable([1, 2]))
+        await undoing.wait()
+        task.cancel()
+        looks = len(qemu.sent("query-cpus-fast"))
+        looked = when_sent(qemu, "query-cpus-fast", looks + 1)
+        await looked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert domain.pending_ids == (1,)
+        assert (await domain.vcpus())[1].enabled
+
+
+async def test_a_cancelled_unplug_stays_pending_and_the_domain_usable(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    asked = when_sent(qemu, "query-cpus-fast", 3)
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.disable(1))
+        await asked.wait()
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert domain.pending_ids == (1,)
+        assert (await domain.enable(2)).outcome == "applied"
+
+
+async def test_cancelled_before_the_first_effect_nothing_is_sent(running):
+    qemu = FakeQemu()
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.enable(1))
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert not qemu.sent("device_add")
+
+
+async def test_operations_on_one_domain_queue(running):
+    qemu = FakeQemu()
+    async with running(qemu) as domain:
+        first, second, third = await asyncio.gather(domain.enable(1), domain.disable(1), domain.enable(1))
+    assert [outcome.changed for outcome in (first, second, third)] == [True, True, True]
+    changes = [name for name, _ in qemu.commands if name.startswith("device_")]
+    assert changes == ["device_add", "device_del", "device_add"]
+
+
+async def test_a_cpu_that_another_client_removes_between_two_queries_is_asked_for_again(running):
+    qemu = FakeQemu(plugged=(1,))
+
+    def hook(connection, command):
+        # Gone between the answer to the first query and the second.
+        if command["execute"] == "query-cpus-fast":
+            qemu.paths.pop(1, None)
+
+    async with running(qemu) as domain:
+        qemu.hook = hook
+        assert [vcpu.enabled for vcpu in await domain.vcpus()] == [True, False, False, False]
+
+
+async def test_replies_that_never_agree_end_in_an_error_and_not_in_a_loop(running):
+    qemu = FakeQemu(plugged=(1,))
+    async with running(qemu) as domain:
+        qemu.hook = lambda connection, command: (
+            command["execute"] == "query-cpus-fast" and connection.reply(command, []) is None
+        )
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="do not agree") as caught:
+            await domain.vcpus()
+    assert caught.value.hint
+
+
+async def test_of_several_addresses_the_first_that_answers_is_taken(tmp_path):
+    async with serve(tmp_path, FakeQemu().script) as path:
+        async with qmpvcpu.connect(qmp=[str(tmp_path / "nowhere"), path]) as domain:
+            assert len(await domain.vcpus()) == 4
+    with pytest.raises(qmpvcpu.VcpuConnectionError, match="no QMP address answers"):
+        async with qmpvcpu.connect(qmp=[str(tmp_path / "nowhere"), str(tmp_path / "neither")]):
+            pass
+
+
+async def test_a_domain_is_entered_once_and_useless_outside(running):
+    qemu = FakeQemu()
+    async with running(qemu) as domain:
+        assert "connected" in repr(domain)
+        with pytest.raises(qmpvcpu.VcpuUsageError):
+            await domain.__aenter__()
+    assert "closed" in repr(domain)
+    for call in (domain.vcpus(), domain.enable(1), domain.vcpu(1)):
+        with pytest.raises(qmpvcpu.VcpuConnectionError) as caught:
+            await call
+        assert caught.value.reason == "closed"
+
+
+async def test_a_server_that_knows_no_command_is_no_domain(tmp_path):
+    script = answering(lambda connection, command: error(connection, command, "what?", "CommandNotFound"))
+    async with serve(tmp_path, script) as path:
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="query-target") as caught:
+            async with qmpvcpu.connect(path):
+                pass
+    assert caught.value.reason == "malformed"
+
+
+@pytest.mark.parametrize("timeout", [-1, float("nan"), float("inf")])
+async def test_a_timeout_that_makes_no_sense_is_usage(running, timeout):
+    qemu = FakeQemu()
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuUsageError):
+            await domain.enable(1, timeout=timeout)
+
+
+@pytest.mark.parametrize("ids", [[], ["1"], [True], [1.0], "1"])
+async def test_ids_that_are_no_integers_are_usage(running, ids):
+    qemu = FakeQemu()
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuUsageError):
+            await domain.enable(ids)
+
+
+async def test_a_plan_touches_nothing_and_says_what_would_be_sent(running):
+    qemu = FakeQemu(plugged=(1,))
+    async with running(qemu) as domain:
+        plan = await domain.plan_enable([1, 2])
+        assert [step["arguments"]["id"] for step in plan.steps] == ["vcpu2"]
+        assert (plan.unchanged, (await domain.plan_disable(0)).refusals[0].code) == ((1,), "boot-cpu")
+    assert set(qemu.paths) == {0, 1}
+    assert qemu.paths[0] == BOOT_PATH
