@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 from qmpvcpu.cli import render
+from qmpvcpu.cli.progress import waiting
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.request import Request, parse_ids
 from qmpvcpu.domain import Domain, connect
@@ -130,7 +131,8 @@ async def _setvcpu(session: Session) -> int:
             session.warn(planned.messages)
             session.show(planned.to_json(), render.plan(planned))
             return OutcomeKind.REFUSED.exit_code if planned.refusals else 0
-        result = await domain.request(request, timeout=options.timeout, wait=not options.no_wait)
+        async with waiting("waiting for the guest", options.timeout):
+            result = await domain.request(request, timeout=options.timeout, wait=not options.no_wait)
         state = domain.last_state
     session.warn(result.messages)
     if result.outcome is OutcomeKind.QUERIED:

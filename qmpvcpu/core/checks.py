@@ -45,7 +45,9 @@ def is_x86(state: DomainState) -> bool:
 
 def check_flags(flags: VcpuFlag) -> list[Refusal]:
     """Flags that exclude each other (design.md, "Refused before anything is touched")."""
-    found = []
+    found: list[Refusal] = []
+    if flags in (VcpuFlag.ENABLE, VcpuFlag.DISABLE, VcpuFlag.CURRENT):
+        return found
 
     def exclusive(message: str, hint: str) -> None:
         found.append(Refusal("flags", message, (), hint))

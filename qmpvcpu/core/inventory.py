@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Final
 
 from qmpvcpu.core.model import DomainState, Entity, Props, QemuVersion, Topology, Vcpu
@@ -328,7 +328,7 @@ def refresh_state(
         now = path if path in plugged.by_path else None
         if now != entity.qom_path:
             hotpluggable = state.can_plug and (now is None or (state.can_unplug and entity.first != 0))
-            entity = replace(entity, qom_path=now, hotpluggable=hotpluggable)
+            entity = Entity(entity.ids, entity.driver, entity.props, now, entity.node, hotpluggable)
         entities.append(entity)
     return _assemble(
         boot,

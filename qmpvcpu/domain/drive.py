@@ -36,6 +36,9 @@ UNDO_SECONDS: Final = 5.0
 _POLL_FIRST: Final = 0.05
 _POLL_MOST: Final = 1.0
 
+#: Finished tasks are swept out when there are this many.
+_TASKS_KEPT: Final = 512
+
 
 class Drive:
     """One run of a transaction.
@@ -58,7 +61,7 @@ class Drive:
         self._monitor = monitor
         self._look = look
         self._timeout = timeout
-        self._tasks: set[asyncio.Task[None]] = set()
+        self._tasks: list[asyncio.Task[None]] = []
         self._entities: tuple[Entity, ...] = ()
         self._waker: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
@@ -177,10 +180,9 @@ class Drive:
 
     def _perform(self, effects: list[Effect]) -> None:
         """Send all of them now, in this order; QEMU answers in this order."""
-        for effect in effects:
-            task = asyncio.create_task(self._do(effect))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+        if len(self._tasks) > _TASKS_KEPT:
+            self._tasks = [task for task in self._tasks if not task.done()]
+        self._tasks += [asyncio.create_task(self._do(effect)) for effect in effects]
 
     async def _do(self, effect: Effect) -> None:
         try:

@@ -1,4 +1,4 @@
-"""A scripted x86 QEMU behind the fake QMP server: slots that fill and empty, and a guest that does as the test says."""
+"""A scripted x86 QEMU behind the fake QMP server: slots that fill and empty, a guest that obeys the test."""
 
 from __future__ import annotations
 

@@ -63,7 +63,7 @@ async def answers(said, right_id):
         ours.close()
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=40, deadline=None)
 @given(st.lists(LINE, max_size=3), st.none() | MESSAGE)
 def test_a_command_ends_with_a_reply_or_an_error_of_ours(said, right_id):
     try:
@@ -75,7 +75,7 @@ def test_a_command_ends_with_a_reply_or_an_error_of_ours(said, right_id):
         assert (type(error.error_class), type(error.text)) == (str, str)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=2), max_size=4))
 def test_events_of_any_data_come_in_order_before_the_reply(all_data):
     said = [json.dumps({"event": f"E{n}", "data": data}).encode() for n, data in enumerate(all_data)]

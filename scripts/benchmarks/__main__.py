@@ -20,7 +20,7 @@ import qmpvcpu
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.host.rights import kvm_state
 from qmpvcpu.qemu.process import run_qemu
-from scripts.bench.raw import RawQmp
+from scripts.benchmarks.raw import RawQmp
 
 PAIRS = 30
 

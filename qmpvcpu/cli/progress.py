@@ -1,0 +1,41 @@
+"""Progress on stderr, for what takes long, on a terminal only."""
+
+from __future__ import annotations
+
+import asyncio
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager, suppress
+from typing import Final
+
+__all__ = ["waiting"]
+
+#: What ends sooner needs no progress, seconds.
+_PATIENCE: Final = 1.0
+
+
+@asynccontextmanager
+async def waiting(what: str, limit: float) -> AsyncIterator[None]:
+    """While the body runs for more than a second, one line that counts the seconds of `limit`; then it is wiped."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    ticker = asyncio.create_task(_tick(what, limit))
+    try:
+        yield
+    finally:
+        ticker.cancel()
+        with suppress(asyncio.CancelledError):
+            await ticker
+
+
+async def _tick(what: str, limit: float) -> None:
+    seconds = 0
+    try:
+        while True:
+            await asyncio.sleep(_PATIENCE)
+            seconds += 1
+            print(f"\r{what}: {seconds} of {limit:g} s ", end="", file=sys.stderr, flush=True)
+    finally:
+        if seconds:
+            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
