@@ -16,7 +16,7 @@ _PATIENCE: Final = 1.0
 
 @asynccontextmanager
 async def waiting(what: str, limit: float) -> AsyncIterator[None]:
-    """While the body runs for more than a second, one line that counts the seconds of `limit`; then it is wiped."""
+    """While the body takes more than a second, one line that counts the seconds of `limit`; then it is wiped."""
     if not sys.stderr.isatty():
         yield
         return
