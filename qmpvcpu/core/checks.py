@@ -31,6 +31,8 @@ __all__ = [
 
 FORCE_HINT: Final = "--force (force=True) does it all the same"
 
+_ALL_FLAGS: Final = sum(VcpuFlag)
+
 #: The first QEMU seen without a defect; everything older counts as having it.
 _TCG_UNPLUG_FIXED: Final = QemuVersion(8, 0)
 _SINGLE_THREAD_UNPLUG_FIXED: Final = QemuVersion(11, 0)
@@ -52,6 +54,9 @@ def check_flags(flags: VcpuFlag) -> list[Refusal]:
     def exclusive(message: str, hint: str) -> None:
         found.append(Refusal("flags", message, (), hint))
 
+    unknown = int(flags) & ~_ALL_FLAGS
+    if unknown:
+        exclusive(f"unknown flags: {unknown:#x}", "VcpuFlag names those there are")
     if flags & VcpuFlag.ENABLE and flags & VcpuFlag.DISABLE:
         exclusive("ENABLE and DISABLE exclude each other", "ask for one of the two")
     if flags & VcpuFlag.GUEST:

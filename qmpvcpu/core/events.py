@@ -87,9 +87,9 @@ def _by_name(data: Mapping[str, Any], entities: Collection[Entity]) -> Entity | 
 def _ost(info: object, entities: Collection[Entity]) -> Signal | None:
     if not isinstance(info, dict) or info.get("slot-type") != "CPU":
         return None
-    if info.get("source") not in _EJECT_SOURCES:
+    source, status = info.get("source"), info.get("status")
+    if type(source) is not int or type(status) is not int or source not in _EJECT_SOURCES:
         return Signal(SignalKind.LOOK_AGAIN)
-    status = info.get("status")
     if status == 0:
         # "Done" comes before the CPU is gone, and without a device once it is.
         return Signal(SignalKind.LOOK_AGAIN)
@@ -101,7 +101,5 @@ def _ost(info: object, entities: Collection[Entity]) -> Signal | None:
     first = named.first if named is not None else next(by_slot, None)
     if status == _EJECTING:
         return Signal(SignalKind.EJECTING, first)
-    reason = _OST_WORDS.get(status) if isinstance(status, int) else None
-    return Signal(
-        SignalKind.GUEST_REFUSED, first, reason or f"the guest answered with the unknown status {status!r}"
-    )
+    reason = _OST_WORDS.get(status) or f"the guest answered with the unknown status {status}"
+    return Signal(SignalKind.GUEST_REFUSED, first, reason)

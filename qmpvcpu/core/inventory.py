@@ -87,6 +87,12 @@ class BootFacts:
     topology: Topology | None
 
 
+def _short(value: object) -> str:
+    """A value for a message, however large it is."""
+    text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+    return text if len(text) <= 60 else text[:57] + "..."
+
+
 def _malformed(command: str, what: str) -> VcpuConnectionError:
     return VcpuConnectionError(
         f"{command}: {what}",
@@ -110,24 +116,25 @@ def _rows(command: str, reply: object) -> list[Mapping[str, Any]]:
 def _integer(command: str, row: Mapping[str, Any], key: str, low: int = 0) -> int:
     value = row.get(key)
     if type(value) is not int or value < low:
-        raise _malformed(command, f"'{key}' is {value!r}, not a number of at least {low}")
+        raise _malformed(command, f"'{key}' is {_short(value)}, not a number of at least {low}")
     return value
 
 
 def _string(command: str, row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
-        raise _malformed(command, f"'{key}' is {value!r}, not a text")
+        raise _malformed(command, f"'{key}' is {_short(value)}, not a text")
     return value
 
 
 def _props(command: str, value: object) -> Props:
     if not isinstance(value, dict):
-        raise _malformed(command, f"'props' is {value!r}, not an object")
+        raise _malformed(command, f"'props' is {_short(value)}, not an object")
     # Unknown keys are QEMU's future: any scalar is kept and passed back as it came.
     for key, item in value.items():
-        if not isinstance(item, int | str) or (key in LEVELS and (type(item) is not int or item < 0)):
-            raise _malformed(command, f"'props' has {key!r}: {item!r}")
+        is_place = key in LEVELS or key == "node-id"
+        if not isinstance(item, int | str) or (is_place and (type(item) is not int or item < 0)):
+            raise _malformed(command, f"'props' has {_short(key)}: {_short(item)}")
     return Props(value)
 
 
@@ -139,7 +146,7 @@ def parse_hotpluggable_cpus(reply: object) -> tuple[HotpluggableCpu, ...]:
     for row in _rows(command, reply):
         path = row.get("qom-path")
         if path is not None and (not isinstance(path, str) or not path):
-            raise _malformed(command, f"'qom-path' is {path!r}")
+            raise _malformed(command, f"'qom-path' is {_short(path)}")
         slot = HotpluggableCpu(
             type=_string(command, row, "type"),
             vcpus_count=_integer(command, row, "vcpus-count", 1),
@@ -152,6 +159,9 @@ def parse_hotpluggable_cpus(reply: object) -> tuple[HotpluggableCpu, ...]:
         slots.append(slot)
     if not slots:
         raise _malformed(command, "no slot at all")
+    paths = [slot.qom_path for slot in slots if slot.qom_path is not None]
+    if len(set(paths)) != len(paths):
+        raise _malformed(command, "two slots have one qom-path")
     return tuple(slots)
 
 
@@ -216,12 +226,12 @@ def _node(*candidates: Props | None) -> int | None:
 class _Plugged:
     """`query-cpus-fast`, found by the QOM path of an entity."""
 
-    def __init__(self, cpus: Sequence[CpuInfoFast]) -> None:
+    def __init__(self, cpus: Sequence[CpuInfoFast], *, cores: bool = True) -> None:
         self.by_path: dict[str, list[CpuInfoFast]] = {}
         self.order: dict[str, int] = {}
         for cpu in cpus:
             # A ppc64 CPU is a child of its core: /machine/peripheral/vcpu8/thread[3].
-            key = _THREAD.sub("", cpu.qom_path) if "/thread[" in cpu.qom_path else cpu.qom_path
+            key = _THREAD.sub("", cpu.qom_path) if cores and "/thread[" in cpu.qom_path else cpu.qom_path
             self.by_path.setdefault(key, []).append(cpu)
             self.order.setdefault(key, len(self.order) + 1)
         for members in self.by_path.values():
@@ -244,7 +254,9 @@ def _entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tu
     for slot in ordered:
         address = _address(slot.props)
         if address == previous:
-            raise _malformed("query-hotpluggable-cpus", f"two slots have the address {dict(slot.props)}")
+            raise _malformed(
+                "query-hotpluggable-cpus", f"two slots have the address {_short(str(dict(slot.props)))}"
+            )
         previous = address
         # The boot CPU is the first slot on every machine that can unplug: "Boot CPU is unpluggable" (x86),
         # "Boot CPU core may not be unplugged" (ppc64).
@@ -303,7 +315,7 @@ def build_state(
         entities = _entities_without_slots(cpus, boot.topology)
     else:
         entities = _entities_of_slots(slots, can_unplug)
-    plugged = _Plugged(cpus)
+    plugged = _Plugged(cpus, cores=slots is not None)
     return _assemble(boot, entities, plugged, slots is not None, can_unplug, run_state, frozenset(pending))
 
 
@@ -318,7 +330,7 @@ def refresh_state(
     Raises:
         InconsistentReplies: a CPU sits at a path no slot is known to have; `query-hotpluggable-cpus` is needed.
     """
-    plugged = _Plugged(cpus)
+    plugged = _Plugged(cpus, cores=state.can_plug)
     entities = []
     for entity in state.entities:
         if entity.qom_path in plugged.by_path:

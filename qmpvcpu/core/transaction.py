@@ -84,6 +84,7 @@ class _On(Enum):
     REFUSED = "refused"
     EXPIRE = "expire"
     CANCEL = "cancel"
+    GIVE_UP = "give up"
     UNDO = "undo"
 
 
@@ -124,6 +125,10 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.AWAITING, _On.REFUSED): S.KEPT,
     (S.AWAITING, _On.EXPIRE): S.PENDING,
     (S.AWAITING, _On.CANCEL): S.PENDING,
+    (S.AWAITING, _On.GIVE_UP): S.PENDING,
+    (S.KEPT, _On.ABSENT): S.ADDING,
+    (S.KEPT, _On.CANCEL): S.DROPPED,
+    (S.KEPT, _On.GIVE_UP): S.DROPPED,
 }
 
 #: States whose end comes from the guest, not from QEMU's reply.
@@ -139,6 +144,7 @@ STILL_ASKED: Final = frozenset(
 )
 #: No unplug is open any more.
 SETTLED: Final = frozenset({S.REMOVED, S.REJECTED, S.KEPT, S.UNDONE, S.UNDO_FAILED, S.PLUGGED})
+_PLUG_FAILED: Final = frozenset({S.NOT_ADDED, S.VANISHED})
 _LEFT_PLUGGED: Final = frozenset({S.ADDED, S.PLUGGED, S.UNDO_FAILED, S.UNDO_PENDING})
 
 
@@ -245,7 +251,8 @@ class Transaction:
 
     Args:
         plugs, unplugs, awaited: entities of the plan.
-        undo_forbidden: why plugs of this call must not be undone here, None if they may.
+        undo_forbidden: why plugs of this call must not be undone here, None if they may. What drives it sets this
+            anew with each query, before the `Snapshot`.
         wait: False ends as soon as QEMU took the unplugs (`--async`).
         reset_drops_unplug: on x86 a reset drops what was asked.
     """
@@ -318,6 +325,11 @@ class Transaction:
         return any(item.state in WAITING for item in self._items.values())
 
     @property
+    def still_asked(self) -> tuple[int, ...]:
+        """vCPU ids whose unplug QEMU may still carry out, whenever this is asked."""
+        return self._ids(STILL_ASKED)
+
+    @property
     def states(self) -> dict[int, ItemState]:
         """First vCPU id -> state, for reports while it runs."""
         return {first: item.state for first, item in self._items.items()}
@@ -336,7 +348,8 @@ class Transaction:
         )
         failing = bool(failures) or self._cancelled
         remaining = self._ids(_LEFT_PLUGGED) if failing else ()
-        pending = self._ids({S.PENDING, S.UNDO_PENDING} | (set() if self.wait else {S.ASKED}))
+        asked = self._ids({S.PENDING} if self.wait else {S.PENDING, S.ASKED})
+        pending = tuple(sorted({*asked, *self._ids({S.UNDO_PENDING})}))
         removed = self._ids({S.REMOVED})
         if failing and (remaining or (failures and removed)):
             outcome = OutcomeKind.PARTIAL
@@ -344,7 +357,7 @@ class Transaction:
             outcome = OutcomeKind.FAILED
         elif rejections:
             outcome = OutcomeKind.REJECTED
-        elif not self.wait and self._ids({S.ASKED}):
+        elif asked and not self.wait:
             outcome = OutcomeKind.REQUESTED
         elif pending:
             outcome = OutcomeKind.PENDING
@@ -421,6 +434,9 @@ class Transaction:
 
     def _settle(self) -> list[Effect]:
         """Go on to the next phase where this one has nothing left to wait for; hand out the effects."""
+        if self._failing:
+            # What is already known to fail plugs nothing more.
+            self._all(_On.GIVE_UP)
         if self.phase is not Phase.DONE and not self._any(_IN_FLIGHT):
             self._advance()
         effects, self._effects = self._effects, []
@@ -435,6 +451,8 @@ class Transaction:
                 self._query()
             return
         if self.phase is Phase.RUN and self._undo_due():
+            if self._querying:
+                return  # whether an undo is safe, and what there is to undo, that query says
             self.phase = Phase.UNDO
             self._expired = False
             self._all(_On.UNDO)
@@ -450,5 +468,8 @@ class Transaction:
     def _undo_due(self) -> bool:
         if self.phase is not Phase.RUN or self.undo_forbidden is not None:
             return False
-        failing = self._cancelled or self._any(frozenset({S.NOT_ADDED, S.VANISHED}))
-        return failing and self._any(frozenset({S.ADDED, S.PLUGGED}))
+        return self._failing and self._any(frozenset({S.ADDED, S.PLUGGED}))
+
+    @property
+    def _failing(self) -> bool:
+        return self._cancelled or self._any(_PLUG_FAILED)

@@ -22,6 +22,7 @@ from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, Result, Transaction
 from qmpvcpu.domain.drive import Drive
 from qmpvcpu.domain.read import Reader, firmware_runs, has_x2apic, open_reader, run_state
 from qmpvcpu.errors import (
+    OutcomeKind,
     Refusal,
     VcpuConnectionError,
     VcpuError,
@@ -122,8 +123,17 @@ class Domain:
             VcpuConnectionError: as on entry.
         """
         async with self._queue:
+            before = self._state
             await self._close()
             await self._connect()
+            now = self._state
+            if before is None or now is None or not _same_machine(before, now):
+                # Another QEMU listens there now: what was pending and lost is no business of this one.
+                self._pending.clear()
+                self._removals_seen = 0
+            elif now is not None:
+                self._state = before
+                self._keep(now)
 
     # -- the call, and its exploded forms ---------------------------------------------------------
 
@@ -148,7 +158,7 @@ class Domain:
         Raises:
             VcpuRefused, VcpuRejected, VcpuFailed, VcpuPartial, VcpuConnectionError: see `qmpvcpu.errors`.
         """
-        return await self.request(Request((vcpu_id,), VcpuFlag(flags), count, force), timeout=timeout)
+        return await self.request(Request(_ids(vcpu_id), VcpuFlag(flags), count, force), timeout=timeout)
 
     async def request(self, request: Request, *, timeout: float = 30.0, wait: bool = True) -> Outcome:
         """Carry out a `Request` made elsewhere; arguments and errors are those of `vcpu` and `disable`."""
@@ -221,7 +231,8 @@ class Domain:
         """vCPU ids whose unplug was asked here and has not ended, as far as is known."""
         if self._state is None:
             return ()
-        return tuple(sorted(n for first in self._pending for n in self._state.by_id[first].ids))
+        entities = self._state.by_id
+        return tuple(sorted(n for first in self._pending if first in entities for n in entities[first].ids))
 
     async def plan(self, request: Request) -> Plan:
         """What `request` would do, and every reason why not; touches nothing."""
@@ -320,7 +331,8 @@ class Domain:
                 len(was.ids) * (was.plugged and not now.plugged)
                 for was, now in zip(before.entities, state.entities, strict=False)
             )
-        self._pending = {first for first in self._pending if state.by_id[first].plugged}
+        entities = state.by_id
+        self._pending = {first for first in self._pending if first in entities and entities[first].plugged}
 
     async def _query(self, request: Request) -> Outcome:
         began = time.monotonic()
@@ -414,6 +426,11 @@ class Domain:
                 time.monotonic() - began,
                 stopped=None if stopped in (None, "running") else stopped,
             )
+            if certain and end.outcome is OutcomeKind.FAILED:
+                # The held state was behind: another client had plugged just what was asked for.
+                now, _ = await self._plan(self._state, request)
+                if now.unchanged == now.targets and not now.refusals:
+                    return unchanged(self._state, now, time.monotonic() - began)
         if isinstance(end, VcpuError):
             raise end
         return end
@@ -426,11 +443,16 @@ class Domain:
             plan.plugs,
             plan.unplugs,
             plan.awaited,
-            undo_forbidden=checks.undo_forbidden(state, known),
             wait=wait,
             reset_drops_unplug=checks.is_x86(state),
         )
-        drive = Drive(transaction, monitor, self._look, timeout)
+        drive = Drive(
+            transaction,
+            monitor,
+            self._look,
+            timeout,
+            undo_forbidden=lambda fresh: checks.undo_forbidden(fresh, known),
+        )
         entities = (*plan.awaited, *plan.plugs, *plan.unplugs)
         try:
             return await drive.run(entities)
@@ -442,6 +464,15 @@ class Domain:
                     self._pending.add(first)
                 elif state_now in SETTLED:
                     self._pending.discard(first)
+
+
+def _same_machine(one: DomainState, other: DomainState) -> bool:
+    slots = [(entity.ids, entity.props) for entity in one.entities]
+    return (one.machine, one.version, slots) == (
+        other.machine,
+        other.version,
+        [(entity.ids, entity.props) for entity in other.entities],
+    )
 
 
 def _check_timeout(timeout: float) -> None:
@@ -463,7 +494,8 @@ def _lost_on_the_way(error: VcpuConnectionError, plan: Plan, transaction: Transa
         hint=error.hint,
         libvirt=error.libvirt,
         ids=plan.targets,
-        pending=result.pending,
+        changed_ids=sorted({*result.plugged, *result.removed}),
+        pending=transaction.still_asked,
         undone=result.undone,
         messages=plan.messages,
         mechanism="hotplug",
@@ -483,14 +515,18 @@ def _none_free(errors: Sequence[VcpuConnectionError]) -> VcpuConnectionError:
 def _request(
     ids: int | Iterable[int], flag: VcpuFlag, core: bool, live: bool, config: bool, force: bool
 ) -> Request:
-    chosen = (ids,) if isinstance(ids, int) else tuple(ids)
+    flags = flag
+    for wanted, name in ((core, VcpuFlag.CORE), (live, VcpuFlag.LIVE), (config, VcpuFlag.CONFIG)):
+        if wanted:
+            flags |= name
+    return Request(_ids(ids), flags, force=force)
+
+
+def _ids(ids: object) -> tuple[int, ...]:
+    chosen = tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, str | bytes) else (ids,)
     if not chosen:
         raise VcpuUsageError("no vCPU id given", hint="name at least one")
     for number in chosen:
         if type(number) is not int:
             raise VcpuUsageError(f"{number!r} is no vCPU id", hint="ids are integers")
-    flags = flag
-    for wanted, name in ((core, VcpuFlag.CORE), (live, VcpuFlag.LIVE), (config, VcpuFlag.CONFIG)):
-        if wanted:
-            flags |= name
-    return Request(tuple(sorted(set(chosen))), flags, force=force)
+    return tuple(sorted(set(chosen)))

@@ -48,6 +48,7 @@ class Drive:
         monitor: the QMP connection.
         look: a fresh query that returns the state (and keeps it for the domain).
         timeout: seconds the guest has; 0 does not wait.
+        undo_forbidden: why a plug must not be undone in this state, None if it may.
     """
 
     def __init__(
@@ -56,11 +57,13 @@ class Drive:
         monitor: Monitor,
         look: Callable[[], Awaitable[DomainState]],
         timeout: float,
+        undo_forbidden: Callable[[DomainState], str | None],
     ) -> None:
         self._transaction = transaction
         self._monitor = monitor
         self._look = look
         self._timeout = timeout
+        self._undo_forbidden = undo_forbidden
         self._tasks: list[asyncio.Task[None]] = []
         self._entities: tuple[Entity, ...] = ()
         self._waker: asyncio.Future[None] | None = None
@@ -87,8 +90,9 @@ class Drive:
                 task.cancel()
             if unfinished:
                 await asyncio.wait(unfinished)
-        if self._cancelled is not None:
-            raise self._cancelled
+            if self._cancelled is not None:
+                # Whatever became of it: to the caller, a cancelled call is cancelled.
+                raise asyncio.CancelledError from self._failure
         return self._transaction.result()
 
     async def _begin(self) -> None:
@@ -105,9 +109,20 @@ class Drive:
         try:
             await self._do(effects[-1])
         except asyncio.CancelledError as error:
-            self._cancelled = error
+            self._swallow(error)
             self._perform(effects[-1:])
             self._take(Cancelled())
+
+    def _swallow(self, error: asyncio.CancelledError) -> None:
+        """Go on after a first cancel; it is raised again at the end.
+
+        The task must not count as being cancelled meanwhile: in Python 3.11.2 every `asyncio.timeout` in it would
+        end with CancelledError.
+        """
+        self._cancelled = error
+        task = asyncio.current_task()
+        assert task is not None
+        task.uncancel()
 
     async def _keep_time(self) -> None:
         """Sleep until the transaction is done, feeding it what time brings: polls, deadlines, a cancel."""
@@ -127,12 +142,14 @@ class Drive:
             except asyncio.CancelledError as error:
                 if self._cancelled is not None:
                     raise
-                self._cancelled = error
+                self._swallow(error)
                 deadline = now() + UNDO_SECONDS
                 self._take(Cancelled())
             if deadline is not None and now() >= deadline:
                 deadline = None
                 self._take(Expired())
+                if self._cancelled is not None:
+                    return  # what has not ended by now is told as it stands
             elif now() >= poll_at:
                 poll = min(poll * 2, _POLL_MOST)
                 poll_at = now() + poll
@@ -194,6 +211,7 @@ class Drive:
     async def _answer(self, effect: Effect) -> Input:
         if isinstance(effect, Query):
             state = await self._look()
+            self._transaction.undo_forbidden = self._undo_forbidden(state)
             return Snapshot(frozenset(entity.first for entity in state.entities if entity.plugged))
         entity = effect.entity
         try:

@@ -55,6 +55,8 @@ def parse_address(text: str) -> Address:
     Raises:
         VcpuUsageError: the port is out of range.
     """
+    if not text or "\0" in text:
+        raise VcpuUsageError(f"{text!r} is no address", hint="give a socket's path, host:port or fd:N")
     if found := _FD.match(text):
         return int(found[1])
     if "/" not in text and (found := _TCP.match(text)):
@@ -328,7 +330,7 @@ class QmpMonitor:
 
 
 def _closed(address: str, cause: BaseException | None) -> VcpuConnectionError:
-    if isinstance(cause, ValueError) and "limit" in str(cause):  # StreamReader.readline
+    if isinstance(cause, ValueError) and str(cause).startswith("Separator"):  # StreamReader.readline
         return VcpuConnectionError(
             f"'{address}' sent a message of more than {MESSAGE_LIMIT >> 20} MiB; the connection was closed",
             address=address,
@@ -410,6 +412,8 @@ def _socket_of(address: str, number: int) -> socket.socket:
 
 def _connect_error(address: str, error: ConnectError) -> VcpuConnectionError:
     cause = error.exc
+    if isinstance(cause, UnicodeError) and not isinstance(cause, UnicodeDecodeError):
+        return _os_error(address, OSError(0, "this is no host name"))
     if isinstance(cause, OSError) and not isinstance(cause, EOFError):
         return _os_error(address, cause)
     if isinstance(cause, EOFError):
@@ -475,8 +479,9 @@ async def connect_monitor(
         async with asyncio.timeout(connect_timeout):
             await client.connect(target)
     except TimeoutError as error:
+        greeted = "greeted and did not finish the handshake" if client.greeting is not None else "did not greet"
         raise VcpuConnectionError(
-            f"'{address}' accepted the connection and did not greet within {connect_timeout:g} s",
+            f"'{address}' accepted the connection and {greeted} within {connect_timeout:g} s",
             address=address,
             reason="no-greeting",
             libvirt="VIR_ERR_OPERATION_TIMEOUT",

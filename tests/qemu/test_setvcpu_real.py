@@ -222,13 +222,16 @@ async def _take_id(qemu, device_id):
 
 async def test_a_slot_another_client_filled_is_seen_before_anything_is_claimed():
     async with paused("x86_64", "10.0", X86_8) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
-        slot = (await domain.state()).by_id[6]
-        await qemu.monitor.device_add(slot.driver, "mine", slot.props)
-        with pytest.raises(qmpvcpu.VcpuFailed, match="exists") as failed:
-            await domain.enable(6)
+        slots = (await domain.state()).by_id
+        await qemu.monitor.device_add(slots[6].driver, "mine", slots[6].props)
+        once = await domain.enable(6)
+        assert (once.outcome, once.changed, once.vcpu.qom_path) == ("applied", False, "/machine/peripheral/mine")
+        # In a batch it is a failure: what else was plugged would have to go again, and without a guest it cannot.
+        await qemu.monitor.device_add(slots[7].driver, "mine too", slots[7].props)
+        with pytest.raises(qmpvcpu.VcpuPartial, match="exists") as failed:
+            await domain.enable([5, 7], timeout=0.1)
         assert "another client" in failed.value.hint
-        again = await domain.enable(6)
-        assert (again.changed, again.rows[0].qom_path) == (False, "/machine/peripheral/mine")
+        assert failed.value.remaining == (5,)
 
 
 async def test_numa_node_takes_the_lowest_disabled_vcpus_of_the_node():
