@@ -18,7 +18,7 @@ from qmpvcpu.core.inventory import (
     parse_hotpluggable_cpus,
 )
 from qmpvcpu.core.model import Entity, Props, QemuVersion
-from qmpvcpu.core.transaction import Phase, Poll, Replied, Snapshot, Transaction
+from qmpvcpu.core.transaction import Add, Phase, Poll, Replied, Snapshot, Transaction
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.qemu.monitor import open_monitor
 from tests.unit.fake_qemu import BOOT_PATH, FakeQemu
