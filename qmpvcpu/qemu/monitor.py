@@ -485,8 +485,8 @@ async def connect_monitor(
             address=address,
             reason="no-greeting",
             libvirt="VIR_ERR_OPERATION_TIMEOUT",
-            hint="a QMP socket takes one client at a time: another one probably holds it; close that, or give"
-            " QEMU a second -qmp",
+            hint="a QMP socket takes one client at a time: another one probably holds it, or QEMU hangs;"
+            " close that one, or give QEMU a second -qmp",
         ) from error
     except ConnectError as error:
         raise _connect_error(address, error) from error
