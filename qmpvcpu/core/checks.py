@@ -176,7 +176,9 @@ def apic_id(state: DomainState, entity: Entity) -> int | None:
 
 
 def _big_apic_ids(state: DomainState, entities: Iterable[Entity]) -> list[Entity]:
-    if not (is_x86(state) and state.accel == "tcg" and state.version < _APIC_255_FIXED):
+    if state.accel != "tcg" or state.topology is None or state.topology.x86_apic_limit <= 255:
+        return []
+    if not is_x86(state) or state.version >= _APIC_255_FIXED:
         return []
     return [entity for entity in entities if (apic_id(state, entity) or 0) >= 255]
 

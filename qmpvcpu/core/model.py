@@ -97,6 +97,11 @@ class Topology:
     modules: int = 1
     cores: int = 1
     threads: int = 1
+    #: One more than the highest x86 APIC id; made once, because every plug under TCG looks at it.
+    x86_apic_limit: int = field(init=False, default=0, compare=False, repr=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "x86_apic_limit", self.sockets << sum(self.x86_apic_widths))
 
     @property
     def x86_apic_widths(self) -> tuple[int, int, int, int]:

@@ -139,7 +139,7 @@ def _entities(state: DomainState, ids: Iterable[int]) -> list[Entity]:
 
 def select(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[Refusal]]:
     """The vCPU ids that a request means, ascending, and what is wrong with how it names them."""
-    if request.flags & VcpuFlag.NUMA_NODE:
+    if request.has(VcpuFlag.NUMA_NODE):
         return _select_of_node(state, request)
     if request.count is not None:
         return request.ids, [
@@ -147,9 +147,9 @@ def select(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[
         ]
     refusals = checks.check_range(state, request.ids)
     ids = [number for number in request.ids if number in state.by_id]
-    if request.flags & VcpuFlag.CORE:
+    if request.has(VcpuFlag.CORE):
         ids = sorted({number for vcpu_id in ids for number in core_of(state, vcpu_id)})
-    return tuple(dict.fromkeys(ids if request.flags & VcpuFlag.CORE else request.ids)), refusals
+    return tuple(dict.fromkeys(ids if request.has(VcpuFlag.CORE) else request.ids)), refusals
 
 
 def core_of(state: DomainState, vcpu_id: int) -> tuple[int, ...]:
@@ -186,7 +186,7 @@ def _select_of_node(state: DomainState, request: Request) -> tuple[tuple[int, ..
     count = 1 if request.count is None else request.count
     if count < 1:
         return (), [Refusal("count", f"a count of {count} makes no sense", (), "give 1 or more")]
-    if request.flags & VcpuFlag.CORE:
+    if request.has(VcpuFlag.CORE):
         groups = _cores_of_node(state, members, request)
         unit = "core"
     else:

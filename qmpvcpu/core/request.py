@@ -22,20 +22,24 @@ class Request:
     count: int | None = None
     force: bool = False
 
+    def has(self, flag: VcpuFlag) -> bool:
+        """Whether that flag is set. `&` of two IntFlags makes a third in Python; this asks int alone."""
+        return int.__and__(self.flags, flag) != 0
+
     @property
     def enable(self) -> bool:
         """Whether the request enables."""
-        return bool(self.flags & VcpuFlag.ENABLE)
+        return self.has(VcpuFlag.ENABLE)
 
     @property
     def disable(self) -> bool:
         """Whether the request disables."""
-        return bool(self.flags & VcpuFlag.DISABLE)
+        return self.has(VcpuFlag.DISABLE)
 
     @property
     def is_query(self) -> bool:
         """Neither ENABLE nor DISABLE."""
-        return not self.flags & (VcpuFlag.ENABLE | VcpuFlag.DISABLE)
+        return not (self.enable or self.disable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -434,7 +434,7 @@ class Transaction:
 
     def _settle(self) -> list[Effect]:
         """Go on to the next phase where this one has nothing left to wait for; hand out the effects."""
-        if self._failing:
+        if self.failing:
             # What is already known to fail plugs nothing more.
             self._all(_On.GIVE_UP)
         if self.phase is not Phase.DONE and not self._any(_IN_FLIGHT):
@@ -468,8 +468,9 @@ class Transaction:
     def _undo_due(self) -> bool:
         if self.phase is not Phase.RUN or self.undo_forbidden is not None:
             return False
-        return self._failing and self._any(frozenset({S.ADDED, S.PLUGGED}))
+        return self.failing and self._any(frozenset({S.ADDED, S.PLUGGED}))
 
     @property
-    def _failing(self) -> bool:
+    def failing(self) -> bool:
+        """Whether a plug has failed, or the caller has cancelled: what was plugged is to be undone."""
         return self._cancelled or self._any(_PLUG_FAILED)

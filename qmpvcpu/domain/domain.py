@@ -34,6 +34,9 @@ from qmpvcpu.ports import Monitor, MonitorEvent
 
 __all__ = ["Domain", "connect"]
 
+#: What needs more than a QMP connection.
+_ELSEWHERE = int(VcpuFlag.CONFIG | VcpuFlag.GUEST)
+
 #: Opens a monitor at one address.
 Opener = Callable[[str], Awaitable[Monitor]]
 
@@ -348,7 +351,9 @@ class Domain:
 
     def _not_here(self, flags: VcpuFlag) -> list[Refusal]:
         """What this connection cannot serve, whatever the state."""
-        found = []
+        found: list[Refusal] = []
+        if int(flags) & _ELSEWHERE == 0:
+            return found
         if flags & VcpuFlag.CONFIG:
             found.append(
                 Refusal(
