@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from asyncio import Future
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -42,8 +43,9 @@ Sink = Callable[[MonitorEvent | VcpuConnectionError], None]
 class Monitor(Protocol):
     """A QEMU monitor: QMP commands one to one, named after them. Replies are QEMU's, unchecked.
 
-    Every method raises `CommandError` when QEMU answers with an error, and `VcpuConnectionError` when no answer
-    comes in time or the connection is gone.
+    Calling a command sends it, in the order of the calls; awaiting what it returns waits for the reply and raises
+    `CommandError` when QEMU answers with an error, and `VcpuConnectionError` when no answer comes in time or the
+    connection is gone.
     """
 
     @property
@@ -57,34 +59,34 @@ class Monitor(Protocol):
     def listen(self, sink: Sink) -> AbstractContextManager[None]:
         """Give every event to `sink` from now on, until the context is left."""
 
-    async def query_hotpluggable_cpus(self) -> object:
+    def query_hotpluggable_cpus(self) -> Future[object]:
         """QMP `query-hotpluggable-cpus`."""
 
-    async def query_cpus_fast(self) -> object:
+    def query_cpus_fast(self) -> Future[object]:
         """QMP `query-cpus-fast`."""
 
-    async def query_target(self) -> object:
+    def query_target(self) -> Future[object]:
         """QMP `query-target`."""
 
-    async def query_kvm(self) -> object:
+    def query_kvm(self) -> Future[object]:
         """QMP `query-kvm`."""
 
-    async def query_machines(self) -> object:
+    def query_machines(self) -> Future[object]:
         """QMP `query-machines`."""
 
-    async def query_status(self) -> object:
+    def query_status(self) -> Future[object]:
         """QMP `query-status`."""
 
-    async def qom_get(self, path: str, name: str) -> object:
+    def qom_get(self, path: str, name: str) -> Future[object]:
         """QMP `qom-get`; `name` is the property."""
 
-    async def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> None:
+    def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> Future[object]:
         """QMP `device_add`; `props` go out as they are."""
 
-    async def device_del(self, device: str) -> None:
+    def device_del(self, device: str) -> Future[object]:
         """QMP `device_del`; `device` is an id or a QOM path. It only asks."""
 
-    async def human_monitor_command(self, line: str) -> object:
+    def human_monitor_command(self, line: str) -> Future[object]:
         """QMP `human-monitor-command`."""
 
     async def close(self) -> None:

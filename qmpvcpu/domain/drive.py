@@ -104,10 +104,8 @@ class Drive:
             self._perform(effects)
             return
         self._perform(effects[:-1])
-        # The tasks have not run yet: let them send first.
-        await asyncio.sleep(0)
         try:
-            await self._do(effects[-1])
+            await self._query()
         except asyncio.CancelledError as error:
             self._swallow(error)
             self._perform(effects[-1:])
@@ -188,8 +186,7 @@ class Drive:
 
     def _sink(self, event: MonitorEvent | VcpuConnectionError) -> None:
         if isinstance(event, VcpuConnectionError):
-            self._failure = self._failure or event
-            self._wake()
+            self._fail(event)
             return
         signal = interpret(event.name, event.data, self._entities)
         if signal is not None:
@@ -197,31 +194,41 @@ class Drive:
 
     def _perform(self, effects: list[Effect]) -> None:
         """Send all of them now, in this order; QEMU answers in this order."""
-        if len(self._tasks) > _TASKS_KEPT:
-            self._tasks = [task for task in self._tasks if not task.done()]
-        self._tasks += [asyncio.create_task(self._do(effect)) for effect in effects]
+        for effect in effects:
+            if isinstance(effect, Query):
+                if len(self._tasks) > _TASKS_KEPT:
+                    self._tasks = [task for task in self._tasks if not task.done()]
+                self._tasks.append(asyncio.create_task(self._query()))
+            else:
+                self._send(effect)
 
-    async def _do(self, effect: Effect) -> None:
+    def _send(self, effect: Add | Delete) -> None:
+        entity = effect.entity
+        if isinstance(effect, Add):
+            assert entity.driver is not None and entity.props is not None
+            reply = self._monitor.device_add(entity.driver, entity.device_id, entity.props)
+        else:
+            name = f"/machine/peripheral/{entity.device_id}" if effect.undo else unplug_name(entity)
+            reply = self._monitor.device_del(name)
+        reply.add_done_callback(lambda reply: self._replied(entity.first, reply))
+
+    def _replied(self, first: int, reply: asyncio.Future[object]) -> None:
+        error = None if reply.cancelled() else reply.exception()
+        if error is None:
+            self._take(Replied(first))
+        elif isinstance(error, CommandError):
+            self._take(Replied(first, error.error_class, error.text))
+        else:
+            self._fail(error)
+
+    async def _query(self) -> None:
         try:
-            self._take(await self._answer(effect))
-        except Exception as error:  # noqa: BLE001 - raised where `run` is awaited
-            self._failure = self._failure or error
-            self._wake()
-
-    async def _answer(self, effect: Effect) -> Input:
-        if isinstance(effect, Query):
             state = await self._look()
             self._transaction.undo_forbidden = self._undo_forbidden(state)
-            return Snapshot(frozenset(entity.first for entity in state.entities if entity.plugged))
-        entity = effect.entity
-        try:
-            if isinstance(effect, Add):
-                assert entity.driver is not None and entity.props is not None
-                await self._monitor.device_add(entity.driver, entity.device_id, entity.props)
-            else:
-                assert isinstance(effect, Delete)
-                name = f"/machine/peripheral/{entity.device_id}" if effect.undo else None
-                await self._monitor.device_del(name or unplug_name(entity))
-        except CommandError as error:
-            return Replied(entity.first, error.error_class, error.text)
-        return Replied(entity.first)
+            self._take(Snapshot(frozenset(entity.first for entity in state.entities if entity.plugged)))
+        except Exception as error:  # noqa: BLE001 - raised where `run` is awaited
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        self._failure = self._failure or error
+        self._wake()

@@ -15,10 +15,8 @@ import re
 import socket
 import stat
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
-from types import TracebackType
 from typing import Any, Final
 
 from qemu.qmp import (
@@ -102,22 +100,40 @@ class _Client(QMPClient):
         super().__init__(name, readbuflen=MESSAGE_LIMIT)
         self.sinks: list[Sink] = []
         self.log = log
+        #: By message id, oldest first, what has not been answered yet.
+        self.replies: dict[str, asyncio.Future[Message]] = {}
+        self.sent = 0
+        #: When the oldest could begin: as it was sent, or as the one before was answered (the loop's clock).
+        self.began = 0.0
 
-    async def request(self, command: str, arguments: Mapping[str, Any] | None) -> Message:
-        """Send one command; its reply, unchecked.
+    def request(self, command: str, arguments: Mapping[str, Any] | None) -> asyncio.Future[Message]:
+        """Send one command now, in order; the future gets its reply, unchecked.
 
-        `QMPClient.execute` copies and serialises each command three times over, which is half of what a plug costs
-        in Python (qemu.qmp 0.0.6).
-
-        Raises:
-            ExecInterruptedError: the connection is gone.
+        `QMPClient.execute` copies and serialises each command three times, and wants a task for each that is to be
+        pipelined: that was half of what a plug cost in Python (qemu.qmp 0.0.6).
         """
-        if self.runstate is not Runstate.RUNNING:
-            raise ExecInterruptedError("Disconnected")
-        content: dict[str, object] = {"execute": command}
+        number = f"qmpvcpu#{self.sent}"
+        self.sent += 1
+        content: dict[str, object] = {"execute": command, "id": number}
         if arguments is not None:
             content["arguments"] = arguments
-        return await self._execute(Message(content, eager=False))
+        loop = asyncio.get_running_loop()
+        future: asyncio.Future[Message] = loop.create_future()
+        if not self.replies:
+            self.began = loop.time()
+        self.replies[number] = future
+        self._outgoing.put_nowait(Message(content, eager=False))
+        return future
+
+    async def _on_message(self, msg: Message) -> None:
+        number = msg.get("id")
+        future = self.replies.pop(number, None) if isinstance(number, str) and "event" not in msg else None
+        if future is None:
+            await super()._on_message(msg)
+            return
+        self.began = asyncio.get_running_loop().time()
+        if not future.done():
+            future.set_result(msg)
 
     def _cb_outbound(self, msg: Message) -> Message:
         if self.log is not None:
@@ -145,45 +161,6 @@ def _event(msg: Message) -> MonitorEvent:
     return MonitorEvent(str(msg.get("event")), data if isinstance(data, dict) else {}, seconds)
 
 
-class _Deadline:
-    """The deadline of one command runs from when QEMU can begin with it.
-
-    QEMU answers in the order asked, so of many commands sent at once only the oldest is on the clock. A class,
-    because a generator would double what a command costs in Python.
-    """
-
-    __slots__ = ("_guard", "_queue", "_seconds")
-
-    def __init__(self, queue: deque[asyncio.Timeout], seconds: float) -> None:
-        self._queue = queue
-        self._seconds = seconds
-        self._guard = asyncio.timeout(None)
-
-    async def __aenter__(self) -> None:
-        await self._guard.__aenter__()
-        if not self._queue:
-            self._start(self._guard)
-        self._queue.append(self._guard)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        was_head = self._queue[0] is self._guard
-        self._queue.remove(self._guard)
-        if self._guard.expired():
-            # A QEMU that hangs answers none of the others either.
-            now = asyncio.get_running_loop().time()
-            for other in self._queue:
-                if not other.expired():
-                    other.reschedule(now)
-        elif was_head and self._queue and self._queue[0].when() is None:
-            self._start(self._queue[0])
-        await self._guard.__aexit__(kind, error, trace)
-
-    def _start(self, guard: asyncio.Timeout) -> None:
-        guard.reschedule(asyncio.get_running_loop().time() + self._seconds)
-
-
 class QmpMonitor:
     """An open QMP connection (`ports.Monitor`); made by `open_monitor`."""
 
@@ -193,7 +170,7 @@ class QmpMonitor:
         self._timeout = command_timeout
         self._closing = False
         self._lost: VcpuConnectionError | None = None
-        self._in_flight: deque[asyncio.Timeout] = deque()
+        self._timer: asyncio.TimerHandle | None = None
         self._watcher = asyncio.create_task(self._watch(), name=f"qmpvcpu watch {address}")
 
     @property
@@ -218,9 +195,6 @@ class QmpMonitor:
         finally:
             self._client.sinks.remove(sink)
 
-    def _loss(self) -> VcpuConnectionError | None:
-        return self._lost
-
     async def _watch(self) -> None:
         """Notice that the connection ends, also while nobody waits for a reply."""
         while self._client.runstate is Runstate.RUNNING:
@@ -229,6 +203,9 @@ class QmpMonitor:
             return
         cause = await self._disconnect()
         self._lost = _closed(self._address, cause)
+        for reply in self._client.replies.values():
+            reply.cancel()
+        self._client.replies.clear()
         for sink in tuple(self._client.sinks):
             sink(self._lost)
 
@@ -242,91 +219,143 @@ class QmpMonitor:
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""
         self._closing = True
+        if self._timer is not None:
+            self._timer.cancel()
         self._watcher.cancel()
         await asyncio.wait([self._watcher])
+        for reply in self._client.replies.values():
+            reply.cancel()
+        self._client.replies.clear()
         if self._client.runstate is not Runstate.IDLE:
             await self._disconnect()
 
     # -- commands, in the order of QEMU's QAPI schema ---------------------------------------------
 
-    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> object:
-        """Any QMP command.
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
+        """Any QMP command: sent at once, in the order of the calls; to be awaited.
 
-        Raises:
+        Its deadline runs from when QEMU can begin with it: QEMU answers in the order asked, so of many sent at once
+        only the oldest is on the clock.
+
+        Raises (when awaited):
             CommandError: QEMU answered with an error.
             VcpuConnectionError: no answer within 10 s (`reason` "timeout"), or the connection is gone.
         """
-        if (lost := self._loss()) is not None:
-            raise lost
-        try:
-            async with _Deadline(self._in_flight, self._timeout):
-                reply = await self._client.request(command, arguments)
-        except TimeoutError as error:
-            raise VcpuConnectionError(
-                f"QEMU did not answer '{command}' within {self._timeout:g} s ({self._address})",
-                address=self._address,
-                reason="timeout",
-                libvirt="VIR_ERR_OPERATION_TIMEOUT",
-                hint="QEMU is busy or hangs; whether it still does what was asked is not known: query again",
-            ) from error
-        except ExecInterruptedError as error:
-            # The reader knows why, and the watcher asks it.
-            await asyncio.wait([self._watcher])
-            raise self._loss() or _closed(self._address, error) from error
-        if "return" in reply:
-            return reply["return"]
-        answer = reply.get("error")
-        if not isinstance(answer, dict) or not {"class", "desc"} <= answer.keys():
-            raise _malformed(self._address, ValueError(f"a reply to '{command}' that is neither result nor error"))
-        raise CommandError(command, str(answer["class"]), str(answer["desc"]))
+        loop = asyncio.get_running_loop()
+        result: asyncio.Future[object] = loop.create_future()
+        if self._lost is not None or self._client.runstate is not Runstate.RUNNING:
+            self._end_with_loss(result)
+            return result
+        self._client.request(command, arguments).add_done_callback(
+            lambda reply: self._answered(command, reply, result)
+        )
+        if self._timer is None:
+            self._timer = loop.call_later(self._timeout, self._check_time)
+        return result
 
-    async def query_hotpluggable_cpus(self) -> object:
+    def _answered(self, command: str, reply: asyncio.Future[Message], result: asyncio.Future[object]) -> None:
+        if result.done():
+            return  # whoever asked does not wait any more
+        if reply.cancelled():
+            self._end_with_loss(result)
+        elif (error := reply.exception()) is not None:
+            result.set_exception(_no_answer(self._address, command, self._timeout, error))
+        elif "return" in (message := reply.result()):
+            result.set_result(message["return"])
+        else:
+            answer = message.get("error")
+            if isinstance(answer, dict) and {"class", "desc"} <= answer.keys():
+                result.set_exception(CommandError(command, str(answer["class"]), str(answer["desc"])))
+            else:
+                what = ValueError(f"a reply to '{command}' that is neither result nor error")
+                result.set_exception(_malformed(self._address, what))
+
+    def _check_time(self) -> None:
+        """One timer for all: QEMU is given up when it has answered nothing for the whole of a deadline."""
+        self._timer = None
+        client, loop = self._client, asyncio.get_running_loop()
+        if not client.replies:
+            return
+        if loop.time() < client.began + self._timeout:
+            self._timer = loop.call_at(client.began + self._timeout, self._check_time)
+            return
+        replies = list(client.replies.values())
+        client.replies.clear()
+        for reply in replies:
+            if not reply.done():
+                reply.set_exception(TimeoutError())
+
+    def _end_with_loss(self, result: asyncio.Future[object]) -> None:
+        """The connection is gone; the watcher knows why, at once or in a moment."""
+
+        def tell(_: object = None) -> None:
+            if not result.done():
+                result.set_exception(self._lost or _closed(self._address, None))
+
+        if self._lost is not None or self._watcher.done():
+            tell()
+        else:
+            self._watcher.add_done_callback(tell)
+
+    def query_hotpluggable_cpus(self) -> asyncio.Future[object]:
         """QMP `query-hotpluggable-cpus`."""
-        return await self.execute("query-hotpluggable-cpus")
+        return self.execute("query-hotpluggable-cpus")
 
-    async def query_cpus_fast(self) -> object:
+    def query_cpus_fast(self) -> asyncio.Future[object]:
         """QMP `query-cpus-fast`."""
-        return await self.execute("query-cpus-fast")
+        return self.execute("query-cpus-fast")
 
-    async def query_target(self) -> object:
+    def query_target(self) -> asyncio.Future[object]:
         """QMP `query-target`."""
-        return await self.execute("query-target")
+        return self.execute("query-target")
 
-    async def query_kvm(self) -> object:
+    def query_kvm(self) -> asyncio.Future[object]:
         """QMP `query-kvm`."""
-        return await self.execute("query-kvm")
+        return self.execute("query-kvm")
 
-    async def query_machines(self) -> object:
+    def query_machines(self) -> asyncio.Future[object]:
         """QMP `query-machines`."""
-        return await self.execute("query-machines")
+        return self.execute("query-machines")
 
-    async def query_status(self) -> object:
+    def query_status(self) -> asyncio.Future[object]:
         """QMP `query-status`."""
-        return await self.execute("query-status")
+        return self.execute("query-status")
 
-    async def qom_get(self, path: str, name: str) -> object:
+    def qom_get(self, path: str, name: str) -> asyncio.Future[object]:
         """QMP `qom-get`; `name` is the property."""
-        return await self.execute("qom-get", {"path": path, "property": name})
+        return self.execute("qom-get", {"path": path, "property": name})
 
-    async def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> None:
+    def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> asyncio.Future[object]:
         """QMP `device_add`; `props` go out as they are: integers since 9.2 must be integers."""
-        await self.execute("device_add", {**props, "driver": driver, "id": device_id})
+        return self.execute("device_add", {**props, "driver": driver, "id": device_id})
 
-    async def device_del(self, device: str) -> None:
+    def device_del(self, device: str) -> asyncio.Future[object]:
         """QMP `device_del`; `device` is an id or a QOM path. It only asks."""
-        await self.execute("device_del", {"id": device})
+        return self.execute("device_del", {"id": device})
 
-    async def human_monitor_command(self, line: str) -> object:
+    def human_monitor_command(self, line: str) -> asyncio.Future[object]:
         """QMP `human-monitor-command`."""
-        return await self.execute("human-monitor-command", {"command-line": line})
+        return self.execute("human-monitor-command", {"command-line": line})
 
-    async def cont(self) -> None:
+    def cont(self) -> asyncio.Future[object]:
         """QMP `cont`."""
-        await self.execute("cont")
+        return self.execute("cont")
 
-    async def quit(self) -> None:
+    def quit(self) -> asyncio.Future[object]:
         """QMP `quit`."""
-        await self.execute("quit")
+        return self.execute("quit")
+
+
+def _no_answer(address: str, command: str, seconds: float, cause: BaseException) -> VcpuConnectionError:
+    error = VcpuConnectionError(
+        f"QEMU did not answer '{command}' within {seconds:g} s ({address})",
+        address=address,
+        reason="timeout",
+        libvirt="VIR_ERR_OPERATION_TIMEOUT",
+        hint="QEMU is busy or hangs; whether it still does what was asked is not known: query again",
+    )
+    error.__cause__ = cause
+    return error
 
 
 def _closed(address: str, cause: BaseException | None) -> VcpuConnectionError:

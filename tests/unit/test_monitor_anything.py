@@ -161,7 +161,7 @@ async def test_a_cancelled_command_leaves_the_others_their_replies(tmp_path):
             both.set()
 
     async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
-        first, second = (asyncio.create_task(monitor.query_status()) for _ in range(2))
+        first, second = (asyncio.ensure_future(monitor.query_status()) for _ in range(2))
         await both.wait()
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
