@@ -9,10 +9,25 @@ die() { say "$*"; exit 1; }
 
 is_debian() { [ -r /etc/os-release ] && grep -Eq '^ID(_LIKE)?=.*debian' /etc/os-release && command -v apt-get >/dev/null; }
 
-# The main archive this machine already uses. `indextargets` reads sources.list and *.sources alike.
+# The main archive this machine already uses. `indextargets` reads sources.list and *.sources alike. Only Debian's own
+# whole releases count: security and backports may live elsewhere. Before the first `apt-get update` apt does not know
+# whose an archive is: then a path that ends in /debian is believed first.
 debian_mirror() {
-    apt-get indextargets --format '$(REPO_URI)|$(COMPONENT)|$(SITE)' 2>/dev/null |
-        sed -n 's#^\([^|]*/debian/\{0,1\}\)|main|.*#\1#p' | sort | uniq -c | sort -rn | awk 'NR==1{print $2}'
+    local format='$(CREATED_BY)|$(COMPONENT)|$(RELEASE)|$(ORIGIN)|$(REPO_URI)'
+    { apt-get indextargets --format "$format"; apt-get indextargets --no-release-info --format "$format"; } 2>/dev/null |
+        awk -F'|' '$1 != "Packages" || $2 != "main" { next }
+            $3 !~ /^(bookworm|trixie|forky|sid|oldstable|stable|testing|unstable)$/ { next }
+            { rank = $4 == "Debian" ? 0 : $4 !~ /^\$/ ? 9 : $5 ~ /\/debian\/?$/ ? 1 : 2 }
+            rank < 9 && (best == "" || rank < low) { best = $5; low = rank }
+            END { print best }'
+}
+
+# Enter one at a time, for as long as this program runs; waits for another that does the same work.
+enter() { # enter LOCK-FILE WHAT
+    exec 9>>"$1" # appending, so that what is locked keeps its contents
+    flock -n 9 && return
+    say "waiting for another run that makes $2"
+    flock -w 1800 9 || die "another run has been making $2 for half an hour: see who holds $1"
 }
 
 # apt_init DIR ARCH SUITE...: afterwards `apt_own COMMAND...` runs against these suites only. Fails where the mirror
@@ -22,7 +37,7 @@ apt_init() {
     shift 2
     is_debian || die "this needs Debian's apt; on another system build or install QEMU and guests yourself"
     mirror=$(debian_mirror)
-    [ -n "$mirror" ] || die "no Debian archive in this machine's apt sources: run 'apt-get update' as root and try again"
+    [ -n "$mirror" ] || die "no Debian archive in this machine's apt sources"
     [ -r "$keyring" ] || die "Debian's keys are missing: apt-get install debian-archive-keyring"
     APT_DIR=$dir
     rm -rf "$dir"
@@ -41,7 +56,7 @@ apt_init() {
         -o "Acquire::https::Timeout=60" -o "Acquire::Languages=none" -o "Acquire::IndexTargets::deb::Contents-deb::DefaultEnabled=false"
         -o "Debug::NoLocking=1" -o "APT::Sandbox::User=" -o "Dir::Log=$dir" -o "APT::Get::List-Cleanup=0"
         -o "Binary::apt-get::APT::Keep-Downloaded-Packages=true" -o "APT::Keep-Downloaded-Packages=true"
-        -o "DPkg::Post-Invoke::=" -o "APT::Update::Post-Invoke::="
+        -o "DPkg::Post-Invoke::=" -o "APT::Update::Post-Invoke::=" -o "APT::Update::Error-Mode=any"
     )
     # The machine's hooks (docker-clean …) would empty our archive folder.
     {
