@@ -234,8 +234,8 @@ class QmpMonitor:
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
         """Any QMP command: sent at once, in the order of the calls; to be awaited.
 
-        Its deadline runs from when QEMU can begin with it: QEMU answers in the order asked, so of many at once only
-        the oldest is on the clock.
+        Its deadline runs from when QEMU can begin with it: QEMU answers in the order asked, so of many at once
+        only the oldest is on the clock.
 
         Raises (when awaited):
             CommandError: QEMU answered with an error.
