@@ -69,11 +69,13 @@ def slots_of(state: qmpvcpu.DomainState) -> list[qmpvcpu.Entity]:
 async def bench_enable(accel: str) -> bool:
     """One enable over a held connection / device_add + query-cpus-fast on a bare socket, each pair on two QEMUs.
 
-    Two equal machines are filled in step, ours and raw taking turns to go first, so that both see the same growth.
+    Two equal machines are filled in step, ours and raw taking turns to go first, so that both see the same growth,
+    and taking turns at the machines. Where a QEMU's threads and memory come to lie is luck, hence the many rounds.
     """
     ours, raw = [], []
-    for round_number in range(4):
-        async with machine(accel, "1,maxcpus=17") as left, machine(accel, "1,maxcpus=17") as right:
+    for round_number in range(12):
+        async with machine(accel, "1,maxcpus=17") as one, machine(accel, "1,maxcpus=17") as other:
+            left, right = (one, other) if round_number // 2 % 2 else (other, one)
             with RawQmp(right.qmp) as bare:
                 async with qmpvcpu.connect(left.qmp) as domain:
                     for number, entity in enumerate(slots_of(await domain.state())):
