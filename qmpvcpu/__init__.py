@@ -13,16 +13,27 @@ from qmpvcpu._version import __version__
 # Type checkers read this name as true; importing `typing` for it would cost more than the rest of this file.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from qmpvcpu.core.model import DomainState, Entity, Outcome, Props, QemuVersion, Topology, Vcpu
+    from qmpvcpu.core.model import (
+        DomainState,
+        Entity,
+        Event,
+        EventKind,
+        Outcome,
+        Props,
+        QemuVersion,
+        Topology,
+        Vcpu,
+    )
     from qmpvcpu.core.plan import Plan
     from qmpvcpu.core.request import Request, parse_ids
-    from qmpvcpu.domain import Domain, connect
+    from qmpvcpu.domain import Domain, Events, Options, connect
     from qmpvcpu.errors import (
         OutcomeKind,
         Refusal,
         VcpuConnectionError,
         VcpuError,
         VcpuFailed,
+        VcpuOverflow,
         VcpuPartial,
         VcpuRefused,
         VcpuRejected,
@@ -35,6 +46,8 @@ _HOMES = {
     "qmpvcpu.core.model": (
         "DomainState",
         "Entity",
+        "Event",
+        "EventKind",
         "Outcome",
         "Props",
         "QemuVersion",
@@ -43,13 +56,14 @@ _HOMES = {
     ),
     "qmpvcpu.core.plan": ("Plan",),
     "qmpvcpu.core.request": ("Request", "parse_ids"),
-    "qmpvcpu.domain": ("Domain", "connect"),
+    "qmpvcpu.domain": ("Domain", "Events", "Options", "connect"),
     "qmpvcpu.errors": (
         "OutcomeKind",
         "Refusal",
         "VcpuConnectionError",
         "VcpuError",
         "VcpuFailed",
+        "VcpuOverflow",
         "VcpuPartial",
         "VcpuRefused",
         "VcpuRejected",
@@ -66,6 +80,10 @@ __all__ = [
     "Domain",
     "DomainState",
     "Entity",
+    "Event",
+    "EventKind",
+    "Events",
+    "Options",
     "Outcome",
     "OutcomeKind",
     "Plan",
@@ -80,6 +98,7 @@ __all__ = [
     "VcpuError",
     "VcpuFailed",
     "VcpuFlag",
+    "VcpuOverflow",
     "VcpuPartial",
     "VcpuRefused",
     "VcpuRejected",

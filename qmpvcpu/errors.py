@@ -6,7 +6,8 @@
     ├── VcpuRejected          rejected    the guest said no
     ├── VcpuFailed            failed      QEMU gave an error on the way; what was done is undone
     ├── VcpuPartial           partial     some of it is done and could not be undone
-    └── VcpuConnectionError   connection  QMP, agent or libvirt not reached, or gone
+    ├── VcpuConnectionError   connection  QMP, agent or libvirt not reached, or gone
+    └── VcpuOverflow          failed      a listener was too slow, and lost events
 
 Every error carries its facts as fields and one `hint`, the next thing to do. `libvirt` is the name of the
 error libvirt would give (`virErrorNumber` in libvirt's virterror.h).
@@ -25,6 +26,7 @@ __all__ = [
     "VcpuConnectionError",
     "VcpuError",
     "VcpuFailed",
+    "VcpuOverflow",
     "VcpuPartial",
     "VcpuRefused",
     "VcpuRejected",
@@ -249,3 +251,9 @@ class VcpuConnectionError(VcpuError):
 
     def _facts(self) -> dict[str, Any]:
         return {"address": self.address, "reason": self.reason}
+
+
+class VcpuOverflow(VcpuError):
+    """More events came than `Domain.events()` may keep, and some are lost: subscribe again and read the state."""
+
+    default_libvirt = "VIR_ERR_OPERATION_FAILED"

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
+from qmpvcpu.core.pending import PendingUnplug
 from qmpvcpu.errors import VcpuConnectionError
 
-__all__ = ["CommandError", "Monitor", "MonitorEvent", "Sink"]
+__all__ = ["CommandError", "Monitor", "MonitorEvent", "PendingStore", "Sink"]
 
 
 class CommandError(Exception):
@@ -53,6 +54,10 @@ class Monitor(Protocol):
         """What it is connected to, as the user wrote it."""
 
     @property
+    def is_local(self) -> bool:
+        """Whether QEMU runs on this host, as far as the connection tells."""
+
+    @property
     def greeting(self) -> Mapping[str, Any]:
         """The `QMP` member of the greeting."""
 
@@ -91,3 +96,16 @@ class Monitor(Protocol):
 
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""
+
+
+class PendingStore(Protocol):
+    """What outlives this process: unplugs of one QEMU that were asked and have not ended, by first vCPU id."""
+
+    def load(self) -> Mapping[int, PendingUnplug]:
+        """What is pending as far as anybody has told; cheap."""
+
+    def add(self, unplugs: Iterable[PendingUnplug]) -> None:
+        """Remember these. Raises OSError."""
+
+    def discard(self, firsts: Iterable[int]) -> None:
+        """Forget these. Never raises."""

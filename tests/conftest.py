@@ -6,6 +6,7 @@ import asyncio
 import json
 import os
 import sys
+import tempfile
 import uuid
 from collections.abc import Iterator
 from contextlib import suppress
@@ -20,6 +21,10 @@ from qmpvcpu.app.cache import cache_folder
 #: Every process that a test starts inherits this, so a survivor is found wherever it went.
 RUN_MARK = f"QMPVCPU_TEST_RUN={uuid.uuid4().hex}"
 os.environ[RUN_MARK.split("=")[0]] = RUN_MARK.split("=")[1]
+
+#: Pending unplugs of the tests stay among themselves; the folder goes with the process.
+_STATE = tempfile.TemporaryDirectory(prefix="qmpvcpu-test-state-")
+os.environ["QMPVCPU_STATE"] = _STATE.name
 
 VERSIONS = ("7.2", "10.0", "11.1")
 

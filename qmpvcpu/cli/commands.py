@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 import sys
+import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterable
 from typing import Any, Final
 
 from qmpvcpu.cli import render
 from qmpvcpu.cli.progress import waiting
-from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.checks import MAXIMUM_IS_CONFIG
+from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.request import Request, parse_ids
 from qmpvcpu.domain import Domain, connect
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuRefused
@@ -106,7 +108,7 @@ async def _vcpucount(session: Session) -> int:
     return 0
 
 
-def _request(options: Namespace) -> Request:
+def _flags(options: Namespace) -> VcpuFlag:
     flags = VcpuFlag.CURRENT
     for name, flag in (
         ("enable", VcpuFlag.ENABLE),
@@ -117,14 +119,38 @@ def _request(options: Namespace) -> Request:
         ("numa_node", VcpuFlag.NUMA_NODE),
         ("core", VcpuFlag.CORE),
     ):
-        if getattr(options, name):
+        if getattr(options, name, False):
             flags |= flag
-    return Request(parse_ids(options.ids), flags, options.count, options.force)
+    return flags
 
 
 async def _setvcpu(session: Session) -> int:
     options = session.options
-    request = _request(options)
+    request = Request(
+        parse_ids(options.ids),
+        _flags(options),
+        options.count,
+        options.force,
+        timeout=options.timeout,
+        wait=not options.no_wait,
+        atomic=options.atomic,
+        retry=options.retry,
+        fallback=not options.no_fallback,
+    )
+    return await _carry_out(session, request)
+
+
+async def _setvcpus(session: Session) -> int:
+    options = session.options
+    if options.maximum and not options.config:
+        raise VcpuRefused([MAXIMUM_IS_CONFIG])
+    request = Request((), _flags(options), total=options.total, timeout=options.timeout, wait=not options.no_wait)
+    return await _carry_out(session, request)
+
+
+async def _carry_out(session: Session, request: Request) -> int:
+    """Do it, or say what would be done, and show the end."""
+    options = session.options
     async with session.connect() as domain:
         if options.dry_run and not request.is_query:
             planned = await domain.plan(request)
@@ -132,7 +158,7 @@ async def _setvcpu(session: Session) -> int:
             session.show(planned.to_json(), render.plan(planned))
             return OutcomeKind.REFUSED.exit_code if planned.refusals else 0
         async with waiting("waiting for the guest", options.timeout):
-            result = await domain.request(request, timeout=options.timeout, wait=not options.no_wait)
+            result = await domain.request(request)
         state = domain.last_state
     session.warn(result.messages)
     if result.outcome is OutcomeKind.QUERIED:
@@ -141,6 +167,27 @@ async def _setvcpu(session: Session) -> int:
     else:
         session.show(result.to_json(), render.outcome(result))
     return result.outcome.exit_code
+
+
+async def _watch(session: Session) -> int:
+    async with session.connect() as domain, domain.events(steps=True) as events:
+        state = domain.last_state
+        pending = domain.pending_ids
+        line: dict[str, Any] = {"time": time.time(), "event": "snapshot", "vcpus": list(state.enabled_ids)}
+        line["detail"] = f"{len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
+        if pending:
+            line["detail"] += f"; unplug pending: {format_ids(pending)}"
+        _tell(session, line | {"pending": list(pending)}, render.snapshot(line))
+        for event in domain.settled:
+            _tell(session, event.to_json(), render.event(event))
+        async for event in events:
+            _tell(session, event.to_json(), render.event(event))
+    return 0
+
+
+def _tell(session: Session, document: dict[str, Any], line: str) -> None:
+    """One line of `watch`, at once."""
+    print(json.dumps(document) if session.options.json else line, flush=True)
 
 
 async def _doctor(session: Session) -> int:
@@ -177,6 +224,8 @@ _COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
     "vcpuinfo": _vcpuinfo,
     "vcpucount": _vcpucount,
     "setvcpu": _setvcpu,
+    "setvcpus": _setvcpus,
+    "watch": _watch,
     "doctor": _doctor,
     "demo": _demo,
 }

@@ -52,10 +52,24 @@ def _positive(text: str) -> int:
     return int(text)
 
 
+def _number(text: str) -> int:
+    return 0 if text == "0" else _positive(text)
+
+
 def _impact(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--live", action="store_true", help="the running guest")
     parser.add_argument("--config", action="store_true", help="the persistent definition, from the next boot")
     parser.add_argument("--current", action="store_true", help="live if it runs, else config (default)")
+
+
+def _change(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument(
+        "--async", dest="no_wait", action="store_true", help="do not wait for the end of an unplug"
+    )
+    parser.add_argument(
+        "--timeout", type=_seconds, default=30.0, metavar="S", help="seconds the guest has (default 30; 0: none)"
+    )
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -99,14 +113,29 @@ def build_parser() -> argparse.ArgumentParser:
     switch.add_argument("--numa-node", action="store_true", help="IDS is a node; take vCPUs of it")
     switch.add_argument("--count", type=_positive, metavar="N", help="with --numa-node: how many")
     switch.add_argument("--core", action="store_true", help="every vCPU of the core that holds the id")
-    switch.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    _change(switch)
     switch.add_argument(
-        "--async", dest="no_wait", action="store_true", help="do not wait for the end of an unplug"
+        "--retry", type=_number, default=0, metavar="N", help="ask again, up to N times, what the guest refused"
     )
     switch.add_argument(
-        "--timeout", type=_seconds, default=30.0, metavar="S", help="seconds the guest has (default 30; 0: none)"
+        "--atomic", action="store_true", help="bring back what was removed if the rest is rejected or fails"
+    )
+    switch.add_argument(
+        "--no-fallback", action="store_true", help="never ask the guest agent for what hotplug cannot do"
     )
     switch.add_argument("--force", action="store_true", help="do what is known to kill QEMU")
+
+    counts = domain_command("setvcpus", "have so many vCPUs enabled: the lowest are added, the highest removed")
+    counts.add_argument("total", type=_positive, metavar="COUNT", help="how many")
+    _impact(counts)
+    counts.add_argument("--guest", action="store_true", help="through the guest agent: online and offline only")
+    counts.add_argument("--maximum", action="store_true", help="with --config: the maximum instead")
+    counts.add_argument(
+        "--hotpluggable", action="store_true", help="with --config: what is added can be unplugged later"
+    )
+    _change(counts)
+
+    domain_command("watch", "tell what happens to the vCPUs, line by line, until interrupted")
 
     doctor = command("doctor", "what is here: QEMUs, machines that can hotplug, KVM, rights, what is missing")
     doctor.add_argument("domain", metavar="DOMAIN", nargs="?", help="what this guest can and cannot do")

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from qmpvcpu.core.inventory import LEVELS
-from qmpvcpu.core.model import Props, format_ids
-from qmpvcpu.core.plan import core_of
+from qmpvcpu.core.model import EventKind, Props, format_ids
+from qmpvcpu.core.select import core_of
 
 if TYPE_CHECKING:
-    from qmpvcpu.core.model import DomainState, Outcome, Vcpu
+    from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
     from qmpvcpu.core.plan import Plan
 
-__all__ = ["columns", "outcome", "plan", "topology", "vcpu_table"]
+__all__ = ["columns", "event", "outcome", "plan", "snapshot", "topology", "vcpu_table"]
 
 
 def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> list[str]:
@@ -104,8 +105,35 @@ def outcome(result: Outcome) -> list[str]:
         lines.append(f"vCPU {format_ids(result.pending)}: unplug asked, and not ended at the deadline")
     if not lines:
         word = result.rows[0].state if result.rows else "so"
-        lines.append(f"vCPU {ids}: already {word}")
+        lines.append(f"vCPU {ids}: already {word}" if result.ids else "already so: nothing was to be done")
     return lines
+
+
+_EVENT_WORDS = {
+    EventKind.ADDED: "plugged",
+    EventKind.REMOVED: "removed",
+    EventKind.REMOVAL_FAILED: "unplug refused",
+    EventKind.ONLINE: "online in the guest",
+    EventKind.OFFLINE: "offline in the guest",
+    EventKind.UNPLUG_REQUESTED: "unplug asked",
+    EventKind.EJECTING: "the guest is ejecting it",
+}
+
+
+def event(found: Event) -> str:
+    """One line of `watch`."""
+    text = f"{_clock(found.time)}  vCPU {format_ids(found.vcpus)}: {_EVENT_WORDS[found.event]}"
+    return f"{text} ({found.detail})" if found.detail else text
+
+
+def snapshot(document: Mapping[str, Any]) -> str:
+    """The first line of `watch`."""
+    return f"{_clock(document['time'])}  vCPU {format_ids(document['vcpus'])}: enabled ({document['detail']})"
+
+
+def _clock(seconds: float) -> str:
+    """Local time of day, milliseconds."""
+    return time.strftime("%H:%M:%S", time.localtime(seconds)) + f".{int(seconds * 1000) % 1000:03d}"
 
 
 def plan(result: Plan) -> list[str]:

@@ -10,26 +10,36 @@ from collections.abc import Iterable, Sequence
 from typing import Final
 
 from qmpvcpu.core.model import DomainState, Entity, QemuVersion, format_ids
-from qmpvcpu.core.request import Knowledge
+from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
 __all__ = [
+    "MAXIMUM_IS_CONFIG",
     "apic_id",
     "check_flags",
     "check_kills_on_plug",
     "check_kills_on_unplug",
+    "check_options",
     "check_plug",
     "check_range",
     "check_unplug",
     "is_x86",
     "needs_firmware_state",
     "needs_x2apic",
+    "restore_forbidden",
     "undo_forbidden",
     "warnings",
 ]
 
 FORCE_HINT: Final = "--force (force=True) does it all the same"
+
+MAXIMUM_IS_CONFIG: Final = Refusal(
+    "maximum",
+    "the maximum of vCPUs cannot change while the guest runs",
+    (),
+    "--maximum goes with --config (config=True), without --live",
+)
 
 _ALL_FLAGS: Final = sum(VcpuFlag)
 
@@ -70,6 +80,30 @@ def check_flags(flags: VcpuFlag) -> list[Refusal]:
     is_query = not flags & (VcpuFlag.ENABLE | VcpuFlag.DISABLE)
     if is_query and flags & VcpuFlag.LIVE and flags & VcpuFlag.CONFIG:
         exclusive("a query answers for LIVE or for CONFIG, not for both at once", "ask twice")
+    return found
+
+
+def check_options(request: Request) -> list[Refusal]:
+    """Options that exclude each other, and what the persistent definition never allows."""
+    found: list[Refusal] = []
+    if request.atomic and not request.wait:
+        found.append(
+            Refusal(
+                "flags",
+                "--atomic and --async exclude each other: what fails later cannot be undone by this call",
+                (),
+                "leave out one of the two",
+            )
+        )
+    if (
+        request.disable
+        and request.has(VcpuFlag.CONFIG)
+        and not request.has(VcpuFlag.NUMA_NODE)
+        and 0 in request.ids
+    ):
+        found.append(
+            Refusal("config-vcpu-0", "vCPU 0 must be enabled in a definition", (0,), "leave 0 out: 1-3 or ^0")
+        )
     return found
 
 
@@ -303,6 +337,12 @@ def _entities(state: DomainState, ids: Iterable[int]) -> list[Entity]:
 
 def _ids(entities: Iterable[Entity]) -> tuple[int, ...]:
     return tuple(number for entity in entities for number in entity.ids)
+
+
+def restore_forbidden(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> str | None:
+    """Why what was removed must not be plugged again on this machine, None where it may be tried."""
+    kills = check_kills_on_plug(state, entities, known)
+    return kills[0].message if kills else None
 
 
 def undo_forbidden(state: DomainState, known: Knowledge) -> str | None:

@@ -1,4 +1,4 @@
-"""QMP events of CPUs -> signals: what happened to which entity. Pure.
+"""QMP events of CPUs -> signals: what happened to which entity; two states -> what changed between. Pure.
 
 Sources: QAPI `DEVICE_DELETED`, `DEVICE_UNPLUG_GUEST_ERROR`, `ACPI_DEVICE_OST`; the codes of OST are those of the
 ACPI specification, "_OST (OSPM Status Indication)".
@@ -6,14 +6,14 @@ ACPI specification, "_OST (OSPM Status Indication)".
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Final
 
-from qmpvcpu.core.model import Entity
+from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 
-__all__ = ["CPU_EVENTS", "Signal", "SignalKind", "interpret"]
+__all__ = ["CPU_EVENTS", "Names", "Signal", "SignalKind", "changes", "interpret", "is_transient", "replugged"]
 
 #: Events that say something about a CPU, or make what was read before doubtful.
 CPU_EVENTS: Final = frozenset(
@@ -54,37 +54,56 @@ class Signal:
     reason: str | None = None
 
 
-def interpret(event: str, data: Mapping[str, Any], entities: Collection[Entity]) -> Signal | None:
+class Names:
+    """How QEMU's events name these entities: by QOM path, and by the x86 slot number."""
+
+    __slots__ = ("_by_first", "_by_path")
+
+    def __init__(self, entities: Iterable[Entity]) -> None:
+        self._by_path: dict[str, Entity] = {}
+        self._by_first: dict[str, Entity] = {}
+        for entity in entities:
+            # A slot that was empty when this was planned gets our own device id.
+            self._by_path[entity.qom_path or PERIPHERAL + entity.device_id] = entity
+            self._by_first[str(entity.first)] = entity
+
+    def of(self, data: Mapping[str, Any]) -> Entity | None:
+        """The entity that `device` or `path` of an event means, by id or by the exact path."""
+        path, device = data.get("path"), data.get("device")
+        found = self._by_path.get(path) if isinstance(path, str) else None
+        if found is None and isinstance(device, str):
+            found = self._by_path.get(PERIPHERAL + device)
+        return found
+
+    def of_slot(self, slot: object) -> Entity | None:
+        """The entity of an ACPI slot: its index in QEMU's list of possible CPUs, which on x86 is the vCPU id."""
+        return self._by_first.get(str(slot))
+
+
+PERIPHERAL: Final = "/machine/peripheral/"
+
+
+def interpret(event: str, data: Mapping[str, Any], names: Names) -> Signal | None:
     """What an event says, about which of these entities; None where it says nothing about CPUs."""
     if event == "DEVICE_DELETED":
-        entity = _by_name(data, entities)
+        entity = names.of(data)
         # A child's event (…/lapic, …/thread[0]) or another device's: on x86 under TCG the CPU's own never comes.
         if entity is None:
             return Signal(SignalKind.LOOK_AGAIN)
         return Signal(SignalKind.DELETED, entity.first)
     if event == "DEVICE_UNPLUG_GUEST_ERROR":
-        entity = _by_name(data, entities)
+        entity = names.of(data)
         if entity is None:
             return None
         return Signal(SignalKind.GUEST_REFUSED, entity.first, "the guest could not release it")
     if event == "ACPI_DEVICE_OST":
-        return _ost(data.get("info"), entities)
+        return _ost(data.get("info"), names)
     if event == "RESET":
         return Signal(SignalKind.RESET, reason="the machine was reset, which drops the request")
     return None
 
 
-def _by_name(data: Mapping[str, Any], entities: Collection[Entity]) -> Entity | None:
-    device, path = data.get("device"), data.get("path")
-    for entity in entities:
-        # A slot that was empty when this was planned gets our own device id.
-        mine = entity.qom_path or f"/machine/peripheral/{entity.device_id}"
-        if path == mine or (device is not None and mine == f"/machine/peripheral/{device}"):
-            return entity
-    return None
-
-
-def _ost(info: object, entities: Collection[Entity]) -> Signal | None:
+def _ost(info: object, names: Names) -> Signal | None:
     if not isinstance(info, dict) or info.get("slot-type") != "CPU":
         return None
     source, status = info.get("source"), info.get("status")
@@ -93,13 +112,39 @@ def _ost(info: object, entities: Collection[Entity]) -> Signal | None:
     if status == 0:
         # "Done" comes before the CPU is gone, and without a device once it is.
         return Signal(SignalKind.LOOK_AGAIN)
-    # The slot is the index of the CPU in QEMU's list of possible CPUs, which on x86 is the vCPU id; the device
-    # id is there only for a CPU that has one.
-    slot = str(info.get("slot"))
-    named = _by_name(info, entities) if info.get("device") is not None else None
-    by_slot = (entity.first for entity in entities if str(entity.first) == slot)
-    first = named.first if named is not None else next(by_slot, None)
+    # The device id is there only for a CPU that has one.
+    entity = names.of(info) or names.of_slot(info.get("slot"))
+    first = None if entity is None else entity.first
     if status == _EJECTING:
         return Signal(SignalKind.EJECTING, first)
     reason = _OST_WORDS.get(status) or f"the guest answered with the unknown status {status}"
     return Signal(SignalKind.GUEST_REFUSED, first, reason)
+
+
+def is_transient(text: str) -> bool:
+    """Whether this error of `device_del` passes as the guest boots on, so that a later try may succeed (x86)."""
+    # "acpi: device unplug request for not supported device type: …", until the guest's ACPI takes over (to 10.x).
+    return "device unplug request for not supported device type" in text
+
+
+def changes(before: DomainState, after: DomainState, time: float) -> list[Event]:
+    """What came and went between two states of one machine, one event a vCPU; `time` in seconds since 1970."""
+    found: list[Event] = []
+    for was, now in zip(before.entities, after.entities, strict=False):
+        went = was.plugged and (not now.plugged or replugged(was, now, before, after))
+        came = now.plugged and (went or not was.plugged)
+        if went:
+            found += [Event(time, EventKind.REMOVED, (number,)) for number in was.ids]
+        if came:
+            found += [Event(time, EventKind.ADDED, (number,)) for number in now.ids]
+    return found
+
+
+def replugged(was: Entity, now: Entity, before: DomainState, after: DomainState) -> bool:
+    """Whether a slot that is full in both states was empty between: another object, or another thread."""
+    if not (was.plugged and now.plugged):
+        return False
+    if was.qom_path != now.qom_path:
+        return True
+    threads = before.vcpus[was.first].thread_id, after.vcpus[now.first].thread_id
+    return None not in threads and threads[0] != threads[1]

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
+from enum import StrEnum
 from typing import Any
 
 from qmpvcpu.errors import OutcomeKind
@@ -15,6 +16,8 @@ __all__ = [
     "Arch",
     "DomainState",
     "Entity",
+    "Event",
+    "EventKind",
     "Outcome",
     "Props",
     "QemuVersion",
@@ -296,3 +299,36 @@ class Outcome:
             "messages": list(self.messages),
             "seconds": round(self.seconds, 6),
         }
+
+
+class EventKind(StrEnum):
+    """What an `Event` tells. The first three are libvirt's words (`virDomainEventID`); `is_step`: the last two."""
+
+    ADDED = "vcpu-added"
+    REMOVED = "vcpu-removed"
+    REMOVAL_FAILED = "vcpu-removal-failed"
+    ONLINE = "vcpu-online"
+    OFFLINE = "vcpu-offline"
+    UNPLUG_REQUESTED = "unplug-requested"
+    EJECTING = "guest-ejecting"
+
+    @property
+    def is_step(self) -> bool:
+        """Whether it only tells of something under way."""
+        return self in (EventKind.UNPLUG_REQUESTED, EventKind.EJECTING)
+
+
+@dataclass(frozen=True, slots=True)
+class Event:
+    """Something happened to a vCPU, whoever did it. `time` is in seconds since the epoch, `detail` a reason in
+    words.
+    """
+
+    time: float
+    event: EventKind
+    vcpus: tuple[int, ...]
+    detail: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One line of `watch --json`."""
+        return {"time": self.time, "event": str(self.event), "vcpus": list(self.vcpus), "detail": self.detail}

@@ -30,18 +30,27 @@ def unchanged(state: DomainState, plan: Plan, seconds: float) -> Outcome:
 
 
 def conclude(
-    state: DomainState, plan: Plan, result: Result, seconds: float, *, stopped: str | None = None
+    state: DomainState,
+    plan: Plan,
+    result: Result,
+    seconds: float,
+    *,
+    stopped: str | None = None,
+    notes: Sequence[str] = (),
 ) -> Outcome | VcpuError:
     """Turn the end of a transaction into what the caller gets.
 
-    `state` is fresh; `stopped` is the run state while the guest does not run.
+    `state` is fresh; `stopped` is the run state while the guest does not run, `notes` what else is to be
+    said.
     """
     changed = tuple(sorted({*result.plugged, *result.removed}))
     messages = list(plan.messages)
     if result.kept:
         messages.append(
-            f"vCPU {format_ids(result.kept)}: the unplug that was pending did not happen, it stays enabled"
+            f"vCPU {format_ids(result.kept)}: its pending unplug did not happen, or someone plugged it again:"
+            " it stays enabled"
         )
+    messages += notes
     if result.pending and stopped:
         messages.append(f"the guest is stopped ({stopped}): it can answer only after 'cont'")
     facts: dict[str, Any] = {
@@ -76,30 +85,27 @@ def conclude(
 
 
 def _failure(plan: Plan, result: Result, facts: dict[str, Any]) -> VcpuError:
-    if not result.failures:
-        first = None
-        text = "cancelled"
-    else:
-        first = result.failures[0]
-        text = _texts(result.failures)
+    first = next(iter(result.failures or result.rejections), None)
+    text = _texts((*result.failures, *result.rejections)) or "cancelled"
     qmp = {
         "qmp_class": first.error_class if first else None,
-        "qmp_text": first.text if first else None,
+        "qmp_text": first.text if result.failures and first else None,
     }
     if result.undone:
         text += f"; undone: vCPU {format_ids(result.undone)}"
     if result.outcome is OutcomeKind.FAILED:
-        return VcpuFailed(text, hint=_hint(result.failures), **qmp, **facts)
+        return VcpuFailed(text + _pending(result), hint=_hint(result.failures), **qmp, **facts)
     left = []
     if result.remaining:
         left.append(f"vCPU {format_ids(result.remaining)} stays plugged")
-        if result.undo_forbidden:
-            left.append(f"it was not undone because {result.undo_forbidden}")
     if result.removed:
         left.append(f"vCPU {format_ids(result.removed)} is removed and stays so")
+    if result.undo_forbidden:
+        left.append(f"it was not undone because {result.undo_forbidden}")
+    text += _pending(result)
     return VcpuPartial(
         "; ".join([text, *left]),
-        remaining=result.remaining or result.removed,
+        remaining=sorted({*result.remaining, *result.removed}),
         hint=_hint(result.failures) or "`qmpvcpu vcpuinfo` shows what is",
         **qmp,
         **facts,
@@ -139,9 +145,13 @@ def _also(result: Result) -> str:
     parts = []
     if result.removed:
         parts.append(f"; vCPU {format_ids(result.removed)} is removed and stays so")
-    if result.pending:
-        parts.append(f"; vCPU {format_ids(result.pending)} is still pending")
-    return "".join(parts)
+    if result.undone:
+        parts.append(f"; undone: vCPU {format_ids(result.undone)}")
+    return "".join(parts) + _pending(result)
+
+
+def _pending(result: Result) -> str:
+    return f"; vCPU {format_ids(result.pending)}: unplug still pending" if result.pending else ""
 
 
 def _rows(state: DomainState, ids: Sequence[int]) -> tuple[Any, ...]:

@@ -4,23 +4,47 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import Final
 
 from qmpvcpu.errors import VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
 __all__ = ["Knowledge", "Request", "parse_ids"]
 
+_LONGEST: Final = 86400.0 * 365
+_MOST_RETRIES: Final = 1000
 _RANGE = re.compile(r"(\^?)([0-9]{1,6})(?:-([0-9]{1,6}))?\Z")
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call: vCPU ids (or, with NUMA_NODE, one node), the flags, and how many of a node (`count`)."""
+    """One call, as data.
+
+    `ids` are vCPU ids or, with NUMA_NODE, one node, of which `count` is how many. With `total`, the number of
+    vCPUs there shall be, ids and ENABLE or DISABLE follow from the state. `force` does what is known to kill QEMU.
+    `timeout` is in seconds, for what the guest must do (0: do not wait). `wait` False is `--async`: the call ends
+    once QEMU took an unplug. `atomic` brings back what was removed if the rest fails. `retry` is how often an
+    unplug is asked again that the guest refused. `fallback` False never asks the guest agent instead.
+    """
 
     ids: tuple[int, ...]
     flags: VcpuFlag = VcpuFlag.CURRENT
     count: int | None = None
     force: bool = False
+    total: int | None = None
+    timeout: float = 30.0
+    wait: bool = True
+    atomic: bool = False
+    retry: int = 0
+    fallback: bool = True
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.timeout <= _LONGEST:
+            raise VcpuUsageError(f"a timeout of {self.timeout} s makes no sense", hint="give seconds, 0 or more")
+        if not 0 <= self.retry <= _MOST_RETRIES:
+            raise VcpuUsageError(
+                f"{self.retry} retries make no sense", hint=f"give a number from 0 to {_MOST_RETRIES}"
+            )
 
     def has(self, flag: VcpuFlag) -> bool:
         """Whether that flag is set. `&` of two IntFlags makes a third in Python; this asks int alone."""
@@ -38,8 +62,8 @@ class Request:
 
     @property
     def is_query(self) -> bool:
-        """Neither ENABLE nor DISABLE."""
-        return not (self.enable or self.disable)
+        """Neither ENABLE nor DISABLE, nor a count to be reached."""
+        return self.total is None and not (self.enable or self.disable)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,12 @@ Rules of the table
 - A pair (state, input) that is not in the table changes nothing: a late or doubled message is harmless.
 - Every state outside `WAITING` is left by itself or final; `WAITING` ones end by the deadline at the latest.
 
-Phases: RUN, then UNDO if a plug failed or the call was cancelled, then DONE. What drives it (`domain.drive`)
-performs the effects in the order given, feeds `Replied` for each, and `Expired` at the phase's deadline.
+- A refusal that comes before `device_del` is answered is the answer to an earlier request: QEMU runs the command
+  and writes its reply in one go (7.2 to 11.1). The new request is still to be answered, so it changes nothing.
+
+Phases: RUN, then UNDO if a plug failed, the call was cancelled, or an atomic call must bring back what it removed;
+then DONE. What drives it (`domain.drive`) performs the effects in the order given, feeds `Replied` for each,
+`Again` some time after `to_retry` turned true, and `Expired` at the phase's deadline.
 """
 
 from __future__ import annotations
@@ -19,12 +23,13 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from qmpvcpu.core.events import Signal, SignalKind
+from qmpvcpu.core.events import Signal, SignalKind, is_transient
 from qmpvcpu.core.model import Entity
 from qmpvcpu.errors import OutcomeKind
 
 __all__ = [
     "Add",
+    "Again",
     "Cancelled",
     "Delete",
     "Effect",
@@ -70,6 +75,13 @@ class ItemState(Enum):
     UNDONE = "undone"
     UNDO_FAILED = "undo: failed"
     UNDO_PENDING = "undo: unplug pending"
+    RETURNED = "removed, and plugged by another client"
+    RETRY_REJECTED = "rejected, to be asked again"
+    RETRY_ERROR = "device_del failed, to be asked again"
+    RESTORING = "taking it back: device_add sent"
+    RESTORE_ADDED = "taking it back: device_add accepted"
+    RESTORED = "taken back"
+    NOT_RESTORED = "removed, and could not be taken back"
     DROPPED = "never begun"
 
 
@@ -86,11 +98,16 @@ class _On(Enum):
     CANCEL = "cancel"
     GIVE_UP = "give up"
     UNDO = "undo"
+    REPLACED = "replaced"
+    RETRY = "retry"
+    AGAIN = "again"
+    RESTORE = "restore"
 
 
 S = ItemState
 
-#: Item, what happened -> item. The effects that go with START, UNDO and a second ADDING are in `_EFFECTS`.
+#: Item, what happened -> item. Whoever enters ADDING or RESTORING sends `device_add`, DELETING or UNDOING
+#: `device_del`.
 TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.TO_ADD, _On.START): S.ADDING,
     (S.TO_ADD, _On.CANCEL): S.DROPPED,
@@ -103,7 +120,6 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.PLUGGED, _On.UNDO): S.UNDOING,
     (S.UNDOING, _On.OK): S.UNDO_ASKED,
     (S.UNDOING, _On.ERROR): S.UNDO_FAILED,
-    (S.UNDOING, _On.REFUSED): S.UNDO_FAILED,
     (S.UNDO_ASKED, _On.ABSENT): S.UNDONE,
     (S.UNDO_ASKED, _On.REFUSED): S.UNDO_FAILED,
     (S.UNDO_ASKED, _On.EXPIRE): S.UNDO_PENDING,
@@ -112,17 +128,37 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.TO_REMOVE, _On.CANCEL): S.DROPPED,
     (S.DELETING, _On.OK): S.ASKED,
     (S.DELETING, _On.ERROR): S.NOT_ASKED,
-    (S.DELETING, _On.REFUSED): S.REJECTED,
     (S.NOT_ASKED, _On.ABSENT): S.REMOVED,
     (S.ASKED, _On.ABSENT): S.REMOVED,
     (S.ASKED, _On.REFUSED): S.REJECTED,
     (S.ASKED, _On.EXPIRE): S.PENDING,
     (S.ASKED, _On.CANCEL): S.PENDING,
+    (S.ASKED, _On.REPLACED): S.RETURNED,
+    (S.REJECTED, _On.RETRY): S.RETRY_REJECTED,
+    (S.RETRY_REJECTED, _On.AGAIN): S.DELETING,
+    (S.RETRY_REJECTED, _On.ABSENT): S.REMOVED,
+    (S.RETRY_REJECTED, _On.EXPIRE): S.REJECTED,
+    (S.RETRY_REJECTED, _On.CANCEL): S.REJECTED,
+    (S.RETRY_REJECTED, _On.GIVE_UP): S.REJECTED,
+    (S.NOT_ASKED, _On.RETRY): S.RETRY_ERROR,
+    (S.RETRY_ERROR, _On.AGAIN): S.DELETING,
+    (S.RETRY_ERROR, _On.ABSENT): S.REMOVED,
+    (S.RETRY_ERROR, _On.EXPIRE): S.NOT_ASKED,
+    (S.RETRY_ERROR, _On.CANCEL): S.NOT_ASKED,
+    (S.RETRY_ERROR, _On.GIVE_UP): S.NOT_ASKED,
+    (S.REMOVED, _On.RESTORE): S.RESTORING,
+    (S.RESTORING, _On.OK): S.RESTORE_ADDED,
+    (S.RESTORING, _On.ERROR): S.NOT_RESTORED,
+    (S.RESTORE_ADDED, _On.PRESENT): S.RESTORED,
+    (S.RESTORE_ADDED, _On.ABSENT): S.NOT_RESTORED,
+    (S.RESTORED, _On.ABSENT): S.NOT_RESTORED,
+    (S.NOT_RESTORED, _On.PRESENT): S.RESTORED,
     (S.REJECTED, _On.ABSENT): S.REMOVED,
     (S.TO_READD, _On.START): S.AWAITING,
     (S.TO_READD, _On.CANCEL): S.DROPPED,
     (S.AWAITING, _On.ABSENT): S.ADDING,
     (S.AWAITING, _On.REFUSED): S.KEPT,
+    (S.AWAITING, _On.REPLACED): S.KEPT,
     (S.AWAITING, _On.EXPIRE): S.PENDING,
     (S.AWAITING, _On.CANCEL): S.PENDING,
     (S.AWAITING, _On.GIVE_UP): S.PENDING,
@@ -131,21 +167,25 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.KEPT, _On.GIVE_UP): S.DROPPED,
 }
 
-#: States whose end comes from the guest, not from QEMU's reply.
-WAITING: Final = frozenset({S.ASKED, S.AWAITING, S.UNDO_ASKED})
+#: To be asked again after a pause.
+_TO_RETRY: Final = frozenset({S.RETRY_REJECTED, S.RETRY_ERROR})
+#: States whose end comes from the guest or with time, not from QEMU's reply.
+WAITING: Final = frozenset({S.ASKED, S.AWAITING, S.UNDO_ASKED}) | _TO_RETRY
 #: States that a query answers.
-_UNVERIFIED: Final = frozenset({S.ADDED})
+_UNVERIFIED: Final = frozenset({S.ADDED, S.RESTORE_ADDED})
 #: States that a reply ends.
-_IN_FLIGHT: Final = frozenset({S.ADDING, S.DELETING, S.UNDOING})
-_FAILED: Final = frozenset({S.NOT_ADDED, S.VANISHED, S.NOT_ASKED})
+_IN_FLIGHT: Final = frozenset({S.ADDING, S.DELETING, S.UNDOING, S.RESTORING})
+_PLUG_FAILED: Final = frozenset({S.NOT_ADDED, S.VANISHED})
+_FAILED: Final = _PLUG_FAILED | {S.NOT_ASKED, S.RETRY_ERROR, S.RETURNED}
+_REJECTED: Final = frozenset({S.REJECTED, S.RETRY_REJECTED})
 #: At whatever moment it stops: QEMU may still carry out an unplug that it was asked for.
 STILL_ASKED: Final = frozenset(
     {S.ASKED, S.PENDING, S.UNDOING, S.UNDO_ASKED, S.UNDO_PENDING, S.AWAITING, S.DELETING}
 )
-#: No unplug is open any more.
-SETTLED: Final = frozenset({S.REMOVED, S.REJECTED, S.KEPT, S.UNDONE, S.UNDO_FAILED, S.PLUGGED})
-_PLUG_FAILED: Final = frozenset({S.NOT_ADDED, S.VANISHED})
+#: An unplug was asked, and has ended.
+SETTLED: Final = frozenset(S) - STILL_ASKED - {S.TO_ADD, S.TO_REMOVE, S.TO_READD, S.DROPPED}
 _LEFT_PLUGGED: Final = frozenset({S.ADDED, S.PLUGGED, S.UNDO_FAILED, S.UNDO_PENDING})
+_LEFT_REMOVED: Final = frozenset({S.REMOVED, S.NOT_RESTORED})
 
 
 class Phase(Enum):
@@ -190,14 +230,23 @@ class Replied:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Input: the first ids of all entities that are plugged, from a query sent after the last effect."""
+    """Input: the first ids of all entities that are plugged, from a query sent after the last effect.
+
+    `replaced` are those of them that are not the same object or thread as when the call was planned.
+    """
 
     plugged: frozenset[int]
+    replaced: frozenset[int] = frozenset()
 
 
 @dataclass(frozen=True, slots=True)
 class Poll:
     """Input: some time went by; events may have been lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Again:
+    """Input: the pause after a rejection is over; what may be asked again is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -210,7 +259,7 @@ class Cancelled:
     """Input: the caller does not want it any more."""
 
 
-Input = Replied | Signal | Snapshot | Poll | Expired | Cancelled
+Input = Replied | Signal | Snapshot | Poll | Again | Expired | Cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,7 +273,11 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How it ended, by vCPU ids; `remaining` are plugs that should have been undone and are still there."""
+    """How it ended, by vCPU ids.
+
+    `remaining` are plugs that should have been undone and are still there, `removed` what is gone, `lost` those of
+    it that an atomic call should have brought back. `undo_forbidden` says why, where that was not tried.
+    """
 
     outcome: OutcomeKind
     plugged: tuple[int, ...]
@@ -235,6 +288,7 @@ class Result:
     kept: tuple[int, ...]
     failures: tuple[Failure, ...]
     rejections: tuple[Failure, ...]
+    lost: tuple[int, ...] = ()
     undo_forbidden: str | None = None
 
 
@@ -242,6 +296,7 @@ class Result:
 class _Item:
     entity: Entity
     state: ItemState
+    retries: int = 0
     note: Failure | None = None
 
 
@@ -253,8 +308,11 @@ class Transaction:
         plugs, unplugs, awaited: entities of the plan.
         undo_forbidden: why plugs of this call must not be undone here, None if they may. What drives it sets this
             anew with each query, before the `Snapshot`.
+        restore_forbidden: the same for bringing back what an atomic call removed.
         wait: False ends as soon as QEMU took the unplugs (`--async`).
         reset_drops_unplug: on x86 a reset drops what was asked.
+        atomic: bring back what was removed if anything is rejected or fails.
+        retries: how often an unplug that the guest refused is asked again.
     """
 
     plugs: Iterable[Entity]
@@ -263,6 +321,9 @@ class Transaction:
     undo_forbidden: str | None = None
     wait: bool = True
     reset_drops_unplug: bool = False
+    atomic: bool = False
+    retries: int = 0
+    restore_forbidden: str | None = None
     phase: Phase = Phase.RUN
     _items: dict[int, _Item] = field(default_factory=dict)
     _effects: list[Effect] = field(default_factory=list)
@@ -278,7 +339,7 @@ class Transaction:
             (self.unplugs, S.TO_REMOVE),
         ):
             for entity in entities:
-                self._items[entity.first] = _Item(entity, state)
+                self._items[entity.first] = _Item(entity, state, self.retries if self.wait else 0)
 
     # -- inputs -----------------------------------------------------------------------------------
 
@@ -300,13 +361,19 @@ class Transaction:
                 self._signal(happened)
             case Snapshot():
                 self._querying = False
-                for item in self._items.values():
-                    self._move(item, _On.PRESENT if item.entity.first in happened.plugged else _On.ABSENT)
+                for first, item in self._items.items():
+                    if first not in happened.plugged:
+                        self._move(item, _On.ABSENT)
+                    elif not (first in happened.replaced and self._move(item, _On.REPLACED)):
+                        self._move(item, _On.PRESENT)
                 if self._expired and not self._look_again:
                     self._all(_On.EXPIRE)
             case Poll():
                 if self.waiting and not self._querying:
                     self._query()
+            case Again():
+                if not self._expired:
+                    self._all(_On.AGAIN)
             case Expired():
                 # The last word is a query's: what ended right at the deadline has ended.
                 self._expired = True
@@ -325,6 +392,11 @@ class Transaction:
         return any(item.state in WAITING for item in self._items.values())
 
     @property
+    def to_retry(self) -> bool:
+        """Whether something is to be asked again after a pause: feed `Again` then."""
+        return self._any(_TO_RETRY)
+
+    @property
     def still_asked(self) -> tuple[int, ...]:
         """vCPU ids whose unplug QEMU may still carry out, whenever this is asked."""
         return self._ids(STILL_ASKED)
@@ -337,21 +409,22 @@ class Transaction:
     def result(self) -> Result:
         """The end, by ids."""
         failures = tuple(
-            item.note or Failure(item.entity, "QEMU accepted device_add, but the vCPU is not there")
+            item.note or Failure(item.entity, _WORDS.get(item.state, item.state.value))
             for item in self._items.values()
             if item.state in _FAILED
         )
         rejections = tuple(
             item.note or Failure(item.entity, "the guest refused")
             for item in self._items.values()
-            if item.state is S.REJECTED
+            if item.state in _REJECTED
         )
         failing = bool(failures) or self._cancelled
         remaining = self._ids(_LEFT_PLUGGED) if failing else ()
         asked = self._ids({S.PENDING} if self.wait else {S.PENDING, S.ASKED})
         pending = tuple(sorted({*asked, *self._ids({S.UNDO_PENDING})}))
-        removed = self._ids({S.REMOVED})
-        if failing and (remaining or (failures and removed)):
+        removed = self._ids(_LEFT_REMOVED)
+        lost = removed if self.atomic and (failures or rejections) else ()
+        if lost or (failing and (remaining or (failures and removed))):
             outcome = OutcomeKind.PARTIAL
         elif failures:
             outcome = OutcomeKind.FAILED
@@ -368,12 +441,14 @@ class Transaction:
             plugged=self._ids(_LEFT_PLUGGED),
             removed=removed,
             pending=pending,
-            undone=self._ids({S.UNDONE}),
+            undone=self._ids({S.UNDONE, S.RESTORED}),
             remaining=remaining,
             kept=self._ids({S.KEPT}),
             failures=failures,
             rejections=rejections,
-            undo_forbidden=self.undo_forbidden if remaining else None,
+            lost=lost,
+            undo_forbidden=(self.undo_forbidden if remaining else None)
+            or (self.restore_forbidden if lost else None),
         )
 
     # -- inside -----------------------------------------------------------------------------------
@@ -394,7 +469,7 @@ class Transaction:
         if target is None:
             return False
         item.state = target
-        if target is S.ADDING:
+        if target in (S.ADDING, S.RESTORING):
             self._effects.append(Add(item.entity))
         elif target in (S.DELETING, S.UNDOING):
             self._effects.append(Delete(item.entity, undo=target is S.UNDOING))
@@ -413,6 +488,8 @@ class Transaction:
         failed = reply.error_class is not None or reply.text is not None
         if self._move(item, _On.ERROR if failed else _On.OK) and failed:
             item.note = Failure(item.entity, reply.text or "no reason given", reply.error_class)
+            if is_transient(item.note.text):
+                self._retry(item)
         if item.state in (S.ASKED, S.UNDO_ASKED, S.NOT_ASKED, S.UNDO_FAILED):
             # On ppc64 before the guest runs it is gone before the reply; and "DeviceNotFound" may mean gone.
             self._query()
@@ -429,8 +506,13 @@ class Transaction:
         for item in refused:
             if self._move(item, _On.REFUSED):
                 item.note = Failure(item.entity, signal.reason or "the guest refused")
+                self._retry(item)
         if waited:
             self._query()
+
+    def _retry(self, item: _Item) -> None:
+        if item.retries and not self._expired and self.phase is Phase.RUN and self._move(item, _On.RETRY):
+            item.retries -= 1
 
     def _settle(self) -> list[Effect]:
         """Go on to the next phase where this one has nothing left to wait for; hand out the effects."""
@@ -462,6 +544,13 @@ class Transaction:
             return
         if self.waiting and self._any(frozenset({S.AWAITING, S.UNDO_ASKED})):
             return
+        if self._restore_due():
+            if self._querying:
+                return
+            self.phase = Phase.UNDO
+            self._all(_On.RESTORE)
+            self._query()
+            return
         if not self._querying:
             self.phase = Phase.DONE
 
@@ -470,7 +559,19 @@ class Transaction:
             return False
         return self.failing and self._any(frozenset({S.ADDED, S.PLUGGED}))
 
+    def _restore_due(self) -> bool:
+        if not self.atomic or self._cancelled or self.restore_forbidden is not None:
+            return False
+        return self._any(_FAILED | _REJECTED) and self._any(frozenset({S.REMOVED}))
+
     @property
     def failing(self) -> bool:
         """Whether a plug has failed, or the caller has cancelled: what was plugged is to be undone."""
         return self._cancelled or self._any(_PLUG_FAILED)
+
+
+#: What to say of a failure that QEMU gave no words for.
+_WORDS: Final = {
+    S.VANISHED: "QEMU accepted device_add, but the vCPU is not there",
+    S.RETURNED: "it was removed, and another client plugged it again",
+}

@@ -1,5 +1,6 @@
 """The public object: connect to a domain, ask about its vCPUs, switch them."""
 
-from qmpvcpu.domain.domain import Domain, connect
+from qmpvcpu.domain.domain import Domain, Options, connect
+from qmpvcpu.domain.listen import Events
 
-__all__ = ["Domain", "connect"]
+__all__ = ["Domain", "Events", "Options", "connect"]

@@ -7,38 +7,50 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Sequence
 from types import TracebackType
-from typing import Any
+from typing import Any, TypedDict, Unpack
 
 from qmpvcpu.core import checks
-from qmpvcpu.core.events import CPU_EVENTS, SignalKind, interpret
-from qmpvcpu.core.model import DomainState, Outcome, Vcpu, format_ids
-from qmpvcpu.core.outcome import conclude, queried, unchanged
-from qmpvcpu.core.plan import Plan, make_plan, select
-from qmpvcpu.core.request import Knowledge, Request
-from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, Result, Transaction
-from qmpvcpu.domain.drive import Drive
-from qmpvcpu.domain.read import Reader, firmware_runs, has_x2apic, open_reader, run_state
-from qmpvcpu.errors import (
-    OutcomeKind,
-    Refusal,
-    VcpuConnectionError,
-    VcpuError,
-    VcpuRefused,
-    VcpuUsageError,
-)
+from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
+from qmpvcpu.core.outcome import queried
+from qmpvcpu.core.plan import Plan
+from qmpvcpu.core.request import Request
+from qmpvcpu.core.select import select
+from qmpvcpu.domain.change import change, plan_on
+from qmpvcpu.domain.link import Link, Opener, open_link
+from qmpvcpu.domain.listen import Events, Hub
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
-from qmpvcpu.ports import Monitor, MonitorEvent
+from qmpvcpu.ports import Monitor
 
-__all__ = ["Domain", "connect"]
+__all__ = ["Domain", "Options", "connect"]
 
 #: What needs more than a QMP connection.
 _ELSEWHERE = int(VcpuFlag.CONFIG | VcpuFlag.GUEST)
 
-#: Opens a monitor at one address.
-Opener = Callable[[str], Awaitable[Monitor]]
+
+class Options(TypedDict, total=False):
+    """Keywords of every call that changes something, and of its plan."""
+
+    #: The running guest (LIVE).
+    live: bool
+    #: The persistent definition (CONFIG).
+    config: bool
+    #: Every vCPU of the cores that hold the ids (CORE).
+    core: bool
+    #: Seconds for what the guest must do; 0 does not wait. Default 30.
+    timeout: float
+    #: False: return `requested` once QEMU took an unplug. Default True.
+    wait: bool
+    #: True: bring back what was removed, if the rest is rejected or fails.
+    atomic: bool
+    #: How often an unplug that the guest refused is asked again, within `timeout`.
+    retry: int
+    #: False: never ask the guest agent for what hotplug cannot do. Default True.
+    fallback: bool
+    #: True: do what is known to kill QEMU.
+    force: bool
 
 
 def connect(
@@ -91,17 +103,13 @@ class Domain:
         self._addresses = tuple(addresses)
         self._open = opener
         self._entered = False
-        self._monitor: Monitor | None = None
-        self._listening: Any = None
-        self._reader: Reader | None = None
-        self._state: DomainState | None = None
-        self._stale = True
-        self._pending: set[int] = set()
-        self._removals_seen = 0
+        self._link: Link | None = None
+        self._last: Link | None = None
+        self._hub = Hub()
         self._queue = asyncio.Lock()
 
     def __repr__(self) -> str:
-        state = "closed" if self._monitor is None else "connected"
+        state = "closed" if self._link is None else "connected"
         return f"<Domain {self.name!r} {state}>"
 
     async def __aenter__(self) -> Domain:
@@ -117,6 +125,7 @@ class Domain:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._hub.end(None)
         await self._close()
 
     async def reconnect(self) -> None:
@@ -126,17 +135,8 @@ class Domain:
             VcpuConnectionError: as on entry.
         """
         async with self._queue:
-            before = self._state
             await self._close()
             await self._connect()
-            now = self._state
-            if before is None or now is None or not _same_machine(before, now):
-                # Another QEMU listens there now: what was pending and lost is no business of this one.
-                self._pending.clear()
-                self._removals_seen = 0
-            elif now is not None:
-                self._state = before
-                self._keep(now)
 
     # -- the call, and its exploded forms ---------------------------------------------------------
 
@@ -146,8 +146,7 @@ class Domain:
         flags: VcpuFlag = VcpuFlag.CURRENT,
         *,
         count: int | None = None,
-        timeout: float = 30.0,
-        force: bool = False,
+        **options: Unpack[Options],
     ) -> Outcome:
         """Query, enable or disable one vCPU by id: the RFC's `virDomainVcpu`.
 
@@ -155,55 +154,63 @@ class Domain:
             vcpu_id: a vCPU id; with NUMA_NODE a node.
             flags: neither ENABLE nor DISABLE is a query.
             count: with NUMA_NODE, how many vCPUs (with CORE: cores) of the node.
-            timeout: seconds for what the guest must do; 0 does not wait.
-            force: do what is known to kill QEMU.
+            options: see `Options`.
 
         Raises:
             VcpuRefused, VcpuRejected, VcpuFailed, VcpuPartial, VcpuConnectionError: see `qmpvcpu.errors`.
         """
-        return await self.request(Request(_ids(vcpu_id), VcpuFlag(flags), count, force), timeout=timeout)
+        return await self.request(_request(vcpu_id, VcpuFlag(flags), options, count=count))
 
-    async def request(self, request: Request, *, timeout: float = 30.0, wait: bool = True) -> Outcome:
-        """Carry out a `Request` made elsewhere; arguments and errors are those of `vcpu` and `disable`."""
+    async def request(self, request: Request) -> Outcome:
+        """Carry out a `Request` made elsewhere; errors are those of `vcpu`."""
         if request.is_query:
             return await self._query(request)
-        return await self._change(request, timeout=timeout, wait=wait)
+        async with self._queue:
+            return await change(self._connected(), request, self._not_here(request.flags))
 
-    async def enable(
-        self,
-        ids: int | Iterable[int],
-        *,
-        core: bool = False,
-        live: bool = False,
-        config: bool = False,
-        timeout: float = 30.0,
-        force: bool = False,
-    ) -> Outcome:
+    async def enable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Outcome:
         """Plug these vCPUs, all or none. Arguments and errors are those of `vcpu`."""
-        request = _request(ids, VcpuFlag.ENABLE, core, live, config, force)
-        return await self._change(request, timeout=timeout)
+        return await self.request(_request(ids, VcpuFlag.ENABLE, options))
 
-    async def disable(
+    async def disable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Outcome:
+        """Unplug these vCPUs and wait for the guest's real answer. Arguments and errors are those of `vcpu`."""
+        return await self.request(_request(ids, VcpuFlag.DISABLE, options))
+
+    async def numa_node(
         self,
-        ids: int | Iterable[int],
+        node: int,
+        flags: VcpuFlag = VcpuFlag.CURRENT,
         *,
-        core: bool = False,
-        live: bool = False,
-        config: bool = False,
-        timeout: float = 30.0,
-        force: bool = False,
-        wait: bool = True,
+        count: int | None = None,
+        **options: Unpack[Options],
     ) -> Outcome:
-        """Unplug these vCPUs and wait for the guest's real answer.
+        """The vCPUs of a NUMA node; with ENABLE its `count` (1) lowest disabled, with DISABLE its highest enabled.
 
-        `wait=False` returns `requested` once QEMU took the request. Other arguments and errors as of `vcpu`.
+        Other arguments and errors are those of `vcpu`.
         """
-        request = _request(ids, VcpuFlag.DISABLE, core, live, config, force)
-        return await self._change(request, timeout=timeout, wait=wait)
+        return await self.request(_request(node, VcpuFlag(flags) | VcpuFlag.NUMA_NODE, options, count=count))
 
-    async def vcpus(self) -> tuple[Vcpu, ...]:
-        """Every vCPU, by a fresh query."""
-        return (await self.state()).vcpus
+    async def set_vcpus(
+        self, count: int, *, maximum: bool = False, hotpluggable: bool = False, **options: Unpack[Options]
+    ) -> Outcome:
+        """Have `count` vCPUs enabled: the lowest are added, the highest removed (`virDomainSetVcpusFlags`).
+
+        Args:
+            count: how many.
+            maximum: change the maximum instead, which only a definition can (CONFIG).
+            hotpluggable: in a definition, make what is added hotpluggable; in a running guest it always is.
+            options: see `Options`.
+
+        Raises:
+            VcpuRefused: also where the count cannot be reached with whole cores.
+        """
+        return await self.request(_total(count, maximum, options))
+
+    async def vcpus(self, ids: Iterable[int] | None = None) -> tuple[Vcpu, ...]:
+        """These vCPUs, or every one, by a fresh query."""
+        if ids is None:
+            return (await self.state()).vcpus
+        return (await self.request(_request(ids, VcpuFlag.CURRENT, {}))).rows
 
     async def state(self, flags: VcpuFlag = VcpuFlag.CURRENT) -> DomainState:
         """Everything known of the domain, by a fresh query; `flags` may name the impact.
@@ -212,10 +219,26 @@ class Domain:
             VcpuRefused: there is no such side of this domain.
         """
         async with self._queue:
-            refusals = checks.check_flags(flags) + self._not_here(flags)
-            if refusals:
-                raise VcpuRefused(refusals)
-            return await self._read()
+            self._check_here(flags, (), checks.check_flags(flags))
+            return await self._connected().read()
+
+    def events(self, *, steps: bool = False, limit: int = 1000) -> Events:
+        """What happens to the vCPUs, whoever does it; subscribed on entry:
+
+            async with domain.events() as events:
+                async for event in events: …
+
+        Args:
+            steps: also what is only under way (`unplug-requested`, `guest-ejecting`).
+            limit: how many events may wait to be read.
+
+        Raises (on entry and from the iteration):
+            VcpuConnectionError: the connection is lost.
+            VcpuOverflow: more than `limit` events waited.
+        """
+        if limit < 1:
+            raise VcpuUsageError(f"a limit of {limit} events makes no sense", hint="give 1 or more")
+        return Events(self._hub, lambda: self._connected().check(), steps=steps, limit=limit)
 
     @property
     def last_state(self) -> DomainState:
@@ -224,130 +247,93 @@ class Domain:
         Raises:
             VcpuConnectionError: it was never connected.
         """
-        if self._state is None:
-            self._connected()
-        assert self._state is not None
-        return self._state
+        link = self._link or self._last
+        return link.state if link is not None else self._connected().state
 
     @property
     def pending_ids(self) -> tuple[int, ...]:
-        """vCPU ids whose unplug was asked here and has not ended, as far as is known."""
-        if self._state is None:
+        """vCPU ids whose unplug was asked and has not ended, as far as is known."""
+        link = self._link or self._last
+        if link is None:
             return ()
-        entities = self._state.by_id
-        return tuple(sorted(n for first in self._pending if first in entities for n in entities[first].ids))
+        entities = link.state.by_id
+        return tuple(sorted(n for first in link.ledger.firsts if first in entities for n in entities[first].ids))
+
+    @property
+    def settled(self) -> tuple[Event, ...]:
+        """What had ended while nobody listened, as found when this connection was made."""
+        return self._link.settled if self._link is not None else ()
+
+    # -- plans: what would be done, and every reason why not; nothing is touched --------------------
 
     async def plan(self, request: Request) -> Plan:
         """What `request` would do, and every reason why not; touches nothing."""
         async with self._queue:
-            state = await self._read()
-            plan, _ = await self._plan(state, request)
-            return plan
+            link = self._connected()
+            plan, _ = await plan_on(link, await link.read(), request)
+            return plan.refused(self._not_here(request.flags))
 
-    async def plan_enable(self, ids: int | Iterable[int], *, core: bool = False, force: bool = False) -> Plan:
+    async def plan_vcpu(
+        self, vcpu_id: int, flags: VcpuFlag, *, count: int | None = None, **options: Unpack[Options]
+    ) -> Plan:
+        """What `vcpu` would do."""
+        return await self.plan(_request(vcpu_id, VcpuFlag(flags), options, count=count))
+
+    async def plan_enable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Plan:
         """What `enable` would do."""
-        return await self.plan(_request(ids, VcpuFlag.ENABLE, core, False, False, force))
+        return await self.plan(_request(ids, VcpuFlag.ENABLE, options))
 
-    async def plan_disable(self, ids: int | Iterable[int], *, core: bool = False, force: bool = False) -> Plan:
+    async def plan_disable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Plan:
         """What `disable` would do."""
-        return await self.plan(_request(ids, VcpuFlag.DISABLE, core, False, False, force))
+        return await self.plan(_request(ids, VcpuFlag.DISABLE, options))
+
+    async def plan_numa_node(
+        self, node: int, flags: VcpuFlag, *, count: int | None = None, **options: Unpack[Options]
+    ) -> Plan:
+        """What `numa_node` would do."""
+        return await self.plan(_request(node, VcpuFlag(flags) | VcpuFlag.NUMA_NODE, options, count=count))
+
+    async def plan_set_vcpus(
+        self, count: int, *, maximum: bool = False, hotpluggable: bool = False, **options: Unpack[Options]
+    ) -> Plan:
+        """What `set_vcpus` would do."""
+        return await self.plan(_total(count, maximum, options))
 
     # -- inside -----------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        errors: list[VcpuConnectionError] = []
-        for address in self._addresses:
-            try:
-                self._monitor = await self._open(address)
-                break
-            except VcpuConnectionError as error:
-                errors.append(error)
-        else:
-            raise errors[0] if len(errors) == 1 else _none_free(errors)
-        try:
-            self._listening = self._monitor.listen(self._sink)
-            self._listening.__enter__()
-            self._reader, self._state = await open_reader(self._monitor, self.name)
-            self._stale = False
-        except BaseException:
-            await self._close()
-            raise
+        self._link = await open_link(self.name, self._addresses, self._open, self._hub, self._queue, self._last)
 
     async def _close(self) -> None:
-        monitor, self._monitor = self._monitor, None
-        if self._listening is not None:
-            self._listening.__exit__(None, None, None)
-            self._listening = None
-        if monitor is not None:
-            await monitor.close()
+        link, self._link = self._link, None
+        if link is not None:
+            self._last = link
+            await link.close()
 
-    def _sink(self, event: MonitorEvent | VcpuConnectionError) -> None:
-        if isinstance(event, VcpuConnectionError) or event.name not in CPU_EVENTS:
-            return
-        self._stale = True
-        if not self._pending or self._state is None:
-            return
-        signal = interpret(event.name, event.data, self._state.entities)
-        if signal is None:
-            return
-        if signal.kind is SignalKind.GUEST_REFUSED and signal.first is not None:
-            self._pending.discard(signal.first)
-        elif signal.kind is SignalKind.RESET and checks.is_x86(self._state):
-            self._pending.clear()
-
-    def _connected(self) -> tuple[Monitor, Reader]:
-        if self._monitor is None or self._reader is None:
+    def _connected(self) -> Link:
+        if self._link is None:
             raise VcpuConnectionError(
                 f"the domain '{self.name}' is not connected",
                 address=self._addresses[0],
                 reason="closed",
                 hint="use it inside `async with connect(…)`, or await reconnect()",
             )
-        return self._monitor, self._reader
-
-    async def _read(self) -> DomainState:
-        _, reader = self._connected()
-        self._stale = False
-        try:
-            state = await reader.full(self._pending)
-        except BaseException:
-            self._stale = True
-            raise
-        self._keep(state)
-        return state
-
-    async def _look(self) -> DomainState:
-        """The query of a running transaction."""
-        _, reader = self._connected()
-        assert self._state is not None
-        state = await reader.fast(self._state, self._pending)
-        self._keep(state)
-        return state
-
-    def _keep(self, state: DomainState) -> None:
-        before, self._state = self._state, state
-        if before is not None and before is not state:
-            if state.threads_shared is None:
-                # One vCPU alone does not show it; what was seen with two still holds.
-                self._state = state = replace(state, threads_shared=before.threads_shared)
-            self._removals_seen += sum(
-                len(was.ids) * (was.plugged and not now.plugged)
-                for was, now in zip(before.entities, state.entities, strict=False)
-            )
-        entities = state.by_id
-        self._pending = {first for first in self._pending if first in entities and entities[first].plugged}
+        return self._link
 
     async def _query(self, request: Request) -> Outcome:
         began = time.monotonic()
         async with self._queue:
-            refusals = checks.check_flags(request.flags) + self._not_here(request.flags)
-            if refusals:
-                raise VcpuRefused(refusals, ids=request.ids)
-            state = await self._read()
-            ids, refusals = select(state, request)
+            self._check_here(request.flags, request.ids, checks.check_flags(request.flags))
+            state = await self._connected().read()
+        ids, refusals = select(state, request)
         if refusals:
             raise VcpuRefused(refusals, ids=ids)
         return queried(state, ids, time.monotonic() - began)
+
+    def _check_here(self, flags: VcpuFlag, ids: Sequence[int], refusals: Sequence[Refusal] = ()) -> None:
+        found = [*refusals, *self._not_here(flags)]
+        if found:
+            raise VcpuRefused(found, ids=ids)
 
     def _not_here(self, flags: VcpuFlag) -> list[Refusal]:
         """What this connection cannot serve, whatever the state."""
@@ -376,155 +362,34 @@ class Domain:
             )
         return found
 
-    async def _plan(self, state: DomainState, request: Request) -> tuple[Plan, Knowledge]:
-        """Plan, and ask QEMU what only some plans need to know."""
-        monitor, _ = self._connected()
-        known = Knowledge(removals_seen=self._removals_seen, pending=frozenset(self._pending))
-        plan = make_plan(state, request, known)
-        moved = [*plan.awaited, *plan.plugs]
-        x2apic = firmware = None
-        if checks.needs_x2apic(state, moved):
-            x2apic = await has_x2apic(monitor, state)
-        # An undo unplugs too.
-        if checks.needs_firmware_state(state) and (moved or plan.unplugs):
-            firmware = await firmware_runs(monitor)
-        if x2apic is not None or firmware is not None:
-            known = Knowledge(self._removals_seen, x2apic, firmware, frozenset(self._pending))
-            plan = make_plan(state, request, known)
-        here = tuple(self._not_here(request.flags))
-        if here:
-            plan = Plan(request, plan.targets, refusals=here + plan.refusals, messages=plan.messages)
-        return plan, known
-
-    async def _change(self, request: Request, *, timeout: float, wait: bool = True) -> Outcome:
-        _check_timeout(timeout)
-        began = time.monotonic()
-        async with self._queue:
-            held = self._state
-            if request.enable and held is not None and not self._stale and not self._pending:
-                plan, known = await self._plan(held, request)
-                # Only what is certainly to be done may rest on held state; a claim needs a fresh query.
-                certain = plan.plugs and not (plan.refusals or plan.unchanged or plan.awaited)
-            else:
-                certain = False
-            if not certain:
-                held = await self._read()
-                plan, known = await self._plan(held, request)
-            if plan.refusals:
-                raise VcpuRefused(
-                    plan.refusals,
-                    ids=plan.targets,
-                    messages=plan.messages,
-                    seconds=round(time.monotonic() - began, 6),
-                )
-            assert held is not None
-            if not (plan.plugs or plan.unplugs or plan.awaited):
-                return unchanged(held, plan, time.monotonic() - began)
-            result = await self._carry_out(held, plan, known, timeout, wait)
-            assert self._state is not None
-            monitor, _ = self._connected()
-            stopped = await run_state(monitor) if result.pending else None
-            end = conclude(
-                self._state,
-                plan,
-                result,
-                time.monotonic() - began,
-                stopped=None if stopped in (None, "running") else stopped,
-            )
-            if certain and end.outcome is OutcomeKind.FAILED:
-                # The held state was behind: another client had plugged just what was asked for.
-                now, _ = await self._plan(self._state, request)
-                if now.unchanged == now.targets and not now.refusals:
-                    return unchanged(self._state, now, time.monotonic() - began)
-        if isinstance(end, VcpuError):
-            raise end
-        return end
-
-    async def _carry_out(
-        self, state: DomainState, plan: Plan, known: Knowledge, timeout: float, wait: bool
-    ) -> Result:
-        monitor, _ = self._connected()
-        transaction = Transaction(
-            plan.plugs,
-            plan.unplugs,
-            plan.awaited,
-            wait=wait,
-            reset_drops_unplug=checks.is_x86(state),
-        )
-        drive = Drive(
-            transaction,
-            monitor,
-            self._look,
-            timeout,
-            undo_forbidden=lambda fresh: checks.undo_forbidden(fresh, known),
-        )
-        entities = (*plan.awaited, *plan.plugs, *plan.unplugs)
-        try:
-            return await drive.run(entities)
-        except VcpuConnectionError as error:
-            raise _lost_on_the_way(error, plan, transaction) from error
-        finally:
-            for first, state_now in transaction.states.items():
-                if state_now in STILL_ASKED:
-                    self._pending.add(first)
-                elif state_now in SETTLED:
-                    self._pending.discard(first)
-
-
-def _same_machine(one: DomainState, other: DomainState) -> bool:
-    slots = [(entity.ids, entity.props) for entity in one.entities]
-    return (one.machine, one.version, slots) == (
-        other.machine,
-        other.version,
-        [(entity.ids, entity.props) for entity in other.entities],
-    )
-
-
-def _check_timeout(timeout: float) -> None:
-    if not 0 <= timeout <= 86400 * 365:
-        raise VcpuUsageError(f"a timeout of {timeout} s makes no sense", hint="give seconds, 0 or more")
-
-
-def _lost_on_the_way(error: VcpuConnectionError, plan: Plan, transaction: Transaction) -> VcpuConnectionError:
-    """The same error, with what was under way."""
-    states: dict[str, list[int]] = {}
-    for entity in (*plan.awaited, *plan.plugs, *plan.unplugs):
-        states.setdefault(transaction.states[entity.first].value, []).extend(entity.ids)
-    way = "; ".join(f"vCPU {format_ids(ids)}: {what}" for what, ids in states.items())
-    result = transaction.result()
-    return VcpuConnectionError(
-        f"{error.message}. When it was lost: {way}",
-        address=error.address,
-        reason=error.reason,
-        hint=error.hint,
-        libvirt=error.libvirt,
-        ids=plan.targets,
-        changed_ids=sorted({*result.plugged, *result.removed}),
-        pending=transaction.still_asked,
-        undone=result.undone,
-        messages=plan.messages,
-        mechanism="hotplug",
-    )
-
-
-def _none_free(errors: Sequence[VcpuConnectionError]) -> VcpuConnectionError:
-    return VcpuConnectionError(
-        "no QMP address answers: " + "; ".join(error.message for error in errors),
-        address=errors[0].address,
-        reason=errors[0].reason,
-        hint=errors[0].hint,
-        libvirt=errors[0].libvirt,
-    )
-
 
 def _request(
-    ids: int | Iterable[int], flag: VcpuFlag, core: bool, live: bool, config: bool, force: bool
+    ids: int | Iterable[int],
+    flags: VcpuFlag,
+    options: Options,
+    *,
+    count: int | None = None,
+    total: int | None = None,
 ) -> Request:
-    flags = flag
-    for wanted, name in ((core, VcpuFlag.CORE), (live, VcpuFlag.LIVE), (config, VcpuFlag.CONFIG)):
-        if wanted:
-            flags |= name
-    return Request(_ids(ids), flags, force=force)
+    given: dict[str, Any] = dict(options)
+    for name, flag in _FLAG_WORDS:
+        if given.pop(name, False):
+            flags |= flag
+    try:
+        return Request(_ids(ids) if total is None else (), flags, count, total=total, **given)
+    except TypeError as error:
+        raise TypeError(str(error).replace("Request.__init__()", "this call")) from None
+
+
+_FLAG_WORDS = (("core", VcpuFlag.CORE), ("live", VcpuFlag.LIVE), ("config", VcpuFlag.CONFIG))
+
+
+def _total(count: int, maximum: bool, options: Options) -> Request:
+    if type(count) is not int:
+        raise VcpuUsageError(f"{count!r} is no number of vCPUs", hint="give an integer")
+    if maximum and not options.get("config"):
+        raise VcpuRefused([checks.MAXIMUM_IS_CONFIG])
+    return _request((), VcpuFlag.CURRENT, options, total=count)
 
 
 def _ids(ids: object) -> tuple[int, ...]:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final
 
-from qmpvcpu.core.events import interpret
+from qmpvcpu.core.events import Names, interpret, replugged
 from qmpvcpu.core.model import DomainState, Entity
 from qmpvcpu.core.plan import unplug_name
 from qmpvcpu.core.transaction import (
     Add,
+    Again,
     Cancelled,
     Delete,
     Effect,
@@ -36,6 +37,10 @@ UNDO_SECONDS: Final = 5.0
 _POLL_FIRST: Final = 0.05
 _POLL_MOST: Final = 1.0
 
+#: Seconds before an unplug that the guest refused is asked again, doubled each time.
+_RETRY_FIRST: Final = 0.25
+_RETRY_MOST: Final = 2.0
+
 #: Finished tasks are swept out when there are this many.
 _TASKS_KEPT: Final = 512
 
@@ -48,7 +53,9 @@ class Drive:
         monitor: the QMP connection.
         look: a fresh query that returns the state (and keeps it for the domain).
         timeout: seconds the guest has; 0 does not wait.
-        undo_forbidden: why a plug must not be undone in this state, None if it may.
+        planned: the state the transaction was planned on.
+        prepare: called with each fresh state, before the transaction gets it.
+        asking: called with entities before their `device_del` goes out.
     """
 
     def __init__(
@@ -57,15 +64,20 @@ class Drive:
         monitor: Monitor,
         look: Callable[[], Awaitable[DomainState]],
         timeout: float,
-        undo_forbidden: Callable[[DomainState], str | None],
+        planned: DomainState,
+        prepare: Callable[[DomainState], None],
+        asking: Callable[[Sequence[Entity]], None],
     ) -> None:
         self._transaction = transaction
         self._monitor = monitor
         self._look = look
         self._timeout = timeout
-        self._undo_forbidden = undo_forbidden
+        self._planned = planned
+        self._prepare = prepare
+        self._asking = asking
         self._tasks: list[asyncio.Task[None]] = []
-        self._entities: tuple[Entity, ...] = ()
+        self._names = Names(())
+        self._unplugging: tuple[Entity, ...] = ()
         self._waker: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
         self._cancelled: asyncio.CancelledError | None = None
@@ -79,7 +91,9 @@ class Drive:
         Raises:
             VcpuConnectionError: the connection was lost, or QEMU stopped answering.
         """
-        self._entities = tuple(entities)
+        entities = tuple(entities)
+        self._names = Names(entities)
+        self._unplugging = tuple(entity for entity in entities if entity.plugged)
         try:
             with self._monitor.listen(self._sink):
                 await self._begin()
@@ -129,12 +143,18 @@ class Drive:
         deadline: float | None = now() + (self._timeout if self._cancelled is None else UNDO_SECONDS)
         phase = transaction.phase
         poll, poll_at = _POLL_FIRST, now() + _POLL_FIRST
+        pause, again_at = _RETRY_FIRST, None
         while transaction.phase is not Phase.DONE:
             if transaction.phase is not phase:
                 phase, deadline = transaction.phase, max(deadline or 0.0, now() + UNDO_SECONDS)
             wakes = [deadline] if deadline is not None else []
             if transaction.waiting:
                 wakes.append(poll_at)
+            if transaction.to_retry and again_at is None:
+                again_at = now() + pause
+                pause = min(pause * 2, _RETRY_MOST)
+            if again_at is not None:
+                wakes.append(again_at)
             try:
                 await self._sleep(min(wakes, default=None))
             except asyncio.CancelledError as error:
@@ -148,6 +168,9 @@ class Drive:
                 self._take(Expired())
                 if self._cancelled is not None:
                     return  # what has not ended by now is told as it stands
+            elif again_at is not None and now() >= again_at:
+                again_at = None
+                self._take(Again())
             elif now() >= poll_at:
                 poll = min(poll * 2, _POLL_MOST)
                 poll_at = now() + poll
@@ -172,13 +195,18 @@ class Drive:
         """Feed the transaction at once, in the order in which things arrive, and do what it says."""
         if self._failure is not None:
             return
-        phase, waiting = self._transaction.phase, self._transaction.waiting
+        before = self._attitude()
         try:
             self._perform(self._transaction.feed(happened))
         except Exception as error:  # noqa: BLE001 - raised where `run` is awaited
             self._failure = error
-        if self._failure or (phase, waiting) != (self._transaction.phase, self._transaction.waiting):
+        if self._failure or before != self._attitude():
             self._wake()
+
+    def _attitude(self) -> tuple[object, ...]:
+        """What `_keep_time` goes by."""
+        transaction = self._transaction
+        return transaction.phase, transaction.waiting, transaction.to_retry
 
     def _wake(self) -> None:
         if self._waker is not None and not self._waker.done():
@@ -188,12 +216,14 @@ class Drive:
         if isinstance(event, VcpuConnectionError):
             self._fail(event)
             return
-        signal = interpret(event.name, event.data, self._entities)
+        signal = interpret(event.name, event.data, self._names)
         if signal is not None:
             self._take(signal)
 
     def _perform(self, effects: list[Effect]) -> None:
         """Send all of them now, in this order; QEMU answers in this order."""
+        if deletes := [effect.entity for effect in effects if isinstance(effect, Delete)]:
+            self._asking(deletes)
         for effect in effects:
             if isinstance(effect, Query):
                 if len(self._tasks) > _TASKS_KEPT:
@@ -224,8 +254,17 @@ class Drive:
     async def _query(self) -> None:
         try:
             state = await self._look()
-            self._transaction.undo_forbidden = self._undo_forbidden(state)
-            self._take(Snapshot(frozenset(entity.first for entity in state.entities if entity.plugged)))
+            self._prepare(state)
+            self._take(
+                Snapshot(
+                    frozenset(entity.first for entity in state.entities if entity.plugged),
+                    frozenset(
+                        entity.first
+                        for entity in self._unplugging
+                        if replugged(entity, state.by_id[entity.first], self._planned, state)
+                    ),
+                )
+            )
         except Exception as error:  # noqa: BLE001 - raised where `run` is awaited
             self._fail(error)
 

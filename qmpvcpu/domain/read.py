@@ -32,6 +32,8 @@ class Reader:
     def __init__(self, monitor: Monitor, boot: BootFacts, hotplug: bool) -> None:
         self._monitor = monitor
         self.boot = boot
+        #: Linux thread ids of all vCPUs at the last `full`.
+        self.thread_ids: frozenset[int] = frozenset()
         self._hotplug = hotplug
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
@@ -54,6 +56,7 @@ class Reader:
                 else:
                     slots, cpus_reply = None, await self._monitor.query_cpus_fast()
                 cpus = parse_cpus_fast(cpus_reply, props=slots is None)
+                self.thread_ids = frozenset(cpu.thread_id for cpu in cpus)
                 return build_state(self.boot, slots, cpus, pending=pending)
             except InconsistentReplies:
                 if attempt == _TRIES - 1:

@@ -100,14 +100,14 @@ class _Client(QMPClient):
         super().__init__(name, readbuflen=MESSAGE_LIMIT)
         self.sinks: list[Sink] = []
         self.log = log
-        #: By message id, oldest first, what has not been answered yet.
-        self.replies: dict[str, asyncio.Future[Message]] = {}
+        #: By message id, oldest first: command and result of what has not been answered yet.
+        self.replies: dict[str, tuple[str, asyncio.Future[object]]] = {}
         self.sent = 0
         #: When the oldest could begin: as it was sent, or as the one before was answered (the loop's clock).
         self.began = 0.0
 
-    def request(self, command: str, arguments: Mapping[str, Any] | None) -> asyncio.Future[Message]:
-        """Send one command now, in order; the future gets its reply, unchecked.
+    def request(self, command: str, arguments: Mapping[str, Any] | None, result: asyncio.Future[object]) -> None:
+        """Send one command now, in order; `result` gets what QEMU answers.
 
         `QMPClient.execute` copies and serialises each command three times, and wants a task for each that is to be
         pipelined: that was half of what a plug cost in Python (qemu.qmp 0.0.6).
@@ -117,23 +117,31 @@ class _Client(QMPClient):
         content: dict[str, object] = {"execute": command, "id": number}
         if arguments is not None:
             content["arguments"] = arguments
-        loop = asyncio.get_running_loop()
-        future: asyncio.Future[Message] = loop.create_future()
         if not self.replies:
-            self.began = loop.time()
-        self.replies[number] = future
+            self.began = asyncio.get_running_loop().time()
+        self.replies[number] = command, result
         self._outgoing.put_nowait(Message(content, eager=False))
-        return future
 
     async def _on_message(self, msg: Message) -> None:
         number = msg.get("id")
-        future = self.replies.pop(number, None) if isinstance(number, str) and "event" not in msg else None
-        if future is None:
+        asked = self.replies.pop(number, None) if isinstance(number, str) and "event" not in msg else None
+        if asked is None:
             await super()._on_message(msg)
             return
         self.began = asyncio.get_running_loop().time()
-        if not future.done():
-            future.set_result(msg)
+        _answer(self.name or "", *asked, msg)
+
+    def is_local(self) -> bool:
+        """A unix socket, or TCP between two ends of one address."""
+        writer = self._writer
+        sock = None if writer is None else writer.get_extra_info("socket")
+        if sock is None:
+            return False
+        if sock.family == socket.AF_UNIX:
+            return True
+        with suppress(OSError):
+            return bool(sock.getsockname()[0] == sock.getpeername()[0])
+        return False
 
     def _cb_outbound(self, msg: Message) -> Message:
         if self.log is not None:
@@ -144,10 +152,28 @@ class _Client(QMPClient):
         if self.log is not None:
             self.log.write("receive", msg)
         if "event" in msg and self.sinks:
-            event = _event(msg)
-            for sink in tuple(self.sinks):
-                sink(event)
+            # One turn of the loop later, as what waits for a reply runs: so replies and events are seen in the
+            # order in which QEMU wrote them.
+            asyncio.get_running_loop().call_soon(self._give, _event(msg))
         return msg
+
+    def _give(self, event: MonitorEvent) -> None:
+        for sink in tuple(self.sinks):
+            sink(event)
+
+
+def _answer(address: str, command: str, result: asyncio.Future[object], message: Message) -> None:
+    if result.done():
+        return  # whoever asked does not wait any more
+    if "return" in message:
+        result.set_result(message["return"])
+        return
+    answer = message.get("error")
+    if isinstance(answer, dict) and {"class", "desc"} <= answer.keys():
+        result.set_exception(CommandError(command, str(answer["class"]), str(answer["desc"])))
+    else:
+        what = ValueError(f"a reply to '{command}' that is neither result nor error")
+        result.set_exception(_malformed(address, what))
 
 
 def _event(msg: Message) -> MonitorEvent:
@@ -179,6 +205,11 @@ class QmpMonitor:
         return self._address
 
     @property
+    def is_local(self) -> bool:
+        """Whether both ends of the connection are on this host."""
+        return self._client.is_local()
+
+    @property
     def greeting(self) -> Mapping[str, Any]:
         """The `QMP` member of the greeting."""
         greeting = self._client.greeting
@@ -203,11 +234,15 @@ class QmpMonitor:
             return
         cause = await self._disconnect()
         self._lost = _closed(self._address, cause)
-        for reply in self._client.replies.values():
-            reply.cancel()
-        self._client.replies.clear()
+        self._drop_replies()
         for sink in tuple(self._client.sinks):
             sink(self._lost)
+
+    def _drop_replies(self) -> None:
+        replies = list(self._client.replies.values())
+        self._client.replies.clear()
+        for _, result in replies:
+            self._end_with_loss(result)
 
     async def _disconnect(self) -> BaseException | None:
         try:
@@ -223,9 +258,7 @@ class QmpMonitor:
             self._timer.cancel()
         self._watcher.cancel()
         await asyncio.wait([self._watcher])
-        for reply in self._client.replies.values():
-            reply.cancel()
-        self._client.replies.clear()
+        self._drop_replies()
         if self._client.runstate is not Runstate.IDLE:
             await self._disconnect()
 
@@ -246,29 +279,10 @@ class QmpMonitor:
         if self._lost is not None or self._client.runstate is not Runstate.RUNNING:
             self._end_with_loss(result)
             return result
-        self._client.request(command, arguments).add_done_callback(
-            lambda reply: self._answered(command, reply, result)
-        )
+        self._client.request(command, arguments, result)
         if self._timer is None:
             self._timer = loop.call_later(self._timeout, self._check_time)
         return result
-
-    def _answered(self, command: str, reply: asyncio.Future[Message], result: asyncio.Future[object]) -> None:
-        if result.done():
-            return  # whoever asked does not wait any more
-        if reply.cancelled():
-            self._end_with_loss(result)
-        elif (error := reply.exception()) is not None:
-            result.set_exception(_no_answer(self._address, command, self._timeout, error))
-        elif "return" in (message := reply.result()):
-            result.set_result(message["return"])
-        else:
-            answer = message.get("error")
-            if isinstance(answer, dict) and {"class", "desc"} <= answer.keys():
-                result.set_exception(CommandError(command, str(answer["class"]), str(answer["desc"])))
-            else:
-                what = ValueError(f"a reply to '{command}' that is neither result nor error")
-                result.set_exception(_malformed(self._address, what))
 
     def _check_time(self) -> None:
         """One timer for all: QEMU is given up when it has answered nothing for the whole of a deadline."""
@@ -281,9 +295,9 @@ class QmpMonitor:
             return
         replies = list(client.replies.values())
         client.replies.clear()
-        for reply in replies:
-            if not reply.done():
-                reply.set_exception(TimeoutError())
+        for command, result in replies:
+            if not result.done():
+                result.set_exception(_no_answer(self._address, command, self._timeout, TimeoutError()))
 
     def _end_with_loss(self, result: asyncio.Future[object]) -> None:
         """The connection is gone; the watcher knows why, at once or in a moment."""

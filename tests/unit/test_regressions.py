@@ -10,7 +10,7 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
-from qmpvcpu.core.events import Signal, SignalKind, interpret
+from qmpvcpu.core.events import Names, Signal, SignalKind, interpret
 from qmpvcpu.core.inventory import (
     BootFacts,
     build_state,
@@ -216,7 +216,7 @@ def test_a_node_that_cannot_be_is_malformed(node):
 
 @pytest.mark.parametrize("info", [{"source": [3]}, {"source": {}}])
 def test_an_ost_event_of_a_wrong_shape_is_no_crash(info):
-    interpret("ACPI_DEVICE_OST", {"info": {"slot-type": "CPU", **info}}, [ent(1)])
+    interpret("ACPI_DEVICE_OST", {"info": {"slot-type": "CPU", **info}}, Names([ent(1)]))
 
 
 async def test_a_number_of_5000_digits_is_not_called_32_mib(tmp_path):

@@ -7,10 +7,11 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from qmpvcpu.core.events import Signal, SignalKind, interpret
+from qmpvcpu.core.events import Names, Signal, SignalKind, interpret
 from qmpvcpu.core.model import Entity, Props
 from qmpvcpu.core.transaction import (
     Add,
+    Again,
     Cancelled,
     Delete,
     Expired,
@@ -234,6 +235,133 @@ def test_a_pending_unplug_that_the_guest_then_refused_leaves_it_enabled():
     assert (end(t).outcome, end(t).kept, end(t).plugged) == ("applied", (1,), ())
 
 
+def test_a_refusal_before_the_reply_answers_an_earlier_request():
+    t = Transaction([], [entity(1, True)])
+    t.start()
+    t.feed(refused(1, "the one before"))
+    t.feed(Replied(1))
+    t.feed(snap(0, 1))
+    assert t.phase is Phase.RUN
+    t.feed(refused(1, "this one"))
+    t.feed(snap(0, 1))
+    assert end(t).rejections[0].text == "this one"
+
+
+def test_removed_and_plugged_by_another_client_is_not_called_removed():
+    t = Transaction([], [entity(1, True), entity(2, True)])
+    t.start()
+    t.feed(Replied(1))
+    t.feed(Replied(2))
+    t.feed(Snapshot(frozenset({0, 1}), frozenset({1})))
+    t.feed(snap(0, 1))
+    result = end(t)
+    assert (result.outcome, result.removed, result.pending) == ("partial", (2,), ())
+    assert "another client plugged it again" in result.failures[0].text
+
+
+def test_a_retry_asks_again_after_the_pause_and_only_so_often():
+    t = Transaction([], [entity(1, True)], retries=1)
+    t.start()
+    t.feed(Replied(1))
+    t.feed(snap(0, 1))
+    assert kinds(t.feed(refused(1, "busy"))) == ["Query"]
+    t.feed(snap(0, 1))
+    assert (t.phase, t.to_retry, t.still_asked) == (Phase.RUN, True, ())
+    assert kinds(t.feed(Again())) == ["Delete"]
+    t.feed(Replied(1))
+    t.feed(snap(0, 1))
+    t.feed(refused(1, "busy still"))
+    t.feed(snap(0, 1))
+    assert (end(t).outcome, end(t).rejections[0].text) == ("rejected", "busy still")
+
+
+def test_a_retry_that_works_is_a_removal():
+    t = Transaction([], [entity(1, True)], retries=3)
+    t.start()
+    text = "acpi: device unplug request for not supported device type: qemu64-x86_64-cpu"
+    t.feed(Replied(1, "GenericError", text))
+    t.feed(snap(0, 1))
+    assert t.to_retry
+    t.feed(Again())
+    t.feed(Replied(1))
+    t.feed(snap(0, 1))
+    t.feed(Signal(SignalKind.DELETED, 1))
+    t.feed(snap(0))
+    assert (end(t).outcome, end(t).failures) == ("applied", ())
+
+
+@pytest.mark.parametrize("how", [Expired(), Cancelled()])
+def test_a_retry_that_is_still_to_come_at_the_end_is_the_rejection_it_was(how):
+    t = Transaction([], [entity(1, True)], retries=3)
+    t.start()
+    t.feed(Replied(1))
+    t.feed(snap(0, 1))
+    t.feed(refused(1, "busy"))
+    t.feed(snap(0, 1))
+    t.feed(how)
+    assert t.feed(Again()) == []
+    t.feed(snap(0, 1))
+    assert (end(t).outcome, end(t).pending) == ("rejected", ())
+
+
+def test_an_error_that_does_not_pass_is_not_asked_again():
+    t = Transaction([], [entity(1, True)], retries=3)
+    t.start()
+    t.feed(Replied(1, "GenericError", "no such thing"))
+    t.feed(snap(0, 1))
+    assert end(t).outcome == "failed"
+
+
+def atomic_with_one_refusal(**options):
+    t = Transaction([], [entity(1, True), entity(2, True), entity(3, True)], atomic=True, **options)
+    t.start()
+    for first in (1, 2, 3):
+        t.feed(Replied(first))
+    t.feed(snap(0, 1, 2, 3))
+    t.feed(snap(0, 1, 2, 3))
+    t.feed(refused(2, "busy"))
+    t.feed(snap(0, 2, 3))
+    return t
+
+
+def test_atomic_waits_for_every_end_and_brings_back_what_was_removed():
+    t = atomic_with_one_refusal()
+    assert t.phase is Phase.RUN  # 3 may still go
+    t.feed(Signal(SignalKind.DELETED, 3))
+    effects = t.feed(snap(0, 2))
+    assert [(type(e), e.entity.first) for e in effects[:2]] == [(Add, 1), (Add, 3)]
+    assert kinds(effects[2:]) == ["Query"]
+    t.feed(Replied(1))
+    t.feed(Replied(3))
+    t.feed(snap(0, 1, 2, 3))
+    result = end(t)
+    assert (result.outcome, result.undone, result.removed, result.lost) == ("rejected", (1, 3), (), ())
+
+
+def test_atomic_with_one_pending_brings_back_the_rest_and_names_it():
+    t = atomic_with_one_refusal()
+    t.feed(Expired())
+    assert kinds(t.feed(snap(0, 2, 3))) == ["Add", "Query"]
+    t.feed(Replied(1))
+    t.feed(snap(0, 1, 2, 3))
+    assert (end(t).outcome, end(t).undone, end(t).pending) == ("rejected", (1,), (3,))
+
+
+@pytest.mark.parametrize("how", ["error", "vanished", "forbidden"])
+def test_atomic_that_cannot_bring_back_is_partial(how):
+    t = atomic_with_one_refusal(restore_forbidden="it kills QEMU" if how == "forbidden" else None)
+    t.feed(Expired())
+    effects = t.feed(snap(0, 2, 3))
+    if how == "forbidden":
+        assert effects == []
+    else:
+        t.feed(Replied(1, "GenericError", "no") if how == "error" else Replied(1))
+        t.feed(snap(0, 2, 3))
+    result = end(t)
+    assert (result.outcome, result.lost, result.pending) == ("partial", (1,), (3,))
+    assert result.undo_forbidden == ("it kills QEMU" if how == "forbidden" else None)
+
+
 @pytest.mark.parametrize(
     ("name", "data", "signal"),
     [
@@ -251,7 +379,7 @@ def test_a_pending_unplug_that_the_guest_then_refused_leaves_it_enabled():
 )
 def test_events_are_matched_by_id_or_exact_path(name, data, signal):
     cold = Entity((2,), "t", Props({"core-id": 2}), "/machine/unattached/device[3]", None, True)
-    found = interpret(name, data, [entity(1, True), cold, entity(4)])
+    found = interpret(name, data, Names([entity(1, True), cold, entity(4)]))
     assert (None if found is None else (found.kind, found.first)) == signal
 
 
@@ -268,7 +396,7 @@ def test_events_are_matched_by_id_or_exact_path(name, data, signal):
 )
 def test_ost_codes_in_words(source, status, kind, words):
     info = {"slot-type": "CPU", "slot": "1", "source": source, "status": status}
-    found = interpret("ACPI_DEVICE_OST", {"info": info}, [entity(0, True), entity(1, True)])
+    found = interpret("ACPI_DEVICE_OST", {"info": info}, Names([entity(0, True), entity(1, True)]))
     assert found.kind is kind
     if words:
         assert (found.first, words in found.reason) == (1, True)
@@ -293,9 +421,15 @@ class World(RuleBasedStateMachine):
         forbidden=st.sampled_from([None, "kills"]),
         wait=st.booleans(),
         drops=st.booleans(),
+        atomic=st.booleans(),
+        unrestorable=st.sampled_from([None, "kills"]),
+        retries=st.integers(0, 2),
     )
-    def begin(self, plugs, unplugs, awaited, forbidden, wait, drops):
+    def begin(self, plugs, unplugs, awaited, forbidden, wait, drops, atomic, unrestorable, retries):
         self.plugs, self.unplugs, self.awaited, self.wait, self.drops = plugs, unplugs, awaited, wait, drops
+        self.atomic, self.unrestorable, self.retries = atomic, unrestorable, retries
+        self.replaced = set()
+        self.deletes = 0
         self.slots = {0, *unplugs, *awaited}
         self.asked = set(awaited)
         self.t = Transaction(
@@ -305,11 +439,20 @@ class World(RuleBasedStateMachine):
             undo_forbidden=forbidden,
             wait=wait,
             reset_drops_unplug=drops,
+            atomic=atomic,
+            retries=retries,
+            restore_forbidden=unrestorable,
         )
         self.perform(self.t.start())
 
     def perform(self, effects):
         assert not (self.cancelled and any(type(e) is Add for e in effects)), "a new plug after a cancel"
+        deletes = [e for e in effects if type(e) is Delete and not e.undo]
+        assert not (self.cancelled and deletes), "a new unplug after a cancel"
+        self.deletes += len(deletes)
+        assert self.deletes <= len(self.unplugs) * (1 + self.retries), "asked more often than allowed"
+        if not self.atomic or self.unrestorable:
+            assert not any(type(e) is Add and e.entity.first in self.unplugs for e in effects)
         self.in_flight += effects
 
     def feed(self, happened):
@@ -325,12 +468,13 @@ class World(RuleBasedStateMachine):
     def qemu_answers_the_oldest(self, succeeds):
         effect = self.in_flight.pop(0)
         if isinstance(effect, Query):
-            self.feed(Snapshot(frozenset(self.slots)))
+            self.feed(Snapshot(frozenset(self.slots), frozenset(self.replaced)))
             return
         first = effect.entity.first
         if isinstance(effect, Add):
             if succeeds and first not in self.slots:
                 self.slots.add(first)
+                self.replaced.add(first)
                 self.feed(Replied(first))
             else:
                 self.feed(Replied(first, "GenericError", "no"))
@@ -346,6 +490,7 @@ class World(RuleBasedStateMachine):
         first = data.draw(st.sampled_from(sorted(self.asked)))
         self.asked.discard(first)
         self.slots.discard(first)
+        self.replaced.discard(first)
         for _ in range({"never": 0, "once": 1, "twice": 2, "unclearly": 0}[told]):
             self.feed(Signal(SignalKind.DELETED, first))
         if told == "unclearly":
@@ -362,6 +507,24 @@ class World(RuleBasedStateMachine):
     @rule(first=st.integers(0, 12), kind=st.sampled_from([SignalKind.EJECTING, SignalKind.DELETED]))
     def a_stray_event_comes(self, first, kind):
         self.feed(Signal(kind, first))
+
+    @property
+    def gone_unseen(self):
+        """What the guest let go, and no query has shown yet."""
+        unseen = (ItemState.ASKED, ItemState.AWAITING)
+        return sorted(n for n in self.unplugs | self.awaited if n not in self.slots and self.t.states[n] in unseen)
+
+    @precondition(lambda self: self.open and self.gone_unseen)
+    @rule(data=st.data())
+    def another_client_plugs_it(self, data):
+        first = data.draw(st.sampled_from(self.gone_unseen))
+        self.slots.add(first)
+        self.replaced.add(first)
+
+    @precondition(lambda self: self.open and self.t.to_retry)
+    @rule()
+    def the_pause_is_over(self):
+        self.feed(Again())
 
     @precondition(lambda self: self.open and self.drops)
     @rule()

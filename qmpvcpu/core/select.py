@@ -1,0 +1,169 @@
+"""Which vCPUs a request means: ids, the vCPUs or cores of a NUMA node, or as many as make a count."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any, Final
+
+from qmpvcpu.core import checks
+from qmpvcpu.core.model import DomainState, Entity, Vcpu, format_ids
+from qmpvcpu.core.request import Knowledge, Request
+from qmpvcpu.errors import Refusal
+from qmpvcpu.flags import VcpuFlag
+
+__all__ = ["core_of", "resolve_total", "select"]
+
+
+def select(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[Refusal]]:
+    """The vCPU ids that a request means, ascending, and what is wrong with how it names them."""
+    if request.has(VcpuFlag.NUMA_NODE):
+        return _select_of_node(state, request)
+    if request.count is not None:
+        return request.ids, [
+            Refusal("count", "a count goes with a NUMA node", (), "add --numa-node, or name the vCPU ids")
+        ]
+    refusals = checks.check_range(state, request.ids)
+    ids = [number for number in request.ids if number in state.by_id]
+    if request.has(VcpuFlag.CORE):
+        ids = sorted({number for vcpu_id in ids for number in core_of(state, vcpu_id)})
+    return tuple(dict.fromkeys(ids if request.has(VcpuFlag.CORE) else request.ids)), refusals
+
+
+def core_of(state: DomainState, vcpu_id: int) -> tuple[int, ...]:
+    """Every vCPU id of the core that holds this one: an entity on ppc64, its threads on x86."""
+    entity = state.by_id[vcpu_id]
+    if len(entity.ids) > 1 or entity.props is None or "thread-id" not in entity.props:
+        return entity.ids
+    key = _core_key(entity)
+    return tuple(number for e in state.entities if _core_key(e) == key for number in e.ids)
+
+
+def _core_key(entity: Entity) -> tuple[tuple[str, Any], ...]:
+    return tuple(
+        (level, value) for level, value in sorted((entity.props or {}).items()) if level not in _NOT_OF_CORE
+    )
+
+
+_NOT_OF_CORE: Final = frozenset({"thread-id", "node-id"})
+
+
+def _select_of_node(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[Refusal]]:
+    if len(request.ids) != 1:
+        return (), [Refusal("node", "NUMA_NODE takes one node", (), "name one node")]
+    node = request.ids[0]
+    members = [vcpu for vcpu in state.vcpus if vcpu.node == node]
+    if not state.nodes:
+        refusal = Refusal("node", "this machine has no NUMA nodes", (), "name vCPU ids instead")
+        return (), [refusal]
+    if not members:
+        known = format_ids(state.nodes)
+        return (), [Refusal("node", f"no vCPU is on NUMA node {node}: nodes are {known}", (), "see vcpuinfo")]
+    if request.is_query:
+        return tuple(vcpu.id for vcpu in members), []
+    count = 1 if request.count is None else request.count
+    if count < 1:
+        return (), [Refusal("count", f"a count of {count} makes no sense", (), "give 1 or more")]
+    if request.has(VcpuFlag.CORE):
+        groups = _cores_of_node(state, members, request)
+        unit = "core"
+    else:
+        groups = [(vcpu.id,) for vcpu in members if _wanted(vcpu, request)]
+        # One whose unplug is pending is as good as gone: never counted twice, and taken back last.
+        groups += [(vcpu.id,) for vcpu in members if vcpu.pending and request.enable]
+        unit = "vCPU"
+    if request.disable:
+        groups.reverse()
+    if len(groups) < count:
+        kind = f"disabled {unit}s" if request.enable else f"enabled {unit}s that can be unplugged"
+        return (), [
+            Refusal(
+                "node",
+                f"NUMA node {node} has {len(groups)} {kind}, {count} asked",
+                (),
+                "see vcpuinfo for other nodes",
+            )
+        ]
+    return tuple(sorted(number for group in groups[:count] for number in group)), []
+
+
+def _wanted(vcpu: Vcpu, request: Request) -> bool:
+    return not vcpu.enabled if request.enable else vcpu.enabled and vcpu.hotpluggable and not vcpu.pending
+
+
+def _cores_of_node(state: DomainState, members: Sequence[Vcpu], request: Request) -> list[tuple[int, ...]]:
+    """Cores that lie on the node whole and have something to switch, lowest first."""
+    on_node = {vcpu.id for vcpu in members}
+    found: list[tuple[int, ...]] = []
+    taken_back: list[tuple[int, ...]] = []
+    for core in sorted({core_of(state, vcpu.id) for vcpu in members}):
+        vcpus = [state.vcpus[number] for number in core]
+        enabled = [vcpu for vcpu in vcpus if vcpu.enabled]
+        leaving = any(vcpu.pending for vcpu in vcpus)
+        if not on_node.issuperset(core):
+            continue
+        if request.enable and len(enabled) < len(core):
+            found.append(core)
+        elif request.enable and leaving:
+            taken_back.append(core)
+        elif request.disable and enabled and not leaving and all(vcpu.hotpluggable for vcpu in enabled):
+            found.append(core)
+    return found + taken_back
+
+
+def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tuple[Request, list[Refusal]]:
+    """`set_vcpus`: the request by ids that makes `request.total` vCPUs enabled, and why there is none.
+
+    libvirt's choice (`qemuDomainSelectHotplugVcpuEntities`): the lowest empty entities are added, the highest
+    hotpluggable ones removed, whole entities in that order and nothing skipped. An entity whose unplug is pending
+    counts as gone: it goes first when fewer are wanted, and is taken back last when more are.
+    """
+    total = request.total
+    assert total is not None
+    if total < 1:
+        refusal = Refusal("count", f"a guest cannot have {total} vCPUs", (), "give 1 or more")
+        return request, [refusal]
+    if total > state.maxcpus:
+        return request, [
+            Refusal(
+                "count",
+                f"{total} vCPUs asked, and this domain can have {state.maxcpus} (maxcpus)",
+                (),
+                "the maximum can change only in the persistent definition: --maximum --config",
+            )
+        ]
+    leaving = [e for e in state.entities if e.plugged and e.first in known.pending]
+    staying = [e for e in state.entities if e.plugged and e.first not in known.pending]
+    now = sum(len(entity.ids) for entity in staying)
+    if total > now:
+        flag, chosen = VcpuFlag.ENABLE, list[Entity]()
+        candidates = [entity for entity in state.entities if not entity.plugged] + leaving
+    else:
+        flag, chosen = VcpuFlag.DISABLE, leaving
+        # Where nothing can ever be unplugged, the checks say why; else only what can be is looked at.
+        candidates = [e for e in reversed(staying) if e.hotpluggable or (not state.can_unplug and e.first != 0)]
+    below = above = now
+    for entity in candidates:
+        if now == total:
+            break
+        after = now + len(entity.ids) * (1 if flag is VcpuFlag.ENABLE else -1)
+        below, above = min(now, after), max(now, after)
+        if (after - total) * (now - total) < 0:
+            break
+        chosen.append(entity)
+        now = after
+    ids = tuple(sorted(number for entity in chosen for number in entity.ids))
+    if now == total:
+        return replace(request, ids=ids, flags=request.flags | (flag if ids else VcpuFlag.CURRENT)), []
+    return request, [_unreachable(total, now, below, above, candidates)]
+
+
+def _unreachable(total: int, now: int, below: int, above: int, candidates: Sequence[Entity]) -> Refusal:
+    if candidates and below < total < above:
+        size = above - below
+        message = f"{total} vCPUs cannot be reached: they come and go in cores of {size}"
+        hint = f"ask for {below} or {above}" if below else f"ask for {above}"
+    else:
+        message = f"{total} vCPUs cannot be reached: with what can be unplugged now, {now} is the fewest"
+        hint = "vcpuinfo shows which vCPUs are hotpluggable"
+    return Refusal("count", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")

@@ -1,0 +1,88 @@
+"""The pending unplugs of one guest: in memory, and for the next process in a store."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qmpvcpu.core.model import DomainState, Entity
+from qmpvcpu.core.pending import PendingUnplug, is_open, unplug_of
+from qmpvcpu.ports import PendingStore
+
+__all__ = ["Ledger"]
+
+
+class Ledger:
+    """What was asked and has not ended, by first vCPU id.
+
+    `store` is None where the guest's process is not known on this host; `trouble` says why the next process would
+    not learn of what is here.
+    """
+
+    def __init__(self, store: PendingStore | None) -> None:
+        self._store = store
+        self._unplugs: dict[int, PendingUnplug] = {}
+        self._stored: set[int] = set()
+        self.trouble: str | None = None if store is not None else "QEMU's process is not known on this host"
+
+    @property
+    def firsts(self) -> frozenset[int]:
+        """First ids of the entities whose unplug is pending."""
+        return frozenset(self._unplugs)
+
+    def asked(self, first: int) -> float | None:
+        """When, in seconds since the epoch."""
+        unplug = self._unplugs.get(first)
+        return None if unplug is None else unplug.asked
+
+    def take_over(self, other: Ledger) -> None:
+        """What an earlier connection to the same process knew."""
+        self._unplugs.update(other._unplugs)
+        self._stored |= other._stored
+
+    def refresh(self, state: DomainState) -> tuple[list[PendingUnplug], list[PendingUnplug]]:
+        """Learn what other processes have asked or seen ended; returns what is new and open, and what is new and
+        over.
+        """
+        if self._store is None:
+            return [], []
+        known = self._store.load()
+        if known.keys() == self._stored:
+            return [], []
+        for first in self._stored - known.keys():
+            # Somebody else saw its end.
+            self._stored.discard(first)
+            self._unplugs.pop(first, None)
+        new = [unplug for first, unplug in known.items() if first not in self._unplugs]
+        opened = [unplug for unplug in new if is_open(unplug, state)]
+        over = [unplug for unplug in new if unplug not in opened]
+        self._store.discard(unplug.first for unplug in over)
+        self._unplugs.update((unplug.first, unplug) for unplug in opened)
+        self._stored |= {unplug.first for unplug in opened}
+        return opened, over
+
+    def ask(self, entities: Iterable[Entity], state: DomainState, now: float) -> None:
+        """Remember these before they are asked."""
+        unplugs = [unplug_of(entity, state, now) for entity in entities]
+        self._unplugs.update((unplug.first, unplug) for unplug in unplugs)
+        if self._store is None:
+            return
+        try:
+            self._store.add(unplugs)
+            self._stored |= {unplug.first for unplug in unplugs}
+        except OSError as error:
+            self.trouble = f"the state folder cannot be written: {error}"
+
+    def end(self, firsts: Iterable[int]) -> None:
+        """Their end is known."""
+        ended = [first for first in firsts if first in self._unplugs]
+        for first in ended:
+            del self._unplugs[first]
+        stored = [first for first in ended if first in self._stored]
+        self._stored.difference_update(stored)
+        if stored and self._store is not None:
+            self._store.discard(stored)
+
+    def settle(self, state: DomainState) -> None:
+        """What this fresh state shows as ended, has ended."""
+        if self._unplugs:
+            self.end([first for first, unplug in self._unplugs.items() if not is_open(unplug, state)])

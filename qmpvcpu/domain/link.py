@@ -1,0 +1,248 @@
+"""What one connection to a guest holds: monitor, state kept fresh by events, pending unplugs, who listens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+from typing import Any
+
+from qmpvcpu.core import checks
+from qmpvcpu.core.events import CPU_EVENTS, Names, SignalKind, changes, interpret
+from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
+from qmpvcpu.core.pending import mark
+from qmpvcpu.core.request import Knowledge
+from qmpvcpu.domain.ledger import Ledger
+from qmpvcpu.domain.listen import Hub, Watcher
+from qmpvcpu.domain.read import Reader, open_reader
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.host.pending import PendingFolder
+from qmpvcpu.host.process import Process, find_process
+from qmpvcpu.ports import Monitor, MonitorEvent
+
+__all__ = ["Link", "Opener", "open_link"]
+
+#: Opens a monitor at one address.
+Opener = Callable[[str], Awaitable[Monitor]]
+
+
+class Link:
+    """An open connection, until `close()`; `open_link` makes it.
+
+    `queue` is held by whoever reads or changes. `driven` are the first ids of entities an operation has in its
+    hands: it alone decides what becomes of them.
+    """
+
+    def __init__(self, monitor: Monitor, hub: Hub, queue: asyncio.Lock) -> None:
+        self.monitor = monitor
+        self.stale = True
+        self.removals_seen = 0
+        self.process: Process | None = None
+        self.ledger = Ledger(None)
+        self.driven: frozenset[int] = frozenset()
+        #: What ended while nobody listened, as found on connecting.
+        self.settled: tuple[Event, ...] = ()
+        self._hub = hub
+        self._queue = queue
+        self._reader: Reader | None = None
+        self._state: DomainState | None = None
+        self._lost: VcpuConnectionError | None = None
+        self._names: tuple[DomainState, Names] | None = None
+        self._listening: Any = None
+        self._watcher = Watcher(self._watch, lambda: hub.listening or bool(self.ledger.firsts))
+        hub.on_listener = self._watcher.start
+
+    @property
+    def state(self) -> DomainState:
+        """The state of the last query."""
+        assert self._state is not None
+        return self._state
+
+    async def open(self, name: str, before: Link | None) -> None:
+        """Read everything once. `before` is the lost connection that this one replaces."""
+        self._listening = self.monitor.listen(self._sink)
+        self._listening.__enter__()
+        self._reader, state = await open_reader(self.monitor, name)
+        self._state = state
+        if self.monitor.is_local:
+            self.process = find_process(self._reader.thread_ids)
+        self.ledger = Ledger(PendingFolder(self.process) if self.process is not None else None)
+        if before is not None and _same_guest(before, self):
+            self.ledger.take_over(before.ledger)
+            self.removals_seen = before.removals_seen
+            self._state = before.state
+            self._keep(state)
+        self.settled = tuple(self._learn())
+        self._state = mark(state, self.ledger.firsts)
+        self.stale = False
+        self._watcher.start()
+
+    async def close(self) -> None:
+        """Close. Never raises; may be called twice."""
+        await self._watcher.stop()
+        if self._listening is not None:
+            self._listening.__exit__(None, None, None)
+            self._listening = None
+        await self.monitor.close()
+
+    # -- queries ----------------------------------------------------------------------------------
+
+    async def read(self) -> DomainState:
+        """Both queries."""
+        assert self._reader is not None
+        self.learn()
+        self.stale = False
+        try:
+            state = await self._reader.full(self.ledger.firsts)
+        except BaseException:
+            self.stale = True
+            raise
+        return self._keep(state)
+
+    async def look(self) -> DomainState:
+        """`query-cpus-fast` alone, where that is enough: the query of a running operation."""
+        assert self._reader is not None
+        return self._keep(await self._reader.fast(self.state, self.ledger.firsts))
+
+    def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
+        """What a plan needs besides the state."""
+        return Knowledge(self.removals_seen, x2apic, firmware_runs, self.ledger.firsts)
+
+    # -- pending unplugs --------------------------------------------------------------------------
+
+    def learn(self) -> None:
+        """What other processes have asked meanwhile, or have seen ended."""
+        self._hub.emit(self._learn())
+        self._state = mark(self.state, self.ledger.firsts)
+
+    def ask(self, entities: Sequence[Entity]) -> None:
+        """Called before `device_del` goes out."""
+        now = time.time()
+        self.ledger.ask(entities, self.state, now)
+        if self._hub.listening:
+            self._hub.emit(_events(now, EventKind.UNPLUG_REQUESTED, entities))
+
+    def check(self) -> None:
+        """Raises VcpuConnectionError if the connection is lost."""
+        if self._lost is not None:
+            raise self._lost
+
+    def watch(self) -> None:
+        """Begin to look by ourselves, as long as somebody listens or something is pending."""
+        self._watcher.start()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _learn(self) -> list[Event]:
+        opened, over = self.ledger.refresh(self.state)
+        found: list[Event] = []
+        for unplug in opened:
+            entity = self.state.by_id[unplug.first]
+            found += _events(unplug.asked or time.time(), EventKind.UNPLUG_REQUESTED, [entity])
+        for unplug in over:
+            gone = self.state.by_id.get(unplug.first)
+            detail = "it was removed while nobody listened"
+            found += _events(time.time(), EventKind.REMOVED, [gone] if gone is not None else [], detail)
+        return found
+
+    async def _watch(self) -> None:
+        async with self._queue:
+            self.learn()
+            await self.look()
+
+    def _keep(self, state: DomainState) -> DomainState:
+        before = self.state
+        if state.threads_shared is None:
+            # One vCPU alone does not show it; what was seen with two still holds.
+            state = replace(state, threads_shared=before.threads_shared)
+        if before is not state:
+            found = changes(before, state, time.time())
+            self.removals_seen += sum(event.event is EventKind.REMOVED for event in found)
+            self._hub.emit(found)
+        self.ledger.settle(state)
+        self._state = mark(state, self.ledger.firsts)
+        return self._state
+
+    def _sink(self, event: MonitorEvent | VcpuConnectionError) -> None:
+        if isinstance(event, VcpuConnectionError):
+            self._lost = event
+            self._hub.end(event)
+            return
+        if event.name not in CPU_EVENTS or self._state is None:
+            return
+        self.stale = True
+        pending = self.ledger.firsts
+        if not pending and not self._hub.listening:
+            return
+        if self._names is None or self._names[0] is not self._state:
+            self._names = self._state, Names(self._state.entities)
+        signal = interpret(event.name, event.data, self._names[1])
+        if signal is None:
+            return
+        by_id = self._state.by_id
+        when = event.time or time.time()
+        if signal.kind is SignalKind.GUEST_REFUSED and signal.first is not None:
+            self.ledger.end({signal.first} - self.driven)
+            refused = [by_id[signal.first]]
+            self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, refused, signal.reason))
+        elif signal.kind is SignalKind.RESET and checks.is_x86(self._state):
+            self.ledger.end(pending - self.driven)
+            dropped = [by_id[first] for first in sorted(pending)]
+            self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, dropped, signal.reason))
+        elif signal.kind is SignalKind.EJECTING and signal.first is not None:
+            self._hub.emit(_events(when, EventKind.EJECTING, [by_id[signal.first]]))
+        self._watcher.poke()
+
+
+async def open_link(
+    name: str, addresses: Sequence[str], opener: Opener, hub: Hub, queue: asyncio.Lock, before: Link | None = None
+) -> Link:
+    """Connect to the first address that is free, and read everything once.
+
+    Raises:
+        VcpuConnectionError: none answers, or what answers is no QEMU.
+    """
+    errors: list[VcpuConnectionError] = []
+    for address in addresses:
+        try:
+            link = Link(await opener(address), hub, queue)
+            break
+        except VcpuConnectionError as error:
+            errors.append(error)
+    else:
+        raise errors[0] if len(errors) == 1 else _none_free(errors)
+    try:
+        await link.open(name, before)
+    except BaseException:
+        await link.close()
+        raise
+    return link
+
+
+def _events(when: float, kind: EventKind, entities: Iterable[Entity], detail: str | None = None) -> list[Event]:
+    return [Event(when, kind, (number,), detail) for entity in entities for number in entity.ids]
+
+
+def _same_guest(one: Link, other: Link) -> bool:
+    """Whether the QEMU that listens now is the one that was lost; what was pending there is no business of
+    another.
+    """
+    if one.process is not None and other.process is not None:
+        return one.process == other.process
+    states = one.state, other.state
+    machines = [
+        (state.machine, state.version, [(entity.ids, entity.props) for entity in state.entities])
+        for state in states
+    ]
+    return machines[0] == machines[1]
+
+
+def _none_free(errors: Sequence[VcpuConnectionError]) -> VcpuConnectionError:
+    return VcpuConnectionError(
+        "no QMP address answers: " + "; ".join(error.message for error in errors),
+        address=errors[0].address,
+        reason=errors[0].reason,
+        hint=errors[0].hint,
+        libvirt=errors[0].libvirt,
+    )

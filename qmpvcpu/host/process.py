@@ -1,0 +1,75 @@
+"""Which process a guest is: by the threads that QMP lists, checked in /proc.
+
+A socket's peer credentials name who listened, not always QEMU (libvirt passes the socket in), so they are not
+asked.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+__all__ = ["Process", "find_process", "is_alive"]
+
+_PROC: Final = Path("/proc")
+#: proc(5), /proc/pid/stat: the 22nd field, and the 20th after the name.
+_START: Final = 19
+
+
+@dataclass(frozen=True, slots=True)
+class Process:
+    """One process for good: pids come again, but not with the same `start` (clock ticks since `boot`, an id)."""
+
+    pid: int
+    start: int
+    boot: str
+
+    @property
+    def key(self) -> str:
+        """A file name."""
+        return f"{self.boot}-{self.pid}-{self.start}"
+
+
+def boot_id() -> str:
+    """The kernel's id of this boot, its first part; random(4)."""
+    return (_PROC / "sys/kernel/random/boot_id").read_text().split("-")[0].strip()
+
+
+def _start_of(pid: int) -> int:
+    # The name may hold spaces and brackets: what counts begins after the last one.
+    return int((_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[_START])
+
+
+def find_process(thread_ids: Collection[int]) -> Process | None:
+    """The one QEMU on this host that owns all these threads; None where there is none, or it may not be looked at.
+
+    Args:
+        thread_ids: Linux thread ids, as `query-cpus-fast` lists them.
+    """
+    try:
+        some = next(iter(thread_ids), None)
+        if some is None:
+            return None
+        status = (_PROC / str(some) / "status").read_text()
+        pid = int(status.partition("Tgid:")[2].split(None, 1)[0])
+        folder = _PROC / str(pid)
+        if not all((folder / "task" / str(thread)).exists() for thread in thread_ids):
+            return None
+        # A thread of that number on another host, or in another container, is rarely a QEMU's.
+        if b"qemu" not in (folder / "cmdline").read_bytes().lower():
+            return None
+        return Process(pid, _start_of(pid), boot_id())
+    except (OSError, ValueError, IndexError):
+        return None
+
+
+def is_alive(key: str) -> bool:
+    """Whether the process of this `Process.key` still runs."""
+    boot, _, rest = key.partition("-")
+    pid, _, start = rest.partition("-")
+    try:
+        return boot == boot_id() and _start_of(int(pid)) == int(start)
+    except (OSError, ValueError, IndexError):
+        return False
