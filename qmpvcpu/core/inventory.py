@@ -227,23 +227,21 @@ class _Plugged:
     """`query-cpus-fast`, found by the QOM path of an entity."""
 
     def __init__(self, cpus: Sequence[CpuInfoFast], *, cores: bool = True) -> None:
-        self.by_path: dict[str, list[CpuInfoFast]] = {}
+        #: Of each entity, its CPUs by thread number: while a core goes, its threads go one after the other.
+        self.by_path: dict[str, dict[int, CpuInfoFast]] = {}
         self.order: dict[str, int] = {}
         for cpu in cpus:
             # A ppc64 CPU is a child of its core: /machine/peripheral/vcpu8/thread[3].
-            key = _THREAD.sub("", cpu.qom_path) if cores and "/thread[" in cpu.qom_path else cpu.qom_path
-            self.by_path.setdefault(key, []).append(cpu)
+            found = _THREAD.search(cpu.qom_path) if cores and "/thread[" in cpu.qom_path else None
+            key = cpu.qom_path[: found.start()] if found else cpu.qom_path
+            members = self.by_path.setdefault(key, {})
+            number = int(found[1]) if found else 0
+            if number in members:
+                raise _malformed("query-cpus-fast", f"two CPUs at {cpu.qom_path}")
+            members[number] = cpu
             self.order.setdefault(key, len(self.order) + 1)
-        for members in self.by_path.values():
-            if len(members) > 1:
-                members.sort(key=_thread_number)
         threads = {cpu.thread_id for cpu in cpus}
         self.shared = None if len(cpus) < 2 else len(threads) < len(cpus)
-
-
-def _thread_number(cpu: CpuInfoFast) -> int:
-    found = _THREAD.search(cpu.qom_path)
-    return int(found[1]) if found else 0
 
 
 def _entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tuple[Entity, ...]:
@@ -332,12 +330,13 @@ def refresh_state(
     """
     plugged = _Plugged(cpus, cores=state.can_plug)
     entities = []
+    taken = {entity.qom_path for entity in state.entities}
     for entity in state.entities:
         if entity.qom_path in plugged.by_path:
             entities.append(entity)
             continue
         path = f"/machine/peripheral/{entity.device_id}"
-        now = path if path in plugged.by_path else None
+        now = path if path in plugged.by_path and path not in taken else None
         if now != entity.qom_path:
             hotpluggable = state.can_plug and (now is None or (state.can_unplug and entity.first != 0))
             entity = Entity(entity.ids, entity.driver, entity.props, now, entity.node, hotpluggable)
@@ -379,11 +378,11 @@ def _assemble(
         if first is not None and entity.qom_path is None and not first.enabled:
             vcpus += known[entity.first : entity.first + len(entity.ids)]
             continue
-        members = plugged.by_path[entity.qom_path] if entity.qom_path is not None else []
-        if len(members) > len(entity.ids):
-            raise _malformed("query-cpus-fast", f"{len(members)} CPUs at {entity.qom_path}")
+        members = plugged.by_path[entity.qom_path] if entity.qom_path is not None else {}
+        if members and max(members) >= len(entity.ids):
+            raise _malformed("query-cpus-fast", f"{max(members) + 1} CPUs at {entity.qom_path}")
         for number, vcpu_id in enumerate(entity.ids):
-            cpu = members[number] if number < len(members) else None
+            cpu = members.get(number)
             order = plugged.order[entity.qom_path] if entity.qom_path is not None else None
             thread_id = None if cpu is None or plugged.shared else cpu.thread_id
             path = cpu.qom_path if cpu is not None else entity.qom_path

@@ -162,7 +162,7 @@ def _unreachable(total: int, now: int, below: int, above: int, candidates: Seque
     if candidates and below < total < above:
         size = above - below
         message = f"{total} vCPUs cannot be reached: they come and go in cores of {size}"
-        hint = f"ask for {below} or {above}" if below else f"ask for {above}"
+        hint = f"ask for {below} or {above}"
     else:
         message = f"{total} vCPUs cannot be reached: with what can be unplugged now, {now} is the fewest"
         hint = "vcpuinfo shows which vCPUs are hotpluggable"

@@ -8,8 +8,8 @@ Rules of the table
 - A pair (state, input) that is not in the table changes nothing: a late or doubled message is harmless.
 - Every state outside `WAITING` is left by itself or final; `WAITING` ones end by the deadline at the latest.
 
-- A refusal that comes before `device_del` is answered is the answer to an earlier request: QEMU runs the command
-  and writes its reply in one go (7.2 to 11.1). The new request is still to be answered, so it changes nothing.
+- A guest's answer may overtake the reply to `device_del` (seen with 10.0). Where an earlier unplug was still open,
+  it may as well be the answer to that one: then it is asked once more, and the next answer counts.
 
 Phases: RUN, then UNDO if a plug failed, the call was cancelled, or an atomic call must bring back what it removed;
 then DONE. What drives it (`domain.drive`) performs the effects in the order given, feeds `Replied` for each,
@@ -98,6 +98,7 @@ class _On(Enum):
     CANCEL = "cancel"
     GIVE_UP = "give up"
     UNDO = "undo"
+    REPEAT = "repeat"
     REPLACED = "replaced"
     RETRY = "retry"
     AGAIN = "again"
@@ -120,6 +121,7 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.PLUGGED, _On.UNDO): S.UNDOING,
     (S.UNDOING, _On.OK): S.UNDO_ASKED,
     (S.UNDOING, _On.ERROR): S.UNDO_FAILED,
+    (S.UNDOING, _On.REFUSED): S.UNDO_FAILED,
     (S.UNDO_ASKED, _On.ABSENT): S.UNDONE,
     (S.UNDO_ASKED, _On.REFUSED): S.UNDO_FAILED,
     (S.UNDO_ASKED, _On.EXPIRE): S.UNDO_PENDING,
@@ -128,7 +130,9 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.TO_REMOVE, _On.CANCEL): S.DROPPED,
     (S.DELETING, _On.OK): S.ASKED,
     (S.DELETING, _On.ERROR): S.NOT_ASKED,
+    (S.DELETING, _On.REFUSED): S.REJECTED,
     (S.NOT_ASKED, _On.ABSENT): S.REMOVED,
+    (S.ASKED, _On.REPEAT): S.DELETING,
     (S.ASKED, _On.ABSENT): S.REMOVED,
     (S.ASKED, _On.REFUSED): S.REJECTED,
     (S.ASKED, _On.EXPIRE): S.PENDING,
@@ -297,6 +301,9 @@ class _Item:
     entity: Entity
     state: ItemState
     retries: int = 0
+    #: An earlier unplug of it may still be answered; and one was answered since this one went out.
+    doubt: bool = False
+    repeat: bool = False
     note: Failure | None = None
 
 
@@ -313,6 +320,7 @@ class Transaction:
         reset_drops_unplug: on x86 a reset drops what was asked.
         atomic: bring back what was removed if anything is rejected or fails.
         retries: how often an unplug that the guest refused is asked again.
+        doubted: first ids of entities whose unplug was asked before and had not ended.
     """
 
     plugs: Iterable[Entity]
@@ -323,6 +331,7 @@ class Transaction:
     reset_drops_unplug: bool = False
     atomic: bool = False
     retries: int = 0
+    doubted: frozenset[int] = frozenset()
     restore_forbidden: str | None = None
     phase: Phase = Phase.RUN
     _items: dict[int, _Item] = field(default_factory=dict)
@@ -339,7 +348,8 @@ class Transaction:
             (self.unplugs, S.TO_REMOVE),
         ):
             for entity in entities:
-                self._items[entity.first] = _Item(entity, state, self.retries if self.wait else 0)
+                doubt = entity.first in self.doubted and state is S.TO_REMOVE
+                self._items[entity.first] = _Item(entity, state, self.retries if self.wait else 0, doubt)
 
     # -- inputs -----------------------------------------------------------------------------------
 
@@ -490,6 +500,9 @@ class Transaction:
             item.note = Failure(item.entity, reply.text or "no reason given", reply.error_class)
             if is_transient(item.note.text):
                 self._retry(item)
+        if item.state is S.ASKED and item.repeat and not (self._cancelled or self._expired):
+            item.repeat = False
+            self._move(item, _On.REPEAT)
         if item.state in (S.ASKED, S.UNDO_ASKED, S.NOT_ASKED, S.UNDO_FAILED):
             # On ppc64 before the guest runs it is gone before the reply; and "DeviceNotFound" may mean gone.
             self._query()
@@ -504,7 +517,9 @@ class Transaction:
             refused = [item for item in self._items.values() if item.state in WAITING]
         waited = self.waiting
         for item in refused:
-            if self._move(item, _On.REFUSED):
+            if item.doubt and item.state is S.DELETING:
+                item.doubt, item.repeat = False, True
+            elif self._move(item, _On.REFUSED):
                 item.note = Failure(item.entity, signal.reason or "the guest refused")
                 self._retry(item)
         if waited:

@@ -71,16 +71,18 @@ async def change(link: Link, request: Request, here: Sequence[Refusal] = ()) -> 
     if not (plan.plugs or plan.unplugs or plan.awaited):
         return unchanged(held, plan, time.monotonic() - began)
     since = {entity.first: link.ledger.asked(entity.first) for entity in plan.awaited}
-    result = await _carry_out(link, held, plan, known)
-    stopped = await run_state(link.monitor) if result.pending else None
+    result, status = await _carry_out(link, held, plan, known)
     end = conclude(
         link.state,
         plan,
         result,
         time.monotonic() - began,
-        stopped=None if stopped in (None, "running") else stopped,
+        stopped=None if status in (None, "running") else status,
         notes=_notes(link, result, since),
     )
+    if end.outcome is not OutcomeKind.APPLIED:
+        # Whatever upset the plan may upset what is held: the next call asks anew.
+        link.stale = True
     if certain and end.outcome is OutcomeKind.FAILED:
         # The held state was behind: another client had plugged just what was asked for.
         now, _ = await plan_on(link, link.state, request)
@@ -91,7 +93,8 @@ async def change(link: Link, request: Request, here: Sequence[Refusal] = ()) -> 
     return end
 
 
-async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledge) -> Result:
+async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledge) -> tuple[Result, str | None]:
+    """Its end and, if the guest has yet to answer, what QEMU says of its run state."""
     request = plan.request
     transaction = Transaction(
         plan.plugs,
@@ -101,6 +104,7 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
         reset_drops_unplug=checks.is_x86(state),
         atomic=request.atomic,
         retries=request.retry,
+        doubted=link.ledger.firsts,
     )
 
     def prepare(fresh: DomainState) -> None:
@@ -114,7 +118,8 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
     drive = Drive(transaction, link.monitor, link.look, request.timeout, state, prepare, link.ask)
     link.driven = frozenset(entity.first for entity in entities)
     try:
-        return await drive.run(entities)
+        result = await drive.run(entities)
+        return result, await run_state(link.monitor) if result.pending else None
     except VcpuConnectionError as error:
         raise _lost_on_the_way(error, plan, transaction) from error
     finally:

@@ -73,7 +73,7 @@ class Link:
             self.removals_seen = before.removals_seen
             self._state = before.state
             self._keep(state)
-        self.settled = tuple(self._learn())
+        self.settled = tuple(event for event in self._learn() if not event.event.is_step)
         self._state = mark(state, self.ledger.firsts)
         self.stale = False
         self._watcher.start()
@@ -103,7 +103,7 @@ class Link:
     async def look(self) -> DomainState:
         """`query-cpus-fast` alone, where that is enough: the query of a running operation."""
         assert self._reader is not None
-        return self._keep(await self._reader.fast(self.state, self.ledger.firsts))
+        return self._keep(await self._reader.fast(self.state, self.ledger.firsts, self.driven))
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """What a plan needs besides the state."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from typing import Final
 
 from qmpvcpu.core.inventory import (
@@ -65,8 +65,14 @@ class Reader:
                 raise _unexpected(self._monitor, error) from error
         raise AssertionError("unreachable")
 
-    async def fast(self, state: DomainState, pending: Iterable[int] = ()) -> DomainState:
-        """`query-cpus-fast` alone; both queries where it shows that a CPU has gone, or come from elsewhere."""
+    async def fast(
+        self, state: DomainState, pending: Iterable[int] = (), expected: Collection[int] = ()
+    ) -> DomainState:
+        """`query-cpus-fast` alone; both queries where it shows that a CPU has gone, or come from elsewhere.
+
+        `expected` are the first ids of slots we fill ourselves: only of these is a device id enough to know the
+        slot.
+        """
         try:
             cpus = parse_cpus_fast(await self._monitor.query_cpus_fast(), props=False)
             fresh = refresh_state(state, self.boot, cpus, pending=pending)
@@ -74,11 +80,11 @@ class Reader:
             return await self.full(pending)
         except CommandError as error:
             raise _unexpected(self._monitor, error) from error
-        gone = any(
-            before.plugged and not after.plugged
+        moved = any(
+            before.plugged != after.plugged and (before.plugged or before.first not in expected)
             for before, after in zip(state.entities, fresh.entities, strict=True)
         )
-        return await self.full(pending) if gone else fresh
+        return await self.full(pending) if moved else fresh
 
 
 async def open_reader(monitor: Monitor, name: str) -> tuple[Reader, DomainState]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -29,6 +30,8 @@ class Booted:
     guest: Guest
     stack: AsyncExitStack
     budget: int
+    #: A third QMP socket: `guest.qemu.monitor` holds the first, the tests connect to the second.
+    third: str = ""
     boot_ids: tuple[int, ...] = field(default=())
 
     @property
@@ -75,9 +78,11 @@ class Pool:
 async def _boot(arch: str, version: str) -> Booted:
     smp, memory, image, budget = KINDS[arch]
     stack = AsyncExitStack()
-    arguments = ["-accel", "tcg,thread=multi", "-smp", smp, "-m", memory]
+    third = stack.enter_context(TemporaryDirectory(prefix="qmpvcpu-test-")) + "/third"
+    arguments = ["-qmp", f"unix:{third},server=on,wait=off"]
+    arguments += ["-accel", "tcg,thread=multi", "-smp", smp, "-m", memory]
     guest = await stack.enter_async_context(boot(find_image(image), qemu_binary(version, arch), arguments))
-    booted = Booted(arch, version, guest, stack, budget)
+    booted = Booted(arch, version, guest, stack, budget, third)
     booted.boot_ids = tuple(booted.ids(0, 1) if arch == "x86_64" else booted.ids(0))
     return booted
 

@@ -227,6 +227,7 @@ async def test_a_slot_another_client_filled_is_seen_before_anything_is_claimed()
         once = await domain.enable(6)
         assert (once.outcome, once.changed, once.vcpu.qom_path) == ("applied", False, "/machine/peripheral/mine")
         # In a batch it is a failure: what else was plugged would have to go again, and without a guest it cannot.
+        await domain.state()
         await qemu.monitor.device_add(slots[7].driver, "mine too", slots[7].props)
         with pytest.raises(qmpvcpu.VcpuPartial, match="exists") as failed:
             await domain.enable([5, 7], timeout=0.1)

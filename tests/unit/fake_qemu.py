@@ -17,6 +17,8 @@ class FakeQemu:
         self.slots = slots
         self.kvm = kvm
         self.paths = {0: BOOT_PATH} | {n: f"/machine/peripheral/vcpu{n}" for n in plugged}
+        #: Slot -> how often it was filled: a CPU plugged again has a new thread.
+        self.lives: dict[int, int] = {}
         self.one_thread = False
         self.status = "running"
         self.commands: list[tuple[str, dict[str, Any]]] = []
@@ -35,10 +37,21 @@ class FakeQemu:
     def sent(self, name: str) -> list[dict[str, Any]]:
         return [arguments for command, arguments in self.commands if command == name]
 
+    def fill(self, slot: int) -> None:
+        self.lives[slot] = self.lives.get(slot, 0) + 1
+        self.paths[slot] = f"/machine/peripheral/vcpu{slot}"
+
+    def _thread(self, slot: int) -> int:
+        return 100 + slot + 1000 * self.lives.get(slot, 0)
+
     def let_go(self, slot: int, *, tell: bool = True) -> None:
         path = self.paths.pop(slot)
         for connection in self.connections if tell else ():
             connection.event("DEVICE_DELETED", device=f"vcpu{slot}", path=path)
+
+    def reset(self) -> None:
+        for connection in self.connections:
+            connection.event("RESET", guest=False, reason="host-qmp-system-reset")
 
     def refuse(self, slot: int) -> None:
         info = {"slot-type": "CPU", "slot": str(slot), "source": 3, "status": 128, "device": f"vcpu{slot}"}
@@ -61,7 +74,7 @@ class FakeQemu:
                 value: Any = [self._slot(n) for n in reversed(range(self.slots))]
             case "query-cpus-fast":
                 value = [
-                    {"cpu-index": n, "qom-path": path, "thread-id": 77 if self.one_thread else 100 + n}
+                    {"cpu-index": n, "qom-path": path, "thread-id": 77 if self.one_thread else self._thread(n)}
                     for n, path in self.paths.items()
                 ]
             case "query-target":
@@ -78,7 +91,7 @@ class FakeQemu:
                 slot = arguments["socket-id"]
                 if (text := self.add_errors.get(slot)) is not None:
                     return error(connection, command, text)
-                self.paths[slot] = f"/machine/peripheral/{arguments['id']}"
+                self.fill(slot)
                 value = {}
             case "device_del":
                 return self._delete(connection, command, int(arguments["id"].rpartition("vcpu")[2]))

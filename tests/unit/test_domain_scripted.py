@@ -389,6 +389,188 @@ async def test_ids_that_are_no_integers_are_usage(running, ids):
             await domain.enable(ids)
 
 
+async def until(condition, seconds=5.0):
+    async with asyncio.timeout(seconds):
+        while not condition():
+            await asyncio.sleep(0.005)
+
+
+async def test_an_answer_to_an_earlier_unplug_is_not_taken_for_the_answer_to_this_one(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+
+    def refuse_the_one_before(connection, command):
+        if command["execute"] == "device_del" and len(qemu.sent("device_del")) == 2:
+            qemu.refuse(1)
+
+    async with running(qemu) as domain:
+        assert (await domain.disable(1, timeout=0)).outcome == "pending"
+        qemu.hook = refuse_the_one_before
+        task = asyncio.create_task(domain.disable(1))
+        await until(lambda: len(qemu.sent("device_del")) == 3)  # asked once more, to be sure
+        await asyncio.sleep(0.05)
+        assert (task.done(), domain.pending_ids) == (False, (1,))
+        qemu.let_go(1)
+        assert (await task).outcome == "applied"
+
+
+async def test_a_refusal_in_one_packet_with_the_reply_is_the_answer(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "refused"}
+    async with running(qemu) as domain:
+        for _ in range(20):
+            with pytest.raises(qmpvcpu.VcpuRejected, match="eject disabled"):
+                await domain.disable(1)
+
+
+async def test_retry_asks_again_until_the_guest_lets_go(running):
+    qemu = FakeQemu(plugged=(1, 2))
+    qemu.on_delete = {1: "refused"}
+
+    def give_in(connection, command):
+        if len(qemu.sent("device_del")) == 4:
+            qemu.on_delete = {}
+
+    qemu.hook = give_in
+    async with running(qemu) as domain:
+        outcome = await domain.disable([1, 2], retry=5)
+    assert (outcome.outcome, outcome.changed_ids) == ("applied", (1, 2))
+    assert [a["id"] for a in qemu.sent("device_del")] == ["vcpu1", "vcpu2", "vcpu1", "vcpu1"]
+
+
+async def test_retries_end_with_the_deadline_as_the_rejection_they_were(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "refused"}
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuRejected):
+            await domain.disable(1, retry=1000, timeout=0.6)
+        assert domain.pending_ids == ()
+    assert len(qemu.sent("device_del")) in (2, 3)
+
+
+@pytest.mark.parametrize("atomic", [False, True])
+async def test_atomic_brings_back_what_was_removed_when_the_guest_keeps_one(running, atomic):
+    qemu = FakeQemu(plugged=(1, 2, 3))
+    qemu.on_delete = {2: "refused"}
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuRejected) as caught:
+            await domain.disable([1, 2, 3], atomic=atomic)
+        enabled = [vcpu.id for vcpu in await domain.vcpus() if vcpu.enabled]
+    assert enabled == ([0, 1, 2, 3] if atomic else [0, 2])
+    assert caught.value.undone == ((1, 3) if atomic else ())
+    assert caught.value.changed_ids == (() if atomic else (1, 3))
+
+
+async def test_atomic_that_cannot_bring_back_is_partial_and_names_it(running):
+    qemu = FakeQemu(plugged=(1, 2))
+    qemu.on_delete = {2: "refused"}
+    qemu.add_errors = {1: "no more"}
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuPartial, match="1 is removed and stays so") as caught:
+            await domain.disable([1, 2], atomic=True)
+    assert (caught.value.remaining, caught.value.changed_ids) == ((1,), (1,))
+
+
+async def test_atomic_and_async_exclude_each_other(running):
+    qemu = FakeQemu(plugged=(1,))
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuRefused, match="exclude"):
+            await domain.disable(1, atomic=True, wait=False)
+    assert not qemu.sent("device_del")
+
+
+async def test_removed_and_plugged_again_by_another_client_is_no_success(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.disable(1))
+        await until(lambda: qemu.sent("device_del"))
+        qemu.let_go(1, tell=False)
+        qemu.fill(1)
+        with pytest.raises(qmpvcpu.VcpuFailed, match="another client plugged it again"):
+            await task
+        assert domain.pending_ids == ()
+
+
+async def test_a_late_removal_settles_the_pending_one_by_itself(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        assert (await domain.disable(1, timeout=0)).outcome == "pending"
+        qemu.let_go(1)
+        await until(lambda: domain.pending_ids == ())
+        assert not domain.last_state.vcpus[1].enabled
+
+
+async def test_a_late_refusal_settles_the_pending_one_by_itself(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        assert (await domain.disable(1, timeout=0)).outcome == "pending"
+        qemu.refuse(1)
+        await until(lambda: domain.pending_ids == ())
+        assert (await domain.enable(1)).changed is False
+
+
+def test_the_same_call_by_flags_and_by_name_is_the_same_request():
+    made = []
+
+    class Recorder(qmpvcpu.Domain):
+        async def request(self, request):
+            made.append(request)
+
+    async def both():
+        domain = Recorder("d", ["d"], None)
+        flags = VcpuFlag.ENABLE | VcpuFlag.LIVE | VcpuFlag.CORE
+        await domain.vcpu(5, flags, timeout=3, atomic=True)
+        await domain.enable(5, live=True, core=True, timeout=3, atomic=True)
+        await domain.vcpu(1, VcpuFlag.DISABLE | VcpuFlag.NUMA_NODE, count=2)
+        await domain.numa_node(1, VcpuFlag.DISABLE, count=2)
+        with pytest.raises(TypeError, match="unexpected keyword argument 'sooner'"):
+            await domain.enable(5, sooner=True)
+
+    asyncio.run(both())
+    assert (made[0], made[2]) == (made[1], made[3])
+
+
+@pytest.mark.parametrize("steps", range(0, 60))
+async def test_cancelled_at_any_await_a_plug_is_undone_or_done_and_never_forgotten(running, steps):
+    qemu = FakeQemu(plugged=(1,))
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.enable([2, 3]))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        try:
+            outcome = await task
+        except asyncio.CancelledError:
+            assert set(qemu.paths) == {0, 1}
+        else:
+            assert (outcome.outcome, set(qemu.paths)) == ("applied", {0, 1, 2, 3})
+        assert domain.pending_ids == ()
+        # And the domain is as good as new.
+        assert (await domain.enable([2, 3])).outcome == "applied"
+
+
+@pytest.mark.parametrize("steps", range(0, 60, 3))
+async def test_cancelled_at_any_await_an_unplug_that_was_asked_stays_pending(running, steps):
+    qemu = FakeQemu(plugged=(1, 2))
+    qemu.on_delete = {1: "silence", 2: "gone"}
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.disable([1, 2]))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        asked = bool(qemu.sent("device_del"))
+        assert (1 in domain.pending_ids) == asked
+        assert len(qemu.sent("device_del")) in (0, 2)
+        if asked:
+            await until(lambda: domain.pending_ids == (1,))
+            assert [vcpu.enabled for vcpu in await domain.vcpus()] == [True, True, False, False]
+
+
 async def test_a_plan_touches_nothing_and_says_what_would_be_sent(running):
     qemu = FakeQemu(plugged=(1,))
     async with running(qemu) as domain:

@@ -235,16 +235,26 @@ def test_a_pending_unplug_that_the_guest_then_refused_leaves_it_enabled():
     assert (end(t).outcome, end(t).kept, end(t).plugged) == ("applied", (1,), ())
 
 
-def test_a_refusal_before_the_reply_answers_an_earlier_request():
-    t = Transaction([], [entity(1, True)])
+def test_a_refusal_before_the_reply_may_answer_an_earlier_request():
+    t = Transaction([], [entity(1, True)], doubted=frozenset({1}))
     t.start()
-    t.feed(refused(1, "the one before"))
+    t.feed(refused(1, "the one before, or this one"))
+    assert kinds(t.feed(Replied(1))) == ["Delete"]
     t.feed(Replied(1))
     t.feed(snap(0, 1))
     assert t.phase is Phase.RUN
     t.feed(refused(1, "this one"))
     t.feed(snap(0, 1))
     assert end(t).rejections[0].text == "this one"
+
+
+def test_a_refusal_may_overtake_the_reply():
+    t = Transaction([], [entity(1, True)])
+    t.start()
+    t.feed(refused(1, "eject disabled"))
+    t.feed(Replied(1))
+    t.feed(snap(0, 1))
+    assert end(t).rejections[0].text == "eject disabled"
 
 
 def test_removed_and_plugged_by_another_client_is_not_called_removed():
@@ -424,14 +434,16 @@ class World(RuleBasedStateMachine):
         atomic=st.booleans(),
         unrestorable=st.sampled_from([None, "kills"]),
         retries=st.integers(0, 2),
+        doubted=st.sets(st.integers(5, 8)),
     )
-    def begin(self, plugs, unplugs, awaited, forbidden, wait, drops, atomic, unrestorable, retries):
+    def begin(self, plugs, unplugs, awaited, forbidden, wait, drops, atomic, unrestorable, retries, doubted):
         self.plugs, self.unplugs, self.awaited, self.wait, self.drops = plugs, unplugs, awaited, wait, drops
         self.atomic, self.unrestorable, self.retries = atomic, unrestorable, retries
         self.replaced = set()
         self.deletes = 0
         self.slots = {0, *unplugs, *awaited}
-        self.asked = set(awaited)
+        self.doubted = doubted & unplugs
+        self.asked = {*awaited, *self.doubted}
         self.t = Transaction(
             [entity(n) for n in sorted(plugs)],
             [entity(n, True) for n in sorted(unplugs)],
@@ -441,6 +453,7 @@ class World(RuleBasedStateMachine):
             reset_drops_unplug=drops,
             atomic=atomic,
             retries=retries,
+            doubted=frozenset(doubted),
             restore_forbidden=unrestorable,
         )
         self.perform(self.t.start())
@@ -450,7 +463,9 @@ class World(RuleBasedStateMachine):
         deletes = [e for e in effects if type(e) is Delete and not e.undo]
         assert not (self.cancelled and deletes), "a new unplug after a cancel"
         self.deletes += len(deletes)
-        assert self.deletes <= len(self.unplugs) * (1 + self.retries), "asked more often than allowed"
+        assert self.deletes <= len(self.unplugs) * (1 + self.retries) + len(self.doubted), (
+            "asked more often than allowed"
+        )
         if not self.atomic or self.unrestorable:
             assert not any(type(e) is Add and e.entity.first in self.unplugs for e in effects)
         self.in_flight += effects
