@@ -533,7 +533,7 @@ def test_the_same_call_by_flags_and_by_name_is_the_same_request():
     assert (made[0], made[2]) == (made[1], made[3])
 
 
-@pytest.mark.parametrize("steps", range(0, 60))
+@pytest.mark.parametrize("steps", range(60))
 async def test_cancelled_at_any_await_a_plug_is_undone_or_done_and_never_forgotten(running, steps):
     qemu = FakeQemu(plugged=(1,))
     async with running(qemu) as domain:

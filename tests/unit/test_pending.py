@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -91,7 +92,7 @@ def test_a_process_is_itself_and_nobody_else():
     assert find_process([os.getpid()]) is None  # no QEMU
     assert find_process([]) is None
     assert find_process([2**22 + 7]) is None
-    start = int(open("/proc/self/stat").read().rpartition(")")[2].split()[19])
+    start = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
     assert is_alive(Process(os.getpid(), start, boot_id()).key)
     for key in (f"{boot_id()}-{os.getpid()}-{start + 1}", f"other-{os.getpid()}-{start}", "", "a-b-c", "x-1"):
         assert not is_alive(key)
