@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -107,5 +107,5 @@ class PendingStore(Protocol):
     def add(self, unplugs: Iterable[PendingUnplug]) -> None:
         """Remember these. Raises OSError."""
 
-    def discard(self, firsts: Iterable[int]) -> None:
+    def discard(self, firsts: Collection[int]) -> None:
         """Forget these. Never raises."""

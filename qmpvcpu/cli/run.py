@@ -39,7 +39,8 @@ def run(arguments: list[str]) -> int:
             _traceback()
         return _report(error, as_json)
     except _Interrupted as interrupted:
-        return _report_interrupt(interrupted, as_json)
+        # `watch` has no other end: its lines are all it has to say.
+        return _report_interrupt(interrupted, as_json and options.command != "watch")
     except Exception as error:  # noqa: BLE001 - the last place that can say something useful
         if debug:
             _traceback()

@@ -75,6 +75,7 @@ class ItemState(Enum):
     UNDONE = "undone"
     UNDO_FAILED = "undo: failed"
     UNDO_PENDING = "undo: unplug pending"
+    NOT_ASKED_AGAIN = "device_del failed, an earlier unplug is open"
     RETURNED = "removed, and plugged by another client"
     RETRY_REJECTED = "rejected, to be asked again"
     RETRY_ERROR = "device_del failed, to be asked again"
@@ -99,6 +100,7 @@ class _On(Enum):
     GIVE_UP = "give up"
     UNDO = "undo"
     REPEAT = "repeat"
+    DOUBT = "doubt"
     REPLACED = "replaced"
     RETRY = "retry"
     AGAIN = "again"
@@ -133,6 +135,9 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.DELETING, _On.REFUSED): S.REJECTED,
     (S.NOT_ASKED, _On.ABSENT): S.REMOVED,
     (S.ASKED, _On.REPEAT): S.DELETING,
+    (S.NOT_ASKED, _On.DOUBT): S.NOT_ASKED_AGAIN,
+    (S.NOT_ASKED_AGAIN, _On.ABSENT): S.REMOVED,
+    (S.NOT_ASKED_AGAIN, _On.REFUSED): S.NOT_ASKED,
     (S.ASKED, _On.ABSENT): S.REMOVED,
     (S.ASKED, _On.REFUSED): S.REJECTED,
     (S.ASKED, _On.EXPIRE): S.PENDING,
@@ -180,16 +185,35 @@ _UNVERIFIED: Final = frozenset({S.ADDED, S.RESTORE_ADDED})
 #: States that a reply ends.
 _IN_FLIGHT: Final = frozenset({S.ADDING, S.DELETING, S.UNDOING, S.RESTORING})
 _PLUG_FAILED: Final = frozenset({S.NOT_ADDED, S.VANISHED})
-_FAILED: Final = _PLUG_FAILED | {S.NOT_ASKED, S.RETRY_ERROR, S.RETURNED}
+_FAILED: Final = _PLUG_FAILED | {S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.RETRY_ERROR, S.RETURNED}
 _REJECTED: Final = frozenset({S.REJECTED, S.RETRY_REJECTED})
 #: At whatever moment it stops: QEMU may still carry out an unplug that it was asked for.
 STILL_ASKED: Final = frozenset(
-    {S.ASKED, S.PENDING, S.UNDOING, S.UNDO_ASKED, S.UNDO_PENDING, S.AWAITING, S.DELETING}
+    {S.ASKED, S.PENDING, S.UNDOING, S.UNDO_ASKED, S.UNDO_PENDING, S.AWAITING, S.DELETING, S.NOT_ASKED_AGAIN}
 )
 #: An unplug was asked, and has ended.
 SETTLED: Final = frozenset(S) - STILL_ASKED - {S.TO_ADD, S.TO_REMOVE, S.TO_READD, S.DROPPED}
 _LEFT_PLUGGED: Final = frozenset({S.ADDED, S.PLUGGED, S.UNDO_FAILED, S.UNDO_PENDING})
 _LEFT_REMOVED: Final = frozenset({S.REMOVED, S.NOT_RESTORED})
+
+
+_BIT: Final = {state: 1 << number for number, state in enumerate(S)}
+
+
+def _mask(states: Iterable[ItemState]) -> int:
+    """States as one number, a bit each."""
+    return sum(_BIT[state] for state in frozenset(states))
+
+
+_WAITING: Final = _mask(WAITING)
+_RETRYING: Final = _mask(_TO_RETRY)
+_SENT: Final = _mask(_IN_FLIGHT)
+_DOUBTFUL: Final = _mask(_UNVERIFIED)
+_PLUGS_FAILED: Final = _mask(_PLUG_FAILED)
+_NOT_AS_ASKED: Final = _mask(_FAILED | _REJECTED)
+_UNDOABLE: Final = _mask({S.ADDED, S.PLUGGED})
+#: Waited for also by a call that does not wait.
+_NEVER_LEFT: Final = _mask({S.AWAITING, S.UNDO_ASKED})
 
 
 class Phase(Enum):
@@ -335,6 +359,10 @@ class Transaction:
     restore_forbidden: str | None = None
     phase: Phase = Phase.RUN
     _items: dict[int, _Item] = field(default_factory=dict)
+    #: How many items are in each state, and the `_mask` of those where there are any: with hundreds of items,
+    #: every message asks.
+    _counts: dict[ItemState, int] = field(default_factory=lambda: dict.fromkeys(S, 0))
+    _present: int = 0
     _effects: list[Effect] = field(default_factory=list)
     _querying: bool = False
     _look_again: bool = False
@@ -350,6 +378,7 @@ class Transaction:
             for entity in entities:
                 doubt = entity.first in self.doubted and state is S.TO_REMOVE
                 self._items[entity.first] = _Item(entity, state, self.retries if self.wait else 0, doubt)
+                self._count(state, 1)
 
     # -- inputs -----------------------------------------------------------------------------------
 
@@ -399,12 +428,12 @@ class Transaction:
     @property
     def waiting(self) -> bool:
         """Whether the next step is the guest's (poll, and listen)."""
-        return any(item.state in WAITING for item in self._items.values())
+        return self._any(_WAITING)
 
     @property
     def to_retry(self) -> bool:
         """Whether something is to be asked again after a pause: feed `Again` then."""
-        return self._any(_TO_RETRY)
+        return self._any(_RETRYING)
 
     @property
     def still_asked(self) -> tuple[int, ...]:
@@ -431,7 +460,7 @@ class Transaction:
         failing = bool(failures) or self._cancelled
         remaining = self._ids(_LEFT_PLUGGED) if failing else ()
         asked = self._ids({S.PENDING} if self.wait else {S.PENDING, S.ASKED})
-        pending = tuple(sorted({*asked, *self._ids({S.UNDO_PENDING})}))
+        pending = tuple(sorted({*asked, *self._ids({S.UNDO_PENDING, S.NOT_ASKED_AGAIN})}))
         removed = self._ids(_LEFT_REMOVED)
         lost = removed if self.atomic and (failures or rejections) else ()
         if lost or (failing and (remaining or (failures and removed))):
@@ -467,8 +496,9 @@ class Transaction:
         wanted = frozenset(states)
         return tuple(sorted(n for item in self._items.values() if item.state in wanted for n in item.entity.ids))
 
-    def _any(self, states: frozenset[ItemState]) -> bool:
-        return any(item.state in states for item in self._items.values())
+    def _any(self, states: int) -> bool:
+        """Whether any item is in one of these states (a `_mask`)."""
+        return self._present & states != 0
 
     def _all(self, what: _On) -> None:
         for item in self._items.values():
@@ -478,12 +508,21 @@ class Transaction:
         target = TABLE.get((item.state, what))
         if target is None:
             return False
+        self._count(item.state, -1)
+        self._count(target, 1)
         item.state = target
         if target in (S.ADDING, S.RESTORING):
             self._effects.append(Add(item.entity))
         elif target in (S.DELETING, S.UNDOING):
             self._effects.append(Delete(item.entity, undo=target is S.UNDOING))
         return True
+
+    def _count(self, state: ItemState, change: int) -> None:
+        self._counts[state] += change
+        if self._counts[state]:
+            self._present |= _BIT[state]
+        else:
+            self._present &= ~_BIT[state]
 
     def _query(self) -> None:
         if self._querying:
@@ -500,10 +539,12 @@ class Transaction:
             item.note = Failure(item.entity, reply.text or "no reason given", reply.error_class)
             if is_transient(item.note.text):
                 self._retry(item)
+            if item.doubt:
+                self._move(item, _On.DOUBT)
         if item.state is S.ASKED and item.repeat and not (self._cancelled or self._expired):
             item.repeat = False
             self._move(item, _On.REPEAT)
-        if item.state in (S.ASKED, S.UNDO_ASKED, S.NOT_ASKED, S.UNDO_FAILED):
+        if item.state in (S.ASKED, S.UNDO_ASKED, S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.UNDO_FAILED):
             # On ppc64 before the guest runs it is gone before the reply; and "DeviceNotFound" may mean gone.
             self._query()
 
@@ -534,7 +575,7 @@ class Transaction:
         if self.failing:
             # What is already known to fail plugs nothing more.
             self._all(_On.GIVE_UP)
-        if self.phase is not Phase.DONE and not self._any(_IN_FLIGHT):
+        if self.phase is not Phase.DONE and not self._any(_SENT):
             self._advance()
         effects, self._effects = self._effects, []
         return effects
@@ -543,7 +584,7 @@ class Transaction:
         if self._look_again and not self._querying and not self._effects:
             self._query()
             return
-        if self._any(_UNVERIFIED) and not self._undo_due():
+        if self._any(_DOUBTFUL) and not self._undo_due():
             if not self._querying:
                 self._query()
             return
@@ -553,11 +594,11 @@ class Transaction:
             self.phase = Phase.UNDO
             self._expired = False
             self._all(_On.UNDO)
-            if self._any(_IN_FLIGHT):
+            if self._any(_SENT):
                 return
         if self.waiting and self.wait:
             return
-        if self.waiting and self._any(frozenset({S.AWAITING, S.UNDO_ASKED})):
+        if self.waiting and self._any(_NEVER_LEFT):
             return
         if self._restore_due():
             if self._querying:
@@ -572,17 +613,17 @@ class Transaction:
     def _undo_due(self) -> bool:
         if self.phase is not Phase.RUN or self.undo_forbidden is not None:
             return False
-        return self.failing and self._any(frozenset({S.ADDED, S.PLUGGED}))
+        return self.failing and self._any(_UNDOABLE)
 
     def _restore_due(self) -> bool:
         if not self.atomic or self._cancelled or self.restore_forbidden is not None:
             return False
-        return self._any(_FAILED | _REJECTED) and self._any(frozenset({S.REMOVED}))
+        return self._any(_NOT_AS_ASKED) and self._any(_BIT[S.REMOVED])
 
     @property
     def failing(self) -> bool:
         """Whether a plug has failed, or the caller has cancelled: what was plugged is to be undone."""
-        return self._cancelled or self._any(_PLUG_FAILED)
+        return self._cancelled or self._any(_PLUGS_FAILED)
 
 
 #: What to say of a failure that QEMU gave no words for.

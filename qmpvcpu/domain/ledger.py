@@ -55,7 +55,8 @@ class Ledger:
         new = [unplug for first, unplug in known.items() if first not in self._unplugs]
         opened = [unplug for unplug in new if is_open(unplug, state)]
         over = [unplug for unplug in new if unplug not in opened]
-        self._store.discard(unplug.first for unplug in over)
+        if over:
+            self._store.discard([unplug.first for unplug in over])
         self._unplugs.update((unplug.first, unplug) for unplug in opened)
         self._stored |= {unplug.first for unplug in opened}
         return opened, over

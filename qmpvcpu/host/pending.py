@@ -1,20 +1,20 @@
-"""Unplugs that were asked and have not ended, for the next process: one small file each in the state folder.
+"""Unplugs that were asked and have not ended, for the next process: small files in the state folder.
 
-A file is made before `device_del` goes out and removed when the end is known, so that whatever kills us in
-between, nothing that QEMU may still do is forgotten. One file an unplug: two processes never write the same one,
-and none needs a lock.
+Each call that unplugs makes one file before its `device_del` go out, and removes it when their ends are known. So
+whatever kills us in between, nothing that QEMU may still do is forgotten.
 """
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
 import time
-from collections.abc import Iterable, Mapping
-from contextlib import suppress
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from qmpvcpu.core.pending import PendingUnplug
 from qmpvcpu.host.files import state_folder
@@ -22,10 +22,12 @@ from qmpvcpu.host.process import Process, is_alive
 
 __all__ = ["PendingFolder"]
 
-#: A file of ours is some 100 bytes.
-_LIMIT: Final = 4096
+#: A file of ours for 65536 vCPUs is smaller.
+_LIMIT: Final = 16 << 20
 #: Far more than a file system's clock takes to move on, nanoseconds.
 _TICK: Final = 100_000_000
+_LOCK_TRIES: Final = 50
+_LOCK_PAUSE: Final = 0.001
 
 
 class PendingFolder:
@@ -48,16 +50,10 @@ class PendingFolder:
         if stamp != self._stamp:
             # A change right after this one may get the same time: it is believed only once it is old enough.
             settled = time.time_ns() - found.st_mtime_ns > _TICK
-            self._stamp, self._known = stamp if settled else None, self._read()
+            files = self._files()
+            self._known = {unplug.first: unplug for name in sorted(files) for unplug in files[name]}
+            self._stamp = stamp if settled else None
         return self._known
-
-    def _read(self) -> dict[int, PendingUnplug]:
-        found = {}
-        with suppress(OSError):
-            for name in os.listdir(self._folder):  # noqa: PTH208 - names are all we need
-                if name.isdigit() and (unplug := _parse(self._folder / name)) is not None:
-                    found[int(name)] = unplug
-        return found
 
     def add(self, unplugs: Iterable[PendingUnplug]) -> None:
         """Remember these, before they are asked.
@@ -65,26 +61,70 @@ class PendingFolder:
         Raises:
             OSError: the state folder cannot be written.
         """
-        if not self._folder.is_dir():
+        try:
+            self._write(f"{time.time_ns()}-{os.getpid()}", unplugs)
+        except FileNotFoundError:
             self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._prune()
             self._folder.mkdir(mode=0o700, exist_ok=True)
-        for unplug in unplugs:
-            document = {"qom_path": unplug.qom_path, "thread_id": unplug.thread_id, "asked": unplug.asked}
-            data = json.dumps(document).encode()
-            fd = os.open(self._folder / str(unplug.first), os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            try:
-                os.ftruncate(fd, os.pwrite(fd, data, 0))
-            finally:
-                os.close(fd)
+            self._write(f"{time.time_ns()}-{os.getpid()}", unplugs)
 
-    def discard(self, firsts: Iterable[int]) -> None:
+    def discard(self, firsts: Collection[int]) -> None:
         """Forget these: their end is known. Never raises."""
-        for first in firsts:
-            with suppress(OSError):
-                (self._folder / str(first)).unlink()
+        with suppress(OSError), self._locked():
+            for name, unplugs in self._files().items():
+                left = [unplug for unplug in unplugs if unplug.first not in firsts]
+                if not left:
+                    (self._folder / name).unlink()
+                elif len(left) < len(unplugs):
+                    self._write(name, left)
         with suppress(OSError):
             self._folder.rmdir()
+
+    def _files(self) -> dict[str, list[PendingUnplug]]:
+        """What each file says; what is no file of ours is left alone."""
+        found = {}
+        with suppress(OSError):
+            for name in os.listdir(self._folder):  # noqa: PTH208 - names are all we need
+                if not name.startswith("."):
+                    with (
+                        suppress(OSError, ValueError, TypeError, KeyError),
+                        (self._folder / name).open("rb") as file,
+                    ):
+                        found[name] = [_parse(row) for row in json.loads(file.read(_LIMIT))]
+        return found
+
+    def _write(self, name: str, unplugs: Iterable[PendingUnplug]) -> None:
+        """In one step: a reader sees the old content or the new. Not synced: it means nothing once the host is
+        down.
+        """
+        rows = [[unplug.first, unplug.qom_path, unplug.thread_id, unplug.asked] for unplug in unplugs]
+        temporary = self._folder / f".{name}-{os.getpid()}"
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
+        try:
+            with os.fdopen(fd, "w") as file:
+                json.dump(rows, file)
+            temporary.rename(self._folder / name)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Against another process that rewrites a file of several unplugs; given up after 50 ms, it may be
+        stopped.
+        """
+        fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+        try:
+            for _ in range(_LOCK_TRIES):
+                try:
+                    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    time.sleep(_LOCK_PAUSE)
+            yield
+        finally:
+            os.close(fd)
 
     def _prune(self) -> None:
         """QEMUs that are gone have nothing pending."""
@@ -94,20 +134,13 @@ class PendingFolder:
                     shutil.rmtree(folder, ignore_errors=True)
 
 
-def _parse(path: Path) -> PendingUnplug | None:
-    """A file that was cut short, or is not ours, still says that something is pending."""
-    first = int(path.name)
-    try:
-        with path.open("rb") as file:
-            document = json.loads(file.read(_LIMIT))
-        thread = document.get("thread_id")
-        return PendingUnplug(
-            first,
-            str(document["qom_path"]),
-            thread if type(thread) is int else None,
-            float(document["asked"]),
-        )
-    except FileNotFoundError:
-        return None
-    except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return PendingUnplug(first, None, None, None)
+def _parse(row: Any) -> PendingUnplug:
+    first, path, thread, asked = row
+    if type(first) is not int or first < 0:
+        raise ValueError(f"no vCPU id: {first!r}")
+    return PendingUnplug(
+        first,
+        path if isinstance(path, str) else None,
+        thread if type(thread) is int else None,
+        float(asked) if isinstance(asked, int | float) else None,
+    )

@@ -1,7 +1,7 @@
 """scripts/bench: ratios of medians of interleaved pairs, in one run and one interpreter; nothing is a timed test.
 
 scripts/bench                 everything
-scripts/bench import enable   only these
+scripts/bench import enable   only these: import, enable, fill, drain, six
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +19,7 @@ from pathlib import Path
 
 import qmpvcpu
 from qmpvcpu.app.cache import cache_folder
+from qmpvcpu.app.guest import boot, find_image
 from qmpvcpu.host.rights import kvm_state
 from qmpvcpu.qemu.process import run_qemu
 from scripts.benchmarks.raw import RawQmp
@@ -54,8 +56,18 @@ def bench_import() -> bool:
 
 
 @asynccontextmanager
-async def machine(accel: str, smp: str):
-    arguments = ["-S", "-nodefaults", "-display", "none", "-no-user-config", "-machine", "q35", "-cpu", "qemu64"]
+async def machine(accel: str, smp: str, *more: str):
+    arguments = [
+        *(more or ["-S"]),
+        "-nodefaults",
+        "-display",
+        "none",
+        "-no-user-config",
+        "-machine",
+        "q35",
+        "-cpu",
+        "qemu64",
+    ]
     arguments += ["-accel", accel, "-smp", smp, "-m", "64"]
     binary = cache_folder() / "qemu" / "10.0" / "bin" / "qemu-system-x86_64"
     async with run_qemu(str(binary), arguments) as qemu:
@@ -108,7 +120,7 @@ async def bench_fill(accel: str, pairs: int) -> bool:
 
                     async def we() -> None:
                         began = time.perf_counter()
-                        await domain.enable([entity.first for entity in entities], timeout=300)  # noqa: B023
+                        await domain.set_vcpus(240)
                         ours.append(time.perf_counter() - began)
 
                     async def they() -> None:
@@ -119,11 +131,86 @@ async def bench_fill(accel: str, pairs: int) -> bool:
                     turns: list[Callable[[], Awaitable[None]]] = [we, they]
                     for turn in turns if number % 2 else reversed(turns):
                         await turn()
-    return report(f"{accel}: 1 to 240 in one call / raw pipelined", ours, raw, 1.10)
+    return report(f"{accel}: set_vcpus(240) from 1 / raw pipelined", ours, raw, 1.10)
+
+
+def eject_firmware(folder: Path) -> Path:
+    """The guest that ejects what it is asked to, assembled."""
+    image = folder / "eject.bin"
+    options = ["-m16", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0,--build-id=none,--oformat=binary"]
+    subprocess.run(["gcc", *options, "-o", str(image), "scripts/guest/eject.S"], check=True)
+    return image
+
+
+async def bench_drain(accel: str, pairs: int, folder: Path) -> bool:
+    """240 to 1 in one call / all device_del written at once to a bare socket, then asked until one CPU is left.
+
+    Both machines run a firmware that does nothing but eject; each pair on two machines, in turns.
+    """
+    ours, raw = [], []
+    firmware = ["-bios", str(eject_firmware(folder))]
+    for number in range(pairs):
+        async with (
+            machine(accel, "1,maxcpus=480", *firmware) as left,
+            machine(accel, "1,maxcpus=480", *firmware) as right,
+        ):
+            with RawQmp(right.qmp) as bare:
+                async with qmpvcpu.connect(left.qmp) as domain:
+                    entities = slots_of(await domain.state())[:239]
+                    await domain.set_vcpus(240)
+                    bare.pipeline(entities)
+
+                    async def we() -> None:
+                        began = time.perf_counter()
+                        outcome = await domain.set_vcpus(1)
+                        ours.append(time.perf_counter() - began)
+                        assert len(outcome.changed_ids) == 239
+
+                    async def they() -> None:
+                        began = time.perf_counter()
+                        bare.unplug(entities)  # noqa: B023
+                        raw.append(time.perf_counter() - began)
+
+                    turns: list[Callable[[], Awaitable[None]]] = [we, they]
+                    for turn in turns if number % 2 else reversed(turns):
+                        await turn()
+    return report(f"{accel}: set_vcpus(1) from 240 / raw parallel device_del", ours, raw, 1.25)
+
+
+async def bench_six(pairs: int) -> bool:
+    """Six vCPUs of a Linux guest disabled in one call / in six calls one after the other."""
+    together, single = [], []
+    ids = [2, 3, 4, 5, 6, 7]
+    rounds = 12  # the contexts of TCG run out: a new guest every so often
+    binary = cache_folder() / "qemu" / "10.0" / "bin" / "qemu-system-x86_64"
+    arguments = ["-accel", "tcg,thread=multi", "-m", "512", "-smp", "2,sockets=1,cores=200,threads=1,maxcpus=200"]
+    for begin in range(0, pairs, rounds):
+        async with boot(find_image("x86_64"), str(binary), arguments) as guest:
+            async with qmpvcpu.connect(guest.qemu.qmp) as domain:
+
+                async def one_call() -> None:
+                    began = time.perf_counter()
+                    await domain.disable(ids)
+                    together.append(time.perf_counter() - began)
+
+                async def six_calls() -> None:
+                    began = time.perf_counter()
+                    for number in ids:
+                        await domain.disable(number)
+                    single.append(time.perf_counter() - began)
+
+                turns: list[Callable[[], Awaitable[None]]] = [one_call, six_calls]
+                for number in range(min(rounds, pairs - begin)):
+                    for turn in turns if number % 2 else reversed(turns):
+                        await domain.enable(ids)
+                        await guest.wait_online(8, timeout=120)
+                        await turn()
+    return report("tcg: six disabled in one call / in six calls", together, single, 0.6)
 
 
 def main() -> int:
-    chosen = sys.argv[1:] or ["import", "enable", "fill"]
+    chosen = sys.argv[1:] or ["import", "enable", "fill", "drain", "six"]
+    pairs = int(os.environ.get("QMPVCPU_BENCH_PAIRS", PAIRS))
     good = True
     if "import" in chosen:
         good &= bench_import()
@@ -135,9 +222,16 @@ def main() -> int:
             if accel == "kvm" and not kvm:
                 print(f"kvm: {name}: not measured ({why})")
                 continue
-            pairs = int(os.environ.get("QMPVCPU_BENCH_PAIRS", PAIRS))
             bench = bench_enable(accel) if name == "enable" else bench_fill(accel, pairs)
             good &= asyncio.run(bench)
+    if "drain" in chosen:
+        with tempfile.TemporaryDirectory() as folder:
+            if kvm:
+                good &= asyncio.run(bench_drain("kvm", pairs, Path(folder)))
+            else:
+                print(f"kvm: drain: not measured ({why})")
+    if "six" in chosen:
+        good &= asyncio.run(bench_six(pairs))
     return 0 if good else 1
 
 

@@ -214,11 +214,12 @@ async def test_watch_tells_plugs_by_anyone_and_ends_when_qemu_does(tmp_path):
 
 async def test_watch_in_words_ends_quietly_when_interrupted():
     async with paused("x86_64", "10.0", "1,maxcpus=4") as qemu:
-        process = await start_cli("watch", qemu.qmp)
-        assert b"vCPU 0: enabled (1 of 4 vCPUs enabled)" in await process.stdout.readline()
-        process.send_signal(signal.SIGINT)
-        rest, _ = await process.communicate()
-    assert (process.returncode, rest) == (130, b"")
+        for words, first in ([], b"vCPU 0: enabled (1 of 4 vCPUs enabled)"), (["--json"], b'"snapshot"'):
+            process = await start_cli("watch", *words, qemu.qmp)
+            assert first in await process.stdout.readline()
+            process.send_signal(signal.SIGINT)
+            rest, _ = await process.communicate()
+            assert (process.returncode, rest) == (130, b"")
 
 
 async def test_the_process_of_a_real_guest_is_found_by_its_threads():

@@ -57,12 +57,34 @@ def test_nobody_else_may_read_it(tmp_path):
     assert [path.stat().st_mode & 0o77 for path in found] == [0, 0]
 
 
-@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"qom_path": 5}', b"\xff" * 9000])
-def test_a_file_cut_short_still_says_that_something_is_pending(tmp_path, content):
-    folder(tmp_path).add([unplug(3)])
-    (tmp_path / "pending" / HERE.key / "3").write_bytes(content)
-    (tmp_path / "pending" / HERE.key / "not-ours").write_bytes(b"")
-    assert folder(tmp_path).load() == {3: PendingUnplug(3, None, None, None)}
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"5", b'{"qom_path": 5}', b"\xff" * 9000, b'[["x", 1, 2, 3]]', b"[[1]]"]
+)
+def test_a_file_that_is_not_ours_is_left_alone(tmp_path, content):
+    one = folder(tmp_path)
+    one.add([unplug(3)])
+    strange = tmp_path / "pending" / HERE.key / "strange"
+    strange.write_bytes(content)
+    assert one.load() == {3: unplug(3)}
+    one.discard([3])
+    assert (one.load(), strange.read_bytes()) == ({}, content)
+
+
+def test_the_later_of_two_askings_counts_and_both_are_forgotten(tmp_path):
+    one, other = folder(tmp_path), folder(tmp_path)
+    one.add([unplug(3), unplug(4)])
+    other.add([replace(unplug(3), asked=9.5)])
+    assert one.load()[3].asked == 9.5
+    one.discard([3])
+    assert other.load() == {4: unplug(4)}
+
+
+def test_a_lock_that_another_process_never_gives_back_stops_nobody(tmp_path):
+    one = folder(tmp_path)
+    one.add([unplug(3)])
+    with folder(tmp_path)._locked():
+        one.discard([3])
+    assert one.load() == {}
 
 
 def test_qemus_that_are_gone_are_forgotten(tmp_path):
@@ -198,7 +220,7 @@ async def test_killed_between_asking_and_the_reply_nothing_is_forgotten(shared):
             task = asyncio.create_task(domain.disable(1))
             await reached.wait()
             # Whatever kills us now, this is on the disk.
-            assert [p.name for p in (shared / "state" / "pending" / HERE.key).iterdir()] == ["1"]
+            assert list(folder(shared / "state").load()) == [1]
             task.cancel()
             await asyncio.sleep(0)
             task.cancel()

@@ -248,6 +248,15 @@ def test_a_refusal_before_the_reply_may_answer_an_earlier_request():
     assert end(t).rejections[0].text == "this one"
 
 
+def test_a_failing_device_del_leaves_an_earlier_unplug_open():
+    for last, outcome, pending in ((snap(0, 1), "failed", (1,)), (snap(0), "applied", ())):
+        t = Transaction([], [entity(1, True)], doubted=frozenset({1}))
+        t.start()
+        t.feed(Replied(1, "GenericError", "no"))
+        t.feed(last)
+        assert (end(t).outcome, end(t).pending, t.still_asked) == (outcome, pending, pending)
+
+
 def test_a_refusal_may_overtake_the_reply():
     t = Transaction([], [entity(1, True)])
     t.start()
