@@ -185,26 +185,28 @@ async def bench_six(pairs: int) -> bool:
     binary = cache_folder() / "qemu" / "10.0" / "bin" / "qemu-system-x86_64"
     arguments = ["-accel", "tcg,thread=multi", "-m", "512", "-smp", "2,sockets=1,cores=200,threads=1,maxcpus=200"]
     for begin in range(0, pairs, rounds):
-        async with boot(find_image("x86_64"), str(binary), arguments) as guest:
-            async with qmpvcpu.connect(guest.qemu.qmp) as domain:
+        async with (
+            boot(find_image("x86_64"), str(binary), arguments) as guest,
+            qmpvcpu.connect(guest.qemu.qmp) as domain,
+        ):
 
-                async def one_call() -> None:
-                    began = time.perf_counter()
-                    await domain.disable(ids)
-                    together.append(time.perf_counter() - began)
+            async def one_call() -> None:
+                began = time.perf_counter()
+                await domain.disable(ids)
+                together.append(time.perf_counter() - began)
 
-                async def six_calls() -> None:
-                    began = time.perf_counter()
-                    for number in ids:
-                        await domain.disable(number)
-                    single.append(time.perf_counter() - began)
+            async def six_calls() -> None:
+                began = time.perf_counter()
+                for number in ids:
+                    await domain.disable(number)
+                single.append(time.perf_counter() - began)
 
-                turns: list[Callable[[], Awaitable[None]]] = [one_call, six_calls]
-                for number in range(min(rounds, pairs - begin)):
-                    for turn in turns if number % 2 else reversed(turns):
-                        await domain.enable(ids)
-                        await guest.wait_online(8, timeout=120)
-                        await turn()
+            turns: list[Callable[[], Awaitable[None]]] = [one_call, six_calls]
+            for number in range(min(rounds, pairs - begin)):
+                for turn in turns if number % 2 else reversed(turns):
+                    await domain.enable(ids)
+                    await guest.wait_online(8, timeout=120)
+                    await turn()
     return report("tcg: six disabled in one call / in six calls", together, single, 0.6)
 
 
