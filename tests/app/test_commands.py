@@ -152,7 +152,7 @@ async def test_the_readme_is_true(tmp_path):
     readme = (TOP / "README.md").read_text()
     blocks = [block.split("```")[0] for block in readme.split("```sh\n")[1:]]
     python = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
-    assert (len(blocks), len(python)) == (3, 1)
+    assert (len(blocks), len(python)) == (4, 1)
     (tmp_path / "example.py").write_text(python[0])
     script = ["set -eu", "trap 'kill $(jobs -p)' EXIT", *blocks, f"{sys.executable} example.py"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -165,12 +165,14 @@ async def test_the_readme_is_true(tmp_path):
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    stdout, stderr = await process.communicate()
+    async with asyncio.timeout(60):
+        stdout, stderr = await process.communicate()
     assert process.returncode == 0, stderr.decode()
     output = stdout.decode()
     assert "2 of 8 vCPUs enabled" in output
     assert "vCPU 5: enabled (hotplug)" in output
     assert '"changed_ids": [2, 3, 6]' in output
+    assert "vCPU 0-6: enabled (7 of 8 vCPUs enabled)" in output
     assert "applied enabled" in output
     assert "boot CPU" in output
 
