@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any
 
@@ -19,7 +20,7 @@ from qmpvcpu.domain.read import Reader, open_reader
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.host.pending import PendingFolder
 from qmpvcpu.host.process import Process, find_process
-from qmpvcpu.ports import Monitor, MonitorEvent
+from qmpvcpu.ports import Monitor, MonitorEvent, PendingStore
 
 __all__ = ["Link", "Opener", "open_link"]
 
@@ -67,7 +68,7 @@ class Link:
         self._state = state
         if self.monitor.is_local:
             self.process = find_process(self._reader.thread_ids)
-        self.ledger = Ledger(PendingFolder(self.process) if self.process is not None else None)
+        self.ledger = Ledger(_store_of(self.process))
         if before is not None and _same_guest(before, self):
             self.ledger.take_over(before.ledger)
             self.removals_seen = before.removals_seen
@@ -172,6 +173,9 @@ class Link:
         if event.name not in CPU_EVENTS or self._state is None:
             return
         self.stale = True
+        if self._hub.listening:
+            # Who asked has written it down, and may cross it out as soon as it has seen this event itself.
+            self.learn()
         pending = self.ledger.firsts
         if not pending and not self._hub.listening:
             return
@@ -222,6 +226,13 @@ async def open_link(
 
 def _events(when: float, kind: EventKind, entities: Iterable[Entity], detail: str | None = None) -> list[Event]:
     return [Event(when, kind, (number,), detail) for entity in entities for number in entity.ids]
+
+
+def _store_of(process: Process | None) -> PendingStore | None:
+    if process is not None:
+        with suppress(RuntimeError):  # no home folder
+            return PendingFolder(process)
+    return None
 
 
 def _same_guest(one: Link, other: Link) -> bool:
