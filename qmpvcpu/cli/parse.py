@@ -53,7 +53,9 @@ def _positive(text: str) -> int:
 
 
 def _number(text: str) -> int:
-    return 0 if text == "0" else _positive(text)
+    if not text.isascii() or not text.isdigit() or len(text) > 4:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number from 0 to 9999")
+    return int(text)
 
 
 def _impact(parser: argparse.ArgumentParser) -> None:

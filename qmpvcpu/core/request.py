@@ -12,7 +12,7 @@ from qmpvcpu.flags import VcpuFlag
 __all__ = ["Knowledge", "Request", "parse_ids"]
 
 _LONGEST: Final = 86400.0 * 365
-_MOST_RETRIES: Final = 1000
+_MOST_RETRIES: Final = 9999
 _RANGE = re.compile(r"(\^?)([0-9]{1,6})(?:-([0-9]{1,6}))?\Z")
 
 
