@@ -22,7 +22,9 @@ class Ledger:
         self._store = store
         self._unplugs: dict[int, PendingUnplug] = {}
         self._stored: set[int] = set()
-        self.trouble: str | None = None if store is not None else "QEMU's process, or a state folder, is not known here"
+        self.trouble: str | None = None
+        if store is None:
+            self.trouble = "QEMU's process, or a state folder, is not known here"
 
     @property
     def firsts(self) -> frozenset[int]:

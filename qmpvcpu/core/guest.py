@@ -1,0 +1,214 @@
+"""The guest's own view of its CPUs, checked, and which of them is which vCPU. Pure.
+
+The guest is not trusted: an answer that cannot be is an error, and what it says of a CPU's identity is taken only
+where it names a vCPU that this domain has, and no other CPU names the same.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qmpvcpu.core.checks import apic_id, is_x86
+from qmpvcpu.core.model import DomainState
+from qmpvcpu.errors import VcpuConnectionError
+
+__all__ = ["GuestCpu", "GuestView", "identity_files", "identify", "parse_guest_vcpus"]
+
+#: More logical CPUs than any guest has (Linux: NR_CPUS is 8192 at most).
+_MOST: Final = 65536
+
+
+@dataclass(frozen=True, slots=True)
+class GuestCpu:
+    """One CPU as the guest sees it. `logical_id` is the guest's own number, not the vCPU id."""
+
+    logical_id: int
+    online: bool
+    can_offline: bool | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """One row of `guestvcpus --json`."""
+        return {"logical_id": self.logical_id, "online": self.online, "can_offline": self.can_offline}
+
+
+@dataclass(frozen=True, slots=True)
+class GuestView:
+    """The guest's CPUs, and which vCPU each one is.
+
+    `by_vcpu` has the vCPUs whose guest CPU is known. `assumed` is true where nothing in the guest told it: then
+    the guest's numbers are taken for vCPU ids, and only if no other reading is possible.
+    """
+
+    cpus: tuple[GuestCpu, ...]
+    by_vcpu: Mapping[int, GuestCpu]
+    assumed: bool = False
+
+    def online(self, vcpu_id: int) -> bool | None:
+        """Whether the guest runs on it; None where its CPU is not known."""
+        cpu = self.by_vcpu.get(vcpu_id)
+        return None if cpu is None else cpu.online
+
+    def vcpu_of(self, logical_id: int) -> int | None:
+        """The vCPU that is the guest's CPU of this number."""
+        return next((vcpu for vcpu, cpu in self.by_vcpu.items() if cpu.logical_id == logical_id), None)
+
+
+def parse_guest_vcpus(reply: object) -> tuple[GuestCpu, ...]:
+    """`guest-get-vcpus`, ascending by logical id (QGA `GuestLogicalProcessor`).
+
+    Raises:
+        VcpuConnectionError: the answer cannot be true.
+    """
+    if not isinstance(reply, list) or len(reply) > _MOST:
+        raise _nonsense("no list of CPUs")
+    found: dict[int, GuestCpu] = {}
+    for row in reply:
+        if not isinstance(row, dict):
+            raise _nonsense("a CPU that is no object")
+        number, online, can_offline = row.get("logical-id"), row.get("online"), row.get("can-offline")
+        if type(number) is not int or not 0 <= number < _MOST or type(online) is not bool:
+            raise _nonsense("a CPU without a number or state")
+        if number in found:
+            raise _nonsense(f"CPU {number} twice")
+        found[number] = GuestCpu(number, online, can_offline if type(can_offline) is bool else None)
+    if not any(cpu.online for cpu in found.values()):
+        raise _nonsense("no CPU online")
+    return tuple(found[number] for number in sorted(found))
+
+
+def _nonsense(what: str) -> VcpuConnectionError:
+    return VcpuConnectionError(
+        f"the guest agent's list of CPUs cannot be: {what}",
+        reason="malformed",
+        hint="do not rely on this guest's agent",
+        libvirt="VIR_ERR_AGENT_UNRESPONSIVE",
+    )
+
+
+_SYSFS: Final = "/sys/devices/system/cpu/cpu{}/{}"
+CPUINFO: Final = "/proc/cpuinfo"
+
+
+def identity_files(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, int | None]:
+    """Files of the guest that tell which CPU is which: path -> logical id, None for one that tells of all.
+
+    x86_64: `apicid` in /proc/cpuinfo for CPUs that are online, the ACPI path (`\\_SB_.CPUS.C005`: QEMU's index of
+    the slot) for others. ppc64: `physical_id`. s390x: `address`. arm64: the device tree's MPIDR. Elsewhere
+    nothing.
+    """
+    if is_x86(state):
+        offline = {_SYSFS.format(c.logical_id, "firmware_node/path"): c.logical_id for c in cpus if not c.online}
+        return {CPUINFO: None, **offline}
+    name = {"ppc64": "physical_id", "s390x": "address", "aarch64": "of_node/reg"}.get(state.arch)
+    if name is None:
+        return {}
+    return {_SYSFS.format(cpu.logical_id, name): cpu.logical_id for cpu in cpus}
+
+
+_ACPI_PATH: Final = re.compile(r"\.C([0-9A-F]{3})\s*\Z")
+
+
+def identify(
+    state: DomainState,
+    cpus: Sequence[GuestCpu],
+    files: Mapping[str, bytes | None],
+    *,
+    vsmt: int | None = None,
+) -> GuestView:
+    """Join the guest's CPUs and the vCPUs.
+
+    Args:
+        state: what QEMU says; only a vCPU that is enabled can be in the guest.
+        cpus: `guest-get-vcpus`.
+        files: contents of `identity_files`, None or missing for one that could not be read.
+        vsmt: ppc64: how far the ids of two cores are apart in the guest (`qom-get /machine vsmt`).
+    """
+    wanted = identity_files(state, cpus)
+    facts: dict[int, int] = {}
+    if is_x86(state):
+        facts = _x86_facts(state, wanted, files)
+    elif state.arch == "aarch64":
+        facts = _by_rank(
+            {n: _number(files.get(path), big_endian=True) for path, n in wanted.items() if n is not None}
+        )
+    else:
+        for path, logical in wanted.items():
+            number = _number(files.get(path))
+            vcpu = number if state.arch != "ppc64" or number is None else _of_physical(state, number, vsmt)
+            if logical is not None and vcpu is not None:
+                facts[logical] = vcpu
+    if not facts:
+        return _assume(state, cpus)
+    named: dict[int, list[GuestCpu]] = {}
+    for cpu in cpus:
+        vcpu = facts.get(cpu.logical_id)
+        if vcpu is not None and vcpu in state.by_id and state.vcpus[vcpu].enabled:
+            named.setdefault(vcpu, []).append(cpu)
+    return GuestView(tuple(cpus), {vcpu: found[0] for vcpu, found in sorted(named.items()) if len(found) == 1})
+
+
+def _x86_facts(
+    state: DomainState, wanted: Mapping[str, int | None], files: Mapping[str, bytes | None]
+) -> dict[int, int]:
+    facts: dict[int, int] = {}
+    by_apic = {apic_id(state, entity): entity.first for entity in state.entities}
+    for logical, apic in _cpuinfo_apic_ids(files.get(CPUINFO) or b"").items():
+        vcpu = by_apic.get(apic)
+        if vcpu is not None:
+            facts[logical] = vcpu
+    for path, number in wanted.items():
+        found = _ACPI_PATH.search((files.get(path) or b"")[:200].decode("ascii", "replace"))
+        if number is not None and found:
+            facts[number] = int(found[1], 16)
+    return facts
+
+
+def _cpuinfo_apic_ids(text: bytes) -> dict[int, int]:
+    """logical id -> APIC id, from x86's /proc/cpuinfo."""
+    found: dict[int, int] = {}
+    logical: int | None = None
+    for line in text.decode("ascii", "replace").splitlines():
+        name, _, value = line.partition(":")
+        word = value.strip()
+        if not word.isdigit() or len(word) > 9:
+            continue
+        if name.strip() == "processor":
+            logical = int(word)
+        elif name.strip() == "apicid" and logical is not None:
+            found[logical] = int(word)
+    return found
+
+
+def _number(content: bytes | None, *, big_endian: bool = False) -> int | None:
+    if content is None:
+        return None
+    if big_endian:
+        return int.from_bytes(content, "big") if len(content) in (4, 8) else None
+    text = content[:20].strip()
+    return int(text) if text.isdigit() else None
+
+
+def _of_physical(state: DomainState, number: int, vsmt: int | None) -> int | None:
+    """ppc64: cores lie `vsmt` apart in the guest, and as many as they have threads in vCPU ids."""
+    threads = len(state.entities[0].ids) if state.entities else 1
+    core, thread = divmod(number, vsmt or threads)
+    return core * threads + thread if thread < threads else None
+
+
+def _by_rank(facts: Mapping[int, int | None]) -> dict[int, int]:
+    """arm64: all CPUs are there from the start, so the n-th MPIDR is vCPU n; one missing, and none is known."""
+    if not facts or None in facts.values() or len(set(facts.values())) < len(facts):
+        return {}
+    ranked = sorted(facts, key=lambda logical: facts[logical] or 0)
+    return {logical: rank for rank, logical in enumerate(ranked)}
+
+
+def _assume(state: DomainState, cpus: Sequence[GuestCpu]) -> GuestView:
+    """Nothing told: numbers are vCPU ids only if the guest has just the vCPUs that are enabled, without a gap."""
+    numbers = [cpu.logical_id for cpu in cpus]
+    if tuple(numbers) != state.enabled_ids or numbers != list(range(len(numbers))):
+        return GuestView(tuple(cpus), {}, assumed=True)
+    return GuestView(tuple(cpus), {cpu.logical_id: cpu for cpu in cpus}, assumed=True)

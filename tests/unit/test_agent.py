@@ -1,0 +1,215 @@
+"""The agent's protocol, against an agent that does its worst."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+import tracemalloc
+from contextlib import asynccontextmanager
+
+import pytest
+
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.agent import LINE_LIMIT, open_agent
+from tests.unit.fake_agent import FakeAgent, serve_agent
+
+
+@asynccontextmanager
+async def talking(folder, agent, timeout=0.3):
+    async with serve_agent(folder, agent) as path:
+        client = await open_agent(path, timeout=timeout)
+        try:
+            yield client
+        finally:
+            await client.close()
+
+
+def raw(value):
+    """Answers a command with this, as it is."""
+    return lambda command: value if isinstance(value, bytes) else json.dumps(value).encode() + b"\n"
+
+
+async def test_a_command_is_synced_once_and_then_answered(tmp_path):
+    agent = FakeAgent({0: True, 1: False})
+    async with talking(tmp_path, agent) as client:
+        assert len(await client.get_vcpus()) == 2
+        assert await client.set_vcpus({1: True}) == 1
+    names = [name for name, _ in agent.commands]
+    assert names == ["guest-sync-delimited", "guest-get-vcpus", "guest-set-vcpus"]
+    assert agent.online == {0: True, 1: True}
+
+
+async def test_what_an_earlier_client_left_behind_is_dropped(tmp_path):
+    agent = FakeAgent()
+    agent.before_sync = b'half an answer {"retu' + b'\xff{"return": 4711}\n{"return": {}}\n\xffrubbish\n'
+    async with talking(tmp_path, agent) as client:
+        assert len(await client.get_vcpus()) == 2
+
+
+async def test_an_agent_without_ids_is_understood(tmp_path):
+    agent = FakeAgent()
+    agent.answers["guest-get-vcpus"] = raw({"return": []})
+    async with talking(tmp_path, agent) as client:
+        assert await client.get_vcpus() == []
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"[" * 100_000 + b"\n",
+        b"not JSON\n",
+        b"\n",
+        b"[]\n",
+        {"id": "another", "return": {}},
+        {"return": 1, "error": {"class": "x", "desc": "y"}},
+        {"nothing": 1},
+        {"error": "words"},
+        {"error": {"class": "x"}},
+        b'{"return": ' + b"9" * 5000 + b"}\n",
+        b"\xff\xfe\n",
+    ],
+)
+async def test_an_answer_that_cannot_be_is_an_error_and_the_next_command_works(tmp_path, answer):
+    agent = FakeAgent()
+    agent.answers["guest-get-vcpus"] = raw(answer)
+    async with talking(tmp_path, agent) as client:
+        with pytest.raises(VcpuConnectionError) as caught:
+            await client.get_vcpus()
+        assert caught.value.reason == "malformed"
+        assert (caught.value.outcome.exit_code, bool(caught.value.hint)) == (7, True)
+        del agent.answers["guest-get-vcpus"]
+        assert len(await client.get_vcpus()) == 2
+    assert [name for name, _ in agent.commands].count("guest-sync-delimited") == 2
+
+
+async def test_an_endless_line_costs_bounded_memory_and_time(tmp_path):
+    agent = FakeAgent()
+    agent.answers["guest-get-vcpus"] = raw(b"x" * (LINE_LIMIT * 8))
+    async with talking(tmp_path, agent, timeout=3) as client:
+        tracemalloc.start()
+        began = time.monotonic()
+        try:
+            with pytest.raises(VcpuConnectionError, match="more than 1 MiB"):
+                await client.get_vcpus()
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+        assert peak < LINE_LIMIT * 24  # the scripted agent's own 8 included
+        assert time.monotonic() - began < 5
+        del agent.answers["guest-get-vcpus"]
+        assert len(await client.get_vcpus()) == 2
+
+
+async def test_a_flood_before_the_sync_ends_at_the_deadline(tmp_path):
+    async def flood(reader, writer):
+        while True:
+            writer.write(b'\xff{"return": 99}\n' * 1000)
+            await writer.drain()
+
+    agent = FakeAgent()
+    agent.serve = flood
+    async with talking(tmp_path, agent) as client:
+        with pytest.raises(VcpuConnectionError) as caught:
+            await client.get_vcpus()
+    assert caught.value.reason == "no-agent"
+
+
+async def test_silence_is_no_agent_and_a_late_answer_is_dropped(tmp_path):
+    agent = FakeAgent()
+    agent.answers["guest-sync-delimited"] = raw(b"")
+    async with talking(tmp_path, agent, timeout=0.1) as client:
+        with pytest.raises(VcpuConnectionError) as caught:
+            await client.get_vcpus()
+        assert caught.value.reason == "no-agent"
+        assert "qemu-ga" in caught.value.hint
+        del agent.answers["guest-sync-delimited"]
+        agent.before_sync = b'\xff{"return": 1}\n{"return": "the late one"}\n'
+        assert len(await client.get_vcpus()) == 2
+
+
+async def test_an_agent_that_was_restarted_is_told_from_none(tmp_path):
+    agent = FakeAgent()
+    agent.answers["guest-get-vcpus"] = raw(b"")
+    async with talking(tmp_path, agent, timeout=0.1) as client:
+        with pytest.raises(VcpuConnectionError) as caught:
+            await client.get_vcpus()
+    assert caught.value.reason == "agent-restarted"
+
+
+async def test_a_closed_socket_is_opened_again_for_the_next_command(tmp_path):
+    agent = FakeAgent()
+
+    async def hang_up(reader, writer):
+        await reader.readline()
+        writer.close()
+
+    serve, agent.serve = agent.serve, hang_up
+    async with talking(tmp_path, agent) as client:
+        with pytest.raises(VcpuConnectionError) as caught:
+            await client.get_vcpus()
+        assert caught.value.reason == "closed"
+        agent.serve = serve
+        assert len(await client.get_vcpus()) == 2
+
+
+async def test_a_disabled_command_is_the_agents_error(tmp_path):
+    agent = FakeAgent()
+    text = "Command guest-set-vcpus has been disabled: the command is not allowed"
+    agent.answers["guest-set-vcpus"] = raw({"error": {"class": "CommandNotFound", "desc": text}})
+    async with talking(tmp_path, agent) as client:
+        with pytest.raises(CommandError) as caught:
+            await client.set_vcpus({1: True})
+    assert (caught.value.error_class, caught.value.text) == ("CommandNotFound", text)
+
+
+async def test_the_guests_words_are_printable_and_bounded(tmp_path):
+    agent = FakeAgent()
+    agent.answers["guest-get-vcpus"] = raw({"error": {"class": "C", "desc": "\x1b[31m" + "x" * 5000}})
+    async with talking(tmp_path, agent) as client:
+        with pytest.raises(CommandError) as caught:
+            await client.get_vcpus()
+    assert len(caught.value.text) == 300
+    assert caught.value.text.isprintable()
+
+
+async def test_files_are_read_many_at_once_and_each_handle_is_closed(tmp_path):
+    agent = FakeAgent(files={f"/f{n}": str(n).encode() for n in range(40)})
+    async with talking(tmp_path, agent) as client:
+        found = await client.read_files([*(f"/f{n}" for n in range(40)), "/none"])
+    assert found == [*(str(n).encode() for n in range(40)), None]
+    assert agent.handles == {}
+
+
+@pytest.mark.parametrize("reply", [{}, [], {"buf-b64": 5}, {"buf-b64": "?"}, {"buf-b64": "AAAA", "eof": False}])
+async def test_a_file_that_is_none_or_never_ends_is_none(tmp_path, reply):
+    agent = FakeAgent(files={"/f": b""})
+    agent.answers["guest-file-read"] = raw({"return": reply})
+    async with talking(tmp_path, agent, timeout=5) as client:
+        client_limit = "qmpvcpu.qemu.agent._FILE_LIMIT"
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(client_limit, 1000)
+            assert await client.read_files(["/f"]) == [None]
+
+
+@pytest.mark.parametrize(("address", "reason"), [("none", "missing"), ("file", "refused")])
+async def test_no_socket(tmp_path, address, reason):
+    (tmp_path / "file").write_bytes(b"")
+    with pytest.raises(VcpuConnectionError) as caught:
+        await open_agent(str(tmp_path / address))
+    assert (caught.value.reason, bool(caught.value.hint)) == (reason, True)
+
+
+async def test_a_cancelled_command_leaves_no_answer_for_the_next(tmp_path):
+    agent = FakeAgent()
+    agent.answers["guest-ping"] = raw(b"")
+    async with talking(tmp_path, agent, timeout=2) as client:
+        await client.get_vcpus()
+        task = asyncio.create_task(client.execute("guest-ping"))
+        await asyncio.sleep(0.05)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        agent.before_sync = b'{"return": {}}\n'
+        assert len(await client.get_vcpus()) == 2

@@ -1,0 +1,132 @@
+"""Which guest CPU is which vCPU, and what of a guest's list is not believed."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from qmpvcpu.core.guest import GuestCpu, identify, identity_files, parse_guest_vcpus
+from qmpvcpu.errors import VcpuConnectionError
+from tests.unit.test_plan import machine
+from tests.unit.test_selection_and_kills import ppc64, x86
+
+SYS = "/sys/devices/system/cpu/cpu{}/{}"
+
+
+def cpus(*online, offline=()):
+    found = [GuestCpu(n, True) for n in online] + [GuestCpu(n, False) for n in offline]
+    return tuple(sorted(found, key=lambda cpu: cpu.logical_id))
+
+
+def known(view):
+    return {vcpu: cpu.logical_id for vcpu, cpu in view.by_vcpu.items()}
+
+
+def test_x86_by_apic_id_of_what_is_online_and_by_the_acpi_path_of_what_is_not():
+    state = x86((0, 1, 3, 7))  # 2 sockets, 2 cores, 2 threads: the APIC id is the vCPU id
+    guest = cpus(0, 1, 3, offline=(2,))
+    files = {
+        "/proc/cpuinfo": b"processor\t: 0\napicid\t: 0\n\nprocessor: 1\napicid: 1\n\nprocessor: 3\napicid: 7\n",
+        SYS.format(2, "firmware_node/path"): b"\\_SB_.CPUS.C003\n",
+    }
+    assert list(identity_files(state, guest)) == list(files)
+    view = identify(state, guest, files)
+    assert known(view) == {0: 0, 1: 1, 3: 2, 7: 3}
+    assert (view.online(3), view.online(7), view.online(5), view.vcpu_of(3)) == (False, True, None, 7)
+
+
+def test_x86_apic_ids_are_not_vcpu_ids_where_a_level_is_no_power_of_two():
+    state = x86((0, 1, 3), sockets=2, cores=3, threads=1)  # vCPU 3 is socket 1, core 0: APIC id 4
+    files = {"/proc/cpuinfo": b"processor: 0\napicid: 0\nprocessor: 1\napicid: 1\nprocessor: 2\napicid: 4\n"}
+    assert known(identify(state, cpus(0, 1, 2), files)) == {0: 0, 1: 1, 3: 2}
+
+
+def test_ppc64_by_physical_id_also_where_cores_lie_further_apart():
+    state = ppc64((0, 2))  # cores of 4
+    guest = cpus(0, 1, 2, 3, 4, 5, 6, 7, offline=range(8, 16))
+    physical = [0, 1, 2, 3, 8, 9, 10, 11, 4, 5, 6, 7, 12, 13, 14, 15]
+    files = {SYS.format(n, "physical_id"): b"%d\n" % hard for n, hard in enumerate(physical)}
+    assert known(identify(state, guest, files, vsmt=4)) == {n: n for n in range(4)} | {
+        8 + n: 4 + n for n in range(4)
+    }
+    physical = [0, 1, 2, 3, 16, 17, 18, 19, *list(range(24, 32))]
+    files = {SYS.format(n, "physical_id"): b"%d\n" % hard for n, hard in enumerate(physical)}
+    assert known(identify(state, guest, files, vsmt=8)) == {n: n for n in range(4)} | {
+        8 + n: 4 + n for n in range(4)
+    }
+
+
+def test_s390x_by_address():
+    state = machine("s390x", plugged=(0, 1, 3))
+    files = {SYS.format(n, "address"): b"%d\n" % address for n, address in enumerate((0, 1, 3))}
+    assert known(identify(state, cpus(0, 1, 2), files)) == {0: 0, 1: 1, 3: 2}
+
+
+def test_arm64_by_the_rank_of_its_mpidr():
+    state = machine("aarch64", plugged=range(8), cores=1)
+    files = {SYS.format(n, "of_node/reg"): bytes([0, 0, n // 4, n % 4]) for n in range(8)}
+    assert known(identify(state, cpus(*range(8)), files)) == {n: n for n in range(8)}
+    swapped = files | {SYS.format(0, "of_node/reg"): bytes([0, 0, 0, 1]), SYS.format(1, "of_node/reg"): bytes(4)}
+    assert known(identify(state, cpus(*range(8)), swapped))[0] == 1
+
+
+def test_two_cpus_that_claim_one_vcpu_are_not_believed():
+    state = machine("s390x", plugged=(0, 1, 3))
+    files = {SYS.format(n, "address"): b"%d\n" % address for n, address in enumerate((0, 1, 1))}
+    assert known(identify(state, cpus(0, 1, 2), files)) == {0: 0}
+
+
+@pytest.mark.parametrize("claim", [b"7\n", b"-1", b"x", b"", None, b"9" * 30])
+def test_a_cpu_that_claims_what_is_not_there_is_not_believed(claim):
+    state = machine("s390x", plugged=(0, 1, 3))
+    files = {SYS.format(0, "address"): b"0", SYS.format(1, "address"): claim}
+    assert known(identify(state, cpus(0, 1), files)) == {0: 0}
+
+
+def test_where_nothing_tells_numbers_are_taken_for_ids_only_without_a_gap():
+    whole, sparse = x86((0, 1)), x86((0, 2))
+    view = identify(whole, cpus(0, 1), {})
+    assert (known(view), view.assumed) == ({0: 0, 1: 1}, True)
+    assert known(identify(sparse, cpus(0, 1), {})) == {}
+    assert known(identify(whole, cpus(0, 1, 2), {})) == {}
+
+
+@pytest.mark.parametrize(
+    "reply",
+    [
+        None,
+        {},
+        [],
+        [5],
+        [{}],
+        [{"logical-id": "0", "online": True}],
+        [{"logical-id": -1, "online": True}],
+        [{"logical-id": True, "online": True}],
+        [{"logical-id": 0, "online": 1}],
+        [{"logical-id": 0, "online": False}],
+        [{"logical-id": 70000, "online": True}],
+        [{"logical-id": 0, "online": True}, {"logical-id": 0, "online": True}],
+        [{"logical-id": 0, "online": True}] * 70000,
+    ],
+)
+def test_lists_of_cpus_that_cannot_be(reply):
+    with pytest.raises(VcpuConnectionError) as caught:
+        parse_guest_vcpus(reply)
+    assert (caught.value.reason, bool(caught.value.hint)) == ("malformed", True)
+
+
+def test_a_list_of_cpus_in_any_order():
+    rows = [{"logical-id": 1, "online": False, "can-offline": True}, {"logical-id": 0, "online": True, "extra": 1}]
+    assert parse_guest_vcpus(rows) == (GuestCpu(0, True, None), GuestCpu(1, False, True))
+
+
+@given(
+    st.dictionaries(
+        st.sampled_from([SYS.format(n, "firmware_node/path") for n in range(4)]), st.binary(max_size=60)
+    )
+)
+def test_whatever_the_files_say_only_enabled_vcpus_are_known(files):
+    state = x86((0, 1, 5))
+    view = identify(state, cpus(0, offline=(1, 2, 3)), files | {"/proc/cpuinfo": b"processor: 0\napicid: 0\n"})
+    assert set(view.by_vcpu) <= {0, 1, 5}
