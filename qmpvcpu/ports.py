@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from qmpvcpu.core.pending import PendingUnplug
 from qmpvcpu.errors import VcpuConnectionError
 
-__all__ = ["CommandError", "Monitor", "MonitorEvent", "PendingStore", "Sink"]
+__all__ = ["Agent", "CommandError", "Monitor", "MonitorEvent", "PendingStore", "Sink"]
 
 
 class CommandError(Exception):
@@ -93,6 +93,30 @@ class Monitor(Protocol):
 
     def human_monitor_command(self, line: str) -> Future[object]:
         """QMP `human-monitor-command`."""
+
+    async def close(self) -> None:
+        """Close the connection. Never raises; may be called twice."""
+
+
+class Agent(Protocol):
+    """A guest agent: commands one to one. Replies are the guest's, unchecked.
+
+    Each raises `CommandError` when the agent answers with an error, and `VcpuConnectionError` when it does not
+    answer.
+    """
+
+    @property
+    def address(self) -> str:
+        """What it is connected to, as the user wrote it."""
+
+    async def get_vcpus(self) -> object:
+        """`guest-get-vcpus`."""
+
+    async def set_vcpus(self, wanted: Mapping[int, bool]) -> object:
+        """`guest-set-vcpus`: logical id -> online."""
+
+    async def read_files(self, paths: Sequence[str]) -> list[bytes | None]:
+        """Files of the guest; None for one that cannot be read."""
 
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""

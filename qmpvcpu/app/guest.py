@@ -60,6 +60,11 @@ class Guest:
         self._reader = reader
         self._writer = writer
 
+    @property
+    def agent(self) -> str:
+        """Path of the guest agent's socket; it takes one client at a time."""
+        return str(self.qemu.folder / "agent")
+
     async def shell(self, command: str, *, timeout: float = 30.0) -> str:
         """Run one line of shell in the guest; its output.
 

@@ -15,7 +15,7 @@ from qmpvcpu.core.checks import MAXIMUM_IS_CONFIG
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.request import Request, parse_ids
 from qmpvcpu.domain import Domain, connect
-from qmpvcpu.errors import OutcomeKind, Refusal, VcpuRefused
+from qmpvcpu.errors import OutcomeKind, Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
 __all__ = ["Session", "command"]
@@ -35,7 +35,7 @@ class Session:
             from qmpvcpu import QmpLog
 
             self._log = QmpLog(self.options.qmp_log)
-        self.domain = connect(self.options.domain, qmp_log=self._log)
+        self.domain = connect(self.options.domain, agent=self.options.agent, qmp_log=self._log)
         return self.domain
 
     def pending(self) -> tuple[int, ...]:
@@ -49,6 +49,11 @@ class Session:
         else:
             for line in lines:
                 print(line)
+
+    def warn_of_agent(self, domain: Domain) -> None:
+        """Say why `online` is not known, where an agent was named."""
+        if (trouble := domain.agent_trouble) is not None:
+            self.warn([f"online is not known: {trouble.message}"])
 
     def warn(self, messages: Iterable[str]) -> None:
         """Warnings go to stderr, with --json too."""
@@ -67,6 +72,7 @@ async def _vcpuinfo(session: Session) -> int:
     flags = VcpuFlag.CONFIG if session.options.config else VcpuFlag.CURRENT
     async with session.connect() as domain:
         state = await domain.state(flags)
+        session.warn_of_agent(domain)
     session.show(state.to_json(), _info_lines(state))
     return 0
 
@@ -96,6 +102,10 @@ async def _vcpucount(session: Session) -> int:
         raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
     async with session.connect() as domain:
         state = await domain.state(flags)
+    if options.guest:
+        online = sum(vcpu.online is True for vcpu in state.vcpus)
+        session.show({"domain": state.name, "count": online}, [str(online)])
+        return 0
     counts = {"maximum": state.maxcpus, "current": len(state.enabled_ids)}
     document: dict[str, Any] = {"domain": state.name}
     document |= {name: {"live": number, "config": None} for name, number in counts.items()}
@@ -160,6 +170,8 @@ async def _carry_out(session: Session, request: Request) -> int:
         async with waiting("waiting for the guest", options.timeout):
             result = await domain.request(request)
         state = domain.last_state
+        if result.outcome is OutcomeKind.QUERIED:
+            session.warn_of_agent(domain)
     session.warn(result.messages)
     if result.outcome is OutcomeKind.QUERIED:
         document = state.to_json() | {"vcpus": [row.to_json() for row in result.rows]}
@@ -167,6 +179,25 @@ async def _carry_out(session: Session, request: Request) -> int:
     else:
         session.show(result.to_json(), render.outcome(result))
     return result.outcome.exit_code
+
+
+async def _guestvcpus(session: Session) -> int:
+    options = session.options
+    if (options.enable or options.disable) != (options.cpulist is not None) or (
+        options.enable and options.disable
+    ):
+        raise VcpuUsageError(
+            "--cpulist goes with one of --enable and --disable", hint="guestvcpus DOMAIN --cpulist 1-2 --disable"
+        )
+    async with session.connect() as domain:
+        if options.cpulist is not None:
+            result = await domain.set_guest_vcpus(parse_ids(options.cpulist), options.enable)
+            session.warn(result.messages)
+            session.show(result.to_json(), render.outcome(result))
+            return result.outcome.exit_code
+        view = await domain.guest_vcpus()
+    session.show(view.to_json() | {"domain": domain.name}, render.guest(view))
+    return 0
 
 
 async def _watch(session: Session) -> int:
@@ -225,6 +256,7 @@ _COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
     "vcpucount": _vcpucount,
     "setvcpu": _setvcpu,
     "setvcpus": _setvcpus,
+    "guestvcpus": _guestvcpus,
     "watch": _watch,
     "doctor": _doctor,
     "demo": _demo,

@@ -32,6 +32,7 @@ def _global_options() -> _Parser:
     add = group.add_argument
     add("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document on stdout")
     add("--debug", action="store_true", default=argparse.SUPPRESS, help="tracebacks and debug log on stderr")
+    add("--agent", metavar="ADDR", default=argparse.SUPPRESS, help="the guest agent's socket")
     add("--qmp-log", metavar="FILE", default=argparse.SUPPRESS, help="append every QMP message as a JSON line")
     return options
 
@@ -137,6 +138,11 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _change(counts)
 
+    guest = domain_command("guestvcpus", "the guest's own CPUs, by the guest's own ids, as virsh does")
+    guest.add_argument("--cpulist", metavar="GUEST-IDS", help="which ones to switch: 1, 1-3,5")
+    guest.add_argument("--enable", action="store_true", help="take them online")
+    guest.add_argument("--disable", action="store_true", help="take them offline")
+
     domain_command("watch", "tell what happens to the vCPUs, line by line, until interrupted")
 
     doctor = command("doctor", "what is here: QEMUs, machines that can hotplug, KVM, rights, what is missing")
@@ -157,7 +163,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         SystemExit: after --help.
     """
     found = build_parser().parse_args(arguments)
-    for name, default in (("json", False), ("debug", False), ("qmp_log", None)):
+    for name, default in (("json", False), ("debug", False), ("agent", None), ("qmp_log", None)):
         if not hasattr(found, name):
             setattr(found, name, default)
     return found

@@ -12,10 +12,11 @@ from qmpvcpu.core.model import EventKind, Props, format_ids
 from qmpvcpu.core.select import core_of
 
 if TYPE_CHECKING:
+    from qmpvcpu.core.guest import GuestView
     from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
     from qmpvcpu.core.plan import Plan
 
-__all__ = ["columns", "event", "outcome", "plan", "snapshot", "topology", "vcpu_table"]
+__all__ = ["columns", "event", "guest", "outcome", "plan", "snapshot", "topology", "vcpu_table"]
 
 
 def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> list[str]:
@@ -66,7 +67,9 @@ def vcpu_table(state: DomainState, vcpus: Iterable[Vcpu]) -> list[str]:
     is_grouped = any(len(vcpu.entity) > 1 for vcpu in shown)
     head = (["NODE"] if has_nodes else []) + [level[:-3].upper() for level in levels]
     places = len(head)
-    head += ["VCPU", "STATE", "ORDER", "HOTPLUGGABLE", "THREAD-ID"] + (["ENTITY"] if is_grouped else [])
+    is_lit = any(vcpu.online is not None for vcpu in shown)
+    head += ["VCPU", "STATE", "ORDER", "HOTPLUGGABLE", "THREAD-ID"]
+    head += (["ENTITY"] if is_grouped else []) + (["ONLINE", "GUEST-ID"] if is_lit else [])
     rows = [head]
     above: list[str] = []
     for vcpu in shown:
@@ -82,7 +85,9 @@ def vcpu_table(state: DomainState, vcpus: Iterable[Vcpu]) -> list[str]:
             "yes" if vcpu.hotpluggable else "no",
             _text(vcpu.thread_id),
         ]
-        rows.append(row + ([format_ids(vcpu.entity)] if is_grouped else []))
+        row += [format_ids(vcpu.entity)] if is_grouped else []
+        online = {True: "yes", False: "no", None: "-"}[vcpu.online]
+        rows.append(row + ([online, _text(vcpu.logical_id)] if is_lit else []))
     numbers = frozenset((*range(places + 1), places + 2, places + 4))
     return columns(rows, right=numbers)
 
@@ -100,6 +105,9 @@ def outcome(result: Outcome) -> list[str]:
     if result.changed_ids:
         states = {row.id: row.state for row in result.rows}
         word = states.get(result.changed_ids[0], "changed")
+        if result.mechanism == "agent":
+            online = {row.id: row.online for row in result.rows}.get(result.changed_ids[0])
+            word = "online in the guest" if online else "offline in the guest"
         lines.append(f"vCPU {format_ids(result.changed_ids)}: {word} ({result.mechanism})")
     if result.pending:
         lines.append(f"vCPU {format_ids(result.pending)}: unplug asked, and not ended at the deadline")
@@ -107,6 +115,23 @@ def outcome(result: Outcome) -> list[str]:
         word = result.rows[0].state if result.rows else "so"
         lines.append(f"vCPU {ids}: already {word}" if result.ids else "already so: nothing was to be done")
     return lines
+
+
+def guest(view: GuestView) -> list[str]:
+    """The guest's own CPUs, in the three lines of `virsh guestvcpus`, and which vCPU each one is."""
+    lines = columns(
+        [
+            (name, ":", format_ids(cpu.logical_id for cpu in view.cpus if wanted(cpu)))
+            for name, wanted in (
+                ("vcpus", lambda cpu: True),
+                ("online", lambda cpu: cpu.online),
+                ("offlinable", lambda cpu: cpu.can_offline),
+            )
+        ]
+    )
+    pairs = [("GUEST-ID", "VCPU"), *((str(c.logical_id), _text(view.vcpu_of(c.logical_id))) for c in view.cpus)]
+    note = [", assumed"] if view.assumed else []
+    return [*lines, "", *columns(pairs, right=frozenset({0, 1})), *note]
 
 
 _EVENT_WORDS = {

@@ -7,17 +7,22 @@ Versions in this file are those where the behaviour was measured (docs/qemu-fact
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qmpvcpu.core.model import DomainState, Entity, QemuVersion, format_ids
 from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
+if TYPE_CHECKING:
+    from qmpvcpu.core.guest import GuestView
+
 __all__ = [
     "MAXIMUM_IS_CONFIG",
     "apic_id",
     "check_flags",
+    "check_guest",
+    "check_guest_ids",
     "check_kills_on_plug",
     "check_kills_on_unplug",
     "check_options",
@@ -142,6 +147,63 @@ def check_whole_entities(state: DomainState, ids: Sequence[int], flags: VcpuFlag
                     f"{verb} {format_ids(entity.ids)}, or give --core (CORE) for the whole core",
                 )
             )
+    return found
+
+
+def check_guest(state: DomainState, ids: Sequence[int], view: GuestView, *, online: bool) -> list[Refusal]:
+    """What stands against switching these vCPUs in the guest."""
+    absent = [number for number in ids if not state.vcpus[number].enabled]
+    unknown = [number for number in ids if state.vcpus[number].enabled and number not in view.by_vcpu]
+    fixed = [
+        number
+        for number in ids
+        if not online and (cpu := view.by_vcpu.get(number)) is not None and cpu.online and cpu.can_offline is False
+    ]
+    found = []
+    if absent:
+        found.append(
+            Refusal(
+                "not-plugged",
+                f"vCPU {format_ids(absent)} is not plugged, so the guest does not have it",
+                tuple(absent),
+                "enable it first, without --guest",
+                "VIR_ERR_INVALID_ARG",
+            )
+        )
+    if unknown:
+        found.append(
+            Refusal(
+                "guest-cpu",
+                f"which of the guest's CPUs is vCPU {format_ids(unknown)} is not known",
+                tuple(unknown),
+                "allow the agent guest-file-open, or use guestvcpus with the guest's own ids",
+                "VIR_ERR_OPERATION_UNSUPPORTED",
+            )
+        )
+    if fixed:
+        found.append(
+            Refusal(
+                "guest-fixed",
+                f"the guest cannot take vCPU {format_ids(fixed)} offline",
+                tuple(fixed),
+                "leave it online",
+                "VIR_ERR_INVALID_ARG",
+            )
+        )
+    return found
+
+
+def check_guest_ids(ids: Sequence[int], view: GuestView, *, online: bool) -> list[Refusal]:
+    """The same for CPUs named by the guest's own ids, by which `view` is keyed."""
+    found = []
+    unknown = [number for number in ids if number not in view.by_vcpu]
+    if unknown:
+        text = f"the guest has no CPU {format_ids(unknown)}"
+        found.append(Refusal("range", text, tuple(unknown), "guestvcpus lists them"))
+    fixed = [n for n in ids if not online and n in view.by_vcpu and view.by_vcpu[n].can_offline is False]
+    if fixed:
+        text = f"the guest cannot take its CPU {format_ids(fixed)} offline"
+        found.append(Refusal("guest-fixed", text, tuple(fixed), "leave it online"))
     return found
 
 

@@ -51,6 +51,11 @@ class GuestView:
         cpu = self.by_vcpu.get(vcpu_id)
         return None if cpu is None else cpu.online
 
+    def to_json(self) -> dict[str, Any]:
+        """The document of `guestvcpus --json`: both the guest's ids and the vCPU ids, null where not known."""
+        rows = [cpu.to_json() | {"vcpu": self.vcpu_of(cpu.logical_id)} for cpu in self.cpus]
+        return {"cpus": rows, "assumed": self.assumed}
+
     def vcpu_of(self, logical_id: int) -> int | None:
         """The vCPU that is the guest's CPU of this number."""
         return next((vcpu for vcpu, cpu in self.by_vcpu.items() if cpu.logical_id == logical_id), None)
@@ -90,6 +95,7 @@ def _nonsense(what: str) -> VcpuConnectionError:
 
 _SYSFS: Final = "/sys/devices/system/cpu/cpu{}/{}"
 CPUINFO: Final = "/proc/cpuinfo"
+PRESENT: Final = "/sys/devices/system/cpu/present"
 
 
 def identity_files(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, int | None]:
@@ -105,7 +111,9 @@ def identity_files(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, in
     name = {"ppc64": "physical_id", "s390x": "address", "aarch64": "of_node/reg"}.get(state.arch)
     if name is None:
         return {}
-    return {_SYSFS.format(cpu.logical_id, name): cpu.logical_id for cpu in cpus}
+    files: dict[str, int | None] = {_SYSFS.format(cpu.logical_id, name): cpu.logical_id for cpu in cpus}
+    # ppc64 lists every possible CPU; what one that is absent says of itself is left over from another.
+    return {PRESENT: None, **files} if state.arch == "ppc64" else files
 
 
 _ACPI_PATH: Final = re.compile(r"\.C([0-9A-F]{3})\s*\Z")
@@ -135,7 +143,10 @@ def identify(
             {n: _number(files.get(path), big_endian=True) for path, n in wanted.items() if n is not None}
         )
     else:
+        present = _cpu_list(files.get(PRESENT))
         for path, logical in wanted.items():
+            if present is not None and logical not in present:
+                continue
             number = _number(files.get(path))
             vcpu = number if state.arch != "ppc64" or number is None else _of_physical(state, number, vsmt)
             if logical is not None and vcpu is not None:
@@ -179,6 +190,20 @@ def _cpuinfo_apic_ids(text: bytes) -> dict[int, int]:
             logical = int(word)
         elif name.strip() == "apicid" and logical is not None:
             found[logical] = int(word)
+    return found
+
+
+def _cpu_list(content: bytes | None) -> set[int] | None:
+    """The kernel's cpulist format, `0-3,8`; None where it is not one."""
+    found: set[int] = set()
+    for part in (content or b"")[:4096].decode("ascii", "replace").strip().split(","):
+        low, _, high = part.partition("-")
+        if not low.isdigit() or not (high or low).isdigit() or len(part) > 15:
+            return None
+        first, last = int(low), int(high or low)
+        if not first <= last < _MOST:
+            return None
+        found.update(range(first, last + 1))
     return found
 
 

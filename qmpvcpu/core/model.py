@@ -123,6 +123,7 @@ class Vcpu:
     `order` is the rank of its entity in `query-cpus-fast`, None while disabled. `thread_id` is a Linux thread
     id, None where disabled or where all vCPUs share one thread. `online` is what the guest says (None: nobody
     was asked). `pending` is true while an unplug is asked and not ended. `pin` is a cpuset string.
+    `logical_id` is the number the guest itself gives it.
     """
 
     id: int
@@ -138,6 +139,7 @@ class Vcpu:
     pending: bool = False
     pin: str | None = None
     scheduler: str | None = None
+    logical_id: int | None = None
 
     @property
     def state(self) -> str:
@@ -160,6 +162,7 @@ class Vcpu:
             "pending": self.pending,
             "pin": self.pin,
             "scheduler": self.scheduler,
+            "logical_id": self.logical_id,
         }
 
 

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from qmpvcpu.core.model import DomainState, Outcome, format_ids
+from qmpvcpu.core.model import DomainState, Outcome, Vcpu, format_ids
+from qmpvcpu.core.online import Switch
 from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.transaction import Failure, Result
 from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuFailed, VcpuPartial, VcpuRejected
 
-__all__ = ["conclude", "queried", "unchanged"]
+__all__ = ["conclude", "queried", "still_plugged", "switched", "switched_ids", "unchanged"]
 
 
 def queried(state: DomainState, ids: Sequence[int], seconds: float) -> Outcome:
@@ -27,6 +28,70 @@ def unchanged(state: DomainState, plan: Plan, seconds: float) -> Outcome:
         messages=plan.messages,
         seconds=seconds,
     )
+
+
+def still_plugged(ids: Sequence[int]) -> str:
+    """What to say where the agent did what hotplug could not."""
+    return (
+        f"vCPU {format_ids(ids)} is offline in the guest and still plugged: the guest can bring it back by itself"
+    )
+
+
+def switched(
+    state: DomainState,
+    plan: Plan,
+    run: Switch,
+    seconds: float,
+    *,
+    changed: Sequence[int] = (),
+    messages: Sequence[str],
+) -> Outcome | VcpuError:
+    """Turn the end of a switch in the guest into what the caller gets.
+
+    `changed` is what hotplug had changed before in the same call.
+    """
+    return _switched(plan.targets, _rows(state, plan.targets), run, seconds, changed, messages)
+
+
+def switched_ids(ids: Sequence[int], run: Switch, seconds: float) -> Outcome | VcpuError:
+    """The same for CPUs named by the guest's own ids."""
+    return _switched(ids, (), run, seconds, (), ())
+
+
+def _switched(
+    ids: Sequence[int],
+    rows: tuple[Vcpu, ...],
+    run: Switch,
+    seconds: float,
+    before: Sequence[int],
+    messages: Sequence[str],
+) -> Outcome | VcpuError:
+    changed = tuple(sorted({*before, *run.changed}))
+    if not run.failures:
+        return Outcome(
+            OutcomeKind.APPLIED,
+            tuple(ids),
+            rows,
+            changed_ids=changed,
+            mechanism="agent",
+            messages=tuple(messages),
+            seconds=seconds,
+        )
+    facts: dict[str, Any] = {
+        "ids": ids,
+        "changed_ids": changed,
+        "undone": run.undone,
+        "messages": messages,
+        "mechanism": "agent",
+        "seconds": round(seconds, 6),
+    }
+    text = "; ".join(f"vCPU {number}: {reason}" for number, reason in run.failures.items())
+    if run.undone:
+        text += f"; undone: vCPU {format_ids(run.undone)}"
+    if changed:
+        text += f"; vCPU {format_ids(changed)} stays changed"
+        return VcpuPartial(text, remaining=changed, hint="`qmpvcpu vcpuinfo` shows what is", **facts)
+    return VcpuRejected(text, reasons=dict(run.failures), hint="look at the guest's kernel log", **facts)
 
 
 def conclude(

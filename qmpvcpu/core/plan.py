@@ -9,7 +9,7 @@ from typing import Any
 from qmpvcpu.core import checks
 from qmpvcpu.core.model import DomainState, Entity, format_ids
 from qmpvcpu.core.request import Knowledge, Request
-from qmpvcpu.core.select import resolve_total, select
+from qmpvcpu.core.select import resolve_guest_total, resolve_total, select
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
@@ -20,7 +20,8 @@ __all__ = ["Plan", "make_plan", "unplug_name"]
 class Plan:
     """What would be done: `plugs` and `unplugs` in the order they are sent, and why not, if not.
 
-    `targets` is every vCPU id the request is about; `unchanged` those that are already as asked.
+    `targets` is every vCPU id the request is about; `unchanged` those that are already as asked. `onlines` and
+    `offlines` are vCPU ids that the guest agent switches.
     """
 
     request: Request
@@ -28,9 +29,13 @@ class Plan:
     plugs: tuple[Entity, ...] = ()
     unplugs: tuple[Entity, ...] = ()
     awaited: tuple[Entity, ...] = ()
+    onlines: tuple[int, ...] = ()
+    offlines: tuple[int, ...] = ()
     unchanged: tuple[int, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     messages: tuple[str, ...] = ()
+    #: Whether hotplug cannot do a part of it, and the guest agent perhaps can.
+    hopeless: bool = False
 
     def refused(self, more: Sequence[Refusal]) -> Plan:
         """This plan, with more reasons not to do it, in front of its own."""
@@ -59,6 +64,11 @@ class Plan:
             }
             for entity in self.unplugs
         ]
+        steps += [
+            {"step": "guest-set-vcpus", "vcpus": list(ids), "online": online}
+            for ids, online in ((self.onlines, True), (self.offlines, False))
+            if ids
+        ]
         return steps
 
     def to_json(self) -> dict[str, Any]:
@@ -80,6 +90,10 @@ class Plan:
             for entity in (*self.awaited, *self.plugs)
         ]
         lines += [f"unplug {entity.label}: device_del {unplug_name(entity)}" for entity in self.unplugs]
+        if self.onlines:
+            lines.append(f"take vCPU {format_ids(self.onlines)} online in the guest: guest-set-vcpus")
+        if self.offlines:
+            lines.append(f"take vCPU {format_ids(self.offlines)} offline in the guest: guest-set-vcpus")
         if self.request.total is not None and not lines and not self.refusals:
             lines.append(f"{self.request.total} vCPUs are enabled already")
         if self.unchanged:
@@ -99,7 +113,10 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     """Select the vCPUs, find what is to be done, and collect every reason not to do it."""
     known = known or Knowledge()
     refusals = checks.check_flags(request.flags) + checks.check_options(request)
-    if request.total is not None:
+    if request.total is not None and request.has(VcpuFlag.GUEST):
+        request, found = resolve_guest_total(state, request, known)
+        targets = request.ids
+    elif request.total is not None:
         request, found = resolve_total(state, request, known)
         targets = request.ids
     else:
@@ -110,6 +127,10 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     unplugs: list[Entity] = []
     awaited: list[Entity] = []
     unchanged: list[int] = []
+    onlines: list[int] = []
+    offlines: list[int] = []
+    guest = known.guest
+    blocked: list[Refusal] = []
     # The guest's own view and the persistent definition have other steps than the running guest.
     is_live = request.has(VcpuFlag.LIVE) or not (request.has(VcpuFlag.CONFIG) or request.has(VcpuFlag.GUEST))
     if enable != disable and is_live:
@@ -118,19 +139,41 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
             if enable and entity.first in known.pending and entity.plugged:
                 awaited.append(entity)
             elif entity.plugged == enable:
-                unchanged += [number for number in entity.ids if number in asked]
+                same = [number for number in entity.ids if number in asked]
+                # Plugged, and offline in the guest, is not enabled.
+                dark = [
+                    number for number in same if enable and guest is not None and guest.online(number) is False
+                ]
+                onlines += dark
+                unchanged += [number for number in same if number not in dark]
             else:
                 (plugs if enable else unplugs).append(entity)
         moved = {number for entity in (*awaited, *plugs, *unplugs) for number in entity.ids}
         touched = [number for number in targets if number in moved]
         refusals += checks.check_whole_entities(state, touched, request.flags)
         refusals += checks.check_plug(state, plugs)
-        refusals += checks.check_unplug(state, unplugs)
+        blocked = checks.check_unplug(state, unplugs)
+        if blocked and guest is not None and request.fallback:
+            # What hotplug cannot do, the guest can: the vCPU stays plugged.
+            hopeless = {number for refusal in blocked for number in refusal.ids}
+            stuck = [entity for entity in unplugs if hopeless.intersection(entity.ids)]
+            unplugs = [entity for entity in unplugs if entity not in stuck]
+            ids = [number for entity in stuck for number in entity.ids]
+            against = checks.check_guest(state, ids, guest, online=False)
+            offlines += [number for number in ids if guest.online(number) is not False]
+            unchanged += [number for number in ids if guest.online(number) is False]
+            blocked = [*blocked, *against] if against else []
+        refusals += blocked
         kills = checks.check_kills_on_plug(state, [*awaited, *plugs], known)
         kills += checks.check_kills_on_unplug(state, unplugs, known)
         refusals += [] if request.force else kills
     else:
         kills = []
+    if enable != disable and request.has(VcpuFlag.GUEST) and guest is not None and not refusals:
+        refusals += checks.check_guest(state, targets, guest, online=enable)
+        moved_ids = [number for number in targets if guest.online(number) is not enable]
+        unchanged = [number for number in targets if number not in moved_ids]
+        (onlines if enable else offlines).extend(moved_ids)
     messages = checks.warnings(state, [*awaited, *plugs], unplugs)
     messages += [f"forced: {kill.message}" for kill in kills if request.force]
     return Plan(
@@ -139,9 +182,12 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
         plugs=tuple(plugs),
         unplugs=tuple(unplugs),
         awaited=tuple(awaited),
+        onlines=tuple(onlines),
+        offlines=tuple(offlines),
         unchanged=tuple(unchanged),
         refusals=tuple(refusals),
         messages=tuple(messages),
+        hopeless=bool(blocked),
     )
 
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 from qmpvcpu.errors import VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
+
+if TYPE_CHECKING:
+    from qmpvcpu.core.guest import GuestView
 
 __all__ = ["Knowledge", "Request", "parse_ids"]
 
@@ -72,13 +75,15 @@ class Knowledge:
 
     `removals_seen`: vCPUs this connection saw go, each of which lost a TCG context. `x2apic`: whether the
     CPU model has it (None: not asked). `firmware_runs`: on ppc64, whether the boot CPU still executes firmware
-    (None: not asked). `pending`: first ids of entities whose unplug was asked and has not ended.
+    (None: not asked). `pending`: first ids of entities whose unplug was asked and has not ended. `guest`: its own
+    view, where an agent answered.
     """
 
     removals_seen: int = 0
     x2apic: bool | None = None
     firmware_runs: bool | None = None
     pending: frozenset[int] = frozenset()
+    guest: GuestView | None = None
 
 
 def parse_ids(text: str) -> tuple[int, ...]:

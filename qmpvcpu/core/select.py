@@ -12,7 +12,7 @@ from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = ["core_of", "resolve_total", "select"]
+__all__ = ["core_of", "resolve_guest_total", "resolve_total", "select"]
 
 
 def select(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[Refusal]]:
@@ -156,6 +156,31 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
     if now == total:
         return replace(request, ids=ids, flags=request.flags | (flag if ids else VcpuFlag.CURRENT)), []
     return request, [_unreachable(total, now, below, above, candidates)]
+
+
+def resolve_guest_total(state: DomainState, request: Request, known: Knowledge) -> tuple[Request, list[Refusal]]:
+    """`set_vcpus` through the agent: the lowest vCPUs are taken online, the highest that can be are taken offline.
+    """
+    total, view = request.total, known.guest
+    assert total is not None
+    if view is None:
+        return request, []
+    mine = sorted(number for number in view.by_vcpu if number in state.by_id)
+    lit = [number for number in mine if view.online(number)]
+    if not 1 <= total <= len(mine):
+        message = f"{total} vCPUs online in the guest, and it has {len(mine)} that are plugged and known"
+        return request, [Refusal("count", message, (), f"give 1 to {len(mine)}, or plug more, without --guest")]
+    if total >= len(lit):
+        dark = [number for number in mine if not view.online(number)]
+        ids, flag = dark[: total - len(lit)], VcpuFlag.ENABLE
+    else:
+        loose = [number for number in lit if view.by_vcpu[number].can_offline is not False]
+        ids, flag = loose[::-1][: len(lit) - total], VcpuFlag.DISABLE
+        if len(lit) - len(ids) != total:
+            message = f"{total} vCPUs online cannot be reached: the guest can take only {len(loose)} offline"
+            return request, [Refusal("count", message, (), "guestvcpus shows which", "VIR_ERR_CONFIG_UNSUPPORTED")]
+    flags = request.flags | (flag if ids else VcpuFlag.CURRENT)
+    return replace(request, ids=tuple(sorted(ids)), flags=flags), []
 
 
 def _unreachable(total: int, now: int, below: int, above: int, candidates: Sequence[Entity]) -> Refusal:

@@ -4,24 +4,32 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.model import DomainState, Entity, Outcome, format_ids
-from qmpvcpu.core.outcome import conclude, unchanged
+from qmpvcpu.core.outcome import conclude, still_plugged, switched, unchanged
 from qmpvcpu.core.plan import Plan, make_plan
 from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, Result, Transaction
 from qmpvcpu.domain.drive import Drive
+from qmpvcpu.domain.guest import Guest, with_online
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.read import firmware_runs, has_x2apic, run_state
-from qmpvcpu.errors import OutcomeKind, Refusal, VcpuConnectionError, VcpuError, VcpuRefused
+from qmpvcpu.errors import OutcomeKind, Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuRejected
 from qmpvcpu.flags import VcpuFlag
 
 __all__ = ["change", "plan_on"]
 
 
-async def plan_on(link: Link, state: DomainState, request: Request) -> tuple[Plan, Knowledge]:
-    """Plan, and ask QEMU what only some plans need to know."""
+async def plan_on(
+    link: Link, state: DomainState, request: Request, guest: Guest | None = None
+) -> tuple[Plan, Knowledge]:
+    """Plan, and ask QEMU and the guest what only some plans need to know.
+
+    Raises:
+        VcpuConnectionError, VcpuRefused: only the agent could do it, and it does not answer or is not allowed to.
+    """
     known = link.knowledge()
     plan = make_plan(state, request, known)
     moved = [*plan.awaited, *plan.plugs]
@@ -31,19 +39,27 @@ async def plan_on(link: Link, state: DomainState, request: Request) -> tuple[Pla
     # An undo unplugs too.
     if checks.needs_firmware_state(state) and (moved or plan.unplugs):
         firmware = await firmware_runs(link.monitor)
-    if x2apic is not None or firmware is not None:
-        known = link.knowledge(x2apic, firmware)
+    view = None
+    if guest is not None and request.has(VcpuFlag.GUEST):
+        view = await guest.view(state)
+    elif guest is not None and (plan.unchanged if request.enable else plan.hopeless and request.fallback):
+        view = await guest.try_view(state)
+    if x2apic is not None or firmware is not None or view is not None:
+        known = replace(link.knowledge(x2apic, firmware), guest=view)
         plan = make_plan(state, request, known)
     return plan, known
 
 
-async def change(link: Link, request: Request, here: Sequence[Refusal] = ()) -> Outcome:
+async def change(
+    link: Link, request: Request, here: Sequence[Refusal] = (), guest: Guest | None = None
+) -> Outcome:
     """Carry out a request that changes something. The link's queue is held.
 
     Args:
         link: the open connection.
         request: what is asked.
         here: what stands against it whatever the state.
+        guest: its agent, where one is known.
 
     Raises:
         VcpuError: every end that is no success, but pending and requested.
@@ -52,14 +68,14 @@ async def change(link: Link, request: Request, here: Sequence[Refusal] = ()) -> 
     link.learn()
     held = link.state
     certain = False
-    by_id = request.enable and not request.has(VcpuFlag.NUMA_NODE)
+    by_id = request.enable and not request.has(VcpuFlag.NUMA_NODE) and not request.has(VcpuFlag.GUEST)
     if by_id and not link.stale and not link.ledger.firsts:
         plan, known = await plan_on(link, held, request)
         # Only what is certainly to be done may rest on held state; a claim needs a fresh query.
         certain = bool(plan.plugs) and not (plan.refusals or plan.unchanged or plan.unplugs)
     if not certain:
         held = await link.read()
-        plan, known = await plan_on(link, held, request)
+        plan, known = await plan_on(link, held, request, guest)
     plan = plan.refused(here)
     if plan.refusals:
         raise VcpuRefused(
@@ -68,11 +84,33 @@ async def change(link: Link, request: Request, here: Sequence[Refusal] = ()) -> 
             messages=plan.messages,
             seconds=round(time.monotonic() - began, 6),
         )
-    if not (plan.plugs or plan.unplugs or plan.awaited):
-        return unchanged(held, plan, time.monotonic() - began)
+    end: Outcome | VcpuError
+    if plan.plugs or plan.unplugs or plan.awaited:
+        end = await _hotplug(link, held, plan, known, began)
+        if end.outcome is not OutcomeKind.APPLIED:
+            # Whatever upset the plan may upset what is held: the next call asks anew.
+            link.stale = True
+        if certain and end.outcome is OutcomeKind.FAILED:
+            # The held state was behind: another client had plugged just what was asked for.
+            now, _ = await plan_on(link, link.state, request)
+            if now.unchanged == now.targets and not now.refusals:
+                end = unchanged(link.state, now, time.monotonic() - began)
+    else:
+        end = unchanged(held, plan, time.monotonic() - began)
+    if guest is not None:
+        end = await _in_the_guest(link, guest, plan, known, end, began)
+    if isinstance(end, VcpuError):
+        raise end
+    return end
+
+
+async def _hotplug(
+    link: Link, held: DomainState, plan: Plan, known: Knowledge, began: float
+) -> Outcome | VcpuError:
+    """What device_add and device_del can do of the plan."""
     since = {entity.first: link.ledger.asked(entity.first) for entity in plan.awaited}
     result, status = await _carry_out(link, held, plan, known)
-    end = conclude(
+    return conclude(
         link.state,
         plan,
         result,
@@ -80,17 +118,84 @@ async def change(link: Link, request: Request, here: Sequence[Refusal] = ()) -> 
         stopped=None if status in (None, "running") else status,
         notes=_notes(link, result, since),
     )
-    if end.outcome is not OutcomeKind.APPLIED:
-        # Whatever upset the plan may upset what is held: the next call asks anew.
-        link.stale = True
-    if certain and end.outcome is OutcomeKind.FAILED:
-        # The held state was behind: another client had plugged just what was asked for.
-        now, _ = await plan_on(link, link.state, request)
-        if now.unchanged == now.targets and not now.refusals:
-            return unchanged(link.state, now, time.monotonic() - began)
-    if isinstance(end, VcpuError):
-        raise end
+
+
+async def _in_the_guest(
+    link: Link, guest: Guest, plan: Plan, known: Knowledge, end: Outcome | VcpuError, began: float
+) -> Outcome | VcpuError:
+    """What the agent can do: wait until the guest runs on what was plugged, and what hotplug could not do."""
+    request = plan.request
+    left = max(request.timeout - (time.monotonic() - began), 0.0)
+    if request.fallback and isinstance(end, VcpuRejected) and request.disable:
+        return await _fall_back(link, guest, end, plan, began)
+    if not isinstance(end, Outcome) or end.outcome is not OutcomeKind.APPLIED:
+        return end
+    if request.enable and end.changed_ids:
+        end = await _until_online(link, guest, end, left)
+    if plan.onlines or plan.offlines:
+        assert known.guest is not None
+        run = await guest.switch(known.guest, plan.onlines or plan.offlines, online=bool(plan.onlines))
+        messages = list(end.messages)
+        if plan.offlines and not request.has(VcpuFlag.GUEST) and not run.failures:
+            messages.append(still_plugged(plan.offlines))
+        state = await _lit(link, guest)
+        return switched(state, plan, run, time.monotonic() - began, changed=end.changed_ids, messages=messages)
+    if known.guest is not None and not end.changed:
+        state = with_online(link.state, known.guest)
+        messages = list(end.messages)
+        offline = [row for row in plan.unchanged if known.guest.online(row) is False]
+        if request.disable and not request.has(VcpuFlag.GUEST) and offline:
+            messages.append(still_plugged(offline))
+        return replace(
+            end,
+            rows=tuple(state.vcpus[row.id] for row in end.rows),
+            messages=tuple(messages),
+            mechanism=end.mechanism,
+        )
     return end
+
+
+async def _until_online(link: Link, guest: Guest, end: Outcome, seconds: float) -> Outcome:
+    """Enabled is what the guest can run on."""
+    try:
+        missing, said = await guest.await_online(link.state, end.changed_ids, seconds)
+    except VcpuError as error:
+        note = f"whether the guest runs on it is not known: {error.message}"
+        return replace(end, messages=(*end.messages, note))
+    state = await _lit(link, guest)
+    rows = tuple(state.vcpus[row.id] for row in end.rows)
+    if not missing:
+        return replace(end, rows=rows)
+    text = f"vCPU {format_ids(missing)} is plugged, and the guest does not run on it" + (
+        f": {said}" if said else ""
+    )
+    return replace(
+        end,
+        outcome=OutcomeKind.PENDING,
+        rows=rows,
+        pending=tuple(sorted(missing)),
+        messages=(*end.messages, text),
+    )
+
+
+async def _fall_back(link: Link, guest: Guest, end: VcpuRejected, plan: Plan, began: float) -> Outcome | VcpuError:
+    """The guest kept what it was asked to let go; perhaps it takes it offline."""
+    kept = [number for first in end.reasons for number in link.state.by_id[first].ids]
+    view = await guest.try_view(link.state)
+    if view is None or checks.check_guest(link.state, kept, view, online=False):
+        return end
+    run = await guest.switch(view, kept, online=False)
+    if run.failures:
+        return end
+    note = f"hotplug could not: {end.message}"
+    state = await _lit(link, guest)
+    messages = [*end.messages, note, still_plugged(kept)]
+    return switched(state, plan, run, time.monotonic() - began, changed=end.changed_ids, messages=messages)
+
+
+async def _lit(link: Link, guest: Guest) -> DomainState:
+    view = await guest.try_view(link.state)
+    return link.state if view is None else with_online(link.state, view)
 
 
 async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledge) -> tuple[Result, str | None]:

@@ -7,22 +7,24 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
 
 from qmpvcpu.core import checks
+from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
-from qmpvcpu.core.outcome import queried
+from qmpvcpu.core.outcome import queried, switched_ids
 from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.select import select
 from qmpvcpu.domain.change import change, plan_on
+from qmpvcpu.domain.guest import Guest, with_online
 from qmpvcpu.domain.link import Link, Opener, open_link
 from qmpvcpu.domain.listen import Events, Hub
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused, VcpuUsageError
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
-from qmpvcpu.ports import Monitor
+from qmpvcpu.ports import Agent, Monitor
 
 __all__ = ["Domain", "Options", "connect"]
 
@@ -39,6 +41,8 @@ class Options(TypedDict, total=False):
     config: bool
     #: Every vCPU of the cores that hold the ids (CORE).
     core: bool
+    #: Through the guest agent: online and offline only (GUEST).
+    guest: bool
     #: Seconds for what the guest must do; 0 does not wait. Default 30.
     timeout: float
     #: False: return `requested` once QEMU took an unplug. Default True.
@@ -57,6 +61,7 @@ def connect(
     domain: str | None = None,
     *,
     qmp: str | Sequence[str] | None = None,
+    agent: str | None = None,
     qmp_log: Any = None,
     connect_timeout: float = 5.0,
     command_timeout: float = 10.0,
@@ -66,6 +71,7 @@ def connect(
     Args:
         domain: a QMP address, and the name it is reported under.
         qmp: QMP addresses instead: unix path, `host:port` or `fd:N`; of several the first that is free.
+        agent: address of the guest agent's socket; it is opened when it is first needed.
         qmp_log: a `qmpvcpu.QmpLog` that keeps every message.
         connect_timeout: seconds for connection and greeting, per address.
         command_timeout: seconds for one QMP command.
@@ -88,7 +94,13 @@ def connect(
             address, log=qmp_log, connect_timeout=connect_timeout, command_timeout=command_timeout
         )
 
-    return Domain(domain or addresses[0], addresses, open_one)
+    def agent_of() -> Agent:
+        from qmpvcpu.qemu.agent import AgentClient
+
+        assert agent is not None
+        return AgentClient(agent)
+
+    return Domain(domain or addresses[0], addresses, open_one, agent_of if agent is not None else None)
 
 
 class Domain:
@@ -98,10 +110,18 @@ class Domain:
     a fresh query.
     """
 
-    def __init__(self, name: str, addresses: Sequence[str], opener: Opener) -> None:
+    def __init__(
+        self,
+        name: str,
+        addresses: Sequence[str],
+        opener: Opener,
+        agent: Callable[[], Agent] | None = None,
+    ) -> None:
         self.name = name
         self._addresses = tuple(addresses)
         self._open = opener
+        self._agent = agent
+        self._guest: Guest | None = None
         self._entered = False
         self._link: Link | None = None
         self._last: Link | None = None
@@ -166,7 +186,8 @@ class Domain:
         if request.is_query:
             return await self._query(request)
         async with self._queue:
-            return await change(self._connected(), request, self._not_here(request.flags))
+            here = self._not_here(request.flags)
+            return await change(self._connected(), request, here, self._guest)
 
     async def enable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Outcome:
         """Plug these vCPUs, all or none. Arguments and errors are those of `vcpu`."""
@@ -206,6 +227,40 @@ class Domain:
         """
         return await self.request(_total(count, maximum, options))
 
+    async def guest_vcpus(self) -> GuestView:
+        """The guest's own CPUs, and which vCPU each one is.
+
+        Raises:
+            VcpuRefused: no agent of this domain is known, or it is not allowed to tell.
+            VcpuConnectionError: no agent answers, or what it says cannot be.
+        """
+        async with self._queue:
+            self._check_here(VcpuFlag.GUEST, ())
+            link = self._connected()
+            assert self._guest is not None
+            return await self._guest.view(await link.read())
+
+    async def set_guest_vcpus(self, logical_ids: int | Iterable[int], online: bool) -> Outcome:
+        """Take CPUs of the guest online or offline, all or none, by the guest's own ids; errors are those of
+        `vcpu`.
+        """
+        began = time.monotonic()
+        ids = _ids(logical_ids)
+        async with self._queue:
+            self._check_here(VcpuFlag.GUEST, ids)
+            link = self._connected()
+            assert self._guest is not None
+            view = await self._guest.view(await link.read())
+            own = GuestView(view.cpus, {cpu.logical_id: cpu for cpu in view.cpus})
+            refusals = checks.check_guest_ids(ids, own, online=online)
+            if refusals:
+                raise VcpuRefused(refusals, ids=ids)
+            run = await self._guest.switch(own, ids, online)
+            end = switched_ids(ids, run, time.monotonic() - began)
+        if isinstance(end, VcpuError):
+            raise end
+        return end
+
     async def vcpus(self, ids: Iterable[int] | None = None) -> tuple[Vcpu, ...]:
         """These vCPUs, or every one, by a fresh query."""
         if ids is None:
@@ -220,7 +275,12 @@ class Domain:
         """
         async with self._queue:
             self._check_here(flags, (), checks.check_flags(flags))
-            return await self._connected().read()
+            return await self._lit(await self._connected().read(), required=bool(flags & VcpuFlag.GUEST))
+
+    @property
+    def agent_trouble(self) -> VcpuConnectionError | None:
+        """Why the guest agent's view is missing from the last state, None where it is not, or no agent is known."""
+        return self._guest.trouble if self._guest is not None else None
 
     def events(self, *, steps: bool = False, limit: int = 1000) -> Events:
         """What happens to the vCPUs, whoever does it; subscribed on entry:
@@ -270,7 +330,7 @@ class Domain:
         """What `request` would do, and every reason why not; touches nothing."""
         async with self._queue:
             link = self._connected()
-            plan, _ = await plan_on(link, await link.read(), request)
+            plan, _ = await plan_on(link, await link.read(), request, self._guest)
             return plan.refused(self._not_here(request.flags))
 
     async def plan_vcpu(
@@ -303,9 +363,14 @@ class Domain:
 
     async def _connect(self) -> None:
         self._link = await open_link(self.name, self._addresses, self._open, self._hub, self._queue, self._last)
+        if self._agent is not None:
+            self._guest = Guest(self._agent(), self._link.monitor)
 
     async def _close(self) -> None:
         link, self._link = self._link, None
+        guest, self._guest = self._guest, None
+        if guest is not None:
+            await guest.close()
         if link is not None:
             self._last = link
             await link.close()
@@ -325,10 +390,18 @@ class Domain:
         async with self._queue:
             self._check_here(request.flags, request.ids, checks.check_flags(request.flags))
             state = await self._connected().read()
+            state = await self._lit(state, required=request.has(VcpuFlag.GUEST))
         ids, refusals = select(state, request)
         if refusals:
             raise VcpuRefused(refusals, ids=ids)
         return queried(state, ids, time.monotonic() - began)
+
+    async def _lit(self, state: DomainState, *, required: bool) -> DomainState:
+        """With the guest's own view of each vCPU, where an agent gives it."""
+        if self._guest is None:
+            return state
+        view = await (self._guest.view(state) if required else self._guest.try_view(state))
+        return state if view is None else with_online(state, view)
 
     def _check_here(self, flags: VcpuFlag, ids: Sequence[int], refusals: Sequence[Refusal] = ()) -> None:
         found = [*refusals, *self._not_here(flags)]
@@ -350,13 +423,13 @@ class Domain:
                     "VIR_ERR_OPERATION_INVALID",
                 )
             )
-        if flags & VcpuFlag.GUEST:
+        if flags & VcpuFlag.GUEST and self._agent is None:
             found.append(
                 Refusal(
                     "no-agent",
                     "no guest agent of this domain is known",
                     (),
-                    "leave out --guest (GUEST)",
+                    "name its socket: --agent ADDR (agent=), or leave out --guest (GUEST)",
                     "VIR_ERR_OPERATION_INVALID",
                 )
             )
@@ -381,7 +454,12 @@ def _request(
         raise TypeError(str(error).replace("Request.__init__()", "this call")) from None
 
 
-_FLAG_WORDS = (("core", VcpuFlag.CORE), ("live", VcpuFlag.LIVE), ("config", VcpuFlag.CONFIG))
+_FLAG_WORDS = (
+    ("core", VcpuFlag.CORE),
+    ("live", VcpuFlag.LIVE),
+    ("config", VcpuFlag.CONFIG),
+    ("guest", VcpuFlag.GUEST),
+)
 
 
 def _total(count: int, maximum: bool, options: Options) -> Request:

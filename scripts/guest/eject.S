@@ -6,7 +6,7 @@
         .set SELECTOR, 0xcd8            # 32 bits: a first write of 0 leaves the legacy mode
         .set FLAGS, 0xcdc               # read: 2 inserting, 4 removing; write: 2, 4 acknowledge, 8 eject
         .set COMMAND, 0xcdd             # 0: select the next CPU that has an event
-        .set PAUSE, 20000               # leaves the host's CPUs to QEMU for a while
+        .set PAUSE, 1000                # leaves the host's CPUs to QEMU for a while
 
         .code16
         .text

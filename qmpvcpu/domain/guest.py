@@ -1,0 +1,175 @@
+"""The guest's side of one domain: its view through the agent, and switching its CPUs."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Collection, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Final
+
+from qmpvcpu.core.guest import GuestView, identify, identity_files, parse_guest_vcpus
+from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.online import Answered, Look, Seen, SetCpus, Switch, SwitchStep
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
+from qmpvcpu.ports import Agent, CommandError, Monitor
+
+__all__ = ["Guest", "with_online"]
+
+#: Seconds between two looks at a guest that has yet to bring a CPU up.
+_LOOK_FIRST: Final = 0.02
+_LOOK_MOST: Final = 0.5
+#: An agent that did not answer is not asked again so soon, seconds: each time would cost its whole deadline.
+_SULK: Final = 5.0
+
+
+class Guest:
+    """The agent of one domain."""
+
+    def __init__(self, agent: Agent, monitor: Monitor) -> None:
+        self._agent = agent
+        self._monitor = monitor
+        self._vsmt: int | None = None
+        self._vsmt_known = False
+        self._silent_until = 0.0
+        #: Why the last view could not be had.
+        self.trouble: VcpuConnectionError | None = None
+
+    async def view(self, state: DomainState) -> GuestView:
+        """The guest's CPUs, and which vCPU each one is.
+
+        Raises:
+            VcpuConnectionError: no agent answers, or what it says cannot be.
+            VcpuRefused: the agent is not allowed to tell.
+        """
+        if self.trouble is not None and time.monotonic() < self._silent_until:
+            raise self.trouble
+        try:
+            view = await self._view(state)
+        except VcpuConnectionError as error:
+            self.trouble, self._silent_until = error, time.monotonic() + _SULK
+            raise
+        self.trouble = None
+        return view
+
+    async def try_view(self, state: DomainState) -> GuestView | None:
+        """`view`, or None, and `trouble` says why."""
+        try:
+            return await self.view(state)
+        except VcpuConnectionError:
+            return None
+        except VcpuRefused as refused:
+            self.trouble = VcpuConnectionError(refused.message, address=self._agent.address, hint=refused.hint)
+            return None
+
+    async def switch(self, view: GuestView, vcpus: Sequence[int], online: bool) -> Switch:
+        """Take these online or offline, all or none; each of them is known in `view`.
+
+        Raises:
+            VcpuConnectionError: the agent was lost on the way; what it had done is not known.
+            VcpuRefused: `guest-set-vcpus` is disabled in the agent.
+        """
+        run = Switch(view, vcpus, online)
+        effect = run.start()
+        while effect is not None:
+            if isinstance(effect, Look):
+                effect = run.feed(Seen(parse_guest_vcpus(await self._ask())))
+                continue
+            effect = run.feed(await self._set(effect, first=run.step is SwitchStep.SET))
+        return run
+
+    async def await_online(
+        self, state: DomainState, vcpus: Collection[int], seconds: float
+    ) -> tuple[set[int], str | None]:
+        """Wait until the guest runs on these freshly plugged vCPUs, and take online what it leaves offline.
+
+        Returns those that are not online at the deadline, and what the guest said last, if it said something.
+
+        Raises:
+            VcpuConnectionError: the agent was lost.
+        """
+        deadline = time.monotonic() + seconds
+        missing, said, pause = set(vcpus), None, _LOOK_FIRST
+        tried: set[int] = set()
+        while True:
+            view = await self.view(state)
+            missing = {number for number in missing if view.online(number) is not True}
+            dark = sorted(number for number in missing if view.online(number) is False)
+            # What the kernel, or a rule of its own, brings up by itself needs a moment to.
+            if dark and (tried or time.monotonic() > deadline - seconds + _LOOK_FIRST):
+                run = await self.switch(view, dark, online=True)
+                missing -= set(run.changed)
+                said = next(iter(run.failures.values()), said)
+            tried |= missing
+            if not missing or time.monotonic() >= deadline:
+                return missing, said
+            await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
+            pause = min(pause * 2, _LOOK_MOST)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._agent.close()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    async def _view(self, state: DomainState) -> GuestView:
+        cpus = parse_guest_vcpus(await self._ask())
+        wanted = list(identity_files(state, cpus))
+        files: dict[str, bytes | None] = {}
+        if wanted:
+            # Where guest-file-open is blocked, the view says that it is assumed.
+            with suppress(CommandError):
+                files = dict(zip(wanted, await self._agent.read_files(wanted), strict=True))
+        return identify(state, cpus, files, vsmt=await self._spacing(state))
+
+    async def _spacing(self, state: DomainState) -> int | None:
+        if state.arch == "ppc64" and not self._vsmt_known:
+            self._vsmt_known = True
+            try:
+                vsmt = await self._monitor.qom_get("/machine", "vsmt")
+            except CommandError:
+                vsmt = None
+            self._vsmt = vsmt if type(vsmt) is int and vsmt > 0 else None
+        return self._vsmt
+
+    async def _ask(self) -> object:
+        try:
+            return await self._agent.get_vcpus()
+        except CommandError as error:
+            raise _disabled(error) from error
+
+    async def _set(self, effect: SetCpus, *, first: bool) -> Answered:
+        try:
+            return Answered(await self._agent.set_vcpus(effect.wanted))
+        except CommandError as error:
+            if first and error.error_class == "CommandNotFound":
+                raise _disabled(error) from error
+            return Answered(error=error.text)
+
+
+def _disabled(error: CommandError) -> VcpuRefused:
+    return VcpuRefused(
+        [
+            Refusal(
+                "agent-disabled",
+                f"the guest agent does not carry out '{error.command}': {error.text}",
+                (),
+                f"allow {error.command} in the guest's qemu-ga configuration (block-rpcs, allow-rpcs)",
+                "VIR_ERR_OPERATION_UNSUPPORTED",
+            )
+        ]
+    )
+
+
+def with_online(state: DomainState, view: GuestView) -> DomainState:
+    """The state with what the guest says of each vCPU."""
+    return replace(
+        state,
+        vcpus=tuple(
+            replace(vcpu, online=cpu.online, logical_id=cpu.logical_id)
+            if (cpu := view.by_vcpu.get(vcpu.id)) is not None
+            else vcpu
+            for vcpu in state.vcpus
+        ),
+    )

@@ -1,0 +1,177 @@
+"""The agent of real Linux guests of four architectures; new CPUs stay offline until somebody takes them online."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+import qmpvcpu
+from qmpvcpu.app.guest import boot, find_image
+from tests.conftest import cli, group, qemu_binary
+
+pytestmark = pytest.mark.guest
+
+#: guest image -> -smp, what to switch, its boot vCPUs.
+KINDS = {
+    "x86_64": ("2,sockets=2,cores=12,threads=2,maxcpus=48", [5], [0, 1]),
+    "ppc64": ("2,sockets=1,cores=20,threads=2,maxcpus=40", [6, 7], [0, 1]),
+    "s390x": ("2,maxcpus=8", [5], [0, 1]),
+    "aarch64": ("4", [3], [0, 1, 2, 3]),
+}
+IMAGES = {"ppc64": "ppc64le", "aarch64": "arm64"}
+
+
+def on(*arches):
+    """One cell each, in the xdist group of its architecture."""
+    return pytest.mark.parametrize("arch", [pytest.param(arch, marks=group(arch, "10.0")) for arch in arches])
+
+
+EVERY = on(*KINDS)
+
+
+@asynccontextmanager
+async def started(arch, append="qmpvcpu.selfonline=0"):
+    arguments = ["-accel", "tcg,thread=multi", "-m", "768", "-smp", KINDS[arch][0]]
+    async with boot(
+        find_image(IMAGES.get(arch, arch)), qemu_binary("10.0", arch), arguments, append=append
+    ) as guest:
+        yield guest
+
+
+async def run(guest, *words, agent=True):
+    found = await cli("--json", *(("--agent", guest.agent) if agent else ()), words[0], guest.qemu.qmp, *words[1:])
+    return found.code, found.json
+
+
+def csv(ids):
+    return ",".join(map(str, ids))
+
+
+async def online_in(guest):
+    text = await guest.online()
+    return qmpvcpu.parse_ids(text)
+
+
+@EVERY
+async def test_enable_ends_with_the_guest_running_on_it_and_guest_switches_it(arch):
+    _, ids, boot_ids = KINDS[arch]
+    async with started(arch) as guest:
+        code, found = await run(guest, "setvcpu", csv(ids), "--enable")
+        assert (code, found["outcome"]) == (0, "applied")
+        lit = {*boot_ids, *ids}
+        assert len(await online_in(guest)) == len(lit)
+        _, rows = await run(guest, "setvcpu", csv(ids))
+        assert [row["online"] for row in rows["vcpus"]] == [True] * len(ids)
+
+        code, off = await run(guest, "setvcpu", csv(ids), "--disable", "--guest")
+        assert (code, off["mechanism"], off["changed_ids"]) == (0, "agent", ids)
+        assert len(await online_in(guest)) == len(lit) - len(ids)
+        code, info = await run(guest, "vcpuinfo")
+        assert [(r["state"], r["online"]) for r in info["vcpus"] if r["id"] in ids] == [("enabled", False)] * len(
+            ids
+        )
+
+        # Plugged but offline is not enabled: it is taken online, without a plug.
+        code, back = await run(guest, "setvcpu", csv(ids), "--enable")
+        assert (code, back["mechanism"], back["changed_ids"]) == (0, "agent", ids)
+        code, same = await run(guest, "setvcpu", csv(ids), "--enable")
+        assert (code, same["changed"]) == (0, False)
+        assert len(await online_in(guest)) == len(lit)
+
+        code, gone = await run(guest, "setvcpu", csv(ids), "--disable")
+        hotplug = arch in ("x86_64", "ppc64")
+        assert (code, gone["mechanism"], gone["changed_ids"]) == (0, "hotplug" if hotplug else "agent", ids)
+        assert any("still plugged" in message for message in gone["messages"]) is not hotplug
+        assert len(await online_in(guest)) == len(lit) - len(ids)
+
+        code, view = await run(guest, "guestvcpus")
+        assert sorted(cpu["vcpu"] for cpu in view["cpus"] if cpu["online"]) == sorted(lit - set(ids))
+
+
+@on("s390x", "aarch64")
+async def test_without_fallback_it_is_refused_and_nothing_is_done(arch):
+    async with started(arch) as guest:
+        code, found = await run(guest, "setvcpu", "1", "--disable", "--no-fallback")
+        assert (code, found["outcome"]) == (3, "refused")
+        code, dry = await run(guest, "setvcpu", "1", "--disable", "--dry-run")
+        assert (code, dry["plan"]) == (0, [{"step": "guest-set-vcpus", "vcpus": [1], "online": False}])
+        assert 1 in await online_in(guest)
+        code, counted = await run(guest, "setvcpus", "1", "--guest")
+        assert (code, len(await online_in(guest))) == (0, 1)
+        code, two = await run(guest, "setvcpus", "2", "--guest")
+        assert (code, len(await online_in(guest))) == (0, 2)
+        code, count = await run(guest, "vcpucount", "--guest")
+        assert count["count"] == 2
+        if arch == "s390x":
+            code, never = await run(guest, "setvcpu", "5", "--enable", "--guest")
+            assert (code, "not plugged" in never["error"]["message"]) == (3, True)
+
+
+@on("x86_64")
+async def test_ids_stay_right_though_the_guests_own_move(arch):
+    async with started(arch) as guest:
+
+        async def named():
+            _, view = await run(guest, "guestvcpus")
+            assert not view["assumed"]
+            return {cpu["vcpu"] for cpu in view["cpus"] if cpu["online"]}
+
+        for words, vcpus in (
+            (("5", "--enable"), {0, 1, 5}),
+            (("3", "--enable"), {0, 1, 3, 5}),
+            (("5", "--disable"), {0, 1, 3}),
+            (("7", "--enable"), {0, 1, 3, 7}),
+        ):
+            code, _ = await run(guest, "setvcpu", *words)
+            assert (code, await named()) == (0, vcpus)
+        # The guest's own id of vCPU 7 is not 7; switched by the one, the other is told.
+        _, view = await run(guest, "guestvcpus")
+        own = next(cpu["logical_id"] for cpu in view["cpus"] if cpu["vcpu"] == 7)
+        assert own != 7
+        code, _ = await run(guest, "guestvcpus", "--cpulist", str(own), "--disable")
+        _, rows = await run(guest, "setvcpu", "7")
+        assert (code, [row["online"] for row in rows["vcpus"]]) == (0, [False])
+
+
+@on("x86_64")
+async def test_a_guest_that_refuses_to_eject_takes_it_offline_instead(arch):
+    async with started(arch) as guest:
+        await run(guest, "setvcpu", "5", "--enable")
+        await guest.shell("echo 0 > /sys/firmware/acpi/hotplug/processor/enabled")
+        code, rejected = await run(guest, "setvcpu", "5", "--disable", "--no-fallback")
+        assert (code, rejected["outcome"]) == (4, "rejected")
+        code, found = await run(guest, "setvcpu", "5", "--disable")
+        assert (code, found["outcome"], found["mechanism"]) == (0, "applied", "agent")
+        assert any("eject disabled" in message for message in found["messages"])
+        assert await guest.online() == "0-1"
+        code, first = await run(guest, "setvcpu", "0", "--disable")
+        assert (code, "cannot take vCPU 0 offline" in first["error"]["message"]) == (3, True)
+
+
+@on("x86_64")
+async def test_an_agent_killed_between_two_calls_and_one_that_is_not_there(arch):
+    async with started(arch) as guest:
+        # What an earlier client left half said.
+        _, writer = await asyncio.open_unix_connection(guest.agent)
+        writer.write(b'{"execute": "guest-get-v')
+        await writer.drain()
+        writer.close()
+        await writer.wait_closed()
+        async with qmpvcpu.connect(guest.qemu.qmp, agent=guest.agent) as domain:
+            assert [vcpu.online for vcpu in await domain.vcpus()][:2] == [True, True]
+            await guest.shell("killall qemu-ga")
+            async with asyncio.timeout(20):
+                while (await domain.vcpu(1)).vcpu.online is None:
+                    await asyncio.sleep(0.2)
+            assert domain.agent_trouble is None
+        await guest.shell("killall -STOP qemu-ga")
+        code, info = await run(guest, "vcpuinfo")
+        assert (code, info["vcpus"][1]["online"]) == (0, None)
+        code, found = await run(guest, "setvcpu", "1", "--disable", "--guest")
+        assert (code, found["outcome"]) == (7, "connection")
+        code, plugged = await run(guest, "setvcpu", "5", "--enable")
+        assert (code, plugged["outcome"]) == (0, "applied")
+        assert any("not known" in message for message in plugged["messages"])
+        await guest.shell("killall -CONT qemu-ga")
