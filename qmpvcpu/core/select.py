@@ -159,8 +159,7 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
 
 
 def resolve_guest_total(state: DomainState, request: Request, known: Knowledge) -> tuple[Request, list[Refusal]]:
-    """`set_vcpus` through the agent: the lowest vCPUs are taken online, the highest that can be are taken offline.
-    """
+    """`set_vcpus` through the agent: the lowest are taken online, the highest that can be are taken offline."""
     total, view = request.total, known.guest
     assert total is not None
     if view is None:

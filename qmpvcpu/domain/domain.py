@@ -241,9 +241,7 @@ class Domain:
             return await self._guest.view(await link.read())
 
     async def set_guest_vcpus(self, logical_ids: int | Iterable[int], online: bool) -> Outcome:
-        """Take CPUs of the guest online or offline, all or none, by the guest's own ids; errors are those of
-        `vcpu`.
-        """
+        """Take CPUs of the guest online or offline, all or none, by the guest's own ids."""
         began = time.monotonic()
         ids = _ids(logical_ids)
         async with self._queue:
