@@ -277,7 +277,7 @@ class Domain:
 
     @property
     def agent_trouble(self) -> VcpuConnectionError | None:
-        """Why the guest agent's view is missing from the last state, None where it is not, or no agent is known."""
+        """Why the agent's view is missing from the last state; None where it is there, or no agent is known."""
         return self._guest.trouble if self._guest is not None else None
 
     def events(self, *, steps: bool = False, limit: int = 1000) -> Events:
