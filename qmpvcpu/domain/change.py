@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Final
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.model import DomainState, Entity, Outcome, format_ids
@@ -97,11 +98,17 @@ async def change(
                 end = unchanged(link.state, now, time.monotonic() - began)
     else:
         end = unchanged(held, plan, time.monotonic() - began)
+    if guest is None and request.enable and isinstance(end, Outcome) and end.changed:
+        end = replace(end, messages=(*end.messages, _UNSEEN))
     if guest is not None:
         end = await _in_the_guest(link, guest, plan, known, end, began)
     if isinstance(end, VcpuError):
         raise end
     return end
+
+
+#: Design: without an agent an enable is applied, `online` is null, and one line says so.
+_UNSEEN: Final = "no guest agent is known: whether the guest runs on it was not checked"
 
 
 async def _hotplug(

@@ -1,0 +1,20 @@
+"""5,000 seeded messages of `scripts/fuzz`; what a long run finds becomes a plain test in test_regressions.py."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+
+from scripts.fuzzing.targets import TARGETS, feed
+
+
+@pytest.mark.parametrize("name", TARGETS)
+def test_generated_messages_end_in_a_result_or_a_clear_error(name):
+    @settings(
+        max_examples=1250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+    )
+    @given(TARGETS[name][0])
+    def fuzz(message):
+        feed(name, message)
+
+    fuzz()
