@@ -362,7 +362,8 @@ class Domain:
     async def _connect(self) -> None:
         self._link = await open_link(self.name, self._addresses, self._open, self._hub, self._queue, self._last)
         if self._agent is not None:
-            self._guest = Guest(self._agent(), self._link.monitor)
+            self._guest = Guest(self._agent(), self._link.monitor, self._hub.emit)
+            self._link.look_further = self._guest.try_view
 
     async def _close(self) -> None:
         link, self._link = self._link, None

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Final
 
 from qmpvcpu.core.guest import GuestView, identify, identity_files, parse_guest_vcpus
-from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.model import DomainState, Event, EventKind
 from qmpvcpu.core.online import Answered, Look, Seen, SetCpus, Switch, SwitchStep
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
 from qmpvcpu.ports import Agent, CommandError, Monitor
@@ -27,8 +27,10 @@ _SULK: Final = 5.0
 class Guest:
     """The agent of one domain."""
 
-    def __init__(self, agent: Agent, monitor: Monitor) -> None:
+    def __init__(self, agent: Agent, monitor: Monitor, tell: Callable[[list[Event]], None]) -> None:
         self._agent = agent
+        self._tell = tell
+        self._lit: dict[int, bool] = {}
         self._monitor = monitor
         self._vsmt: int | None = None
         self._vsmt_known = False
@@ -51,6 +53,18 @@ class Guest:
             self.trouble, self._silent_until = error, time.monotonic() + _SULK
             raise
         self.trouble = None
+        lit = {number: cpu.online for number, cpu in view.by_vcpu.items()}
+        before, self._lit = self._lit, lit
+        if before:
+            # What is not in the guest is not online in it.
+            now = time.time()
+            self._tell(
+                [
+                    Event(now, EventKind.ONLINE if online else EventKind.OFFLINE, (number,))
+                    for number, online in lit.items()
+                    if before.get(number, False) is not online
+                ]
+            )
         return view
 
     async def try_view(self, state: DomainState) -> GuestView | None:

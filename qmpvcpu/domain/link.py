@@ -44,6 +44,8 @@ class Link:
         self.driven: frozenset[int] = frozenset()
         #: What ended while nobody listened, as found on connecting.
         self.settled: tuple[Event, ...] = ()
+        #: What else there is to look at while somebody listens: the guest, through its agent.
+        self.look_further: Callable[[DomainState], Awaitable[object]] | None = None
         self._hub = hub
         self._queue = queue
         self._reader: Reader | None = None
@@ -151,6 +153,9 @@ class Link:
         async with self._queue:
             self.learn()
             await self.look()
+        if self._hub.listening and self.look_further is not None:
+            # Outside of the queue: an agent that is not there takes its time.
+            await self.look_further(self.state)
 
     def _keep(self, state: DomainState) -> DomainState:
         before = self.state
