@@ -42,7 +42,8 @@ async def plan_on(
         firmware = await firmware_runs(link.monitor)
     view = None
     if guest is not None and request.has(VcpuFlag.GUEST):
-        view = await guest.view(state)
+        # What is refused whatever the guest says is refused without it.
+        view = await guest.view(state) if not plan.refusals else None
     elif guest is not None and (plan.unchanged if request.enable else plan.hopeless and request.fallback):
         view = await guest.try_view(state)
     if x2apic is not None or firmware is not None or view is not None:
@@ -137,7 +138,7 @@ async def _in_the_guest(
         return await _fall_back(link, guest, end, plan, began)
     if not isinstance(end, Outcome) or end.outcome is not OutcomeKind.APPLIED:
         return end
-    if request.enable and end.changed_ids:
+    if request.enable and end.changed_ids and request.wait:
         end = await _until_online(link, guest, end, left)
     if plan.onlines or plan.offlines:
         assert known.guest is not None

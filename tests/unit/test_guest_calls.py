@@ -214,9 +214,11 @@ async def test_over_tcp(tmp_path):
 
 @pytest.mark.parametrize("other", [VcpuFlag.NUMA_NODE, VcpuFlag.CONFIG, VcpuFlag.CORE])
 async def test_guest_excludes_what_the_agent_cannot_tell(started, other):
-    async with started(Box()) as domain:
+    box = Box()
+    async with started(box) as domain:
         with pytest.raises(qmpvcpu.VcpuRefused, match="exclude each other"):
             await domain.vcpu(1, GUEST | other | VcpuFlag.DISABLE)
+    assert not box.agent.commands
 
 
 @pytest.mark.parametrize("steps", range(0, 80, 8))
