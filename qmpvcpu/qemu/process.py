@@ -24,6 +24,8 @@ __all__ = ["QemuProcess", "run_qemu"]
 #: What of QEMU's stderr an error keeps, bytes.
 _STDERR_KEPT: Final = 4000
 _EXIT_SECONDS: Final = 3.0
+#: PR_SET_PDEATHSIG does not tell of a parent that was gone before: what then runs under another does not start.
+_UNLESS_ORPHANED: Final = ("/bin/sh", "-c", 'test "$PPID" = "$0" && exec "$@"')
 
 
 class QemuProcess:
@@ -59,7 +61,8 @@ async def run_qemu(
 ) -> AsyncIterator[QemuProcess]:
     """Run `binary` with `arguments` and two QMP sockets; at the end it is killed and reaped.
 
-    Should we be killed, the kernel ends QEMU as well (PR_SET_PDEATHSIG, by util-linux's setpriv).
+    Should we be killed, the kernel ends QEMU as well (PR_SET_PDEATHSIG, by util-linux's setpriv); were we killed
+    before that was set, it does not start.
 
     Args:
         channels: names of further socket chardevs, which `arguments` may name; each listens at `folder/NAME`.
@@ -106,7 +109,7 @@ async def _start(
             command[1:1] = chardev if name in channels else [*chardev, "-qmp", f"chardev:{name}"]
         stderr = ours.enter_context((folder / "stderr").open("wb"))
         setpriv = shutil.which("setpriv")
-        prefix = [setpriv, "--pdeathsig", "KILL", "--"] if setpriv else []
+        prefix = [setpriv, "--pdeathsig", "KILL", "--", *_UNLESS_ORPHANED, str(os.getpid())] if setpriv else []
         try:
             process = await asyncio.create_subprocess_exec(
                 *prefix,

@@ -143,8 +143,30 @@ async def test_whatever_ends_us_no_qemu_outlives_us(number):
         await process.communicate()
     async with asyncio.timeout(10):
         while its_qemu():
-            await asyncio.sleep(0)
+            await asyncio.sleep(0.01)
     assert process.returncode in (-9, 130, 143)
+
+
+async def test_a_kill_before_the_death_signal_is_set_starts_no_qemu(tmp_path):
+    others = set(survivors())
+    slow = tmp_path / "setpriv"
+    slow.write_text(
+        f'#!/bin/sh\ntouch {tmp_path}/asked\nread -r _ < {tmp_path}/go\nexec {shutil.which("setpriv")} "$@"\n'
+    )
+    slow.chmod(0o755)
+    os.mkfifo(tmp_path / "go")
+    process = await start_cli("demo", env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
+    try:
+        async with asyncio.timeout(20):
+            while not (tmp_path / "asked").exists():
+                await asyncio.sleep(0.01)
+    finally:
+        process.kill()
+        await process.communicate()
+    (tmp_path / "go").write_text("now\n")
+    async with asyncio.timeout(10):
+        while set(survivors()) - others:
+            await asyncio.sleep(0.01)
 
 
 async def test_the_readme_is_true(tmp_path):
