@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
@@ -115,8 +115,8 @@ class Agent(Protocol):
     async def set_vcpus(self, wanted: Mapping[int, bool]) -> object:
         """`guest-set-vcpus`: logical id -> online."""
 
-    async def read_files(self, paths: Sequence[str]) -> list[bytes | None]:
-        """Files of the guest; None for one that cannot be read."""
+    async def read_files(self, limits: Mapping[str, int]) -> list[bytes | None]:
+        """Files of the guest, path -> most bytes; None for one that cannot be read, or has more."""
 
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""

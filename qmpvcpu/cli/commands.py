@@ -101,11 +101,12 @@ async def _vcpucount(session: Session) -> int:
     if options.live and options.config:
         raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
     async with session.connect() as domain:
+        if options.guest and not options.config:
+            view = await domain.guest_vcpus()
+            online = sum(cpu.online for cpu in view.cpus)
+            session.show({"domain": domain.name, "count": online}, [str(online)])
+            return 0
         state = await domain.state(flags)
-    if options.guest:
-        online = sum(vcpu.online is True for vcpu in state.vcpus)
-        session.show({"domain": state.name, "count": online}, [str(online)])
-        return 0
     counts = {"maximum": state.maxcpus, "current": len(state.enabled_ids)}
     document: dict[str, Any] = {"domain": state.name}
     document |= {name: {"live": number, "config": None} for name, number in counts.items()}
@@ -192,8 +193,10 @@ async def _guestvcpus(session: Session) -> int:
     async with session.connect() as domain:
         if options.cpulist is not None:
             result = await domain.set_guest_vcpus(parse_ids(options.cpulist), options.enable)
+            view = await domain.guest_vcpus()
             session.warn(result.messages)
-            session.show(result.to_json(), render.outcome(result))
+            # `vcpus` and `changed_ids` are the guest's own ids here; `cpus` tells which vCPU each one is.
+            session.show(result.to_json() | view.to_json(), render.guest_outcome(result, view))
             return result.outcome.exit_code
         view = await domain.guest_vcpus()
     session.show(view.to_json() | {"domain": domain.name}, render.guest(view))

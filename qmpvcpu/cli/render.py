@@ -98,23 +98,41 @@ def _text(value: object) -> str:
 
 def outcome(result: Outcome) -> list[str]:
     """What a `setvcpu` did, in one line or two."""
-    ids = format_ids(result.ids)
+    rows = {row.id: row for row in result.rows}
+    words: dict[str, list[int]] = {}
+    for number in result.changed_ids:
+        words.setdefault(_changed_to(rows.get(number), result.mechanism), []).append(number)
+    lines = [f"vCPU {format_ids(ids)}: {word}" for word, ids in words.items()]
+    # What stays enabled waits for its unplug's end, unless it is the guest that has yet to run on it.
+    late = [n for n in result.pending if n in result.changed_ids and n in rows and rows[n].enabled]
+    asked = [n for n in result.pending if n not in late]
     if result.outcome == "requested":
-        return [f"vCPU {format_ids(result.pending)}: unplug requested, QEMU took it"]
-    lines = []
-    if result.changed_ids:
-        states = {row.id: row.state for row in result.rows}
-        word = states.get(result.changed_ids[0], "changed")
-        if result.mechanism == "agent":
-            online = {row.id: row.online for row in result.rows}.get(result.changed_ids[0])
-            word = "online in the guest" if online else "offline in the guest"
-        lines.append(f"vCPU {format_ids(result.changed_ids)}: {word} ({result.mechanism})")
-    if result.pending:
-        lines.append(f"vCPU {format_ids(result.pending)}: unplug asked, and not ended at the deadline")
+        lines.append(f"vCPU {format_ids(asked)}: unplug requested, QEMU took it")
+    elif asked:
+        lines.append(f"vCPU {format_ids(asked)}: unplug asked, and not ended at the deadline")
+    if late:
+        lines.append(f"vCPU {format_ids(late)}: the guest does not run on it yet")
     if not lines:
         word = result.rows[0].state if result.rows else "so"
+        ids = format_ids(result.ids)
         lines.append(f"vCPU {ids}: already {word}" if result.ids else "already so: nothing was to be done")
     return lines
+
+
+def _changed_to(row: Vcpu | None, mechanism: str | None) -> str:
+    if row is None:
+        return f"changed ({mechanism})"
+    if mechanism == "agent" and row.enabled:
+        return ("online" if row.online else "offline") + " in the guest (agent)"
+    return f"{row.state} (hotplug)"
+
+
+def guest_outcome(result: Outcome, view: GuestView) -> list[str]:
+    """What `guestvcpus --cpulist` did."""
+    online = {cpu.logical_id: cpu.online for cpu in view.cpus}
+    ids = result.changed_ids or result.ids
+    word = "online" if ids and online.get(ids[0]) else "offline"
+    return [f"the guest's CPU {format_ids(ids)}: {'' if result.changed_ids else 'already '}{word}"]
 
 
 def guest(view: GuestView) -> list[str]:

@@ -193,6 +193,17 @@ def check_guest(state: DomainState, ids: Sequence[int], view: GuestView, *, onli
     return found
 
 
+def only_the_agent(ids: Sequence[int]) -> Refusal:
+    """Plugged, offline in the guest, and the agent is not to be used."""
+    return Refusal(
+        "guest-offline",
+        f"vCPU {format_ids(ids)} is plugged and offline in the guest, which only the guest agent can change",
+        tuple(ids),
+        "leave out --no-fallback (fallback=False), or take it online in the guest",
+        "VIR_ERR_OPERATION_INVALID",
+    )
+
+
 def check_guest_ids(ids: Sequence[int], view: GuestView, *, online: bool) -> list[Refusal]:
     """The same for CPUs named by the guest's own ids, by which `view` is keyed."""
     found = []

@@ -15,7 +15,15 @@ from qmpvcpu.core.checks import apic_id, is_x86
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.errors import VcpuConnectionError
 
-__all__ = ["GuestCpu", "GuestView", "identity_files", "identify", "parse_guest_vcpus"]
+__all__ = [
+    "GuestCpu",
+    "GuestView",
+    "identify",
+    "identity_files",
+    "identity_limits",
+    "most_guest_cpus",
+    "parse_guest_vcpus",
+]
 
 #: More logical CPUs than any guest has (Linux: NR_CPUS is 8192 at most).
 _MOST: Final = 65536
@@ -39,12 +47,14 @@ class GuestView:
     """The guest's CPUs, and which vCPU each one is.
 
     `by_vcpu` has the vCPUs whose guest CPU is known. `assumed` is true where nothing in the guest told it: then
-    the guest's numbers are taken for vCPU ids, and only if no other reading is possible.
+    the guest's numbers are taken for vCPU ids, and only if no other reading is possible. `strays` is how many of
+    the CPUs that are there nobody can name.
     """
 
     cpus: tuple[GuestCpu, ...]
     by_vcpu: Mapping[int, GuestCpu]
     assumed: bool = False
+    strays: int = 0
 
     def online(self, vcpu_id: int) -> bool | None:
         """Whether the guest runs on it; None where its CPU is not known."""
@@ -61,14 +71,16 @@ class GuestView:
         return next((vcpu for vcpu, cpu in self.by_vcpu.items() if cpu.logical_id == logical_id), None)
 
 
-def parse_guest_vcpus(reply: object) -> tuple[GuestCpu, ...]:
-    """`guest-get-vcpus`, ascending by logical id (QGA `GuestLogicalProcessor`).
+def parse_guest_vcpus(reply: object, most: int = _MOST) -> tuple[GuestCpu, ...]:
+    """`guest-get-vcpus`, ascending by logical id (QGA `GuestLogicalProcessor`); `most` is how many there can be.
 
     Raises:
         VcpuConnectionError: the answer cannot be true.
     """
-    if not isinstance(reply, list) or len(reply) > _MOST:
+    if not isinstance(reply, list):
         raise _nonsense("no list of CPUs")
+    if len(reply) > most:
+        raise _nonsense(f"{len(reply)} CPUs, and the guest can have {most}")
     found: dict[int, GuestCpu] = {}
     for row in reply:
         if not isinstance(row, dict):
@@ -93,6 +105,16 @@ def _nonsense(what: str) -> VcpuConnectionError:
     )
 
 
+def most_guest_cpus(state: DomainState) -> int:
+    """How many CPUs the guest can list."""
+    # ppc64 lists the possible ones, and where cores lie further apart there may be more of those than vCPUs.
+    return state.maxcpus * 8 if state.arch == "ppc64" else state.maxcpus
+
+
+#: Most bytes of a file that tells of all CPUs (x86's /proc/cpuinfo: 1.5 KB each), and of one that tells of one.
+_OF_ALL: Final = 8 * 1024 * 1024
+_OF_ONE: Final = 4096
+
 _SYSFS: Final = "/sys/devices/system/cpu/cpu{}/{}"
 CPUINFO: Final = "/proc/cpuinfo"
 PRESENT: Final = "/sys/devices/system/cpu/present"
@@ -102,19 +124,33 @@ def identity_files(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, in
     """Files of the guest that tell which CPU is which: path -> logical id, None for one that tells of all.
 
     x86_64: `apicid` in /proc/cpuinfo for CPUs that are online, the ACPI path (`\\_SB_.CPUS.C005`: QEMU's index of
-    the slot) for others. ppc64: `physical_id`. s390x: `address`. arm64: the device tree's MPIDR. Elsewhere
-    nothing.
+    the slot) for others. loongarch64: that path. ppc64: `physical_id`. s390x: `address`. arm64, riscv64: the
+    device tree's MPIDR or hart id. Elsewhere nothing.
     """
     if is_x86(state):
         offline = {_SYSFS.format(c.logical_id, "firmware_node/path"): c.logical_id for c in cpus if not c.online}
         return {CPUINFO: None, **offline}
-    name = {"ppc64": "physical_id", "s390x": "address", "aarch64": "of_node/reg"}.get(state.arch)
+    name = _IDENTITY.get(state.arch)
     if name is None:
         return {}
     files: dict[str, int | None] = {_SYSFS.format(cpu.logical_id, name): cpu.logical_id for cpu in cpus}
     # ppc64 lists every possible CPU; what one that is absent says of itself is left over from another.
     return {PRESENT: None, **files} if state.arch == "ppc64" else files
 
+
+def identity_limits(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, int]:
+    """The same files -> the most bytes that each can have."""
+    return {path: _OF_ALL if n is None else _OF_ONE for path, n in identity_files(state, cpus).items()}
+
+
+#: arch -> the file in a CPU's sysfs folder.
+_IDENTITY: Final = {
+    "ppc64": "physical_id",
+    "s390x": "address",
+    "aarch64": "of_node/reg",
+    "riscv64": "of_node/reg",
+    "loongarch64": "firmware_node/path",
+}
 
 _ACPI_PATH: Final = re.compile(r"\.C([0-9A-F]{3})\s*\Z")
 
@@ -135,46 +171,47 @@ def identify(
         vsmt: ppc64: how far the ids of two cores are apart in the guest (`qom-get /machine vsmt`).
     """
     wanted = identity_files(state, cpus)
-    facts: dict[int, int] = {}
-    if is_x86(state):
-        facts = _x86_facts(state, wanted, files)
-    elif state.arch == "aarch64":
-        facts = _by_rank(
-            {n: _number(files.get(path), big_endian=True) for path, n in wanted.items() if n is not None}
-        )
-    else:
-        present = _cpu_list(files.get(PRESENT))
-        for path, logical in wanted.items():
-            if present is not None and logical not in present:
-                continue
-            number = _number(files.get(path))
-            vcpu = number if state.arch != "ppc64" or number is None else _of_physical(state, number, vsmt)
-            if logical is not None and vcpu is not None:
-                facts[logical] = vcpu
+    present = _cpu_list(files.get(PRESENT))
+    there = [cpu for cpu in cpus if present is None or cpu.logical_id in present]
+    facts = _facts(state, {n: files.get(path) for path, n in wanted.items() if n is not None}, files, vsmt)
     if not facts:
-        return _assume(state, cpus)
+        return _assume(state, cpus, there)
     named: dict[int, list[GuestCpu]] = {}
-    for cpu in cpus:
+    for cpu in there:
         vcpu = facts.get(cpu.logical_id)
         if vcpu is not None and vcpu in state.by_id and state.vcpus[vcpu].enabled:
             named.setdefault(vcpu, []).append(cpu)
-    return GuestView(tuple(cpus), {vcpu: found[0] for vcpu, found in sorted(named.items()) if len(found) == 1})
+    by_vcpu = {vcpu: found[0] for vcpu, found in sorted(named.items()) if len(found) == 1}
+    return GuestView(tuple(cpus), by_vcpu, strays=len(there) - len(by_vcpu))
 
 
-def _x86_facts(
-    state: DomainState, wanted: Mapping[str, int | None], files: Mapping[str, bytes | None]
+def _facts(
+    state: DomainState, told: Mapping[int, bytes | None], files: Mapping[str, bytes | None], vsmt: int | None
 ) -> dict[int, int]:
-    facts: dict[int, int] = {}
-    by_apic = {apic_id(state, entity): entity.first for entity in state.entities}
-    for logical, apic in _cpuinfo_apic_ids(files.get(CPUINFO) or b"").items():
-        vcpu = by_apic.get(apic)
-        if vcpu is not None:
-            facts[logical] = vcpu
-    for path, number in wanted.items():
-        found = _ACPI_PATH.search((files.get(path) or b"")[:200].decode("ascii", "replace"))
-        if number is not None and found:
-            facts[number] = int(found[1], 16)
-    return facts
+    """Logical id -> vCPU id, as the guest's files have it; not yet checked against what is enabled.
+
+    `told` is what each CPU's own file says, by logical id.
+    """
+    if is_x86(state):
+        by_apic = {apic_id(state, entity): entity.first for entity in state.entities}
+        apics = _cpuinfo_apic_ids(files.get(CPUINFO) or b"")
+        return {n: by_apic[apic] for n, apic in apics.items() if apic in by_apic} | _by_acpi_path(told)
+    if state.arch == "loongarch64":
+        return _by_acpi_path(told)
+    if state.arch in ("aarch64", "riscv64"):
+        return _by_rank({n: _number(text, big_endian=True) for n, text in told.items()}, len(state.enabled_ids))
+    numbers = {n: number for n, text in told.items() if (number := _number(text)) is not None}
+    if state.arch == "s390x":
+        by_core = {e.props["core-id"]: e.first for e in state.entities if e.props and "core-id" in e.props}
+        return {n: by_core[number] for n, number in numbers.items() if number in by_core}
+    if vsmt is None:
+        return {}  # not pseries: nothing says what the number counts
+    return {n: vcpu for n, number in numbers.items() if (vcpu := _of_physical(state, number, vsmt)) is not None}
+
+
+def _by_acpi_path(told: Mapping[int, bytes | None]) -> dict[int, int]:
+    found = {n: _ACPI_PATH.search((text or b"")[:200].decode("ascii", "replace")) for n, text in told.items()}
+    return {n: int(match[1], 16) for n, match in found.items() if match}
 
 
 def _cpuinfo_apic_ids(text: bytes) -> dict[int, int]:
@@ -216,24 +253,31 @@ def _number(content: bytes | None, *, big_endian: bool = False) -> int | None:
     return int(text) if text.isdigit() else None
 
 
-def _of_physical(state: DomainState, number: int, vsmt: int | None) -> int | None:
-    """ppc64: cores lie `vsmt` apart in the guest, and as many as they have threads in vCPU ids."""
+def _of_physical(state: DomainState, number: int, vsmt: int) -> int | None:
+    """pseries: cores lie `vsmt` apart in the guest, and as many as they have threads in vCPU ids."""
     threads = len(state.entities[0].ids) if state.entities else 1
-    core, thread = divmod(number, vsmt or threads)
+    core, thread = divmod(number, vsmt)
     return core * threads + thread if thread < threads else None
 
 
-def _by_rank(facts: Mapping[int, int | None]) -> dict[int, int]:
-    """arm64: all CPUs are there from the start, so the n-th MPIDR is vCPU n; one missing, and none is known."""
-    if not facts or None in facts.values() or len(set(facts.values())) < len(facts):
+def _by_rank(facts: Mapping[int, int | None], expected: int) -> dict[int, int]:
+    """arm64, riscv64: all CPUs are there from the start, so the n-th is vCPU n; one missing, and none is known."""
+    if len(facts) != expected or None in facts.values() or len(set(facts.values())) < len(facts):
         return {}
     ranked = sorted(facts, key=lambda logical: facts[logical] or 0)
     return {logical: rank for rank, logical in enumerate(ranked)}
 
 
-def _assume(state: DomainState, cpus: Sequence[GuestCpu]) -> GuestView:
-    """Nothing told: numbers are vCPU ids only if the guest has just the vCPUs that are enabled, without a gap."""
-    numbers = [cpu.logical_id for cpu in cpus]
-    if tuple(numbers) != state.enabled_ids or numbers != list(range(len(numbers))):
-        return GuestView(tuple(cpus), {}, assumed=True)
-    return GuestView(tuple(cpus), {cpu.logical_id: cpu for cpu in cpus}, assumed=True)
+def _assume(state: DomainState, cpus: Sequence[GuestCpu], there: Sequence[GuestCpu]) -> GuestView:
+    """Nothing told: numbers are vCPU ids only where every reading comes to the same.
+
+    Linux numbers what is plugged as it comes, and remembers what it numbered before: so the guest must have just
+    the vCPUs that are enabled, without a gap, at most one of them plugged. riscv64's boot hart is drawn by lot.
+    """
+    numbers = [cpu.logical_id for cpu in there]
+    plugged = [e for e in state.entities if e.qom_path is not None and "/peripheral" in e.qom_path]
+    if state.arch == "riscv64" or len(plugged) > 1 or numbers != list(range(len(numbers))):
+        return GuestView(tuple(cpus), {}, assumed=True, strays=len(there))
+    if tuple(numbers) != state.enabled_ids:
+        return GuestView(tuple(cpus), {}, assumed=True, strays=len(there))
+    return GuestView(tuple(cpus), {cpu.logical_id: cpu for cpu in there}, assumed=True)

@@ -123,7 +123,8 @@ class Vcpu:
     `order` is the rank of its entity in `query-cpus-fast`, None while disabled. `thread_id` is a Linux thread
     id, None where disabled or where all vCPUs share one thread. `online` is what the guest says (None: nobody
     was asked). `pending` is true while an unplug is asked and not ended. `pin` is a cpuset string.
-    `logical_id` is the number the guest itself gives it.
+    `logical_id` is the number the guest itself gives it, `can_offline` whether the guest says that it can take it
+    offline.
     """
 
     id: int
@@ -140,6 +141,7 @@ class Vcpu:
     pin: str | None = None
     scheduler: str | None = None
     logical_id: int | None = None
+    can_offline: bool | None = None
 
     @property
     def state(self) -> str:
@@ -163,6 +165,7 @@ class Vcpu:
             "pin": self.pin,
             "scheduler": self.scheduler,
             "logical_id": self.logical_id,
+            "can_offline": self.can_offline,
         }
 
 

@@ -70,7 +70,7 @@ class Switch:
         online: to what.
 
     `changed`, `undone` and `remaining` are vCPU ids at the end; `failures` maps those that did not follow to the
-    guest's reason.
+    guest's reason, `undo_failures` those that could not be put back, where it gave one.
     """
 
     view: GuestView
@@ -81,6 +81,7 @@ class Switch:
     undone: tuple[int, ...] = ()
     remaining: tuple[int, ...] = ()
     failures: dict[int, str] = field(default_factory=dict)
+    undo_failures: dict[int, str] = field(default_factory=dict)
     _left: list[int] = field(default_factory=list)
     _todo: tuple[int, ...] = ()
 
@@ -98,9 +99,19 @@ class Switch:
         if isinstance(happened, Seen):
             return self._seen({cpu.logical_id: cpu.online for cpu in happened.cpus})
         if self.step is SwitchStep.UNDO:
-            self.step = SwitchStep.CHECK_UNDO
-            return Look()
+            return self._undone(happened)
         return self._answered(happened)
+
+    def _undone(self, answer: Answered) -> Effect:
+        """One that cannot be put back does not keep the next from it."""
+        count = answer.count if type(answer.count) is int and 0 <= answer.count <= len(self._left) else 0
+        if answer.error is not None:
+            self.undo_failures[self._left[0]] = answer.error
+        del self._left[: 1 if answer.error is not None else count + 1]
+        if self._left:
+            return self._set(self._left, not self.online)
+        self.step = SwitchStep.CHECK_UNDO
+        return Look()
 
     def _answered(self, answer: Answered) -> Effect:
         why = self.step is SwitchStep.WHY
@@ -135,7 +146,8 @@ class Switch:
             }
             if self.failures and self.changed:
                 self.step = SwitchStep.UNDO
-                return self._set(self.changed, not self.online)
+                self._left = list(self.changed)
+                return self._set(self._left, not self.online)
         self.step = SwitchStep.DONE
         return None
 

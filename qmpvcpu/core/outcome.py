@@ -3,15 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from qmpvcpu.core.model import DomainState, Outcome, Vcpu, format_ids
 from qmpvcpu.core.online import Switch
 from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.transaction import Failure, Result
-from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuFailed, VcpuPartial, VcpuRejected
+from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused, VcpuRejected
 
-__all__ = ["conclude", "queried", "still_plugged", "switched", "switched_ids", "unchanged"]
+__all__ = [
+    "conclude",
+    "interrupted",
+    "queried",
+    "still_plugged",
+    "switched",
+    "switched_ids",
+    "unchanged",
+    "without_rejections",
+]
 
 
 def queried(state: DomainState, ids: Sequence[int], seconds: float) -> Outcome:
@@ -43,55 +53,94 @@ def switched(
     run: Switch,
     seconds: float,
     *,
-    changed: Sequence[int] = (),
+    before: Outcome,
     messages: Sequence[str],
 ) -> Outcome | VcpuError:
     """Turn the end of a switch in the guest into what the caller gets.
 
-    `changed` is what hotplug had changed before in the same call.
+    `before` is what hotplug had done in the same call.
     """
-    return _switched(plan.targets, _rows(state, plan.targets), run, seconds, changed, messages)
+    return _switched(_rows(state, plan.targets), run, seconds, before, messages, "vCPU")
 
 
 def switched_ids(ids: Sequence[int], run: Switch, seconds: float) -> Outcome | VcpuError:
     """The same for CPUs named by the guest's own ids."""
-    return _switched(ids, (), run, seconds, (), ())
+    return _switched((), run, seconds, Outcome(OutcomeKind.APPLIED, tuple(ids)), (), "the guest's CPU")
 
 
 def _switched(
-    ids: Sequence[int],
     rows: tuple[Vcpu, ...],
     run: Switch,
     seconds: float,
-    before: Sequence[int],
+    before: Outcome,
     messages: Sequence[str],
+    name: str,
 ) -> Outcome | VcpuError:
-    changed = tuple(sorted({*before, *run.changed}))
+    changed = tuple(sorted({*before.changed_ids, *run.changed}))
+    undone = tuple(sorted({*before.undone, *run.undone}))
     if not run.failures:
-        return Outcome(
-            OutcomeKind.APPLIED,
-            tuple(ids),
-            rows,
+        return replace(
+            before,
+            rows=rows,
             changed_ids=changed,
-            mechanism="agent",
+            undone=undone,
+            mechanism="agent" if run.changed or not before.changed_ids else before.mechanism,
             messages=tuple(messages),
             seconds=seconds,
         )
     facts: dict[str, Any] = {
-        "ids": ids,
+        "ids": before.ids,
         "changed_ids": changed,
-        "undone": run.undone,
+        "pending": before.pending,
+        "undone": undone,
         "messages": messages,
         "mechanism": "agent",
         "seconds": round(seconds, 6),
     }
-    text = "; ".join(f"vCPU {number}: {reason}" for number, reason in run.failures.items())
+    text = "; ".join(f"{name} {number}: {reason}" for number, reason in run.failures.items())
     if run.undone:
-        text += f"; undone: vCPU {format_ids(run.undone)}"
+        text += f"; undone: {name} {format_ids(run.undone)}"
     if changed:
-        text += f"; vCPU {format_ids(changed)} stays changed"
+        text += f"; {name} {format_ids(changed)} stays changed"
+        text += "".join(f" ({name} {number}: {reason})" for number, reason in run.undo_failures.items())
         return VcpuPartial(text, remaining=changed, hint="`qmpvcpu vcpuinfo` shows what is", **facts)
     return VcpuRejected(text, reasons=dict(run.failures), hint="look at the guest's kernel log", **facts)
+
+
+def without_rejections(state: DomainState, plan: Plan, end: VcpuRejected) -> Outcome:
+    """What hotplug did beside what the guest refused, which is to be done in another way."""
+    return Outcome(
+        OutcomeKind.PENDING if end.pending else OutcomeKind.APPLIED,
+        plan.targets,
+        _rows(state, plan.targets),
+        changed_ids=end.changed_ids,
+        pending=end.pending,
+        undone=end.undone,
+        mechanism="hotplug",
+        messages=end.messages,
+    )
+
+
+def interrupted(plan: Plan, ids: Sequence[int], before: Outcome, error: VcpuError) -> VcpuError:
+    """The agent failed at `ids`, after what hotplug had done in the same call."""
+    error.ids = plan.targets
+    if not before.changed_ids and not before.pending and isinstance(error, VcpuRefused):
+        return error
+    error.changed_ids, error.pending, error.undone = before.changed_ids, before.pending, before.undone
+    error.messages = (*before.messages, *error.messages)
+    error.mechanism = "agent"
+    if not isinstance(error, VcpuRefused):
+        error.messages += (f"what became of vCPU {format_ids(ids)} in the guest is not known",)
+        return error
+    facts: dict[str, Any] = {
+        name: getattr(error, name)
+        for name in ("hint", "libvirt", "ids", "changed_ids", "pending", "undone", "messages", "mechanism")
+    }
+    text = f"vCPU {format_ids(ids)}: {error.message}"
+    if not before.changed_ids:
+        return VcpuRejected(text, reasons=dict.fromkeys(ids, error.message), **facts)
+    text += f"; vCPU {format_ids(before.changed_ids)} stays changed"
+    return VcpuPartial(text, remaining=before.changed_ids, **facts)
 
 
 def conclude(

@@ -132,7 +132,7 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     guest = known.guest
     blocked: list[Refusal] = []
     # The guest's own view and the persistent definition have other steps than the running guest.
-    is_live = request.has(VcpuFlag.LIVE) or not (request.has(VcpuFlag.CONFIG) or request.has(VcpuFlag.GUEST))
+    is_live = not request.has(VcpuFlag.GUEST) and (request.has(VcpuFlag.LIVE) or not request.has(VcpuFlag.CONFIG))
     if enable != disable and is_live:
         asked = set(targets)
         for entity in _entities(state, targets):
@@ -148,6 +148,8 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
                 unchanged += [number for number in same if number not in dark]
             else:
                 (plugs if enable else unplugs).append(entity)
+        if onlines and not request.fallback:
+            refusals.append(checks.only_the_agent(onlines))
         moved = {number for entity in (*awaited, *plugs, *unplugs) for number in entity.ids}
         touched = [number for number in targets if number in moved]
         refusals += checks.check_whole_entities(state, touched, request.flags)

@@ -166,6 +166,13 @@ def resolve_guest_total(state: DomainState, request: Request, known: Knowledge) 
         return request, []
     mine = sorted(number for number in view.by_vcpu if number in state.by_id)
     lit = [number for number in mine if view.online(number)]
+    nameless = sum(cpu.online for cpu in view.cpus) - len(lit)
+    if nameless:
+        message = (
+            f"which vCPU {nameless} of the guest's online CPUs is, is not known, so they cannot be counted out"
+        )
+        hint = "allow the agent guest-file-open, or use guestvcpus with the guest's own ids"
+        return request, [Refusal("guest-cpu", message, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")]
     if not 1 <= total <= len(mine):
         message = f"{total} vCPUs online in the guest, and it has {len(mine)} that are plugged and known"
         return request, [Refusal("count", message, (), f"give 1 to {len(mine)}, or plug more, without --guest")]

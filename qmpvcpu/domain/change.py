@@ -8,13 +8,14 @@ from dataclasses import replace
 from typing import Final
 
 from qmpvcpu.core import checks
+from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import DomainState, Entity, Outcome, format_ids
-from qmpvcpu.core.outcome import conclude, still_plugged, switched, unchanged
+from qmpvcpu.core.outcome import conclude, interrupted, still_plugged, switched, unchanged, without_rejections
 from qmpvcpu.core.plan import Plan, make_plan
 from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, Result, Transaction
 from qmpvcpu.domain.drive import Drive
-from qmpvcpu.domain.guest import Guest, with_online
+from qmpvcpu.domain.guest import Arrival, Guest, with_online
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.read import firmware_runs, has_x2apic, run_state
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuRejected
@@ -103,9 +104,11 @@ async def change(
         end = replace(end, messages=(*end.messages, _UNSEEN))
     if guest is not None:
         end = await _in_the_guest(link, guest, plan, known, end, began)
+    seconds = time.monotonic() - began
     if isinstance(end, VcpuError):
+        end.seconds = round(seconds, 6)
         raise end
-    return end
+    return replace(end, seconds=seconds)
 
 
 #: Design: without an agent an enable is applied, `online` is null, and one line says so.
@@ -131,74 +134,106 @@ async def _hotplug(
 async def _in_the_guest(
     link: Link, guest: Guest, plan: Plan, known: Knowledge, end: Outcome | VcpuError, began: float
 ) -> Outcome | VcpuError:
-    """What the agent can do: wait until the guest runs on what was plugged, and what hotplug could not do."""
+    """What the agent can do: what hotplug could not, and wait until the guest runs on what was plugged."""
     request = plan.request
-    left = max(request.timeout - (time.monotonic() - began), 0.0)
-    if request.fallback and isinstance(end, VcpuRejected) and request.disable:
-        return await _fall_back(link, guest, end, plan, began)
-    if not isinstance(end, Outcome) or end.outcome is not OutcomeKind.APPLIED:
+    view, ids = known.guest, list(plan.onlines or plan.offlines)
+    rejected = end if isinstance(end, VcpuRejected) else None
+    if rejected is not None and request.disable and request.fallback and not rejected.undone:
+        # The guest kept what it was asked to let go; perhaps it takes it offline.
+        kept = [number for first in rejected.reasons for number in link.state.by_id[first].ids]
+        view = await guest.try_view(link.state)
+        if view is not None and not checks.check_guest(link.state, [*kept, *ids], view, online=False):
+            ids = sorted({*ids, *kept})
+            end = without_rejections(link.state, plan, rejected)
+            note = f"hotplug could not: {rejected.message}"
+            end = replace(end, messages=(*end.messages, note))
+    if not isinstance(end, Outcome):
+        if ids:
+            end.messages += (f"not tried after that: vCPU {format_ids(ids)} in the guest",)
         return end
-    if request.enable and end.changed_ids and request.wait:
-        end = await _until_online(link, guest, end, left)
-    if plan.onlines or plan.offlines:
-        assert known.guest is not None
-        run = await guest.switch(known.guest, plan.onlines or plan.offlines, online=bool(plan.onlines))
-        messages = list(end.messages)
-        if plan.offlines and not request.has(VcpuFlag.GUEST) and not run.failures:
-            messages.append(still_plugged(plan.offlines))
-        state = await _lit(link, guest)
-        return switched(state, plan, run, time.monotonic() - began, changed=end.changed_ids, messages=messages)
-    if known.guest is not None and not end.changed:
-        state = with_online(link.state, known.guest)
-        messages = list(end.messages)
-        offline = [row for row in plan.unchanged if known.guest.online(row) is False]
-        if request.disable and not request.has(VcpuFlag.GUEST) and offline:
-            messages.append(still_plugged(offline))
-        return replace(
-            end,
-            rows=tuple(state.vcpus[row.id] for row in end.rows),
-            messages=tuple(messages),
-            mechanism=end.mechanism,
-        )
+    if ids:
+        assert view is not None
+        done = await _switch(link, guest, plan, view, ids, end)
+        if not isinstance(done, Outcome):
+            if rejected is None or isinstance(done, VcpuConnectionError) or done.changed_ids != end.changed_ids:
+                return done
+            rejected.messages += (f"nor did the guest agent: {done.message}",)
+            return rejected
+        end = done
+    elif view is not None and not end.changed:
+        end = _as_seen(link, plan, view, end)
+    if request.enable and request.wait and not request.has(VcpuFlag.GUEST):
+        skip = {*plan.unchanged, *plan.onlines, *end.pending}
+        fresh = [n for n in plan.targets if n not in skip and link.state.vcpus[n].enabled]
+        if fresh:
+            left = max(request.timeout - (time.monotonic() - began), 0.0)
+            end = await _until_online(link, guest, end, fresh, left)
     return end
 
 
-async def _until_online(link: Link, guest: Guest, end: Outcome, seconds: float) -> Outcome:
+async def _switch(
+    link: Link, guest: Guest, plan: Plan, view: GuestView, ids: Sequence[int], before: Outcome
+) -> Outcome | VcpuError:
+    """Take these online or offline in the guest, as the request wants them."""
+    try:
+        run = await guest.switch(view, ids, online=plan.request.enable)
+    except VcpuError as error:
+        return interrupted(plan, ids, before, error)
+    messages = list(before.messages)
+    if plan.request.disable and not plan.request.has(VcpuFlag.GUEST) and not run.failures:
+        messages.append(still_plugged(ids))
+    if view.assumed:
+        messages.append(_ASSUMED)
+    state = await _lit(link, guest)
+    return switched(state, plan, run, 0.0, before=before, messages=messages)
+
+
+#: Nothing in the guest told which CPU is which.
+_ASSUMED: Final = (
+    "that the guest's CPU numbers are the vCPU ids is assumed: the agent could not read what tells them apart"
+    " (guest-file-open)"
+)
+
+
+def _as_seen(link: Link, plan: Plan, view: GuestView, end: Outcome) -> Outcome:
+    """Nothing was to be done; the rows with what the guest says."""
+    state = with_online(link.state, view)
+    messages = list(end.messages)
+    offline = [number for number in plan.unchanged if view.online(number) is False]
+    if plan.request.disable and not plan.request.has(VcpuFlag.GUEST) and offline:
+        messages.append(still_plugged(offline))
+    return replace(end, rows=tuple(state.vcpus[row.id] for row in end.rows), messages=tuple(messages))
+
+
+async def _until_online(link: Link, guest: Guest, end: Outcome, fresh: Sequence[int], seconds: float) -> Outcome:
     """Enabled is what the guest can run on."""
     try:
-        missing, said = await guest.await_online(link.state, end.changed_ids, seconds)
+        arrival = await guest.await_online(link.state, fresh, seconds)
     except VcpuError as error:
         note = f"whether the guest runs on it is not known: {error.message}"
         return replace(end, messages=(*end.messages, note))
-    state = await _lit(link, guest)
-    rows = tuple(state.vcpus[row.id] for row in end.rows)
-    if not missing:
-        return replace(end, rows=rows)
-    text = f"vCPU {format_ids(missing)} is plugged, and the guest does not run on it" + (
-        f": {said}" if said else ""
-    )
+    state = with_online(link.state, arrival.view) if arrival.missing else await _lit(link, guest)
+    end = replace(end, rows=tuple(state.vcpus[row.id] for row in end.rows))
+    why = f": {arrival.said}" if arrival.said else ""
+    if arrival.unknown:
+        end = replace(end, messages=(*end.messages, _nameless(arrival)))
+    if not arrival.missing:
+        return end
+    text = f"vCPU {format_ids(arrival.missing)} is plugged, and the guest does not run on it{why}"
     return replace(
         end,
         outcome=OutcomeKind.PENDING,
-        rows=rows,
-        pending=tuple(sorted(missing)),
+        pending=tuple(sorted({*end.pending, *arrival.missing})),
         messages=(*end.messages, text),
     )
 
 
-async def _fall_back(link: Link, guest: Guest, end: VcpuRejected, plan: Plan, began: float) -> Outcome | VcpuError:
-    """The guest kept what it was asked to let go; perhaps it takes it offline."""
-    kept = [number for first in end.reasons for number in link.state.by_id[first].ids]
-    view = await guest.try_view(link.state)
-    if view is None or checks.check_guest(link.state, kept, view, online=False):
-        return end
-    run = await guest.switch(view, kept, online=False)
-    if run.failures:
-        return end
-    note = f"hotplug could not: {end.message}"
-    state = await _lit(link, guest)
-    messages = [*end.messages, note, still_plugged(kept)]
-    return switched(state, plan, run, time.monotonic() - began, changed=end.changed_ids, messages=messages)
+def _nameless(arrival: Arrival) -> str:
+    lit = sum(cpu.online for cpu in arrival.view.cpus)
+    return (
+        f"whether the guest runs on vCPU {format_ids(arrival.unknown)} is not known: nothing tells which of its"
+        f" CPUs that is ({lit} of {len(arrival.view.cpus)} are online)"
+    )
 
 
 async def _lit(link: Link, guest: Guest) -> DomainState:

@@ -6,22 +6,37 @@ import asyncio
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Final
 
-from qmpvcpu.core.guest import GuestView, identify, identity_files, parse_guest_vcpus
+from qmpvcpu.core.guest import GuestView, identify, identity_limits, most_guest_cpus, parse_guest_vcpus
 from qmpvcpu.core.model import DomainState, Event, EventKind
 from qmpvcpu.core.online import Answered, Look, Seen, SetCpus, Switch, SwitchStep
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
 from qmpvcpu.ports import Agent, CommandError, Monitor
 
-__all__ = ["Guest", "with_online"]
+__all__ = ["Arrival", "Guest", "with_online"]
 
 #: Seconds between two looks at a guest that has yet to bring a CPU up.
 _LOOK_FIRST: Final = 0.02
 _LOOK_MOST: Final = 0.5
-#: An agent that did not answer is not asked again so soon, seconds: each time would cost its whole deadline.
+#: An agent that did not answer is not asked again so soon where it need not be, seconds: each time would cost its
+#: whole deadline.
 _SULK: Final = 5.0
+#: A guest whose agent may not take CPUs online gets so long to do it by itself, seconds.
+_GRACE: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """How plugged vCPUs came to the guest: those it does not run on, those of which nobody can tell because its
+    CPUs cannot be told apart, what it said last, and its CPUs.
+    """
+
+    missing: frozenset[int]
+    unknown: frozenset[int]
+    said: str | None
+    view: GuestView
 
 
 class Guest:
@@ -35,6 +50,7 @@ class Guest:
         self._vsmt: int | None = None
         self._vsmt_known = False
         self._silent_until = 0.0
+        self._lock = asyncio.Lock()
         #: Why the last view could not be had.
         self.trouble: VcpuConnectionError | None = None
 
@@ -45,30 +61,35 @@ class Guest:
             VcpuConnectionError: no agent answers, or what it says cannot be.
             VcpuRefused: the agent is not allowed to tell.
         """
-        if self.trouble is not None and time.monotonic() < self._silent_until:
-            raise self.trouble
-        try:
-            view = await self._view(state)
-        except VcpuConnectionError as error:
-            self.trouble, self._silent_until = error, time.monotonic() + _SULK
-            raise
-        self.trouble = None
-        lit = {number: cpu.online for number, cpu in view.by_vcpu.items()}
+        async with self._lock:
+            try:
+                view = await self._view(state)
+            except VcpuConnectionError as error:
+                self.trouble = error
+                if error.reason == "no-agent":
+                    self._silent_until = time.monotonic() + _SULK
+                raise
+            self.trouble = None
+            self._silent_until = 0.0
+            self._tell_of({number: cpu.online for number, cpu in view.by_vcpu.items()})
+            return view
+
+    def _tell_of(self, lit: dict[int, bool]) -> None:
+        """vCPUs that came online or went offline since the last look."""
         before, self._lit = self._lit, lit
-        if before:
-            # What is not in the guest is not online in it.
-            now = time.time()
-            self._tell(
-                [
-                    Event(now, EventKind.ONLINE if online else EventKind.OFFLINE, (number,))
-                    for number, online in lit.items()
-                    if before.get(number, False) is not online
-                ]
-            )
-        return view
+        if not before:
+            return
+        # What is not in the guest is not online in it.
+        now = time.time()
+        changes = [(number, online) for number, online in lit.items() if before.get(number, False) is not online]
+        self._tell(
+            [Event(now, EventKind.ONLINE if on else EventKind.OFFLINE, (number,)) for number, on in changes]
+        )
 
     async def try_view(self, state: DomainState) -> GuestView | None:
-        """`view`, or None, and `trouble` says why."""
+        """`view`, or None, and `trouble` says why; an agent that was silent just now is left alone."""
+        if self.trouble is not None and time.monotonic() < self._silent_until:
+            return None
         try:
             return await self.view(state)
         except VcpuConnectionError:
@@ -93,17 +114,15 @@ class Guest:
             effect = run.feed(await self._set(effect, first=run.step is SwitchStep.SET))
         return run
 
-    async def await_online(
-        self, state: DomainState, vcpus: Collection[int], seconds: float
-    ) -> tuple[set[int], str | None]:
+    async def await_online(self, state: DomainState, vcpus: Collection[int], seconds: float) -> Arrival:
         """Wait until the guest runs on these freshly plugged vCPUs, and take online what it leaves offline.
-
-        Returns those that are not online at the deadline, and what the guest said last, if it said something.
 
         Raises:
             VcpuConnectionError: the agent was lost.
+            VcpuRefused: it may not tell.
         """
-        deadline = time.monotonic() + seconds
+        began = time.monotonic()
+        deadline = began + seconds
         missing, said, pause = set(vcpus), None, _LOOK_FIRST
         tried: set[int] = set()
         while True:
@@ -111,13 +130,22 @@ class Guest:
             missing = {number for number in missing if view.online(number) is not True}
             dark = sorted(number for number in missing if view.online(number) is False)
             # What the kernel, or a rule of its own, brings up by itself needs a moment to.
-            if dark and (tried or time.monotonic() > deadline - seconds + _LOOK_FIRST):
-                run = await self.switch(view, dark, online=True)
-                missing -= set(run.changed)
-                said = next(iter(run.failures.values()), said)
+            if dark and (tried or time.monotonic() > began + _LOOK_FIRST):
+                try:
+                    run = await self.switch(view, dark, online=True)
+                except VcpuRefused as refused:
+                    said, deadline = refused.message, min(deadline, began + _GRACE)
+                else:
+                    missing -= set(run.changed)
+                    said = next(iter(run.failures.values()), said)
             tried |= missing
-            if not missing or time.monotonic() >= deadline:
-                return missing, said
+            unnamed = {number for number in missing if view.online(number) is None}
+            if len(unnamed) > view.strays:
+                unnamed = set()
+            # Where nothing tells its CPUs apart, that does not change: no use to wait, once they are all there.
+            hopeless = view.assumed and missing == unnamed and len(view.cpus) >= len(state.enabled_ids)
+            if not missing or hopeless or time.monotonic() >= deadline:
+                return Arrival(frozenset(missing - unnamed), frozenset(unnamed), said, view)
             await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
             pause = min(pause * 2, _LOOK_MOST)
 
@@ -128,8 +156,8 @@ class Guest:
     # -- inside -----------------------------------------------------------------------------------
 
     async def _view(self, state: DomainState) -> GuestView:
-        cpus = parse_guest_vcpus(await self._ask())
-        wanted = list(identity_files(state, cpus))
+        cpus = parse_guest_vcpus(await self._ask(), most_guest_cpus(state))
+        wanted = identity_limits(state, cpus)
         files: dict[str, bytes | None] = {}
         if wanted:
             # Where guest-file-open is blocked, the view says that it is assumed.
@@ -139,19 +167,26 @@ class Guest:
 
     async def _spacing(self, state: DomainState) -> int | None:
         if state.arch == "ppc64" and not self._vsmt_known:
-            self._vsmt_known = True
             try:
                 vsmt = await self._monitor.qom_get("/machine", "vsmt")
             except CommandError:
                 vsmt = None
             self._vsmt = vsmt if type(vsmt) is int and vsmt > 0 else None
+            self._vsmt_known = True
         return self._vsmt
 
     async def _ask(self) -> object:
         try:
             return await self._agent.get_vcpus()
         except CommandError as error:
-            raise _disabled(error) from error
+            if error.error_class == "CommandNotFound":
+                raise _disabled(error) from error
+            raise VcpuConnectionError(
+                f"the guest agent at '{self._agent.address}' cannot list the guest's CPUs: {error.text}",
+                address=self._agent.address,
+                hint="look at the guest's agent and its log",
+                libvirt="VIR_ERR_AGENT_COMMAND_FAILED",
+            ) from error
 
     async def _set(self, effect: SetCpus, *, first: bool) -> Answered:
         try:
@@ -181,7 +216,7 @@ def with_online(state: DomainState, view: GuestView) -> DomainState:
     return replace(
         state,
         vcpus=tuple(
-            replace(vcpu, online=cpu.online, logical_id=cpu.logical_id)
+            replace(vcpu, online=cpu.online, logical_id=cpu.logical_id, can_offline=cpu.can_offline)
             if (cpu := view.by_vcpu.get(vcpu.id)) is not None
             else vcpu
             for vcpu in state.vcpus

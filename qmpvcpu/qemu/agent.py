@@ -15,6 +15,7 @@ import binascii
 import itertools
 import json
 import logging
+import secrets
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from typing import Any, Final
@@ -31,9 +32,12 @@ AGENT_TIMEOUT: Final = 5.0
 
 #: Longest line, bytes: 16000 CPUs of `guest-get-vcpus` fit, and what JSON makes of it stays below 25 MB.
 LINE_LIMIT: Final = 1024 * 1024
-#: Bytes asked for in one `guest-file-read`, and of one file in all.
+#: Bytes asked for in one `guest-file-read`.
 _CHUNK: Final = 64 * 1024
-_FILE_LIMIT: Final = 8 * 1024 * 1024
+#: All files of one `read_files` together may take so many deadlines.
+_FILES_DEADLINES: Final = 2
+#: How long closing them may hold up whoever gave up on them, seconds.
+_CLOSE_SECONDS: Final = 1.0
 #: Commands under way at once.
 _WINDOW: Final = 16
 
@@ -54,8 +58,14 @@ class AgentClient:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._synced = False
-        self._numbers = itertools.count(1)
+        # Not from 1: what an earlier client's request is answered with, late, must not pass for an answer to ours.
+        self._numbers = itertools.count(secrets.randbits(48))
         self._lock = asyncio.Lock()
+        #: Whether this agent repeats the id of a command (qemu-ga 5.0 and later).
+        self._repeats_ids = False
+        #: Files open in the guest, and the ids of `guest-file-open` whose answer is still to come.
+        self._handles: set[int] = set()
+        self._opening: set[str] = set()
 
     @property
     def address(self) -> str:
@@ -86,14 +96,16 @@ class AgentClient:
             reason = "missing" if isinstance(error, FileNotFoundError) else "refused"
             raise self._error(reason, text, error) from error
         self._reader, self._writer = opened
-        self._synced = False
+        self._writer.transport.set_write_buffer_limits(high=0)  # drain() waits until the peer has it all
+        self._synced = self._repeats_ids = False
 
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""
         writer, self._reader, self._writer = self._writer, None, None
         if writer is not None:
-            writer.close()
-            with suppress(OSError, asyncio.CancelledError):
+            # Not close(): that would wait for a peer that does not read (QEMU, while no agent has the port open).
+            writer.transport.abort()
+            with suppress(OSError):
                 await writer.wait_closed()
 
     # -- commands, one to one ---------------------------------------------------------------------
@@ -107,45 +119,73 @@ class AgentClient:
         vcpus = [{"logical-id": number, "online": online} for number, online in wanted.items()]
         return await self.execute("guest-set-vcpus", {"vcpus": vcpus})
 
-    async def read_files(self, paths: Sequence[str]) -> list[bytes | None]:
-        """The contents of these files of the guest, None for one that cannot be read there.
+    async def read_files(self, limits: Mapping[str, int]) -> list[bytes | None]:
+        """The contents of these files of the guest: path -> most bytes that it can have.
+
+        None for one that cannot be read there, has more, or did not come before all of them together had taken
+        twice the deadline.
 
         Raises:
             CommandError: `guest-file-open` is disabled (class CommandNotFound).
             VcpuConnectionError: see `execute`.
         """
-        contents: list[bytes | None] = [None] * len(paths)
-        for begin in range(0, len(paths), _WINDOW):
-            part = paths[begin : begin + _WINDOW]
-            opened = await self._all([("guest-file-open", {"path": path, "mode": "r"}) for path in part])
-            handles = {n: handle for n, handle in enumerate(opened) if type(handle) is int}
-            refused = [e for e in opened if isinstance(e, CommandError) and e.error_class == "CommandNotFound"]
-            if refused:
-                raise refused[0]
-            try:
-                replies = await self._all(
-                    [("guest-file-read", {"handle": handle, "count": _CHUNK}) for handle in handles.values()]
+        contents: list[bytes | None] = []
+        paths = list(limits)
+        until = asyncio.get_running_loop().time() + _FILES_DEADLINES * self._timeout
+        try:
+            for begin in range(0, len(paths), _WINDOW):
+                contents += await self._window(
+                    [(path, limits[path]) for path in paths[begin : begin + _WINDOW]], until
                 )
-                for (number, handle), reply in zip(handles.items(), replies, strict=True):
-                    contents[begin + number] = await self._rest(handle, reply)
-            finally:
-                with suppress(VcpuConnectionError):
-                    await self._all([("guest-file-close", {"handle": handle}) for handle in handles.values()])
-        return contents
+        except _OutOfTime:
+            logger.debug("the agent at %s took too long over its files", self._address)
+        return contents + [None] * (len(paths) - len(contents))
 
-    async def _rest(self, handle: int, reply: object) -> bytes | None:
+    async def _window(self, files: Sequence[tuple[str, int]], until: float) -> list[bytes | None]:
+        contents: list[bytes | None] = [None] * len(files)
+        try:
+            opened = await self._all(
+                [("guest-file-open", {"path": path, "mode": "r"}) for path, _ in files], until
+            )
+            for reply in opened:
+                if isinstance(reply, CommandError) and reply.error_class == "CommandNotFound":
+                    raise reply
+            handles = {n: handle for n, handle in enumerate(opened) if type(handle) is int}
+            counts = {n: min(files[n][1], _CHUNK) for n in handles}
+            replies = await self._all([_read(handle, counts[n]) for n, handle in handles.items()], until)
+            for (number, handle), reply in zip(handles.items(), replies, strict=True):
+                contents[number] = await self._rest(handle, reply, files[number][1], until)
+            return contents
+        finally:
+            await self._close_files()
+
+    async def _close_files(self) -> None:
+        """What is open in the guest is closed there; what fails now is tried the next time."""
+        handles = sorted(self._handles)
+        for begin in range(0, len(handles), _WINDOW):
+            part = handles[begin : begin + _WINDOW]
+            with suppress(VcpuConnectionError, TimeoutError):
+                async with asyncio.timeout(min(self._timeout, _CLOSE_SECONDS)):
+                    await self._all([("guest-file-close", {"handle": handle}) for handle in part])
+                self._handles.difference_update(part)
+
+    async def _rest(self, handle: int, reply: object, limit: int, until: float) -> bytes | None:
         """What a file holds, from the reply to its first read on."""
-        content = b""
+        content = bytearray()
+        count = min(limit, _CHUNK)
         while True:
             if not isinstance(reply, dict) or not isinstance(text := reply.get("buf-b64"), str):
                 return None
             try:
-                content += base64.b64decode(text, validate=True)
+                part = base64.b64decode(text, validate=True)
             except (binascii.Error, ValueError):
                 return None
-            if not text or reply.get("eof") is True or len(content) > _FILE_LIMIT:
-                return content if len(content) <= _FILE_LIMIT else None
-            (reply,) = await self._all([("guest-file-read", {"handle": handle, "count": _CHUNK})])
+            content += part
+            if len(part) > count or len(content) > limit:
+                return None
+            if not part or reply.get("eof") is True:
+                return bytes(content)
+            (reply,) = await self._all([_read(handle, count)], until)
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> object:
         """One agent command.
@@ -163,9 +203,16 @@ class AgentClient:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    async def _all(self, commands: Sequence[Command]) -> list[object]:
-        """Several commands, written at once and answered in order; of one that fails, its `CommandError`."""
+    async def _all(self, commands: Sequence[Command], until: float | None = None) -> list[object]:
+        """Several commands, written at once and answered in order; of one that fails, its `CommandError`.
+
+        `until` is when no more of them are to be sent (the loop's clock).
+        """
+        if not commands:
+            return []
         async with self._lock:
+            if until is not None and asyncio.get_running_loop().time() >= until:
+                raise _OutOfTime
             if self._writer is None:
                 await self.open()
             if not self._synced:
@@ -181,6 +228,8 @@ class AgentClient:
         text = b""
         for command, arguments in commands:
             number = f"qmpvcpu#{next(self._numbers)}"
+            if command == "guest-file-open":
+                self._opening.add(number)
             message: dict[str, object] = {"execute": command, "id": number}
             if arguments is not None:
                 message["arguments"] = arguments
@@ -216,21 +265,24 @@ class AgentClient:
         """`guest-sync-delimited`, with a sentinel in front that ends whatever an earlier client left half said."""
         reader, writer = self._connection()
         number = next(self._numbers)
+        late = bytearray()
         request = json.dumps({"execute": "guest-sync-delimited", "arguments": {"id": number}}).encode()
         try:
             async with asyncio.timeout(seconds):
+                await writer.drain()  # nothing more for a peer that does not read
                 writer.write(_SENTINEL + request + b"\n")
                 await writer.drain()
                 while True:
-                    await _skip_to_sentinel(reader)
+                    late += await _skip_to_sentinel(reader, LINE_LIMIT - len(late) if self._opening else 0)
                     try:
                         line = await reader.readuntil(b"\n")
                     except asyncio.LimitOverrunError:
                         continue
                     with suppress(ValueError, RecursionError):
                         reply = json.loads(line)
-                        if isinstance(reply, dict) and reply.get("return") == number:
+                        if isinstance(reply, dict) and _is_number(reply.get("return"), number):
                             self._synced = True
+                            self._came_late(bytes(late))
                             return
         except TimeoutError as error:
             raise self._error("no-agent", f"did not answer within {seconds:g} s", error) from error
@@ -240,6 +292,20 @@ class AgentClient:
         except OSError as error:
             await self.close()
             raise self._error("closed", f"is gone: {error.strerror or error}", error) from error
+
+    def _came_late(self, text: bytes) -> None:
+        """Files that were opened by commands whose answers nobody waited for any more."""
+        for line in text.split(b"\n") if self._opening else ():
+            with suppress(ValueError, RecursionError):
+                reply = json.loads(line)
+                if isinstance(reply, dict) and isinstance(reply.get("id"), str) and reply["id"] in self._opening:
+                    self._opened(reply["id"], reply.get("return"))
+        self._opening.clear()
+
+    def _opened(self, number: str, handle: object) -> None:
+        self._opening.discard(number)
+        if type(handle) is int:
+            self._handles.add(handle)
 
     def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
         assert self._reader is not None
@@ -253,11 +319,15 @@ class AgentClient:
             raise self._error("malformed", f"answered '{command}' with what is not JSON", error) from error
         if not isinstance(reply, dict) or ("return" in reply) == ("error" in reply):
             raise self._error("malformed", f"answered '{command}' with neither a result nor an error", None)
-        # Agents before 5.0 do not repeat the id.
-        if "id" in reply and reply["id"] != number:
+        # Agents before 5.0 do not repeat the id; one that does has none only for what it could not read at all.
+        self._repeats_ids = self._repeats_ids or "id" in reply
+        if reply.get("id", None if self._repeats_ids else number) != number:
             raise self._error("malformed", f"answered '{command}' with the answer to another command", None)
         if "return" in reply:
+            if command == "guest-file-open":
+                self._opened(number, reply["return"])
             return reply["return"]
+        self._opening.discard(number)
         answer = reply["error"]
         if not isinstance(answer, dict) or not isinstance(answer.get("desc"), str):
             raise self._error("malformed", f"answered '{command}' with an error that says nothing", None)
@@ -290,13 +360,26 @@ def _shortened(text: str) -> str:
     return clean if len(clean) <= 300 else clean[:297] + "..."
 
 
-async def _skip_to_sentinel(reader: asyncio.StreamReader) -> None:
+async def _skip_to_sentinel(reader: asyncio.StreamReader, keep: int) -> bytes:
+    """Read on to behind the next sentinel; the first `keep` bytes of what was in front of it."""
+    kept = b""
     while True:
         try:
-            await reader.readuntil(_SENTINEL)
-            return
+            return kept + (await reader.readuntil(_SENTINEL))[: max(keep - len(kept), 0)]
         except asyncio.LimitOverrunError as error:
-            await reader.readexactly(max(error.consumed, 1))
+            kept += (await reader.readexactly(max(error.consumed, 1)))[: max(keep - len(kept), 0)]
+
+
+def _read(handle: int, count: int) -> Command:
+    return "guest-file-read", {"handle": handle, "count": count}
+
+
+def _is_number(value: object, number: int) -> bool:
+    return type(value) is int and value == number
+
+
+class _OutOfTime(Exception):
+    """The files of a guest took too long: those that are left stay unread."""
 
 
 async def open_agent(address: str, *, timeout: float = AGENT_TIMEOUT) -> AgentClient:

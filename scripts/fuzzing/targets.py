@@ -80,13 +80,16 @@ AGENT_BYTES = st.tuples(
 
 
 class _Writer:
-    """Takes everything, as a socket would."""
+    """Takes everything, as a socket would; its own transport."""
+
+    def __init__(self) -> None:
+        self.transport = self
 
     def write(self, data: bytes) -> None: ...
 
     async def drain(self) -> None: ...
 
-    def close(self) -> None: ...
+    def abort(self) -> None: ...
 
     async def wait_closed(self) -> None: ...
 

@@ -177,20 +177,133 @@ async def test_the_guests_words_are_printable_and_bounded(tmp_path):
 async def test_files_are_read_many_at_once_and_each_handle_is_closed(tmp_path):
     agent = FakeAgent(files={f"/f{n}": str(n).encode() for n in range(40)})
     async with talking(tmp_path, agent) as client:
-        found = await client.read_files([*(f"/f{n}" for n in range(40)), "/none"])
+        found = await client.read_files(dict.fromkeys([*(f"/f{n}" for n in range(40)), "/none"], 100))
     assert found == [*(str(n).encode() for n in range(40)), None]
     assert agent.handles == {}
 
 
-@pytest.mark.parametrize("reply", [{}, [], {"buf-b64": 5}, {"buf-b64": "?"}, {"buf-b64": "AAAA", "eof": False}])
-async def test_a_file_that_is_none_or_never_ends_is_none(tmp_path, reply):
+@pytest.mark.parametrize(
+    "reply",
+    [{}, [], {"buf-b64": 5}, {"buf-b64": "?"}, {"buf-b64": "AAAA", "eof": False}, {"buf-b64": "AAAA" * 400}],
+)
+async def test_a_file_that_is_none_or_too_long_or_never_ends_is_none(tmp_path, reply):
     agent = FakeAgent(files={"/f": b""})
-    agent.answers["guest-file-read"] = raw({"return": reply})
+    agent.answers["guest-file-read"] = answer(lambda command: reply)
     async with talking(tmp_path, agent, timeout=5) as client:
-        client_limit = "qmpvcpu.qemu.agent._FILE_LIMIT"
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(client_limit, 1000)
-            assert await client.read_files(["/f"]) == [None]
+        assert await client.read_files({"/f": 1000}) == [None]
+    assert agent.handles == {}
+
+
+def answer(give):
+    return lambda command: json.dumps({"return": give(command), "id": command["id"]}).encode() + b"\n"
+
+
+async def test_files_that_come_in_drips_cost_twice_the_deadline(tmp_path):
+    agent = FakeAgent(files={f"/f{n}": b"x" for n in range(40)})
+    agent.answers["guest-file-read"] = answer(lambda command: {"count": 1, "buf-b64": "YQ==", "eof": False})
+    async with talking(tmp_path, agent, timeout=0.2) as client:
+        began = time.monotonic()
+        found = await client.read_files(dict.fromkeys(agent.files, 1 << 23))
+        assert time.monotonic() - began < 2
+        assert found == [None] * 40
+        assert len(await client.get_vcpus()) == 2
+    assert agent.handles == {}
+
+
+async def test_a_handle_whose_answer_came_too_late_is_closed_all_the_same(tmp_path):
+    agent = FakeAgent(files={"/f": b"x", "/g": b"y"})
+    kept = []
+
+    def late(command):
+        kept.append(json.dumps(agent.answer("guest-file-open", command["arguments"]) | {"id": command["id"]}))
+
+    def sync(command):
+        agent.answers.pop("guest-file-open", None)
+        text = "".join(line + "\n" for line in kept).encode()
+        return text + b"\xff" + json.dumps({"return": command["arguments"]["id"]}).encode() + b"\n"
+
+    async with talking(tmp_path, agent) as client:
+        await client.get_vcpus()
+        agent.answers |= {"guest-file-open": late, "guest-sync-delimited": sync}
+        with pytest.raises(VcpuConnectionError):
+            await client.read_files({"/f": 10, "/g": 10})
+        assert len(kept) == 2
+        assert agent.handles == {}
+
+
+async def test_one_command_that_is_not_allowed_leaves_no_file_open(tmp_path):
+    agent = FakeAgent(files={"/f": b"x"})
+
+    def some(command):
+        if command["arguments"]["path"] == "/f":
+            return (
+                json.dumps(agent.answer("guest-file-open", command["arguments"]) | {"id": command["id"]}).encode()
+                + b"\n"
+            )
+        return b'{"error": {"class": "CommandNotFound", "desc": "no"}}\n'.replace(
+            b"}}", b'}, "id": "%s"}' % command["id"].encode()
+        )
+
+    agent.answers["guest-file-open"] = some
+    async with talking(tmp_path, agent) as client:
+        with pytest.raises(CommandError):
+            await client.read_files({"/f": 10, "/g": 10})
+    assert agent.handles == {}
+
+
+async def test_what_an_earlier_client_asked_is_not_taken_for_ours(tmp_path):
+    """Its ids, one process before, were as likely as ours; so they are drawn."""
+    numbers = []
+    for _ in range(2):
+        agent = FakeAgent()
+        async with talking(tmp_path, agent) as client:
+            await client.get_vcpus()
+        numbers.append(agent.commands[0][1]["id"])
+        (tmp_path / "fake.agent").unlink(missing_ok=True)
+    assert abs(numbers[0] - numbers[1]) > 1000
+    agent = FakeAgent()
+    agent.before_sync = (
+        b'\xff{"return": 1}\n{"error": {"class": "GenericError", "desc": "JSON parse error, stray"}}\n'
+    )
+    async with talking(tmp_path, agent) as client:
+        assert len(await client.get_vcpus()) == 2
+
+
+async def test_an_error_that_is_not_ours_is_not_an_answer_where_the_agent_repeats_ids(tmp_path):
+    agent = FakeAgent()
+    async with talking(tmp_path, agent) as client:
+        await client.get_vcpus()
+        agent.answers["guest-get-vcpus"] = raw(
+            b'{"error": {"class": "GenericError", "desc": "JSON parse error"}}\n'
+        )
+        with pytest.raises(VcpuConnectionError) as caught:
+            await client.get_vcpus()
+        assert caught.value.reason == "malformed"
+        del agent.answers["guest-get-vcpus"]
+        assert len(await client.get_vcpus()) == 2
+
+
+async def test_closing_does_not_wait_for_a_peer_that_does_not_read(tmp_path):
+    async def deaf(reader, writer):
+        writer.transport.pause_reading()
+        await asyncio.sleep(60)
+
+    path = str(tmp_path / "deaf")
+    server = await asyncio.start_unix_server(deaf, path, limit=1)
+    client = await open_agent(path, timeout=0.001)
+    for _ in range(20000):
+        with pytest.raises(VcpuConnectionError):
+            await client.get_vcpus()
+        waiting = client._writer.transport.get_write_buffer_size()
+        if waiting:
+            break
+    for _ in range(10):
+        with pytest.raises(VcpuConnectionError):
+            await client.get_vcpus()
+    assert 0 < client._writer.transport.get_write_buffer_size() == waiting
+    async with asyncio.timeout(2):
+        await client.close()
+    server.close()
 
 
 @pytest.mark.parametrize(("address", "reason"), [("none", "missing"), ("file", "refused")])

@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
+from qmpvcpu.domain.guest import Guest
 from tests.unit.fake_agent import FakeAgent, serve_agent
 from tests.unit.fake_qemu import FakeQemu
 from tests.unit.fake_qmp import serve
+from tests.unit.test_selection_and_kills import ppc64
 
 GUEST = VcpuFlag.GUEST
 
@@ -119,6 +121,204 @@ async def test_without_files_ids_are_assumed_only_where_they_cannot_be_others(st
         assert (await domain.set_guest_vcpus(2, False)).changed_ids == (2,)
         with pytest.raises(qmpvcpu.VcpuRefused, match="has no CPU 7"):
             await domain.set_guest_vcpus([2, 7], True)
+
+
+@pytest.mark.parametrize("others", [VcpuFlag.CURRENT, VcpuFlag.LIVE])
+@pytest.mark.parametrize("switch", [VcpuFlag.ENABLE, VcpuFlag.DISABLE])
+@pytest.mark.parametrize("lit", [True, False])
+async def test_guest_never_plugs_or_unplugs(started, others, switch, lit):
+    box = Box(plugged=(1, 2))
+    box.agent.online[2] = lit
+    async with started(box) as domain:
+        outcome = await domain.vcpu(2, GUEST | others | switch)
+        with suppress(qmpvcpu.VcpuRefused):
+            await domain.vcpu(3, GUEST | others | switch)
+        count = await domain.set_vcpus(2, guest=True, live=bool(others))
+    assert outcome.outcome == count.outcome == "applied"
+    assert not box.qemu.sent("device_add")
+    assert not box.qemu.sent("device_del")
+
+
+async def test_files_blocked_and_two_plugged_nobody_knows_which_is_which(started):
+    box = Box(plugged=(3, 2, 1))
+    box.agent.answers["guest-file-open"] = disabled
+    async with started(box) as domain:
+        with pytest.raises(qmpvcpu.VcpuRefused, match="is not known"):
+            await domain.vcpu(2, GUEST | VcpuFlag.DISABLE)
+        with pytest.raises(qmpvcpu.VcpuRefused, match="cannot be counted out"):
+            await domain.set_vcpus(2, guest=True)
+    assert all(box.agent.online.values())
+
+
+async def test_what_is_assumed_is_said(started):
+    box = Box(plugged=(1,))
+    box.agent.answers["guest-file-open"] = disabled
+    async with started(box) as domain:
+        outcome = await domain.vcpu(1, GUEST | VcpuFlag.DISABLE)
+    assert any("is assumed" in message for message in outcome.messages)
+
+
+async def test_where_nothing_tells_which_it_is_enable_says_so_and_does_not_wait(started):
+    box = Box(
+        plugged=(1,),
+    )
+    box.as_online = True
+    box.agent.answers["guest-file-open"] = disabled
+    async with started(box) as domain:
+        outcome = await domain.enable(3, timeout=20)
+    assert (outcome.outcome, outcome.vcpu.online, outcome.seconds < 10) == ("applied", None, True)
+    assert any("3 of 3 are online" in message for message in outcome.messages)
+
+
+async def test_a_guest_whose_agent_may_not_online_is_not_called_enabled(started):
+    box = Box()
+    box.agent.answers["guest-set-vcpus"] = disabled
+    async with started(box) as domain:
+        outcome = await domain.enable(2, timeout=0.5)
+    assert (outcome.outcome, outcome.pending, outcome.vcpu.online) == ("pending", (2,), False)
+    assert any("has been disabled" in message for message in outcome.messages)
+    assert outcome.seconds > 0.4
+
+
+async def test_one_is_onlined_and_one_never_comes(started):
+    box = Box(plugged=(1, 2))
+    box.agent.online[2] = False
+    async with started(box) as domain:
+        await domain.vcpus()
+        box.appears = False
+        outcome = await domain.enable([2, 3], timeout=0.3)
+    assert (outcome.outcome, outcome.changed_ids, outcome.pending) == ("pending", (2, 3), (3,))
+
+
+async def test_one_is_refused_and_one_is_silent(started):
+    box = Box(plugged=(1, 2))
+    box.qemu.on_delete = {1: "refused", 2: "ignored"}
+    async with started(box) as domain:
+        outcome = await domain.disable([1, 2], timeout=0.3)
+        assert (outcome.outcome, outcome.changed_ids, outcome.pending) == ("pending", (1,), (2,))
+        assert domain.pending_ids == (2,)
+
+
+async def test_atomic_takes_nothing_offline_that_it_put_back(started):
+    box = Box(plugged=(1, 2), kvm=True)
+    box.qemu.on_delete = {1: "refused"}
+    async with started(box) as domain:
+        with pytest.raises(qmpvcpu.VcpuError) as caught:
+            await domain.disable([1, 2], atomic=True, timeout=2)
+    assert (caught.value.outcome, caught.value.undone) == ("rejected", (2,))
+    assert sorted(box.qemu.paths) == [0, 1, 2]
+    assert box.agent.online[1]
+
+
+@pytest.mark.parametrize("wait", [True, False])
+async def test_what_only_the_agent_can_do_is_done_though_the_rest_is_pending(started, wait):
+    box = Box(plugged=(1, 2))
+    box.agent.fixed = set()
+    box.qemu.on_delete = {2: "ignored"}
+    async with started(box) as domain:
+        outcome = await domain.disable([0, 2], timeout=0.3, wait=wait)
+    assert (outcome.outcome, outcome.pending) == ("pending" if wait else "requested", (2,))
+    assert (outcome.changed_ids, box.agent.online[0]) == ((0,), False)
+
+
+async def test_an_agent_that_fails_after_an_unplug_does_not_hide_it(started):
+    box = Box(plugged=(1, 2))
+    box.agent.fixed = set()
+    box.agent.answers["guest-set-vcpus"] = disabled
+    async with started(box) as domain:
+        with pytest.raises(qmpvcpu.VcpuPartial, match="vCPU 2 stays changed") as caught:
+            await domain.disable([0, 2])
+    assert (caught.value.ids, caught.value.changed_ids, caught.value.remaining) == ((0, 2), (2,), (2,))
+
+    box = Box(plugged=(1, 2))
+    box.qemu.on_delete = {1: "refused"}
+    box.agent.answers["guest-set-vcpus"] = disabled
+    async with started(box) as domain:
+        with pytest.raises(qmpvcpu.VcpuRejected) as caught:
+            await domain.disable([1, 2])
+    assert (caught.value.changed_ids, caught.value.ids) == ((2,), (1, 2))
+
+    box = Box(plugged=(1,))
+    box.qemu.on_delete = {1: "refused"}
+    box.agent.answers["guest-set-vcpus"] = disabled
+    async with started(box) as domain:
+        with pytest.raises(qmpvcpu.VcpuRejected) as caught:
+            await domain.disable(1)
+    assert (caught.value.reasons.keys(), caught.value.changed_ids) == ({1}, ())
+    assert any("has been disabled" in message for message in caught.value.messages)
+
+    box = Box(plugged=(1, 2))
+    box.agent.fixed = set()
+    box.agent.answers["guest-set-vcpus"] = lambda command: b"garbage\n"
+    async with started(box) as domain:
+        with pytest.raises(qmpvcpu.VcpuConnectionError) as caught:
+            await domain.disable([0, 2])
+    assert (caught.value.ids, caught.value.changed_ids) == ((0, 2), (2,))
+    assert any("is not known" in message for message in caught.value.messages)
+
+
+async def test_without_fallback_what_is_plugged_and_offline_is_left_so(started):
+    box = Box(plugged=(1, 2))
+    box.agent.online[2] = False
+    async with started(box) as domain:
+        with pytest.raises(qmpvcpu.VcpuRefused, match="only the guest agent can change"):
+            await domain.enable(2, fallback=False)
+        assert (await domain.enable(1, fallback=False)).changed is False
+    assert box.agent.online[2] is False
+
+
+async def test_an_agent_that_answers_again_is_heard_at_once(started):
+    box = Box(plugged=(1,))
+    answer = box.agent.answers["guest-get-vcpus"]
+    lost = iter([True])
+    box.agent.answers["guest-get-vcpus"] = lambda command: None if next(lost, False) else answer(command)
+    async with started(box) as domain:
+        domain._guest._agent._timeout = 0.3
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="was restarted"):
+            await domain.vcpu(1, GUEST)
+        row = (await domain.vcpu(1, GUEST)).vcpu
+    assert (row.online, row.can_offline) == (True, True)
+
+
+async def test_an_agents_error_is_not_a_command_that_is_not_allowed(started):
+    box = Box()
+    box.agent.answers["guest-get-vcpus"] = lambda command: (
+        json.dumps({"error": {"class": "GenericError", "desc": "open: EMFILE"}, "id": command["id"]}).encode()
+        + b"\n"
+    )
+    async with started(box) as domain:
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="EMFILE"):
+            await domain.guest_vcpus()
+
+
+async def test_two_views_at_once_and_one_cancelled_know_how_far_cores_lie_apart():
+    state = ppc64((0, 2))
+    physical = [0, 1, 2, 3, 16, 17, 18, 19]
+
+    class Eight:
+        address = "x"
+
+        async def get_vcpus(self):
+            return [{"logical-id": n, "online": True, "can-offline": True} for n in range(8)]
+
+        async def read_files(self, limits):
+            return [b"0-7\n", *(b"%d\n" % n for n in physical)]
+
+    class Monitor:
+        async def qom_get(self, path, name):
+            await asyncio.sleep(0.01)
+            return 8
+
+    guest = Guest(Eight(), Monitor(), lambda events: None)
+    task = asyncio.create_task(guest.view(state))
+    await asyncio.sleep(0.005)
+    task.cancel()
+    await asyncio.wait([task])
+    for view in await asyncio.gather(guest.view(state), guest.view(state)):
+        assert {vcpu: cpu.logical_id for vcpu, cpu in view.by_vcpu.items()} == {
+            **{n: n for n in range(4)},
+            **{8 + n: 4 + n for n in range(4)},
+        }
 
 
 async def test_enabling_what_cannot_be_plugged_never_falls_back(started):

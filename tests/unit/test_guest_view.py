@@ -7,6 +7,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from qmpvcpu.core.guest import GuestCpu, identify, identity_files, parse_guest_vcpus
+from qmpvcpu.core.inventory import BootFacts, CpuInfoFast, HotpluggableCpu, build_state
+from qmpvcpu.core.model import Props, QemuVersion
 from qmpvcpu.errors import VcpuConnectionError
 from tests.unit.test_plan import machine
 from tests.unit.test_selection_and_kills import ppc64, x86
@@ -84,12 +86,54 @@ def test_a_cpu_that_claims_what_is_not_there_is_not_believed(claim):
     assert known(identify(state, cpus(0, 1), files)) == {0: 0}
 
 
-def test_where_nothing_tells_numbers_are_taken_for_ids_only_without_a_gap():
-    whole, sparse = x86((0, 1)), x86((0, 2))
+def test_where_nothing_tells_numbers_are_taken_for_ids_only_if_no_other_reading_is_possible():
+    whole = machine(plugged=(0, 1))
     view = identify(whole, cpus(0, 1), {})
-    assert (known(view), view.assumed) == ({0: 0, 1: 1}, True)
-    assert known(identify(sparse, cpus(0, 1), {})) == {}
+    assert (known(view), view.assumed, view.strays) == ({0: 0, 1: 1}, True, 0)
+    view = identify(machine(plugged=(0, 2)), cpus(0, 1), {})
+    assert (known(view), view.assumed, view.strays) == ({}, True, 2)
     assert known(identify(whole, cpus(0, 1, 2), {})) == {}
+    # Two that were plugged: the guest numbered them as they came, and that is not told.
+    assert known(identify(x86((0, 1)), cpus(0, 1), {})) == {}
+    # riscv64's boot hart is drawn by lot.
+    assert known(identify(machine("riscv64", (0, 1)), cpus(0, 1), {})) == {}
+
+
+def test_riscv64_by_hart_id():
+    guest = cpus(0, 1, 2)
+    files = {SYS.format(n, "of_node/reg"): hart.to_bytes(4, "big") for n, hart in enumerate((2, 0, 1))}
+    assert known(identify(machine("riscv64", (0, 1, 2)), guest, files)) == {0: 1, 1: 2, 2: 0}
+
+
+def test_arm64_with_one_missing_knows_none():
+    files = {SYS.format(n, "of_node/reg"): mpidr.to_bytes(8, "big") for n, mpidr in enumerate((0, 1, 3))}
+    assert known(identify(machine("aarch64", (0, 1, 2, 3)), cpus(0, 1, 2), files)) == {}
+
+
+def test_s390x_addresses_are_core_ids_which_are_not_always_vcpu_ids():
+    slots = [(3, 0), (0, 1), (0, 2)]  # core 0 was plugged into another socket: sorted, it is the last
+    state = build_state(
+        BootFacts("d", "s390x", "s390-ccw-virtio", False, QemuVersion(10, 0), None),
+        [HotpluggableCpu("t", 1, Props({"socket-id": s, "core-id": c}), f"/c{c}") for s, c in slots],
+        [CpuInfoFast(c, f"/c{c}", 100 + c, None) for _, c in slots],
+    )
+    files = {SYS.format(n, "address"): b"%d\n" % n for n in range(3)}
+    assert known(identify(state, cpus(0, 1, 2), files)) == {0: 1, 1: 2, 2: 0}
+
+
+def test_ppc64_that_is_not_pseries_knows_none():
+    files = {SYS.format(n, "physical_id"): b"%d\n" % (4 * n) for n in range(4)}
+    assert known(identify(ppc64((0,)), cpus(0, 1, 2, 3), files, vsmt=None)) == {n: n for n in range(4)}
+    files |= {"/sys/devices/system/cpu/present": b"0-7"}
+    view = identify(ppc64((0, 2)), cpus(*range(8)), files, vsmt=None)
+    assert (known(view), view.assumed) == ({}, True)
+
+
+def test_more_cpus_than_there_can_be():
+    rows = [{"logical-id": n, "online": True} for n in range(5)]
+    assert len(parse_guest_vcpus(rows, 5)) == 5
+    with pytest.raises(VcpuConnectionError, match="5 CPUs, and the guest can have 4"):
+        parse_guest_vcpus(rows, 4)
 
 
 @pytest.mark.parametrize(

@@ -89,6 +89,21 @@ def test_what_cannot_be_undone_is_named():
     assert (run.changed, run.undone, run.remaining) == ((1,), (), (1,))
 
 
+def test_one_that_cannot_be_put_back_does_not_keep_the_others_from_it():
+    class Sticky(Agent):
+        def answer(self, effect):
+            if isinstance(effect, SetCpus) and effect.wanted.get(11) is True:
+                self.sets.append(dict(effect.wanted))
+                return Answered(error="stays down")
+            return super().answer(effect)
+
+    agent = Sticky(FOUR, broken=(3,))
+    run = agent.run(Switch(view_of(FOUR), (1, 2, 3), False))
+    assert (run.changed, run.undone, run.remaining) == ((1,), (2,), (1,))
+    assert run.undo_failures == {1: "stays down"}
+    assert agent.online == {10: True, 11: False, 12: True, 13: True}
+
+
 @pytest.mark.parametrize("count", [-1, 99, "2", None, True, 1.5, [], {}])
 def test_a_count_that_cannot_be_counts_as_none(count):
     switch = Switch(view_of(FOUR), (1, 2), False)
