@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qmpvcpu.core.checks import apic_id, is_x86
@@ -60,6 +60,12 @@ class GuestView:
         """Whether the guest runs on it; None where its CPU is not known."""
         cpu = self.by_vcpu.get(vcpu_id)
         return None if cpu is None else cpu.online
+
+    def switched(self, vcpus: Iterable[int], online: bool) -> GuestView:
+        """The same after these were seen to follow."""
+        followed = {vcpu: replace(self.by_vcpu[vcpu], online=online) for vcpu in vcpus}
+        rows = {cpu.logical_id: cpu for cpu in (*self.cpus, *followed.values())}
+        return replace(self, cpus=tuple(rows.values()), by_vcpu={**self.by_vcpu, **followed})
 
     def to_json(self) -> dict[str, Any]:
         """The document of `guestvcpus --json`: both the guest's ids and the vCPU ids, null where not known."""

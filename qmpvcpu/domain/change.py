@@ -212,7 +212,7 @@ async def _until_online(link: Link, guest: Guest, end: Outcome, fresh: Sequence[
     except VcpuError as error:
         note = f"whether the guest runs on it is not known: {error.message}"
         return replace(end, messages=(*end.messages, note))
-    state = with_online(link.state, arrival.view) if arrival.missing else await _lit(link, guest)
+    state = with_online(link.state, arrival.view)
     end = replace(end, rows=tuple(state.vcpus[row.id] for row in end.rows))
     why = f": {arrival.said}" if arrival.said else ""
     if arrival.unknown:

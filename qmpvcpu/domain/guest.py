@@ -71,11 +71,12 @@ class Guest:
                 raise
             self.trouble = None
             self._silent_until = 0.0
-            self._tell_of({number: cpu.online for number, cpu in view.by_vcpu.items()})
+            self._tell_of(view)
             return view
 
-    def _tell_of(self, lit: dict[int, bool]) -> None:
+    def _tell_of(self, view: GuestView) -> None:
         """vCPUs that came online or went offline since the last look."""
+        lit = {number: cpu.online for number, cpu in view.by_vcpu.items()}
         before, self._lit = self._lit, lit
         if not before:
             return
@@ -137,6 +138,8 @@ class Guest:
                     said, deadline = refused.message, min(deadline, began + _GRACE)
                 else:
                     missing -= set(run.changed)
+                    view = view.switched(run.changed, online=True)
+                    self._tell_of(view)
                     said = next(iter(run.failures.values()), said)
             tried |= missing
             unnamed = {number for number in missing if view.online(number) is None}

@@ -34,8 +34,6 @@ AGENT_TIMEOUT: Final = 5.0
 LINE_LIMIT: Final = 1024 * 1024
 #: Bytes asked for in one `guest-file-read`.
 _CHUNK: Final = 64 * 1024
-#: All files of one `read_files` together may take so many deadlines.
-_FILES_DEADLINES: Final = 2
 #: How long closing them may hold up whoever gave up on them, seconds.
 _CLOSE_SECONDS: Final = 1.0
 #: Commands under way at once.
@@ -122,8 +120,8 @@ class AgentClient:
     async def read_files(self, limits: Mapping[str, int]) -> list[bytes | None]:
         """The contents of these files of the guest: path -> most bytes that it can have.
 
-        None for one that cannot be read there, has more, or did not come before all of them together had taken
-        twice the deadline.
+        None for one that cannot be read there, has more, or did not come before all of them together had taken the
+        deadline.
 
         Raises:
             CommandError: `guest-file-open` is disabled (class CommandNotFound).
@@ -131,7 +129,7 @@ class AgentClient:
         """
         contents: list[bytes | None] = []
         paths = list(limits)
-        until = asyncio.get_running_loop().time() + _FILES_DEADLINES * self._timeout
+        until = asyncio.get_running_loop().time() + self._timeout
         try:
             for begin in range(0, len(paths), _WINDOW):
                 contents += await self._window(

@@ -175,3 +175,17 @@ async def test_an_agent_killed_between_two_calls_and_one_that_is_not_there(arch)
         assert (code, plugged["outcome"]) == (0, "applied")
         assert any("not known" in message for message in plugged["messages"])
         await guest.shell("killall -CONT qemu-ga")
+
+
+@on("aarch64")
+async def test_one_cpu_that_refuses_puts_the_others_back(arch):
+    async with started(arch, "qmpvcpu.refuse=2") as guest:
+        # The knob arms the kernel's own failure injection, which takes a moment after boot.
+        await guest.shell("until read -r n </sys/devices/system/cpu/cpu2/hotplug/fail && [ $n != -1 ]; do :; done")
+        code, found = await run(guest, "setvcpu", "1-3", "--disable", "--guest")
+        assert (code, found["outcome"], found["undone"], found["changed_ids"]) == (4, "rejected", [1], [])
+        assert set(found["error"]["reasons"]) == {"2", "3"}
+        assert "temporarily unavailable" in found["error"]["reasons"]["2"]
+        assert await online_in(guest) == (0, 1, 2, 3)
+        code, found = await run(guest, "setvcpu", "3", "--disable", "--guest")
+        assert (code, found["changed_ids"]) == (0, [3])
