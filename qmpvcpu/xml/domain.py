@@ -1,0 +1,333 @@
+"""libvirt's domain XML: what it says of vCPUs, with every inconsistency and its line, and writing that back.
+
+Element and attribute names are libvirt's (formatdomain); `<vcpus>` is read in libvirt's dialect and in the RFC's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import Final
+
+from qmpvcpu.core.definition import MOST_VCPUS, Definition, NumaCell, VcpuConfig, default_vcpus
+from qmpvcpu.core.model import Topology, format_ids
+from qmpvcpu.core.request import parse_ids
+from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+from qmpvcpu.xml.source import Document, Element, parse_document
+
+__all__ = ["read_domain", "vcpus_lines", "write_vcpus"]
+
+_LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
+_WITH_PRIORITY: Final = ("fifo", "rr")
+_SCHEDULERS: Final = ("fifo", "rr", "batch", "idle", "other")
+
+
+def read_domain(data: bytes) -> tuple[Document, Definition]:
+    """Read a domain's XML.
+
+    Raises:
+        VcpuRefused: it is no domain XML, or contradicts itself; every reason, each with its line.
+    """
+    document = parse_document(data)
+    reader = _Reader(document.root)
+    definition = reader.definition()
+    if reader.found:
+        raise VcpuRefused(reader.found)
+    return document, definition
+
+
+class _Reader:
+    """Reads on whatever is wrong, and keeps each reason in `found`."""
+
+    def __init__(self, root: Element) -> None:
+        self.root = root
+        self.found: list[Refusal] = []
+        self.maximum = 1
+
+    def definition(self) -> Definition:
+        root = self.root
+        if root.name != "domain":
+            self._wrong(root, f"<{root.name}> is no <domain>", "VIR_ERR_XML_ERROR")
+            return Definition("", default_vcpus(1, 1))
+        name = root.child("name")
+        if name is None or not name.text.strip():
+            self._wrong(name or root, "the domain has no <name>", "VIR_ERR_NO_NAME")
+        uuid, machine = root.child("uuid"), root.find("os/type")
+        emulator = root.find("devices/emulator")
+        vcpu = root.child("vcpu")
+        vcpus, dialect = self._vcpus(vcpu)
+        return Definition(
+            name.text.strip() if name is not None else "",
+            vcpus,
+            uuid=uuid.text.strip() if uuid is not None else None,
+            arch=machine.attributes.get("arch") if machine is not None else None,
+            machine=machine.attributes.get("machine") if machine is not None else None,
+            emulator=emulator.text.strip() if emulator is not None else None,
+            dialect=dialect,
+            cpuset=self._list(vcpu, "cpuset") if vcpu is not None else None,
+            topology=self._topology(),
+            cells=self._cells(),
+            pins=self._pins(),
+            schedulers=self._schedulers(),
+            emulator_pin=self._emulator_pin(),
+            agent=self._agent(),
+        )
+
+    # -- <vcpu> and <vcpus> -----------------------------------------------------------------------
+
+    def _vcpus(self, vcpu: Element | None) -> tuple[tuple[VcpuConfig, ...], str | None]:
+        current = 1
+        if vcpu is not None:
+            self.maximum = self._int(vcpu, vcpu.text.strip() or "1", "<vcpu>", 1, MOST_VCPUS) or 1
+            current = self.maximum
+            if "current" in vcpu.attributes:
+                text = vcpu.attributes["current"]
+                current = self._int(vcpu, text, "<vcpu current>", 1, self.maximum) or self.maximum
+        listed = self.root.child("vcpus")
+        if listed is None:
+            return default_vcpus(self.maximum, current), None
+        found: dict[int, VcpuConfig] = {}
+        dialects: dict[str, Element] = {}
+        for row in listed.all("vcpu"):
+            config = self._vcpu(row, dialects)
+            if config is not None and config.id in found:
+                self._wrong(row, f"vCPU {config.id} stands twice in <vcpus>")
+            elif config is not None:
+                found[config.id] = config
+        if len(dialects) > 1:
+            row = max(dialects.values(), key=lambda element: element.line)
+            self._wrong(row, "<vcpus> mixes 'enabled' (libvirt's dialect) and 'state' (the RFC's)")
+        vcpus = tuple(found.get(n, VcpuConfig(n, enabled=False, hotpluggable=True)) for n in range(self.maximum))
+        if not vcpus[0].enabled:
+            self._wrong(listed, "vCPU 0 is not enabled: a guest cannot boot without it")
+        if vcpus[0].hotpluggable:
+            self._wrong(listed, "vCPU 0 cannot be hotpluggable")
+        for config in vcpus:
+            if not config.enabled and not config.hotpluggable:
+                self._wrong(
+                    listed, f"vCPU {config.id} is disabled and not hotpluggable: it could never be enabled"
+                )
+            if not config.enabled and config.order is not None:
+                self._wrong(listed, f"vCPU {config.id} is disabled and has an order")
+        return vcpus, next(iter(dialects), None)
+
+    def _vcpu(self, row: Element, dialects: dict[str, Element]) -> VcpuConfig | None:
+        number = self._int(row, row.attributes.get("id"), "<vcpu id>", 0, self.maximum - 1)
+        words = {
+            dialect: self._word(row, key, words)
+            for dialect, key, words in (
+                ("libvirt", "enabled", ("yes", "no")),
+                ("rfc", "state", ("enabled", "disabled")),
+            )
+            if key in row.attributes
+        }
+        for dialect in words:
+            dialects.setdefault(dialect, row)
+        if not words:
+            self._wrong(row, "a <vcpu> of <vcpus> needs enabled='yes|no' or state='enabled|disabled'")
+        order = None
+        if "order" in row.attributes:
+            order = self._int(row, row.attributes["order"], "<vcpu order>", 1, MOST_VCPUS)
+        pluggable = None
+        if "hotpluggable" in row.attributes:
+            pluggable = self._word(row, "hotpluggable", ("yes", "no")) == "yes"
+        if number is None:
+            return None
+        enabled = next(iter(words.values()), None) in ("yes", "enabled")
+        # What is enabled and says nothing of it stays (libvirt's rule).
+        return VcpuConfig(number, enabled, not enabled if pluggable is None else pluggable, order)
+
+    # -- the rest -------------------------------------------------------------------------------
+
+    def _topology(self) -> Topology | None:
+        element = self.root.find("cpu/topology")
+        if element is None:
+            return None
+        counts = {
+            level: self._int(element, element.attributes[level], f"<topology {level}>", 1, MOST_VCPUS) or 1
+            for level in _LEVELS
+            if level in element.attributes
+        }
+        for level in ("sockets", "cores", "threads"):
+            if level not in counts:
+                self._wrong(element, f"<topology> has no {level}")
+        product = 1
+        for count in counts.values():
+            product *= count
+        if product != self.maximum:
+            self._wrong(
+                element,
+                f"<topology> has room for {product} vCPUs, and <vcpu> says {self.maximum}",
+                "VIR_ERR_CONFIG_UNSUPPORTED",
+            )
+        return Topology(self.maximum, **counts)
+
+    def _cells(self) -> tuple[NumaCell, ...]:
+        numa = self.root.find("cpu/numa")
+        cells: list[NumaCell] = []
+        taken: dict[int, int] = {}
+        for position, element in enumerate(numa.all("cell") if numa is not None else ()):
+            text = element.attributes.get("id", str(position))
+            number = self._int(element, text, "<cell id>", 0, 1023)
+            cpus = self._list(element, "cpus") or ()
+            if number is None:
+                continue
+            if any(cell.id == number for cell in cells):
+                self._wrong(element, f"NUMA cell {number} stands twice")
+            both = [cpu for cpu in cpus if cpu in taken]
+            if both:
+                others = format_ids(taken[cpu] for cpu in both)
+                self._wrong(element, f"vCPU {format_ids(both)} is in NUMA cell {others} and in {number}")
+            taken.update(dict.fromkeys(cpus, number))
+            self._in_range(element, cpus, f"NUMA cell {number}")
+            cells.append(NumaCell(number, cpus))
+        return tuple(sorted(cells, key=lambda cell: cell.id))
+
+    def _pins(self) -> dict[int, tuple[int, ...]]:
+        pins: dict[int, tuple[int, ...]] = {}
+        for element in self._tuned("vcpupin"):
+            number = self._int(element, element.attributes.get("vcpu"), "<vcpupin vcpu>", 0, MOST_VCPUS)
+            cpus = self._list(element, "cpuset", required=True)
+            if number is None or cpus is None:
+                continue
+            if number in pins:
+                self._wrong(element, f"vCPU {number} is pinned twice")
+            pins[number] = cpus
+        # libvirt drops what is out of range without a word.
+        return {number: cpus for number, cpus in sorted(pins.items()) if number < self.maximum}
+
+    def _schedulers(self) -> dict[int, str]:
+        schedulers: dict[int, str] = {}
+        for element in self._tuned("vcpusched"):
+            ids = self._list(element, "vcpus", required=True) or ()
+            name = self._word(element, "scheduler", _SCHEDULERS)
+            priority = element.attributes.get("priority")
+            if name is None:
+                continue
+            if name in _WITH_PRIORITY:
+                level = self._int(element, priority, "<vcpusched priority>", 1, 99)
+                name = f"{name}:{level}"
+            twice = [number for number in ids if number in schedulers]
+            if twice:
+                self._wrong(element, f"vCPU {format_ids(twice)} has two schedulers")
+            schedulers.update(dict.fromkeys(ids, name))
+        return {number: name for number, name in sorted(schedulers.items()) if number < self.maximum}
+
+    def _emulator_pin(self) -> tuple[int, ...] | None:
+        element = next(iter(self._tuned("emulatorpin")), None)
+        return self._list(element, "cpuset", required=True) if element is not None else None
+
+    def _agent(self) -> str | None:
+        devices = self.root.child("devices")
+        for channel in devices.all("channel") if devices is not None else ():
+            target, source = channel.child("target"), channel.child("source")
+            if target is not None and target.attributes.get("name") == "org.qemu.guest_agent.0":
+                return source.attributes.get("path") if source is not None else None
+        return None
+
+    def _tuned(self, name: str) -> list[Element]:
+        tune = self.root.child("cputune")
+        return list(tune.all(name)) if tune is not None else []
+
+    # -- values ---------------------------------------------------------------------------------
+
+    def _int(self, element: Element, text: str | None, what: str, low: int, high: int) -> int | None:
+        if text is None:
+            self._wrong(element, f"{what} is missing")
+            return None
+        if not (text.isascii() and text.isdigit() and len(text) < 10):
+            self._wrong(element, f"{what} '{text[:40]}' is no number")
+            return None
+        if not low <= int(text) <= high:
+            self._wrong(element, f"{what} {text} is out of range: it can be {low} to {high}")
+            return None
+        return int(text)
+
+    def _word(self, element: Element, key: str, words: Sequence[str]) -> str | None:
+        text = element.attributes.get(key)
+        if text in words:
+            return text
+        wanted = " or ".join(f"'{word}'" for word in words)
+        self._wrong(element, f"<{element.name} {key}> must be {wanted}")
+        return None
+
+    def _list(self, element: Element, key: str, *, required: bool = False) -> tuple[int, ...] | None:
+        text = element.attributes.get(key)
+        if text is None:
+            if required:
+                self._wrong(element, f"<{element.name} {key}> is missing")
+            return None
+        try:
+            return parse_ids(text)
+        except VcpuUsageError as error:
+            self._wrong(element, f"<{element.name} {key}>: {error.message}")
+            return None
+
+    def _in_range(self, element: Element, ids: Iterable[int], what: str) -> None:
+        out = [number for number in ids if number >= self.maximum]
+        if out:
+            self._wrong(element, f"{what} has vCPU {format_ids(out)}, and ids end at {self.maximum - 1}")
+
+    def _wrong(self, element: Element, text: str, libvirt: str = "VIR_ERR_XML_DETAIL") -> None:
+        self.found.append(Refusal("xml", f"line {element.line}: {text}", (), "correct the domain's XML", libvirt))
+
+
+def write_vcpus(document: Document, old: Definition, new: Definition, dialect: str | None = None) -> bytes:
+    """The document with the vCPUs of `new`; what is as in `old` keeps every byte.
+
+    Args:
+        dialect: "rfc" or "libvirt"; that of the document, else libvirt's, if None.
+    """
+    root = document.root
+    wanted = dialect or old.dialect or "libvirt"
+    enabled = len(new.enabled_ids)
+    listed = root.child("vcpus")
+    lines = [] if new.vcpus == default_vcpus(new.maxcpus, enabled) else vcpus_lines(new, wanted)
+    vcpu = root.child("vcpu")
+    if vcpu is None:
+        # libvirt's default is one.
+        name = root.child("name")
+        assert name is not None
+        if new.maxcpus > 1 or lines:
+            current = f" current='{enabled}'" if enabled != new.maxcpus else ""
+            lines = [f"<vcpu{current}>{new.maxcpus}</vcpu>", *(lines if listed is None else ())]
+            document.insert_after(name, lines)
+    else:
+        document.set_text(vcpu, str(new.maxcpus))
+        if "current" in vcpu.attributes or enabled != new.maxcpus:
+            document.set_attribute(vcpu, "current", str(enabled))
+        if listed is None and lines:
+            document.insert_after(vcpu, lines)
+    if listed is not None and (new.vcpus != old.vcpus or wanted != old.dialect):
+        _update(document, listed, old, new, wanted)
+    return document.to_bytes()
+
+
+def _update(document: Document, listed: Element, old: Definition, new: Definition, dialect: str) -> None:
+    rows = {int(row.attributes["id"]): row for row in listed.all("vcpu")}
+    if dialect != old.dialect or old.maxcpus != new.maxcpus or set(rows) != set(range(new.maxcpus)):
+        document.replace(listed, vcpus_lines(new, dialect))
+        return
+    for config in new.vcpus:
+        if config != old.vcpus[config.id]:
+            for key, value in _attributes(config, dialect).items():
+                document.set_attribute(rows[config.id], key, value)
+
+
+def vcpus_lines(definition: Definition, dialect: str) -> list[str]:
+    """`<vcpus>` as lines; in the RFC's dialect that is its option 1, id and state."""
+    lines = ["<vcpus>"]
+    for config in definition.vcpus:
+        attributes = {"id": str(config.id), **_attributes(config, dialect)}
+        words = "".join(f" {key}='{value}'" for key, value in attributes.items() if value is not None)
+        lines.append(f"  <vcpu{words}/>")
+    return [*lines, "</vcpus>"]
+
+
+def _attributes(config: VcpuConfig, dialect: str) -> dict[str, str | None]:
+    if dialect == "rfc":
+        return {"state": "enabled" if config.enabled else "disabled"}
+    return {
+        "enabled": "yes" if config.enabled else "no",
+        "hotpluggable": "yes" if config.hotpluggable else "no",
+        "order": None if config.order is None else str(config.order),
+    }
