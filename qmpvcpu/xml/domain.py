@@ -30,8 +30,13 @@ def read_domain(data: bytes) -> tuple[Document, Definition]:
     document = parse_document(data)
     reader = _Reader(document.root)
     definition = reader.definition()
-    if reader.found:
-        raise VcpuRefused(reader.found)
+    found = reader.found
+    if not found and document.root.child("vcpus") is not None:
+        from qmpvcpu.xml.schema import check_vcpus
+
+        found = check_vcpus(document)
+    if found:
+        raise VcpuRefused(found)
     return document, definition
 
 

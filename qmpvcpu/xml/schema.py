@@ -1,0 +1,56 @@
+"""RELAX NG: the shipped schema of `<vcpus>`, and libvirt's own of a whole domain where that is installed."""
+
+from __future__ import annotations
+
+from functools import cache
+from pathlib import Path
+from typing import Final
+
+from lxml import etree
+
+from qmpvcpu.errors import Refusal
+from qmpvcpu.xml.source import Document
+
+__all__ = ["check_vcpus", "domain_schema", "errors_against"]
+
+_SHIPPED: Final = Path(__file__).with_name("vcpus.rng")
+#: Where libvirt keeps its schemas (libvirt-common, libvirt-clients).
+_LIBVIRTS: Final = Path("/usr/share/libvirt/schemas/domain.rng")
+
+
+def check_vcpus(document: Document) -> list[Refusal]:
+    """What the shipped schema has against the document's `<vcpus>`, with lines; nothing where it has none."""
+    listed = _tree(document).find("vcpus")
+    if listed is None:
+        return []
+    return [
+        Refusal(
+            "xml", f"line {line}: <vcpus>: {text}", (), "correct the domain's XML", "VIR_ERR_XML_INVALID_SCHEMA"
+        )
+        for line, text in errors_against(_schema(_SHIPPED), listed)
+    ]
+
+
+def domain_schema() -> etree.RelaxNG | None:
+    """libvirt's schema of a domain; None where it is not installed."""
+    return _schema(_LIBVIRTS) if _LIBVIRTS.exists() else None
+
+
+def errors_against(schema: etree.RelaxNG, tree: etree._Element) -> list[tuple[int, str]]:
+    """Line and text of every error, each once."""
+    if schema.validate(tree):
+        return []
+    return list(dict.fromkeys((entry.line, entry.message) for entry in schema.error_log))
+
+
+@cache
+def _schema(path: Path) -> etree.RelaxNG:
+    return etree.RelaxNG(etree.parse(str(path)))
+
+
+def _tree(document: Document) -> etree._Element:
+    # The source was read by then: no DOCTYPE, bounded in size and depth. It is UTF-8 whatever it declares.
+    parser = etree.XMLParser(
+        encoding="utf-8", resolve_entities=False, no_network=True, load_dtd=False, huge_tree=True
+    )
+    return etree.fromstring(document.source, parser)
