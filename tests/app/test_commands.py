@@ -151,10 +151,10 @@ async def test_a_kill_before_the_death_signal_is_set_starts_no_qemu(tmp_path):
     others = set(survivors())
     slow = tmp_path / "setpriv"
     slow.write_text(
-        f'#!/bin/sh\ntouch {tmp_path}/asked\nread -r _ < {tmp_path}/go\nexec {shutil.which("setpriv")} "$@"\n'
+        f"#!/bin/sh\ntouch {tmp_path}/asked\nwhile ! test -e {tmp_path}/go; do sleep 0.01; done\n"
+        f'exec {shutil.which("setpriv")} "$@"\n'
     )
     slow.chmod(0o755)
-    os.mkfifo(tmp_path / "go")
     process = await start_cli("demo", env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     try:
         async with asyncio.timeout(20):
@@ -163,7 +163,7 @@ async def test_a_kill_before_the_death_signal_is_set_starts_no_qemu(tmp_path):
     finally:
         process.kill()
         await process.communicate()
-    (tmp_path / "go").write_text("now\n")
+        (tmp_path / "go").touch()  # for all of them: a demo asks several QEMUs at once
     async with asyncio.timeout(10):
         while set(survivors()) - others:
             await asyncio.sleep(0.01)
