@@ -11,7 +11,7 @@ from typing import Any, Protocol
 from qmpvcpu.core.pending import PendingUnplug
 from qmpvcpu.errors import VcpuConnectionError
 
-__all__ = ["Agent", "CommandError", "Monitor", "MonitorEvent", "PendingStore", "Sink"]
+__all__ = ["Agent", "CommandError", "DefinitionStore", "Monitor", "MonitorEvent", "PendingStore", "Sink", "Staged"]
 
 
 class CommandError(Exception):
@@ -82,6 +82,12 @@ class Monitor(Protocol):
     def query_status(self) -> Future[object]:
         """QMP `query-status`."""
 
+    def query_uuid(self) -> Future[object]:
+        """QMP `query-uuid`."""
+
+    def query_memory_size_summary(self) -> Future[object]:
+        """QMP `query-memory-size-summary`."""
+
     def qom_get(self, path: str, name: str) -> Future[object]:
         """QMP `qom-get`; `name` is the property."""
 
@@ -133,3 +139,30 @@ class PendingStore(Protocol):
 
     def discard(self, firsts: Collection[int]) -> None:
         """Forget these. Never raises."""
+
+
+class Staged(Protocol):
+    """A next version of a definition, written and not yet in its place."""
+
+    def commit(self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
+        """Put it in place of `before`; if that is not what is there any more, what `again` makes of what is.
+
+        `given_up` is asked while another process holds it. Raises OSError: what was there stands.
+        """
+
+    def discard(self) -> None:
+        """Take it away, if it was not committed. Never raises."""
+
+
+class DefinitionStore(Protocol):
+    """Where the XML of one domain is kept. Everything here blocks, for as long as a disk does."""
+
+    @property
+    def place(self) -> str:
+        """What it is called in messages."""
+
+    def read(self) -> bytes:
+        """The document. Raises VcpuRefused."""
+
+    def stage(self, data: bytes) -> Staged:
+        """Write the next version where it does not count yet. Raises OSError."""

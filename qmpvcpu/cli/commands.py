@@ -13,8 +13,9 @@ from qmpvcpu.cli import render
 from qmpvcpu.cli.progress import waiting
 from qmpvcpu.core.checks import MAXIMUM_IS_CONFIG
 from qmpvcpu.core.model import DomainState, format_ids
+from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.request import Request, parse_ids
-from qmpvcpu.domain import Domain, connect
+from qmpvcpu.domain import Domain, Options, connect
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
@@ -35,7 +36,11 @@ class Session:
             from qmpvcpu import QmpLog
 
             self._log = QmpLog(self.options.qmp_log)
-        self.domain = connect(self.options.domain, agent=self.options.agent, qmp_log=self._log)
+        options = self.options
+        config_only = getattr(options, "config", False) and not (
+            getattr(options, "live", False) or getattr(options, "guest", False)
+        )
+        self.domain = connect(options.domain, agent=options.agent, qmp_log=self._log, config_only=config_only)
         return self.domain
 
     def pending(self) -> tuple[int, ...]:
@@ -69,7 +74,7 @@ async def command(session: Session) -> int:
 async def _vcpuinfo(session: Session) -> int:
     if session.options.live and session.options.config:
         raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
-    flags = VcpuFlag.CONFIG if session.options.config else VcpuFlag.CURRENT
+    flags = _flags(session.options)
     async with session.connect() as domain:
         state = await domain.state(flags)
         session.warn_of_agent(domain)
@@ -78,10 +83,9 @@ async def _vcpuinfo(session: Session) -> int:
 
 
 def _info_lines(state: DomainState) -> list[str]:
-    head = (
-        f"{state.name}: {state.arch}, {state.machine}, QEMU {state.version}, {state.accel}:"
-        f" {len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
-    )
+    told = f"QEMU {state.version}" if state.version is not None else "the definition"
+    words = [word for word in (state.arch, state.machine, told, state.accel) if word]
+    head = f"{state.name}: {', '.join(words)}: {len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
     if not state.can_plug:
         head += " (this machine has no CPU hotplug)"
     elif not state.can_unplug:
@@ -93,29 +97,43 @@ def _info_lines(state: DomainState) -> list[str]:
 
 async def _vcpucount(session: Session) -> int:
     options = session.options
-    flags = VcpuFlag.GUEST if options.guest else VcpuFlag.CURRENT
-    if options.config:
-        flags |= VcpuFlag.CONFIG
     if options.maximum and options.active:
         raise VcpuRefused([Refusal("flags", "--maximum and --active exclude each other", (), "ask twice")])
     if options.live and options.config:
         raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
+    one = options.maximum or options.active or options.live or options.config or options.current
+    states: dict[str, DomainState] = {}
     async with session.connect() as domain:
         if options.guest and not options.config:
             view = await domain.guest_vcpus()
             online = sum(cpu.online for cpu in view.cpus)
             session.show({"domain": domain.name, "count": online}, [str(online)])
             return 0
-        state = await domain.state(flags)
-    counts = {"maximum": state.maxcpus, "current": len(state.enabled_ids)}
-    document: dict[str, Any] = {"domain": state.name}
-    document |= {name: {"live": number, "config": None} for name, number in counts.items()}
-    if options.maximum or options.active or options.live or options.current:
-        count = counts["maximum" if options.maximum else "current"]
-        session.show(document | {"count": count}, [str(count)])
+        if one or options.guest:
+            state = await domain.state(_flags(options))
+            states["live" if state.version is not None else "config"] = state
+        else:
+            if domain.has_definition:
+                states["config"] = await domain.state(VcpuFlag.CONFIG)
+            if domain.is_active:
+                states["live"] = await domain.state(VcpuFlag.LIVE)
+    counts = {
+        word: {side: count(states[side]) if side in states else None for side in ("live", "config")}
+        for word, count in (("maximum", lambda s: s.maxcpus), ("current", lambda s: len(s.enabled_ids)))
+    }
+    document: dict[str, Any] = {"domain": domain.name, **counts}
+    if one:
+        found = counts["maximum" if options.maximum else "current"]
+        number = next(count for count in found.values() if count is not None)
+        session.show(document | {"count": number}, [str(number)])
     else:
-        lines = render.columns([(name, "live", str(number)) for name, number in counts.items()])
-        session.show(document, lines)
+        rows = [
+            (word, side, str(counts[word][side]))
+            for word in counts
+            for side in ("config", "live")
+            if counts[word][side] is not None
+        ]
+        session.show(document, render.columns(rows))
     return 0
 
 
@@ -155,8 +173,85 @@ async def _setvcpus(session: Session) -> int:
     options = session.options
     if options.maximum and not options.config:
         raise VcpuRefused([MAXIMUM_IS_CONFIG])
-    request = Request((), _flags(options), total=options.total, timeout=options.timeout, wait=not options.no_wait)
+    request = Request(
+        (),
+        _flags(options),
+        total=options.total,
+        timeout=options.timeout,
+        wait=not options.no_wait,
+        maximum=options.maximum,
+        hotpluggable=options.hotpluggable,
+    )
     return await _carry_out(session, request)
+
+
+async def _apply(session: Session) -> int:
+    from qmpvcpu.app.definitions import read_document
+
+    options = session.options
+    xml = read_document(options.file)
+    async with session.connect() as domain:
+        given: Options = {
+            "live": options.live,
+            "config": options.config,
+            "timeout": options.timeout,
+            "wait": not options.no_wait,
+            "atomic": not options.no_wait,
+            "force": options.force,
+        }
+        if options.dry_run:
+            return _show_plan(session, await domain.plan_apply(xml, place=options.file, **given))
+        async with waiting("waiting for the guest", options.timeout):
+            result = await domain.apply(xml, place=options.file, **given)
+    session.warn(result.messages)
+    session.show(result.to_json(), render.outcome(result))
+    return result.outcome.exit_code
+
+
+def _show_plan(session: Session, planned: Plan) -> int:
+    session.warn(planned.messages)
+    session.show(planned.to_json(), render.plan(planned))
+    return OutcomeKind.REFUSED.exit_code if planned.refusals else 0
+
+
+async def _define(session: Session) -> int:
+    from qmpvcpu.app import definitions
+
+    options = session.options
+    done = await definitions.define(options.word, options.qmp, options.agent, options.xml)
+    session.warn(done.messages)
+    how = "defined anew" if done.replaced else "defined"
+    session.show(done.to_json(), [f"{done.name}: {how} ({done.path})"])
+    return 0
+
+
+async def _undefine(session: Session) -> int:
+    from qmpvcpu.app import definitions
+
+    name = session.options.word
+    kept = definitions.undefine(name)
+    session.show({"domain": name, "kept": str(kept)}, [f"{name}: undefined; its last XML is {kept}"])
+    return 0
+
+
+async def _list(session: Session) -> int:
+    from qmpvcpu.app import definitions
+
+    found = await definitions.list_domains()
+    session.show({"domains": [row.to_json() for row in found]}, render.domains(found))
+    return 0
+
+
+async def _dumpxml(session: Session) -> int:
+    options = session.options
+    options.config = options.inactive
+    async with session.connect() as domain:
+        data = await domain.dump_xml(inactive=options.inactive, dialect=options.dialect, detail=options.detail)
+    if options.json:
+        print(json.dumps({"domain": domain.name, "xml": data.decode(errors="replace")}))
+    else:
+        sys.stdout.buffer.write(data if data.endswith(b"\n") else data + b"\n")
+    return 0
 
 
 async def _carry_out(session: Session, request: Request) -> int:
@@ -164,10 +259,7 @@ async def _carry_out(session: Session, request: Request) -> int:
     options = session.options
     async with session.connect() as domain:
         if options.dry_run and not request.is_query:
-            planned = await domain.plan(request)
-            session.warn(planned.messages)
-            session.show(planned.to_json(), render.plan(planned))
-            return OutcomeKind.REFUSED.exit_code if planned.refusals else 0
+            return _show_plan(session, await domain.plan(request))
         async with waiting("waiting for the guest", options.timeout):
             result = await domain.request(request)
         state = domain.last_state
@@ -255,6 +347,11 @@ async def _demo(session: Session) -> int:
 
 
 _COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
+    "define": _define,
+    "undefine": _undefine,
+    "list": _list,
+    "dumpxml": _dumpxml,
+    "apply": _apply,
     "vcpuinfo": _vcpuinfo,
     "vcpucount": _vcpucount,
     "setvcpu": _setvcpu,

@@ -10,7 +10,8 @@ from qmpvcpu.errors import VcpuUsageError
 __all__ = ["build_parser", "parse"]
 
 _EPILOG = """\
-DOMAIN is a QMP socket: a path, host:port, or fd:N.
+DOMAIN is a name given to `define`, or with a / in it the path of a QMP socket or of a domain XML file;
+else a file, host:port, or fd:N.
 IDS is a list of vCPU ids: 5, 1-3,7 or 0-7,^2.
 
 exit codes: 0 done  2 usage  3 refused  4 the guest rejected it  5 pending  6 partial  7 no connection
@@ -94,8 +95,37 @@ def build_parser() -> argparse.ArgumentParser:
 
     def domain_command(name: str, text: str) -> argparse.ArgumentParser:
         made = command(name, text)
-        made.add_argument("domain", metavar="DOMAIN", help="QMP socket of the guest")
+        made.add_argument("domain", metavar="DOMAIN", help="its name, the path of its QMP socket or of its XML")
         return made
+
+    define = command("define", "give a domain a home: define FILE, or define NAME with its sockets and XML")
+    define.add_argument("word", metavar="FILE|NAME", help="a file of domain XML, or a name")
+    define.add_argument(
+        "--qmp",
+        action="append",
+        metavar="ADDR",
+        default=[],
+        help="its QMP socket; of several the first that is free",
+    )
+    define.add_argument("--xml", metavar="FILE", help="its domain XML; else it is made of what QEMU tells")
+
+    undefine = command("undefine", "forget a domain; its last XML is kept")
+    undefine.add_argument("word", metavar="NAME")
+
+    command("list", "the domains that are defined, and whether they run")
+
+    dump = domain_command("dumpxml", "the domain's XML, with its vCPUs as they are")
+    dump.add_argument("--inactive", action="store_true", help="its definition, though it runs")
+    dump.add_argument("--dialect", choices=("rfc", "libvirt"), help="how <vcpus> is written")
+    dump.add_argument(
+        "--detail", choices=("minimal", "cell", "full"), help="what the RFC's <vcpu> shows (default full)"
+    )
+
+    apply = domain_command("apply", "make the domain's vCPUs what <vcpus> in FILE says, as one transaction")
+    apply.add_argument("file", metavar="FILE", help="domain XML, or <vcpus> alone")
+    _impact(apply)
+    _change(apply)
+    apply.add_argument("--force", action="store_true", help="do what is known to kill QEMU")
 
     info = domain_command("vcpuinfo", "show every vCPU: id, place, state")
     info.add_argument("--live", action="store_true", help="the running guest")

@@ -12,11 +12,12 @@ from qmpvcpu.core.model import EventKind, Props, format_ids
 from qmpvcpu.core.select import core_of
 
 if TYPE_CHECKING:
+    from qmpvcpu.app.definitions import Listed
     from qmpvcpu.core.guest import GuestView
     from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
     from qmpvcpu.core.plan import Plan
 
-__all__ = ["columns", "event", "guest", "outcome", "plan", "snapshot", "topology", "vcpu_table"]
+__all__ = ["columns", "domains", "event", "guest", "outcome", "plan", "snapshot", "topology", "vcpu_table"]
 
 
 def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> list[str]:
@@ -100,7 +101,8 @@ def outcome(result: Outcome) -> list[str]:
     """What a `setvcpu` did, in one line or two."""
     rows = {row.id: row for row in result.rows}
     words: dict[str, list[int]] = {}
-    for number in result.changed_ids:
+    is_both = bool(result.live_changed_ids or result.config_changed_ids or result.defined)
+    for number in result.live_changed_ids if is_both else result.changed_ids:
         words.setdefault(_changed_to(rows.get(number), result.mechanism), []).append(number)
     lines = [f"vCPU {format_ids(ids)}: {word}" for word, ids in words.items()]
     # What stays enabled waits for its unplug's end, unless it is the guest that has yet to run on it.
@@ -112,11 +114,33 @@ def outcome(result: Outcome) -> list[str]:
         lines.append(f"vCPU {format_ids(asked)}: unplug asked, and not ended at the deadline")
     if late:
         lines.append(f"vCPU {format_ids(late)}: the guest does not run on it yet")
+    if result.defined:
+        lines += _defined(result)
     if not lines:
-        word = result.rows[0].state if result.rows else "so"
+        states = {row.state for row in result.rows}
+        word = states.pop() if len(states) == 1 else "so"
         ids = format_ids(result.ids)
         lines.append(f"vCPU {ids}: already {word}" if result.ids else "already so: nothing was to be done")
     return lines
+
+
+def _defined(result: Outcome) -> list[str]:
+    if not result.config_changed_ids:
+        return ["the definition is changed"]
+    rows = {row.id: row for row in result.rows} if not result.live_changed_ids else {}
+    words: dict[str, list[int]] = {}
+    for number in result.config_changed_ids:
+        words.setdefault(rows[number].state if number in rows else "changed", []).append(number)
+    return [f"vCPU {format_ids(ids)}: {word} in the definition" for word, ids in words.items()]
+
+
+def domains(found: Sequence[Listed]) -> list[str]:
+    """`list`, with virsh's words."""
+    rows = [("NAME", "STATE", "VCPUS", "QMP")]
+    for row in found:
+        count = "-" if row.maximum is None else f"{row.current} of {row.maximum}"
+        rows.append((row.name, row.state, count, " ".join(row.addresses.qmp) or "-"))
+    return [*columns(rows), *(f"{row.name}: {row.trouble}" for row in found if row.trouble)]
 
 
 def _changed_to(row: Vcpu | None, mechanism: str | None) -> str:

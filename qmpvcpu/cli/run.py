@@ -98,7 +98,8 @@ def _run_async(options: argparse.Namespace) -> int:
 
 
 def _say(*lines: str) -> None:
-    print(*lines, sep="\n", file=sys.stderr)
+    if lines:
+        print(*lines, sep="\n", file=sys.stderr)
 
 
 def _report(error: VcpuError, as_json: bool) -> int:
@@ -107,6 +108,7 @@ def _report(error: VcpuError, as_json: bool) -> int:
     _say(f"qmpvcpu: {error.outcome}: {error.message}")
     if error.hint:
         _say(f"  hint: {error.hint}")
+    _say(*(f"note: {message}" for message in error.messages))
     return error.outcome.exit_code
 
 

@@ -89,7 +89,7 @@ def check_flags(flags: VcpuFlag) -> list[Refusal]:
 
 
 def check_options(request: Request) -> list[Refusal]:
-    """Options that exclude each other, and what the persistent definition never allows."""
+    """Options that exclude each other."""
     found: list[Refusal] = []
     if request.atomic and not request.wait:
         found.append(
@@ -99,15 +99,6 @@ def check_options(request: Request) -> list[Refusal]:
                 (),
                 "leave out one of the two",
             )
-        )
-    if (
-        request.disable
-        and request.has(VcpuFlag.CONFIG)
-        and not request.has(VcpuFlag.NUMA_NODE)
-        and 0 in request.ids
-    ):
-        found.append(
-            Refusal("config-vcpu-0", "vCPU 0 must be enabled in a definition", (0,), "leave 0 out: 1-3 or ^0")
         )
     return found
 
@@ -285,7 +276,7 @@ def apic_id(state: DomainState, entity: Entity) -> int | None:
 def _big_apic_ids(state: DomainState, entities: Iterable[Entity]) -> list[Entity]:
     if state.accel != "tcg" or state.topology is None or state.topology.x86_apic_limit <= 255:
         return []
-    if not is_x86(state) or state.version >= _APIC_255_FIXED:
+    if not is_x86(state) or state.qemu >= _APIC_255_FIXED:
         return []
     return [entity for entity in entities if (apic_id(state, entity) or 0) >= 255]
 
@@ -297,7 +288,7 @@ def needs_x2apic(state: DomainState, entities: Iterable[Entity]) -> bool:
 
 def needs_firmware_state(state: DomainState) -> bool:
     """Whether a plan to unplug needs `Knowledge.firmware_runs`."""
-    return state.arch == "ppc64" and state.accel == "tcg" and state.version < _FIRMWARE_UNPLUG_FIXED
+    return state.arch == "ppc64" and state.accel == "tcg" and state.qemu < _FIRMWARE_UNPLUG_FIXED
 
 
 def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
@@ -310,16 +301,16 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
         found.append(
             _kill(
                 big,
-                f"QEMU {state.version} under TCG aborts when a CPU with APIC id 255 or more is plugged and the"
+                f"QEMU {state.qemu} under TCG aborts when a CPU with APIC id 255 or more is plugged and the"
                 " CPU model has no x2apic",
                 "start the guest with -cpu max, or with QEMU 11",
             )
         )
-    if is_x86(state) and state.accel == "tcg" and known.removals_seen and state.version < _TCG_UNPLUG_FIXED:
+    if is_x86(state) and state.accel == "tcg" and known.removals_seen and state.qemu < _TCG_UNPLUG_FIXED:
         found.append(
             _kill(
                 entities,
-                f"QEMU {state.version} under TCG crashes at a plug after an unplug",
+                f"QEMU {state.qemu} under TCG crashes at a plug after an unplug",
                 "restart the guest, or use QEMU 10",
             )
         )
@@ -349,19 +340,19 @@ def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known:
     if not entities or state.accel != "tcg":
         return found
     if is_x86(state):
-        if state.version < _TCG_UNPLUG_FIXED:
+        if state.qemu < _TCG_UNPLUG_FIXED:
             found.append(
                 _kill(
                     entities,
-                    f"QEMU {state.version} under TCG crashes after the unplug of an x86 CPU, or at the next plug",
+                    f"QEMU {state.qemu} under TCG crashes after the unplug of an x86 CPU, or at the next plug",
                     "use QEMU 10 or KVM",
                 )
             )
-        if state.threads_shared and state.version < _SINGLE_THREAD_UNPLUG_FIXED:
+        if state.threads_shared and state.qemu < _SINGLE_THREAD_UNPLUG_FIXED:
             found.append(
                 _kill(
                     entities,
-                    f"QEMU {state.version} with -accel tcg,thread=single aborts at the unplug of a CPU"
+                    f"QEMU {state.qemu} with -accel tcg,thread=single aborts at the unplug of a CPU"
                     " (qemu_thread_join)",
                     "start the guest with -accel tcg,thread=multi",
                 )
@@ -370,7 +361,7 @@ def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known:
         found.append(
             _kill(
                 entities,
-                f"QEMU {state.version} under TCG crashes at or after the unplug of a ppc64 core while the"
+                f"QEMU {state.qemu} under TCG crashes at or after the unplug of a ppc64 core while the"
                 " firmware (SLOF) runs",
                 "wait until the guest's kernel runs",
             )

@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
-from qmpvcpu.core.model import Topology
+from qmpvcpu.core.model import DomainState, Topology
 
-__all__ = ["MOST_VCPUS", "Definition", "NumaCell", "VcpuConfig", "default_vcpus"]
+__all__ = [
+    "MOST_VCPUS",
+    "Definition",
+    "NumaCell",
+    "VcpuConfig",
+    "contradictions",
+    "default_vcpus",
+    "definition_of",
+    "started_with",
+]
 
 #: More than any machine of QEMU 7.2 to 11.1 takes (x86_64: 4096; libvirt itself: 16384).
 MOST_VCPUS: Final = 16384
@@ -29,10 +38,11 @@ class VcpuConfig:
 
 @dataclass(frozen=True, slots=True)
 class NumaCell:
-    """One `<numa><cell>`: `cpus` are vCPU ids."""
+    """One `<numa><cell>`: `cpus` are vCPU ids, `memory` is in bytes where it was asked for."""
 
     id: int
     cpus: tuple[int, ...]
+    memory: int | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,11 +51,13 @@ class Definition:
 
     `dialect` is "rfc" or "libvirt", whichever its `<vcpus>` is written in, None without one. `cpuset` is `<vcpu
     cpuset>`, the host CPUs of every vCPU that `pins` (`<vcpupin>`) does not name; `schedulers` has `fifo:10`,
-    `batch` and the like. `agent` is the socket path of the guest agent's channel.
+    `batch` and the like. `agent` is the socket path of the guest agent's channel, `accel`
+    "kvm" or "tcg".
     """
 
     name: str
     vcpus: tuple[VcpuConfig, ...]
+    accel: str | None = None
     uuid: str | None = None
     arch: str | None = None
     machine: str | None = None
@@ -58,6 +70,8 @@ class Definition:
     schedulers: Mapping[int, str] = field(default_factory=dict)
     emulator_pin: tuple[int, ...] | None = None
     agent: str | None = None
+    #: In bytes; known of a running guest only.
+    memory: int | None = None
 
     @property
     def maxcpus(self) -> int:
@@ -68,6 +82,13 @@ class Definition:
     def enabled_ids(self) -> tuple[int, ...]:
         """Ids of the vCPUs that the guest boots with, ascending."""
         return tuple(vcpu.id for vcpu in self.vcpus if vcpu.enabled)
+
+    @property
+    def granularity(self) -> int:
+        """How many vCPUs one `device_add` takes on that machine: a core on pseries, else one."""
+        if (self.arch or "").startswith("ppc64") and self.topology is not None:
+            return self.topology.threads
+        return 1
 
     def cell_of(self, vcpu_id: int) -> int | None:
         """The NUMA node of a vCPU; None without NUMA, or where no cell names it."""
@@ -85,6 +106,62 @@ class Definition:
         )
 
 
+def definition_of(state: DomainState) -> Definition:
+    """What a running guest's XML would say: its own vCPUs, topology and nodes.
+
+    `hotpluggable` is libvirt's: what has a device id can go, and every empty slot can be filled.
+    """
+    vcpus = tuple(
+        VcpuConfig(
+            vcpu.id,
+            vcpu.enabled,
+            hotpluggable=not vcpu.enabled or (vcpu.qom_path or "").startswith("/machine/peripheral/"),
+            order=vcpu.order,
+        )
+        for vcpu in state.vcpus
+    )
+    cells = tuple(NumaCell(node, tuple(v.id for v in state.vcpus if v.node == node)) for node in state.nodes)
+    topology = state.topology
+    return Definition(
+        state.name,
+        vcpus,
+        accel=state.accel,
+        arch=state.arch,
+        machine=state.machine,
+        topology=topology if topology is not None and topology.product == state.maxcpus else None,
+        cells=cells,
+    )
+
+
 def default_vcpus(maximum: int, current: int) -> tuple[VcpuConfig, ...]:
     """Without `<vcpus>`: ids 0 to current-1 are enabled and stay, the others can be plugged."""
     return tuple(VcpuConfig(number, number < current, number >= current) for number in range(maximum))
+
+
+def started_with(vcpus: tuple[VcpuConfig, ...], said: Collection[int] = ()) -> tuple[VcpuConfig, ...]:
+    """Where nothing is said of `hotpluggable` (all ids but those in `said`): QEMU starts with the run of enabled
+    vCPUs from 0 on, and the others are plugged.
+    """
+    run = next((vcpu.id for vcpu in vcpus if not vcpu.enabled), len(vcpus))
+    return tuple(vcpu if vcpu.id in said else replace(vcpu, hotpluggable=vcpu.id >= run) for vcpu in vcpus)
+
+
+def contradictions(definition: Definition) -> list[str]:
+    """What `<vcpus>` says that the machine cannot be: halves of a core, two of one rank."""
+    found = []
+    size = definition.granularity
+    ranks: dict[int, int] = {}
+    for first in range(0, definition.maxcpus, size):
+        core = definition.vcpus[first : first + size]
+        if any((vcpu.enabled, vcpu.hotpluggable, vcpu.order) != _facts(core[0]) for vcpu in core):
+            found.append(f"vCPUs {first}-{first + len(core) - 1} are one core, and differ")
+        order = core[0].order
+        if order is not None:
+            if order in ranks:
+                found.append(f"vCPU {ranks[order]} and {first} have the same order {order}")
+            ranks.setdefault(order, first)
+    return found
+
+
+def _facts(vcpu: VcpuConfig) -> tuple[bool, bool, int | None]:
+    return vcpu.enabled, vcpu.hotpluggable, vcpu.order

@@ -107,6 +107,12 @@ class Topology:
         object.__setattr__(self, "x86_apic_limit", self.sockets << sum(self.x86_apic_widths))
 
     @property
+    def product(self) -> int:
+        """How many vCPUs there is room for."""
+        rooms = self.drawers * self.books * self.sockets * self.dies
+        return rooms * self.clusters * self.modules * self.cores * self.threads
+
+    @property
     def x86_apic_widths(self) -> tuple[int, int, int, int]:
         """Bits an x86 APIC id gives to thread, core, module and die (QEMU's hw/i386/topology.h)."""
 
@@ -210,15 +216,16 @@ class DomainState:
     """Everything known of one domain's vCPUs at one moment; `core.inventory` makes it from QMP replies.
 
     `accel` is "kvm" or "tcg" (QEMU tells only whether KVM is on). `machine` is the versioned machine name.
-    `threads_shared` is None while one vCPU alone cannot tell.
+    `threads_shared` is None while one vCPU alone cannot tell. `version` is None where it was read from a
+    definition (`core.config.state_of`), and so is all that only a QEMU tells.
     """
 
     name: str
     arch: Arch
     machine: str
-    accel: str
+    accel: str | None
     active: bool
-    version: QemuVersion
+    version: QemuVersion | None
     topology: Topology | None
     can_plug: bool
     can_unplug: bool
@@ -230,6 +237,12 @@ class DomainState:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "by_id", {number: e for e in self.entities for number in e.ids})
+
+    @property
+    def qemu(self) -> QemuVersion:
+        """The version of the QEMU that told this state."""
+        assert self.version is not None, "a definition has no QEMU"
+        return self.version
 
     @property
     def maxcpus(self) -> int:
@@ -275,11 +288,17 @@ class Outcome:
     mechanism: str | None = None
     messages: tuple[str, ...] = ()
     seconds: float = 0.0
+    #: Where both sides were asked for, those of `changed_ids` that changed in the running guest; and those that
+    #: changed in the definition.
+    live_changed_ids: tuple[int, ...] = ()
+    config_changed_ids: tuple[int, ...] = ()
+    #: Whether the definition was written.
+    defined: bool = False
 
     @property
     def changed(self) -> bool:
         """Whether anything is different now."""
-        return bool(self.changed_ids)
+        return bool(self.changed_ids) or self.defined
 
     @property
     def vcpu(self) -> Vcpu:
@@ -304,6 +323,9 @@ class Outcome:
             "undone": list(self.undone),
             "messages": list(self.messages),
             "seconds": round(self.seconds, 6),
+            "live_changed_ids": list(self.live_changed_ids),
+            "config_changed_ids": list(self.config_changed_ids),
+            "defined": self.defined,
         }
 
 

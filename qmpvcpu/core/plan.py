@@ -7,9 +7,10 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qmpvcpu.core import checks
+from qmpvcpu.core.config import ConfigPlan
 from qmpvcpu.core.model import DomainState, Entity, format_ids
 from qmpvcpu.core.request import Knowledge, Request
-from qmpvcpu.core.select import resolve_guest_total, resolve_total, select
+from qmpvcpu.core.select import resolve_guest_total, resolve_total, select, select_listed
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
@@ -36,6 +37,19 @@ class Plan:
     messages: tuple[str, ...] = ()
     #: Whether hotplug cannot do a part of it, and the guest agent perhaps can.
     hopeless: bool = False
+    #: What becomes of the definition.
+    config: ConfigPlan | None = None
+
+    def with_config(self, config: ConfigPlan, *, alone: bool) -> Plan:
+        """This plan with what becomes of the definition, which may be all of it."""
+        return replace(
+            self,
+            config=config,
+            targets=config.targets if alone else self.targets,
+            unchanged=config.unchanged if alone else self.unchanged,
+            refusals=(*self.refusals, *(refusal for refusal in config.refusals if refusal not in self.refusals)),
+            messages=(*self.messages, *config.messages),
+        )
 
     def refused(self, more: Sequence[Refusal]) -> Plan:
         """This plan, with more reasons not to do it, in front of its own."""
@@ -69,6 +83,8 @@ class Plan:
             for ids, online in ((self.onlines, True), (self.offlines, False))
             if ids
         ]
+        if self.config is not None:
+            steps += self.config.steps
         return steps
 
     def to_json(self) -> dict[str, Any]:
@@ -76,9 +92,10 @@ class Plan:
         return {
             "plan": self.steps,
             "refusals": [refusal.message for refusal in self.refusals],
-            "vcpus": list(self.targets),
+            "vcpus": sorted({*self.targets, *(self.config.targets if self.config is not None else ())}),
             "unchanged": list(self.unchanged),
             "messages": list(self.messages),
+            "diff": [] if self.config is None else list(self.config.diff),
         }
 
     def describe(self) -> list[str]:
@@ -94,10 +111,13 @@ class Plan:
             lines.append(f"take vCPU {format_ids(self.onlines)} online in the guest: guest-set-vcpus")
         if self.offlines:
             lines.append(f"take vCPU {format_ids(self.offlines)} offline in the guest: guest-set-vcpus")
-        if self.request.total is not None and not lines and not self.refusals:
+        if self.request.total is not None and not lines and not self.refusals and self.config is None:
             lines.append(f"{self.request.total} vCPUs are enabled already")
-        if self.unchanged:
-            done = "enabled" if self.request.enable else "disabled"
+        if self.config is not None:
+            lines += self.config.describe()
+            lines += self.config.diff
+        if self.unchanged and (self.config is None or self.plugs or self.unplugs):
+            done = "so" if self.request.listed else "enabled" if self.request.enable else "disabled"
             lines.append(f"vCPU {format_ids(self.unchanged)}: already {done}")
         return lines
 
@@ -113,7 +133,9 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     """Select the vCPUs, find what is to be done, and collect every reason not to do it."""
     known = known or Knowledge()
     refusals = checks.check_flags(request.flags) + checks.check_options(request)
-    if request.total is not None and request.has(VcpuFlag.GUEST):
+    if request.listed is not None:
+        targets, found = select_listed(state, request)
+    elif request.total is not None and request.has(VcpuFlag.GUEST):
         request, found = resolve_guest_total(state, request, known)
         targets = request.ids
     elif request.total is not None:
@@ -133,12 +155,13 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     blocked: list[Refusal] = []
     # The guest's own view and the persistent definition have other steps than the running guest.
     is_live = not request.has(VcpuFlag.GUEST) and (request.has(VcpuFlag.LIVE) or not request.has(VcpuFlag.CONFIG))
-    if enable != disable and is_live:
+    if (enable != disable or request.listed is not None) and is_live:
         asked = set(targets)
         for entity in _entities(state, targets):
-            if enable and entity.first in known.pending and entity.plugged:
+            on = request.wants(entity.first if entity.first in asked else min(asked.intersection(entity.ids)))
+            if on and entity.first in known.pending and entity.plugged:
                 awaited.append(entity)
-            elif entity.plugged == enable:
+            elif entity.plugged == on:
                 same = [number for number in entity.ids if number in asked]
                 # Plugged, and offline in the guest, is not enabled.
                 dark = [
@@ -147,7 +170,7 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
                 onlines += dark
                 unchanged += [number for number in same if number not in dark]
             else:
-                (plugs if enable else unplugs).append(entity)
+                (plugs if on else unplugs).append(entity)
         if onlines and not request.fallback:
             refusals.append(checks.only_the_agent(onlines))
         moved = {number for entity in (*awaited, *plugs, *unplugs) for number in entity.ids}

@@ -10,9 +10,10 @@ from qmpvcpu.errors import VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
 if TYPE_CHECKING:
+    from qmpvcpu.core.definition import VcpuConfig
     from qmpvcpu.core.guest import GuestView
 
-__all__ = ["Knowledge", "Request", "parse_ids"]
+__all__ = ["Knowledge", "Listed", "Request", "parse_ids"]
 
 _LONGEST: Final = 86400.0 * 365
 _MOST_RETRIES: Final = 9999
@@ -20,14 +21,25 @@ _RANGE = re.compile(r"(\^?)([0-9]{1,6})(?:-([0-9]{1,6}))?\Z")
 
 
 @dataclass(frozen=True, slots=True)
+class Listed:
+    """What a file's `<vcpus>` says of every vCPU. `exact` is whether it says order and hotpluggable too."""
+
+    vcpus: tuple[VcpuConfig, ...]
+    exact: bool
+    place: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class Request:
     """One call, as data.
 
     `ids` are vCPU ids or, with NUMA_NODE, one node, of which `count` is how many. With `total`, the number of
-    vCPUs there shall be, ids and ENABLE or DISABLE follow from the state. `force` does what is known to kill QEMU.
+    vCPUs there shall be, ids and ENABLE or DISABLE follow from the state; `maximum` makes that the number of ids
+    in the definition instead, `hotpluggable` what is added there so. `force` does what is known to kill QEMU.
     `timeout` is in seconds, for what the guest must do (0: do not wait). `wait` False is `--async`: the call ends
     once QEMU took an unplug. `atomic` brings back what was removed if the rest fails. `retry` is how often an
-    unplug is asked again that the guest refused. `fallback` False never asks the guest agent instead.
+    unplug is asked again that the guest refused. `fallback` False never asks the guest agent instead. `listed`
+    says of every vCPU what it shall be, and ids follow from it.
     """
 
     ids: tuple[int, ...]
@@ -40,6 +52,9 @@ class Request:
     atomic: bool = False
     retry: int = 0
     fallback: bool = True
+    maximum: bool = False
+    hotpluggable: bool = False
+    listed: Listed | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.timeout <= _LONGEST:
@@ -66,7 +81,16 @@ class Request:
     @property
     def is_query(self) -> bool:
         """Neither ENABLE nor DISABLE, nor a count to be reached."""
-        return self.total is None and not (self.enable or self.disable)
+        return self.total is None and self.listed is None and not (self.enable or self.disable)
+
+    def wants(self, vcpu_id: int) -> bool:
+        """Whether this vCPU shall be enabled; it is one that the request is about."""
+        return self.enable if self.listed is None else self.listed.vcpus[vcpu_id].enabled
+
+    @property
+    def enables(self) -> bool:
+        """Whether it may enable."""
+        return self.enable or self.listed is not None
 
 
 @dataclass(frozen=True, slots=True)

@@ -12,7 +12,7 @@ from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = ["core_of", "resolve_guest_total", "resolve_total", "select"]
+__all__ = ["core_of", "resolve_guest_total", "resolve_total", "select", "select_listed"]
 
 
 def select(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[Refusal]]:
@@ -30,9 +30,33 @@ def select(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[
     return tuple(dict.fromkeys(ids if request.has(VcpuFlag.CORE) else request.ids)), refusals
 
 
+def select_listed(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[Refusal]]:
+    """Every vCPU, as a file's `<vcpus>` lists them; and why this cannot be that guest's."""
+    assert request.listed is not None
+    listed = request.listed.vcpus
+    if len(listed) != state.maxcpus:
+        text = f"{request.listed.place} lists {len(listed)} vCPUs, and this domain has {state.maxcpus}"
+        return (), [Refusal("listed", text.strip(), (), "only which of them are enabled can be applied")]
+    mixed = [
+        Refusal(
+            "entity",
+            f"{entity.label} can only be enabled and disabled together, and {request.listed.place} does not",
+            entity.ids,
+            "give all of them the same state",
+        )
+        for entity in state.entities
+        if len({listed[number].enabled for number in entity.ids}) > 1
+    ]
+    return tuple(range(state.maxcpus)), mixed
+
+
 def core_of(state: DomainState, vcpu_id: int) -> tuple[int, ...]:
     """Every vCPU id of the core that holds this one: an entity on ppc64, its threads on x86."""
     entity = state.by_id[vcpu_id]
+    if state.version is None and state.topology is not None:
+        # A definition: its ids are numbered core by core.
+        first = vcpu_id - vcpu_id % state.topology.threads
+        return tuple(range(first, first + state.topology.threads))
     if len(entity.ids) > 1 or entity.props is None or "thread-id" not in entity.props:
         return entity.ids
     key = _core_key(entity)

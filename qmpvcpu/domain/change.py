@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -54,7 +54,11 @@ async def plan_on(
 
 
 async def change(
-    link: Link, request: Request, here: Sequence[Refusal] = (), guest: Guest | None = None
+    link: Link,
+    request: Request,
+    here: Sequence[Refusal] = (),
+    guest: Guest | None = None,
+    beside: Callable[[Plan], Awaitable[Plan]] | None = None,
 ) -> Outcome:
     """Carry out a request that changes something. The link's queue is held.
 
@@ -63,6 +67,7 @@ async def change(
         request: what is asked.
         here: what stands against it whatever the state.
         guest: its agent, where one is known.
+        beside: what else belongs to it: given the plan, before anything is done, with what stands against it.
 
     Raises:
         VcpuError: every end that is no success, but pending and requested.
@@ -80,6 +85,8 @@ async def change(
         held = await link.read()
         plan, known = await plan_on(link, held, request, guest)
     plan = plan.refused(here)
+    if beside is not None:
+        plan = await beside(plan)
     if plan.refusals:
         raise VcpuRefused(
             plan.refusals,
@@ -100,7 +107,7 @@ async def change(
                 end = unchanged(link.state, now, time.monotonic() - began)
     else:
         end = unchanged(held, plan, time.monotonic() - began)
-    if guest is None and request.enable and isinstance(end, Outcome) and end.changed:
+    if guest is None and (plan.plugs or plan.awaited) and isinstance(end, Outcome) and end.changed:
         end = replace(end, messages=(*end.messages, _UNSEEN))
     if guest is not None:
         end = await _in_the_guest(link, guest, plan, known, end, began)
@@ -162,7 +169,7 @@ async def _in_the_guest(
         end = done
     elif view is not None and not end.changed:
         end = _as_seen(link, plan, view, end)
-    if request.enable and request.wait and not request.has(VcpuFlag.GUEST):
+    if request.enables and request.wait and not request.has(VcpuFlag.GUEST):
         skip = {*plan.unchanged, *plan.onlines, *end.pending}
         fresh = [n for n in plan.targets if n not in skip and link.state.vcpus[n].enabled]
         if fresh:

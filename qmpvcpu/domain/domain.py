@@ -8,28 +8,36 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, TypedDict, Unpack
 
 from qmpvcpu.core import checks
+from qmpvcpu.core.config import state_of
 from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
 from qmpvcpu.core.outcome import queried, switched_ids
 from qmpvcpu.core.plan import Plan
-from qmpvcpu.core.request import Request
+from qmpvcpu.core.request import Listed, Request
 from qmpvcpu.core.select import select
 from qmpvcpu.domain.change import change, plan_on
+from qmpvcpu.domain.config import change_both, change_config, with_config
+from qmpvcpu.domain.dump import DETAILS, DIALECTS, describe, dump
 from qmpvcpu.domain.guest import Guest, with_online
-from qmpvcpu.domain.link import Link, Opener, open_link
+from qmpvcpu.domain.link import NOBODY_LISTENS, Link, Opener, open_link
 from qmpvcpu.domain.listen import Events, Hub
+from qmpvcpu.domain.locate import Place, locate
+from qmpvcpu.domain.persistent import Persistent
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.ports import Agent, Monitor
 
 __all__ = ["Domain", "Options", "connect"]
 
-#: What needs more than a QMP connection.
-_ELSEWHERE = int(VcpuFlag.CONFIG | VcpuFlag.GUEST)
+
+#: So long a socket may take to greet where it hardly matters, seconds.
+_HELD_SECONDS = 0.3
 
 
 class Options(TypedDict, total=False):
@@ -62,29 +70,35 @@ def connect(
     *,
     qmp: str | Sequence[str] | None = None,
     agent: str | None = None,
+    xml: str | None = None,
     qmp_log: Any = None,
     connect_timeout: float = 5.0,
     command_timeout: float = 10.0,
+    config_only: bool = False,
 ) -> Domain:
-    """The guest at a QMP address, as a single-use async context manager.
+    """One domain, as a single-use async context manager.
 
     Args:
-        domain: a QMP address, and the name it is reported under.
+        domain: with a `/` in it, the path of a QMP socket or of a domain XML file; else a name given to `define`,
+            else a file or an address.
         qmp: QMP addresses instead: unix path, `host:port` or `fd:N`; of several the first that is free.
         agent: address of the guest agent's socket; it is opened when it is first needed.
+        xml: path of its definition, for CONFIG.
         qmp_log: a `qmpvcpu.QmpLog` that keeps every message.
         connect_timeout: seconds for connection and greeting, per address.
         command_timeout: seconds for one QMP command.
+        config_only: it is only the definition that is wanted: where another client holds the running guest's
+            socket, that is no error and is not waited for.
 
     Raises (on entry):
-        VcpuConnectionError: no address could be reached, or what answers is not QMP.
-        VcpuUsageError: no address given.
+        VcpuConnectionError: no address could be reached, or what answers is not QMP. Where nobody listens, a
+            domain that has a definition is inactive.
+        VcpuUsageError: nothing is named.
+        VcpuRefused: what is known of the domain cannot be read.
     """
-    addresses = [qmp] if isinstance(qmp, str) else list(qmp or ())
-    if not addresses and domain is not None:
-        addresses = [domain]
-    if not addresses:
-        raise VcpuUsageError("no domain given", hint="connect('/path/to/qmp.sock') or connect(qmp=…)")
+    place = locate(domain, qmp, agent, xml)
+    if config_only:
+        connect_timeout = min(connect_timeout, _HELD_SECONDS)
 
     async def open_one(address: str) -> Monitor:
         # Loaded here: `qemu.qmp` is most of what importing qmpvcpu would cost.
@@ -94,13 +108,12 @@ def connect(
             address, log=qmp_log, connect_timeout=connect_timeout, command_timeout=command_timeout
         )
 
-    def agent_of() -> Agent:
+    def agent_at(address: str) -> Agent:
         from qmpvcpu.qemu.agent import AgentClient
 
-        assert agent is not None
-        return AgentClient(agent)
+        return AgentClient(address)
 
-    return Domain(domain or addresses[0], addresses, open_one, agent_of if agent is not None else None)
+    return Domain(place, open_one, agent_at, config_only=config_only)
 
 
 class Domain:
@@ -112,24 +125,30 @@ class Domain:
 
     def __init__(
         self,
-        name: str,
-        addresses: Sequence[str],
+        place: Place,
         opener: Opener,
-        agent: Callable[[], Agent] | None = None,
+        agent_at: Callable[[str], Agent] | None = None,
+        *,
+        config_only: bool = False,
     ) -> None:
-        self.name = name
-        self._addresses = tuple(addresses)
+        self.name = place.name
+        self._place = place
         self._open = opener
-        self._agent = agent
+        self._agent_at = agent_at
+        self._config_only = config_only
+        self._persistent = Persistent(place.definition) if place.definition is not None else None
         self._guest: Guest | None = None
         self._entered = False
         self._link: Link | None = None
         self._last: Link | None = None
+        self._inactive = False
+        self._held: VcpuConnectionError | None = None
+        self._shown: DomainState | None = None
         self._hub = Hub()
         self._queue = asyncio.Lock()
 
     def __repr__(self) -> str:
-        state = "closed" if self._link is None else "connected"
+        state = "connected" if self._link is not None else "inactive" if self._inactive else "closed"
         return f"<Domain {self.name!r} {state}>"
 
     async def __aenter__(self) -> Domain:
@@ -186,8 +205,27 @@ class Domain:
         if request.is_query:
             return await self._query(request)
         async with self._queue:
-            here = self._not_here(request.flags)
+            self._shown = None
+            live, config = self._sides(request.flags)
+            here = self._not_here(request)
+            if config and not live:
+                return await change_config(self._persistent, request, here, self.name)
+            if config and self._link is not None:
+                return await change_both(self._link, self._persistent, request, here, self._guest)
+            if here and self._link is None:
+                # Whatever else the definition has against it.
+                raise VcpuRefused([*here, *self._against(request, config)], ids=request.ids)
             return await change(self._connected(), request, here, self._guest)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether the guest runs, as far as this connection knows."""
+        return self._link is not None or self._held is not None
+
+    @property
+    def has_definition(self) -> bool:
+        """Whether a definition of it is known."""
+        return self._persistent is not None
 
     async def enable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Outcome:
         """Plug these vCPUs, all or none. Arguments and errors are those of `vcpu`."""
@@ -225,7 +263,88 @@ class Domain:
         Raises:
             VcpuRefused: also where the count cannot be reached with whole cores.
         """
-        return await self.request(_total(count, maximum, options))
+        return await self.request(_total(count, options, maximum=maximum, hotpluggable=hotpluggable))
+
+    async def apply(self, xml: bytes, *, place: str = "the file", **options: Unpack[Options]) -> Outcome:
+        """Make the running guest and/or the definition what `<vcpus>` in a document says, as one transaction.
+
+        Args:
+            xml: a domain's XML, or `<vcpus>` alone.
+            place: what it is called in messages.
+            options: see `Options`; nothing is left to the guest agent.
+
+        Raises:
+            VcpuRefused: also where the document cannot be this domain's.
+        """
+        return await self.request(await self._listed(xml, place, options))
+
+    async def plan_apply(self, xml: bytes, *, place: str = "the file", **options: Unpack[Options]) -> Plan:
+        """What `apply` would do."""
+        return await self.plan(await self._listed(xml, place, options))
+
+    async def _listed(self, xml: bytes, place: str, options: Options) -> Request:
+        from qmpvcpu.xml.domain import read_listed
+
+        async with self._queue:
+            live, _ = self._sides(_flags_of(options))
+            link, persistent = self._link, self._persistent
+            if live and link is not None:
+                maximum = link.state.maxcpus
+            elif persistent is not None:
+                maximum = persistent.definition().maxcpus
+            else:
+                maximum = self._connected().state.maxcpus
+        try:
+            vcpus, exact = read_listed(xml, maximum)
+        except VcpuRefused as error:
+            raise VcpuRefused(
+                [replace(one, message=f"'{place}': {one.message}") for one in error.refusals]
+            ) from error
+        given: Options = {"atomic": True, **options, "fallback": False}
+        return replace(
+            _request((), VcpuFlag.CURRENT, given, total=0), total=None, listed=Listed(vcpus, exact, place)
+        )
+
+    async def dump_xml(
+        self, *, inactive: bool = False, dialect: str | None = None, detail: str | None = None
+    ) -> bytes:
+        """The domain's XML: of the running guest, if it runs, else its definition.
+
+        Args:
+            inactive: its definition in any case.
+            dialect: how `<vcpus>` is written, "rfc" or "libvirt"; None: as it is there, else libvirt's.
+            detail: what the RFC's dialect shows: "minimal" (id, state), "cell", or "full".
+
+        Raises:
+            VcpuRefused: there is no definition.
+        """
+        for word, words in ((dialect, DIALECTS), (detail, DETAILS)):
+            if word is not None and word not in words:
+                raise VcpuUsageError(f"'{word}' is none of {', '.join(words)}", hint="choose one of them")
+        async with self._queue:
+            flags = VcpuFlag.CONFIG if inactive else VcpuFlag.CURRENT
+            self._check_here(Request((), flags))
+            live, _ = self._sides(flags)
+            state = await self._connected().read() if live else None
+            if self._persistent is not None:
+                return dump(self._persistent.read(), state, dialect, detail)
+            assert state is not None
+            return dump(await self._described(state), state, dialect, detail)
+
+    async def describe_xml(self) -> bytes:
+        """A definition for the running guest, of what QEMU tells: name, machine, topology, memory, vCPUs.
+
+        Raises:
+            VcpuRefused: it does not run.
+        """
+        async with self._queue:
+            return await self._described(await self._connected().read())
+
+    async def _described(self, state: DomainState) -> bytes:
+        from qmpvcpu.xml.domain import minimal_domain
+
+        link = self._connected()
+        return minimal_domain(await describe(link.monitor, state, link.process, self._place.agent))
 
     async def guest_vcpus(self) -> GuestView:
         """The guest's own CPUs, and which vCPU each one is.
@@ -235,7 +354,7 @@ class Domain:
             VcpuConnectionError: no agent answers, or what it says cannot be.
         """
         async with self._queue:
-            self._check_here(VcpuFlag.GUEST, ())
+            self._check_here(Request((), VcpuFlag.GUEST))
             link = self._connected()
             assert self._guest is not None
             return await self._guest.view(await link.read())
@@ -245,7 +364,7 @@ class Domain:
         began = time.monotonic()
         ids = _ids(logical_ids)
         async with self._queue:
-            self._check_here(VcpuFlag.GUEST, ids)
+            self._check_here(Request(ids, VcpuFlag.GUEST))
             link = self._connected()
             assert self._guest is not None
             view = await self._guest.view(await link.read())
@@ -272,8 +391,8 @@ class Domain:
             VcpuRefused: there is no such side of this domain.
         """
         async with self._queue:
-            self._check_here(flags, (), checks.check_flags(flags))
-            return await self._lit(await self._connected().read(), required=bool(flags & VcpuFlag.GUEST))
+            self._check_here(Request((), flags), checks.check_flags(flags))
+            return await self._state(flags)
 
     @property
     def agent_trouble(self) -> VcpuConnectionError | None:
@@ -305,6 +424,8 @@ class Domain:
         Raises:
             VcpuConnectionError: it was never connected.
         """
+        if self._shown is not None:
+            return self._shown
         link = self._link or self._last
         return link.state if link is not None else self._connected().state
 
@@ -327,9 +448,17 @@ class Domain:
     async def plan(self, request: Request) -> Plan:
         """What `request` would do, and every reason why not; touches nothing."""
         async with self._queue:
-            link = self._connected()
-            plan, _ = await plan_on(link, await link.read(), request, self._guest)
-            return plan.refused(self._not_here(request.flags))
+            self._shown = None
+            live, config = self._sides(request.flags)
+            here = self._not_here(request)
+            plan = Plan(request, request.ids)
+            if live and self._link is not None:
+                plan, _ = await plan_on(self._link, await self._link.read(), request, self._guest)
+            elif not here and not config:
+                self._connected()
+            if config and self._persistent is not None:
+                plan = with_config(plan, self._persistent, live=live and self._link is not None)
+            return plan.refused(here)
 
     async def plan_vcpu(
         self, vcpu_id: int, flags: VcpuFlag, *, count: int | None = None, **options: Unpack[Options]
@@ -355,15 +484,41 @@ class Domain:
         self, count: int, *, maximum: bool = False, hotpluggable: bool = False, **options: Unpack[Options]
     ) -> Plan:
         """What `set_vcpus` would do."""
-        return await self.plan(_total(count, maximum, options))
+        return await self.plan(_total(count, options, maximum=maximum, hotpluggable=hotpluggable))
 
     # -- inside -----------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        self._link = await open_link(self.name, self._addresses, self._open, self._hub, self._queue, self._last)
-        if self._agent is not None:
-            self._guest = Guest(self._agent(), self._link.monitor, self._hub.emit)
+        self._inactive = False
+        self._held = None
+        if not self._place.qmp:
+            self._inactive = True
+            return
+        try:
+            self._link = await open_link(
+                self.name, self._place.qmp, self._open, self._hub, self._queue, self._last
+            )
+        except VcpuConnectionError as error:
+            # Nobody listens: it does not run. Whatever else is wrong, it may.
+            if self._persistent is not None and error.reason in NOBODY_LISTENS:
+                self._inactive = True
+            elif self._config_only:
+                self._held = error
+            else:
+                raise
+            return
+        address = self._agent_address()
+        if address is not None and self._agent_at is not None:
+            self._guest = Guest(self._agent_at(address), self._link.monitor, self._hub.emit)
             self._link.look_further = self._guest.try_view
+
+    def _agent_address(self) -> str | None:
+        if self._place.agent is not None or self._persistent is None:
+            return self._place.agent
+        # An XML that cannot be read is told where it is needed.
+        with suppress(VcpuRefused):
+            return self._persistent.definition().agent
+        return None
 
     async def _close(self) -> None:
         link, self._link = self._link, None
@@ -375,10 +530,14 @@ class Domain:
             await link.close()
 
     def _connected(self) -> Link:
+        if self._link is None and self._inactive:
+            raise VcpuRefused([self._not_running()])
+        if self._held is not None:
+            raise self._held
         if self._link is None:
             raise VcpuConnectionError(
                 f"the domain '{self.name}' is not connected",
-                address=self._addresses[0],
+                address=next(iter(self._place.qmp), None),
                 reason="closed",
                 hint="use it inside `async with connect(…)`, or await reconnect()",
             )
@@ -387,13 +546,38 @@ class Domain:
     async def _query(self, request: Request) -> Outcome:
         began = time.monotonic()
         async with self._queue:
-            self._check_here(request.flags, request.ids, checks.check_flags(request.flags))
-            state = await self._connected().read()
-            state = await self._lit(state, required=request.has(VcpuFlag.GUEST))
+            self._check_here(request, checks.check_flags(request.flags))
+            state = await self._state(request.flags)
         ids, refusals = select(state, request)
         if refusals:
             raise VcpuRefused(refusals, ids=ids)
         return queried(state, ids, time.monotonic() - began)
+
+    async def _state(self, flags: VcpuFlag) -> DomainState:
+        """Of the side that `flags` name."""
+        self._shown = None
+        live, _ = self._sides(flags)
+        if not live:
+            assert self._persistent is not None
+            definition = self._persistent.definition()
+            self._shown = state_of(definition, self.name, active=self.is_active)
+            return self._shown
+        return await self._lit(await self._connected().read(), required=bool(flags & VcpuFlag.GUEST))
+
+    def _sides(self, flags: VcpuFlag) -> tuple[bool, bool]:
+        """Whether LIVE, whether CONFIG; CURRENT is LIVE if it runs, else CONFIG."""
+        live, config = bool(flags & (VcpuFlag.LIVE | VcpuFlag.GUEST)), bool(flags & VcpuFlag.CONFIG)
+        if not live and not config:
+            config = self._inactive
+            live = not config
+        return live, config
+
+    def _against(self, request: Request, config: bool) -> list[Refusal]:
+        """What the definition has against it."""
+        if not config or self._persistent is None:
+            return []
+        found = checks.check_flags(request.flags) + checks.check_options(request)
+        return found or list(self._persistent.plan(request).plan.refusals)
 
     async def _lit(self, state: DomainState, *, required: bool) -> DomainState:
         """With the guest's own view of each vCPU, where an agent gives it."""
@@ -402,37 +586,46 @@ class Domain:
         view = await (self._guest.view(state) if required else self._guest.try_view(state))
         return state if view is None else with_online(state, view)
 
-    def _check_here(self, flags: VcpuFlag, ids: Sequence[int], refusals: Sequence[Refusal] = ()) -> None:
-        found = [*refusals, *self._not_here(flags)]
+    def _check_here(self, request: Request, refusals: Sequence[Refusal] = ()) -> None:
+        found = [*refusals, *self._not_here(request)]
         if found:
-            raise VcpuRefused(found, ids=ids)
+            raise VcpuRefused(found, ids=request.ids)
 
-    def _not_here(self, flags: VcpuFlag) -> list[Refusal]:
+    def _not_here(self, request: Request) -> list[Refusal]:
         """What this connection cannot serve, whatever the state."""
         found: list[Refusal] = []
-        if int(flags) & _ELSEWHERE == 0:
-            return found
-        if flags & VcpuFlag.CONFIG:
-            found.append(
-                Refusal(
-                    "no-definition",
-                    "no persistent definition of this domain is known",
-                    (),
-                    "leave out --config (CONFIG): the running guest alone can be changed",
-                    "VIR_ERR_OPERATION_INVALID",
-                )
-            )
-        if flags & VcpuFlag.GUEST and self._agent is None:
-            found.append(
-                Refusal(
-                    "no-agent",
-                    "no guest agent of this domain is known",
-                    (),
-                    "name its socket: --agent ADDR (agent=), or leave out --guest (GUEST)",
-                    "VIR_ERR_OPERATION_INVALID",
-                )
-            )
+        live, config = self._sides(request.flags)
+        if live and self._inactive:
+            found.append(self._not_running())
+        if config and self._persistent is None:
+            found.append(_NO_DEFINITION)
+        if request.has(VcpuFlag.GUEST) and self._guest is None and self._link is not None:
+            found.append(_NO_AGENT)
+        if request.maximum and live:
+            found.append(checks.MAXIMUM_IS_CONFIG)
         return found
+
+    def _not_running(self) -> Refusal:
+        hint = "leave out --live (LIVE) to change its definition, or start it"
+        return Refusal(
+            "inactive", f"the domain '{self.name}' is not running", (), hint, "VIR_ERR_OPERATION_INVALID"
+        )
+
+
+_NO_DEFINITION = Refusal(
+    "no-definition",
+    "no persistent definition of this domain is known",
+    (),
+    "leave out --config (CONFIG), or define it: `qmpvcpu define NAME --qmp ADDR`",
+    "VIR_ERR_OPERATION_INVALID",
+)
+_NO_AGENT = Refusal(
+    "no-agent",
+    "no guest agent of this domain is known",
+    (),
+    "name its socket: --agent ADDR (agent=), or leave out --guest (GUEST)",
+    "VIR_ERR_OPERATION_INVALID",
+)
 
 
 def _request(
@@ -453,6 +646,10 @@ def _request(
         raise TypeError(str(error).replace("Request.__init__()", "this call")) from None
 
 
+def _flags_of(options: Options) -> VcpuFlag:
+    return _request((), VcpuFlag.CURRENT, options, total=0).flags
+
+
 _FLAG_WORDS = (
     ("core", VcpuFlag.CORE),
     ("live", VcpuFlag.LIVE),
@@ -461,12 +658,13 @@ _FLAG_WORDS = (
 )
 
 
-def _total(count: int, maximum: bool, options: Options) -> Request:
+def _total(count: int, options: Options, *, maximum: bool, hotpluggable: bool) -> Request:
     if type(count) is not int:
         raise VcpuUsageError(f"{count!r} is no number of vCPUs", hint="give an integer")
     if maximum and not options.get("config"):
         raise VcpuRefused([checks.MAXIMUM_IS_CONFIG])
-    return _request((), VcpuFlag.CURRENT, options, total=count)
+    request = _request((), VcpuFlag.CURRENT, options, total=count)
+    return replace(request, maximum=maximum, hotpluggable=hotpluggable)
 
 
 def _ids(ids: object) -> tuple[int, ...]:

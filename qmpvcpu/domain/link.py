@@ -7,7 +7,7 @@ import time
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.events import CPU_EVENTS, Names, SignalKind, changes, interpret
@@ -22,7 +22,10 @@ from qmpvcpu.host.pending import PendingFolder
 from qmpvcpu.host.process import Process, find_process
 from qmpvcpu.ports import Monitor, MonitorEvent, PendingStore
 
-__all__ = ["Link", "Opener", "open_link"]
+__all__ = ["NOBODY_LISTENS", "Link", "Opener", "open_link"]
+
+#: Reasons of a `VcpuConnectionError` that say that there is no QEMU at an address.
+NOBODY_LISTENS: Final = frozenset({"missing", "refused"})
 
 #: Opens a monitor at one address.
 Opener = Callable[[str], Awaitable[Monitor]]
@@ -255,10 +258,12 @@ def _same_guest(one: Link, other: Link) -> bool:
 
 
 def _none_free(errors: Sequence[VcpuConnectionError]) -> VcpuConnectionError:
+    # One that is held by somebody tells more than one where nobody is.
+    worst = next((error for error in errors if error.reason not in NOBODY_LISTENS), errors[0])
     return VcpuConnectionError(
         "no QMP address answers: " + "; ".join(error.message for error in errors),
-        address=errors[0].address,
-        reason=errors[0].reason,
-        hint=errors[0].hint,
-        libvirt=errors[0].libvirt,
+        address=worst.address,
+        reason=worst.reason,
+        hint=worst.hint,
+        libvirt=worst.libvirt,
     )

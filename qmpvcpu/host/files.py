@@ -1,11 +1,29 @@
-"""Where state is kept."""
+"""Where state is kept, and files that are replaced whole or not at all.
+
+A new version is staged: written and synced beside the old one, so that a full disk or a missing right shows before
+anything else is done. Committing it is one rename, under a lock of the folder.
+"""
 
 from __future__ import annotations
 
+import fcntl
 import os
+import stat
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
-__all__ = ["state_folder"]
+__all__ = ["LockTimeout", "StagedFile", "locked_folder", "read_file", "stage_file", "state_folder", "sync_folder"]
+
+_PAUSE: Final = 0.005
+#: Between the file's name and our process id in the name of what is staged.
+_MARK: Final = ".new-"
+
+
+class LockTimeout(OSError):
+    """Another process held the lock of a folder for all the time there was."""
 
 
 def state_folder() -> Path:
@@ -19,3 +37,128 @@ def state_folder() -> Path:
         return Path("/var/lib/qmpvcpu")
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "qmpvcpu"
+
+
+def read_file(path: Path, limit: int) -> bytes:
+    """A regular file, and of one that has more than `limit` bytes no more than that and one.
+
+    Raises:
+        OSError: it cannot be read, or is a socket, a device or the like.
+    """
+    # Not blocking: a pipe that nobody writes to must not hold us.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    with os.fdopen(fd, "rb") as file:
+        if not stat.S_ISREG(os.fstat(fd).st_mode):
+            raise OSError(22, "not a regular file", str(path))
+        return file.read(limit + 1)
+
+
+class StagedFile:
+    """A new version that waits beside `path`: `commit()` or `discard()` it, once."""
+
+    def __init__(self, path: Path, temporary: Path) -> None:
+        self.path = path
+        self._temporary: Path | None = temporary
+
+    def commit(self) -> None:
+        """Put it in the place of the old version, for good.
+
+        Raises:
+            OSError: the old version stands, and this one is discarded.
+        """
+        assert self._temporary is not None
+        try:
+            self._temporary.rename(self.path)
+        except BaseException:
+            self.discard()
+            raise
+        self._temporary = None
+        # What cannot be synced now is there all the same.
+        with suppress(OSError):
+            sync_folder(self.path.parent)
+
+    def discard(self) -> None:
+        """Take it away, if it was not committed. Never raises."""
+        temporary, self._temporary = self._temporary, None
+        if temporary is not None:
+            with suppress(OSError):
+                temporary.unlink()
+
+
+def stage_file(path: Path, data: bytes, mode: int = 0o600) -> StagedFile:
+    """Write and sync a new version beside `path`; what is there keeps its owner and mode.
+
+    Raises:
+        OSError: it cannot be written there; nothing has changed.
+    """
+    # Where links lead to, so that a link stays one.
+    path = Path(os.path.realpath(path))
+    temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
+    staged = StagedFile(path, temporary)
+    try:
+        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        with os.fdopen(fd, "wb") as file:
+            with suppress(FileNotFoundError):
+                found = path.stat()
+                os.fchmod(fd, stat.S_IMODE(found.st_mode))
+                if (found.st_uid, found.st_gid) != (os.geteuid(), os.getegid()):
+                    with suppress(PermissionError):
+                        os.fchown(fd, found.st_uid, found.st_gid)
+            file.write(data)
+            file.flush()
+            os.fsync(fd)
+    except BaseException:
+        staged.discard()
+        raise
+    return staged
+
+
+def sync_folder(folder: Path) -> None:
+    """Make renames and removals in it last. Some file systems cannot, and need not."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):
+            os.fsync(fd)
+    finally:
+        os.close(fd)
+
+
+@contextmanager
+def locked_folder(folder: Path, seconds: float, *, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+    """Hold a folder against every other process, and thread, that does so too.
+
+    Args:
+        folder: a folder that exists.
+        seconds: how long to wait.
+        given_up: asked while waiting; true ends it.
+
+    Raises:
+        LockTimeout: it was not to be had in that time.
+        OSError: there is no such folder.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        deadline = time.monotonic() + seconds
+        while True:
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if time.monotonic() >= deadline or given_up():
+                    raise LockTimeout(11, "another process holds it", str(folder)) from None
+                time.sleep(_PAUSE)
+        _sweep(folder)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _sweep(folder: Path) -> None:
+    """What a process that was killed had staged."""
+    with suppress(OSError):
+        for name in os.listdir(folder):  # noqa: PTH208 - names are all we need
+            if name.startswith(".") and _MARK in name:
+                pid = name.rpartition(_MARK)[2].split("-")[0]
+                if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                    with suppress(OSError):
+                        (folder / name).unlink()

@@ -335,6 +335,14 @@ class QmpMonitor:
         """QMP `query-status`."""
         return self.execute("query-status")
 
+    def query_uuid(self) -> asyncio.Future[object]:
+        """QMP `query-uuid`."""
+        return self.execute("query-uuid")
+
+    def query_memory_size_summary(self) -> asyncio.Future[object]:
+        """QMP `query-memory-size-summary`."""
+        return self.execute("query-memory-size-summary")
+
     def qom_get(self, path: str, name: str) -> asyncio.Future[object]:
         """QMP `qom-get`; `name` is the property."""
         return self.execute("qom-get", {"path": path, "property": name})

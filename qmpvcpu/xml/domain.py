@@ -5,18 +5,32 @@ Element and attribute names are libvirt's (formatdomain); `<vcpus>` is read in l
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Final
+from xml.sax.saxutils import escape, quoteattr
 
-from qmpvcpu.core.definition import MOST_VCPUS, Definition, NumaCell, VcpuConfig, default_vcpus
+from qmpvcpu.core.definition import (
+    MOST_VCPUS,
+    Definition,
+    NumaCell,
+    VcpuConfig,
+    contradictions,
+    default_vcpus,
+    started_with,
+)
 from qmpvcpu.core.model import Topology, format_ids
 from qmpvcpu.core.request import parse_ids
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.xml.source import Document, Element, parse_document
 
-__all__ = ["read_domain", "vcpus_lines", "write_vcpus"]
+__all__ = ["Details", "minimal_domain", "read_domain", "read_listed", "renamed", "vcpus_lines", "write_vcpus"]
+
+#: vCPU id -> further attributes, None for what is not known.
+Details = Mapping[int, Mapping[str, str | None]]
 
 _LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
+#: `<domain type>` and what we call it.
+_ACCELS: Final = {"kvm": "kvm", "qemu": "tcg"}
 _WITH_PRIORITY: Final = ("fifo", "rr")
 _SCHEDULERS: Final = ("fifo", "rr", "batch", "idle", "other")
 
@@ -58,11 +72,12 @@ class _Reader:
             self._wrong(name or root, "the domain has no <name>", "VIR_ERR_NO_NAME")
         uuid, machine = root.child("uuid"), root.find("os/type")
         emulator = root.find("devices/emulator")
-        vcpu = root.child("vcpu")
+        vcpu, listed = root.child("vcpu"), root.child("vcpus")
         vcpus, dialect = self._vcpus(vcpu)
-        return Definition(
+        definition = Definition(
             name.text.strip() if name is not None else "",
             vcpus,
+            accel=_ACCELS.get(root.attributes.get("type", "")),
             uuid=uuid.text.strip() if uuid is not None else None,
             arch=machine.attributes.get("arch") if machine is not None else None,
             machine=machine.attributes.get("machine") if machine is not None else None,
@@ -76,6 +91,15 @@ class _Reader:
             emulator_pin=self._emulator_pin(),
             agent=self._agent(),
         )
+        if listed is not None and not self.found:
+            for text in contradictions(definition):
+                self._wrong(listed, text)
+        return definition
+
+    def listed(self, maximum: int) -> tuple[tuple[VcpuConfig, ...], str | None]:
+        """Of `<vcpus>` alone."""
+        self.maximum = maximum
+        return self._listed(self.root)
 
     # -- <vcpu> and <vcpus> -----------------------------------------------------------------------
 
@@ -90,6 +114,9 @@ class _Reader:
         listed = self.root.child("vcpus")
         if listed is None:
             return default_vcpus(self.maximum, current), None
+        return self._listed(listed)
+
+    def _listed(self, listed: Element) -> tuple[tuple[VcpuConfig, ...], str | None]:
         found: dict[int, VcpuConfig] = {}
         dialects: dict[str, Element] = {}
         for row in listed.all("vcpu"):
@@ -102,6 +129,10 @@ class _Reader:
             row = max(dialects.values(), key=lambda element: element.line)
             self._wrong(row, "<vcpus> mixes 'enabled' (libvirt's dialect) and 'state' (the RFC's)")
         vcpus = tuple(found.get(n, VcpuConfig(n, enabled=False, hotpluggable=True)) for n in range(self.maximum))
+        dialect = next(iter(dialects), None)
+        if dialect == "rfc":
+            said = {int(row.attributes["id"]) for row in listed.all("vcpu") if _says(row, "hotpluggable")}
+            vcpus = started_with(vcpus, said)
         if not vcpus[0].enabled:
             self._wrong(listed, "vCPU 0 is not enabled: a guest cannot boot without it")
         if vcpus[0].hotpluggable:
@@ -113,7 +144,7 @@ class _Reader:
                 )
             if not config.enabled and config.order is not None:
                 self._wrong(listed, f"vCPU {config.id} is disabled and has an order")
-        return vcpus, next(iter(dialects), None)
+        return vcpus, dialect
 
     def _vcpu(self, row: Element, dialects: dict[str, Element]) -> VcpuConfig | None:
         number = self._int(row, row.attributes.get("id"), "<vcpu id>", 0, self.maximum - 1)
@@ -276,17 +307,30 @@ class _Reader:
         self.found.append(Refusal("xml", f"line {element.line}: {text}", (), "correct the domain's XML", libvirt))
 
 
-def write_vcpus(document: Document, old: Definition, new: Definition, dialect: str | None = None) -> bytes:
+def _says(row: Element, key: str) -> bool:
+    return key in row.attributes and row.attributes.get("id", "").isdigit()
+
+
+def write_vcpus(
+    document: Document,
+    old: Definition,
+    new: Definition,
+    dialect: str | None = None,
+    details: Details | None = None,
+) -> bytes:
     """The document with the vCPUs of `new`; what is as in `old` keeps every byte.
 
     Args:
-        dialect: "rfc" or "libvirt"; that of the document, else libvirt's, if None.
+        dialect: "rfc" or "libvirt", and then `<vcpus>` is written anew; that of the document, else libvirt's, if
+            None.
+        details: further attributes by vCPU id, in the RFC's dialect.
     """
     root = document.root
     wanted = dialect or old.dialect or "libvirt"
     enabled = len(new.enabled_ids)
     listed = root.child("vcpus")
-    lines = [] if new.vcpus == default_vcpus(new.maxcpus, enabled) else vcpus_lines(new, wanted)
+    is_plain = dialect is None and new.vcpus == default_vcpus(new.maxcpus, enabled)
+    lines = [] if is_plain else vcpus_lines(new, wanted, details)
     vcpu = root.child("vcpu")
     if vcpu is None:
         # libvirt's default is one.
@@ -302,7 +346,9 @@ def write_vcpus(document: Document, old: Definition, new: Definition, dialect: s
             document.set_attribute(vcpu, "current", str(enabled))
         if listed is None and lines:
             document.insert_after(vcpu, lines)
-    if listed is not None and (new.vcpus != old.vcpus or wanted != old.dialect):
+    if listed is not None and dialect is not None:
+        document.replace(listed, lines)
+    elif listed is not None and new.vcpus != old.vcpus:
         _update(document, listed, old, new, wanted)
     return document.to_bytes()
 
@@ -318,11 +364,13 @@ def _update(document: Document, listed: Element, old: Definition, new: Definitio
                 document.set_attribute(rows[config.id], key, value)
 
 
-def vcpus_lines(definition: Definition, dialect: str) -> list[str]:
-    """`<vcpus>` as lines; in the RFC's dialect that is its option 1, id and state."""
+def vcpus_lines(definition: Definition, dialect: str, details: Details | None = None) -> list[str]:
+    """`<vcpus>` as lines; in the RFC's dialect id and state, and what `details` has."""
     lines = ["<vcpus>"]
     for config in definition.vcpus:
         attributes = {"id": str(config.id), **_attributes(config, dialect)}
+        if dialect == "rfc" and details is not None:
+            attributes |= details.get(config.id, {})
         words = "".join(f" {key}='{value}'" for key, value in attributes.items() if value is not None)
         lines.append(f"  <vcpu{words}/>")
     return [*lines, "</vcpus>"]
@@ -336,3 +384,84 @@ def _attributes(config: VcpuConfig, dialect: str) -> dict[str, str | None]:
         "hotpluggable": "yes" if config.hotpluggable else "no",
         "order": None if config.order is None else str(config.order),
     }
+
+
+def read_listed(data: bytes, maximum: int) -> tuple[tuple[VcpuConfig, ...], bool]:
+    """What a document's `<vcpus>` says of every vCPU, and whether it says order and hotpluggable too.
+
+    Args:
+        data: a domain's XML, or `<vcpus>` alone.
+        maximum: how many vCPUs there are, where the document has no `<vcpu>`.
+
+    Raises:
+        VcpuRefused: it contradicts itself; every reason, each with its line.
+    """
+    document = parse_document(data)
+    if document.root.name != "vcpus":
+        _, definition = read_domain(data)
+        return definition.vcpus, definition.dialect == "libvirt"
+    reader = _Reader(document.root)
+    vcpus, dialect = reader.listed(maximum)
+    if reader.found:
+        raise VcpuRefused(reader.found)
+    return vcpus, dialect == "libvirt"
+
+
+def renamed(data: bytes, name: str) -> bytes:
+    """The same domain under another name."""
+    document, definition = read_domain(data)
+    element = document.root.child("name")
+    assert element is not None
+    if definition.name != name:
+        document.set_text(element, name)
+    return document.to_bytes()
+
+
+def minimal_domain(definition: Definition) -> bytes:
+    """A document of its own for a guest that has none: what QEMU tells of it, and nothing else."""
+    kind = {"kvm": "kvm", "tcg": "qemu"}.get(definition.accel or "", "qemu")
+    lines = [f"<domain type='{kind}'>", f"  <name>{escape(definition.name)}</name>"]
+    if definition.uuid is not None:
+        lines.append(f"  <uuid>{escape(definition.uuid)}</uuid>")
+    if definition.memory is not None:
+        lines.append(f"  <memory unit='KiB'>{definition.memory // 1024}</memory>")
+    lines.append(f"  <vcpu>{definition.maxcpus}</vcpu>")
+    machine = f" machine={quoteattr(definition.machine)}" if definition.machine else ""
+    lines.append(f"  <os><type arch={quoteattr(definition.arch or '')}{machine}>hvm</type></os>")
+    lines += _cpu_lines(definition)
+    devices = []
+    if definition.emulator is not None:
+        devices.append(f"    <emulator>{escape(definition.emulator)}</emulator>")
+    if definition.agent is not None:
+        devices += [
+            "    <channel type='unix'>",
+            f"      <source mode='bind' path={quoteattr(definition.agent)}/>",
+            "      <target type='virtio' name='org.qemu.guest_agent.0'/>",
+            "    </channel>",
+        ]
+    if devices:
+        lines += ["  <devices>", *devices, "  </devices>"]
+    document, old = read_domain("\n".join([*lines, "</domain>", ""]).encode())
+    return write_vcpus(document, old, definition)
+
+
+def _cpu_lines(definition: Definition) -> list[str]:
+    lines = []
+    topology = definition.topology
+    if topology is not None:
+        counts = {level: getattr(topology, level) for level in _LEVELS}
+        words = "".join(
+            f" {level}='{count}'"
+            for level, count in counts.items()
+            if count > 1 or level in ("sockets", "cores", "threads")
+        )
+        lines.append(f"    <topology{words}/>")
+    if definition.cells and all(cell.memory is not None for cell in definition.cells):
+        lines.append("    <numa>")
+        lines += [
+            f"      <cell id='{cell.id}' cpus='{format_ids(cell.cpus)}'"
+            f" memory='{(cell.memory or 0) // 1024}' unit='KiB'/>"
+            for cell in definition.cells
+        ]
+        lines.append("    </numa>")
+    return ["  <cpu>", *lines, "  </cpu>"] if lines else []

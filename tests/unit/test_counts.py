@@ -116,8 +116,3 @@ def test_a_node_never_counts_a_vcpu_that_is_leaving():
 def test_no_hotplug_is_planned_for_what_is_not_the_running_guest(flag):
     plan = make_plan(x86({0, 1}), Request((1,), VcpuFlag.DISABLE | flag))
     assert (plan.unplugs, plan.refusals) == ((), ())
-
-
-def test_vcpu_0_stays_enabled_in_a_definition():
-    plan = make_plan(x86({0, 1}), Request((0, 1), VcpuFlag.DISABLE | VcpuFlag.CONFIG))
-    assert [refusal.code for refusal in plan.refusals] == ["config-vcpu-0"]

@@ -9,6 +9,7 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
+from qmpvcpu.domain.locate import Place
 from tests.unit.fake_qemu import BOOT_PATH, FakeQemu, error
 from tests.unit.fake_qmp import answering, serve
 
@@ -520,7 +521,7 @@ def test_the_same_call_by_flags_and_by_name_is_the_same_request():
             made.append(request)
 
     async def both():
-        domain = Recorder("d", ["d"], None)
+        domain = Recorder(Place("d", ("d",)), None)
         flags = VcpuFlag.ENABLE | VcpuFlag.LIVE | VcpuFlag.CORE
         await domain.vcpu(5, flags, timeout=3, atomic=True)
         await domain.enable(5, live=True, core=True, timeout=3, atomic=True)

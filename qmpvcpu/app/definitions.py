@@ -1,0 +1,197 @@
+"""`define`, `undefine`, `list`: the domains that have a home here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from qmpvcpu.domain import connect
+from qmpvcpu.errors import Refusal, VcpuError, VcpuRefused, VcpuUsageError
+from qmpvcpu.host.definitions import Addresses, DefinitionFile, DefinitionFolder, check_name
+from qmpvcpu.xml.domain import read_domain, renamed
+
+__all__ = ["Defined", "Listed", "define", "list_domains", "read_document", "undefine"]
+
+_LOOK_SECONDS: Final = 1.0
+
+
+@dataclass(frozen=True, slots=True)
+class Defined:
+    """What `define` did."""
+
+    name: str
+    path: str
+    replaced: bool
+    addresses: Addresses
+    messages: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `define --json`."""
+        return {
+            "domain": self.name,
+            "path": self.path,
+            "replaced": self.replaced,
+            **self.addresses.to_json(),
+            "messages": list(self.messages),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Listed:
+    """One row of `list`. `active` is None where nobody can tell, and `trouble` says why."""
+
+    name: str
+    active: bool | None
+    addresses: Addresses
+    current: int | None = None
+    maximum: int | None = None
+    trouble: str | None = None
+
+    @property
+    def state(self) -> str:
+        """virsh's word."""
+        return {True: "running", False: "shut off", None: "unknown"}[self.active]
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data; `current` and `maximum` are the definition's."""
+        return {
+            "name": self.name,
+            "state": self.state,
+            "active": self.active,
+            "current": self.current,
+            "maximum": self.maximum,
+            **self.addresses.to_json(),
+            "trouble": self.trouble,
+        }
+
+
+async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, xml: str | None = None) -> Defined:
+    """Define a domain: by a file of domain XML, or under a name with its sockets.
+
+    Without `xml`, the definition is made of what the running QEMU tells.
+
+    Raises:
+        VcpuRefused: the name, the XML or the folder does not allow it; nothing is changed.
+        VcpuConnectionError: its QEMU was to be asked, and does not answer.
+    """
+    addresses = Addresses(tuple(_absolute(address) for address in qmp), _absolute(agent) if agent else None)
+    if "/" in word or (xml is None and not qmp and agent is None):
+        if xml is not None:
+            raise VcpuUsageError(
+                f"two files are given, '{word}' and '{xml}'", hint="define FILE, or define NAME --xml FILE"
+            )
+        return await _define_file(word, addresses)
+    refusal = check_name(word)
+    if refusal is not None:
+        raise VcpuRefused([refusal])
+    messages = []
+    if xml is not None:
+        data = read_document(xml)
+        own = _checked(data, xml)
+        if own != word:
+            messages.append(f"'{xml}' calls the domain '{own}': it is defined as '{word}'")
+            data = renamed(data, word)
+    elif addresses.qmp:
+        async with connect(word, qmp=addresses.qmp, agent=addresses.agent) as domain:
+            data = await domain.describe_xml()
+    else:
+        raise VcpuUsageError(
+            "neither its QMP socket nor its XML is given", hint="define NAME --qmp ADDR, or --xml FILE"
+        )
+    return await asyncio.to_thread(_write, word, data, addresses, messages)
+
+
+async def _define_file(path: str, addresses: Addresses) -> Defined:
+    data = read_document(path)
+    name = _checked(data, path)
+    refusal = check_name(name)
+    if refusal is not None:
+        raise VcpuRefused([refusal])
+    if addresses == Addresses():
+        # A new XML for a domain says nothing new of where it is reached.
+        with suppress(VcpuRefused):
+            addresses = DefinitionFolder().addresses(name)
+    return await asyncio.to_thread(_write, name, data, addresses, [])
+
+
+def _write(name: str, data: bytes, addresses: Addresses, messages: Sequence[str]) -> Defined:
+    folder = DefinitionFolder()
+    replaced = folder.define(name, data, addresses)
+    return Defined(name, folder.file(name).place, replaced, addresses, tuple(messages))
+
+
+def undefine(name: str) -> Path:
+    """Forget a domain; where its last XML is kept.
+
+    Raises:
+        VcpuRefused: it is not defined, or cannot be removed.
+    """
+    return DefinitionFolder().undefine(name)
+
+
+async def list_domains() -> list[Listed]:
+    """Every domain that is defined, and whether somebody listens at its sockets."""
+    folder = DefinitionFolder()
+    return list(await asyncio.gather(*(_look(folder, name) for name in folder.names())))
+
+
+async def _look(folder: DefinitionFolder, name: str) -> Listed:
+    try:
+        addresses = folder.addresses(name)
+    except VcpuRefused as error:
+        return Listed(name, None, Addresses(), trouble=error.message)
+    current = maximum = None
+    trouble = None
+    try:
+        definition = read_domain(folder.file(name).read())[1]
+        current, maximum = len(definition.enabled_ids), definition.maxcpus
+    except VcpuRefused as error:
+        trouble = error.message
+    active: bool | None = False
+    try:
+        async with connect(name, connect_timeout=_LOOK_SECONDS, command_timeout=_LOOK_SECONDS) as domain:
+            active = domain.is_active
+    except VcpuError as error:
+        # Somebody listens, and holds it.
+        active = True if getattr(error, "reason", None) == "no-greeting" else None
+        trouble = trouble or error.message
+    return Listed(name, active, addresses, current, maximum, trouble)
+
+
+def read_document(path: str) -> bytes:
+    """A file that the user names.
+
+    Raises:
+        VcpuRefused: it is not there, or cannot be read.
+    """
+    if not Path(path).exists():
+        hint = "name a file with domain XML"
+        raise VcpuRefused([Refusal("definition", f"there is no file '{path}'", (), hint, "VIR_ERR_INVALID_ARG")])
+    return DefinitionFile(Path(path), keep=False).read()
+
+
+def _checked(data: bytes, path: str) -> str:
+    """The name in a document that holds."""
+    try:
+        return read_domain(data)[1].name
+    except VcpuRefused as error:
+        found = [Refusal(r.code, f"'{path}': {r.message}", r.ids, r.hint, r.libvirt) for r in error.refusals]
+        raise VcpuRefused(found) from error
+
+
+def _absolute(address: str) -> str:
+    """A definition is used from every folder, and has no descriptors."""
+    if address.startswith("fd:"):
+        raise VcpuUsageError(
+            f"'{address}' cannot be kept: a descriptor is this process's", hint="give the socket's path"
+        )
+    if not address:
+        raise VcpuUsageError("an address is empty", hint="give a path or host:port")
+    if "/" not in address and ":" in address:
+        return address
+    return os.path.abspath(address)  # noqa: PTH100 - a link stays what it is

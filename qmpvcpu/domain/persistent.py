@@ -1,0 +1,182 @@
+"""The persistent side of one domain: its definition, read, planned on and replaced whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from threading import Event as Flag
+
+from qmpvcpu.core.config import ConfigPlan, plan_config
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.request import Request
+from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.ports import DefinitionStore, Staged
+
+__all__ = ["ConfigChange", "Persistent"]
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """A document and what it says."""
+
+    data: bytes
+    definition: Definition
+
+
+class Persistent:
+    """The definition of one domain."""
+
+    def __init__(self, store: DefinitionStore) -> None:
+        self._store = store
+
+    @property
+    def place(self) -> str:
+        """Where it is kept."""
+        return self._store.place
+
+    def read(self) -> bytes:
+        """The document. Raises VcpuRefused."""
+        return self._store.read()
+
+    def definition(self) -> Definition:
+        """What it says.
+
+        Raises:
+            VcpuRefused: it is not there, or contradicts itself: every reason, with its line.
+        """
+        return self._version(self._store.read()).definition
+
+    def plan(self, request: Request, ids: Sequence[int] | None = None) -> ConfigChange:
+        """What `request` makes of it; nothing is written."""
+        version = self._version(self._store.read())
+        return ConfigChange(
+            self._store, version.data, plan_config(version.definition, request, ids), self._again(request, ids)
+        )
+
+    def _again(self, request: Request, ids: Sequence[int] | None) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
+        def again(data: bytes) -> tuple[bytes, ConfigPlan]:
+            plan = plan_config(self._version(data).definition, request, ids)
+            if plan.refusals:
+                raise VcpuRefused(plan.refusals, ids=plan.targets)
+            return written(data, plan), plan
+
+        return again
+
+    def _version(self, data: bytes) -> _Version:
+        from qmpvcpu.xml.domain import read_domain
+
+        try:
+            return _Version(data, read_domain(data)[1])
+        except VcpuRefused as error:
+            # Whose line it is.
+            raise VcpuRefused([_at(self.place, refusal) for refusal in error.refusals]) from error
+
+
+def written(data: bytes, plan: ConfigPlan) -> bytes:
+    """The document of `plan.old` with what `plan.new` says of vCPUs."""
+    from qmpvcpu.xml.domain import read_domain, write_vcpus
+
+    if not plan.writes:
+        return data
+    document, _ = read_domain(data)
+    return write_vcpus(document, plan.old, plan.new)
+
+
+class ConfigChange:
+    """One change of a definition: planned, then staged, then committed or discarded."""
+
+    def __init__(
+        self,
+        store: DefinitionStore,
+        before: bytes,
+        plan: ConfigPlan,
+        again: Callable[[bytes], tuple[bytes, ConfigPlan]],
+    ) -> None:
+        self.plan = plan
+        self.before = before
+        self._store = store
+        self._again = again
+        self._staged: Staged | None = None
+
+    @property
+    def diff(self) -> tuple[str, ...]:
+        """The document before and after, as a unified diff."""
+        from difflib import unified_diff
+
+        before, after = (data.decode(errors="replace").splitlines() for data in (self.before, self.after))
+        return tuple(unified_diff(before, after, "definition", "definition as asked", lineterm=""))
+
+    @property
+    def after(self) -> bytes:
+        """The document as it would be."""
+        return written(self.before, self.plan)
+
+    async def stage(self) -> None:
+        """Write it beside the old one, so that what stands against that shows now.
+
+        Raises:
+            OSError: it cannot be written; nothing has changed.
+        """
+        if not self.plan.writes:
+            return
+
+        def stage() -> None:
+            self._staged = self._store.stage(self.after)
+
+        await _in_thread(stage)
+
+    async def commit(self) -> None:
+        """Put it in place. If another process has changed the definition meanwhile, both changes are in it.
+
+        Raises:
+            OSError: what was there stands.
+            VcpuRefused: what the other process has made of it does not allow it.
+        """
+        staged, self._staged = self._staged, None
+        if staged is None:
+            return
+        flag = Flag()
+
+        def again(data: bytes) -> bytes:
+            made, self.plan = self._again(data)
+            return made
+
+        def commit() -> None:
+            try:
+                staged.commit(self.before, again, flag.is_set)
+            finally:
+                staged.discard()
+
+        await _in_thread(commit, flag)
+
+    def discard(self) -> None:
+        """Leave the definition as it is. Never raises."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            staged.discard()
+
+
+async def _in_thread(work: Callable[[], None], flag: Flag | None = None) -> None:
+    """A disk's time is not the loop's. Cancelled, what has begun is ended first: it is never left half done."""
+    task = asyncio.ensure_future(asyncio.to_thread(work))
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        if flag is not None:
+            flag.set()
+        await asyncio.wait([task])
+        if not task.cancelled():
+            task.exception()
+        raise
+
+
+def _at(place: str, refusal: Refusal) -> Refusal:
+    return Refusal(
+        refusal.code,
+        f"'{place}': {refusal.message}",
+        refusal.ids,
+        refusal.hint,
+        refusal.libvirt,
+        refusal.forceable,
+    )

@@ -1,0 +1,295 @@
+"""Definitions on disk: `definitions/NAME.xml` in the state folder, and in `NAME.json` where its sockets are.
+
+A definition is replaced whole or not at all; the version before is kept in `NAME.xml~`. A domain is defined as
+long as its XML is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.host.files import (
+    LockTimeout,
+    StagedFile,
+    locked_folder,
+    read_file,
+    stage_file,
+    state_folder,
+    sync_folder,
+)
+
+__all__ = ["Addresses", "DefinitionFile", "DefinitionFolder", "check_name", "not_written"]
+
+#: What an XML may have; `xml.source` says it in words.
+_LIMIT: Final = 8 * 1024 * 1024
+_LOCK_SECONDS: Final = 5.0
+_LONGEST_NAME: Final = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Addresses:
+    """Where a domain is reached while it runs: QMP addresses, the first that is free counts, and its agent's."""
+
+    qmp: tuple[str, ...] = ()
+    agent: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """As it is written."""
+        return {"qmp": list(self.qmp), "agent": self.agent}
+
+
+class DefinitionFile:
+    """The XML of one domain, a defined one's or any file of a user (`ports.DefinitionStore`).
+
+    `keep` is whether the version before is kept beside it.
+    """
+
+    def __init__(self, path: Path, *, keep: bool) -> None:
+        self.path = path
+        self._keep = keep
+
+    @property
+    def place(self) -> str:
+        """What it is called in messages."""
+        return str(self.path)
+
+    def read(self) -> bytes:
+        """The document.
+
+        Raises:
+            VcpuRefused: it is not there, or cannot be read.
+        """
+        try:
+            return read_file(self.path, _LIMIT)
+        except FileNotFoundError as error:
+            raise _refused(
+                f"there is no definition '{self.path}'",
+                "`qmpvcpu list` shows what is defined",
+                "VIR_ERR_NO_DOMAIN",
+            ) from error
+        except OSError as error:
+            raise _refused(f"'{self.path}' cannot be read: {error.strerror}", "check its rights") from error
+
+    def stage(self, data: bytes) -> StagedDefinition:
+        """Write the next version beside it. Raises OSError."""
+        return StagedDefinition(self, stage_file(self.path, data), keep=self._keep)
+
+
+class StagedDefinition:
+    """A next version that does not count yet (`ports.Staged`)."""
+
+    def __init__(self, file: DefinitionFile, staged: StagedFile, *, keep: bool) -> None:
+        self._file = file
+        self._staged = staged
+        self._keep = keep
+
+    def commit(
+        self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool] = lambda: False
+    ) -> None:
+        """Put it in place of `before`, if that is still what is there.
+
+        Args:
+            before: what it was made of.
+            again: makes the next version of what another process has written meanwhile.
+            given_up: asked while another process holds the lock; true ends the wait.
+
+        Raises:
+            OSError: what was there stands; LockTimeout, if another process held it for 5 s.
+        """
+        path = self._staged.path
+        try:
+            with locked_folder(path.parent, _LOCK_SECONDS, given_up=given_up):
+                now = self._file.read()
+                if now != before:
+                    data = again(now)
+                    if data == now:
+                        return
+                    self.discard()
+                    self._staged = stage_file(path, data)
+                if self._keep:
+                    stage_file(path.with_name(path.name + "~"), now).commit()
+                self._staged.commit()
+        finally:
+            self.discard()
+
+    def discard(self) -> None:
+        """Take it away, if it was not committed. Never raises."""
+        self._staged.discard()
+
+
+class DefinitionFolder:
+    """All definitions of this user."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self.folder = (root or state_folder()) / "definitions"
+
+    def names(self) -> list[str]:
+        """The names that are defined, sorted.
+
+        Raises:
+            VcpuRefused: the folder is there and cannot be read.
+        """
+        try:
+            found = [path.name.removesuffix(".xml") for path in self.folder.iterdir() if path.suffix == ".xml"]
+        except FileNotFoundError:
+            return []
+        except OSError as error:
+            raise _refused(f"'{self.folder}' cannot be read: {error.strerror}", "check its rights") from error
+        return sorted(name for name in found if not name.startswith("."))
+
+    def is_defined(self, name: str) -> bool:
+        """Whether there is a domain of this name; false for what can be no name."""
+        try:
+            return check_name(name) is None and self._xml(name).is_file()
+        except OSError:
+            return False
+
+    def file(self, name: str) -> DefinitionFile:
+        """Its XML."""
+        return DefinitionFile(self._xml(name), keep=True)
+
+    def addresses(self, name: str) -> Addresses:
+        """Its sockets.
+
+        Raises:
+            VcpuRefused: they cannot be read.
+        """
+        path = self._json(name)
+        try:
+            rows = json.loads(read_file(path, _LIMIT))
+            before = rows.get("before")
+            if before is not None and before["xml"] == _digest(read_file(self._xml(name), _LIMIT)):
+                # A `define` that was killed: the XML it came with is not there yet.
+                rows = before
+            return _parse(rows)
+        except FileNotFoundError:
+            return Addresses()
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise _refused(
+                f"the sockets of '{name}' cannot be read from '{path}': {error}",
+                "define it again: define NAME --qmp …",
+            ) from error
+
+    def define(self, name: str, xml: bytes, addresses: Addresses) -> bool:
+        """Define a domain, or define it anew; both are written or neither is. Returns whether it was there.
+
+        Raises:
+            VcpuRefused: it cannot be written.
+        """
+        if (refusal := check_name(name)) is not None:
+            raise VcpuRefused([refusal])
+        try:
+            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            staged = stage_file(self._xml(name), xml)
+            try:
+                with locked_folder(self.folder, _LOCK_SECONDS):
+                    return self._replace(name, staged, addresses)
+            finally:
+                staged.discard()
+        except OSError as error:
+            raise VcpuRefused([not_written(str(self._xml(name)), error)]) from error
+
+    def _replace(self, name: str, staged: StagedFile, addresses: Addresses) -> bool:
+        path, old = self._xml(name), None
+        with suppress(FileNotFoundError):
+            old = read_file(path, _LIMIT)
+        rows = addresses.to_json()
+        if old is None:
+            stage_file(self._json(name), _bytes(rows)).commit()
+            staged.commit()
+            return False
+        stage_file(path.with_name(path.name + "~"), old).commit()
+        known = None
+        with suppress(VcpuRefused):
+            known = self.addresses(name)
+        if known == addresses:
+            staged.commit()
+            return True
+        # Killed between the two files, the old XML still goes with the old sockets.
+        before = {"xml": _digest(old), **(known or Addresses()).to_json()}
+        stage_file(self._json(name), _bytes({**rows, "before": before})).commit()
+        staged.commit()
+        stage_file(self._json(name), _bytes(rows)).commit()
+        return True
+
+    def undefine(self, name: str) -> Path:
+        """Forget a domain; its last XML stays, and the path of that is returned.
+
+        Raises:
+            VcpuRefused: it is not defined, or cannot be removed.
+        """
+        path = self._xml(name)
+        kept = path.with_name(path.name + "~")
+        try:
+            if not self.is_defined(name):
+                raise FileNotFoundError
+            with locked_folder(self.folder, _LOCK_SECONDS):
+                path.rename(kept)
+                self._json(name).unlink(missing_ok=True)
+                sync_folder(self.folder)
+        except FileNotFoundError as error:
+            raise _refused(
+                f"no domain '{name}' is defined", "`qmpvcpu list` shows what is defined", "VIR_ERR_NO_DOMAIN"
+            ) from error
+        except OSError as error:
+            raise VcpuRefused([not_written(str(path), error)]) from error
+        return kept
+
+    def _xml(self, name: str) -> Path:
+        return self.folder / f"{name}.xml"
+
+    def _json(self, name: str) -> Path:
+        return self.folder / f"{name}.json"
+
+
+def check_name(name: str) -> Refusal | None:
+    """Why no domain can be called so, None if one can."""
+    what = None
+    if not name or name.startswith("."):
+        what = "it is empty or begins with '.'"
+    elif "/" in name or any(ord(sign) < 32 or 0xD800 <= ord(sign) < 0xE000 for sign in name):
+        what = "it has '/' or a control character in it"
+    elif len(name.encode()) > _LONGEST_NAME:
+        what = f"it is longer than {_LONGEST_NAME} bytes"
+    if what is None:
+        return None
+    return Refusal("name", f"no domain can be called {name[:60]!r}: {what}", (), "choose another name")
+
+
+def not_written(place: str, error: OSError) -> Refusal:
+    """A definition that could not be written; what was there stands."""
+    if isinstance(error, LockTimeout):
+        why, hint = "another process is writing it", "try again"
+    else:
+        why = error.strerror or str(error)
+        hint = "look at the free space and the rights of its folder"
+    text = f"the definition '{place}' cannot be written: {why}"
+    return Refusal("definition", text, (), hint, "VIR_ERR_OPERATION_FAILED")
+
+
+def _parse(rows: Any) -> Addresses:
+    qmp, agent = rows["qmp"], rows.get("agent")
+    if not isinstance(qmp, list) or not all(isinstance(address, str) for address in qmp):
+        raise ValueError("'qmp' is no list of addresses")
+    if agent is not None and not isinstance(agent, str):
+        raise ValueError("'agent' is no address")
+    return Addresses(tuple(qmp), agent)
+
+
+def _bytes(rows: object) -> bytes:
+    return json.dumps(rows, indent=2).encode() + b"\n"
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _refused(message: str, hint: str, libvirt: str = "VIR_ERR_OPERATION_INVALID") -> VcpuRefused:
+    return VcpuRefused([Refusal("definition", message, (), hint, libvirt)])
