@@ -60,8 +60,11 @@ def is_x86(state: DomainState) -> bool:
     return state.arch in ("x86_64", "i386")
 
 
-def check_flags(flags: VcpuFlag) -> list[Refusal]:
-    """Flags that exclude each other (design.md, "Refused before anything is touched")."""
+def check_flags(flags: VcpuFlag, *, is_query: bool | None = None) -> list[Refusal]:
+    """Flags that exclude each other (design.md, "Refused before anything is touched").
+
+    `is_query` is told by what changes something with neither ENABLE nor DISABLE.
+    """
     found: list[Refusal] = []
     if flags in (VcpuFlag.ENABLE, VcpuFlag.DISABLE, VcpuFlag.CURRENT):
         return found
@@ -82,7 +85,8 @@ def check_flags(flags: VcpuFlag) -> list[Refusal]:
         ):
             if flags & flag:
                 exclusive(f"GUEST and {flag.name} exclude each other: {why}", f"leave out {flag.name} or GUEST")
-    is_query = not flags & (VcpuFlag.ENABLE | VcpuFlag.DISABLE)
+    if is_query is None:
+        is_query = not flags & (VcpuFlag.ENABLE | VcpuFlag.DISABLE)
     if is_query and flags & VcpuFlag.LIVE and flags & VcpuFlag.CONFIG:
         exclusive("a query answers for LIVE or for CONFIG, not for both at once", "ask twice")
     return found

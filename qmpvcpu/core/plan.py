@@ -132,7 +132,7 @@ def unplug_name(entity: Entity) -> str:
 def make_plan(state: DomainState, request: Request, known: Knowledge | None = None) -> Plan:
     """Select the vCPUs, find what is to be done, and collect every reason not to do it."""
     known = known or Knowledge()
-    refusals = checks.check_flags(request.flags) + checks.check_options(request)
+    refusals = checks.check_flags(request.flags, is_query=request.is_query) + checks.check_options(request)
     if request.listed is not None:
         targets, found = select_listed(state, request)
     elif request.total is not None and request.has(VcpuFlag.GUEST):

@@ -30,7 +30,7 @@ async def change_config(
         VcpuRefused: it is not to be done, or cannot be written; the definition is as it was.
     """
     began = time.monotonic()
-    found = [*here, *checks.check_flags(request.flags), *checks.check_options(request)]
+    found = [*here, *checks.check_flags(request.flags, is_query=request.is_query), *checks.check_options(request)]
     if persistent is None:
         raise VcpuRefused(found, ids=request.ids)
     config = persistent.plan(request)
@@ -115,7 +115,7 @@ def with_config(plan: Plan, persistent: Persistent, *, live: bool) -> Plan:
         return replace(plan, config=replace(plan.config, diff=() if plan.refusals else config.diff))
     request = plan.request
     config = persistent.plan(request)
-    found = checks.check_flags(request.flags) + checks.check_options(request)
+    found = checks.check_flags(request.flags, is_query=request.is_query) + checks.check_options(request)
     plan = plan.refused(found).with_config(config.plan, alone=True)
     return replace(plan, config=replace(config.plan, diff=() if plan.refusals else config.diff))
 

@@ -546,7 +546,7 @@ class Domain:
     async def _query(self, request: Request) -> Outcome:
         began = time.monotonic()
         async with self._queue:
-            self._check_here(request, checks.check_flags(request.flags))
+            self._check_here(request, checks.check_flags(request.flags, is_query=request.is_query))
             state = await self._state(request.flags)
         ids, refusals = select(state, request)
         if refusals:
@@ -576,7 +576,7 @@ class Domain:
         """What the definition has against it."""
         if not config or self._persistent is None:
             return []
-        found = checks.check_flags(request.flags) + checks.check_options(request)
+        found = checks.check_flags(request.flags, is_query=request.is_query) + checks.check_options(request)
         return found or list(self._persistent.plan(request).plan.refusals)
 
     async def _lit(self, state: DomainState, *, required: bool) -> DomainState:
