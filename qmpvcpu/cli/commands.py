@@ -262,8 +262,8 @@ async def _carry_out(session: Session, request: Request) -> int:
             return _show_plan(session, await domain.plan(request))
         async with waiting("waiting for the guest", options.timeout):
             result = await domain.request(request)
-        state = domain.last_state
         if result.outcome is OutcomeKind.QUERIED:
+            state = domain.last_state
             session.warn_of_agent(domain)
     session.warn(result.messages)
     if result.outcome is OutcomeKind.QUERIED:
