@@ -15,7 +15,7 @@ from qmpvcpu.errors import Refusal, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFile, DefinitionFolder, check_name
 from qmpvcpu.xml.domain import read_domain, renamed
 
-__all__ = ["Defined", "Listed", "define", "list_domains", "read_document", "undefine"]
+__all__ = ["Defined", "Listed", "against_libvirts_schema", "define", "list_domains", "read_document", "undefine"]
 
 _LOOK_SECONDS: Final = 1.0
 
@@ -161,6 +161,13 @@ async def _look(folder: DefinitionFolder, name: str) -> Listed:
         active = True if getattr(error, "reason", None) == "no-greeting" else None
         trouble = trouble or error.message
     return Listed(name, active, addresses, current, maximum, trouble)
+
+
+def against_libvirts_schema(data: bytes) -> list[str] | None:
+    """What libvirt's own schema has against a document, with lines; None where libvirt's is not installed."""
+    from qmpvcpu.xml.schema import check_domain
+
+    return check_domain(data)
 
 
 def read_document(path: str) -> bytes:

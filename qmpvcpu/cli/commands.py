@@ -247,8 +247,14 @@ async def _dumpxml(session: Session) -> int:
     options.config = options.inactive
     async with session.connect() as domain:
         data = await domain.dump_xml(inactive=options.inactive, dialect=options.dialect, detail=options.detail)
+    errors = None
+    if options.dialect == "libvirt":
+        from qmpvcpu.app.definitions import against_libvirts_schema
+
+        errors = against_libvirts_schema(data)
+        session.warn(f"libvirt's schema is against it: {error}" for error in errors or ())
     if options.json:
-        print(json.dumps({"domain": domain.name, "xml": data.decode(errors="replace")}))
+        print(json.dumps({"domain": domain.name, "xml": data.decode(errors="replace"), "schema_errors": errors}))
     else:
         sys.stdout.buffer.write(data if data.endswith(b"\n") else data + b"\n")
     return 0

@@ -9,9 +9,9 @@ from typing import Final
 from lxml import etree
 
 from qmpvcpu.errors import Refusal
-from qmpvcpu.xml.source import Document
+from qmpvcpu.xml.source import Document, parse_document
 
-__all__ = ["check_vcpus", "domain_schema", "errors_against"]
+__all__ = ["check_domain", "check_vcpus", "domain_schema", "errors_against"]
 
 _SHIPPED: Final = Path(__file__).with_name("vcpus.rng")
 #: Where libvirt keeps its schemas (libvirt-common, libvirt-clients).
@@ -29,6 +29,14 @@ def check_vcpus(document: Document) -> list[Refusal]:
         )
         for line, text in errors_against(_schema(_SHIPPED), listed)
     ]
+
+
+def check_domain(data: bytes) -> list[str] | None:
+    """What libvirt's schema has against a domain's XML; None where that is not installed."""
+    schema = domain_schema()
+    if schema is None:
+        return None
+    return [f"line {line}: {text}" for line, text in errors_against(schema, _tree(parse_document(data)))]
 
 
 def domain_schema() -> etree.RelaxNG | None:

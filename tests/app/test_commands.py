@@ -87,7 +87,7 @@ async def test_completion_is_a_script_of_that_shell(shell, tmp_path):
         (("vcpuinfo",), 2, "usage"),
         (("vcpuinfo", "/nowhere/qmp"), 7, "connection"),
         (("vcpuinfo", "no-such-domain"), 7, "connection"),
-        (("vcpuinfo", "/etc/passwd"), 7, "connection"),
+        (("vcpuinfo", "/etc/passwd"), 3, "refused"),
         (("vcpuinfo", "fd:99"), 7, "connection"),
         (("vcpuinfo", "host:99999"), 2, "usage"),
         (("setvcpu", "/nowhere/qmp", "5", "--qmp-log", "/nowhere/log"), 2, "usage"),

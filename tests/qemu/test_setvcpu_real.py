@@ -22,6 +22,7 @@ PPC_8 = "8,sockets=1,cores=4,threads=8,maxcpus=32"
 
 OUTCOME_KEYS = {
     *("outcome", "changed", "mechanism", "vcpus", "changed_ids", "pending", "undone", "messages", "seconds"),
+    *("live_changed_ids", "config_changed_ids", "defined"),
 }
 
 
@@ -43,6 +44,9 @@ async def test_plug_by_id(arch, version):
         "undone": [],
         "messages": [],
         "seconds": 0,
+        "live_changed_ids": [],
+        "config_changed_ids": [],
+        "defined": False,
     }
     assert (again.code, again.json["outcome"], again.json["changed"]) == (0, "applied", False)
     rows = info.json["vcpus"]

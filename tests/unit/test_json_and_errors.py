@@ -65,6 +65,9 @@ def test_an_outcome_as_json_is_designs():
         "undone": [],
         "messages": ["slow"],
         "seconds": 0.123457,
+        "live_changed_ids": [],
+        "config_changed_ids": [],
+        "defined": False,
     }
 
 
