@@ -146,7 +146,7 @@ def parse_document(data: bytes) -> Document:
             names.
     """
     if len(data) > MOST_BYTES:
-        raise _refused(f"it has {len(data)} bytes, and {MOST_BYTES} are the most", None)
+        raise _refused(f"it has more than {MOST_BYTES} bytes", None)
     text, encoding, bom = _decoded(data)
     source = text.encode()
     return Document(source, encoding, bom, _Reader(source).root())

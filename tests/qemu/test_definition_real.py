@@ -9,6 +9,7 @@ from xml.etree import ElementTree
 
 import pytest
 
+from qmpvcpu.app.definitions import against_libvirts_schema
 from tests.conftest import cli, start_cli
 from tests.qemu.conftest import paused
 
@@ -103,6 +104,9 @@ async def test_other_machines(state, arch, smp, ids):
         live = await cli("dumpxml", "d", "--dialect", "libvirt")
         config = await cli("dumpxml", "d", "--inactive")
     assert listed(live.stdout, "enabled") == listed(config.stdout, "enabled")
+    # libvirt's own schema has nothing against it.
+    assert against_libvirts_schema(live.stdout.encode()) == []
+    assert "note: libvirt's schema" not in live.stderr
     # pseries has a node of its own making, which holds everything.
     assert ("<numa>" in config.stdout) is (arch == "ppc64")
     if arch == "ppc64":

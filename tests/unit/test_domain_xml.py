@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from qmpvcpu.core.definition import NumaCell, VcpuConfig, default_vcpus
@@ -193,6 +193,7 @@ def test_every_contradiction_is_told_with_its_line(data, texts):
         assert any(text in message for message in messages), (text, messages)
 
 
+@settings(max_examples=200)
 @given(
     maximum=st.integers(1, 12),
     enabled=st.sets(st.integers(1, 11)),
