@@ -330,7 +330,7 @@ async def _doctor(session: Session) -> int:
         session.show(report.to_json(), report.lines())
         return 0
     async with session.connect() as domain:
-        state = await domain.state()
+        state = await domain.state(VcpuFlag.LIVE)
     findings = doctor.examine_domain(state)
     session.show(findings.to_json(), findings.lines())
     return 0

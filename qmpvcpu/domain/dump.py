@@ -66,7 +66,8 @@ def dump(data: bytes, state: DomainState | None, dialect: str | None, detail: st
 def _details(vcpu: Vcpu, defined: Vcpu | None, detail: str) -> dict[str, str | None]:
     found: dict[str, str | None] = {}
     if detail in ("cell", "full"):
-        found["cell"] = str(vcpu.node) if vcpu.node is not None else None
+        node = vcpu.node if vcpu.node is not None or defined is None else defined.node
+        found["cell"] = str(node) if node is not None else None
     if detail == "full":
         found["pin"] = vcpu.pin or (defined.pin if defined is not None else None)
         found["scheduler"] = vcpu.scheduler or (defined.scheduler if defined is not None else None)

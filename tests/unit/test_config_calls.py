@@ -400,16 +400,32 @@ async def test_a_file_that_cannot_be_this_domains(home, xml, words):
 
 
 async def test_the_xml_of_a_running_and_of_an_inactive_domain(home):
+    tuned = b"""  <cputune>
+    <vcpupin vcpu='2' cpuset='1-2'/>
+    <vcpusched vcpus='2' scheduler='fifo' priority='10'/>
+  </cputune>
+  <cpu><numa><cell id='0' cpus='0-1' memory='1'/><cell id='1' cpus='2-3' memory='1'/></numa></cpu>
+</domain>
+"""
+    xml = XML.replace(b"<vcpu current", b"<vcpu cpuset='4-5' current").replace(b"</domain>\n", tuned)
+    home.define(xml)
     qemu = FakeQemu(plugged=(2,))
     async with home.running(qemu) as domain:
         live = await domain.dump_xml()
         assert b"current='2'>4<" in live
         assert b"<vcpu id='2' enabled='yes' hotpluggable='yes' order='2'/>" in live
-        assert await domain.dump_xml(inactive=True) == XML
+        assert await domain.dump_xml(inactive=True) == xml
         rfc = await domain.dump_xml(dialect="rfc", detail="minimal")
         assert b"<vcpu id='2' state='enabled'/>" in rfc
+        cell = await domain.dump_xml(detail="cell")
+        assert b"<vcpu id='2' state='enabled' cell='1'/>" in cell
+        full = await domain.dump_xml(dialect="rfc")
+        assert b"<vcpu id='0' state='enabled' cell='0' pin='4-5'/>" in full
+        assert b"<vcpu id='2' state='enabled' cell='1' pin='1-2' scheduler='fifo:10'/>" in full
+        # What they are was decided elsewhere: read again, they are ignored.
+        assert (await domain.plan_apply(full, live=True)).steps == []
         with pytest.raises(qmpvcpu.VcpuUsageError, match="none of rfc, libvirt"):
             await domain.dump_xml(dialect="xen")
     async with home.stopped() as domain:
-        assert await domain.dump_xml() == XML
+        assert await domain.dump_xml() == xml
         assert b"<vcpu id='2' state='disabled'/>" in await domain.dump_xml(dialect="rfc", detail="minimal")
