@@ -354,26 +354,38 @@ def write_vcpus(
 
 
 def _update(document: Document, listed: Element, old: Definition, new: Definition, dialect: str) -> None:
+    """Row by row. What was not listed stays so where it is disabled, unless every vCPU was listed."""
     rows = {int(row.attributes["id"]): row for row in listed.all("vcpu")}
-    if dialect != old.dialect or old.maxcpus != new.maxcpus or set(rows) != set(range(new.maxcpus)):
-        document.replace(listed, vcpus_lines(new, dialect))
-        return
+    is_complete = len(rows) == old.maxcpus
+    for number, row in rows.items():
+        if number >= new.maxcpus:
+            document.remove(row)
+        elif new.vcpus[number] != old.vcpus[number]:
+            for key, value in _attributes(new.vcpus[number], dialect).items():
+                document.set_attribute(row, key, value)
+    added: dict[int, list[str]] = {}
     for config in new.vcpus:
-        if config != old.vcpus[config.id]:
-            for key, value in _attributes(config, dialect).items():
-                document.set_attribute(rows[config.id], key, value)
+        if config.id not in rows and (config.enabled or is_complete):
+            # vCPU 0 is always listed.
+            behind = max(number for number in rows if number < config.id)
+            added.setdefault(behind, []).append(_row(config, dialect))
+    for number, lines in added.items():
+        document.insert_after(rows[number], lines)
 
 
 def vcpus_lines(definition: Definition, dialect: str, details: Details | None = None) -> list[str]:
     """`<vcpus>` as lines; in the RFC's dialect id and state, and what `details` has."""
     lines = ["<vcpus>"]
     for config in definition.vcpus:
-        attributes = {"id": str(config.id), **_attributes(config, dialect)}
-        if dialect == "rfc" and details is not None:
-            attributes |= details.get(config.id, {})
-        words = "".join(f" {key}='{value}'" for key, value in attributes.items() if value is not None)
-        lines.append(f"  <vcpu{words}/>")
+        more = details.get(config.id, {}) if dialect == "rfc" and details is not None else {}
+        lines.append("  " + _row(config, dialect, more))
     return [*lines, "</vcpus>"]
+
+
+def _row(config: VcpuConfig, dialect: str, more: Mapping[str, str | None] | None = None) -> str:
+    attributes = {"id": str(config.id), **_attributes(config, dialect), **(more or {})}
+    words = "".join(f" {key}='{value}'" for key, value in attributes.items() if value is not None)
+    return f"<vcpu{words}/>"
 
 
 def _attributes(config: VcpuConfig, dialect: str) -> dict[str, str | None]:

@@ -111,6 +111,13 @@ class Document:
         indent = self.indent(element)
         self._replace(element.end, element.end, b"".join(self.newline + indent + line.encode() for line in lines))
 
+    def remove(self, element: Element) -> None:
+        """Take an element away, with the white space in front of it."""
+        start = element.start
+        while start and self.source[start - 1 : start].isspace():
+            start -= 1
+        self._replace(start, element.end, b"")
+
     def replace(self, element: Element, lines: Sequence[str]) -> None:
         """Put these lines in the place of an element."""
         joint = self.newline + self.indent(element)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -66,6 +68,45 @@ PLAIN = b"<domain><name>n</name>\n  <vcpu>4</vcpu>\n</domain>"
 def write(data, change, dialect=None):
     document, old = read_domain(data)
     return write_vcpus(document, old, change(old), dialect)
+
+
+ODD = b"""<domain xmlns:x='urn:x'>
+  <name>odd</name>
+  <vcpu current = "3" >  8  </vcpu  >
+  <vcpus  ><!-- <vcpu id='0'/> -->
+     <vcpu  enabled = "yes" id="0"   hotpluggable='no'></vcpu>
+     <vcpu id='5' hotpluggable='yes' enabled='yes' /> <?pi x?>
+     <x:note/>
+     <vcpu hotpluggable='yes' id='3' enabled='yes'/>
+  </vcpus>
+</domain>
+"""
+
+
+def test_what_else_stands_in_vcpus_stays():
+    # Not listed is disabled: a row comes for what is enabled, and only for that.
+    got = write(ODD, lambda old: old.switched((4, 6, 7), enabled=True))
+    assert got == ODD.replace(b'"3"', b'"6"').replace(
+        b"'yes' /> <?pi x?>",
+        b"'yes' />\n     <vcpu id='6' enabled='yes' hotpluggable='yes'/>\n     <vcpu id='7' enabled='yes'"
+        b" hotpluggable='yes'/> <?pi x?>",
+    ).replace(
+        b"id='3' enabled='yes'/>", b"id='3' enabled='yes'/>\n     <vcpu id='4' enabled='yes' hotpluggable='yes'/>"
+    )
+    assert read_domain(got)[1].enabled_ids == (0, 3, 4, 5, 6, 7)
+    got = write(ODD, lambda old: old.switched((5,), enabled=False))
+    assert got == ODD.replace(b'"3"', b'"2"').replace(
+        b"'yes' enabled='yes' /> <?pi", b"'yes' enabled='no' /> <?pi"
+    )
+    # A smaller maximum takes the rows beyond it.
+    got = write(ODD, lambda old: replace(old, vcpus=old.vcpus[:4]))
+    assert got == ODD.replace(b'"3"', b'"2"').replace(b"  8  ", b"  4  ").replace(
+        b"\n     <vcpu id='5' hotpluggable='yes' enabled='yes' />", b""
+    )
+    # And a complete list stays complete.
+    more = VcpuConfig(8, enabled=False, hotpluggable=True)
+    got = write(LIBVIRT, lambda old: replace(old, topology=None, vcpus=(*old.vcpus, more)))
+    assert b"<vcpu id='7' enabled='no' hotpluggable='yes'/>\n    <vcpu id='8' enabled='no'" in got
 
 
 def test_what_libvirt_writes_is_read():
