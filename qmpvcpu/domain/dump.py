@@ -30,6 +30,7 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
     cells = tuple(replace(cell, memory=nodes.get(cell.id)) for cell in found.cells)
     return replace(
         found,
+        name=await _name(monitor, state.name),
         uuid=await _uuid(monitor),
         memory=memory,
         # QEMU without -numa puts every ppc64 CPU on node 0, and says that there are no nodes.
@@ -72,6 +73,20 @@ def _details(vcpu: Vcpu, defined: Vcpu | None, detail: str) -> dict[str, str | N
         found["pin"] = vcpu.pin or (defined.pin if defined is not None else None)
         found["scheduler"] = vcpu.scheduler or (defined.scheduler if defined is not None else None)
     return found
+
+
+async def _name(monitor: Monitor, name: str) -> str:
+    """A domain that is only a path has the name that QEMU was given (-name), else its socket's."""
+    if "/" not in name:
+        return name
+    try:
+        reply = await monitor.query_name()
+    except CommandError:
+        reply = None
+    found = reply.get("name") if isinstance(reply, dict) else None
+    if isinstance(found, str) and found and "/" not in found and found.isprintable():
+        return found
+    return Path(name).stem or "domain"
 
 
 async def _uuid(monitor: Monitor) -> str | None:

@@ -335,6 +335,10 @@ class QmpMonitor:
         """QMP `query-status`."""
         return self.execute("query-status")
 
+    def query_name(self) -> asyncio.Future[object]:
+        """QMP `query-name`."""
+        return self.execute("query-name")
+
     def query_uuid(self) -> asyncio.Future[object]:
         """QMP `query-uuid`."""
         return self.execute("query-uuid")

@@ -93,6 +93,18 @@ async def test_the_minimal_definition_is_truthful(state):
     assert root.find("devices/channel/source").attrib["path"] == "/run/web1.agent"
 
 
+async def test_a_bare_socket_has_an_xml_too(state):
+    async with paused("x86_64", "10.0", SMP, (*NODES, "-name", "given")) as qemu:
+        named = await cli("dumpxml", qemu.qmp, "--dialect", "libvirt")
+        run = await cli("dumpxml", qemu.qmp, "--inactive")
+    assert ElementTree.fromstring(named.stdout).findtext("name") == "given"
+    assert (named.code, named.stderr, listed(named.stdout, "enabled")) == (0, "", {0, 1})
+    assert (run.code, "no persistent definition" in run.stderr) == (3, True)
+    async with paused("x86_64", "10.0", SMP, NODES) as qemu:
+        unnamed = await cli("dumpxml", qemu.qmp)
+    assert ElementTree.fromstring(unnamed.stdout).findtext("name") == "qmp"
+
+
 @pytest.mark.parametrize(
     ("arch", "smp", "ids"), [("ppc64", "8,cores=4,threads=8,maxcpus=32", "16-23"), ("s390x", "1,maxcpus=4", "2")]
 )
