@@ -67,6 +67,9 @@ class _Reader:
         if root.name != "domain":
             self._wrong(root, f"<{root.name}> is no <domain>", "VIR_ERR_XML_ERROR")
             return Definition("", default_vcpus(1, 1))
+        for word in ("name", "vcpu", "vcpus"):
+            for again in list(root.all(word))[1:]:
+                self._wrong(again, f"<{word}> stands twice")
         name = root.child("name")
         if name is None or not name.text.strip():
             self._wrong(name or root, "the domain has no <name>", "VIR_ERR_NO_NAME")

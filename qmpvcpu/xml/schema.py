@@ -20,15 +20,18 @@ _LIBVIRTS: Final = Path("/usr/share/libvirt/schemas/domain.rng")
 
 def check_vcpus(document: Document) -> list[Refusal]:
     """What the shipped schema has against the document's `<vcpus>`, with lines; nothing where it has none."""
-    listed = _tree(document).find("vcpus")
+    try:
+        listed = _tree(document).find("vcpus")
+    except etree.XMLSyntaxError as error:
+        # What only lxml looks for: prefixes that stand for nothing.
+        return [_refusal(error.lineno or 1, error.msg)]
     if listed is None:
         return []
-    return [
-        Refusal(
-            "xml", f"line {line}: <vcpus>: {text}", (), "correct the domain's XML", "VIR_ERR_XML_INVALID_SCHEMA"
-        )
-        for line, text in errors_against(_schema(_SHIPPED), listed)
-    ]
+    return [_refusal(line, f"<vcpus>: {text}") for line, text in errors_against(_schema(_SHIPPED), listed)]
+
+
+def _refusal(line: int, text: str) -> Refusal:
+    return Refusal("xml", f"line {line}: {text}", (), "correct the domain's XML", "VIR_ERR_XML_INVALID_SCHEMA")
 
 
 def check_domain(data: bytes) -> list[str] | None:
@@ -36,7 +39,11 @@ def check_domain(data: bytes) -> list[str] | None:
     schema = domain_schema()
     if schema is None:
         return None
-    return [f"line {line}: {text}" for line, text in errors_against(schema, _tree(parse_document(data)))]
+    try:
+        tree = _tree(parse_document(data))
+    except etree.XMLSyntaxError as error:
+        return [f"line {error.lineno}: {error.msg}"]
+    return [f"line {line}: {text}" for line, text in errors_against(schema, tree)]
 
 
 def domain_schema() -> etree.RelaxNG | None:

@@ -25,7 +25,7 @@ MOST_BYTES: Final = 8 * 1024 * 1024
 _MOST_DEPTH: Final = 200
 _MOST_ELEMENTS: Final = 200_000
 
-_ATTRIBUTE: Final = re.compile(rb"""\s+([^\s=]+)\s*=\s*("[^"]*"|'[^']*')""")
+_ATTRIBUTE: Final = re.compile(rb"""\s+([^\s=/<>'"]+)\s*=\s*("[^"]*"|'[^']*')""")
 _NAME: Final = re.compile(rb"<[^\s/>]+")
 _DECLARED: Final = re.compile(r"""\A<\?xml\s[^>]*?encoding\s*=\s*["']([A-Za-z0-9._-]+)["']""")
 _BOMS: Final = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
@@ -100,6 +100,12 @@ class Document:
     def set_text(self, element: Element, text: str) -> None:
         """Give an element without children this text; white space around the old one stays."""
         if element.text.strip() == text:
+            return
+        if element.opened == element.end:
+            # <a/>
+            slash = self.source.rfind(b"/>", element.start, element.opened)
+            end = f">{escape(text)}</{element.name}>"
+            self._replace(slash, element.opened, end.encode())
             return
         content = self.source[element.opened : element.closing]
         lead = len(content) - len(content.lstrip())

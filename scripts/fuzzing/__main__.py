@@ -1,4 +1,4 @@
-"""scripts/fuzz [EXAMPLES]: as many messages in all, a quarter to each target; figures on stdout."""
+"""scripts/fuzz [EXAMPLES]: as many messages in all, as many to each target; figures on stdout."""
 
 from __future__ import annotations
 

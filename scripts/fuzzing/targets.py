@@ -25,6 +25,7 @@ from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.errors import VcpuError
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.agent import LINE_LIMIT, AgentClient
+from scripts.fuzzing.documents import DOCUMENTS, document
 
 #: The longest that any one message may take, seconds.
 PATIENCE = 2.0
@@ -174,6 +175,7 @@ TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]] = {
     "guest": (st.tuples(GUEST_CPUS, st.dictionaries(st.text(max_size=3), st.binary(max_size=80))), guest_view),
     "replies": (st.tuples(SLOTS, CPUS_FAST, ANYTHING), replies),
     "event": (st.tuples(st.sampled_from(sorted(CPU_EVENTS)), EVENT_DATA), event),
+    "document": (DOCUMENTS, document),
 }
 
 

@@ -269,3 +269,27 @@ def test_what_is_written_is_what_was_asked_and_the_rest_stays(
     assert got.endswith(tail.encode())
     if not ids:
         assert got == text
+
+
+def test_what_looks_like_an_attribute_behind_a_tag_is_none():
+    """Found by scripts/fuzz: a comment with ='…' in it was taken for a part of the tag before it."""
+    got = write(ODD.replace(b"<!-- <vcpu id", b"<!--x"), lambda old: old.switched((6,), enabled=True))
+    assert read_domain(got)[1].enabled_ids == (0, 3, 5, 6)
+    assert b"<vcpus  ><!--x='0'/> -->" in got
+
+
+def test_an_empty_vcpu_and_what_stands_twice():
+    """Found by scripts/fuzz."""
+    one = b"<domain><name>n</name><vcpu/></domain>"
+    grown = write(one, lambda old: replace(old, vcpus=(*old.vcpus, VcpuConfig(1, False, True))))
+    assert grown == b"<domain><name>n</name><vcpu current='1'>2</vcpu></domain>"
+    for word in ("name", "vcpu", "vcpus"):
+        twice = PLAIN.replace(b"</domain>", f"<{word}/><{word}/></domain>".encode())
+        with pytest.raises(VcpuRefused, match=f"line 3: <{word}> stands twice"):
+            read_domain(twice)
+
+
+def test_a_prefix_that_stands_for_nothing():
+    """Found by scripts/fuzz: lxml's error came out as it was."""
+    with pytest.raises(VcpuRefused, match="line 7: Namespace prefix x on note is not defined"):
+        read_domain(ODD.replace(b" xmlns:x='urn:x'", b""))

@@ -1,4 +1,4 @@
-"""5,000 seeded messages of `scripts/fuzz`; what a long run finds becomes a plain test in test_regressions.py."""
+"""Seeded messages of `scripts/fuzz`; what a long run finds becomes a plain test in test_regressions.py."""
 
 from __future__ import annotations
 
