@@ -57,12 +57,8 @@ def document(message: tuple[bytes, list[tuple[int, int, bytes]], int, int, bool]
     assert source.to_bytes() == data
     state_of(definition)
     flag = VcpuFlag.ENABLE if enable else VcpuFlag.DISABLE
-    requests: list[Any] = [
-        Request((vcpu,), flag),
-        Request((), total=total),
-        Request((), total=total, maximum=True),
-    ]
-    for request in requests:
+    counted = Request((), total=total)
+    for request in (Request((vcpu,), flag), counted, replace(counted, maximum=True)):
         source, definition = read_domain(data)
         plan = plan_config(definition, request)
         if plan.refusals or not plan.writes:
