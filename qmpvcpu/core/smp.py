@@ -1,0 +1,358 @@
+"""What `query-hotpluggable-cpus` will say, without asking: QEMU's own arithmetic of -smp and -numa. Pure.
+
+Source: `machine_parse_smp_config` (hw/core/machine-smp.c), each machine's `possible_cpu_arch_ids` and
+`get_default_cpu_node_id`. Held against QEMU 7.2, 10.0 and 11.1 (tests/qemu/test_smp_real.py); what those do not
+prove (`is_proven`, `Prediction.is_certain`) is to be probed.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qmpvcpu.core.model import Props, QemuVersion, Topology, format_ids
+from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+
+__all__ = ["LEVELS", "NumaNode", "Prediction", "Slot", "Smp", "is_proven", "parse_smp", "predict"]
+
+#: -smp's levels, outermost first.
+LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
+_MOST: Final = 4096
+_VERSIONED: Final = re.compile(r"-(\d{1,3})\.(\d{1,3})\Z")
+#: Since then `-smp 8` is one socket of 8 cores; machine types of before have 8 sockets of one.
+_CORES_FIRST: Final = QemuVersion(6, 2)
+#: Since then 0 is refused, and named levels that are 1 are taken by every machine.
+_NO_ZERO: Final = QemuVersion(9, 0)
+_S390X_TOPOLOGY: Final = QemuVersion(8, 2)
+_MODULES: Final = QemuVersion(9, 1)
+#: Machine types of before take threads, and make cores of them.
+_S390X_ONE_THREAD: Final = QemuVersion(7, 2)
+_PPC64_TCG_THREADS: Final = QemuVersion(8, 2)
+
+
+@dataclass(frozen=True, slots=True)
+class Smp:
+    """-smp as written; None is not written."""
+
+    cpus: int | None = None
+    maxcpus: int | None = None
+    drawers: int | None = None
+    books: int | None = None
+    sockets: int | None = None
+    dies: int | None = None
+    clusters: int | None = None
+    modules: int | None = None
+    cores: int | None = None
+    threads: int | None = None
+
+    def __str__(self) -> str:
+        words = [] if self.cpus is None else [str(self.cpus)]
+        for key in ("maxcpus", *LEVELS):
+            value = getattr(self, key)
+            if value is not None:
+                words.append(f"{key}={value}")
+        return ",".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class NumaNode:
+    """One `-numa node`: its id, and the CPU indexes that it names (`cpus=`)."""
+
+    id: int
+    cpus: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One entry of `query-hotpluggable-cpus`; `plugged` is whether QEMU starts with it."""
+
+    props: Props
+    vcpus_count: int
+    plugged: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A machine that was not started: `slots` in the order of vCPU ids.
+
+    `is_certain` is false for sizes that not every machine of its kind takes.
+    """
+
+    topology: Topology
+    cpus: int
+    slots: tuple[Slot, ...]
+    is_certain: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Machine:
+    arch: str
+    #: The version whose rules it keeps: of its name, else QEMU's.
+    compat: QemuVersion
+    qemu: QemuVersion
+    levels: tuple[str, ...]
+    known: tuple[str, ...]
+
+
+def parse_smp(text: str) -> Smp:
+    """`4,maxcpus=8,sockets=2`: the argument of -smp.
+
+    Raises:
+        VcpuUsageError: QEMU would not read it either.
+    """
+    found: dict[str, int] = {}
+    for position, part in enumerate(text.split(",")):
+        key, equals, value = part.partition("=")
+        if not equals:
+            key, value = ("cpus", key) if position == 0 else (key, "")
+        if key not in ("cpus", "maxcpus", *LEVELS):
+            raise VcpuUsageError(f"-smp has no '{key}'", hint=f"it has cpus, maxcpus, {', '.join(LEVELS)}")
+        if not (value.isascii() and value.isdigit() and len(value) < 10):
+            raise VcpuUsageError(f"-smp {key} '{value[:40]}' is no number", hint="write 4,maxcpus=8,cores=8")
+        found[key] = int(value)
+    return Smp(**found)
+
+
+def is_proven(arch: str, machine: str, version: QemuVersion) -> bool:
+    """Whether predictions for this machine have been held against real QEMUs of this version."""
+    if _family(arch, machine) is None or _compat(machine, version) > version:
+        return False
+    if arch == "loongarch64" and version < QemuVersion(10, 0):
+        return False
+    return (version.major, version.minor) == (7, 2) or version.major in (10, 11)
+
+
+#: Up to so many CPUs every machine of the family takes; more depends on its version and the CPU model (x2apic).
+_SIZES: Final = {"x86": 240, "ppc64": 1024, "s390x": 248, "loongarch64": 256}
+
+
+def predict(
+    arch: str,
+    machine: str,
+    version: QemuVersion,
+    smp: Smp,
+    nodes: Sequence[NumaNode] = (),
+    *,
+    accel: str = "tcg",
+) -> Prediction:
+    """The slots of a machine.
+
+    Args:
+        arch: QEMU's target, "x86_64", "ppc64", "s390x", "loongarch64".
+        machine: a machine type, versioned or not.
+        version: QEMU's.
+        smp: -smp as written.
+        nodes: -numa node, in order.
+        accel: "kvm" or "tcg".
+
+    Raises:
+        VcpuRefused: QEMU refuses it; the text says why.
+    """
+    facts = _facts(arch, machine, version)
+    topology, cpus = _complete(smp, facts)
+    _check_machine(topology, cpus, facts, accel)
+    units = _units(topology, facts)
+    placed = _nodes(units, topology, nodes, facts)
+    size = topology.threads if facts.arch == "ppc64" else 1
+    slots = tuple(
+        Slot(Props(props if node is None else {**props, "node-id": node}), size, number * size < cpus)
+        for number, (props, node) in enumerate(zip(units, placed, strict=True))
+    )
+    is_certain = topology.maxcpus <= _SIZES[facts.arch]
+    if facts.arch == "x86":
+        is_certain &= _last_apic_id(topology) < _APIC_IDS
+    return Prediction(topology, cpus, slots, is_certain)
+
+
+#: An APIC id of 255 and more needs x2apic, and more than TCG of 7.2 has.
+_APIC_IDS: Final = 255
+
+
+def _last_apic_id(topology: Topology) -> int:
+    threads, cores, modules, dies = topology.x86_apic_widths
+    found = topology.sockets - 1
+    for bits, count in (
+        (dies, topology.dies),
+        (modules, topology.modules),
+        (cores, topology.cores),
+        (threads, topology.threads),
+    ):
+        found = (found << bits) + count - 1
+    return found
+
+
+def _family(arch: str, machine: str) -> str | None:
+    if arch in ("x86_64", "i386") and re.fullmatch(r"(pc|q35|pc-q35-\d+\.\d+|pc-i440fx-\d+\.\d+)", machine):
+        return "x86"
+    if arch == "ppc64" and re.fullmatch(r"pseries(-\d+\.\d+)?", machine):
+        return "ppc64"
+    if arch == "s390x" and re.fullmatch(r"s390-ccw-virtio(-\d+\.\d+)?", machine):
+        return "s390x"
+    if arch == "loongarch64" and machine == "virt":
+        return "loongarch64"
+    return None
+
+
+def _compat(machine: str, version: QemuVersion) -> QemuVersion:
+    found = _VERSIONED.search(machine)
+    return QemuVersion(int(found[1]), int(found[2])) if found else QemuVersion(version.major, version.minor)
+
+
+def _facts(arch: str, machine: str, version: QemuVersion) -> _Machine:
+    family = _family(arch, machine)
+    if family is None:
+        raise _refused(f"what '{machine}' ({arch}) makes of -smp is not known", "probe it (--probe always)")
+    known = ["sockets", "dies", "clusters", "cores", "threads"]
+    known += ["drawers", "books"] if version >= _S390X_TOPOLOGY else []
+    known += ["modules"] if version >= _MODULES else []
+    levels: tuple[str, ...] = ("sockets", "cores", "threads")
+    if family == "x86":
+        levels = ("sockets", "dies", *(["modules"] if version >= _MODULES else []), "cores", "threads")
+    elif family == "s390x" and version >= _S390X_TOPOLOGY:
+        levels = ("drawers", "books", *levels)
+    return _Machine(family, _compat(machine, version), version, levels, tuple(known))
+
+
+def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
+    """Fill in what is not written, and check the whole, as QEMU does."""
+    given = {key: getattr(smp, key) for key in ("cpus", "maxcpus", *LEVELS)}
+    for level in LEVELS:
+        if given[level] is not None and level not in facts.known:
+            raise _refused(f"this QEMU's -smp has no {level}", f"leave out {level}")
+    if facts.qemu >= _NO_ZERO and 0 in given.values():
+        raise _refused("CPU topology parameters must be greater than zero", "leave out what is 0")
+    for level in LEVELS:
+        if (given[level] or 1) > 1 and level not in facts.levels:
+            raise _refused(f"{level} > 1 is not supported by this machine's CPU topology", f"leave out {level}")
+    counts = {level: given[level] or 0 for level in LEVELS}
+    for level in LEVELS:
+        if level not in ("sockets", "cores", "threads"):
+            counts[level] = counts[level] or 1
+    cpus, maxcpus = given["cpus"] or 0, given["maxcpus"] or 0
+    if not cpus and not maxcpus:
+        for level in ("sockets", "cores", "threads"):
+            counts[level] = counts[level] or 1
+    else:
+        maxcpus = maxcpus or cpus
+        first, second = ("sockets", "cores") if facts.compat < _CORES_FIRST else ("cores", "sockets")
+        if not counts[first]:
+            counts[second] = counts[second] or 1
+            counts["threads"] = counts["threads"] or 1
+            counts[first] = maxcpus // _product(counts, first)
+        elif not counts[second]:
+            counts["threads"] = counts["threads"] or 1
+            counts[second] = maxcpus // _product(counts, second)
+        counts["threads"] = counts["threads"] or maxcpus // _product(counts, "threads")
+    total = _product(counts)
+    maxcpus = maxcpus or total
+    cpus = cpus or maxcpus
+    words = " * ".join(f"{level} ({counts[level]})" for level in facts.levels)
+    if total != maxcpus:
+        raise _refused(
+            f"product of the hierarchy must match maxcpus: {words} != maxcpus ({maxcpus})",
+            "write levels whose product is maxcpus, or leave one out",
+        )
+    if maxcpus < cpus:
+        raise _refused(
+            f"maxcpus must be equal to or greater than smp: {words} == maxcpus ({maxcpus}) < smp_cpus ({cpus})",
+            "raise maxcpus",
+        )
+    return Topology(maxcpus, **counts), cpus
+
+
+def _product(counts: Mapping[str, int], without: str = "") -> int:
+    product = 1
+    for level, count in counts.items():
+        product *= count if level != without else 1
+    return product
+
+
+def _check_machine(topology: Topology, cpus: int, facts: _Machine, accel: str) -> None:
+    threads = topology.threads
+    if facts.arch == "s390x" and threads > 1 and facts.compat >= _S390X_ONE_THREAD:
+        raise _refused("S390 does not support more than 1 threads", "leave out threads")
+    if facts.arch != "ppc64" or threads == 1:
+        return
+    if accel == "tcg" and facts.qemu < _PPC64_TCG_THREADS:
+        raise _refused(
+            "TCG cannot support more than 1 thread/core on a pseries machine", "leave out threads, or use QEMU 8.2"
+        )
+    if threads & (threads - 1) or threads > 8:
+        raise _refused(
+            f"pseries cannot have {threads} threads/core: it must be a power of 2, 8 at most", "take 1, 2, 4 or 8"
+        )
+    if cpus % threads:
+        raise _refused(f"smp_cpus ({cpus}) must be multiple of threads ({threads})", "start with whole cores")
+
+
+def _units(topology: Topology, facts: _Machine) -> list[dict[str, Any]]:
+    """The props of every slot but its node, in the order of vCPU ids."""
+    if facts.arch == "ppc64":
+        return [{"core-id": first} for first in range(0, topology.maxcpus, topology.threads)]
+    if facts.arch == "s390x" and facts.qemu < _S390X_TOPOLOGY:
+        return [{"core-id": number} for number in range(topology.maxcpus)]
+    is_s390x = facts.arch == "s390x"
+    units = []
+    for number in range(topology.maxcpus):
+        rest, props = number, {}
+        for level in reversed(facts.levels):
+            if is_s390x and level == "threads":
+                continue
+            count = getattr(topology, level)
+            rest, place = divmod(rest, count)
+            if level not in ("dies", "modules") or count > 1:
+                props[_PROPS[level]] = place
+        if is_s390x:
+            # Counted through the whole machine.
+            props["core-id"] = number
+        units.append(props)
+    return units
+
+
+_PROPS: Final = {
+    "drawers": "drawer-id",
+    "books": "book-id",
+    "sockets": "socket-id",
+    "dies": "die-id",
+    "modules": "module-id",
+    "cores": "core-id",
+    "threads": "thread-id",
+}
+
+
+def _nodes(
+    units: Sequence[Mapping[str, Any]], topology: Topology, nodes: Sequence[NumaNode], facts: _Machine
+) -> list[int | None]:
+    """The NUMA node of every slot."""
+    if not nodes:
+        return [0 if facts.arch == "ppc64" else None] * len(units)
+    if facts.arch == "s390x":
+        raise _refused("NUMA is not supported by this machine type", "leave out -numa")
+    if sorted(node.id for node in nodes) != list(range(len(nodes))):
+        ids = format_ids(node.id for node in nodes)
+        raise _refused(f"NUMA node ids must run from 0 without a gap, each once: {ids}", "number them 0, 1, …")
+    size = topology.threads if facts.arch == "ppc64" else 1
+    named: dict[int, int] = {}
+    for node in nodes:
+        for cpu in node.cpus:
+            if cpu >= topology.maxcpus:
+                raise _refused(
+                    f"CPU index ({cpu}) should be smaller than maxcpus ({topology.maxcpus})", "correct cpus="
+                )
+            if named.setdefault(cpu // size, node.id) != node.id:
+                raise _refused(
+                    f"CPU {cpu} is already assigned to node-id: {named[cpu // size]}",
+                    "give each CPU, and the whole of a pseries core, to one node",
+                )
+    if named:
+        # What nobody names falls to node 0.
+        return [named.get(number, 0) for number in range(len(units))]
+    if facts.arch == "ppc64":
+        return [number // topology.cores % len(nodes) for number in range(len(units))]
+    return [props["socket-id"] % len(nodes) for props in units]
+
+
+def _refused(message: str, hint: str) -> VcpuRefused:
+    return VcpuRefused([Refusal("smp", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])

@@ -1,0 +1,119 @@
+"""Predictions held against real QEMUs: the same slots, or both refuse."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+from qmpvcpu.core.model import QemuVersion
+from qmpvcpu.core.smp import NumaNode, Smp, is_proven, predict
+from qmpvcpu.errors import VcpuFailed, VcpuRefused
+from qmpvcpu.qemu.process import run_qemu
+from tests.conftest import VERSIONS, qemu_binary
+
+pytestmark = pytest.mark.qemu
+
+PSERIES = ",cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken"
+#: Machine types of each architecture; the old ones keep the old rules. Memory of one node, MiB.
+MACHINES = {
+    "x86_64": (("q35", "pc", "pc-q35-6.1", "pc-i440fx-6.2"), 64),
+    "ppc64": (("pseries", "pseries-6.1"), 256),
+    "s390x": (("s390-ccw-virtio", "s390-ccw-virtio-6.1"), 128),
+    "loongarch64": (("virt",), 512),
+}
+EXAMPLES = 33
+COUNTS = st.none() | st.sampled_from([0, 1, 1, 2, 2, 3, 4])
+SMPS = st.builds(
+    Smp,
+    cpus=st.none() | st.integers(0, 9),
+    maxcpus=st.none() | st.integers(1, 16),
+    drawers=st.none() | st.none() | COUNTS,
+    books=st.none() | st.none() | COUNTS,
+    sockets=COUNTS,
+    dies=st.none() | COUNTS,
+    clusters=st.none() | st.none() | COUNTS,
+    modules=st.none() | st.none() | COUNTS,
+    cores=COUNTS,
+    threads=COUNTS,
+)
+
+
+@st.composite
+def whole(draw):
+    """Levels that fit, so that most of the cases are machines."""
+    levels = {level: draw(st.sampled_from([1, 1, 2, 3])) for level in ("sockets", "cores")}
+    levels["threads"] = draw(st.sampled_from([1, 1, 2]))
+    maxcpus = levels["sockets"] * levels["cores"] * levels["threads"]
+    left_out = draw(st.sampled_from([None, "sockets", "cores", "threads"]))
+    if left_out is not None:
+        del levels[left_out]
+    return Smp(draw(st.integers(1, maxcpus)), maxcpus, **levels)
+
+
+NODES = st.lists(st.lists(st.integers(0, 7), max_size=4, unique=True).map(sorted).map(tuple), max_size=3).map(
+    lambda cpus: tuple(NumaNode(number, named) for number, named in enumerate(cpus))
+)
+
+
+async def real(arch, version, machine, smp, nodes):
+    """QEMU's own answer, None where it refuses."""
+    memory = MACHINES[arch][1]
+    arguments = ["-S", "-nodefaults", "-display", "none", "-no-user-config", "-accel", "tcg", "-smp", str(smp)]
+    arguments += ["-machine", machine + (PSERIES if arch == "ppc64" else "")]
+    arguments += ["-m", str(memory * (len(nodes) or 2))]
+    for node in nodes:
+        arguments += ["-object", f"memory-backend-ram,id=m{node.id},size={memory}M"]
+        named = "".join(f",cpus={cpu}" for cpu in node.cpus)
+        arguments += ["-numa", f"node,nodeid={node.id},memdev=m{node.id}{named}"]
+    try:
+        async with run_qemu(qemu_binary(version, arch), arguments) as qemu:
+            slots = await qemu.monitor.query_hotpluggable_cpus()
+            topology = await qemu.monitor.qom_get("/machine", "smp")
+    except VcpuFailed:
+        return None
+    # QEMU lists the highest slot first.
+    return topology, [(slot["props"], slot["vcpus-count"], "qom-path" in slot) for slot in reversed(slots)]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("arch", MACHINES)
+def test_a_prediction_is_what_qemu_says(arch, version):
+    told = QemuVersion(*map(int, version.split(".")))
+    if arch == "loongarch64" and version == "7.2":
+        assert not is_proven(arch, "virt", told)
+        return
+    agreed = [0, 0]
+
+    @settings(
+        max_examples=EXAMPLES,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(st.sampled_from(MACHINES[arch][0]), whole() | whole() | SMPS, st.just(()) | NODES)
+    def check(machine, smp, nodes):
+        if str(smp) == "":
+            return
+        assert is_proven(arch, machine, told)
+        found = asyncio.run(real(arch, version, machine, smp, nodes))
+        try:
+            mine = predict(arch, machine, told, smp, nodes)
+        except VcpuRefused as refused:
+            assert found is None, refused.message
+            agreed[0] += 1
+            return
+        assert found is not None
+        topology, slots = found
+        assert [(dict(slot.props), slot.vcpus_count, slot.plugged) for slot in mine.slots] == slots
+        assert topology["maxcpus"] == mine.topology.maxcpus
+        assert all(getattr(mine.topology, level) == topology[level] for level in topology if level != "cpus")
+        assert topology["cpus"] == mine.cpus
+        agreed[1] += 1
+
+    check()
+    assert min(agreed) > 2, agreed
