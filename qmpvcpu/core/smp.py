@@ -15,11 +15,23 @@ from typing import Any, Final
 from qmpvcpu.core.model import Props, QemuVersion, Topology, format_ids
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 
-__all__ = ["LEVELS", "NumaNode", "Prediction", "Slot", "Smp", "is_proven", "parse_smp", "predict"]
+__all__ = [
+    "LEVELS",
+    "NumaCpu",
+    "NumaNode",
+    "Prediction",
+    "Slot",
+    "Smp",
+    "is_proven",
+    "parse_numa",
+    "parse_smp",
+    "predict",
+]
 
 #: -smp's levels, outermost first.
 LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
-_MOST: Final = 4096
+#: More than any machine has.
+_MOST: Final = 65536
 _VERSIONED: Final = re.compile(r"-(\d{1,3})\.(\d{1,3})\Z")
 #: Since then `-smp 8` is one socket of 8 cores; machine types of before have 8 sockets of one.
 _CORES_FIRST: Final = QemuVersion(6, 2)
@@ -65,10 +77,24 @@ class NumaNode:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
-    """One entry of `query-hotpluggable-cpus`; `plugged` is whether QEMU starts with it."""
+class NumaCpu:
+    """One `-numa cpu`: every slot that has these props is on that node."""
 
+    node: int
     props: Props
+
+    def __str__(self) -> str:
+        return ",".join([f"cpu,node-id={self.node}", *(f"{key}={value}" for key, value in self.props.items())])
+
+
+@dataclass(frozen=True, slots=True)
+class Slot:
+    """One entry of `query-hotpluggable-cpus`; `plugged` is whether QEMU starts with it.
+
+    `props` is None where a machine without CPU hotplug has room and says nothing of it.
+    """
+
+    props: Props | None
     vcpus_count: int
     plugged: bool
 
@@ -115,6 +141,75 @@ def parse_smp(text: str) -> Smp:
     return Smp(**found)
 
 
+_NUMA_LIMIT: Final = 128
+_NUMA_PROPS: Final = (
+    "drawer-id",
+    "book-id",
+    "socket-id",
+    "die-id",
+    "cluster-id",
+    "module-id",
+    "core-id",
+    "thread-id",
+)
+#: What else -numa says does not move a vCPU.
+_NUMA_OTHERS: Final = ("dist", "hmat-lb", "hmat-cache")
+
+
+def parse_numa(options: Sequence[str]) -> tuple[tuple[NumaNode, ...], tuple[NumaCpu, ...]]:
+    """`node,nodeid=0,cpus=0-3` and `cpu,node-id=0,socket-id=1`: the arguments of -numa, in order.
+
+    Raises:
+        VcpuUsageError: QEMU would not read it either.
+    """
+    nodes: list[NumaNode] = []
+    cpus: list[NumaCpu] = []
+    for text in options:
+        kind, *parts = text.split(",")
+        kind = kind.removeprefix("type=")
+        pairs = [(key, value) for key, _, value in (part.partition("=") for part in parts)]
+        if kind == "node":
+            nodes.append(_node(text, pairs, len(nodes)))
+        elif kind == "cpu":
+            values = {key: _number(text, value) for key, value in pairs}
+            odd = [key for key in values if key not in (*_NUMA_PROPS, "node-id")]
+            if odd or "node-id" not in values or len(values) < 2:
+                raise _bad_numa(text)
+            cpus.append(NumaCpu(values.pop("node-id"), Props(values)))
+        elif kind not in _NUMA_OTHERS:
+            raise _bad_numa(text)
+    return tuple(nodes), tuple(cpus)
+
+
+def _node(text: str, pairs: Sequence[tuple[str, str]], position: int) -> NumaNode:
+    number = position
+    cpus: list[int] = []
+    for key, value in pairs:
+        if key == "nodeid":
+            number = _number(text, value)
+        elif key == "cpus":
+            low, _, high = value.partition("-")
+            first, last = _number(text, low), _number(text, high or low)
+            if not first <= last < _MOST:
+                raise _bad_numa(text)
+            cpus += range(first, last + 1)
+        elif key not in ("mem", "memdev", "initiator"):
+            raise _bad_numa(text)
+    return NumaNode(number, tuple(cpus))
+
+
+def _number(text: str, value: str) -> int:
+    if not (value.isascii() and value.isdigit() and len(value) < 7):
+        raise _bad_numa(text)
+    return int(value)
+
+
+def _bad_numa(text: str) -> VcpuUsageError:
+    return VcpuUsageError(
+        f"-numa '{text[:80]}' is not understood", hint="write node,nodeid=0,cpus=0-3 or cpu,node-id=0,socket-id=1"
+    )
+
+
 def is_proven(arch: str, machine: str, version: QemuVersion) -> bool:
     """Whether predictions for this machine have been held against real QEMUs of this version."""
     if _family(arch, machine) is None or _compat(machine, version) > version:
@@ -134,6 +229,7 @@ def predict(
     version: QemuVersion,
     smp: Smp,
     nodes: Sequence[NumaNode] = (),
+    cpus: Sequence[NumaCpu] = (),
     *,
     accel: str = "tcg",
 ) -> Prediction:
@@ -145,25 +241,26 @@ def predict(
         version: QEMU's.
         smp: -smp as written.
         nodes: -numa node, in order.
+        cpus: -numa cpu, in order.
         accel: "kvm" or "tcg".
 
     Raises:
         VcpuRefused: QEMU refuses it; the text says why.
     """
     facts = _facts(arch, machine, version)
-    topology, cpus = _complete(smp, facts)
-    _check_machine(topology, cpus, facts, accel)
+    topology, plugged = _complete(smp, facts)
+    _check_machine(topology, plugged, facts, accel)
     units = _units(topology, facts)
-    placed = _nodes(units, topology, nodes, facts)
+    placed = _nodes(units, topology, nodes, cpus, facts)
     size = topology.threads if facts.arch == "ppc64" else 1
     slots = tuple(
-        Slot(Props(props if node is None else {**props, "node-id": node}), size, number * size < cpus)
+        Slot(Props(props if node is None else {**props, "node-id": node}), size, number * size < plugged)
         for number, (props, node) in enumerate(zip(units, placed, strict=True))
     )
     is_certain = topology.maxcpus <= _SIZES[facts.arch]
     if facts.arch == "x86":
         is_certain &= _last_apic_id(topology) < _APIC_IDS
-    return Prediction(topology, cpus, slots, is_certain)
+    return Prediction(topology, plugged, slots, is_certain)
 
 
 #: An APIC id of 255 and more needs x2apic, and more than TCG of 7.2 has.
@@ -323,29 +420,50 @@ _PROPS: Final = {
 
 
 def _nodes(
-    units: Sequence[Mapping[str, Any]], topology: Topology, nodes: Sequence[NumaNode], facts: _Machine
+    units: Sequence[Mapping[str, Any]],
+    topology: Topology,
+    nodes: Sequence[NumaNode],
+    cpus: Sequence[NumaCpu],
+    facts: _Machine,
 ) -> list[int | None]:
     """The NUMA node of every slot."""
-    if not nodes:
+    if not nodes and not cpus:
         return [0 if facts.arch == "ppc64" else None] * len(units)
     if facts.arch == "s390x":
         raise _refused("NUMA is not supported by this machine type", "leave out -numa")
     if sorted(node.id for node in nodes) != list(range(len(nodes))):
         ids = format_ids(node.id for node in nodes)
         raise _refused(f"NUMA node ids must run from 0 without a gap, each once: {ids}", "number them 0, 1, …")
+    if len(nodes) > _NUMA_LIMIT:
+        raise _refused(f"{len(nodes)} NUMA nodes are more than QEMU's {_NUMA_LIMIT}", "have fewer nodes")
     size = topology.threads if facts.arch == "ppc64" else 1
     named: dict[int, int] = {}
+
+    def assign(slot: int, node: int, what: str) -> None:
+        if named.setdefault(slot, node) != node:
+            raise _refused(
+                f"{what} is already assigned to node-id: {named[slot]}",
+                "give each CPU, and the whole of a pseries core, to one node",
+            )
+
     for node in nodes:
         for cpu in node.cpus:
             if cpu >= topology.maxcpus:
                 raise _refused(
                     f"CPU index ({cpu}) should be smaller than maxcpus ({topology.maxcpus})", "correct cpus="
                 )
-            if named.setdefault(cpu // size, node.id) != node.id:
-                raise _refused(
-                    f"CPU {cpu} is already assigned to node-id: {named[cpu // size]}",
-                    "give each CPU, and the whole of a pseries core, to one node",
-                )
+            assign(cpu // size, node.id, f"CPU {cpu}")
+    for given in cpus:
+        if given.node >= len(nodes):
+            raise _refused(f"node-id={given.node} is not defined with -numa node", "name a node that is there")
+        for key in given.props:
+            if key not in units[0]:
+                raise _refused(f"-numa {given}: {key} is not supported by this machine", f"leave out {key}")
+        found = [number for number, props in enumerate(units) if given.props.items() <= props.items()]
+        if not found:
+            raise _refused(f"-numa {given}: no vCPU is there", "correct its ids")
+        for number in found:
+            assign(number, given.node, f"-numa {given}: CPU {number * size}")
     if named:
         # What nobody names falls to node 0.
         return [named.get(number, 0) for number in range(len(units))]

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
-from qmpvcpu.core.model import QemuVersion
-from qmpvcpu.core.smp import NumaNode, Smp, is_proven, predict
+from qmpvcpu.core.model import Props, QemuVersion
+from qmpvcpu.core.smp import NumaCpu, NumaNode, Smp, is_proven, predict
 from qmpvcpu.errors import VcpuFailed, VcpuRefused
 from qmpvcpu.qemu.process import run_qemu
 from tests.conftest import VERSIONS, qemu_binary
@@ -58,7 +58,22 @@ NODES = st.lists(st.lists(st.integers(0, 7), max_size=4, unique=True).map(sorted
 )
 
 
-async def real(arch, version, machine, smp, nodes):
+CPUS = st.lists(
+    st.builds(
+        NumaCpu,
+        st.integers(0, 2),
+        st.dictionaries(
+            st.sampled_from(["socket-id", "socket-id", "core-id", "thread-id", "die-id"]),
+            st.integers(0, 2),
+            min_size=1,
+            max_size=2,
+        ).map(Props),
+    ),
+    max_size=3,
+)
+
+
+async def real(arch, version, machine, smp, nodes, cpus):
     """QEMU's own answer, None where it refuses."""
     memory = MACHINES[arch][1]
     arguments = ["-S", "-nodefaults", "-display", "none", "-no-user-config", "-accel", "tcg", "-smp", str(smp)]
@@ -68,6 +83,8 @@ async def real(arch, version, machine, smp, nodes):
         arguments += ["-object", f"memory-backend-ram,id=m{node.id},size={memory}M"]
         named = "".join(f",cpus={cpu}" for cpu in node.cpus)
         arguments += ["-numa", f"node,nodeid={node.id},memdev=m{node.id}{named}"]
+    for cpu in cpus:
+        arguments += ["-numa", str(cpu)]
     try:
         async with run_qemu(qemu_binary(version, arch), arguments) as qemu:
             slots = await qemu.monitor.query_hotpluggable_cpus()
@@ -95,14 +112,14 @@ def test_a_prediction_is_what_qemu_says(arch, version):
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    @given(st.sampled_from(MACHINES[arch][0]), whole() | whole() | SMPS, st.just(()) | NODES)
-    def check(machine, smp, nodes):
+    @given(st.sampled_from(MACHINES[arch][0]), whole() | whole() | SMPS, st.just(()) | NODES, st.just(()) | CPUS)
+    def check(machine, smp, nodes, cpus):
         if str(smp) == "":
             return
         assert is_proven(arch, machine, told)
-        found = asyncio.run(real(arch, version, machine, smp, nodes))
+        found = asyncio.run(real(arch, version, machine, smp, nodes, cpus))
         try:
-            mine = predict(arch, machine, told, smp, nodes)
+            mine = predict(arch, machine, told, smp, nodes, cpus)
         except VcpuRefused as refused:
             assert found is None, refused.message
             agreed[0] += 1

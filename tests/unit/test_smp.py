@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qmpvcpu.core.model import QemuVersion
-from qmpvcpu.core.smp import NumaNode, Smp, is_proven, parse_smp, predict
+from qmpvcpu.core.model import Props, QemuVersion
+from qmpvcpu.core.smp import NumaCpu, NumaNode, Smp, is_proven, parse_numa, parse_smp, predict
 from qmpvcpu.errors import VcpuRefused, VcpuUsageError
 
 V72, V100, V111 = QemuVersion(7, 2, 22), QemuVersion(10, 0, 2), QemuVersion(11, 1, 3)
@@ -50,6 +50,56 @@ def test_the_slots_of_each_machine():
     assert predict("s390x", "s390-ccw-virtio", V72, parse_smp("1,maxcpus=2")).slots[1].props == {"core-id": 1}
     props = predict("s390x", "s390-ccw-virtio", V100, parse_smp("1,drawers=2,maxcpus=4")).slots[3].props
     assert props == {"drawer-id": 1, "book-id": 0, "socket-id": 0, "core-id": 3}
+
+
+def test_numa_as_it_is_written():
+    nodes, cpus = parse_numa(
+        [
+            "node,nodeid=1,cpus=0-1,cpus=3,memdev=m1",
+            "node",
+            "cpu,node-id=1,socket-id=0,core-id=2",
+            "dist,src=0,dst=1",
+        ]
+    )
+    assert nodes == (NumaNode(1, (0, 1, 3)), NumaNode(1))
+    assert cpus == (NumaCpu(1, Props({"socket-id": 0, "core-id": 2})),)
+    assert str(cpus[0]) == "cpu,node-id=1,socket-id=0,core-id=2"
+    for text in (
+        "",
+        "nod",
+        "node,nodeid=x",
+        "node,cpus=3-1",
+        "node,cpu=1",
+        "cpu,socket-id=1",
+        "cpu,node-id=0",
+        "cpu,x=1",
+    ):
+        with pytest.raises(VcpuUsageError):
+            parse_numa([text])
+
+
+def test_cpus_named_by_props():
+    nodes = (NumaNode(0), NumaNode(1))
+
+    def found(*cpus):
+        slots = predict("x86_64", "q35", V100, parse_smp("4,sockets=2,cores=2"), nodes, cpus).slots
+        return [slot.props["node-id"] for slot in slots]
+
+    assert found(NumaCpu(1, Props({"socket-id": 0}))) == [1, 1, 0, 0]
+    assert found(NumaCpu(1, Props({"core-id": 1})), NumaCpu(0, Props({"socket-id": 0, "core-id": 0}))) == [
+        0,
+        1,
+        0,
+        1,
+    ]
+    for bad in (
+        (NumaCpu(2, Props({"socket-id": 0})),),
+        (NumaCpu(0, Props({"die-id": 0})),),
+        (NumaCpu(0, Props({"socket-id": 2})),),
+        (NumaCpu(0, Props({"socket-id": 0})), NumaCpu(1, Props({"core-id": 0}))),
+    ):
+        with pytest.raises(VcpuRefused):
+            found(*bad)
 
 
 def test_nodes():
