@@ -204,21 +204,29 @@ class VcpuRejected(VcpuError):
 class VcpuFailed(VcpuError):
     """QEMU gave an error on the way; what this call had done is undone.
 
-    `qmp_class` and `qmp_text` are QEMU's own words (QAPI `QapiErrorClass`, `desc`).
+    `qmp_class` and `qmp_text` are QEMU's own words (QAPI `QapiErrorClass`, `desc`). Of a QEMU that we started and
+    that has ended, `exit_code` is how (below 0: by that signal), and `qmp_text` the end of its stderr.
     """
 
     outcome = OutcomeKind.FAILED
     default_libvirt = "VIR_ERR_OPERATION_FAILED"
 
     def __init__(
-        self, message: str, *, qmp_class: str | None = None, qmp_text: str | None = None, **fields: Any
+        self,
+        message: str,
+        *,
+        qmp_class: str | None = None,
+        qmp_text: str | None = None,
+        exit_code: int | None = None,
+        **fields: Any,
     ) -> None:
         super().__init__(message, **fields)
         self.qmp_class = qmp_class
         self.qmp_text = qmp_text
+        self.exit_code = exit_code
 
     def _facts(self) -> dict[str, Any]:
-        return {"qmp_class": self.qmp_class, "qmp_text": self.qmp_text}
+        return {"qmp_class": self.qmp_class, "qmp_text": self.qmp_text, "exit_code": self.exit_code}
 
 
 class VcpuPartial(VcpuFailed):

@@ -21,6 +21,9 @@ from qmpvcpu.flags import VcpuFlag
 
 __all__ = ["Session", "command"]
 
+#: Of guests that do not run; nobody else pays for their imports.
+BOOT_COMMANDS: Final = frozenset({"probe", "boot-args", "start", "destroy"})
+
 
 class Session:
     """What one run of the command line holds: its options, and the domain while it is open."""
@@ -68,7 +71,12 @@ class Session:
 
 async def command(session: Session) -> int:
     """Run the command that was parsed; returns the exit code."""
-    return await _COMMANDS[session.options.command](session)
+    name = session.options.command
+    if name in BOOT_COMMANDS:
+        from qmpvcpu.cli import boot
+
+        return await boot.COMMANDS[name](session)
+    return await _COMMANDS[name](session)
 
 
 async def _vcpuinfo(session: Session) -> int:

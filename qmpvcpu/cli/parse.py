@@ -76,6 +76,16 @@ def _change(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _emulator(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--emulator", metavar="PATH", help="the QEMU program")
+    parser.add_argument(
+        "--probe",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="start a throwaway QEMU: where arithmetic cannot know (default), rather than that, never",
+    )
+
+
 def build_parser() -> argparse.ArgumentParser:
     """The whole grammar."""
     shared = _global_options()
@@ -172,6 +182,36 @@ def build_parser() -> argparse.ArgumentParser:
     guest.add_argument("--cpulist", metavar="GUEST-IDS", help="which ones to switch: 1, 1-3,5")
     guest.add_argument("--enable", action="store_true", help="take them online")
     guest.add_argument("--disable", action="store_true", help="take them offline")
+
+    probe = command("probe", "what the vCPUs of a guest that does not run will be")
+    probe.add_argument(
+        "word", metavar="FILE|NAME", nargs="?", help="its domain XML, or the name it is defined under"
+    )
+    probe.add_argument("--machine", metavar="TYPE", help="as QEMU's -machine: q35, pseries …")
+    probe.add_argument("--smp", metavar="SMP", help="as QEMU's -smp: 4,maxcpus=16,sockets=2")
+    probe.add_argument("--cpu", metavar="MODEL", help="as QEMU's -cpu")
+    probe.add_argument("--accel", choices=("tcg", "kvm"), help="as QEMU's -accel (default tcg)")
+    probe.add_argument("--numa", action="append", metavar="NUMA", default=[], help="as QEMU's -numa: node or cpu")
+    probe.add_argument("--arch", metavar="ARCH", help="QEMU's target, where the machine does not say it")
+    _emulator(probe)
+    probe.add_argument("--refresh", action="store_true", help="ask QEMU anew; alone: forget all it has said")
+
+    boot = command("boot-args", "QEMU's command line for a guest with the vCPUs of its XML")
+    boot.add_argument("word", metavar="FILE|NAME", help="its domain XML, or the name it is defined under")
+    boot.add_argument(
+        "--style",
+        choices=("device", "qmp"),
+        default="device",
+        help="vCPUs that -smp cannot say: as -device (default), or as QMP commands for a paused QEMU",
+    )
+    boot.add_argument(
+        "--incoming",
+        metavar="URI",
+        nargs="?",
+        const="defer",
+        help="for a guest that migrates here (default defer)",
+    )
+    _emulator(boot)
 
     domain_command("watch", "tell what happens to the vCPUs, line by line, until interrupted")
 

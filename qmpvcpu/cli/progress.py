@@ -15,7 +15,7 @@ _PATIENCE: Final = 1.0
 
 
 @asynccontextmanager
-async def waiting(what: str, limit: float) -> AsyncIterator[None]:
+async def waiting(what: str, limit: float | None = None) -> AsyncIterator[None]:
     """While the body takes more than a second, one line that counts the seconds of `limit`; then it is wiped."""
     if not sys.stderr.isatty():
         yield
@@ -29,13 +29,14 @@ async def waiting(what: str, limit: float) -> AsyncIterator[None]:
             await ticker
 
 
-async def _tick(what: str, limit: float) -> None:
+async def _tick(what: str, limit: float | None) -> None:
     seconds = 0
     try:
         while True:
             await asyncio.sleep(_PATIENCE)
             seconds += 1
-            print(f"\r{what}: {seconds} of {limit:g} s ", end="", file=sys.stderr, flush=True)
+            text = f"{seconds} of {limit:g} s" if limit is not None else f"{seconds} s"
+            print(f"\r{what}: {text} ", end="", file=sys.stderr, flush=True)
     finally:
         if seconds:
             print("\r\x1b[K", end="", file=sys.stderr, flush=True)

@@ -14,10 +14,22 @@ from qmpvcpu.core.select import core_of
 if TYPE_CHECKING:
     from qmpvcpu.app.definitions import Listed
     from qmpvcpu.core.guest import GuestView
+    from qmpvcpu.core.layout import MachineLayout
     from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
     from qmpvcpu.core.plan import Plan
 
-__all__ = ["columns", "domains", "event", "guest", "outcome", "plan", "snapshot", "topology", "vcpu_table"]
+__all__ = [
+    "columns",
+    "domains",
+    "event",
+    "guest",
+    "outcome",
+    "plan",
+    "slots",
+    "snapshot",
+    "topology",
+    "vcpu_table",
+]
 
 
 def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> list[str]:
@@ -58,6 +70,18 @@ def _sign(vcpu: Vcpu) -> str:
     if vcpu.pending:
         return "~"
     return "#" if vcpu.enabled else "."
+
+
+def slots(layout: MachineLayout, vcpus: Sequence[Vcpu]) -> list[str]:
+    """One row an entity of a machine that does not run."""
+    found = layout.entities()
+    keys = [key for key in ("node-id", *LEVELS) if any(key in (slot.props or Props()) for _, slot in found)]
+    rows = [["VCPUS", *(key[:-3].upper() for key in keys), "STATE", "ORDER"]]
+    for ids, slot in found:
+        props = slot.props or Props()
+        places = [_text(props.get(key)) for key in keys]
+        rows.append([format_ids(ids), *places, vcpus[ids[0]].state, _text(vcpus[ids[0]].order)])
+    return columns(rows, right=frozenset((*range(1 + len(keys)), 2 + len(keys))))
 
 
 def vcpu_table(state: DomainState, vcpus: Iterable[Vcpu]) -> list[str]:

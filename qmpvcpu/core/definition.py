@@ -38,7 +38,7 @@ class VcpuConfig:
 
 @dataclass(frozen=True, slots=True)
 class NumaCell:
-    """One `<numa><cell>`: `cpus` are vCPU ids, `memory` is in bytes where it was asked for."""
+    """One `<numa><cell>`: `cpus` are vCPU ids, `memory` is in bytes."""
 
     id: int
     cpus: tuple[int, ...]
@@ -51,8 +51,8 @@ class Definition:
 
     `dialect` is "rfc" or "libvirt", whichever its `<vcpus>` is written in, None without one. `cpuset` is `<vcpu
     cpuset>`, the host CPUs of every vCPU that `pins` (`<vcpupin>`) does not name; `schedulers` has `fifo:10`,
-    `batch` and the like. `agent` is the socket path of the guest agent's channel, `accel`
-    "kvm" or "tcg".
+    `batch` and the like. `agent` is the socket path of the guest agent's channel, `accel` "kvm" or "tcg", `cpu`
+    what -cpu takes, None for the machine's own.
     """
 
     name: str
@@ -70,8 +70,9 @@ class Definition:
     schedulers: Mapping[int, str] = field(default_factory=dict)
     emulator_pin: tuple[int, ...] | None = None
     agent: str | None = None
-    #: In bytes; known of a running guest only.
+    #: In bytes.
     memory: int | None = None
+    cpu: str | None = None
 
     @property
     def maxcpus(self) -> int:

@@ -22,6 +22,7 @@ __all__ = [
     "HotpluggableCpu",
     "InconsistentReplies",
     "build_state",
+    "never_unplugs",
     "parse_cpus_fast",
     "parse_hotpluggable_cpus",
     "parse_topology",
@@ -47,6 +48,12 @@ MAX_VCPUS: Final = 65536
 #: Where the machine can never unplug a CPU although it can plug one.
 #: s390x: "CPU hot unplug not supported on this machine" (7.2 to 11.1).
 _NEVER_UNPLUGS: Final = frozenset({"s390x"})
+
+
+def never_unplugs(arch: str) -> bool:
+    """Whether no machine of this target can unplug a CPU."""
+    return arch in _NEVER_UNPLUGS
+
 
 _THREAD = re.compile(r"/thread\[(\d{1,6})\]\Z")
 
@@ -308,7 +315,7 @@ def build_state(
         InconsistentReplies: a CPU came or went between the two replies.
         VcpuConnectionError: the replies cannot be true.
     """
-    can_unplug = slots is not None and boot.arch not in _NEVER_UNPLUGS
+    can_unplug = slots is not None and not never_unplugs(boot.arch)
     if slots is None:
         entities = _entities_without_slots(cpus, boot.topology)
     else:

@@ -201,7 +201,7 @@ def conclude(
 def _failure(plan: Plan, result: Result, facts: dict[str, Any]) -> VcpuError:
     first = next(iter(result.failures or result.rejections), None)
     text = _texts((*result.failures, *result.rejections)) or "cancelled"
-    qmp = {
+    qmp: dict[str, Any] = {
         "qmp_class": first.error_class if first else None,
         "qmp_text": first.text if result.failures and first else None,
     }

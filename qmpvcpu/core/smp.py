@@ -17,11 +17,14 @@ from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 
 __all__ = [
     "LEVELS",
+    "MEASURED",
     "NumaCpu",
     "NumaNode",
     "Prediction",
     "Slot",
     "Smp",
+    "compat_version",
+    "is_known",
     "is_proven",
     "parse_numa",
     "parse_smp",
@@ -210,13 +213,22 @@ def _bad_numa(text: str) -> VcpuUsageError:
     )
 
 
-def is_proven(arch: str, machine: str, version: QemuVersion) -> bool:
-    """Whether predictions for this machine have been held against real QEMUs of this version."""
-    if _family(arch, machine) is None or _compat(machine, version) > version:
-        return False
+#: Predictions are held against these (tests/qemu/test_smp_real.py).
+MEASURED: Final = (QemuVersion(7, 2), QemuVersion(10, 0), QemuVersion(11, 1))
+
+
+def is_known(arch: str, machine: str, version: QemuVersion) -> bool:
+    """Whether there are rules for this machine of a QEMU of this version."""
     if arch == "loongarch64" and version < QemuVersion(10, 0):
         return False
-    return (version.major, version.minor) == (7, 2) or version.major in (10, 11)
+    return _family(arch, machine) is not None
+
+
+def is_proven(arch: str, machine: str, version: QemuVersion) -> bool:
+    """Whether they have been held against real QEMUs of this version."""
+    if not is_known(arch, machine, version) or compat_version(machine, version) > version:
+        return False
+    return QemuVersion(version.major, version.minor) in MEASURED
 
 
 #: Up to so many CPUs every machine of the family takes; more depends on its version and the CPU model (x2apic).
@@ -287,12 +299,13 @@ def _family(arch: str, machine: str) -> str | None:
         return "ppc64"
     if arch == "s390x" and re.fullmatch(r"s390-ccw-virtio(-\d+\.\d+)?", machine):
         return "s390x"
-    if arch == "loongarch64" and machine == "virt":
+    if arch == "loongarch64" and re.fullmatch(r"virt(-\d+\.\d+)?", machine):
         return "loongarch64"
     return None
 
 
-def _compat(machine: str, version: QemuVersion) -> QemuVersion:
+def compat_version(machine: str, version: QemuVersion) -> QemuVersion:
+    """The version whose rules a machine keeps: that of its name, else QEMU's."""
     found = _VERSIONED.search(machine)
     return QemuVersion(int(found[1]), int(found[2])) if found else QemuVersion(version.major, version.minor)
 
@@ -309,7 +322,7 @@ def _facts(arch: str, machine: str, version: QemuVersion) -> _Machine:
         levels = ("sockets", "dies", *(["modules"] if version >= _MODULES else []), "cores", "threads")
     elif family == "s390x" and version >= _S390X_TOPOLOGY:
         levels = ("drawers", "books", *levels)
-    return _Machine(family, _compat(machine, version), version, levels, tuple(known))
+    return _Machine(family, compat_version(machine, version), version, levels, tuple(known))
 
 
 def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:

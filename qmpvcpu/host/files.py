@@ -15,7 +15,16 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["LockTimeout", "StagedFile", "locked_folder", "read_file", "stage_file", "state_folder", "sync_folder"]
+__all__ = [
+    "LockTimeout",
+    "StagedFile",
+    "locked_folder",
+    "read_file",
+    "stage_file",
+    "state_folder",
+    "sweep",
+    "sync_folder",
+]
 
 _PAUSE: Final = 0.005
 #: Between the file's name and our process id in the name of what is staged.
@@ -56,9 +65,10 @@ def read_file(path: Path, limit: int) -> bytes:
 class StagedFile:
     """A new version that waits beside `path`: `commit()` or `discard()` it, once."""
 
-    def __init__(self, path: Path, temporary: Path) -> None:
+    def __init__(self, path: Path, temporary: Path, *, sync: bool = True) -> None:
         self.path = path
         self._temporary: Path | None = temporary
+        self._sync = sync
 
     def commit(self) -> None:
         """Put it in the place of the old version, for good.
@@ -74,8 +84,9 @@ class StagedFile:
             raise
         self._temporary = None
         # What cannot be synced now is there all the same.
-        with suppress(OSError):
-            sync_folder(self.path.parent)
+        if self._sync:
+            with suppress(OSError):
+                sync_folder(self.path.parent)
 
     def discard(self) -> None:
         """Take it away, if it was not committed. Never raises."""
@@ -85,8 +96,10 @@ class StagedFile:
                 temporary.unlink()
 
 
-def stage_file(path: Path, data: bytes, mode: int = 0o600) -> StagedFile:
+def stage_file(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True) -> StagedFile:
     """Write and sync a new version beside `path`; what is there keeps its owner and mode.
+
+    Without `sync`, a crash of the host may leave a torn file: for what can be checked and made again.
 
     Raises:
         OSError: it cannot be written there; nothing has changed.
@@ -94,7 +107,7 @@ def stage_file(path: Path, data: bytes, mode: int = 0o600) -> StagedFile:
     # Where links lead to, so that a link stays one.
     path = Path(os.path.realpath(path))
     temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
-    staged = StagedFile(path, temporary)
+    staged = StagedFile(path, temporary, sync=sync)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         with os.fdopen(fd, "wb") as file:
@@ -106,7 +119,8 @@ def stage_file(path: Path, data: bytes, mode: int = 0o600) -> StagedFile:
                         os.fchown(fd, found.st_uid, found.st_gid)
             file.write(data)
             file.flush()
-            os.fsync(fd)
+            if sync:
+                os.fsync(fd)
     except BaseException:
         staged.discard()
         raise
@@ -147,14 +161,14 @@ def locked_folder(folder: Path, seconds: float, *, given_up: Callable[[], bool] 
                 if time.monotonic() >= deadline or given_up():
                     raise LockTimeout(11, "another process holds it", str(folder)) from None
                 time.sleep(_PAUSE)
-        _sweep(folder)
+        sweep(folder)
         yield
     finally:
         os.close(fd)
 
 
-def _sweep(folder: Path) -> None:
-    """What a process that was killed had staged."""
+def sweep(folder: Path) -> None:
+    """Remove what a process that was killed had staged. Never raises."""
     with suppress(OSError):
         for name in os.listdir(folder):  # noqa: PTH208 - names are all we need
             if name.startswith(".") and _MARK in name:

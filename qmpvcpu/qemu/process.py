@@ -147,6 +147,7 @@ def _start_error(
     return VcpuFailed(
         f"{os.path.basename(command[0])} exited with code {code}" + (f": {said}" if said else ""),  # noqa: PTH119
         qmp_text=said or None,
+        exit_code=code,
         hint="its command line was: " + " ".join(command),
     )
 

@@ -31,6 +31,12 @@ Details = Mapping[int, Mapping[str, str | None]]
 _LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 #: `<domain type>` and what we call it.
 _ACCELS: Final = {"kvm": "kvm", "qemu": "tcg"}
+#: virScaleInteger's.
+_UNITS: Final[Mapping[str, int]] = {"b": 1, "bytes": 1} | {
+    word: base**power
+    for power, letter in enumerate("kmgtpe", 1)
+    for word, base in ((letter, 1024), (f"{letter}ib", 1024), (f"{letter}b", 1000))
+}
 _WITH_PRIORITY: Final = ("fifo", "rr")
 _SCHEDULERS: Final = ("fifo", "rr", "batch", "idle", "other")
 
@@ -93,6 +99,8 @@ class _Reader:
             schedulers=self._schedulers(),
             emulator_pin=self._emulator_pin(),
             agent=self._agent(),
+            memory=self._memory(root.child("memory")),
+            cpu=self._cpu(),
         )
         if listed is not None and not self.found:
             for text in contradictions(definition):
@@ -218,8 +226,52 @@ class _Reader:
                 self._wrong(element, f"vCPU {format_ids(both)} is in NUMA cell {others} and in {number}")
             taken.update(dict.fromkeys(cpus, number))
             self._in_range(element, cpus, f"NUMA cell {number}")
-            cells.append(NumaCell(number, cpus))
+            memory = self._bytes(element, element.attributes.get("memory"))
+            cells.append(NumaCell(number, cpus, memory))
         return tuple(sorted(cells, key=lambda cell: cell.id))
+
+    def _memory(self, element: Element | None) -> int | None:
+        return self._bytes(element, element.text.strip()) if element is not None else None
+
+    def _bytes(self, element: Element, text: str | None) -> int | None:
+        """A size with libvirt's units."""
+        if text is None:
+            return None
+        unit = element.attributes.get("unit", "KiB")
+        factor = _UNITS.get(unit.lower())
+        if factor is None:
+            self._wrong(element, f"<{element.name} unit='{unit[:20]}'> is no unit")
+            return None
+        if not (text.isascii() and text.isdigit() and len(text) < 20):
+            self._wrong(element, f"<{element.name}>: '{text[:40]}' is no size")
+            return None
+        return int(text) * factor
+
+    def _cpu(self) -> str | None:
+        """`<cpu>` as QEMU's -cpu; what libvirt would compute of the host (host-model) is the host's own here."""
+        element = self.root.child("cpu")
+        if element is None:
+            return None
+        model = element.child("model")
+        mode = element.attributes.get("mode", "custom")
+        if mode == "custom":
+            name = model.text.strip() if model is not None else ""
+            if "," in name:
+                assert model is not None
+                self._wrong(model, f"<model> '{name[:40]}' is no CPU model")
+        else:
+            kvm = self.root.attributes.get("type") == "kvm"
+            name = "max" if mode == "maximum" or not kvm else "host"
+        words = [name]
+        for feature in element.all("feature") if name else ():
+            key, policy = feature.attributes.get("name", ""), feature.attributes.get("policy", "require")
+            if not key or "," in key or "=" in key:
+                self._wrong(feature, f"<feature name='{key[:40]}'> is no CPU feature")
+            elif policy in ("require", "force"):
+                words.append(f"{key}=on")
+            elif policy in ("disable", "forbid"):
+                words.append(f"{key}=off")
+        return ",".join(words) if name else None
 
     def _pins(self) -> dict[int, tuple[int, ...]]:
         pins: dict[int, tuple[int, ...]] = {}

@@ -1,0 +1,246 @@
+"""What the vCPUs of a guest that does not run will be: predicted, known, or asked of a throwaway QEMU."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shutil
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Final
+
+from qmpvcpu.app.cache import cache_folder
+from qmpvcpu.app.qemus import find_binaries
+from qmpvcpu.core.layout import (
+    LayoutSource,
+    MachineLayout,
+    MachineSpec,
+    QemuFacts,
+    arch_of_machine,
+    parse_facts,
+    parse_layout,
+    predict_layout,
+)
+from qmpvcpu.core.model import Vcpu
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
+from qmpvcpu.host.cache import CacheLock, FileCache, Program, key_of, program_of
+from qmpvcpu.qemu.probe import probe_machine
+
+__all__ = ["Probe", "ProbeMode", "find_layout", "forget_probes"]
+
+_PAUSE: Final = 0.005
+#: QEMUs at once, of all our processes together.
+_AT_ONCE: Final = max(2, min(8, os.cpu_count() or 2))
+
+
+class ProbeMode(StrEnum):
+    """When a throwaway QEMU is started: where arithmetic cannot know; rather than arithmetic; never."""
+
+    AUTO = "auto"
+    ALWAYS = "always"
+    NEVER = "never"
+
+
+@dataclass(frozen=True, slots=True)
+class Probe:
+    """An answer, and the program it is about (None: no QEMU is here).
+
+    `started` are the first vCPU ids of the entities a domain boots with, in their order; None for a bare machine.
+    """
+
+    layout: MachineLayout
+    emulator: str | None
+    messages: tuple[str, ...] = ()
+    seconds: float = 0.0
+    started: tuple[int, ...] | None = None
+
+    @property
+    def vcpus(self) -> list[Vcpu]:
+        """A row for each vCPU, as it is right after the start."""
+        return self.layout.vcpus(self.started)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `probe --json`."""
+        return self.layout.to_json() | {
+            "vcpus": [vcpu.to_json() for vcpu in self.vcpus],
+            "emulator": self.emulator,
+            "messages": list(self.messages),
+            "seconds": round(self.seconds, 6),
+        }
+
+
+def forget_probes() -> int:
+    """Forget what throwaway QEMUs have said; how many answers that were."""
+    return _cache().clear()
+
+
+async def find_layout(
+    spec: MachineSpec,
+    *,
+    arch: str | None = None,
+    emulator: str | None = None,
+    mode: ProbeMode = ProbeMode.AUTO,
+    refresh: bool = False,
+    typed: bool = False,
+    timeout: float = 30.0,
+) -> Probe:
+    """The vCPUs of a machine.
+
+    Args:
+        spec: what QEMU is asked to be.
+        arch: QEMU's target; else the machine's, the program's or this host's.
+        emulator: the QEMU program; else the first of that target that is here.
+        mode: when a throwaway QEMU is started.
+        refresh: ask again, whatever is known.
+        typed: whether the driver of `device_add` is needed too.
+        timeout: seconds for a throwaway QEMU, from the first wait on.
+
+    Raises:
+        VcpuRefused: QEMU refuses such a machine, or it cannot be known without a QEMU that may be started.
+        VcpuFailed, VcpuConnectionError: the throwaway QEMU dies, or does not answer.
+    """
+    began = time.monotonic()
+    target = arch or arch_of_machine(spec.machine) or _arch_of_program(emulator) or os.uname().machine
+    found, messages = _program(emulator, target)
+    look = _Look(spec, found, typed)
+    layout = None
+    if mode is not ProbeMode.ALWAYS and not refresh:
+        assume = found is None or mode is ProbeMode.NEVER
+        layout = predict_layout(spec, target, look.facts, typed=typed, assume=assume)
+    if layout is None and not refresh:
+        layout = look.cached()
+    if layout is None and (mode is ProbeMode.NEVER or found is None):
+        raise _unknown(spec, target, emulator, never=mode is ProbeMode.NEVER)
+    if layout is None:
+        async with _held(look.cache, look.lock, began + timeout):
+            # Another process may have asked the same meanwhile.
+            if not refresh:
+                look.read_facts()
+                layout = look.cached()
+            if layout is None:
+                layout = await look.ask(began + timeout)
+    if arch is not None and layout.arch != arch:
+        text = f"'{emulator}' is a QEMU for {layout.arch}, and {arch} is asked"
+        raise VcpuRefused([Refusal("emulator", text, (), "name another one")])
+    return Probe(layout, found.path if found is not None else None, tuple(messages), time.monotonic() - began)
+
+
+class _Look:
+    """One question to the cache, or to a QEMU."""
+
+    def __init__(self, spec: MachineSpec, program: _Found | None, typed: bool) -> None:
+        self.spec = spec
+        self.program = program
+        self.cache = _cache()
+        self.facts: QemuFacts | None = None
+        identity = program.identity.to_json() if program is not None else None
+        self._about = key_of("program", identity)
+        self._question = [identity, spec.to_json()]
+        self.lock = key_of(self._question)[:2]
+        self.read_facts()
+
+    def read_facts(self) -> None:
+        """What is known of the program by now."""
+        if self.program is not None and self.facts is None:
+            try:
+                self.facts = QemuFacts.from_json(self.cache.get(self._about))
+            except (ValueError, TypeError, KeyError):
+                self.facts = None
+
+    def _key(self, facts: QemuFacts) -> str:
+        return key_of("machine", str(facts.version), *self._question)
+
+    def cached(self) -> MachineLayout | None:
+        """The answer from before."""
+        if self.facts is None:
+            return None
+        replies = self.cache.get(self._key(self.facts))
+        try:
+            return parse_layout(replies, LayoutSource.CACHED) if replies is not None else None
+        except (VcpuConnectionError, KeyError, TypeError):
+            return None
+
+    async def ask(self, deadline: float) -> MachineLayout:
+        """Start a QEMU, and keep what it says."""
+        assert self.program is not None
+        async with _held(self.cache, "", deadline):
+            replies = await probe_machine(
+                self.program.path, self.spec, timeout=max(deadline - time.monotonic(), 0.001)
+            )
+        layout = parse_layout(replies, LayoutSource.PROBED)
+        facts = parse_facts(replies)
+        types = dict(self.facts.cpu_types) if self.facts is not None else {}
+        if self.spec.cpu is not None and layout.cpu_type is not None:
+            types[self.spec.cpu.partition(",")[0]] = layout.cpu_type
+        facts = replace(facts, cpu_types=types)
+        del replies["query-machines"]
+        self.cache.put(self._key(facts), replies)
+        if facts != self.facts:
+            self.cache.put(self._about, facts.to_json())
+        return layout
+
+
+@dataclass(frozen=True, slots=True)
+class _Found:
+    path: str
+    identity: Program
+
+
+def _cache() -> FileCache:
+    return FileCache(cache_folder() / "probes")
+
+
+def _program(emulator: str | None, arch: str) -> tuple[_Found | None, list[str]]:
+    if emulator is not None:
+        path = emulator if "/" in emulator else shutil.which(emulator)
+        try:
+            if path is None:
+                raise FileNotFoundError(2, "it is not on the PATH")
+            return _Found(path, program_of(path)), []
+        except OSError as error:
+            return None, [f"'{emulator}' is not here ({error.strerror}): the answer is what every QEMU would say"]
+    for path, target in find_binaries():
+        if target == arch:
+            try:
+                return _Found(path, program_of(path)), []
+            except OSError:
+                continue
+    return None, [f"no qemu-system-{arch} is here: the answer is what every version would say"]
+
+
+def _arch_of_program(emulator: str | None) -> str | None:
+    name = (emulator or "").rpartition("/")[2]
+    return name.removeprefix("qemu-system-") if name.startswith("qemu-system-") else None
+
+
+def _unknown(spec: MachineSpec, arch: str, emulator: str | None, *, never: bool) -> VcpuRefused:
+    text = f"what '{spec.machine}' ({arch}) makes of '-smp {spec.smp}' cannot be known without starting QEMU"
+    hint = "--probe auto starts one" if never else f"install qemu-system-{arch}, or name one with --emulator"
+    if not never and emulator is not None:
+        text += f", and '{emulator}' is not here"
+    return VcpuRefused([Refusal("probe", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+
+
+@asynccontextmanager
+async def _held(cache: FileCache, name: str, deadline: float) -> AsyncIterator[None]:
+    """A lock of all our processes; the name "" stands for one place of those that may run a QEMU."""
+    names = [f"question-{name}"] if name else [f"place-{number}" for number in range(_AT_ONCE)]
+    lock: CacheLock | None = None
+    try:
+        while (lock := next(filter(None, map(cache.try_lock, names)), None)) is None:
+            if time.monotonic() >= deadline:
+                raise VcpuConnectionError(
+                    "other processes keep asking QEMUs", reason="timeout", hint="try again when they are done"
+                )
+            await asyncio.sleep(_PAUSE)
+    except OSError:
+        # A cache that cannot be written has no locks, and needs none.
+        lock = None
+    try:
+        yield
+    finally:
+        if lock is not None:
+            lock.release()

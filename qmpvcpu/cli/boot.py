@@ -1,0 +1,100 @@
+"""The commands of guests that do not run yet."""
+
+from __future__ import annotations
+
+import json
+import shlex
+from collections.abc import Awaitable, Callable
+from typing import TYPE_CHECKING, Final
+
+from qmpvcpu.app.boot import command_line, probe_domain, read_definition
+from qmpvcpu.app.probes import Probe, ProbeMode, find_layout, forget_probes
+from qmpvcpu.cli import render
+from qmpvcpu.cli.progress import waiting
+from qmpvcpu.core.bootargs import BootStyle
+from qmpvcpu.core.layout import MachineSpec
+from qmpvcpu.core.smp import parse_numa, parse_smp
+from qmpvcpu.errors import VcpuUsageError
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.commands import Session
+
+__all__ = ["COMMANDS"]
+
+
+async def _probe(session: Session) -> int:
+    options = session.options
+    by_machine = [options.machine, options.smp, options.cpu, options.accel, options.arch, *options.numa]
+    mode = ProbeMode(options.probe)
+    if options.refresh and mode is ProbeMode.NEVER:
+        raise VcpuUsageError("--refresh asks QEMU, and --probe never does not", hint="leave one of them out")
+    if options.word is not None:
+        if any(value is not None for value in by_machine):
+            raise VcpuUsageError(
+                "a file is given, and a machine too", hint="probe FILE, or probe --machine … --smp …"
+            )
+        definition, _ = read_definition(options.word)
+        async with waiting("asking QEMU"):
+            found = await probe_domain(definition, mode, refresh=options.refresh, emulator=options.emulator)
+    elif options.machine is not None and options.smp is not None:
+        nodes, cpus = parse_numa(options.numa)
+        spec = MachineSpec(
+            options.machine, parse_smp(options.smp), options.cpu, options.accel or "tcg", nodes, cpus
+        )
+        async with waiting("asking QEMU"):
+            found = await find_layout(
+                spec, arch=options.arch, emulator=options.emulator, mode=mode, refresh=options.refresh
+            )
+    elif options.refresh and not any(value is not None for value in by_machine):
+        gone = forget_probes()
+        session.show({"forgotten": gone}, [f"{gone} answers forgotten"])
+        return 0
+    else:
+        raise VcpuUsageError("no machine is given", hint="probe FILE, or probe --machine q35 --smp 2,maxcpus=8")
+    session.warn(found.messages)
+    session.show(found.to_json(), _lines(found))
+    return 0
+
+
+async def _boot_args(session: Session) -> int:
+    options = session.options
+    definition, _ = read_definition(options.word)
+    async with waiting("asking QEMU"):
+        found = await command_line(
+            definition,
+            BootStyle(options.style),
+            incoming=options.incoming,
+            mode=ProbeMode(options.probe),
+            emulator=options.emulator,
+        )
+    session.warn((*found.probe.messages, *found.args.messages))
+    if options.json:
+        print(json.dumps(found.to_json()))
+        return 0
+    print(shlex.join(found.args.arguments))
+    for step in found.args.commands:
+        print(json.dumps(step))
+    return 0
+
+
+def _lines(found: Probe) -> list[str]:
+    layout = found.layout
+    how = {
+        "predicted": "predicted, no QEMU was started",
+        "cached": "known from before, no QEMU was started",
+        "probed": "asked of a throwaway QEMU",
+    }[layout.source]
+    count = sum(vcpu.enabled for vcpu in found.vcpus)
+    told = f"QEMU {layout.version}" if layout.version is not None else "any QEMU"
+    head = f"{layout.machine}: {layout.arch}, {told}, {layout.accel}: {count} of {layout.maxcpus} vCPUs at boot"
+    if not layout.can_plug:
+        head += " (this machine has no CPU hotplug)"
+    elif not layout.can_unplug:
+        head += " (this machine never unplugs a CPU)"
+    lines = [head, how]
+    if layout.cpu_type is not None:
+        lines.append(f"device_add driver: {layout.cpu_type}")
+    return [*lines, "", *render.slots(layout, found.vcpus)]
+
+
+COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {"probe": _probe, "boot-args": _boot_args}

@@ -1,0 +1,231 @@
+"""QEMU's command line for a guest that boots with exactly the vCPUs its XML says. Pure.
+
+vCPUs that are not hotpluggable are those of -smp, from 0 on; the others that are enabled are plugged in their
+order, by `-device` or, paused, by `device_add` (libvirt's way).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any, Final
+
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.layout import MachineLayout, MachineSpec, arch_of_machine
+from qmpvcpu.core.model import Props, format_ids
+from qmpvcpu.core.smp import LEVELS, NumaNode, Smp
+from qmpvcpu.errors import Refusal, VcpuRefused
+
+__all__ = ["BootArgs", "BootStyle", "boot_args", "machine_spec", "qemu_arch"]
+
+#: libvirt's names of architectures, where QEMU has another.
+_ARCHES: Final = {"ppc64le": "ppc64", "i686": "i386"}
+#: What libvirt takes where the XML names no machine.
+_MACHINES: Final = {"x86_64": "pc", "i386": "pc", "ppc64": "pseries", "s390x": "s390-ccw-virtio"}
+
+
+class BootStyle(StrEnum):
+    """How vCPUs that -smp cannot say come in."""
+
+    DEVICE = "device"
+    QMP = "qmp"
+
+
+@dataclass(frozen=True, slots=True)
+class BootArgs:
+    """`arguments` of QEMU, and the QMP `commands` to be sent then, in order.
+
+    `started` are the first vCPU ids of the entities that the guest boots with, in the order in which they come.
+    """
+
+    arguments: tuple[str, ...]
+    started: tuple[int, ...] = ()
+    commands: tuple[dict[str, Any], ...] = ()
+    messages: tuple[str, ...] = ()
+
+    def to_json(self) -> list[Any]:
+        """The list of `boot-args --json`: texts are arguments, objects QMP commands."""
+        return [*self.arguments, *self.commands]
+
+
+def qemu_arch(definition: Definition) -> str:
+    """QEMU's target for a domain.
+
+    Raises:
+        VcpuRefused: nothing in it says so.
+    """
+    arch = definition.arch or arch_of_machine(definition.machine or "")
+    if not arch:
+        raise _refused("the domain's XML names no architecture", "write <os><type arch='x86_64'>hvm</type></os>")
+    return _ARCHES.get(arch, arch)
+
+
+def machine_spec(definition: Definition) -> MachineSpec:
+    """What QEMU is asked to be.
+
+    Raises:
+        VcpuRefused: no QEMU could be that; the text says why.
+    """
+    arch = qemu_arch(definition)
+    topology = definition.topology
+    levels = {"sockets": definition.maxcpus, "cores": 1, "threads": 1}
+    if topology is not None:
+        levels = {
+            level: getattr(topology, level)
+            for level in LEVELS
+            if getattr(topology, level) > 1 or level in ("sockets", "cores", "threads")
+        }
+    smp = Smp(len(_run(definition)), definition.maxcpus, **levels)
+    return MachineSpec(
+        definition.machine or _MACHINES.get(arch, "virt"),
+        smp,
+        definition.cpu,
+        definition.accel or "tcg",
+        tuple(NumaNode(cell.id, cell.cpus) for cell in definition.cells),
+    )
+
+
+def _run(definition: Definition) -> tuple[int, ...]:
+    """The vCPUs that -smp says: from 0 on, as long as they are there and stay."""
+    found = []
+    for vcpu in definition.vcpus:
+        if not vcpu.enabled or vcpu.hotpluggable:
+            break
+        found.append(vcpu.id)
+    if not found:
+        raise _refused("vCPU 0 must be enabled and not hotpluggable", "a guest cannot boot without it")
+    return tuple(found)
+
+
+def boot_args(
+    definition: Definition,
+    layout: MachineLayout,
+    style: BootStyle = BootStyle.DEVICE,
+    incoming: str | None = None,
+) -> BootArgs:
+    """The command line.
+
+    Args:
+        definition: the domain.
+        layout: of `machine_spec(definition)`.
+        style: how vCPUs that -smp cannot say come in.
+        incoming: -incoming's argument ("defer", a URI), for a guest that migrates here.
+
+    Raises:
+        VcpuRefused: no such guest can be; every reason.
+    """
+    spec = machine_spec(definition)
+    arguments = ["-machine", spec.machine, "-accel", spec.accel]
+    if spec.cpu is not None:
+        arguments += ["-cpu", spec.cpu]
+    arguments += [*_memory(definition), "-smp", str(spec.smp), *_numa(definition)]
+    run = _run(definition)
+    plugged, refusals = _plugged(definition, layout, len(run))
+    if refusals:
+        raise VcpuRefused(refusals)
+    stray = [vcpu.id for vcpu in definition.vcpus if vcpu.enabled and not vcpu.hotpluggable and vcpu.id not in run]
+    messages = []
+    if stray:
+        messages.append(
+            f"vCPU {format_ids(stray)}: hotpluggable='no', but -smp knows no gaps: plugged like the others"
+        )
+    commands: list[dict[str, Any]] = []
+    for ids, props in plugged:
+        device = {"driver": layout.cpu_type, "id": f"vcpu{ids[0]}", **props}
+        if style is BootStyle.QMP:
+            commands.append({"execute": "device_add", "arguments": device})
+        else:
+            words = [f"{key}={_escape(str(value))}" for key, value in device.items() if key != "driver"]
+            arguments += ["-device", ",".join([_escape(str(layout.cpu_type)), *words])]
+    if incoming is not None:
+        arguments += ["-incoming", incoming]
+    elif style is BootStyle.QMP:
+        # With -incoming QEMU waits by itself.
+        arguments.append("-S")
+        commands.append({"execute": "cont"})
+    started = [ids[0] for ids, _ in layout.entities() if ids[-1] < len(run)] + [ids[0] for ids, _ in plugged]
+    return BootArgs(tuple(arguments), tuple(started), tuple(commands), tuple(messages))
+
+
+def _memory(definition: Definition) -> list[str]:
+    if definition.cells:
+        return ["-m", f"size={sum(size for _, size in _cell_sizes(definition)) // 1024}k"]
+    return ["-m", f"size={definition.memory // 1024}k"] if definition.memory is not None else []
+
+
+def _numa(definition: Definition) -> list[str]:
+    words = []
+    for cell, size in _cell_sizes(definition) if definition.cells else ():
+        named = "".join(f",cpus={cpus}" for cpus in format_ids(definition.cells[cell].cpus).split(",") if cpus)
+        number = definition.cells[cell].id
+        words += ["-object", f"memory-backend-ram,id=ram-node{number},size={size}"]
+        words += ["-numa", f"node,nodeid={number}{named},memdev=ram-node{number}"]
+    return words
+
+
+def _cell_sizes(definition: Definition) -> list[tuple[int, int]]:
+    """Position and bytes of each cell's memory; <memory> in equal parts where no cell says."""
+    cells = definition.cells
+    if all(cell.memory is not None for cell in cells):
+        return [(position, cell.memory or 0) for position, cell in enumerate(cells)]
+    missing = format_ids(cell.id for cell in cells if cell.memory is None)
+    if definition.memory is None or any(cell.memory is not None for cell in cells):
+        raise _refused(f"NUMA cell {missing} has no memory", "write <cell … memory='262144' unit='KiB'/>")
+    # What pseries wants of a node is enough for every machine.
+    part = definition.memory // len(cells) // _PART * _PART
+    if not part:
+        raise _refused(f"NUMA cell {missing} has no memory", "write <cell … memory='262144' unit='KiB'/>")
+    return [(position, part) for position in range(len(cells))]
+
+
+_PART: Final = 256 * 1024 * 1024
+
+
+def _plugged(
+    definition: Definition, layout: MachineLayout, run: int
+) -> tuple[list[tuple[tuple[int, ...], Props]], list[Refusal]]:
+    """Ids and props of what -smp cannot say, in the order of plugging; and why that cannot be."""
+    refusals: list[Refusal] = []
+    if layout.maxcpus != definition.maxcpus:
+        text = f"the machine has room for {layout.maxcpus} vCPUs, and <vcpu> says {definition.maxcpus}"
+        return [], [Refusal("topology", text, (), "correct <topology>", "VIR_ERR_CONFIG_UNSUPPORTED")]
+    wanted = []
+    for ids, slot in layout.entities():
+        on = [number for number in ids if definition.vcpus[number].enabled]
+        if not on or ids[-1] < run:
+            continue
+        if len(on) < len(ids) or ids[0] < run:
+            refusals.append(
+                Refusal(
+                    "entity",
+                    f"vCPUs {format_ids(ids)} are one core: some are enabled, or hotpluggable, and some are not",
+                    ids,
+                    "write the same for each of them",
+                    "VIR_ERR_CONFIG_UNSUPPORTED",
+                )
+            )
+        elif slot.props is not None:
+            order = definition.vcpus[ids[0]].order
+            wanted.append((order is None, order or 0, ids, slot.props))
+    if wanted and (not layout.can_plug or layout.cpu_type is None):
+        ids = tuple(number for _, _, group, _ in wanted for number in group)
+        refusals.append(
+            Refusal(
+                "no-hotplug",
+                f"{layout.machine} ({layout.arch}) has no CPU hotplug: it cannot boot with vCPU {format_ids(ids)} "
+                f"and without one below",
+                ids,
+                "enable vCPUs from 0 on, without a gap",
+                "VIR_ERR_CONFIG_UNSUPPORTED",
+            )
+        )
+    return [(ids, props) for _, _, ids, props in sorted(wanted, key=lambda row: row[:3])], refusals
+
+
+def _escape(text: str) -> str:
+    """A comma in a value of an option is doubled."""
+    return text.replace(",", ",,")
+
+
+def _refused(message: str, hint: str) -> VcpuRefused:
+    return VcpuRefused([Refusal("boot", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])

@@ -1,0 +1,134 @@
+"""The throwaway QEMU: started paused to say what its vCPUs would be, and gone before the answer is given.
+
+It gets nothing it could touch: no devices, no configuration, no display, a seccomp sandbox, memory that is never
+used. Its folder is its own, it ends with us whatever ends us (`qemu.process`), and stderr is kept for the error.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any, Final
+
+from qmpvcpu.core.layout import MachineSpec
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
+from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.process import run_qemu
+
+__all__ = ["probe_machine", "probe_program"]
+
+_BARE: Final = ("-S", "-nodefaults", "-no-user-config", "-display", "none")
+_SANDBOX: Final = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+_NO_SANDBOX: Final = re.compile(r"sandbox|seccomp", re.IGNORECASE)
+_MIB: Final = 1024 * 1024
+#: What one NUMA node takes at least, MiB (7.2 to 11.1); of others QEMU's default is left.
+_MEMORY: Final = ((re.compile(r"pc\b|q35\b|s390-ccw-virtio\b"), 16), (re.compile(r"pseries\b"), 256))
+_NODE_MEMORY: Final = 16
+#: KVM that is not to be had is the host's state, not the machine's fault.
+_HOST: Final = re.compile(r"KVM kernel module|/dev/kvm|failed to initialize kvm|cannot set up guest memory", re.I)
+
+
+async def probe_machine(binary: str, spec: MachineSpec, *, timeout: float = 30.0) -> dict[str, Any]:
+    """Ask a QEMU that is started as `spec` says: its replies by command, for `core.layout`.
+
+    Args:
+        binary: the QEMU program.
+        spec: what it shall be.
+        timeout: seconds for all of it.
+
+    Raises:
+        VcpuRefused: QEMU refuses that machine; the message is its own.
+        VcpuFailed: it cannot be started, or dies.
+        VcpuConnectionError: it does not answer, or not as a QEMU does.
+    """
+    arguments = [*_BARE, "-machine", spec.machine, "-accel", spec.accel, "-smp", str(spec.smp), *_memory(spec)]
+    if spec.cpu is not None:
+        arguments += ["-cpu", spec.cpu]
+    return await _ask(binary, arguments, timeout)
+
+
+async def probe_program(binary: str, *, timeout: float = 30.0) -> dict[str, Any]:
+    """Ask a QEMU that has no machine at all; the replies that `core.layout.parse_facts` takes are in it.
+
+    Raises:
+        VcpuFailed, VcpuConnectionError: as `probe_machine`.
+    """
+    return await _ask(binary, [*_BARE, "-machine", "none"], timeout)
+
+
+def _memory(spec: MachineSpec) -> list[str]:
+    """As little as it takes; no page of it is ever touched."""
+    least = next((size for machine, size in _MEMORY if machine.match(spec.machine)), None)
+    if not spec.nodes:
+        return [] if least is None else ["-m", f"{least}M"]
+    size = least or _NODE_MEMORY
+    words = ["-m", f"{size * len(spec.nodes)}M"]
+    for node in spec.nodes:
+        named = "".join(f",cpus={cpu}" for cpu in node.cpus)
+        words += ["-object", f"memory-backend-ram,id=ram-node{node.id},size={size * _MIB}"]
+        words += ["-numa", f"node,nodeid={node.id},memdev=ram-node{node.id}{named}"]
+    for cpu in spec.cpus:
+        words += ["-numa", str(cpu)]
+    return words
+
+
+async def _ask(binary: str, arguments: Sequence[str], timeout: float) -> dict[str, Any]:
+    try:
+        async with asyncio.timeout(timeout):
+            try:
+                return await _ask_once(binary, [*_SANDBOX, *arguments])
+            except VcpuFailed as error:
+                if error.exit_code is None or not _NO_SANDBOX.search(error.qmp_text or ""):
+                    raise
+                # Built without seccomp, or the host does not have it.
+                return await _ask_once(binary, arguments)
+    except TimeoutError as error:
+        raise VcpuConnectionError(
+            f"'{binary}' has not answered within {timeout:g} s",
+            reason="timeout",
+            hint="is it a QEMU? run it by hand with -machine none -S",
+        ) from error
+    except VcpuFailed as error:
+        said = error.qmp_text or ""
+        if error.exit_code != 1 or not said or _HOST.search(said):
+            raise
+        text = f"QEMU refuses this machine: {said}"
+        hint = f"correct the machine; it is '{binary}' that says so"
+        raise VcpuRefused([Refusal("smp", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")]) from error
+
+
+async def _ask_once(binary: str, arguments: Sequence[str]) -> dict[str, Any]:
+    async with run_qemu(binary, arguments) as qemu:
+        monitor = qemu.monitor
+        # Sent together: one way there and back. Not qom-list-types: it loads every module, and QEMU aborts on one
+        # of another build (10.0, 11.1). Not query-cpu-definitions: it takes 25 ms on x86.
+        asked: Mapping[str, asyncio.Future[object]] = {
+            "query-target": monitor.query_target(),
+            "query-kvm": monitor.query_kvm(),
+            "type": monitor.qom_get("/machine", "type"),
+            "smp": monitor.qom_get("/machine", "smp"),
+            "query-hotpluggable-cpus": monitor.query_hotpluggable_cpus(),
+            "query-cpus-fast": monitor.query_cpus_fast(),
+            "query-machines": monitor.query_machines(),
+        }
+        replies = await asyncio.gather(*asked.values(), return_exceptions=True)
+        found: dict[str, Any] = {"greeting": dict(monitor.greeting)}
+        for command, reply in zip(asked, replies, strict=True):
+            if isinstance(reply, CommandError) and command in _MAY_FAIL:
+                found[command] = None
+            elif isinstance(reply, CommandError):
+                raise VcpuConnectionError(
+                    f"'{binary}' cannot answer {reply}",
+                    reason="malformed",
+                    hint="QEMU 6.2 or later is needed",
+                ) from reply
+            elif isinstance(reply, BaseException):
+                raise reply
+            else:
+                found[command] = reply
+        return found
+
+
+#: No CPU hotplug; before QEMU 6.2.
+_MAY_FAIL: Final = frozenset({"query-hotpluggable-cpus", "smp"})
