@@ -27,10 +27,12 @@ _STATE = tempfile.TemporaryDirectory(prefix="qmpvcpu-test-state-")
 os.environ["QMPVCPU_STATE"] = _STATE.name
 
 VERSIONS = ("7.2", "10.0", "11.1")
+#: Tests may have a cache of their own, and still these QEMUs.
+QEMUS = cache_folder() / "qemu"
 
 
 def qemu_binary(version: str, arch: str) -> str:
-    path = cache_folder() / "qemu" / version / "bin" / f"qemu-system-{arch}"
+    path = QEMUS / version / "bin" / f"qemu-system-{arch}"
     if not path.exists():
         pytest.fail(f"QEMU {version} for {arch} is not here: scripts/setup qemu")
     return str(path)

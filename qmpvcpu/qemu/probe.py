@@ -85,7 +85,7 @@ async def _ask(binary: str, arguments: Sequence[str], timeout: float) -> dict[st
                 return await _ask_once(binary, arguments)
     except TimeoutError as error:
         raise VcpuConnectionError(
-            f"'{binary}' has not answered within {timeout:g} s",
+            f"'{binary}' has not answered within {timeout:.1f} s",
             reason="timeout",
             hint="is it a QEMU? run it by hand with -machine none -S",
         ) from error

@@ -1,0 +1,312 @@
+"""The throwaway QEMU, and everything that spares it."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import signal
+import stat
+import sys
+import time
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+from qmpvcpu.app.probes import ProbeMode, find_layout, forget_probes
+from qmpvcpu.core.layout import LayoutSource, MachineSpec, parse_facts, parse_layout, predict_layout
+from qmpvcpu.core.smp import parse_numa, parse_smp
+from qmpvcpu.errors import VcpuConnectionError, VcpuFailed, VcpuRefused
+from qmpvcpu.qemu import probe as probe_module
+from qmpvcpu.qemu.probe import probe_machine, probe_program
+from tests.conftest import VERSIONS, cli, matrix, qemu_binary, start_cli
+
+pytestmark = pytest.mark.qemu
+
+ALWAYS, AUTO, NEVER = ProbeMode.ALWAYS, ProbeMode.AUTO, ProbeMode.NEVER
+SOURCE = LayoutSource
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "probes"
+
+
+def counting(tmp_path, binary, name="counted", more=""):
+    """The same QEMU, and how often it was started."""
+    path, log = tmp_path / name, tmp_path / f"{name}.log"
+    path.write_text(f'#!/bin/sh\necho $$ >> {log}\n{more}\nexec {binary} "$@"\n')
+    path.chmod(0o755)
+    return str(path), lambda: len(log.read_text().splitlines()) if log.exists() else 0
+
+
+def spec(machine="q35", smp="2,maxcpus=4", numa=(), **more):
+    nodes, cpus = parse_numa(numa)
+    return MachineSpec(machine, parse_smp(smp), nodes=nodes, cpus=cpus, **more)
+
+
+MACHINES = {
+    "x86_64": [("q35", None), ("pc", None), ("q35", "max"), ("pc-q35-6.1", "EPYC")],
+    "ppc64": [("pseries", None), ("pseries", "POWER9"), ("pseries-6.2", None)],
+    "s390x": [("s390-ccw-virtio", None), ("s390-ccw-virtio", "max")],
+    "loongarch64": [("virt", None)],
+    "aarch64": [("virt", None)],
+    "riscv64": [("virt", None)],
+}
+
+
+@matrix(*((arch, version) for arch in MACHINES for version in VERSIONS))
+async def test_names_and_drivers_are_predicted_too(arch, version):
+    """Slots are test_smp_real's; here what only the program tells."""
+    for machine, cpu in MACHINES[arch]:
+        asked = spec(machine, "2,sockets=2,maxcpus=4", cpu=cpu)
+        replies = await probe_machine(qemu_binary(version, arch), asked)
+        found, facts = parse_layout(replies, SOURCE.PROBED), parse_facts(replies)
+        assert f"{found.version.major}.{found.version.minor}" == version
+        assert found.can_plug is (
+            arch in ("x86_64", "ppc64", "s390x") or (arch, version > "7") == ("loongarch64", False)
+        )
+        assert found.can_unplug is (found.can_plug and arch != "s390x")
+        predicted = predict_layout(asked, arch, facts)
+        if cpu is None and found.can_plug:
+            assert (predicted.machine, predicted.cpu_type) == (found.machine, found.cpu_type)
+            assert predicted.to_json() == found.to_json() | {"source": "predicted"}
+        else:
+            assert predicted is None
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_it_runs_in_a_sandbox_with_nothing_to_touch(version, monkeypatch):
+    seen = {}
+    real = probe_module.run_qemu
+
+    @asynccontextmanager
+    async def run(binary, arguments, **more):
+        async with real(binary, arguments, **more) as qemu:
+            status = Path(f"/proc/{qemu.pid}/status").read_text()
+            seen.update(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
+            seen.update(folder=qemu.folder, mode=stat.S_IMODE(qemu.folder.stat().st_mode), pid=qemu.pid)
+            yield qemu
+
+    monkeypatch.setattr(probe_module, "run_qemu", run)
+    await probe_machine(qemu_binary(version, "x86_64"), spec())
+    assert seen["Seccomp"] == "2" and seen["mode"] == 0o700
+    assert not seen["folder"].exists() and not Path(f"/proc/{seen['pid']}").exists()
+
+
+async def test_without_seccomp_it_is_asked_all_the_same(tmp_path):
+    error = "qemu: -sandbox support is not enabled in this QEMU"
+    more = f'case " $* " in *" -sandbox "*) echo "{error}" >&2; exit 1;; esac'
+    binary, starts = counting(tmp_path, qemu_binary("10.0", "x86_64"), more=more)
+    assert parse_layout(await probe_machine(binary, spec()), SOURCE.PROBED).maxcpus == 4
+    assert starts() == 2
+
+
+async def test_auto_predicts_then_remembers_then_asks(tmp_path):
+    binary, starts = counting(tmp_path, qemu_binary("10.0", "x86_64"))
+    found = await find_layout(spec(), emulator=binary)
+    assert found.layout.source == "predicted" and found.layout.version is None and starts() == 0
+    # What arithmetic leaves open.
+    odd = spec("q35", "2,maxcpus=288")
+    for source in ("probed", "cached", "cached"):
+        found = await find_layout(odd, emulator=binary)
+        assert found.layout.source == source and found.layout.maxcpus == 288 and starts() == 1
+    # By now the program is known.
+    found = await find_layout(spec(), emulator=binary)
+    assert (found.layout.source, found.layout.machine, str(found.layout.version)[:4]) == (
+        "predicted",
+        "pc-q35-10.0",
+        "10.0",
+    )
+    first = await find_layout(spec(), emulator=binary, mode=ALWAYS)
+    again = await find_layout(spec(), emulator=binary, mode=ALWAYS)
+    assert (first.layout.source, again.layout.source, starts()) == ("probed", "cached", 2)
+    assert first.layout.slots == again.layout.slots == found.layout.slots
+    await find_layout(spec(), emulator=binary, refresh=True)
+    assert starts() == 3
+    # A model is known once it was seen.
+    for source in ("probed", "predicted"):
+        found = await find_layout(
+            spec(smp="1,maxcpus=2" if source == "probed" else "2", cpu="EPYC"), emulator=binary
+        )
+        assert (found.layout.source, found.layout.cpu_type) == (source, "EPYC-x86_64-cpu")
+
+
+async def test_never_starts_none(tmp_path):
+    binary, starts = counting(tmp_path, qemu_binary("10.0", "x86_64"))
+    assert (await find_layout(spec(), emulator=binary, mode=NEVER)).layout.source == "predicted"
+    with pytest.raises(VcpuRefused, match="cannot be known without starting") as caught:
+        await find_layout(spec("microvm"), emulator=binary, mode=NEVER)
+    assert "--probe auto" in caught.value.hint and starts() == 0
+    await find_layout(spec("microvm"), emulator=binary)
+    assert (await find_layout(spec("microvm"), emulator=binary, mode=NEVER)).layout.source == "cached"
+
+
+async def test_another_program_is_asked_anew(tmp_path, own_cache):
+    binary, starts = counting(tmp_path, qemu_binary("10.0", "s390x"))
+    asked = spec("s390-ccw-virtio")
+    assert (await find_layout(asked, emulator=binary)).layout.source == "probed"
+    assert (await find_layout(asked, emulator=binary)).layout.source == "predicted"
+    os.utime(binary, (1, 1))
+    assert (await find_layout(asked, emulator=binary)).layout.source == "probed"
+    assert starts() == 2
+    assert forget_probes() == 4 and not [path for path in own_cache.iterdir() if path.is_file()]
+
+
+async def test_a_torn_entry_is_asked_anew(tmp_path, own_cache):
+    binary, starts = counting(tmp_path, qemu_binary("10.0", "x86_64"))
+    await find_layout(spec(), emulator=binary, mode=ALWAYS)
+    entries = [path for path in own_cache.iterdir() if path.is_file()]
+    assert len(entries) == 2
+    for path in entries:
+        whole = path.read_bytes()
+        for torn in (b"", whole[: len(whole) // 2], b"\0" * len(whole), whole.replace(b"1", b"2")):
+            assert torn != whole
+            path.write_bytes(torn)
+            before = starts()
+            assert (await find_layout(spec(), emulator=binary, mode=ALWAYS)).layout.source == "probed"
+            assert starts() == before + 1
+
+
+async def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("QMPVCPU_CACHE", str(tmp_path / "file"))
+    for _ in range(2):
+        found = await find_layout(spec(), emulator=qemu_binary("10.0", "x86_64"), mode=ALWAYS)
+        assert found.layout.source == "probed"
+
+
+ASK = """
+import asyncio, sys
+from qmpvcpu.app.probes import ProbeMode, find_layout
+from qmpvcpu.core.layout import MachineSpec
+from qmpvcpu.core.smp import parse_smp
+async def main():
+    asked = [MachineSpec("q35", parse_smp(f"1,maxcpus={n % 5 + 2}")) for n in range(10)]
+    found = await asyncio.gather(*(find_layout(s, emulator=sys.argv[1], mode=ProbeMode.ALWAYS) for s in asked))
+    assert [f.layout.maxcpus for f in found] == [n % 5 + 2 for n in range(10)]
+    print(*(f.layout.source for f in found))
+asyncio.run(main())
+"""
+
+
+async def test_fifty_at_once_start_five(tmp_path):
+    binary, starts = counting(tmp_path, qemu_binary("10.0", "x86_64"))
+
+    async def one():
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", ASK, binary, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+        )
+        stdout, stderr = await process.communicate()
+        assert process.returncode == 0, stderr.decode()
+        return stdout.decode().split()
+
+    sources = [word for words in await asyncio.gather(*(one() for _ in range(5))) for word in words]
+    assert starts() == 5
+    assert sources.count("probed") == 5 and sources.count("cached") == 45
+
+
+async def test_killed_in_the_middle(tmp_path, own_cache):
+    """At many moments of a probe: no QEMU stays, no lock stays, no entry is broken."""
+    binary, starts = counting(tmp_path, qemu_binary("10.0", "x86_64"))
+    pids = tmp_path / "counted.log"
+    arguments = ("--json", "probe", "--machine", "q35", "--smp", "2", "--probe", "always", "--emulator", binary)
+    for attempt in range(16):
+        process = await start_cli(*arguments, "--refresh")
+        seen = starts()
+        # From the moment QEMU is started on, a little later each time.
+        while process.returncode is None and starts() == seen:
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.008 * attempt)
+        if process.returncode is None:
+            process.send_signal(signal.SIGKILL)
+        await process.communicate()
+        deadline = time.monotonic() + 5
+        while alive := [pid for pid in pids.read_text().split() if is_running(pid, binary)]:
+            assert time.monotonic() < deadline, alive
+            await asyncio.sleep(0.01)
+    found = await asyncio.wait_for(cli(*arguments), 20)
+    assert found.code == 0 and found.json["maxcpus"] == 2
+    assert not [path.name for path in own_cache.iterdir() if path.name.startswith(".")]
+
+
+def is_running(pid, binary):
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] not in "ZX"
+    except OSError:
+        return False
+
+
+@pytest.mark.parametrize(
+    ("asked", "words"),
+    [
+        (spec("q35", "3,cores=2"), "hierarchy must match maxcpus"),
+        (spec("nope"), "unsupported machine type"),
+        (spec(cpu="nope"), "unable to find CPU model 'nope'"),
+        (spec(numa=["node", "cpu,node-id=0,socket-id=9"]), "no match found"),
+        (spec("microvm", "2,maxcpus=1"), "maxcpus"),
+    ],
+)
+async def test_what_qemu_refuses_is_refused_in_its_words(asked, words):
+    with pytest.raises(VcpuRefused, match=words) as caught:
+        await find_layout(asked, emulator=qemu_binary("10.0", "x86_64"), mode=ALWAYS)
+    assert "qemu-system-x86_64" in caught.value.hint
+
+
+async def test_programs_that_are_no_qemu(tmp_path):
+    def program(name, text):
+        path = tmp_path / name
+        path.write_text("#!/bin/sh\n" + text)
+        path.chmod(0o755)
+        return str(path)
+
+    with pytest.raises(VcpuConnectionError, match=r"has not answered within 0\.5 s"):
+        await find_layout(spec(), emulator=program("sleeper", "exec sleep 100"), mode=ALWAYS, timeout=0.5)
+    with pytest.raises(VcpuFailed, match="exited with code 7: ouch") as caught:
+        await find_layout(spec(), emulator=program("dies", "echo ouch >&2; exit 7"), mode=ALWAYS)
+    assert caught.value.exit_code == 7
+    with pytest.raises(VcpuFailed, match="code -11") as caught:
+        await find_layout(spec(), emulator=program("crashes", "kill -SEGV $$"), mode=ALWAYS)
+    with pytest.raises(VcpuRefused, match="not here"):
+        await find_layout(spec("microvm"), emulator="/nope/qemu-system-x86_64")
+    found = await find_layout(spec(), emulator="/nope/qemu-system-x86_64")
+    assert found.layout.source == "predicted" and "not here" in found.messages[0]
+    with pytest.raises(VcpuRefused, match="is a QEMU for s390x"):
+        await find_layout(spec("none", "1"), arch="x86_64", emulator=qemu_binary("7.2", "s390x"), mode=ALWAYS)
+    assert (await probe_program(qemu_binary("7.2", "s390x")))["query-target"] == {"arch": "s390x"}
+
+
+async def test_the_command_line(tmp_path, own_cache):
+    binary, starts = counting(tmp_path, qemu_binary("10.0", "ppc64"))
+    words = ("--machine", "pseries", "--smp", "8,cores=2,threads=8,maxcpus=16", "--emulator", binary)
+    run = await cli("probe", *words)
+    assert run.code == 0 and "asked of a throwaway QEMU" in run.stdout and "8-15" in run.stdout
+    run = await cli("probe", *words, "--json")
+    assert run.json["source"] == "predicted" and starts() == 1
+    assert [row["entity"] for row in run.json["vcpus"]] == [list(range(8))] * 8 + [list(range(8, 16))] * 8
+    run = await cli("probe", *words, "--probe", "always", "--json")
+    assert run.json["source"] == "cached" and run.json["emulator"] == binary
+    run = await cli("probe", "--refresh")
+    assert run.code == 0 and run.stdout == "2 answers forgotten\n"
+    xml = tmp_path / "d.xml"
+    xml.write_text(
+        "<domain type='qemu'><name>d</name><vcpu current='2'>4</vcpu><os><type arch='x86_64' machine='q35'/></os>"
+        f"<devices><emulator>{qemu_binary('10.0', 'x86_64')}</emulator></devices></domain>"
+    )
+    run = await cli("probe", str(xml), "--json")
+    assert [row["state"] for row in run.json["vcpus"]] == ["enabled", "enabled", "disabled", "disabled"]
+    for bad, code in (
+        ((), 2),
+        (("--machine", "q35"), 2),
+        ((str(xml), "--machine", "q35"), 2),
+        (("--machine", "q35", "--smp", "x"), 2),
+        (("--machine", "q35", "--smp", "2", "--numa", "x"), 2),
+        (("--machine", "q35", "--smp", "2", "--refresh", "--probe", "never"), 2),
+        (("--machine", "q35", "--smp", "3,cores=2"), 3),
+        ((str(tmp_path / "no.xml"),), 3),
+    ):
+        run = await cli("probe", *bad, "--json")
+        assert run.code == code, (bad, run.stdout)
+        assert json.loads(run.stdout)["error"]["hint"]
