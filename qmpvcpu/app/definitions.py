@@ -13,6 +13,7 @@ from typing import Any, Final
 from qmpvcpu.domain import connect
 from qmpvcpu.errors import Refusal, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFile, DefinitionFolder, check_name
+from qmpvcpu.host.runtime import Runtime
 from qmpvcpu.xml.domain import read_domain, renamed
 
 __all__ = ["Defined", "Listed", "against_libvirts_schema", "define", "list_domains", "read_document", "undefine"]
@@ -51,6 +52,8 @@ class Listed:
     current: int | None = None
     maximum: int | None = None
     trouble: str | None = None
+    #: Of its QEMU, where `start` has started it.
+    pid: int | None = None
 
     @property
     def state(self) -> str:
@@ -67,6 +70,7 @@ class Listed:
             "maximum": self.maximum,
             **self.addresses.to_json(),
             "trouble": self.trouble,
+            "pid": self.pid,
         }
 
 
@@ -131,6 +135,9 @@ def undefine(name: str) -> Path:
     Raises:
         VcpuRefused: it is not defined, or cannot be removed.
     """
+    if check_name(name) is None and (pid := Runtime(name).pid()) is not None:
+        text = f"'{name}' runs (QEMU {pid}): nobody would know it any more"
+        raise VcpuRefused([Refusal("active", text, (), "destroy it first", "VIR_ERR_OPERATION_INVALID")])
     return DefinitionFolder().undefine(name)
 
 
@@ -142,7 +149,9 @@ async def list_domains() -> list[Listed]:
 
 async def _look(folder: DefinitionFolder, name: str) -> Listed:
     try:
-        addresses = folder.addresses(name)
+        runtime = Runtime(name)
+        pid = runtime.pid()
+        addresses = folder.addresses(name) if pid is None else Addresses(runtime.qmp, runtime.agent)
     except VcpuRefused as error:
         return Listed(name, None, Addresses(), trouble=error.message)
     current = maximum = None
@@ -160,7 +169,7 @@ async def _look(folder: DefinitionFolder, name: str) -> Listed:
         # Somebody listens, and holds it.
         active = True if getattr(error, "reason", None) == "no-greeting" else None
         trouble = trouble or error.message
-    return Listed(name, active, addresses, current, maximum, trouble)
+    return Listed(name, active, addresses, current, maximum, trouble, pid)
 
 
 def against_libvirts_schema(data: bytes) -> list[str] | None:

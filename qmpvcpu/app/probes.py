@@ -26,7 +26,8 @@ from qmpvcpu.core.layout import (
 )
 from qmpvcpu.core.model import Vcpu
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
-from qmpvcpu.host.cache import CacheLock, FileCache, Program, key_of, program_of
+from qmpvcpu.host.cache import FileCache, Program, key_of, program_of
+from qmpvcpu.host.files import FileLock
 from qmpvcpu.qemu.probe import probe_machine
 
 __all__ = ["Probe", "ProbeMode", "find_layout", "forget_probes"]
@@ -228,7 +229,7 @@ def _unknown(spec: MachineSpec, arch: str, emulator: str | None, *, never: bool)
 async def _held(cache: FileCache, name: str, deadline: float) -> AsyncIterator[None]:
     """A lock of all our processes; the name "" stands for one place of those that may run a QEMU."""
     names = [f"question-{name}"] if name else [f"place-{number}" for number in range(_AT_ONCE)]
-    lock: CacheLock | None = None
+    lock: FileLock | None = None
     try:
         while (lock := next(filter(None, map(cache.try_lock, names)), None)) is None:
             if time.monotonic() >= deadline:

@@ -13,6 +13,7 @@ from qmpvcpu.cli import render
 from qmpvcpu.cli.progress import waiting
 from qmpvcpu.core.bootargs import BootStyle
 from qmpvcpu.core.layout import MachineSpec
+from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.smp import parse_numa, parse_smp
 from qmpvcpu.errors import VcpuUsageError
 
@@ -97,4 +98,33 @@ def _lines(found: Probe) -> list[str]:
     return [*lines, "", *render.slots(layout, found.vcpus)]
 
 
-COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {"probe": _probe, "boot-args": _boot_args}
+async def _start(session: Session) -> int:
+    from qmpvcpu.app.start import start
+
+    async with waiting("starting QEMU"):
+        done = await start(
+            session.options.word, mode=ProbeMode(session.options.probe), timeout=session.options.timeout
+        )
+    session.warn(done.messages)
+    ids = format_ids(done.state.enabled_ids)
+    lines = [f"{done.name}: started, QEMU {done.pid} with vCPU {ids}", *(f"QMP: {path}" for path in done.qmp)]
+    session.show(done.to_json(), [*lines, f"agent: {done.agent}", f"log: {done.log}", f"console: {done.console}"])
+    return 0
+
+
+async def _destroy(session: Session) -> int:
+    from qmpvcpu.app.start import destroy
+
+    async with waiting("ending QEMU"):
+        done = await destroy(session.options.word)
+    how = "killed: it did not end by itself" if done.killed else "ended"
+    session.show(done.to_json(), [f"{done.name}: QEMU {done.pid} {how}"])
+    return 0
+
+
+COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
+    "probe": _probe,
+    "boot-args": _boot_args,
+    "start": _start,
+    "destroy": _destroy,
+}

@@ -78,6 +78,10 @@ def _change(parser: argparse.ArgumentParser) -> None:
 
 def _emulator(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--emulator", metavar="PATH", help="the QEMU program")
+    _probe_mode(parser)
+
+
+def _probe_mode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--probe",
         choices=("auto", "always", "never"),
@@ -212,6 +216,20 @@ def build_parser() -> argparse.ArgumentParser:
         help="for a guest that migrates here (default defer)",
     )
     _emulator(boot)
+
+    start = command("start", "start a defined domain with exactly the vCPUs of its XML, in the background")
+    start.add_argument("word", metavar="NAME", help="as it is defined")
+    _probe_mode(start)
+    start.add_argument(
+        "--timeout",
+        type=_seconds,
+        default=30.0,
+        metavar="S",
+        help="seconds for its machine to stand (default 30)",
+    )
+
+    destroy = command("destroy", "end the QEMU of a domain that `start` has started, at once")
+    destroy.add_argument("word", metavar="NAME", help="as it is defined")
 
     domain_command("watch", "tell what happens to the vCPUs, line by line, until interrupted")
 

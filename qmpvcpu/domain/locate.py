@@ -10,6 +10,7 @@ from pathlib import Path
 
 from qmpvcpu.errors import VcpuUsageError
 from qmpvcpu.host.definitions import DefinitionFile, DefinitionFolder
+from qmpvcpu.host.runtime import Runtime
 
 __all__ = ["Place", "locate"]
 
@@ -53,6 +54,10 @@ def _named(domain: str) -> Place:
     if "/" not in domain:
         folder = DefinitionFolder()
         if folder.is_defined(domain):
+            runtime = Runtime(domain)
+            if runtime.pid() is not None:
+                # `start` has started it.
+                return Place(domain, runtime.qmp, runtime.agent, folder.file(domain))
             addresses = folder.addresses(domain)
             return Place(domain, addresses.qmp, addresses.agent, folder.file(domain))
     if _is_file(domain):

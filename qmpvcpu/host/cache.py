@@ -5,7 +5,6 @@ Nothing here is an error: what cannot be read is not there, and what cannot be w
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import os
@@ -14,9 +13,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qmpvcpu.host.files import read_file, stage_file, sweep
+from qmpvcpu.host.files import FileLock, read_file, stage_file, sweep, try_lock
 
-__all__ = ["CacheLock", "FileCache", "Program", "key_of", "program_of"]
+__all__ = ["FileCache", "Program", "key_of", "program_of"]
 
 _LIMIT: Final = 16 * 1024 * 1024
 _KEEP: Final = 512
@@ -50,19 +49,6 @@ def key_of(*parts: Any) -> str:
     """A name for what JSON data says."""
     text = json.dumps([_FORM, *parts], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:40]
-
-
-class CacheLock:
-    """A lock that is held until `release()`, or until this process ends."""
-
-    def __init__(self, fd: int) -> None:
-        self._fd: int | None = fd
-
-    def release(self) -> None:
-        """Let go. May be called twice."""
-        if self._fd is not None:
-            os.close(self._fd)
-            self._fd = None
 
 
 class FileCache:
@@ -104,7 +90,7 @@ class FileCache:
                 gone += 1
         return gone
 
-    def try_lock(self, name: str) -> CacheLock | None:
+    def try_lock(self, name: str) -> FileLock | None:
         """A lock of that name; None while anybody else has it. Its file stays: to remove it would be a race.
 
         Raises:
@@ -112,16 +98,7 @@ class FileCache:
         """
         folder = self.folder / "locks"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
-        try:
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            os.close(fd)
-            return None
-        except BaseException:
-            os.close(fd)
-            raise
-        return CacheLock(fd)
+        return try_lock(folder / name)
 
     def _entries(self) -> list[os.DirEntry[str]]:
         try:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Final
 
 __all__ = [
+    "FileLock",
     "LockTimeout",
     "StagedFile",
     "locked_folder",
@@ -24,6 +25,7 @@ __all__ = [
     "state_folder",
     "sweep",
     "sync_folder",
+    "try_lock",
 ]
 
 _PAUSE: Final = 0.005
@@ -135,6 +137,37 @@ def sync_folder(folder: Path) -> None:
             os.fsync(fd)
     finally:
         os.close(fd)
+
+
+class FileLock:
+    """A lock that is held until `release()`, or until this process ends."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd: int | None = fd
+
+    def release(self) -> None:
+        """Let go. May be called twice."""
+        if self._fd is not None:
+            os.close(self._fd)
+            self._fd = None
+
+
+def try_lock(path: Path) -> FileLock | None:
+    """Hold a file that is there for that alone; None while anybody else holds it.
+
+    Raises:
+        OSError: it can be neither opened nor made.
+    """
+    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(fd)
+        return None
+    except BaseException:
+        os.close(fd)
+        raise
+    return FileLock(fd)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Starts a QEMU that we own: its QMP socket is ours from the start, and it never outlives us.
+"""Starts a QEMU: one that we own and that never outlives us, or one that stays (`launch_qemu`).
 
 The listening socket is made here and handed in as a descriptor, so there is nothing to poll for: we connect at
 once, and QEMU greets when it is up, or its exit closes the socket.
@@ -8,18 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 import shutil
 import socket
 import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import IO, Final
 
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed
 from qmpvcpu.qemu.monitor import QmpMonitor, connect_monitor
 
-__all__ = ["QemuProcess", "run_qemu"]
+__all__ = ["QemuProcess", "launch_qemu", "run_qemu"]
 
 #: What of QEMU's stderr an error keeps, bytes.
 _STDERR_KEPT: Final = 4000
@@ -99,31 +100,99 @@ async def _start(
         descriptors = []
         command = [binary, *arguments]
         for name in ("own", "qmp", *channels):
-            sock = ours.enter_context(socket.socket(socket.AF_UNIX))
-            sock.bind(str(folder / name))
-            sock.listen(8)
-            number = sock.fileno()
-            descriptors.append(number)
+            chardev, sock = _listen(folder, name)
+            descriptors.append(ours.enter_context(sock).fileno())
             # In front: a device can name only a chardev that stands before it.
-            chardev = ["-chardev", f"socket,id={name},fd={number},server=on,wait=off"]
             command[1:1] = chardev if name in channels else [*chardev, "-qmp", f"chardev:{name}"]
         stderr = ours.enter_context((folder / "stderr").open("wb"))
         setpriv = shutil.which("setpriv")
         prefix = [setpriv, "--pdeathsig", "KILL", "--", *_UNLESS_ORPHANED, str(os.getpid())] if setpriv else []
-        try:
-            process = await asyncio.create_subprocess_exec(
-                *prefix,
-                *command,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.DEVNULL,
-                stderr=stderr,
-                pass_fds=descriptors,
-            )
-        except OSError as error:
-            raise VcpuFailed(
-                f"cannot start '{binary}': {error.strerror}", hint="`qmpvcpu doctor` lists the QEMUs that are here"
-            ) from error
+        process = await _spawn([*prefix, *command], command, stderr, descriptors)
     return process, command
+
+
+async def launch_qemu(
+    binary: str,
+    arguments: Sequence[str],
+    folder: Path,
+    log: Path,
+    *,
+    monitors: Sequence[str],
+    channels: Sequence[str],
+    timeout: float,
+) -> None:
+    """Start a QEMU that goes into the background once its machine stands, and outlives us.
+
+    It writes its pid to `folder/pid`, and its stderr to the end of `log`, for as long as it runs.
+
+    Args:
+        monitors: names of its QMP sockets in `folder`.
+        channels: names of further socket chardevs there, which `arguments` may name.
+        timeout: seconds until its machine must stand.
+
+    Raises:
+        VcpuFailed: it exited; the message has its exit code and stderr.
+        VcpuConnectionError: its machine does not come to stand; it may still be there.
+    """
+    with ExitStack() as ours:
+        stderr = ours.enter_context(log.open("ab"))
+        began = stderr.tell()
+        descriptors = []
+        command = [binary]
+        for name in (*monitors, *channels):
+            chardev, sock = _listen(folder, name)
+            descriptors.append(ours.enter_context(sock).fileno())
+            command += chardev if name in channels else [*chardev, "-qmp", f"chardev:{name}"]
+        # -D names a log, and then QEMU leaves stderr open in the background (7.2 to 11.1); "strace" logs nothing.
+        command += [*arguments, "-daemonize", "-pidfile", str(folder / "pid")]
+        command += ["-D", str(folder / "trace"), "-d", "strace", "-msg", "timestamp=on"]
+        stderr.write(f"--- {' '.join(map(shlex.quote, command))}\n".encode(errors="replace"))
+        stderr.flush()
+        began = stderr.tell()
+        process = await _spawn(command, command, stderr, descriptors)
+    try:
+        async with asyncio.timeout(timeout):
+            code = await process.wait()
+    except TimeoutError as error:
+        raise VcpuConnectionError(
+            f"QEMU's machine does not come to stand within {timeout:g} s", reason="timeout", hint=f"see {log}"
+        ) from error
+    finally:
+        await _end(process)
+    if code != 0:
+        with log.open("rb") as file:
+            file.seek(began)
+            said = file.read()[-_STDERR_KEPT:].decode(errors="replace").strip()
+        raise _exited(command, code, said)
+
+
+def _listen(folder: Path, name: str) -> tuple[list[str], socket.socket]:
+    """A listening socket, and the chardev that takes it over. There is nothing to wait for, then."""
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        sock.bind(str(folder / name))
+        sock.listen(8)
+    except BaseException:
+        sock.close()
+        raise
+    return ["-chardev", f"socket,id={name},fd={sock.fileno()},server=on,wait=off"], sock
+
+
+async def _spawn(
+    words: Sequence[str], command: Sequence[str], stderr: IO[bytes], descriptors: Sequence[int]
+) -> asyncio.subprocess.Process:
+    try:
+        return await asyncio.create_subprocess_exec(
+            *words,
+            stdin=asyncio.subprocess.DEVNULL,
+            stdout=asyncio.subprocess.DEVNULL,
+            stderr=stderr,
+            pass_fds=descriptors,
+        )
+    except OSError as error:
+        raise VcpuFailed(
+            f"cannot start '{command[0]}': {error.strerror}", hint="`qmpvcpu doctor` lists the QEMUs that are here"
+        ) from error
 
 
 def _short_folder() -> tempfile.TemporaryDirectory[str]:
@@ -143,7 +212,10 @@ def _start_error(
 ) -> VcpuFailed | VcpuConnectionError:
     if code is None:
         return error
-    said = _stderr(folder)
+    return _exited(command, code, _stderr(folder))
+
+
+def _exited(command: Sequence[str], code: int, said: str) -> VcpuFailed:
     return VcpuFailed(
         f"{os.path.basename(command[0])} exited with code {code}" + (f": {said}" if said else ""),  # noqa: PTH119
         qmp_text=said or None,

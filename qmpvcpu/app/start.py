@@ -1,0 +1,280 @@
+"""`start` and `destroy`: a defined domain as a QEMU of its own in the background. For testing and prototyping."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qmpvcpu.app.boot import CommandLine, command_line
+from qmpvcpu.app.probes import ProbeMode
+from qmpvcpu.core.bootargs import qemu_arch
+from qmpvcpu.core.hardware import hardware_args
+from qmpvcpu.core.model import DomainState, format_ids
+from qmpvcpu.domain import connect
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
+from qmpvcpu.flags import VcpuFlag
+from qmpvcpu.host.definitions import DefinitionFolder, check_name
+from qmpvcpu.host.runtime import SOCKETS, Runtime, end_process
+from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.monitor import connect_monitor
+from qmpvcpu.qemu.process import launch_qemu
+from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.hardware import read_hardware
+
+__all__ = ["Destroyed", "Started", "destroy", "start"]
+
+_PAUSE: Final = 0.02
+#: Seconds for another process that starts or ends the same guest.
+_LOCK_SECONDS: Final = 10.0
+#: Seconds QEMU has to end by itself, and then to be killed.
+_END_SECONDS: Final = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """What `start` did."""
+
+    name: str
+    pid: int
+    emulator: str
+    qmp: tuple[str, ...]
+    agent: str
+    log: str
+    console: str
+    state: DomainState
+    messages: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `start --json`."""
+        return {
+            "outcome": "applied",
+            "changed": True,
+            "domain": self.name,
+            "pid": self.pid,
+            "emulator": self.emulator,
+            "qmp": list(self.qmp),
+            "agent": self.agent,
+            "log": self.log,
+            "console": self.console,
+            "vcpus": list(self.state.enabled_ids),
+            "messages": list(self.messages),
+            "seconds": round(self.seconds, 6),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Destroyed:
+    """What `destroy` did; `killed` is whether QEMU had to be."""
+
+    name: str
+    pid: int
+    killed: bool
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `destroy --json`."""
+        return {"outcome": "applied", "changed": True, "domain": self.name, "pid": self.pid, "killed": self.killed}
+
+
+async def start(name: str, *, mode: ProbeMode = ProbeMode.AUTO, timeout: float = 30.0) -> Started:
+    """Start a defined domain with exactly the vCPUs its XML says, and let it run.
+
+    Args:
+        name: as it is defined.
+        mode: when a throwaway QEMU may be asked first.
+        timeout: seconds until its machine must stand.
+
+    Raises:
+        VcpuRefused: it is not defined, runs already, or no such guest can be.
+        VcpuFailed: QEMU exited, with its exit code and stderr; or its vCPUs are not those of the XML.
+        VcpuConnectionError: QEMU does not answer. After an error no QEMU stays.
+    """
+    began = time.monotonic()
+    folder = DefinitionFolder()
+    if not folder.is_defined(name):
+        raise _refused("definition", f"no domain '{name}' is defined", "define FILE first", "VIR_ERR_NO_DOMAIN")
+    runtime = Runtime(name)
+    async with _alone(runtime):
+        await _check_inactive(name, runtime)
+        document, definition = read_domain(folder.file(name).read())
+        hardware = read_hardware(document)
+        line = await command_line(definition, mode=mode)
+        if line.probe.emulator is None:
+            raise _refused("emulator", "; ".join(line.probe.messages), "name an <emulator> that is here")
+        arguments = ["-S", "-name", f"guest={name.replace(',', ',,')},debug-threads=on", *line.args.arguments]
+        if definition.uuid is not None:
+            arguments += ["-uuid", definition.uuid]
+        arguments += hardware_args(hardware, qemu_arch(definition), console=str(runtime.console), agent=SOCKETS[2])
+        try:
+            await asyncio.to_thread(runtime.prepare)
+        except OSError as error:
+            text = f"'{runtime.folder}' cannot be made: {error.strerror}"
+            raise _refused("runtime", text, "look at the rights of the folder above it") from error
+        try:
+            await launch_qemu(
+                line.probe.emulator,
+                arguments,
+                runtime.folder,
+                runtime.log,
+                monitors=SOCKETS[:2],
+                channels=SOCKETS[2:],
+                timeout=timeout,
+            )
+            try:
+                state = await _check_vcpus(name, runtime, line)
+                await _continue(runtime)
+            except VcpuConnectionError as error:
+                if runtime.pid() is None:
+                    raise _gone(runtime) from error
+                raise
+            pid = runtime.pid()
+            if pid is None:
+                raise _gone(runtime)
+        except BaseException:
+            await _shielded(asyncio.to_thread(_end, runtime))
+            raise
+    messages = [*line.probe.messages, *line.args.messages]
+    if hardware.left_out:
+        messages.append(f"not started, and left out: {', '.join(f'<{word}>' for word in hardware.left_out)}")
+    return Started(
+        name,
+        pid,
+        line.probe.emulator,
+        runtime.qmp,
+        runtime.agent,
+        str(runtime.log),
+        str(runtime.console),
+        state,
+        tuple(messages),
+        time.monotonic() - began,
+    )
+
+
+async def destroy(name: str) -> Destroyed:
+    """End the QEMU of a domain that `start` has started, at once; the guest is not asked.
+
+    Raises:
+        VcpuRefused: it does not run, or was not started by us.
+        VcpuFailed: it cannot be ended.
+    """
+    refusal = check_name(name)
+    if refusal is not None:
+        raise VcpuRefused([refusal])
+    runtime = Runtime(name)
+    async with _alone(runtime):
+        pid = runtime.pid()
+        if pid is None:
+            if DefinitionFolder().is_defined(name) and await _answers(name):
+                raise _refused(
+                    "destroy", f"'{name}' runs, and qmpvcpu has not started it", "end it where it is at home"
+                )
+            raise _refused("inactive", f"'{name}' does not run", "`qmpvcpu list` shows what does")
+        try:
+            killed = await asyncio.to_thread(_end, runtime)
+        except OSError as error:
+            raise VcpuFailed(
+                f"QEMU {pid} cannot be ended: {error.strerror}", hint="who has started it?"
+            ) from error
+        if runtime.owns(pid):
+            raise VcpuFailed(
+                f"QEMU {pid} does not end, not even killed", hint="the host's kernel holds it: see its log"
+            )
+    return Destroyed(name, pid, killed)
+
+
+def _end(runtime: Runtime) -> bool:
+    """End its QEMU, if there is one; whether it had to be killed. Blocks."""
+    pid = runtime.pid()
+    killed = False
+    if pid is not None and not end_process(pid, signal.SIGTERM, _END_SECONDS, runtime):
+        killed = True
+        end_process(pid, signal.SIGKILL, _END_SECONDS, runtime)
+    runtime.remove()
+    return killed
+
+
+async def _check_inactive(name: str, runtime: Runtime) -> None:
+    pid = runtime.pid()
+    if pid is not None:
+        hint = "`qmpvcpu destroy` ends it"
+        raise _refused("active", f"'{name}' runs already (QEMU {pid})", hint, "VIR_ERR_OPERATION_INVALID")
+    if await _answers(name):
+        raise _refused("active", f"'{name}' runs already: its QMP socket answers", "end it where it is at home")
+
+
+async def _answers(name: str) -> bool:
+    """Whether somebody else's QEMU is at the domain's own sockets."""
+    try:
+        async with connect(name, connect_timeout=1.0, config_only=True) as domain:
+            return domain.is_active
+    except VcpuConnectionError as error:
+        return error.reason == "no-greeting"
+
+
+async def _check_vcpus(name: str, runtime: Runtime, line: CommandLine) -> DomainState:
+    """By a fresh query: the vCPUs, and the order in which they came."""
+    async with connect(name, qmp=runtime.qmp[0]) as domain:
+        state = await domain.state(VcpuFlag.LIVE)
+    there = sorted(
+        (entity for entity in state.entities if entity.plugged), key=lambda e: state.vcpus[e.first].order or 0
+    )
+    if tuple(entity.first for entity in there) != line.args.started:
+        wanted = format_ids(vcpu.id for vcpu in line.probe.vcpus if vcpu.enabled)
+        raise VcpuFailed(
+            f"QEMU has vCPU {format_ids(state.enabled_ids)}, and the XML says {wanted}",
+            hint=f"its command line is in {runtime.log}",
+        )
+    return state
+
+
+async def _continue(runtime: Runtime) -> None:
+    monitor = await connect_monitor(runtime.qmp[0])
+    try:
+        await monitor.cont()
+    except CommandError as error:
+        raise VcpuFailed(
+            f"QEMU cannot run the guest: {error}", qmp_text=error.text, hint=f"see {runtime.log}"
+        ) from error
+    finally:
+        await monitor.close()
+
+
+def _gone(runtime: Runtime) -> VcpuFailed:
+    return VcpuFailed(f"QEMU has ended right after the start: {runtime.said(0, 400)}", hint=f"see {runtime.log}")
+
+
+@asynccontextmanager
+async def _alone(runtime: Runtime) -> AsyncIterator[None]:
+    """One process at a time starts or ends a guest."""
+    deadline = time.monotonic() + _LOCK_SECONDS
+    try:
+        while (lock := runtime.try_lock()) is None:
+            if time.monotonic() >= deadline:
+                raise _refused("locked", "another process starts or ends this guest", "try again")
+            await asyncio.sleep(_PAUSE)
+    except OSError as error:
+        text = f"'{runtime.folder.parent}' cannot be used: {error.strerror}"
+        raise _refused("runtime", text, "look at its rights, or set QMPVCPU_STATE") from error
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+async def _shielded(work: Any) -> None:
+    """To the end, whoever cancels."""
+    task = asyncio.ensure_future(work)
+    try:
+        await asyncio.shield(task)
+    except asyncio.CancelledError:
+        await task
+        raise
+
+
+def _refused(code: str, message: str, hint: str, libvirt: str = "VIR_ERR_OPERATION_INVALID") -> VcpuRefused:
+    return VcpuRefused([Refusal(code, message, (), hint, libvirt)])

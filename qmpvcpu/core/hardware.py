@@ -1,0 +1,78 @@
+"""What a guest needs besides its vCPUs to boot and to be talked to, as QEMU's arguments. Pure.
+
+Enough for testing and prototyping: kernel, disks, a user network, console and agent, and whatever
+`<qemu:commandline>` says. What is left out is named.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+__all__ = ["Disk", "Hardware", "hardware_args"]
+
+
+@dataclass(frozen=True, slots=True)
+class Disk:
+    """One `<disk>` with a file or a block device. `bus` is libvirt's word ("virtio", "ide" …)."""
+
+    path: str
+    format: str = "raw"
+    bus: str = "virtio"
+    is_cdrom: bool = False
+    is_readonly: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Hardware:
+    """`left_out` are elements of `<devices>` that are not started, each once; `arguments` are passed on."""
+
+    kernel: str | None = None
+    initrd: str | None = None
+    cmdline: str | None = None
+    firmware: str | None = None
+    disks: tuple[Disk, ...] = ()
+    user_networks: int = 0
+    arguments: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+
+
+def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) -> list[str]:
+    """QEMU's arguments.
+
+    Args:
+        hardware: of the domain.
+        arch: QEMU's target.
+        console: path of a file for what the guest says on its first serial port.
+        agent: name of the chardev of its agent's port.
+    """
+    words = ["-nodefaults", "-no-user-config", "-display", "none", "-serial", f"file:{_value(console)}"]
+    for option, value in (
+        ("-bios", hardware.firmware),
+        ("-kernel", hardware.kernel),
+        ("-initrd", hardware.initrd),
+        ("-append", hardware.cmdline),
+    ):
+        words += [option, value] if value is not None else []
+    bus = "ccw" if arch == "s390x" else "pci"
+    for number, disk in enumerate(hardware.disks):
+        drive = f"file={_value(disk.path)},format={_value(disk.format)}"
+        drive += ",readonly=on" if disk.is_readonly or disk.is_cdrom else ""
+        if disk.bus == "virtio":
+            words += [
+                "-drive",
+                f"{drive},if=none,id=disk{number}",
+                "-device",
+                f"virtio-blk-{bus},drive=disk{number}",
+            ]
+        else:
+            # -drive knows these; q35's SATA ports are `ide` to it.
+            where = disk.bus if disk.bus in ("scsi", "sd") else "ide"
+            words += ["-drive", f"{drive},if={where}{',media=cdrom' if disk.is_cdrom else ''}"]
+    words += [word for _ in range(hardware.user_networks) for word in ("-nic", f"user,model=virtio-net-{bus}")]
+    words += ["-device", f"virtio-serial-{bus},id=qmpvcpu-serial"]
+    words += ["-device", f"virtserialport,bus=qmpvcpu-serial.0,chardev={agent},name=org.qemu.guest_agent.0"]
+    return [*words, *hardware.arguments]
+
+
+def _value(text: str) -> str:
+    return text.replace(",", ",,")

@@ -1,0 +1,143 @@
+"""Where a guest that we started has its sockets, and whether its QEMU runs.
+
+The folder is its owner's alone (0700). QEMU itself writes its pid there (`-pidfile`), before it does anything
+else, so that a QEMU is known whatever became of who started it; and it is told by its command line from a process
+that got the same pid later.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import select
+import shutil
+import signal
+import stat
+import tempfile
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from qmpvcpu.host.files import FileLock, state_folder, try_lock
+
+__all__ = ["SOCKETS", "Runtime", "end_process", "runtime_folder"]
+
+#: Two monitors, since one socket takes one client, and the guest agent's.
+SOCKETS: Final = ("qmp", "qmp2", "agent")
+#: unix(7): sun_path has 108 bytes, one of them for the end.
+_LONGEST: Final = 107
+
+
+def runtime_folder() -> Path:
+    """Of all guests: below `QMPVCPU_STATE`, else the system's (root) or the user's (XDG). It need not exist."""
+    if own := os.environ.get("QMPVCPU_STATE"):
+        return Path(own) / "run"
+    if os.geteuid() == 0:
+        return Path("/run/qmpvcpu")
+    if base := os.environ.get("XDG_RUNTIME_DIR"):
+        return Path(base) / "qmpvcpu"
+    return state_folder() / "run"
+
+
+class Runtime:
+    """One guest's folder; `name` is one that `check_name` takes."""
+
+    def __init__(self, name: str) -> None:
+        base = Path(os.path.abspath(runtime_folder()))  # noqa: PTH100 - a link stays what it is
+        self.folder = base / name
+        if len(os.fsencode(self.folder)) + 1 + max(map(len, SOCKETS)) > _LONGEST:
+            # The path of a socket is short: a folder of the same meaning elsewhere.
+            digest = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
+            self.folder = Path(tempfile.gettempdir()) / f"qmpvcpu-{os.geteuid()}-{digest}"
+        logs = state_folder() / "log"
+        #: What QEMU says on stderr, and what the guest says on its console.
+        self.log = logs / f"{name}.log"
+        self.console = logs / f"{name}.console"
+        self._lock = base / f".{name}.lock"
+
+    @property
+    def qmp(self) -> tuple[str, ...]:
+        """Addresses of its monitors."""
+        return tuple(str(self.folder / name) for name in SOCKETS[:2])
+
+    @property
+    def agent(self) -> str:
+        """Address of its guest agent."""
+        return str(self.folder / "agent")
+
+    @property
+    def pidfile(self) -> Path:
+        """Written and removed by QEMU."""
+        return self.folder / "pid"
+
+    def pid(self) -> int | None:
+        """Of its QEMU; None if that does not run. Never raises."""
+        try:
+            pid = int(self.pidfile.read_text())
+        except (OSError, ValueError):
+            return None
+        return pid if self.owns(pid) else None
+
+    def owns(self, pid: int) -> bool:
+        """Whether that process is its QEMU."""
+        try:
+            words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
+        except OSError:
+            return False
+        return os.fsencode(self.pidfile) in words
+
+    def try_lock(self) -> FileLock | None:
+        """Held by whoever starts or ends it. Raises OSError."""
+        self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        return try_lock(self._lock)
+
+    def prepare(self) -> None:
+        """Make the folder, and empty it of what an earlier guest has left.
+
+        Raises:
+            OSError: it cannot be made, or belongs to somebody else.
+        """
+        self.remove()
+        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        found = self.folder.lstat()
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+            raise PermissionError(1, "it belongs to somebody else", str(self.folder))
+        self.folder.chmod(0o700)
+        self.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+
+    def remove(self) -> None:
+        """Take the folder away. Never raises."""
+        if not self.folder.is_symlink():
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+    def said(self, start: int, limit: int = 4000) -> str:
+        """What the log has had since byte `start`; no more than its end."""
+        with suppress(OSError), self.log.open("rb") as file:
+            size = file.seek(0, os.SEEK_END)
+            file.seek(max(start, size - limit))
+            return file.read(limit).decode(errors="replace").strip()
+        return ""
+
+
+def end_process(pid: int, number: signal.Signals, seconds: float, runtime: Runtime) -> bool:
+    """Send a signal to the QEMU of a runtime folder and wait for its end; whether it has ended. Blocks.
+
+    Raises:
+        OSError: it is not ours to end.
+    """
+    try:
+        fd = os.pidfd_open(pid)
+    except ProcessLookupError:
+        return True
+    try:
+        # From here on `fd` is this process and no later one of the same number.
+        if not runtime.owns(pid):
+            return True
+        signal.pidfd_send_signal(fd, number)
+        poll = select.poll()
+        poll.register(fd, select.POLLIN)
+        return bool(poll.poll(seconds * 1000))
+    except ProcessLookupError:
+        return True
+    finally:
+        os.close(fd)

@@ -1,0 +1,95 @@
+"""What libvirt's domain XML says of booting: `<os>`, `<disk>`, `<interface>`, `<qemu:commandline>`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from qmpvcpu.core.hardware import Disk, Hardware
+from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.xml.source import Document, Element
+
+__all__ = ["read_hardware"]
+
+_QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
+#: What is there anyhow, or not worth a word.
+_HANDLED: Final = frozenset({"emulator", "disk", "serial", "console", "controller", "memballoon", "input"})
+_AGENT: Final = "org.qemu.guest_agent.0"
+
+
+def read_hardware(document: Document) -> Hardware:
+    """Read it.
+
+    Raises:
+        VcpuRefused: what is there cannot be started; every reason, each with its line.
+    """
+    root = document.root
+    found: list[Refusal] = []
+    os, devices = root.child("os"), root.child("devices")
+    disks = []
+    left_out: dict[str, None] = {}
+    networks = 0
+    for element in devices.children if devices is not None else ():
+        if element.name == "disk":
+            disk = _disk(element, found)
+            if disk is not None:
+                disks.append(disk)
+        elif element.name == "interface" and element.attributes.get("type") == "user":
+            networks += 1
+        elif element.name == "channel":
+            target = element.child("target")
+            if target is None or target.attributes.get("name") != _AGENT:
+                left_out["channel"] = None
+        elif element.name not in _HANDLED:
+            left_out[element.name] = None
+    if found:
+        raise VcpuRefused(found)
+    return Hardware(
+        _text(os, "kernel"),
+        _text(os, "initrd"),
+        _text(os, "cmdline"),
+        _text(os, "loader"),
+        tuple(disks),
+        networks,
+        _arguments(root),
+        tuple(left_out),
+    )
+
+
+def _text(parent: Element | None, name: str) -> str | None:
+    element = parent.child(name) if parent is not None else None
+    return (element.text.strip() or None) if element is not None else None
+
+
+def _disk(element: Element, found: list[Refusal]) -> Disk | None:
+    source, target, driver = (element.child(name) for name in ("source", "target", "driver"))
+    kind = element.attributes.get("device", "disk")
+    if source is None and kind == "cdrom":
+        # An empty drive.
+        return None
+    path = None
+    if source is not None:
+        path = source.attributes.get("file") or source.attributes.get("dev")
+    if path is None or kind not in ("disk", "cdrom"):
+        text = f"line {element.line}: a <disk> needs <source file='…'/> or <source dev='…'/>, and be disk or cdrom"
+        found.append(Refusal("xml", text, (), "take it out, or give it in <qemu:commandline>"))
+        return None
+    return Disk(
+        path,
+        driver.attributes.get("type", "raw") if driver is not None else "raw",
+        target.attributes.get("bus", "virtio") if target is not None else "virtio",
+        is_cdrom=kind == "cdrom",
+        is_readonly=element.child("readonly") is not None,
+    )
+
+
+def _arguments(root: Element) -> tuple[str, ...]:
+    """libvirt's way to hand arguments through."""
+    words = []
+    for element in root.children:
+        prefix, colon, name = element.name.rpartition(":")
+        if name != "commandline" or not colon:
+            continue
+        space = element.attributes.get(f"xmlns:{prefix}", root.attributes.get(f"xmlns:{prefix}"))
+        if space == _QEMU_NAMESPACE:
+            words += [arg.attributes.get("value", "") for arg in element.all(f"{prefix}:arg")]
+    return tuple(words)
