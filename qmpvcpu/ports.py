@@ -82,6 +82,9 @@ class Monitor(Protocol):
     def query_status(self) -> Future[object]:
         """QMP `query-status`."""
 
+    def query_chardev(self) -> Future[object]:
+        """QMP `query-chardev`."""
+
     def query_name(self) -> Future[object]:
         """QMP `query-name`."""
 

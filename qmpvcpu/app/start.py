@@ -126,7 +126,7 @@ async def start(name: str, *, mode: ProbeMode = ProbeMode.AUTO, timeout: float =
                 timeout=timeout,
             )
             try:
-                state = await _check_vcpus(name, runtime, line)
+                state = await _check_vcpus(runtime, line)
                 await _continue(runtime)
             except VcpuConnectionError as error:
                 if runtime.pid() is None:
@@ -216,9 +216,9 @@ async def _answers(name: str) -> bool:
         return error.reason == "no-greeting"
 
 
-async def _check_vcpus(name: str, runtime: Runtime, line: CommandLine) -> DomainState:
+async def _check_vcpus(runtime: Runtime, line: CommandLine) -> DomainState:
     """By a fresh query: the vCPUs, and the order in which they came."""
-    async with connect(name, qmp=runtime.qmp[0]) as domain:
+    async with connect(qmp=runtime.qmp[0]) as domain:
         state = await domain.state(VcpuFlag.LIVE)
     there = sorted(
         (entity for entity in state.entities if entity.plugged), key=lambda e: state.vcpus[e.first].order or 0

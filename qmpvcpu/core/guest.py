@@ -21,6 +21,7 @@ __all__ = [
     "identify",
     "identity_files",
     "identity_limits",
+    "is_port_open",
     "most_guest_cpus",
     "parse_guest_vcpus",
 ]
@@ -109,6 +110,22 @@ def _nonsense(what: str) -> VcpuConnectionError:
         hint="do not rely on this guest's agent",
         libvirt="VIR_ERR_AGENT_UNRESPONSIVE",
     )
+
+
+def is_port_open(chardevs: object, path: str) -> bool | None:
+    """Whether the guest has opened the port behind a unix socket, by `query-chardev`; None where it is silent.
+
+    `frontend-open` is that of a virtio port (7.2 to 11.1); of a serial port it is always true.
+    """
+    for row in chardevs if isinstance(chardevs, list) else ():
+        filename = row.get("filename") if isinstance(row, dict) else None
+        if (
+            isinstance(filename, str)
+            and filename.removeprefix("disconnected:").partition(",")[0] == f"unix:{path}"
+        ):
+            is_open = row.get("frontend-open")
+            return is_open if isinstance(is_open, bool) else None
+    return None
 
 
 def most_guest_cpus(state: DomainState) -> int:

@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
-from qmpvcpu.core.guest import GuestView, identify, identity_limits, most_guest_cpus, parse_guest_vcpus
+from qmpvcpu.core.guest import (
+    GuestView,
+    identify,
+    identity_limits,
+    is_port_open,
+    most_guest_cpus,
+    parse_guest_vcpus,
+)
 from qmpvcpu.core.model import DomainState, Event, EventKind
 from qmpvcpu.core.online import Answered, Look, Seen, SetCpus, Switch, SwitchStep
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
@@ -50,6 +58,7 @@ class Guest:
         self._vsmt: int | None = None
         self._vsmt_known = False
         self._silent_until = 0.0
+        self._heard = False
         self._lock = asyncio.Lock()
         #: Why the last view could not be had.
         self.trouble: VcpuConnectionError | None = None
@@ -62,6 +71,14 @@ class Guest:
             VcpuRefused: the agent is not allowed to tell.
         """
         async with self._lock:
+            was_heard, self._heard = self._heard, False
+            try:
+                if not was_heard:
+                    await self._check_port()
+            except VcpuConnectionError as error:
+                # Asking again costs nothing.
+                self.trouble = error
+                raise
             try:
                 view = await self._view(state)
             except VcpuConnectionError as error:
@@ -70,6 +87,7 @@ class Guest:
                     self._silent_until = time.monotonic() + _SULK
                 raise
             self.trouble = None
+            self._heard = True
             self._silent_until = 0.0
             self._tell_of(view)
             return view
@@ -157,6 +175,25 @@ class Guest:
         await self._agent.close()
 
     # -- inside -----------------------------------------------------------------------------------
+
+    async def _check_port(self) -> None:
+        """QEMU knows whether anybody in the guest has opened the agent's port: if not, nobody need be waited for.
+
+        Raises:
+            VcpuConnectionError: nobody has.
+        """
+        try:
+            chardevs = await self._monitor.query_chardev()
+        except CommandError:
+            return
+        if is_port_open(chardevs, os.path.realpath(self._agent.address)) is False:  # noqa: ASYNC240 - a few lstat(2)
+            raise VcpuConnectionError(
+                f"no guest agent listens at '{self._agent.address}': nothing in the guest has opened its port",
+                address=self._agent.address,
+                reason="no-agent",
+                hint="wait until the guest has booted; start qemu-ga in it",
+                libvirt="VIR_ERR_AGENT_UNRESPONSIVE",
+            )
 
     async def _view(self, state: DomainState) -> GuestView:
         cpus = parse_guest_vcpus(await self._ask(), most_guest_cpus(state))

@@ -335,6 +335,10 @@ class QmpMonitor:
         """QMP `query-status`."""
         return self.execute("query-status")
 
+    def query_chardev(self) -> asyncio.Future[object]:
+        """QMP `query-chardev`."""
+        return self.execute("query-chardev")
+
     def query_name(self) -> asyncio.Future[object]:
         """QMP `query-name`."""
         return self.execute("query-name")

@@ -92,6 +92,10 @@ async def running(arch, shell):
     run = await cli("start", "sparse", "--json")
     assert run.code == 0, run.stdout + run.stderr
     try:
+        # Nobody waits for an agent in a guest that still boots.
+        early = await cli("vcpuinfo", "sparse", "--json")
+        assert {row["online"] for row in early.json["vcpus"]} == {None}
+        assert "nothing in the guest has opened its port" in early.stderr
         deadline = time.monotonic() + 120
         console = Path(run.json["console"])
         while "QMPVCPU READY" not in console.read_text(errors="replace"):
@@ -114,7 +118,7 @@ async def seen(guest):
     return {int(row[0]): tuple(row[1:]) for row in rows}
 
 
-@matrix(("x86_64", "7.2"), ("x86_64", "10.0"), ("ppc64", "10.0"))
+@matrix(("x86_64", "10.0"), ("ppc64", "10.0"))
 async def test_a_sparse_guest_over_two_nodes(arch, version, tmp_path, monkeypatch):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "s"))
     maximum, enabled = KINDS[arch][2:4]
@@ -122,27 +126,32 @@ async def test_a_sparse_guest_over_two_nodes(arch, version, tmp_path, monkeypatc
     file = tmp_path / "sparse.xml"
     file.write_text(xml(arch, version, shell))
     assert (await cli("define", str(file))).code == 0
-    orders = []
-    for _ in range(2):
-        async with running(arch, shell) as (started, guest):
-            assert started["vcpus"] == ids and "<video>" in started["messages"][0]
-            info = (await cli("vcpuinfo", "sparse", "--json")).json
-            rows = {row["id"]: row for row in info["vcpus"] if row["state"] == "enabled"}
-            assert sorted(rows) == ids
-            # The guest itself: so many, each on its node.
-            found = {n: facts for n, facts in (await seen(guest)).items() if facts[1] == "1"}
-            assert len(found) == len(ids), found
-            nodes = [rows[n]["node"] for n in ids]
-            assert sorted(int(facts[0]) for facts in found.values()) == sorted(nodes)
-            assert nodes == [int(n >= maximum // 2) for n in ids]
-            # Which is which, by what the hardware says of itself.
-            view = (await cli("guestvcpus", "sparse", "--json")).json
-            pairs = {cpu["vcpu"]: cpu["logical_id"] for cpu in view["cpus"] if cpu["online"]}
-            assert sorted(pairs) == ids, view
-            assert all(int(found[pairs[n]][0]) == rows[n]["node"] for n in ids)
-            orders.append({n: rows[n]["order"] for n in ids})
-            plugged = [n for n in ids if n == rows[n]["entity"][0] and enabled[n]]
-            assert all(rows[n]["qom_path"].startswith(f"/machine/peripheral/vcpu{n}") for n in plugged)
-    assert orders[0] == orders[1]
+    async with running(arch, shell) as (started, guest):
+        assert started["vcpus"] == ids and "<video>" in started["messages"][0]
+        info = (await cli("vcpuinfo", "sparse", "--json")).json
+        rows = {row["id"]: row for row in info["vcpus"] if row["state"] == "enabled"}
+        assert sorted(rows) == ids
+        # The guest itself: so many, each on its node.
+        found = {n: facts for n, facts in (await seen(guest)).items() if facts[1] == "1"}
+        assert len(found) == len(ids), found
+        nodes = [rows[n]["node"] for n in ids]
+        assert sorted(int(facts[0]) for facts in found.values()) == sorted(nodes)
+        assert nodes == [int(n >= maximum // 2) for n in ids]
+        # Which is which, by what the hardware says of itself.
+        view = (await cli("guestvcpus", "sparse", "--json")).json
+        pairs = {cpu["vcpu"]: cpu["logical_id"] for cpu in view["cpus"] if cpu["online"]}
+        assert sorted(pairs) == ids, view
+        assert all(int(found[pairs[n]][0]) == rows[n]["node"] for n in ids)
+        plugged = [n for n in ids if n == rows[n]["entity"][0] and enabled[n]]
+        assert all(rows[n]["qom_path"].startswith(f"/machine/peripheral/vcpu{n}") for n in plugged)
+    assert (await cli("start", "sparse")).code == 0
+    try:
+        again = (await cli("vcpuinfo", "sparse", "--json")).json["vcpus"]
+        for key in ("order", "qom_path", "node", "props"):
+            assert {row["id"]: row[key] for row in again if row["state"] == "enabled"} == {
+                number: row[key] for number, row in rows.items()
+            }
+    finally:
+        assert (await cli("destroy", "sparse")).code == 0
     if arch == "x86_64":
-        assert orders[0] == {0: 1, 1: 2, 12: 3, 5: 4}
+        assert {number: row["order"] for number, row in rows.items()} == {0: 1, 1: 2, 12: 3, 5: 4}

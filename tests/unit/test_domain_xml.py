@@ -114,7 +114,7 @@ def test_what_libvirt_writes_is_read():
     assert (found.name, found.arch, found.machine) == ("web1", "x86_64", "pc-q35-10.0")
     assert (found.maxcpus, found.enabled_ids, found.dialect) == (8, (0, 1, 5), "libvirt")
     assert found.vcpus[5] == VcpuConfig(5, enabled=True, hotpluggable=True, order=3)
-    assert found.cells == (NumaCell(0, (0, 1, 2, 3)), NumaCell(1, (4, 5, 6, 7)))
+    assert found.cells == (NumaCell(0, (0, 1, 2, 3), 1 << 30), NumaCell(1, (4, 5, 6, 7), 1 << 30))
     assert (found.cell_of(5), found.topology.sockets, found.topology.threads) == (1, 2, 2)
     assert (found.cpuset, found.pins, found.emulator_pin) == ((0, 1, 3), {1: (1, 2)}, (0,))
     assert found.schedulers == {0: "fifo:10", 1: "fifo:10", 5: "fifo:10", 6: "batch"}

@@ -305,6 +305,9 @@ async def test_two_views_at_once_and_one_cancelled_know_how_far_cores_lie_apart(
             return [b"0-7\n", *(b"%d\n" % n for n in physical)]
 
     class Monitor:
+        async def query_chardev(self):
+            return []
+
         async def qom_get(self, path, name):
             await asyncio.sleep(0.01)
             return 8

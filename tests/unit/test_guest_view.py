@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpvcpu.core.guest import GuestCpu, identify, identity_files, parse_guest_vcpus
+from qmpvcpu.core.guest import GuestCpu, identify, identity_files, is_port_open, parse_guest_vcpus
 from qmpvcpu.core.inventory import BootFacts, CpuInfoFast, HotpluggableCpu, build_state
 from qmpvcpu.core.model import Props, QemuVersion
 from qmpvcpu.errors import VcpuConnectionError
@@ -174,3 +174,15 @@ def test_whatever_the_files_say_only_enabled_vcpus_are_known(files):
     state = x86((0, 1, 5))
     view = identify(state, cpus(0, offline=(1, 2, 3)), files | {"/proc/cpuinfo": b"processor: 0\napicid: 0\n"})
     assert set(view.by_vcpu) <= {0, 1, 5}
+
+
+def test_whether_anybody_in_the_guest_has_opened_the_port():
+    def row(name, is_open=True):
+        return {"label": "x", "filename": name, "frontend-open": is_open}
+
+    shut = [row("pty:/dev/pts/1"), row("disconnected:unix:/run/agent,server=on", False)]
+    assert is_port_open(shut, "/run/agent") is False
+    assert is_port_open([row("unix:/run/agent,server=on")], "/run/agent") is True
+    assert is_port_open(shut, "/run/agent2") is None
+    for nonsense in (None, 5, [], [5], [{}], [row(5)], [row("unix:/run/agent", "x")]):
+        assert is_port_open(nonsense, "/run/agent") is None
