@@ -245,7 +245,11 @@ async def _continue(runtime: Runtime) -> None:
 
 
 def _gone(runtime: Runtime) -> VcpuFailed:
-    return VcpuFailed(f"QEMU has ended right after the start: {runtime.said(0, 400)}", hint=f"see {runtime.log}")
+    said = runtime.said()
+    return VcpuFailed(
+        "QEMU has ended right after the start" + (f": {said}" if said else ""),
+        hint=f"did the guest find nothing to boot? see {runtime.console} and {runtime.log}",
+    )
 
 
 @asynccontextmanager

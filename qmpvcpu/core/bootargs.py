@@ -204,9 +204,9 @@ def _plugged(
                     "VIR_ERR_CONFIG_UNSUPPORTED",
                 )
             )
-        elif slot.props is not None:
+        else:
             order = definition.vcpus[ids[0]].order
-            wanted.append((order is None, order or 0, ids, slot.props))
+            wanted.append((order is None, order or 0, ids, slot.props or Props()))
     if wanted and (not layout.can_plug or layout.cpu_type is None):
         ids = tuple(number for _, _, group, _ in wanted for number in group)
         refusals.append(

@@ -53,7 +53,7 @@ class QemuProcess:
 
     def stderr(self) -> str:
         """The end of what QEMU said on stderr."""
-        return _stderr(self.folder)
+        return _read_end(self.folder / "stderr")
 
 
 @asynccontextmanager
@@ -123,7 +123,8 @@ async def launch_qemu(
 ) -> None:
     """Start a QEMU that goes into the background once its machine stands, and outlives us.
 
-    It writes its pid to `folder/pid`, and its stderr to the end of `log`, for as long as it runs.
+    It writes its pid to `folder/pid`, and its stderr to `log`, for as long as it runs; the command line, and what
+    it says before it opens the log, are in `folder/command`. The log of the start before is kept as `LOG.1`.
 
     Args:
         monitors: names of its QMP sockets in `folder`.
@@ -134,21 +135,22 @@ async def launch_qemu(
         VcpuFailed: it exited; the message has its exit code and stderr.
         VcpuConnectionError: its machine does not come to stand; it may still be there.
     """
+    _rotate(log)
     with ExitStack() as ours:
-        stderr = ours.enter_context(log.open("ab"))
-        began = stderr.tell()
         descriptors = []
         command = [binary]
         for name in (*monitors, *channels):
             chardev, sock = _listen(folder, name)
             descriptors.append(ours.enter_context(sock).fileno())
             command += chardev if name in channels else [*chardev, "-qmp", f"chardev:{name}"]
-        # -D names a log, and then QEMU leaves stderr open in the background (7.2 to 11.1); "strace" logs nothing.
+        # In the background stderr is /dev/null, unless there is a log to be written (7.2 to 11.1): then it is that
+        # one, from early on. "strace" asks for a log, and logs nothing.
         command += [*arguments, "-daemonize", "-pidfile", str(folder / "pid")]
-        command += ["-D", str(folder / "trace"), "-d", "strace", "-msg", "timestamp=on"]
-        stderr.write(f"--- {' '.join(map(shlex.quote, command))}\n".encode(errors="replace"))
+        command += ["-D", str(log), "-d", "strace", "-msg", "timestamp=on"]
+        stderr = ours.enter_context((folder / "command").open("ab"))
+        stderr.write(f"{shlex.join(command)}\n".encode(errors="replace"))
         stderr.flush()
-        began = stderr.tell()
+        early = stderr.tell()
         process = await _spawn(command, command, stderr, descriptors)
     try:
         async with asyncio.timeout(timeout):
@@ -160,10 +162,12 @@ async def launch_qemu(
     finally:
         await _end(process)
     if code != 0:
-        with log.open("rb") as file:
-            file.seek(began)
-            said = file.read()[-_STDERR_KEPT:].decode(errors="replace").strip()
-        raise _exited(command, code, said)
+        raise _exited(command, code, _read_end(folder / "command", early) + _read_end(log))
+
+
+def _rotate(log: Path) -> None:
+    with suppress(FileNotFoundError):
+        log.rename(log.with_name(log.name + ".1"))
 
 
 def _listen(folder: Path, name: str) -> tuple[list[str], socket.socket]:
@@ -201,9 +205,10 @@ def _short_folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory(prefix="qmpvcpu-", dir=base if len(os.fsencode(base)) < 70 else "/tmp")  # noqa: S108
 
 
-def _stderr(folder: Path) -> str:
+def _read_end(path: Path, start: int = 0) -> str:
+    """The end of what is there, behind byte `start`."""
     with suppress(OSError):
-        return (folder / "stderr").read_bytes()[-_STDERR_KEPT:].decode(errors="replace").strip()
+        return path.read_bytes()[start:][-_STDERR_KEPT:].decode(errors="replace").strip()
     return ""
 
 
@@ -212,7 +217,7 @@ def _start_error(
 ) -> VcpuFailed | VcpuConnectionError:
     if code is None:
         return error
-    return _exited(command, code, _stderr(folder))
+    return _exited(command, code, _read_end(folder / "stderr"))
 
 
 def _exited(command: Sequence[str], code: int, said: str) -> VcpuFailed:

@@ -1,0 +1,369 @@
+"""boot-args and start on real QEMUs: the vCPUs are those of the XML, or there is no QEMU and a reason."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import shlex
+import signal
+import stat
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+
+import qmpvcpu
+from qmpvcpu.app.boot import command_line
+from qmpvcpu.core.bootargs import BootStyle
+from qmpvcpu.host.runtime import Runtime
+from qmpvcpu.qemu.process import run_qemu
+from qmpvcpu.xml.domain import read_domain
+from tests.conftest import VERSIONS, cli, qemu_binary, start_cli
+
+pytestmark = pytest.mark.qemu
+
+#: -smp's levels, vCPUs of one entity, bytes of one node (0: no NUMA), machine.
+SHAPES = {
+    "x86_64": ((2, 4, 1), 1, 16 << 20, "q35"),
+    "ppc64": ((2, 2, 4), 4, 256 << 20, "pseries"),
+    "s390x": ((1, 8, 1), 1, 0, "s390-ccw-virtio"),
+    "loongarch64": ((2, 4, 1), 1, 512 << 20, "virt"),
+}
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "s"))
+
+
+def xml(arch, version, rows, name="d", more="", devices=""):
+    """`rows`: by entity, None (disabled), or its order (0: it is there from the start)."""
+    (sockets, cores, threads), size, memory, machine = SHAPES[arch]
+    maximum = sockets * cores * threads
+    vcpus = []
+    for entity, order in enumerate(rows):
+        for number in range(entity * size, entity * size + size):
+            on = "no" if order is None else "yes"
+            ranked = f" order='{order}'" if order else ""
+            pluggable = "no" if order == 0 else "yes"
+            vcpus.append(f"<vcpu id='{number}' enabled='{on}' hotpluggable='{pluggable}'{ranked}/>")
+    half = maximum // 2
+    numa = "".join(
+        f"<cell id='{node}' cpus='{first}-{first + half - 1}' memory='{memory}' unit='b'/>"
+        for node, first in (((0, 0), (1, half)) if memory else ())
+    )
+    count = sum(order is not None for order in rows) * size
+    return (
+        f"<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>{name}</name>"
+        f"<uuid>8c4a1f6e-0000-4000-8000-000000000001</uuid>"
+        f"<memory unit='MiB'>512</memory><vcpu current='{count}'>{maximum}</vcpu><vcpus>{''.join(vcpus)}</vcpus>"
+        f"<os><type arch='{arch}' machine='{machine}'>hvm</type></os>"
+        f"<cpu><topology sockets='{sockets}' cores='{cores}' threads='{threads}'/>"
+        + (f"<numa>{numa}</numa>" if numa else "")
+        + f"</cpu><devices><emulator>{qemu_binary(version, arch)}</emulator>{devices}</devices>{more}</domain>"
+    )
+
+
+@st.composite
+def enabled(draw, entities):
+    run = draw(st.integers(1, 3))
+    rows = [0] * run + [None] * (entities - run)
+    behind = draw(st.lists(st.integers(run, entities - 1), unique=True, max_size=4))
+    for rank, entity in enumerate(behind, draw(st.integers(run, 9))):
+        rows[entity] = rank + 1
+    return rows
+
+
+CELLS = [(arch, version) for arch in SHAPES for version in VERSIONS]
+
+
+@pytest.mark.parametrize(
+    ("arch", "version"), [c for c in CELLS if c not in (("loongarch64", "7.2"), ("ppc64", "7.2"))]
+)
+def test_a_command_line_gives_what_the_xml_says(arch, version):
+    size = SHAPES[arch][1]
+
+    @settings(
+        max_examples=8,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        phases=[Phase.generate, Phase.shrink],
+        suppress_health_check=list(HealthCheck),
+    )
+    @given(enabled(8 if size == 1 else 4), st.sampled_from(list(BootStyle)), st.sampled_from([None, "defer"]))
+    def check(rows, style, incoming):
+        asyncio.run(compare(read_domain(xml(arch, version, rows).encode())[1], rows, style, incoming))
+
+    async def compare(definition, rows, style, incoming):
+        line = await command_line(definition, style, incoming=incoming)
+        # Without a kernel, s390x ends by itself.
+        arguments = [*line.args.arguments, "-nodefaults", "-display", "none", *(() if incoming else ("-S",))]
+        async with run_qemu(line.probe.emulator, arguments) as qemu:
+            for step in line.args.commands:
+                if step["execute"] != "cont":
+                    await qemu.monitor.execute(step["execute"], step["arguments"])
+            if incoming:
+                assert (await qemu.monitor.query_status())["status"] == "inmigrate"
+            async with qmpvcpu.connect(qmp=qemu.qmp) as domain:
+                state = await domain.state()
+        wanted = [n for n, vcpu in enumerate(definition.vcpus) if vcpu.enabled]
+        assert list(state.enabled_ids) == wanted
+        behind = sorted((order, entity * size) for entity, order in enumerate(rows) if order)
+        ranks = sorted({(state.vcpus[n].order, state.vcpus[n].entity[0]) for n in wanted})
+        assert [first for _, first in ranks][-len(behind) or len(ranks) :] == [first for _, first in behind]
+        assert [state.vcpus[n].node for n in wanted] == [line.probe.vcpus[n].node for n in wanted]
+        assert [dict(state.vcpus[n].props) for n in wanted] == [dict(line.probe.vcpus[n].props) for n in wanted]
+        assert [state.vcpus[n].order for n in wanted] == [line.probe.vcpus[n].order for n in wanted]
+
+    check()
+
+
+async def test_the_text_is_for_a_shell_and_the_list_for_a_program(tmp_path):
+    file = tmp_path / "d.xml"
+    file.write_text(xml("x86_64", "10.0", [0, None, None, 1, None, None, None, None]))
+    text = await cli("boot-args", str(file))
+    found = (await cli("boot-args", str(file), "--json")).json
+    assert shlex.split(text.stdout) == found and "-device" in found
+    text = await cli("boot-args", str(file), "--style", "qmp", "--incoming")
+    found = (await cli("boot-args", str(file), "--style", "qmp", "--incoming", "--json")).json
+    first, *steps = text.stdout.splitlines()
+    assert [*shlex.split(first), *map(json.loads, steps)] == found
+    assert found[-1]["execute"] == "device_add" and found[-2] == "defer"
+    run = await cli("boot-args", str(tmp_path / "none.xml"), "--json")
+    assert run.code == 3 and "there is no file" in run.json["error"]["message"]
+    run = await cli("boot-args", str(file), "--probe", "never", "--emulator", "/nope")
+    assert run.code == 0 and "is not here" in run.stderr
+
+
+async def define(tmp_path, text):
+    file = tmp_path / "file.xml"
+    file.write_text(text)
+    run = await cli("define", str(file), "--json")
+    assert run.code == 0, run.stdout
+
+
+@pytest.fixture
+def started():
+    """Names whose QEMU ends with the test."""
+    names = ["d"]
+    yield names
+    for name in names:
+        pid = Runtime(name).pid()
+        if pid is not None:
+            os.kill(pid, signal.SIGKILL)
+
+
+SPARSE = [0, 0, None, 4, None, 3, None, None]
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_start_and_destroy(version, tmp_path, started):
+    await define(tmp_path, xml("x86_64", version, SPARSE))
+    run = await cli("start", "d", "--json")
+    assert run.code == 0, run.stdout
+    assert run.json["vcpus"] == [0, 1, 3, 5] and run.json["seconds"] < 20
+    folder = Path(run.json["qmp"][0]).parent
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert {path.name for path in folder.iterdir()} >= {"qmp", "qmp2", "agent", "pid"}
+    # Both sockets, at once; the name stands for them, and for the agent.
+    async with qmpvcpu.connect("d") as one, qmpvcpu.connect("d") as two:
+        assert (await one.state()).enabled_ids == (await two.state()).enabled_ids == (0, 1, 3, 5)
+        assert one.name == "d"
+        outcome = await one.enable(6, live=True, config=True)
+        assert outcome.live_changed_ids == outcome.config_changed_ids == (6,)
+    listed = (await cli("list", "--json")).json["domains"][0]
+    assert (listed["state"], listed["pid"], listed["qmp"]) == ("running", run.json["pid"], run.json["qmp"])
+    command = Path(f"/proc/{run.json['pid']}/cmdline").read_bytes().split(b"\0")
+    assert b"8c4a1f6e-0000-4000-8000-000000000001" in command and b"guest=d,debug-threads=on" in command
+    # It is nobody's child, and holds nothing of ours.
+    assert os.path.realpath(f"/proc/{run.json['pid']}/fd/2") == run.json["log"]
+    for word, text in (("start", "runs already"), ("undefine", "destroy it first")):
+        again = await cli(word, "d", "--json")
+        assert again.code == 3 and text in again.stdout
+    done = await cli("destroy", "d", "--json")
+    assert done.code == 0 and done.json == {
+        "outcome": "applied",
+        "changed": True,
+        "domain": "d",
+        "pid": run.json["pid"],
+        "killed": False,
+    }
+    assert not folder.exists()
+    assert (await cli("list", "--json")).json["domains"][0]["state"] == "shut off"
+    # What was enabled with --config is there the next time.
+    assert (await cli("start", "d", "--json")).json["vcpus"] == [0, 1, 3, 5, 6]
+    assert (await cli("destroy", "d")).code == 0
+    again = await cli("destroy", "d", "--json")
+    assert again.code == 3 and "does not run" in again.stdout
+    log = Path(run.json["log"])
+    assert "terminating on signal 15" in log.read_text()
+    assert "terminating on signal 15" in log.with_name("d.log.1").read_text()
+
+
+def with_wrapper(tmp_path, instead):
+    """A domain whose QEMU does something else when it is to go into the background."""
+    wrapper, real = tmp_path / "qemu", qemu_binary("10.0", "x86_64")
+    wrapper.write_text(f'#!/bin/sh\ncase "$*" in *-daemonize*) {instead};; esac\nexec {real} "$@"\n')
+    wrapper.chmod(0o755)
+    return xml("x86_64", "10.0", SPARSE).replace(real, str(wrapper))
+
+
+async def test_a_qemu_that_exits_gives_its_words_and_its_code(tmp_path):
+    arg = "<qemu:commandline><qemu:arg value='-nonsense'/></qemu:commandline>"
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE, more=arg))
+    run = await cli("start", "d", "--json")
+    assert run.code == 8 and run.json["error"]["exit_code"] == 1
+    assert "exited with code 1" in run.json["error"]["message"] and "-nonsense: invalid option" in run.stdout
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE, devices="<disk><source file='/no/disk'/></disk>"))
+    run = await cli("start", "d", "--json")
+    assert run.code == 8 and "Could not open '/no/disk'" in run.stdout
+    # A crash is told by its signal.
+    wrapper = tmp_path / "qemu"
+    wrapper.write_text(
+        f'#!/bin/sh\ncase "$*" in *-daemonize*) kill -SEGV $$;; esac\nexec {qemu_binary("10.0", "x86_64")} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    text = xml("x86_64", "10.0", SPARSE).replace(qemu_binary("10.0", "x86_64"), str(wrapper))
+    await define(tmp_path, text)
+    run = await cli("start", "d", "--json")
+    assert run.code == 8 and run.json["error"]["exit_code"] == -11
+    assert (await cli("list", "--json")).json["domains"][0]["state"] == "shut off"
+
+
+async def test_what_cannot_be_started_is_refused_before_anything(tmp_path):
+    run = await cli("start", "nobody", "--json")
+    assert run.code == 3 and run.json["error"]["libvirt"] == "VIR_ERR_NO_DOMAIN"
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE, devices="<disk type='network'><source/></disk>"))
+    run = await cli("start", "d", "--json")
+    assert run.code == 3 and "line 1: a <disk> needs" in run.stdout
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE).replace(qemu_binary("10.0", "x86_64"), "/no/qemu"))
+    run = await cli("start", "d", "--json")
+    assert run.code == 3 and "'/no/qemu' is not here" in run.stdout
+    aarch64 = xml("x86_64", "10.0", SPARSE).replace("arch='x86_64' machine='q35'", "arch='aarch64' machine='virt'")
+    await define(tmp_path, aarch64.replace("qemu-system-x86_64", "qemu-system-aarch64"))
+    run = await cli("start", "d", "--json")
+    assert run.code == 3 and "has no CPU hotplug" in run.stdout
+    assert not (tmp_path / "s" / "run" / "d").exists()
+
+
+async def test_somebody_elses_qemu_is_left_alone(tmp_path):
+    async with run_qemu(qemu_binary("10.0", "x86_64"), ["-S", "-nodefaults", "-display", "none"]) as qemu:
+        file = tmp_path / "file.xml"
+        file.write_text(xml("x86_64", "10.0", SPARSE))
+        assert (await cli("define", "d", "--xml", str(file), "--qmp", qemu.qmp)).code == 0
+        run = await cli("start", "d", "--json")
+        assert run.code == 3 and "its QMP socket answers" in run.stdout
+        run = await cli("destroy", "d", "--json")
+        assert run.code == 3 and "qmpvcpu has not started it" in run.stdout
+        assert qemu.process.returncode is None
+
+
+async def test_a_pid_that_came_again_is_not_ours(tmp_path):
+    runtime = Runtime("d")
+    runtime.prepare()
+    runtime.pidfile.write_text(f"{os.getpid()}\n")
+    assert runtime.pid() is None
+    run = await cli("destroy", "d", "--json")
+    assert run.code == 3 and "does not run" in run.stdout
+
+
+async def test_one_of_many_at_once_starts_it(tmp_path, started):
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE))
+    runs = await asyncio.gather(*(cli("start", "d", "--json") for _ in range(4)))
+    assert sorted(run.code for run in runs) == [0, 3, 3, 3]
+    runs = await asyncio.gather(*(cli("destroy", "d", "--json") for _ in range(4)))
+    assert sorted(run.code for run in runs) == [0, 3, 3, 3]
+
+
+async def test_a_qemu_that_will_not_end_is_killed(tmp_path, started):
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE))
+    pid = (await cli("start", "d", "--json")).json["pid"]
+    os.kill(pid, signal.SIGSTOP)
+    done = await cli("destroy", "d", "--json")
+    assert done.code == 0 and done.json["killed"] is True
+    assert Runtime("d").pid() is None
+
+
+async def test_a_machine_that_does_not_come_to_stand(tmp_path, started):
+    wrapper = tmp_path / "qemu"
+    wrapper.write_text(
+        f'#!/bin/sh\ncase "$*" in *-daemonize*) exec sleep 100;; esac\nexec {qemu_binary("10.0", "x86_64")} "$@"\n'
+    )
+    wrapper.chmod(0o755)
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE).replace(qemu_binary("10.0", "x86_64"), str(wrapper)))
+    run = await cli("start", "d", "--json", "--timeout", "0.5")
+    assert run.code == 7 and "does not come to stand within 0.5 s" in run.stdout
+
+
+async def test_a_long_path_is_no_hindrance(tmp_path, monkeypatch, started):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / ("long" * 20)))
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE))
+    run = await cli("start", "d", "--json")
+    assert run.code == 0, run.stdout
+    folder = Path(run.json["qmp"][0]).parent
+    assert len(str(folder)) < 90 and stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert (await cli("vcpucount", "d", "--active", "--live")).stdout == "4\n"
+    assert (await cli("destroy", "d")).code == 0
+    assert not folder.exists()
+
+
+async def test_killed_or_interrupted_in_the_middle(tmp_path, started):
+    """No QEMU that nobody knows: none, or one that `list` shows and `destroy` ends."""
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE))
+    command = tmp_path / "s" / "run" / "d" / "command"
+    kept = 0
+    for attempt in range(12):
+        interrupt = attempt % 3 == 2
+        before = identity(command)
+        process = await start_cli("start", "d")
+        while process.returncode is None and identity(command) in (None, before):
+            await asyncio.sleep(0.002)
+        await asyncio.sleep(0.01 * attempt)
+        if process.returncode is None:
+            process.send_signal(signal.SIGINT if interrupt else signal.SIGKILL)
+        await process.communicate()
+        # A QEMU that was killed with us may need a moment; one that has begun stays.
+        await asyncio.sleep(0.2)
+        pid = Runtime("d").pid()
+        state = (await cli("list", "--json")).json["domains"][0]
+        if process.returncode == 130:
+            assert pid is None
+        if pid is not None:
+            kept += 1
+            assert state["pid"] == pid
+            assert (await cli("destroy", "d")).code == 0
+            assert Runtime("d").pid() is None
+    assert kept
+    deadline = time.monotonic() + 5
+    while others := [p for p in Path("/proc").glob("[0-9]*/cmdline") if mentions(p, tmp_path / "s")]:
+        assert time.monotonic() < deadline, others
+        await asyncio.sleep(0.05)
+
+
+def identity(path):
+    try:
+        return path.stat().st_ino, path.stat().st_mtime_ns
+    except OSError:
+        return None
+
+
+def mentions(path, word):
+    try:
+        return os.fsencode(word) in path.read_bytes()
+    except OSError:
+        return False
+
+
+async def test_started_from_python_too(tmp_path, started):
+    from qmpvcpu.app.start import destroy, start
+
+    await define(tmp_path, xml("loongarch64", "10.0", [0, None, None, 1, None, None, None, None]))
+    done = await start("d")
+    assert done.state.enabled_ids == (0, 3) and done.state.arch == "loongarch64"
+    task = asyncio.create_task(destroy("d"))
+    assert (await task).pid == done.pid
