@@ -8,7 +8,7 @@ import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final
 
@@ -20,7 +20,7 @@ from qmpvcpu.core.layout import (
     MachineSpec,
     QemuFacts,
     arch_of_machine,
-    parse_facts,
+    facts_of,
     parse_layout,
     predict_layout,
 )
@@ -146,10 +146,13 @@ class _Look:
     def read_facts(self) -> None:
         """What is known of the program by now."""
         if self.program is not None and self.facts is None:
-            try:
-                self.facts = QemuFacts.from_json(self.cache.get(self._about))
-            except (ValueError, TypeError, KeyError):
-                self.facts = None
+            self.facts = self._load()
+
+    def _load(self) -> QemuFacts | None:
+        try:
+            return QemuFacts.from_json(self.cache.get(self._about))
+        except (ValueError, TypeError, KeyError, AttributeError):
+            return None
 
     def _key(self, facts: QemuFacts) -> str:
         return key_of("machine", str(facts.version), *self._question)
@@ -160,7 +163,7 @@ class _Look:
             return None
         replies = self.cache.get(self._key(self.facts))
         try:
-            return parse_layout(replies, LayoutSource.CACHED) if replies is not None else None
+            return parse_layout(replies, self.spec.accel, LayoutSource.CACHED) if replies is not None else None
         except (VcpuConnectionError, KeyError, TypeError):
             return None
 
@@ -168,18 +171,18 @@ class _Look:
         """Start a QEMU, and keep what it says."""
         assert self.program is not None
         async with _held(self.cache, "", deadline):
-            replies = await probe_machine(
-                self.program.path, self.spec, timeout=max(deadline - time.monotonic(), 0.001)
-            )
-        layout = parse_layout(replies, LayoutSource.PROBED)
-        facts = parse_facts(replies)
-        types = dict(self.facts.cpu_types) if self.facts is not None else {}
-        if self.spec.cpu is not None and layout.cpu_type is not None:
-            types[self.spec.cpu.partition(",")[0]] = layout.cpu_type
-        facts = replace(facts, cpu_types=types)
-        del replies["query-machines"]
+            left = max(deadline - time.monotonic(), 0.001)
+            return await probe_machine(self.program.path, self.spec, self._keep, timeout=left)
+
+    def _keep(self, replies: dict[str, Any]) -> MachineLayout:
+        layout = parse_layout(replies, self.spec.accel, LayoutSource.PROBED)
+        # Others may have learned meanwhile. Another version: the same file, a script, starts what is there now.
+        known = self._load()
+        if known is not None and layout.version != known.version:
+            known = None
+        facts = facts_of(self.spec, layout, known)
         self.cache.put(self._key(facts), replies)
-        if facts != self.facts:
+        if facts != known:
             self.cache.put(self._about, facts.to_json())
         return layout
 

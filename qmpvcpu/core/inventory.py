@@ -22,6 +22,8 @@ __all__ = [
     "HotpluggableCpu",
     "InconsistentReplies",
     "build_state",
+    "entities_of_slots",
+    "entities_without_slots",
     "never_unplugs",
     "parse_cpus_fast",
     "parse_hotpluggable_cpus",
@@ -251,7 +253,8 @@ class _Plugged:
         self.shared = None if len(cpus) < 2 else len(threads) < len(cpus)
 
 
-def _entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tuple[Entity, ...]:
+def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tuple[Entity, ...]:
+    """The entities in the order of their vCPU ids."""
     ordered = sorted(slots, key=lambda slot: _address(slot.props))
     entities = []
     first = 0
@@ -280,7 +283,7 @@ def _entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tu
     return tuple(entities)
 
 
-def _entities_without_slots(cpus: Sequence[CpuInfoFast], topology: Topology | None) -> tuple[Entity, ...]:
+def entities_without_slots(cpus: Sequence[CpuInfoFast], topology: Topology | None) -> tuple[Entity, ...]:
     """A machine without CPU hotplug: what `query-cpus-fast` lists, then ids that can never be plugged."""
     ordered = sorted(cpus, key=lambda cpu: (_address(cpu.props), cpu.cpu_index))
     entities = [
@@ -317,9 +320,9 @@ def build_state(
     """
     can_unplug = slots is not None and not never_unplugs(boot.arch)
     if slots is None:
-        entities = _entities_without_slots(cpus, boot.topology)
+        entities = entities_without_slots(cpus, boot.topology)
     else:
-        entities = _entities_of_slots(slots, can_unplug)
+        entities = entities_of_slots(slots, can_unplug)
     plugged = _Plugged(cpus, cores=slots is not None)
     return _assemble(boot, entities, plugged, slots is not None, can_unplug, run_state, frozenset(pending))
 

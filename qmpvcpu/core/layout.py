@@ -11,8 +11,8 @@ from enum import StrEnum
 from typing import Any, Final
 
 from qmpvcpu.core.inventory import (
-    BootFacts,
-    build_state,
+    entities_of_slots,
+    entities_without_slots,
     never_unplugs,
     parse_cpus_fast,
     parse_hotpluggable_cpus,
@@ -41,7 +41,7 @@ __all__ = [
     "MachineType",
     "QemuFacts",
     "arch_of_machine",
-    "parse_facts",
+    "facts_of",
     "parse_layout",
     "predict_layout",
 ]
@@ -87,32 +87,29 @@ class MachineSpec:
 
 @dataclass(frozen=True, slots=True)
 class MachineType:
-    """One machine of `query-machines`."""
+    """What a QEMU makes of the name of a machine: its own name for it, and the driver of its default CPUs."""
 
     name: str
-    alias: str | None = None
     hotpluggable: bool = False
-    default_cpu_type: str | None = None
+    cpu_type: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class QemuFacts:
-    """What is true of one QEMU program, whatever it is asked to be."""
+    """What has been seen of one QEMU program, and holds whatever else it is asked to be.
+
+    `machines` is by the name that was asked, `cpu_types` are drivers of `device_add` by CPU model.
+    """
 
     arch: str
     version: QemuVersion
-    machines: tuple[MachineType, ...]
-    #: Driver of `device_add` by CPU model, of those that were probed.
+    machines: Mapping[str, MachineType] = field(default_factory=dict)
     cpu_types: Mapping[str, str] = field(default_factory=dict)
-
-    def find(self, name: str) -> MachineType | None:
-        """A machine by its name or alias."""
-        return next((found for found in self.machines if name in (found.name, found.alias)), None)
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
+        machines = {name: [seen.name, seen.hotpluggable, seen.cpu_type] for name, seen in self.machines.items()}
         version = [self.version.major, self.version.minor, self.version.micro]
-        machines = [asdict(machine) for machine in self.machines]
         return {"arch": self.arch, "version": version, "machines": machines, "cpu_types": dict(self.cpu_types)}
 
     @classmethod
@@ -120,11 +117,12 @@ class QemuFacts:
         """Of `to_json()`.
 
         Raises:
-            ValueError, TypeError, KeyError: it is not.
+            ValueError, TypeError, KeyError, AttributeError: it is not.
         """
-        machines = tuple(MachineType(**row) for row in data["machines"])
         version, cpu_types = QemuVersion(*data["version"]), dict(data["cpu_types"])
-        texts = (data["arch"], *(machine.name for machine in machines), *cpu_types, *cpu_types.values())
+        machines = {name: MachineType(*seen) for name, seen in data["machines"].items()}
+        texts = [data["arch"], *(seen.name for seen in machines.values()), *cpu_types, *cpu_types.values()]
+        texts += [seen.cpu_type for seen in machines.values() if seen.cpu_type is not None]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("texts were expected")
         if not all(type(number) is int for number in (version.major, version.minor, version.micro)):
@@ -210,66 +208,51 @@ class MachineLayout:
 # -- a QEMU that was asked ------------------------------------------------------------------------
 
 
-def parse_facts(replies: Mapping[str, Any]) -> QemuFacts:
-    """`query-target` and `query-machines`, checked; by command, as in `parse_layout`.
+def facts_of(spec: MachineSpec, layout: MachineLayout, before: QemuFacts | None = None) -> QemuFacts:
+    """What a probed layout teaches of its program, besides what was known `before`."""
+    assert layout.version is not None, "it was probed"
+    default = layout.cpu_type if spec.cpu is None else None
+    if default is None and before is not None and spec.machine_type in before.machines:
+        default = before.machines[spec.machine_type].cpu_type
+    machines = {spec.machine_type: MachineType(layout.machine, layout.can_plug, default)}
+    models = {}
+    if spec.cpu is not None and layout.cpu_type is not None:
+        models = {spec.cpu.partition(",")[0]: layout.cpu_type}
+    if before is not None:
+        machines, models = {**before.machines, **machines}, {**before.cpu_types, **models}
+    return QemuFacts(layout.arch, layout.version, machines, models)
+
+
+def parse_layout(replies: Mapping[str, Any], accel: str, source: LayoutSource) -> MachineLayout:
+    """The replies of a QEMU that was asked, by command.
+
+    `query-hotpluggable-cpus` is None where it has no hotplug, and only then there is `query-cpus-fast`.
 
     Raises:
         VcpuConnectionError: they cannot be QEMU's.
     """
-    found = []
-    target, machines = replies["query-target"], replies["query-machines"]
-    for row in machines if isinstance(machines, list) else []:
-        if not isinstance(row, dict) or not isinstance(row.get("name"), str):
-            raise _malformed("query-machines")
-        alias, cpu_type = row.get("alias"), row.get("default-cpu-type")
-        found.append(
-            MachineType(
-                row["name"],
-                alias if isinstance(alias, str) else None,
-                row.get("hotpluggable-cpus") is True,
-                cpu_type if isinstance(cpu_type, str) else None,
-            )
-        )
-    arch = target.get("arch") if isinstance(target, dict) else None
-    if not isinstance(arch, str) or not found:
-        raise _malformed("query-target" if found else "query-machines")
-    return QemuFacts(arch, parse_version(replies["greeting"]), tuple(found))
-
-
-def parse_layout(replies: Mapping[str, Any], source: LayoutSource) -> MachineLayout:
-    """The replies of a QEMU that was asked, by command; `query-hotpluggable-cpus` is None where it has no hotplug.
-
-    Raises:
-        VcpuConnectionError: they cannot be QEMU's.
-    """
-    target, machine, kvm = replies["query-target"], replies["type"], replies["query-kvm"]
+    target, machine = replies["query-target"], replies["type"]
     arch = target.get("arch") if isinstance(target, dict) else None
     if not isinstance(arch, str) or not isinstance(machine, str):
         raise _malformed("query-target" if isinstance(machine, str) else "qom-get /machine type")
-    rows = replies["query-hotpluggable-cpus"]
-    hotpluggable = None if rows is None else parse_hotpluggable_cpus(rows)
-    boot = BootFacts(
-        name="",
-        arch=arch,
-        machine=machine.removesuffix("-machine"),
-        kvm=isinstance(kvm, dict) and kvm.get("enabled") is True,
-        version=parse_version(replies["greeting"]),
-        topology=parse_topology(replies["smp"]),
-    )
-    cpus = parse_cpus_fast(replies["query-cpus-fast"], props=hotpluggable is None)
-    state = build_state(boot, hotpluggable, cpus)
-    entity = state.entities[0] if state.entities else None
+    topology = parse_topology(replies["smp"])
+    can_plug = replies["query-hotpluggable-cpus"] is not None
+    can_unplug = can_plug and not never_unplugs(arch)
+    if can_plug:
+        entities = entities_of_slots(parse_hotpluggable_cpus(replies["query-hotpluggable-cpus"]), can_unplug)
+    else:
+        entities = entities_without_slots(parse_cpus_fast(replies["query-cpus-fast"]), topology)
     return MachineLayout(
         arch,
-        boot.machine,
-        boot.version,
-        state.accel or "tcg",
-        state.can_plug,
-        state.can_unplug,
-        entity.driver if entity is not None else None,
-        boot.topology,
-        len(state.enabled_ids),
-        tuple(Slot(entity.props, len(entity.ids), entity.plugged) for entity in state.entities),
+        machine.removesuffix("-machine"),
+        parse_version(replies["greeting"]),
+        accel,
+        can_plug,
+        can_unplug,
+        entities[0].driver if entities else None,
+        topology,
+        sum(len(entity.ids) for entity in entities if entity.plugged),
+        tuple(Slot(entity.props, len(entity.ids), entity.plugged) for entity in entities),
         source,
     )
 
@@ -290,6 +273,8 @@ _CPU_SUFFIX: Final = {
     "s390x": "-s390x-cpu",
     "loongarch64": "-loongarch-cpu",
 }
+#: QEMU drops machine types after some years: those of 4.0 in 11.1.
+_OLDEST: Final = QemuVersion(6, 0)
 #: Options of a machine that leave its vCPUs alone.
 _HARMLESS: Final = ("usb", "smm", "vmport", "hpet", "kernel-irqchip", "graphics", "dump-guest-core", "mem-merge")
 _MACHINES: Final = (("pseries", "ppc64"), ("s390-ccw-virtio", "s390x"), ("pc", "x86_64"), ("q35", "x86_64"))
@@ -315,12 +300,15 @@ def predict_layout(
     Raises:
         VcpuRefused: QEMU would refuse it; the text says why.
     """
-    machine, known = spec.machine_type, None
-    if facts is not None:
-        known = facts.find(machine)
-        if known is None or not known.hotpluggable:
+    machine = spec.machine_type
+    known = facts.machines.get(machine) if facts is not None else None
+    if known is not None:
+        if not known.hotpluggable:
             return None
         machine = known.name
+    elif compat_version(machine, _OLDEST) < _OLDEST:
+        # Nobody has seen that this QEMU still has it.
+        return None
     options = [option.partition("=")[0] for option in spec.machine.split(",")[1:]]
     if not all(option in _HARMLESS or option.startswith("cap-") for option in options):
         return None
@@ -386,7 +374,6 @@ def _cpu_type(
             return facts.cpu_types[model]
         # On ppc64 names stand for others ("POWER9"), and for which ones differs between versions.
         return model + _CPU_SUFFIX[arch] if assume and arch in _CPU_SUFFIX else None
-    found = machine.default_cpu_type if machine is not None else None
-    if found is None and arch in _DEFAULT_CPU:
-        return _DEFAULT_CPU[arch] + _CPU_SUFFIX[arch]
-    return found.replace("-powerpc64-cpu", "-spapr-cpu-core") if found is not None else None
+    if machine is not None and machine.cpu_type is not None:
+        return machine.cpu_type
+    return _DEFAULT_CPU[arch] + _CPU_SUFFIX[arch] if arch in _DEFAULT_CPU else None

@@ -96,9 +96,12 @@ class FileCache:
         Raises:
             OSError: there can be no locks here.
         """
-        folder = self.folder / "locks"
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        return try_lock(folder / name)
+        path = self.folder / "locks" / name
+        try:
+            return try_lock(path)
+        except FileNotFoundError:
+            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            return try_lock(path)
 
     def _entries(self) -> list[os.DirEntry[str]]:
         try:

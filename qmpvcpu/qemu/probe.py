@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Mapping, Sequence
-from typing import Any, Final
+from collections.abc import Callable, Sequence
+from typing import Any, Final, TypeVar
 
 from qmpvcpu.core.layout import MachineSpec
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu
 
-__all__ = ["probe_machine", "probe_program"]
+__all__ = ["probe_machine"]
+
+Answer = TypeVar("Answer")
 
 _BARE: Final = ("-S", "-nodefaults", "-no-user-config", "-display", "none")
 _SANDBOX: Final = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
@@ -29,12 +31,23 @@ _NODE_MEMORY: Final = 16
 _HOST: Final = re.compile(r"KVM kernel module|/dev/kvm|failed to initialize kvm|cannot set up guest memory", re.I)
 
 
-async def probe_machine(binary: str, spec: MachineSpec, *, timeout: float = 30.0) -> dict[str, Any]:
-    """Ask a QEMU that is started as `spec` says: its replies by command, for `core.layout`.
+#: Replies by command, for `core.layout`.
+Replies = dict[str, Any]
+
+
+async def probe_machine(
+    binary: str,
+    spec: MachineSpec,
+    read: Callable[[Replies], Answer],
+    *,
+    timeout: float = 30.0,
+) -> Answer:
+    """Ask a QEMU that is started as `spec` says; what `read` makes of its replies, while it dies.
 
     Args:
         binary: the QEMU program.
         spec: what it shall be.
+        read: called with the replies.
         timeout: seconds for all of it.
 
     Raises:
@@ -45,16 +58,28 @@ async def probe_machine(binary: str, spec: MachineSpec, *, timeout: float = 30.0
     arguments = [*_BARE, "-machine", spec.machine, "-accel", spec.accel, "-smp", str(spec.smp), *_memory(spec)]
     if spec.cpu is not None:
         arguments += ["-cpu", spec.cpu]
-    return await _ask(binary, arguments, timeout)
-
-
-async def probe_program(binary: str, *, timeout: float = 30.0) -> dict[str, Any]:
-    """Ask a QEMU that has no machine at all; the replies that `core.layout.parse_facts` takes are in it.
-
-    Raises:
-        VcpuFailed, VcpuConnectionError: as `probe_machine`.
-    """
-    return await _ask(binary, [*_BARE, "-machine", "none"], timeout)
+    try:
+        async with asyncio.timeout(timeout):
+            try:
+                return await _ask(binary, [*_SANDBOX, *arguments], read)
+            except VcpuFailed as error:
+                if error.exit_code is None or not _NO_SANDBOX.search(error.qmp_text or ""):
+                    raise
+                # Built without seccomp, or the host does not have it.
+                return await _ask(binary, arguments, read)
+    except TimeoutError as error:
+        raise VcpuConnectionError(
+            f"'{binary}' has not answered within {timeout:.1f} s",
+            reason="timeout",
+            hint="is it a QEMU? run it by hand with -machine none -S",
+        ) from error
+    except VcpuFailed as error:
+        said = error.qmp_text or ""
+        if error.exit_code != 1 or not said or _HOST.search(said):
+            raise
+        text = f"QEMU refuses this machine: {said}"
+        hint = f"correct the machine; it is '{binary}' that says so"
+        raise VcpuRefused([Refusal("smp", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")]) from error
 
 
 def _memory(spec: MachineSpec) -> list[str]:
@@ -73,47 +98,25 @@ def _memory(spec: MachineSpec) -> list[str]:
     return words
 
 
-async def _ask(binary: str, arguments: Sequence[str], timeout: float) -> dict[str, Any]:
-    try:
-        async with asyncio.timeout(timeout):
-            try:
-                return await _ask_once(binary, [*_SANDBOX, *arguments])
-            except VcpuFailed as error:
-                if error.exit_code is None or not _NO_SANDBOX.search(error.qmp_text or ""):
-                    raise
-                # Built without seccomp, or the host does not have it.
-                return await _ask_once(binary, arguments)
-    except TimeoutError as error:
-        raise VcpuConnectionError(
-            f"'{binary}' has not answered within {timeout:.1f} s",
-            reason="timeout",
-            hint="is it a QEMU? run it by hand with -machine none -S",
-        ) from error
-    except VcpuFailed as error:
-        said = error.qmp_text or ""
-        if error.exit_code != 1 or not said or _HOST.search(said):
-            raise
-        text = f"QEMU refuses this machine: {said}"
-        hint = f"correct the machine; it is '{binary}' that says so"
-        raise VcpuRefused([Refusal("smp", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")]) from error
-
-
-async def _ask_once(binary: str, arguments: Sequence[str]) -> dict[str, Any]:
-    async with run_qemu(binary, arguments) as qemu:
+async def _ask(binary: str, arguments: Sequence[str], read: Callable[[Replies], Answer]) -> Answer:
+    async with run_qemu(binary, arguments, monitors=()) as qemu:
         monitor = qemu.monitor
-        # Sent together: one way there and back. Not qom-list-types: it loads every module, and QEMU aborts on one
-        # of another build (10.0, 11.1). Not query-cpu-definitions: it takes 25 ms on x86.
-        asked: Mapping[str, asyncio.Future[object]] = {
+        # Sent together: one way there and back, and no more than is needed: query-machines takes 1 ms, and
+        # query-cpu-definitions 25 on x86; qom-list-types loads every module, and QEMU aborts on one of another
+        # build (10.0, 11.1).
+        asked = {
+            "query-hotpluggable-cpus": monitor.query_hotpluggable_cpus(),
             "query-target": monitor.query_target(),
-            "query-kvm": monitor.query_kvm(),
             "type": monitor.qom_get("/machine", "type"),
             "smp": monitor.qom_get("/machine", "smp"),
-            "query-hotpluggable-cpus": monitor.query_hotpluggable_cpus(),
-            "query-cpus-fast": monitor.query_cpus_fast(),
-            "query-machines": monitor.query_machines(),
         }
         replies = await asyncio.gather(*asked.values(), return_exceptions=True)
-        found: dict[str, Any] = {"greeting": dict(monitor.greeting)}
+        if isinstance(replies[_HOTPLUG], CommandError):
+            # No CPU hotplug: what there is, then, is all there will be.
+            asked["query-cpus-fast"] = monitor.query_cpus_fast()
+            replies += await asyncio.gather(asked["query-cpus-fast"], return_exceptions=True)
+        qemu.kill()
+        found: Replies = {"greeting": dict(monitor.greeting)}
         for command, reply in zip(asked, replies, strict=True):
             if isinstance(reply, CommandError) and command in _MAY_FAIL:
                 found[command] = None
@@ -127,8 +130,10 @@ async def _ask_once(binary: str, arguments: Sequence[str]) -> dict[str, Any]:
                 raise reply
             else:
                 found[command] = reply
-        return found
+        return read(found)
 
 
+#: Where its reply stands.
+_HOTPLUG: Final = 0
 #: No CPU hotplug; before QEMU 6.2.
 _MAY_FAIL: Final = frozenset({"query-hotpluggable-cpus", "smp"})

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import IO, Final
 
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed
+from qmpvcpu.qemu.child import Child
 from qmpvcpu.qemu.monitor import QmpMonitor, connect_monitor
 
 __all__ = ["QemuProcess", "launch_qemu", "run_qemu"]
@@ -32,9 +33,7 @@ _UNLESS_ORPHANED: Final = ("/bin/sh", "-c", 'test "$PPID" = "$0" && exec "$@"')
 class QemuProcess:
     """A running QEMU: `pid`, `folder` (mode 0700, gone afterwards), `qmp`, the sockets nobody holds yet."""
 
-    def __init__(
-        self, process: asyncio.subprocess.Process, command: Sequence[str], folder: Path, monitor: QmpMonitor
-    ) -> None:
+    def __init__(self, process: Child, command: Sequence[str], folder: Path, monitor: QmpMonitor) -> None:
         self.process = process
         self.command = tuple(command)
         self.folder = folder
@@ -51,6 +50,10 @@ class QemuProcess:
         """Path of its second QMP socket, free for others."""
         return str(self.folder / "qmp")
 
+    def kill(self) -> None:
+        """Let it go at once: it dies while its last words are read. Leaving `run_qemu` waits for its end."""
+        self.process.kill()
+
     def stderr(self) -> str:
         """The end of what QEMU said on stderr."""
         return _read_end(self.folder / "stderr")
@@ -58,48 +61,60 @@ class QemuProcess:
 
 @asynccontextmanager
 async def run_qemu(
-    binary: str, arguments: Sequence[str], *, channels: Sequence[str] = (), start_timeout: float = 20.0
+    binary: str,
+    arguments: Sequence[str],
+    *,
+    channels: Sequence[str] = (),
+    monitors: Sequence[str] = ("qmp",),
+    start_timeout: float = 20.0,
 ) -> AsyncIterator[QemuProcess]:
-    """Run `binary` with `arguments` and two QMP sockets; at the end it is killed and reaped.
+    """Run `binary` with `arguments` and QMP sockets; at the end it is killed and reaped.
 
     Should we be killed, the kernel ends QEMU as well (PR_SET_PDEATHSIG, by util-linux's setpriv); were we killed
     before that was set, it does not start.
 
     Args:
         channels: names of further socket chardevs, which `arguments` may name; each listens at `folder/NAME`.
+        monitors: names of its QMP sockets besides our own.
         start_timeout: seconds until it must greet.
 
     Raises:
         VcpuFailed: it exited; the message has its exit code and stderr.
         VcpuConnectionError: it is there and does not greet.
     """
-    with _short_folder() as name:
-        folder = Path(name)
-        process, command = await _start(binary, arguments, folder, channels)
-        try:
+    process: Child | None = None
+    try:
+        with _short_folder() as name:
+            folder = Path(name)
+            process, command = _start(binary, arguments, folder, monitors, channels)
             try:
-                monitor = await connect_monitor(str(folder / "own"), connect_timeout=start_timeout)
-            except VcpuConnectionError as error:
-                if error.reason not in ("no-greeting", "malformed"):
-                    with suppress(TimeoutError):
-                        async with asyncio.timeout(_EXIT_SECONDS):
-                            await process.wait()
-                raise _start_error(command, process.returncode, folder, error) from error
-            try:
-                yield QemuProcess(process, command, folder, monitor)
+                try:
+                    monitor = await connect_monitor(str(folder / "own"), connect_timeout=start_timeout)
+                except VcpuConnectionError as error:
+                    if error.reason not in ("no-greeting", "malformed"):
+                        with suppress(TimeoutError):
+                            async with asyncio.timeout(_EXIT_SECONDS):
+                                await process.wait()
+                    raise _start_error(command, process.returncode, folder, error) from error
+                try:
+                    yield QemuProcess(process, command, folder, monitor)
+                finally:
+                    await monitor.close()
             finally:
-                await monitor.close()
-        finally:
+                # It dies while its folder goes.
+                process.kill()
+    finally:
+        if process is not None:
             await _end(process)
 
 
-async def _start(
-    binary: str, arguments: Sequence[str], folder: Path, channels: Sequence[str]
-) -> tuple[asyncio.subprocess.Process, list[str]]:
+def _start(
+    binary: str, arguments: Sequence[str], folder: Path, monitors: Sequence[str], channels: Sequence[str]
+) -> tuple[Child, list[str]]:
     with ExitStack() as ours:
         descriptors = []
         command = [binary, *arguments]
-        for name in ("own", "qmp", *channels):
+        for name in ("own", *monitors, *channels):
             chardev, sock = _listen(folder, name)
             descriptors.append(ours.enter_context(sock).fileno())
             # In front: a device can name only a chardev that stands before it.
@@ -107,7 +122,7 @@ async def _start(
         stderr = ours.enter_context((folder / "stderr").open("wb"))
         setpriv = shutil.which("setpriv")
         prefix = [setpriv, "--pdeathsig", "KILL", "--", *_UNLESS_ORPHANED, str(os.getpid())] if setpriv else []
-        process = await _spawn([*prefix, *command], command, stderr, descriptors)
+        process = _spawn([*prefix, *command], command, stderr, descriptors)
     return process, command
 
 
@@ -151,7 +166,7 @@ async def launch_qemu(
         stderr.write(f"{shlex.join(command)}\n".encode(errors="replace"))
         stderr.flush()
         early = stderr.tell()
-        process = await _spawn(command, command, stderr, descriptors)
+        process = _spawn(command, command, stderr, descriptors)
     try:
         async with asyncio.timeout(timeout):
             code = await process.wait()
@@ -182,17 +197,9 @@ def _listen(folder: Path, name: str) -> tuple[list[str], socket.socket]:
     return ["-chardev", f"socket,id={name},fd={sock.fileno()},server=on,wait=off"], sock
 
 
-async def _spawn(
-    words: Sequence[str], command: Sequence[str], stderr: IO[bytes], descriptors: Sequence[int]
-) -> asyncio.subprocess.Process:
+def _spawn(words: Sequence[str], command: Sequence[str], stderr: IO[bytes], descriptors: Sequence[int]) -> Child:
     try:
-        return await asyncio.create_subprocess_exec(
-            *words,
-            stdin=asyncio.subprocess.DEVNULL,
-            stdout=asyncio.subprocess.DEVNULL,
-            stderr=stderr,
-            pass_fds=descriptors,
-        )
+        return Child(words, stderr, descriptors)
     except OSError as error:
         raise VcpuFailed(
             f"cannot start '{command[0]}': {error.strerror}", hint="`qmpvcpu doctor` lists the QEMUs that are here"
@@ -229,11 +236,9 @@ def _exited(command: Sequence[str], code: int, said: str) -> VcpuFailed:
     )
 
 
-async def _end(process: asyncio.subprocess.Process) -> None:
+async def _end(process: Child) -> None:
     """Kill and reap; a throwaway has nothing to save."""
-    if process.returncode is None:
-        with suppress(ProcessLookupError):
-            process.kill()
+    process.kill()
     reaper = asyncio.ensure_future(process.wait())
     try:
         await asyncio.shield(reaper)

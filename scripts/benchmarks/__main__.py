@@ -1,7 +1,7 @@
 """scripts/bench: ratios of medians of interleaved pairs, in one run and one interpreter; nothing is a timed test.
 
 scripts/bench                 everything
-scripts/bench import enable   only these: import, enable, fill, drain, six
+scripts/bench import enable   only these: import, probe, enable, fill, drain, six
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.guest import boot, find_image
 from qmpvcpu.host.rights import kvm_state
 from qmpvcpu.qemu.process import run_qemu
+from scripts.benchmarks.probe import bench_probe
 from scripts.benchmarks.raw import RawQmp
 
 PAIRS = 30
@@ -240,11 +241,13 @@ async def bench_six_linux(pairs: int) -> bool:
 
 
 def main() -> int:
-    chosen = sys.argv[1:] or ["import", "enable", "fill", "drain", "six"]
+    chosen = sys.argv[1:] or ["import", "probe", "enable", "fill", "drain", "six"]
     pairs = int(os.environ.get("QMPVCPU_BENCH_PAIRS", PAIRS))
     good = True
     if "import" in chosen:
         good &= bench_import()
+    if "probe" in chosen:
+        good &= asyncio.run(bench_probe(pairs))
     kvm, why = kvm_state()
     for accel in ("kvm", "tcg"):
         for name in ("enable", "fill"):

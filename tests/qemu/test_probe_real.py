@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 
 from qmpvcpu.app.probes import ProbeMode, find_layout, forget_probes
-from qmpvcpu.core.layout import LayoutSource, MachineSpec, parse_facts, parse_layout, predict_layout
+from qmpvcpu.core.layout import LayoutSource, MachineSpec, facts_of, parse_layout, predict_layout
 from qmpvcpu.core.smp import parse_numa, parse_smp
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.qemu import probe as probe_module
-from qmpvcpu.qemu.probe import probe_machine, probe_program
+from qmpvcpu.qemu.probe import probe_machine
 from tests.conftest import VERSIONS, cli, matrix, qemu_binary, start_cli
 
 pytestmark = pytest.mark.qemu
@@ -62,16 +62,16 @@ async def test_names_and_drivers_are_predicted_too(arch, version):
     """Slots are test_smp_real's; here what only the program tells."""
     for machine, cpu in MACHINES[arch]:
         asked = spec(machine, "2,sockets=2,maxcpus=4", cpu=cpu)
-        replies = await probe_machine(qemu_binary(version, arch), asked)
-        found, facts = parse_layout(replies, SOURCE.PROBED), parse_facts(replies)
+        replies = await probe_machine(qemu_binary(version, arch), asked, dict)
+        found = parse_layout(replies, "tcg", SOURCE.PROBED)
+        facts = facts_of(asked, found)
         assert f"{found.version.major}.{found.version.minor}" == version
         assert found.can_plug is (
             arch in ("x86_64", "ppc64", "s390x") or (arch, version > "7") == ("loongarch64", False)
         )
         assert found.can_unplug is (found.can_plug and arch != "s390x")
         predicted = predict_layout(asked, arch, facts)
-        if cpu is None and found.can_plug:
-            assert (predicted.machine, predicted.cpu_type) == (found.machine, found.cpu_type)
+        if found.can_plug:
             assert predicted.to_json() == found.to_json() | {"source": "predicted"}
         else:
             assert predicted is None
@@ -91,7 +91,7 @@ async def test_it_runs_in_a_sandbox_with_nothing_to_touch(version, monkeypatch):
             yield qemu
 
     monkeypatch.setattr(probe_module, "run_qemu", run)
-    await probe_machine(qemu_binary(version, "x86_64"), spec())
+    await probe_machine(qemu_binary(version, "x86_64"), spec(), dict)
     assert seen["Seccomp"] == "2" and seen["mode"] == 0o700
     assert not seen["folder"].exists() and not Path(f"/proc/{seen['pid']}").exists()
 
@@ -100,7 +100,7 @@ async def test_without_seccomp_it_is_asked_all_the_same(tmp_path):
     error = "qemu: -sandbox support is not enabled in this QEMU"
     more = f'case " $* " in *" -sandbox "*) echo "{error}" >&2; exit 1;; esac'
     binary, starts = counting(tmp_path, qemu_binary("10.0", "x86_64"), more=more)
-    assert parse_layout(await probe_machine(binary, spec()), SOURCE.PROBED).maxcpus == 4
+    assert parse_layout(await probe_machine(binary, spec(), dict), "tcg", SOURCE.PROBED).maxcpus == 4
     assert starts() == 2
 
 
@@ -153,6 +153,19 @@ async def test_another_program_is_asked_anew(tmp_path, own_cache):
     assert (await find_layout(asked, emulator=binary)).layout.source == "probed"
     assert starts() == 2
     assert forget_probes() == 4 and not [path for path in own_cache.iterdir() if path.is_file()]
+
+
+async def test_a_script_that_starts_another_one(tmp_path):
+    """The file is the same, the program is not."""
+    real = tmp_path / "real"
+    real.write_text(qemu_binary("10.0", "x86_64"))
+    binary, starts = counting(tmp_path, f"$(cat {real})")
+    assert str((await find_layout(spec(), emulator=binary, mode=ALWAYS)).layout.version).startswith("10.0")
+    real.write_text(qemu_binary("7.2", "x86_64"))
+    found = await find_layout(spec(), emulator=binary, refresh=True)
+    assert str(found.layout.version).startswith("7.2") and starts() == 2
+    found = await find_layout(spec(), emulator=binary)
+    assert found.layout.source == "predicted" and str(found.layout.version).startswith("7.2")
 
 
 async def test_a_torn_entry_is_asked_anew(tmp_path, own_cache):
@@ -275,7 +288,6 @@ async def test_programs_that_are_no_qemu(tmp_path):
     assert found.layout.source == "predicted" and "not here" in found.messages[0]
     with pytest.raises(VcpuRefused, match="is a QEMU for s390x"):
         await find_layout(spec("none", "1"), arch="x86_64", emulator=qemu_binary("7.2", "s390x"), mode=ALWAYS)
-    assert (await probe_program(qemu_binary("7.2", "s390x")))["query-target"] == {"arch": "s390x"}
 
 
 async def test_the_command_line(tmp_path, own_cache):

@@ -12,12 +12,12 @@ from qmpvcpu.xml.domain import read_domain
 
 FACTS = {
     "x86_64": QemuFacts(
-        "x86_64", QemuVersion(10, 0, 2), (MachineType("pc-q35-10.0", "q35", True, "qemu64-x86_64-cpu"),)
+        "x86_64", QemuVersion(10, 0, 2), {"q35": MachineType("pc-q35-10.0", True, "qemu64-x86_64-cpu")}
     ),
     "ppc64": QemuFacts(
         "ppc64",
         QemuVersion(10, 0, 2),
-        (MachineType("pseries-10.0", "pseries", True, "power10_v2.0-powerpc64-cpu"),),
+        {"pseries": MachineType("pseries-10.0", True, "power10_v2.0-spapr-cpu-core")},
     ),
 }
 NUMA = (
