@@ -13,6 +13,9 @@ from qmpvcpu._version import __version__
 # Type checkers read this name as true; importing `typing` for it would cost more than the rest of this file.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
+    from qmpvcpu.app.probes import Probe, ProbeMode, find_layout
+    from qmpvcpu.app.start import destroy, start
+    from qmpvcpu.core.layout import MachineLayout, MachineSpec
     from qmpvcpu.core.model import (
         DomainState,
         Entity,
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     )
     from qmpvcpu.core.plan import Plan
     from qmpvcpu.core.request import Request, parse_ids
+    from qmpvcpu.core.smp import parse_numa, parse_smp
     from qmpvcpu.domain import Domain, Events, Options, connect
     from qmpvcpu.errors import (
         OutcomeKind,
@@ -43,6 +47,10 @@ if TYPE_CHECKING:
     from qmpvcpu.qemu.monitor import QmpLog
 
 _HOMES = {
+    "qmpvcpu.app.probes": ("Probe", "ProbeMode", "find_layout"),
+    "qmpvcpu.app.start": ("destroy", "start"),
+    "qmpvcpu.core.layout": ("MachineLayout", "MachineSpec"),
+    "qmpvcpu.core.smp": ("parse_numa", "parse_smp"),
     "qmpvcpu.core.model": (
         "DomainState",
         "Entity",
@@ -103,7 +111,16 @@ __all__ = [
     "VcpuRefused",
     "VcpuRejected",
     "VcpuUsageError",
+    "destroy",
+    "find_layout",
+    "MachineLayout",
+    "MachineSpec",
     "parse_ids",
+    "parse_numa",
+    "parse_smp",
+    "Probe",
+    "ProbeMode",
+    "start",
 ]
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import re
 import shutil
 import signal
 import sys
@@ -174,7 +175,7 @@ async def test_the_readme_is_true(tmp_path):
     readme = (TOP / "README.md").read_text()
     blocks = [block.split("```")[0] for block in readme.split("```sh\n")[1:]]
     python = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
-    assert (len(blocks), len(python)) == (5, 1)
+    assert (len(blocks), len(python)) == (7, 1)
     (tmp_path / "example.py").write_text(python[0])
     script = ["set -eu", "trap 'kill $(jobs -p)' EXIT", *blocks, f"{sys.executable} example.py"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -197,6 +198,10 @@ async def test_the_readme_is_true(tmp_path):
     assert "vCPU 0-6: enabled (7 of 8 vCPUs enabled)" in output
     assert "vCPU 7: enabled in the definition" in output
     assert "<vcpu id='7' state='disabled'/>" in output
+    assert "predicted, no QEMU was started" in output
+    assert "-device qemu64-x86_64-cpu,id=vcpu5," in output
+    assert "sparse: started, QEMU " in output and "with vCPU 0-1,5\n" in output
+    assert re.search(r"sparse +running +4 of 8", output)
     assert "applied enabled" in output
     assert "boot CPU" in output
 
