@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -37,7 +38,7 @@ def read_definition(word: str) -> tuple[Definition, DefinitionFile]:
     folder = DefinitionFolder()
     if "/" not in word and folder.is_defined(word):
         file = folder.file(word)
-    elif Path(word).exists():
+    elif os.path.lexists(word):
         file = DefinitionFile(Path(word), keep=False)
     else:
         text = f"there is no file '{word}'" + ("" if "/" in word else ", and no domain of that name")

@@ -185,7 +185,7 @@ def read_document(path: str) -> bytes:
     Raises:
         VcpuRefused: it is not there, or cannot be read.
     """
-    if not Path(path).exists():
+    if not os.path.lexists(path):
         hint = "name a file with domain XML"
         raise VcpuRefused([Refusal("definition", f"there is no file '{path}'", (), hint, "VIR_ERR_INVALID_ARG")])
     return DefinitionFile(Path(path), keep=False).read()

@@ -55,7 +55,8 @@ def find_binaries() -> list[tuple[str, str]]:
     for folder in folders:
         for arch in ARCHES:
             path = folder / f"qemu-system-{arch}"
-            if path.is_file() and os.access(path, os.X_OK):
+            # Not Path.is_file(): that raises where a folder of the PATH may not be looked into.
+            if os.path.isfile(path) and os.access(path, os.X_OK):  # noqa: PTH113
                 found.setdefault(str(path.resolve()), (str(path), arch))
     return list(found.values())
 

@@ -119,10 +119,8 @@ def is_port_open(chardevs: object, path: str) -> bool | None:
     """
     for row in chardevs if isinstance(chardevs, list) else ():
         filename = row.get("filename") if isinstance(row, dict) else None
-        if (
-            isinstance(filename, str)
-            and filename.removeprefix("disconnected:").partition(",")[0] == f"unix:{path}"
-        ):
+        # What stands behind the path are options: ",server=on".
+        if isinstance(filename, str) and f"{filename.removeprefix('disconnected:')},".startswith(f"unix:{path},"):
             is_open = row.get("frontend-open")
             return is_open if isinstance(is_open, bool) else None
     return None

@@ -45,7 +45,8 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
         console: path of a file for what the guest says on its first serial port.
         agent: name of the chardev of its agent's port.
     """
-    words = ["-nodefaults", "-no-user-config", "-display", "none", "-serial", f"file:{_value(console)}"]
+    words = ["-nodefaults", "-no-user-config", "-display", "none"]
+    words += ["-chardev", f"file,id=console,path={_value(console)}", "-serial", "chardev:console"]
     for option, value in (
         ("-bios", hardware.firmware),
         ("-kernel", hardware.kernel),

@@ -272,6 +272,19 @@ async def test_a_pid_that_came_again_is_not_ours(tmp_path):
     assert run.code == 3 and "does not run" in run.stdout
 
 
+async def test_a_name_with_everything_in_it(tmp_path, started):
+    name = "a name, with 'ünïcode' & <signs>"
+    started.append(name)
+    text = xml("x86_64", "10.0", SPARSE, name="a name, with 'ünïcode' &amp; &lt;signs>")
+    await define(tmp_path, text)
+    run = await cli("start", name, "--json")
+    assert run.code == 0, run.stdout
+    assert Path(run.json["console"]).exists() and Path(run.json["log"]).exists()
+    early = await cli("vcpuinfo", name, "--json")
+    assert early.code == 0 and "nothing in the guest has opened its port" in early.stderr
+    assert (await cli("destroy", name)).code == 0
+
+
 async def test_one_of_many_at_once_starts_it(tmp_path, started):
     await define(tmp_path, xml("x86_64", "10.0", SPARSE))
     runs = await asyncio.gather(*(cli("start", "d", "--json") for _ in range(4)))

@@ -184,5 +184,6 @@ def test_whether_anybody_in_the_guest_has_opened_the_port():
     assert is_port_open(shut, "/run/agent") is False
     assert is_port_open([row("unix:/run/agent,server=on")], "/run/agent") is True
     assert is_port_open(shut, "/run/agent2") is None
+    assert is_port_open([row("unix:/run/a, b/agent,server=on", False)], "/run/a, b/agent") is False
     for nonsense in (None, 5, [], [5], [{}], [row(5)], [row("unix:/run/agent", "x")]):
         assert is_port_open(nonsense, "/run/agent") is None

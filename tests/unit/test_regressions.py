@@ -10,6 +10,8 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
+from qmpvcpu.app.boot import read_definition
+from qmpvcpu.app.qemus import find_binaries
 from qmpvcpu.core.events import Names, Signal, SignalKind, interpret
 from qmpvcpu.core.inventory import (
     BootFacts,
@@ -19,7 +21,7 @@ from qmpvcpu.core.inventory import (
 )
 from qmpvcpu.core.model import Entity, Props, QemuVersion
 from qmpvcpu.core.transaction import Add, Phase, Poll, Replied, Snapshot, Transaction
-from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
 from qmpvcpu.qemu.monitor import open_monitor
 from tests.unit.fake_qemu import BOOT_PATH, FakeQemu
 from tests.unit.fake_qmp import GREETING, answering, serve
@@ -300,3 +302,12 @@ async def test_nesting_near_the_limit_is_malformed(running, depth):
     with pytest.raises(VcpuConnectionError):
         async with running(q):
             pass
+
+
+def test_a_path_entry_that_cannot_be_looked_into_is_passed_over(monkeypatch, tmp_path):
+    """Found as an ordinary user with root's PATH: Path.is_file() raises there."""
+    monkeypatch.setenv("QMPVCPU_CACHE", str(tmp_path))
+    monkeypatch.setenv("PATH", f"/{'a' * 5000}")
+    assert find_binaries() == []
+    with pytest.raises(VcpuRefused, match="there is no file"):
+        read_definition(f"/{'a' * 5000}")
