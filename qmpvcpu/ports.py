@@ -9,9 +9,21 @@ from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 from qmpvcpu.core.pending import PendingUnplug
+from qmpvcpu.core.placement import HostFacts, Placement, ThreadState
 from qmpvcpu.errors import VcpuConnectionError
 
-__all__ = ["Agent", "CommandError", "DefinitionStore", "Monitor", "MonitorEvent", "PendingStore", "Sink", "Staged"]
+__all__ = [
+    "Agent",
+    "CommandError",
+    "DefinitionStore",
+    "Monitor",
+    "MonitorEvent",
+    "PendingStore",
+    "Sink",
+    "Staged",
+    "Threads",
+    "Widened",
+]
 
 
 class CommandError(Exception):
@@ -145,6 +157,53 @@ class PendingStore(Protocol):
 
     def discard(self, firsts: Collection[int]) -> None:
         """Forget these. Never raises."""
+
+
+class Threads(Protocol):
+    """The threads of one QEMU that runs on this host."""
+
+    def facts(self) -> HostFacts | None:
+        """What may be done with them; None if QEMU is gone."""
+
+    def look(self, thread_ids: Collection[int]) -> Mapping[int, ThreadState]:
+        """These threads as they are, of those that are there. Never raises."""
+
+    def others(self, thread_ids: Collection[int]) -> Collection[int]:
+        """QEMU's threads but these. Never raises."""
+
+    def place(self, thread_id: int, placement: Placement, vcpu_id: int | None = None) -> None:
+        """Give one its cgroups (those made for `vcpu_id`), CPUs and scheduler, verified. Raises OSError; no other
+        process is ever touched.
+        """
+
+    def has_layout(self) -> bool:
+        """Whether every vCPU of this QEMU has a cgroup of its own. Cheap. Never raises."""
+
+    def make_groups(self, wanted: Mapping[int, Placement]) -> None:
+        """Make the cgroups that these vCPUs need, before they have threads. Raises OSError: none is made."""
+
+    def remove_groups(self, gone: Collection[int], enabled: Collection[int]) -> Collection[int]:
+        """Remove those of vCPUs that are gone; which of them still hold a thread that ends. Never raises."""
+
+    def lay_out(self, wanted: Iterable[Placement], emulator: Placement, thread_ids: Collection[int]) -> None:
+        """Put all threads but these (the vCPUs') into a cgroup `emulator`, where one of the placements needs a
+        controller. Raises OSError.
+        """
+
+    def widen(self, mems: Iterable[int]) -> Widened | None:
+        """Let QEMU allocate on these host nodes for a while; None where it may already. Raises OSError, and
+        BlockingIOError while another process does so.
+        """
+
+    def recover(self) -> None:
+        """Put back what a process that was killed had widened. Never raises."""
+
+
+class Widened(Protocol):
+    """What was widened for a while."""
+
+    def end(self) -> None:
+        """Put it back. Raises OSError: it will be tried again by the next process."""
 
 
 class Staged(Protocol):

@@ -6,7 +6,7 @@ import asyncio
 import signal
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -18,7 +18,9 @@ from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain import connect
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
+from qmpvcpu.host.cgroup import VcpuGroups, remove_trees
 from qmpvcpu.host.definitions import DefinitionFolder, check_name
+from qmpvcpu.host.process import process_of
 from qmpvcpu.host.runtime import SOCKETS, Runtime, end_process
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.monitor import connect_monitor
@@ -33,6 +35,8 @@ _PAUSE: Final = 0.02
 _LOCK_SECONDS: Final = 10.0
 #: Seconds QEMU has to end by itself, and then to be killed.
 _END_SECONDS: Final = 5.0
+#: Seconds for the kernel to let go of the cgroups of a process that has ended.
+_GROUP_SECONDS: Final = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,13 +85,16 @@ class Destroyed:
         return {"outcome": "applied", "changed": True, "domain": self.name, "pid": self.pid, "killed": self.killed}
 
 
-async def start(name: str, *, mode: ProbeMode = ProbeMode.AUTO, timeout: float = 30.0) -> Started:
+async def start(
+    name: str, *, mode: ProbeMode = ProbeMode.AUTO, timeout: float = 30.0, place: bool = True
+) -> Started:
     """Start a defined domain with exactly the vCPUs its XML says, and let it run.
 
     Args:
         name: as it is defined.
         mode: when a throwaway QEMU may be asked first.
         timeout: seconds until its machine must stand.
+        place: False leaves its threads where the kernel puts them.
 
     Raises:
         VcpuRefused: it is not defined, runs already, or no such guest can be.
@@ -126,7 +133,7 @@ async def start(name: str, *, mode: ProbeMode = ProbeMode.AUTO, timeout: float =
                 timeout=timeout,
             )
             try:
-                state = await _check_vcpus(runtime, line)
+                state, notes = await _check_vcpus(runtime, line, folder.file(name).place if place else None)
                 await _continue(runtime)
             except VcpuConnectionError as error:
                 if runtime.pid() is None:
@@ -138,7 +145,7 @@ async def start(name: str, *, mode: ProbeMode = ProbeMode.AUTO, timeout: float =
         except BaseException:
             await _shielded(asyncio.to_thread(_end, runtime))
             raise
-    messages = [*line.probe.messages, *line.args.messages]
+    messages = [*line.probe.messages, *line.args.messages, *notes]
     if hardware.left_out:
         messages.append(f"not started, and left out: {', '.join(f'<{word}>' for word in hardware.left_out)}")
     return Started(
@@ -190,11 +197,16 @@ async def destroy(name: str) -> Destroyed:
 def _end(runtime: Runtime) -> bool:
     """End its QEMU, if there is one; whether it had to be killed. Blocks."""
     pid = runtime.pid()
+    groups = []
+    if pid is not None:
+        with suppress(OSError):
+            groups = VcpuGroups(process_of(pid)).folders()
     killed = False
     if pid is not None and not end_process(pid, signal.SIGTERM, _END_SECONDS, runtime):
         killed = True
         end_process(pid, signal.SIGKILL, _END_SECONDS, runtime)
     runtime.remove()
+    remove_trees(groups, _GROUP_SECONDS)
     return killed
 
 
@@ -216,10 +228,13 @@ async def _answers(name: str) -> bool:
         return error.reason == "no-greeting"
 
 
-async def _check_vcpus(runtime: Runtime, line: CommandLine) -> DomainState:
-    """By a fresh query: the vCPUs, and the order in which they came."""
-    async with connect(qmp=runtime.qmp[0]) as domain:
+async def _check_vcpus(runtime: Runtime, line: CommandLine, xml: str | None) -> tuple[DomainState, list[str]]:
+    """By a fresh query: the vCPUs, and the order in which they came. Then their threads get the places that `xml`,
+    a file, says.
+    """
+    async with connect(qmp=runtime.qmp[0], xml=xml) as domain:
         state = await domain.state(VcpuFlag.LIVE)
+        notes = await domain.place() if xml is not None else []
     there = sorted(
         (entity for entity in state.entities if entity.plugged), key=lambda e: state.vcpus[e.first].order or 0
     )
@@ -229,7 +244,7 @@ async def _check_vcpus(runtime: Runtime, line: CommandLine) -> DomainState:
             f"QEMU has vCPU {format_ids(state.enabled_ids)}, and the XML says {wanted}",
             hint=f"its command line is in {runtime.log}",
         )
-    return state
+    return state, notes
 
 
 async def _continue(runtime: Runtime) -> None:

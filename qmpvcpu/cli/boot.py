@@ -102,8 +102,9 @@ async def _start(session: Session) -> int:
     from qmpvcpu.app.start import start
 
     async with waiting("starting QEMU"):
+        options = session.options
         done = await start(
-            session.options.word, mode=ProbeMode(session.options.probe), timeout=session.options.timeout
+            options.word, mode=ProbeMode(options.probe), timeout=options.timeout, place=not options.no_place
         )
     session.warn(done.messages)
     ids = format_ids(done.state.enabled_ids)

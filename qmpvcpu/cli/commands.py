@@ -173,6 +173,7 @@ async def _setvcpu(session: Session) -> int:
         atomic=options.atomic,
         retry=options.retry,
         fallback=not options.no_fallback,
+        place=not options.no_place,
     )
     return await _carry_out(session, request)
 
@@ -189,6 +190,7 @@ async def _setvcpus(session: Session) -> int:
         wait=not options.no_wait,
         maximum=options.maximum,
         hotpluggable=options.hotpluggable,
+        place=not options.no_place,
     )
     return await _carry_out(session, request)
 
@@ -206,11 +208,12 @@ async def _apply(session: Session) -> int:
             "wait": not options.no_wait,
             "atomic": not options.no_wait,
             "force": options.force,
+            "place": not options.no_place,
         }
         if options.dry_run:
-            return _show_plan(session, await domain.plan_apply(xml, place=options.file, **given))
+            return _show_plan(session, await domain.plan_apply(xml, source=options.file, **given))
         async with waiting("waiting for the guest", options.timeout):
-            result = await domain.apply(xml, place=options.file, **given)
+            result = await domain.apply(xml, source=options.file, **given)
     session.warn(result.messages)
     session.show(result.to_json(), render.outcome(result))
     return result.outcome.exit_code
@@ -309,6 +312,42 @@ async def _guestvcpus(session: Session) -> int:
     return 0
 
 
+async def _vcpupin(session: Session) -> int:
+    options = session.options
+    for word, other in (("id", "vcpu"), ("cpus", "cpulist")):
+        if getattr(options, word) is not None and getattr(options, other) is not None:
+            raise VcpuUsageError(
+                f"--{other} is given twice", hint="vcpupin DOMAIN ID CPUS, or --vcpu and --cpulist"
+            )
+    number = options.vcpu if options.vcpu is not None else options.id
+    cpus = options.cpulist if options.cpulist is not None else options.cpus
+    if cpus is not None and number is None:
+        raise VcpuUsageError("no vCPU is given", hint="vcpupin DOMAIN --vcpu N --cpulist CPUS")
+    flags = _flags(options)
+    if cpus is None and options.live and options.config:
+        raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
+    async with session.connect() as domain:
+        if cpus is not None:
+            result = await domain.pin(number, None if cpus == "r" else cpus, flags)
+        else:
+            state = await domain.state(flags)
+    if cpus is not None:
+        session.warn(result.messages)
+        word = "pinned" if cpus != "r" else "not pinned any more"
+        session.show(
+            result.to_json(), [f"vCPU {number}: {word}" if result.changed else f"vCPU {number}: already so"]
+        )
+        return result.outcome.exit_code
+    if number is not None and number >= state.maxcpus:
+        text = f"vCPU {number} is out of range: ids end at {state.maxcpus - 1}"
+        raise VcpuRefused([Refusal("range", text, (number,), "vcpuinfo shows them")])
+    rows = [vcpu for vcpu in state.vcpus if number is None or vcpu.id == number]
+    pins = [{"vcpu": vcpu.id, "cpus": vcpu.pin, "last_cpu": vcpu.cpu} for vcpu in rows]
+    lines = [("VCPU", "CPU AFFINITY"), *((str(vcpu.id), vcpu.pin or "-") for vcpu in rows)]
+    session.show({"domain": domain.name, "pins": pins}, render.columns(lines, right=frozenset({0})))
+    return 0
+
+
 async def _watch(session: Session) -> int:
     async with session.connect() as domain, domain.events(steps=True) as events:
         state = domain.last_state
@@ -371,6 +410,7 @@ _COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
     "setvcpu": _setvcpu,
     "setvcpus": _setvcpus,
     "guestvcpus": _guestvcpus,
+    "vcpupin": _vcpupin,
     "watch": _watch,
     "doctor": _doctor,
     "demo": _demo,

@@ -74,6 +74,15 @@ def _change(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--timeout", type=_seconds, default=30.0, metavar="S", help="seconds the guest has (default 30; 0: none)"
     )
+    _no_place(parser)
+
+
+def _no_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--no-place",
+        action="store_true",
+        help="leave new threads where the kernel puts them, whatever <cputune> says",
+    )
 
 
 def _emulator(parser: argparse.ArgumentParser) -> None:
@@ -220,6 +229,7 @@ def build_parser() -> argparse.ArgumentParser:
     start = command("start", "start a defined domain with exactly the vCPUs of its XML, in the background")
     start.add_argument("word", metavar="NAME", help="as it is defined")
     _probe_mode(start)
+    _no_place(start)
     start.add_argument(
         "--timeout",
         type=_seconds,
@@ -230,6 +240,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     destroy = command("destroy", "end the QEMU of a domain that `start` has started, at once")
     destroy.add_argument("word", metavar="NAME", help="as it is defined")
+
+    pin = domain_command("vcpupin", "show or set the host CPUs of a vCPU's thread, as virsh does")
+    pin.add_argument("id", metavar="ID", nargs="?", type=_number, help="the vCPU")
+    pin.add_argument("cpus", metavar="CPUS", nargs="?", help="host CPUs: 0-3,^2; r: all")
+    pin.add_argument("--vcpu", metavar="N", type=_number, help="the vCPU")
+    pin.add_argument("--cpulist", metavar="CPUS", help="host CPUs: 0-3,^2; r: all")
+    _impact(pin)
 
     domain_command("watch", "tell what happens to the vCPUs, line by line, until interrupted")
 

@@ -93,7 +93,10 @@ def vcpu_table(state: DomainState, vcpus: Iterable[Vcpu]) -> list[str]:
     head = (["NODE"] if has_nodes else []) + [level[:-3].upper() for level in levels]
     places = len(head)
     is_lit = any(vcpu.online is not None for vcpu in shown)
+    is_placed = any(vcpu.pin is not None for vcpu in shown)
+    is_scheduled = any(vcpu.scheduler not in (None, "other") for vcpu in shown)
     head += ["VCPU", "STATE", "ORDER", "HOTPLUGGABLE", "THREAD-ID"]
+    head += (["LAST-CPU", "AFFINITY"] if is_placed else []) + (["SCHEDULER"] if is_scheduled else [])
     head += (["ENTITY"] if is_grouped else []) + (["ONLINE", "GUEST-ID"] if is_lit else [])
     rows = [head]
     above: list[str] = []
@@ -110,10 +113,12 @@ def vcpu_table(state: DomainState, vcpus: Iterable[Vcpu]) -> list[str]:
             "yes" if vcpu.hotpluggable else "no",
             _text(vcpu.thread_id),
         ]
+        row += [_text(vcpu.cpu), _text(vcpu.pin)] if is_placed else []
+        row += [_text(vcpu.scheduler)] if is_scheduled else []
         row += [format_ids(vcpu.entity)] if is_grouped else []
         online = {True: "yes", False: "no", None: "-"}[vcpu.online]
         rows.append(row + ([online, _text(vcpu.logical_id)] if is_lit else []))
-    numbers = frozenset((*range(places + 1), places + 2, places + 4))
+    numbers = frozenset((*range(places + 1), places + 2, places + 4, *([places + 5] if is_placed else [])))
     return columns(rows, right=numbers)
 
 

@@ -17,7 +17,7 @@ from qmpvcpu.core.request import Request
 from qmpvcpu.core.select import select, select_listed
 from qmpvcpu.errors import Refusal
 
-__all__ = ["ConfigPlan", "plan_config", "state_of"]
+__all__ = ["ConfigPlan", "plan_config", "plan_pin", "state_of"]
 
 #: Machines with CPU hotplug, of their architectures' usual ones: (can plug, can unplug). QEMU 7.2 to 11.1.
 _HOTPLUG: Final = {
@@ -74,6 +74,11 @@ class ConfigPlan:
         for word, on in self._sides:
             if ids := on.intersection(self.changed):
                 lines.append(f"in the definition: vCPU {format_ids(ids)} {word}")
+        if self.new.pins != self.old.pins:
+            for number in self.changed:
+                cpus = self.new.pins.get(number)
+                word = f"pinned to host CPU {format_ids(cpus)}" if cpus is not None else "not pinned"
+                lines.append(f"in the definition: vCPU {number} {word}")
         if self.writes and not lines:
             lines.append("in the definition: order and hotpluggable of vCPUs")
         if self.unchanged and not self.writes:
@@ -230,6 +235,18 @@ def _plan_listed(definition: Definition, request: Request) -> ConfigPlan:
         refusals.append(_VCPU_0)
     unchanged = tuple(number for number in targets if number not in changed)
     return ConfigPlan(definition, definition if refusals else new, targets, changed, unchanged, tuple(refusals))
+
+
+def plan_pin(definition: Definition, vcpu_id: int, cpus: tuple[int, ...] | None) -> ConfigPlan:
+    """`<vcpupin>` of one vCPU; None takes it away."""
+    refusals = checks.check_range(state_of(definition), (vcpu_id,))
+    pins = {number: pin for number, pin in definition.pins.items() if number != vcpu_id}
+    if cpus is not None:
+        pins[vcpu_id] = cpus
+    new = definition if refusals else replace(definition, pins=dict(sorted(pins.items())))
+    changed = (vcpu_id,) if new != definition else ()
+    unchanged = () if changed or refusals else (vcpu_id,)
+    return ConfigPlan(definition, new, (vcpu_id,), changed, unchanged, tuple(refusals))
 
 
 def _check_total(definition: Definition, total: int) -> list[Refusal]:

@@ -52,7 +52,9 @@ class Definition:
     `dialect` is "rfc" or "libvirt", whichever its `<vcpus>` is written in, None without one. `cpuset` is `<vcpu
     cpuset>`, the host CPUs of every vCPU that `pins` (`<vcpupin>`) does not name; `schedulers` has `fifo:10`,
     `batch` and the like. `agent` is the socket path of the guest agent's channel, `accel` "kvm" or "tcg", `cpu`
-    what -cpu takes, None for the machine's own.
+    what -cpu takes, None for the machine's own. `period` and `quota` (a negative one: no limit) are in
+    microseconds and, like `shares`, of each vCPU; `mems` are the host NUMA nodes of `<numatune>`, `cell_mems`
+    those of a cell's `<memnode>`, where they bind (mode strict or restrictive).
     """
 
     name: str
@@ -69,6 +71,11 @@ class Definition:
     pins: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     schedulers: Mapping[int, str] = field(default_factory=dict)
     emulator_pin: tuple[int, ...] | None = None
+    period: int | None = None
+    quota: int | None = None
+    shares: int | None = None
+    mems: tuple[int, ...] | None = None
+    cell_mems: Mapping[int, tuple[int, ...]] = field(default_factory=dict)
     agent: str | None = None
     #: In bytes.
     memory: int | None = None
@@ -94,6 +101,11 @@ class Definition:
     def cell_of(self, vcpu_id: int) -> int | None:
         """The NUMA node of a vCPU; None without NUMA, or where no cell names it."""
         return next((cell.id for cell in self.cells if vcpu_id in cell.cpus), None)
+
+    def mems_of(self, vcpu_id: int) -> tuple[int, ...] | None:
+        """The host NUMA nodes that a vCPU's memory is bound to; None: wherever."""
+        cell = self.cell_of(vcpu_id)
+        return self.cell_mems.get(cell, self.mems) if cell is not None else self.mems
 
     def switched(self, ids: tuple[int, ...], enabled: bool) -> Definition:
         """The same with these vCPUs on or off, as libvirt does it: hotpluggable then, and no order stays."""

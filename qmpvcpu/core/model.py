@@ -148,6 +148,8 @@ class Vcpu:
     scheduler: str | None = None
     logical_id: int | None = None
     can_offline: bool | None = None
+    #: The host CPU its thread last ran on.
+    cpu: int | None = None
 
     @property
     def state(self) -> str:
@@ -172,6 +174,7 @@ class Vcpu:
             "scheduler": self.scheduler,
             "logical_id": self.logical_id,
             "can_offline": self.can_offline,
+            "cpu": self.cpu,
         }
 
 

@@ -39,7 +39,8 @@ class Request:
     `timeout` is in seconds, for what the guest must do (0: do not wait). `wait` False is `--async`: the call ends
     once QEMU took an unplug. `atomic` brings back what was removed if the rest fails. `retry` is how often an
     unplug is asked again that the guest refused. `fallback` False never asks the guest agent instead. `listed`
-    says of every vCPU what it shall be, and ids follow from it.
+    says of every vCPU what it shall be, and ids follow from it. `place` False leaves threads where the kernel puts
+    them.
     """
 
     ids: tuple[int, ...]
@@ -55,6 +56,7 @@ class Request:
     maximum: bool = False
     hotpluggable: bool = False
     listed: Listed | None = None
+    place: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.timeout <= _LONGEST:
@@ -86,6 +88,11 @@ class Request:
     def wants(self, vcpu_id: int) -> bool:
         """Whether this vCPU shall be enabled; it is one that the request is about."""
         return self.enable if self.listed is None else self.listed.vcpus[vcpu_id].enabled
+
+    @property
+    def enables_more(self) -> bool:
+        """Whether it may plug: it enables, or reaches a count."""
+        return not self.has(VcpuFlag.GUEST) and (self.enables or self.total is not None)
 
     @property
     def enables(self) -> bool:

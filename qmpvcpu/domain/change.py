@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -17,6 +18,7 @@ from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, Result, Transaction
 from qmpvcpu.domain.drive import Drive
 from qmpvcpu.domain.guest import Arrival, Guest, with_online
 from qmpvcpu.domain.link import Link
+from qmpvcpu.domain.place import Placing, noted
 from qmpvcpu.domain.read import firmware_runs, has_x2apic, run_state
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuRejected
 from qmpvcpu.flags import VcpuFlag
@@ -59,6 +61,7 @@ async def change(
     here: Sequence[Refusal] = (),
     guest: Guest | None = None,
     beside: Callable[[Plan], Awaitable[Plan]] | None = None,
+    placing: Placing | None = None,
 ) -> Outcome:
     """Carry out a request that changes something. The link's queue is held.
 
@@ -68,6 +71,7 @@ async def change(
         here: what stands against it whatever the state.
         guest: its agent, where one is known.
         beside: what else belongs to it: given the plan, before anything is done, with what stands against it.
+        placing: where the threads of what it plugs belong.
 
     Raises:
         VcpuError: every end that is no success, but pending and requested.
@@ -85,8 +89,12 @@ async def change(
         held = await link.read()
         plan, known = await plan_on(link, held, request, guest)
     plan = plan.refused(here)
+    if placing is not None:
+        plan = placing.check(plan, held)
     if beside is not None:
         plan = await beside(plan)
+    if placing is not None and not plan.refusals:
+        plan = placing.prepare(plan, held)
     if plan.refusals:
         raise VcpuRefused(
             plan.refusals,
@@ -96,7 +104,7 @@ async def change(
         )
     end: Outcome | VcpuError
     if plan.plugs or plan.unplugs or plan.awaited:
-        end = await _hotplug(link, held, plan, known, began)
+        end = await _placed(link, held, plan, placing, lambda: _hotplug(link, held, plan, known, began))
         if end.outcome is not OutcomeKind.APPLIED:
             # Whatever upset the plan may upset what is held: the next call asks anew.
             link.stale = True
@@ -117,6 +125,45 @@ async def change(
         raise end
     return replace(end, seconds=seconds)
 
+
+async def _placed(
+    link: Link,
+    held: DomainState,
+    plan: Plan,
+    placing: Placing | None,
+    hotplug: Callable[[], Awaitable[Outcome | VcpuError]],
+) -> Outcome | VcpuError:
+    """Hotplug, with its threads where they belong; the cgroups of what is gone, or did not come, are removed."""
+    ids = [number for entity in (*plan.awaited, *plan.plugs, *plan.unplugs) for number in entity.ids]
+    try:
+        if placing is None:
+            end = await hotplug()
+        else:
+            trouble: list[str] = []
+            async with placing.room(plan, trouble):
+                end = await hotplug()
+            end = placing.place(held, link.state, plan, end)
+            if trouble:
+                end = noted(end, trouble)
+    except BaseException:
+        link.drop_groups(ids)
+        raise
+    await _wait_groups_gone(link, ids)
+    return end
+
+
+async def _wait_groups_gone(link: Link, ids: Sequence[int]) -> None:
+    """A thread that QEMU has joined leaves its cgroup a moment later. What stays longer, the link tries again."""
+    deadline = time.monotonic() + _GROUP_SECONDS
+    while True:
+        if link.drop_groups(ids) or time.monotonic() >= deadline:
+            return
+        await asyncio.sleep(_GROUP_PAUSE)
+
+
+#: Seconds for that, and between two looks.
+_GROUP_SECONDS: Final = 1.0
+_GROUP_PAUSE: Final = 0.002
 
 #: Design: without an agent an enable is applied, `online` is null, and one line says so.
 _UNSEEN: Final = "no guest agent is known: whether the guest runs on it was not checked"

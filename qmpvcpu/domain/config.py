@@ -15,6 +15,7 @@ from qmpvcpu.domain.change import change
 from qmpvcpu.domain.guest import Guest
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.persistent import ConfigChange, Persistent
+from qmpvcpu.domain.place import Placing
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuError, VcpuPartial, VcpuRefused
 from qmpvcpu.host.definitions import not_written
 
@@ -65,6 +66,7 @@ async def change_both(
     request: Request,
     here: Sequence[Refusal] = (),
     guest: Guest | None = None,
+    placing: Placing | None = None,
 ) -> Outcome:
     """Both are checked, and the definition is staged; then live; then the definition takes effect.
 
@@ -87,7 +89,7 @@ async def change_both(
         return plan
 
     try:
-        end = await change(link, request, here, guest, beside)
+        end = await change(link, request, here, guest, beside, placing)
         if config is None:
             return end
         if end.outcome is not OutcomeKind.APPLIED:

@@ -18,8 +18,9 @@ from qmpvcpu.core.config import state_of
 from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
 from qmpvcpu.core.outcome import queried, switched_ids
+from qmpvcpu.core.placement import with_threads
 from qmpvcpu.core.plan import Plan
-from qmpvcpu.core.request import Listed, Request
+from qmpvcpu.core.request import Listed, Request, parse_ids
 from qmpvcpu.core.select import select
 from qmpvcpu.domain.change import change, plan_on
 from qmpvcpu.domain.config import change_both, change_config, with_config
@@ -29,6 +30,8 @@ from qmpvcpu.domain.link import NOBODY_LISTENS, Link, Opener, open_link
 from qmpvcpu.domain.listen import Events, Hub
 from qmpvcpu.domain.locate import Place, locate
 from qmpvcpu.domain.persistent import Persistent
+from qmpvcpu.domain.pin import change_pin
+from qmpvcpu.domain.place import Placing, place_all
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.ports import Agent, Monitor
@@ -63,6 +66,8 @@ class Options(TypedDict, total=False):
     fallback: bool
     #: True: do what is known to kill QEMU.
     force: bool
+    #: False: leave the threads of what is plugged where the kernel puts them. Default True.
+    place: bool
 
 
 def connect(
@@ -211,11 +216,14 @@ class Domain:
             if config and not live:
                 return await change_config(self._persistent, request, here, self.name)
             if config and self._link is not None:
-                return await change_both(self._link, self._persistent, request, here, self._guest)
+                placing, here = self._placing(request, here)
+                return await change_both(self._link, self._persistent, request, here, self._guest, placing)
             if here and self._link is None:
                 # Whatever else the definition has against it.
                 raise VcpuRefused([*here, *self._against(request, config)], ids=request.ids)
-            return await change(self._connected(), request, here, self._guest)
+            link = self._connected()
+            placing, here = self._placing(request, here)
+            return await change(link, request, here, self._guest, placing=placing)
 
     @property
     def is_active(self) -> bool:
@@ -265,24 +273,24 @@ class Domain:
         """
         return await self.request(_total(count, options, maximum=maximum, hotpluggable=hotpluggable))
 
-    async def apply(self, xml: bytes, *, place: str = "the file", **options: Unpack[Options]) -> Outcome:
+    async def apply(self, xml: bytes, *, source: str = "the file", **options: Unpack[Options]) -> Outcome:
         """Make the running guest and/or the definition what `<vcpus>` in a document says, as one transaction.
 
         Args:
             xml: a domain's XML, or `<vcpus>` alone.
-            place: what it is called in messages.
+            source: what it is called in messages.
             options: see `Options`; nothing is left to the guest agent.
 
         Raises:
             VcpuRefused: also where the document cannot be this domain's.
         """
-        return await self.request(await self._listed(xml, place, options))
+        return await self.request(await self._listed(xml, source, options))
 
-    async def plan_apply(self, xml: bytes, *, place: str = "the file", **options: Unpack[Options]) -> Plan:
+    async def plan_apply(self, xml: bytes, *, source: str = "the file", **options: Unpack[Options]) -> Plan:
         """What `apply` would do."""
-        return await self.plan(await self._listed(xml, place, options))
+        return await self.plan(await self._listed(xml, source, options))
 
-    async def _listed(self, xml: bytes, place: str, options: Options) -> Request:
+    async def _listed(self, xml: bytes, source: str, options: Options) -> Request:
         from qmpvcpu.xml.domain import read_listed
 
         async with self._queue:
@@ -298,11 +306,11 @@ class Domain:
             vcpus, exact = read_listed(xml, maximum)
         except VcpuRefused as error:
             raise VcpuRefused(
-                [replace(one, message=f"'{place}': {one.message}") for one in error.refusals]
+                [replace(one, message=f"'{source}': {one.message}") for one in error.refusals]
             ) from error
         given: Options = {"atomic": True, **options, "fallback": False}
         return replace(
-            _request((), VcpuFlag.CURRENT, given, total=0), total=None, listed=Listed(vcpus, exact, place)
+            _request((), VcpuFlag.CURRENT, given, total=0), total=None, listed=Listed(vcpus, exact, source)
         )
 
     async def dump_xml(
@@ -325,7 +333,7 @@ class Domain:
             flags = VcpuFlag.CONFIG if inactive else VcpuFlag.CURRENT
             self._check_here(Request((), flags))
             live, _ = self._sides(flags)
-            state = await self._connected().read() if live else None
+            state = _with_threads(link := self._connected(), await link.read()) if live else None
             if self._persistent is not None:
                 return dump(self._persistent.read(), state, dialect, detail)
             assert state is not None
@@ -377,6 +385,48 @@ class Domain:
         if isinstance(end, VcpuError):
             raise end
         return end
+
+    async def place(self) -> list[str]:
+        """Give every vCPU's thread, and the emulator's, what the definition says; what there is to say of it.
+
+        Raises:
+            VcpuRefused: they cannot be placed, or there is no definition; none is.
+            VcpuFailed: the kernel declines; the others are placed.
+        """
+        async with self._queue:
+            link = self._connected()
+            if self._persistent is None:
+                raise VcpuRefused([_NO_DEFINITION])
+            return place_all(link.threads, self._persistent.definition(), await link.read())
+
+    async def pin(
+        self,
+        vcpu_id: int,
+        cpus: str | Iterable[int] | None,
+        flags: VcpuFlag = VcpuFlag.CURRENT,
+    ) -> Outcome:
+        """Pin a vCPU to host CPUs (`virDomainPinVcpuFlags`): its thread now, and/or in the definition.
+
+        Args:
+            vcpu_id: of the vCPU.
+            cpus: host CPUs, `0-3,^2` or numbers; None lets it go everywhere.
+            flags: LIVE, CONFIG, both, or CURRENT.
+
+        Raises:
+            VcpuRefused: nothing was touched.
+            VcpuFailed: the kernel declines.
+            VcpuPartial: the thread is pinned, and the definition could not be written.
+        """
+        wanted = parse_ids(cpus) if isinstance(cpus, str) else None if cpus is None else _ids(cpus)
+        request = Request(_ids(vcpu_id), VcpuFlag(flags) & (VcpuFlag.LIVE | VcpuFlag.CONFIG))
+        async with self._queue:
+            self._shown = None
+            live, config = self._sides(request.flags)
+            here = self._not_here(request)
+            if (config and self._persistent is None) or (live and self._inactive):
+                raise VcpuRefused(here, ids=request.ids)
+            link = self._connected() if live else None
+            return await change_pin(link, self._persistent if config else None, vcpu_id, wanted, here)
 
     async def vcpus(self, ids: Iterable[int] | None = None) -> tuple[Vcpu, ...]:
         """These vCPUs, or every one, by a fresh query."""
@@ -453,7 +503,10 @@ class Domain:
             here = self._not_here(request)
             plan = Plan(request, request.ids)
             if live and self._link is not None:
-                plan, _ = await plan_on(self._link, await self._link.read(), request, self._guest)
+                state = await self._link.read()
+                plan, _ = await plan_on(self._link, state, request, self._guest)
+                placing, here = self._placing(request, here)
+                plan = placing.check(plan, state)
             elif not here and not config:
                 self._connected()
             if config and self._persistent is not None:
@@ -562,7 +615,21 @@ class Domain:
             definition = self._persistent.definition()
             self._shown = state_of(definition, self.name, active=self.is_active)
             return self._shown
-        return await self._lit(await self._connected().read(), required=bool(flags & VcpuFlag.GUEST))
+        link = self._connected()
+        state = await self._lit(await link.read(), required=bool(flags & VcpuFlag.GUEST))
+        return _with_threads(link, state)
+
+    def _placing(self, request: Request, here: list[Refusal]) -> tuple[Placing, list[Refusal]]:
+        """Where the definition wants the threads of what is plugged; and what keeps it from being read."""
+        threads = self._connected().threads
+        if self._persistent is None or not request.place or not request.enables_more:
+            return Placing(threads, None), here
+        try:
+            definition = self._persistent.definition()
+        except VcpuRefused as error:
+            hint = "correct it, or leave threads where the kernel puts them: --no-place (place=False)"
+            return Placing(threads, None), [*here, *(replace(refusal, hint=hint) for refusal in error.refusals)]
+        return Placing(threads, definition), here
 
     def _sides(self, flags: VcpuFlag) -> tuple[bool, bool]:
         """Whether LIVE, whether CONFIG; CURRENT is LIVE if it runs, else CONFIG."""
@@ -610,6 +677,14 @@ class Domain:
         return Refusal(
             "inactive", f"the domain '{self.name}' is not running", (), hint, "VIR_ERR_OPERATION_INVALID"
         )
+
+
+def _with_threads(link: Link, state: DomainState) -> DomainState:
+    """With what the vCPUs' threads are given, where they run on this host."""
+    if link.threads is None:
+        return state
+    ids = [vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None]
+    return with_threads(state, link.threads.look(ids))
 
 
 _NO_DEFINITION = Refusal(

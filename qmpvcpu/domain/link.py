@@ -20,7 +20,8 @@ from qmpvcpu.domain.read import Reader, open_reader
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.host.pending import PendingFolder
 from qmpvcpu.host.process import Process, find_process
-from qmpvcpu.ports import Monitor, MonitorEvent, PendingStore
+from qmpvcpu.host.threads import QemuThreads
+from qmpvcpu.ports import Monitor, MonitorEvent, PendingStore, Threads
 
 __all__ = ["NOBODY_LISTENS", "Link", "Opener", "open_link"]
 
@@ -43,6 +44,8 @@ class Link:
         self.stale = True
         self.removals_seen = 0
         self.process: Process | None = None
+        #: Of QEMU, where it runs on this host.
+        self.threads: Threads | None = None
         self.ledger = Ledger(None)
         self.driven: frozenset[int] = frozenset()
         #: What ended while nobody listened, as found on connecting.
@@ -56,7 +59,9 @@ class Link:
         self._lost: VcpuConnectionError | None = None
         self._names: tuple[DomainState, Names] | None = None
         self._listening: Any = None
-        self._watcher = Watcher(self._watch, lambda: hub.listening or bool(self.ledger.firsts))
+        #: vCPUs that are gone, and whose cgroups perhaps are not.
+        self._gone: set[int] = set()
+        self._watcher = Watcher(self._watch, lambda: hub.listening or bool(self.ledger.firsts) or bool(self._gone))
         hub.on_listener = self._watcher.start
 
     @property
@@ -73,6 +78,9 @@ class Link:
         self._state = state
         if self.monitor.is_local:
             self.process = find_process(self._reader.thread_ids)
+            self.threads = QemuThreads(self.process) if self.process is not None else None
+        if self.threads is not None:
+            self.threads.recover()
         self.ledger = Ledger(_store_of(self.process))
         if before is not None and _same_guest(before, self):
             self.ledger.take_over(before.ledger)
@@ -138,6 +146,15 @@ class Link:
         """Begin to look by ourselves, as long as somebody listens or something is pending."""
         self._watcher.start()
 
+    def drop_groups(self, ids: Iterable[int]) -> bool:
+        """Remove the cgroups of those of these vCPUs that are gone; whether they all are removed."""
+        self._gone.update(ids)
+        enabled = self.state.enabled_ids
+        self._gone.difference_update(enabled)
+        if self._gone and self.threads is not None:
+            self._gone = set(self.threads.remove_groups(self._gone, enabled))
+        return not self._gone or self.threads is None
+
     # -- inside -----------------------------------------------------------------------------------
 
     def _learn(self) -> list[Event]:
@@ -150,6 +167,7 @@ class Link:
             gone = self.state.by_id.get(unplug.first)
             detail = "it was removed while nobody listened"
             found += _events(time.time(), EventKind.REMOVED, [gone] if gone is not None else [], detail)
+            self._gone.update(gone.ids if gone is not None else ())
         return found
 
     async def _watch(self) -> None:
@@ -167,10 +185,15 @@ class Link:
             state = replace(state, threads_shared=before.threads_shared)
         if before is not state:
             found = changes(before, state, time.time())
-            self.removals_seen += sum(event.event is EventKind.REMOVED for event in found)
+            removed = [event for event in found if event.event is EventKind.REMOVED]
+            self.removals_seen += len(removed)
+            self._gone.update(number for event in removed for number in event.vcpus)
             self._hub.emit(found)
         self.ledger.settle(state)
         self._state = mark(state, self.ledger.firsts)
+        if self._gone and not self.driven:
+            # While an operation has vCPUs in its hands, it makes groups of those that are to come.
+            self.drop_groups(())
         return self._state
 
     def _sink(self, event: MonitorEvent | VcpuConnectionError) -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from threading import Event as Flag
 
-from qmpvcpu.core.config import ConfigPlan, plan_config
+from qmpvcpu.core.config import ConfigPlan, plan_config, plan_pin
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.request import Request
 from qmpvcpu.errors import Refusal, VcpuRefused
@@ -29,6 +29,7 @@ class Persistent:
 
     def __init__(self, store: DefinitionStore) -> None:
         self._store = store
+        self._last: _Version | None = None
 
     @property
     def place(self) -> str:
@@ -49,14 +50,19 @@ class Persistent:
 
     def plan(self, request: Request, ids: Sequence[int] | None = None) -> ConfigChange:
         """What `request` makes of it; nothing is written."""
-        version = self._version(self._store.read())
-        return ConfigChange(
-            self._store, version.data, plan_config(version.definition, request, ids), self._again(request, ids)
-        )
+        return self._change(lambda definition: plan_config(definition, request, ids))
 
-    def _again(self, request: Request, ids: Sequence[int] | None) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
+    def plan_pin(self, vcpu_id: int, cpus: tuple[int, ...] | None) -> ConfigChange:
+        """What pinning one vCPU makes of it; nothing is written."""
+        return self._change(lambda definition: plan_pin(definition, vcpu_id, cpus))
+
+    def _change(self, make: Callable[[Definition], ConfigPlan]) -> ConfigChange:
+        version = self._version(self._store.read())
+        return ConfigChange(self._store, version.data, make(version.definition), self._again(make))
+
+    def _again(self, make: Callable[[Definition], ConfigPlan]) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
         def again(data: bytes) -> tuple[bytes, ConfigPlan]:
-            plan = plan_config(self._version(data).definition, request, ids)
+            plan = make(self._version(data).definition)
             if plan.refusals:
                 raise VcpuRefused(plan.refusals, ids=plan.targets)
             return written(data, plan), plan
@@ -66,8 +72,11 @@ class Persistent:
     def _version(self, data: bytes) -> _Version:
         from qmpvcpu.xml.domain import read_domain
 
+        if self._last is not None and self._last.data == data:
+            return self._last
         try:
-            return _Version(data, read_domain(data)[1])
+            self._last = _Version(data, read_domain(data)[1])
+            return self._last
         except VcpuRefused as error:
             # Whose line it is.
             raise VcpuRefused([_at(self.place, refusal) for refusal in error.refusals]) from error

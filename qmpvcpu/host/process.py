@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["Process", "find_process", "is_alive"]
+__all__ = ["Process", "find_process", "is_alive", "process_of"]
 
 _PROC: Final = Path("/proc")
 #: proc(5), /proc/pid/stat: the 22nd field, and the 20th after the name.
@@ -60,9 +60,14 @@ def find_process(thread_ids: Collection[int]) -> Process | None:
         # A thread of that number on another host, or in another container, is rarely a QEMU's.
         if b"qemu" not in (folder / "cmdline").read_bytes().lower():
             return None
-        return Process(pid, _start_of(pid), boot_id())
+        return process_of(pid)
     except (OSError, ValueError, IndexError):
         return None
+
+
+def process_of(pid: int) -> Process:
+    """The process that has this pid now. Raises OSError."""
+    return Process(pid, _start_of(pid), boot_id())
 
 
 def is_alive(key: str) -> bool:

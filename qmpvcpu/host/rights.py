@@ -7,7 +7,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Final
 
-__all__ = ["kvm_state", "rights"]
+from qmpvcpu.host.hierarchy import hierarchies
+
+__all__ = ["kvm_state", "may_place", "may_schedule", "rights"]
 
 #: Bit of CAP_SYS_NICE in /proc/self/status (linux/capability.h).
 _CAP_SYS_NICE: Final = 23
@@ -24,30 +26,41 @@ def kvm_state() -> tuple[bool, str | None]:
     return True, None
 
 
-def rights() -> dict[str, Any]:
-    """`root`, `sys_nice` (real-time schedulers, other users' threads), `cgroup` controllers that are mounted."""
-    capabilities = 0
+def may_schedule() -> bool:
+    """CAP_SYS_NICE: real-time schedulers, and other users' threads."""
+    return bool(_capabilities("self", "CapEff") >> _CAP_SYS_NICE & 1)
+
+
+def may_place(pid: int) -> bool:
+    """Whether affinity and scheduler of that process's threads are ours to set (sched_setaffinity(2)).
+
+    Raises:
+        OSError: there is no such process.
+    """
+    if may_schedule():
+        return True
+    # The same user; and nobody may touch who can do more (the kernel's cap_safe_nice).
+    if Path(f"/proc/{pid}").stat().st_uid != os.geteuid():
+        return False
+    return not _capabilities(str(pid), "CapPrm") & ~_capabilities("self", "CapPrm")
+
+
+def _capabilities(pid: str, which: str) -> int:
     with suppress(OSError, ValueError):
-        for line in Path("/proc/self/status").read_text().splitlines():
-            if line.startswith("CapEff:"):
-                capabilities = int(line.split()[1], 16)
-    return {
-        "root": os.geteuid() == 0,
-        "sys_nice": bool(capabilities >> _CAP_SYS_NICE & 1),
-        "cgroup": _cgroups(),
-    }
+        for line in Path(f"/proc/{pid}/status").read_text().splitlines():
+            if line.startswith(f"{which}:"):
+                return int(line.split()[1], 16)
+    return 0
+
+
+def rights() -> dict[str, Any]:
+    """`root`, `sys_nice` (`may_schedule`), `cgroup` controllers that are mounted."""
+    return {"root": os.geteuid() == 0, "sys_nice": may_schedule(), "cgroup": _cgroups()}
 
 
 def _cgroups() -> dict[str, list[str]]:
     """Controllers by cgroup version, from the mounts."""
-    found: dict[str, list[str]] = {"v1": [], "v2": []}
-    with suppress(OSError):
-        for line in Path("/proc/self/mountinfo").read_text().splitlines():
-            _, _, tail = line.partition(" - ")
-            kind, _, options = [*tail.split(" "), "", "", ""][:3]
-            if kind == "cgroup":
-                found["v1"] += [word for word in options.split(",") if word in ("cpuset", "cpu", "cpuacct")]
-            elif kind == "cgroup2":
-                with suppress(OSError):
-                    found["v2"] += (Path(line.split(" ")[4]) / "cgroup.controllers").read_text().split()
-    return {version: sorted(set(names)) for version, names in found.items()}
+    found: dict[str, set[str]] = {"v1": set(), "v2": set()}
+    for one in hierarchies():
+        found[f"v{one.version}"].update(one.controllers)
+    return {version: sorted(names) for version, names in found.items()}

@@ -40,6 +40,12 @@ _UNITS: Final[Mapping[str, int]] = {"b": 1, "bytes": 1} | {
 _WITH_PRIORITY: Final = ("fifo", "rr")
 _SCHEDULERS: Final = ("fifo", "rr", "batch", "idle", "other")
 
+#: libvirt's bound of `<quota>`, microseconds.
+_MOST_QUOTA: Final = 17592186044415
+#: Modes of `<numatune>`, and those that bind.
+_MODES: Final = ("strict", "preferred", "interleave", "restrictive")
+_BINDING: Final = ("strict", "restrictive")
+
 
 def read_domain(data: bytes) -> tuple[Document, Definition]:
     """Read a domain's XML.
@@ -98,6 +104,11 @@ class _Reader:
             pins=self._pins(),
             schedulers=self._schedulers(),
             emulator_pin=self._emulator_pin(),
+            period=self._tuned_number("period", 1000, 1_000_000),
+            quota=self._quota(),
+            shares=self._tuned_number("shares", 2, 262144),
+            mems=self._mems(),
+            cell_mems=self._cell_mems(),
             agent=self._agent(),
             memory=self._memory(root.child("memory")),
             cpu=self._cpu(),
@@ -307,6 +318,49 @@ class _Reader:
         element = next(iter(self._tuned("emulatorpin")), None)
         return self._list(element, "cpuset", required=True) if element is not None else None
 
+    def _tuned_number(self, name: str, low: int, high: int) -> int | None:
+        element = next(iter(self._tuned(name)), None)
+        return self._int(element, element.text.strip(), f"<{name}>", low, high) if element is not None else None
+
+    def _quota(self) -> int | None:
+        """libvirt: negative is no limit, and 0 says nothing."""
+        element = next(iter(self._tuned("quota")), None)
+        text = element.text.strip() if element is not None else ""
+        if element is None or text == "0":
+            return None
+        if text.startswith("-") and text[1:].isascii() and text[1:].isdigit():
+            return -1
+        if text.isascii() and text.isdigit() and 1000 <= int(text[:20]) <= _MOST_QUOTA:
+            return int(text)
+        self._wrong(element, f"<quota> '{text[:40]}' is none: it can be 1000 to {_MOST_QUOTA}, or negative")
+        return None
+
+    def _mems(self) -> tuple[int, ...] | None:
+        tune = self.root.child("numatune")
+        element = tune.child("memory") if tune is not None else None
+        return self._nodes(element) if element is not None else None
+
+    def _cell_mems(self) -> dict[int, tuple[int, ...]]:
+        tune = self.root.child("numatune")
+        found: dict[int, tuple[int, ...]] = {}
+        for element in tune.all("memnode") if tune is not None else ():
+            cell = self._int(element, element.attributes.get("cellid"), "<memnode cellid>", 0, MOST_VCPUS)
+            nodes = self._nodes(element, required=True)
+            if cell is None:
+                continue
+            if cell in found:
+                self._wrong(element, f"NUMA cell {cell} has two <memnode>")
+            if nodes is not None:
+                found[cell] = nodes
+        return found
+
+    def _nodes(self, element: Element, *, required: bool = False) -> tuple[int, ...] | None:
+        """Host NUMA nodes, where the mode binds to them; else they are but a wish."""
+        nodes = self._list(element, "nodeset", required=required)
+        if "mode" in element.attributes and self._word(element, "mode", _MODES) not in _BINDING:
+            return None
+        return nodes
+
     def _agent(self) -> str | None:
         devices = self.root.child("devices")
         for channel in devices.all("channel") if devices is not None else ():
@@ -405,7 +459,36 @@ def write_vcpus(
         document.replace(listed, lines)
     elif listed is not None and new.vcpus != old.vcpus:
         _update(document, listed, old, new, wanted)
+    if new.pins != old.pins:
+        _update_pins(document, old, new)
     return document.to_bytes()
+
+
+def _update_pins(document: Document, old: Definition, new: Definition) -> None:
+    """`<vcpupin>` by `<vcpupin>`; a `<cputune>` that it empties stays."""
+    root = document.root
+    tune = root.child("cputune")
+    rows = {int(row.attributes["vcpu"]): row for row in tune.all("vcpupin")} if tune is not None else {}
+    added = []
+    for number in sorted({*old.pins, *new.pins}):
+        cpus = new.pins.get(number)
+        if cpus == old.pins.get(number):
+            continue
+        if cpus is None:
+            document.remove(rows[number])
+        elif number in rows:
+            document.set_attribute(rows[number], "cpuset", format_ids(cpus))
+        else:
+            added.append(f"<vcpupin vcpu='{number}' cpuset='{format_ids(cpus)}'/>")
+    if not added:
+        return
+    if tune is not None and rows:
+        document.insert_after(rows[max(rows)], added)
+    elif tune is not None:
+        document.insert_first(tune, added)
+    else:
+        behind = next(found for word in ("vcpus", "vcpu", "name") if (found := root.child(word)) is not None)
+        document.insert_after(behind, ["<cputune>", *(f"  {line}" for line in added), "</cputune>"])
 
 
 def _update(document: Document, listed: Element, old: Definition, new: Definition, dialect: str) -> None:

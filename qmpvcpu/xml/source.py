@@ -117,6 +117,19 @@ class Document:
         indent = self.indent(element)
         self._replace(element.end, element.end, b"".join(self.newline + indent + line.encode() for line in lines))
 
+    def insert_first(self, element: Element, lines: Sequence[str]) -> None:
+        """Put these lines first into an element, each on a line of its own, a step further in than it is."""
+        outer = self.newline + self.indent(element)
+        text = b"".join(outer + b"  " + line.encode() for line in lines)
+        if element.opened == element.end:
+            # <a/>
+            slash = self.source.rfind(b"/>", element.start, element.opened)
+            self._replace(slash, element.opened, b">" + text + outer + f"</{element.name}>".encode())
+            return
+        is_empty = not self.source[element.opened : element.closing].strip()
+        tail = outer if is_empty and b"\n" not in self.source[element.opened : element.closing] else b""
+        self._replace(element.opened, element.opened, text + tail)
+
     def remove(self, element: Element) -> None:
         """Take an element away, with the white space in front of it."""
         start = element.start

@@ -37,7 +37,7 @@ async def test_x86_ids_go_by_socket_core_thread_and_nodes_are_right(arch, versio
     assert all(isinstance(row["thread_id"], int) for row in rows[:2])
     assert set(rows[0]) == {
         *("id", "state", "hotpluggable", "order", "node", "props", "entity", "qom_path", "thread_id", "online"),
-        *("pending", "pin", "scheduler", "logical_id", "can_offline"),
+        *("pending", "pin", "scheduler", "cpu", "logical_id", "can_offline"),
     }
 
 

@@ -395,7 +395,7 @@ async def test_apply_that_fails_puts_everything_back(home):
 async def test_a_file_that_cannot_be_this_domains(home, xml, words):
     async with home.running(FakeQemu()) as domain:
         with pytest.raises(qmpvcpu.VcpuRefused, match=words):
-            await domain.apply(xml, place="f.xml", live=True, config=True)
+            await domain.apply(xml, source="f.xml", live=True, config=True)
     assert home.xml == XML
 
 

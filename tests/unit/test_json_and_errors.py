@@ -39,7 +39,7 @@ CHANGE_KEYS = [
 ]
 ROW_KEYS = [
     *("id", "state", "hotpluggable", "order", "node", "props", "entity", "qom_path", "thread_id", "online"),
-    *("pending", "pin", "scheduler", "logical_id", "can_offline"),
+    *("pending", "pin", "scheduler", "logical_id", "can_offline", "cpu"),
 ]
 TREE = {
     VcpuUsageError: "usage",

@@ -1,0 +1,276 @@
+"""Where a vCPU's thread shall run, by the domain's XML, and whether this host lets it. Pure.
+
+Words of libvirt's `<cputune>` (`vcpupin`, else `<vcpu cpuset>`, `vcpusched`, `period`, `quota`, `shares`) and
+`<numatune>` (`memory`, `memnode`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Final, TypeVar
+
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.model import DomainState, format_ids
+from qmpvcpu.errors import Refusal
+
+__all__ = [
+    "REAL_TIME",
+    "Control",
+    "HostFacts",
+    "Placement",
+    "ThreadState",
+    "check_emulator",
+    "check_placements",
+    "emulator_placement",
+    "placements",
+    "with_threads",
+]
+
+#: sched(7): policies with a priority, 1 to 99.
+REAL_TIME: Final = ("fifo", "rr")
+_V2: Final = 2
+#: cgroup-v2.rst, cpu.weight; libvirt writes `<shares>` there as it is.
+_MOST_WEIGHT: Final = 10000
+T = TypeVar("T")
+_HINT: Final = "--no-place (place=False) leaves it where the kernel puts it"
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What one thread shall be given; None leaves it as it is.
+
+    `cpus` are host CPUs (an empty tuple: all that it may have), `scheduler` is `fifo:10`, `batch` …; by its
+    cgroup: `mems` are host NUMA nodes, `period` and `quota` microseconds of CPU time (a negative quota: no
+    limit), `shares` its weight, 1024 being usual.
+    """
+
+    cpus: tuple[int, ...] | None = None
+    scheduler: str | None = None
+    mems: tuple[int, ...] | None = None
+    period: int | None = None
+    quota: int | None = None
+    shares: int | None = None
+
+    @property
+    def policy(self) -> str | None:
+        """The scheduler without its priority."""
+        return self.scheduler.partition(":")[0] if self.scheduler is not None else None
+
+    @property
+    def priority(self) -> int:
+        """sched_priority; 0 where the policy has none."""
+        return int(self.scheduler.partition(":")[2] or 0) if self.scheduler is not None else 0
+
+    @property
+    def controllers(self) -> tuple[str, ...]:
+        """cgroup controllers that it cannot do without; affinity alone needs none."""
+        tuned = (self.period, self.quota, self.shares) != (None, None, None)
+        return (*(("cpuset",) if self.mems is not None else ()), *(("cpu",) if tuned else ()))
+
+    def __bool__(self) -> bool:
+        return self != Placement()
+
+    def __str__(self) -> str:
+        words = [] if self.cpus is None else [f"CPU {format_ids(self.cpus)}" if self.cpus else "every CPU"]
+        words += [self.scheduler] if self.scheduler is not None else []
+        words += [f"memory of node {format_ids(self.mems)}"] if self.mems is not None else []
+        for name, value in (("period", self.period), ("quota", self.quota), ("shares", self.shares)):
+            words += [f"{name} {value}"] if value is not None else []
+        return ", ".join(words)
+
+
+@dataclass(frozen=True, slots=True)
+class ThreadState:
+    """Where a thread may run, how, and where it last did."""
+
+    cpus: tuple[int, ...]
+    scheduler: str
+    last_cpu: int | None
+
+
+@dataclass(frozen=True, slots=True)
+class Control:
+    """What a cgroup controller of QEMU's group has for groups of vCPUs.
+
+    `version` is 1 or 2, 0 without it; `path` the group in which theirs are made; `trouble` says why they cannot
+    be, `denied` if that is for want of a right. `cpus` and `mems` are all that cpuset lets a vCPU have there,
+    None where it does not say. `is_layout`: QEMU is in an `emulator` group as libvirt makes it, so every vCPU
+    has its own. `gives_real_time`: a real-time thread may be in QEMU's group; `splits_real_time`: groups need
+    time of their own.
+    """
+
+    version: int = 0
+    path: str = ""
+    trouble: str | None = None
+    denied: bool = False
+    cpus: frozenset[int] | None = None
+    mems: frozenset[int] | None = None
+    is_layout: bool = False
+    gives_real_time: bool = True
+    splits_real_time: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class HostFacts:
+    """What this process may do with QEMU's threads. `online` are host CPUs, `realtime` is the highest real-time
+    priority that QEMU's threads may get (0: none), `controls` the cgroup controllers, `cpuset` and `cpu`.
+    """
+
+    online: frozenset[int]
+    is_owner: bool
+    realtime: int
+    controls: Mapping[str, Control] = field(default_factory=dict)
+
+
+def placements(definition: Definition | None, ids: Iterable[int]) -> dict[int, Placement]:
+    """What the XML says of these vCPUs; those of which it says nothing are left out."""
+    if definition is None:
+        return {}
+    everywhere = definition.cpuset
+    if everywhere is None and definition.emulator_pin is not None:
+        # A new thread has the CPUs of the one that makes it.
+        everywhere = ()
+    found = {
+        number: Placement(
+            definition.pins.get(number, everywhere),
+            definition.schedulers.get(number),
+            definition.mems_of(number),
+            definition.period,
+            definition.quota,
+            definition.shares,
+        )
+        for number in ids
+    }
+    return {number: placement for number, placement in found.items() if placement}
+
+
+def emulator_placement(definition: Definition) -> Placement:
+    """What the XML says of QEMU's other threads: `<emulatorpin>`, else `<vcpu cpuset>`."""
+    cpus = definition.emulator_pin if definition.emulator_pin is not None else definition.cpuset
+    return Placement(cpus, mems=definition.mems)
+
+
+def check_emulator(emulator: Placement, facts: HostFacts | None) -> list[Refusal]:
+    """Every reason why QEMU's other threads cannot be placed."""
+    found = check_placements({0: emulator} if emulator else {}, facts)
+    return [
+        replace(
+            one, ids=(), message=one.message.replace("vCPU 0", "the emulator").replace("vcpupin", "emulatorpin")
+        )
+        for one in found
+    ]
+
+
+def check_placements(wanted: Mapping[int, Placement], facts: HostFacts | None) -> list[Refusal]:
+    """Every reason why these threads cannot be placed, before they exist.
+
+    Args:
+        wanted: by vCPU id.
+        facts: of this host; None where QEMU's process is not on it.
+    """
+    if not wanted:
+        return []
+    ids = tuple(sorted(wanted))
+    if facts is None:
+        text = f"vCPU {format_ids(ids)} cannot be placed: QEMU's process is not found on this host"
+        return [Refusal("place", text, ids, _HINT, "VIR_ERR_OPERATION_UNSUPPORTED")]
+    moved = {n: p for n, p in wanted.items() if p.cpus is not None or p.scheduler is not None}
+    if moved and not facts.is_owner:
+        why = "QEMU is another user's, or may do more than we, and CAP_SYS_NICE is missing"
+        text = f"vCPU {format_ids(moved)} cannot be placed: {why}"
+        return [
+            Refusal("place", text, tuple(moved), f"be root, or QEMU's user; {_HINT}", "VIR_ERR_OPERATION_DENIED")
+        ]
+    cpuset = facts.controls.get("cpuset", Control())
+    found = []
+    for cpus, ids in _groups(wanted, lambda p: p.cpus):
+        found += _within(ids, cpus, "pinned to host CPU", facts.online, cpuset.cpus, cpuset.path, "<vcpupin>")
+    for mems, ids in _groups(wanted, lambda p: p.mems):
+        found += _within(ids, mems, "bound to host NUMA node", None, cpuset.mems, cpuset.path, "<numatune>")
+    for name in ("cpuset", "cpu"):
+        ids = tuple(n for n in sorted(wanted) if name in wanted[n].controllers)
+        control = facts.controls.get(
+            name, Control(trouble=f"no cgroup with the {name} controller is mounted here")
+        )
+        if ids and control.trouble is not None:
+            word = "<numatune>" if name == "cpuset" else "<period>, <quota> or <shares>"
+            text = f"vCPU {format_ids(ids)} needs a cgroup for {word}: {control.trouble}"
+            libvirt = "VIR_ERR_OPERATION_DENIED" if control.denied else "VIR_ERR_OPERATION_UNSUPPORTED"
+            how = "be root, or be given that group" if control.denied else "have it mounted and enabled"
+            found.append(Refusal("cgroup", text, ids, f"{how}; {_HINT}", libvirt))
+    cpu = facts.controls.get("cpu", Control())
+    for shares, ids in _groups(wanted, lambda p: p.shares):
+        if cpu.version == _V2 and not shares <= _MOST_WEIGHT:
+            text = f"vCPU {format_ids(ids)}: <shares> {shares} is over what cgroup v2 takes, {_MOST_WEIGHT}"
+            found.append(Refusal("cgroup", text, ids, f"correct <shares>; {_HINT}"))
+    return found + _real_time(wanted, facts, cpu)
+
+
+def _groups(
+    wanted: Mapping[int, Placement], get: Callable[[Placement], T | None]
+) -> list[tuple[T, tuple[int, ...]]]:
+    """What is wanted, and the vCPUs that want just that."""
+    found: dict[T, list[int]] = {}
+    for number in sorted(wanted):
+        value = get(wanted[number])
+        if value is not None:
+            found.setdefault(value, []).append(number)
+    return [(value, tuple(ids)) for value, ids in found.items()]
+
+
+def _within(
+    ids: tuple[int, ...],
+    asked: tuple[int, ...],
+    how: str,
+    online: frozenset[int] | None,
+    allowed: frozenset[int] | None,
+    path: str,
+    element: str,
+) -> list[Refusal]:
+    """Whether these host CPUs or nodes are there, and may be had."""
+    for there, why in ((online, "online is"), (allowed, f"the cpuset of '{path}' has")):
+        gone = [number for number in asked if there is not None and number not in there]
+        if there is not None and gone:
+            text = f"vCPU {format_ids(ids)} is {how} {format_ids(gone)}: {why} {format_ids(there)}"
+            return [Refusal("place", text, ids, f"correct {element}; {_HINT}")]
+    return []
+
+
+def _real_time(wanted: Mapping[int, Placement], facts: HostFacts, cpu: Control) -> list[Refusal]:
+    found = []
+    for scheduler, ids in _groups(wanted, lambda p: p.scheduler):
+        one = Placement(scheduler=scheduler)
+        if one.policy not in REAL_TIME:
+            continue
+        text = None
+        if one.priority > facts.realtime:
+            text = f"vCPU {format_ids(ids)} shall be {scheduler}, and CAP_SYS_NICE is missing"
+            hint = f"be root, or raise QEMU's RLIMIT_RTPRIO (it is {facts.realtime}); {_HINT}"
+        elif not cpu.gives_real_time:
+            text = (
+                f"vCPU {format_ids(ids)} shall be {scheduler}, and its cgroup '{cpu.path}' has no real-time budget"
+            )
+            hint = f"give it time (cpu.rt_runtime_us); {_HINT}"
+        elif cpu.splits_real_time and any("cpu" in wanted[n].controllers for n in ids):
+            text = f"vCPU {format_ids(ids)} shall be {scheduler} and have <quota> or <shares>"
+            text += ": on this kernel a cgroup of its own has no real-time budget (cpu.rt_runtime_us)"
+            hint = f"leave out one of them; {_HINT}"
+        if text is not None:
+            found.append(Refusal("place", text, ids, hint, "VIR_ERR_OPERATION_DENIED"))
+    return found
+
+
+def with_threads(state: DomainState, threads: Mapping[int, ThreadState]) -> DomainState:
+    """The state with what the threads of its vCPUs are given, by thread id."""
+    if not threads:
+        return state
+    return replace(
+        state,
+        vcpus=tuple(
+            replace(vcpu, pin=format_ids(found.cpus), scheduler=found.scheduler, cpu=found.last_cpu)
+            if vcpu.thread_id is not None and (found := threads.get(vcpu.thread_id)) is not None
+            else vcpu
+            for vcpu in state.vcpus
+        ),
+    )

@@ -1,0 +1,138 @@
+"""`vcpupin`: the host CPUs of one vCPU, of its thread and in the definition."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+from qmpvcpu.core.model import DomainState, Outcome, format_ids
+from qmpvcpu.core.placement import Placement, check_placements, with_threads
+from qmpvcpu.domain.link import Link
+from qmpvcpu.domain.persistent import ConfigChange, Persistent
+from qmpvcpu.errors import OutcomeKind, Refusal, VcpuFailed, VcpuPartial, VcpuRefused
+from qmpvcpu.host.definitions import not_written
+
+__all__ = ["change_pin"]
+
+
+async def change_pin(
+    link: Link | None,
+    persistent: Persistent | None,
+    vcpu_id: int,
+    cpus: tuple[int, ...] | None,
+    here: Sequence[Refusal] = (),
+) -> Outcome:
+    """Pin a vCPU, or let it go everywhere; both sides are checked before either is touched.
+
+    Args:
+        link: the running guest, if that is asked.
+        persistent: the definition, if that is asked.
+        vcpu_id: of the vCPU.
+        cpus: host CPUs, ascending; None for all.
+        here: what stands against it whatever the state.
+
+    Raises:
+        VcpuRefused: nothing was touched.
+        VcpuFailed: the kernel declines.
+        VcpuPartial: the thread is pinned, and the definition could not be written.
+    """
+    began = time.monotonic()
+    refusals = list(here)
+    config: ConfigChange | None = None
+    if persistent is not None:
+        config = persistent.plan_pin(vcpu_id, cpus)
+        refusals += config.plan.refusals
+    state = await link.read() if link is not None else None
+    if link is not None and state is not None:
+        refusals += [one for one in _against(link, state, vcpu_id, cpus) if one not in refusals]
+    if refusals:
+        raise VcpuRefused(refusals, ids=(vcpu_id,))
+    try:
+        if config is not None:
+            try:
+                await config.stage()
+            except OSError as error:
+                raise VcpuRefused([not_written(_place(persistent), error)], ids=(vcpu_id,)) from error
+        live_changed = False
+        if link is not None and state is not None:
+            state, live_changed = _pin(link, state, vcpu_id, cpus)
+        if config is not None:
+            try:
+                await config.commit()
+            except (OSError, VcpuRefused) as error:
+                raise _half_done(error, _place(persistent), vcpu_id, live_changed) from error
+    finally:
+        if config is not None:
+            config.discard()
+    live = (vcpu_id,) if live_changed else ()
+    written = config.plan.changed if config is not None else ()
+    return Outcome(
+        OutcomeKind.APPLIED,
+        (vcpu_id,),
+        (state.vcpus[vcpu_id],) if state is not None else (),
+        changed_ids=tuple(sorted({*live, *written})),
+        seconds=time.monotonic() - began,
+        live_changed_ids=live,
+        config_changed_ids=written,
+        defined=config is not None and config.plan.writes,
+    )
+
+
+def _against(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> list[Refusal]:
+    from qmpvcpu.core import checks
+
+    found = checks.check_range(state, (vcpu_id,))
+    if found:
+        return found
+    vcpu = state.vcpus[vcpu_id]
+    if not vcpu.enabled:
+        hint = "--config pins it for when it is plugged"
+        text = f"vCPU {vcpu_id} is not enabled: it has no thread"
+        return [Refusal("not-enabled", text, (vcpu_id,), hint, "VIR_ERR_OPERATION_INVALID")]
+    if state.threads_shared:
+        text = f"vCPU {vcpu_id} has no thread of its own: QEMU runs every vCPU on one (-accel tcg,thread=single)"
+        return [Refusal("shared-thread", text, (vcpu_id,), "start QEMU with thread=multi, or KVM")]
+    facts = link.threads.facts() if link.threads is not None else None
+    wanted = {vcpu_id: Placement(cpus if cpus is not None else ())}
+    return check_placements(wanted, facts)
+
+
+def _pin(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> tuple[DomainState, bool]:
+    """The state afterwards, and whether anything is different."""
+    threads, thread_id = link.threads, state.vcpus[vcpu_id].thread_id
+    assert threads is not None
+    facts = threads.facts()
+    if thread_id is None or facts is None:
+        raise VcpuFailed(f"vCPU {vcpu_id} has no thread any more", hint="look again: vcpuinfo", ids=(vcpu_id,))
+    wanted = cpus if cpus is not None else tuple(sorted(facts.online))
+    before = threads.look([thread_id]).get(thread_id)
+    try:
+        if before is None or before.cpus != wanted:
+            threads.place(thread_id, Placement(wanted))
+    except OSError as error:
+        raise VcpuFailed(
+            f"vCPU {vcpu_id} could not be pinned to host CPU {format_ids(wanted)}: {error.strerror or error}",
+            hint="its cpuset cgroup may not have these CPUs",
+            ids=(vcpu_id,),
+        ) from error
+    changed = before is None or before.cpus != wanted
+    return with_threads(state, threads.look([thread_id])), changed
+
+
+def _place(persistent: Persistent | None) -> str:
+    assert persistent is not None
+    return persistent.place
+
+
+def _half_done(error: OSError | VcpuRefused, place: str, vcpu_id: int, live: bool) -> VcpuRefused | VcpuPartial:
+    refusals = error.refusals if isinstance(error, VcpuRefused) else (not_written(place, error),)
+    if not live:
+        return VcpuRefused(refusals, ids=(vcpu_id,))
+    why = "; ".join(refusal.message for refusal in refusals)
+    return VcpuPartial(
+        f"live, vCPU {vcpu_id} is pinned and stays so; {why}, and is as it was",
+        remaining=(vcpu_id,),
+        hint="then ask again with --config (CONFIG) alone",
+        ids=(vcpu_id,),
+        changed_ids=(vcpu_id,),
+    )

@@ -1,0 +1,246 @@
+"""Gives the thread of a new vCPU its cgroup, host CPUs and scheduler: checked before the plug, done after it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Final
+
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.model import DomainState, Outcome, format_ids
+from qmpvcpu.core.placement import (
+    Placement,
+    check_emulator,
+    check_placements,
+    emulator_placement,
+    placements,
+    with_threads,
+)
+from qmpvcpu.core.plan import Plan
+from qmpvcpu.errors import Refusal, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused
+from qmpvcpu.ports import Threads, Widened
+
+__all__ = ["Placing", "noted", "place_all"]
+
+
+class Placing:
+    """Where vCPUs run, for one change of the running guest: `check`, `prepare`, then `room` around the plug,
+    `place`.
+    """
+
+    def __init__(self, threads: Threads | None, definition: Definition | None) -> None:
+        self._threads = threads
+        self._definition = definition
+        self._has_layout = False
+
+    def check(self, plan: Plan, state: DomainState) -> Plan:
+        """The plan, with what stands against placing what it plugs."""
+        if not plan.request.place or not (plan.plugs or plan.awaited):
+            return plan
+        self._has_layout = self._threads is not None and self._threads.has_layout()
+        wanted = self._wanted(_plugged(plan))
+        if not wanted or state.threads_shared:
+            return replace(plan, messages=(*plan.messages, _SHARED)) if wanted else plan
+        facts = self._threads.facts() if self._threads is not None else None
+        return plan.refused(check_placements(wanted, facts))
+
+    def prepare(self, plan: Plan, state: DomainState) -> Plan:
+        """Make the cgroups of what is to be plugged; what keeps them from being made stands against the plan."""
+        wanted = self._wanted(_plugged(plan)) if plan.request.place else {}
+        if self._threads is None or not wanted or state.threads_shared:
+            return plan
+        try:
+            self._threads.make_groups(wanted)
+        except OSError as error:
+            return plan.refused([_no_group(wanted, error)])
+        return plan
+
+    @asynccontextmanager
+    async def room(self, plan: Plan, trouble: list[str]) -> AsyncIterator[None]:
+        """QEMU may allocate where its new vCPUs shall be, while this lasts; why that was not put back.
+
+        Raises:
+            VcpuRefused: it cannot be given.
+        """
+        wanted = self._wanted(_plugged(plan)) if plan.request.place else {}
+        nodes = sorted({node for placement in wanted.values() for node in placement.mems or ()})
+        widened = None
+        if nodes and self._threads is not None:
+            try:
+                widened = await _widen(self._threads, nodes)
+            except OSError as error:
+                raise VcpuRefused([_no_group(wanted, error)], ids=plan.targets) from error
+        try:
+            yield
+        finally:
+            try:
+                if widened is not None:
+                    widened.end()
+            except OSError as error:
+                trouble.append(
+                    f"the emulator's cpuset.mems could not be put back ({_why(error)}): the next change tries it"
+                )
+
+    def place(
+        self, before: DomainState, now: DomainState, plan: Plan, end: Outcome | VcpuError
+    ) -> Outcome | VcpuError:
+        """Place what has come since `before`; an end that says so, if it could not be."""
+        if not plan.request.place:
+            return end
+        wanted = self._wanted(_came(before, now, plan))
+        if not wanted:
+            return end
+        if now.threads_shared:
+            if _SHARED not in end.messages:
+                end = noted(end, [_SHARED])
+            return end
+        failed: dict[str, list[int]] = {}
+        for number, placement in wanted.items():
+            thread_id = now.vcpus[number].thread_id
+            try:
+                if thread_id is None or self._threads is None:
+                    raise ProcessLookupError(3, "its thread is not known")
+                self._threads.place(thread_id, placement, number)
+            except OSError as error:
+                failed.setdefault(f"{placement or 'its cgroup'}: {_why(error)}", []).append(number)
+        if not failed:
+            return self._shown(now, wanted, end)
+        text = "; ".join(f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in failed.items())
+        left = [number for ids in failed.values() for number in ids]
+        if isinstance(end, VcpuError):
+            return noted(end, [text])
+        return VcpuPartial(
+            f"{text}; it is plugged, and stays so",
+            remaining=left,
+            hint="vcpupin --live pins it; --no-place (place=False) leaves it where the kernel puts it",
+            ids=end.ids,
+            changed_ids=end.changed_ids,
+            pending=end.pending,
+            undone=end.undone,
+            messages=end.messages,
+            mechanism=end.mechanism,
+        )
+
+    def _wanted(self, ids: Iterable[int]) -> dict[int, Placement]:
+        """What these vCPUs shall have; where every one has a cgroup of its own, those without a wish too."""
+        numbers = list(ids)
+        found = dict.fromkeys(numbers, Placement()) if self._has_layout else {}
+        return found | placements(self._definition, numbers)
+
+    def _shown(self, now: DomainState, ids: Collection[int], end: Outcome | VcpuError) -> Outcome | VcpuError:
+        """With what the threads have in the rows."""
+        if not isinstance(end, Outcome) or self._threads is None:
+            return end
+        threads = [now.vcpus[number].thread_id for number in ids]
+        seen = with_threads(now, self._threads.look([thread for thread in threads if thread is not None]))
+        asked = set(ids)
+        rows = []
+        for row in end.rows:
+            vcpu = seen.vcpus[row.id]
+            new = replace(row, pin=vcpu.pin, scheduler=vcpu.scheduler, cpu=vcpu.cpu)
+            rows.append(new if row.id in asked else row)
+        return replace(end, rows=tuple(rows))
+
+
+def place_all(threads: Threads | None, definition: Definition, state: DomainState) -> list[str]:
+    """Place every vCPU that is there, and the emulator's threads; what there is to say of it.
+
+    Raises:
+        VcpuRefused: they cannot be placed; none is.
+        VcpuFailed: the kernel declines; the others are placed.
+    """
+    wanted = placements(definition, state.enabled_ids)
+    emulator = emulator_placement(definition)
+    messages = [_SHARED] if state.threads_shared and wanted else []
+    if state.threads_shared:
+        wanted = {}
+    if not wanted and not emulator:
+        return messages
+    facts = threads.facts() if threads is not None else None
+    refusals = check_placements(wanted, facts) or check_emulator(emulator, facts)
+    if refusals or threads is None:
+        raise VcpuRefused(refusals)
+    own = {vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None}
+    try:
+        threads.lay_out(wanted.values(), emulator, own)
+        if threads.has_layout():
+            wanted = dict.fromkeys(state.enabled_ids, Placement()) | wanted
+        threads.make_groups(wanted)
+    except OSError as error:
+        raise VcpuRefused([_no_group(wanted, error)]) from error
+    failed = []
+    if emulator.cpus is not None:
+        try:
+            for thread in threads.others(own):
+                threads.place(thread, Placement(emulator.cpus))
+        except OSError as error:
+            failed.append(f"the emulator could not be given {emulator}: {_why(error)}")
+    for number, placement in wanted.items():
+        try:
+            thread_id = state.vcpus[number].thread_id
+            if thread_id is None:
+                raise ProcessLookupError(3, "its thread is not known")
+            threads.place(thread_id, placement, number)
+        except OSError as error:
+            failed.append(f"vCPU {number} could not be given {placement or 'its cgroup'}: {_why(error)}")
+    if failed:
+        raise VcpuFailed("; ".join(failed), hint="correct <cputune>, or the rights of this process")
+    return messages
+
+
+async def _widen(threads: Threads, nodes: Sequence[int]) -> Widened | None:
+    """Waits for another process that does the same. Raises OSError."""
+    deadline = time.monotonic() + _WIDEN_SECONDS
+    while True:
+        try:
+            return threads.widen(nodes)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        await asyncio.sleep(_WIDEN_PAUSE)
+
+
+def _no_group(ids: Iterable[int], error: OSError) -> Refusal:
+    numbers = tuple(sorted(ids))
+    text = f"vCPU {format_ids(numbers)} cannot have its cgroup: {_why(error)}"
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    libvirt = "VIR_ERR_OPERATION_DENIED" if denied else "VIR_ERR_OPERATION_FAILED"
+    hint = "look at that group, or leave the thread where the kernel puts it: --no-place (place=False)"
+    return Refusal("cgroup", text, numbers, hint, libvirt)
+
+
+def _why(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text
+
+
+def _plugged(plan: Plan) -> list[int]:
+    return [number for entity in (*plan.awaited, *plan.plugs) for number in entity.ids]
+
+
+#: Seconds for another process that plugs just now, and between two tries.
+_WIDEN_SECONDS: Final = 10.0
+_WIDEN_PAUSE: Final = 0.01
+#: Under single-threaded TCG.
+_SHARED = "nothing to place: QEMU runs every vCPU on one thread (-accel tcg,thread=single)"
+
+
+def _came(before: DomainState, now: DomainState, plan: Plan) -> Iterable[int]:
+    """vCPUs that have a new thread; of a plan's unplugs, those that were taken back."""
+    for entity in (*plan.awaited, *plan.plugs, *plan.unplugs):
+        for number in entity.ids:
+            then, vcpu = before.vcpus[number], now.vcpus[number]
+            if vcpu.enabled and not (then.enabled and then.thread_id == vcpu.thread_id):
+                yield number
+
+
+def noted(end: Outcome | VcpuError, messages: Sequence[str]) -> Outcome | VcpuError:
+    """The same end, with more to say of it."""
+    if isinstance(end, Outcome):
+        return replace(end, messages=(*end.messages, *messages))
+    end.messages += tuple(messages)
+    return end

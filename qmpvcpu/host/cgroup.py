@@ -1,0 +1,499 @@
+"""A cgroup for each vCPU, in libvirt's layout: `vcpuN` beside `emulator`, the group of QEMU's other threads.
+
+Where QEMU is in a group named `emulator`, every vCPU gets its group beside that one. Where it is alone in a
+group, every vCPU that the XML says something of gets one in there. Where it is in a group with others, they are
+made in a group of ours inside that, and only where a controller is wanted: affinity alone needs none, and the
+first move into any group takes the kernel some 7 ms (Linux 6.18: it waits for all CPUs; the moves right after it
+take 0.1 ms).
+
+cgroups(7), Documentation/admin-guide/cgroup-v1/cpusets.rst, cgroup-v2.rst. On v2 the groups are threaded.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import time
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from qmpvcpu.core.model import format_ids
+from qmpvcpu.core.placement import REAL_TIME, Control, Placement
+from qmpvcpu.host.files import try_lock
+from qmpvcpu.host.hierarchy import V1, V2, Group, cpu_list, find_groups, groups_of, hierarchies, put, words, write
+from qmpvcpu.host.process import Process, is_alive
+from qmpvcpu.host.widen import Widened, notes
+
+__all__ = ["VcpuGroups", "remove_trees"]
+
+_PROC: Final = Path("/proc")
+_EMULATOR: Final = "emulator"
+_VCPU: Final = "vcpu"
+#: Of a group that we made: `qemu-PID-START.qmpvcpu`.
+_OURS: Final = ".qmpvcpu"
+#: That something can be asked of; cpuacct only counts.
+_ASKED: Final = ("cpuset", "cpu")
+#: cgroup-v2.rst, cpu.max; the kernel's default, microseconds.
+_PERIOD: Final = 100_000
+#: New threads may come while they are moved; each round finds fewer.
+_ROUNDS: Final = 10
+#: Seconds between two tries to remove a group.
+_REMOVE_PAUSE: Final = 0.002
+
+
+@dataclass(frozen=True, slots=True)
+class _Site:
+    """Where the vCPUs of one QEMU have their groups in one hierarchy.
+
+    `group` is that of QEMU's main thread, `base` the one that `vcpuN` are made in. `trouble` says why they
+    cannot be.
+    """
+
+    group: Group
+    base: Group
+    controllers: tuple[str, ...]
+    is_layout: bool
+    is_alone: bool
+    splits_real_time: bool
+    trouble: str | None
+    denied: bool
+
+    def takes(self, placement: Placement) -> bool:
+        """Whether a vCPU that shall be placed so gets a group here."""
+        if any(name in self.controllers for name in placement.controllers):
+            return True
+        # A group of its own has no real-time budget there.
+        is_barred = self.splits_real_time and placement.policy in REAL_TIME
+        is_usual = self.is_layout or (self.is_alone and bool(placement))
+        return is_usual and self.trouble is None and not is_barred
+
+    @property
+    def is_ours(self) -> bool:
+        """Whether we have made `base`."""
+        return self.base.folder.name.endswith(_OURS)
+
+    def vcpu(self, vcpu_id: int) -> Group:
+        """A vCPU's group."""
+        return self.base.child(f"{_VCPU}{vcpu_id}")
+
+
+class VcpuGroups:
+    """The groups of one QEMU's vCPUs. Where they are is looked up anew for every change: QEMU may be moved."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._made: dict[int, list[Group]] = {}
+
+    def has_layout(self) -> bool:
+        """Whether QEMU is in an `emulator` group, as libvirt makes it. Cheap. Never raises."""
+        with suppress(OSError):
+            names = groups_of(self._folder / "cgroup").values()
+            return any(name.endswith(f"/{_EMULATOR}") for name in names)
+        return False
+
+    def controls(self) -> dict[str, Control]:
+        """What `cpuset` and `cpu` have for this QEMU, of those that are there.
+
+        Raises:
+            OSError: QEMU is gone.
+        """
+        found: dict[str, Control] = {}
+        for site in self._sites():
+            for name in _ASKED:
+                if name in site.controllers:
+                    found[name] = _control(site, name)
+                elif site.group.version == V2 and name not in found:
+                    top = site.base if site.is_layout else site.group
+                    text = f"the cgroup '{top.name}' has no {name} controller (cgroup.controllers)"
+                    found[name] = Control(V2, top.name, text)
+        return found
+
+    def make(self, wanted: Mapping[int, Placement]) -> None:
+        """Make and tune the groups of these vCPUs: before there is a thread to go into them.
+
+        Raises:
+            OSError: one could not be made; none is.
+        """
+        made: list[Path] = []
+        self._made = {number: [] for number in wanted}
+        try:
+            for site in self._sites():
+                ids = [number for number, placement in wanted.items() if site.takes(placement)]
+                if ids:
+                    _sweep(site)
+                    self._base(site, made)
+                for number in ids:
+                    _tune(site, site.vcpu(number), wanted[number], made)
+                    self._made[number].append(site.vcpu(number))
+        except BaseException:
+            self._made = {}
+            for folder in reversed(made):
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
+
+    def enter(self, vcpu_id: int, thread_id: int, placement: Placement) -> bool:
+        """Move a thread of QEMU into the groups that `make` has made for it; whether there are any.
+
+        Raises:
+            OSError: the kernel declines, or the thread is elsewhere afterwards.
+        """
+        if not self._made.get(vcpu_id):
+            return False
+        try:
+            self._move(vcpu_id, thread_id)
+        except FileNotFoundError:
+            # Another process took it for one that was left over.
+            self.make({vcpu_id: placement})
+            self._move(vcpu_id, thread_id)
+        return True
+
+    def follow(self, thread_id: int, cpus: Collection[int]) -> None:
+        """Let the group of a vCPU, if it has its own, have these host CPUs too: its thread is pinned anew.
+
+        Raises:
+            OSError: the kernel declines.
+        """
+        path = self._thread(thread_id) / "cgroup"
+        if f"/{_VCPU}" not in path.read_text(errors="surrogateescape"):
+            return
+        for group in find_groups(path, hierarchies()):
+            file = group.folder / "cpuset.cpus"
+            if group.folder.name.removeprefix(_VCPU).isdigit() and file.exists():
+                allowed = _effective(group.parent, "cpus")
+                wanted = set(cpus) if allowed is None else set(cpus) & allowed
+                if cpu_list(file.read_text()) != wanted:
+                    put(file, format_ids(wanted))
+
+    def remove(self, gone: Collection[int], enabled: Collection[int]) -> list[int]:
+        """Remove the groups of vCPUs that are gone, and what of ours was left over; those that still hold a
+        thread.
+
+        Never raises.
+        """
+        busy = set()
+        with suppress(OSError):
+            for site in self._sites():
+                ids = set(gone)
+                if site.is_ours:
+                    ids |= {number for number in _vcpus_in(site.base.folder) if number not in enabled}
+                busy |= {number for number in ids if not _removed(site.vcpu(number).folder)}
+                if site.is_ours and not site.is_layout:
+                    _removed(site.base.folder)
+        return sorted(busy)
+
+    def lay_out(self, wanted: Iterable[Placement], emulator: Placement, vcpu_threads: Collection[int]) -> None:
+        """Put QEMU into libvirt's layout where these need a controller: its other threads go into `emulator`.
+
+        Raises:
+            OSError: it could not be done, or not all of it.
+        """
+        needed = {name for placement in (*wanted, emulator) for name in placement.controllers}
+        for site in self._sites():
+            if site.is_layout or not needed.intersection(site.controllers):
+                continue
+            _sweep(site)
+            self._base(site, [])
+            group = site.base.child(_EMULATOR)
+            _tune(site, group, Placement(emulator.cpus, mems=emulator.mems), [])
+            for _ in range(_ROUNDS):
+                threads = [int(name) for name in os.listdir(self._folder / "task")]  # noqa: PTH208
+                key = "" if group.version == V2 else site.controllers[0]
+                left = [
+                    number
+                    for number in sorted(set(threads) - set(vcpu_threads))
+                    if groups_of(self._thread(number) / "cgroup").get(key) != group.name
+                ]
+                for number in left:
+                    with suppress(ProcessLookupError):
+                        write(group.folder / _threads_file(group), str(number))
+                if not left:
+                    break
+
+    def folders(self) -> list[Path]:
+        """Groups that we made around this QEMU, for whoever ends it to give to `remove_trees`. Never raises."""
+        with suppress(OSError):
+            return [site.base.folder for site in self._sites() if site.is_ours and site.base.folder.exists()]
+        return []
+
+    def widen(self, mems: Iterable[int]) -> Widened | None:
+        """Let the emulator have memory of these host nodes too, while QEMU allocates there; None: it may already.
+
+        Raises:
+            BlockingIOError: another process does just that.
+            OSError: it could not be; nothing is changed.
+        """
+        wanted = frozenset(mems)
+        if not wanted or not self.has_layout():
+            return None
+        site = self._cpuset_site()
+        if site is None or not site.is_layout:
+            return None
+        note = notes() / self._process.key
+        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        lock = try_lock(note)
+        if lock is None:
+            raise BlockingIOError(errno.EAGAIN, "another process plugs a vCPU of this QEMU")
+        widened = Widened(site.group.folder / "cpuset.mems", note, lock.release)
+        try:
+            widened.put_back()
+            has = _effective(site.group, "mems") or frozenset()
+            if wanted <= has:
+                lock.release()
+                return None
+            widened.do(has | wanted)
+        except BaseException:
+            lock.release()
+            raise
+        return widened
+
+    def recover(self) -> None:
+        """Put back what a process that was killed had widened. Cheap where there is nothing. Never raises."""
+        with suppress(OSError):
+            note = notes() / self._process.key
+            if not note.exists() or note.stat().st_size == 0:
+                return
+            lock = try_lock(note)
+            if lock is None:
+                return
+            try:
+                site = self._cpuset_site()
+                if site is not None and site.is_layout:
+                    Widened(site.group.folder / "cpuset.mems", note, lock.release).put_back()
+            finally:
+                lock.release()
+
+    @property
+    def _folder(self) -> Path:
+        return _PROC / str(self._process.pid)
+
+    def _thread(self, thread_id: int) -> Path:
+        return self._folder / "task" / str(thread_id)
+
+    def _cpuset_site(self) -> _Site | None:
+        return next((site for site in self._sites() if "cpuset" in site.controllers), None)
+
+    def _sites(self) -> list[_Site]:
+        groups = find_groups(self._folder / "cgroup", hierarchies())
+        if not is_alive(self._process.key):
+            raise ProcessLookupError(errno.ESRCH, f"QEMU's process {self._process.pid} has ended")
+        return [_site(group, self._process) for group in groups]
+
+    def _base(self, site: _Site, made: list[Path]) -> None:
+        """The group that those of the vCPUs are in, with the controllers that they need."""
+        if site.trouble is not None:
+            raise PermissionError(errno.EACCES if site.denied else errno.EPERM, site.trouble)
+        base = site.base.folder
+        if site.is_ours and not site.is_layout:
+            _mkdir(base, made)
+            if site.group.version == V1:
+                _inherit(site.group.folder, base, site.controllers)
+            else:
+                _thread_only(base)
+                _enable(site.group.folder, site.controllers)
+        if site.group.version == V2:
+            _enable(base, site.controllers)
+
+    def _move(self, vcpu_id: int, thread_id: int) -> None:
+        for group in self._made[vcpu_id]:
+            write(group.folder / _threads_file(group), str(thread_id))
+        names = groups_of(self._thread(thread_id) / "cgroup")
+        for group in self._made[vcpu_id]:
+            key = "" if group.version == V2 else group.hierarchy.controllers[0]
+            if names.get(key) != group.name:
+                raise OSError(errno.EINVAL, f"it is in the cgroup '{names.get(key)}', not in '{group.name}'")
+
+
+def _site(group: Group, process: Process) -> _Site:
+    is_layout = group.folder.name == _EMULATOR
+    if is_layout and group.version == V2:
+        # Beside a group of whole processes no threaded one can be made.
+        is_layout = words(group.folder / "cgroup.type") == ["threaded"]
+    is_alone = not is_layout and _is_alone(group, process)
+    if is_layout:
+        base = group.parent
+    else:
+        base = group if is_alone else group.child(f"qemu-{process.pid}-{process.start}{_OURS}")
+    top = base if is_layout else group
+    controllers = group.hierarchy.controllers
+    if group.version == V2:
+        has = words(top.folder / "cgroup.controllers")
+        controllers = tuple(name for name in _ASKED if name in has)
+    trouble, denied = _trouble(top, process)
+    splits = group.version == V1 and (group.folder / "cpu.rt_runtime_us").exists()
+    return _Site(group, base, controllers, is_layout, is_alone, splits, trouble, denied)
+
+
+def _is_alone(group: Group, process: Process) -> bool:
+    """Whether a group is QEMU's own. The topmost one is nobody's."""
+    return group.name != "/" and words(group.folder / "cgroup.procs") == [str(process.pid)]
+
+
+def _trouble(top: Group, process: Process) -> tuple[str | None, bool]:
+    """Why no group can be made in this one, and whether a right would help."""
+    if not top.hierarchy.is_writable:
+        return f"the cgroup file system at '{top.hierarchy.mount}' is mounted read-only", False
+    files = [top.folder]
+    if top.version == V2:
+        # Threads are moved by whoever may write to the common ancestor's.
+        files.append(top.folder / "cgroup.procs")
+        if words(top.folder / "cgroup.type") == ["domain", "invalid"]:
+            return f"the cgroup '{top.name}' is invalid (cgroup.type)", False
+    elif os.geteuid() not in (0, (_PROC / str(process.pid)).stat().st_uid):
+        return "QEMU is another user's", True
+    if not all(os.access(file, os.W_OK, effective_ids=True) for file in files):
+        return f"the right to write to the cgroup '{top.name}' is missing", True
+    return None, False
+
+
+def _control(site: _Site, name: str) -> Control:
+    """What one controller has for vCPUs."""
+    top = site.base if site.is_layout else site.group
+    # Without a group of its own, a vCPU stays in that of QEMU.
+    limit = top if site.trouble is None else site.group
+    gives = True
+    if name == "cpu" and site.splits_real_time:
+        gives = (site.group.folder / "cpu.rt_runtime_us").read_text().strip() != "0"
+    return Control(
+        site.group.version,
+        top.name,
+        site.trouble,
+        site.denied,
+        _effective(limit, "cpus") if name == "cpuset" else None,
+        _effective(limit, "mems") if name == "cpuset" else None,
+        site.is_layout,
+        gives,
+        name == "cpu" and site.splits_real_time,
+    )
+
+
+def _effective(group: Group, what: str) -> frozenset[int] | None:
+    """Host CPUs or nodes that a cpuset really has; on v2 that of the nearest group which has one."""
+    folder = group.folder
+    names = (
+        (f"cpuset.{what}.effective",) if group.version == V2 else (f"cpuset.effective_{what}", f"cpuset.{what}")
+    )
+    while True:
+        for name in names:
+            with suppress(OSError, ValueError):
+                return cpu_list((folder / name).read_text())
+        if group.version == V1 or folder == group.hierarchy.mount:
+            return None
+        folder = folder.parent
+
+
+def _tune(site: _Site, group: Group, placement: Placement, made: list[Path]) -> None:
+    """Make one group, and give it what it is for."""
+    with suppress(OSError):
+        # One that was left over has what somebody else had in mind.
+        group.folder.rmdir()
+    _mkdir(group.folder, made)
+    if group.version == V2:
+        _thread_only(group.folder)
+        # An empty one has all that the group above it has.
+        given = (("cpus", placement.cpus), ("mems", placement.mems))
+        for what, numbers in given if "cpuset" in site.controllers else ():
+            if numbers:
+                put(group.folder / f"cpuset.{what}", format_ids(numbers))
+                has = _effective(group, what)
+                if has != frozenset(numbers):
+                    raise OSError(errno.EINVAL, f"it has {format_ids(has or ())}", f"{group.name} cpuset.{what}")
+        if "cpu" in site.controllers:
+            if placement.quota is not None or placement.period is not None:
+                quota = str(placement.quota) if placement.quota is not None and placement.quota > 0 else "max"
+                put(group.folder / "cpu.max", f"{quota} {placement.period or _PERIOD}")
+            if placement.shares is not None:
+                put(group.folder / "cpu.weight", str(placement.shares))
+        return
+    if "cpuset" in site.controllers:
+        for what, numbers in (("cpus", placement.cpus), ("mems", placement.mems)):
+            above = (site.base.folder / f"cpuset.{what}").read_text().strip()
+            put(group.folder / f"cpuset.{what}", format_ids(numbers) if numbers else above)
+    if "cpu" in site.controllers:
+        for name, value in (
+            ("cpu.cfs_period_us", placement.period),
+            ("cpu.cfs_quota_us", placement.quota),
+            ("cpu.shares", placement.shares),
+        ):
+            if value is not None:
+                put(group.folder / name, str(value))
+
+
+def _mkdir(folder: Path, made: list[Path]) -> None:
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o755)
+        made.append(folder)
+
+
+def _inherit(parent: Path, folder: Path, controllers: Collection[str]) -> None:
+    """v1: a new cpuset is empty, and takes no thread."""
+    for what in ("cpus", "mems") if "cpuset" in controllers else ():
+        put(folder / f"cpuset.{what}", (parent / f"cpuset.{what}").read_text().strip())
+
+
+def _thread_only(folder: Path) -> None:
+    """v2: only a threaded group takes single threads; the one above it becomes the domain of their process."""
+    if words(folder / "cgroup.type") != ["threaded"]:
+        write(folder / "cgroup.type", "threaded")
+
+
+def _enable(folder: Path, controllers: Collection[str]) -> None:
+    """v2: give the groups inside these controllers. They stay given: others may have come to need them."""
+    has = words(folder / "cgroup.subtree_control")
+    missing = [f"+{name}" for name in controllers if name not in has]
+    if missing:
+        write(folder / "cgroup.subtree_control", " ".join(missing))
+
+
+def _sweep(site: _Site) -> None:
+    """Groups of ours whose QEMU is gone. Never raises."""
+    top = site.base.folder.parent
+    with suppress(OSError):
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().split("-")[0]
+        for name in os.listdir(top):  # noqa: PTH208 - names are all we need
+            if name.startswith("qemu-") and name.endswith(_OURS):
+                key = name.removeprefix("qemu-").removesuffix(_OURS)
+                if not is_alive(f"{boot}-{key}"):
+                    _removed_tree(top / name)
+
+
+def remove_trees(folders: Iterable[Path], seconds: float) -> None:
+    """Remove groups of ours with all that are in them, once their last thread has gone. Never raises. Blocks."""
+    deadline = time.monotonic() + seconds
+    left = list(folders)
+    while left := [folder for folder in left if not _removed_tree(folder)]:
+        if time.monotonic() >= deadline:
+            return
+        time.sleep(_REMOVE_PAUSE)
+
+
+def _removed_tree(folder: Path) -> bool:
+    with suppress(OSError):
+        for name in os.listdir(folder):  # noqa: PTH208 - names are all we need
+            if name == _EMULATOR or name.removeprefix(_VCPU).isdigit():
+                _removed(folder / name)
+    return _removed(folder)
+
+
+def _vcpus_in(folder: Path) -> list[int]:
+    with suppress(OSError):
+        names = [name.removeprefix(_VCPU) for name in os.listdir(folder) if name.startswith(_VCPU)]  # noqa: PTH208
+        return [int(name) for name in names if name.isdigit()]
+    return []
+
+
+def _removed(folder: Path) -> bool:
+    try:
+        folder.rmdir()
+    except FileNotFoundError:
+        return True
+    except OSError:
+        return False
+    return True
+
+
+def _threads_file(group: Group) -> str:
+    return "cgroup.threads" if group.version == V2 else "tasks"

@@ -1,0 +1,181 @@
+"""Which cgroup hierarchies there are, and in which of their groups a thread is: from the kernel, never assumed."""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+__all__ = [
+    "CONTROLLERS",
+    "V1",
+    "V2",
+    "Group",
+    "Hierarchy",
+    "cpu_list",
+    "find_groups",
+    "groups_of",
+    "hierarchies",
+    "put",
+    "words",
+    "write",
+]
+
+V1: Final = 1
+V2: Final = 2
+#: That groups of vCPUs are made for. libvirt has cpuacct too, which counts and limits nothing.
+CONTROLLERS: Final = ("cpuset", "cpu", "cpuacct")
+_MOUNTS: Final = Path("/proc/self/mountinfo")
+#: proc_pid_mountinfo(5): space, tab, newline and backslash are written in octal.
+_ESCAPED: Final = re.compile(r"\\([0-7]{3})")
+
+
+@dataclass(frozen=True, slots=True)
+class Hierarchy:
+    """One mount of a cgroup hierarchy.
+
+    `controllers` are those of `CONTROLLERS` that are bound to it (v1), or that its root has (v2). `root` is the
+    group that `mount` shows, as the kernel names groups to this process.
+    """
+
+    version: int
+    mount: Path
+    root: str
+    controllers: tuple[str, ...]
+    is_writable: bool
+
+    def folder(self, name: str) -> Path | None:
+        """Where the group of this name is; None where this mount does not show it."""
+        if name == self.root:
+            return self.mount
+        start = self.root.rstrip("/") + "/"
+        # "/.." is how the kernel names what is outside of our cgroup namespace.
+        if not name.startswith(start) or ".." in name.split("/"):
+            return None
+        return self.mount / name.removeprefix(start)
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """One group: its name as the kernel tells it, and its folder."""
+
+    hierarchy: Hierarchy
+    name: str
+    folder: Path
+
+    @property
+    def version(self) -> int:
+        """Of cgroup: 1 or 2."""
+        return self.hierarchy.version
+
+    @property
+    def parent(self) -> Group:
+        """The group that it is in."""
+        return Group(self.hierarchy, self.name.rpartition("/")[0] or "/", self.folder.parent)
+
+    def child(self, name: str) -> Group:
+        """A group in it, that need not exist."""
+        return Group(self.hierarchy, f"{self.name.rstrip('/')}/{name}", self.folder / name)
+
+
+def hierarchies(mountinfo: Path = _MOUNTS) -> list[Hierarchy]:
+    """Every cgroup mount that this process sees. Never raises."""
+    found = []
+    with suppress(OSError):
+        for line in mountinfo.read_text(errors="surrogateescape").splitlines():
+            head, _, tail = line.partition(" - ")
+            fields, kind = head.split(" "), tail.split(" ")
+            if kind[0] not in ("cgroup", "cgroup2") or len(fields) < 6 or len(kind) < 3:
+                continue
+            mount, root = Path(_plain(fields[4])), _plain(fields[3])
+            parts = kind[2].split(",")
+            version = V2 if kind[0] == "cgroup2" else V1
+            has = words(mount / "cgroup.controllers") if version == V2 else parts
+            writable = "rw" in parts and "rw" in fields[5].split(",")
+            controllers = tuple(name for name in CONTROLLERS if name in has)
+            found.append(Hierarchy(version, mount, root, controllers, writable))
+    return found
+
+
+def groups_of(path: Path) -> dict[str, str]:
+    """The groups that `/proc/PID/cgroup` or `/proc/PID/task/TID/cgroup` tells, by controller; "" is that of v2.
+
+    Raises:
+        OSError: there is no such thread.
+    """
+    found = {}
+    for line in path.read_text(errors="surrogateescape").splitlines():
+        number, _, rest = line.partition(":")
+        names, _, group = rest.partition(":")
+        # A group that was removed while something was in it.
+        group = group.removesuffix(" (deleted)")
+        found.update(dict.fromkeys(names.split(",") if number != "0" else [""], group))
+    return found
+
+
+def find_groups(path: Path, mounts: Iterable[Hierarchy]) -> list[Group]:
+    """The group in each hierarchy that has one of `CONTROLLERS`, and in that of v2, of the thread that `path` is
+    of.
+
+    Raises:
+        OSError: there is no such thread.
+    """
+    names = groups_of(path)
+    found: dict[str, Group] = {}
+    # The same hierarchy may be mounted twice; one that can be written is what we want.
+    for mount in sorted(mounts, key=lambda one: not one.is_writable):
+        key = "" if mount.version == V2 else next(iter(mount.controllers), None)
+        name = names.get(key) if key is not None else None
+        folder = mount.folder(name) if name is not None else None
+        if key is not None and name is not None and folder is not None and os.access(folder, os.F_OK):
+            found.setdefault(key, Group(mount, name, folder))
+    return list(found.values())
+
+
+def cpu_list(text: str) -> frozenset[int]:
+    """The kernel's list format, `0-3,7`, of CPUs or nodes. Raises ValueError."""
+    found: set[int] = set()
+    for part in text.strip().split(",") if text.strip() else ():
+        low, _, high = part.partition("-")
+        found.update(range(int(low), int(high or low) + 1))
+    return frozenset(found)
+
+
+def words(path: Path) -> list[str]:
+    """Of a control file; none where it is not there or may not be read."""
+    with suppress(OSError):
+        return path.read_text().split()
+    return []
+
+
+def put(path: Path, value: str) -> None:
+    """Write, and see that it is so."""
+    write(path, value)
+    found = path.read_text().strip()
+    if found == value:
+        return
+    with suppress(ValueError):
+        if path.name.startswith("cpuset.") and cpu_list(found) == cpu_list(value):
+            return
+    raise OSError(errno.EINVAL, f"it has '{found}' instead of '{value}'", str(path))
+
+
+def write(path: Path, value: str) -> None:
+    """Into a control file that is there: nothing is ever created."""
+    try:
+        fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
+        try:
+            os.write(fd, value.encode())
+        finally:
+            os.close(fd)
+    except OSError as error:
+        raise OSError(error.errno, error.strerror, str(path)) from None
+
+
+def _plain(word: str) -> str:
+    return _ESCAPED.sub(lambda match: chr(int(match[1], 8)), word)

@@ -1,0 +1,170 @@
+"""Affinity and scheduler of QEMU's threads: looked at, set, and read back.
+
+A thread is touched only while it is one of that very process (pid and start time); the kernel hands out thread ids
+anew, to any process.
+"""
+
+from __future__ import annotations
+
+import os
+import resource
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path
+from typing import Final
+
+from qmpvcpu.core.model import format_ids
+from qmpvcpu.core.placement import HostFacts, Placement, ThreadState
+from qmpvcpu.host.cgroup import VcpuGroups
+from qmpvcpu.host.hierarchy import cpu_list
+from qmpvcpu.host.process import Process, is_alive
+from qmpvcpu.host.rights import may_place, may_schedule
+from qmpvcpu.host.widen import Widened
+
+__all__ = ["QemuThreads", "host_facts", "look", "online_cpus", "other_threads", "place_thread"]
+
+_PROC: Final = Path("/proc")
+#: sched.h
+_POLICIES: Final = {
+    "other": os.SCHED_OTHER,
+    "fifo": os.SCHED_FIFO,
+    "rr": os.SCHED_RR,
+    "batch": os.SCHED_BATCH,
+    "idle": os.SCHED_IDLE,
+}
+_NAMES: Final = {number: name for name, number in _POLICIES.items()}
+#: proc(5), stat: the 39th field, and the 37th after the name.
+_LAST_CPU: Final = 36
+#: Or-ed to the policy of a thread whose children fall back (sched(7)).
+_RESET_ON_FORK: Final = 0x40000000
+
+
+def online_cpus() -> frozenset[int]:
+    """Host CPUs that are online."""
+    with suppress(OSError, ValueError):
+        return cpu_list(Path("/sys/devices/system/cpu/online").read_text())
+    return frozenset(os.sched_getaffinity(0))
+
+
+def host_facts(process: Process) -> HostFacts | None:
+    """What we may do with the threads of this QEMU; None if it is gone."""
+    try:
+        is_owner, nice = may_place(process.pid), may_schedule()
+        realtime = 99
+        if not nice:
+            realtime = 0
+            with suppress(OSError, ValueError):
+                limit = resource.prlimit(process.pid, resource.RLIMIT_RTPRIO)[0]
+                realtime = 99 if limit == resource.RLIM_INFINITY else min(limit, 99)
+    except OSError:
+        return None
+    if not is_alive(process.key):
+        return None
+    return HostFacts(online_cpus(), is_owner, realtime)
+
+
+def look(process: Process, thread_id: int) -> ThreadState | None:
+    """One thread as it is; None if it is none of this process, or may not be looked at."""
+    try:
+        stat = (_PROC / str(process.pid) / "task" / str(thread_id) / "stat").read_text()
+        cpus = tuple(sorted(os.sched_getaffinity(thread_id)))
+        policy = os.sched_getscheduler(thread_id) & ~_RESET_ON_FORK
+        priority = os.sched_getparam(thread_id).sched_priority
+    except OSError:
+        return None
+    name = _NAMES.get(policy, str(policy))
+    fields = stat.rpartition(")")[2].split()
+    last = int(fields[_LAST_CPU]) if len(fields) > _LAST_CPU and fields[_LAST_CPU].isdigit() else None
+    return ThreadState(cpus, f"{name}:{priority}" if priority else name, last)
+
+
+def other_threads(process: Process, thread_ids: Collection[int]) -> list[int]:
+    """Threads of QEMU that are no vCPU: what libvirt calls the emulator."""
+    with suppress(OSError):
+        found = [int(name) for name in os.listdir(_PROC / str(process.pid) / "task")]  # noqa: PTH208
+        return [number for number in found if number not in thread_ids]
+    return []
+
+
+def place_thread(process: Process, thread_id: int, placement: Placement) -> None:
+    """Give one thread its CPUs (none named: all that it may have) and its scheduler, and read both back.
+
+    Raises:
+        OSError: it is none of this process any more, the kernel declines, or did something else.
+    """
+    _check(process, thread_id)
+    if placement.cpus is not None:
+        os.sched_setaffinity(thread_id, placement.cpus or online_cpus())
+    if placement.policy is not None:
+        os.sched_setscheduler(thread_id, _POLICIES[placement.policy], os.sched_param(placement.priority))
+    found = look(process, thread_id)
+    if found is None:
+        raise ProcessLookupError(3, "the thread has ended")
+    if placement.cpus and found.cpus != placement.cpus:
+        raise OSError(22, f"it may run on CPU {format_ids(found.cpus)}, not on {format_ids(placement.cpus)}")
+    if placement.scheduler is not None and found.scheduler != placement.scheduler:
+        raise OSError(22, f"its scheduler is {found.scheduler}, not {placement.scheduler}")
+
+
+def _check(process: Process, thread_id: int) -> None:
+    if not is_alive(process.key):
+        raise ProcessLookupError(3, f"QEMU's process {process.pid} has ended")
+    if not (_PROC / str(process.pid) / "task" / str(thread_id)).exists():
+        raise ProcessLookupError(3, f"thread {thread_id} is not QEMU's")
+
+
+class QemuThreads:
+    """The threads of one QEMU on this host, and their cgroups (`ports.Threads`)."""
+
+    def __init__(self, process: Process) -> None:
+        self._process = process
+        self._groups = VcpuGroups(process)
+
+    def facts(self) -> HostFacts | None:
+        """What may be done with them; None if QEMU is gone."""
+        found = host_facts(self._process)
+        with suppress(OSError):
+            return replace(found, controls=self._groups.controls()) if found is not None else None
+        return None
+
+    def look(self, thread_ids: Collection[int]) -> dict[int, ThreadState]:
+        """These threads as they are, of those that are there."""
+        found = {number: look(self._process, number) for number in thread_ids}
+        return {number: state for number, state in found.items() if state is not None}
+
+    def others(self, thread_ids: Collection[int]) -> list[int]:
+        """`other_threads`."""
+        return other_threads(self._process, thread_ids)
+
+    def place(self, thread_id: int, placement: Placement, vcpu_id: int | None = None) -> None:
+        """Its cgroups, if it has some of its own, then `place_thread`."""
+        _check(self._process, thread_id)
+        is_in = vcpu_id is not None and self._groups.enter(vcpu_id, thread_id, placement)
+        if not is_in and placement.cpus is not None:
+            self._groups.follow(thread_id, placement.cpus or online_cpus())
+        place_thread(self._process, thread_id, placement)
+
+    def has_layout(self) -> bool:
+        """`VcpuGroups.has_layout`."""
+        return self._groups.has_layout()
+
+    def make_groups(self, wanted: Mapping[int, Placement]) -> None:
+        """`VcpuGroups.make`."""
+        self._groups.make(wanted)
+
+    def remove_groups(self, gone: Collection[int], enabled: Collection[int]) -> list[int]:
+        """`VcpuGroups.remove`."""
+        return self._groups.remove(gone, enabled)
+
+    def lay_out(self, wanted: Iterable[Placement], emulator: Placement, thread_ids: Collection[int]) -> None:
+        """`VcpuGroups.lay_out`."""
+        self._groups.lay_out(wanted, emulator, thread_ids)
+
+    def widen(self, mems: Iterable[int]) -> Widened | None:
+        """`VcpuGroups.widen`."""
+        return self._groups.widen(mems)
+
+    def recover(self) -> None:
+        """`VcpuGroups.recover`."""
+        self._groups.recover()

@@ -1,0 +1,240 @@
+"""Threads of real vCPUs where the XML says: pinned, scheduled, verified, and no other process's ever."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import subprocess
+import sys
+import tempfile
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+
+import qmpvcpu
+from qmpvcpu import VcpuFlag
+from qmpvcpu.core.placement import Placement
+from qmpvcpu.host.process import find_process
+from qmpvcpu.host.rights import kvm_state
+from qmpvcpu.host.threads import look, online_cpus, place_thread
+from qmpvcpu.qemu.process import run_qemu
+from tests.conftest import Run, cli, qemu_binary
+
+pytestmark = pytest.mark.qemu
+
+ACCELS = ["tcg,thread=multi", *(["kvm"] if kvm_state()[0] else [])]
+#: Without CAP_SYS_NICE, and else as we are.
+PLAIN = ("setpriv", "--bounding-set", "-sys_nice", "--")
+LAST = max(online_cpus())
+
+
+def xml(cputune="", vcpu="<vcpu current='1'>8</vcpu>"):
+    os_type = "<os><type arch='x86_64' machine='q35'>hvm</type></os>"
+    return f"<domain type='qemu'><name>d</name>{vcpu}<cputune>{cputune}</cputune>{os_type}</domain>"
+
+
+TUNE = (
+    f"<vcpupin vcpu='1' cpuset='{LAST}'/><vcpupin vcpu='2' cpuset='0-{LAST},^0'/>"
+    "<vcpusched vcpus='2' scheduler='fifo' priority='10'/><vcpusched vcpus='3' scheduler='batch'/>"
+    "<vcpusched vcpus='4' scheduler='idle'/><vcpusched vcpus='5' scheduler='rr' priority='1'/>"
+)
+
+
+@asynccontextmanager
+async def machine(accel="tcg,thread=multi", prefix=(), binary=None):
+    """A paused QEMU; `prefix` is a command that starts it."""
+    arguments = ["-S", "-nodefaults", "-display", "none", "-machine", "q35", "-cpu", "qemu64"]
+    arguments += ["-accel", accel, "-smp", "1,maxcpus=8", "-m", "64"]
+    with tempfile.TemporaryDirectory() as folder:
+        script = Path(folder) / "qemu"
+        binary = binary or qemu_binary("10.0", "x86_64")
+        script.write_text(f'#!/bin/sh\nexec {" ".join(prefix)} {binary} "$@"\n')
+        script.chmod(0o755)
+        Path(folder).chmod(0o755)
+        async with run_qemu(str(script), arguments) as qemu:
+            yield qemu
+
+
+@pytest.fixture
+def file(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "s"))
+    path = tmp_path / "d.xml"
+    path.write_text(xml(TUNE))
+    return path
+
+
+def status(thread_id):
+    """What the kernel itself says of a thread."""
+    lines = Path(f"/proc/{thread_id}/status").read_text().splitlines()
+    return dict(line.split(":\t", 1) for line in lines if ":\t" in line)["Cpus_allowed_list"]
+
+
+@pytest.mark.parametrize("accel", ACCELS)
+async def test_enabled_is_where_the_xml_says(accel, file):
+    async with machine(accel) as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+        outcome = await domain.enable([1, 2, 3, 4, 5, 6])
+        rows = {row.id: row for row in outcome.rows}
+        threads = {number: row.thread_id for number, row in rows.items()}
+        assert status(threads[1]) == str(LAST)
+        assert os.sched_getscheduler(threads[2]) == os.SCHED_FIFO
+        assert os.sched_getparam(threads[2]).sched_priority == 10
+        assert os.sched_getaffinity(threads[2]) == set(range(1, LAST + 1))
+        assert [os.sched_getscheduler(threads[n]) for n in (3, 4, 5, 6)] == [
+            os.SCHED_BATCH,
+            os.SCHED_IDLE,
+            os.SCHED_RR,
+            os.SCHED_OTHER,
+        ]
+        assert os.sched_getaffinity(threads[6]) == os.sched_getaffinity(qemu.pid)
+        assert (rows[1].pin, rows[2].scheduler, rows[5].scheduler) == (str(LAST), "fifo:10", "rr:1")
+        # The state, too, tells what is, not what was wanted.
+        os.sched_setaffinity(threads[1], {0})
+        state = await domain.state()
+        assert (state.vcpus[1].pin, state.vcpus[2].scheduler, state.vcpus[0].scheduler) == (
+            "0",
+            "fifo:10",
+            "other",
+        )
+        assert state.vcpus[1].cpu in online_cpus() and state.vcpus[7].pin is None
+        dumped = await domain.dump_xml(dialect="rfc")
+        assert b"<vcpu id='1' state='enabled' pin='0' scheduler='other'/>" in dumped
+        assert b"scheduler='fifo:10'/>" in dumped
+
+
+async def test_cpuset_is_for_those_without_a_pin(file):
+    file.write_text(xml(f"<vcpupin vcpu='1' cpuset='{LAST}'/>", "<vcpu current='1' cpuset='0'>8</vcpu>"))
+    async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+        outcome = await domain.set_vcpus(3)
+        assert {row.id: row.pin for row in outcome.rows if row.id} == {1: str(LAST), 2: "0"}
+
+
+async def test_no_place_and_the_plan(file):
+    async with machine() as qemu:
+        assert (await cli("define", "d", "--qmp", qemu.qmp, "--xml", str(file))).code == 0
+        run = await cli("setvcpu", "d", "1", "--enable", "--no-place")
+        assert run.code == 0
+        run = await cli("vcpuinfo", "d", "--json")
+        pins = {row["id"]: (row["pin"], row["scheduler"], row["cpu"]) for row in run.json["vcpus"]}
+        everywhere = qmpvcpu.core.model.format_ids(os.sched_getaffinity(0))
+        assert (
+            pins[1][:2] == (everywhere, "other") and pins[1][2] in online_cpus() and pins[5] == (None, None, None)
+        )
+
+
+def without_rights(*arguments) -> Run:
+    """The command line without CAP_SYS_NICE."""
+    run = subprocess.run([*PLAIN, sys.executable, "-m", "qmpvcpu", *arguments], capture_output=True, text=True)
+    return Run(run.returncode, run.stdout, run.stderr)
+
+
+async def enabled(qmp):
+    async with qmpvcpu.connect(qmp=qmp) as domain:
+        return (await domain.state()).enabled_ids
+
+
+async def test_without_rights_pinning_works_and_fifo_is_refused(file):
+    async with machine(prefix=PLAIN) as qemu:
+        assert (await cli("define", "d", "--qmp", qemu.qmp, "--xml", str(file))).code == 0
+        run = await asyncio.to_thread(without_rights, "setvcpu", "d", "1-2", "--enable", "--json")
+        assert run.code == 3, run.stdout
+        assert "vCPU 2 shall be fifo:10, and CAP_SYS_NICE is missing" in run.json["error"]["message"]
+        assert "RLIMIT_RTPRIO (it is 0)" in run.json["error"]["hint"]
+        assert await enabled(qemu.qmp) == (0,)
+        run = await asyncio.to_thread(without_rights, "setvcpu", "d", "1-2", "--enable", "--dry-run", "--json")
+        assert run.code == 3 and "CAP_SYS_NICE" in run.json["refusals"][0]
+        run = await asyncio.to_thread(without_rights, "setvcpu", "d", "1,3,4", "--enable", "--json")
+        assert run.code == 0, run.stdout
+        async with qmpvcpu.connect(qmp=qemu.qmp) as domain:
+            vcpus = (await domain.state()).vcpus
+        assert (vcpus[1].pin, vcpus[3].scheduler, vcpus[4].scheduler) == (str(LAST), "batch", "idle")
+
+
+async def test_another_users_qemu_is_not_touched_without_the_right(file, tmp_path):
+    prefix = ("setpriv", "--reuid", "65534", "--clear-groups", "--")
+    async with machine(prefix=prefix, binary="/usr/bin/qemu-system-x86_64") as qemu:
+        assert (await cli("define", "d", "--qmp", qemu.qmp, "--xml", str(file))).code == 0
+        run = await asyncio.to_thread(without_rights, "setvcpu", "d", "1", "--enable", "--json")
+        assert run.code == 3 and "QEMU is another user's" in run.stdout
+        assert await enabled(qemu.qmp) == (0,)
+
+
+async def test_what_this_host_does_not_have_is_refused(file):
+    file.write_text(xml("<vcpupin vcpu='1' cpuset='4090'/>"))
+    async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+        with pytest.raises(qmpvcpu.VcpuRefused, match="pinned to host CPU 4090") as caught:
+            await domain.enable(1)
+        assert "--no-place" in caught.value.hint
+        assert (await domain.enable(2)).changed and (await domain.enable(1, place=False)).changed
+        file.write_text("<domain>")
+        with pytest.raises(qmpvcpu.VcpuRefused) as caught:
+            await domain.enable(3)
+        assert "--no-place" in caught.value.hint
+        assert (await domain.enable(3, place=False)).changed
+
+
+async def test_one_thread_for_all_has_no_place(file):
+    async with machine("tcg,thread=single") as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+        outcome = await domain.enable([1, 2])
+        assert any("nothing to place" in text for text in outcome.messages)
+        assert (await domain.state()).threads_shared
+        with pytest.raises(qmpvcpu.VcpuRefused, match="no thread of its own"):
+            await domain.pin(1, [0], VcpuFlag.LIVE)
+
+
+async def test_a_thread_id_of_another_process_is_never_touched(file):
+    """The kernel hands thread ids out anew: a real process has what was a vCPU's."""
+    async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+        state = await domain.state()
+        process = find_process([state.vcpus[0].thread_id])
+        other = subprocess.Popen(["sleep", "60"])
+        try:
+            before = os.sched_getaffinity(other.pid), os.sched_getscheduler(other.pid)
+            with pytest.raises(OSError, match="is not QEMU's"):
+                place_thread(process, other.pid, Placement((0,), "batch"))
+            assert (os.sched_getaffinity(other.pid), os.sched_getscheduler(other.pid)) == before
+            assert look(process, other.pid) is None
+            # And a pid that is a QEMU's again, but another one's.
+            async with machine() as second:
+                stale = type(process)(second.pid, process.start, process.boot)
+                with pytest.raises(OSError, match="has ended"):
+                    place_thread(stale, second.pid, Placement((0,)))
+                assert os.sched_getaffinity(second.pid) == before[0]
+        finally:
+            other.kill()
+            other.wait()
+
+
+async def test_vcpupin(file):
+    async with machine() as qemu:
+        assert (await cli("define", "d", "--qmp", qemu.qmp, "--xml", str(file))).code == 0
+        everywhere = qmpvcpu.core.model.format_ids(os.sched_getaffinity(0))
+        run = await cli("vcpupin", "d", "--json")
+        assert run.json["pins"][0]["cpus"] == everywhere and run.json["pins"][1]["cpus"] is None
+        assert (await cli("vcpupin", "d", "--config", "--vcpu", "1")).stdout.split()[-1] == str(LAST)
+        run = await cli("vcpupin", "d", "--vcpu", "0", "--cpulist", str(LAST), "--live", "--config", "--json")
+        assert run.code == 0 and run.json["live_changed_ids"] == run.json["config_changed_ids"] == [0]
+        assert (await cli("vcpupin", "d", "0")).stdout.split()[-1] == str(LAST)
+        assert f"<vcpupin vcpu='0' cpuset='{LAST}'/>" in (await cli("dumpxml", "d", "--inactive")).stdout
+        again = await cli("vcpupin", "d", "0", str(LAST), "--live", "--config", "--json")
+        assert again.code == 0 and again.json["changed"] is False
+        run = await cli("vcpupin", "d", "0", "r", "--live", "--config", "--json")
+        assert run.code == 0 and run.json["changed_ids"] == [0]
+        assert "vcpupin vcpu='0'" not in (await cli("dumpxml", "d", "--inactive")).stdout
+        assert (await cli("vcpupin", "d", "0")).stdout.split()[-1] == qmpvcpu.core.model.format_ids(online_cpus())
+        for words, code, text in (
+            (("0", "4090"), 3, "host CPU 4090"),
+            (("5", "0"), 3, "is not enabled"),
+            (("99", "0"), 3, "99"),
+            (("99",), 3, "out of range"),
+            (("0", "x"), 2, "is no"),
+            (("--cpulist", "0"), 2, "no vCPU is given"),
+            (("0", "0", "--vcpu", "1"), 2, "given twice"),
+            (("--live", "--config"), 3, "exclude each other"),
+        ):
+            run = await cli("vcpupin", "d", *words, "--json")
+            assert run.code == code and text in run.stdout, (words, run.stdout)
+        # For when it is plugged.
+        assert (await cli("vcpupin", "d", "6", "0", "--config")).code == 0
+        assert (await cli("setvcpu", "d", "6", "--enable")).code == 0
+        assert (await cli("vcpupin", "d", "6")).stdout.split()[-1] == "0"
