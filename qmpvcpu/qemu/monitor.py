@@ -256,7 +256,9 @@ class QmpMonitor:
         self._closing = True
         if self._timer is not None:
             self._timer.cancel()
-        self._watcher.cancel()
+        if self._client.runstate is Runstate.RUNNING:
+            self._watcher.cancel()
+        # Else it ends by itself: qemu.qmp 0.0.6, cancelled in a disconnect, leaves an exception nobody retrieves.
         await asyncio.wait([self._watcher])
         self._drop_replies()
         if self._client.runstate is not Runstate.IDLE:

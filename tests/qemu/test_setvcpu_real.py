@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
@@ -315,3 +316,14 @@ async def test_async_returns_once_qemu_took_the_request():
         pending = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable", "--force", "--timeout", "0.2")
     assert (run.code, run.json["outcome"], run.json["pending"]) == (0, "requested", [1])
     assert (pending.code, pending.json["outcome"], pending.json["pending"]) == (5, "pending", [1])
+
+
+async def test_a_qemu_that_dies_as_we_leave_leaves_no_exception_behind(caplog):
+    """qemu.qmp's disconnect, cancelled by our close, left one that asyncio logs whenever it is collected."""
+    async with paused("x86_64", "10.0", "1,maxcpus=8") as qemu:
+        async with qmpvcpu.connect(qmp=qemu.qmp):
+            os.kill(qemu.pid, signal.SIGKILL)
+            # The end of the file is there before our loop looks again, so it closes while qemu.qmp disconnects.
+            os.waitid(os.P_PID, qemu.pid, os.WEXITED | os.WNOWAIT)
+        gc.collect()
+    assert not [record for record in caplog.records if record.name == "asyncio"]
