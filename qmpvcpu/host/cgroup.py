@@ -118,7 +118,7 @@ class VcpuGroups:
             OSError: one could not be made; none is.
         """
         made: list[Path] = []
-        self._made = {number: [] for number in wanted}
+        self._made |= {number: [] for number in wanted}
         try:
             for site in self._sites():
                 ids = [number for number, placement in wanted.items() if site.takes(placement)]
@@ -129,7 +129,7 @@ class VcpuGroups:
                     _tune(site, site.vcpu(number), wanted[number], made)
                     self._made[number].append(site.vcpu(number))
         except BaseException:
-            self._made = {}
+            self._made |= {number: [] for number in wanted}
             for folder in reversed(made):
                 with suppress(OSError):
                     folder.rmdir()

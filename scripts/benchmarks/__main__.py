@@ -1,7 +1,7 @@
 """scripts/bench: ratios of medians of interleaved pairs, in one run and one interpreter; nothing is a timed test.
 
 scripts/bench                 everything
-scripts/bench import enable   only these: import, probe, enable, fill, drain, six
+scripts/bench import enable   only these: import, probe, enable, pin, fill, drain, six
 """
 
 from __future__ import annotations
@@ -108,6 +108,34 @@ async def bench_enable(accel: str) -> bool:
                         for turn in turns if (number + round_number) % 2 else reversed(turns):
                             await turn()
     return report(f"{accel}: one enable / raw device_add + query-cpus-fast", ours, raw, 1.25)
+
+
+PINNED = """<domain type='qemu'><name>d</name><vcpu current='1'>17</vcpu><cputune>{}</cputune>
+<os><type arch='x86_64' machine='q35'>hvm</type></os></domain>"""
+
+
+async def bench_pin(accel: str, folder: Path) -> bool:
+    """One enable whose vCPU is pinned / one whose definition says nothing of it, on two machines in turns."""
+    pinned, plain = folder / "pinned.xml", folder / "plain.xml"
+    host = sorted(os.sched_getaffinity(0))
+    rows = (f"<vcpupin vcpu='{n}' cpuset='{host[n % len(host)]}'/>" for n in range(17))
+    pinned.write_text(PINNED.format("".join(rows)))
+    plain.write_text(PINNED.format(""))
+    times: dict[Path, list[float]] = {pinned: [], plain: []}
+    for round_number in range(12):
+        async with machine(accel, "1,maxcpus=17") as one, machine(accel, "1,maxcpus=17") as other:
+            first, second = (one, other) if round_number // 2 % 2 else (other, one)
+            async with (
+                qmpvcpu.connect(qmp=first.qmp, xml=str(pinned)) as left,
+                qmpvcpu.connect(qmp=second.qmp, xml=str(plain)) as right,
+            ):
+                for number, entity in enumerate(slots_of(await left.state())):
+                    turns = [(left, pinned), (right, plain)]
+                    for domain, kind in turns if (number + round_number) % 2 else reversed(turns):
+                        began = time.perf_counter()
+                        await domain.enable(entity.first)
+                        times[kind].append(time.perf_counter() - began)
+    return report(f"{accel}: one enable, pinned / not", times[pinned], times[plain], 1.15)
 
 
 async def bench_fill(accel: str, pairs: int) -> bool:
@@ -241,7 +269,7 @@ async def bench_six_linux(pairs: int) -> bool:
 
 
 def main() -> int:
-    chosen = sys.argv[1:] or ["import", "probe", "enable", "fill", "drain", "six"]
+    chosen = sys.argv[1:] or ["import", "probe", "enable", "pin", "fill", "drain", "six"]
     pairs = int(os.environ.get("QMPVCPU_BENCH_PAIRS", PAIRS))
     good = True
     if "import" in chosen:
@@ -250,14 +278,19 @@ def main() -> int:
         good &= asyncio.run(bench_probe(pairs))
     kvm, why = kvm_state()
     for accel in ("kvm", "tcg"):
-        for name in ("enable", "fill"):
+        for name in ("enable", "pin", "fill"):
             if name not in chosen:
                 continue
             if accel == "kvm" and not kvm:
                 print(f"kvm: {name}: not measured ({why})")
                 continue
-            bench = bench_enable(accel) if name == "enable" else bench_fill(accel, pairs)
-            good &= asyncio.run(bench)
+            with tempfile.TemporaryDirectory() as folder:
+                bench = {
+                    "enable": lambda: bench_enable(accel),  # noqa: B023
+                    "pin": lambda: bench_pin(accel, Path(folder)),  # noqa: B023
+                    "fill": lambda: bench_fill(accel, pairs),  # noqa: B023
+                }[name]
+                good &= asyncio.run(bench())
     with tempfile.TemporaryDirectory() as folder:
         ejecting = {"drain": bench_drain, "six": bench_six_ejecting}
         for name in chosen:

@@ -296,9 +296,10 @@ async def test_a_group_that_somebody_takes_away_meanwhile_is_made_again(file, mo
             return await hotplug(*given)
 
         monkeypatch.setattr(change, "_hotplug", swept)
-        outcome = await domain.enable(1)
+        outcome = await domain.enable([1, 2])
         assert outcome.outcome == "applied"
-        assert of_thread(qemu, outcome.vcpu.thread_id)["cpuset"].endswith("/vcpu1")
+        for row in outcome.rows:
+            assert of_thread(qemu, row.thread_id)["cpuset"].endswith(f"/vcpu{row.id}")
         qemu.kill()
     for one in ours():
         remove_when_empty([*one.glob("vcpu*/"), one])
