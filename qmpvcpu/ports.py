@@ -162,8 +162,8 @@ class PendingStore(Protocol):
 class Threads(Protocol):
     """The threads of one QEMU that runs on this host."""
 
-    def facts(self) -> HostFacts | None:
-        """What may be done with them; None if QEMU is gone."""
+    def facts(self, wanted: Iterable[Placement]) -> HostFacts | None:
+        """What of this may be done with them; None if QEMU is gone."""
 
     def look(self, thread_ids: Collection[int]) -> Mapping[int, ThreadState]:
         """These threads as they are, of those that are there. Never raises."""
@@ -171,9 +171,9 @@ class Threads(Protocol):
     def others(self, thread_ids: Collection[int]) -> Collection[int]:
         """QEMU's threads but these. Never raises."""
 
-    def place(self, thread_id: int, placement: Placement, vcpu_id: int | None = None) -> None:
-        """Give one its cgroups (those made for `vcpu_id`), CPUs and scheduler, verified. Raises OSError; no other
-        process is ever touched.
+    def place(self, thread_id: int, placement: Placement, vcpu_id: int | None = None) -> ThreadState:
+        """Give one its cgroups (those made for `vcpu_id`), CPUs and scheduler; as read back. Raises OSError; no
+        other process is ever touched.
         """
 
     def has_layout(self) -> bool:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from qmpvcpu.core.definition import Definition
-from qmpvcpu.core.model import DomainState, format_ids
+from qmpvcpu.core.model import DomainState, Vcpu, format_ids
 from qmpvcpu.errors import Refusal
 
 __all__ = [
@@ -24,6 +24,7 @@ __all__ = [
     "check_placements",
     "emulator_placement",
     "placements",
+    "with_thread",
     "with_threads",
 ]
 
@@ -261,16 +262,15 @@ def _real_time(wanted: Mapping[int, Placement], facts: HostFacts, cpu: Control) 
     return found
 
 
+def with_thread(vcpu: Vcpu, thread: ThreadState) -> Vcpu:
+    """A vCPU with what its thread is given."""
+    return replace(vcpu, pin=format_ids(thread.cpus), scheduler=thread.scheduler, cpu=thread.last_cpu)
+
+
 def with_threads(state: DomainState, threads: Mapping[int, ThreadState]) -> DomainState:
     """The state with what the threads of its vCPUs are given, by thread id."""
     if not threads:
         return state
-    return replace(
-        state,
-        vcpus=tuple(
-            replace(vcpu, pin=format_ids(found.cpus), scheduler=found.scheduler, cpu=found.last_cpu)
-            if vcpu.thread_id is not None and (found := threads.get(vcpu.thread_id)) is not None
-            else vcpu
-            for vcpu in state.vcpus
-        ),
-    )
+    found = [(vcpu, threads.get(vcpu.thread_id) if vcpu.thread_id is not None else None) for vcpu in state.vcpus]
+    vcpus = [with_thread(vcpu, thread) if thread is not None else vcpu for vcpu, thread in found]
+    return replace(state, vcpus=tuple(vcpus))

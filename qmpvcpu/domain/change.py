@@ -94,7 +94,7 @@ async def change(
     if beside is not None:
         plan = await beside(plan)
     if placing is not None and not plan.refusals:
-        plan = placing.prepare(plan, held)
+        plan = placing.prepare(plan)
     if plan.refusals:
         raise VcpuRefused(
             plan.refusals,
@@ -136,15 +136,16 @@ async def _placed(
     """Hotplug, with its threads where they belong; the cgroups of what is gone, or did not come, are removed."""
     ids = [number for entity in (*plan.awaited, *plan.plugs, *plan.unplugs) for number in entity.ids]
     try:
-        if placing is None:
+        if placing is None or placing.is_idle:
             end = await hotplug()
         else:
             trouble: list[str] = []
             async with placing.room(plan, trouble):
                 end = await hotplug()
-            end = placing.place(held, link.state, plan, end)
             if trouble:
                 end = noted(end, trouble)
+        if placing is not None:
+            end = placing.place(held, link.state, plan, end)
     except BaseException:
         link.drop_groups(ids)
         raise

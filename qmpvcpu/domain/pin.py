@@ -92,8 +92,8 @@ def _against(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...]
     if state.threads_shared:
         text = f"vCPU {vcpu_id} has no thread of its own: QEMU runs every vCPU on one (-accel tcg,thread=single)"
         return [Refusal("shared-thread", text, (vcpu_id,), "start QEMU with thread=multi, or KVM")]
-    facts = link.threads.facts() if link.threads is not None else None
     wanted = {vcpu_id: Placement(cpus if cpus is not None else ())}
+    facts = link.threads.facts(wanted.values()) if link.threads is not None else None
     return check_placements(wanted, facts)
 
 
@@ -101,7 +101,7 @@ def _pin(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | N
     """The state afterwards, and whether anything is different."""
     threads, thread_id = link.threads, state.vcpus[vcpu_id].thread_id
     assert threads is not None
-    facts = threads.facts()
+    facts = threads.facts(())
     if thread_id is None or facts is None:
         raise VcpuFailed(f"vCPU {vcpu_id} has no thread any more", hint="look again: vcpuinfo", ids=(vcpu_id,))
     wanted = cpus if cpus is not None else tuple(sorted(facts.online))

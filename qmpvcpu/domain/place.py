@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import time
-from collections.abc import AsyncIterator, Collection, Iterable, Sequence
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from typing import Final
@@ -14,11 +14,12 @@ from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.model import DomainState, Outcome, format_ids
 from qmpvcpu.core.placement import (
     Placement,
+    ThreadState,
     check_emulator,
     check_placements,
     emulator_placement,
     placements,
-    with_threads,
+    with_thread,
 )
 from qmpvcpu.core.plan import Plan
 from qmpvcpu.errors import Refusal, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused
@@ -36,6 +37,13 @@ class Placing:
         self._threads = threads
         self._definition = definition
         self._has_layout = False
+        #: What is to be plugged and where it belongs, as `check` found it.
+        self._plugged: dict[int, Placement] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        """After `check`: nothing that is to be plugged has a place."""
+        return not self._plugged
 
     def check(self, plan: Plan, state: DomainState) -> Plan:
         """The plan, with what stands against placing what it plugs."""
@@ -43,20 +51,22 @@ class Placing:
             return plan
         self._has_layout = self._threads is not None and self._threads.has_layout()
         wanted = self._wanted(_plugged(plan))
-        if not wanted or state.threads_shared:
+        if state.threads_shared:
             return replace(plan, messages=(*plan.messages, _SHARED)) if wanted else plan
-        facts = self._threads.facts() if self._threads is not None else None
+        self._plugged = wanted
+        if not wanted:
+            return plan
+        facts = self._threads.facts(wanted.values()) if self._threads is not None else None
         return plan.refused(check_placements(wanted, facts))
 
-    def prepare(self, plan: Plan, state: DomainState) -> Plan:
+    def prepare(self, plan: Plan) -> Plan:
         """Make the cgroups of what is to be plugged; what keeps them from being made stands against the plan."""
-        wanted = self._wanted(_plugged(plan)) if plan.request.place else {}
-        if self._threads is None or not wanted or state.threads_shared:
+        if self._threads is None or self.is_idle:
             return plan
         try:
-            self._threads.make_groups(wanted)
+            self._threads.make_groups(self._plugged)
         except OSError as error:
-            return plan.refused([_no_group(wanted, error)])
+            return plan.refused([_no_group(self._plugged, error)])
         return plan
 
     @asynccontextmanager
@@ -66,14 +76,13 @@ class Placing:
         Raises:
             VcpuRefused: it cannot be given.
         """
-        wanted = self._wanted(_plugged(plan)) if plan.request.place else {}
-        nodes = sorted({node for placement in wanted.values() for node in placement.mems or ()})
+        nodes = sorted({node for placement in self._plugged.values() for node in placement.mems or ()})
         widened = None
         if nodes and self._threads is not None:
             try:
                 widened = await _widen(self._threads, nodes)
             except OSError as error:
-                raise VcpuRefused([_no_group(wanted, error)], ids=plan.targets) from error
+                raise VcpuRefused([_no_group(self._plugged, error)], ids=plan.targets) from error
         try:
             yield
         finally:
@@ -89,26 +98,36 @@ class Placing:
         self, before: DomainState, now: DomainState, plan: Plan, end: Outcome | VcpuError
     ) -> Outcome | VcpuError:
         """Place what has come since `before`; an end that says so, if it could not be."""
-        if not plan.request.place:
+        if not plan.request.place or (self.is_idle and not plan.unplugs):
             return end
         wanted = self._wanted(_came(before, now, plan))
         if not wanted:
             return end
         if now.threads_shared:
+            # That shows only once there are two.
+            if self._threads is not None and self._plugged:
+                self._threads.remove_groups(self._plugged, now.enabled_ids)
             if _SHARED not in end.messages:
                 end = noted(end, [_SHARED])
             return end
         failed: dict[str, list[int]] = {}
+        placed: dict[int, ThreadState] = {}
+        taken_back = {number: wanted[number] for number in wanted if number not in self._plugged}
+        if taken_back and self._threads is not None:
+            try:
+                self._threads.make_groups(taken_back)
+            except OSError as error:
+                failed[f"its cgroup: {_why(error)}"] = list(taken_back)
         for number, placement in wanted.items():
             thread_id = now.vcpus[number].thread_id
             try:
                 if thread_id is None or self._threads is None:
                     raise ProcessLookupError(3, "its thread is not known")
-                self._threads.place(thread_id, placement, number)
+                placed[number] = self._threads.place(thread_id, placement, number)
             except OSError as error:
                 failed.setdefault(f"{placement or 'its cgroup'}: {_why(error)}", []).append(number)
         if not failed:
-            return self._shown(now, wanted, end)
+            return _shown(placed, end)
         text = "; ".join(f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in failed.items())
         left = [number for ids in failed.values() for number in ids]
         if isinstance(end, VcpuError):
@@ -131,19 +150,13 @@ class Placing:
         found = dict.fromkeys(numbers, Placement()) if self._has_layout else {}
         return found | placements(self._definition, numbers)
 
-    def _shown(self, now: DomainState, ids: Collection[int], end: Outcome | VcpuError) -> Outcome | VcpuError:
-        """With what the threads have in the rows."""
-        if not isinstance(end, Outcome) or self._threads is None:
-            return end
-        threads = [now.vcpus[number].thread_id for number in ids]
-        seen = with_threads(now, self._threads.look([thread for thread in threads if thread is not None]))
-        asked = set(ids)
-        rows = []
-        for row in end.rows:
-            vcpu = seen.vcpus[row.id]
-            new = replace(row, pin=vcpu.pin, scheduler=vcpu.scheduler, cpu=vcpu.cpu)
-            rows.append(new if row.id in asked else row)
-        return replace(end, rows=tuple(rows))
+
+def _shown(placed: Mapping[int, ThreadState], end: Outcome | VcpuError) -> Outcome | VcpuError:
+    """With what the threads of these vCPUs have in its rows."""
+    if isinstance(end, VcpuError):
+        return end
+    rows = [with_thread(row, placed[row.id]) if row.id in placed else row for row in end.rows]
+    return replace(end, rows=tuple(rows))
 
 
 def place_all(threads: Threads | None, definition: Definition, state: DomainState) -> list[str]:
@@ -160,7 +173,7 @@ def place_all(threads: Threads | None, definition: Definition, state: DomainStat
         wanted = {}
     if not wanted and not emulator:
         return messages
-    facts = threads.facts() if threads is not None else None
+    facts = threads.facts([*wanted.values(), emulator]) if threads is not None else None
     refusals = check_placements(wanted, facts) or check_emulator(emulator, facts)
     if refusals or threads is None:
         raise VcpuRefused(refusals)

@@ -16,14 +16,26 @@ import os
 import time
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Final
 
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.placement import REAL_TIME, Control, Placement
 from qmpvcpu.host.files import try_lock
-from qmpvcpu.host.hierarchy import V1, V2, Group, cpu_list, find_groups, groups_of, hierarchies, put, words, write
+from qmpvcpu.host.hierarchy import (
+    V1,
+    V2,
+    Group,
+    cpu_list,
+    find_groups,
+    groups_of,
+    hierarchies,
+    put,
+    read_text,
+    words,
+    write,
+)
 from qmpvcpu.host.process import Process, is_alive
 from qmpvcpu.host.widen import Widened, notes
 
@@ -40,35 +52,79 @@ _ASKED: Final = ("cpuset", "cpu")
 _PERIOD: Final = 100_000
 #: New threads may come while they are moved; each round finds fewer.
 _ROUNDS: Final = 10
+#: Seconds for which what one question has read answers the next.
+_MOMENT: Final = 0.01
+#: Seconds after which it is looked anew what is mounted.
+_MOUNTS_SECONDS: Final = 1.0
 #: Seconds between two tries to remove a group.
 _REMOVE_PAUSE: Final = 0.002
 
 
-@dataclass(frozen=True, slots=True)
 class _Site:
-    """Where the vCPUs of one QEMU have their groups in one hierarchy.
+    """Where the vCPUs of one QEMU have their groups in one hierarchy; what it tells is read when first asked.
 
-    `group` is that of QEMU's main thread, `base` the one that `vcpuN` are made in. `trouble` says why they
-    cannot be.
+    `group` is that of QEMU's main thread, `base` the one that `vcpuN` are made in.
     """
 
-    group: Group
-    base: Group
-    controllers: tuple[str, ...]
-    is_layout: bool
-    is_alone: bool
-    splits_real_time: bool
-    trouble: str | None
-    denied: bool
+    def __init__(self, group: Group, process: Process) -> None:
+        self.group = group
+        self._process = process
+
+    @cached_property
+    def is_layout(self) -> bool:
+        """Whether QEMU's other threads are in a group as libvirt makes it, and vCPUs belong beside that."""
+        if self.group.folder.name != _EMULATOR:
+            return False
+        # Beside a group of whole processes no threaded one can be made.
+        return self.group.version == V1 or words(self.group.folder / "cgroup.type") == ["threaded"]
+
+    @cached_property
+    def is_alone(self) -> bool:
+        """Whether the group is QEMU's own. The topmost one is nobody's."""
+        if self.group.name == "/" or self.is_layout:
+            return False
+        return words(self.group.folder / "cgroup.procs") == [str(self._process.pid)]
+
+    @cached_property
+    def base(self) -> Group:
+        """The group that those of the vCPUs are in, or will be."""
+        if self.is_layout:
+            return self.group.parent
+        name = f"qemu-{self._process.pid}-{self._process.start}{_OURS}"
+        return self.group if self.is_alone else self.group.child(name)
+
+    @property
+    def top(self) -> Group:
+        """The group that others have made for us to make ours in."""
+        return self.base if self.is_layout else self.group
+
+    @cached_property
+    def controllers(self) -> tuple[str, ...]:
+        """That groups in here can have."""
+        if self.group.version == V1:
+            return self.group.hierarchy.controllers
+        has = words(self.top.folder / "cgroup.controllers")
+        return tuple(name for name in _ASKED if name in has)
+
+    @cached_property
+    def splits_real_time(self) -> bool:
+        """v1 with CONFIG_RT_GROUP_SCHED: a new group has no real-time budget."""
+        return self.group.version == V1 and (self.group.folder / "cpu.rt_runtime_us").exists()
+
+    @cached_property
+    def trouble(self) -> tuple[str | None, bool]:
+        """Why no group can be made in `top`, and whether a right would help."""
+        return _trouble(self.top, self._process)
 
     def takes(self, placement: Placement) -> bool:
         """Whether a vCPU that shall be placed so gets a group here."""
         if any(name in self.controllers for name in placement.controllers):
             return True
+        if not self.is_layout and not (self.is_alone and placement):
+            return False
         # A group of its own has no real-time budget there.
-        is_barred = self.splits_real_time and placement.policy in REAL_TIME
-        is_usual = self.is_layout or (self.is_alone and bool(placement))
-        return is_usual and self.trouble is None and not is_barred
+        is_barred = placement.policy in REAL_TIME and self.splits_real_time
+        return self.trouble[0] is None and not is_barred
 
     @property
     def is_ours(self) -> bool:
@@ -86,29 +142,40 @@ class VcpuGroups:
     def __init__(self, process: Process) -> None:
         self._process = process
         self._made: dict[int, list[Group]] = {}
+        #: As `controls` saw them: `make` is of the same moment.
+        self._seen: list[_Site] | None = None
+        #: What `has_layout` has read, and when.
+        self._told = "", 0.0
+        #: QEMU's groups, by what the kernel told of them and when.
+        self._found: tuple[str, float, list[Group]] = ("", 0.0, [])
 
     def has_layout(self) -> bool:
         """Whether QEMU is in an `emulator` group, as libvirt makes it. Cheap. Never raises."""
         with suppress(OSError):
-            names = groups_of(self._folder / "cgroup").values()
-            return any(name.endswith(f"/{_EMULATOR}") for name in names)
+            text = read_text(f"/proc/{self._process.pid}/cgroup")
+            self._told = text, time.monotonic()
+            return f"/{_EMULATOR}\n" in text
         return False
 
-    def controls(self) -> dict[str, Control]:
-        """What `cpuset` and `cpu` have for this QEMU, of those that are there.
+    def controls(self, wanted: Iterable[Placement]) -> dict[str, Control]:
+        """What `cpuset` and `cpu` have for these vCPUs, of those that are there and matter to them.
 
         Raises:
             OSError: QEMU is gone.
         """
+        asked = list(wanted)
+        needed = {name for placement in asked for name in placement.controllers}
+        matter = {"cpuset", *needed, *("cpu" for placement in asked if placement.policy in REAL_TIME)}
         found: dict[str, Control] = {}
-        for site in self._sites():
-            for name in _ASKED:
+        text, at = self._told
+        self._seen = self._sites(text if time.monotonic() < at + _MOMENT else None)
+        for site in self._seen:
+            for name in matter.difference(found):
                 if name in site.controllers:
-                    found[name] = _control(site, name)
-                elif site.group.version == V2 and name not in found:
-                    top = site.base if site.is_layout else site.group
-                    text = f"the cgroup '{top.name}' has no {name} controller (cgroup.controllers)"
-                    found[name] = Control(V2, top.name, text)
+                    found[name] = _control(site, name, is_needed=name in needed)
+                elif site.group.version == V2:
+                    text = f"the cgroup '{site.top.name}' has no {name} controller (cgroup.controllers)"
+                    found[name] = Control(V2, site.top.name, text)
         return found
 
     def make(self, wanted: Mapping[int, Placement]) -> None:
@@ -120,7 +187,7 @@ class VcpuGroups:
         made: list[Path] = []
         self._made |= {number: [] for number in wanted}
         try:
-            for site in self._sites():
+            for site in self._seen if self._seen is not None else self._sites():
                 ids = [number for number, placement in wanted.items() if site.takes(placement)]
                 if ids:
                     _sweep(site)
@@ -135,21 +202,22 @@ class VcpuGroups:
                     folder.rmdir()
             raise
 
-    def enter(self, vcpu_id: int, thread_id: int, placement: Placement) -> bool:
-        """Move a thread of QEMU into the groups that `make` has made for it; whether there are any.
+    def has_made(self, vcpu_id: int) -> bool:
+        """Whether `make` has made groups for it."""
+        return bool(self._made.get(vcpu_id))
+
+    def enter(self, vcpu_id: int, thread_id: int, placement: Placement) -> None:
+        """Move a thread of QEMU into the groups that `make` has made for it.
 
         Raises:
             OSError: the kernel declines, or the thread is elsewhere afterwards.
         """
-        if not self._made.get(vcpu_id):
-            return False
         try:
             self._move(vcpu_id, thread_id)
         except FileNotFoundError:
             # Another process took it for one that was left over.
             self.make({vcpu_id: placement})
             self._move(vcpu_id, thread_id)
-        return True
 
     def follow(self, thread_id: int, cpus: Collection[int]) -> None:
         """Let the group of a vCPU, if it has its own, have these host CPUs too: its thread is pinned anew.
@@ -157,10 +225,10 @@ class VcpuGroups:
         Raises:
             OSError: the kernel declines.
         """
-        path = self._thread(thread_id) / "cgroup"
-        if f"/{_VCPU}" not in path.read_text(errors="surrogateescape"):
+        text = read_text(self._thread(thread_id) / "cgroup")
+        if f"/{_VCPU}" not in text:
             return
-        for group in find_groups(path, hierarchies()):
+        for group in find_groups(text, hierarchies()):
             file = group.folder / "cpuset.cpus"
             if group.folder.name.removeprefix(_VCPU).isdigit() and file.exists():
                 allowed = _effective(group.parent, "cpus")
@@ -192,6 +260,7 @@ class VcpuGroups:
             OSError: it could not be done, or not all of it.
         """
         needed = {name for placement in (*wanted, emulator) for name in placement.controllers}
+        self._seen = None
         for site in self._sites():
             if site.is_layout or not needed.intersection(site.controllers):
                 continue
@@ -205,7 +274,7 @@ class VcpuGroups:
                 left = [
                     number
                     for number in sorted(set(threads) - set(vcpu_threads))
-                    if groups_of(self._thread(number) / "cgroup").get(key) != group.name
+                    if self._names(number).get(key) != group.name
                 ]
                 for number in left:
                     with suppress(ProcessLookupError):
@@ -273,19 +342,25 @@ class VcpuGroups:
     def _thread(self, thread_id: int) -> Path:
         return self._folder / "task" / str(thread_id)
 
+    def _names(self, thread_id: int) -> dict[str, str]:
+        return groups_of(read_text(self._thread(thread_id) / "cgroup"))
+
     def _cpuset_site(self) -> _Site | None:
         return next((site for site in self._sites() if "cpuset" in site.controllers), None)
 
-    def _sites(self) -> list[_Site]:
-        groups = find_groups(self._folder / "cgroup", hierarchies())
+    def _sites(self, text: str | None = None) -> list[_Site]:
+        text, now = text or read_text(f"/proc/{self._process.pid}/cgroup"), time.monotonic()
+        if text != self._found[0] or now > self._found[1] + _MOUNTS_SECONDS:
+            self._found = text, now, find_groups(text, hierarchies())
         if not is_alive(self._process.key):
             raise ProcessLookupError(errno.ESRCH, f"QEMU's process {self._process.pid} has ended")
-        return [_site(group, self._process) for group in groups]
+        return [_Site(group, self._process) for group in self._found[2]]
 
     def _base(self, site: _Site, made: list[Path]) -> None:
         """The group that those of the vCPUs are in, with the controllers that they need."""
-        if site.trouble is not None:
-            raise PermissionError(errno.EACCES if site.denied else errno.EPERM, site.trouble)
+        trouble, is_denied = site.trouble
+        if trouble is not None:
+            raise PermissionError(errno.EACCES if is_denied else errno.EPERM, trouble)
         base = site.base.folder
         if site.is_ours and not site.is_layout:
             _mkdir(base, made)
@@ -300,36 +375,11 @@ class VcpuGroups:
     def _move(self, vcpu_id: int, thread_id: int) -> None:
         for group in self._made[vcpu_id]:
             write(group.folder / _threads_file(group), str(thread_id))
-        names = groups_of(self._thread(thread_id) / "cgroup")
+        names = self._names(thread_id)
         for group in self._made[vcpu_id]:
             key = "" if group.version == V2 else group.hierarchy.controllers[0]
             if names.get(key) != group.name:
                 raise OSError(errno.EINVAL, f"it is in the cgroup '{names.get(key)}', not in '{group.name}'")
-
-
-def _site(group: Group, process: Process) -> _Site:
-    is_layout = group.folder.name == _EMULATOR
-    if is_layout and group.version == V2:
-        # Beside a group of whole processes no threaded one can be made.
-        is_layout = words(group.folder / "cgroup.type") == ["threaded"]
-    is_alone = not is_layout and _is_alone(group, process)
-    if is_layout:
-        base = group.parent
-    else:
-        base = group if is_alone else group.child(f"qemu-{process.pid}-{process.start}{_OURS}")
-    top = base if is_layout else group
-    controllers = group.hierarchy.controllers
-    if group.version == V2:
-        has = words(top.folder / "cgroup.controllers")
-        controllers = tuple(name for name in _ASKED if name in has)
-    trouble, denied = _trouble(top, process)
-    splits = group.version == V1 and (group.folder / "cpu.rt_runtime_us").exists()
-    return _Site(group, base, controllers, is_layout, is_alone, splits, trouble, denied)
-
-
-def _is_alone(group: Group, process: Process) -> bool:
-    """Whether a group is QEMU's own. The topmost one is nobody's."""
-    return group.name != "/" and words(group.folder / "cgroup.procs") == [str(process.pid)]
 
 
 def _trouble(top: Group, process: Process) -> tuple[str | None, bool]:
@@ -349,37 +399,34 @@ def _trouble(top: Group, process: Process) -> tuple[str | None, bool]:
     return None, False
 
 
-def _control(site: _Site, name: str) -> Control:
+def _control(site: _Site, name: str, *, is_needed: bool) -> Control:
     """What one controller has for vCPUs."""
-    top = site.base if site.is_layout else site.group
     # Without a group of its own, a vCPU stays in that of QEMU.
-    limit = top if site.trouble is None else site.group
-    gives = True
-    if name == "cpu" and site.splits_real_time:
-        gives = (site.group.folder / "cpu.rt_runtime_us").read_text().strip() != "0"
+    trouble, is_denied = site.trouble if is_needed or site.is_layout else (None, False)
+    limit = site.top if trouble is None else site.group
+    splits = name == "cpu" and site.splits_real_time
+    gives = not splits or (site.group.folder / "cpu.rt_runtime_us").read_text().strip() != "0"
     return Control(
         site.group.version,
-        top.name,
-        site.trouble,
-        site.denied,
+        site.top.name,
+        trouble,
+        is_denied,
         _effective(limit, "cpus") if name == "cpuset" else None,
-        _effective(limit, "mems") if name == "cpuset" else None,
+        _effective(limit, "mems") if name == "cpuset" and is_needed else None,
         site.is_layout,
         gives,
-        name == "cpu" and site.splits_real_time,
+        splits,
     )
 
 
 def _effective(group: Group, what: str) -> frozenset[int] | None:
     """Host CPUs or nodes that a cpuset really has; on v2 that of the nearest group which has one."""
     folder = group.folder
-    names = (
-        (f"cpuset.{what}.effective",) if group.version == V2 else (f"cpuset.effective_{what}", f"cpuset.{what}")
-    )
+    names = [f"cpuset.{what}.effective"] if group.version == V2 else [f"cpuset.effective_{what}", f"cpuset.{what}"]
     while True:
         for name in names:
             with suppress(OSError, ValueError):
-                return cpu_list((folder / name).read_text())
+                return cpu_list(read_text(f"{folder}/{name}"))
         if group.version == V1 or folder == group.hierarchy.mount:
             return None
         folder = folder.parent

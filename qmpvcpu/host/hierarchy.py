@@ -8,6 +8,7 @@ import re
 from collections.abc import Iterable
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
@@ -22,6 +23,7 @@ __all__ = [
     "groups_of",
     "hierarchies",
     "put",
+    "read_text",
     "words",
     "write",
 ]
@@ -30,7 +32,8 @@ V1: Final = 1
 V2: Final = 2
 #: That groups of vCPUs are made for. libvirt has cpuacct too, which counts and limits nothing.
 CONTROLLERS: Final = ("cpuset", "cpu", "cpuacct")
-_MOUNTS: Final = Path("/proc/self/mountinfo")
+_MOUNTS: Final = "/proc/self/mountinfo"
+_CHUNK: Final = 1 << 16
 #: proc_pid_mountinfo(5): space, tab, newline and backslash are written in octal.
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 
@@ -39,7 +42,7 @@ _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 class Hierarchy:
     """One mount of a cgroup hierarchy.
 
-    `controllers` are those of `CONTROLLERS` that are bound to it (v1), or that its root has (v2). `root` is the
+    `controllers` are those of `CONTROLLERS` that are bound to it (v1), or that its root had (v2). `root` is the
     group that `mount` shows, as the kernel names groups to this process.
     """
 
@@ -83,33 +86,35 @@ class Group:
         return Group(self.hierarchy, f"{self.name.rstrip('/')}/{name}", self.folder / name)
 
 
-def hierarchies(mountinfo: Path = _MOUNTS) -> list[Hierarchy]:
+def hierarchies(mountinfo: str = _MOUNTS) -> tuple[Hierarchy, ...]:
     """Every cgroup mount that this process sees. Never raises."""
-    found = []
     with suppress(OSError):
-        for line in mountinfo.read_text(errors="surrogateescape").splitlines():
-            head, _, tail = line.partition(" - ")
-            fields, kind = head.split(" "), tail.split(" ")
-            if kind[0] not in ("cgroup", "cgroup2") or len(fields) < 6 or len(kind) < 3:
-                continue
-            mount, root = Path(_plain(fields[4])), _plain(fields[3])
-            parts = kind[2].split(",")
-            version = V2 if kind[0] == "cgroup2" else V1
-            has = words(mount / "cgroup.controllers") if version == V2 else parts
-            writable = "rw" in parts and "rw" in fields[5].split(",")
-            controllers = tuple(name for name in CONTROLLERS if name in has)
-            found.append(Hierarchy(version, mount, root, controllers, writable))
-    return found
+        return _parse_mounts(read_text(mountinfo))
+    return ()
 
 
-def groups_of(path: Path) -> dict[str, str]:
-    """The groups that `/proc/PID/cgroup` or `/proc/PID/task/TID/cgroup` tells, by controller; "" is that of v2.
+@lru_cache(maxsize=4)
+def _parse_mounts(text: str) -> tuple[Hierarchy, ...]:
+    found = []
+    for line in text.splitlines():
+        head, _, tail = line.partition(" - ")
+        fields, kind = head.split(" "), tail.split(" ")
+        if kind[0] not in ("cgroup", "cgroup2") or len(fields) < 6 or len(kind) < 3:
+            continue
+        mount, root = Path(_plain(fields[4])), _plain(fields[3])
+        parts = kind[2].split(",")
+        version = V2 if kind[0] == "cgroup2" else V1
+        has = words(mount / "cgroup.controllers") if version == V2 else parts
+        writable = "rw" in parts and "rw" in fields[5].split(",")
+        controllers = tuple(name for name in CONTROLLERS if name in has)
+        found.append(Hierarchy(version, mount, root, controllers, writable))
+    return tuple(found)
 
-    Raises:
-        OSError: there is no such thread.
-    """
+
+def groups_of(text: str) -> dict[str, str]:
+    """The groups that /proc/PID/cgroup or /proc/PID/task/TID/cgroup tells, by controller; "" is that of v2."""
     found = {}
-    for line in path.read_text(errors="surrogateescape").splitlines():
+    for line in text.splitlines():
         number, _, rest = line.partition(":")
         names, _, group = rest.partition(":")
         # A group that was removed while something was in it.
@@ -118,17 +123,12 @@ def groups_of(path: Path) -> dict[str, str]:
     return found
 
 
-def find_groups(path: Path, mounts: Iterable[Hierarchy]) -> list[Group]:
-    """The group in each hierarchy that has one of `CONTROLLERS`, and in that of v2, of the thread that `path` is
-    of.
-
-    Raises:
-        OSError: there is no such thread.
-    """
-    names = groups_of(path)
+def find_groups(text: str, mounts: Iterable[Hierarchy]) -> list[Group]:
+    """The groups that `groups_of` knows of: in each hierarchy that has one of `CONTROLLERS`, and in that of v2."""
+    names = groups_of(text)
     found: dict[str, Group] = {}
-    # The same hierarchy may be mounted twice; one that can be written is what we want.
-    for mount in sorted(mounts, key=lambda one: not one.is_writable):
+    # The same hierarchy may be mounted twice; one that can be written is what we want. What v1 has, v2 has not.
+    for mount in sorted(mounts, key=lambda one: (one.version, not one.is_writable)):
         key = "" if mount.version == V2 else next(iter(mount.controllers), None)
         name = names.get(key) if key is not None else None
         folder = mount.folder(name) if name is not None else None
@@ -144,6 +144,23 @@ def cpu_list(text: str) -> frozenset[int]:
         low, _, high = part.partition("-")
         found.update(range(int(low), int(high or low) + 1))
     return frozenset(found)
+
+
+def read_text(path: Path | str) -> str:
+    """Of a file of the kernel's, whatever bytes are in it. On the way of every plug, hence no file object.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        data = part = os.read(fd, _CHUNK)
+        while part:
+            part = os.read(fd, _CHUNK)
+            data += part
+    finally:
+        os.close(fd)
+    return data.decode(errors="surrogateescape")
 
 
 def words(path: Path) -> list[str]:

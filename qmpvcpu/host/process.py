@@ -6,8 +6,10 @@ asked.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Collection
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Final
 
@@ -32,14 +34,20 @@ class Process:
         return f"{self.boot}-{self.pid}-{self.start}"
 
 
+@cache
 def boot_id() -> str:
     """The kernel's id of this boot, its first part; random(4)."""
     return (_PROC / "sys/kernel/random/boot_id").read_text().split("-")[0].strip()
 
 
 def _start_of(pid: int) -> int:
-    # The name may hold spaces and brackets: what counts begins after the last one.
-    return int((_PROC / str(pid) / "stat").read_text().rpartition(")")[2].split()[_START])
+    # Of its first thread, which is the same: /proc/PID/stat adds up all threads. The name may hold spaces and
+    # brackets: what counts begins after the last one.
+    fd = os.open(f"/proc/{pid}/task/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        return int(os.read(fd, 4096).rpartition(b")")[2].split()[_START])
+    finally:
+        os.close(fd)
 
 
 def find_process(thread_ids: Collection[int]) -> Process | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
@@ -27,7 +28,12 @@ def kvm_state() -> tuple[bool, str | None]:
 
 
 def may_schedule() -> bool:
-    """CAP_SYS_NICE: real-time schedulers, and other users' threads."""
+    """CAP_SYS_NICE: real-time schedulers, and other users' threads. Read once for each user that we are."""
+    return _has_sys_nice(os.geteuid())
+
+
+@cache
+def _has_sys_nice(user: int) -> bool:
     return bool(_capabilities("self", "CapEff") >> _CAP_SYS_NICE & 1)
 
 

@@ -10,19 +10,18 @@ import os
 import resource
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.core.placement import HostFacts, Placement, ThreadState
+from qmpvcpu.core.placement import Control, HostFacts, Placement, ThreadState
 from qmpvcpu.host.cgroup import VcpuGroups
-from qmpvcpu.host.hierarchy import cpu_list
+from qmpvcpu.host.hierarchy import cpu_list, read_text
 from qmpvcpu.host.process import Process, is_alive
 from qmpvcpu.host.rights import may_place, may_schedule
 from qmpvcpu.host.widen import Widened
 
-__all__ = ["QemuThreads", "host_facts", "look", "online_cpus", "other_threads", "place_thread"]
+__all__ = ["QemuThreads", "check_thread", "look", "online_cpus", "other_threads", "place_thread"]
 
 _PROC: Final = Path("/proc")
 #: sched.h
@@ -43,12 +42,12 @@ _RESET_ON_FORK: Final = 0x40000000
 def online_cpus() -> frozenset[int]:
     """Host CPUs that are online."""
     with suppress(OSError, ValueError):
-        return cpu_list(Path("/sys/devices/system/cpu/online").read_text())
+        return cpu_list(read_text("/sys/devices/system/cpu/online"))
     return frozenset(os.sched_getaffinity(0))
 
 
-def host_facts(process: Process) -> HostFacts | None:
-    """What we may do with the threads of this QEMU; None if it is gone."""
+def _host_facts(process: Process, controls: Mapping[str, Control]) -> HostFacts | None:
+    """What we may do with the threads of this QEMU, which was there a moment ago; None if it is gone."""
     try:
         is_owner, nice = may_place(process.pid), may_schedule()
         realtime = 99
@@ -59,15 +58,13 @@ def host_facts(process: Process) -> HostFacts | None:
                 realtime = 99 if limit == resource.RLIM_INFINITY else min(limit, 99)
     except OSError:
         return None
-    if not is_alive(process.key):
-        return None
-    return HostFacts(online_cpus(), is_owner, realtime)
+    return HostFacts(online_cpus(), is_owner, realtime, controls)
 
 
 def look(process: Process, thread_id: int) -> ThreadState | None:
     """One thread as it is; None if it is none of this process, or may not be looked at."""
     try:
-        stat = (_PROC / str(process.pid) / "task" / str(thread_id) / "stat").read_text()
+        stat = read_text(f"/proc/{process.pid}/task/{thread_id}/stat")
         cpus = tuple(sorted(os.sched_getaffinity(thread_id)))
         policy = os.sched_getscheduler(thread_id) & ~_RESET_ON_FORK
         priority = os.sched_getparam(thread_id).sched_priority
@@ -87,13 +84,13 @@ def other_threads(process: Process, thread_ids: Collection[int]) -> list[int]:
     return []
 
 
-def place_thread(process: Process, thread_id: int, placement: Placement) -> None:
-    """Give one thread its CPUs (none named: all that it may have) and its scheduler, and read both back.
+def place_thread(process: Process, thread_id: int, placement: Placement) -> ThreadState:
+    """Give one thread its CPUs (none named: all that it may have) and its scheduler; both as read back.
 
     Raises:
         OSError: it is none of this process any more, the kernel declines, or did something else.
     """
-    _check(process, thread_id)
+    check_thread(process, thread_id)
     if placement.cpus is not None:
         os.sched_setaffinity(thread_id, placement.cpus or online_cpus())
     if placement.policy is not None:
@@ -105,12 +102,14 @@ def place_thread(process: Process, thread_id: int, placement: Placement) -> None
         raise OSError(22, f"it may run on CPU {format_ids(found.cpus)}, not on {format_ids(placement.cpus)}")
     if placement.scheduler is not None and found.scheduler != placement.scheduler:
         raise OSError(22, f"its scheduler is {found.scheduler}, not {placement.scheduler}")
+    return found
 
 
-def _check(process: Process, thread_id: int) -> None:
+def check_thread(process: Process, thread_id: int) -> None:
+    """The kernel hands thread ids out anew. Raises ProcessLookupError: it is none of this process any more."""
     if not is_alive(process.key):
         raise ProcessLookupError(3, f"QEMU's process {process.pid} has ended")
-    if not (_PROC / str(process.pid) / "task" / str(thread_id)).exists():
+    if not os.access(f"/proc/{process.pid}/task/{thread_id}", os.F_OK):
         raise ProcessLookupError(3, f"thread {thread_id} is not QEMU's")
 
 
@@ -121,11 +120,10 @@ class QemuThreads:
         self._process = process
         self._groups = VcpuGroups(process)
 
-    def facts(self) -> HostFacts | None:
-        """What may be done with them; None if QEMU is gone."""
-        found = host_facts(self._process)
+    def facts(self, wanted: Iterable[Placement]) -> HostFacts | None:
+        """What of this may be done with them; None if QEMU is gone."""
         with suppress(OSError):
-            return replace(found, controls=self._groups.controls()) if found is not None else None
+            return _host_facts(self._process, self._groups.controls(wanted))
         return None
 
     def look(self, thread_ids: Collection[int]) -> dict[int, ThreadState]:
@@ -137,13 +135,16 @@ class QemuThreads:
         """`other_threads`."""
         return other_threads(self._process, thread_ids)
 
-    def place(self, thread_id: int, placement: Placement, vcpu_id: int | None = None) -> None:
-        """Its cgroups, if it has some of its own, then `place_thread`."""
-        _check(self._process, thread_id)
-        is_in = vcpu_id is not None and self._groups.enter(vcpu_id, thread_id, placement)
-        if not is_in and placement.cpus is not None:
-            self._groups.follow(thread_id, placement.cpus or online_cpus())
-        place_thread(self._process, thread_id, placement)
+    def place(self, thread_id: int, placement: Placement, vcpu_id: int | None = None) -> ThreadState:
+        """Into the cgroups made for this vCPU (none: the group it is in follows), then `place_thread`."""
+        if vcpu_id is None:
+            check_thread(self._process, thread_id)
+            if placement.cpus is not None:
+                self._groups.follow(thread_id, placement.cpus or online_cpus())
+        elif self._groups.has_made(vcpu_id):
+            check_thread(self._process, thread_id)
+            self._groups.enter(vcpu_id, thread_id, placement)
+        return place_thread(self._process, thread_id, placement)
 
     def has_layout(self) -> bool:
         """`VcpuGroups.has_layout`."""

@@ -64,7 +64,7 @@ def text(path):
 
 
 def group_of(pid, thread, key):
-    return hierarchy.groups_of(Path(f"/proc/{pid}/task/{thread}/cgroup")).get(key)
+    return hierarchy.groups_of(Path(f"/proc/{pid}/task/{thread}/cgroup").read_text()).get(key)
 
 
 def settings(folder):

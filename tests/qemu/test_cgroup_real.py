@@ -58,12 +58,12 @@ def machine(arch="x86_64"):
 
 def of_thread(qemu: QemuProcess, thread_id: int) -> dict[str, str]:
     """The groups of a thread, by controller, as the kernel tells them; "" is v2."""
-    return groups_of(Path(f"/proc/{qemu.pid}/task/{thread_id}/cgroup"))
+    return groups_of(Path(f"/proc/{qemu.pid}/task/{thread_id}/cgroup").read_text())
 
 
 def of_qemu(qemu: QemuProcess, controller: str) -> Group:
     """Where QEMU itself is in the hierarchy of one controller ("": v2)."""
-    found = find_groups(Path(f"/proc/{qemu.pid}/cgroup"), hierarchies())
+    found = find_groups(Path(f"/proc/{qemu.pid}/cgroup").read_text(), hierarchies())
     for group in found:
         if (controller == "" and group.version == V2) or controller in group.hierarchy.controllers:
             return group
@@ -323,6 +323,18 @@ async def test_what_the_kernel_declines_after_the_plug_is_partial_and_the_vcpu_s
                 await domain.enable([1, 2])
             assert (caught.value.remaining, caught.value.changed_ids) == ((1,), (1, 2))
             assert (await domain.state()).enabled_ids == (0, 1, 2)
+
+
+async def test_one_thread_for_all_leaves_no_group(file):
+    """With one vCPU nobody can tell yet that there is but one thread."""
+    async with (
+        paused("x86_64", "10.0", "1,maxcpus=8", ["-m", "256", *NUMA], accel="tcg,thread=single") as qemu,
+        qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain,
+    ):
+        for number in (1, 2):
+            outcome = await domain.enable(number)
+            assert any("nothing to place" in text for text in outcome.messages)
+            assert not [one for one in ours() if f"qemu-{qemu.pid}-" in one.name]
 
 
 async def test_killed_between_making_a_group_and_the_plug_leaves_nothing_that_stays(file):

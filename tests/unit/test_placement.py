@@ -53,7 +53,7 @@ class Threads:
         self.placed = {}
         self.groups = {}
 
-    def facts(self):
+    def facts(self, wanted):
         return self.told
 
     def look(self, thread_ids):
@@ -70,6 +70,7 @@ class Threads:
         if thread_id in self.refuses:
             raise OSError(22, "no such CPU in its cpuset")
         self.placed[thread_id] = placement
+        return ThreadState(placement.cpus or (), placement.scheduler or "other", 1)
 
     def has_layout(self):
         return self.layout
@@ -78,6 +79,10 @@ class Threads:
         if self.no_group:
             raise self.no_group
         self.groups = dict(wanted)
+
+    def remove_groups(self, gone, enabled):
+        self.removed = set(gone)
+        return []
 
     def lay_out(self, wanted, emulator, thread_ids):
         self.laid_out = list(wanted), emulator, set(thread_ids)
@@ -139,6 +144,7 @@ def test_what_came_is_placed_and_shown():
 
 def test_what_could_not_be_placed_is_partial_and_stays():
     placing = Placing(Threads(refuses=(102,)), DEFINITION)
+    placing.check(plan(1, 2), state(0))
     end = placing.place(state(0), state(0, 1, 2), plan(1, 2), applied(1, 2))
     assert isinstance(end, VcpuPartial) and end.remaining == (2,) and end.changed_ids == (1, 2)
     assert "vCPU 2 could not be given CPU 0-1, fifo:10: no such CPU" in end.message
@@ -150,10 +156,10 @@ def test_what_could_not_be_placed_is_partial_and_stays():
 def test_groups_are_made_before_the_plug_or_it_is_refused():
     threads = Threads()
     placing = Placing(threads, DEFINITION)
-    assert not placing.prepare(placing.check(plan(1, 2), state(0)), state(0)).refusals
+    assert not placing.prepare(placing.check(plan(1, 2), state(0))).refusals
     assert threads.groups == {1: Placement((3,), "fifo:10"), 2: Placement((0, 1), "fifo:10")}
     placing = Placing(Threads(no_group=PermissionError(13, "Permission denied", "/g/vcpu1")), DEFINITION)
-    (refusal,) = placing.prepare(placing.check(plan(1), state(0)), state(0)).refusals
+    (refusal,) = placing.prepare(placing.check(plan(1), state(0))).refusals
     assert refusal.message == "vCPU 1 cannot have its cgroup: /g/vcpu1: Permission denied"
     assert refusal.libvirt == "VIR_ERR_OPERATION_DENIED" and "--no-place" in refusal.hint
 
@@ -161,7 +167,7 @@ def test_groups_are_made_before_the_plug_or_it_is_refused():
 def test_where_every_vcpu_has_a_group_so_have_those_the_xml_is_silent_on():
     threads = Threads(layout=True)
     placing = Placing(threads, None)
-    asked = placing.prepare(placing.check(plan(1, 2), state(0)), state(0))
+    asked = placing.prepare(placing.check(plan(1, 2), state(0)))
     assert not asked.refusals and threads.groups == {1: Placement(), 2: Placement()}
     placing.place(state(0), state(0, 1, 2), asked, applied(1, 2))
     assert threads.placed == {101: Placement(), 102: Placement()}
@@ -182,7 +188,11 @@ def test_one_thread_for_all():
     placing = Placing(threads, DEFINITION)
     checked = placing.check(plan(1), state(0, 2, shared=True))
     assert not checked.refusals and "nothing to place" in checked.messages[0]
+    # With one vCPU nobody can tell yet.
+    placing = Placing(threads, DEFINITION)
+    assert not placing.check(plan(1), state(0)).messages
     end = placing.place(state(0), state(0, 1, shared=True), plan(1), applied(1))
+    assert threads.removed == {1}
     assert "nothing to place" in end.messages[0] and not threads.placed
     assert (
         "nothing to place"
