@@ -90,9 +90,9 @@ def main():
     # In the topmost group, with others: a group of ours.
     qemu = Qemu()
     threads = QemuThreads(find_process(qemu.threads.values()))
-    told["refusals"] = [one.message for one in check_placements(PLACED, threads.facts())]
+    told["refusals"] = [one.message for one in check_placements(PLACED, threads.facts(PLACED.values()))]
     beyond = {1: Placement((9,), mems=(7,))}
-    told["beyond"] = [one.message for one in check_placements(beyond, threads.facts())]
+    told["beyond"] = [one.message for one in check_placements(beyond, threads.facts(beyond.values()))]
     threads.make_groups(PLACED)
     for number, placement in PLACED.items():
         threads.place(qemu.threads[number], placement, number)
@@ -129,7 +129,7 @@ def main():
     threads = QemuThreads(find_process(qemu.threads.values()))
     told["has layout"] = threads.has_layout()
     wanted = {**PLACED, 3: Placement()}
-    told["layout refusals"] = [one.message for one in check_placements(wanted, threads.facts())]
+    told["layout refusals"] = [one.message for one in check_placements(wanted, threads.facts(wanted.values()))]
     threads.make_groups(wanted)
     widened = threads.widen([1])
     told["widened"] = text(emulator / "cpuset.mems")
