@@ -175,7 +175,7 @@ async def test_the_readme_is_true(tmp_path):
     readme = (TOP / "README.md").read_text()
     blocks = [block.split("```")[0] for block in readme.split("```sh\n")[1:]]
     python = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
-    assert (len(blocks), len(python)) == (7, 1)
+    assert (len(blocks), len(python)) == (8, 1)
     (tmp_path / "example.py").write_text(python[0])
     script = ["set -eu", "trap 'kill $(jobs -p)' EXIT", *blocks, f"{sys.executable} example.py"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
@@ -196,6 +196,7 @@ async def test_the_readme_is_true(tmp_path):
     assert "vCPU 5: enabled (hotplug)" in output
     assert '"changed_ids": [2, 3, 6]' in output
     assert "vCPU 0-6: enabled (7 of 8 vCPUs enabled)" in output
+    assert "vCPU 1: pinned" in output and "AFFINITY" in output
     assert "vCPU 7: enabled in the definition" in output
     assert "<vcpu id='7' state='disabled'/>" in output
     assert "predicted, no QEMU was started" in output
