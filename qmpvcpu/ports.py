@@ -18,6 +18,7 @@ __all__ = [
     "DefinitionStore",
     "Monitor",
     "MonitorEvent",
+    "Peer",
     "PendingStore",
     "Sink",
     "Staged",
@@ -48,6 +49,14 @@ class MonitorEvent:
     time: float = 0.0
 
 
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """The other end of a unix socket: the process that listened, and the path it listens at."""
+
+    pid: int | None = None
+    path: str | None = None
+
+
 #: Called in the order in which messages arrive, before the reply that follows an event is delivered. A lost
 #: connection is the last thing a sink gets. A sink must not block and must not raise.
 Sink = Callable[[MonitorEvent | VcpuConnectionError], None]
@@ -68,6 +77,10 @@ class Monitor(Protocol):
     @property
     def is_local(self) -> bool:
         """Whether QEMU runs on this host, as far as the connection tells."""
+
+    @property
+    def peer(self) -> Peer:
+        """Whom it is connected to, as far as the kernel tells."""
 
     @property
     def greeting(self) -> Mapping[str, Any]:
@@ -175,6 +188,13 @@ class Threads(Protocol):
         """Give one its cgroups (those made for `vcpu_id`), CPUs and scheduler; as read back. Raises OSError; no
         other process is ever touched.
         """
+
+    @property
+    def main_id(self) -> int:
+        """Thread id of QEMU's main thread."""
+
+    def is_in_group(self, thread_id: int, placement: Placement, vcpu_id: int) -> bool:
+        """Whether it is in every cgroup that a vCPU which shall be placed so gets. Never raises."""
 
     def has_layout(self) -> bool:
         """Whether every vCPU of this QEMU has a cgroup of its own. Cheap. Never raises."""

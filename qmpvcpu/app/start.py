@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import signal
 import time
 from collections.abc import AsyncIterator
@@ -16,12 +17,14 @@ from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.hardware import hardware_args
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain import connect
+from qmpvcpu.domain.place import check_start
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.cgroup import VcpuGroups, remove_trees
 from qmpvcpu.host.definitions import DefinitionFolder, check_name
 from qmpvcpu.host.process import process_of
 from qmpvcpu.host.runtime import SOCKETS, Runtime, end_process
+from qmpvcpu.host.threads import QemuThreads
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.monitor import connect_monitor
 from qmpvcpu.qemu.process import launch_qemu
@@ -110,6 +113,10 @@ async def start(
         await _check_inactive(name, runtime)
         document, definition = read_domain(folder.file(name).read())
         hardware = read_hardware(document)
+        here = QemuThreads(process_of(os.getpid()))
+        await asyncio.to_thread(here.sweep)
+        if place and (refusals := check_start(here, definition)):
+            raise VcpuRefused(refusals)
         line = await command_line(definition, mode=mode)
         if line.probe.emulator is None:
             raise _refused("emulator", "; ".join(line.probe.messages), "name an <emulator> that is here")
@@ -176,6 +183,8 @@ async def destroy(name: str) -> Destroyed:
     async with _alone(runtime):
         pid = runtime.pid()
         if pid is None:
+            # One that ended by itself has left its cgroups.
+            await asyncio.to_thread(QemuThreads(process_of(os.getpid())).sweep)
             if DefinitionFolder().is_defined(name) and await _answers(name):
                 raise _refused(
                     "destroy", f"'{name}' runs, and qmpvcpu has not started it", "end it where it is at home"

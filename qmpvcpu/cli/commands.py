@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from qmpvcpu.cli import render
 from qmpvcpu.cli.progress import waiting
-from qmpvcpu.core.checks import MAXIMUM_IS_CONFIG
+from qmpvcpu.core.checks import MAXIMUM_IS_CONFIG, check_range
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.request import Request, parse_ids
@@ -314,13 +314,7 @@ async def _guestvcpus(session: Session) -> int:
 
 async def _vcpupin(session: Session) -> int:
     options = session.options
-    for word, other in (("id", "vcpu"), ("cpus", "cpulist")):
-        if getattr(options, word) is not None and getattr(options, other) is not None:
-            raise VcpuUsageError(
-                f"--{other} is given twice", hint="vcpupin DOMAIN ID CPUS, or --vcpu and --cpulist"
-            )
-    number = options.vcpu if options.vcpu is not None else options.id
-    cpus = options.cpulist if options.cpulist is not None else options.cpus
+    number, cpus = options.vcpu, options.cpulist
     if cpus is not None and number is None:
         raise VcpuUsageError("no vCPU is given", hint="vcpupin DOMAIN --vcpu N --cpulist CPUS")
     flags = _flags(options)
@@ -338,9 +332,9 @@ async def _vcpupin(session: Session) -> int:
             result.to_json(), [f"vCPU {number}: {word}" if result.changed else f"vCPU {number}: already so"]
         )
         return result.outcome.exit_code
-    if number is not None and number >= state.maxcpus:
-        text = f"vCPU {number} is out of range: ids end at {state.maxcpus - 1}"
-        raise VcpuRefused([Refusal("range", text, (number,), "vcpuinfo shows them")])
+    refusals = check_range(state, (number,)) if number is not None else []
+    if refusals:
+        raise VcpuRefused(refusals)
     rows = [vcpu for vcpu in state.vcpus if number is None or vcpu.id == number]
     pins = [{"vcpu": vcpu.id, "cpus": vcpu.pin, "last_cpu": vcpu.cpu} for vcpu in rows]
     lines = [("VCPU", "CPU AFFINITY"), *((str(vcpu.id), vcpu.pin or "-") for vcpu in rows)]

@@ -242,8 +242,7 @@ def build_parser() -> argparse.ArgumentParser:
     destroy.add_argument("word", metavar="NAME", help="as it is defined")
 
     pin = domain_command("vcpupin", "show or set the host CPUs of a vCPU's thread, as virsh does")
-    pin.add_argument("id", metavar="ID", nargs="?", type=_number, help="the vCPU")
-    pin.add_argument("cpus", metavar="CPUS", nargs="?", help="host CPUs: 0-3,^2; r: all")
+    pin.usage = f"{pin.prog} DOMAIN [[--vcpu] N] [[--cpulist] CPUS] [--live] [--config] [--current]"
     pin.add_argument("--vcpu", metavar="N", type=_number, help="the vCPU")
     pin.add_argument("--cpulist", metavar="CPUS", help="host CPUs: 0-3,^2; r: all")
     _impact(pin)
@@ -260,6 +259,24 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _fill_in(found: argparse.Namespace, words: list[str]) -> list[str]:
+    """What virsh takes without its option, wherever it stands; argparse does not. Returns what is left over."""
+    left = [word for word in words if word.startswith("-")]
+    for word in words:
+        if word in left:
+            continue
+        if found.vcpu is None:
+            try:
+                found.vcpu = _number(word)
+            except argparse.ArgumentTypeError as error:
+                raise VcpuUsageError(f"vCPU: {error}", hint="vcpupin DOMAIN N CPUS") from None
+        elif found.cpulist is None:
+            found.cpulist = word
+        else:
+            left.append(word)
+    return left
+
+
 def parse(arguments: list[str]) -> argparse.Namespace:
     """Parse, with the global options always present.
 
@@ -267,7 +284,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         VcpuUsageError: the words are not of the grammar.
         SystemExit: after --help.
     """
-    found = build_parser().parse_args(arguments)
+    parser = build_parser()
+    found, more = parser.parse_known_args(arguments)
+    if found.command == "vcpupin":
+        more = _fill_in(found, more)
+    if more:
+        parser.error(f"unrecognized arguments: {' '.join(more)}")
+    if getattr(found, "current", False) and (found.live or found.config):
+        word = "live" if found.live else "config"
+        raise VcpuUsageError(f"--current and --{word} exclude each other", hint="leave out one of them")
     for name, default in (("json", False), ("debug", False), ("agent", None), ("qmp_log", None)):
         if not hasattr(found, name):
             setattr(found, name, default)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.model import DomainState, Vcpu, format_ids
@@ -23,6 +23,7 @@ __all__ = [
     "check_emulator",
     "check_placements",
     "emulator_placement",
+    "is_left",
     "placements",
     "with_thread",
     "with_threads",
@@ -33,6 +34,8 @@ REAL_TIME: Final = ("fifo", "rr")
 _V2: Final = 2
 #: cgroup-v2.rst, cpu.weight; libvirt writes `<shares>` there as it is.
 _MOST_WEIGHT: Final = 10000
+#: v1's cpu.shares: what is outside, the kernel bends.
+_MOST_SHARES: Final = 262144
 T = TypeVar("T")
 _HINT: Final = "--no-place (place=False) leaves it where the kernel puts it"
 
@@ -68,6 +71,15 @@ class Placement:
         """cgroup controllers that it cannot do without; affinity alone needs none."""
         tuned = (self.period, self.quota, self.shares) != (None, None, None)
         return (*(("cpuset",) if self.mems is not None else ()), *(("cpu",) if tuned else ()))
+
+    def to_json(self) -> dict[str, Any]:
+        """What it says, as JSON data: `cpus` and `mems` as the kernel writes lists."""
+        lists = {"cpus": self.cpus, "mems": self.mems}
+        values = {"scheduler": self.scheduler, "period": self.period, "quota": self.quota, "shares": self.shares}
+        return {
+            **{name: format_ids(value) for name, value in lists.items() if value is not None},
+            **{name: value for name, value in values.items() if value is not None},
+        }
 
     def __bool__(self) -> bool:
         return self != Placement()
@@ -154,6 +166,9 @@ def emulator_placement(definition: Definition) -> Placement:
 
 def check_emulator(emulator: Placement, facts: HostFacts | None) -> list[Refusal]:
     """Every reason why QEMU's other threads cannot be placed."""
+    if facts is None or not facts.is_owner:
+        # Said of the vCPUs, or there is nothing to do.
+        return []
     found = check_placements({0: emulator} if emulator else {}, facts)
     return [
         replace(
@@ -176,15 +191,14 @@ def check_placements(wanted: Mapping[int, Placement], facts: HostFacts | None) -
     if facts is None:
         text = f"vCPU {format_ids(ids)} cannot be placed: QEMU's process is not found on this host"
         return [Refusal("place", text, ids, _HINT, "VIR_ERR_OPERATION_UNSUPPORTED")]
+    found: list[Refusal] = []
     moved = {n: p for n, p in wanted.items() if p.cpus is not None or p.scheduler is not None}
     if moved and not facts.is_owner:
         why = "QEMU is another user's, or may do more than we, and CAP_SYS_NICE is missing"
         text = f"vCPU {format_ids(moved)} cannot be placed: {why}"
-        return [
-            Refusal("place", text, tuple(moved), f"be root, or QEMU's user; {_HINT}", "VIR_ERR_OPERATION_DENIED")
-        ]
+        hint = f"be root, or QEMU's user; {_HINT}"
+        found.append(Refusal("place", text, tuple(moved), hint, "VIR_ERR_OPERATION_DENIED"))
     cpuset = facts.controls.get("cpuset", Control())
-    found = []
     for cpus, ids in _groups(wanted, lambda p: p.cpus):
         found += _within(ids, cpus, "pinned to host CPU", facts.online, cpuset.cpus, cpuset.path, "<vcpupin>")
     for mems, ids in _groups(wanted, lambda p: p.mems):
@@ -201,9 +215,10 @@ def check_placements(wanted: Mapping[int, Placement], facts: HostFacts | None) -
             how = "be root, or be given that group" if control.denied else "have it mounted and enabled"
             found.append(Refusal("cgroup", text, ids, f"{how}; {_HINT}", libvirt))
     cpu = facts.controls.get("cpu", Control())
+    least, most = (1, _MOST_WEIGHT) if cpu.version == _V2 else (2, _MOST_SHARES)
     for shares, ids in _groups(wanted, lambda p: p.shares):
-        if cpu.version == _V2 and not shares <= _MOST_WEIGHT:
-            text = f"vCPU {format_ids(ids)}: <shares> {shares} is over what cgroup v2 takes, {_MOST_WEIGHT}"
+        if not least <= shares <= most:
+            text = f"vCPU {format_ids(ids)}: <shares> {shares} is not from {least} to {most}, as cgroups want it"
             found.append(Refusal("cgroup", text, ids, f"correct <shares>; {_HINT}"))
     return found + _real_time(wanted, facts, cpu)
 
@@ -245,6 +260,10 @@ def _real_time(wanted: Mapping[int, Placement], facts: HostFacts, cpu: Control) 
         if one.policy not in REAL_TIME:
             continue
         text = None
+        if not 1 <= one.priority <= 99:
+            text = f"vCPU {format_ids(ids)} shall be {scheduler}: priorities are 1 to 99"
+            found.append(Refusal("place", text, ids, f"correct <vcpusched priority>; {_HINT}"))
+            continue
         if one.priority > facts.realtime:
             text = f"vCPU {format_ids(ids)} shall be {scheduler}, and CAP_SYS_NICE is missing"
             hint = f"be root, or raise QEMU's RLIMIT_RTPRIO (it is {facts.realtime}); {_HINT}"
@@ -260,6 +279,16 @@ def _real_time(wanted: Mapping[int, Placement], facts: HostFacts, cpu: Control) 
         if text is not None:
             found.append(Refusal("place", text, ids, hint, "VIR_ERR_OPERATION_DENIED"))
     return found
+
+
+def is_left(placement: Placement, thread: ThreadState, main: ThreadState) -> bool:
+    """Whether a thread still has what QEMU's main thread has, and shall have something else: nobody has placed it.
+
+    What somebody has given it since is left alone.
+    """
+    is_loose = thread.cpus == main.cpus and bool(placement.cpus) and thread.cpus != placement.cpus
+    is_plain = thread.scheduler == main.scheduler and placement.scheduler not in (None, thread.scheduler)
+    return is_loose or is_plain
 
 
 def with_thread(vcpu: Vcpu, thread: ThreadState) -> Vcpu:

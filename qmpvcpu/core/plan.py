@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.config import ConfigPlan
 from qmpvcpu.core.model import DomainState, Entity, format_ids
+from qmpvcpu.core.placement import Placement
 from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.core.select import resolve_guest_total, resolve_total, select, select_listed
 from qmpvcpu.errors import Refusal
@@ -35,6 +36,8 @@ class Plan:
     unchanged: tuple[int, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     messages: tuple[str, ...] = ()
+    #: What the threads of these vCPUs are given, of those that are plugged, or are and were never placed.
+    placed: Mapping[int, Placement] = field(default_factory=dict)
     #: Whether hotplug cannot do a part of it, and the guest agent perhaps can.
     hopeless: bool = False
     #: What becomes of the definition.
@@ -83,6 +86,11 @@ class Plan:
             for ids, online in ((self.onlines, True), (self.offlines, False))
             if ids
         ]
+        steps += [
+            {"step": "place", "vcpus": [number], **placement.to_json()}
+            for number, placement in self.placed.items()
+            if placement
+        ]
         if self.config is not None:
             steps += self.config.steps
         return steps
@@ -111,6 +119,7 @@ class Plan:
             lines.append(f"take vCPU {format_ids(self.onlines)} online in the guest: guest-set-vcpus")
         if self.offlines:
             lines.append(f"take vCPU {format_ids(self.offlines)} offline in the guest: guest-set-vcpus")
+        lines += [f"place vCPU {number}: {placement}" for number, placement in self.placed.items() if placement]
         if self.request.total is not None and not lines and not self.refusals and self.config is None:
             lines.append(f"{self.request.total} vCPUs are enabled already")
         if self.config is not None:

@@ -17,7 +17,7 @@ __all__ = ["Knowledge", "Listed", "Request", "parse_ids"]
 
 _LONGEST: Final = 86400.0 * 365
 _MOST_RETRIES: Final = 9999
-_RANGE = re.compile(r"(\^?)([0-9]{1,6})(?:-([0-9]{1,6}))?\Z")
+_RANGE = re.compile(r"(\^?)([0-9]{1,6})(?: *- *([0-9]{1,6}))?\Z")
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,8 +117,12 @@ class Knowledge:
     guest: GuestView | None = None
 
 
-def parse_ids(text: str) -> tuple[int, ...]:
+def parse_ids(text: str, noun: str = "vCPU id") -> tuple[int, ...]:
     """`5`, `1-3,7`, `0-7,^2`: vCPU ids as virsh writes a CPU list, ascending, each once.
+
+    Args:
+        text: the list.
+        noun: what it is a list of, for messages.
 
     Raises:
         VcpuUsageError: the text is not such a list, or leaves nothing.
@@ -128,7 +132,7 @@ def parse_ids(text: str) -> tuple[int, ...]:
     for part in text.split(","):
         found = _RANGE.match(part.strip())
         if not found:
-            raise VcpuUsageError(f"'{part.strip()}' is no vCPU id", hint="write ids as 5, 1-3,7 or 0-7,^2")
+            raise VcpuUsageError(f"'{part.strip()}' is no {noun}", hint="write a list as 5, 1-3,7 or 0-7,^2")
         low = int(found[2])
         high = int(found[3]) if found[3] is not None else low
         if high < low:
@@ -136,5 +140,5 @@ def parse_ids(text: str) -> tuple[int, ...]:
         (left_out if found[1] else chosen).update(range(low, high + 1))
     ids = tuple(sorted(chosen - left_out))
     if not ids:
-        raise VcpuUsageError(f"'{text}' leaves no vCPU id", hint="^N takes N out of ids named beside it")
+        raise VcpuUsageError(f"'{text}' leaves no {noun}", hint="^N takes N out of ids named beside it")
     return ids

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
@@ -15,7 +16,7 @@ from qmpvcpu.core.outcome import conclude, interrupted, still_plugged, switched,
 from qmpvcpu.core.plan import Plan, make_plan
 from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, Result, Transaction
-from qmpvcpu.domain.drive import Drive
+from qmpvcpu.domain.drive import UNDO_SECONDS, Drive
 from qmpvcpu.domain.guest import Arrival, Guest, with_online
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.place import Placing, noted
@@ -24,6 +25,8 @@ from qmpvcpu.errors import OutcomeKind, Refusal, VcpuConnectionError, VcpuError,
 from qmpvcpu.flags import VcpuFlag
 
 __all__ = ["change", "plan_on"]
+
+logger = logging.getLogger("qmpvcpu.domain.change")
 
 
 async def plan_on(
@@ -115,10 +118,16 @@ async def change(
                 end = unchanged(link.state, now, time.monotonic() - began)
     else:
         end = unchanged(held, plan, time.monotonic() - began)
+        if plan.placed and placing is not None:
+            end = placing.place(held, link.state, plan, end)
     if guest is None and (plan.plugs or plan.awaited) and isinstance(end, Outcome) and end.changed:
         end = replace(end, messages=(*end.messages, _UNSEEN))
     if guest is not None:
-        end = await _in_the_guest(link, guest, plan, known, end, began)
+        try:
+            end = await _in_the_guest(link, guest, plan, known, end, began)
+        except asyncio.CancelledError:
+            await _take_back(link, plan, end)
+            raise
     seconds = time.monotonic() - began
     if isinstance(end, VcpuError):
         end.seconds = round(seconds, 6)
@@ -151,6 +160,19 @@ async def _placed(
         raise
     await _wait_groups_gone(link, ids)
     return end
+
+
+async def _take_back(link: Link, plan: Plan, end: Outcome | VcpuError) -> None:
+    """Cancelled while the guest was to come to run on it: what this call has plugged is unplugged again."""
+    ids = tuple(n for e in (*plan.awaited, *plan.plugs) for n in e.ids if n in end.changed_ids)
+    if not ids:
+        return
+    # A task of its own, since that is not cancelled; a second cancel ends it.
+    request = Request(ids, VcpuFlag.DISABLE, timeout=UNDO_SECONDS)
+    try:
+        await asyncio.create_task(change(link, request), name="qmpvcpu undo")
+    except VcpuError as error:
+        logger.warning("cancelled, and vCPU %s stays plugged: %s", format_ids(ids), error.message)
 
 
 async def _wait_groups_gone(link: Link, ids: Sequence[int]) -> None:

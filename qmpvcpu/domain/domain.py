@@ -417,8 +417,12 @@ class Domain:
             VcpuFailed: the kernel declines.
             VcpuPartial: the thread is pinned, and the definition could not be written.
         """
-        wanted = parse_ids(cpus) if isinstance(cpus, str) else None if cpus is None else _ids(cpus)
-        request = Request(_ids(vcpu_id), VcpuFlag(flags) & (VcpuFlag.LIVE | VcpuFlag.CONFIG))
+        wanted = None if cpus is None else _host_cpus(cpus)
+        if VcpuFlag(flags) & ~(VcpuFlag.LIVE | VcpuFlag.CONFIG):
+            raise VcpuUsageError(f"{VcpuFlag(flags)!r} makes no sense here", hint="give LIVE, CONFIG or both")
+        if type(vcpu_id) is not int:
+            raise VcpuUsageError(f"{vcpu_id!r} is no vCPU id", hint="ids are integers")
+        request = Request((vcpu_id,), VcpuFlag(flags))
         async with self._queue:
             self._shown = None
             live, config = self._sides(request.flags)
@@ -740,6 +744,15 @@ def _total(count: int, options: Options, *, maximum: bool, hotpluggable: bool) -
         raise VcpuRefused([checks.MAXIMUM_IS_CONFIG])
     request = _request((), VcpuFlag.CURRENT, options, total=count)
     return replace(request, maximum=maximum, hotpluggable=hotpluggable)
+
+
+def _host_cpus(cpus: str | Iterable[int]) -> tuple[int, ...]:
+    if isinstance(cpus, str):
+        return parse_ids(cpus, "host CPU")
+    chosen = tuple(cpus)
+    if not chosen or any(type(number) is not int or number < 0 for number in chosen):
+        raise VcpuUsageError(f"{chosen!r} are no host CPUs", hint="give one or more of 0, 1, …; None for all")
+    return tuple(sorted(set(chosen)))
 
 
 def _ids(ids: object) -> tuple[int, ...]:

@@ -77,7 +77,7 @@ class Link:
         self._reader, state = await open_reader(self.monitor, name)
         self._state = state
         if self.monitor.is_local:
-            self.process = find_process(self._reader.thread_ids)
+            self.process = find_process(self._reader.thread_ids, self.monitor.peer)
             self.threads = QemuThreads(self.process) if self.process is not None else None
         if self.threads is not None:
             self.threads.recover()

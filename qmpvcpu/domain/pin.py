@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
+from dataclasses import replace
 
-from qmpvcpu.core.model import DomainState, Outcome, format_ids
+from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.placement import Placement, check_placements, with_threads
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.persistent import ConfigChange, Persistent
@@ -94,29 +95,37 @@ def _against(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...]
         return [Refusal("shared-thread", text, (vcpu_id,), "start QEMU with thread=multi, or KVM")]
     wanted = {vcpu_id: Placement(cpus if cpus is not None else ())}
     facts = link.threads.facts(wanted.values()) if link.threads is not None else None
-    return check_placements(wanted, facts)
+    hint = "name CPUs that it may have; vcpupin --config keeps them for another host"
+    return [
+        replace(one, hint=hint if one.libvirt == _INVALID else one.hint) for one in check_placements(wanted, facts)
+    ]
+
+
+#: Of what the words themselves are to blame for.
+_INVALID = "VIR_ERR_INVALID_ARG"
 
 
 def _pin(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> tuple[DomainState, bool]:
     """The state afterwards, and whether anything is different."""
     threads, thread_id = link.threads, state.vcpus[vcpu_id].thread_id
-    assert threads is not None
-    facts = threads.facts(())
-    if thread_id is None or facts is None:
+    before = threads.look([thread_id]).get(thread_id) if threads is not None and thread_id is not None else None
+    if threads is None or thread_id is None or before is None:
         raise VcpuFailed(f"vCPU {vcpu_id} has no thread any more", hint="look again: vcpuinfo", ids=(vcpu_id,))
-    wanted = cpus if cpus is not None else tuple(sorted(facts.online))
-    before = threads.look([thread_id]).get(thread_id)
+    placement = Placement(cpus if cpus is not None else ())
     try:
-        if before is None or before.cpus != wanted:
-            threads.place(thread_id, Placement(wanted))
+        if threads.has_layout() and not threads.is_in_group(thread_id, placement, vcpu_id):
+            # As one that QEMU started with, and nobody has laid out: the emulator's group may have other CPUs.
+            threads.make_groups({vcpu_id: placement})
+            after = threads.place(thread_id, placement, vcpu_id)
+        else:
+            after = before if before.cpus == cpus else threads.place(thread_id, placement)
     except OSError as error:
         raise VcpuFailed(
-            f"vCPU {vcpu_id} could not be pinned to host CPU {format_ids(wanted)}: {error.strerror or error}",
+            f"vCPU {vcpu_id} could not be given {placement}: {error.strerror or error}",
             hint="its cpuset cgroup may not have these CPUs",
             ids=(vcpu_id,),
         ) from error
-    changed = before is None or before.cpus != wanted
-    return with_threads(state, threads.look([thread_id])), changed
+    return with_threads(state, {thread_id: after}), after.cpus != before.cpus
 
 
 def _place(persistent: Persistent | None) -> str:

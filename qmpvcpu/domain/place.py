@@ -18,14 +18,15 @@ from qmpvcpu.core.placement import (
     check_emulator,
     check_placements,
     emulator_placement,
+    is_left,
     placements,
     with_thread,
 )
 from qmpvcpu.core.plan import Plan
-from qmpvcpu.errors import Refusal, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused
 from qmpvcpu.ports import Threads, Widened
 
-__all__ = ["Placing", "noted", "place_all"]
+__all__ = ["Placing", "check_start", "noted", "place_all"]
 
 
 class Placing:
@@ -46,18 +47,40 @@ class Placing:
         return not self._plugged
 
     def check(self, plan: Plan, state: DomainState) -> Plan:
-        """The plan, with what stands against placing what it plugs."""
-        if not plan.request.place or not (plan.plugs or plan.awaited):
+        """The plan, with what is placed: what it plugs, and what is enabled already and was never placed; and what
+        stands against it.
+        """
+        if not plan.request.place or not (plan.plugs or plan.awaited or (plan.unchanged and plan.request.enables)):
             return plan
         self._has_layout = self._threads is not None and self._threads.has_layout()
         wanted = self._wanted(_plugged(plan))
         if state.threads_shared:
             return replace(plan, messages=(*plan.messages, _SHARED)) if wanted else plan
-        self._plugged = wanted
+        wanted |= self._left(plan, state)
         if not wanted:
             return plan
+        self._plugged = wanted
         facts = self._threads.facts(wanted.values()) if self._threads is not None else None
-        return plan.refused(check_placements(wanted, facts))
+        return replace(plan, placed=wanted).refused(check_placements(wanted, facts))
+
+    def _left(self, plan: Plan, state: DomainState) -> dict[int, Placement]:
+        """Of what is enabled already, what was never placed."""
+        if self._threads is None or not plan.request.enables:
+            return {}
+        found = self._wanted(number for number in plan.unchanged if state.vcpus[number].enabled)
+        main = self._threads.look([self._threads.main_id]).get(self._threads.main_id)
+        ids = {number: thread for number in found if (thread := state.vcpus[number].thread_id) is not None}
+        seen = self._threads.look(list(ids.values())) if ids else {}
+        return {
+            number: found[number]
+            for number, thread in ids.items()
+            if main is not None
+            and thread in seen
+            and (
+                is_left(found[number], seen[thread], main)
+                or not self._threads.is_in_group(thread, found[number], number)
+            )
+        }
 
     def prepare(self, plan: Plan) -> Plan:
         """Make the cgroups of what is to be plugged; what keeps them from being made stands against the plan."""
@@ -97,10 +120,11 @@ class Placing:
     def place(
         self, before: DomainState, now: DomainState, plan: Plan, end: Outcome | VcpuError
     ) -> Outcome | VcpuError:
-        """Place what has come since `before`; an end that says so, if it could not be."""
+        """Place what has come since `before`, and what never was; an end that says so, if it could not be."""
         if not plan.request.place or (self.is_idle and not plan.unplugs):
             return end
-        wanted = self._wanted(_came(before, now, plan))
+        left = [number for number in plan.unchanged if number in self._plugged]
+        wanted = self._wanted([*_came(before, now, plan), *left])
         if not wanted:
             return end
         if now.threads_shared:
@@ -110,6 +134,38 @@ class Placing:
             if _SHARED not in end.messages:
                 end = noted(end, [_SHARED])
             return end
+        placed, failed = self._place(wanted, now)
+        if failed and self._threads is not None and self._threads.facts(()) is None:
+            return VcpuConnectionError(
+                f"QEMU has ended after vCPU {format_ids(wanted)} was plugged",
+                reason="closed",
+                hint="look at its log",
+                ids=end.ids,
+                messages=end.messages,
+            )
+        if not failed:
+            late = tuple(number for number in left if number in placed)
+            return _late(_shown(placed, end), late)
+        text = "; ".join(f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in failed.items())
+        remaining = [number for ids in failed.values() for number in ids]
+        if isinstance(end, VcpuError):
+            return noted(end, [text])
+        return VcpuPartial(
+            f"{text}; it is plugged, and stays so",
+            remaining=remaining,
+            hint="asked again, it is placed only; --no-place (place=False) leaves it where the kernel puts it",
+            ids=end.ids,
+            changed_ids=end.changed_ids,
+            pending=end.pending,
+            undone=end.undone,
+            messages=end.messages,
+            mechanism=end.mechanism,
+        )
+
+    def _place(
+        self, wanted: Mapping[int, Placement], now: DomainState
+    ) -> tuple[dict[int, ThreadState], dict[str, list[int]]]:
+        """What they have then; and why some could not be given what they shall have."""
         failed: dict[str, list[int]] = {}
         placed: dict[int, ThreadState] = {}
         taken_back = {number: wanted[number] for number in wanted if number not in self._plugged}
@@ -126,23 +182,7 @@ class Placing:
                 placed[number] = self._threads.place(thread_id, placement, number)
             except OSError as error:
                 failed.setdefault(f"{placement or 'its cgroup'}: {_why(error)}", []).append(number)
-        if not failed:
-            return _shown(placed, end)
-        text = "; ".join(f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in failed.items())
-        left = [number for ids in failed.values() for number in ids]
-        if isinstance(end, VcpuError):
-            return noted(end, [text])
-        return VcpuPartial(
-            f"{text}; it is plugged, and stays so",
-            remaining=left,
-            hint="vcpupin --live pins it; --no-place (place=False) leaves it where the kernel puts it",
-            ids=end.ids,
-            changed_ids=end.changed_ids,
-            pending=end.pending,
-            undone=end.undone,
-            messages=end.messages,
-            mechanism=end.mechanism,
-        )
+        return placed, failed
 
     def _wanted(self, ids: Iterable[int]) -> dict[int, Placement]:
         """What these vCPUs shall have; where every one has a cgroup of its own, those without a wish too."""
@@ -151,12 +191,30 @@ class Placing:
         return found | placements(self._definition, numbers)
 
 
+def _late(end: Outcome | VcpuError, ids: tuple[int, ...]) -> Outcome | VcpuError:
+    """With what was enabled already, and is placed only now."""
+    if not ids or isinstance(end, VcpuError):
+        return end
+    text = f"vCPU {format_ids(ids)} was enabled already, and is placed now"
+    return noted(replace(end, changed_ids=tuple(sorted({*end.changed_ids, *ids}))), [text])
+
+
 def _shown(placed: Mapping[int, ThreadState], end: Outcome | VcpuError) -> Outcome | VcpuError:
     """With what the threads of these vCPUs have in its rows."""
     if isinstance(end, VcpuError):
         return end
     rows = [with_thread(row, placed[row.id]) if row.id in placed else row for row in end.rows]
     return replace(end, rows=tuple(rows))
+
+
+def check_start(threads: Threads, definition: Definition) -> list[Refusal]:
+    """Why a guest that is to start here cannot be placed. `threads` are this process's: QEMU has its rights and
+    cgroups.
+    """
+    wanted = placements(definition, definition.enabled_ids)
+    emulator = emulator_placement(definition)
+    facts = threads.facts([*wanted.values(), emulator])
+    return check_placements(wanted, facts) + check_emulator(emulator, facts)
 
 
 def place_all(threads: Threads | None, definition: Definition, state: DomainState) -> list[str]:
@@ -174,7 +232,7 @@ def place_all(threads: Threads | None, definition: Definition, state: DomainStat
     if not wanted and not emulator:
         return messages
     facts = threads.facts([*wanted.values(), emulator]) if threads is not None else None
-    refusals = check_placements(wanted, facts) or check_emulator(emulator, facts)
+    refusals = check_placements(wanted, facts) + check_emulator(emulator, facts)
     if refusals or threads is None:
         raise VcpuRefused(refusals)
     own = {vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None}

@@ -37,7 +37,7 @@ from qmpvcpu.host.hierarchy import (
     write,
 )
 from qmpvcpu.host.process import Process, is_alive
-from qmpvcpu.host.widen import Widened, notes
+from qmpvcpu.host.widen import Widened, forget_dead, notes
 
 __all__ = ["VcpuGroups", "remove_trees"]
 
@@ -219,6 +219,15 @@ class VcpuGroups:
             self.make({vcpu_id: placement})
             self._move(vcpu_id, thread_id)
 
+    def is_in_place(self, vcpu_id: int, thread_id: int, placement: Placement) -> bool:
+        """Whether a thread is in every group that a vCPU which shall be placed so gets. Raises OSError."""
+        names = self._names(thread_id)
+        return all(
+            names.get(_key(site.group)) == site.vcpu(vcpu_id).name
+            for site in self._sites()
+            if site.takes(placement)
+        )
+
     def follow(self, thread_id: int, cpus: Collection[int]) -> None:
         """Let the group of a vCPU, if it has its own, have these host CPUs too: its thread is pinned anew.
 
@@ -243,8 +252,14 @@ class VcpuGroups:
         Never raises.
         """
         busy = set()
+        try:
+            sites = self._sites()
+        except OSError:
+            # QEMU is gone, and with it all its threads.
+            remove_trees([site.base.folder for site in self._seen or () if site.is_ours], 0.0)
+            sites = [site for site in self._seen or () if not site.is_ours]
         with suppress(OSError):
-            for site in self._sites():
+            for site in sites:
                 ids = set(gone)
                 if site.is_ours:
                     ids |= {number for number in _vcpus_in(site.base.folder) if number not in enabled}
@@ -270,17 +285,22 @@ class VcpuGroups:
             _tune(site, group, Placement(emulator.cpus, mems=emulator.mems), [])
             for _ in range(_ROUNDS):
                 threads = [int(name) for name in os.listdir(self._folder / "task")]  # noqa: PTH208
-                key = "" if group.version == V2 else site.controllers[0]
                 left = [
                     number
                     for number in sorted(set(threads) - set(vcpu_threads))
-                    if self._names(number).get(key) != group.name
+                    if self._names(number).get(_key(group)) != group.name
                 ]
                 for number in left:
                     with suppress(ProcessLookupError):
                         write(group.folder / _threads_file(group), str(number))
                 if not left:
                     break
+
+    def sweep(self) -> None:
+        """Remove groups of ours, around this process, whose QEMU is gone. Never raises."""
+        with suppress(OSError):
+            for site in self._sites():
+                _sweep(site)
 
     def folders(self) -> list[Path]:
         """Groups that we made around this QEMU, for whoever ends it to give to `remove_trees`. Never raises."""
@@ -302,7 +322,11 @@ class VcpuGroups:
         if site is None or not site.is_layout:
             return None
         note = notes() / self._process.key
-        note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        if not note.exists():
+            if wanted <= (_effective(site.group, "mems") or frozenset()):
+                return None
+            note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            forget_dead(note.parent)
         lock = try_lock(note)
         if lock is None:
             raise BlockingIOError(errno.EAGAIN, "another process plugs a vCPU of this QEMU")
@@ -377,9 +401,9 @@ class VcpuGroups:
             write(group.folder / _threads_file(group), str(thread_id))
         names = self._names(thread_id)
         for group in self._made[vcpu_id]:
-            key = "" if group.version == V2 else group.hierarchy.controllers[0]
-            if names.get(key) != group.name:
-                raise OSError(errno.EINVAL, f"it is in the cgroup '{names.get(key)}', not in '{group.name}'")
+            name = names.get(_key(group))
+            if name != group.name:
+                raise OSError(errno.EINVAL, f"it is in the cgroup '{name}', not in '{group.name}'")
 
 
 def _trouble(top: Group, process: Process) -> tuple[str | None, bool]:
@@ -495,9 +519,14 @@ def _enable(folder: Path, controllers: Collection[str]) -> None:
         write(folder / "cgroup.subtree_control", " ".join(missing))
 
 
+def _key(group: Group) -> str:
+    """By which `groups_of` tells its hierarchy."""
+    return "" if group.version == V2 else group.hierarchy.controllers[0]
+
+
 def _sweep(site: _Site) -> None:
     """Groups of ours whose QEMU is gone. Never raises."""
-    top = site.base.folder.parent
+    top = site.base.folder.parent if site.is_ours else site.base.folder
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().split("-")[0]
         for name in os.listdir(top):  # noqa: PTH208 - names are all we need

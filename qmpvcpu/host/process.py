@@ -1,21 +1,28 @@
 """Which process a guest is: by the threads that QMP lists, checked in /proc.
 
-A socket's peer credentials name who listened, not always QEMU (libvirt passes the socket in), so they are not
-asked.
+A socket's peer credentials name who listened, not always QEMU (libvirt passes the socket in): then QEMU must hold
+the socket that listens.
 """
 
 from __future__ import annotations
 
 import os
 from collections.abc import Collection
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from typing import Final
 
+from qmpvcpu.ports import Peer
+
 __all__ = ["Process", "find_process", "is_alive", "process_of"]
 
 _PROC: Final = Path("/proc")
+#: include/uapi/linux/net.h, __SO_ACCEPTCON: it listens.
+_ACCEPTS: Final = 1 << 16
+#: A zombie has its start time still.
+_DEAD: Final = (b"Z", b"X")
 #: proc(5), /proc/pid/stat: the 22nd field, and the 20th after the name.
 _START: Final = 19
 
@@ -40,21 +47,48 @@ def boot_id() -> str:
     return (_PROC / "sys/kernel/random/boot_id").read_text().split("-")[0].strip()
 
 
-def _start_of(pid: int) -> int:
+def _start_of(pid: int, *, alive: bool = False) -> int:
     # Of its first thread, which is the same: /proc/PID/stat adds up all threads. The name may hold spaces and
     # brackets: what counts begins after the last one.
     fd = os.open(f"/proc/{pid}/task/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     try:
-        return int(os.read(fd, 4096).rpartition(b")")[2].split()[_START])
+        fields = os.read(fd, 4096).rpartition(b")")[2].split()
     finally:
         os.close(fd)
+    if alive and fields[0] in _DEAD:
+        raise ProcessLookupError(3, "it has ended")
+    return int(fields[_START])
 
 
-def find_process(thread_ids: Collection[int]) -> Process | None:
+def _listens(pid: int, peer: Peer) -> bool:
+    """Whether the socket that a monitor is connected to is that process's: it listened itself, or was given the
+    socket that listens.
+    """
+    if peer.path is None or peer.pid == pid:
+        # A socket pair, TCP: nothing tells.
+        return True
+    inodes = set()
+    for line in (_PROC / "net/unix").read_bytes().splitlines()[1:]:
+        fields = line.split(None, 7)
+        if len(fields) == 8 and fields[7] == os.fsencode(peer.path) and int(fields[3], 16) & _ACCEPTS:
+            inodes.add(f"socket:[{int(fields[6])}]")
+    try:
+        for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - names are all we need
+            with suppress(FileNotFoundError):
+                if os.readlink(f"/proc/{pid}/fd/{name}") in inodes:  # noqa: PTH115
+                    return True
+    except PermissionError:
+        # Another user's: we could do nothing to it.
+        return True
+    return False
+
+
+def find_process(thread_ids: Collection[int], peer: Peer | None = None) -> Process | None:
     """The one QEMU on this host that owns all these threads; None where there is none, or it may not be looked at.
 
     Args:
         thread_ids: Linux thread ids, as `query-cpus-fast` lists them.
+        peer: whom the monitor's socket leads to.
     """
     try:
         some = next(iter(thread_ids), None)
@@ -67,6 +101,9 @@ def find_process(thread_ids: Collection[int]) -> Process | None:
             return None
         # A thread of that number on another host, or in another container, is rarely a QEMU's.
         if b"qemu" not in (folder / "cmdline").read_bytes().lower():
+            return None
+        # A QEMU that a guest has taken over can name the threads of another one.
+        if pid in thread_ids or (peer is not None and not _listens(pid, peer)):
             return None
         return process_of(pid)
     except (OSError, ValueError, IndexError):
@@ -83,6 +120,6 @@ def is_alive(key: str) -> bool:
     boot, _, rest = key.partition("-")
     pid, _, start = rest.partition("-")
     try:
-        return boot == boot_id() and _start_of(int(pid)) == int(start)
+        return boot == boot_id() and _start_of(int(pid), alive=True) == int(start)
     except (OSError, ValueError, IndexError):
         return False

@@ -146,6 +146,17 @@ class QemuThreads:
             self._groups.enter(vcpu_id, thread_id, placement)
         return place_thread(self._process, thread_id, placement)
 
+    @property
+    def main_id(self) -> int:
+        """Thread id of QEMU's main thread."""
+        return self._process.pid
+
+    def is_in_group(self, thread_id: int, placement: Placement, vcpu_id: int) -> bool:
+        """`VcpuGroups.is_in_place`; a thread that is gone lacks nothing."""
+        with suppress(OSError):
+            return self._groups.is_in_place(vcpu_id, thread_id, placement)
+        return True
+
     def has_layout(self) -> bool:
         """`VcpuGroups.has_layout`."""
         return self._groups.has_layout()
@@ -165,6 +176,10 @@ class QemuThreads:
     def widen(self, mems: Iterable[int]) -> Widened | None:
         """`VcpuGroups.widen`."""
         return self._groups.widen(mems)
+
+    def sweep(self) -> None:
+        """`VcpuGroups.sweep`."""
+        self._groups.sweep()
 
     def recover(self) -> None:
         """`VcpuGroups.recover`."""

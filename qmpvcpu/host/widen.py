@@ -11,8 +11,9 @@ from pathlib import Path
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.host.files import state_folder
 from qmpvcpu.host.hierarchy import cpu_list, put, write
+from qmpvcpu.host.process import is_alive
 
-__all__ = ["Widened", "notes"]
+__all__ = ["Widened", "forget_dead", "notes"]
 
 
 class Widened:
@@ -61,3 +62,11 @@ def notes() -> Path:
         return state_folder() / "cgroup"
     except RuntimeError as error:
         raise FileNotFoundError(errno.ENOENT, f"no state folder: {error}") from error
+
+
+def forget_dead(folder: Path) -> None:
+    """Notes of QEMUs that are gone have nothing to put back. Never raises."""
+    with suppress(OSError):
+        for note in folder.iterdir():
+            if not is_alive(note.name):
+                note.unlink(missing_ok=True)

@@ -14,6 +14,7 @@ import os
 import re
 import socket
 import stat
+import struct
 import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
@@ -28,7 +29,7 @@ from qemu.qmp import (
 )
 
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
-from qmpvcpu.ports import CommandError, MonitorEvent, Sink
+from qmpvcpu.ports import CommandError, MonitorEvent, Peer, Sink
 
 __all__ = ["Address", "QmpLog", "QmpMonitor", "open_monitor", "parse_address"]
 
@@ -143,6 +144,17 @@ class _Client(QMPClient):
             return bool(sock.getsockname()[0] == sock.getpeername()[0])
         return False
 
+    def peer(self) -> Peer:
+        """Credentials and path of a unix socket's other end."""
+        sock = self._writer.get_extra_info("socket") if self._writer is not None else None
+        if sock is None or sock.family != socket.AF_UNIX:
+            return Peer()
+        with suppress(OSError, struct.error):
+            pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            name = sock.getpeername()
+            return Peer(pid, name if isinstance(name, str) and name else None)
+        return Peer()
+
     def _cb_outbound(self, msg: Message) -> Message:
         if self.log is not None:
             self.log.write("send", msg)
@@ -208,6 +220,11 @@ class QmpMonitor:
     def is_local(self) -> bool:
         """Whether both ends of the connection are on this host."""
         return self._client.is_local()
+
+    @property
+    def peer(self) -> Peer:
+        """Whom it is connected to, as far as the kernel tells."""
+        return self._client.peer()
 
     @property
     def greeting(self) -> Mapping[str, Any]:

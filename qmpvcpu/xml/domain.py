@@ -40,6 +40,8 @@ _UNITS: Final[Mapping[str, int]] = {"b": 1, "bytes": 1} | {
 _WITH_PRIORITY: Final = ("fifo", "rr")
 _SCHEDULERS: Final = ("fifo", "rr", "batch", "idle", "other")
 
+#: What the lists in attributes are of, where not of vCPU ids.
+_NOUNS: Final[Mapping[str, str]] = {"cpuset": "host CPU", "nodeset": "host NUMA node"}
 #: libvirt's bound of `<quota>`, microseconds.
 _MOST_QUOTA: Final = 17592186044415
 #: Modes of `<numatune>`, and those that bind.
@@ -104,9 +106,9 @@ class _Reader:
             pins=self._pins(),
             schedulers=self._schedulers(),
             emulator_pin=self._emulator_pin(),
-            period=self._tuned_number("period", 1000, 1_000_000),
+            period=self._period(),
             quota=self._quota(),
-            shares=self._tuned_number("shares", 2, 262144),
+            shares=self._shares(),
             mems=self._mems(),
             cell_mems=self._cell_mems(),
             agent=self._agent(),
@@ -306,21 +308,33 @@ class _Reader:
             if name is None:
                 continue
             if name in _WITH_PRIORITY:
-                level = self._int(element, priority, "<vcpusched priority>", 1, 99)
+                # What cannot be is said when it shall be done, as libvirt does.
+                level = self._int(element, priority, "<vcpusched priority>", 0, 99)
                 name = f"{name}:{level}"
             twice = [number for number in ids if number in schedulers]
             if twice:
                 self._wrong(element, f"vCPU {format_ids(twice)} has two schedulers")
+            self._in_range(element, ids, "<vcpusched>")
             schedulers.update(dict.fromkeys(ids, name))
         return {number: name for number, name in sorted(schedulers.items()) if number < self.maximum}
 
     def _emulator_pin(self) -> tuple[int, ...] | None:
-        element = next(iter(self._tuned("emulatorpin")), None)
+        found = self._tuned("emulatorpin")
+        for other in found[1:]:
+            self._wrong(other, "<emulatorpin> stands twice")
+        element = next(iter(found), None)
         return self._list(element, "cpuset", required=True) if element is not None else None
 
-    def _tuned_number(self, name: str, low: int, high: int) -> int | None:
-        element = next(iter(self._tuned(name)), None)
-        return self._int(element, element.text.strip(), f"<{name}>", low, high) if element is not None else None
+    def _period(self) -> int | None:
+        """libvirt: 0 says nothing."""
+        element = next(iter(self._tuned("period")), None)
+        if element is None or element.text.strip() == "0":
+            return None
+        return self._int(element, element.text.strip(), "<period>", 1000, 1_000_000)
+
+    def _shares(self) -> int | None:
+        element = next(iter(self._tuned("shares")), None)
+        return self._int(element, element.text.strip(), "<shares>", 0, 10**9) if element is not None else None
 
     def _quota(self) -> int | None:
         """libvirt: negative is no limit, and 0 says nothing."""
@@ -379,6 +393,7 @@ class _Reader:
         if text is None:
             self._wrong(element, f"{what} is missing")
             return None
+        text = text.strip()
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             self._wrong(element, f"{what} '{text[:40]}' is no number")
             return None
@@ -402,7 +417,7 @@ class _Reader:
                 self._wrong(element, f"<{element.name} {key}> is missing")
             return None
         try:
-            return parse_ids(text)
+            return parse_ids(text, _NOUNS.get(key, "vCPU id"))
         except VcpuUsageError as error:
             self._wrong(element, f"<{element.name} {key}>: {error.message}")
             return None

@@ -383,3 +383,40 @@ async def test_start_lays_a_guest_out_and_destroy_leaves_no_group(file):
     finally:
         assert (await cli("destroy", "d")).code == 0
     assert not [one for one in ours() if f"qemu-{pid}-" in one.name]
+
+
+async def test_in_libvirts_layout_a_vcpu_that_was_never_laid_out_gets_its_group_when_it_is_pinned(file):
+    file.write_text(xml(PIN))
+    async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+        with inside(qemu, f"qmpvcpu-test-{qemu.pid}", "emulator", controllers=("cpuset",)) as made:
+            (made["cpuset"] / "cpuset.cpus").write_text("0")
+            outcome = await domain.pin(0, [1], VcpuFlag.LIVE)
+            assert outcome.vcpu.pin == "1"
+            assert of_thread(qemu, outcome.vcpu.thread_id)["cpuset"].endswith("/vcpu0")
+            assert (made["cpuset"].parent / "vcpu0" / "cpuset.cpus").read_text().strip() == "1"
+
+
+async def test_a_start_that_cannot_be_placed_starts_nothing(file):
+    tune = TUNE.replace("cpuset='1'", "cpuset='77'").replace("<cputune>", "<cputune><emulatorpin cpuset='66'/>")
+    file.write_text(xml(tune))
+    assert (await cli("define", str(file))).code == 0
+    run = await cli("start", "d", "--json")
+    assert run.code == 3 and "CPU 77" not in run.stdout and "66" in run.stdout
+    file.write_text(xml(tune).replace("current='1'", "current='2'"))
+    assert (await cli("define", str(file))).code == 0
+    run = await cli("start", "d", "--json")
+    assert run.code == 3 and "CPU 77" in run.stdout and "the emulator is pinned to host CPU 66" in run.stdout
+    assert not list((file.parent / "s").glob("log/*"))
+    run = await cli("start", "d", "--no-place", "--json")
+    assert run.code == 0 and (await cli("destroy", "d")).code == 0
+
+
+async def test_the_groups_of_a_guest_that_crashed_go_with_destroy(file):
+    file.write_text(xml(TUNE).replace("current='1'", "current='2'"))
+    assert (await cli("define", str(file))).code == 0
+    pid = (await cli("start", "d", "--json")).json["pid"]
+    assert [one for one in ours() if f"qemu-{pid}-" in one.name]
+    os.kill(pid, signal.SIGKILL)
+    deadline = time.monotonic() + 5
+    while (await cli("destroy", "d")).code == 0 or [one for one in ours() if f"qemu-{pid}-" in one.name]:
+        assert time.monotonic() < deadline

@@ -17,9 +17,10 @@ from qmpvcpu import VcpuFlag
 from qmpvcpu.core.placement import Placement
 from qmpvcpu.host.process import find_process
 from qmpvcpu.host.rights import kvm_state
-from qmpvcpu.host.threads import look, online_cpus, place_thread
+from qmpvcpu.host.threads import QemuThreads, look, online_cpus, place_thread
 from qmpvcpu.qemu.process import run_qemu
 from tests.conftest import Run, cli, qemu_binary
+from tests.qemu.test_cgroup_real import inside
 
 pytestmark = pytest.mark.qemu
 
@@ -226,15 +227,85 @@ async def test_vcpupin(file):
             (("0", "4090"), 3, "host CPU 4090"),
             (("5", "0"), 3, "is not enabled"),
             (("99", "0"), 3, "99"),
-            (("99",), 3, "out of range"),
+            (("99",), 3, "ids are 0 to 7"),
             (("0", "x"), 2, "is no"),
             (("--cpulist", "0"), 2, "no vCPU is given"),
-            (("0", "0", "--vcpu", "1"), 2, "given twice"),
+            (("0", "0", "--vcpu", "1"), 2, "unrecognized"),
+            (("0", "x"), 2, "'x' is no host CPU"),
+            (("x", "0"), 2, "'x' is not a number"),
+            (("0", "0", "--live", "--current"), 2, "exclude each other"),
             (("--live", "--config"), 3, "exclude each other"),
         ):
             run = await cli("vcpupin", "d", *words, "--json")
             assert run.code == code and text in run.stdout, (words, run.stdout)
+        # In whatever order.
+        for words in (("--live", "0", "0"), ("0", "--live", "0"), ("--vcpu", "0", "0"), ("--json", "0", "0")):
+            assert (await cli("vcpupin", "d", *words)).code == 0, words
         # For when it is plugged.
         assert (await cli("vcpupin", "d", "6", "0", "--config")).code == 0
         assert (await cli("setvcpu", "d", "6", "--enable")).code == 0
         assert (await cli("vcpupin", "d", "6")).stdout.split()[-1] == "0"
+
+
+async def test_what_was_never_placed_is_placed_when_asked_again(file):
+    async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+        assert (await domain.enable([1, 2], place=False)).changed
+        outcome = await domain.enable([1, 2])
+        assert outcome.changed_ids == (1, 2) and "placed now" in outcome.messages[0]
+        assert [(row.pin, row.scheduler) for row in outcome.rows] == [
+            (str(LAST), "other"),
+            (f"1-{LAST}", "fifo:10"),
+        ]
+        assert not (await domain.enable([1, 2])).changed
+        # What somebody has done since is his.
+        await domain.pin(1, [0], VcpuFlag.LIVE)
+        assert not (await domain.enable(1)).changed
+        assert (await domain.state()).vcpus[1].pin == "0"
+
+
+async def test_a_qemu_that_dies_before_its_thread_is_placed_is_gone(file, monkeypatch):
+    async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+        place = QemuThreads.place
+
+        def killed(*given):
+            qemu.kill()
+            os.waitid(os.P_PID, qemu.pid, os.WEXITED | os.WNOWAIT)
+            return place(*given)
+
+        monkeypatch.setattr(QemuThreads, "place", killed)
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="QEMU has ended after vCPU 1-2 was plugged"):
+            await domain.enable([1, 2])
+
+
+async def test_threads_of_another_qemu_are_not_taken_for_its_own(file):
+    """A QEMU that a guest has taken over may name the threads of its neighbour."""
+    async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp) as domain, machine() as other:
+        mine = [vcpu.thread_id for vcpu in (await domain.enable([1, 2])).rows]
+        async with qmpvcpu.connect(qmp=other.qmp) as neighbour:
+            peer = neighbour._link.monitor.peer
+            assert find_process(mine, domain._link.monitor.peer).pid == qemu.pid
+            assert find_process(mine, peer) is None
+            assert find_process([qemu.pid, *mine]) is None
+
+
+@pytest.mark.parametrize("cores", [(1,), (0, 1)])
+async def test_unpinned_is_what_its_cpuset_lets_it_have(file, cores):
+    async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+        await domain.enable([1])
+        with inside(qemu, f"qmpvcpu-test-{qemu.pid}", controllers=("cpuset",)) as made:
+            (made["cpuset"] / "cpuset.cpus").write_text(",".join(map(str, cores)))
+            assert (await domain.pin(1, None, VcpuFlag.LIVE)).outcome == "applied"
+            assert (await domain.state()).vcpus[1].pin == qmpvcpu.core.model.format_ids(cores)
+
+
+async def test_pin_refuses_what_makes_no_sense(file):
+    async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+        for vcpu, cpus, flags in (
+            (0, [0], VcpuFlag.GUEST),
+            ([0, 1], [0], 0),
+            (0, [], 0),
+            (0, [-1], 0),
+            (True, [0], 0),
+        ):
+            with pytest.raises(qmpvcpu.VcpuUsageError):
+                await domain.pin(vcpu, cpus, VcpuFlag(flags))

@@ -166,7 +166,7 @@ def test_a_state_folder_that_cannot_be_written_is_told_and_stops_nothing():
 def shared(tmp_path, monkeypatch):
     """Two clients of one scripted QEMU that both know its process, as two processes of ours do."""
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr(link, "find_process", lambda threads: HERE)
+    monkeypatch.setattr(link, "find_process", lambda threads, peer: HERE)
     monkeypatch.setattr("qmpvcpu.host.pending.is_alive", lambda key: True)
     return tmp_path
 
@@ -236,7 +236,7 @@ async def test_another_qemu_at_the_same_address_has_nothing_pending(shared, monk
     qemu.on_delete = {1: "silence"}
     async with serve(shared, qemu.script) as path, qmpvcpu.connect(path) as domain:
         assert (await domain.disable(1, timeout=0)).outcome == "pending"
-        monkeypatch.setattr(link, "find_process", lambda threads: replace(HERE, start=99))
+        monkeypatch.setattr(link, "find_process", lambda threads, peer: replace(HERE, start=99))
         await domain.reconnect()
         assert domain.pending_ids == ()
 

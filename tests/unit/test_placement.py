@@ -14,6 +14,7 @@ from qmpvcpu.core.placement import (
     Placement,
     ThreadState,
     check_placements,
+    is_left,
     placements,
     with_threads,
 )
@@ -71,6 +72,11 @@ class Threads:
             raise OSError(22, "no such CPU in its cpuset")
         self.placed[thread_id] = placement
         return ThreadState(placement.cpus or (), placement.scheduler or "other", 1)
+
+    main_id = 99
+
+    def is_in_group(self, thread_id, placement, vcpu_id):
+        return True
 
     def has_layout(self):
         return self.layout
@@ -276,3 +282,51 @@ async def test_a_pin_in_the_definition_and_nothing_else(before, tmp_path):
                 await domain.pin(bad, "0")
         with pytest.raises(VcpuRefused, match="not running"):
             await domain.pin(2, "0", VcpuFlag.LIVE)
+
+
+@pytest.mark.parametrize(
+    ("placement", "thread", "left"),
+    [
+        (Placement((1,)), ThreadState((0, 1), "other", 0), True),
+        (Placement((0, 1)), ThreadState((0, 1), "other", 0), False),
+        # Somebody has pinned it since.
+        (Placement((1,)), ThreadState((0,), "other", 0), False),
+        (Placement(scheduler="fifo:10"), ThreadState((0, 1), "other", 0), True),
+        (Placement(scheduler="fifo:10"), ThreadState((0, 1), "rr:2", 0), False),
+        (Placement(), ThreadState((0, 1), "other", 0), False),
+    ],
+)
+def test_who_was_never_placed(placement, thread, left):
+    assert is_left(placement, thread, ThreadState((0, 1), "other", 0)) is left
+
+
+def test_the_plan_says_where():
+    planned = Placing(Threads(), DEFINITION).check(plan(1), state(0))
+    assert {"step": "place", "vcpus": [1], "cpus": "3", "scheduler": "fifo:10"} in planned.to_json()["plan"]
+    assert "place vCPU 1: CPU 3, fifo:10" in planned.describe()
+
+
+def test_every_reason_of_another_users_qemu_too():
+    facts = replace(ALL, is_owner=False, online=frozenset({0, 1}))
+    found = [one.message for one in check_placements({1: Placement((3,), period=5000)}, facts)]
+    assert (
+        len(found) == 3 and "another user's" in found[0] and "online is 0-1" in found[1] and "cgroup" in found[2]
+    )
+
+
+def tuned(text):
+    return read_domain(f"<domain><name>d</name><vcpu>8</vcpu><cputune>{text}</cputune></domain>".encode())[1]
+
+
+def test_cputune_as_libvirt_takes_it():
+    assert tuned("<period>0</period><shares>0</shares>").period is None
+    assert tuned("<vcpupin vcpu=' 1' cpuset='0 - 1'/>").pins == {1: (0, 1)}
+    lowest = tuned("<vcpusched vcpus='1' scheduler='fifo' priority='0'/>")
+    assert "priorities are 1 to 99" in check_placements(placements(lowest, [1]), ALL)[0].message
+    for wrong in (
+        "<vcpusched vcpus='50' scheduler='batch'/>",
+        "<emulatorpin cpuset='0'/><emulatorpin cpuset='1'/>",
+        "<vcpupin vcpu='1' cpuset='x'/>",
+    ):
+        with pytest.raises(VcpuRefused):
+            tuned(wrong)
