@@ -254,7 +254,7 @@ async def test_what_was_never_placed_is_placed_when_asked_again(file):
         assert outcome.changed_ids == (1, 2) and "placed now" in outcome.messages[0]
         assert [(row.pin, row.scheduler) for row in outcome.rows] == [
             (str(LAST), "other"),
-            (f"1-{LAST}", "fifo:10"),
+            (qmpvcpu.core.model.format_ids(range(1, LAST + 1)), "fifo:10"),
         ]
         assert not (await domain.enable([1, 2])).changed
         # What somebody has done since is his.
