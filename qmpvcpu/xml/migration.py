@@ -1,0 +1,156 @@
+"""The migration cookie: libvirt's `<qemu-migration>`, and in it the running guest's XML and its machine.
+
+libvirt hands the running guest's XML over beside its cookie; here it is in `<live>`. Its definition stands where
+libvirt has it, right below the root. `<slots>` is ours: older readers ignore elements that they do not know.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+from xml.sax.saxutils import escape, quoteattr
+
+from qmpvcpu.core.definition import MOST_VCPUS
+from qmpvcpu.core.migration import Cookie, Machine, Slot
+from qmpvcpu.core.model import Props, format_ids
+from qmpvcpu.core.request import parse_ids
+from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.source import Document, Element, parse_document
+
+__all__ = ["read_cookie", "write_cookie"]
+
+_WORD: Final = re.compile(r"[A-Za-z0-9_.,=+/-]{1,200}\Z")
+_PROP: Final = re.compile(r"[a-z][a-z0-9-]{0,30}\Z")
+
+
+def write_cookie(cookie: Cookie) -> bytes:
+    """As bytes of XML."""
+    lines = ["<qemu-migration>", f"  <name>{escape(cookie.name)}</name>"]
+    if cookie.uuid is not None:
+        lines.append(f"  <uuid>{escape(cookie.uuid)}</uuid>")
+    lines += [f"  <feature name={quoteattr(name)}/>" for name in sorted(cookie.features)]
+    lines += _machine_lines(cookie.machine) if cookie.machine is not None else []
+    state = "running" if cookie.runs else "paused"
+    described = " described='yes'" if cookie.is_described else ""
+    text = "\n".join([*lines, f"  <live state='{state}'{described}>", ""]).encode()
+    text += _element_of(cookie.xml) + b"\n  </live>\n"
+    if cookie.persistent is not None:
+        text += _element_of(cookie.persistent) + b"\n"
+    return text + b"</qemu-migration>\n"
+
+
+def _element_of(data: bytes) -> bytes:
+    """A document without what stands around its root."""
+    document = parse_document(data)
+    return _source(document, document.root)
+
+
+def _source(document: Document, element: Element) -> bytes:
+    return document.source[element.start : element.end]
+
+
+def _machine_lines(machine: Machine) -> list[str]:
+    head = f"arch={quoteattr(machine.arch)} machine={quoteattr(machine.type)} maximum='{machine.maxcpus}'"
+    lines = [f"  <slots {head} topology={quoteattr(machine.topology)}>"]
+    for slot in machine.slots:
+        order = f" order='{slot.order}'" if slot.order is not None else ""
+        plugged = "yes" if slot.plugged else "no"
+        lines.append(
+            f"    <slot vcpus='{format_ids(slot.ids)}' driver={quoteattr(slot.driver)} plugged='{plugged}'{order}>"
+        )
+        lines += [f"      <prop name='{key}' value={quoteattr(str(value))}/>" for key, value in slot.props.items()]
+        lines.append("    </slot>")
+    return [*lines, "  </slots>"]
+
+
+def read_cookie(data: bytes) -> Cookie:
+    """Read one.
+
+    Raises:
+        VcpuRefused: it is no cookie, or what it says cannot be; every reason, with its line.
+    """
+    document = parse_document(data)
+    root = document.root
+    if root.name != "qemu-migration":
+        raise VcpuRefused([_wrong(root, f"<{root.name}> is no <qemu-migration>")])
+    found: list[Refusal] = []
+    live, name = root.child("live"), root.child("name")
+    running = live.child("domain") if live is not None else None
+    inactive = list(root.all("domain"))
+    if name is None or not name.text.strip():
+        found.append(_wrong(root, "<name> is missing"))
+    if live is None or running is None:
+        found.append(_wrong(root, "the running guest's XML, <live><domain>, is missing"))
+    if len(inactive) > 1:
+        found.append(_wrong(inactive[1], "<domain> stands twice"))
+    features = frozenset(one.attributes.get("name", "") for one in root.all("feature"))
+    slots = root.child("slots")
+    machine = _machine(slots, found) if slots is not None else None
+    if found or live is None or running is None or name is None:
+        raise VcpuRefused(found)
+    uuid = root.child("uuid")
+    cookie = Cookie(
+        name.text.strip(),
+        uuid.text.strip() if uuid is not None else None,
+        _source(document, running),
+        _source(document, inactive[0]) if inactive else None,
+        features,
+        machine,
+        live.attributes.get("state") != "paused",
+        live.attributes.get("described") == "yes",
+    )
+    for xml in (cookie.xml, cookie.persistent):
+        if xml is not None:
+            read_domain(xml)
+    return cookie
+
+
+def _machine(element: Element, found: list[Refusal]) -> Machine | None:
+    known = len(found)
+    maximum = _number(element, "maximum", MOST_VCPUS, found)
+    words = {key: element.attributes.get(key, "") for key in ("arch", "machine", "topology")}
+    wrong = [key for key in ("arch", "machine") if not _WORD.match(words[key])]
+    found += [_wrong(element, f"<slots {key}> is missing, or no such word") for key in wrong]
+    slots = [slot for one in element.all("slot") if (slot := _slot(one, found)) is not None]
+    ids = [number for slot in slots for number in slot.ids]
+    if maximum is not None and sorted(ids) != list(range(maximum)):
+        found.append(_wrong(element, f"<slots> names vCPU {format_ids(ids)}, and the ids are 0 to {maximum - 1}"))
+    if len(found) > known or maximum is None:
+        return None
+    return Machine(words["arch"], words["machine"], maximum, words["topology"], tuple(slots))
+
+
+def _slot(element: Element, found: list[Refusal]) -> Slot | None:
+    driver = element.attributes.get("driver", "")
+    order = _number(element, "order", MOST_VCPUS, found) if "order" in element.attributes else None
+    props: dict[str, int | str] = {}
+    for one in element.all("prop"):
+        key, value = one.attributes.get("name", ""), one.attributes.get("value", "")
+        if not _PROP.match(key) or not _WORD.match(value):
+            found.append(_wrong(one, f"<prop name='{key[:40]}'> is no property of a CPU"))
+        else:
+            # Integers since 9.2 must be integers.
+            props[key] = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else value
+    try:
+        ids = parse_ids(element.attributes.get("vcpus", ""))
+    except VcpuUsageError as error:
+        found.append(_wrong(element, f"<slot vcpus>: {error.message}"))
+        return None
+    if (driver and not _WORD.match(driver)) or ids[-1] >= MOST_VCPUS:
+        found.append(_wrong(element, "<slot> needs vcpus and driver"))
+        return None
+    return Slot(ids, driver, Props(props), element.attributes.get("plugged") == "yes", order)
+
+
+def _number(element: Element, key: str, most: int, found: list[Refusal]) -> int | None:
+    text = element.attributes.get(key, "")
+    if text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most:
+        return int(text)
+    found.append(_wrong(element, f"<{element.name} {key}='{text[:40]}'> is none of 1 to {most}"))
+    return None
+
+
+def _wrong(element: Element, text: str) -> Refusal:
+    hint = "give what migrate-begin has printed, or what `save` has written"
+    return Refusal("cookie", f"line {element.line}: {text}", (), hint, "VIR_ERR_XML_DETAIL")
