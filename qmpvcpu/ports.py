@@ -131,6 +131,40 @@ class Monitor(Protocol):
     def human_monitor_command(self, line: str) -> Future[object]:
         """QMP `human-monitor-command`."""
 
+    def cont(self) -> Future[object]:
+        """QMP `cont`."""
+
+    def stop(self) -> Future[object]:
+        """QMP `stop`; of a destination that waits, it does not run when all has arrived."""
+
+    def quit(self) -> Future[object]:
+        """QMP `quit`."""
+
+    def query_migrate(self) -> Future[object]:
+        """QMP `query-migrate`."""
+
+    def migrate(self, uri: str) -> Future[object]:
+        """QMP `migrate`."""
+
+    def migrate_incoming(self, uri: str) -> Future[object]:
+        """QMP `migrate-incoming`."""
+
+    def migrate_cancel(self) -> Future[object]:
+        """QMP `migrate_cancel`."""
+
+    def migrate_set_capabilities(self, capabilities: Mapping[str, bool]) -> Future[object]:
+        """QMP `migrate-set-capabilities`."""
+
+    def migrate_set_parameters(self, parameters: Mapping[str, int]) -> Future[object]:
+        """QMP `migrate-set-parameters`: bytes a second, milliseconds."""
+
+    def getfd(self, name: str, fd: int) -> Future[object]:
+        """QMP `getfd`, with the descriptor itself (SCM_RIGHTS)."""
+
+    @property
+    def takes_descriptors(self) -> bool:
+        """Whether descriptors can be handed over: a unix socket."""
+
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""
 

@@ -390,9 +390,49 @@ class QmpMonitor:
         """QMP `cont`."""
         return self.execute("cont")
 
+    def stop(self) -> asyncio.Future[object]:
+        """QMP `stop`; of a destination that waits, it does not run when all has arrived."""
+        return self.execute("stop")
+
     def quit(self) -> asyncio.Future[object]:
         """QMP `quit`."""
         return self.execute("quit")
+
+    def query_migrate(self) -> asyncio.Future[object]:
+        """QMP `query-migrate`."""
+        return self.execute("query-migrate")
+
+    def migrate(self, uri: str) -> asyncio.Future[object]:
+        """QMP `migrate`."""
+        return self.execute("migrate", {"uri": uri})
+
+    def migrate_incoming(self, uri: str) -> asyncio.Future[object]:
+        """QMP `migrate-incoming`."""
+        return self.execute("migrate-incoming", {"uri": uri})
+
+    def migrate_cancel(self) -> asyncio.Future[object]:
+        """QMP `migrate_cancel`."""
+        return self.execute("migrate_cancel")
+
+    def migrate_set_capabilities(self, capabilities: Mapping[str, bool]) -> asyncio.Future[object]:
+        """QMP `migrate-set-capabilities`."""
+        rows = [{"capability": name, "state": state} for name, state in capabilities.items()]
+        return self.execute("migrate-set-capabilities", {"capabilities": rows})
+
+    def migrate_set_parameters(self, parameters: Mapping[str, int]) -> asyncio.Future[object]:
+        """QMP `migrate-set-parameters`: bytes a second, milliseconds."""
+        return self.execute("migrate-set-parameters", dict(parameters))
+
+    def getfd(self, name: str, fd: int) -> asyncio.Future[object]:
+        """QMP `getfd`, with the descriptor itself (SCM_RIGHTS)."""
+        # It travels ahead of the command: QEMU keeps it for the next one that wants a descriptor.
+        self._client.send_fd_scm(fd)
+        return self.execute("getfd", {"fdname": name})
+
+    @property
+    def takes_descriptors(self) -> bool:
+        """Whether descriptors can be handed over: a unix socket."""
+        return self.peer.pid is not None
 
 
 def _no_answer(address: str, command: str, seconds: float, cause: BaseException) -> VcpuConnectionError:
