@@ -21,7 +21,15 @@ from qmpvcpu.domain.guest import Arrival, Guest, with_online
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.place import Placing, noted
 from qmpvcpu.domain.read import firmware_runs, has_x2apic, run_state
-from qmpvcpu.errors import OutcomeKind, Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuRejected
+from qmpvcpu.errors import (
+    OutcomeKind,
+    Refusal,
+    VcpuConnectionError,
+    VcpuError,
+    VcpuFailed,
+    VcpuRefused,
+    VcpuRejected,
+)
 from qmpvcpu.flags import VcpuFlag
 
 __all__ = ["change", "plan_on"]
@@ -89,8 +97,9 @@ async def change(
         # Only what is certainly to be done may rest on held state; a claim needs a fresh query.
         certain = bool(plan.plugs) and not (plan.refusals or plan.unchanged or plan.unplugs)
     if not certain:
-        held = await link.read()
+        held, away = await link.read_at_rest()
         plan, known = await plan_on(link, held, request, guest)
+        plan = plan.refused(away)
     plan = plan.refused(here)
     if placing is not None:
         plan = placing.check(plan, held)
@@ -111,6 +120,11 @@ async def change(
         if end.outcome is not OutcomeKind.APPLIED:
             # Whatever upset the plan may upset what is held: the next call asks anew.
             link.stale = True
+        if isinstance(end, VcpuFailed) and not end.changed_ids:
+            # "device_add not allowed while migrating": the state that was held did not tell.
+            _, away = await link.read_at_rest()
+            if away:
+                raise VcpuRefused(away, ids=plan.targets) from end
         if certain and end.outcome is OutcomeKind.FAILED:
             # The held state was behind: another client had plugged just what was asked for.
             now, _ = await plan_on(link, link.state, request)

@@ -29,7 +29,8 @@ from qmpvcpu.domain.guest import Guest, with_online
 from qmpvcpu.domain.link import NOBODY_LISTENS, Link, Opener, open_link
 from qmpvcpu.domain.listen import Events, Hub
 from qmpvcpu.domain.locate import Place, locate
-from qmpvcpu.domain.persistent import Persistent
+from qmpvcpu.domain.migration import MigrationCalls
+from qmpvcpu.domain.persistent import NO_DEFINITION, Persistent
 from qmpvcpu.domain.pin import change_pin
 from qmpvcpu.domain.place import Placing, place_all
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuUsageError
@@ -121,7 +122,7 @@ def connect(
     return Domain(place, open_one, agent_at, config_only=config_only)
 
 
-class Domain:
+class Domain(MigrationCalls):
     """One guest. Enter it once (`async with`), call it from one event loop; operations queue.
 
     State is held between calls and kept fresh by events; a claim that something is already so is always made from
@@ -396,7 +397,7 @@ class Domain:
         async with self._queue:
             link = self._connected()
             if self._persistent is None:
-                raise VcpuRefused([_NO_DEFINITION])
+                raise VcpuRefused([NO_DEFINITION])
             return place_all(link.threads, self._persistent.definition(), await link.read())
 
     async def pin(
@@ -507,10 +508,10 @@ class Domain:
             here = self._not_here(request)
             plan = Plan(request, request.ids)
             if live and self._link is not None:
-                state = await self._link.read()
+                state, away = await self._link.read_at_rest()
                 plan, _ = await plan_on(self._link, state, request, self._guest)
                 placing, here = self._placing(request, here)
-                plan = placing.check(plan, state)
+                plan = placing.check(plan, state).refused(away)
             elif not here and not config:
                 self._connected()
             if config and self._persistent is not None:
@@ -669,7 +670,7 @@ class Domain:
         if live and self._inactive:
             found.append(self._not_running())
         if config and self._persistent is None:
-            found.append(_NO_DEFINITION)
+            found.append(NO_DEFINITION)
         if request.has(VcpuFlag.GUEST) and self._guest is None and self._link is not None:
             found.append(_NO_AGENT)
         if request.maximum and live:
@@ -691,13 +692,6 @@ def _with_threads(link: Link, state: DomainState) -> DomainState:
     return with_threads(state, link.threads.look(ids))
 
 
-_NO_DEFINITION = Refusal(
-    "no-definition",
-    "no persistent definition of this domain is known",
-    (),
-    "leave out --config (CONFIG), or define it: `qmpvcpu define NAME --qmp ADDR`",
-    "VIR_ERR_OPERATION_INVALID",
-)
 _NO_AGENT = Refusal(
     "no-agent",
     "no guest agent of this domain is known",

@@ -11,22 +11,25 @@ from typing import Any, Final
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.events import CPU_EVENTS, Names, SignalKind, changes, interpret
+from qmpvcpu.core.migration import MigrationStatus, check_cpu_operation, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 from qmpvcpu.core.pending import mark
 from qmpvcpu.core.request import Knowledge
 from qmpvcpu.domain.ledger import Ledger
 from qmpvcpu.domain.listen import Hub, Watcher
-from qmpvcpu.domain.read import Reader, open_reader
-from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.domain.read import Reader, open_reader, run_state
+from qmpvcpu.errors import Refusal, VcpuConnectionError
 from qmpvcpu.host.pending import PendingFolder
 from qmpvcpu.host.process import Process, find_process
 from qmpvcpu.host.threads import QemuThreads
-from qmpvcpu.ports import Monitor, MonitorEvent, PendingStore, Threads
+from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, PendingStore, Threads
 
 __all__ = ["NOBODY_LISTENS", "Link", "Opener", "open_link"]
 
 #: Reasons of a `VcpuConnectionError` that say that there is no QEMU at an address.
 NOBODY_LISTENS: Final = frozenset({"missing", "refused"})
+
+_RUN_EVENTS: Final = frozenset({"STOP", "RESUME", "MIGRATION"})
 
 #: Opens a monitor at one address.
 Opener = Callable[[str], Awaitable[Monitor]]
@@ -113,6 +116,20 @@ class Link:
             self.stale = True
             raise
         return self._keep(state)
+
+    async def read_at_rest(self) -> tuple[DomainState, list[Refusal]]:
+        """`read`, and why no vCPU can be switched now: the guest is on its way elsewhere."""
+        state, run, reply = await asyncio.gather(
+            self.read(), run_state(self.monitor), self.monitor.query_migrate(), return_exceptions=True
+        )
+        if isinstance(state, BaseException):
+            raise state
+        if isinstance(run, BaseException):
+            raise run
+        if isinstance(reply, BaseException) and not isinstance(reply, CommandError):
+            raise reply
+        status = MigrationStatus() if isinstance(reply, CommandError) else parse_status(reply)
+        return state, check_cpu_operation(run, status)
 
     async def look(self) -> DomainState:
         """`query-cpus-fast` alone, where that is enough: the query of a running operation."""
@@ -201,6 +218,9 @@ class Link:
             self._lost = event
             self._hub.end(event)
             return
+        if event.name in _RUN_EVENTS:
+            # Perhaps it migrates: the next call looks.
+            self.stale = True
         if event.name not in CPU_EVENTS or self._state is None:
             return
         self.stale = True

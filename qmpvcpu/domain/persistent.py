@@ -13,7 +13,15 @@ from qmpvcpu.core.request import Request
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.ports import DefinitionStore, Staged
 
-__all__ = ["ConfigChange", "Persistent"]
+__all__ = ["NO_DEFINITION", "ConfigChange", "Persistent"]
+
+NO_DEFINITION = Refusal(
+    "no-definition",
+    "no persistent definition of this domain is known",
+    (),
+    "leave out --config (CONFIG), or define it: `qmpvcpu define NAME --qmp ADDR`",
+    "VIR_ERR_OPERATION_INVALID",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import re
 from typing import Final
-from xml.sax.saxutils import escape, quoteattr
+from xml.sax.saxutils import escape
 
 from qmpvcpu.core.definition import MOST_VCPUS
 from qmpvcpu.core.migration import Cookie, Machine, Slot
@@ -29,7 +29,7 @@ def write_cookie(cookie: Cookie) -> bytes:
     lines = ["<qemu-migration>", f"  <name>{escape(cookie.name)}</name>"]
     if cookie.uuid is not None:
         lines.append(f"  <uuid>{escape(cookie.uuid)}</uuid>")
-    lines += [f"  <feature name={quoteattr(name)}/>" for name in sorted(cookie.features)]
+    lines += [f"  <feature name={_quoted(name)}/>" for name in sorted(cookie.features)]
     lines += _machine_lines(cookie.machine) if cookie.machine is not None else []
     state = "running" if cookie.runs else "paused"
     described = " described='yes'" if cookie.is_described else ""
@@ -51,17 +51,21 @@ def _source(document: Document, element: Element) -> bytes:
 
 
 def _machine_lines(machine: Machine) -> list[str]:
-    head = f"arch={quoteattr(machine.arch)} machine={quoteattr(machine.type)} maximum='{machine.maxcpus}'"
-    lines = [f"  <slots {head} topology={quoteattr(machine.topology)}>"]
+    head = f"arch={_quoted(machine.arch)} machine={_quoted(machine.type)} maximum='{machine.maxcpus}'"
+    lines = [f"  <slots {head} topology={_quoted(machine.topology)}>"]
     for slot in machine.slots:
         order = f" order='{slot.order}'" if slot.order is not None else ""
         plugged = "yes" if slot.plugged else "no"
         lines.append(
-            f"    <slot vcpus='{format_ids(slot.ids)}' driver={quoteattr(slot.driver)} plugged='{plugged}'{order}>"
+            f"    <slot vcpus='{format_ids(slot.ids)}' driver={_quoted(slot.driver)} plugged='{plugged}'{order}>"
         )
-        lines += [f"      <prop name='{key}' value={quoteattr(str(value))}/>" for key, value in slot.props.items()]
+        lines += [f"      <prop name='{key}' value={_quoted(str(value))}/>" for key, value in slot.props.items()]
         lines.append("    </slot>")
     return [*lines, "  </slots>"]
+
+
+def _quoted(text: str) -> str:
+    return "'" + escape(text, {"'": "&apos;", "\n": "&#10;"}) + "'"
 
 
 def read_cookie(data: bytes) -> Cookie:

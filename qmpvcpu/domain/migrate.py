@@ -1,0 +1,525 @@
+"""Takes a guest from one QEMU to another: begin, prepare, perform, finish, cancel; and `migrate`, all of them.
+
+`core.migration` decides; what is here asks, tells, waits, and never lets two run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from typing import Any, Final
+
+from qmpvcpu.core.migration import (
+    Cookie,
+    Destination,
+    Machine,
+    MigrationStatus,
+    Source,
+    Step,
+    address_of,
+    check_arrived,
+    check_features,
+    check_machine,
+    check_source,
+    machine_of,
+    missing,
+    next_step,
+    parse_status,
+)
+from qmpvcpu.core.model import DomainState
+from qmpvcpu.domain.link import Link
+from qmpvcpu.domain.read import run_state
+from qmpvcpu.errors import (
+    OutcomeKind,
+    Refusal,
+    VcpuConnectionError,
+    VcpuError,
+    VcpuFailed,
+    VcpuPartial,
+    VcpuRefused,
+)
+from qmpvcpu.host.process import is_alive
+from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
+
+__all__ = [
+    "Migrated",
+    "Progress",
+    "cancel",
+    "check_begin",
+    "check_perform",
+    "finish",
+    "listen_at",
+    "migrate",
+    "perform",
+    "prepare",
+    "start",
+    "status_of",
+]
+
+#: Called with each fresh status while memory moves.
+Progress = Callable[[MigrationStatus], None]
+
+#: Seconds between two looks, the first and the longest; and how long nothing may move.
+_LOOK_FIRST: Final = 0.005
+_LOOK_MOST: Final = 0.1
+_STUCK_SECONDS: Final = 30.0
+#: Seconds a destination has to take in what has arrived, and a QEMU to end.
+_ARRIVAL_SECONDS: Final = 10.0
+_END_SECONDS: Final = 5.0
+#: Without the return path a source does not learn that the destination could not take it (7.2 to 11.1).
+_CAPABILITIES: Final = {"return-path": True, "events": True}
+_FD_NAME: Final = "qmpvcpu-migration"
+
+
+@dataclass(frozen=True, slots=True)
+class Migrated:
+    """A guest that runs at the destination, verified there. `vcpus` are its ids."""
+
+    vcpus: tuple[int, ...]
+    status: MigrationStatus
+    messages: tuple[str, ...]
+    seconds: float
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `migrate --json`: bytes, milliseconds, seconds."""
+        return {
+            "outcome": str(OutcomeKind.APPLIED),
+            "changed": True,
+            "vcpus": list(self.vcpus),
+            "transferred": self.status.transferred,
+            "downtime": self.status.downtime,
+            "total_time": self.status.total_time,
+            "messages": list(self.messages),
+            "seconds": round(self.seconds, 6),
+        }
+
+
+async def status_of(monitor: Monitor) -> MigrationStatus:
+    """`query-migrate`, checked."""
+    try:
+        return parse_status(await monitor.query_migrate())
+    except CommandError as error:
+        return MigrationStatus(error=error.text)
+
+
+# -- the phases -------------------------------------------------------------------------------------
+
+
+async def check_begin(link: Link) -> tuple[DomainState, bool]:
+    """The source as it is, and whether it runs.
+
+    Raises:
+        VcpuRefused: it cannot be migrated now; every reason.
+    """
+    state = await link.read()
+    runs, status = await run_state(link.monitor), await status_of(link.monitor)
+    refusals = check_source(state, runs, status, link.ledger.firsts)
+    if refusals:
+        raise VcpuRefused(refusals)
+    return state, runs == "running"
+
+
+async def prepare(link: Link, cookie: Cookie, plug: Callable[[Sequence[int]], Awaitable[object]]) -> Machine:
+    """Check a destination that waits, plug what it lacks, and see to it that it does not start by itself.
+
+    Args:
+        link: the destination.
+        cookie: of the source.
+        plug: enables vCPUs there.
+
+    Raises:
+        VcpuRefused: it cannot take the guest; every reason. Nothing was touched.
+        VcpuFailed: QEMU declines something.
+    """
+    state = await link.read()
+    refusals = check_features(cookie)
+    runs = await run_state(link.monitor)
+    if runs != "inmigrate":
+        text = f"the destination '{state.name}' does not wait for a migration (it is '{runs}')"
+        hint = "start it with -incoming defer"
+        refusals.append(Refusal("run-state", text, (), hint, "VIR_ERR_OPERATION_INVALID"))
+    source = cookie.machine
+    refusals += check_machine(source, machine_of(state)) if source is not None else _check_count(cookie, state)
+    if refusals:
+        raise VcpuRefused(refusals)
+    lacking = missing(source, machine_of(state)) if source is not None else []
+    with _declined("prepare the destination"):
+        await link.monitor.stop()
+        await link.monitor.migrate_set_capabilities(_CAPABILITIES)
+    for slot in lacking:
+        await plug(list(slot.ids))
+    arrived = machine_of(await link.read())
+    refusals = check_arrived(source, arrived) if source is not None else []
+    if refusals:
+        raise VcpuFailed("; ".join(one.message for one in refusals), hint="start the destination anew")
+    return arrived
+
+
+def _check_count(cookie: Cookie, state: DomainState) -> list[Refusal]:
+    """Of a cookie that another tool made, all that its XML says."""
+    from qmpvcpu.xml.domain import read_domain
+
+    definition = read_domain(cookie.xml)[1]
+    found = []
+    for what, there, now in (
+        ("maximum of vCPUs", definition.maxcpus, state.maxcpus),
+        ("vCPUs", definition.enabled_ids, state.enabled_ids),
+    ):
+        if there != now:
+            text = f"{what}: {there} at the source, {now} at the destination"
+            found.append(Refusal("vcpus", text, (), "start the destination as the source was started"))
+    return found
+
+
+async def listen_at(link: Link, uri: str | None, host: str | None) -> str:
+    """Where the destination listens from now on, as the source names it.
+
+    Args:
+        link: of the destination.
+        uri: where it shall, if it does not yet.
+        host: how the source reaches it.
+
+    Raises:
+        VcpuRefused: it listens elsewhere, or nobody said where it shall.
+        VcpuFailed: it cannot listen there.
+    """
+    there = address_of(await status_of(link.monitor), host)
+    if there is not None:
+        if uri is not None and uri != there:
+            raise VcpuRefused([_refused("uri", f"the destination listens at {there} already", "leave out --uri")])
+        return there
+    if uri is None:
+        text = "where the destination shall listen is not said"
+        raise VcpuRefused([_refused("uri", text, "give --uri unix:PATH or tcp:HOST:PORT")])
+    with _declined(f"listen at {uri}"):
+        await link.monitor.migrate_incoming(uri)
+    return address_of(await status_of(link.monitor), host) or uri
+
+
+async def check_perform(link: Link, cookie: Cookie | None) -> tuple[DomainState, bool]:
+    """The source still is what the cookie says; `check_begin`.
+
+    Raises:
+        VcpuRefused: it is not, or cannot be migrated now.
+    """
+    state, runs = await check_begin(link)
+    source = cookie.machine if cookie is not None else None
+    refusals = check_arrived(source, machine_of(state)) if source is not None else []
+    if refusals:
+        hint = "begin again: the guest has changed since migrate-begin"
+        raise VcpuRefused([_refused(one.code, one.message, hint) for one in refusals])
+    return state, runs
+
+
+async def perform(
+    monitor: Monitor,
+    uri: str,
+    *,
+    bandwidth: int | None = None,
+    timeout: float | None = None,
+    progress: Progress | None = None,
+) -> MigrationStatus:
+    """Move the guest's memory and devices; how that ended, which may be "failed". The source does not run then, if
+    it was "completed".
+
+    Args:
+        monitor: of the source.
+        uri: where the destination listens.
+        bandwidth: MiB a second at most; None: QEMU's own limit.
+        timeout: seconds after which the guest is paused, so that it comes to an end; None: never.
+        progress: told each fresh status.
+
+    Raises:
+        VcpuFailed: QEMU did not begin.
+        VcpuConnectionError: the source is lost.
+        CancelledError: a migration that was not at its end is cancelled.
+    """
+    with _declined("migrate"):
+        await monitor.migrate_set_capabilities(_CAPABILITIES)
+        if bandwidth is not None:
+            await monitor.migrate_set_parameters({"max-bandwidth": bandwidth << 20})
+        await monitor.migrate(uri)
+    try:
+        return await _until_ended(monitor, timeout, progress)
+    except asyncio.CancelledError:
+        # In a task of its own: this one is cancelled.
+        await asyncio.create_task(stop_moving(monitor), name="qmpvcpu migrate_cancel")
+        raise
+
+
+async def _until_ended(monitor: Monitor, timeout: float | None, progress: Progress | None) -> MigrationStatus:
+    loop = asyncio.get_running_loop()
+    began = moved = loop.time()
+    pause, paused = _LOOK_FIRST, False
+    last: tuple[int | None, int | None] = None, None
+    waker = asyncio.Event()
+
+    def sink(event: MonitorEvent | VcpuConnectionError) -> None:
+        if isinstance(event, VcpuConnectionError) or event.name in ("MIGRATION", "STOP"):
+            waker.set()
+
+    with monitor.listen(sink):
+        while True:
+            waker.clear()
+            status = await status_of(monitor)
+            if progress is not None:
+                progress(status)
+            if status.has_ended:
+                return status
+            now = loop.time()
+            if (status.transferred, status.remaining) != last:
+                last, moved = (status.transferred, status.remaining), now
+            if now > moved + _STUCK_SECONDS:
+                ended = await stop_moving(monitor)
+                if ended.status == "completed":
+                    return ended
+                text = f"nothing has moved for {_STUCK_SECONDS:g} s: cancelled"
+                return MigrationStatus("cancelled", ended.transferred, error=text)
+            if timeout is not None and not paused and now > began + timeout:
+                paused = True
+                with suppress(CommandError):
+                    await monitor.stop()
+            with suppress(TimeoutError):
+                async with asyncio.timeout(pause):
+                    await waker.wait()
+            pause = min(pause * 2, _LOOK_MOST)
+
+
+async def stop_moving(monitor: Monitor) -> MigrationStatus:
+    """`migrate_cancel`, and its end; which is "completed" if it came too late.
+
+    Raises:
+        VcpuConnectionError: the source is lost.
+    """
+    with suppress(CommandError):
+        await monitor.migrate_cancel()
+    deadline = time.monotonic() + _ARRIVAL_SECONDS
+    while True:
+        status = await status_of(monitor)
+        if not status.is_active or time.monotonic() >= deadline:
+            return status
+        await asyncio.sleep(_LOOK_FIRST)
+
+
+async def finish(link: Link, cookie: Cookie) -> tuple[Destination, list[Refusal]]:
+    """Whether all has arrived at a destination, and is what left. Raises nothing of the connection."""
+    deadline = time.monotonic() + _ARRIVAL_SECONDS
+    try:
+        while True:
+            status, runs = await status_of(link.monitor), await run_state(link.monitor)
+            if runs != "inmigrate" and not status.is_active:
+                break
+            if status.status == "failed" or time.monotonic() >= deadline:
+                text = status.error or "not all of the guest has arrived"
+                return Destination.BROKEN, [_refused("arrival", text, "look at the log of the destination's QEMU")]
+            await asyncio.sleep(_LOOK_FIRST)
+        source = cookie.machine
+        here = machine_of(await link.read())
+        refusals = check_arrived(source, here) if source is not None else []
+        return (Destination.BROKEN if refusals else Destination.WHOLE), refusals
+    except VcpuConnectionError as error:
+        return Destination.GONE, [
+            _refused("destination", error.message, "look at the log of the destination's QEMU")
+        ]
+
+
+async def start(link: Link, cookie: Cookie) -> tuple[Destination, str | None]:
+    """Let the destination run, if the guest ran; whether it does, and what else is to be said."""
+    if not cookie.runs:
+        return Destination.RUNNING, None
+    try:
+        await link.monitor.cont()
+        if (runs := await run_state(link.monitor)) != "running":
+            return Destination.BROKEN, f"the destination is '{runs}' after cont"
+        return Destination.RUNNING, None
+    except CommandError as error:
+        return Destination.BROKEN, f"the destination cannot run it: {error.text}"
+    except VcpuConnectionError as error:
+        return (Destination.DIED if await _is_dead(link) else Destination.UNKNOWN), error.message
+
+
+async def go_on(link: Link, *, runs: bool) -> None:
+    """Let the source go on, if the guest ran.
+
+    Raises:
+        VcpuError: it does not.
+    """
+    await stop_moving(link.monitor)
+    if runs and await run_state(link.monitor) != "running":
+        with _declined("let the guest go on at the source"):
+            await link.monitor.cont()
+        if (now := await run_state(link.monitor)) != "running":
+            raise VcpuPartial(f"the guest is '{now}' at the source", hint="look at the log of its QEMU")
+
+
+async def end(link: Link) -> bool:
+    """`quit`, and wait until it has; whether it has, as far as can be told."""
+    with suppress(CommandError, VcpuConnectionError):
+        await link.monitor.quit()
+    return await _is_dead(link)
+
+
+async def _is_dead(link: Link) -> bool:
+    """Whether a QEMU that was told to end, or does not answer, has ended; waits a moment for it."""
+    if link.process is None:
+        return False
+    deadline = time.monotonic() + _END_SECONDS
+    while is_alive(link.process.key):
+        if time.monotonic() >= deadline:
+            return False
+        await asyncio.sleep(_LOOK_FIRST)
+    return True
+
+
+async def cancel(link: Link) -> str:
+    """End what is under way at one side: a source goes on, a destination that waits ends. What was done, in words.
+
+    Raises:
+        VcpuRefused: there is nothing to cancel.
+        VcpuError: it could not be.
+    """
+    status, runs = await status_of(link.monitor), await run_state(link.monitor)
+    if runs == "inmigrate":
+        await end(link)
+        return "the destination, which waited, was ended"
+    if status.is_active:
+        await go_on(link, runs=True)
+        return "the migration was cancelled, and the guest goes on"
+    if runs == "postmigrate":
+        await go_on(link, runs=True)
+        return "the guest, which had been handed over, goes on here"
+    raise VcpuRefused([_refused("migrating", "no migration is under way", "`migrate-begin` begins one")])
+
+
+# -- all of it --------------------------------------------------------------------------------------
+
+
+@asynccontextmanager
+async def _channel(source: Link, destination: Link, uri: str | None, host: str | None) -> AsyncIterator[str]:
+    """How the source reaches the destination: what it listens at, what is asked, else a socket pair of ours."""
+    there = address_of(await status_of(destination.monitor), host)
+    if (
+        uri is None
+        and there is None
+        and source.monitor.takes_descriptors
+        and destination.monitor.takes_descriptors
+    ):
+        # Nothing that others could connect to, and nothing left behind.
+        ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
+        with ours, theirs, _declined("be given a socket"):
+            await destination.monitor.getfd(_FD_NAME, theirs.fileno())
+            await source.monitor.getfd(_FD_NAME, ours.fileno())
+            await destination.monitor.migrate_incoming(f"fd:{_FD_NAME}")
+        yield f"fd:{_FD_NAME}"
+        return
+    yield await listen_at(destination, uri or f"tcp:{host or '127.0.0.1'}:0", host)
+
+
+async def migrate(
+    source: Link,
+    destination: Link,
+    cookie: Cookie,
+    *,
+    uri: str | None = None,
+    host: str | None = None,
+    bandwidth: int | None = None,
+    timeout: float | None = None,
+    progress: Progress | None = None,
+) -> Migrated:
+    """Perform and finish, with a destination that is prepared; at the end exactly one side runs the guest.
+
+    Raises:
+        VcpuRefused: nothing was touched.
+        VcpuFailed: the guest goes on at the source; the destination's QEMU is ended.
+        VcpuPartial: nobody can tell which side runs it, and neither was touched.
+        VcpuConnectionError: the source is lost, and the guest with it if its QEMU has ended.
+    """
+    began = time.monotonic()
+    await check_perform(source, cookie)
+    # Whoever cancels: the source is told to stop, and from then on it is brought to an end.
+    status = MigrationStatus()
+    cancelled: asyncio.CancelledError | None = None
+    try:
+        async with _channel(source, destination, uri, host) as where:
+            status = await perform(source.monitor, where, bandwidth=bandwidth, timeout=timeout, progress=progress)
+        end_of_source = Source.COMPLETED if status.status == "completed" else Source.KEPT
+        why = status.error or f"the migration was {status.status}"
+    except asyncio.CancelledError as error:
+        cancelled = error
+        end_of_source, why = Source.KEPT, "cancelled"
+    except VcpuConnectionError as error:
+        end_of_source, why = (Source.DEAD if await _is_dead(source) else Source.UNKNOWN), error.message
+    except VcpuFailed as error:
+        end_of_source, why = Source.KEPT, error.message
+    hand_over = _hand_over(source, destination, cookie, end_of_source, why)
+    task = asyncio.create_task(hand_over, name="qmpvcpu hand over")
+    try:
+        messages = await asyncio.shield(task)
+    except asyncio.CancelledError as error:
+        cancelled = error
+        messages = await task
+    except VcpuError:
+        if cancelled is not None:
+            raise cancelled from None
+        raise
+    if cancelled is not None:
+        raise cancelled
+    ids = tuple(n for slot in machine_of(destination.state).slots if slot.plugged for n in slot.ids)
+    return Migrated(tuple(sorted(ids)), status, tuple(messages), time.monotonic() - began)
+
+
+async def _hand_over(
+    source: Link, destination: Link, cookie: Cookie, end_of_source: Source, why: str
+) -> Sequence[str]:
+    """Step by step, as the table says; what is to be said of it."""
+    reasons: list[Refusal] = []
+    if end_of_source is Source.KEPT:
+        here = Destination.BROKEN
+    else:
+        here, reasons = await finish(destination, cookie)
+    why = "; ".join(one.message for one in reasons) or why
+    while True:
+        step = next_step(end_of_source, here)
+        if step is Step.START_DESTINATION:
+            here, said = await start(destination, cookie)
+            why = said or why
+        elif step is Step.END_SOURCE:
+            if end_of_source is Source.DEAD:
+                return ["the source's QEMU ended by itself, after it had handed the guest over"]
+            if not await end(source):
+                return ["the source's QEMU may still be there, paused: end it, and do not let it go on"]
+            return []
+        elif step is Step.GO_BACK:
+            await end(destination)
+            await go_on(source, runs=cookie.runs)
+            raise VcpuFailed(f"{why}; the guest goes on at the source", hint="correct that, and migrate again")
+        elif step is Step.LEAVE:
+            raise VcpuPartial(
+                f"{why}; which side runs the guest cannot be told, and neither was touched",
+                hint="look at both: migrate-cancel lets the source go on, migrate-finish the destination",
+            )
+        else:
+            await end(destination)
+            raise VcpuConnectionError(
+                f"{why}; not all of the guest has arrived, and the destination's QEMU is ended",
+                reason="closed",
+                hint="if the source's QEMU is there, the guest goes on in it",
+            )
+
+
+@contextmanager
+def _declined(what: str) -> Iterator[None]:
+    """QEMU's error as ours."""
+    try:
+        yield
+    except CommandError as error:
+        text = f"QEMU cannot {what}: {error.text}"
+        raise VcpuFailed(text, qmp_class=error.error_class, qmp_text=error.text, hint="look at its log") from error
+
+
+def _refused(code: str, message: str, hint: str) -> Refusal:
+    return Refusal(code, message, (), hint, "VIR_ERR_OPERATION_INVALID")

@@ -1,0 +1,236 @@
+"""The calls of a `Domain` that take its guest elsewhere; what they do is in `domain.migrate`."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Final
+
+from qmpvcpu.core.model import DomainState, Outcome
+from qmpvcpu.core.request import Request
+from qmpvcpu.domain.change import change
+from qmpvcpu.domain.dump import describe, dump
+from qmpvcpu.domain.link import Link
+from qmpvcpu.domain.locate import Place
+from qmpvcpu.domain.persistent import NO_DEFINITION, Persistent
+from qmpvcpu.domain.place import Placing
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
+from qmpvcpu.flags import VcpuFlag
+
+if TYPE_CHECKING:
+    from qmpvcpu.core.migration import Cookie, MigrationStatus
+    from qmpvcpu.domain.migrate import Migrated, Progress
+
+__all__ = ["MigrationCalls"]
+
+#: Seconds between two looks for the end of a pending unplug.
+_PENDING_LOOK: Final = 0.05
+
+
+class MigrationCalls:
+    """A part of `Domain`. The phases, for those who run the two sides themselves, and `migrate`, all of them."""
+
+    _queue: asyncio.Lock
+    _place: Place
+    _persistent: Persistent | None
+
+    if TYPE_CHECKING:
+
+        def _connected(self) -> Link: ...
+
+        def _placing(self, request: Request, here: list[Refusal]) -> tuple[Placing, list[Refusal]]: ...
+
+        async def _described(self, state: DomainState) -> bytes: ...
+
+    async def migrate_begin(self, *, persistent: bool = False, wait: float = 0.0) -> Cookie:
+        """What goes with the guest, and whether it can go; touches nothing.
+
+        Args:
+            persistent: its definition goes too.
+            wait: seconds for pending unplugs to end.
+
+        Raises:
+            VcpuRefused: it cannot be migrated now; every reason.
+        """
+        from qmpvcpu.domain.migrate import check_begin
+
+        deadline = time.monotonic() + wait
+        while True:
+            async with self._queue:
+                link = self._connected()
+                if persistent and self._persistent is None:
+                    raise VcpuRefused([NO_DEFINITION])
+                if not link.ledger.firsts or time.monotonic() >= deadline:
+                    state, runs = await check_begin(link)
+                    return await self._cookie(link, state, runs, persistent)
+                await link.read()
+            await asyncio.sleep(_PENDING_LOOK)
+
+    async def _cookie(self, link: Link, state: DomainState, runs: bool, persistent: bool) -> Cookie:
+        from qmpvcpu.core.migration import Cookie, features_of, machine_of
+
+        described = await describe(link.monitor, state, link.process, self._place.agent)
+        definition = self._persistent.definition() if self._persistent is not None else None
+        inactive = self._persistent.read() if persistent and self._persistent is not None else None
+        if self._persistent is not None:
+            xml = dump(self._persistent.read(), state, None, None)
+        else:
+            xml = dump(await self._described(state), state, None, None)
+        return Cookie(
+            definition.name if definition is not None else described.name,
+            (definition.uuid if definition is not None else None) or described.uuid,
+            xml,
+            inactive,
+            features_of(state, definition if persistent else None),
+            machine_of(state),
+            runs,
+            definition is None,
+        )
+
+    async def migrate_prepare(self, cookie: Cookie, *, place: bool = True) -> None:
+        """Make this guest, which waits for a migration (-incoming), ready to take that of the cookie: checked, its
+        vCPUs plugged, and so that it does not start by itself.
+
+        Raises:
+            VcpuRefused: it cannot take it; every reason.
+            VcpuFailed: QEMU declines something.
+        """
+        from qmpvcpu.domain.migrate import prepare
+
+        async with self._queue:
+            link = self._connected()
+
+            async def plug(ids: Sequence[int]) -> Outcome:
+                request = Request(tuple(ids), VcpuFlag.ENABLE, fallback=False, place=place)
+                placing, here = self._placing(request, [])
+                return await change(link, request, here, placing=placing)
+
+            await prepare(link, cookie, plug)
+
+    async def migrate_listen(self, uri: str | None = None, host: str | None = None) -> str:
+        """Where this destination listens from now on, as a source names it.
+
+        Args:
+            uri: `unix:PATH` or `tcp:HOST:PORT`, where it does not listen yet.
+            host: how the source reaches it, if it listens everywhere.
+        """
+        from qmpvcpu.domain.migrate import listen_at
+
+        async with self._queue:
+            return await listen_at(self._connected(), uri, host)
+
+    async def migrate_perform(
+        self,
+        uri: str,
+        *,
+        cookie: Cookie | None = None,
+        bandwidth: int | None = None,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> MigrationStatus:
+        """Move the guest to where a destination listens. It is paused here then, and does not run there yet.
+
+        Args:
+            uri: where the destination listens.
+            cookie: of `migrate_begin`: what the guest must still be.
+            bandwidth: MiB a second at most.
+            timeout: seconds after which it is paused, so that the migration comes to an end.
+            progress: told each fresh status.
+
+        Raises:
+            VcpuRefused: nothing was sent.
+            VcpuFailed: it was not completed; the guest goes on here.
+            VcpuConnectionError: QEMU is lost.
+        """
+        from qmpvcpu.domain.migrate import check_perform, go_on, perform
+
+        async with self._queue:
+            link = self._connected()
+            _, runs = await check_perform(link, cookie)
+            options = {"bandwidth": bandwidth, "timeout": timeout, "progress": progress}
+            try:
+                status = await perform(link.monitor, uri, **options)  # type: ignore[arg-type]
+            except asyncio.CancelledError:
+                await asyncio.create_task(go_on(link, runs=runs))
+                raise
+            if status.status != "completed":
+                await go_on(link, runs=runs)
+                why = status.error or f"it was {status.status}"
+                raise VcpuFailed(f"the migration failed: {why}; the guest goes on here", hint="see QEMU's logs")
+            return status
+
+    async def migrate_finish(self, cookie: Cookie) -> DomainState:
+        """Verify that all of the guest has arrived here, and let it run; its vCPUs.
+
+        Raises:
+            VcpuFailed: it has not; it does not run here, and can go on at the source (`migrate_cancel` there).
+            VcpuConnectionError: QEMU is lost.
+        """
+        from qmpvcpu.core.migration import Destination
+        from qmpvcpu.domain.migrate import finish, start
+
+        async with self._queue:
+            link = self._connected()
+            found, refusals = await finish(link, cookie)
+            text = "; ".join(one.message for one in refusals)
+            if found is Destination.WHOLE:
+                found, said = await start(link, cookie)
+                text = said or text
+            if found is Destination.RUNNING:
+                return link.state
+            hint = "migrate-cancel at the source lets the guest go on there"
+            if found in (Destination.GONE, Destination.DIED, Destination.UNKNOWN):
+                raise VcpuConnectionError(text, reason="closed", hint=hint)
+            raise VcpuFailed(text, hint=hint)
+
+    async def migrate_cancel(self) -> str:
+        """End what is under way: a source goes on, a destination that waits ends. What was done, in words.
+
+        Raises:
+            VcpuRefused: there is nothing to cancel.
+        """
+        from qmpvcpu.domain.migrate import cancel
+
+        async with self._queue:
+            return await cancel(self._connected())
+
+    async def migrate(
+        self,
+        destination: MigrationCalls,
+        cookie: Cookie,
+        *,
+        uri: str | None = None,
+        host: str | None = None,
+        bandwidth: int | None = None,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+    ) -> Migrated:
+        """Move the guest to a destination that is prepared, verify it there, and end the QEMU here.
+
+        Args:
+            destination: after its `migrate_prepare`.
+            cookie: of `migrate_begin`.
+            uri: where it shall listen; None: two QEMUs of this host get a socket of their own.
+            host: how the source's host reaches the destination's.
+            bandwidth, timeout, progress: as `migrate_perform`.
+
+        Raises:
+            VcpuRefused: nothing was touched.
+            VcpuFailed: the guest goes on here; the destination's QEMU is ended.
+            VcpuPartial: nobody can tell which side runs it, and neither was touched.
+            VcpuConnectionError: QEMU is lost.
+        """
+        from qmpvcpu.domain.migrate import migrate
+
+        async with self._queue, destination._queue:
+            return await migrate(
+                self._connected(),
+                destination._connected(),
+                cookie,
+                uri=uri,
+                host=host,
+                bandwidth=bandwidth,
+                timeout=timeout,
+                progress=progress,
+            )
