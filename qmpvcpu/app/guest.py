@@ -12,13 +12,13 @@ from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused
 from qmpvcpu.qemu.process import QemuProcess, run_qemu
 
-__all__ = ["Guest", "GuestImage", "boot", "find_image"]
+__all__ = ["CHANNELS", "Guest", "GuestImage", "attached", "boot", "find_image", "guest_arguments"]
 
 _EXIT = "QMPVCPU-EXIT "
 
@@ -127,8 +127,28 @@ async def boot(
     Raises:
         VcpuFailed: QEMU exited, or the guest is not ready in time; the message ends with its console.
     """
+    command = [*guest_arguments(image, append), *arguments]
+    async with run_qemu(binary, [*command, "-S"], channels=CHANNELS) as qemu:
+        console, console_writer = await asyncio.open_unix_connection(qemu.folder / "console")
+        said: list[str] = []
+        try:
+            await qemu.monitor.cont()
+            async with _shell(qemu) as guest:
+                await _ready(console, image.facts["ready"], said, timeout)
+                async with _flowing(console, said):
+                    yield guest
+        finally:
+            console_writer.close()
+
+
+#: Sockets that a guest's QEMU has, by the names of their chardevs.
+CHANNELS: Final = ("console", "shell", "agent")
+
+
+def guest_arguments(image: GuestImage, append: str = "") -> list[str]:
+    """QEMU's arguments for a guest, but -smp and -m; `append` are more words for the kernel's command line."""
     facts = image.facts
-    command = ["-machine", facts["machine"], "-nodefaults", "-display", "none", "-no-user-config", "-S"]
+    command = ["-machine", facts["machine"], "-nodefaults", "-display", "none", "-no-user-config"]
     if facts["cpu"]:
         command += ["-cpu", facts["cpu"]]
     command += ["-kernel", str(image.folder / "vmlinuz"), "-initrd", str(image.folder / "initrd.cpio.gz")]
@@ -136,24 +156,39 @@ async def boot(
     command += facts["qemu_args"]
     for channel in ("shell", "agent"):
         command += ["-device", f"{facts['serial_device']},chardev={channel},name={facts[channel]}"]
-    command += arguments
-    async with run_qemu(binary, command, channels=("console", "shell", "agent")) as qemu:
-        console, console_writer = await asyncio.open_unix_connection(qemu.folder / "console")
-        shell, shell_writer = await asyncio.open_unix_connection(qemu.folder / "shell")
-        said: list[str] = []
-        try:
-            await qemu.monitor.cont()
-            await _ready(console, facts["ready"], said, timeout)
-            drain = asyncio.create_task(_drain(console, said))
-            try:
-                yield Guest(qemu, shell, shell_writer)
-            finally:
-                drain.cancel()
-                with suppress(asyncio.CancelledError):
-                    await drain
-        finally:
-            console_writer.close()
-            shell_writer.close()
+    return command
+
+
+@asynccontextmanager
+async def attached(qemu: QemuProcess) -> AsyncIterator[Guest]:
+    """A guest that runs already: it has migrated to this QEMU, which has its `CHANNELS`."""
+    console, console_writer = await asyncio.open_unix_connection(qemu.folder / "console")
+    try:
+        async with _flowing(console, []), _shell(qemu) as guest:
+            yield guest
+    finally:
+        console_writer.close()
+
+
+@asynccontextmanager
+async def _shell(qemu: QemuProcess) -> AsyncIterator[Guest]:
+    reader, writer = await asyncio.open_unix_connection(qemu.folder / "shell")
+    try:
+        yield Guest(qemu, reader, writer)
+    finally:
+        writer.close()
+
+
+@asynccontextmanager
+async def _flowing(console: asyncio.StreamReader, said: list[str]) -> AsyncIterator[None]:
+    """Nobody's console blocks a guest."""
+    drain = asyncio.create_task(_drain(console, said))
+    try:
+        yield
+    finally:
+        drain.cancel()
+        with suppress(asyncio.CancelledError):
+            await drain
 
 
 async def _ready(console: asyncio.StreamReader, word: str, said: list[str], timeout: float) -> None:

@@ -8,12 +8,13 @@ import signal
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qmpvcpu.app.boot import CommandLine, command_line
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
+from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.hardware import hardware_args
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain import connect
@@ -30,8 +31,9 @@ from qmpvcpu.qemu.monitor import connect_monitor
 from qmpvcpu.qemu.process import launch_qemu
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.hardware import read_hardware
+from qmpvcpu.xml.source import Document
 
-__all__ = ["Destroyed", "Started", "destroy", "start"]
+__all__ = ["Destroyed", "Launched", "Started", "clean_up", "destroy", "launch_waiting", "start"]
 
 _PAUSE: Final = 0.02
 #: Seconds for another process that starts or ends the same guest.
@@ -111,36 +113,12 @@ async def start(
     runtime = Runtime(name)
     async with _alone(runtime):
         await _check_inactive(name, runtime)
-        document, definition = read_domain(folder.file(name).read())
-        hardware = read_hardware(document)
-        here = QemuThreads(process_of(os.getpid()))
-        await asyncio.to_thread(here.sweep)
-        if place and (refusals := check_start(here, definition)):
-            raise VcpuRefused(refusals)
-        line = await command_line(definition, mode=mode)
-        if line.probe.emulator is None:
-            raise _refused("emulator", "; ".join(line.probe.messages), "name an <emulator> that is here")
-        arguments = ["-S", "-name", f"guest={name.replace(',', ',,')},debug-threads=on", *line.args.arguments]
-        if definition.uuid is not None:
-            arguments += ["-uuid", definition.uuid]
-        arguments += hardware_args(hardware, qemu_arch(definition), console=str(runtime.console), agent=SOCKETS[2])
+        file = folder.file(name)
+        document, definition = read_domain(file.read())
+        launched = await _launch(runtime, document, definition, mode, timeout, place=place)
         try:
-            await asyncio.to_thread(runtime.prepare)
-        except OSError as error:
-            text = f"'{runtime.folder}' cannot be made: {error.strerror}"
-            raise _refused("runtime", text, "look at the rights of the folder above it") from error
-        try:
-            await launch_qemu(
-                line.probe.emulator,
-                arguments,
-                runtime.folder,
-                runtime.log,
-                monitors=SOCKETS[:2],
-                channels=SOCKETS[2:],
-                timeout=timeout,
-            )
             try:
-                state, notes = await _check_vcpus(runtime, line, folder.file(name).place if place else None)
+                state, notes = await _check_vcpus(runtime, launched.line, file.place if place else None)
                 await _continue(runtime)
             except VcpuConnectionError as error:
                 if runtime.pid() is None:
@@ -152,13 +130,11 @@ async def start(
         except BaseException:
             await _shielded(asyncio.to_thread(_end, runtime))
             raise
-    messages = [*line.probe.messages, *line.args.messages, *notes]
-    if hardware.left_out:
-        messages.append(f"not started, and left out: {', '.join(f'<{word}>' for word in hardware.left_out)}")
+    messages = [*launched.messages, *notes]
     return Started(
         name,
         pid,
-        line.probe.emulator,
+        launched.emulator,
         runtime.qmp,
         runtime.agent,
         str(runtime.log),
@@ -167,6 +143,99 @@ async def start(
         tuple(messages),
         time.monotonic() - began,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Launched:
+    """A QEMU of ours whose machine stands, and that does not run yet."""
+
+    runtime: Runtime
+    line: CommandLine
+    emulator: str
+    messages: tuple[str, ...]
+
+
+async def launch_waiting(
+    name: str, xml: bytes, machine: str | None, *, mode: ProbeMode, timeout: float, place: bool
+) -> Launched:
+    """Start a QEMU in the background that waits for a guest to migrate here (`-incoming defer`).
+
+    Args:
+        name: what it is called here from now on.
+        xml: of the guest as it runs at the source.
+        machine: the source's machine type, versioned.
+        mode: when a throwaway QEMU may be asked first.
+        timeout: seconds until its machine must stand.
+        place: whether it is refused where its threads could not be placed.
+
+    Raises:
+        VcpuRefused: one of that name runs already, or no such guest can be.
+        VcpuFailed, VcpuConnectionError: QEMU exited, or does not answer. No QEMU stays.
+    """
+    refusal = check_name(name)
+    if refusal is not None:
+        raise VcpuRefused([refusal])
+    runtime = Runtime(name)
+    async with _alone(runtime):
+        await _check_inactive(name, runtime)
+        document, definition = read_domain(xml)
+        if machine is not None:
+            definition = replace(definition, machine=machine)
+        return await _launch(runtime, document, definition, mode, timeout, place=place, incoming="defer")
+
+
+async def _launch(
+    runtime: Runtime,
+    document: Document,
+    definition: Definition,
+    mode: ProbeMode,
+    timeout: float,
+    *,
+    place: bool,
+    incoming: str | None = None,
+) -> Launched:
+    hardware = read_hardware(document)
+    here = QemuThreads(process_of(os.getpid()))
+    await asyncio.to_thread(here.sweep)
+    if place and (refusals := check_start(here, definition)):
+        raise VcpuRefused(refusals)
+    line = await command_line(definition, mode=mode, incoming=incoming)
+    if line.probe.emulator is None:
+        raise _refused("emulator", "; ".join(line.probe.messages), "name an <emulator> that is here")
+    name = runtime.name.replace(",", ",,")
+    arguments = ["-S", "-name", f"guest={name},debug-threads=on", *line.args.arguments]
+    if definition.uuid is not None:
+        arguments += ["-uuid", definition.uuid]
+    arguments += hardware_args(hardware, qemu_arch(definition), console=str(runtime.console), agent=SOCKETS[2])
+    try:
+        await asyncio.to_thread(runtime.prepare)
+    except OSError as error:
+        text = f"'{runtime.folder}' cannot be made: {error.strerror}"
+        raise _refused("runtime", text, "look at the rights of the folder above it") from error
+    try:
+        await launch_qemu(
+            line.probe.emulator,
+            arguments,
+            runtime.folder,
+            runtime.log,
+            monitors=SOCKETS[:2],
+            channels=SOCKETS[2:],
+            timeout=timeout,
+        )
+    except BaseException:
+        await _shielded(asyncio.to_thread(_end, runtime))
+        raise
+    messages = [*line.probe.messages, *line.args.messages]
+    if hardware.left_out:
+        messages.append(f"not started, and left out: {', '.join(f'<{word}>' for word in hardware.left_out)}")
+    return Launched(runtime, line, line.probe.emulator, tuple(messages))
+
+
+async def clean_up(name: str) -> None:
+    """End what is left of a QEMU that we have started: its process, folder and cgroups. Never raises OSError."""
+    runtime = Runtime(name)
+    with suppress(OSError):
+        await _shielded(asyncio.to_thread(_end, runtime))
 
 
 async def destroy(name: str) -> Destroyed:

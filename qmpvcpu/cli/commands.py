@@ -76,6 +76,10 @@ async def command(session: Session) -> int:
         from qmpvcpu.cli import boot
 
         return await boot.COMMANDS[name](session)
+    if name.startswith("migrate"):
+        from qmpvcpu.cli import migrate
+
+        return await migrate.COMMANDS[name](session)
     return await _COMMANDS[name](session)
 
 

@@ -247,6 +247,63 @@ def build_parser() -> argparse.ArgumentParser:
     pin.add_argument("--cpulist", metavar="CPUS", help="host CPUs: 0-3,^2; r: all")
     _impact(pin)
 
+    def force_option(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--force", action="store_true", help="do what is known to hang")
+
+    def wait_option(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--persistent", action="store_true", help="its definition goes too")
+        made.add_argument(
+            "--wait",
+            metavar="S",
+            nargs="?",
+            type=_seconds,
+            const=30.0,
+            help="wait for pending unplugs first, S seconds (30)",
+        )
+        force_option(made)
+
+    def moving_options(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--bandwidth", type=_positive, metavar="MIB", help="MiB a second at most")
+        made.add_argument(
+            "--timeout",
+            type=_seconds,
+            metavar="S",
+            help="pause the guest after S seconds, to get it over with",
+        )
+
+    def where_options(made: argparse.ArgumentParser) -> None:
+        made.add_argument("--uri", metavar="URI", help="where it listens: unix:PATH or tcp:HOST:PORT")
+        _no_place(made)
+        _probe_mode(made)
+
+    migrate = domain_command("migrate", "take a running guest to another QEMU, and verify it there")
+    destination = "a name, started here if it does not run, or the QMP socket of a QEMU with -incoming defer"
+    migrate.add_argument("dest", metavar="DEST", help=destination)
+    wait_option(migrate)
+    migrate.add_argument("--undefine-source", action="store_true", help="forget the source's definition then")
+    moving_options(migrate)
+    where_options(migrate)
+
+    begin = domain_command("migrate-begin", "first phase, at the source: print what goes along (the cookie)")
+    wait_option(begin)
+
+    prepare = command("migrate-prepare", "second phase, at the destination: start or check it; prints its URI")
+    prepare.add_argument("cookie", metavar="COOKIE", help="what migrate-begin has printed; - is standard input")
+    prepare.add_argument("dest", metavar="DEST", nargs="?", help=f"{destination} (default: the guest's name)")
+    where_options(prepare)
+
+    perform = domain_command("migrate-perform", "third phase, at the source: hand the guest over")
+    perform.add_argument("uri", metavar="URI", help="what migrate-prepare has printed")
+    force_option(perform)
+    perform.add_argument("--cookie", metavar="COOKIE", help="what the guest must still be")
+    moving_options(perform)
+
+    finish = command("migrate-finish", "fourth phase, at the destination: verify the guest, and let it run")
+    finish.add_argument("dest", metavar="DEST", help="its name, or its QMP socket")
+    finish.add_argument("cookie", metavar="COOKIE", help="what migrate-begin has printed; - is standard input")
+
+    domain_command("migrate-cancel", "end a migration: the source goes on, a destination that waits ends")
+
     domain_command("watch", "tell what happens to the vCPUs, line by line, until interrupted")
 
     doctor = command("doctor", "what is here: QEMUs, machines that can hotplug, KVM, rights, what is missing")

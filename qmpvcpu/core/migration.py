@@ -16,7 +16,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from qmpvcpu.core.definition import Definition
-from qmpvcpu.core.model import DomainState, Entity, Props, format_ids
+from qmpvcpu.core.model import DomainState, Entity, Props, QemuVersion, format_ids
 from qmpvcpu.errors import Refusal
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "check_arrived",
     "check_cpu_operation",
     "check_features",
+    "check_hangs",
     "check_machine",
     "check_source",
     "features_of",
@@ -189,6 +190,34 @@ def check_source(
         found.append(_refusal("run-state", text, (), hint))
     hint = "take out what blocks it"
     return found + [_refusal("blocked", f"QEMU cannot migrate it: {why}", (), hint) for why in status.blocked]
+
+
+def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
+    """Migrations that are known to hang, or to lose the guest; forceable."""
+    found = []
+    several = sum(vcpu.enabled for vcpu in state.vcpus) > 1
+    if state.accel != "tcg" or state.version is None:
+        return []
+    if state.arch == "ppc64" and several and _PPC_DECREMENTER_WORKED < state.version < _FIXED:
+        text = (
+            f"QEMU {state.version} under TCG: after a migration no decrementer interrupt reaches any vCPU but the"
+            " first, and a Linux guest hangs (seen with 10.0; not with 7.2 and 11.1)"
+        )
+        found.append(_forceable("decrementer", text))
+    if state.arch in ("x86_64", "i386") and removals_seen and state.version < _FIXED:
+        text = f"QEMU {state.version} under TCG never gets past 'setup' once a vCPU was unplugged (seen with 10.0)"
+        found.append(_forceable("setup", text))
+    return found
+
+
+def _forceable(code: str, text: str) -> Refusal:
+    hint = "use QEMU 11.1 or KVM; --force (force=True) does it all the same"
+    return Refusal(code, text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED", forceable=True)
+
+
+#: Measured: 7.2 good, 10.0 bad, 11.1 good.
+_PPC_DECREMENTER_WORKED: Final = QemuVersion(7, 3)
+_FIXED: Final = QemuVersion(11, 0)
 
 
 def check_cpu_operation(run_state: str | None, status: MigrationStatus) -> list[Refusal]:

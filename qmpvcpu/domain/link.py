@@ -29,6 +29,8 @@ __all__ = ["NOBODY_LISTENS", "Link", "Opener", "open_link"]
 #: Reasons of a `VcpuConnectionError` that say that there is no QEMU at an address.
 NOBODY_LISTENS: Final = frozenset({"missing", "refused"})
 
+#: QAPI RunState of a guest that has gone, or has yet to come.
+_AWAY: Final = frozenset({"postmigrate", "finish-migrate", "inmigrate"})
 _RUN_EVENTS: Final = frozenset({"STOP", "RESUME", "MIGRATION"})
 
 #: Opens a monitor at one address.
@@ -92,7 +94,8 @@ class Link:
             self._keep(state)
         self.settled = tuple(event for event in self._learn() if not event.event.is_step)
         self._state = mark(state, self.ledger.firsts)
-        self.stale = False
+        # One that has been migrated away takes a device_add, and nobody ever sees it.
+        self.stale = await run_state(self.monitor) in _AWAY
         self._watcher.start()
 
     async def close(self) -> None:

@@ -23,6 +23,7 @@ from qmpvcpu.core.migration import (
     address_of,
     check_arrived,
     check_features,
+    check_hangs,
     check_machine,
     check_source,
     machine_of,
@@ -67,6 +68,7 @@ Progress = Callable[[MigrationStatus], None]
 _LOOK_FIRST: Final = 0.005
 _LOOK_MOST: Final = 0.1
 _STUCK_SECONDS: Final = 30.0
+_SETUP_SECONDS: Final = 10.0
 #: Seconds a destination has to take in what has arrived, and a QEMU to end.
 _ARRIVAL_SECONDS: Final = 10.0
 _END_SECONDS: Final = 5.0
@@ -109,8 +111,8 @@ async def status_of(monitor: Monitor) -> MigrationStatus:
 # -- the phases -------------------------------------------------------------------------------------
 
 
-async def check_begin(link: Link) -> tuple[DomainState, bool]:
-    """The source as it is, and whether it runs.
+async def check_begin(link: Link, *, force: bool) -> tuple[DomainState, bool]:
+    """The source as it is, and whether it runs; `force` does what is known to hang.
 
     Raises:
         VcpuRefused: it cannot be migrated now; every reason.
@@ -118,6 +120,7 @@ async def check_begin(link: Link) -> tuple[DomainState, bool]:
     state = await link.read()
     runs, status = await run_state(link.monitor), await status_of(link.monitor)
     refusals = check_source(state, runs, status, link.ledger.firsts)
+    refusals += [] if force else check_hangs(state, link.removals_seen)
     if refusals:
         raise VcpuRefused(refusals)
     return state, runs == "running"
@@ -175,13 +178,14 @@ def _check_count(cookie: Cookie, state: DomainState) -> list[Refusal]:
     return found
 
 
-async def listen_at(link: Link, uri: str | None, host: str | None) -> str:
+async def listen_at(link: Link, uri: str | None, host: str | None, default: str | None = None) -> str:
     """Where the destination listens from now on, as the source names it.
 
     Args:
         link: of the destination.
-        uri: where it shall, if it does not yet.
+        uri: where it shall.
         host: how the source reaches it.
+        default: as `uri`, if it does not listen yet.
 
     Raises:
         VcpuRefused: it listens elsewhere, or nobody said where it shall.
@@ -192,6 +196,7 @@ async def listen_at(link: Link, uri: str | None, host: str | None) -> str:
         if uri is not None and uri != there:
             raise VcpuRefused([_refused("uri", f"the destination listens at {there} already", "leave out --uri")])
         return there
+    uri = uri or default
     if uri is None:
         text = "where the destination shall listen is not said"
         raise VcpuRefused([_refused("uri", text, "give --uri unix:PATH or tcp:HOST:PORT")])
@@ -200,13 +205,13 @@ async def listen_at(link: Link, uri: str | None, host: str | None) -> str:
     return address_of(await status_of(link.monitor), host) or uri
 
 
-async def check_perform(link: Link, cookie: Cookie | None) -> tuple[DomainState, bool]:
+async def check_perform(link: Link, cookie: Cookie | None, *, force: bool) -> tuple[DomainState, bool]:
     """The source still is what the cookie says; `check_begin`.
 
     Raises:
         VcpuRefused: it is not, or cannot be migrated now.
     """
-    state, runs = await check_begin(link)
+    state, runs = await check_begin(link, force=force)
     source = cookie.machine if cookie is not None else None
     refusals = check_arrived(source, machine_of(state)) if source is not None else []
     if refusals:
@@ -273,11 +278,15 @@ async def _until_ended(monitor: Monitor, timeout: float | None, progress: Progre
             now = loop.time()
             if (status.transferred, status.remaining) != last:
                 last, moved = (status.transferred, status.remaining), now
-            if now > moved + _STUCK_SECONDS:
+            patience = _SETUP_SECONDS if status.status == "setup" else _STUCK_SECONDS
+            if now > moved + patience:
                 ended = await stop_moving(monitor)
                 if ended.status == "completed":
                     return ended
-                text = f"nothing has moved for {_STUCK_SECONDS:g} s: cancelled"
+                text = f"nothing has moved for {patience:g} s ('{status.status}'): cancelled"
+                if status.status == "setup":
+                    # 10.0, TCG: a grace period of RCU that never ends, once an x86 vCPU was unplugged.
+                    text += " (QEMU 10.0 under TCG does so once an x86 vCPU was unplugged)"
                 return MigrationStatus("cancelled", ended.transferred, error=text)
             if timeout is not None and not paused and now > began + timeout:
                 paused = True
@@ -416,7 +425,7 @@ async def _channel(source: Link, destination: Link, uri: str | None, host: str |
             await destination.monitor.migrate_incoming(f"fd:{_FD_NAME}")
         yield f"fd:{_FD_NAME}"
         return
-    yield await listen_at(destination, uri or f"tcp:{host or '127.0.0.1'}:0", host)
+    yield await listen_at(destination, uri, host, f"tcp:{host or '127.0.0.1'}:0")
 
 
 async def migrate(
@@ -429,6 +438,7 @@ async def migrate(
     bandwidth: int | None = None,
     timeout: float | None = None,
     progress: Progress | None = None,
+    force: bool = False,
 ) -> Migrated:
     """Perform and finish, with a destination that is prepared; at the end exactly one side runs the guest.
 
@@ -439,7 +449,7 @@ async def migrate(
         VcpuConnectionError: the source is lost, and the guest with it if its QEMU has ended.
     """
     began = time.monotonic()
-    await check_perform(source, cookie)
+    await check_perform(source, cookie, force=force)
     # Whoever cancels: the source is told to stop, and from then on it is brought to an end.
     status = MigrationStatus()
     cancelled: asyncio.CancelledError | None = None

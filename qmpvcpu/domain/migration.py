@@ -43,12 +43,13 @@ class MigrationCalls:
 
         async def _described(self, state: DomainState) -> bytes: ...
 
-    async def migrate_begin(self, *, persistent: bool = False, wait: float = 0.0) -> Cookie:
+    async def migrate_begin(self, *, persistent: bool = False, wait: float = 0.0, force: bool = False) -> Cookie:
         """What goes with the guest, and whether it can go; touches nothing.
 
         Args:
             persistent: its definition goes too.
             wait: seconds for pending unplugs to end.
+            force: do what is known to hang.
 
         Raises:
             VcpuRefused: it cannot be migrated now; every reason.
@@ -62,7 +63,7 @@ class MigrationCalls:
                 if persistent and self._persistent is None:
                     raise VcpuRefused([NO_DEFINITION])
                 if not link.ledger.firsts or time.monotonic() >= deadline:
-                    state, runs = await check_begin(link)
+                    state, runs = await check_begin(link, force=force)
                     return await self._cookie(link, state, runs, persistent)
                 await link.read()
             await asyncio.sleep(_PENDING_LOOK)
@@ -108,17 +109,24 @@ class MigrationCalls:
 
             await prepare(link, cookie, plug)
 
-    async def migrate_listen(self, uri: str | None = None, host: str | None = None) -> str:
+    async def migrate_listen(
+        self, uri: str | None = None, host: str | None = None, default: str | None = None
+    ) -> str:
         """Where this destination listens from now on, as a source names it.
 
         Args:
-            uri: `unix:PATH` or `tcp:HOST:PORT`, where it does not listen yet.
+            uri: `unix:PATH` or `tcp:HOST:PORT`, where it shall.
             host: how the source reaches it, if it listens everywhere.
+            default: as `uri`, if it does not listen yet.
+
+        Raises:
+            VcpuRefused: it listens elsewhere, or nobody said where it shall.
+            VcpuFailed: it cannot listen there.
         """
         from qmpvcpu.domain.migrate import listen_at
 
         async with self._queue:
-            return await listen_at(self._connected(), uri, host)
+            return await listen_at(self._connected(), uri, host, default)
 
     async def migrate_perform(
         self,
@@ -128,6 +136,7 @@ class MigrationCalls:
         bandwidth: int | None = None,
         timeout: float | None = None,
         progress: Progress | None = None,
+        force: bool = False,
     ) -> MigrationStatus:
         """Move the guest to where a destination listens. It is paused here then, and does not run there yet.
 
@@ -137,6 +146,7 @@ class MigrationCalls:
             bandwidth: MiB a second at most.
             timeout: seconds after which it is paused, so that the migration comes to an end.
             progress: told each fresh status.
+            force: do what is known to hang.
 
         Raises:
             VcpuRefused: nothing was sent.
@@ -147,7 +157,7 @@ class MigrationCalls:
 
         async with self._queue:
             link = self._connected()
-            _, runs = await check_perform(link, cookie)
+            _, runs = await check_perform(link, cookie, force=force)
             options = {"bandwidth": bandwidth, "timeout": timeout, "progress": progress}
             try:
                 status = await perform(link.monitor, uri, **options)  # type: ignore[arg-type]
@@ -205,6 +215,7 @@ class MigrationCalls:
         bandwidth: int | None = None,
         timeout: float | None = None,
         progress: Progress | None = None,
+        force: bool = False,
     ) -> Migrated:
         """Move the guest to a destination that is prepared, verify it there, and end the QEMU here.
 
@@ -213,7 +224,7 @@ class MigrationCalls:
             cookie: of `migrate_begin`.
             uri: where it shall listen; None: two QEMUs of this host get a socket of their own.
             host: how the source's host reaches the destination's.
-            bandwidth, timeout, progress: as `migrate_perform`.
+            bandwidth, timeout, progress, force: as `migrate_perform`.
 
         Raises:
             VcpuRefused: nothing was touched.
@@ -233,4 +244,5 @@ class MigrationCalls:
                 bandwidth=bandwidth,
                 timeout=timeout,
                 progress=progress,
+                force=force,
             )

@@ -43,6 +43,7 @@ class Runtime:
     """One guest's folder; `name` is one that `check_name` takes."""
 
     def __init__(self, name: str) -> None:
+        self.name = name
         base = Path(os.path.abspath(runtime_folder()))  # noqa: PTH100 - a link stays what it is
         self.folder = base / name
         if len(os.fsencode(self.folder)) + 1 + max(map(len, SOCKETS)) > _LONGEST:

@@ -19,6 +19,7 @@ from qmpvcpu.core.migration import (
     check_arrived,
     check_cpu_operation,
     check_features,
+    check_hangs,
     check_machine,
     check_source,
     features_of,
@@ -209,3 +210,22 @@ def test_what_is_no_cookie(old, new, words):
     assert old in text
     with pytest.raises(VcpuRefused, match=words):
         read_cookie(text.replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("arch", "version", "enabled", "removals", "code"),
+    [
+        ("ppc64", QemuVersion(10, 0), (0, 1), 0, "decrementer"),
+        ("ppc64", QemuVersion(10, 0), (0,), 0, None),
+        ("ppc64", QemuVersion(7, 2, 22), (0, 1), 0, None),
+        ("ppc64", QemuVersion(11, 1), (0, 1), 0, None),
+        ("x86_64", QemuVersion(10, 0, 2), (0, 1), 1, "setup"),
+        ("x86_64", QemuVersion(10, 0, 2), (0, 1), 0, None),
+        ("x86_64", QemuVersion(11, 1), (0, 1), 3, None),
+    ],
+)
+def test_what_is_known_to_hang(arch, version, enabled, removals, code):
+    here = replace(state(*enabled), arch=arch, version=version, accel="tcg")
+    assert [one.code for one in check_hangs(here, removals)] == ([code] if code else [])
+    assert all(one.forceable for one in check_hangs(here, removals))
+    assert not check_hangs(replace(here, accel="kvm"), removals)

@@ -1,0 +1,273 @@
+"""`migrate` and its phases as a user has them: destinations by name or address, started where they do not run."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from qmpvcpu.app.definitions import undefine
+from qmpvcpu.app.probes import ProbeMode
+from qmpvcpu.app.start import clean_up, launch_waiting
+from qmpvcpu.core.migration import Cookie, MigrationStatus
+from qmpvcpu.core.model import DomainState
+from qmpvcpu.domain import Domain, connect
+from qmpvcpu.domain.migrate import Migrated, Progress
+from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
+from qmpvcpu.host.files import read_file
+from qmpvcpu.host.runtime import Runtime
+from qmpvcpu.xml.domain import renamed
+from qmpvcpu.xml.migration import read_cookie, write_cookie
+
+__all__ = [
+    "Prepared",
+    "cookie_text",
+    "describe_status",
+    "load_cookie",
+    "migrate",
+    "migrate_finish",
+    "migrate_prepare",
+]
+
+#: What a cookie may have: two domains of 8 MiB.
+_LIMIT = 17 * 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    """A destination that waits; `uri` is what the source is told."""
+
+    name: str
+    uri: str
+    qmp: tuple[str, ...]
+    vcpus: tuple[int, ...]
+    messages: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `migrate-prepare --json`."""
+        return {
+            "outcome": "applied",
+            "changed": True,
+            "domain": self.name,
+            "uri": self.uri,
+            "qmp": list(self.qmp),
+            "vcpus": list(self.vcpus),
+            "messages": list(self.messages),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class _Place:
+    """A destination: `domain` to connect to, and whether we have started it for this."""
+
+    domain: Domain
+    name: str
+    is_name: bool
+    is_ours: bool
+    qmp: tuple[str, ...]
+    messages: tuple[str, ...] = ()
+
+
+def cookie_text(cookie: Cookie) -> str:
+    """As XML."""
+    return write_cookie(cookie).decode()
+
+
+def load_cookie(path: str) -> Cookie:
+    """From a file; `-` is standard input.
+
+    Raises:
+        VcpuRefused: it is not there, or is no cookie.
+    """
+    try:
+        data = sys.stdin.buffer.read(_LIMIT) if path == "-" else read_file(Path(path), _LIMIT)
+    except OSError as error:
+        text = f"'{path}' cannot be read: {error.strerror}"
+        raise VcpuRefused(
+            [Refusal("cookie", text, (), "name a file that migrate-begin was printed into")]
+        ) from error
+    return read_cookie(data)
+
+
+@asynccontextmanager
+async def _destination(
+    word: str, cookie: Cookie, mode: ProbeMode, *, place: bool, timeout: float
+) -> AsyncIterator[_Place]:
+    """The destination that a word means, connected; one that does not run is started, and ended if this fails."""
+    is_name = "/" not in word and ":" not in word
+    if not is_name:
+        async with connect(word) as domain:
+            yield _Place(domain, word, is_name=False, is_ours=False, qmp=(word,))
+        return
+    refusal = check_name(word)
+    if refusal is not None:
+        raise VcpuRefused([refusal])
+    runtime = Runtime(word)
+    if runtime.pid() is None and not await _runs(word):
+        if cookie.is_described:
+            text = "the source has no definition, and QEMU does not tell all of its hardware"
+            hint = f"start '{word}' as the source was started, with -incoming defer, and name its QMP socket"
+            raise VcpuRefused([Refusal("definition", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")])
+        machine = cookie.machine.type if cookie.machine is not None else None
+        launched = await launch_waiting(word, cookie.xml, machine, mode=mode, timeout=timeout, place=place)
+        try:
+            async with connect(qmp=runtime.qmp, xml=_file(word)) as domain:
+                yield _Place(domain, word, is_name=True, is_ours=True, qmp=runtime.qmp, messages=launched.messages)
+        except BaseException:
+            await clean_up(word)
+            raise
+        return
+    async with connect(word) as domain:
+        yield _Place(domain, word, is_name=True, is_ours=runtime.pid() is not None, qmp=runtime.qmp)
+
+
+def _file(name: str) -> str | None:
+    folder = DefinitionFolder()
+    return folder.file(name).place if folder.is_defined(name) else None
+
+
+async def _runs(name: str) -> bool:
+    if not DefinitionFolder().is_defined(name):
+        return False
+    async with connect(name) as domain:
+        return domain.is_active
+
+
+def _host_of(word: str) -> str | None:
+    """Of an address host:port."""
+    return word.rpartition(":")[0].strip("[]") or None if "/" not in word and ":" in word else None
+
+
+def _check_words(dest: str, *, persistent: bool) -> None:
+    if persistent and ("/" in dest or ":" in dest):
+        raise VcpuUsageError(
+            f"--persistent needs a name for the definition, and '{dest}' is an address",
+            hint="name the destination, or leave out --persistent and define it there",
+        )
+
+
+def _define(place: _Place, cookie: Cookie, *, persistent: bool) -> list[str]:
+    """A destination by name is defined from now on."""
+    folder = DefinitionFolder()
+    if not place.is_name or (not persistent and folder.is_defined(place.name)):
+        return []
+    known = Addresses()
+    if folder.is_defined(place.name):
+        known = folder.addresses(place.name)
+    xml = cookie.persistent if persistent and cookie.persistent is not None else cookie.xml
+    folder.define(place.name, renamed(xml, place.name), known)
+    return [] if persistent else [f"'{place.name}' is defined as it runs: its name would not be known otherwise"]
+
+
+async def migrate(
+    source: Domain,
+    dest: str,
+    *,
+    persistent: bool = False,
+    undefine_source: bool = False,
+    wait: float = 0.0,
+    uri: str | None = None,
+    bandwidth: int | None = None,
+    timeout: float | None = None,
+    progress: Progress | None = None,
+    place: bool = True,
+    mode: ProbeMode = ProbeMode.AUTO,
+    start_timeout: float = 30.0,
+    force: bool = False,
+) -> Migrated:
+    """Take a guest to `dest`, and verify it there.
+
+    Args:
+        source: connected.
+        dest: a name, which is started here if it does not run, or a QMP address of a QEMU that waits.
+        persistent: its definition goes too, under the name `dest`.
+        undefine_source: the source's definition is forgotten.
+        wait: seconds for pending unplugs to end.
+        uri, bandwidth, timeout, progress: as `Domain.migrate`.
+        place: False leaves the destination's threads where the kernel puts them.
+        mode: when a throwaway QEMU may be asked for the destination's topology.
+        start_timeout: seconds for the destination's machine to stand.
+        force: do what is known to hang.
+
+    Raises:
+        VcpuError: as `Domain.migrate`.
+    """
+    _check_words(dest, persistent=persistent)
+    if undefine_source and not source.has_definition:
+        text = "the source has no definition that could be forgotten"
+        raise VcpuRefused([Refusal("definition", text, (), "leave out --undefine-source")])
+    cookie = await source.migrate_begin(persistent=persistent, wait=wait, force=force)
+    async with _destination(dest, cookie, mode, place=place, timeout=start_timeout) as target:
+        await target.domain.migrate_prepare(cookie, place=place)
+        done = await source.migrate(
+            target.domain,
+            cookie,
+            uri=uri,
+            host=_host_of(dest),
+            bandwidth=bandwidth,
+            timeout=timeout,
+            progress=progress,
+            force=force,
+        )
+    # From here on the guest runs there, and nothing may look as if it did not.
+    messages = [*target.messages, *done.messages]
+    try:
+        messages += _define(target, cookie, persistent=persistent)
+    except VcpuRefused as error:
+        messages.append(f"the destination is not defined: {error.message}")
+    if source.has_definition and check_name(source.name) is None:
+        await clean_up(source.name)
+    try:
+        if undefine_source:
+            undefine(source.name)
+    except VcpuRefused as error:
+        messages.append(f"the source is still defined: {error.message}")
+    return Migrated(done.vcpus, done.status, tuple(messages), done.seconds)
+
+
+def _default_uri(place: _Place, host: str | None) -> str:
+    """Where a destination listens if nobody says it: beside its QMP socket, which its QEMU can write to."""
+    return f"tcp:{host}:0" if host is not None else f"unix:{os.path.abspath(place.qmp[0])}.migrate"  # noqa: PTH100
+
+
+async def migrate_prepare(
+    cookie: Cookie, dest: str | None, *, uri: str | None, place: bool, mode: ProbeMode, timeout: float
+) -> Prepared:
+    """Start or check a destination, plug its vCPUs, and let it listen.
+
+    Raises:
+        VcpuError: as `Domain.migrate_prepare`; a QEMU that was started for it is ended.
+    """
+    word = dest if dest is not None else cookie.name
+    async with _destination(word, cookie, mode, place=place, timeout=timeout) as target:
+        await target.domain.migrate_prepare(cookie, place=place)
+        host = _host_of(word)
+        where = await target.domain.migrate_listen(uri, host, _default_uri(target, host))
+        state = await target.domain.state()
+        messages = [*target.messages, *_define(target, cookie, persistent=cookie.persistent is not None)]
+        return Prepared(target.name, where, target.qmp, state.enabled_ids, tuple(messages))
+
+
+async def migrate_finish(dest: str, cookie: Cookie) -> DomainState:
+    """Verify a destination, and let it run.
+
+    Raises:
+        VcpuError: as `Domain.migrate_finish`.
+    """
+    async with connect(dest) as domain:
+        return await domain.migrate_finish(cookie)
+
+
+def describe_status(status: MigrationStatus) -> str:
+    """One line for a terminal."""
+    words = [f"{status.percent} %"] if status.percent is not None else [status.status]
+    if status.transferred is not None:
+        words.append(f"{status.transferred >> 20} MiB sent")
+    if status.downtime is not None:
+        words.append(f"downtime {status.downtime} ms")
+    return ", ".join(words)

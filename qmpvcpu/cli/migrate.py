@@ -1,0 +1,160 @@
+"""The commands that take a guest elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Final
+
+from qmpvcpu.app import migrate as app
+from qmpvcpu.app.probes import ProbeMode
+from qmpvcpu.cli.progress import waiting
+from qmpvcpu.core.migration import MigrationStatus
+from qmpvcpu.core.model import format_ids
+from qmpvcpu.domain.migrate import Progress
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.commands import Session
+
+__all__ = ["COMMANDS"]
+
+#: Seconds between two lines of progress.
+_TICK: Final = 0.2
+
+
+@contextmanager
+def _progress() -> Iterator[Progress | None]:
+    """Bytes, percent and downtime on one line of a terminal, which is wiped at the end."""
+    if not sys.stderr.isatty():
+        yield None
+        return
+    last = 0.0
+
+    def show(status: MigrationStatus) -> None:
+        nonlocal last
+        if (now := time.monotonic()) >= last + _TICK:
+            last = now
+            print(f"\r\x1b[Kmigrating: {app.describe_status(status)} ", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield show
+    finally:
+        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+
+
+async def _migrate(session: Session) -> int:
+    options = session.options
+    async with session.connect() as source:
+        with _progress() as progress:
+            done = await app.migrate(
+                source,
+                options.dest,
+                persistent=options.persistent,
+                undefine_source=options.undefine_source,
+                wait=options.wait or 0.0,
+                uri=options.uri,
+                bandwidth=options.bandwidth,
+                timeout=options.timeout,
+                progress=progress,
+                place=not options.no_place,
+                mode=ProbeMode(options.probe),
+                force=options.force,
+            )
+    session.warn(done.messages)
+    line = f"{options.domain}: runs at {options.dest} with vCPU {format_ids(done.vcpus)}"
+    session.show(
+        {**done.to_json(), "domain": options.domain, "destination": options.dest},
+        [
+            line,
+            app.describe_status(done.status),
+        ],
+    )
+    return 0
+
+
+async def _begin(session: Session) -> int:
+    options = session.options
+    async with session.connect() as source, waiting("waiting for pending unplugs", options.wait):
+        cookie = await source.migrate_begin(
+            persistent=options.persistent, wait=options.wait or 0.0, force=options.force
+        )
+    text = app.cookie_text(cookie)
+    features = sorted(cookie.features)
+    document = {
+        "outcome": "queried",
+        "name": cookie.name,
+        "uuid": cookie.uuid,
+        "features": features,
+        "cookie": text,
+    }
+    session.show(document, [text.rstrip()])
+    return 0
+
+
+async def _prepare(session: Session) -> int:
+    options = session.options
+    cookie = app.load_cookie(options.cookie)
+    async with waiting("preparing the destination"):
+        done = await app.migrate_prepare(
+            cookie,
+            options.dest,
+            uri=options.uri,
+            place=not options.no_place,
+            mode=ProbeMode(options.probe),
+            timeout=30.0,
+        )
+    session.warn(done.messages)
+    session.show(done.to_json(), [done.uri])
+    return 0
+
+
+async def _perform(session: Session) -> int:
+    options = session.options
+    cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
+    async with session.connect() as source:
+        with _progress() as progress:
+            status = await source.migrate_perform(
+                options.uri,
+                cookie=cookie,
+                bandwidth=options.bandwidth,
+                timeout=options.timeout,
+                progress=progress,
+                force=options.force,
+            )
+    document = {
+        "outcome": "applied",
+        "changed": True,
+        "transferred": status.transferred,
+        "downtime": status.downtime,
+        "total_time": status.total_time,
+    }
+    lines = [f"{options.domain}: handed over, {app.describe_status(status)}", "migrate-finish lets it run there"]
+    session.show(document, lines)
+    return 0
+
+
+async def _finish(session: Session) -> int:
+    options = session.options
+    state = await app.migrate_finish(options.dest, app.load_cookie(options.cookie))
+    document = {"outcome": "applied", "changed": True, "domain": options.dest, "vcpus": list(state.enabled_ids)}
+    session.show(document, [f"{options.dest}: runs with vCPU {format_ids(state.enabled_ids)}"])
+    return 0
+
+
+async def _cancel(session: Session) -> int:
+    async with session.connect() as domain:
+        done = await domain.migrate_cancel()
+    session.show({"outcome": "applied", "changed": True, "message": done}, [f"{session.options.domain}: {done}"])
+    return 0
+
+
+COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
+    "migrate": _migrate,
+    "migrate-begin": _begin,
+    "migrate-prepare": _prepare,
+    "migrate-perform": _perform,
+    "migrate-finish": _finish,
+    "migrate-cancel": _cancel,
+}

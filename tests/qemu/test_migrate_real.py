@@ -1,0 +1,433 @@
+"""Migration between real QEMUs whose firmware runs: what is refused before the first byte, who runs it in the end."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+from contextlib import asynccontextmanager
+
+import pytest
+
+import qmpvcpu
+from qmpvcpu.domain import migrate as engine
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.qemu.process import QemuProcess, run_qemu
+from tests.conftest import VERSIONS, cli, group, qemu_binary, start_cli
+from tests.qemu.conftest import MACHINES
+
+pytestmark = pytest.mark.qemu
+
+NODES = ["-object", "memory-backend-ram,id=m0,size=64M", "-object", "memory-backend-ram,id=m1,size=64M"]
+NODES += ["-numa", "node,cpus=0-3,memdev=m0", "-numa", "node,cpus=4-7,memdev=m1"]
+
+
+@asynccontextmanager
+async def machine(
+    version="10.0",
+    smp="2,sockets=1,cores=8,threads=1,maxcpus=8",
+    extra=NODES,
+    arch="x86_64",
+    accel="tcg,thread=multi",
+):
+    """It runs: its firmware finds nothing to boot."""
+    arguments = ["-nodefaults", "-display", "none", "-no-user-config", "-accel", "tcg,thread=multi"]
+    arguments += ["-smp", smp, "-m", "128" if arch == "x86_64" else "256", *MACHINES[arch], *extra]
+    async with run_qemu(qemu_binary(version, arch), arguments, monitors=("qmp", "qmp2")) as qemu:
+        yield qemu
+
+
+def waiting(**given):
+    given["extra"] = [*given.get("extra", NODES), "-incoming", "defer"]
+    return machine(**given)
+
+
+async def runs(qemu: QemuProcess) -> bool:
+    return (await qemu.monitor.query_status())["running"]
+
+
+async def plugged(qemu: QemuProcess) -> tuple[int, ...]:
+    async with qmpvcpu.connect(qmp=str(qemu.folder / "qmp2")) as domain:
+        return (await domain.state()).enabled_ids
+
+
+async def ended(qemu: QemuProcess) -> bool:
+    async with asyncio.timeout(10):
+        await qemu.process.wait()
+    return True
+
+
+CELLS = [pytest.param(version, marks=group("x86_64", version), id=version) for version in VERSIONS]
+
+
+@pytest.mark.parametrize("version", CELLS)
+async def test_a_sparse_set_goes_to_a_qemu_that_waits_and_its_vcpus_are_plugged_there(version):
+    async with machine(version) as source, waiting(version=version) as target:
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            for number in (6, 3):
+                await domain.enable(number)
+        run = await cli("migrate", source.qmp, target.qmp, "--json")
+        assert run.code == 0, run.stdout + run.stderr
+        assert run.json["vcpus"] == [0, 1, 3, 6] and run.json["downtime"] >= 0 and run.json["transferred"] > 0
+        assert await runs(target) and await plugged(target) == (0, 1, 3, 6)
+        # In the order of the source, and the source's QEMU is gone.
+        async with qmpvcpu.connect(qmp=target.qmp) as domain:
+            vcpus = (await domain.state()).vcpus
+            assert vcpus[6].order < vcpus[3].order
+            assert (await domain.enable(7)).changed
+        assert await ended(source)
+
+
+#: What the destination is, beside what it should be: and what is said.
+WRONG = {
+    "one too many": ({"smp": "3,sockets=1,cores=8,threads=1,maxcpus=8"}, "vCPU 2 is plugged at the destination"),
+    "other maxcpus": ({"smp": "2,sockets=1,cores=4,threads=1,maxcpus=4", "extra": []}, "maximum of vCPUs: 8"),
+    "other slot": ({"smp": "2,sockets=2,cores=4,threads=1,maxcpus=8"}, "its slot is another one"),
+    "other node": (
+        {"extra": [w.replace("0-3", "0-4").replace("4-7", "5-7") for w in NODES]},
+        "NUMA node of vCPU 4: 1",
+    ),
+    "other model": ({"extra": [*NODES, "-cpu", "max"]}, "is a: qemu64-x86_64-cpu at the source, max-x86_64-cpu"),
+    "other machine": ({"extra": [*NODES, "-machine", "pc-q35-7.2"]}, "machine type: pc-q35-10.0"),
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+async def test_what_cannot_take_it_is_refused_before_the_first_byte(name):
+    given, words = WRONG[name]
+    async with machine() as source, waiting(**given) as target:
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            await domain.enable(5)
+        run = await cli("migrate", source.qmp, target.qmp, "--json")
+        assert run.code == 3, run.stdout
+        assert words in run.json["error"]["message"]
+        assert await runs(source) and await plugged(source) == (0, 1, 5)
+        assert (await source.monitor.query_migrate()).get("status") is None
+        assert (await target.monitor.query_status())["status"] == "inmigrate"
+        if name == "other maxcpus":
+            assert "vCPU 4-7: the destination has no such slot" in run.json["error"]["message"]
+
+
+async def test_one_missing_is_refused_where_nobody_plugs_it():
+    """The phases: what `migrate-prepare` did not see, `migrate` and `migrate-finish` do."""
+    async with machine() as source, waiting() as target:
+        async with qmpvcpu.connect(qmp=source.qmp) as s, qmpvcpu.connect(qmp=target.qmp) as t:
+            cookie = await s.migrate_begin()
+            await t.migrate_prepare(cookie)
+            # Somebody plugs one at the source in between.
+            await s.enable(5)
+            with pytest.raises(qmpvcpu.VcpuRefused, match="vCPU 5 is plugged at the destination, and not"):
+                await s.migrate(t, cookie)
+            assert await runs(source) and (await source.monitor.query_migrate()).get("status") is None
+
+
+async def test_a_reader_that_does_not_know_the_feature_refuses(tmp_path):
+    async with machine() as source, waiting() as target:
+        assert (await cli("setvcpu", source.qmp, "5", "--enable")).code == 0
+        run = await cli("migrate-begin", source.qmp)
+        assert run.code == 0 and "<feature name='cpu-hotplug'/>" in run.stdout
+        cookie = tmp_path / "cookie"
+        cookie.write_text(run.stdout.replace("name='cpu-hotplug'", "name='cpu-teleport'"))
+        run = await cli("migrate-prepare", str(cookie), target.qmp, "--json")
+        assert run.code == 3 and "cpu-teleport" in run.json["error"]["message"]
+        assert await plugged(target) == (0, 1) and await runs(source)
+
+
+async def test_the_phases_by_hand(tmp_path):
+    async with machine() as source, waiting() as target:
+        assert (await cli("setvcpu", source.qmp, "5", "--enable")).code == 0
+        cookie = tmp_path / "cookie"
+        cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
+        run = await cli("migrate-prepare", str(cookie), target.qmp)
+        assert run.code == 0, run.stderr
+        uri = run.stdout.strip()
+        assert await plugged(target) == (0, 1, 5)
+        run = await cli("migrate-perform", source.qmp, uri, "--cookie", str(cookie), "--json")
+        assert run.code == 0, run.stdout
+        # Handed over, and running nowhere until it is said.
+        assert not await runs(source) and not await runs(target)
+        run = await cli("setvcpu", source.qmp, "6", "--enable", "--json")
+        assert run.code == 3 and "migrated away" in run.json["error"]["message"]
+        run = await cli("migrate-finish", target.qmp, str(cookie), "--json")
+        assert run.code == 0 and run.json["vcpus"] == [0, 1, 5]
+        assert await runs(target)
+        assert not list(target.folder.glob("*.migrate"))
+
+
+async def test_cancel_after_the_handing_over_lets_the_source_go_on(tmp_path):
+    async with machine() as source, waiting() as target:
+        cookie = tmp_path / "cookie"
+        cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
+        uri = (await cli("migrate-prepare", str(cookie), target.qmp)).stdout.strip()
+        assert (await cli("migrate-perform", source.qmp, uri)).code == 0
+        assert (await cli("migrate-cancel", source.qmp)).code == 0
+        assert await runs(source)
+        run = await cli("migrate-cancel", source.qmp)
+        assert run.code == 3 and "no migration is under way" in run.stderr
+    async with waiting() as target:
+        assert (await cli("migrate-cancel", target.qmp)).code == 0
+        assert await ended(target)
+
+
+async def test_over_tcp_between_two_that_know_only_addresses():
+    async with machine() as source, waiting() as target:
+        assert (await cli("setvcpu", source.qmp, "5", "--enable")).code == 0
+        run = await cli("migrate", source.qmp, target.qmp, "--uri", "tcp:127.0.0.1:0", "--json")
+        assert run.code == 0, run.stdout
+        assert await runs(target) and await plugged(target) == (0, 1, 5)
+
+
+async def test_one_that_listens_already_and_one_whose_qmp_is_tcp():
+    async with machine() as source:
+        async with machine(
+            extra=[*NODES, "-incoming", "tcp:127.0.0.1:0", "-qmp", "tcp:127.0.0.1:0,server=on,wait=off"]
+        ) as target:
+            rows = await target.monitor.query_chardev()
+            name = next(row["filename"] for row in rows if "tcp" in row["filename"])
+            address = name.partition("tcp:")[2].partition(",")[0]
+            run = await cli("migrate", source.qmp, address, "--json")
+            assert run.code == 0, run.stdout
+            assert await runs(target)
+
+
+async def test_a_guest_that_does_not_wait_is_no_destination():
+    async with machine() as source, machine() as target:
+        run = await cli("migrate", source.qmp, target.qmp, "--json")
+        assert run.code == 3 and "does not wait for a migration" in run.json["error"]["message"]
+        assert await runs(source) and await runs(target)
+        run = await cli("migrate", source.qmp, "nowhere", "--json")
+        assert run.code == 3 and "-incoming defer" in run.json["error"]["hint"]
+        run = await cli("migrate", source.qmp, target.qmp, "--persistent", "--json")
+        assert run.code == 2
+
+
+async def test_a_paused_guest_arrives_paused():
+    async with machine() as source, waiting() as target:
+        await source.monitor.stop()
+        assert (await cli("migrate", source.qmp, target.qmp)).code == 0
+        assert (await target.monitor.query_status())["status"] == "paused"
+
+
+@asynccontextmanager
+async def slowly(source: QemuProcess):
+    """So slow that it is under way until this ends."""
+    await source.monitor.migrate_set_parameters({"max-bandwidth": 4096})
+    yield
+
+
+async def until_active(source: QemuProcess):
+    async with asyncio.timeout(20):
+        while (await source.monitor.query_migrate()).get("status") != "active":
+            await asyncio.sleep(0.005)
+
+
+async def test_vcpus_are_not_switched_while_it_is_on_its_way():
+    async with machine() as source, waiting() as target, slowly(source):
+        async with qmpvcpu.connect(qmp=str(source.folder / "qmp2")) as domain:
+            await domain.enable(4)
+            process = await start_cli("migrate", source.qmp, target.qmp)
+            await until_active(source)
+            for call in (domain.enable(5), domain.disable(4), domain.set_vcpus(8)):
+                with pytest.raises(qmpvcpu.VcpuRefused, match="is being migrated"):
+                    await call
+            assert "is being migrated" in (await domain.plan_enable(5)).refusals[0].message
+            process.send_signal(signal.SIGINT)
+            assert await process.wait() == 130
+            assert await runs(source)
+            assert (await source.monitor.query_migrate())["status"] == "cancelled"
+            assert await ended(target)
+            assert (await domain.enable(5)).changed
+
+
+@pytest.mark.parametrize("victim", ["target", "source", "us"])
+async def test_killed_while_memory_moves(victim):
+    async with machine() as source, waiting() as target, slowly(source):
+        process = await start_cli("migrate", source.qmp, target.qmp, "--json")
+        await until_active(source)
+        {"target": target, "source": source, "us": process}[victim].kill()
+        stdout, _ = await process.communicate()
+        if victim == "target":
+            assert process.returncode == 8 and b"goes on at the source" in stdout
+            assert await runs(source)
+        elif victim == "source":
+            assert process.returncode == 7, stdout
+            assert await ended(target)
+        else:
+            # QEMU goes on with it by itself; nobody else starts the destination.
+            assert await runs(source) and not await runs(target)
+            run = await cli("migrate-cancel", source.qmp)
+            assert run.code == 0 and await runs(source)
+
+
+async def between(source, target, monkeypatch, name, act):
+    """Migrate, and do something before (or after) a step of the handing over."""
+    original = getattr(engine, name)
+
+    async def hooked(*given, **more):
+        await act("before")
+        found = await original(*given, **more)
+        await act("after")
+        return found
+
+    monkeypatch.setattr(engine, name, hooked)
+    async with qmpvcpu.connect(qmp=source.qmp) as s, qmpvcpu.connect(qmp=target.qmp) as t:
+        cookie = await s.migrate_begin()
+        await t.migrate_prepare(cookie)
+        return await s.migrate(t, cookie)
+
+
+def dead(qemu: QemuProcess):
+    os.kill(qemu.pid, signal.SIGKILL)
+    os.waitid(os.P_PID, qemu.pid, os.WEXITED | os.WNOWAIT)
+
+
+async def test_the_destination_dies_when_all_has_been_handed_over(monkeypatch):
+    async with machine() as source, waiting() as target:
+
+        async def act(when):
+            if when == "before":
+                dead(target)
+
+        with pytest.raises(qmpvcpu.VcpuFailed, match="goes on at the source"):
+            await between(source, target, monkeypatch, "finish", act)
+        assert await runs(source)
+
+
+async def test_the_destination_dies_before_it_is_told_to_run(monkeypatch):
+    async with machine() as source, waiting() as target:
+
+        async def act(when):
+            if when == "before":
+                dead(target)
+
+        with pytest.raises(qmpvcpu.VcpuFailed, match="goes on at the source"):
+            await between(source, target, monkeypatch, "start", act)
+        assert await runs(source)
+
+
+async def test_the_source_dies_when_all_has_been_handed_over(monkeypatch):
+    async with machine() as source, waiting() as target:
+
+        async def act(when):
+            if when == "before":
+                dead(source)
+
+        done = await between(source, target, monkeypatch, "finish", act)
+        assert done.vcpus == (0, 1)
+        assert await runs(target)
+
+
+async def test_a_vcpu_that_comes_at_the_destination_on_the_way_is_seen_before_it_runs(monkeypatch):
+    async with machine() as source, waiting() as target:
+
+        async def act(when):
+            if when == "before":
+                async with qmpvcpu.connect(qmp=str(target.folder / "qmp2")) as domain:
+                    await domain.enable(7)
+
+        with pytest.raises(
+            qmpvcpu.VcpuFailed, match="vCPU 7 is plugged at the destination, and not at the source"
+        ):
+            await between(source, target, monkeypatch, "finish", act)
+        assert await runs(source) and await ended(target)
+
+
+async def test_cancelled_at_the_last_moment_it_is_brought_to_an_end(monkeypatch):
+    """Whoever gives up then gets the guest running, on one side."""
+    async with machine() as source, waiting() as target:
+        task = asyncio.current_task()
+
+        async def act(when):
+            if when == "before":
+                task.cancel()
+
+        with pytest.raises(asyncio.CancelledError):
+            await between(source, target, monkeypatch, "start", act)
+        task.uncancel()
+        assert await runs(target) and await ended(source)
+
+
+async def test_a_connection_that_is_cut_is_a_failure_and_the_source_goes_on(tmp_path):
+    """By way of a relay: QEMU itself learns that nobody is there any more."""
+    async with machine() as source, waiting() as target, slowly(source):
+        behind = tmp_path / "behind"
+        front = tmp_path / "front"
+        writers = []
+
+        async def relay(reader, writer):
+            other_reader, other_writer = await asyncio.open_unix_connection(behind)
+            writers.extend((writer, other_writer))
+
+            async def copy(one, two):
+                while data := await one.read(65536):
+                    two.write(data)
+
+            await asyncio.gather(copy(reader, other_writer), copy(other_reader, writer), return_exceptions=True)
+
+        server = await asyncio.start_unix_server(relay, front)
+        async with server:
+            cookie = tmp_path / "cookie"
+            cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
+            assert (await cli("migrate-prepare", str(cookie), target.qmp, "--uri", f"unix:{behind}")).code == 0
+            process = await start_cli("migrate-perform", source.qmp, f"unix:{front}", "--json")
+            await until_active(source)
+            for writer in writers:
+                writer.transport.abort()
+            stdout, _ = await process.communicate()
+        assert process.returncode == 8 and b"goes on here" in stdout, stdout
+        assert await runs(source)
+
+
+#: Where a vCPU that ejects at once can be unplugged, and the guest be migrated after that: 10.0 cannot under TCG.
+EJECTING = {"version": "11.1"}
+
+
+@pytest.fixture
+def firmware(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
+    image = tmp_path / "eject.bin"
+    options = ["-m16", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0,--build-id=none,--oformat=binary"]
+    subprocess.run(["gcc", *options, "-o", str(image), "scripts/guest/eject.S"], check=True)
+    return ["-bios", str(image)]
+
+
+async def test_a_pending_unplug_stops_it_unless_it_is_waited_for(firmware):
+    async with machine(extra=firmware, **EJECTING) as source, waiting(extra=firmware, **EJECTING) as target:
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            await domain.enable([4, 5])
+            await source.monitor.stop()
+            assert (await domain.disable(5, timeout=0)).pending == (5,)
+        run = await cli("migrate", source.qmp, target.qmp, "--json")
+        assert run.code == 3 and "vCPU 5: its unplug is pending" in run.json["error"]["message"]
+        process = await start_cli("migrate", source.qmp, target.qmp, "--wait", "20", "--json")
+        await source.monitor.cont()
+        stdout, stderr = await process.communicate()
+        assert process.returncode == 0, stdout + stderr
+        assert await plugged(target) == (0, 1, 4)
+
+
+async def test_what_is_known_to_hang_is_refused_and_what_hangs_is_cancelled(firmware):
+    """10.0, TCG: after an unplug QEMU never gets past 'setup'."""
+    async with machine(extra=firmware) as source, waiting(extra=firmware) as target:
+        async with qmpvcpu.connect(qmp=source.qmp) as s, qmpvcpu.connect(qmp=target.qmp) as t:
+            await s.enable([4, 5])
+            await s.disable(5)
+            with pytest.raises(qmpvcpu.VcpuRefused, match="never gets past 'setup'"):
+                await s.migrate_begin()
+            cookie = await s.migrate_begin(force=True)
+            await t.migrate_prepare(cookie)
+            with pytest.raises(qmpvcpu.VcpuFailed, match="nothing has moved for 10 s"):
+                await s.migrate(t, cookie, force=True)
+        assert await runs(source) and await ended(target)
+
+
+async def test_qemu_without_the_right_uri_does_not_begin():
+    async with machine() as source:
+        run = await cli("migrate-perform", source.qmp, "unix:/nowhere/at/all", "--json")
+        assert run.code == 8 and await runs(source)
+        run = await cli("migrate-perform", source.qmp, "warp:9", "--json")
+        assert run.code == 8 and "QEMU cannot migrate" in run.json["error"]["message"]
+        with pytest.raises(VcpuConnectionError):
+            async with qmpvcpu.connect(qmp="/nowhere"):
+                pass
