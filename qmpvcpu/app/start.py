@@ -293,7 +293,7 @@ async def _check_inactive(name: str, runtime: Runtime) -> None:
     if pid is not None:
         hint = "`qmpvcpu destroy` ends it"
         raise _refused("active", f"'{name}' runs already (QEMU {pid})", hint, "VIR_ERR_OPERATION_INVALID")
-    if await _answers(name):
+    if DefinitionFolder().is_defined(name) and await _answers(name):
         raise _refused("active", f"'{name}' runs already: its QMP socket answers", "end it where it is at home")
 
 

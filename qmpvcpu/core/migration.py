@@ -41,6 +41,7 @@ __all__ = [
     "missing",
     "next_step",
     "parse_status",
+    "warnings",
 ]
 
 #: libvirt's name of what a reader must know to take a sparse guest.
@@ -208,6 +209,18 @@ def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
         text = f"QEMU {state.version} under TCG never gets past 'setup' once a vCPU was unplugged (seen with 10.0)"
         found.append(_forceable("setup", text))
     return found
+
+
+def warnings(state: DomainState) -> list[str]:
+    """What may come of a migration that nobody refuses."""
+    several = sum(vcpu.enabled for vcpu in state.vcpus) > 1
+    if state.accel != "tcg" or state.version is None or state.arch != "ppc64" or not several:
+        return []
+    if state.version >= _PPC_DECREMENTER_WORKED:
+        return []
+    return [
+        f"QEMU {state.version} under TCG: a ppc64 Linux of several vCPUs may hang after it (one in ten did, 7.2)"
+    ]
 
 
 def _forceable(code: str, text: str) -> Refusal:

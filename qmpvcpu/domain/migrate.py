@@ -30,6 +30,7 @@ from qmpvcpu.core.migration import (
     missing,
     next_step,
     parse_status,
+    warnings,
 )
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.domain.link import Link
@@ -72,6 +73,8 @@ _SETUP_SECONDS: Final = 10.0
 #: Seconds a destination has to take in what has arrived, and a QEMU to end.
 _ARRIVAL_SECONDS: Final = 10.0
 _END_SECONDS: Final = 5.0
+#: Seconds a cancelled migration has to end.
+_CANCEL_SECONDS: Final = 3.0
 #: Without the return path a source does not learn that the destination could not take it (7.2 to 11.1).
 _CAPABILITIES: Final = {"return-path": True, "events": True}
 _FD_NAME: Final = "qmpvcpu-migration"
@@ -306,7 +309,7 @@ async def stop_moving(monitor: Monitor) -> MigrationStatus:
     """
     with suppress(CommandError):
         await monitor.migrate_cancel()
-    deadline = time.monotonic() + _ARRIVAL_SECONDS
+    deadline = time.monotonic() + _CANCEL_SECONDS
     while True:
         status = await status_of(monitor)
         if not status.is_active or time.monotonic() >= deadline:
@@ -449,7 +452,7 @@ async def migrate(
         VcpuConnectionError: the source is lost, and the guest with it if its QEMU has ended.
     """
     began = time.monotonic()
-    await check_perform(source, cookie, force=force)
+    state, _ = await check_perform(source, cookie, force=force)
     # Whoever cancels: the source is told to stop, and from then on it is brought to an end.
     status = MigrationStatus()
     cancelled: asyncio.CancelledError | None = None
@@ -479,7 +482,7 @@ async def migrate(
     if cancelled is not None:
         raise cancelled
     ids = tuple(n for slot in machine_of(destination.state).slots if slot.plugged for n in slot.ids)
-    return Migrated(tuple(sorted(ids)), status, tuple(messages), time.monotonic() - began)
+    return Migrated(tuple(sorted(ids)), status, (*warnings(state), *messages), time.monotonic() - began)
 
 
 async def _hand_over(

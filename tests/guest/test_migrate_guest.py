@@ -20,27 +20,24 @@ KINDS = {
     "ppc64": ("2,sockets=1,cores=40,threads=2,maxcpus=80", "1024", "ppc64le", ([20, 21], [6, 7]), [12, 13]),
     "s390x": ("1,maxcpus=32", "256", "s390x", ([7], [3]), [5]),
 }
-CELLS = [
-    ("x86_64", "10.0"),
-    ("x86_64", "11.1"),
-    ("ppc64", "7.2"),
-    ("ppc64", "11.1"),
-    ("s390x", "7.2"),
-    ("s390x", "10.0"),
-]
+#: Not ppc64 before 11: under TCG a Linux of two vCPUs hangs after a migration, on 10.0 always, on 7.2 after some
+#: (docs/qemu-facts.md; without us, and not sparse, too).
+CELLS = [("x86_64", "10.0"), ("x86_64", "11.1"), ("ppc64", "11.1"), ("s390x", "7.2"), ("s390x", "10.0")]
 #: The issue's number.
 ROUND_TRIPS = 10
 COUNTER = "(n=0; while :; do n=$((n+1)); echo $n > /run/counter; usleep 20000; done) > /dev/null 2>&1 &"
 
 
-async def read(guest: Guest, path: str) -> str:
-    return await guest.shell(f"cat {path}", timeout=60)
+async def counted(guest: Guest) -> int:
+    """Between its truncation and what is written to it, the file is empty."""
+    command = 'n=; until [ -n "$n" ]; do read -r n < /run/counter; done; echo $n'
+    return int(await guest.shell(command, timeout=60))
 
 
 @matrix(*CELLS)
 async def test_round_trips(arch, version, tmp_path, monkeypatch):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
-    smp, memory, image, plugs, more = (KINDS_7_2 if version == "7.2" else {}).get(arch, KINDS[arch])
+    smp, memory, image, plugs, more = KINDS[arch]
     found = find_image(image)
     arguments = ["-accel", "tcg,thread=multi", "-smp", smp, "-m", memory]
     async with AsyncExitStack() as stack:
@@ -51,7 +48,7 @@ async def test_round_trips(arch, version, tmp_path, monkeypatch):
         await guest.shell(COUNTER)
         online = await guest.online()
         vcpus = await seen(guest)
-        before = int(await read(guest, "/run/counter"))
+        before = await counted(guest)
         for trip in range(ROUND_TRIPS):
             target = await stack.enter_async_context(
                 run_qemu(
@@ -63,7 +60,7 @@ async def test_round_trips(arch, version, tmp_path, monkeypatch):
             run = await cli("migrate", guest.qemu.qmp, target.qmp, "--timeout", "20", "--json")
             assert run.code == 0, (trip, run.stdout, run.stderr)
             guest = await stack.enter_async_context(attached(target))
-            now = int(await read(guest, "/run/counter"))
+            now = await counted(guest)
             assert now >= before, f"trip {trip}: it went back from {before} to {now}"
             before = now
             assert await guest.online() == online
@@ -88,5 +85,14 @@ async def seen(guest: Guest) -> str:
 
 async def goes_on(guest: Guest, before: int) -> None:
     async with asyncio.timeout(30):
-        while int(await read(guest, "/run/counter")) <= before:
+        while await counted(guest) <= before:
             await asyncio.sleep(0.02)
+
+
+@matrix(("ppc64", "10.0"))
+async def test_a_linux_that_would_hang_is_not_taken_away(arch, version, pool):
+    box = await pool.get(arch, version, plugs=0)
+    run = await cli("migrate", box.qmp, "/nowhere/qmp", "--json")
+    assert run.code == 3 and "no decrementer interrupt" in run.json["error"]["message"]
+    assert "--force" in run.json["error"]["hint"]
+    assert await box.guest.online() == "0-1"

@@ -1,4 +1,4 @@
-"""Migration between real QEMUs whose firmware runs: what is refused before the first byte, who runs it in the end."""
+"""Migration between real QEMUs whose firmware runs: what is refused before the first byte, who runs it then."""
 
 from __future__ import annotations
 
@@ -29,7 +29,6 @@ async def machine(
     smp="2,sockets=1,cores=8,threads=1,maxcpus=8",
     extra=NODES,
     arch="x86_64",
-    accel="tcg,thread=multi",
 ):
     """It runs: its firmware finds nothing to boot."""
     arguments = ["-nodefaults", "-display", "none", "-no-user-config", "-accel", "tcg,thread=multi"]
@@ -77,6 +76,29 @@ async def test_a_sparse_set_goes_to_a_qemu_that_waits_and_its_vcpus_are_plugged_
             assert vcpus[6].order < vcpus[3].order
             assert (await domain.enable(7)).changed
         assert await ended(source)
+
+
+@pytest.mark.parametrize(
+    ("version", "smp"),
+    [
+        pytest.param("7.2", "2,sockets=1,cores=4,threads=1,maxcpus=4", marks=group("ppc64", "7.2")),
+        pytest.param("10.0", "4,sockets=1,cores=4,threads=2,maxcpus=8", marks=group("ppc64", "10.0")),
+        pytest.param("11.1", "4,sockets=1,cores=4,threads=2,maxcpus=8", marks=group("ppc64", "11.1")),
+    ],
+)
+async def test_cores_of_ppc64_and_back_again(version, smp):
+    given = {"version": version, "smp": smp, "extra": [], "arch": "ppc64"}
+    async with machine(**given) as source, waiting(**given) as target, waiting(**given) as third:
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            core = (await domain.state()).entities[-1].ids
+            assert (await domain.enable(core)).outcome == "applied"
+        wanted = await plugged(source)
+        for one, other in ((source, target), (target, third)):
+            run = await cli("migrate", one.qmp, other.qmp, "--force", "--json")
+            assert run.code == 0, run.stdout
+            assert await plugged(other) == wanted and await runs(other)
+        if version == "7.2":
+            assert "hang" in run.json["messages"][0]
 
 
 #: What the destination is, beside what it should be: and what is said.
@@ -431,3 +453,74 @@ async def test_qemu_without_the_right_uri_does_not_begin():
         with pytest.raises(VcpuConnectionError):
             async with qmpvcpu.connect(qmp="/nowhere"):
                 pass
+
+
+SPARSE = """<domain type='qemu'><name>one</name><uuid>7a1d3b9c-0c3f-4b7e-9a38-0d1b7e7d5f10</uuid>
+<memory unit='MiB'>128</memory><vcpu current='3'>8</vcpu><vcpus>
+<vcpu id='0' enabled='yes' hotpluggable='no'/><vcpu id='1' enabled='yes' hotpluggable='no'/>
+<vcpu id='5' enabled='yes' hotpluggable='yes' order='3'/></vcpus>
+<os><type arch='x86_64' machine='q35'>hvm</type></os></domain>"""
+
+
+@pytest.fixture
+async def started(tmp_path, monkeypatch):
+    """A defined, sparse domain that runs; whatever runs at the end is ended."""
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "s"))
+    file = tmp_path / "one.xml"
+    file.write_text(SPARSE)
+    assert (await cli("define", str(file))).code == 0
+    assert (await cli("start", "one")).code == 0
+    yield
+    for row in (await cli("list", "--json")).json["domains"]:
+        if row["active"]:
+            await cli("destroy", row["name"])
+
+
+async def names():
+    return {row["name"]: row["active"] for row in (await cli("list", "--json")).json["domains"]}
+
+
+async def test_by_name_the_destination_is_started_and_defined(started):
+    assert (await cli("setvcpu", "one", "6", "--enable", "--live")).code == 0
+    run = await cli("migrate", "one", "two", "--persistent", "--undefine-source", "--json")
+    assert run.code == 0, run.stdout + run.stderr
+    assert run.json["vcpus"] == [0, 1, 5, 6] and await names() == {"two": True}
+    # Live as it came, and its definition as it was.
+    assert (await cli("vcpucount", "two", "--active", "--live")).stdout.strip() == "4"
+    inactive = (await cli("dumpxml", "two", "--inactive")).stdout
+    assert "<name>two</name>" in inactive and "id='6'" not in inactive
+    info = (await cli("vcpuinfo", "two", "--json")).json
+    assert info["machine"].startswith("pc-q35-")
+    # And back, to a name that is defined as it runs.
+    run = await cli("migrate", "two", "one", "--json")
+    assert run.code == 0 and "is defined as it runs" in run.json["messages"][-1]
+    assert await names() == {"one": True, "two": False}
+    assert "id='6' enabled='yes'" in (await cli("dumpxml", "one", "--inactive")).stdout
+
+
+async def test_by_name_the_phases(started, tmp_path):
+    cookie = tmp_path / "cookie"
+    cookie.write_text((await cli("migrate-begin", "one", "--persistent")).stdout)
+    # The source's own name is taken here.
+    run = await cli("migrate-prepare", str(cookie), "--json")
+    assert run.code == 3, run.stdout
+    run = await cli("migrate-prepare", str(cookie), "two", "--json")
+    assert run.code == 0 and run.json["vcpus"] == [0, 1, 5], run.stdout + run.stderr
+    assert (await cli("migrate-perform", "one", run.json["uri"], "--cookie", str(cookie))).code == 0
+    assert (await cli("migrate-finish", "two", str(cookie))).code == 0
+    assert (await cli("destroy", "one")).code == 0
+    assert await names() == {"one": False, "two": True}
+
+
+async def test_a_destination_that_was_started_is_gone_when_it_cannot_take_it(started, monkeypatch):
+    async with qmpvcpu.connect("one") as domain:
+        from qmpvcpu.app import migrate as app
+
+        async def refuses(self, cookie, *, place):
+            raise qmpvcpu.VcpuRefused([qmpvcpu.Refusal("x", "the test says no")])
+
+        monkeypatch.setattr(qmpvcpu.Domain, "migrate_prepare", refuses)
+        with pytest.raises(qmpvcpu.VcpuRefused, match="the test says no"):
+            await app.migrate(domain, "two")
+    assert await names() == {"one": True}
+    assert (await cli("destroy", "two", "--json")).json["error"]["message"] == "'two' does not run"
