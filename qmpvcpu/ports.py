@@ -158,8 +158,17 @@ class Monitor(Protocol):
     def migrate_set_parameters(self, parameters: Mapping[str, int]) -> Future[object]:
         """QMP `migrate-set-parameters`: bytes a second, milliseconds."""
 
+    def query_migrate_parameters(self) -> Future[object]:
+        """QMP `query-migrate-parameters`."""
+
     def getfd(self, name: str, fd: int) -> Future[object]:
         """QMP `getfd`, with the descriptor itself (SCM_RIGHTS)."""
+
+    def add_fd(self, fd: int) -> Future[object]:
+        """QMP `add-fd`, into a set of its own, with the descriptor itself."""
+
+    def remove_fd(self, fdset: int) -> Future[object]:
+        """QMP `remove-fd`: all of a set."""
 
     @property
     def takes_descriptors(self) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sys
 from collections.abc import AsyncIterator
@@ -21,6 +22,7 @@ from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.files import read_file
 from qmpvcpu.host.runtime import Runtime
+from qmpvcpu.host.savefile import Saving, open_saved
 from qmpvcpu.xml.domain import renamed
 from qmpvcpu.xml.migration import read_cookie, write_cookie
 
@@ -32,6 +34,8 @@ __all__ = [
     "migrate",
     "migrate_finish",
     "migrate_prepare",
+    "restore",
+    "save",
 ]
 
 #: What a cookie may have: two domains of 8 MiB.
@@ -117,7 +121,9 @@ async def _destination(
         launched = await launch_waiting(word, cookie.xml, machine, mode=mode, timeout=timeout, place=place)
         try:
             async with connect(qmp=runtime.qmp, xml=_file(word)) as domain:
-                yield _Place(domain, word, is_name=True, is_ours=True, qmp=runtime.qmp, messages=launched.messages)
+                notes = await domain.place(cookie.xml) if place else []
+                messages = (*launched.messages, *notes)
+                yield _Place(domain, word, is_name=True, is_ours=True, qmp=runtime.qmp, messages=messages)
         except BaseException:
             await clean_up(word)
             raise
@@ -261,6 +267,123 @@ async def migrate_finish(dest: str, cookie: Cookie) -> DomainState:
     """
     async with connect(dest) as domain:
         return await domain.migrate_finish(cookie)
+
+
+@dataclass(frozen=True, slots=True)
+class Saved:
+    """A guest in a file; `size` in bytes."""
+
+    file: str
+    size: int
+    vcpus: tuple[int, ...]
+    messages: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `save --json`."""
+        return {
+            "outcome": "applied",
+            "changed": True,
+            "file": self.file,
+            "size": self.size,
+            "vcpus": list(self.vcpus),
+            "messages": list(self.messages),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Restored:
+    """A guest that was in a file, and runs now (unless it did not when it was saved)."""
+
+    name: str
+    qmp: tuple[str, ...]
+    vcpus: tuple[int, ...]
+    runs: bool
+    messages: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `restore --json`."""
+        return {
+            "outcome": "applied",
+            "changed": True,
+            "domain": self.name,
+            "qmp": list(self.qmp),
+            "vcpus": list(self.vcpus),
+            "running": self.runs,
+            "messages": list(self.messages),
+        }
+
+
+async def save(
+    source: Domain, file: str, *, wait: float = 0.0, force: bool = False, progress: Progress | None = None
+) -> Saved:
+    """Save a guest to a file, and end its QEMU. What was in the file is there until the new one is whole.
+
+    Raises:
+        VcpuRefused: nothing was touched.
+        VcpuFailed: it could not be written; the guest goes on, and the file is as it was.
+        VcpuConnectionError: QEMU is lost.
+    """
+    cookie = await source.migrate_begin(persistent=source.has_definition, wait=wait, force=force)
+    try:
+        saving = await asyncio.to_thread(Saving, Path(file), write_cookie(cookie))
+    except OSError as error:
+        text = f"'{file}' cannot be written: {error.strerror}"
+        raise VcpuRefused([Refusal("file", text, (), "name a file in a folder with room")]) from error
+    size = 0
+
+    def finish() -> None:
+        nonlocal size
+        size = saving.finish()
+
+    try:
+        await source.save(cookie, saving.fd, saving.offset, finish, progress)
+    finally:
+        saving.discard()
+    if source.has_definition and check_name(source.name) is None:
+        await clean_up(source.name)
+    machine = cookie.machine
+    slots = machine.slots if machine is not None else ()
+    return Saved(file, size, tuple(sorted(n for slot in slots if slot.plugged for n in slot.ids)))
+
+
+async def restore(
+    file: str,
+    dest: str | None = None,
+    *,
+    place: bool = True,
+    mode: ProbeMode = ProbeMode.AUTO,
+    timeout: float = 30.0,
+) -> Restored:
+    """Start a saved guest again, with exactly its vCPUs; the file stays.
+
+    Args:
+        file: what `save` has written.
+        dest: as of `migrate`; the guest's own name, if it is not said.
+        place: False leaves its threads where the kernel puts them.
+        mode: when a throwaway QEMU may be asked.
+        timeout: seconds for its machine to stand.
+
+    Raises:
+        VcpuRefused: it is no whole guest, or runs already, or the destination cannot take it.
+        VcpuFailed: QEMU could not read it. The file is as it was.
+    """
+    saved = await asyncio.to_thread(open_saved, file)
+    try:
+        cookie = read_cookie(saved.cookie)
+        word = dest if dest is not None else cookie.name
+        async with _destination(word, cookie, mode, place=place, timeout=timeout) as target:
+            await target.domain.migrate_prepare(cookie, place=place)
+            state = await target.domain.restore(cookie, saved.fd, saved.offset)
+            messages = [*target.messages, *_define_restored(target, cookie)]
+            return Restored(target.name, target.qmp, state.enabled_ids, cookie.runs, tuple(messages))
+    finally:
+        saved.close()
+
+
+def _define_restored(place: _Place, cookie: Cookie) -> list[str]:
+    if not place.is_name or DefinitionFolder().is_defined(place.name):
+        return []
+    return _define(place, cookie, persistent=cookie.persistent is not None)
 
 
 def describe_status(status: MigrationStatus) -> str:

@@ -13,6 +13,11 @@ def main() -> int:
 
         print(f'{{"version": "{__version__}"}}' if "--json" in arguments else f"qmpvcpu {__version__}")
         return 0
-    from qmpvcpu.cli.run import run
+    try:
+        from qmpvcpu.cli.run import run
 
-    return run(arguments)
+        return run(arguments)
+    except KeyboardInterrupt:
+        # While modules are still being loaded: nothing has been touched.
+        print("qmpvcpu: interrupted", file=sys.stderr)
+        return 130

@@ -76,7 +76,7 @@ async def command(session: Session) -> int:
         from qmpvcpu.cli import boot
 
         return await boot.COMMANDS[name](session)
-    if name.startswith("migrate"):
+    if name.startswith("migrate") or name in ("save", "restore"):
         from qmpvcpu.cli import migrate
 
         return await migrate.COMMANDS[name](session)

@@ -1,4 +1,4 @@
-"""The commands that take a guest elsewhere."""
+"""The commands that take a guest elsewhere, or to a file and back."""
 
 from __future__ import annotations
 
@@ -150,6 +150,32 @@ async def _cancel(session: Session) -> int:
     return 0
 
 
+async def _save(session: Session) -> int:
+    options = session.options
+    async with session.connect() as source:
+        with _progress() as progress:
+            done = await app.save(
+                source, options.file, wait=options.wait or 0.0, force=options.force, progress=progress
+            )
+    session.warn(done.messages)
+    line = f"{options.domain}: saved to {done.file}, {done.size >> 20} MiB, with vCPU {format_ids(done.vcpus)}"
+    session.show({**done.to_json(), "domain": options.domain}, [line])
+    return 0
+
+
+async def _restore(session: Session) -> int:
+    options = session.options
+    async with waiting("restoring"):
+        done = await app.restore(
+            options.file, options.dest, place=not options.no_place, mode=ProbeMode(options.probe)
+        )
+    session.warn(done.messages)
+    word = "runs" if done.runs else "is paused, as it was,"
+    lines = [f"{done.name}: {word} with vCPU {format_ids(done.vcpus)}", *(f"QMP: {path}" for path in done.qmp)]
+    session.show(done.to_json(), lines)
+    return 0
+
+
 COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
     "migrate": _migrate,
     "migrate-begin": _begin,
@@ -157,4 +183,6 @@ COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
     "migrate-perform": _perform,
     "migrate-finish": _finish,
     "migrate-cancel": _cancel,
+    "save": _save,
+    "restore": _restore,
 }

@@ -304,6 +304,19 @@ def build_parser() -> argparse.ArgumentParser:
 
     domain_command("migrate-cancel", "end a migration: the source goes on, a destination that waits ends")
 
+    save = domain_command("save", "write a running guest to a file, and end its QEMU")
+    save.add_argument("file", metavar="FILE", help="it is replaced once the guest is in it, whole")
+    save.add_argument(
+        "--wait", metavar="S", nargs="?", type=_seconds, const=30.0, help="wait for pending unplugs first (30)"
+    )
+    force_option(save)
+
+    restore = command("restore", "start a saved guest again, with exactly its vCPUs; the file stays")
+    restore.add_argument("file", metavar="FILE", help="what `save` has written")
+    restore.add_argument("dest", metavar="DEST", nargs="?", help=f"{destination} (default: the guest's name)")
+    _no_place(restore)
+    _probe_mode(restore)
+
     domain_command("watch", "tell what happens to the vCPUs, line by line, until interrupted")
 
     doctor = command("doctor", "what is here: QEMUs, machines that can hotplug, KVM, rights, what is missing")

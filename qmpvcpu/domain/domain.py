@@ -387,8 +387,11 @@ class Domain(MigrationCalls):
             raise end
         return end
 
-    async def place(self) -> list[str]:
+    async def place(self, xml: bytes | None = None) -> list[str]:
         """Give every vCPU's thread, and the emulator's, what the definition says; what there is to say of it.
+
+        Args:
+            xml: a domain's XML instead of its definition.
 
         Raises:
             VcpuRefused: they cannot be placed, or there is no definition; none is.
@@ -396,9 +399,15 @@ class Domain(MigrationCalls):
         """
         async with self._queue:
             link = self._connected()
-            if self._persistent is None:
+            if xml is not None:
+                from qmpvcpu.xml.domain import read_domain
+
+                definition = read_domain(xml)[1]
+            elif self._persistent is not None:
+                definition = self._persistent.definition()
+            else:
                 raise VcpuRefused([NO_DEFINITION])
-            return place_all(link.threads, self._persistent.definition(), await link.read())
+            return place_all(link.threads, definition, await link.read())
 
     async def pin(
         self,

@@ -32,7 +32,7 @@ from qmpvcpu.core.migration import (
     parse_status,
     warnings,
 )
-from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.model import DomainState, QemuVersion
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.read import run_state
 from qmpvcpu.errors import (
@@ -54,9 +54,12 @@ __all__ = [
     "check_begin",
     "check_perform",
     "finish",
+    "go_on",
+    "incoming_from_file",
     "listen_at",
     "migrate",
     "perform",
+    "perform_to_file",
     "prepare",
     "start",
     "status_of",
@@ -78,6 +81,9 @@ _CANCEL_SECONDS: Final = 3.0
 #: Without the return path a source does not learn that the destination could not take it (7.2 to 11.1).
 _CAPABILITIES: Final = {"return-path": True, "events": True}
 _FD_NAME: Final = "qmpvcpu-migration"
+_FILE_URI: Final = QemuVersion(8, 2)
+#: Bytes a second: a paused guest waits for the disk, and for nothing else.
+_AS_FAST_AS_IT_GETS: Final = 1 << 50
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +151,8 @@ async def prepare(link: Link, cookie: Cookie, plug: Callable[[Sequence[int]], Aw
     refusals = check_features(cookie)
     runs = await run_state(link.monitor)
     if runs != "inmigrate":
-        text = f"the destination '{state.name}' does not wait for a migration (it is '{runs}')"
+        text = f"the destination '{state.name}' does not wait for a migration"
+        text += ": it runs already" if runs == "running" else f" (it is '{runs}')"
         hint = "start it with -incoming defer"
         refusals.append(Refusal("run-state", text, (), hint, "VIR_ERR_OPERATION_INVALID"))
     source = cookie.machine
@@ -315,6 +322,72 @@ async def stop_moving(monitor: Monitor) -> MigrationStatus:
         if not status.is_active or time.monotonic() >= deadline:
             return status
         await asyncio.sleep(_LOOK_FIRST)
+
+
+async def perform_to_file(
+    monitor: Monitor, version: QemuVersion, fd: int, offset: int, progress: Progress | None = None
+) -> MigrationStatus:
+    """Write a paused guest to a file; how that ended, which may be "failed". It stays paused.
+
+    Args:
+        monitor: of the guest.
+        version: of its QEMU.
+        fd: opened to write, and standing at `offset`.
+        offset: bytes; where the stream begins.
+        progress: told each fresh status.
+
+    Raises:
+        VcpuFailed: QEMU did not begin.
+        VcpuConnectionError: QEMU is lost.
+        CancelledError: it is cancelled.
+    """
+    with _declined("save it"):
+        # A file has no way back.
+        await monitor.migrate_set_capabilities({**_CAPABILITIES, "return-path": False})
+        usual = await monitor.query_migrate_parameters()
+        await monitor.migrate_set_parameters({"max-bandwidth": _AS_FAST_AS_IT_GETS})
+        try:
+            async with _file_uri(monitor, version, fd, offset) as uri:
+                await monitor.migrate(uri)
+                try:
+                    return await _until_ended(monitor, None, progress)
+                except asyncio.CancelledError:
+                    await asyncio.create_task(stop_moving(monitor), name="qmpvcpu migrate_cancel")
+                    raise
+        finally:
+            rate = usual.get("max-bandwidth") if isinstance(usual, dict) else None
+            if type(rate) is int:
+                with suppress(CommandError, VcpuConnectionError):
+                    await monitor.migrate_set_parameters({"max-bandwidth": rate})
+
+
+async def incoming_from_file(link: Link, version: QemuVersion, fd: int, offset: int) -> None:
+    """Let a destination that is prepared read a file; `fd` is opened to read, and stands at `offset`.
+
+    Raises:
+        VcpuFailed: QEMU declines.
+    """
+    with _declined("read the saved guest"):
+        await link.monitor.migrate_set_capabilities({**_CAPABILITIES, "return-path": False})
+        async with _file_uri(link.monitor, version, fd, offset, keep=True) as uri:
+            await link.monitor.migrate_incoming(uri)
+
+
+@asynccontextmanager
+async def _file_uri(
+    monitor: Monitor, version: QemuVersion, fd: int, offset: int, *, keep: bool = False
+) -> AsyncIterator[str]:
+    """A file that QEMU is handed; 8.2 has `file:`, and 11.1 no `fd:` of files any more."""
+    if version < _FILE_URI:
+        await monitor.getfd(_FD_NAME, fd)
+        yield f"fd:{_FD_NAME}"
+        return
+    reply = await monitor.add_fd(fd)
+    number = reply.get("fdset-id") if isinstance(reply, dict) else None
+    yield f"file:/dev/fdset/{number},offset={offset}"
+    if not keep and type(number) is int:
+        with suppress(CommandError, VcpuConnectionError):
+            await monitor.remove_fd(number)
 
 
 async def finish(link: Link, cookie: Cookie) -> tuple[Destination, list[Refusal]]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Final
 
 from qmpvcpu.core.model import DomainState, Outcome
@@ -17,6 +17,8 @@ from qmpvcpu.domain.persistent import NO_DEFINITION, Persistent
 from qmpvcpu.domain.place import Placing
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
+from qmpvcpu.host.process import is_alive
+from qmpvcpu.ports import CommandError
 
 if TYPE_CHECKING:
     from qmpvcpu.core.migration import Cookie, MigrationStatus
@@ -26,6 +28,9 @@ __all__ = ["MigrationCalls"]
 
 #: Seconds between two looks for the end of a pending unplug.
 _PENDING_LOOK: Final = 0.05
+
+
+_GO_BACK: Final = "migrate-cancel at the source lets the guest go on there"
 
 
 class MigrationCalls:
@@ -170,8 +175,8 @@ class MigrationCalls:
                 raise VcpuFailed(f"the migration failed: {why}; the guest goes on here", hint="see QEMU's logs")
             return status
 
-    async def migrate_finish(self, cookie: Cookie) -> DomainState:
-        """Verify that all of the guest has arrived here, and let it run; its vCPUs.
+    async def migrate_finish(self, cookie: Cookie, *, hint: str = _GO_BACK) -> DomainState:
+        """Verify that all of the guest has arrived here, and let it run; its vCPUs. `hint` goes with an error.
 
         Raises:
             VcpuFailed: it has not; it does not run here, and can go on at the source (`migrate_cancel` there).
@@ -189,10 +194,74 @@ class MigrationCalls:
                 text = said or text
             if found is Destination.RUNNING:
                 return link.state
-            hint = "migrate-cancel at the source lets the guest go on there"
             if found in (Destination.GONE, Destination.DIED, Destination.UNKNOWN):
                 raise VcpuConnectionError(text, reason="closed", hint=hint)
             raise VcpuFailed(text, hint=hint)
+
+    async def save(
+        self, cookie: Cookie, fd: int, offset: int, finish: Callable[[], object], progress: Progress | None = None
+    ) -> MigrationStatus:
+        """Pause the guest, write it to a file, and end its QEMU.
+
+        Args:
+            cookie: of `migrate_begin`.
+            fd: opened to write, and standing at `offset`, in bytes.
+            finish: makes the file last, and raises OSError where it cannot; it may block.
+            progress: told each fresh status.
+
+        Raises:
+            VcpuRefused: nothing was touched.
+            VcpuFailed: it could not be written; the guest goes on.
+            VcpuConnectionError: QEMU is lost.
+        """
+        from qmpvcpu.domain.migrate import check_perform, end, go_on, perform_to_file
+
+        async with self._queue:
+            link = self._connected()
+            state, runs = await check_perform(link, cookie, force=True)
+            if not link.monitor.takes_descriptors:
+                text = "QEMU can be handed a file only over a unix socket"
+                raise VcpuRefused([Refusal("descriptor", text, (), "connect to its QMP socket on its own host")])
+            try:
+                await link.monitor.stop()
+                status = await perform_to_file(link.monitor, state.qemu, fd, offset, progress)
+                if status.status != "completed":
+                    raise VcpuFailed(f"QEMU could not write it: {status.error or status.status}")
+                await asyncio.to_thread(finish)
+            except (CommandError, OSError, VcpuFailed) as error:
+                await go_on(link, runs=runs)
+                why = error.strerror if isinstance(error, OSError) else str(error)
+                raise VcpuFailed(f"{why}; the guest goes on", hint="look at the disk, and save again") from error
+            except asyncio.CancelledError:
+                await asyncio.create_task(go_on(link, runs=runs))
+                raise
+            await end(link)
+            return status
+
+    async def restore(self, cookie: Cookie, fd: int, offset: int) -> DomainState:
+        """Read a saved guest into this QEMU, which is prepared (`migrate_prepare`), verify it, and let it run, if
+        it ran; its vCPUs.
+
+        Args:
+            cookie: what was saved with it.
+            fd: opened to read, and standing at `offset`, in bytes.
+
+        Raises:
+            VcpuFailed: it is not whole, or not of this machine, and QEMU may have ended over it; it does not run.
+            VcpuConnectionError: QEMU is lost.
+        """
+        from qmpvcpu.domain.migrate import incoming_from_file
+
+        async with self._queue:
+            link = self._connected()
+            await incoming_from_file(link, link.state.qemu, fd, offset)
+        try:
+            return await self.migrate_finish(cookie, hint="the file is as it was")
+        except VcpuConnectionError as error:
+            if link.process is None or is_alive(link.process.key):
+                raise
+            hint = "look at QEMU's log; the file is as it was"
+            raise VcpuFailed("QEMU could not read the saved guest, and has ended", hint=hint) from error
 
     async def migrate_cancel(self) -> str:
         """End what is under way: a source goes on, a destination that waits ends. What was done, in words.

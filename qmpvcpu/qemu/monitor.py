@@ -423,6 +423,19 @@ class QmpMonitor:
         """QMP `migrate-set-parameters`: bytes a second, milliseconds."""
         return self.execute("migrate-set-parameters", dict(parameters))
 
+    def query_migrate_parameters(self) -> asyncio.Future[object]:
+        """QMP `query-migrate-parameters`."""
+        return self.execute("query-migrate-parameters")
+
+    def add_fd(self, fd: int) -> asyncio.Future[object]:
+        """QMP `add-fd`, into a set of its own, with the descriptor itself."""
+        self._client.send_fd_scm(fd)
+        return self.execute("add-fd")
+
+    def remove_fd(self, fdset: int) -> asyncio.Future[object]:
+        """QMP `remove-fd`: all of a set."""
+        return self.execute("remove-fd", {"fdset-id": fdset})
+
     def getfd(self, name: str, fd: int) -> asyncio.Future[object]:
         """QMP `getfd`, with the descriptor itself (SCM_RIGHTS)."""
         # It travels ahead of the command: QEMU keeps it for the next one that wants a descriptor.

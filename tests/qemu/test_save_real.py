@@ -1,0 +1,183 @@
+"""Guests in files: whole or not there, and a guest that could not be saved goes on."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import sys
+
+import pytest
+
+import qmpvcpu
+from qmpvcpu.host.savefile import Saving, open_saved
+from tests.conftest import cli, start_cli
+from tests.qemu.test_migrate_real import CELLS, dead, ended, machine, names, plugged, runs, started, waiting
+
+pytestmark = pytest.mark.qemu
+__all__ = ["started"]
+
+
+@pytest.mark.parametrize("version", CELLS)
+async def test_a_sparse_guest_in_a_file_and_back(version, tmp_path):
+    file = tmp_path / "saved"
+    file.write_text("something else")
+    async with machine(version) as source, waiting(version=version) as target, waiting(version=version) as again:
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            for number in (6, 3):
+                await domain.enable(number)
+        run = await cli("save", source.qmp, str(file), "--json")
+        assert run.code == 0, run.stdout + run.stderr
+        assert run.json["vcpus"] == [0, 1, 3, 6] and run.json["size"] == file.stat().st_size
+        assert await ended(source) and os.listdir(tmp_path) == ["saved"]
+        assert file.stat().st_mode & 0o777 == 0o600
+        # The file stays, and is good for as many.
+        for one in (target, again):
+            run = await cli("restore", str(file), one.qmp, "--json")
+            assert run.code == 0, run.stdout + run.stderr
+            assert run.json["vcpus"] == [0, 1, 3, 6] and run.json["running"] is True
+            assert await runs(one) and await plugged(one) == (0, 1, 3, 6)
+
+
+async def test_by_name_over_a_reboot(started, tmp_path):
+    file = tmp_path / "saved"
+    assert (await cli("setvcpu", "one", "6", "--enable", "--live")).code == 0
+    run = await cli("save", "one", str(file), "--json")
+    assert run.code == 0 and run.json["vcpus"] == [0, 1, 5, 6], run.stdout + run.stderr
+    assert await names() == {"one": False}
+    run = await cli("restore", str(file), "--json")
+    assert run.code == 0 and run.json["vcpus"] == [0, 1, 5, 6], run.stdout + run.stderr
+    assert await names() == {"one": True}
+    assert (await cli("vcpucount", "one", "--active", "--live")).stdout.strip() == "4"
+    assert "id='6'" not in (await cli("dumpxml", "one", "--inactive")).stdout
+    run = await cli("restore", str(file), "--json")
+    assert run.code == 3 and "it runs already" in run.json["error"]["message"]
+    assert (await cli("destroy", "one")).code == 0
+    assert (await cli("undefine", "one")).code == 0
+    # Nothing but the file is left of it, and that is enough.
+    assert (await cli("restore", str(file))).code == 0
+    assert await names() == {"one": True}
+
+
+async def test_a_paused_guest_stays_paused(tmp_path):
+    file = str(tmp_path / "saved")
+    async with machine() as source, waiting() as target:
+        await source.monitor.stop()
+        assert (await cli("save", source.qmp, file)).code == 0
+        run = await cli("restore", file, target.qmp, "--json")
+        assert run.code == 0 and run.json["running"] is False and not await runs(target)
+
+
+FULL = """
+set -eu
+mount -t tmpfs -o size=600k none "$DISK"
+echo before >"$DISK/saved"
+code=0
+"$PYTHON" -m qmpvcpu save "$QMP" "$DISK/saved" --json || code=$?
+echo "$code"
+cat "$DISK/saved"
+ls -A "$DISK"
+mount -o remount,ro "$DISK"
+"$PYTHON" -m qmpvcpu save "$QMP" "$DISK/saved" --json || echo $?
+"""
+
+
+@pytest.mark.parametrize("version", CELLS)
+async def test_a_full_disk_and_the_guest_goes_on(version, tmp_path):
+    async with machine(version) as source:
+        environment = os.environ | {"DISK": str(tmp_path), "PYTHON": sys.executable, "QMP": source.qmp}
+        process = await start_process("unshare", "--mount", "sh", "-c", FULL, env=environment)
+        stdout, stderr = (part.decode() for part in await process.communicate())
+        first, code, content, listed, second, refused = stdout.splitlines()
+        assert code == "8" and "the guest goes on" in first, stdout + stderr
+        assert (content, listed) == ("before", "saved")
+        assert refused == "3" and "Read-only file system" in second
+        assert await runs(source)
+        # And it can still be saved.
+        assert (await cli("save", source.qmp, str(tmp_path / "saved"))).code == 0
+
+
+async def start_process(*words, env):
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(*words, env=env, stdout=pipe, stderr=pipe)
+
+
+async def test_interrupted_it_goes_on(tmp_path):
+    file = tmp_path / "saved"
+    for _ in range(10):
+        async with machine() as source:
+            process = await start_cli("save", source.qmp, str(file))
+            async with asyncio.timeout(10):
+                while not os.listdir(tmp_path):
+                    await asyncio.sleep(0)
+            process.send_signal(signal.SIGINT)
+            if await process.wait() == 130:
+                assert await runs(source) and os.listdir(tmp_path) == []
+                return
+        # It was saved by then.
+        file.unlink()
+    pytest.fail("ten times it was saved before it could be interrupted")
+
+
+async def test_what_cannot_be_written_to_the_end_leaves_no_file_and_the_guest_running(tmp_path):
+    file = tmp_path / "saved"
+    async with machine() as source:
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            cookie = await domain.migrate_begin()
+            saving = Saving(file, b"cookie")
+            try:
+                with pytest.raises(qmpvcpu.VcpuFailed, match="No space left on device; the guest goes on"):
+                    await domain.save(cookie, saving.fd, saving.offset, full)
+                assert await runs(source)
+            finally:
+                saving.discard()
+        dead(source)
+        run = await cli("save", source.qmp, str(file), "--json")
+        assert run.code == 7 and os.listdir(tmp_path) == []
+
+
+def full():
+    raise OSError(28, "No space left on device")
+
+
+async def test_what_is_no_saved_guest(tmp_path):
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    async with machine() as source:
+        assert (await cli("save", source.qmp, str(good))).code == 0
+    data = good.read_bytes()
+    for text, words in (
+        (b"", "is no saved guest"),
+        (b"LibvirtQemudSave" + data[16:], "is no saved guest"),
+        (data[:19] + b"\2" + data[20:], "version 2"),
+        (data[:23] + b"\0" + data[24:], "is not whole"),
+        (data[:4096], "damaged"),
+        (data[:24] + b"\xff" * 8 + data[32:], "damaged"),
+        (data[:40] + b"<" * 40 + data[80:], "line 1"),
+    ):
+        bad.write_bytes(text)
+        run = await cli("restore", str(bad), "/nowhere/qmp", "--json")
+        assert run.code == 3 and words in run.json["error"]["message"], (words, run.stdout)
+    assert (await cli("restore", str(tmp_path / "nowhere"), "--json")).code == 3
+    # Cut short behind the header, QEMU itself finds out, and the guest does not run.
+    bad.write_bytes(data[: len(data) - 200_000])
+    async with waiting() as target:
+        run = await cli("restore", str(bad), target.qmp, "--json")
+        assert run.code == 8 and "the file is as it was" in run.json["error"]["hint"], run.stdout
+        assert await ended(target)
+
+
+def test_what_a_killed_save_left_is_swept(tmp_path):
+    gone = subprocess.Popen(["true"])
+    gone.wait()
+    left = tmp_path / f".saved.saving-{gone.pid}-1"
+    left.write_text("half")
+    saving = Saving(tmp_path / "saved", b"c")
+    assert not left.exists()
+    with pytest.raises(OSError, match="written nothing"):
+        saving.finish()
+    os.write(saving.fd, b"stream")
+    assert saving.finish() == saving.offset + 6
+    saved = open_saved(str(tmp_path / "saved"))
+    assert saved.cookie == b"c" and os.read(saved.fd, 10) == b"stream"
+    saved.close()
