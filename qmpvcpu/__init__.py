@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from qmpvcpu.app.probes import Probe, ProbeMode, find_layout
     from qmpvcpu.app.start import destroy, start
     from qmpvcpu.core.layout import MachineLayout, MachineSpec
+    from qmpvcpu.core.migration import Cookie, MigrationStatus
     from qmpvcpu.core.model import (
         DomainState,
         Entity,
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from qmpvcpu.core.request import Request, parse_ids
     from qmpvcpu.core.smp import parse_numa, parse_smp
     from qmpvcpu.domain import Domain, Events, Options, connect
+    from qmpvcpu.domain.migrate import Migrated
     from qmpvcpu.errors import (
         OutcomeKind,
         Refusal,
@@ -62,9 +64,11 @@ _HOMES = {
         "Topology",
         "Vcpu",
     ),
+    "qmpvcpu.core.migration": ("Cookie", "MigrationStatus"),
     "qmpvcpu.core.plan": ("Plan",),
     "qmpvcpu.core.request": ("Request", "parse_ids"),
     "qmpvcpu.domain": ("Domain", "Events", "Options", "connect"),
+    "qmpvcpu.domain.migrate": ("Migrated",),
     "qmpvcpu.errors": (
         "OutcomeKind",
         "Refusal",
@@ -85,12 +89,15 @@ _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 __all__ = [
     "__version__",
     "connect",
+    "Cookie",
     "Domain",
     "DomainState",
     "Entity",
     "Event",
     "EventKind",
     "Events",
+    "Migrated",
+    "MigrationStatus",
     "Options",
     "Outcome",
     "OutcomeKind",

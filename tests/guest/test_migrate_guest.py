@@ -96,3 +96,28 @@ async def test_a_linux_that_would_hang_is_not_taken_away(arch, version, pool):
     assert run.code == 3 and "no decrementer interrupt" in run.json["error"]["message"]
     assert "--force" in run.json["error"]["hint"]
     assert await box.guest.online() == "0-1"
+
+
+@matrix(("x86_64", "10.0"), ("x86_64", "11.1"), ("ppc64", "11.1"), ("s390x", "7.2"), ("s390x", "10.0"))
+async def test_a_linux_in_a_file_goes_on_where_it_was(arch, version, tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
+    smp, memory, image, plugs, _ = KINDS[arch]
+    found = find_image(image)
+    arguments = ["-accel", "tcg,thread=multi", "-smp", smp, "-m", memory]
+    file = str(tmp_path / "saved")
+    async with AsyncExitStack() as stack:
+        guest = await stack.enter_async_context(boot(found, qemu_binary(version, arch), arguments))
+        async with qmpvcpu.connect(qmp=guest.qemu.qmp, agent=guest.agent) as domain:
+            for ids in plugs:
+                assert (await domain.enable(ids, timeout=60)).outcome == "applied"
+        await guest.shell(COUNTER)
+        online, vcpus, before = await guest.online(), await seen(guest), await counted(guest)
+        run = await cli("save", guest.qemu.qmp, file, "--json")
+        assert run.code == 0, run.stdout + run.stderr
+        words = [*guest_arguments(found), *arguments, "-incoming", "defer"]
+        target = await stack.enter_async_context(run_qemu(qemu_binary(version, arch), words, channels=CHANNELS))
+        run = await cli("restore", file, target.qmp, "--json")
+        assert run.code == 0, run.stdout + run.stderr
+        guest = await stack.enter_async_context(attached(target))
+        await goes_on(guest, before)
+        assert (await guest.online(), await seen(guest)) == (online, vcpus)
