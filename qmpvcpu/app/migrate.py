@@ -390,7 +390,8 @@ def describe_status(status: MigrationStatus) -> str:
     """One line for a terminal."""
     words = [f"{status.percent} %"] if status.percent is not None else [status.status]
     if status.transferred is not None:
-        words.append(f"{status.transferred >> 20} MiB sent")
+        sent = status.transferred
+        words.append(f"{sent >> 20} MiB sent" if sent >= 10 << 20 else f"{sent >> 10} KiB sent")
     if status.downtime is not None:
         words.append(f"downtime {status.downtime} ms")
     return ", ".join(words)
