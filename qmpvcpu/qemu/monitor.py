@@ -123,6 +123,14 @@ class _Client(QMPClient):
         self.replies[number] = command, result
         self._outgoing.put_nowait(Message(content, eager=False))
 
+    async def _recv(self) -> Message:
+        # An event may overtake the reply to qmp_capabilities (RESUME of a QEMU that starts, 7.2), and qemu.qmp 0.0.6
+        # takes it for that.
+        msg = await super()._recv()
+        while self.runstate is Runstate.CONNECTING and "event" in msg:
+            msg = await super()._recv()
+        return msg
+
     async def _on_message(self, msg: Message) -> None:
         number = msg.get("id")
         asked = self.replies.pop(number, None) if isinstance(number, str) and "event" not in msg else None

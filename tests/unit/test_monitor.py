@@ -14,7 +14,7 @@ import qmpvcpu.qemu.monitor as monitor_module
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.ports import CommandError, MonitorEvent
 from qmpvcpu.qemu.monitor import QmpLog, open_monitor, parse_address
-from tests.unit.fake_qmp import answering, serve
+from tests.unit.fake_qmp import GREETING, answering, serve
 
 
 async def forever(connection):
@@ -328,3 +328,17 @@ async def test_the_log_has_every_message_as_a_json_line_and_is_private(tmp_path)
 def test_a_log_that_cannot_be_written_is_usage(tmp_path):
     with pytest.raises(VcpuUsageError):
         QmpLog(tmp_path / "no" / "log")
+
+
+async def test_an_event_ahead_of_the_handshakes_reply_is_no_reply(tmp_path):
+    async def script(connection):
+        connection.send(GREETING)
+        command = await connection.receive()
+        connection.event("RESUME")
+        connection.event("STOP")
+        connection.reply(command, {})
+        connection.reply(await connection.receive(), {"status": "running"})
+        await asyncio.Event().wait()
+
+    async with serve(tmp_path, script) as path, open_monitor(path) as monitor:
+        assert await monitor.query_status() == {"status": "running"}
