@@ -13,7 +13,7 @@ from typing import Any, Final
 from qmpvcpu.domain import connect
 from qmpvcpu.errors import Refusal, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFile, DefinitionFolder, check_name
-from qmpvcpu.host.runtime import Runtime
+from qmpvcpu.host.runtime import Runtime, running_names
 from qmpvcpu.xml.domain import read_domain, renamed
 
 __all__ = ["Defined", "Listed", "against_libvirts_schema", "define", "list_domains", "read_document", "undefine"]
@@ -142,9 +142,10 @@ def undefine(name: str) -> Path:
 
 
 async def list_domains() -> list[Listed]:
-    """Every domain that is defined, and whether somebody listens at its sockets."""
+    """Every domain that is defined, or that we have started, and whether somebody listens at its sockets."""
     folder = DefinitionFolder()
-    return list(await asyncio.gather(*(_look(folder, name) for name in folder.names())))
+    names = sorted({*folder.names(), *running_names()})
+    return list(await asyncio.gather(*(_look(folder, name) for name in names)))
 
 
 async def _look(folder: DefinitionFolder, name: str) -> Listed:
@@ -160,7 +161,8 @@ async def _look(folder: DefinitionFolder, name: str) -> Listed:
         definition = read_domain(folder.file(name).read())[1]
         current, maximum = len(definition.enabled_ids), definition.maxcpus
     except VcpuRefused as error:
-        trouble = error.message
+        # One that waits for a migration is defined when it has arrived.
+        trouble = error.message if folder.is_defined(name) else None
     active: bool | None = False
     try:
         async with connect(name, connect_timeout=_LOOK_SECONDS, command_timeout=_LOOK_SECONDS) as domain:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.files import read_file
 from qmpvcpu.host.runtime import Runtime
 from qmpvcpu.host.savefile import Saving, open_saved
-from qmpvcpu.xml.domain import renamed
+from qmpvcpu.xml.domain import read_domain, renamed
 from qmpvcpu.xml.migration import read_cookie, write_cookie
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "describe_status",
     "load_cookie",
     "migrate",
+    "migrate_cancel",
     "migrate_finish",
     "migrate_prepare",
     "restore",
@@ -65,9 +66,11 @@ class Prepared:
         }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Place:
-    """A destination: `domain` to connect to, and whether we have started it for this."""
+    """A destination: `domain` to connect to, and whether we have started it for this. `is_kept`: it must not be
+    ended any more.
+    """
 
     domain: Domain
     name: str
@@ -75,6 +78,7 @@ class _Place:
     is_ours: bool
     qmp: tuple[str, ...]
     messages: tuple[str, ...] = ()
+    is_kept: bool = False
 
 
 def cookie_text(cookie: Cookie) -> str:
@@ -100,10 +104,13 @@ def load_cookie(path: str) -> Cookie:
 
 @asynccontextmanager
 async def _destination(
-    word: str, cookie: Cookie, mode: ProbeMode, *, place: bool, timeout: float
+    dest: str | None, cookie: Cookie, mode: ProbeMode, *, place: bool, timeout: float
 ) -> AsyncIterator[_Place]:
-    """The destination that a word means, connected; one that does not run is started, and ended if this fails."""
-    is_name = "/" not in word and ":" not in word
+    """The destination that a word means (none: the guest's own name), connected; one that does not run is started,
+    and ended if this fails.
+    """
+    is_own, word = dest is None, dest if dest is not None else cookie.name
+    is_name = is_own or ("/" not in word and ":" not in word)
     if not is_name:
         async with connect(word) as domain:
             yield _Place(domain, word, is_name=False, is_ours=False, qmp=(word,))
@@ -111,25 +118,40 @@ async def _destination(
     refusal = check_name(word)
     if refusal is not None:
         raise VcpuRefused([refusal])
+    _check_same(word, cookie)
     runtime = Runtime(word)
     if runtime.pid() is None and not await _runs(word):
         if cookie.is_described:
             text = "the source has no definition, and QEMU does not tell all of its hardware"
             hint = f"start '{word}' as the source was started, with -incoming defer, and name its QMP socket"
             raise VcpuRefused([Refusal("definition", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")])
+        place_there: _Place | None = None
         machine = cookie.machine.type if cookie.machine is not None else None
         launched = await launch_waiting(word, cookie.xml, machine, mode=mode, timeout=timeout, place=place)
         try:
             async with connect(qmp=runtime.qmp, xml=_file(word)) as domain:
                 notes = await domain.place(cookie.xml) if place else []
                 messages = (*launched.messages, *notes)
-                yield _Place(domain, word, is_name=True, is_ours=True, qmp=runtime.qmp, messages=messages)
+                place_there = _Place(domain, word, is_name=True, is_ours=True, qmp=runtime.qmp, messages=messages)
+                yield place_there
         except BaseException:
-            await clean_up(word)
+            if place_there is None or not place_there.is_kept:
+                await clean_up(word)
             raise
         return
     async with connect(word) as domain:
         yield _Place(domain, word, is_name=True, is_ours=runtime.pid() is not None, qmp=runtime.qmp)
+
+
+def _check_same(name: str, cookie: Cookie) -> None:
+    """A name that stands for another domain is not for this one."""
+    folder = DefinitionFolder()
+    if not folder.is_defined(name):
+        return
+    defined = read_domain(folder.file(name).read())[1]
+    if defined.uuid != cookie.uuid:
+        text = f"'{name}' is defined, and is another domain: its uuid is {defined.uuid}, the guest's {cookie.uuid}"
+        raise VcpuRefused([Refusal("definition", text, (), "name another destination, or undefine that one")])
 
 
 def _file(name: str) -> str | None:
@@ -185,6 +207,7 @@ async def migrate(
     mode: ProbeMode = ProbeMode.AUTO,
     start_timeout: float = 30.0,
     force: bool = False,
+    at_destination: Callable[[], None] | None = None,
 ) -> Migrated:
     """Take a guest to `dest`, and verify it there.
 
@@ -199,6 +222,7 @@ async def migrate(
         mode: when a throwaway QEMU may be asked for the destination's topology.
         start_timeout: seconds for the destination's machine to stand.
         force: do what is known to hang.
+        at_destination: called when the guest runs there, or may, whatever comes then.
 
     Raises:
         VcpuError: as `Domain.migrate`.
@@ -210,6 +234,17 @@ async def migrate(
     cookie = await source.migrate_begin(persistent=persistent, wait=wait, force=force)
     async with _destination(dest, cookie, mode, place=place, timeout=start_timeout) as target:
         await target.domain.migrate_prepare(cookie, place=place)
+        messages: list[str] = []
+
+        def settled() -> None:
+            target.is_kept = True
+            try:
+                messages.extend(_define(target, cookie, persistent=persistent))
+            except VcpuRefused as error:
+                messages.append(f"the destination is not defined: {error.message}")
+            if at_destination is not None:
+                at_destination()
+
         done = await source.migrate(
             target.domain,
             cookie,
@@ -219,13 +254,10 @@ async def migrate(
             timeout=timeout,
             progress=progress,
             force=force,
+            settled=settled,
         )
     # From here on the guest runs there, and nothing may look as if it did not.
-    messages = [*target.messages, *done.messages]
-    try:
-        messages += _define(target, cookie, persistent=persistent)
-    except VcpuRefused as error:
-        messages.append(f"the destination is not defined: {error.message}")
+    messages = [*target.messages, *done.messages, *messages]
     if source.has_definition and check_name(source.name) is None:
         await clean_up(source.name)
     try:
@@ -249,14 +281,12 @@ async def migrate_prepare(
     Raises:
         VcpuError: as `Domain.migrate_prepare`; a QEMU that was started for it is ended.
     """
-    word = dest if dest is not None else cookie.name
-    async with _destination(word, cookie, mode, place=place, timeout=timeout) as target:
+    async with _destination(dest, cookie, mode, place=place, timeout=timeout) as target:
         await target.domain.migrate_prepare(cookie, place=place)
-        host = _host_of(word)
+        host = _host_of(dest) if dest is not None else None
         where = await target.domain.migrate_listen(uri, host, _default_uri(target, host))
         state = await target.domain.state()
-        messages = [*target.messages, *_define(target, cookie, persistent=cookie.persistent is not None)]
-        return Prepared(target.name, where, target.qmp, state.enabled_ids, tuple(messages))
+        return Prepared(target.name, where, target.qmp, state.enabled_ids, target.messages)
 
 
 async def migrate_finish(dest: str, cookie: Cookie) -> DomainState:
@@ -266,7 +296,25 @@ async def migrate_finish(dest: str, cookie: Cookie) -> DomainState:
         VcpuError: as `Domain.migrate_finish`.
     """
     async with connect(dest) as domain:
-        return await domain.migrate_finish(cookie)
+        state = await domain.migrate_finish(cookie)
+    is_name = check_name(dest) is None and ":" not in dest
+    place = _Place(domain, dest, is_name=is_name, is_ours=False, qmp=())
+    with suppress(VcpuRefused):
+        _define(place, cookie, persistent=cookie.persistent is not None)
+    return state
+
+
+async def migrate_cancel(domain: Domain) -> str:
+    """`Domain.migrate_cancel`, and what is left of a destination that we have started.
+
+    Raises:
+        VcpuError: as `Domain.migrate_cancel`.
+    """
+    async with domain:
+        done = await domain.migrate_cancel()
+    if check_name(domain.name) is None and Runtime(domain.name).pid() is None:
+        await clean_up(domain.name)
+    return done
 
 
 @dataclass(frozen=True, slots=True)
@@ -370,10 +418,10 @@ async def restore(
     saved = await asyncio.to_thread(open_saved, file)
     try:
         cookie = read_cookie(saved.cookie)
-        word = dest if dest is not None else cookie.name
-        async with _destination(word, cookie, mode, place=place, timeout=timeout) as target:
+        async with _destination(dest, cookie, mode, place=place, timeout=timeout) as target:
             await target.domain.migrate_prepare(cookie, place=place)
             state = await target.domain.restore(cookie, saved.fd, saved.offset)
+            target.is_kept = True
             messages = [*target.messages, *_define_restored(target, cookie)]
             return Restored(target.name, target.qmp, state.enabled_ids, cookie.runs, tuple(messages))
     finally:

@@ -31,6 +31,7 @@ class Session:
     def __init__(self, options: Namespace) -> None:
         self.options = options
         self.domain: Domain | None = None
+        self.interrupted_note: str | None = None
         self._log: Any = None
 
     def connect(self) -> Domain:
@@ -62,6 +63,10 @@ class Session:
         """Say why `online` is not known, where an agent was named."""
         if (trouble := domain.agent_trouble) is not None:
             self.warn([f"online is not known: {trouble.message}"])
+
+    def warn_when_interrupted(self, message: str) -> None:
+        """What else is to be said, should this be interrupted from here on."""
+        self.interrupted_note = message
 
     def warn(self, messages: Iterable[str]) -> None:
         """Warnings go to stderr, with --json too."""

@@ -61,6 +61,9 @@ async def _migrate(session: Session) -> int:
                 place=not options.no_place,
                 mode=ProbeMode(options.probe),
                 force=options.force,
+                at_destination=lambda: session.warn_when_interrupted(
+                    f"the guest is at {options.dest}: look there"
+                ),
             )
     session.warn(done.messages)
     line = f"{options.domain}: runs at {options.dest} with vCPU {format_ids(done.vcpus)}"
@@ -144,8 +147,7 @@ async def _finish(session: Session) -> int:
 
 
 async def _cancel(session: Session) -> int:
-    async with session.connect() as domain:
-        done = await domain.migrate_cancel()
+    done = await app.migrate_cancel(session.connect())
     session.show({"outcome": "applied", "changed": True, "message": done}, [f"{session.options.domain}: {done}"])
     return 0
 

@@ -54,8 +54,9 @@ def run(arguments: list[str]) -> int:
 
 
 class _Interrupted(Exception):
-    def __init__(self, number: int, pending: tuple[int, ...]) -> None:
+    def __init__(self, number: int, pending: tuple[int, ...], note: str | None = None) -> None:
         super().__init__(number)
+        self.note = note
         self.number = number
         self.pending = pending
 
@@ -94,7 +95,8 @@ def _run_async(options: argparse.Namespace) -> int:
         with asyncio.Runner() as runner:
             return runner.run(body())
     except (asyncio.CancelledError, KeyboardInterrupt):
-        raise _Interrupted(caught[0] if caught else signal.SIGINT, session.pending()) from None
+        note = session.interrupted_note
+        raise _Interrupted(caught[0] if caught else signal.SIGINT, session.pending(), note) from None
 
 
 def _say(*lines: str) -> None:
@@ -119,6 +121,8 @@ def _report_interrupt(interrupted: _Interrupted, as_json: bool) -> int:
     text = "interrupted"
     if pending:
         text += f"; vCPU {format_ids(pending)}: unplug asked, and still pending"
+    if interrupted.note is not None:
+        text += f"; {interrupted.note}"
     if as_json:
         document: dict[str, Any] = {
             "outcome": "pending" if pending else "failed",

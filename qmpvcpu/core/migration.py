@@ -350,6 +350,11 @@ class MigrationStatus:
         return self.status not in _IDLE
 
     @property
+    def is_incoming(self) -> bool:
+        """Whether this side has taken in a guest, all of it: only a source counts bytes."""
+        return self.status == "completed" and self.total is None
+
+    @property
     def has_ended(self) -> bool:
         """Whether one has ended, in whatever way."""
         return self.status in _ENDED

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from qmpvcpu.errors import VcpuUsageError
-from qmpvcpu.host.definitions import DefinitionFile, DefinitionFolder
+from qmpvcpu.host.definitions import DefinitionFile, DefinitionFolder, check_name
 from qmpvcpu.host.runtime import Runtime
 
 __all__ = ["Place", "locate"]
@@ -51,13 +51,14 @@ def locate(
 
 
 def _named(domain: str) -> Place:
-    if "/" not in domain:
+    if "/" not in domain and check_name(domain) is None:
         folder = DefinitionFolder()
+        runtime = Runtime(domain)
+        if runtime.pid() is not None:
+            # `start` has started it, or it waits for a migration.
+            file = folder.file(domain) if folder.is_defined(domain) else None
+            return Place(domain, runtime.qmp, runtime.agent, file)
         if folder.is_defined(domain):
-            runtime = Runtime(domain)
-            if runtime.pid() is not None:
-                # `start` has started it.
-                return Place(domain, runtime.qmp, runtime.agent, folder.file(domain))
             addresses = folder.addresses(domain)
             return Place(domain, addresses.qmp, addresses.agent, folder.file(domain))
     if _is_file(domain):

@@ -8,10 +8,10 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
-from dataclasses import dataclass
-from typing import Any, Final
+from dataclasses import dataclass, replace
+from typing import Any, Final, TypeVar
 
 from qmpvcpu.core.migration import (
     Cookie,
@@ -65,6 +65,8 @@ __all__ = [
     "status_of",
 ]
 
+T = TypeVar("T")
+
 #: Called with each fresh status while memory moves.
 Progress = Callable[[MigrationStatus], None]
 
@@ -81,6 +83,7 @@ _CANCEL_SECONDS: Final = 3.0
 #: Without the return path a source does not learn that the destination could not take it (7.2 to 11.1).
 _CAPABILITIES: Final = {"return-path": True, "events": True}
 _FD_NAME: Final = "qmpvcpu-migration"
+_NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 _FILE_URI: Final = QemuVersion(8, 2)
 #: Bytes a second: a paused guest waits for the disk, and for nothing else.
 _AS_FAST_AS_IT_GETS: Final = 1 << 50
@@ -155,6 +158,7 @@ async def prepare(link: Link, cookie: Cookie, plug: Callable[[Sequence[int]], Aw
         text += ": it runs already" if runs == "running" else f" (it is '{runs}')"
         hint = "start it with -incoming defer"
         refusals.append(Refusal("run-state", text, (), hint, "VIR_ERR_OPERATION_INVALID"))
+    refusals += _check_uuid(cookie, await link.monitor.query_uuid())
     source = cookie.machine
     refusals += check_machine(source, machine_of(state)) if source is not None else _check_count(cookie, state)
     if refusals:
@@ -170,6 +174,15 @@ async def prepare(link: Link, cookie: Cookie, plug: Callable[[Sequence[int]], Aw
     if refusals:
         raise VcpuFailed("; ".join(one.message for one in refusals), hint="start the destination anew")
     return arrived
+
+
+def _check_uuid(cookie: Cookie, reply: object) -> list[Refusal]:
+    here = reply.get("UUID") if isinstance(reply, dict) else None
+    if here in (None, _NO_UUID, cookie.uuid) or cookie.uuid is None:
+        return []
+    return [
+        _refused("uuid", f"the guest's uuid is {cookie.uuid}, and the destination's {here}", "start it with -uuid")
+    ]
 
 
 def _check_count(cookie: Cookie, state: DomainState) -> list[Refusal]:
@@ -188,6 +201,13 @@ def _check_count(cookie: Cookie, state: DomainState) -> list[Refusal]:
     return found
 
 
+def _check_uri(uri: str) -> None:
+    """Whatever else QEMU knows has no way back, or runs a program."""
+    if not uri.startswith(("unix:", "tcp:", "fd:")):
+        text = f"'{uri}' is no way for a migration"
+        raise VcpuRefused([_refused("uri", text, "give unix:PATH or tcp:HOST:PORT")])
+
+
 async def listen_at(link: Link, uri: str | None, host: str | None, default: str | None = None) -> str:
     """Where the destination listens from now on, as the source names it.
 
@@ -201,6 +221,8 @@ async def listen_at(link: Link, uri: str | None, host: str | None, default: str 
         VcpuRefused: it listens elsewhere, or nobody said where it shall.
         VcpuFailed: it cannot listen there.
     """
+    if uri is not None:
+        _check_uri(uri)
     there = address_of(await status_of(link.monitor), host)
     if there is not None:
         if uri is not None and uri != there:
@@ -253,17 +275,56 @@ async def perform(
         VcpuConnectionError: the source is lost.
         CancelledError: a migration that was not at its end is cancelled.
     """
-    with _declined("migrate"):
-        await monitor.migrate_set_capabilities(_CAPABILITIES)
-        if bandwidth is not None:
-            await monitor.migrate_set_parameters({"max-bandwidth": bandwidth << 20})
-        await monitor.migrate(uri)
+    if not uri.startswith(("unix:", "tcp:", "fd:")):
+        # Whatever else QEMU knows has no way back, or runs a program.
+        raise VcpuRefused(
+            [_refused("uri", f"'{uri}' is no way for a migration", "give unix:PATH or tcp:HOST:PORT")]
+        )
+    async with _rate(monitor, None if bandwidth is None else bandwidth << 20):
+        with _declined("migrate"):
+            await monitor.migrate_set_capabilities(_CAPABILITIES)
+            await monitor.migrate(uri)
+        try:
+            return await _until_ended(monitor, timeout, progress)
+        except asyncio.CancelledError:
+            await to_the_end(stop_moving(monitor))
+            raise
+
+
+@asynccontextmanager
+async def _rate(monitor: Monitor, limit: int | None) -> AsyncIterator[None]:
+    """Bytes a second at most, while this lasts; None: as it is."""
+    if limit is None:
+        yield
+        return
+    with _declined("be told how fast"):
+        usual = await monitor.query_migrate_parameters()
+        await monitor.migrate_set_parameters({"max-bandwidth": limit})
     try:
-        return await _until_ended(monitor, timeout, progress)
-    except asyncio.CancelledError:
-        # In a task of its own: this one is cancelled.
-        await asyncio.create_task(stop_moving(monitor), name="qmpvcpu migrate_cancel")
-        raise
+        yield
+    finally:
+        rate = usual.get("max-bandwidth") if isinstance(usual, dict) else None
+        if type(rate) is int:
+            with suppress(CommandError, VcpuConnectionError):
+                await monitor.migrate_set_parameters({"max-bandwidth": rate})
+
+
+async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+    """Await what must not stop in the middle, however often this is cancelled; CancelledError goes on after it."""
+    task = asyncio.create_task(work)
+    cancelled: asyncio.CancelledError | None = None
+    while not task.done():
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError as error:
+            cancelled = error
+        except Exception:  # noqa: BLE001 - it is in the task
+            break
+    if cancelled is not None:
+        if not task.cancelled() and task.exception() is not None:
+            raise cancelled from task.exception()
+        raise cancelled
+    return task.result()
 
 
 async def _until_ended(monitor: Monitor, timeout: float | None, progress: Progress | None) -> MigrationStatus:
@@ -344,21 +405,16 @@ async def perform_to_file(
     with _declined("save it"):
         # A file has no way back.
         await monitor.migrate_set_capabilities({**_CAPABILITIES, "return-path": False})
-        usual = await monitor.query_migrate_parameters()
-        await monitor.migrate_set_parameters({"max-bandwidth": _AS_FAST_AS_IT_GETS})
-        try:
-            async with _file_uri(monitor, version, fd, offset) as uri:
-                await monitor.migrate(uri)
-                try:
-                    return await _until_ended(monitor, None, progress)
-                except asyncio.CancelledError:
-                    await asyncio.create_task(stop_moving(monitor), name="qmpvcpu migrate_cancel")
-                    raise
-        finally:
-            rate = usual.get("max-bandwidth") if isinstance(usual, dict) else None
-            if type(rate) is int:
-                with suppress(CommandError, VcpuConnectionError):
-                    await monitor.migrate_set_parameters({"max-bandwidth": rate})
+        async with (
+            _rate(monitor, _AS_FAST_AS_IT_GETS),
+            _file_uri(monitor, version, fd, offset) as uri,
+        ):
+            await monitor.migrate(uri)
+            try:
+                return await _until_ended(monitor, None, progress)
+            except asyncio.CancelledError:
+                await to_the_end(stop_moving(monitor))
+                raise
 
 
 async def incoming_from_file(link: Link, version: QemuVersion, fd: int, offset: int) -> None:
@@ -397,7 +453,10 @@ async def finish(link: Link, cookie: Cookie) -> tuple[Destination, list[Refusal]
         while True:
             status, runs = await status_of(link.monitor), await run_state(link.monitor)
             if runs != "inmigrate" and not status.is_active:
-                break
+                if status.is_incoming:
+                    break
+                text = f"no guest has come here by a migration (it is '{runs}')"
+                return Destination.BROKEN, [_refused("arrival", text, "name the destination")]
             if status.status == "failed" or time.monotonic() >= deadline:
                 text = status.error or "not all of the guest has arrived"
                 return Destination.BROKEN, [_refused("arrival", text, "look at the log of the destination's QEMU")]
@@ -436,9 +495,24 @@ async def go_on(link: Link, *, runs: bool) -> None:
     await stop_moving(link.monitor)
     if runs and await run_state(link.monitor) != "running":
         with _declined("let the guest go on at the source"):
-            await link.monitor.cont()
+            await _cont(link.monitor)
         if (now := await run_state(link.monitor)) != "running":
             raise VcpuPartial(f"the guest is '{now}' at the source", hint="look at the log of its QEMU")
+
+
+async def _cont(monitor: Monitor) -> None:
+    """`cont`; a source that has only just said "completed" declines it for a moment (10.0: "Migration is not
+    finalized yet").
+    """
+    deadline = time.monotonic() + _CANCEL_SECONDS
+    while True:
+        try:
+            await monitor.cont()
+            return
+        except CommandError:
+            if time.monotonic() >= deadline:
+                raise
+        await asyncio.sleep(_LOOK_FIRST)
 
 
 async def end(link: Link) -> bool:
@@ -472,7 +546,7 @@ async def cancel(link: Link) -> str:
         await end(link)
         return "the destination, which waited, was ended"
     if status.is_active:
-        await go_on(link, runs=True)
+        await go_on(link, runs=runs == "running")
         return "the migration was cancelled, and the guest goes on"
     if runs == "postmigrate":
         await go_on(link, runs=True)
@@ -515,8 +589,11 @@ async def migrate(
     timeout: float | None = None,
     progress: Progress | None = None,
     force: bool = False,
+    settled: Callable[[], None] = lambda: None,
 ) -> Migrated:
     """Perform and finish, with a destination that is prepared; at the end exactly one side runs the guest.
+
+    `settled` is called when the destination runs it, or may: it must not be ended any more.
 
     Raises:
         VcpuRefused: nothing was touched.
@@ -525,8 +602,8 @@ async def migrate(
         VcpuConnectionError: the source is lost, and the guest with it if its QEMU has ended.
     """
     began = time.monotonic()
-    state, _ = await check_perform(source, cookie, force=force)
-    # Whoever cancels: the source is told to stop, and from then on it is brought to an end.
+    state, runs = await check_perform(source, cookie, force=force)
+    cookie = replace(cookie, runs=runs)
     status = MigrationStatus()
     cancelled: asyncio.CancelledError | None = None
     try:
@@ -535,34 +612,40 @@ async def migrate(
         end_of_source = Source.COMPLETED if status.status == "completed" else Source.KEPT
         why = status.error or f"the migration was {status.status}"
     except asyncio.CancelledError as error:
+        # From here on it is brought to an end, whoever cancels how often.
         cancelled = error
         end_of_source, why = Source.KEPT, "cancelled"
     except VcpuConnectionError as error:
         end_of_source, why = (Source.DEAD if await _is_dead(source) else Source.UNKNOWN), error.message
     except VcpuFailed as error:
-        end_of_source, why = Source.KEPT, error.message
-    hand_over = _hand_over(source, destination, cookie, end_of_source, why)
-    task = asyncio.create_task(hand_over, name="qmpvcpu hand over")
+        # It did not begin: perhaps another one is under way, and that is not ours to end.
+        raise VcpuFailed(
+            f"{error.message}; the guest goes on at the source", hint=error.hint, qmp_text=error.qmp_text
+        ) from error
     try:
-        messages = await asyncio.shield(task)
-    except asyncio.CancelledError as error:
-        cancelled = error
-        messages = await task
-    except VcpuError:
+        messages = await to_the_end(_hand_over(source, destination, cookie, end_of_source, why, settled))
+    except VcpuError as error:
         if cancelled is not None:
-            raise cancelled from None
+            raise cancelled from error
         raise
     if cancelled is not None:
         raise cancelled
     ids = tuple(n for slot in machine_of(destination.state).slots if slot.plugged for n in slot.ids)
-    return Migrated(tuple(sorted(ids)), status, (*warnings(state), *messages), time.monotonic() - began)
+    said = (*warnings(state), *messages)
+    return Migrated(tuple(sorted(ids)), status, said, time.monotonic() - began)
 
 
 async def _hand_over(
-    source: Link, destination: Link, cookie: Cookie, end_of_source: Source, why: str
+    source: Link,
+    destination: Link,
+    cookie: Cookie,
+    end_of_source: Source,
+    why: str,
+    settled: Callable[[], None],
 ) -> Sequence[str]:
     """Step by step, as the table says; what is to be said of it."""
     reasons: list[Refusal] = []
+    is_told = False
     if end_of_source is Source.KEPT:
         here = Destination.BROKEN
     else:
@@ -571,19 +654,25 @@ async def _hand_over(
     while True:
         step = next_step(end_of_source, here)
         if step is Step.START_DESTINATION:
+            is_told = True
             here, said = await start(destination, cookie)
             why = said or why
         elif step is Step.END_SOURCE:
+            settled()
             if end_of_source is Source.DEAD:
                 return ["the source's QEMU ended by itself, after it had handed the guest over"]
             if not await end(source):
                 return ["the source's QEMU may still be there, paused: end it, and do not let it go on"]
             return []
         elif step is Step.GO_BACK:
-            await end(destination)
+            if not await end(destination) and is_told:
+                # It may have run, and run again.
+                here = Destination.UNKNOWN
+                continue
             await go_on(source, runs=cookie.runs)
             raise VcpuFailed(f"{why}; the guest goes on at the source", hint="correct that, and migrate again")
         elif step is Step.LEAVE:
+            settled()
             raise VcpuPartial(
                 f"{why}; which side runs the guest cannot be told, and neither was touched",
                 hint="look at both: migrate-cancel lets the source go on, migrate-finish the destination",

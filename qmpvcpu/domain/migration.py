@@ -158,7 +158,7 @@ class MigrationCalls:
             VcpuFailed: it was not completed; the guest goes on here.
             VcpuConnectionError: QEMU is lost.
         """
-        from qmpvcpu.domain.migrate import check_perform, go_on, perform
+        from qmpvcpu.domain.migrate import check_perform, go_on, perform, status_of, to_the_end
 
         async with self._queue:
             link = self._connected()
@@ -167,7 +167,9 @@ class MigrationCalls:
             try:
                 status = await perform(link.monitor, uri, **options)  # type: ignore[arg-type]
             except asyncio.CancelledError:
-                await asyncio.create_task(go_on(link, runs=runs))
+                # What has been handed over may be started there.
+                if (await status_of(link.monitor)).status != "completed":
+                    await to_the_end(go_on(link, runs=runs))
                 raise
             if status.status != "completed":
                 await go_on(link, runs=runs)
@@ -214,7 +216,7 @@ class MigrationCalls:
             VcpuFailed: it could not be written; the guest goes on.
             VcpuConnectionError: QEMU is lost.
         """
-        from qmpvcpu.domain.migrate import check_perform, end, go_on, perform_to_file
+        from qmpvcpu.domain.migrate import check_perform, end, go_on, perform_to_file, to_the_end
 
         async with self._queue:
             link = self._connected()
@@ -222,20 +224,30 @@ class MigrationCalls:
             if not link.monitor.takes_descriptors:
                 text = "QEMU can be handed a file only over a unix socket"
                 raise VcpuRefused([Refusal("descriptor", text, (), "connect to its QMP socket on its own host")])
+            is_written = False
+
+            def finished() -> None:
+                nonlocal is_written
+                finish()
+                is_written = True
+
             try:
                 await link.monitor.stop()
                 status = await perform_to_file(link.monitor, state.qemu, fd, offset, progress)
                 if status.status != "completed":
                     raise VcpuFailed(f"QEMU could not write it: {status.error or status.status}")
-                await asyncio.to_thread(finish)
+                await to_the_end(asyncio.to_thread(finished))
+            except VcpuConnectionError as error:
+                hint = "the guest may be there, and paused: migrate-cancel lets it go on"
+                raise VcpuConnectionError(error.message, reason=error.reason, hint=hint) from error
             except (CommandError, OSError, VcpuFailed) as error:
                 await go_on(link, runs=runs)
                 why = error.strerror if isinstance(error, OSError) else str(error)
                 raise VcpuFailed(f"{why}; the guest goes on", hint="look at the disk, and save again") from error
             except asyncio.CancelledError:
-                await asyncio.create_task(go_on(link, runs=runs))
+                await to_the_end(end(link) if is_written else go_on(link, runs=runs))
                 raise
-            await end(link)
+            await to_the_end(end(link))
             return status
 
     async def restore(self, cookie: Cookie, fd: int, offset: int) -> DomainState:
@@ -285,6 +297,7 @@ class MigrationCalls:
         timeout: float | None = None,
         progress: Progress | None = None,
         force: bool = False,
+        settled: Callable[[], None] = lambda: None,
     ) -> Migrated:
         """Move the guest to a destination that is prepared, verify it there, and end the QEMU here.
 
@@ -294,6 +307,7 @@ class MigrationCalls:
             uri: where it shall listen; None: two QEMUs of this host get a socket of their own.
             host: how the source's host reaches the destination's.
             bandwidth, timeout, progress, force: as `migrate_perform`.
+            settled: called when the destination runs the guest, or may: it must not be ended any more.
 
         Raises:
             VcpuRefused: nothing was touched.
@@ -314,4 +328,5 @@ class MigrationCalls:
                 timeout=timeout,
                 progress=progress,
                 force=force,
+                settled=settled,
             )

@@ -20,7 +20,7 @@ from typing import Final
 
 from qmpvcpu.host.files import FileLock, state_folder, try_lock
 
-__all__ = ["SOCKETS", "Runtime", "end_process", "runtime_folder"]
+__all__ = ["SOCKETS", "Runtime", "end_process", "running_names", "runtime_folder"]
 
 #: Two monitors, since one socket takes one client, and the guest agent's.
 SOCKETS: Final = ("qmp", "qmp2", "agent")
@@ -117,6 +117,14 @@ class Runtime:
             file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
             return file.read(limit).decode(errors="replace").strip()
         return ""
+
+
+def running_names() -> list[str]:
+    """Guests that we have started and that run. Never raises."""
+    with suppress(OSError):
+        names = [path.name for path in runtime_folder().iterdir() if path.is_dir()]
+        return [name for name in names if Runtime(name).pid() is not None]
+    return []
 
 
 def end_process(pid: int, number: signal.Signals, seconds: float, runtime: Runtime) -> bool:

@@ -6,7 +6,9 @@ the user gave is a whole guest, or it is the one that was there before.
 
 from __future__ import annotations
 
+import errno
 import os
+import stat
 import struct
 import time
 from contextlib import suppress
@@ -36,6 +38,9 @@ class Saving:
     def __init__(self, path: Path, cookie: bytes) -> None:
         """Begin. Raises OSError: it cannot be written there; nothing has changed."""
         self._path = Path(os.path.realpath(path))
+        with suppress(FileNotFoundError):
+            if not stat.S_ISREG(self._path.stat().st_mode):
+                raise OSError(errno.EINVAL, "it is there, and is no regular file", str(path))
         self._temporary = self._path.with_name(f".{self._path.name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
         self.offset = -(-(_HEADER.size + len(cookie)) // _ALIGNED) * _ALIGNED
         self._cookie = cookie
@@ -59,9 +64,11 @@ class Saving:
         self._write_head(_WHOLE)
         os.fsync(self.fd)
         self._temporary.rename(self._path)
-        sync_folder(self._path.parent)
         os.close(self.fd)
         self.fd = -1
+        # From here on it is saved, whatever else fails.
+        with suppress(OSError):
+            sync_folder(self._path.parent)
         return size
 
     def discard(self) -> None:

@@ -124,7 +124,7 @@ class _Client(QMPClient):
         self._outgoing.put_nowait(Message(content, eager=False))
 
     async def _recv(self) -> Message:
-        # An event may overtake the reply to qmp_capabilities (RESUME of a QEMU that starts, 7.2), and qemu.qmp 0.0.6
+        # An event may overtake the reply to qmp_capabilities (RESUME of a QEMU that starts), and qemu.qmp 0.0.6
         # takes it for that.
         msg = await super()._recv()
         while self.runstate is Runstate.CONNECTING and "event" in msg:

@@ -21,6 +21,7 @@ from qmpvcpu.xml.source import Document, Element, parse_document
 __all__ = ["read_cookie", "write_cookie"]
 
 _WORD: Final = re.compile(r"[A-Za-z0-9_.,=+/-]{1,200}\Z")
+_NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
 _PROP: Final = re.compile(r"[a-z][a-z0-9-]{0,30}\Z")
 
 
@@ -114,7 +115,7 @@ def _machine(element: Element, found: list[Refusal]) -> Machine | None:
     known = len(found)
     maximum = _number(element, "maximum", MOST_VCPUS, found)
     words = {key: element.attributes.get(key, "") for key in ("arch", "machine", "topology")}
-    wrong = [key for key in ("arch", "machine") if not _WORD.match(words[key])]
+    wrong = [key for key in ("arch", "machine") if not _NAME.match(words[key])]
     found += [_wrong(element, f"<slots {key}> is missing, or no such word") for key in wrong]
     slots = [slot for one in element.all("slot") if (slot := _slot(one, found)) is not None]
     ids = [number for slot in slots for number in slot.ids]

@@ -448,8 +448,9 @@ async def test_qemu_without_the_right_uri_does_not_begin():
     async with machine() as source:
         run = await cli("migrate-perform", source.qmp, "unix:/nowhere/at/all", "--json")
         assert run.code == 8 and await runs(source)
-        run = await cli("migrate-perform", source.qmp, "warp:9", "--json")
-        assert run.code == 8 and "QEMU cannot migrate" in run.json["error"]["message"]
+        for uri in ("warp:9", "exec:touch /nowhere", "file:/nowhere"):
+            run = await cli("migrate-perform", source.qmp, uri, "--json")
+            assert run.code == 3 and "is no way for a migration" in run.json["error"]["message"]
         with pytest.raises(VcpuConnectionError):
             async with qmpvcpu.connect(qmp="/nowhere"):
                 pass
@@ -506,6 +507,7 @@ async def test_by_name_the_phases(started, tmp_path):
     assert run.code == 3, run.stdout
     run = await cli("migrate-prepare", str(cookie), "two", "--json")
     assert run.code == 0 and run.json["vcpus"] == [0, 1, 5], run.stdout + run.stderr
+    assert await names() == {"one": True, "two": True}
     assert (await cli("migrate-perform", "one", run.json["uri"], "--cookie", str(cookie))).code == 0
     assert (await cli("migrate-finish", "two", str(cookie))).code == 0
     assert (await cli("destroy", "one")).code == 0
@@ -524,3 +526,107 @@ async def test_a_destination_that_was_started_is_gone_when_it_cannot_take_it(sta
             await app.migrate(domain, "two")
     assert await names() == {"one": True}
     assert (await cli("destroy", "two", "--json")).json["error"]["message"] == "'two' does not run"
+
+
+async def test_interrupted_at_the_last_moment_by_name_the_guest_is_at_the_destination(started, monkeypatch):
+    """Also when it was started for this: it must not be ended any more."""
+    from qmpvcpu.app import migrate as app
+
+    async with qmpvcpu.connect("one") as domain:
+        task = asyncio.current_task()
+        original = engine.end
+
+        async def hooked(link):
+            task.cancel()
+            await asyncio.sleep(0)
+            task.cancel()
+            return await original(link)
+
+        monkeypatch.setattr(engine, "end", hooked)
+        with pytest.raises(asyncio.CancelledError):
+            await app.migrate(domain, "two", persistent=True)
+        while task.cancelling():
+            task.uncancel()
+    assert await names() == {"one": False, "two": True}
+    assert (await cli("vcpucount", "two", "--active", "--live")).stdout.strip() == "3"
+
+
+async def test_a_destination_that_may_run_is_left_alone(started, monkeypatch):
+    from qmpvcpu.app import migrate as app
+
+    async def unknown(link, cookie):
+        await link.monitor.cont()
+        return engine.Destination.UNKNOWN, "no answer"
+
+    async with qmpvcpu.connect("one") as domain:
+        monkeypatch.setattr(engine, "start", unknown)
+        with pytest.raises(qmpvcpu.VcpuPartial, match="which side runs the guest cannot be told"):
+            await app.migrate(domain, "two")
+        assert (await domain._link.monitor.query_status())["status"] == "postmigrate"
+    assert (await names())["two"] is True
+
+
+async def test_a_name_that_stands_for_another_domain_is_not_for_this_one(started, tmp_path):
+    other = tmp_path / "db1.xml"
+    other.write_text(SPARSE.replace("one<", "db1<").replace("7a1d3b9c", "11111111"))
+    assert (await cli("define", str(other))).code == 0
+    before = (await cli("dumpxml", "db1", "--inactive")).stdout
+    cookie = tmp_path / "cookie"
+    cookie.write_text((await cli("migrate-begin", "one", "--persistent")).stdout)
+    for words in (("migrate", "one", "db1", "--persistent"), ("migrate-prepare", str(cookie), "db1")):
+        run = await cli(*words, "--json")
+        assert run.code == 3 and "is another domain" in run.json["error"]["message"], run.stdout
+    assert (await cli("dumpxml", "db1", "--inactive")).stdout == before
+
+
+async def test_a_source_or_a_paused_guest_is_no_destination_to_finish(tmp_path):
+    async with machine() as source, waiting() as target, machine() as other:
+        cookie = tmp_path / "cookie"
+        cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
+        uri = (await cli("migrate-prepare", str(cookie), target.qmp)).stdout.strip()
+        assert (await cli("migrate-perform", source.qmp, uri)).code == 0
+        await other.monitor.stop()
+        for qemu in (source, other):
+            run = await cli("migrate-finish", qemu.qmp, str(cookie), "--json")
+            assert run.code == 8 and "no guest has come here" in run.json["error"]["message"], run.stdout
+            assert not await runs(qemu)
+        assert (await cli("migrate-finish", target.qmp, str(cookie))).code == 0
+        assert await runs(target) and not await runs(source)
+
+
+async def test_a_second_migration_leaves_the_first_alone():
+    async with machine() as source, waiting() as target, waiting() as third, slowly(source):
+        first = await start_cli("migrate", source.qmp, target.qmp, "--json")
+        await until_active(source)
+        run = await cli("migrate", str(source.folder / "qmp2"), third.qmp, "--json")
+        assert run.code == 3 and "a migration is under way" in run.json["error"]["message"]
+        assert (await source.monitor.query_migrate())["status"] == "active"
+        await source.monitor.migrate_set_parameters({"max-bandwidth": 1 << 30})
+        stdout, _ = await first.communicate()
+        assert first.returncode == 0, stdout
+        assert await runs(target)
+
+
+async def test_paused_between_begin_and_perform_it_arrives_paused():
+    async with machine() as source, waiting() as target:
+        async with qmpvcpu.connect(qmp=source.qmp) as s, qmpvcpu.connect(qmp=target.qmp) as t:
+            cookie = await s.migrate_begin()
+            await t.migrate_prepare(cookie)
+            await source.monitor.stop()
+            await s.migrate(t, cookie)
+        assert not await runs(target)
+
+
+async def test_the_rate_is_what_it_was_after_a_failure():
+    async with machine() as source:
+        before = (await source.monitor.query_migrate_parameters())["max-bandwidth"]
+        assert (await cli("migrate-perform", source.qmp, "unix:/nowhere", "--bandwidth", "1")).code == 8
+        assert (await source.monitor.query_migrate_parameters())["max-bandwidth"] == before
+
+
+async def test_another_guests_uuid(tmp_path):
+    extra = [*NODES, "-uuid", "aaaaaaaa-0000-4000-8000-000000000001"]
+    other = [*NODES, "-uuid", "aaaaaaaa-0000-4000-8000-000000000002"]
+    async with machine(extra=extra) as source, waiting(extra=other) as target:
+        run = await cli("migrate", source.qmp, target.qmp, "--json")
+        assert run.code == 3 and "uuid" in run.json["error"]["message"] and await runs(source)

@@ -181,3 +181,35 @@ def test_what_a_killed_save_left_is_swept(tmp_path):
     saved = open_saved(str(tmp_path / "saved"))
     assert saved.cookie == b"c" and os.read(saved.fd, 10) == b"stream"
     saved.close()
+
+
+async def test_only_a_regular_file_is_replaced(tmp_path):
+    folder, fifo = tmp_path / "folder", tmp_path / "fifo"
+    folder.mkdir()
+    os.mkfifo(fifo)
+    link = tmp_path / "link"
+    link.symlink_to("/dev/null")
+    async with machine() as source:
+        for path in (folder, fifo, link):
+            run = await cli("save", source.qmp, str(path), "--json")
+            assert run.code == 3 and "no regular file" in run.json["error"]["message"], run.stdout
+        assert await runs(source) and sorted(os.listdir(tmp_path)) == ["fifo", "folder", "link"]
+
+
+async def test_cancelled_when_it_is_in_the_file_it_is_saved(tmp_path):
+    file = tmp_path / "saved"
+    async with machine() as source:
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            cookie = await domain.migrate_begin()
+            saving = Saving(file, b"cookie")
+            task, loop = asyncio.current_task(), asyncio.get_running_loop()
+
+            def finish():
+                saving.finish()
+                loop.call_soon_threadsafe(task.cancel)
+
+            with pytest.raises(asyncio.CancelledError):
+                await domain.save(cookie, saving.fd, saving.offset, finish)
+            task.uncancel()
+            saving.discard()
+        assert file.exists() and await ended(source)

@@ -336,7 +336,7 @@ async def test_an_event_ahead_of_the_handshakes_reply_is_no_reply(tmp_path):
         command = await connection.receive()
         connection.event("RESUME")
         connection.event("STOP")
-        connection.reply(command, {})
+        connection.send({"return": {}, "id": command.get("id")})
         connection.reply(await connection.receive(), {"status": "running"})
         await asyncio.Event().wait()
 
