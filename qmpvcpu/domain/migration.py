@@ -163,9 +163,8 @@ class MigrationCalls:
         async with self._queue:
             link = self._connected()
             _, runs = await check_perform(link, cookie, force=force)
-            options = {"bandwidth": bandwidth, "timeout": timeout, "progress": progress}
             try:
-                status = await perform(link.monitor, uri, **options)  # type: ignore[arg-type]
+                status = await perform(link.monitor, uri, bandwidth=bandwidth, timeout=timeout, progress=progress)
             except asyncio.CancelledError:
                 # What has been handed over may be started there.
                 if (await status_of(link.monitor)).status != "completed":
