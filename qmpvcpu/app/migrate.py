@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import socket
 import sys
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
@@ -284,18 +285,21 @@ async def migrate_prepare(
     async with _destination(dest, cookie, mode, place=place, timeout=timeout) as target:
         await target.domain.migrate_prepare(cookie, place=place)
         host = _host_of(dest) if dest is not None else None
-        where = await target.domain.migrate_listen(uri, host, _default_uri(target, host))
+        # One that listens everywhere is reached by its host's name, as libvirt's are.
+        reached = host or socket.gethostname()
+        where = await target.domain.migrate_listen(uri, reached, _default_uri(target, host))
         state = await target.domain.state()
         return Prepared(target.name, where, target.qmp, state.enabled_ids, target.messages)
 
 
-async def migrate_finish(dest: str, cookie: Cookie) -> DomainState:
-    """Verify a destination, and let it run.
+async def migrate_finish(dest: str, cookie: Cookie | None) -> DomainState:
+    """Verify a destination, and let it run. `cookie`: None is the one that it was prepared with, on this host.
 
     Raises:
         VcpuError: as `Domain.migrate_finish`.
     """
     async with connect(dest) as domain:
+        cookie = cookie if cookie is not None else await domain.migrate_cookie()
         state = await domain.migrate_finish(cookie)
     is_name = check_name(dest) is None and ":" not in dest
     place = _Place(domain, dest, is_name=is_name, is_ours=False, qmp=())
@@ -304,14 +308,14 @@ async def migrate_finish(dest: str, cookie: Cookie) -> DomainState:
     return state
 
 
-async def migrate_cancel(domain: Domain) -> str:
+async def migrate_cancel(domain: Domain, *, force: bool = False) -> str:
     """`Domain.migrate_cancel`, and what is left of a destination that we have started.
 
     Raises:
         VcpuError: as `Domain.migrate_cancel`.
     """
     async with domain:
-        done = await domain.migrate_cancel()
+        done = await domain.migrate_cancel(force=force)
     if check_name(domain.name) is None and Runtime(domain.name).pid() is None:
         await clean_up(domain.name)
     return done

@@ -140,14 +140,15 @@ async def _perform(session: Session) -> int:
 
 async def _finish(session: Session) -> int:
     options = session.options
-    state = await app.migrate_finish(options.dest, app.load_cookie(options.cookie))
+    cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
+    state = await app.migrate_finish(options.dest, cookie)
     document = {"outcome": "applied", "changed": True, "domain": options.dest, "vcpus": list(state.enabled_ids)}
     session.show(document, [f"{options.dest}: runs with vCPU {format_ids(state.enabled_ids)}"])
     return 0
 
 
 async def _cancel(session: Session) -> int:
-    done = await app.migrate_cancel(session.connect())
+    done = await app.migrate_cancel(session.connect(), force=session.options.force)
     session.show({"outcome": "applied", "changed": True, "message": done}, [f"{session.options.domain}: {done}"])
     return 0
 

@@ -300,9 +300,13 @@ def build_parser() -> argparse.ArgumentParser:
 
     finish = command("migrate-finish", "fourth phase, at the destination: verify the guest, and let it run")
     finish.add_argument("dest", metavar="DEST", help="its name, or its QMP socket")
-    finish.add_argument("cookie", metavar="COOKIE", help="what migrate-begin has printed; - is standard input")
+    prepared = "what migrate-begin has printed; - is standard input (default: what it was prepared with, here)"
+    finish.add_argument("cookie", metavar="COOKIE", nargs="?", help=prepared)
 
-    domain_command("migrate-cancel", "end a migration: the source goes on, a destination that waits ends")
+    cancel = domain_command(
+        "migrate-cancel", "end a migration: the source goes on, a destination that has not run ends"
+    )
+    cancel.add_argument("--force", action="store_true", help="also what the other side may have taken")
 
     save = domain_command("save", "write a running guest to a file, and end its QEMU")
     save.add_argument("file", metavar="FILE", help="it is replaced once the guest is in it, whole")

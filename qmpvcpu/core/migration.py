@@ -103,7 +103,8 @@ class Cookie:
 
     `xml` is the running guest's domain XML, `persistent` its definition where that goes too. `features` are names
     that a reader must know. `machine` is None where another tool made it. `runs` is whether the guest ran, and
-    `is_described` whether `xml` was made of what QEMU tells, and so does not say all of its hardware.
+    `is_described` whether `xml` was made of what QEMU tells, and so does not say all of its hardware. `number` is
+    of this one handing over, 32 hexadecimal digits: by it the sides know which of them has the guest.
     """
 
     name: str
@@ -114,6 +115,7 @@ class Cookie:
     machine: Machine | None = None
     runs: bool = True
     is_described: bool = False
+    number: str | None = None
 
 
 def machine_of(state: DomainState) -> Machine:

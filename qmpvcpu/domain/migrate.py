@@ -33,6 +33,7 @@ from qmpvcpu.core.migration import (
     warnings,
 )
 from qmpvcpu.core.model import DomainState, QemuVersion
+from qmpvcpu.domain.handover import Side, forget, is_there, kept, release, take
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.read import run_state
 from qmpvcpu.errors import (
@@ -534,24 +535,64 @@ async def _is_dead(link: Link) -> bool:
     return True
 
 
-async def cancel(link: Link) -> str:
-    """End what is under way at one side: a source goes on, a destination that waits ends. What was done, in words.
+async def cancel(link: Link, *, force: bool = False) -> str:
+    """End what is under way at one side: a source goes on, a destination that has not run ends. What was done, in
+    words.
+
+    Args:
+        force: also what may make the guest run twice, or nowhere.
 
     Raises:
-        VcpuRefused: there is nothing to cancel.
+        VcpuRefused: there is nothing to cancel, or the other side has the guest.
         VcpuError: it could not be.
     """
     status, runs = await status_of(link.monitor), await run_state(link.monitor)
+    begun, prepared = kept(link, Side.SOURCE), kept(link, Side.DESTINATION)
     if runs == "inmigrate":
         await end(link)
         return "the destination, which waited, was ended"
+    if runs == "paused" and status.is_incoming and prepared is not None:
+        return await _end_arrived(link, prepared, force=force)
     if status.is_active:
         await go_on(link, runs=runs == "running")
         return "the migration was cancelled, and the guest goes on"
     if runs == "postmigrate":
+        return await _take_back(link, begun, force=force)
+    if runs == "paused" and status.has_ended and not status.is_incoming and begun is not None and begun.runs:
+        # A `save` that lost us in the middle.
         await go_on(link, runs=True)
-        return "the guest, which had been handed over, goes on here"
+        return "the guest, which had been paused for it, goes on"
     raise VcpuRefused([_refused("migrating", "no migration is under way", "`migrate-begin` begins one")])
+
+
+async def _take_back(link: Link, begun: Cookie | None, *, force: bool) -> str:
+    """A source that has handed its guest over goes on; `begun` is what is known of that here."""
+    if begun is not None and not take(begun, Side.SOURCE) and not force:
+        text = "the guest was let run at the destination, and would run twice"
+        hint = "end the source's QEMU; if the destination is gone for good, --force lets the guest go on here"
+        raise VcpuRefused([_refused("handed-over", text, hint)])
+    runs = begun is None or begun.runs
+    try:
+        await go_on(link, runs=runs)
+    except VcpuError:
+        if begun is not None:
+            release(begun, Side.SOURCE)
+        raise
+    said = "goes on here" if runs else "is here again, paused as it was"
+    if begun is None:
+        return f"the guest, which had been handed over, {said}: see to it that the destination does not run it"
+    return f"the guest, which had been handed over, {said}"
+
+
+async def _end_arrived(link: Link, prepared: Cookie, *, force: bool) -> str:
+    """A destination that has all of the guest, and has not been let run."""
+    if not force and not (is_there(prepared, Side.SOURCE) and take(prepared, Side.SOURCE)):
+        text = "all of the guest is here, and whether the source still has it is not known"
+        hint = "migrate-finish lets it run here; if the source goes on, --force ends it here"
+        raise VcpuRefused([_refused("handed-over", text, hint)])
+    await end(link)
+    forget(link)
+    return "the destination, which had not been let run, was ended"
 
 
 # -- all of it --------------------------------------------------------------------------------------
@@ -653,12 +694,15 @@ async def _hand_over(
     why = "; ".join(one.message for one in reasons) or why
     while True:
         step = next_step(end_of_source, here)
-        if step is Step.START_DESTINATION:
+        if step is Step.START_DESTINATION and not take(cookie, Side.DESTINATION):
+            here, why = Destination.BROKEN, "the guest was taken back at the source"
+        elif step is Step.START_DESTINATION:
             is_told = True
             here, said = await start(destination, cookie)
             why = said or why
         elif step is Step.END_SOURCE:
             settled()
+            forget(destination)
             if end_of_source is Source.DEAD:
                 return ["the source's QEMU ended by itself, after it had handed the guest over"]
             if not await end(source):
@@ -669,13 +713,14 @@ async def _hand_over(
                 # It may have run, and run again.
                 here = Destination.UNKNOWN
                 continue
+            release(cookie, Side.DESTINATION)
             await go_on(source, runs=cookie.runs)
             raise VcpuFailed(f"{why}; the guest goes on at the source", hint="correct that, and migrate again")
         elif step is Step.LEAVE:
             settled()
             raise VcpuPartial(
                 f"{why}; which side runs the guest cannot be told, and neither was touched",
-                hint="look at both: migrate-cancel lets the source go on, migrate-finish the destination",
+                hint="look at both: migrate-cancel --force lets the source go on, migrate-finish the destination",
             )
         else:
             await end(destination)

@@ -5,17 +5,20 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.change import change
 from qmpvcpu.domain.dump import describe, dump
+from qmpvcpu.domain.handover import Side, forget, keep, kept, new_number, release, take
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.locate import Place
 from qmpvcpu.domain.persistent import NO_DEFINITION, Persistent
 from qmpvcpu.domain.place import Placing
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.process import is_alive
 from qmpvcpu.ports import CommandError
@@ -28,6 +31,8 @@ __all__ = ["MigrationCalls"]
 
 #: Seconds between two looks for the end of a pending unplug.
 _PENDING_LOOK: Final = 0.05
+#: Seconds a QEMU that was lost while it saved has to come back.
+_BRING_BACK_SECONDS: Final = 60.0
 
 
 _GO_BACK: Final = "migrate-cancel at the source lets the guest go on there"
@@ -47,6 +52,10 @@ class MigrationCalls:
         def _placing(self, request: Request, here: list[Refusal]) -> tuple[Placing, list[Refusal]]: ...
 
         async def _described(self, state: DomainState) -> bytes: ...
+
+        async def _connect(self) -> None: ...
+
+        async def _close(self) -> None: ...
 
     async def migrate_begin(self, *, persistent: bool = False, wait: float = 0.0, force: bool = False) -> Cookie:
         """What goes with the guest, and whether it can go; touches nothing.
@@ -83,7 +92,7 @@ class MigrationCalls:
             xml = dump(self._persistent.read(), state, None, None)
         else:
             xml = dump(await self._described(state), state, None, None)
-        return Cookie(
+        cookie = Cookie(
             definition.name if definition is not None else described.name,
             (definition.uuid if definition is not None else None) or described.uuid,
             xml,
@@ -92,7 +101,10 @@ class MigrationCalls:
             machine_of(state),
             runs,
             definition is None,
+            new_number(),
         )
+        keep(link, Side.SOURCE, cookie)
+        return cookie
 
     async def migrate_prepare(self, cookie: Cookie, *, place: bool = True) -> None:
         """Make this guest, which waits for a migration (-incoming), ready to take that of the cookie: checked, its
@@ -113,6 +125,7 @@ class MigrationCalls:
                 return await change(link, request, here, placing=placing)
 
             await prepare(link, cookie, plug)
+            keep(link, Side.DESTINATION, cookie)
 
     async def migrate_listen(
         self, uri: str | None = None, host: str | None = None, default: str | None = None
@@ -163,6 +176,8 @@ class MigrationCalls:
         async with self._queue:
             link = self._connected()
             _, runs = await check_perform(link, cookie, force=force)
+            if cookie is not None:
+                keep(link, Side.SOURCE, replace(cookie, runs=runs))
             try:
                 status = await perform(link.monitor, uri, bandwidth=bandwidth, timeout=timeout, progress=progress)
             except asyncio.CancelledError:
@@ -176,10 +191,24 @@ class MigrationCalls:
                 raise VcpuFailed(f"the migration failed: {why}; the guest goes on here", hint="see QEMU's logs")
             return status
 
+    async def migrate_cookie(self) -> Cookie:
+        """What this destination was prepared with, on this host.
+
+        Raises:
+            VcpuRefused: that is not known.
+        """
+        async with self._queue:
+            cookie = kept(self._connected(), Side.DESTINATION)
+        if cookie is None:
+            text = "what this destination was prepared with is not known here"
+            raise VcpuRefused([Refusal("cookie", text, (), "give the cookie that migrate-begin has printed")])
+        return cookie
+
     async def migrate_finish(self, cookie: Cookie, *, hint: str = _GO_BACK) -> DomainState:
         """Verify that all of the guest has arrived here, and let it run; its vCPUs. `hint` goes with an error.
 
         Raises:
+            VcpuRefused: the source has taken the guest back.
             VcpuFailed: it has not; it does not run here, and can go on at the source (`migrate_cancel` there).
             VcpuConnectionError: QEMU is lost.
         """
@@ -191,9 +220,15 @@ class MigrationCalls:
             found, refusals = await finish(link, cookie)
             text = "; ".join(one.message for one in refusals)
             if found is Destination.WHOLE:
+                if not take(cookie, Side.DESTINATION):
+                    text = "the source has taken the guest back, and it would run twice"
+                    raise VcpuRefused([Refusal("handed-over", text, (), "migrate-cancel ends this side")])
                 found, said = await start(link, cookie)
                 text = said or text
+                if found in (Destination.BROKEN, Destination.DIED):
+                    release(cookie, Side.DESTINATION)
             if found is Destination.RUNNING:
+                forget(link)
                 return link.state
             if found in (Destination.GONE, Destination.DIED, Destination.UNKNOWN):
                 raise VcpuConnectionError(text, reason="closed", hint=hint)
@@ -237,8 +272,10 @@ class MigrationCalls:
                     raise VcpuFailed(f"QEMU could not write it: {status.error or status.status}")
                 await to_the_end(asyncio.to_thread(finished))
             except VcpuConnectionError as error:
-                hint = "the guest may be there, and paused: migrate-cancel lets it go on"
-                raise VcpuConnectionError(error.message, reason=error.reason, hint=hint) from error
+                said, hint = error.message, "the guest may be there, and paused: migrate-cancel lets it go on"
+                if await to_the_end(self._bring_back(link, runs=runs)):
+                    said, hint = f"{said}; the guest goes on", "save again"
+                raise VcpuConnectionError(said, reason=error.reason, hint=hint) from error
             except (CommandError, OSError, VcpuFailed) as error:
                 await go_on(link, runs=runs)
                 why = error.strerror if isinstance(error, OSError) else str(error)
@@ -248,6 +285,22 @@ class MigrationCalls:
                 raise
             await to_the_end(end(link))
             return status
+
+    async def _bring_back(self, link: Link, *, runs: bool) -> bool:
+        """After QMP was lost while the guest was being saved: let it go on; whether it does. A QEMU that waits for
+        a disk does not answer, and will.
+        """
+        from qmpvcpu.domain.migrate import go_on
+
+        deadline = time.monotonic() + _BRING_BACK_SECONDS
+        while link.process is not None and is_alive(link.process.key) and time.monotonic() < deadline:
+            with suppress(VcpuError):
+                await self._close()
+                await self._connect()
+                await go_on(self._connected(), runs=runs)
+                return True
+            await asyncio.sleep(_PENDING_LOOK)
+        return False
 
     async def restore(self, cookie: Cookie, fd: int, offset: int) -> DomainState:
         """Read a saved guest into this QEMU, which is prepared (`migrate_prepare`), verify it, and let it run, if
@@ -274,16 +327,19 @@ class MigrationCalls:
             hint = "look at QEMU's log; the file is as it was"
             raise VcpuFailed("QEMU could not read the saved guest, and has ended", hint=hint) from error
 
-    async def migrate_cancel(self) -> str:
-        """End what is under way: a source goes on, a destination that waits ends. What was done, in words.
+    async def migrate_cancel(self, *, force: bool = False) -> str:
+        """End what is under way: a source goes on, a destination that has not run ends. What was done, in words.
+
+        Args:
+            force: also what may make the guest run twice, or nowhere.
 
         Raises:
-            VcpuRefused: there is nothing to cancel.
+            VcpuRefused: there is nothing to cancel, or the other side has the guest.
         """
         from qmpvcpu.domain.migrate import cancel
 
         async with self._queue:
-            return await cancel(self._connected())
+            return await cancel(self._connected(), force=force)
 
     async def migrate(
         self,

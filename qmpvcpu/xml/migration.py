@@ -1,7 +1,8 @@
 """The migration cookie: libvirt's `<qemu-migration>`, and in it the running guest's XML and its machine.
 
 libvirt hands the running guest's XML over beside its cookie; here it is in `<live>`. Its definition stands where
-libvirt has it, right below the root. `<slots>` is ours: older readers ignore elements that they do not know.
+libvirt has it, right below the root. `<slots>` and `<handover>` are ours: older readers ignore elements that they
+do not know.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from qmpvcpu.xml.source import Document, Element, parse_document
 
 __all__ = ["read_cookie", "write_cookie"]
 
+_NUMBER: Final = re.compile(r"[0-9a-f]{32}\Z")
 _WORD: Final = re.compile(r"[A-Za-z0-9_.,=+/-]{1,200}\Z")
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")
 _PROP: Final = re.compile(r"[a-z][a-z0-9-]{0,30}\Z")
@@ -30,6 +32,8 @@ def write_cookie(cookie: Cookie) -> bytes:
     lines = ["<qemu-migration>", f"  <name>{escape(cookie.name)}</name>"]
     if cookie.uuid is not None:
         lines.append(f"  <uuid>{escape(cookie.uuid)}</uuid>")
+    if cookie.number is not None:
+        lines.append(f"  <handover id={_quoted(cookie.number)}/>")
     lines += [f"  <feature name={_quoted(name)}/>" for name in sorted(cookie.features)]
     lines += _machine_lines(cookie.machine) if cookie.machine is not None else []
     state = "running" if cookie.runs else "paused"
@@ -94,7 +98,8 @@ def read_cookie(data: bytes) -> Cookie:
     machine = _machine(slots, found) if slots is not None else None
     if found or live is None or running is None or name is None:
         raise VcpuRefused(found)
-    uuid = root.child("uuid")
+    uuid, handover = root.child("uuid"), root.child("handover")
+    number = handover.attributes.get("id", "") if handover is not None else ""
     cookie = Cookie(
         name.text.strip(),
         uuid.text.strip() if uuid is not None else None,
@@ -104,6 +109,7 @@ def read_cookie(data: bytes) -> Cookie:
         machine,
         live.attributes.get("state") != "paused",
         live.attributes.get("described") == "yes",
+        number if _NUMBER.match(number) else None,
     )
     for xml in (cookie.xml, cookie.persistent):
         if xml is not None:

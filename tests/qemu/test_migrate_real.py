@@ -5,7 +5,9 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import socket
 import subprocess
+import sys
 from contextlib import asynccontextmanager
 
 import pytest
@@ -406,8 +408,12 @@ EJECTING = {"version": "11.1"}
 
 
 @pytest.fixture
-def firmware(tmp_path, monkeypatch):
-    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
+def state(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+
+
+@pytest.fixture
+def firmware(tmp_path, state):
     image = tmp_path / "eject.bin"
     options = ["-m16", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0,--build-id=none,--oformat=binary"]
     subprocess.run(["gcc", *options, "-o", str(image), "scripts/guest/eject.S"], check=True)
@@ -630,3 +636,130 @@ async def test_another_guests_uuid(tmp_path):
     async with machine(extra=extra) as source, waiting(extra=other) as target:
         run = await cli("migrate", source.qmp, target.qmp, "--json")
         assert run.code == 3 and "uuid" in run.json["error"]["message"] and await runs(source)
+
+
+async def handed_over(source, target, tmp_path):
+    """As far as a user who runs the phases gets before the last one."""
+    cookie = tmp_path / "cookie"
+    cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
+    uri = (await cli("migrate-prepare", str(cookie), target.qmp)).stdout.strip()
+    run = await cli("migrate-perform", source.qmp, uri, "--json")
+    assert run.code == 0, run.stdout
+    return str(cookie)
+
+
+async def test_taken_back_at_the_source_it_does_not_run_at_the_destination(tmp_path, state):
+    async with machine() as source, waiting() as target:
+        cookie = await handed_over(source, target, tmp_path)
+        assert (await cli("migrate-cancel", source.qmp)).code == 0 and await runs(source)
+        for words in ((cookie,), ()):
+            run = await cli("migrate-finish", target.qmp, *words, "--json")
+            assert run.code == 3 and "would run twice" in run.json["error"]["message"], run.stdout
+        assert not await runs(target)
+        # What has arrived, and is nobody's, can be ended.
+        assert (await cli("migrate-cancel", target.qmp)).code == 0
+        assert await ended(target) and await runs(source)
+
+
+async def test_let_run_at_the_destination_it_is_not_taken_back(tmp_path, state):
+    async with machine() as source, waiting() as target:
+        await handed_over(source, target, tmp_path)
+        # Without its cookie: it is known here.
+        assert (await cli("migrate-finish", target.qmp)).code == 0 and await runs(target)
+        run = await cli("migrate-cancel", source.qmp, "--json")
+        assert run.code == 3 and "would run twice" in run.json["error"]["message"], run.stdout
+        assert not await runs(source)
+        run = await cli("migrate-cancel", target.qmp, "--json")
+        assert run.code == 3 and await runs(target)
+        target.process.kill()
+        assert await ended(target)
+        assert (await cli("migrate-cancel", source.qmp, "--force")).code == 0 and await runs(source)
+
+
+async def test_the_only_copy_is_not_ended(tmp_path, state):
+    async with machine() as source, waiting() as target:
+        await handed_over(source, target, tmp_path)
+        source.process.kill()
+        assert await ended(source)
+        run = await cli("migrate-cancel", target.qmp, "--json")
+        assert run.code == 3 and "whether the source still has it" in run.json["error"]["message"]
+        assert (await cli("migrate-finish", target.qmp)).code == 0 and await runs(target)
+
+
+async def test_where_nothing_is_known_of_it_the_phases_trust_their_user(tmp_path, state, monkeypatch):
+    """Another host, or another user: the one thing that is said is what to look after."""
+    async with machine() as source, waiting() as target:
+        await handed_over(source, target, tmp_path)
+        monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "other"))
+        run = await cli("migrate-finish", target.qmp, "--json")
+        assert run.code == 3 and "is not known here" in run.json["error"]["message"]
+        run = await cli("migrate-cancel", source.qmp, "--json")
+        assert run.code == 0 and "see to it that the destination does not run it" in run.json["message"]
+
+
+async def test_paused_when_it_began_it_is_not_let_run_by_cancelling(tmp_path, state):
+    async with machine() as source, waiting() as target:
+        await source.monitor.stop()
+        await handed_over(source, target, tmp_path)
+        run = await cli("migrate-cancel", source.qmp, "--json")
+        assert run.code == 0 and "paused as it was" in run.json["message"] and not await runs(source)
+
+
+async def test_what_has_not_arrived_whole_can_be_ended(tmp_path, state):
+    async with machine() as source, waiting() as target:
+        cookie = await handed_over(source, target, tmp_path)
+        async with qmpvcpu.connect(qmp=str(target.folder / "qmp2")) as domain:
+            await domain.enable(7)
+        run = await cli("migrate-finish", target.qmp, cookie, "--json")
+        assert run.code == 8 and "vCPU 7" in run.json["error"]["message"]
+        assert (await cli("migrate-cancel", target.qmp)).code == 0 and await ended(target)
+        assert (await cli("migrate-cancel", source.qmp)).code == 0 and await runs(source)
+
+
+DIES = """
+import asyncio, os, sys
+import qmpvcpu
+from qmpvcpu.domain import migrate as engine
+
+async def main():
+    original = engine.{step}
+    async def dying(*given, **more):
+        if not {after}:
+            os._exit(9)
+        await original(*given, **more)
+        os._exit(9)
+    engine.{step} = dying
+    async with qmpvcpu.connect(qmp=sys.argv[1]) as s, qmpvcpu.connect(qmp=sys.argv[2]) as t:
+        cookie = await s.migrate_begin()
+        await t.migrate_prepare(cookie)
+        await s.migrate(t, cookie)
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize(
+    ("step", "after"), [("finish", False), ("finish", True), ("start", False), ("start", True)]
+)
+async def test_killed_between_the_handing_over_and_the_end(tmp_path, state, step, after):
+    """Whatever is typed then, it runs on one side."""
+    async with machine() as source, waiting() as target:
+        process = await asyncio.create_subprocess_exec(
+            sys.executable, "-c", DIES.format(step=step, after=after), source.qmp, target.qmp
+        )
+        assert await process.wait() == 9
+        assert not await runs(source) and await runs(target) is (step == "start" and after)
+        is_taken = step == "start"
+        run = await cli("migrate-cancel", source.qmp, "--json")
+        assert run.code == (3 if is_taken else 0), run.stdout
+        run = await cli("migrate-finish", target.qmp, "--json")
+        assert run.code == (0 if is_taken else 3), run.stdout
+        assert (await runs(source), await runs(target)) == (not is_taken, is_taken)
+
+
+async def test_one_that_listens_everywhere_is_named_by_its_hosts_name(tmp_path, state):
+    async with machine() as source, waiting() as target:
+        cookie = tmp_path / "cookie"
+        cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
+        run = await cli("migrate-prepare", str(cookie), target.qmp, "--uri", "tcp:0.0.0.0:0")
+        assert run.code == 0 and run.stdout.startswith(f"tcp:{socket.gethostname()}:"), run.stdout

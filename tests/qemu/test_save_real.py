@@ -11,6 +11,8 @@ import sys
 import pytest
 
 import qmpvcpu
+from qmpvcpu.app import migrate as app
+from qmpvcpu.domain import migrate as engine
 from qmpvcpu.host.savefile import Saving, open_saved
 from tests.conftest import cli, start_cli
 from tests.qemu.test_migrate_real import CELLS, dead, ended, machine, names, plugged, runs, started, waiting
@@ -213,3 +215,39 @@ async def test_cancelled_when_it_is_in_the_file_it_is_saved(tmp_path):
             task.uncancel()
             saving.discard()
         assert file.exists() and await ended(source)
+
+
+async def test_qemu_is_silent_for_longer_than_it_may_and_the_guest_goes_on(tmp_path, monkeypatch):
+    """As one does that waits for a disk."""
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    file = tmp_path / "saved"
+    async with machine() as source:
+        original = engine.perform_to_file
+
+        async def silent(*given):
+            os.kill(source.pid, signal.SIGSTOP)
+            asyncio.get_running_loop().call_later(2.5, os.kill, source.pid, signal.SIGCONT)
+            return await original(*given)
+
+        monkeypatch.setattr(engine, "perform_to_file", silent)
+        async with qmpvcpu.connect(qmp=str(source.folder / "qmp2"), command_timeout=1.0) as domain:
+            with pytest.raises(qmpvcpu.VcpuConnectionError, match="the guest goes on"):
+                await app.save(domain, str(file))
+            # Connected again.
+            assert (await domain.state()).enabled_ids == (0, 1)
+        assert await runs(source) and not file.exists()
+
+
+async def test_killed_while_it_saves_the_guest_is_let_go_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    async with machine() as source:
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            await domain.migrate_begin()
+        # What is left then: paused, and what was written is not whole.
+        await source.monitor.stop()
+        await source.monitor.migrate("exec:false")
+        async with asyncio.timeout(10):
+            while (await source.monitor.query_migrate()).get("status") != "failed":
+                await asyncio.sleep(0.01)
+        run = await cli("migrate-cancel", source.qmp, "--json")
+        assert run.code == 0 and "goes on" in run.json["message"] and await runs(source)
