@@ -63,7 +63,7 @@ Sink = Callable[[MonitorEvent | VcpuConnectionError], None]
 
 
 class Monitor(Protocol):
-    """A QEMU monitor: QMP commands one to one, named after them. Replies are QEMU's, unchecked.
+    """A QEMU monitor: QMP commands one to one, named after them, all by `execute`. Replies are QEMU's, unchecked.
 
     Calling a command sends it, in the order of the calls; awaiting what it returns waits for the reply and raises
     `CommandError` when QEMU answers with an error, and `VcpuConnectionError` when no answer comes in time or the
@@ -89,86 +89,115 @@ class Monitor(Protocol):
     def listen(self, sink: Sink) -> AbstractContextManager[None]:
         """Give every event to `sink` from now on, until the context is left."""
 
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Future[object]:
+        """Any QMP command."""
+
     def query_hotpluggable_cpus(self) -> Future[object]:
         """QMP `query-hotpluggable-cpus`."""
+        return self.execute("query-hotpluggable-cpus")
 
     def query_cpus_fast(self) -> Future[object]:
         """QMP `query-cpus-fast`."""
+        return self.execute("query-cpus-fast")
 
     def query_target(self) -> Future[object]:
         """QMP `query-target`."""
+        return self.execute("query-target")
 
     def query_kvm(self) -> Future[object]:
         """QMP `query-kvm`."""
+        return self.execute("query-kvm")
 
     def query_machines(self) -> Future[object]:
         """QMP `query-machines`."""
+        return self.execute("query-machines")
 
     def query_status(self) -> Future[object]:
         """QMP `query-status`."""
+        return self.execute("query-status")
 
     def query_chardev(self) -> Future[object]:
         """QMP `query-chardev`."""
+        return self.execute("query-chardev")
 
     def query_name(self) -> Future[object]:
         """QMP `query-name`."""
+        return self.execute("query-name")
 
     def query_uuid(self) -> Future[object]:
         """QMP `query-uuid`."""
+        return self.execute("query-uuid")
 
     def query_memory_size_summary(self) -> Future[object]:
         """QMP `query-memory-size-summary`."""
+        return self.execute("query-memory-size-summary")
 
     def qom_get(self, path: str, name: str) -> Future[object]:
         """QMP `qom-get`; `name` is the property."""
+        return self.execute("qom-get", {"path": path, "property": name})
 
     def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> Future[object]:
-        """QMP `device_add`; `props` go out as they are."""
+        """QMP `device_add`; `props` go out as they are: integers since 9.2 must be integers."""
+        return self.execute("device_add", {**props, "driver": driver, "id": device_id})
 
     def device_del(self, device: str) -> Future[object]:
         """QMP `device_del`; `device` is an id or a QOM path. It only asks."""
+        return self.execute("device_del", {"id": device})
 
     def human_monitor_command(self, line: str) -> Future[object]:
         """QMP `human-monitor-command`."""
+        return self.execute("human-monitor-command", {"command-line": line})
 
     def cont(self) -> Future[object]:
         """QMP `cont`."""
+        return self.execute("cont")
 
     def stop(self) -> Future[object]:
         """QMP `stop`; of a destination that waits, it does not run when all has arrived."""
+        return self.execute("stop")
 
     def quit(self) -> Future[object]:
         """QMP `quit`."""
+        return self.execute("quit")
 
     def query_migrate(self) -> Future[object]:
         """QMP `query-migrate`."""
+        return self.execute("query-migrate")
 
     def migrate(self, uri: str) -> Future[object]:
         """QMP `migrate`."""
+        return self.execute("migrate", {"uri": uri})
 
     def migrate_incoming(self, uri: str) -> Future[object]:
         """QMP `migrate-incoming`."""
+        return self.execute("migrate-incoming", {"uri": uri})
 
     def migrate_cancel(self) -> Future[object]:
         """QMP `migrate_cancel`."""
+        return self.execute("migrate_cancel")
 
     def migrate_set_capabilities(self, capabilities: Mapping[str, bool]) -> Future[object]:
         """QMP `migrate-set-capabilities`."""
+        rows = [{"capability": name, "state": state} for name, state in capabilities.items()]
+        return self.execute("migrate-set-capabilities", {"capabilities": rows})
 
     def migrate_set_parameters(self, parameters: Mapping[str, int]) -> Future[object]:
         """QMP `migrate-set-parameters`: bytes a second, milliseconds."""
+        return self.execute("migrate-set-parameters", dict(parameters))
 
     def query_migrate_parameters(self) -> Future[object]:
         """QMP `query-migrate-parameters`."""
-
-    def getfd(self, name: str, fd: int) -> Future[object]:
-        """QMP `getfd`, with the descriptor itself (SCM_RIGHTS)."""
-
-    def add_fd(self, fd: int) -> Future[object]:
-        """QMP `add-fd`, into a set of its own, with the descriptor itself."""
+        return self.execute("query-migrate-parameters")
 
     def remove_fd(self, fdset: int) -> Future[object]:
         """QMP `remove-fd`: all of a set."""
+        return self.execute("remove-fd", {"fdset-id": fdset})
+
+    def add_fd(self, fd: int) -> Future[object]:
+        """QMP `add-fd`, into a set of its own, with the descriptor itself; only where `takes_descriptors`."""
+
+    def getfd(self, name: str, fd: int) -> Future[object]:
+        """QMP `getfd`, with the descriptor itself (SCM_RIGHTS); only where `takes_descriptors`."""
 
     @property
     def takes_descriptors(self) -> bool:

@@ -29,7 +29,7 @@ from qemu.qmp import (
 )
 
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
-from qmpvcpu.ports import CommandError, MonitorEvent, Peer, Sink
+from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
 
 __all__ = ["Address", "QmpLog", "QmpMonitor", "open_monitor", "parse_address"]
 
@@ -207,7 +207,7 @@ def _event(msg: Message) -> MonitorEvent:
     return MonitorEvent(str(msg.get("event")), data if isinstance(data, dict) else {}, seconds)
 
 
-class QmpMonitor:
+class QmpMonitor(Monitor):
     """An open QMP connection (`ports.Monitor`); made by `open_monitor`."""
 
     def __init__(self, client: _Client, address: str, command_timeout: float) -> None:
@@ -289,8 +289,6 @@ class QmpMonitor:
         if self._client.runstate is not Runstate.IDLE:
             await self._disconnect()
 
-    # -- commands, in the order of QEMU's QAPI schema ---------------------------------------------
-
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
         """Any QMP command: sent at once, in the order of the calls; to be awaited.
 
@@ -338,111 +336,10 @@ class QmpMonitor:
         else:
             self._watcher.add_done_callback(tell)
 
-    def query_hotpluggable_cpus(self) -> asyncio.Future[object]:
-        """QMP `query-hotpluggable-cpus`."""
-        return self.execute("query-hotpluggable-cpus")
-
-    def query_cpus_fast(self) -> asyncio.Future[object]:
-        """QMP `query-cpus-fast`."""
-        return self.execute("query-cpus-fast")
-
-    def query_target(self) -> asyncio.Future[object]:
-        """QMP `query-target`."""
-        return self.execute("query-target")
-
-    def query_kvm(self) -> asyncio.Future[object]:
-        """QMP `query-kvm`."""
-        return self.execute("query-kvm")
-
-    def query_machines(self) -> asyncio.Future[object]:
-        """QMP `query-machines`."""
-        return self.execute("query-machines")
-
-    def query_status(self) -> asyncio.Future[object]:
-        """QMP `query-status`."""
-        return self.execute("query-status")
-
-    def query_chardev(self) -> asyncio.Future[object]:
-        """QMP `query-chardev`."""
-        return self.execute("query-chardev")
-
-    def query_name(self) -> asyncio.Future[object]:
-        """QMP `query-name`."""
-        return self.execute("query-name")
-
-    def query_uuid(self) -> asyncio.Future[object]:
-        """QMP `query-uuid`."""
-        return self.execute("query-uuid")
-
-    def query_memory_size_summary(self) -> asyncio.Future[object]:
-        """QMP `query-memory-size-summary`."""
-        return self.execute("query-memory-size-summary")
-
-    def qom_get(self, path: str, name: str) -> asyncio.Future[object]:
-        """QMP `qom-get`; `name` is the property."""
-        return self.execute("qom-get", {"path": path, "property": name})
-
-    def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> asyncio.Future[object]:
-        """QMP `device_add`; `props` go out as they are: integers since 9.2 must be integers."""
-        return self.execute("device_add", {**props, "driver": driver, "id": device_id})
-
-    def device_del(self, device: str) -> asyncio.Future[object]:
-        """QMP `device_del`; `device` is an id or a QOM path. It only asks."""
-        return self.execute("device_del", {"id": device})
-
-    def human_monitor_command(self, line: str) -> asyncio.Future[object]:
-        """QMP `human-monitor-command`."""
-        return self.execute("human-monitor-command", {"command-line": line})
-
-    def cont(self) -> asyncio.Future[object]:
-        """QMP `cont`."""
-        return self.execute("cont")
-
-    def stop(self) -> asyncio.Future[object]:
-        """QMP `stop`; of a destination that waits, it does not run when all has arrived."""
-        return self.execute("stop")
-
-    def quit(self) -> asyncio.Future[object]:
-        """QMP `quit`."""
-        return self.execute("quit")
-
-    def query_migrate(self) -> asyncio.Future[object]:
-        """QMP `query-migrate`."""
-        return self.execute("query-migrate")
-
-    def migrate(self, uri: str) -> asyncio.Future[object]:
-        """QMP `migrate`."""
-        return self.execute("migrate", {"uri": uri})
-
-    def migrate_incoming(self, uri: str) -> asyncio.Future[object]:
-        """QMP `migrate-incoming`."""
-        return self.execute("migrate-incoming", {"uri": uri})
-
-    def migrate_cancel(self) -> asyncio.Future[object]:
-        """QMP `migrate_cancel`."""
-        return self.execute("migrate_cancel")
-
-    def migrate_set_capabilities(self, capabilities: Mapping[str, bool]) -> asyncio.Future[object]:
-        """QMP `migrate-set-capabilities`."""
-        rows = [{"capability": name, "state": state} for name, state in capabilities.items()]
-        return self.execute("migrate-set-capabilities", {"capabilities": rows})
-
-    def migrate_set_parameters(self, parameters: Mapping[str, int]) -> asyncio.Future[object]:
-        """QMP `migrate-set-parameters`: bytes a second, milliseconds."""
-        return self.execute("migrate-set-parameters", dict(parameters))
-
-    def query_migrate_parameters(self) -> asyncio.Future[object]:
-        """QMP `query-migrate-parameters`."""
-        return self.execute("query-migrate-parameters")
-
     def add_fd(self, fd: int) -> asyncio.Future[object]:
         """QMP `add-fd`, into a set of its own, with the descriptor itself."""
         self._client.send_fd_scm(fd)
         return self.execute("add-fd")
-
-    def remove_fd(self, fdset: int) -> asyncio.Future[object]:
-        """QMP `remove-fd`: all of a set."""
-        return self.execute("remove-fd", {"fdset-id": fdset})
 
     def getfd(self, name: str, fd: int) -> asyncio.Future[object]:
         """QMP `getfd`, with the descriptor itself (SCM_RIGHTS)."""
