@@ -16,7 +16,16 @@ from qmpvcpu.host.definitions import Addresses, DefinitionFile, DefinitionFolder
 from qmpvcpu.host.runtime import Runtime, running_names
 from qmpvcpu.xml.domain import read_domain, renamed
 
-__all__ = ["Defined", "Listed", "against_libvirts_schema", "define", "list_domains", "read_document", "undefine"]
+__all__ = [
+    "Defined",
+    "Listed",
+    "against_libvirts_schema",
+    "define",
+    "list_domains",
+    "list_libvirt",
+    "read_document",
+    "undefine",
+]
 
 _LOOK_SECONDS: Final = 1.0
 
@@ -146,6 +155,26 @@ async def list_domains() -> list[Listed]:
     folder = DefinitionFolder()
     names = sorted({*folder.names(), *running_names()})
     return list(await asyncio.gather(*(_look(folder, name) for name in names)))
+
+
+async def list_libvirt(uri: str) -> list[Listed]:
+    """Every domain of libvirt's at a URI.
+
+    Raises:
+        VcpuConnectionError: it cannot be reached.
+    """
+    from qmpvcpu.domain.libvirt import list_domains as rows_of
+
+    rows = []
+    for row in await rows_of(uri):
+        current = maximum = trouble = None
+        try:
+            definition = read_domain(row.xml)[1]
+            current, maximum = len(definition.enabled_ids), definition.maxcpus
+        except VcpuRefused as error:
+            trouble = error.message
+        rows.append(Listed(row.name, row.active, Addresses(), current, maximum, trouble))
+    return rows
 
 
 async def _look(folder: DefinitionFolder, name: str) -> Listed:

@@ -44,7 +44,14 @@ class Session:
         config_only = getattr(options, "config", False) and not (
             getattr(options, "live", False) or getattr(options, "guest", False)
         )
-        self.domain = connect(options.domain, agent=options.agent, qmp_log=self._log, config_only=config_only)
+        self.domain = connect(
+            options.domain,
+            agent=options.agent,
+            qmp_log=self._log,
+            config_only=config_only,
+            uri=options.connect,
+            via=options.via or "api",
+        )
         return self.domain
 
     def pending(self) -> tuple[int, ...]:
@@ -100,7 +107,9 @@ async def _vcpuinfo(session: Session) -> int:
 
 
 def _info_lines(state: DomainState) -> list[str]:
-    told = f"QEMU {state.version}" if state.version is not None else "the definition"
+    told: str | None = f"QEMU {state.version}"
+    if state.version is None or not state.version.major:
+        told = "the definition" if state.version is None else None
     words = [word for word in (state.arch, state.machine, told, state.accel) if word]
     head = f"{state.name}: {', '.join(words)}: {len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
     if not state.can_plug:
@@ -257,7 +266,8 @@ async def _undefine(session: Session) -> int:
 async def _list(session: Session) -> int:
     from qmpvcpu.app import definitions
 
-    found = await definitions.list_domains()
+    uri = session.options.connect
+    found = await (definitions.list_domains() if uri is None else definitions.list_libvirt(uri))
     session.show({"domains": [row.to_json() for row in found]}, render.domains(found))
     return 0
 

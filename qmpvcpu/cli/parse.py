@@ -33,6 +33,10 @@ def _global_options() -> _Parser:
     add = group.add_argument
     add("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document on stdout")
     add("--debug", action="store_true", default=argparse.SUPPRESS, help="tracebacks and debug log on stderr")
+    libvirts = "libvirt's: DOMAIN is one of its domains"
+    add("-c", "--connect", metavar="URI", default=argparse.SUPPRESS, help=libvirts)
+    via = "how a libvirt domain is reached: by libvirt's API (default), or with our engine through its monitor"
+    add("--via", choices=("api", "monitor"), default=argparse.SUPPRESS, help=via)
     add("--agent", metavar="ADDR", default=argparse.SUPPRESS, help="the guest agent's socket")
     add("--qmp-log", metavar="FILE", default=argparse.SUPPRESS, help="append every QMP message as a JSON line")
     return options
@@ -367,7 +371,31 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if getattr(found, "current", False) and (found.live or found.config):
         word = "live" if found.live else "config"
         raise VcpuUsageError(f"--current and --{word} exclude each other", hint="leave out one of them")
-    for name, default in (("json", False), ("debug", False), ("agent", None), ("qmp_log", None)):
+    for name, default in _GLOBAL_DEFAULTS.items():
         if not hasattr(found, name):
             setattr(found, name, default)
+    if found.connect is not None and found.command not in _WITH_LIBVIRT:
+        text = f"{found.command} is not for libvirt's domains"
+        raise VcpuUsageError(text, hint=f"with -c URI there are {', '.join(sorted(_WITH_LIBVIRT))}")
+    if found.via is not None and found.connect is None and found.command != "compare":
+        raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI")
     return found
+
+
+_GLOBAL_DEFAULTS = {"json": False, "debug": False, "agent": None, "qmp_log": None, "connect": None, "via": None}
+#: Commands that take -c URI.
+_WITH_LIBVIRT = frozenset(
+    {
+        "apply",
+        "doctor",
+        "dumpxml",
+        "guestvcpus",
+        "list",
+        "setvcpu",
+        "setvcpus",
+        "vcpucount",
+        "vcpuinfo",
+        "vcpupin",
+        "watch",
+    }
+)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Final
 
-from qmpvcpu.core.model import DomainState, Entity, QemuVersion, format_ids
+from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity, QemuVersion, format_ids
 from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from qmpvcpu.core.guest import GuestView
 
 __all__ = [
+    "has_no_thread",
     "MAXIMUM_IS_CONFIG",
     "apic_id",
     "check_flags",
@@ -236,16 +237,24 @@ def check_unplug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal
                 "VIR_ERR_OPERATION_UNSUPPORTED",
             )
         ]
-    return [
-        Refusal(
-            "boot-cpu",
-            f"{entity.label} {'hold' if len(entity.ids) > 1 else 'is'} the boot CPU, which QEMU never unplugs",
+    return [_never_unplugged(entity) for entity in entities if not entity.hotpluggable]
+
+
+def _never_unplugged(entity: Entity) -> Refusal:
+    if entity.first and entity.driver == LIBVIRT_DRIVER:
+        return Refusal(
+            "not-hotpluggable",
+            f"{entity.label}: libvirt has not plugged it as a device (hotpluggable='no'), and cannot unplug it",
             entity.ids,
-            "leave it enabled",
+            "--via monitor can; hotpluggable='yes' in the definition makes it a device from the next boot on",
+            "VIR_ERR_OPERATION_UNSUPPORTED",
         )
-        for entity in entities
-        if not entity.hotpluggable
-    ]
+    return Refusal(
+        "boot-cpu",
+        f"{entity.label} {'hold' if len(entity.ids) > 1 else 'is'} the boot CPU, which QEMU never unplugs",
+        entity.ids,
+        "leave it enabled",
+    )
 
 
 def _no_hotplug(state: DomainState, entities: Sequence[Entity], verb: str) -> Refusal:
@@ -420,3 +429,10 @@ def undo_forbidden(state: DomainState, known: Knowledge) -> str | None:
     sample = [entity for entity in state.entities if entity.first != 0][:1]
     kills = check_kills_on_unplug(state, sample, known)
     return kills[0].message if kills else None
+
+
+def has_no_thread(vcpu_id: int) -> Refusal:
+    """Why a vCPU that is not enabled cannot be pinned."""
+    hint = "--config pins it for when it is plugged"
+    text = f"vCPU {vcpu_id} is not enabled: it has no thread"
+    return Refusal("not-enabled", text, (vcpu_id,), hint, "VIR_ERR_OPERATION_INVALID")

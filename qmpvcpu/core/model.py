@@ -8,11 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from qmpvcpu.errors import OutcomeKind
 
 __all__ = [
+    "LIBVIRT_DRIVER",
     "Arch",
     "DomainState",
     "Entity",
@@ -176,6 +177,10 @@ class Vcpu:
             "can_offline": self.can_offline,
             "cpu": self.cpu,
         }
+
+
+#: Stands where `device_add` has its driver: what plugs and unplugs a domain of libvirt's.
+LIBVIRT_DRIVER: Final = "virDomainSetVcpu"
 
 
 @dataclass(frozen=True, slots=True)

@@ -205,6 +205,9 @@ def _failure(plan: Plan, result: Result, facts: dict[str, Any]) -> VcpuError:
         "qmp_class": first.error_class if first else None,
         "qmp_text": first.text if result.failures and first else None,
     }
+    if first is not None and (first.error_class or "").startswith("VIR_ERR_"):
+        # libvirt was asked, not QEMU.
+        qmp["libvirt"] = first.error_class
     if result.undone:
         text += f"; undone: vCPU {format_ids(result.undone)}"
     if result.outcome is OutcomeKind.FAILED:

@@ -8,7 +8,7 @@ from typing import Any
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.config import ConfigPlan
-from qmpvcpu.core.model import DomainState, Entity, format_ids
+from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity, format_ids
 from qmpvcpu.core.placement import Placement
 from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.core.select import resolve_guest_total, resolve_total, select, select_listed
@@ -109,12 +109,8 @@ class Plan:
     def describe(self) -> list[str]:
         """The steps as lines a person reads."""
         lines = [f"wait until the unplug of {entity.label} has ended" for entity in self.awaited]
-        lines += [
-            f"plug {entity.label}: device_add {entity.driver},id={entity.device_id}"
-            + "".join(f",{key}={value}" for key, value in (entity.props or {}).items())
-            for entity in (*self.awaited, *self.plugs)
-        ]
-        lines += [f"unplug {entity.label}: device_del {unplug_name(entity)}" for entity in self.unplugs]
+        lines += [f"plug {entity.label}: {_plug_words(entity)}" for entity in (*self.awaited, *self.plugs)]
+        lines += [f"unplug {entity.label}: {_unplug_words(entity)}" for entity in self.unplugs]
         if self.onlines:
             lines.append(f"take vCPU {format_ids(self.onlines)} online in the guest: guest-set-vcpus")
         if self.offlines:
@@ -129,6 +125,19 @@ class Plan:
             done = "so" if self.request.listed else "enabled" if self.request.enable else "disabled"
             lines.append(f"vCPU {format_ids(self.unchanged)}: already {done}")
         return lines
+
+
+def _plug_words(entity: Entity) -> str:
+    if entity.driver == LIBVIRT_DRIVER:
+        return f"{entity.driver} {format_ids(entity.ids)}, 1"
+    props = "".join(f",{key}={value}" for key, value in (entity.props or {}).items())
+    return f"device_add {entity.driver},id={entity.device_id}{props}"
+
+
+def _unplug_words(entity: Entity) -> str:
+    if entity.driver == LIBVIRT_DRIVER:
+        return f"{entity.driver} {format_ids(entity.ids)}, 0"
+    return f"device_del {unplug_name(entity)}"
 
 
 def unplug_name(entity: Entity) -> str:

@@ -7,11 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import suppress
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
 from types import TracebackType
-from typing import Any, TypedDict, Unpack
+from typing import Any, Literal, TypedDict, Unpack
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.config import state_of
@@ -20,7 +20,7 @@ from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
 from qmpvcpu.core.outcome import queried, switched_ids
 from qmpvcpu.core.placement import with_threads
 from qmpvcpu.core.plan import Plan
-from qmpvcpu.core.request import Listed, Request, parse_ids
+from qmpvcpu.core.request import Listed, Request
 from qmpvcpu.core.select import select
 from qmpvcpu.domain.change import change, plan_on
 from qmpvcpu.domain.config import change_both, change_config, with_config
@@ -31,7 +31,7 @@ from qmpvcpu.domain.listen import Events, Hub
 from qmpvcpu.domain.locate import Place, locate
 from qmpvcpu.domain.migration import MigrationCalls
 from qmpvcpu.domain.persistent import NO_DEFINITION, Persistent
-from qmpvcpu.domain.pin import change_pin
+from qmpvcpu.domain.pin import change_pin, check_pin
 from qmpvcpu.domain.place import Placing, place_all
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
@@ -81,6 +81,8 @@ def connect(
     connect_timeout: float = 5.0,
     command_timeout: float = 10.0,
     config_only: bool = False,
+    uri: str | None = None,
+    via: Literal["api", "monitor"] = "api",
 ) -> Domain:
     """One domain, as a single-use async context manager.
 
@@ -93,6 +95,8 @@ def connect(
         qmp_log: a `qmpvcpu.QmpLog` that keeps every message.
         connect_timeout: seconds for connection and greeting, per address.
         command_timeout: seconds for one QMP command.
+        uri: libvirt's: `domain` is one of its domains then, by name or UUID, and knows its own sockets.
+        via: how a libvirt domain is reached: by libvirt's API, or with our own engine through its QEMU monitor.
         config_only: it is only the definition that is wanted: where another client holds the running guest's
             socket, that is no error and is not waited for.
 
@@ -102,6 +106,15 @@ def connect(
         VcpuUsageError: nothing is named.
         VcpuRefused: what is known of the domain cannot be read.
     """
+    if uri is not None:
+        if domain is None or qmp is not None or agent is not None or xml is not None:
+            text = "of a libvirt domain, its name and nothing else is given"
+            raise VcpuUsageError(text, hint="leave out its sockets and XML: libvirt knows them")
+        from qmpvcpu.domain.libvirt import LibvirtDomain
+
+        return LibvirtDomain(domain, uri, via, qmp_log)
+    if via != "api":
+        raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI (uri=)")
     place = locate(domain, qmp, agent, xml)
     if config_only:
         connect_timeout = min(connect_timeout, _HELD_SECONDS)
@@ -173,6 +186,16 @@ class Domain(MigrationCalls):
         self._hub.end(None)
         await self._close()
 
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """Operations on one domain queue."""
+        async with self._queue:
+            await self._refresh()
+            yield
+
+    async def _refresh(self) -> None:
+        """Before each call: what is held of a domain that is kept elsewhere is read anew."""
+
     async def reconnect(self) -> None:
         """Connect again after a lost connection, and read the state anew.
 
@@ -210,7 +233,7 @@ class Domain(MigrationCalls):
         """Carry out a `Request` made elsewhere; errors are those of `vcpu`."""
         if request.is_query:
             return await self._query(request)
-        async with self._queue:
+        async with self._turn():
             self._shown = None
             live, config = self._sides(request.flags)
             here = self._not_here(request)
@@ -294,7 +317,7 @@ class Domain(MigrationCalls):
     async def _listed(self, xml: bytes, source: str, options: Options) -> Request:
         from qmpvcpu.xml.domain import read_listed
 
-        async with self._queue:
+        async with self._turn():
             live, _ = self._sides(_flags_of(options))
             link, persistent = self._link, self._persistent
             if live and link is not None:
@@ -330,7 +353,7 @@ class Domain(MigrationCalls):
         for word, words in ((dialect, DIALECTS), (detail, DETAILS)):
             if word is not None and word not in words:
                 raise VcpuUsageError(f"'{word}' is none of {', '.join(words)}", hint="choose one of them")
-        async with self._queue:
+        async with self._turn():
             flags = VcpuFlag.CONFIG if inactive else VcpuFlag.CURRENT
             self._check_here(Request((), flags))
             live, _ = self._sides(flags)
@@ -346,7 +369,7 @@ class Domain(MigrationCalls):
         Raises:
             VcpuRefused: it does not run.
         """
-        async with self._queue:
+        async with self._turn():
             return await self._described(await self._connected().read())
 
     async def _described(self, state: DomainState) -> bytes:
@@ -362,7 +385,7 @@ class Domain(MigrationCalls):
             VcpuRefused: no agent of this domain is known, or it is not allowed to tell.
             VcpuConnectionError: no agent answers, or what it says cannot be.
         """
-        async with self._queue:
+        async with self._turn():
             self._check_here(Request((), VcpuFlag.GUEST))
             link = self._connected()
             assert self._guest is not None
@@ -372,7 +395,7 @@ class Domain(MigrationCalls):
         """Take CPUs of the guest online or offline, all or none, by the guest's own ids."""
         began = time.monotonic()
         ids = _ids(logical_ids)
-        async with self._queue:
+        async with self._turn():
             self._check_here(Request(ids, VcpuFlag.GUEST))
             link = self._connected()
             assert self._guest is not None
@@ -397,7 +420,7 @@ class Domain(MigrationCalls):
             VcpuRefused: they cannot be placed, or there is no definition; none is.
             VcpuFailed: the kernel declines; the others are placed.
         """
-        async with self._queue:
+        async with self._turn():
             link = self._connected()
             if xml is not None:
                 from qmpvcpu.xml.domain import read_domain
@@ -427,13 +450,8 @@ class Domain(MigrationCalls):
             VcpuFailed: the kernel declines.
             VcpuPartial: the thread is pinned, and the definition could not be written.
         """
-        wanted = None if cpus is None else _host_cpus(cpus)
-        if VcpuFlag(flags) & ~(VcpuFlag.LIVE | VcpuFlag.CONFIG):
-            raise VcpuUsageError(f"{VcpuFlag(flags)!r} makes no sense here", hint="give LIVE, CONFIG or both")
-        if type(vcpu_id) is not int:
-            raise VcpuUsageError(f"{vcpu_id!r} is no vCPU id", hint="ids are integers")
-        request = Request((vcpu_id,), VcpuFlag(flags))
-        async with self._queue:
+        wanted, request = check_pin(vcpu_id, cpus, flags)
+        async with self._turn():
             self._shown = None
             live, config = self._sides(request.flags)
             here = self._not_here(request)
@@ -454,7 +472,7 @@ class Domain(MigrationCalls):
         Raises:
             VcpuRefused: there is no such side of this domain.
         """
-        async with self._queue:
+        async with self._turn():
             self._check_here(Request((), flags), checks.check_flags(flags))
             return await self._state(flags)
 
@@ -511,7 +529,7 @@ class Domain(MigrationCalls):
 
     async def plan(self, request: Request) -> Plan:
         """What `request` would do, and every reason why not; touches nothing."""
-        async with self._queue:
+        async with self._turn():
             self._shown = None
             live, config = self._sides(request.flags)
             here = self._not_here(request)
@@ -612,7 +630,7 @@ class Domain(MigrationCalls):
 
     async def _query(self, request: Request) -> Outcome:
         began = time.monotonic()
-        async with self._queue:
+        async with self._turn():
             self._check_here(request, checks.check_flags(request.flags, is_query=request.is_query))
             state = await self._state(request.flags)
         ids, refusals = select(state, request)
@@ -747,15 +765,6 @@ def _total(count: int, options: Options, *, maximum: bool, hotpluggable: bool) -
         raise VcpuRefused([checks.MAXIMUM_IS_CONFIG])
     request = _request((), VcpuFlag.CURRENT, options, total=count)
     return replace(request, maximum=maximum, hotpluggable=hotpluggable)
-
-
-def _host_cpus(cpus: str | Iterable[int]) -> tuple[int, ...]:
-    if isinstance(cpus, str):
-        return parse_ids(cpus, "host CPU")
-    chosen = tuple(cpus)
-    if not chosen or any(type(number) is not int or number < 0 for number in chosen):
-        raise VcpuUsageError(f"{chosen!r} are no host CPUs", hint="give one or more of 0, 1, …; None for all")
-    return tuple(sorted(set(chosen)))
 
 
 def _ids(ids: object) -> tuple[int, ...]:

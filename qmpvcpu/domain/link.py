@@ -17,7 +17,7 @@ from qmpvcpu.core.pending import mark
 from qmpvcpu.core.request import Knowledge
 from qmpvcpu.domain.ledger import Ledger
 from qmpvcpu.domain.listen import Hub, Watcher
-from qmpvcpu.domain.read import Reader, open_reader, run_state
+from qmpvcpu.domain.read import StateReader, open_reader, run_state
 from qmpvcpu.errors import Refusal, VcpuConnectionError
 from qmpvcpu.host.pending import PendingFolder
 from qmpvcpu.host.process import Process, find_process
@@ -35,6 +35,8 @@ _RUN_EVENTS: Final = frozenset({"STOP", "RESUME", "MIGRATION"})
 
 #: Opens a monitor at one address.
 Opener = Callable[[str], Awaitable[Monitor]]
+#: Makes what reads the state over a monitor, and its first state; given the domain's name.
+Reads = Callable[[Monitor, str], Awaitable[tuple[StateReader, DomainState]]]
 
 
 class Link:
@@ -44,8 +46,9 @@ class Link:
     hands: it alone decides what becomes of them.
     """
 
-    def __init__(self, monitor: Monitor, hub: Hub, queue: asyncio.Lock) -> None:
+    def __init__(self, monitor: Monitor, hub: Hub, queue: asyncio.Lock, reads: Reads = open_reader) -> None:
         self.monitor = monitor
+        self._reads = reads
         self.stale = True
         self.removals_seen = 0
         self.process: Process | None = None
@@ -59,7 +62,7 @@ class Link:
         self.look_further: Callable[[DomainState], Awaitable[object]] | None = None
         self._hub = hub
         self._queue = queue
-        self._reader: Reader | None = None
+        self._reader: StateReader | None = None
         self._state: DomainState | None = None
         self._lost: VcpuConnectionError | None = None
         self._names: tuple[DomainState, Names] | None = None
@@ -79,7 +82,7 @@ class Link:
         """Read everything once. `before` is the lost connection that this one replaces."""
         self._listening = self.monitor.listen(self._sink)
         self._listening.__enter__()
-        self._reader, state = await open_reader(self.monitor, name)
+        self._reader, state = await self._reads(self.monitor, name)
         self._state = state
         if self.monitor.is_local:
             self.process = find_process(self._reader.thread_ids, self.monitor.peer)
@@ -254,7 +257,13 @@ class Link:
 
 
 async def open_link(
-    name: str, addresses: Sequence[str], opener: Opener, hub: Hub, queue: asyncio.Lock, before: Link | None = None
+    name: str,
+    addresses: Sequence[str],
+    opener: Opener,
+    hub: Hub,
+    queue: asyncio.Lock,
+    before: Link | None = None,
+    reads: Reads = open_reader,
 ) -> Link:
     """Connect to the first address that is free, and read everything once.
 
@@ -264,7 +273,7 @@ async def open_link(
     errors: list[VcpuConnectionError] = []
     for address in addresses:
         try:
-            link = Link(await opener(address), hub, queue)
+            link = Link(await opener(address), hub, queue, reads)
             break
         except VcpuConnectionError as error:
             errors.append(error)

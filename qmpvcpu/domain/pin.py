@@ -3,17 +3,44 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.placement import Placement, check_placements, with_threads
+from qmpvcpu.core.request import Request, parse_ids
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.persistent import ConfigChange, Persistent
-from qmpvcpu.errors import OutcomeKind, Refusal, VcpuFailed, VcpuPartial, VcpuRefused
+from qmpvcpu.errors import OutcomeKind, Refusal, VcpuFailed, VcpuPartial, VcpuRefused, VcpuUsageError
+from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.definitions import not_written
 
-__all__ = ["change_pin"]
+__all__ = ["change_pin", "check_pin"]
+
+
+def check_pin(
+    vcpu_id: int, cpus: str | Iterable[int] | None, flags: VcpuFlag
+) -> tuple[tuple[int, ...] | None, Request]:
+    """What is asked, in order: host CPUs (None: all), and whose.
+
+    Raises:
+        VcpuUsageError: it makes no sense.
+    """
+    wanted = None if cpus is None else _host_cpus(cpus)
+    if VcpuFlag(flags) & ~(VcpuFlag.LIVE | VcpuFlag.CONFIG):
+        raise VcpuUsageError(f"{VcpuFlag(flags)!r} makes no sense here", hint="give LIVE, CONFIG or both")
+    if type(vcpu_id) is not int:
+        raise VcpuUsageError(f"{vcpu_id!r} is no vCPU id", hint="ids are integers")
+    return wanted, Request((vcpu_id,), VcpuFlag(flags))
+
+
+def _host_cpus(cpus: str | Iterable[int]) -> tuple[int, ...]:
+    if isinstance(cpus, str):
+        return parse_ids(cpus, "host CPU")
+    chosen = tuple(cpus)
+    if not chosen or any(type(number) is not int or number < 0 for number in chosen):
+        raise VcpuUsageError(f"{chosen!r} are no host CPUs", hint="give one or more of 0, 1, …; None for all")
+    return tuple(sorted(set(chosen)))
 
 
 async def change_pin(
@@ -87,9 +114,7 @@ def _against(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...]
         return found
     vcpu = state.vcpus[vcpu_id]
     if not vcpu.enabled:
-        hint = "--config pins it for when it is plugged"
-        text = f"vCPU {vcpu_id} is not enabled: it has no thread"
-        return [Refusal("not-enabled", text, (vcpu_id,), hint, "VIR_ERR_OPERATION_INVALID")]
+        return [checks.has_no_thread(vcpu_id)]
     if state.threads_shared:
         text = f"vCPU {vcpu_id} has no thread of its own: QEMU runs every vCPU on one (-accel tcg,thread=single)"
         return [Refusal("shared-thread", text, (vcpu_id,), "start QEMU with thread=multi, or KVM")]

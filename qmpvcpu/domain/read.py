@@ -6,7 +6,7 @@ import asyncio
 import re
 from collections.abc import Collection, Iterable
 from contextlib import suppress
-from typing import Final
+from typing import Final, Protocol
 
 from qmpvcpu.core.inventory import (
     BootFacts,
@@ -22,11 +22,25 @@ from qmpvcpu.core.model import DomainState
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError, Monitor
 
-__all__ = ["Reader", "firmware_runs", "has_x2apic", "run_state"]
+__all__ = ["Reader", "StateReader", "open_reader", "firmware_runs", "has_x2apic", "run_state"]
 
 _TRIES: Final = 6
 #: Seconds before the second try, doubled each time.
 _TRY_AGAIN: Final = 0.002
+
+
+class StateReader(Protocol):
+    """Reads a domain's state, as often as needed."""
+
+    thread_ids: frozenset[int]
+
+    async def full(self, pending: Iterable[int] = ()) -> DomainState:
+        """All of it; `pending` are first ids of entities whose unplug is asked and has not ended."""
+
+    async def fast(
+        self, state: DomainState, pending: Collection[int] = (), expected: Collection[int] = ()
+    ) -> DomainState:
+        """What has changed since `state`."""
 
 
 class Reader:

@@ -1,1 +1,1 @@
-"""The same ports over libvirt-python; imported only when a libvirt URI is asked for."""
+"""libvirt's domains over libvirt-python; imported only where a libvirt URI is given."""

@@ -1,0 +1,468 @@
+"""A domain of libvirt's (`-c URI`), by its API or through its QEMU monitor.
+
+By the API libvirt stays the owner of its truth: the state is that of its XML, and one call of its own switches one
+entity. Everything around it, several of them at once, whole cores, nodes, undoing, the true end of an unplug, is
+ours, and the same as over QMP: the API stands where a monitor would.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, Final, Literal
+
+from qmpvcpu.core import checks
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.model import DomainState, Outcome, format_ids
+from qmpvcpu.core.request import Request
+from qmpvcpu.core.running import running_state, version_of_machine
+from qmpvcpu.domain.domain import Domain
+from qmpvcpu.domain.guest import Guest
+from qmpvcpu.domain.link import open_link
+from qmpvcpu.domain.locate import Place
+from qmpvcpu.domain.persistent import Persistent
+from qmpvcpu.domain.pin import check_pin
+from qmpvcpu.domain.read import open_reader
+from qmpvcpu.errors import (
+    OutcomeKind,
+    Refusal,
+    VcpuConnectionError,
+    VcpuError,
+    VcpuFailed,
+    VcpuPartial,
+    VcpuRefused,
+)
+from qmpvcpu.flags import VcpuFlag
+from qmpvcpu.libvirt.api import ApiAgent, ApiMonitor
+from qmpvcpu.libvirt.connection import Connection, Row, open_connection
+from qmpvcpu.libvirt.connection import Guest as LibvirtGuest
+from qmpvcpu.libvirt.monitor import PassedMonitor
+from qmpvcpu.ports import CommandError, Monitor
+from qmpvcpu.qemu.agent import AgentClient
+
+__all__ = ["LibvirtDomain", "Via", "list_domains"]
+
+logger = logging.getLogger("qmpvcpu.domain.libvirt")
+
+#: How a libvirt domain is reached: by libvirt's API, or with our own engine through its QEMU monitor.
+Via = Literal["api", "monitor"]
+
+#: What libvirt declines because of what was asked; nothing was touched then.
+_REFUSALS: Final = frozenset(
+    {
+        "VIR_ERR_INVALID_ARG",
+        "VIR_ERR_NO_SUPPORT",
+        "VIR_ERR_CONFIG_UNSUPPORTED",
+        "VIR_ERR_ARGUMENT_UNSUPPORTED",
+        "VIR_ERR_OPERATION_UNSUPPORTED",
+        "VIR_ERR_OPERATION_INVALID",
+        "VIR_ERR_OPERATION_DENIED",
+        "VIR_ERR_ACCESS_DENIED",
+        "VIR_ERR_XML_ERROR",
+        "VIR_ERR_XML_DETAIL",
+    }
+)
+_TAINTED: Final = (
+    "through its monitor: libvirt marks the domain tainted (custom-monitor), and its XML does not follow what is"
+    " plugged and unplugged"
+)
+_AGENT_CHANNEL: Final = b"org.qemu.guest_agent.0"
+
+
+class LibvirtDomain(Domain):
+    """One domain of libvirt's; the calls are those of `Domain`, and its promises.
+
+    Args:
+        name: or UUID.
+        uri: libvirt's.
+        via: "api" or "monitor".
+        qmp_log: a `qmpvcpu.QmpLog`; with "monitor" it keeps every message.
+    """
+
+    def __init__(self, name: str, uri: str, via: Via = "api", qmp_log: Any = None) -> None:
+        super().__init__(Place(name, (uri,)), self._monitor_of)
+        self._uri = uri
+        self._via: Via = via
+        self._log = qmp_log
+        self._connection: Connection | None = None
+        self._domain: LibvirtGuest | None = None
+        self._store: _Definition | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of this way to the guest."""
+        return (_TAINTED,) if self._via == "monitor" and self._link is not None else ()
+
+    # -- connecting ---------------------------------------------------------------------------------
+
+    async def _monitor_of(self, address: str) -> Monitor:
+        assert self._domain is not None
+        if self._via == "monitor":
+            passed = PassedMonitor(self._domain, self._log)
+            await asyncio.to_thread(passed.start, asyncio.get_running_loop())
+            return passed
+        monitor = ApiMonitor(self._domain)
+        await asyncio.to_thread(monitor.start, asyncio.get_running_loop())
+        return monitor
+
+    async def _connect(self) -> None:
+        self._inactive = False
+        connection = Connection(self._uri)
+        try:
+            await connection.open()
+            self._connection = connection
+            self._domain = await connection.guest(self.name)
+            with _answered():
+                live, inactive = await self._domain.sides()
+            self._store = _Definition(self._domain, inactive) if inactive is not None else None
+            self._persistent = Persistent(self._store) if self._store is not None else None
+            if live is None:
+                self._inactive = True
+                return
+            reads = self._reads if self._via == "api" else open_reader
+            self._link = await open_link(
+                self.name, self._place.qmp, self._monitor_of, self._hub, self._queue, self._last, reads
+            )
+        except BaseException:
+            await self._close()
+            await connection.close()
+            raise
+        if _AGENT_CHANNEL in live:
+            agent = ApiAgent(self._domain) if self._via == "api" else PassedAgent(self._domain)
+            self._guest = Guest(agent, self._link.monitor, self._hub.emit)
+            self._link.look_further = self._guest.try_view
+
+    async def _reads(self, monitor: Monitor, name: str) -> tuple[XmlReader, DomainState]:
+        assert isinstance(monitor, ApiMonitor)
+        reader = XmlReader(monitor, name)
+        return reader, await reader.full()
+
+    async def _close(self) -> None:
+        await super()._close()
+        connection, self._connection = self._connection, None
+        if connection is not None:
+            await connection.close()
+
+    async def _refresh(self) -> None:
+        """Its definition as libvirt has it now."""
+        if self._connection is not None:
+            self._connection.check()
+        if self._store is not None and self._connection is not None:
+            with _answered():
+                self._store.data = await self._connection.query("virDomainGetXMLDesc", self._store.fetch)
+
+    # -- calls --------------------------------------------------------------------------------------
+
+    async def request(self, request: Request) -> Outcome:
+        """Carry out a `Request` made elsewhere; errors are those of `vcpu`."""
+        if self._store is not None:
+            self._store.request = request
+        try:
+            if self._counts_only and not request.is_query:
+                if request.total is None:
+                    raise VcpuRefused([_COUNTS_ONLY], ids=request.ids)
+                return await self._count(request)
+            end = await super().request(request)
+        except VcpuFailed as error:
+            raise _refused(error) from error
+        if self.notes and not request.is_query:
+            end = replace(end, messages=(*end.messages, *self.notes))
+        return end
+
+    @property
+    def _counts_only(self) -> bool:
+        """Whether its driver switches vCPUs by number only (test:///)."""
+        return self._uri.startswith("test:") and self._via == "api" and self._link is not None
+
+    async def _count(self, request: Request) -> Outcome:
+        """`virDomainSetVcpusFlags`."""
+        began = time.monotonic()
+        async with self._turn():
+            live, config = self._sides(request.flags)
+            assert self._domain is not None and self._connection is not None and request.total is not None
+            refusals = [*self._not_here(request), *checks.check_flags(request.flags, is_query=False)]
+            if refusals:
+                raise VcpuRefused(refusals)
+            state = await self._connected().read()
+            flags = self._domain.flags(live=live, config=config)
+            with _answered():
+                await self._connection.change(
+                    "virDomainSetVcpusFlags", self._domain.set_vcpus(request.total, flags)
+                )
+            after = await self._connected().read()
+        changed = tuple(v.id for v in after.vcpus if v.enabled != state.vcpus[v.id].enabled)
+        rows = tuple(after.vcpus[number] for number in changed)
+        return Outcome(
+            OutcomeKind.APPLIED,
+            changed,
+            rows,
+            changed_ids=changed,
+            mechanism="hotplug" if changed else None,
+            seconds=time.monotonic() - began,
+            defined=config,
+        )
+
+    async def pin(
+        self, vcpu_id: int, cpus: str | Iterable[int] | None, flags: VcpuFlag = VcpuFlag.CURRENT
+    ) -> Outcome:
+        """Pin a vCPU to host CPUs, with `virDomainPinVcpuFlags`; see `Domain.pin`."""
+        if self._via != "api":
+            return await super().pin(vcpu_id, cpus, flags)
+        began = time.monotonic()
+        wanted, request = check_pin(vcpu_id, cpus, flags)
+        async with self._turn():
+            self._shown = None
+            live, config = self._sides(request.flags)
+            refusals = self._not_here(request)
+            if (config and self._persistent is None) or (live and self._link is None):
+                raise VcpuRefused(refusals, ids=request.ids)
+            states = [await self._state(flag) for flag, on in _IMPACTS if on in self._named(live, config)]
+            for state in states:
+                refusals += [one for one in checks.check_range(state, request.ids) if one not in refusals]
+            if not refusals and live and not states[0].vcpus[vcpu_id].enabled:
+                refusals.append(checks.has_no_thread(vcpu_id))
+            if refusals:
+                raise VcpuRefused(refusals, ids=request.ids)
+            pin = None if wanted is None else format_ids(wanted)
+            changed = any(state.vcpus[vcpu_id].pin != pin for state in states)
+            assert self._domain is not None and self._connection is not None
+            if changed:
+                # A driver that knows only what runs (test:///) declines the flag.
+                named = request.flags != VcpuFlag.CURRENT
+                impact = self._domain.flags(live=live, config=config) if named else 0
+                with _answered():
+                    await self._connection.change(
+                        "virDomainPinVcpuFlags", self._domain.pin_vcpu(vcpu_id, wanted, impact)
+                    )
+            if live:
+                row = (await self._connected().read()).vcpus[vcpu_id]
+            else:
+                await self._refresh()
+                row = (await self._state(VcpuFlag.CONFIG)).vcpus[vcpu_id]
+        ids = (vcpu_id,)
+        return Outcome(
+            OutcomeKind.APPLIED,
+            ids,
+            (row,),
+            changed_ids=ids if changed else (),
+            seconds=time.monotonic() - began,
+            live_changed_ids=ids if changed and live else (),
+            config_changed_ids=ids if changed and config else (),
+            defined=changed and config,
+        )
+
+    @staticmethod
+    def _named(live: bool, config: bool) -> frozenset[str]:
+        return frozenset(word for word, on in (("live", live), ("config", config)) if on)
+
+
+_COUNTS_ONLY: Final = Refusal(
+    "counts-only",
+    "this driver of libvirt's knows only how many vCPUs there are",
+    (),
+    "setvcpus DOMAIN COUNT (set_vcpus)",
+    "VIR_ERR_NO_SUPPORT",
+)
+
+
+async def list_domains(uri: str) -> Sequence[Row]:
+    """Every domain at a URI.
+
+    Raises:
+        VcpuConnectionError: libvirt cannot be reached.
+    """
+    async with open_connection(uri) as connection:
+        with _answered():
+            return await connection.list()
+
+
+_IMPACTS: Final = ((VcpuFlag.LIVE, "live"), (VcpuFlag.CONFIG, "config"))
+
+
+@contextmanager
+def _answered() -> Iterator[None]:
+    """libvirt's answer as ours: what it declines was not touched."""
+    try:
+        yield
+    except CommandError as error:
+        raise _from_libvirt(error) from error
+
+
+def _from_libvirt(error: CommandError) -> VcpuError:
+    if error.error_class in _REFUSALS:
+        return VcpuRefused([Refusal("libvirt", error.text, (), None, error.error_class)])
+    if error.error_class == "VIR_ERR_OPERATION_TIMEOUT":
+        return VcpuConnectionError(
+            error.text,
+            reason="timeout",
+            libvirt=error.error_class,
+            hint="another call holds the domain: try again",
+        )
+    return VcpuFailed(error.text, libvirt=error.error_class, hint="look at libvirtd's log")
+
+
+def _refused(error: VcpuFailed) -> VcpuError:
+    """What libvirt declined before anything was done is a refusal."""
+    if isinstance(error, VcpuPartial) or error.changed_ids or error.pending or error.libvirt not in _REFUSALS:
+        return error
+    refusal = Refusal("libvirt", error.message, error.ids, error.hint, error.libvirt)
+    return VcpuRefused([refusal], ids=error.ids, messages=error.messages, seconds=error.seconds)
+
+
+class _Definition:
+    """The definition that libvirt keeps (`ports.DefinitionStore`), as it was when the call began."""
+
+    def __init__(self, guest: LibvirtGuest, data: bytes) -> None:
+        self._guest = guest
+        self.data = data
+        #: What is being done, which says how libvirt is told.
+        self.request: Request | None = None
+
+    @property
+    def place(self) -> str:
+        """What it is called in messages."""
+        return f"{self._guest.name} at {self._guest.connection.uri}"
+
+    def read(self) -> bytes:
+        """The document, as it was when the call began."""
+        return self.data
+
+    def fetch(self) -> bytes:
+        """As it is now. Blocks."""
+        return self._guest.read_definition()
+
+    def stage(self, data: bytes) -> _Staged:
+        """Nothing is written before it counts: libvirt knows one definition."""
+        return _Staged(self, self._guest, data)
+
+
+class _Staged:
+    """A next version (`ports.Staged`)."""
+
+    def __init__(self, store: _Definition, guest: LibvirtGuest, data: bytes) -> None:
+        self._store = store
+        self._guest = guest
+        self._data = data
+
+    def commit(self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
+        """Tell libvirt what is to be different; in words of its own where it has them."""
+        from qmpvcpu.xml.domain import read_domain
+
+        with _answered():
+            now = self._store.fetch()
+            if now != before:
+                self._data = again(now)
+            if self._data == now:
+                return
+            old, new = read_domain(now)[1], read_domain(self._data)[1]
+            calls = self._calls(old, new)
+            for call in calls if calls is not None else [lambda: self._guest.define(self._data)]:
+                self._guest.call("the definition", call)
+            self._store.data = self._store.fetch()
+
+    def _calls(self, old: Definition, new: Definition) -> list[Callable[[], object]] | None:
+        """Of libvirt's; None where it has none that say just this."""
+        request, guest = self._store.request, self._guest
+        config = guest.flags(config=True)
+        if request is not None and request.total is not None and not request.has(VcpuFlag.GUEST):
+            return [
+                guest.set_vcpus(request.total, config | guest.count_flags(request.maximum, request.hotpluggable))
+            ]
+        if replace(new, vcpus=old.vcpus) != old or (request is not None and request.listed is not None):
+            return None
+        found = []
+        for enable in (True, False):
+            ids = [
+                vcpu.id
+                for was, vcpu in zip(old.vcpus, new.vcpus, strict=False)
+                if vcpu.enabled is enable and was.enabled is not enable
+            ]
+            if ids:
+                found.append(guest.set_vcpu(ids, enable, config))
+        return found or None
+
+    def discard(self) -> None:
+        """There is nothing to take away."""
+
+
+class XmlReader:
+    """Reads a running guest's state from libvirt's XML (in the place of `domain.read.Reader`)."""
+
+    def __init__(self, monitor: ApiMonitor, name: str) -> None:
+        self._monitor = monitor
+        self._name = name
+        self.thread_ids: frozenset[int] = frozenset()
+
+    async def full(self, pending: Iterable[int] = ()) -> DomainState:
+        """Its XML."""
+        from qmpvcpu.xml.domain import read_domain
+
+        asked = tuple(pending)
+        guest = self._monitor.guest
+        with _answered():
+            xml, run = await asyncio.gather(guest.live_xml(), guest.run_state())
+        definition = read_domain(xml)[1]
+        # libvirt tells the version of no running QEMU: it is at least that of its machine type.
+        version = version_of_machine(definition.machine or "")
+        gone = await self._gone(definition) if self._monitor.unended else ()
+        state = running_state(definition, self._name, version, run, gone, asked)
+        self._monitor.entities = {entity.first: entity.ids for entity in state.entities}
+        return state
+
+    async def _gone(self, definition: Definition) -> Sequence[int]:
+        """vCPUs whose unplug ended unseen by libvirt: they have no thread any more."""
+        try:
+            times = await self._monitor.guest.cpu_times()
+        except CommandError:
+            return ()
+        found = []
+        for first in sorted(self._monitor.unended):
+            ids = self._monitor.entities.get(first, ())
+            if not definition.vcpus[first].enabled:
+                self._monitor.unended.discard(first)
+            elif ids and all(times.get(number) == 0 for number in ids):
+                found.append(first)
+        return found
+
+    async def fast(
+        self, state: DomainState, pending: Collection[int] = (), expected: Collection[int] = ()
+    ) -> DomainState:
+        """The same."""
+        return await self.full(pending)
+
+
+class PassedAgent(AgentClient):
+    """The guest's agent behind libvirt's `virDomainQemuAgentCommand`; libvirt keeps it in step."""
+
+    def __init__(self, guest: LibvirtGuest) -> None:
+        super().__init__(guest.connection.uri)
+        self._behind = guest
+
+    async def _all(
+        self, commands: Sequence[tuple[str, Mapping[str, Any] | None]], until: float | None = None
+    ) -> list[object]:
+        replies: list[object] = []
+        for command, arguments in commands:
+            message = {"execute": command} | ({"arguments": dict(arguments)} if arguments is not None else {})
+            try:
+                reply = json.loads(await self._behind.agent_command(json.dumps(message), 5))
+            except CommandError as error:
+                known = (
+                    "CommandNotFound"
+                    if "not been found" in error.text or "disabled" in error.text
+                    else "GenericError"
+                )
+                replies.append(CommandError(command, known, error.text))
+                continue
+            except (ValueError, RecursionError) as error:
+                raise self._error("malformed", f"answered '{command}' with what is not JSON", error) from error
+            found = reply.get("return") if isinstance(reply, dict) else None
+            if command == "guest-file-open" and type(found) is int:
+                self._handles.add(found)
+            replies.append(found)
+        return replies

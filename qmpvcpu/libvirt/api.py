@@ -1,0 +1,150 @@
+"""libvirt's API in the place of a monitor and of the guest's agent (`--via api`)."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any, Final
+
+from qmpvcpu.core.request import parse_ids
+from qmpvcpu.errors import VcpuUsageError
+from qmpvcpu.libvirt.connection import Guest
+from qmpvcpu.libvirt.monitor import Behind
+from qmpvcpu.ports import CommandError, MonitorEvent
+
+__all__ = ["ApiAgent", "ApiMonitor"]
+
+logger = logging.getLogger("qmpvcpu.libvirt.api")
+
+#: After so long libvirt has asked QEMU for the unplug, and waits for the guest, seconds: what stands against it
+#: shows at once. It gives the guest 5 s, on pseries 10 (qemu_hotplug.c), and does not look again by itself.
+_ASKED_SECONDS: Final = 0.5
+
+
+class ApiMonitor(Behind):
+    """libvirt's API in the place of a monitor: `device_add` and `device_del` are `virDomainSetVcpu`."""
+
+    def __init__(self, guest: Guest) -> None:
+        super().__init__(guest)
+        #: By first vCPU id, the ids of each entity.
+        self.entities: dict[int, tuple[int, ...]] = {}
+        #: First ids of what was to be unplugged and did not end while libvirt waited.
+        self.unended: set[int] = set()
+        self._timers: set[asyncio.TimerHandle] = set()
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Listen to libvirt. Blocks."""
+        self._end_watch = self.guest.watch(loop, self._told)
+
+    def _told(self, word: str) -> None:
+        super()._told(word)
+        # Of no device of ours: whoever listens looks again.
+        self._give(MonitorEvent("DEVICE_DELETED", {"path": ""}, time.time()))
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
+        """Of QMP there is nothing here."""
+        result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+        result.set_exception(CommandError(command, "CommandNotFound", "libvirt's API has nothing of this kind"))
+        return result
+
+    def query_status(self) -> asyncio.Future[object]:
+        """`virDomainGetState`."""
+        return asyncio.ensure_future(self._status())
+
+    async def _status(self) -> object:
+        return {"status": await self.guest.run_state()}
+
+    def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> asyncio.Future[object]:
+        """`virDomainSetVcpu` of one entity; `device_id` is libvirt's own, `vcpuN`."""
+        first = int(device_id.removeprefix("vcpu"))
+        call = self.guest.set_vcpu(self.entities[first], True, self.guest.flags(live=True))
+        return self.guest.connection.begin_change("virDomainSetVcpu", call)
+
+    def device_del(self, device: str) -> asyncio.Future[object]:
+        """`virDomainSetVcpu` of one entity. It answers once libvirt has asked; the end is an event."""
+        loop = asyncio.get_running_loop()
+        first = int(device.rpartition("/")[2].removeprefix("vcpu"))
+        answer: asyncio.Future[object] = loop.create_future()
+
+        def begun() -> None:
+            timer = loop.call_later(_ASKED_SECONDS, asked)
+            self._timers.add(timer)
+
+        def asked() -> None:
+            if not answer.done():
+                answer.set_result({})
+
+        def ended(done: asyncio.Future[object]) -> None:
+            error = done.exception() if not done.cancelled() else None
+            event = None
+            if error is None:
+                self.unended.discard(first)
+                event = "DEVICE_DELETED"
+            elif isinstance(error, CommandError) and error.error_class == "VIR_ERR_OPERATION_TIMEOUT":
+                # libvirt has waited as long as it does. Its XML follows if an event comes, and else never.
+                self.unended.add(first)
+            elif isinstance(error, CommandError) and "rejected" in error.text:
+                event = "DEVICE_UNPLUG_GUEST_ERROR"
+            elif not answer.done():
+                answer.set_exception(error)
+            else:
+                logger.warning("vCPU %s: %s", first, error)
+            asked()
+            if event is not None:
+                self._give(MonitorEvent(event, {"device": f"vcpu{first}"}, time.time()))
+
+        call = self.guest.set_vcpu(self.entities[first], False, self.guest.flags(live=True))
+        self.guest.connection.begin_change("virDomainSetVcpu", call, begun).add_done_callback(ended)
+        return answer
+
+    async def close(self) -> None:
+        """End listening. Never raises; may be called twice."""
+        for timer in self._timers:
+            timer.cancel()
+        self._timers.clear()
+        await super().close()
+
+
+class ApiAgent:
+    """The guest's agent by libvirt's API (`ports.Agent`). It reads no files: libvirt has no call for that."""
+
+    def __init__(self, guest: Guest) -> None:
+        self._guest = guest
+
+    @property
+    def address(self) -> str:
+        """libvirt's URI."""
+        return self._guest.connection.uri
+
+    async def get_vcpus(self) -> object:
+        """`virDomainGetGuestVcpus`, in the words of `guest-get-vcpus`."""
+        reply = await self._guest.guest_vcpus()
+        sets = {key: _cpus(reply.get(key)) for key in ("vcpus", "online", "offlinable")}
+        return [
+            {"logical-id": n, "online": n in sets["online"], "can-offline": n in sets["offlinable"]}
+            for n in sorted(sets["vcpus"])
+        ]
+
+    async def set_vcpus(self, wanted: Mapping[int, bool]) -> object:
+        """`virDomainSetGuestVcpus`."""
+        for online in (True, False):
+            ids = [number for number, on in wanted.items() if on is online]
+            if ids:
+                await self._guest.set_guest_vcpus(ids, online)
+        return len(wanted)
+
+    async def read_files(self, limits: Mapping[str, int]) -> list[bytes | None]:
+        """None of them."""
+        return [None] * len(limits)
+
+    async def close(self) -> None:
+        """Nothing is open."""
+
+
+def _cpus(text: object) -> frozenset[int]:
+    with suppress(VcpuUsageError):
+        return frozenset(parse_ids(text)) if isinstance(text, str) and text else frozenset()
+    return frozenset()

@@ -1,0 +1,485 @@
+"""A connection to libvirt, and one of its domains: calls one to one, none of them in the asyncio loop's way."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any, Final, TypeVar
+from urllib.parse import urlsplit
+
+from qmpvcpu.core.model import format_ids
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
+from qmpvcpu.libvirt.errors import connection_error, lost, translated
+from qmpvcpu.libvirt.threads import Worker, start_events
+from qmpvcpu.ports import CommandError
+
+if TYPE_CHECKING:
+    import libvirt
+
+__all__ = ["Connection", "Guest", "Row", "open_connection"]
+
+T = TypeVar("T")
+
+#: Seconds to connect: to this host, and by way of ssh or TLS to another.
+CONNECT_SECONDS: Final = 5.0
+FAR_CONNECT_SECONDS: Final = 30.0
+#: Seconds for a call that changes something: libvirt itself waits up to 30 for another one's job, up to 10 for an
+#: unplug, and up to 5 for the agent.
+CALL_SECONDS: Final = 60.0
+QUERY_SECONDS: Final = 10.0
+#: Seconds between two signs of life, and how many may be missing.
+_KEEPALIVE: Final = (5, 2)
+
+#: libvirt's names of what a domain is at, virDomainState, as QEMU has it (QAPI RunState).
+_RUN_STATES: Final = ("none", "running", "running", "paused", "shutdown", "shutdown", "crashed", "suspended")
+#: virConnectCloseReason, in words.
+_CLOSED: Final = ("the way to it broke", "its daemon ended", "it gave no sign of life", "we closed it")
+_MONITOR_COMMAND: Final = "virDomainQemuMonitorCommand"
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """A domain as `list` shows it."""
+
+    name: str
+    active: bool
+    xml: bytes
+
+
+def _module() -> Any:
+    try:
+        import libvirt
+    except ImportError as error:
+        text = f"libvirt-python is not installed: {error}"
+        hint = (
+            "pip install 'qmpvcpu[libvirt]' (it is built against libvirt's headers: libvirt-dev, pkg-config, gcc)"
+        )
+        raise VcpuRefused([Refusal("libvirt", text, (), hint, "VIR_ERR_NO_SUPPORT")]) from error
+    return libvirt
+
+
+class Connection:
+    """An open connection to libvirt, until `close()`; `open_connection` makes it."""
+
+    def __init__(self, uri: str) -> None:
+        self.uri = uri
+        self.library = _module()
+        self._changes = Worker("changes")
+        self._queries = Worker("queries")
+        self._conn: libvirt.virConnect | None = None
+        self._lost: VcpuConnectionError | None = None
+        self._loop = asyncio.get_running_loop()
+        #: Called in the loop, once, when the connection is lost.
+        self._listeners: list[Callable[[VcpuConnectionError], None]] = []
+
+    @property
+    def is_local(self) -> bool:
+        """Whether its guests run on this host."""
+        parts = urlsplit(self.uri)
+        return not parts.hostname and parts.scheme.partition("+")[2] in ("", "unix")
+
+    @property
+    def is_session(self) -> bool:
+        """Whether it is a user's own daemon."""
+        return urlsplit(self.uri).path == "/session"
+
+    @property
+    def conn(self) -> libvirt.virConnect:
+        """libvirt's own."""
+        assert self._conn is not None
+        return self._conn
+
+    def check(self) -> None:
+        """Raises VcpuConnectionError if the connection is lost."""
+        if self._lost is not None:
+            raise self._lost
+
+    def on_loss(self, listener: Callable[[VcpuConnectionError], None]) -> Callable[[], None]:
+        """Call this once if the connection is lost; what is returned ends that."""
+        self._listeners.append(listener)
+
+        def end() -> None:
+            with suppress(ValueError):
+                self._listeners.remove(listener)
+
+        return end
+
+    async def open(self) -> None:
+        """Connect.
+
+        Raises:
+            VcpuConnectionError: it cannot be reached.
+        """
+        start_events()
+        library = self.library
+
+        def work() -> libvirt.virConnect:
+            conn = library.open(self.uri)
+            with suppress(library.libvirtError):
+                conn.setKeepAlive(*_KEEPALIVE)  # of no use, and an error, without a daemon (test:///)
+            with suppress(library.libvirtError):
+                conn.registerCloseCallback(self._closed, None)
+            return conn
+
+        seconds = CONNECT_SECONDS if self.is_local else FAR_CONNECT_SECONDS
+        try:
+            self._conn = await _within(self._changes.call(work), seconds)
+        except library.libvirtError as error:
+            raise connection_error(error, self.uri) from error
+        except TimeoutError as error:
+            text = f"libvirt at '{self.uri}' did not answer within {seconds:g} s"
+            raise VcpuConnectionError(
+                text,
+                address=self.uri,
+                reason="timeout",
+                libvirt="VIR_ERR_OPERATION_TIMEOUT",
+                hint="`virsh -c URI version` asks it the same",
+            ) from error
+
+    def _closed(self, conn: libvirt.virConnect, reason: int, opaque: object) -> None:
+        words = (
+            "its daemon or the way to it broke",
+            "its daemon ended",
+            "it gave no sign of life",
+            "we closed it",
+        )
+        why = words[reason] if 0 <= reason < len(words) else "it was closed"
+        with suppress(RuntimeError):  # the loop is closed
+            self._loop.call_soon_threadsafe(self._lose, lost(self.uri, why))
+
+    def _lose(self, error: VcpuConnectionError) -> None:
+        if self._lost is None:
+            self._lost = error
+            listeners, self._listeners = self._listeners, []
+            for listener in listeners:
+                listener(error)
+
+    async def close(self) -> None:
+        """Close the connection. Never raises; may be called twice."""
+        conn, self._conn = self._conn, None
+        self._listeners.clear()
+        if self._lost is None:
+            self._lost = lost(self.uri, "we closed it")
+        if conn is None:
+            return
+
+        def work() -> None:
+            with suppress(self.library.libvirtError):
+                conn.unregisterCloseCallback()
+            with suppress(self.library.libvirtError):
+                conn.close()
+
+        with suppress(TimeoutError, Exception):
+            await _within(self._queries.call(work), CONNECT_SECONDS)
+        self._changes.close()
+        self._queries.close()
+
+    # -- calls --------------------------------------------------------------------------------------
+
+    async def query(self, name: str, function: Callable[[], T], seconds: float = QUERY_SECONDS) -> T:
+        """A call that changes nothing. `name`: libvirt's, for messages.
+
+        Raises:
+            CommandError: libvirt's answer is an error.
+            VcpuConnectionError: the connection is lost, or nothing came in time.
+        """
+        return await self._await(self._queries.call(self.checked(name, function)), name, seconds)
+
+    async def change(self, name: str, function: Callable[[], T], seconds: float = CALL_SECONDS) -> T:
+        """As `query`, behind every `change` before it."""
+        return await self._await(self._changes.call(self.checked(name, function)), name, seconds)
+
+    def begin_change(
+        self, name: str, function: Callable[[], T], begun: Callable[[], None] = lambda: None
+    ) -> asyncio.Future[T]:
+        """As `change`, sent when this is called, and without a deadline of ours; `begun` when it is its turn."""
+        return self._changes.call(self.checked(name, function), begun)
+
+    def checked(self, name: str, function: Callable[[], T]) -> Callable[[], T]:
+        """A call with its errors translated: `CommandError` and `VcpuConnectionError`."""
+
+        def work() -> T:
+            if self._lost is not None:
+                raise self._lost
+            try:
+                return function()
+            except self.library.libvirtError as error:
+                conn = self._conn
+                alive = False
+                with suppress(self.library.libvirtError):
+                    alive = conn is not None and conn.isAlive() != 0
+                raise translated(error, name, self.uri, alive=alive) from error
+
+        return work
+
+    async def _await(self, result: asyncio.Future[T], name: str, seconds: float) -> T:
+        try:
+            return await _within(result, seconds)
+        except TimeoutError as error:
+            raise VcpuConnectionError(
+                f"libvirt at '{self.uri}' did not answer {name} within {seconds:g} s",
+                address=self.uri,
+                reason="timeout",
+                libvirt="VIR_ERR_OPERATION_TIMEOUT",
+                hint="its daemon is busy or hangs; whether it still does what was asked is not known: query again",
+            ) from error
+        except VcpuConnectionError as error:
+            if error.reason == "closed":
+                self._lose(error)
+            raise
+
+    async def list(self) -> Sequence[Row]:
+        """Every domain."""
+
+        def work() -> list[Row]:
+            rows = []
+            for domain in self.conn.listAllDomains(0):
+                with suppress(self.library.libvirtError):  # undefined meanwhile
+                    persistent = self.library.VIR_DOMAIN_XML_INACTIVE if domain.isPersistent() else 0
+                    rows.append(Row(domain.name(), bool(domain.isActive()), domain.XMLDesc(persistent).encode()))
+            return sorted(rows, key=lambda row: row.name)
+
+        return await self.query("virConnectListAllDomains", work, CALL_SECONDS)
+
+    async def guest(self, name: str) -> Guest:
+        """A domain by name, or by UUID as virsh takes it.
+
+        Raises:
+            VcpuConnectionError: there is none (`reason` "unknown-domain").
+        """
+
+        def work() -> libvirt.virDomain:
+            try:
+                return self.conn.lookupByName(name)
+            except self.library.libvirtError:
+                with suppress(self.library.libvirtError):
+                    return self.conn.lookupByUUIDString(name)
+                raise
+
+        return Guest(self, await self.query("virDomainLookupByName", work))
+
+
+class Guest:
+    """One domain of libvirt's; calls one to one.
+
+    Each raises `CommandError` where libvirt answers with an error, and `VcpuConnectionError`.
+    """
+
+    def __init__(self, connection: Connection, domain: libvirt.virDomain) -> None:
+        self.connection = connection
+        self.domain = domain
+        self.name: str = domain.name()
+        self._library = connection.library
+
+    def flags(self, *, live: bool = False, config: bool = False) -> int:
+        """`virDomainModificationImpact`."""
+        library = self._library
+        return (library.VIR_DOMAIN_AFFECT_LIVE if live else 0) | (
+            library.VIR_DOMAIN_AFFECT_CONFIG if config else 0
+        )
+
+    async def sides(self) -> tuple[bytes | None, bytes | None]:
+        """The running domain's XML and its definition; None where there is none."""
+        domain, inactive = self.domain, self._library.VIR_DOMAIN_XML_INACTIVE
+
+        def work() -> tuple[bytes | None, bytes | None]:
+            live = domain.XMLDesc(0).encode() if domain.isActive() else None
+            return live, domain.XMLDesc(inactive).encode() if domain.isPersistent() else None
+
+        return await self.connection.query("virDomainGetXMLDesc", work)
+
+    async def live_xml(self) -> bytes:
+        """The running domain's XML."""
+        return await self.connection.query("virDomainGetXMLDesc", lambda: self.domain.XMLDesc(0).encode())
+
+    def read_definition(self) -> bytes:
+        """Its definition's XML. Blocks."""
+        return self.call("virDomainGetXMLDesc", lambda: self._inactive())
+
+    def _inactive(self) -> bytes:
+        text: str = self.domain.XMLDesc(self._library.VIR_DOMAIN_XML_INACTIVE)
+        return text.encode()
+
+    def define(self, xml: bytes) -> None:
+        """`virDomainDefineXML`. Blocks."""
+        self.call("virDomainDefineXML", lambda: self.connection.conn.defineXML(xml.decode()))
+
+    def call(self, name: str, function: Callable[[], T]) -> T:
+        """One call, with its errors translated. Blocks."""
+        return self.connection.checked(name, function)()
+
+    def count_flags(self, maximum: bool, hotpluggable: bool) -> int:
+        """`virDomainVcpuFlags`."""
+        library = self._library
+        return (library.VIR_DOMAIN_VCPU_MAXIMUM if maximum else 0) | (
+            library.VIR_DOMAIN_VCPU_HOTPLUGGABLE if hotpluggable else 0
+        )
+
+    async def run_state(self) -> str:
+        """As QEMU names it: "running", "paused", "shutdown" …"""
+        number, _ = await self.connection.query("virDomainGetState", lambda: self.domain.state())
+        return _RUN_STATES[number] if 0 <= number < len(_RUN_STATES) else "running"
+
+    def set_vcpu(self, ids: Iterable[int], enable: bool, flags: int) -> Callable[[], object]:
+        """`virDomainSetVcpu`, to be called in a thread."""
+        cpus = format_ids(ids)
+        return lambda: self.domain.setVcpu(cpus, int(enable), flags)
+
+    def set_vcpus(self, count: int, flags: int) -> Callable[[], object]:
+        """`virDomainSetVcpusFlags`, to be called in a thread."""
+        return lambda: self.domain.setVcpusFlags(count, flags)
+
+    def pin_vcpu(self, vcpu_id: int, cpus: Iterable[int] | None, flags: int) -> Callable[[], object]:
+        """`virDomainPinVcpuFlags`, to be called in a thread; None: every host CPU."""
+
+        def work() -> object:
+            count: int = self.connection.conn.getCPUMap(0)[0]
+            chosen = set(range(count) if cpus is None else cpus)
+            size = max(count, *(number + 1 for number in chosen))
+            return self.domain.pinVcpuFlags(vcpu_id, tuple(n in chosen for n in range(size)), flags)
+
+        return work
+
+    async def host_cpus(self) -> int:
+        """How many CPUs its host has."""
+        count: int = (await self.connection.query("virNodeGetCPUMap", lambda: self.connection.conn.getCPUMap(0)))[
+            0
+        ]
+        return count
+
+    async def guest_vcpus(self) -> Mapping[str, Any]:
+        """`virDomainGetGuestVcpus`: cpusets by the words `vcpus`, `online`, `offlinable`."""
+        reply: Any = await self.connection.query("virDomainGetGuestVcpus", self.domain.guestVcpus)
+        return dict(reply) if isinstance(reply, dict) else {}
+
+    async def set_guest_vcpus(self, cpus: Iterable[int], online: bool) -> None:
+        """`virDomainSetGuestVcpus`, by the guest's own numbers."""
+        words = format_ids(cpus)
+        await self.connection.change(
+            "virDomainSetGuestVcpus", lambda: self.domain.setGuestVcpus(words, int(online)), CALL_SECONDS
+        )
+
+    async def cpu_times(self) -> Mapping[int, int]:
+        """`virDomainGetVcpus`: nanoseconds that each vCPU's thread has run, by vCPU id."""
+        reply: Any = await self.connection.query("virDomainGetVcpus", self.domain.vcpus)
+        return {row[0]: row[2] for row in reply[0]}
+
+    def monitor_command_now(self, line: str) -> str:
+        """`virDomainQemuMonitorCommand`: a QMP command, and QEMU's reply, both as JSON. Blocks."""
+        import libvirt_qemu
+
+        reply: str = self.call(_MONITOR_COMMAND, lambda: libvirt_qemu.qemuMonitorCommand(self.domain, line, 0))
+        return reply
+
+    def begin_monitor_command(self, line: str) -> asyncio.Future[str]:
+        """The same in a thread, in the order of the calls."""
+        import libvirt_qemu
+
+        return self.connection.begin_change(
+            _MONITOR_COMMAND, lambda: libvirt_qemu.qemuMonitorCommand(self.domain, line, 0)
+        )
+
+    async def agent_command(self, line: str, seconds: int) -> str:
+        """`virDomainQemuAgentCommand`, likewise."""
+        import libvirt_qemu
+
+        reply: str = await self.connection.query(
+            "virDomainQemuAgentCommand",
+            lambda: libvirt_qemu.qemuAgentCommand(self.domain, line, seconds, 0),
+            seconds + QUERY_SECONDS,
+        )
+        return reply
+
+    def watch(
+        self,
+        loop: asyncio.AbstractEventLoop,
+        told: Callable[[str], None],
+        monitor: Callable[[str, float, str], None] | None = None,
+    ) -> Callable[[], None]:
+        """Call `told` in the loop, with a word, when something happens to it: "stopped", "agent" or "changed"; and
+        `monitor` with each QMP event's name, time (seconds since the epoch) and data (JSON). What is returned ends
+        it. Blocks, for two calls.
+        """
+        library, conn = self._library, self.connection.conn
+        ids: list[int] = []
+        own: list[int] = []
+
+        def say(word: str) -> None:
+            with suppress(RuntimeError):
+                loop.call_soon_threadsafe(told, word)
+
+        def lifecycle(conn: object, domain: object, event: int, detail: int, opaque: object) -> None:
+            say("stopped" if event == library.VIR_DOMAIN_EVENT_STOPPED else "changed")
+
+        def other(*given: object) -> None:
+            say("changed")
+
+        def agent(*given: object) -> None:
+            say("agent")
+
+        wanted = [
+            (library.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
+            (library.VIR_DOMAIN_EVENT_ID_TUNABLE, other),
+            (library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, other),
+            (library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, other),
+            (library.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, agent),
+        ]
+        if monitor is not None:
+            import libvirt_qemu
+
+            def event(
+                conn: object, domain: object, name: str, seconds: int, micros: int, data: str, opaque: object
+            ) -> None:
+                with suppress(RuntimeError):
+                    loop.call_soon_threadsafe(monitor, name, seconds + micros / 1e6, data or "{}")
+
+            own.append(
+                self.call(
+                    "virConnectDomainQemuMonitorEventRegister",
+                    lambda: libvirt_qemu.qemuMonitorEventRegister(conn, self.domain, None, event, None, 0),
+                )
+            )
+        for number, callback in wanted:
+            subscribe = partial(conn.domainEventRegisterAny, self.domain, number, callback, None)
+            with suppress(CommandError):  # a driver has not all of them
+                ids.append(self.call("virConnectDomainEventRegisterAny", subscribe))
+
+        def end() -> None:
+            for number in ids:
+                with suppress(library.libvirtError):
+                    conn.domainEventDeregisterAny(number)
+            for number in own:
+                import libvirt_qemu
+
+                with suppress(library.libvirtError):
+                    libvirt_qemu.qemuMonitorEventDeregister(conn, number)
+
+        return end
+
+
+async def _within(result: asyncio.Future[T], seconds: float) -> T:
+    """Its result, or TimeoutError; a call that is under way cannot be ended, and its end is not waited for."""
+    async with asyncio.timeout(seconds):
+        return await result
+
+
+@asynccontextmanager
+async def open_connection(uri: str) -> AsyncIterator[Connection]:
+    """Connect to libvirt, and close at the end.
+
+    Args:
+        uri: of libvirt's: `qemu:///system`, `qemu+ssh://host/system`, `test:///default` …
+
+    Raises:
+        VcpuConnectionError: it cannot be reached.
+        VcpuRefused: libvirt-python is not installed.
+    """
+    connection = Connection(uri)
+    try:
+        await connection.open()
+        yield connection
+    finally:
+        await connection.close()

@@ -1,0 +1,135 @@
+"""libvirt's errors as ours: the code's name and the text are kept.
+
+A lost connection is a `VcpuConnectionError`; everything else is what libvirt answers to one call, a `CommandError`
+whose class is the code's name.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import TYPE_CHECKING, Final
+
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.ports import CommandError
+
+if TYPE_CHECKING:
+    import libvirt
+
+__all__ = ["connection_error", "lost", "name_of", "translated"]
+
+#: virErrorLevel shares numbers, and the prefix, with virErrorNumber.
+_LEVELS: Final = frozenset({"VIR_ERR_NONE", "VIR_ERR_WARNING", "VIR_ERR_ERROR"})
+_CONNECTION: Final = frozenset(
+    {
+        "VIR_ERR_NO_CONNECT",
+        "VIR_ERR_INVALID_CONN",
+        "VIR_ERR_RPC",
+        "VIR_ERR_AUTH_FAILED",
+        "VIR_ERR_AUTH_CANCELLED",
+        "VIR_ERR_AUTH_UNAVAILABLE",
+        "VIR_ERR_GNUTLS_ERROR",
+        "VIR_ERR_SSH",
+        "VIR_ERR_LIBSSH",
+        "VIR_ERR_NO_CLIENT",
+        "VIR_ERR_NO_SERVER",
+        "VIR_ERR_SYSTEM_ERROR",
+    }
+)
+#: These are the guest's agent's, and say nothing against the connection to libvirt.
+_AGENT: Final = frozenset(
+    {"VIR_ERR_AGENT_UNRESPONSIVE", "VIR_ERR_AGENT_UNSYNCED", "VIR_ERR_AGENT_COMMAND_TIMEOUT"}
+)
+
+
+@cache
+def _names() -> dict[int, str]:
+    import libvirt
+
+    return {
+        number: name
+        for name, number in vars(libvirt).items()
+        if name.startswith("VIR_ERR_") and name not in _LEVELS and isinstance(number, int)
+    }
+
+
+def name_of(code: int | None) -> str:
+    """The `virErrorNumber` of a code, as a word."""
+    return _names().get(code or 0, "VIR_ERR_INTERNAL_ERROR")
+
+
+def text_of(error: libvirt.libvirtError) -> str:
+    """libvirt's message, without more."""
+    return str(error.get_error_message() or error)
+
+
+def connection_error(error: libvirt.libvirtError, uri: str) -> VcpuConnectionError:
+    """Of an attempt to connect."""
+    name, text = name_of(error.get_error_code()), text_of(error)
+    missing = "No such file or directory" in text or "Connection refused" in text
+    found = VcpuConnectionError(
+        f"libvirt at '{uri}' cannot be reached: {text}",
+        address=uri,
+        reason="missing" if missing else "denied" if "AUTH" in name or "denied" in text.lower() else "other",
+        libvirt=name,
+        hint="is its daemon running (systemctl status libvirtd)? `virsh -c URI version` asks it the same"
+        if missing
+        else "`virsh -c URI version` asks it the same",
+    )
+    found.__cause__ = error
+    return found
+
+
+def lost(
+    uri: str, why: str, cause: BaseException | None = None, libvirt: str | None = None
+) -> VcpuConnectionError:
+    """Of a connection that was there."""
+    error = VcpuConnectionError(
+        f"the connection to libvirt at '{uri}' is lost: {why}",
+        address=uri,
+        reason="closed",
+        hint="the guests go on without its daemon: try again (reconnect()) when it is back",
+        libvirt=libvirt,
+    )
+    error.__cause__ = cause
+    return error
+
+
+def translated(
+    error: libvirt.libvirtError, call: str, uri: str, *, alive: bool
+) -> CommandError | VcpuConnectionError:
+    """Of one call.
+
+    Args:
+        error: as it was raised.
+        call: libvirt's name of the function.
+        uri: of the connection.
+        alive: whether the connection is there still.
+    """
+    import libvirt
+
+    name, text = name_of(error.get_error_code()), text_of(error)
+    if name in _AGENT:
+        found = VcpuConnectionError(
+            f"the guest agent does not answer: {text}",
+            address=uri,
+            reason="timeout" if "timeout" in text.lower() or "TIMEOUT" in name else "no-agent",
+            libvirt=name,
+            hint="look at the guest's agent",
+        )
+        found.__cause__ = error
+        return found
+    if name == "VIR_ERR_NO_DOMAIN":
+        found = VcpuConnectionError(
+            f"libvirt at '{uri}' has no such domain: {text}",
+            address=uri,
+            reason="unknown-domain",
+            libvirt=name,
+            hint="`qmpvcpu -c URI list` shows its domains",
+        )
+        found.__cause__ = error
+        return found
+    if not alive or (name in _CONNECTION and error.get_error_domain() in (libvirt.VIR_FROM_RPC,)):
+        return lost(uri, text, error, name)
+    answer = CommandError(call, name, text)
+    answer.__cause__ = error
+    return answer
