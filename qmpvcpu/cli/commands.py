@@ -181,26 +181,31 @@ def _flags(options: Namespace) -> VcpuFlag:
 
 async def _setvcpu(session: Session) -> int:
     options = session.options
-    request = Request(
-        parse_ids(options.ids),
-        _flags(options),
-        options.count,
-        options.force,
-        timeout=options.timeout,
-        wait=not options.no_wait,
-        atomic=options.atomic,
-        retry=options.retry,
-        fallback=not options.no_fallback,
-        place=not options.no_place,
-    )
-    return await _carry_out(session, request)
+    return await _carry_out(session, _request_of(options))
 
 
 async def _setvcpus(session: Session) -> int:
-    options = session.options
+    return await _carry_out(session, _request_of(session.options))
+
+
+def _request_of(options: Namespace) -> Request:
+    """Of `setvcpu` and `setvcpus`."""
+    if options.command == "setvcpu":
+        return Request(
+            parse_ids(options.ids),
+            _flags(options),
+            options.count,
+            options.force,
+            timeout=options.timeout,
+            wait=not options.no_wait,
+            atomic=options.atomic,
+            retry=options.retry,
+            fallback=not options.no_fallback,
+            place=not options.no_place,
+        )
     if options.maximum and not options.config:
         raise VcpuRefused([MAXIMUM_IS_CONFIG])
-    request = Request(
+    return Request(
         (),
         _flags(options),
         total=options.total,
@@ -210,7 +215,6 @@ async def _setvcpus(session: Session) -> int:
         hotpluggable=options.hotpluggable,
         place=not options.no_place,
     )
-    return await _carry_out(session, request)
 
 
 async def _apply(session: Session) -> int:
@@ -396,6 +400,12 @@ async def _doctor(session: Session) -> int:
     return 0
 
 
+async def _compare(session: Session) -> int:
+    from qmpvcpu.cli.compare import compare
+
+    return await compare(session, _request_of)
+
+
 async def _demo(session: Session) -> int:
     from qmpvcpu.app import demo
 
@@ -425,6 +435,7 @@ _COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
     "guestvcpus": _guestvcpus,
     "vcpupin": _vcpupin,
     "watch": _watch,
+    "compare": _compare,
     "doctor": _doctor,
     "demo": _demo,
 }

@@ -7,7 +7,7 @@ from typing import NoReturn
 
 from qmpvcpu.errors import VcpuUsageError
 
-__all__ = ["build_parser", "parse"]
+__all__ = ["build_parser", "parse", "parse_request"]
 
 _EPILOG = """\
 DOMAIN is a name given to `define`, or with a / in it the path of a QMP socket or of a domain XML file;
@@ -327,6 +327,12 @@ def build_parser() -> argparse.ArgumentParser:
 
     domain_command("watch", "tell what happens to the vCPUs, line by line, until interrupted")
 
+    compare = command("compare", "run one request on a guest of ours and on the same under libvirt, side by side")
+    compare.add_argument("file", metavar="DOMAIN-XML", help="the guest; its <emulator> is started twice")
+    compare.add_argument("--no-start", action="store_true", help="leave it shut off on both sides")
+    words = "setvcpu and setvcpus as they are, without DOMAIN: setvcpu 5 --enable"
+    compare.add_argument("request", metavar="REQUEST", nargs=argparse.REMAINDER, help=words)
+
     doctor = command("doctor", "what is here: QEMUs, machines that can hotplug, KVM, rights, what is missing")
     doctor.add_argument("domain", metavar="DOMAIN", nargs="?", help="what this guest can and cannot do")
 
@@ -353,6 +359,20 @@ def _fill_in(found: argparse.Namespace, words: list[str]) -> list[str]:
         else:
             left.append(word)
     return left
+
+
+def parse_request(words: list[str]) -> argparse.Namespace:
+    """A request of `compare`: `setvcpu` or `setvcpus` without DOMAIN; without either, `setvcpu`.
+
+    Raises:
+        VcpuUsageError: it is none.
+    """
+    words = [word for word in words if word != "--"]
+    if not words:
+        raise VcpuUsageError("no request is given", hint="compare FILE setvcpu 5 --enable")
+    if words[0] not in ("setvcpu", "setvcpus"):
+        words = ["setvcpu", *words]
+    return parse([words[0], "DOMAIN", *words[1:]])
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:

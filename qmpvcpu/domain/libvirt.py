@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from typing import Any, Final, Literal
 
@@ -71,6 +71,7 @@ _TAINTED: Final = (
     "through its monitor: libvirt marks the domain tainted (custom-monitor), and its XML does not follow what is"
     " plugged and unplugged"
 )
+_UNSEEN: Final = "libvirt has not seen that vCPU {} is gone, and its XML lists it still: QEMU under TCG tells none"
 _AGENT_CHANNEL: Final = b"org.qemu.guest_agent.0"
 
 
@@ -96,7 +97,13 @@ class LibvirtDomain(Domain):
     @property
     def notes(self) -> tuple[str, ...]:
         """What there is to say of this way to the guest."""
-        return (_TAINTED,) if self._via == "monitor" and self._link is not None else ()
+        if self._link is None:
+            return ()
+        if self._via == "monitor":
+            return (_TAINTED,)
+        monitor = self._link.monitor
+        unseen = monitor.unseen if isinstance(monitor, ApiMonitor) else ()
+        return (_UNSEEN.format(format_ids(unseen)),) if unseen else ()
 
     # -- connecting ---------------------------------------------------------------------------------
 
@@ -404,30 +411,26 @@ class XmlReader:
 
         asked = tuple(pending)
         guest = self._monitor.guest
+        await self._monitor.plugs_done()
         with _answered():
             xml, run = await asyncio.gather(guest.live_xml(), guest.run_state())
-        definition = read_domain(xml)[1]
+        definition = read_domain(xml, running=True)[1]
         # libvirt tells the version of no running QEMU: it is at least that of its machine type.
         version = version_of_machine(definition.machine or "")
-        gone = await self._gone(definition) if self._monitor.unended else ()
+        gone = await self._gone(definition)
         state = running_state(definition, self._name, version, run, gone, asked)
         self._monitor.entities = {entity.first: entity.ids for entity in state.entities}
+        self._monitor.unseen = gone
         return state
 
-    async def _gone(self, definition: Definition) -> Sequence[int]:
-        """vCPUs whose unplug ended unseen by libvirt: they have no thread any more."""
-        try:
-            times = await self._monitor.guest.cpu_times()
-        except CommandError:
-            return ()
-        found = []
-        for first in sorted(self._monitor.unended):
-            ids = self._monitor.entities.get(first, ())
-            if not definition.vcpus[first].enabled:
-                self._monitor.unended.discard(first)
-            elif ids and all(times.get(number) == 0 for number in ids):
-                found.append(first)
-        return found
+    async def _gone(self, definition: Definition) -> frozenset[int]:
+        """vCPUs that left QEMU without libvirt's knowledge: on x86 under TCG no event comes."""
+        plugged = [vcpu.id for vcpu in definition.vcpus if vcpu.enabled and vcpu.hotpluggable]
+        if not plugged or definition.accel != "tcg" or definition.arch not in ("x86_64", "i686"):
+            return frozenset()
+        with suppress(CommandError):
+            return await self._monitor.guest.without_threads(plugged)
+        return frozenset()
 
     async def fast(
         self, state: DomainState, pending: Collection[int] = (), expected: Collection[int] = ()

@@ -22,6 +22,15 @@ logger = logging.getLogger("qmpvcpu.libvirt.api")
 #: After so long libvirt has asked QEMU for the unplug, and waits for the guest, seconds: what stands against it
 #: shows at once. It gives the guest 5 s, on pseries 10 (qemu_hotplug.c), and does not look again by itself.
 _ASKED_SECONDS: Final = 0.5
+#: libvirt 9.0 fails without an error where the guest has rejected the unplug (qemuDomainHotplugDelVcpu).
+_NO_ERROR: Final = "VIR_ERR_OK"
+
+
+def failed(error: CommandError) -> asyncio.Future[object]:
+    """An answer that is there already."""
+    result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+    result.set_exception(error)
+    return result
 
 
 class ApiMonitor(Behind):
@@ -31,9 +40,10 @@ class ApiMonitor(Behind):
         super().__init__(guest)
         #: By first vCPU id, the ids of each entity.
         self.entities: dict[int, tuple[int, ...]] = {}
-        #: First ids of what was to be unplugged and did not end while libvirt waited.
-        self.unended: set[int] = set()
+        #: vCPU ids that libvirt takes for plugged, and that are gone.
+        self.unseen: frozenset[int] = frozenset()
         self._timers: set[asyncio.TimerHandle] = set()
+        self._plugs: set[asyncio.Future[object]] = set()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Listen to libvirt. Blocks."""
@@ -46,9 +56,7 @@ class ApiMonitor(Behind):
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
         """Of QMP there is nothing here."""
-        result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-        result.set_exception(CommandError(command, "CommandNotFound", "libvirt's API has nothing of this kind"))
-        return result
+        return failed(CommandError(command, "CommandNotFound", "libvirt's API has nothing of this kind"))
 
     def query_status(self) -> asyncio.Future[object]:
         """`virDomainGetState`."""
@@ -60,8 +68,19 @@ class ApiMonitor(Behind):
     def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> asyncio.Future[object]:
         """`virDomainSetVcpu` of one entity; `device_id` is libvirt's own, `vcpuN`."""
         first = int(device_id.removeprefix("vcpu"))
+        if first in self.unseen:
+            text = f"vCPU {first} is gone, and libvirt takes it for plugged: --via monitor plugs it"
+            return failed(CommandError("virDomainSetVcpu", "VIR_ERR_OPERATION_INVALID", text))
         call = self.guest.set_vcpu(self.entities[first], True, self.guest.flags(live=True))
-        return self.guest.connection.begin_change("virDomainSetVcpu", call)
+        result = self.guest.connection.begin_change("virDomainSetVcpu", call)
+        self._plugs.add(result)
+        result.add_done_callback(self._plugs.discard)
+        return result
+
+    async def plugs_done(self) -> None:
+        """Wait until libvirt has answered every plug: a query is about what was asked before it, as QEMU's are."""
+        if self._plugs:
+            await asyncio.wait(tuple(self._plugs))
 
     def device_del(self, device: str) -> asyncio.Future[object]:
         """`virDomainSetVcpu` of one entity. It answers once libvirt has asked; the end is an event."""
@@ -81,12 +100,11 @@ class ApiMonitor(Behind):
             error = done.exception() if not done.cancelled() else None
             event = None
             if error is None:
-                self.unended.discard(first)
                 event = "DEVICE_DELETED"
             elif isinstance(error, CommandError) and error.error_class == "VIR_ERR_OPERATION_TIMEOUT":
                 # libvirt has waited as long as it does. Its XML follows if an event comes, and else never.
-                self.unended.add(first)
-            elif isinstance(error, CommandError) and "rejected" in error.text:
+                logger.debug("vCPU %s: %s", first, error.text)
+            elif isinstance(error, CommandError) and (error.error_class == _NO_ERROR or "rejected" in error.text):
                 event = "DEVICE_UNPLUG_GUEST_ERROR"
             elif not answer.done():
                 answer.set_exception(error)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -362,10 +363,24 @@ class Guest:
             "virDomainSetGuestVcpus", lambda: self.domain.setGuestVcpus(words, int(online)), CALL_SECONDS
         )
 
-    async def cpu_times(self) -> Mapping[int, int]:
-        """`virDomainGetVcpus`: nanoseconds that each vCPU's thread has run, by vCPU id."""
-        reply: Any = await self.connection.query("virDomainGetVcpus", self.domain.vcpus)
-        return {row[0]: row[2] for row in reply[0]}
+    async def without_threads(self, ids: Iterable[int]) -> frozenset[int]:
+        """Which of these vCPUs, that libvirt takes for plugged, have no thread any more. Of a thread that is gone
+        virDomainGetVcpus fails, and virConnectGetAllDomainStats has no times (9.0).
+        """
+
+        def work() -> frozenset[int]:
+            try:
+                self.domain.vcpus()
+                return frozenset()
+            except self._library.libvirtError as error:
+                if error.get_error_code() != self._library.VIR_ERR_SYSTEM_ERROR or error.get_int1() != errno.ESRCH:
+                    raise
+            rows = self.connection.conn.domainListGetStats([self.domain], self._library.VIR_DOMAIN_STATS_VCPU)
+            stats: Mapping[str, Any] = rows[0][1] if rows else {}
+            idle = {n: [stats.get(f"vcpu.{n}.{word}", 0) for word in ("time", "delay")] for n in ids}
+            return frozenset(n for n, times in idle.items() if f"vcpu.{n}.state" in stats and not any(times))
+
+        return await self.connection.query("virDomainGetVcpus", work)
 
     def monitor_command_now(self, line: str) -> str:
         """`virDomainQemuMonitorCommand`: a QMP command, and QEMU's reply, both as JSON. Blocks."""
