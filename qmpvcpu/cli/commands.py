@@ -19,7 +19,7 @@ from qmpvcpu.domain import Domain, Options, connect
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = ["Session", "command"]
+__all__ = ["Session", "command", "request_of"]
 
 #: Of guests that do not run; nobody else pays for their imports.
 BOOT_COMMANDS: Final = frozenset({"probe", "boot-args", "start", "destroy"})
@@ -181,14 +181,14 @@ def _flags(options: Namespace) -> VcpuFlag:
 
 async def _setvcpu(session: Session) -> int:
     options = session.options
-    return await _carry_out(session, _request_of(options))
+    return await _carry_out(session, request_of(options))
 
 
 async def _setvcpus(session: Session) -> int:
-    return await _carry_out(session, _request_of(session.options))
+    return await _carry_out(session, request_of(session.options))
 
 
-def _request_of(options: Namespace) -> Request:
+def request_of(options: Namespace) -> Request:
     """Of `setvcpu` and `setvcpus`."""
     if options.command == "setvcpu":
         return Request(
@@ -403,7 +403,7 @@ async def _doctor(session: Session) -> int:
 async def _compare(session: Session) -> int:
     from qmpvcpu.cli.compare import compare
 
-    return await compare(session, _request_of)
+    return await compare(session, request_of)
 
 
 async def _demo(session: Session) -> int:

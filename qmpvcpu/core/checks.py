@@ -254,6 +254,7 @@ def _never_unplugged(entity: Entity) -> Refusal:
         f"{entity.label} {'hold' if len(entity.ids) > 1 else 'is'} the boot CPU, which QEMU never unplugs",
         entity.ids,
         "leave it enabled",
+        "VIR_ERR_OPERATION_UNSUPPORTED",
     )
 
 
@@ -370,15 +371,14 @@ def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known:
                     "start the guest with -accel tcg,thread=multi",
                 )
             )
-    if needs_firmware_state(state) and known.firmware_runs:
-        found.append(
-            _kill(
-                entities,
-                f"QEMU {state.qemu} under TCG crashes at or after the unplug of a ppc64 core while the"
-                " firmware (SLOF) runs",
-                "wait until the guest's kernel runs",
-            )
-        )
+    if needs_firmware_state(state) and known.firmware_runs is not False:
+        text = f"QEMU {state.qemu} under TCG crashes at or after the unplug of a ppc64 core while the"
+        text += " firmware (SLOF) runs"
+        if known.firmware_runs:
+            found.append(_kill(entities, text, "wait until the guest's kernel runs"))
+        elif any(entity.driver == LIBVIRT_DRIVER for entity in entities):
+            text += ", and whether it does libvirt's API does not tell"
+            found.append(_kill(entities, text, "a guest agent in its XML tells, or --via monitor"))
     return found
 
 

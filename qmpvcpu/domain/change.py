@@ -54,6 +54,8 @@ async def plan_on(
     # An undo unplugs too.
     if checks.needs_firmware_state(state) and (moved or plan.unplugs):
         firmware = await firmware_runs(link.monitor)
+        if firmware is None and guest is not None and await guest.try_view(state) is not None:
+            firmware = False
     view = None
     if guest is not None and request.has(VcpuFlag.GUEST):
         # What is refused whatever the guest says is refused without it.

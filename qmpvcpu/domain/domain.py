@@ -724,7 +724,7 @@ _NO_AGENT = Refusal(
     "no guest agent of this domain is known",
     (),
     "name its socket: --agent ADDR (agent=), or leave out --guest (GUEST)",
-    "VIR_ERR_OPERATION_INVALID",
+    "VIR_ERR_ARGUMENT_UNSUPPORTED",
 )
 
 

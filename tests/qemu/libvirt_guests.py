@@ -1,0 +1,58 @@
+"""Guests that libvirt and we start alike."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+from tests.conftest import qemu_binary
+
+__all__ = ["EJECTING", "NUMA", "PPC64", "SPARSE", "firmware", "numa"]
+
+
+def numa(
+    kind: str = "qemu", loader: str = "", vcpus: str = "<vcpu current='3'>16</vcpu>", name: str = "web1"
+) -> str:
+    """x86_64: two nodes, each a socket of four cores of two threads."""
+    loader = f"<loader readonly='yes' type='rom'>{loader}</loader>" if loader else ""
+    return f"""<domain type='{kind}'><name>{name}</name><memory unit='MiB'>128</memory>{vcpus}
+<os><type arch='x86_64' machine='q35'>hvm</type>{loader}</os><features><acpi/></features>
+<cpu mode='custom' check='none'><model>qemu64</model><topology sockets='2' cores='4' threads='2'/><numa>
+<cell id='0' cpus='0-7' memory='64' unit='MiB'/><cell id='1' cpus='8-15' memory='64' unit='MiB'/></numa></cpu>
+<devices><emulator>{qemu_binary("10.0", "x86_64")}</emulator></devices></domain>"""
+
+
+NUMA = numa()
+#: Enabled vCPUs with holes, as libvirt starts them: -smp 2, then device_add.
+SPARSE = numa(
+    vcpus="<vcpu current='4'>16</vcpu><vcpus><vcpu id='0' enabled='yes' hotpluggable='no' order='1'/>"
+    "<vcpu id='1' enabled='yes' hotpluggable='no' order='2'/>"
+    "<vcpu id='9' enabled='yes' hotpluggable='yes' order='3'/>"
+    "<vcpu id='4' enabled='yes' hotpluggable='yes' order='4'/>"
+    + "".join(
+        f"<vcpu id='{n}' enabled='no' hotpluggable='yes'/>" for n in (2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15)
+    )
+    + "</vcpus>"
+)
+PPC64 = f"""<domain type='qemu'><name>power1</name><memory unit='MiB'>512</memory><vcpu current='8'>40</vcpu>
+<os><type arch='ppc64' machine='pseries'>hvm</type></os><cpu><topology sockets='1' cores='5' threads='8'/></cpu>
+<devices><emulator>{qemu_binary("10.0", "ppc64")}</emulator></devices></domain>"""
+
+
+def firmware(folder: Path) -> str:
+    """The image that does nothing but eject the CPUs that it is asked to."""
+    image = folder / "eject.bin"
+    options = ["-m16", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0,--build-id=none,--oformat=binary"]
+    subprocess.run(["gcc", *options, "-o", str(image), "scripts/guest/eject.S"], check=True)
+    return str(image)
+
+
+#: Eight vCPUs, two of which cannot be unplugged.
+EJECTING = (
+    "<vcpu current='8'>16</vcpu><vcpus>"
+    + "".join(
+        f"<vcpu id='{n}' enabled='{'yes' if n < 8 else 'no'}' hotpluggable='{'no' if n < 2 else 'yes'}'/>"
+        for n in range(16)
+    )
+    + "</vcpus>"
+)

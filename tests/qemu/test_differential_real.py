@@ -1,0 +1,197 @@
+"""The same requests, given to libvirt and to us: the same vCPUs, `<vcpus>` and error codes, but what docs list."""
+
+from __future__ import annotations
+
+from contextlib import AsyncExitStack
+from pathlib import Path
+
+import pytest
+
+from qmpvcpu.app.compare import Comparison, LibvirtSide, our_side
+from qmpvcpu.cli.commands import request_of
+from qmpvcpu.cli.parse import parse_request
+from qmpvcpu.host.rights import kvm_state
+from qmpvcpu.libvirt.daemon import run_libvirtd
+from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, SPARSE, firmware, numa
+
+pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
+
+#: Deliberate differences, by the names that docs/libvirt.md gives them.
+ALREADY = "already so"
+SEVERAL = "several entities"
+NO_CALL = "nodes and cores"
+COLD = "cold-plugged CPUs"
+HALF = "half a core in a definition"
+
+#: What is asked, and which difference it may show; None: none.
+NUMA_RUNNING = [
+    ("setvcpu 5 --enable", None),
+    ("setvcpu 5 --enable", ALREADY),
+    ("setvcpu 6 --enable --live", None),
+    ("setvcpu 7 --enable --config", None),
+    ("setvcpu 7 --enable --config", None),
+    ("setvcpu 8 --enable --live --config", None),
+    ("setvcpu 9,10 --enable --config", None),
+    ("setvcpu 10 --disable --config", None),
+    ("setvcpu 16 --enable", None),
+    ("setvcpu 99 --enable --config", None),
+    ("setvcpu 99 --disable --live --config", None),
+    ("setvcpu 0 --disable", None),
+    ("setvcpu 0 --disable --config", None),
+    ("setvcpu 1 --disable --config", None),
+    ("setvcpu 13 --disable", ALREADY),
+    ("setvcpu 13 --enable --guest", None),
+    ("setvcpus 5 --guest", None),
+    ("setvcpus 9", None),
+    ("setvcpus 9", None),
+    ("setvcpus 10 --live --config", None),
+    ("setvcpus 17", None),
+    ("setvcpus 17 --config", None),
+    ("setvcpus 4 --config", None),
+    ("setvcpus 6 --config --hotpluggable", None),
+    ("setvcpus 16 --config --maximum", None),
+    ("setvcpus 12 --config --maximum", None),
+    ("setvcpus 2 --config", None),
+    ("setvcpu 13,14 --enable", SEVERAL),
+    ("setvcpu 12 --enable --core", NO_CALL),
+    ("setvcpu 1 --enable --numa-node", NO_CALL),
+    ("setvcpu 1 --disable --timeout 0", COLD),
+]
+NUMA_OFF = [
+    ("setvcpu 5 --enable", None),
+    ("setvcpu 5 --enable --config", None),
+    ("setvcpu 5 --enable --live", None),
+    ("setvcpu 5 --enable --live --config", None),
+    ("setvcpu 16 --enable", None),
+    ("setvcpu 0 --disable", None),
+    ("setvcpu 1 --disable", None),
+    ("setvcpu 2 --disable", None),
+    ("setvcpu 5 --disable", None),
+    ("setvcpu 5 --disable", None),
+    ("setvcpu 3-6 --enable", None),
+    ("setvcpu 1 --enable --guest", None),
+    ("setvcpus 7", None),
+    ("setvcpus 7 --hotpluggable", None),
+    ("setvcpus 16", None),
+    ("setvcpus 17", None),
+    ("setvcpus 20 --maximum --config", None),
+    ("setvcpus 2", None),
+]
+SPARSE_RUNNING = [
+    ("setvcpu 2 --enable --live --config", None),
+    ("setvcpu 9 --enable", ALREADY),
+    ("setvcpus 6", None),
+    ("setvcpu 4 --disable --config", None),
+    ("setvcpus 3 --config", None),
+]
+PPC64_RUNNING = [
+    ("setvcpu 8-15 --enable", None),
+    ("setvcpu 16-23 --enable --live --config", None),
+    ("setvcpu 8-15 --enable", ALREADY),
+    ("setvcpu 24 --enable", None),
+    ("setvcpu 24-27 --enable", None),
+    ("setvcpu 24-40 --enable", None),
+    ("setvcpu 40 --enable", None),
+    ("setvcpu 0-7 --disable", None),
+    ("setvcpus 32", None),
+    ("setvcpus 36", None),
+    ("setvcpus 40 --live --config", None),
+    ("setvcpus 8 --config", None),
+    ("setvcpu 32-39 --disable --config", None),
+    ("setvcpu 24-27 --enable --config", HALF),
+    ("setvcpus 36 --config", HALF),
+    ("setvcpus 36 --live --config", None),
+]
+PPC64_OFF = [
+    ("setvcpu 8-15 --enable", None),
+    ("setvcpu 16-23 --enable --config", None),
+    ("setvcpu 0-7 --disable", None),
+    ("setvcpu 8-15 --disable", None),
+    ("setvcpu 32 --enable --live", None),
+    ("setvcpus 24", None),
+    ("setvcpus 41", None),
+    ("setvcpus 20", HALF),
+]
+#: On KVM, with a guest that ejects.
+UNPLUGS = [
+    ("setvcpu 7 --disable", None),
+    ("setvcpu 7 --disable", ALREADY),
+    ("setvcpu 7 --enable", None),
+    ("setvcpu 6 --disable --live --config", None),
+    ("setvcpus 4", None),
+    ("setvcpus 2 --live --config", None),
+    ("setvcpus 5", None),
+    ("setvcpus 1", COLD),
+    ("setvcpu 3,4 --disable", SEVERAL),
+]
+
+
+@pytest.fixture(scope="module")
+async def daemon():
+    async with run_libvirtd() as running:
+        yield running
+
+
+async def differences(daemon, xml, cases, *, start):
+    """Ask both, one after the other. After a deliberate difference both begin anew, from the same state."""
+    async with AsyncExitStack() as stack:
+        sides = None
+        for words, reason in cases:
+            if sides is None:
+                await stack.aclose()
+                sides = (
+                    await stack.enter_async_context(our_side(xml.encode(), start=start)),
+                    await stack.enter_async_context(LibvirtSide.run(daemon, xml.encode(), start=start, log=False)),
+                )
+            request = request_of(parse_request(words.split()))
+            found = Comparison(await sides[0].ask(request), await sides[1].ask(request))
+            if reason is not None and ("live" in found.differs or "config" in found.differs):
+                sides = None
+            yield words, reason, found
+
+
+async def check(daemon, xml, cases, *, start=True):
+    unexpected = []
+    async for words, reason, found in differences(daemon, xml, cases, start=start):
+        ours, theirs = found.ours, found.libvirt
+        said = f"{words}: {found.differs}: {ours.error} {ours.message} | {theirs.error} {theirs.message}"
+        if bool(found.differs) != (reason is not None):
+            unexpected.append(said)
+        if reason in (ALREADY, HALF, SEVERAL):
+            # Which way round each of them is.
+            wanted = {
+                ALREADY: ("applied", "VIR_ERR_INVALID_ARG"),
+                SEVERAL: ("applied", "VIR_ERR_OPERATION_UNSUPPORTED"),
+                HALF: ("refused", None),
+            }[reason]
+            if (ours.outcome, theirs.error) != wanted:
+                unexpected.append(said)
+    assert not unexpected, "\n".join(unexpected)
+
+
+CELLS = {
+    "numa": (NUMA, NUMA_RUNNING, True),
+    "numa, shut off": (NUMA, NUMA_OFF, False),
+    "sparse": (SPARSE, SPARSE_RUNNING, True),
+    "ppc64": (PPC64, PPC64_RUNNING, True),
+    "ppc64, shut off": (PPC64, PPC64_OFF, False),
+}
+
+
+@pytest.mark.parametrize("name", CELLS)
+async def test_libvirt_and_we_answer_alike(daemon, name):
+    xml, cases, start = CELLS[name]
+    await check(daemon, xml, cases, start=start)
+
+
+@pytest.mark.skipif(not kvm_state()[0], reason=f"KVM: {kvm_state()[1]}")
+async def test_unplugs_alike(daemon, tmp_path):
+    await check(daemon, numa("kvm", firmware(tmp_path), EJECTING), UNPLUGS)
+
+
+def test_every_deliberate_difference_is_in_the_docs():
+    text = Path("docs/libvirt.md").read_text()
+    used = {reason for _, cases, _ in CELLS.values() for _, reason in cases} | {reason for _, reason in UNPLUGS}
+    for reason in used - {None}:
+        assert f"**{reason}**" in text, reason
+    assert sum(len(cases) for _, cases, _ in CELLS.values()) + len(UNPLUGS) >= 40

@@ -1,0 +1,313 @@
+"""Our call on the domains of a real libvirtd: by its API, and through its monitor."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import re
+from contextlib import asynccontextmanager
+
+import pytest
+
+import qmpvcpu
+from qmpvcpu import VcpuFlag
+from qmpvcpu.app.compare import LibvirtSide
+from qmpvcpu.host.rights import kvm_state
+from qmpvcpu.libvirt.daemon import run_libvirtd
+from tests.conftest import cli, start_cli
+from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa
+
+pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
+needs_kvm = pytest.mark.skipif(not kvm_state()[0], reason=f"KVM: {kvm_state()[1]}")
+
+
+@pytest.fixture(scope="module")
+async def daemon():
+    async with run_libvirtd(log_qmp=True) as running:
+        yield running
+
+
+@asynccontextmanager
+async def guest(daemon, xml=NUMA, *, start=True):
+    """A domain of libvirt's; gone at the end."""
+    async with LibvirtSide.run(daemon, xml.encode(), start=start) as side:
+        yield side
+
+
+async def on(daemon, *words):
+    return await cli("-c", daemon.uri, *words, "--json")
+
+
+def sent(daemon, mark):
+    return [command["execute"] for command in daemon.qmp_commands(mark)]
+
+
+async def tainted(side):
+    """Whether libvirt says that somebody used its monitor."""
+    return any("monitor" in text for text in await asyncio.to_thread(side.guest.domain.messages, 0))
+
+
+def listed(*enabled):
+    """`<vcpus>` of the RFC's."""
+    rows = (f"<vcpu id='{n}' state='{'enabled' if n in enabled else 'disabled'}'/>" for n in range(16))
+    return f"<vcpus>{''.join(rows)}</vcpus>"
+
+
+async def test_by_its_api_libvirt_stays_the_owner_of_its_truth(daemon):
+    async with guest(daemon) as side:
+        run = await on(daemon, "list")
+        assert {row["name"]: (row["state"], row["current"], row["maximum"]) for row in run.json["domains"]} == {
+            "web1": ("running", 3, 16)
+        }
+        mark = daemon.log_position()
+        run = await on(daemon, "setvcpu", "web1", "9,5", "--enable", "--live", "--config")
+        assert run.code == 0 and run.json["changed_ids"] == [5, 9], run.stdout
+        assert (run.json["live_changed_ids"], run.json["config_changed_ids"]) == ([5, 9], [5, 9])
+        # libvirt has sent them, one after the other, and knows them.
+        assert sent(daemon, mark).count("device_add") == 2
+        live, config = await side.guest.sides()
+        for xml in (live, config):
+            assert len(re.findall(rb"<vcpu id='[59]' enabled='yes' hotpluggable='yes'", xml)) == 2
+        assert not await tainted(side)
+        run = await on(daemon, "setvcpu", "web1", "5", "--enable")
+        assert run.code == 0 and run.json["changed"] is False
+        info = (await on(daemon, "vcpuinfo", "web1")).json
+        rows = info["vcpus"]
+        assert [row["id"] for row in rows if row["state"] == "enabled"] == [0, 1, 2, 5, 9]
+        assert rows[9]["props"] == {"socket-id": 1, "core-id": 0, "thread-id": 1, "node-id": 1}
+        assert (rows[9]["order"], rows[9]["node"], rows[9]["hotpluggable"]) == (5, 1, True)
+        assert rows[1]["hotpluggable"] is False
+        assert (await on(daemon, "vcpucount", "web1", "--active", "--config")).json["count"] == 5
+        run = await cli("-c", daemon.uri, "dumpxml", "web1", "--dialect", "rfc")
+        assert "<vcpu id='9' state='enabled' cell='1'/>" in run.stdout
+        inactive = await cli("-c", daemon.uri, "dumpxml", "web1", "--inactive")
+        assert "<vcpu id='9' enabled='yes'" in inactive.stdout
+
+
+async def test_what_libvirt_has_no_call_for(daemon):
+    async with guest(daemon) as side:
+        run = await on(daemon, "setvcpu", "web1", "1", "--enable", "--numa-node", "--count", "2")
+        assert run.code == 0 and run.json["changed_ids"] == [8, 9], run.stdout
+        run = await on(daemon, "setvcpu", "web1", "12", "--enable", "--core")
+        assert run.code == 0 and run.json["changed_ids"] == [12, 13]
+        plan = (await on(daemon, "setvcpu", "web1", "14-15", "--enable", "--dry-run")).json
+        assert [step["vcpus"] for step in plan["plan"]] == [[14], [15]] and plan["refusals"] == []
+        assert b"<vcpu id='14' enabled='no'" in (await side.guest.live_xml())
+
+
+async def test_several_are_one_transaction_and_undone_where_libvirt_fails(daemon):
+    """libvirt never rolls back."""
+    async with guest(daemon, PPC64):
+        assert (await on(daemon, "setvcpu", "power1", "8-15", "--enable")).code == 0
+        # Somebody else has plugged what libvirt does not know of.
+        async with qmpvcpu.connect("power1", uri=daemon.uri, via="monitor") as domain:
+            await domain.enable(range(32, 40))
+        run = await on(daemon, "setvcpu", "power1", "16-23,32-39", "--enable")
+        # An undo would unplug a core under the firmware, which kills this QEMU.
+        assert run.code == 6 and run.json["error"]["remaining"] == list(range(16, 24)), run.stdout
+        assert run.json["error"]["libvirt"] == "VIR_ERR_INTERNAL_ERROR", run.stdout
+        assert "already populated" in run.json["error"]["message"] or "Duplicate" in run.json["error"]["message"]
+
+
+@pytest.mark.parametrize("via", ["api", "monitor"])
+@needs_kvm
+async def test_unplugs_to_their_verified_end(daemon, tmp_path, via):
+    async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
+        run = await on(daemon, "--via", via, "setvcpu", "web1", "5-7", "--disable")
+        assert run.code == 0 and run.json["changed_ids"] == [5, 6, 7], run.stdout
+        xml = await side.guest.live_xml()
+        if via == "api":
+            assert xml.count(b"enabled='yes'") == 5
+            assert (await on(daemon, "setvcpu", "web1", "1", "--disable")).code == 3
+            run = await on(daemon, "setvcpus", "web1", "2", "--live", "--config")
+            assert run.code == 0 and run.json["changed_ids"] == [2, 3, 4, 5, 6, 7], run.stdout
+            live, config = await side.guest.sides()
+            assert b"current='2'" in live and b"current='2'" in config
+        else:
+            assert "tainted" in run.json["messages"][-1]
+
+
+async def test_through_its_monitor_with_our_own_engine(daemon, tmp_path):
+    log = tmp_path / "qmp"
+    async with guest(daemon) as side:
+        mark = daemon.log_position()
+        run = await on(daemon, "--via", "monitor", "setvcpu", "web1", "5-8", "--enable", "--qmp-log", str(log))
+        assert run.code == 0 and run.json["changed_ids"] == [5, 6, 7, 8], run.stdout
+        assert "tainted" in run.json["messages"][-1] and "does not follow" in run.json["messages"][-1]
+        # Four plugs and one query, as over QMP.
+        commands = sent(daemon, mark)
+        assert commands.count("device_add") == 4
+        assert commands[commands.index("device_add") :][4] == "query-cpus-fast"
+        assert "device_add" in [
+            json.loads(line)["message"].get("execute") for line in log.read_text().splitlines()
+        ]
+        assert await tainted(side)
+        assert b"current='3'" in await side.guest.live_xml()
+        rows = (await on(daemon, "--via", "monitor", "vcpuinfo", "web1")).json["vcpus"]
+        assert rows[5]["state"] == "enabled" and rows[5]["thread_id"] and rows[5]["qom_path"].endswith("/vcpu5")
+        # Its threads are on this host.
+        run = await on(daemon, "--via", "monitor", "vcpupin", "web1", "5", "0")
+        assert run.code == 0, run.stdout
+        run = await on(daemon, "--via", "monitor", "setvcpu", "web1", "5-6", "--enable", "--config")
+        assert run.code == 0 and b"<vcpu id='6' enabled='yes'" in (await side.guest.sides())[1], run.stdout
+
+
+async def test_refusals_and_errors_keep_libvirts_code(daemon):
+    async with guest(daemon):
+        run = await on(daemon, "setvcpu", "web1", "16", "--enable")
+        assert run.code == 3 and run.json["error"]["libvirt"] == "VIR_ERR_INVALID_ARG"
+        run = await on(daemon, "vcpupin", "web1", "0", "999")
+        assert run.code in (3, 8), run.stdout
+        assert run.json["error"]["libvirt"].startswith("VIR_ERR_") and run.json["error"]["message"]
+        run = await on(daemon, "setvcpu", "web1", "5", "--enable", "--guest")
+        assert run.code == 3 and run.json["error"]["libvirt"] == "VIR_ERR_ARGUMENT_UNSUPPORTED"
+        run = await on(daemon, "setvcpu", "web9", "5", "--enable")
+        assert run.code == 7 and run.json["error"]["libvirt"] == "VIR_ERR_NO_DOMAIN"
+        assert run.json["error"]["reason"] == "unknown-domain"
+        run = await on(daemon, "migrate", "web1", "two")
+        assert run.code == 2 and "not for libvirt's domains" in run.json["error"]["message"]
+    run = await cli("-c", "qemu+unix:///system?socket=/nowhere", "list", "--json")
+    assert run.code == 7 and run.json["error"]["reason"] == "missing", run.stdout
+    run = await cli("--via", "monitor", "vcpuinfo", "web1", "--json")
+    assert run.code == 2
+
+
+async def test_pins_and_its_definition(daemon):
+    async with guest(daemon) as side:
+        run = await on(daemon, "vcpupin", "web1", "0", "0", "--live", "--config")
+        assert run.code == 0 and run.json["changed"], run.stdout
+        live, config = await side.guest.sides()
+        assert b"<vcpupin vcpu='0' cpuset='0'/>" in live and b"<vcpupin vcpu='0' cpuset='0'/>" in config
+        assert (await on(daemon, "vcpupin", "web1", "0", "0")).json["changed"] is False
+        assert (await on(daemon, "vcpupin", "web1", "0")).json["pins"][0]["cpus"] == "0"
+        run = await on(daemon, "vcpupin", "web1", "9", "0")
+        assert run.code == 3 and "has no thread" in run.json["error"]["message"]
+        run = await on(daemon, "vcpupin", "web1", "9", "0", "--config")
+        assert run.code == 0 and b"<vcpupin vcpu='9' cpuset='0'/>" in (await side.guest.sides())[1]
+
+
+async def test_of_one_that_is_shut_off(daemon, tmp_path):
+    async with guest(daemon, start=False) as side:
+        run = await on(daemon, "setvcpu", "web1", "5", "--enable")
+        assert run.code == 0 and run.json["config_changed_ids"] == [5], run.stdout
+        run = await on(daemon, "setvcpu", "web1", "6", "--enable", "--live")
+        assert run.code == 3 and run.json["error"]["libvirt"] == "VIR_ERR_OPERATION_INVALID"
+        assert (await on(daemon, "setvcpus", "web1", "6", "--hotpluggable")).code == 0
+        assert b"current='6'" in (await side.guest.sides())[1]
+        wanted = tmp_path / "wanted.xml"
+        wanted.write_text(listed(0, 1, 2, 11))
+        run = await on(daemon, "apply", "web1", str(wanted))
+        assert run.code == 0, run.stdout
+        assert b"<vcpu id='11' enabled='yes'" in (await side.guest.sides())[1]
+        assert (await on(daemon, "list")).json["domains"][0]["state"] == "shut off"
+
+
+async def test_apply_live_and_config(daemon, tmp_path):
+    async with guest(daemon) as side:
+        wanted = tmp_path / "wanted.xml"
+        wanted.write_text(listed(0, 1, 2, 4, 11))
+        run = await on(daemon, "apply", "web1", str(wanted), "--live", "--config")
+        assert run.code == 0 and run.json["changed_ids"] == [4, 11], run.stdout
+        for xml in await side.guest.sides():
+            assert b"<vcpu id='11' enabled='yes'" in xml
+
+
+async def test_the_test_driver_knows_counts_only():
+    """Each connection to test:///default is a world of its own."""
+    async with qmpvcpu.connect("test", uri="test:///default") as domain:
+        assert (await domain.state()).enabled_ids == (0, 1)
+        outcome = await domain.set_vcpus(1)
+        assert outcome.changed_ids == (1,) and (await domain.state()).enabled_ids == (0,)
+        with pytest.raises(qmpvcpu.VcpuRefused, match="only how many") as caught:
+            await domain.enable(1)
+        assert caught.value.libvirt == "VIR_ERR_NO_SUPPORT"
+        assert (await domain.pin(0, "0-1")).outcome == "applied"
+        assert (await domain.set_vcpus(2, config=True)).outcome == "applied"
+        with pytest.raises(qmpvcpu.VcpuRefused):
+            await domain.set_vcpus(99)
+    run = await cli("-c", "test:///default", "list", "--json")
+    assert [row["name"] for row in run.json["domains"]] == ["test"]
+
+
+async def test_killed_between_calls_and_during_watch(daemon):
+    async with guest(daemon):
+        async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
+            await domain.enable(5)
+            watch = await start_cli("-c", daemon.uri, "watch", "web1", "--json")
+            first = json.loads(await watch.stdout.readline())
+            assert first["event"] == "snapshot" and first["vcpus"] == [0, 1, 2, 5]
+            await domain.enable(9)
+            line = json.loads(await asyncio.wait_for(watch.stdout.readline(), 20))
+            assert (line["event"], line["vcpus"]) == ("vcpu-added", [9])
+            await daemon.restart(kill=True)
+            stdout, _ = await asyncio.wait_for(watch.communicate(), 30)
+            assert watch.returncode == 7 and "closed" in stdout.decode(), stdout
+            with pytest.raises(qmpvcpu.VcpuConnectionError) as caught:
+                await domain.enable(6)
+            assert caught.value.reason == "closed"
+            await domain.reconnect()
+            assert (await domain.state()).enabled_ids == (0, 1, 2, 5, 9)
+            assert (await domain.enable(6)).changed_ids == (6,)
+        # What `guest` ends is reached by a connection that was lost.
+        run = await cli("-c", daemon.uri, "vcpucount", "web1", "--active", "--live")
+        assert run.stdout.strip() == "6"
+    import libvirt
+
+    def end():
+        conn = libvirt.open(daemon.uri)
+        found = conn.lookupByName("web1")
+        found.destroy()
+        found.undefine()
+        conn.close()
+
+    await asyncio.to_thread(end)
+
+
+async def test_two_connections_at_once(daemon):
+    async with guest(daemon):
+        async with (
+            qmpvcpu.connect("web1", uri=daemon.uri) as one,
+            qmpvcpu.connect("web1", uri=daemon.uri) as other,
+        ):
+            async with other.events() as events:
+                done = await asyncio.gather(one.enable([4, 5]), other.enable([6, 7]))
+                assert [outcome.changed_ids for outcome in done] == [(4, 5), (6, 7)]
+                seen = set()
+                async with asyncio.timeout(20):
+                    while seen != {4, 5, 6, 7}:
+                        seen |= set((await anext(events)).vcpus)
+            assert (await one.state()).enabled_ids == (await other.state()).enabled_ids == (0, 1, 2, 4, 5, 6, 7)
+            assert not (await other.enable([4, 5])).changed
+
+
+async def test_nothing_holds_the_loop(daemon):
+    """While libvirt is stopped, the loop turns; and a daemon that hangs is given up."""
+    import os
+    import signal
+
+    async with guest(daemon):
+        async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
+            os.kill(daemon.pid, signal.SIGSTOP)
+            try:
+                call = asyncio.create_task(domain.enable(5))
+                turns = 0
+                for _ in range(50):
+                    await asyncio.sleep(0.01)
+                    turns += 1
+                assert turns == 50 and not call.done()
+                call.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await call
+            finally:
+                os.kill(daemon.pid, signal.SIGCONT)
+        async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
+            assert (await domain.state(VcpuFlag.LIVE)).maxcpus == 16
+
+
+async def test_a_guest_that_stops_is_no_connection_any_more(daemon):
+    async with guest(daemon) as side:
+        watch = await start_cli("-c", daemon.uri, "watch", "web1", "--json")
+        await watch.stdout.readline()
+        await asyncio.to_thread(side.guest.domain.destroy)
+        stdout, _ = await asyncio.wait_for(watch.communicate(), 20)
+        assert watch.returncode == 7 and "has stopped" in stdout.decode()
