@@ -1,0 +1,113 @@
+"""Real Linux guests under a real libvirtd: its agent, and the end of unplugs that libvirt does not see."""
+
+from __future__ import annotations
+
+import asyncio
+from contextlib import asynccontextmanager
+
+import pytest
+
+import qmpvcpu
+from qmpvcpu.app.compare import LibvirtSide
+from qmpvcpu.app.guest import find_image
+from qmpvcpu.libvirt.daemon import run_libvirtd
+from tests.conftest import cli, qemu_binary
+
+pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("libvirt")]
+
+#: <os>, <features> and <cpu> of a guest, its memory, image, and how many vCPUs.
+KINDS = {
+    "x86_64": (
+        "machine='q35'",
+        "<features><acpi/></features><cpu mode='maximum'><topology sockets='2' cores='16' threads='1'/></cpu>",
+        256,
+        "x86_64",
+        "<vcpu current='2'>32</vcpu>",
+    ),
+    "ppc64": (
+        "machine='pseries'",
+        "<features><cfpc value='broken'/><sbbc value='broken'/><ibs value='broken'/></features>"
+        "<cpu><topology sockets='1' cores='20' threads='2'/></cpu>",
+        1024,
+        "ppc64le",
+        "<vcpu current='2'>40</vcpu>",
+    ),
+}
+
+
+@pytest.fixture(scope="module")
+async def daemon():
+    async with run_libvirtd() as running:
+        yield running
+
+
+@asynccontextmanager
+async def linux(daemon, arch, folder):
+    machine, more, memory, image, vcpus = KINDS[arch]
+    found = find_image(image)
+    console = folder / "console"
+    xml = f"""<domain type='qemu'><name>linux1</name><memory unit='MiB'>{memory}</memory>{vcpus}
+<os><type arch='{arch}' {machine}>hvm</type><kernel>{found.folder}/vmlinuz</kernel>
+<initrd>{found.folder}/initrd.cpio.gz</initrd><cmdline>{found.facts["append"]}</cmdline></os>{more}
+<devices><emulator>{qemu_binary("10.0", arch)}</emulator><serial type='file'><source path='{console}'/></serial>
+<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices></domain>"""
+    async with LibvirtSide.run(daemon, xml.encode(), log=False) as side:
+        async with asyncio.timeout(90):
+            while not console.exists() or found.facts["ready"] not in console.read_text(errors="replace"):
+                await asyncio.sleep(0.1)
+        yield side
+
+
+async def on(daemon, *words):
+    return await cli("-c", daemon.uri, *words, "--json")
+
+
+async def test_x86_64_where_libvirt_does_not_see_the_end(daemon, tmp_path):
+    async with linux(daemon, "x86_64", tmp_path) as side:
+        async with qmpvcpu.connect("linux1", uri=daemon.uri) as domain:
+            async with asyncio.timeout(20):
+                while (view := await domain.guest_vcpus()).cpus == ():
+                    await asyncio.sleep(0.1)
+            assert [cpu.logical_id for cpu in view.cpus] == [0, 1]
+        run = await on(daemon, "setvcpu", "linux1", "7", "--enable")
+        assert run.code == 0, run.stdout
+        cpus = (await on(daemon, "guestvcpus", "linux1")).json["cpus"]
+        assert [cpu["online"] for cpu in cpus] == [True, True, True]
+        run = await on(daemon, "guestvcpus", "linux1", "--cpulist", "2", "--disable")
+        assert run.code == 0 and [cpu["online"] for cpu in run.json["cpus"]] == [True, True, False], run.stdout
+        # An enable of what is plugged and offline brings it online.
+        run = await on(daemon, "guestvcpus", "linux1", "--cpulist", "2", "--enable")
+        assert run.code == 0, run.stdout
+        run = await on(daemon, "setvcpu", "linux1", "7", "--disable")
+        assert run.code == 0 and run.json["changed_ids"] == [7], run.stdout
+        assert "libvirt has not seen that vCPU 7 is gone" in run.json["messages"][-1]
+        # libvirt takes it for plugged, and a new process is not misled.
+        assert b"<vcpu id='7' enabled='yes'" in await side.guest.live_xml()
+        rows = (await on(daemon, "vcpuinfo", "linux1")).json["vcpus"]
+        assert rows[7]["state"] == "disabled" and rows[0]["online"] is True
+        run = await on(daemon, "setvcpu", "linux1", "7", "--enable")
+        assert run.code == 3 and "libvirt takes it for plugged" in run.json["error"]["message"]
+        run = await on(daemon, "--via", "monitor", "setvcpu", "linux1", "7", "--enable")
+        assert run.code == 0, run.stdout
+        # Through the monitor the agent reads files, and each of the guest's CPUs is known.
+        run = await on(daemon, "--via", "monitor", "setvcpu", "linux1", "9-10", "--enable")
+        assert run.code == 0, run.stdout
+        rows = (await on(daemon, "--via", "monitor", "vcpuinfo", "linux1")).json["vcpus"]
+        assert [row["id"] for row in rows if row["online"]] == [0, 1, 7, 9, 10]
+
+
+async def test_ppc64_cores_come_and_go(daemon, tmp_path):
+    async with linux(daemon, "ppc64", tmp_path) as side:
+        run = await on(daemon, "setvcpu", "linux1", "6-7,20-21", "--enable", "--live", "--config")
+        assert run.code == 0, run.stdout
+        run = await on(daemon, "setvcpu", "linux1", "6-7,20-21", "--disable", "--live", "--config")
+        assert run.code == 0 and run.json["changed_ids"] == [6, 7, 20, 21], run.stdout
+        for xml in await side.guest.sides():
+            assert b"current='2'" in xml
+        # The guest's last online CPUs are in the core that is to go: it says no, and libvirt fails without a word.
+        assert (await on(daemon, "setvcpu", "linux1", "6-7", "--enable")).code == 0
+        run = await on(daemon, "guestvcpus", "linux1", "--cpulist", "0-1", "--disable")
+        assert run.code == 0, run.stdout
+        run = await on(daemon, "setvcpu", "linux1", "6-7", "--disable", "--no-fallback")
+        assert run.code == 4, run.stdout
+        assert (await on(daemon, "vcpucount", "linux1", "--active", "--live")).json["count"] == 4
