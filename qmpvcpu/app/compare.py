@@ -173,8 +173,13 @@ def _bare(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 @asynccontextmanager
-async def our_side(xml: bytes, *, start: bool = True) -> AsyncIterator[OurSide]:
+async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> AsyncIterator[OurSide]:
     """A guest of ours with this XML; at the end it is gone.
+
+    Args:
+        xml: of the domain.
+        start: whether it is started.
+        log: whether what is sent to QEMU is kept.
 
     Raises:
         VcpuRefused: no such guest can be.
@@ -183,11 +188,11 @@ async def our_side(xml: bytes, *, start: bool = True) -> AsyncIterator[OurSide]:
     document, definition = read_domain(xml)
     with tempfile.TemporaryDirectory(prefix="qmpvcpu-compare-") as name:
         folder = Path(name)
-        file, log = folder / "domain.xml", folder / "qmp"
+        file, sent = folder / "domain.xml", folder / "qmp"
         file.write_bytes(xml)
         if not start:
             async with connect(str(file)) as domain:
-                yield OurSide(domain, log)
+                yield OurSide(domain, sent)
             return
         line = await command_line(definition, mode=ProbeMode.AUTO)
         if line.probe.emulator is None:
@@ -199,12 +204,13 @@ async def our_side(xml: bytes, *, start: bool = True) -> AsyncIterator[OurSide]:
         async with run_qemu(line.probe.emulator, words, channels=(_AGENT,)) as qemu:
             await qemu.monitor.cont()
             agent = str(qemu.folder / _AGENT) if definition.agent is not None else None
-            kept = QmpLog(log)
+            kept = QmpLog(sent) if log else None
             try:
                 async with connect(qmp=qemu.qmp, agent=agent, xml=str(file), qmp_log=kept) as domain:
-                    yield OurSide(domain, log)
+                    yield OurSide(domain, sent)
             finally:
-                kept.close()
+                if kept is not None:
+                    kept.close()
 
 
 class LibvirtSide:

@@ -19,10 +19,8 @@ __all__ = ["compare"]
 
 async def compare(session: Session, request_of: Callable[[Any], Request]) -> int:
     """Run one request on both, and show them."""
-    from qmpvcpu.cli.parse import parse_request
-
     options = session.options
-    asked = parse_request(options.request)
+    asked = options.asked
     xml = read_document(options.file)
     async with waiting("comparing with libvirt"):
         found = (await app.compare(xml, [request_of(asked)], start=not options.no_start))[0]

@@ -368,7 +368,7 @@ def parse_request(words: list[str]) -> argparse.Namespace:
         VcpuUsageError: it is none.
     """
     words = [word for word in words if word != "--"]
-    if not words:
+    if all(word.startswith("-") for word in words):
         raise VcpuUsageError("no request is given", hint="compare FILE setvcpu 5 --enable")
     if words[0] not in ("setvcpu", "setvcpus"):
         words = ["setvcpu", *words]
@@ -394,10 +394,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     for name, default in _GLOBAL_DEFAULTS.items():
         if not hasattr(found, name):
             setattr(found, name, default)
+    if found.command == "compare":
+        found.asked = parse_request(found.request)
+        for name, default in _GLOBAL_DEFAULTS.items():
+            # What stands behind the request is about all of it.
+            if getattr(found.asked, name) != default:
+                setattr(found, name, getattr(found.asked, name))
     if found.connect is not None and found.command not in _WITH_LIBVIRT:
         text = f"{found.command} is not for libvirt's domains"
         raise VcpuUsageError(text, hint=f"with -c URI there are {', '.join(sorted(_WITH_LIBVIRT))}")
-    if found.via is not None and found.connect is None and found.command != "compare":
+    if found.via is not None and found.connect is None:
         raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI")
     return found
 

@@ -1,7 +1,7 @@
 """scripts/bench: ratios of medians of interleaved pairs, in one run and one interpreter; nothing is a timed test.
 
 scripts/bench                 everything
-scripts/bench import enable   only these: import, probe, enable, pin, fill, drain, six
+scripts/bench import enable   only these: import, probe, enable, pin, fill, drain, six, libvirt
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.guest import boot, find_image
 from qmpvcpu.host.rights import kvm_state
 from qmpvcpu.qemu.process import run_qemu
+from scripts.benchmarks.against_libvirt import bench_libvirt
 from scripts.benchmarks.probe import bench_probe
 from scripts.benchmarks.raw import RawQmp
 
@@ -269,7 +270,7 @@ async def bench_six_linux(pairs: int) -> bool:
 
 
 def main() -> int:
-    chosen = sys.argv[1:] or ["import", "probe", "enable", "pin", "fill", "drain", "six"]
+    chosen = sys.argv[1:] or ["import", "probe", "enable", "pin", "fill", "drain", "six", "libvirt"]
     pairs = int(os.environ.get("QMPVCPU_BENCH_PAIRS", PAIRS))
     good = True
     if "import" in chosen:
@@ -300,6 +301,12 @@ def main() -> int:
                 print(f"kvm: {name}: not measured ({why})")
     if "six" in chosen:
         good &= asyncio.run(bench_six_linux(pairs))
+    if "libvirt" in chosen:
+        if not kvm:
+            print(f"kvm: libvirt: not measured ({why})")
+        with tempfile.TemporaryDirectory() as folder:
+            kinds = ["kvm", "qemu"] if kvm else ["qemu"]
+            good &= bench_libvirt(report, kinds, pairs, eject_firmware(Path(folder)))
     return 0 if good else 1
 
 

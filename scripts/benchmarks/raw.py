@@ -40,13 +40,13 @@ class RawQmp:
     def device_add(self, entity: Entity) -> None:
         self.command("device_add", driver=entity.driver, id=entity.device_id, **dict(entity.props or {}))
 
-    def unplug(self, entities: Sequence[Entity]) -> None:
-        """All device_del written first, then every reply read, then asked until only the boot CPU is left."""
+    def unplug(self, entities: Sequence[Entity], left: int = 1) -> None:
+        """All device_del written first, then every reply read, then asked until only `left` CPUs are there."""
         messages = [{"execute": "device_del", "arguments": {"id": entity.device_id}} for entity in entities]
         self.sock.sendall(b"".join(json.dumps(message).encode() for message in messages))
         for _ in messages:
             self.reply()
-        while len(self.command("query-cpus-fast")) > 1:
+        while len(self.command("query-cpus-fast")) > left:
             pass
 
     def pipeline(self, entities: Sequence[Entity]) -> None:

@@ -175,7 +175,7 @@ async def test_the_readme_is_true(tmp_path):
     readme = (TOP / "README.md").read_text()
     blocks = [block.split("```")[0] for block in readme.split("```sh\n")[1:]]
     python = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
-    assert (len(blocks), len(python)) == (9, 1)
+    assert (len(blocks), len(python)) == (10, 1)
     (tmp_path / "example.py").write_text(python[0])
     script = ["set -eu", "trap 'kill $(jobs -p)' EXIT", *blocks, f"{sys.executable} example.py"]
     environment = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
