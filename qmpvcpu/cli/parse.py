@@ -395,6 +395,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         if not hasattr(found, name):
             setattr(found, name, default)
     if found.command == "compare":
+        # argparse leaves everything behind FILE to the request.
+        found.no_start |= "--no-start" in found.request
+        found.request = [word for word in found.request if word != "--no-start"]
         found.asked = parse_request(found.request)
         for name, default in _GLOBAL_DEFAULTS.items():
             # What stands behind the request is about all of it.
