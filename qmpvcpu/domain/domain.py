@@ -110,6 +110,9 @@ def connect(
         if domain is None or qmp is not None or agent is not None or xml is not None:
             text = "of a libvirt domain, its name and nothing else is given"
             raise VcpuUsageError(text, hint="leave out its sockets and XML: libvirt knows them")
+        if qmp_log is not None and via == "api":
+            text = "by libvirt's API no QMP message is ours to keep"
+            raise VcpuUsageError(text, hint="leave out --qmp-log (qmp_log=), or go --via monitor")
         from qmpvcpu.domain.libvirt import LibvirtDomain
 
         return LibvirtDomain(domain, uri, via, qmp_log)

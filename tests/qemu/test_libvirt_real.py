@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import re
+import sys
 from contextlib import asynccontextmanager
 
 import pytest
@@ -168,8 +170,14 @@ async def test_refusals_and_errors_keep_libvirts_code(daemon):
         assert run.code == 2 and "not for libvirt's domains" in run.json["error"]["message"]
     run = await cli("-c", "qemu+unix:///system?socket=/nowhere", "list", "--json")
     assert run.code == 7 and run.json["error"]["reason"] == "missing", run.stdout
-    run = await cli("--via", "monitor", "vcpuinfo", "web1", "--json")
-    assert run.code == 2
+    for words in (
+        ("--via", "monitor", "vcpuinfo", "web1"),
+        ("-c", daemon.uri, "vcpuinfo", "web1", "--agent", "/nowhere"),
+        ("-c", daemon.uri, "vcpuinfo", "web1", "--qmp-log", "/nowhere/log"),
+        ("-c", daemon.uri, "save", "web1", "/nowhere"),
+    ):
+        run = await cli(*words, "--json")
+        assert run.code == 2, run.stdout
 
 
 async def test_pins_and_its_definition(daemon):
@@ -282,7 +290,6 @@ async def test_two_connections_at_once(daemon):
 
 async def test_nothing_holds_the_loop(daemon):
     """While libvirt is stopped, the loop turns; and a daemon that hangs is given up."""
-    import os
     import signal
 
     async with guest(daemon):
@@ -311,3 +318,71 @@ async def test_a_guest_that_stops_is_no_connection_any_more(daemon):
         await asyncio.to_thread(side.guest.domain.destroy)
         stdout, _ = await asyncio.wait_for(watch.communicate(), 20)
         assert watch.returncode == 7 and "has stopped" in stdout.decode()
+
+
+#: What ssh does for libvirt, without a host to log in to: a program that carries the bytes.
+CARRIER = """#!{python}
+import os, select, socket, sys
+sock = socket.socket(socket.AF_UNIX)
+sock.connect({socket!r})
+while True:
+    for ready in select.select([0, sock], [], [])[0]:
+        data = os.read(0, 65536) if ready == 0 else sock.recv(65536)
+        if not data:
+            sys.exit()
+        sock.sendall(data) if ready == 0 else os.write(1, data)
+"""
+
+
+async def test_by_way_of_a_program_as_to_another_host(daemon, tmp_path):
+    """libvirt's remote protocol through somebody else's hands: what is there is another host's."""
+    from urllib.parse import parse_qs, urlsplit
+
+    carrier = tmp_path / "carry"
+    path = parse_qs(urlsplit(daemon.uri).query)["socket"][0]
+    carrier.write_text(CARRIER.format(python=sys.executable, socket=path))
+    carrier.chmod(0o755)
+    uri = f"qemu+ext://elsewhere/system?command={carrier}"
+    async with guest(daemon):
+        run = await cli("-c", uri, "setvcpu", "web1", "5", "--enable", "--json")
+        assert run.code == 0 and run.json["changed_ids"] == [5], run.stdout + run.stderr
+        run = await cli("-c", uri, "--via", "monitor", "vcpuinfo", "web1", "--json")
+        row = run.json["vcpus"][5]
+        # Thread ids are another host's: nothing is said of threads that have these numbers here.
+        assert row["thread_id"] and row["pin"] is None
+        run = await cli("-c", uri, "--via", "monitor", "vcpupin", "web1", "5", "0", "--json")
+        assert run.code == 3, run.stdout
+        async with qmpvcpu.connect("web1", uri=uri) as domain:
+            os.system(f"pkill -f {carrier}")
+            with pytest.raises(qmpvcpu.VcpuConnectionError):
+                async with asyncio.timeout(20):
+                    while True:
+                        await domain.state()
+                        await asyncio.sleep(0.05)
+            await domain.reconnect()
+            assert (await domain.enable(6)).changed
+    for uri in ("qemu+tls://localhost/system", "qemu+ssh://nobody@localhost:1/system", "bogus://"):
+        run = await cli("-c", uri, "list", "--json")
+        assert run.code == 7 and run.json["error"]["address"] == uri, run.stdout
+        assert run.json["error"]["libvirt"].startswith("VIR_ERR_")
+
+
+async def test_many_connections_leave_nothing(daemon):
+    import gc
+    import threading
+
+    async def rounds(count):
+        for _ in range(count):
+            async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
+                await domain.state()
+        for _ in range(100):
+            if not [one for one in threading.enumerate() if "changes" in one.name or "queries" in one.name]:
+                break
+            await asyncio.sleep(0.02)
+        gc.collect()
+        return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+    async with guest(daemon):
+        before = await rounds(5)
+        after = await rounds(30)
+        assert after[0] <= before[0] + 2 and after[1] <= before[1] + 2, (before, after)
