@@ -212,7 +212,7 @@ class Link:
             self.removals_seen += len(removed)
             self._gone.update(number for event in removed for number in event.vcpus)
             self._hub.emit(found)
-        self.ledger.settle(state)
+        self.ledger.settle(state, self.driven)
         self._state = mark(state, self.ledger.firsts)
         if self._gone and not self.driven:
             # While an operation has vCPUs in its hands, it makes groups of those that are to come.

@@ -121,7 +121,7 @@ def test_core_means_an_entity_on_ppc64_and_all_threads_on_x86():
 @pytest.mark.parametrize(
     ("arch", "ids", "flags", "code", "libvirt"),
     [
-        ("x86_64", [0], DISABLE, "boot-cpu", "VIR_ERR_INVALID_ARG"),
+        ("x86_64", [0], DISABLE, "boot-cpu", "VIR_ERR_OPERATION_UNSUPPORTED"),
         ("s390x", [1], DISABLE, "no-unplug", "VIR_ERR_OPERATION_UNSUPPORTED"),
         ("x86_64", [8], ENABLE, "range", "VIR_ERR_INVALID_ARG"),
         ("x86_64", [-1], ENABLE, "range", "VIR_ERR_INVALID_ARG"),
