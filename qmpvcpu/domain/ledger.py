@@ -86,8 +86,8 @@ class Ledger:
             self._store.discard(stored)
 
     def settle(self, state: DomainState, held: Collection[int] = ()) -> None:
-        """What this fresh state shows as ended, has ended. Whoever has those in `held` in his hands ends them, all at
-        once: that costs the disk one write.
+        """What this fresh state shows as ended, has ended. Those in `held` are ended by who has them in hands, all
+        at once: that costs the disk one write.
         """
         if self._unplugs.keys() - held:
             ended = [first for first, unplug in self._unplugs.items() if not is_open(unplug, state)]
