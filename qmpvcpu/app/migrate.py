@@ -229,6 +229,9 @@ async def migrate(
         VcpuError: as `Domain.migrate`.
     """
     _check_words(dest, persistent=persistent)
+    if dest == source.name:
+        text = f"the destination is called as the source, '{dest}'"
+        raise VcpuRefused([Refusal("definition", text, (), "give the destination another name")])
     if undefine_source and not source.has_definition:
         text = "the source has no definition that could be forgotten"
         raise VcpuRefused([Refusal("definition", text, (), "leave out --undefine-source")])
@@ -292,20 +295,25 @@ async def migrate_prepare(
         return Prepared(target.name, where, target.qmp, state.enabled_ids, target.messages)
 
 
-async def migrate_finish(dest: str, cookie: Cookie | None) -> DomainState:
-    """Verify a destination, and let it run. `cookie`: None is the one that it was prepared with, on this host.
+async def migrate_finish(dest: str, cookie: Cookie | None, *, force: bool = False) -> tuple[DomainState, bool]:
+    """Verify a destination, and let it run; its vCPUs, and whether it runs, as it did at the source.
+
+    Args:
+        dest: its name, or its QMP address.
+        cookie: None is the one that it was prepared with, on this host.
+        force: also where another side has taken the guest.
 
     Raises:
         VcpuError: as `Domain.migrate_finish`.
     """
     async with connect(dest) as domain:
         cookie = cookie if cookie is not None else await domain.migrate_cookie()
-        state = await domain.migrate_finish(cookie)
+        state = await domain.migrate_finish(cookie, force=force)
     is_name = check_name(dest) is None and ":" not in dest
     place = _Place(domain, dest, is_name=is_name, is_ours=False, qmp=())
     with suppress(VcpuRefused):
         _define(place, cookie, persistent=cookie.persistent is not None)
-    return state
+    return state, cookie.runs
 
 
 async def migrate_cancel(domain: Domain, *, force: bool = False) -> str:
@@ -424,9 +432,17 @@ async def restore(
         cookie = read_cookie(saved.cookie)
         async with _destination(dest, cookie, mode, place=place, timeout=timeout) as target:
             await target.domain.migrate_prepare(cookie, place=place)
-            state = await target.domain.restore(cookie, saved.fd, saved.offset)
+
+            def told(runs: bool) -> None:
+                target.is_kept = runs
+
+            state = await target.domain.restore(cookie, saved.fd, saved.offset, told)
             target.is_kept = True
-            messages = [*target.messages, *_define_restored(target, cookie)]
+            messages = [*target.messages]
+            try:
+                messages += _define_restored(target, cookie)
+            except VcpuRefused as error:
+                messages.append(f"it is not defined: {error.message}")
             return Restored(target.name, target.qmp, state.enabled_ids, cookie.runs, tuple(messages))
     finally:
         saved.close()

@@ -141,9 +141,10 @@ async def _perform(session: Session) -> int:
 async def _finish(session: Session) -> int:
     options = session.options
     cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
-    state = await app.migrate_finish(options.dest, cookie)
+    state, runs = await app.migrate_finish(options.dest, cookie, force=options.force)
     document = {"outcome": "applied", "changed": True, "domain": options.dest, "vcpus": list(state.enabled_ids)}
-    session.show(document, [f"{options.dest}: runs with vCPU {format_ids(state.enabled_ids)}"])
+    word = "runs" if runs else "is paused, as it was,"
+    session.show(document, [f"{options.dest}: {word} with vCPU {format_ids(state.enabled_ids)}"])
     return 0
 
 

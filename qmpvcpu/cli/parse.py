@@ -306,6 +306,7 @@ def build_parser() -> argparse.ArgumentParser:
     finish.add_argument("dest", metavar="DEST", help="its name, or its QMP socket")
     prepared = "what migrate-begin has printed; - is standard input (default: what it was prepared with, here)"
     finish.add_argument("cookie", metavar="COOKIE", nargs="?", help=prepared)
+    finish.add_argument("--force", action="store_true", help="also what another side has taken")
 
     cancel = domain_command(
         "migrate-cancel", "end a migration: the source goes on, a destination that has not run ends"

@@ -430,8 +430,10 @@ class Destination(StrEnum):
 
     #: All of the guest, paused, with the source's vCPUs.
     WHOLE = "whole"
-    #: Something else.
+    #: Not all of it.
     BROKEN = "broken"
+    #: All of a guest, and not what left; or it cannot be let run.
+    OTHER = "other"
     #: Its QEMU has ended, or cannot be reached; it does not run by itself.
     GONE = "gone"
     #: It was told to run, and does.
@@ -460,6 +462,7 @@ class Step(StrEnum):
 _STEPS: Final[Mapping[tuple[Source, Destination], Step]] = {
     (Source.COMPLETED, Destination.WHOLE): Step.START_DESTINATION,
     (Source.COMPLETED, Destination.BROKEN): Step.GO_BACK,
+    (Source.COMPLETED, Destination.OTHER): Step.GO_BACK,
     (Source.COMPLETED, Destination.GONE): Step.GO_BACK,
     (Source.COMPLETED, Destination.RUNNING): Step.END_SOURCE,
     # libvirt resumes the source as well when the destination's start was not confirmed and it is gone.
@@ -467,15 +470,21 @@ _STEPS: Final[Mapping[tuple[Source, Destination], Step]] = {
     (Source.COMPLETED, Destination.UNKNOWN): Step.LEAVE,
     (Source.KEPT, Destination.WHOLE): Step.GO_BACK,
     (Source.KEPT, Destination.BROKEN): Step.GO_BACK,
+    (Source.KEPT, Destination.OTHER): Step.GO_BACK,
     (Source.KEPT, Destination.GONE): Step.GO_BACK,
     (Source.DEAD, Destination.WHOLE): Step.START_DESTINATION,
     (Source.DEAD, Destination.BROKEN): Step.GIVE_UP,
+    # It is the only copy.
+    (Source.DEAD, Destination.OTHER): Step.LEAVE,
     (Source.DEAD, Destination.GONE): Step.GIVE_UP,
     (Source.DEAD, Destination.RUNNING): Step.END_SOURCE,
     (Source.DEAD, Destination.DIED): Step.GIVE_UP,
     (Source.DEAD, Destination.UNKNOWN): Step.LEAVE,
     (Source.UNKNOWN, Destination.WHOLE): Step.LEAVE,
     (Source.UNKNOWN, Destination.BROKEN): Step.GIVE_UP,
+    (Source.UNKNOWN, Destination.OTHER): Step.LEAVE,
+    (Source.UNKNOWN, Destination.DIED): Step.GIVE_UP,
+    (Source.UNKNOWN, Destination.UNKNOWN): Step.LEAVE,
     (Source.UNKNOWN, Destination.GONE): Step.GIVE_UP,
 }
 

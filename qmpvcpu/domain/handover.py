@@ -10,7 +10,19 @@ from qmpvcpu.domain.link import Link
 from qmpvcpu.errors import VcpuRefused
 from qmpvcpu.host.handover import Handovers, Side
 
-__all__ = ["Side", "forget", "is_there", "keep", "kept", "new_number", "release", "take"]
+__all__ = [
+    "Side",
+    "begin_number",
+    "forget",
+    "give",
+    "is_there",
+    "is_used",
+    "keep",
+    "kept",
+    "new_number",
+    "release",
+    "take",
+]
 
 
 def new_number() -> str:
@@ -22,6 +34,16 @@ def _handovers() -> Handovers | None:
     with suppress(RuntimeError):  # no home folder
         return Handovers()
     return None
+
+
+def begin_number(link: Link) -> str:
+    """Of the handing over that this guest begins: one that was begun, and not used, goes on, so that there is one
+    number for all that is under way.
+    """
+    begun = kept(link, Side.SOURCE)
+    if begun is not None and begun.number is not None and not is_used(begun):
+        return begun.number
+    return new_number()
 
 
 def keep(link: Link, side: Side, cookie: Cookie) -> None:
@@ -45,11 +67,11 @@ def kept(link: Link, side: Side) -> Cookie | None:
     return None
 
 
-def forget(link: Link) -> None:
-    """It takes part in none any more."""
+def forget(link: Link, side: Side | None = None) -> None:
+    """It takes part in none any more, or not as that side."""
     here = _handovers()
     if here is not None and link.process is not None:
-        here.forget(link.process)
+        here.forget(link.process, side)
 
 
 def is_there(cookie: Cookie, side: Side) -> bool:
@@ -58,16 +80,34 @@ def is_there(cookie: Cookie, side: Side) -> bool:
     return here is not None and cookie.number is not None and here.is_there(side, cookie.number)
 
 
-def take(cookie: Cookie, side: Side) -> bool:
-    """Before that side is let run; whether it may be: the other one has not taken the guest."""
+def is_used(cookie: Cookie) -> bool:
+    """Whether somebody has taken the guest of it."""
     here = _handovers()
-    if here is None or cookie.number is None:
-        return True
-    return here.take(cookie.number, side) is side
+    return here is not None and cookie.number is not None and here.holder(cookie.number) is not None
 
 
-def release(cookie: Cookie, side: Side) -> None:
-    """That side does not run, and will not."""
+def _who(side: Side, link: Link | None) -> str:
+    """There is one source, and there may be several destinations."""
+    if side is Side.SOURCE or link is None or link.process is None:
+        return side.value
+    return f"{side.value} {link.process.key}"
+
+
+def take(cookie: Cookie, side: Side, link: Link | None = None) -> bool:
+    """Before that side (`link`, a destination) is let run; whether it may be: nobody else has taken the guest."""
+    here = _handovers()
+    return here is None or cookie.number is None or here.take(cookie.number, _who(side, link))
+
+
+def give(cookie: Cookie, side: Side, link: Link | None = None) -> None:
+    """The guest is that side's, whoever had taken it."""
     here = _handovers()
     if here is not None and cookie.number is not None:
-        here.release(cookie.number, side)
+        here.give(cookie.number, _who(side, link))
+
+
+def release(cookie: Cookie, side: Side, link: Link | None = None) -> None:
+    """That side has it no longer: anybody may take it."""
+    here = _handovers()
+    if here is not None and cookie.number is not None:
+        here.release(cookie.number, _who(side, link))

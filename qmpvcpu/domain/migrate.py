@@ -33,7 +33,7 @@ from qmpvcpu.core.migration import (
     warnings,
 )
 from qmpvcpu.core.model import DomainState, QemuVersion
-from qmpvcpu.domain.handover import Side, forget, is_there, kept, release, take
+from qmpvcpu.domain.handover import Side, forget, give, is_there, is_used, keep, kept, release, take
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.read import run_state
 from qmpvcpu.errors import (
@@ -133,6 +133,9 @@ async def check_begin(link: Link, *, force: bool) -> tuple[DomainState, bool]:
     state = await link.read()
     runs, status = await run_state(link.monitor), await status_of(link.monitor)
     refusals = check_source(state, runs, status, link.ledger.firsts)
+    if runs == "paused" and status.is_incoming and kept(link, Side.DESTINATION) is not None:
+        hint = "migrate-finish lets it run here, migrate-cancel ends it here"
+        refusals.append(_refused("arrived", "the guest has arrived here, and was never let run", hint))
     refusals += [] if force else check_hangs(state, link.removals_seen)
     if refusals:
         raise VcpuRefused(refusals)
@@ -251,6 +254,23 @@ async def check_perform(link: Link, cookie: Cookie | None, *, force: bool) -> tu
         hint = "begin again: the guest has changed since migrate-begin"
         raise VcpuRefused([_refused(one.code, one.message, hint) for one in refusals])
     return state, runs
+
+
+def take_for_perform(link: Link, begun: Cookie | None, *, runs: bool) -> None:
+    """The source has the guest until all of it has been handed over; `begun` is the cookie of this, where known.
+
+    Raises:
+        VcpuRefused: it was used before, or the guest was paused or let run since.
+    """
+    if begun is None:
+        return
+    hint = "begin again: migrate-begin, and migrate-prepare a destination with its cookie"
+    if begun.runs != runs:
+        text = f"the guest was {'running' if begun.runs else 'paused'} when this was begun, and is not any more"
+        raise VcpuRefused([_refused("run-state", text, hint)])
+    if is_used(begun) or not take(begun, Side.SOURCE):
+        raise VcpuRefused([_refused("handed-over", "this cookie has been used", hint)])
+    keep(link, Side.SOURCE, begun)
 
 
 async def perform(
@@ -465,7 +485,7 @@ async def finish(link: Link, cookie: Cookie) -> tuple[Destination, list[Refusal]
         source = cookie.machine
         here = machine_of(await link.read())
         refusals = check_arrived(source, here) if source is not None else []
-        return (Destination.BROKEN if refusals else Destination.WHOLE), refusals
+        return (Destination.OTHER if refusals else Destination.WHOLE), refusals
     except VcpuConnectionError as error:
         return Destination.GONE, [
             _refused("destination", error.message, "look at the log of the destination's QEMU")
@@ -479,10 +499,10 @@ async def start(link: Link, cookie: Cookie) -> tuple[Destination, str | None]:
     try:
         await link.monitor.cont()
         if (runs := await run_state(link.monitor)) != "running":
-            return Destination.BROKEN, f"the destination is '{runs}' after cont"
+            return Destination.OTHER, f"the destination is '{runs}' after cont"
         return Destination.RUNNING, None
     except CommandError as error:
-        return Destination.BROKEN, f"the destination cannot run it: {error.text}"
+        return Destination.OTHER, f"the destination cannot run it: {error.text}"
     except VcpuConnectionError as error:
         return (Destination.DIED if await _is_dead(link) else Destination.UNKNOWN), error.message
 
@@ -514,6 +534,15 @@ async def _cont(monitor: Monitor) -> None:
             if time.monotonic() >= deadline:
                 raise
         await asyncio.sleep(_LOOK_FIRST)
+
+
+async def _lost(source: Link) -> Source | None:
+    """How a source is gone; None: it is there."""
+    try:
+        await run_state(source.monitor)
+    except VcpuConnectionError:
+        return Source.DEAD if await _is_dead(source) else Source.UNKNOWN
+    return None
 
 
 async def end(link: Link) -> bool:
@@ -548,36 +577,42 @@ async def cancel(link: Link, *, force: bool = False) -> str:
     """
     status, runs = await status_of(link.monitor), await run_state(link.monitor)
     begun, prepared = kept(link, Side.SOURCE), kept(link, Side.DESTINATION)
+    saving = kept(link, Side.SAVING)
     if runs == "inmigrate":
         await end(link)
         return "the destination, which waited, was ended"
     if runs == "paused" and status.is_incoming and prepared is not None:
         return await _end_arrived(link, prepared, force=force)
     if status.is_active:
-        await go_on(link, runs=runs == "running")
-        return "the migration was cancelled, and the guest goes on"
+        # It may be at its end all the same: then the source has the guest only if it takes it.
+        ran = runs == "running" or any(one is not None and one.runs for one in (saving, begun))
+        if (await stop_moving(link.monitor)).status == "completed" and saving is None:
+            return await _take_back(link, begun, force=force)
+        await go_on(link, runs=ran)
+        forget(link, Side.SAVING)
+        return f"the migration was cancelled, and the guest {'goes on' if ran else 'is paused, as it was'}"
+    if runs in ("paused", "postmigrate") and saving is not None:
+        # A `save` that lost us in the middle: the file is not whole, or it is and its QEMU was to be ended.
+        await go_on(link, runs=saving.runs)
+        forget(link, Side.SAVING)
+        return "the guest, which had been paused to be saved, " + (
+            "goes on" if saving.runs else "is paused, as it was"
+        )
     if runs == "postmigrate":
         return await _take_back(link, begun, force=force)
-    if runs == "paused" and status.has_ended and not status.is_incoming and begun is not None and begun.runs:
-        # A `save` that lost us in the middle.
-        await go_on(link, runs=True)
-        return "the guest, which had been paused for it, goes on"
     raise VcpuRefused([_refused("migrating", "no migration is under way", "`migrate-begin` begins one")])
 
 
 async def _take_back(link: Link, begun: Cookie | None, *, force: bool) -> str:
     """A source that has handed its guest over goes on; `begun` is what is known of that here."""
-    if begun is not None and not take(begun, Side.SOURCE) and not force:
+    if begun is not None and force:
+        give(begun, Side.SOURCE)
+    elif begun is not None and not take(begun, Side.SOURCE):
         text = "the guest was let run at the destination, and would run twice"
         hint = "end the source's QEMU; if the destination is gone for good, --force lets the guest go on here"
         raise VcpuRefused([_refused("handed-over", text, hint)])
     runs = begun is None or begun.runs
-    try:
-        await go_on(link, runs=runs)
-    except VcpuError:
-        if begun is not None:
-            release(begun, Side.SOURCE)
-        raise
+    await go_on(link, runs=runs)
     said = "goes on here" if runs else "is here again, paused as it was"
     if begun is None:
         return f"the guest, which had been handed over, {said}: see to it that the destination does not run it"
@@ -588,7 +623,7 @@ async def _end_arrived(link: Link, prepared: Cookie, *, force: bool) -> str:
     """A destination that has all of the guest, and has not been let run."""
     if not force and not (is_there(prepared, Side.SOURCE) and take(prepared, Side.SOURCE)):
         text = "all of the guest is here, and whether the source still has it is not known"
-        hint = "migrate-finish lets it run here; if the source goes on, --force ends it here"
+        hint = "migrate-finish (--force) lets it run here; if the source goes on, --force ends it here"
         raise VcpuRefused([_refused("handed-over", text, hint)])
     await end(link)
     forget(link)
@@ -645,6 +680,7 @@ async def migrate(
     began = time.monotonic()
     state, runs = await check_perform(source, cookie, force=force)
     cookie = replace(cookie, runs=runs)
+    take_for_perform(source, cookie, runs=runs)
     status = MigrationStatus()
     cancelled: asyncio.CancelledError | None = None
     try:
@@ -660,6 +696,7 @@ async def migrate(
         end_of_source, why = (Source.DEAD if await _is_dead(source) else Source.UNKNOWN), error.message
     except VcpuFailed as error:
         # It did not begin: perhaps another one is under way, and that is not ours to end.
+        release(cookie, Side.SOURCE)
         raise VcpuFailed(
             f"{error.message}; the guest goes on at the source", hint=error.hint, qmp_text=error.qmp_text
         ) from error
@@ -687,6 +724,8 @@ async def _hand_over(
     """Step by step, as the table says; what is to be said of it."""
     reasons: list[Refusal] = []
     is_told = False
+    if end_of_source in (Source.COMPLETED, Source.DEAD):
+        release(cookie, Side.SOURCE)
     if end_of_source is Source.KEPT:
         here = Destination.BROKEN
     else:
@@ -694,8 +733,8 @@ async def _hand_over(
     why = "; ".join(one.message for one in reasons) or why
     while True:
         step = next_step(end_of_source, here)
-        if step is Step.START_DESTINATION and not take(cookie, Side.DESTINATION):
-            here, why = Destination.BROKEN, "the guest was taken back at the source"
+        if step is Step.START_DESTINATION and not take(cookie, Side.DESTINATION, destination):
+            here, why = Destination.OTHER, "another side has taken the guest"
         elif step is Step.START_DESTINATION:
             is_told = True
             here, said = await start(destination, cookie)
@@ -709,11 +748,19 @@ async def _hand_over(
                 return ["the source's QEMU may still be there, paused: end it, and do not let it go on"]
             return []
         elif step is Step.GO_BACK:
+            if (lost := await _lost(source)) is not None:
+                # What is at the destination may be all there is.
+                end_of_source, why = lost, f"{why}; the source's QEMU is gone, or does not answer"
+                continue
             if not await end(destination) and is_told:
                 # It may have run, and run again.
                 here = Destination.UNKNOWN
                 continue
-            release(cookie, Side.DESTINATION)
+            # What may be left there is not let run any more.
+            release(cookie, Side.DESTINATION, destination)
+            if not take(cookie, Side.SOURCE):
+                settled()
+                raise VcpuPartial(f"{why}, and neither side here was touched", hint="look where it runs")
             await go_on(source, runs=cookie.runs)
             raise VcpuFailed(f"{why}; the guest goes on at the source", hint="correct that, and migrate again")
         elif step is Step.LEAVE:
@@ -723,9 +770,13 @@ async def _hand_over(
                 hint="look at both: migrate-cancel --force lets the source go on, migrate-finish the destination",
             )
         else:
-            await end(destination)
+            if here is Destination.GONE and not await _is_dead(destination):
+                # It only does not answer.
+                settled()
+            else:
+                await end(destination)
             raise VcpuConnectionError(
-                f"{why}; not all of the guest has arrived, and the destination's QEMU is ended",
+                f"{why}; nobody runs it that we know of, and what had come to the destination is not let run",
                 reason="closed",
                 hint="if the source's QEMU is there, the guest goes on in it",
             )

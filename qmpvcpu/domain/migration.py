@@ -13,7 +13,7 @@ from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.change import change
 from qmpvcpu.domain.dump import describe, dump
-from qmpvcpu.domain.handover import Side, forget, keep, kept, new_number, release, take
+from qmpvcpu.domain.handover import Side, begin_number, forget, give, keep, kept, release, take
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.locate import Place
 from qmpvcpu.domain.persistent import NO_DEFINITION, Persistent
@@ -101,7 +101,7 @@ class MigrationCalls:
             machine_of(state),
             runs,
             definition is None,
-            new_number(),
+            begin_number(link),
         )
         keep(link, Side.SOURCE, cookie)
         return cookie
@@ -171,24 +171,34 @@ class MigrationCalls:
             VcpuFailed: it was not completed; the guest goes on here.
             VcpuConnectionError: QEMU is lost.
         """
-        from qmpvcpu.domain.migrate import check_perform, go_on, perform, status_of, to_the_end
+        from qmpvcpu.domain.migrate import check_perform, go_on, perform, status_of, take_for_perform, to_the_end
 
         async with self._queue:
             link = self._connected()
             _, runs = await check_perform(link, cookie, force=force)
-            if cookie is not None:
-                keep(link, Side.SOURCE, replace(cookie, runs=runs))
+            begun = cookie or kept(link, Side.SOURCE)
+            take_for_perform(link, begun, runs=runs)
             try:
                 status = await perform(link.monitor, uri, bandwidth=bandwidth, timeout=timeout, progress=progress)
+            except (VcpuFailed, VcpuRefused):
+                # It did not begin.
+                if begun is not None:
+                    release(begun, Side.SOURCE)
+                raise
             except asyncio.CancelledError:
                 # What has been handed over may be started there.
                 if (await status_of(link.monitor)).status != "completed":
                     await to_the_end(go_on(link, runs=runs))
+                elif begun is not None:
+                    release(begun, Side.SOURCE)
                 raise
             if status.status != "completed":
+                # The number is used up: whatever has arrived there is not let run any more.
                 await go_on(link, runs=runs)
                 why = status.error or f"it was {status.status}"
                 raise VcpuFailed(f"the migration failed: {why}; the guest goes on here", hint="see QEMU's logs")
+            if begun is not None:
+                release(begun, Side.SOURCE)
             return status
 
     async def migrate_cookie(self) -> Cookie:
@@ -204,8 +214,21 @@ class MigrationCalls:
             raise VcpuRefused([Refusal("cookie", text, (), "give the cookie that migrate-begin has printed")])
         return cookie
 
-    async def migrate_finish(self, cookie: Cookie, *, hint: str = _GO_BACK) -> DomainState:
-        """Verify that all of the guest has arrived here, and let it run; its vCPUs. `hint` goes with an error.
+    async def migrate_finish(
+        self,
+        cookie: Cookie,
+        *,
+        force: bool = False,
+        hint: str = _GO_BACK,
+        told: Callable[[bool], None] = lambda _: None,
+    ) -> DomainState:
+        """Verify that all of the guest has arrived here, and let it run; its vCPUs.
+
+        Args:
+            cookie: of `migrate_begin`.
+            force: also where another side has taken it.
+            hint: goes with an error.
+            told: called with True before it is let run, and with False if it was not.
 
         Raises:
             VcpuRefused: the source has taken the guest back.
@@ -220,16 +243,21 @@ class MigrationCalls:
             found, refusals = await finish(link, cookie)
             text = "; ".join(one.message for one in refusals)
             if found is Destination.WHOLE:
-                if not take(cookie, Side.DESTINATION):
-                    text = "the source has taken the guest back, and it would run twice"
-                    raise VcpuRefused([Refusal("handed-over", text, (), "migrate-cancel ends this side")])
+                if force:
+                    give(cookie, Side.DESTINATION, link)
+                elif not take(cookie, Side.DESTINATION, link):
+                    text = "another side has taken the guest (the source goes on), and it would run twice"
+                    where = "migrate-cancel ends this side; if no other one is there any more, --force lets it run"
+                    raise VcpuRefused([Refusal("handed-over", text, (), where)])
+                told(True)
                 found, said = await start(link, cookie)
                 text = said or text
-                if found in (Destination.BROKEN, Destination.DIED):
-                    release(cookie, Side.DESTINATION)
+                told(found in (Destination.RUNNING, Destination.UNKNOWN))
             if found is Destination.RUNNING:
                 forget(link)
                 return link.state
+            if found is Destination.UNKNOWN:
+                hint = "migrate-finish again; if it is gone, migrate-cancel --force lets the source go on"
             if found in (Destination.GONE, Destination.DIED, Destination.UNKNOWN):
                 raise VcpuConnectionError(text, reason="closed", hint=hint)
             raise VcpuFailed(text, hint=hint)
@@ -266,6 +294,7 @@ class MigrationCalls:
                 is_written = True
 
             try:
+                keep(link, Side.SAVING, replace(cookie, runs=runs))
                 await link.monitor.stop()
                 status = await perform_to_file(link.monitor, state.qemu, fd, offset, progress)
                 if status.status != "completed":
@@ -278,10 +307,12 @@ class MigrationCalls:
                 raise VcpuConnectionError(said, reason=error.reason, hint=hint) from error
             except (CommandError, OSError, VcpuFailed) as error:
                 await go_on(link, runs=runs)
+                forget(link, Side.SAVING)
                 why = error.strerror if isinstance(error, OSError) else str(error)
                 raise VcpuFailed(f"{why}; the guest goes on", hint="look at the disk, and save again") from error
             except asyncio.CancelledError:
                 await to_the_end(end(link) if is_written else go_on(link, runs=runs))
+                forget(link, Side.SAVING)
                 raise
             await to_the_end(end(link))
             return status
@@ -298,17 +329,21 @@ class MigrationCalls:
                 await self._close()
                 await self._connect()
                 await go_on(self._connected(), runs=runs)
+                forget(self._connected(), Side.SAVING)
                 return True
             await asyncio.sleep(_PENDING_LOOK)
         return False
 
-    async def restore(self, cookie: Cookie, fd: int, offset: int) -> DomainState:
+    async def restore(
+        self, cookie: Cookie, fd: int, offset: int, told: Callable[[bool], None] = lambda _: None
+    ) -> DomainState:
         """Read a saved guest into this QEMU, which is prepared (`migrate_prepare`), verify it, and let it run, if
         it ran; its vCPUs.
 
         Args:
             cookie: what was saved with it.
             fd: opened to read, and standing at `offset`, in bytes.
+            told: as `migrate_finish`.
 
         Raises:
             VcpuFailed: it is not whole, or not of this machine, and QEMU may have ended over it; it does not run.
@@ -320,7 +355,9 @@ class MigrationCalls:
             link = self._connected()
             await incoming_from_file(link, link.state.qemu, fd, offset)
         try:
-            return await self.migrate_finish(cookie, hint="the file is as it was")
+            # A file is good for as many guests as are made of it.
+            once = replace(cookie, number=None)
+            return await self.migrate_finish(once, hint="the file is as it was", told=told)
         except VcpuConnectionError as error:
             if link.process is None or is_alive(link.process.key):
                 raise

@@ -8,7 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 
 import pytest
 
@@ -763,3 +763,103 @@ async def test_one_that_listens_everywhere_is_named_by_its_hosts_name(tmp_path, 
         cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
         run = await cli("migrate-prepare", str(cookie), target.qmp, "--uri", "tcp:0.0.0.0:0")
         assert run.code == 0 and run.stdout.startswith(f"tcp:{socket.gethostname()}:"), run.stdout
+
+
+async def test_a_cookie_is_for_one_handing_over(tmp_path, state):
+    """What has arrived of a migration that failed, or was taken back, is not let run by a later one."""
+    async with machine() as source, waiting() as target, waiting() as third:
+        cookie = await handed_over(source, target, tmp_path)
+        assert (await cli("migrate-cancel", source.qmp)).code == 0
+        uri = (await cli("migrate-prepare", cookie, third.qmp)).stdout.strip()
+        run = await cli("migrate-perform", source.qmp, uri, "--cookie", cookie, "--json")
+        assert run.code == 3 and "has been used" in run.json["error"]["message"], run.stdout
+        assert await runs(source)
+        # Begun again, all goes well; and what is at the first destination stays what it is.
+        again = tmp_path / "again"
+        again.write_text((await cli("migrate-begin", source.qmp)).stdout)
+        assert (await cli("migrate-prepare", str(again), third.qmp)).code == 0
+        assert (await cli("migrate-perform", source.qmp, uri)).code == 0
+        run = await cli("migrate-finish", target.qmp, "--json")
+        assert run.code == 3, run.stdout
+        assert (await cli("migrate-finish", third.qmp)).code == 0
+        assert not await runs(target) and not await runs(source) and await runs(third)
+
+
+async def test_begun_twice_it_is_one(tmp_path, state):
+    async with machine() as source, waiting() as target:
+        cookie = tmp_path / "cookie"
+        cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
+        uri = (await cli("migrate-prepare", str(cookie), target.qmp)).stdout.strip()
+        assert (await cli("migrate-begin", source.qmp)).code == 0
+        assert (await cli("migrate-perform", source.qmp, uri)).code == 0
+        assert (await cli("migrate-cancel", source.qmp)).code == 0 and await runs(source)
+        run = await cli("migrate-finish", target.qmp, "--json")
+        assert run.code == 3 and not await runs(target), run.stdout
+
+
+async def test_forced_at_one_side_the_other_is_refused(tmp_path, state):
+    async with machine() as source, waiting() as target:
+        cookie = await handed_over(source, target, tmp_path)
+        process = await asyncio.create_subprocess_exec(
+            sys.executable,
+            "-c",
+            "import asyncio, os, sys\nimport qmpvcpu\nfrom qmpvcpu.domain import migrate as engine\n"
+            "async def main():\n"
+            "    async def dying(*given): os._exit(9)\n"
+            "    engine.start = dying\n"
+            "    async with qmpvcpu.connect(qmp=sys.argv[1]) as t:\n"
+            "        await t.migrate_finish(await t.migrate_cookie())\n"
+            "asyncio.run(main())",
+            target.qmp,
+        )
+        assert await process.wait() == 9
+        assert (await cli("migrate-cancel", source.qmp)).code == 3
+        assert (await cli("migrate-cancel", source.qmp, "--force")).code == 0 and await runs(source)
+        assert (await cli("migrate-finish", target.qmp, cookie)).code == 3 and not await runs(target)
+        source.process.kill()
+        assert await ended(source)
+        # The only copy now.
+        assert (await cli("migrate-finish", target.qmp, "--force")).code == 0 and await runs(target)
+
+
+async def test_what_has_arrived_and_was_never_let_run_is_not_taken_further(tmp_path, state):
+    async with machine() as source, waiting() as target:
+        await handed_over(source, target, tmp_path)
+        for words in (("migrate-begin", target.qmp), ("save", target.qmp, str(tmp_path / "file"))):
+            run = await cli(*words, "--json")
+            assert run.code == 3 and "was never let run" in run.json["error"]["message"], run.stdout
+        assert (await cli("migrate-finish", target.qmp)).code == 0 and await runs(target)
+
+
+async def test_the_return_path_is_cut_at_the_very_end(tmp_path, state):
+    """All has arrived, and the source does not learn it: it goes on, and the destination is not let run."""
+    async with machine() as source, waiting() as target:
+        behind, front = tmp_path / "behind", tmp_path / "front"
+
+        async def relay(reader, writer):
+            other_reader, other_writer = await asyncio.open_unix_connection(behind)
+            with suppress(ConnectionError):
+                while data := await reader.read(65536):
+                    other_writer.write(data)
+                    # All is there: what the destination says of it is lost.
+                    if (await target.monitor.query_status())["status"] != "inmigrate":
+                        break
+            await asyncio.sleep(0.5)
+            writer.transport.abort()
+            await asyncio.sleep(0.5)
+            other_writer.close()
+
+        async with await asyncio.start_unix_server(relay, front):
+            cookie = tmp_path / "cookie"
+            cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
+            assert (await cli("migrate-prepare", str(cookie), target.qmp, "--uri", f"unix:{behind}")).code == 0
+            process = await start_cli("migrate-perform", source.qmp, f"unix:{front}", "--json")
+            await asyncio.sleep(4)
+            if process.returncode is None:
+                assert (await cli("migrate-cancel", str(source.folder / "qmp2"))).code == 0
+            stdout, _ = await process.communicate()
+        assert process.returncode == 8, stdout
+        assert await runs(source)
+        run = await cli("migrate-finish", target.qmp, "--json")
+        assert run.code in (3, 7, 8) and await runs(source), run.stdout
+        assert target.process.returncode is not None or not await runs(target)

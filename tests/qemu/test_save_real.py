@@ -238,16 +238,34 @@ async def test_qemu_is_silent_for_longer_than_it_may_and_the_guest_goes_on(tmp_p
         assert await runs(source) and not file.exists()
 
 
-async def test_killed_while_it_saves_the_guest_is_let_go_on(tmp_path, monkeypatch):
+DIES_SAVING = """
+import asyncio, os, sys
+import qmpvcpu
+from qmpvcpu.app import migrate as app
+from qmpvcpu.domain import migrate as engine
+
+async def main():
+    original = engine.perform_to_file
+    async def dying(*given):
+        if sys.argv[3] == "after":
+            await original(*given)
+        os._exit(9)
+    engine.perform_to_file = dying
+    async with qmpvcpu.connect(qmp=sys.argv[1]) as domain:
+        await app.save(domain, sys.argv[2])
+
+asyncio.run(main())
+"""
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+async def test_killed_while_it_saves_the_guest_is_let_go_on(tmp_path, monkeypatch, when):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    file = str(tmp_path / "saved")
     async with machine() as source:
-        async with qmpvcpu.connect(qmp=source.qmp) as domain:
-            await domain.migrate_begin()
-        # What is left then: paused, and what was written is not whole.
-        await source.monitor.stop()
-        await source.monitor.migrate("exec:false")
-        async with asyncio.timeout(10):
-            while (await source.monitor.query_migrate()).get("status") != "failed":
-                await asyncio.sleep(0.01)
+        words = [sys.executable, "-c", DIES_SAVING, source.qmp, file, when]
+        assert await (await asyncio.create_subprocess_exec(*words)).wait() == 9
+        assert not await runs(source)
         run = await cli("migrate-cancel", source.qmp, "--json")
         assert run.code == 0 and "goes on" in run.json["message"] and await runs(source)
+        assert (await cli("save", source.qmp, file)).code == 0

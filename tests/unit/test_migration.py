@@ -174,6 +174,9 @@ def test_never_two_and_the_source_goes_on_unless_somebody_may_run_it():
             assert destination is Destination.RUNNING
         if destination is Destination.UNKNOWN or (source, destination) == (Source.UNKNOWN, Destination.WHOLE):
             assert step is Step.LEAVE
+        if destination is Destination.OTHER and source in (Source.DEAD, Source.UNKNOWN):
+            # It may be the only copy.
+            assert step is Step.LEAVE
 
 
 XML = b"<?xml version='1.0'?>\n<!-- c --><domain type='kvm'>\n  <name>d</name>\n  <vcpu>8</vcpu>\n</domain>\n"
