@@ -218,6 +218,9 @@ class Agent(Protocol):
     def address(self) -> str:
         """What it is connected to, as the user wrote it."""
 
+    async def open(self) -> None:
+        """Connect to its socket, if it is not; an agent need not listen yet. Raises VcpuConnectionError."""
+
     async def get_vcpus(self) -> object:
         """`guest-get-vcpus`."""
 

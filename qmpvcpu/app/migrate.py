@@ -105,15 +105,14 @@ def load_cookie(path: str) -> Cookie:
 
 @asynccontextmanager
 async def _destination(
-    dest: str | None, cookie: Cookie, mode: ProbeMode, *, place: bool, timeout: float
+    dest: str | None, cookie: Cookie, mode: ProbeMode, *, place: bool, timeout: float, agent: str | None = None
 ) -> AsyncIterator[_Place]:
     """The destination that a word means (none: the guest's own name), connected; one that does not run is started,
-    and ended if this fails.
+    and ended if this fails. `agent` is the address of the guest's agent there, where the word does not tell it.
     """
-    is_own, word = dest is None, dest if dest is not None else cookie.name
-    is_name = is_own or ("/" not in word and ":" not in word)
-    if not is_name:
-        async with connect(word) as domain:
+    word = dest if dest is not None else cookie.name
+    if dest is not None and not _is_name(dest):
+        async with connect(word, agent=agent) as domain:
             yield _Place(domain, word, is_name=False, is_ours=False, qmp=(word,))
         return
     refusal = check_name(word)
@@ -130,7 +129,7 @@ async def _destination(
         machine = cookie.machine.type if cookie.machine is not None else None
         launched = await launch_waiting(word, cookie.xml, machine, mode=mode, timeout=timeout, place=place)
         try:
-            async with connect(qmp=runtime.qmp, xml=_file(word)) as domain:
+            async with connect(qmp=runtime.qmp, agent=agent or runtime.agent, xml=_file(word)) as domain:
                 notes = await domain.place(cookie.xml) if place else []
                 messages = (*launched.messages, *notes)
                 place_there = _Place(domain, word, is_name=True, is_ours=True, qmp=runtime.qmp, messages=messages)
@@ -140,8 +139,13 @@ async def _destination(
                 await clean_up(word)
             raise
         return
-    async with connect(word) as domain:
+    async with connect(word, agent=agent) as domain:
         yield _Place(domain, word, is_name=True, is_ours=runtime.pid() is not None, qmp=runtime.qmp)
+
+
+def _is_name(word: str) -> bool:
+    """Of a destination; else it is an address."""
+    return "/" not in word and ":" not in word
 
 
 def _check_same(name: str, cookie: Cookie) -> None:
@@ -197,6 +201,7 @@ async def migrate(
     source: Domain,
     dest: str,
     *,
+    dest_agent: str | None = None,
     persistent: bool = False,
     undefine_source: bool = False,
     wait: float = 0.0,
@@ -215,6 +220,7 @@ async def migrate(
     Args:
         source: connected.
         dest: a name, which is started here if it does not run, or a QMP address of a QEMU that waits.
+        dest_agent: address of the guest's agent there; one that is started here has its own.
         persistent: its definition goes too, under the name `dest`.
         undefine_source: the source's definition is forgotten.
         wait: seconds for pending unplugs to end.
@@ -235,8 +241,9 @@ async def migrate(
     if undefine_source and not source.has_definition:
         text = "the source has no definition that could be forgotten"
         raise VcpuRefused([Refusal("definition", text, (), "leave out --undefine-source")])
-    cookie = await source.migrate_begin(persistent=persistent, wait=wait, force=force)
-    async with _destination(dest, cookie, mode, place=place, timeout=start_timeout) as target:
+    with_agents = dest_agent is not None or _is_name(dest)
+    cookie = await source.migrate_begin(persistent=persistent, wait=wait, force=force, with_agents=with_agents)
+    async with _destination(dest, cookie, mode, place=place, timeout=start_timeout, agent=dest_agent) as target:
         await target.domain.migrate_prepare(cookie, place=place)
         messages: list[str] = []
 
@@ -396,7 +403,7 @@ async def save(
         size = saving.finish()
 
     try:
-        await source.save(cookie, saving.fd, saving.offset, finish, progress)
+        await source.save(cookie, saving.fd, saving.offset, finish, progress, force=force)
     finally:
         saving.discard()
     if source.has_definition and check_name(source.name) is None:

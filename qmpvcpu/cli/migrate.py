@@ -51,6 +51,7 @@ async def _migrate(session: Session) -> int:
             done = await app.migrate(
                 source,
                 options.dest,
+                dest_agent=options.dest_agent,
                 persistent=options.persistent,
                 undefine_source=options.undefine_source,
                 wait=options.wait or 0.0,

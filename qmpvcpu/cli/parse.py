@@ -283,6 +283,9 @@ def build_parser() -> argparse.ArgumentParser:
     migrate = domain_command("migrate", "take a running guest to another QEMU, and verify it there")
     destination = "a name, started here if it does not run, or the QMP socket of a QEMU with -incoming defer"
     migrate.add_argument("dest", metavar="DEST", help=destination)
+    migrate.add_argument(
+        "--dest-agent", metavar="ADDR", help="the guest agent's socket there, where DEST is a socket"
+    )
     wait_option(migrate)
     migrate.add_argument("--undefine-source", action="store_true", help="forget the source's definition then")
     moving_options(migrate)

@@ -62,6 +62,11 @@ class GuestView:
         cpu = self.by_vcpu.get(vcpu_id)
         return None if cpu is None else cpu.online
 
+    @property
+    def own(self) -> GuestView:
+        """The same, by the guest's own numbers instead of vCPU ids."""
+        return GuestView(self.cpus, {cpu.logical_id: cpu for cpu in self.cpus})
+
     def switched(self, vcpus: Iterable[int], online: bool) -> GuestView:
         """The same after these were seen to follow."""
         followed = {vcpu: replace(self.by_vcpu[vcpu], online=online) for vcpu in vcpus}

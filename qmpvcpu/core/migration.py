@@ -16,11 +16,13 @@ from enum import StrEnum
 from typing import Any, Final
 
 from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import DomainState, Entity, Props, QemuVersion, format_ids
 from qmpvcpu.errors import Refusal
 
 __all__ = [
     "CPU_HOTPLUG",
+    "ONE_CPU",
     "Cookie",
     "Destination",
     "Machine",
@@ -34,14 +36,16 @@ __all__ = [
     "check_features",
     "check_hangs",
     "check_machine",
+    "check_one_cpu",
     "check_source",
+    "cpus_but_first",
     "features_of",
     "is_in_order",
     "machine_of",
     "missing",
+    "needs_one_cpu",
     "next_step",
     "parse_status",
-    "warnings",
 ]
 
 #: libvirt's name of what a reader must know to take a sparse guest.
@@ -195,44 +199,82 @@ def check_source(
     return found + [_refusal("blocked", f"QEMU cannot migrate it: {why}", (), hint) for why in status.blocked]
 
 
+#: A forceable refusal that the agents of both sides can do something about (`needs_one_cpu`).
+ONE_CPU: Final = "one-cpu"
+#: Versions of QEMU, measured: 7.2 and 10.0 bad, 11.1 good. ppc64's decrementer migrates since 8.2 ("target/ppc:
+#: Migrate DECR SPR").
+_PPC_DECREMENTER: Final = QemuVersion(8, 2)
+_FIXED: Final = QemuVersion(11, 0)
+
+
 def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
-    """Migrations that are known to hang, or to lose the guest; forceable."""
+    """Migrations that are known to hang, or to lose the guest; forceable. Those whose code is `ONE_CPU` do not,
+    while the guest has only its first CPU online.
+    """
     found = []
-    several = sum(vcpu.enabled for vcpu in state.vcpus) > 1
     if state.accel != "tcg" or state.version is None:
         return []
-    if state.arch == "ppc64" and several and _PPC_DECREMENTER_WORKED < state.version < _FIXED:
+    if state.arch == "ppc64" and state.version < _PPC_DECREMENTER:
         text = (
-            f"QEMU {state.version} under TCG: after a migration no decrementer interrupt reaches any vCPU but the"
-            " first, and a Linux guest hangs (seen with 10.0; not with 7.2 and 11.1)"
+            f"QEMU {state.version} under TCG does not migrate the decrementer, and a Linux guest hangs, at once or"
+            " some migrations later (seen with 7.2; not with 11.1)"
         )
         found.append(_forceable("decrementer", text))
+    if needs_one_cpu(state):
+        text = (
+            f"QEMU {state.version} under TCG: after a migration no interrupt reaches any vCPU but the first, and a"
+            " Linux guest hangs (seen with 10.0; not with 11.1)"
+        )
+        hint = (
+            "`migrate` takes the other CPUs offline for it where the guest's agent is known at both sides: --agent"
+            " ADDR or a definition with it, and --dest-agent ADDR or a destination by name"
+        )
+        found.append(_forceable(ONE_CPU, text, hint))
     if state.arch in ("x86_64", "i386") and removals_seen and state.version < _FIXED:
         text = f"QEMU {state.version} under TCG never gets past 'setup' once a vCPU was unplugged (seen with 10.0)"
         found.append(_forceable("setup", text))
     return found
 
 
-def warnings(state: DomainState) -> list[str]:
-    """What may come of a migration that nobody refuses."""
-    several = sum(vcpu.enabled for vcpu in state.vcpus) > 1
-    if state.accel != "tcg" or state.version is None or state.arch != "ppc64" or not several:
-        return []
-    if state.version >= _PPC_DECREMENTER_WORKED:
-        return []
-    return [
-        f"QEMU {state.version} under TCG: a ppc64 Linux of several vCPUs may hang after it (one in ten did, 7.2)"
-    ]
-
-
-def _forceable(code: str, text: str) -> Refusal:
+def _forceable(code: str, text: str, way: str | None = None) -> Refusal:
     hint = "use QEMU 11.1 or KVM; --force (force=True) does it all the same"
+    hint = hint if way is None else f"{way}; or {hint}"
     return Refusal(code, text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED", forceable=True)
 
 
-#: Measured: 7.2 good, 10.0 bad, 11.1 good.
-_PPC_DECREMENTER_WORKED: Final = QemuVersion(7, 3)
-_FIXED: Final = QemuVersion(11, 0)
+def needs_one_cpu(state: DomainState) -> bool:
+    """Whether a Linux gets over a migration only with just its first CPU online.
+
+    QEMU does not migrate that RTAS started the others (`env->quiesced`; "target/ppc: Fix env->quiesced migration",
+    gitlab issue 3079); a CPU that comes online is started anew.
+    """
+    several = len(state.enabled_ids) > 1
+    return (
+        state.arch == "ppc64"
+        and state.accel == "tcg"
+        and state.version is not None
+        and _PPC_DECREMENTER <= state.version < _FIXED
+        and several
+    )
+
+
+def check_one_cpu(view: GuestView) -> str | None:
+    """Why a guest cannot be left with just its first CPU; None where it can, as far as it tells."""
+    if not any(cpu.online for cpu in view.cpus if cpu.logical_id == _FIRST_CPU):
+        return f"its CPU {_FIRST_CPU} is offline"
+    if view.vcpu_of(_FIRST_CPU) not in (None, 0):
+        # After a kexec.
+        return f"its CPU {_FIRST_CPU} is vCPU {view.vcpu_of(_FIRST_CPU)}, and not the one that QEMU boots"
+    return None
+
+
+def cpus_but_first(view: GuestView) -> tuple[int, ...]:
+    """The guest's numbers of the CPUs that are online, but of its first; it keeps them over a migration."""
+    return tuple(cpu.logical_id for cpu in view.cpus if cpu.online and cpu.logical_id != _FIRST_CPU)
+
+
+#: Linux starts on it, and so does QEMU.
+_FIRST_CPU: Final = 0
 
 
 def check_cpu_operation(run_state: str | None, status: MigrationStatus) -> list[Refusal]:

@@ -403,11 +403,10 @@ class Domain(MigrationCalls):
             link = self._connected()
             assert self._guest is not None
             view = await self._guest.view(await link.read())
-            own = GuestView(view.cpus, {cpu.logical_id: cpu for cpu in view.cpus})
-            refusals = checks.check_guest_ids(ids, own, online=online)
+            refusals = checks.check_guest_ids(ids, view.own, online=online)
             if refusals:
                 raise VcpuRefused(refusals, ids=ids)
-            run = await self._guest.switch(own, ids, online)
+            run = await self._guest.switch(view.own, ids, online)
             end = switched_ids(ids, run, time.monotonic() - began)
         if isinstance(end, VcpuError):
             raise end

@@ -63,6 +63,14 @@ class Guest:
         #: Why the last view could not be had.
         self.trouble: VcpuConnectionError | None = None
 
+    async def reach(self) -> None:
+        """See to it that its socket is there, whether or not the guest has arrived behind it.
+
+        Raises:
+            VcpuConnectionError: it is not.
+        """
+        await self._agent.open()
+
     async def view(self, state: DomainState) -> GuestView:
         """The guest's CPUs, and which vCPU each one is.
 

@@ -446,6 +446,9 @@ class PassedAgent(AgentClient):
         super().__init__(guest.connection.uri)
         self._behind = guest
 
+    async def open(self) -> None:
+        """libvirt is connected."""
+
     async def _all(
         self, commands: Sequence[tuple[str, Mapping[str, Any] | None]], until: float | None = None
     ) -> list[object]:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
 from qmpvcpu.core.migration import (
+    ONE_CPU,
     Cookie,
     Destination,
     Machine,
@@ -28,13 +29,15 @@ from qmpvcpu.core.migration import (
     check_source,
     machine_of,
     missing,
+    needs_one_cpu,
     next_step,
     parse_status,
-    warnings,
 )
 from qmpvcpu.core.model import DomainState, QemuVersion
+from qmpvcpu.domain.guest import Guest
 from qmpvcpu.domain.handover import Side, forget, give, is_there, is_used, keep, kept, release, take
 from qmpvcpu.domain.link import Link
+from qmpvcpu.domain.one_cpu import OneCpu, why_not
 from qmpvcpu.domain.read import run_state
 from qmpvcpu.errors import (
     OutcomeKind,
@@ -124,8 +127,13 @@ async def status_of(monitor: Monitor) -> MigrationStatus:
 # -- the phases -------------------------------------------------------------------------------------
 
 
-async def check_begin(link: Link, *, force: bool) -> tuple[DomainState, bool]:
-    """The source as it is, and whether it runs; `force` does what is known to hang.
+async def check_begin(link: Link, *, force: bool, agent: Guest | None = None) -> tuple[DomainState, bool]:
+    """The source as it is, and whether it runs.
+
+    Args:
+        link: of the source.
+        force: do what is known to hang.
+        agent: of the guest, if it may take CPUs offline on the way.
 
     Raises:
         VcpuRefused: it cannot be migrated now; every reason.
@@ -136,10 +144,24 @@ async def check_begin(link: Link, *, force: bool) -> tuple[DomainState, bool]:
     if runs == "paused" and status.is_incoming and kept(link, Side.DESTINATION) is not None:
         hint = "migrate-finish lets it run here, migrate-cancel ends it here"
         refusals.append(_refused("arrived", "the guest has arrived here, and was never let run", hint))
-    refusals += [] if force else check_hangs(state, link.removals_seen)
-    if refusals:
+    hangs = [] if force else check_hangs(state, link.removals_seen)
+    if agent is not None and any(one.code == ONE_CPU for one in hangs):
+        hangs = _without_one_cpu(hangs, await why_not(agent, state, runs))
+    if refusals := refusals + hangs:
         raise VcpuRefused(refusals)
     return state, runs == "running"
+
+
+def _without_one_cpu(hangs: list[Refusal], why: str | None) -> list[Refusal]:
+    """What hangs where the agent takes CPUs offline, or cannot, and `why`."""
+    if why is None:
+        return [one for one in hangs if one.code != ONE_CPU]
+    return [
+        replace(one, message=f"{one.message}; its other CPUs cannot be taken offline for it: {why}")
+        if one.code == ONE_CPU
+        else one
+        for one in hangs
+    ]
 
 
 async def prepare(link: Link, cookie: Cookie, plug: Callable[[Sequence[int]], Awaitable[object]]) -> Machine:
@@ -241,13 +263,15 @@ async def listen_at(link: Link, uri: str | None, host: str | None, default: str 
     return address_of(await status_of(link.monitor), host) or uri
 
 
-async def check_perform(link: Link, cookie: Cookie | None, *, force: bool) -> tuple[DomainState, bool]:
+async def check_perform(
+    link: Link, cookie: Cookie | None, *, force: bool, agent: Guest | None = None
+) -> tuple[DomainState, bool]:
     """The source still is what the cookie says; `check_begin`.
 
     Raises:
         VcpuRefused: it is not, or cannot be migrated now.
     """
-    state, runs = await check_begin(link, force=force)
+    state, runs = await check_begin(link, force=force, agent=agent)
     source = cookie.machine if cookie is not None else None
     refusals = check_arrived(source, machine_of(state)) if source is not None else []
     if refusals:
@@ -666,26 +690,91 @@ async def migrate(
     progress: Progress | None = None,
     force: bool = False,
     settled: Callable[[], None] = lambda: None,
+    agents: tuple[Guest, Guest] | None = None,
 ) -> Migrated:
     """Perform and finish, with a destination that is prepared; at the end exactly one side runs the guest.
 
-    `settled` is called when the destination runs it, or may: it must not be ended any more.
+    `settled` is called when the destination runs it, or may: it must not be ended any more. `agents` are the
+    guest's at the source and at the destination: where that saves it from a hang, it migrates with one CPU online.
 
     Raises:
         VcpuRefused: nothing was touched.
         VcpuFailed: the guest goes on at the source; the destination's QEMU is ended.
-        VcpuPartial: nobody can tell which side runs it, and neither was touched.
+        VcpuPartial: nobody can tell which side runs it, and neither was touched; or CPUs are offline in it.
         VcpuConnectionError: the source is lost, and the guest with it if its QEMU has ended.
     """
     began = time.monotonic()
-    state, runs = await check_perform(source, cookie, force=force)
+    agent = agents[0] if agents is not None else None
+    state, runs = await check_perform(source, cookie, force=force, agent=agent)
+    if uri is not None:
+        _check_uri(uri)
     cookie = replace(cookie, runs=runs)
-    take_for_perform(source, cookie, runs=runs)
+    one_cpu = OneCpu(*agents, state) if agents is not None and runs and needs_one_cpu(state) else None
+    said = await _begin_one_cpu(one_cpu, source, force=force) if one_cpu is not None else []
+    move = _Move(uri, host, bandwidth, timeout, progress, settled, one_cpu)
+    try:
+        status, messages = await _move(source, destination, cookie, move)
+    except BaseException as error:
+        messages = await to_the_end(one_cpu.go_back()) if one_cpu is not None else []
+        if isinstance(error, VcpuError):
+            error.messages = (*error.messages, *said, *messages)
+        raise
+    ids = tuple(n for slot in machine_of(destination.state).slots if slot.plugged for n in slot.ids)
+    return Migrated(tuple(sorted(ids)), status, (*said, *messages), time.monotonic() - began)
+
+
+async def _begin_one_cpu(one_cpu: OneCpu, source: Link, *, force: bool) -> list[str]:
+    """Leave the guest with its first CPU; what is to be said of it.
+
+    Raises:
+        VcpuRefused: it cannot be, and `force` is not given. All are online again.
+        VcpuPartial: it cannot be, and not all are online again.
+    """
+    try:
+        await one_cpu.begin()
+    except BaseException as error:
+        left = await to_the_end(one_cpu.go_back())
+        if not isinstance(error, VcpuError):
+            raise
+        if left:
+            text = f"{error.message}; the guest was not migrated"
+            raise VcpuPartial(text, hint=error.hint, remaining=one_cpu.vcpus, messages=left) from error
+        if force:
+            return [f"migrated with all its CPUs online, and it may hang: {error.message}"]
+        hangs = _without_one_cpu(check_hangs(source.state, source.removals_seen), error.message)
+        raise VcpuRefused([one for one in hangs if one.code == ONE_CPU]) from error
+    return []
+
+
+@dataclass(frozen=True, slots=True)
+class _Move:
+    """How a guest is moved: the arguments of `migrate`."""
+
+    uri: str | None
+    host: str | None
+    bandwidth: int | None
+    timeout: float | None
+    progress: Progress | None
+    settled: Callable[[], None]
+    one_cpu: OneCpu | None
+
+
+async def _move(
+    source: Link, destination: Link, cookie: Cookie, move: _Move
+) -> tuple[MigrationStatus, Sequence[str]]:
+    """`migrate`, once all is checked; how it ended, and what is to be said of it."""
+    take_for_perform(source, cookie, runs=cookie.runs)
     status = MigrationStatus()
     cancelled: asyncio.CancelledError | None = None
     try:
-        async with _channel(source, destination, uri, host) as where:
-            status = await perform(source.monitor, where, bandwidth=bandwidth, timeout=timeout, progress=progress)
+        async with _channel(source, destination, move.uri, move.host) as where:
+            status = await perform(
+                source.monitor,
+                where,
+                bandwidth=move.bandwidth,
+                timeout=move.timeout,
+                progress=move.progress,
+            )
         end_of_source = Source.COMPLETED if status.status == "completed" else Source.KEPT
         why = status.error or f"the migration was {status.status}"
     except asyncio.CancelledError as error:
@@ -701,16 +790,14 @@ async def migrate(
             f"{error.message}; the guest goes on at the source", hint=error.hint, qmp_text=error.qmp_text
         ) from error
     try:
-        messages = await to_the_end(_hand_over(source, destination, cookie, end_of_source, why, settled))
+        messages = await to_the_end(_hand_over(source, destination, cookie, end_of_source, why, move))
     except VcpuError as error:
         if cancelled is not None:
             raise cancelled from error
         raise
     if cancelled is not None:
         raise cancelled
-    ids = tuple(n for slot in machine_of(destination.state).slots if slot.plugged for n in slot.ids)
-    said = (*warnings(state), *messages)
-    return Migrated(tuple(sorted(ids)), status, said, time.monotonic() - began)
+    return status, messages
 
 
 async def _hand_over(
@@ -719,7 +806,7 @@ async def _hand_over(
     cookie: Cookie,
     end_of_source: Source,
     why: str,
-    settled: Callable[[], None],
+    move: _Move,
 ) -> Sequence[str]:
     """Step by step, as the table says; what is to be said of it."""
     reasons: list[Refusal] = []
@@ -740,17 +827,24 @@ async def _hand_over(
             here, said = await start(destination, cookie)
             why = said or why
         elif step is Step.END_SOURCE:
-            settled()
+            move.settled()
             forget(destination)
+            messages = []
             if end_of_source is Source.DEAD:
-                return ["the source's QEMU ended by itself, after it had handed the guest over"]
-            if not await end(source):
-                return ["the source's QEMU may still be there, paused: end it, and do not let it go on"]
-            return []
+                messages = ["the source's QEMU ended by itself, after it had handed the guest over"]
+            elif not await end(source):
+                messages = ["the source's QEMU may still be there, paused: end it, and do not let it go on"]
+            if move.one_cpu is not None:
+                messages += await move.one_cpu.arrive(destination.state)
+            return messages
         elif step is Step.GO_BACK:
             if (lost := await _lost(source)) is not None:
                 # What is at the destination may be all there is.
-                end_of_source, why = lost, f"{why}; the source's QEMU is gone, or does not answer"
+                why = f"{why}; the source's QEMU is gone, or does not answer"
+                if end_of_source is Source.KEPT and lost is Source.DEAD:
+                    release(cookie, Side.SOURCE)
+                    here, reasons = await finish(destination, cookie)
+                end_of_source = lost
                 continue
             if not await end(destination) and is_told:
                 # It may have run, and run again.
@@ -759,26 +853,28 @@ async def _hand_over(
             # What may be left there is not let run any more.
             release(cookie, Side.DESTINATION, destination)
             if not take(cookie, Side.SOURCE):
-                settled()
+                move.settled()
                 raise VcpuPartial(f"{why}, and neither side here was touched", hint="look where it runs")
             await go_on(source, runs=cookie.runs)
             raise VcpuFailed(f"{why}; the guest goes on at the source", hint="correct that, and migrate again")
         elif step is Step.LEAVE:
-            settled()
+            move.settled()
             raise VcpuPartial(
                 f"{why}; which side runs the guest cannot be told, and neither was touched",
                 hint="look at both: migrate-cancel --force lets the source go on, migrate-finish the destination",
+                messages=move.one_cpu.leave() if move.one_cpu is not None else (),
             )
         else:
             if here is Destination.GONE and not await _is_dead(destination):
                 # It only does not answer.
-                settled()
+                move.settled()
             else:
                 await end(destination)
             raise VcpuConnectionError(
                 f"{why}; nobody runs it that we know of, and what had come to the destination is not let run",
                 reason="closed",
                 hint="if the source's QEMU is there, the guest goes on in it",
+                messages=move.one_cpu.leave() if move.one_cpu is not None else (),
             )
 
 

@@ -13,6 +13,7 @@ from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.change import change
 from qmpvcpu.domain.dump import describe, dump
+from qmpvcpu.domain.guest import Guest
 from qmpvcpu.domain.handover import Side, begin_number, forget, give, keep, kept, release, take
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.locate import Place
@@ -43,6 +44,7 @@ class MigrationCalls:
 
     _queue: asyncio.Lock
     _place: Place
+    _guest: Guest | None
     _persistent: Persistent | None
 
     if TYPE_CHECKING:
@@ -57,13 +59,17 @@ class MigrationCalls:
 
         async def _close(self) -> None: ...
 
-    async def migrate_begin(self, *, persistent: bool = False, wait: float = 0.0, force: bool = False) -> Cookie:
+    async def migrate_begin(
+        self, *, persistent: bool = False, wait: float = 0.0, force: bool = False, with_agents: bool = False
+    ) -> Cookie:
         """What goes with the guest, and whether it can go; touches nothing.
 
         Args:
             persistent: its definition goes too.
             wait: seconds for pending unplugs to end.
             force: do what is known to hang.
+            with_agents: `migrate` follows, to a destination whose agent is known: what the guest's agent can save
+                from a hang is not refused.
 
         Raises:
             VcpuRefused: it cannot be migrated now; every reason.
@@ -77,7 +83,8 @@ class MigrationCalls:
                 if persistent and self._persistent is None:
                     raise VcpuRefused([NO_DEFINITION])
                 if not link.ledger.firsts or time.monotonic() >= deadline:
-                    state, runs = await check_begin(link, force=force)
+                    agent = self._guest if with_agents else None
+                    state, runs = await check_begin(link, force=force, agent=agent)
                     return await self._cookie(link, state, runs, persistent)
                 await link.read()
             await asyncio.sleep(_PENDING_LOOK)
@@ -263,7 +270,14 @@ class MigrationCalls:
             raise VcpuFailed(text, hint=hint)
 
     async def save(
-        self, cookie: Cookie, fd: int, offset: int, finish: Callable[[], object], progress: Progress | None = None
+        self,
+        cookie: Cookie,
+        fd: int,
+        offset: int,
+        finish: Callable[[], object],
+        progress: Progress | None = None,
+        *,
+        force: bool = False,
     ) -> MigrationStatus:
         """Pause the guest, write it to a file, and end its QEMU.
 
@@ -272,6 +286,7 @@ class MigrationCalls:
             fd: opened to write, and standing at `offset`, in bytes.
             finish: makes the file last, and raises OSError where it cannot; it may block.
             progress: told each fresh status.
+            force: do what is known to hang.
 
         Raises:
             VcpuRefused: nothing was touched.
@@ -282,7 +297,7 @@ class MigrationCalls:
 
         async with self._queue:
             link = self._connected()
-            state, runs = await check_perform(link, cookie, force=True)
+            state, runs = await check_perform(link, cookie, force=force)
             if not link.monitor.takes_descriptors:
                 text = "QEMU can be handed a file only over a unix socket"
                 raise VcpuRefused([Refusal("descriptor", text, (), "connect to its QMP socket on its own host")])
@@ -393,6 +408,9 @@ class MigrationCalls:
     ) -> Migrated:
         """Move the guest to a destination that is prepared, verify it there, and end the QEMU here.
 
+        Where QEMU would make it hang otherwise, and the agents of both sides are known, it has just its first CPU
+        online on the way; what was taken offline is online again then.
+
         Args:
             destination: after its `migrate_prepare`.
             cookie: of `migrate_begin`.
@@ -404,12 +422,13 @@ class MigrationCalls:
         Raises:
             VcpuRefused: nothing was touched.
             VcpuFailed: the guest goes on here; the destination's QEMU is ended.
-            VcpuPartial: nobody can tell which side runs it, and neither was touched.
+            VcpuPartial: nobody can tell which side runs it, and neither was touched; or CPUs are offline in it.
             VcpuConnectionError: QEMU is lost.
         """
         from qmpvcpu.domain.migrate import migrate
 
         async with self._queue, destination._queue:
+            here, there = self._guest, destination._guest
             return await migrate(
                 self._connected(),
                 destination._connected(),
@@ -421,4 +440,5 @@ class MigrationCalls:
                 progress=progress,
                 force=force,
                 settled=settled,
+                agents=(here, there) if here is not None and there is not None else None,
             )

@@ -137,6 +137,9 @@ class ApiAgent:
         """libvirt's URI."""
         return self._guest.connection.uri
 
+    async def open(self) -> None:
+        """libvirt is connected."""
+
     async def get_vcpus(self) -> object:
         """`virDomainGetGuestVcpus`, in the words of `guest-get-vcpus`."""
         reply = await self._guest.guest_vcpus()

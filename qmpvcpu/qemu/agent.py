@@ -71,11 +71,13 @@ class AgentClient:
         return self._address
 
     async def open(self) -> None:
-        """Connect to the socket; whether an agent listens behind it, the first command shows.
+        """Connect to the socket, if it is not; whether an agent listens behind it, the first command shows.
 
         Raises:
             VcpuConnectionError: there is no such socket, or it cannot be opened.
         """
+        if self._writer is not None:
+            return
         where = parse_address(self._address)
         try:
             async with asyncio.timeout(self._timeout):

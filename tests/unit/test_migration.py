@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 
+from qmpvcpu.core.guest import GuestCpu, GuestView
 from qmpvcpu.core.inventory import BootFacts, CpuInfoFast, HotpluggableCpu, build_state
 from qmpvcpu.core.migration import (
     CPU_HOTPLUG,
@@ -21,11 +22,14 @@ from qmpvcpu.core.migration import (
     check_features,
     check_hangs,
     check_machine,
+    check_one_cpu,
     check_source,
+    cpus_but_first,
     features_of,
     is_in_order,
     machine_of,
     missing,
+    needs_one_cpu,
     next_step,
     parse_status,
 )
@@ -218,9 +222,12 @@ def test_what_is_no_cookie(old, new, words):
 @pytest.mark.parametrize(
     ("arch", "version", "enabled", "removals", "code"),
     [
-        ("ppc64", QemuVersion(10, 0), (0, 1), 0, "decrementer"),
+        ("ppc64", QemuVersion(10, 0), (0, 1), 0, "one-cpu"),
         ("ppc64", QemuVersion(10, 0), (0,), 0, None),
-        ("ppc64", QemuVersion(7, 2, 22), (0, 1), 0, None),
+        ("ppc64", QemuVersion(8, 2), (0, 1), 0, "one-cpu"),
+        ("ppc64", QemuVersion(8, 1, 5), (0, 1), 0, "decrementer"),
+        ("ppc64", QemuVersion(7, 2, 22), (0, 1), 0, "decrementer"),
+        ("ppc64", QemuVersion(7, 2, 22), (0,), 0, "decrementer"),
         ("ppc64", QemuVersion(11, 1), (0, 1), 0, None),
         ("x86_64", QemuVersion(10, 0, 2), (0, 1), 1, "setup"),
         ("x86_64", QemuVersion(10, 0, 2), (0, 1), 0, None),
@@ -232,3 +239,25 @@ def test_what_is_known_to_hang(arch, version, enabled, removals, code):
     assert [one.code for one in check_hangs(here, removals)] == ([code] if code else [])
     assert all(one.forceable for one in check_hangs(here, removals))
     assert not check_hangs(replace(here, accel="kvm"), removals)
+    assert needs_one_cpu(here) is (code == "one-cpu")
+
+
+def test_what_hangs_says_what_to_do():
+    old, newer = (
+        check_hangs(replace(state(0, 1), arch="ppc64", version=version, accel="tcg"), 0)[0]
+        for version in (QemuVersion(7, 2), QemuVersion(10, 0))
+    )
+    assert "does not migrate the decrementer" in old.message and "--agent" not in old.hint
+    assert "no interrupt reaches any vCPU but the first" in newer.message
+    assert "--agent ADDR" in newer.hint and "--dest-agent ADDR" in newer.hint
+    for one in (old, newer):
+        assert "QEMU 11.1 or KVM; --force" in one.hint and one.forceable
+
+
+def test_which_cpus_are_offline_on_the_way():
+    cpus = tuple(GuestCpu(n, n in (0, 1, 3)) for n in range(5))
+    view = GuestView(cpus, {0: cpus[0], 1: cpus[1], 6: cpus[3]})
+    assert check_one_cpu(view) is None and cpus_but_first(view) == (1, 3)
+    assert check_one_cpu(replace(view, by_vcpu={})) is None
+    assert "CPU 0 is vCPU 6" in check_one_cpu(replace(view, by_vcpu={6: cpus[0]}))
+    assert "CPU 0 is offline" in check_one_cpu(GuestView((GuestCpu(0, False), *cpus[1:]), {}))
