@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 from contextlib import AsyncExitStack
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +14,7 @@ from qmpvcpu.app.guest import CHANNELS, Guest, attached, boot, find_image, guest
 from qmpvcpu.qemu.process import run_qemu
 from tests.conftest import cli, matrix, qemu_binary, start_cli
 from tests.guest.conftest import KINDS as POOLED
+from tests.guest.test_start_guest import TWO_CORES, xml
 
 pytestmark = pytest.mark.guest
 
@@ -182,6 +184,32 @@ async def test_what_goes_on_at_the_source_has_its_cpus_again(arch, version, how,
         assert process.returncode == (130 if how == "cancelled" else 8), stdout + stderr
     assert await box.guest.online() == "0-1"
     await each_works(box.guest)
+
+
+@matrix(ONE_CPU)
+async def test_a_destination_by_name_has_an_agent_of_its_own(arch, version, tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "s"))
+    file = tmp_path / "sparse.xml"
+    file.write_text(xml(arch, version, tmp_path / "shell"))
+    assert (await cli("define", str(file))).code == 0
+    run = await cli("start", "sparse", "--json")
+    try:
+        assert run.code == 0, run.stdout
+        async with asyncio.timeout(120):
+            while "QMPVCPU READY" not in Path(run.json["console"]).read_text(errors="replace"):
+                await asyncio.sleep(0.2)
+        run = await cli("migrate", "sparse", "sparse2", "--persistent", "--undefine-source", "--json")
+        assert run.code == 0, run.stdout
+        assert any("and online again" in text for text in run.json["messages"]), run.json
+        rows = (await cli("vcpuinfo", "sparse2", "--json")).json["vcpus"]
+        assert [row["id"] for row in rows if row["online"]] == run.json["vcpus"] == sorted(TWO_CORES)
+        # Every CPU has to stop for it.
+        for word in ("--disable", "--enable"):
+            run = await cli("guestvcpus", "sparse2", "--cpulist", "1-5", word, "--json")
+            assert run.code == 0, run.stdout
+    finally:
+        for name in ("sparse", "sparse2"):
+            await cli("destroy", name)
 
 
 @matrix(ONE_CPU)
