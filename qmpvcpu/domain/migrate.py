@@ -709,8 +709,16 @@ async def migrate(
     if uri is not None:
         _check_uri(uri)
     cookie = replace(cookie, runs=runs)
+    take_for_perform(source, cookie, runs=runs)
     one_cpu = OneCpu(*agents, state) if agents is not None and runs and needs_one_cpu(state) else None
-    said = await _begin_one_cpu(one_cpu, source, force=force) if one_cpu is not None else []
+    said: list[str] = []
+    if one_cpu is not None:
+        try:
+            said = await _begin_one_cpu(one_cpu, source, force=force)
+        except BaseException:
+            # Nothing has been sent.
+            release(cookie, Side.SOURCE)
+            raise
     move = _Move(uri, host, bandwidth, timeout, progress, settled, one_cpu)
     try:
         status, messages = await _move(source, destination, cookie, move)
@@ -758,12 +766,15 @@ class _Move:
     settled: Callable[[], None]
     one_cpu: OneCpu | None
 
+    def left(self) -> list[str]:
+        """The guest is in nobody's hands any more; what is to be said of it."""
+        return self.one_cpu.leave() if self.one_cpu is not None else []
+
 
 async def _move(
     source: Link, destination: Link, cookie: Cookie, move: _Move
 ) -> tuple[MigrationStatus, Sequence[str]]:
     """`migrate`, once all is checked; how it ended, and what is to be said of it."""
-    take_for_perform(source, cookie, runs=cookie.runs)
     status = MigrationStatus()
     cancelled: asyncio.CancelledError | None = None
     try:
@@ -854,7 +865,11 @@ async def _hand_over(
             release(cookie, Side.DESTINATION, destination)
             if not take(cookie, Side.SOURCE):
                 move.settled()
-                raise VcpuPartial(f"{why}, and neither side here was touched", hint="look where it runs")
+                raise VcpuPartial(
+                    f"{why}, and neither side here was touched",
+                    hint="look where it runs",
+                    messages=move.left(),
+                )
             await go_on(source, runs=cookie.runs)
             raise VcpuFailed(f"{why}; the guest goes on at the source", hint="correct that, and migrate again")
         elif step is Step.LEAVE:
@@ -862,7 +877,7 @@ async def _hand_over(
             raise VcpuPartial(
                 f"{why}; which side runs the guest cannot be told, and neither was touched",
                 hint="look at both: migrate-cancel --force lets the source go on, migrate-finish the destination",
-                messages=move.one_cpu.leave() if move.one_cpu is not None else (),
+                messages=move.left(),
             )
         else:
             if here is Destination.GONE and not await _is_dead(destination):
@@ -874,7 +889,7 @@ async def _hand_over(
                 f"{why}; nobody runs it that we know of, and what had come to the destination is not let run",
                 reason="closed",
                 hint="if the source's QEMU is there, the guest goes on in it",
-                messages=move.one_cpu.leave() if move.one_cpu is not None else (),
+                messages=move.left(),
             )
 
 
