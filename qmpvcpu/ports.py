@@ -144,6 +144,10 @@ class Monitor(Protocol):
         """QMP `device_del`; `device` is an id or a QOM path. It only asks."""
         return self.execute("device_del", {"id": device})
 
+    def drop_queued(self) -> None:
+        """Do not ask for what has not been asked for yet, where commands wait here for their turn."""
+        return
+
     def human_monitor_command(self, line: str) -> Future[object]:
         """QMP `human-monitor-command`."""
         return self.execute("human-monitor-command", {"command-line": line})

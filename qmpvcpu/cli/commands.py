@@ -36,11 +36,14 @@ class Session:
 
     def connect(self) -> Domain:
         """The domain of the command line, to be entered."""
-        if self.options.qmp_log is not None:
+        options = self.options
+        if options.qmp_log is not None and (options.connect is None or options.via == "monitor"):
             from qmpvcpu import QmpLog
 
-            self._log = QmpLog(self.options.qmp_log)
-        options = self.options
+            self._log = QmpLog(options.qmp_log)
+        elif options.qmp_log is not None:
+            text = "by libvirt's API no QMP message is ours to keep"
+            raise VcpuUsageError(text, hint="leave out --qmp-log, or go --via monitor")
         config_only = getattr(options, "config", False) and not (
             getattr(options, "live", False) or getattr(options, "guest", False)
         )

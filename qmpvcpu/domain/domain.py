@@ -24,7 +24,7 @@ from qmpvcpu.core.request import Listed, Request
 from qmpvcpu.core.select import select
 from qmpvcpu.domain.change import change, plan_on
 from qmpvcpu.domain.config import change_both, change_config, with_config
-from qmpvcpu.domain.dump import DETAILS, DIALECTS, describe, dump
+from qmpvcpu.domain.dump import check_dump, describe, dump
 from qmpvcpu.domain.guest import Guest, with_online
 from qmpvcpu.domain.link import NOBODY_LISTENS, Link, Opener, open_link
 from qmpvcpu.domain.listen import Events, Hub
@@ -353,9 +353,7 @@ class Domain(MigrationCalls):
         Raises:
             VcpuRefused: there is no definition.
         """
-        for word, words in ((dialect, DIALECTS), (detail, DETAILS)):
-            if word is not None and word not in words:
-                raise VcpuUsageError(f"'{word}' is none of {', '.join(words)}", hint="choose one of them")
+        check_dump(dialect, detail)
         async with self._turn():
             flags = VcpuFlag.CONFIG if inactive else VcpuFlag.CURRENT
             self._check_here(Request((), flags))

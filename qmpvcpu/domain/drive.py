@@ -132,6 +132,8 @@ class Drive:
         end with CancelledError.
         """
         self._cancelled = error
+        # No new effect starts.
+        self._monitor.drop_queued()
         task = asyncio.current_task()
         assert task is not None
         task.uncancel()

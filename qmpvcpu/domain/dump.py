@@ -10,10 +10,11 @@ from typing import Final
 
 from qmpvcpu.core.definition import Definition, definition_of
 from qmpvcpu.core.model import DomainState, Vcpu
+from qmpvcpu.errors import VcpuUsageError
 from qmpvcpu.host.process import Process
 from qmpvcpu.ports import CommandError, Monitor
 
-__all__ = ["DETAILS", "DIALECTS", "describe", "dump"]
+__all__ = ["DETAILS", "DIALECTS", "check_dump", "describe", "dump"]
 
 DIALECTS: Final = ("rfc", "libvirt")
 DETAILS: Final = ("minimal", "cell", "full")
@@ -40,7 +41,16 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
     )
 
 
-def dump(data: bytes, state: DomainState | None, dialect: str | None, detail: str | None) -> bytes:
+def check_dump(dialect: str | None, detail: str | None) -> None:
+    """Raises VcpuUsageError for words that `dump` does not know."""
+    for word, words in ((dialect, DIALECTS), (detail, DETAILS)):
+        if word is not None and word not in words:
+            raise VcpuUsageError(f"'{word}' is none of {', '.join(words)}", hint="choose one of them")
+
+
+def dump(
+    data: bytes, state: DomainState | None, dialect: str | None, detail: str | None, *, running: bool = False
+) -> bytes:
     """A document with the vCPUs of `state`, or with its own, in this dialect.
 
     Args:
@@ -48,11 +58,12 @@ def dump(data: bytes, state: DomainState | None, dialect: str | None, detail: st
         state: the running guest.
         dialect: "rfc" or "libvirt", or None: its own.
         detail: what the RFC's dialect shows: "minimal", "cell" or, if None, "full".
+        running: the document is libvirt's, of a running guest.
     """
     from qmpvcpu.core.config import state_of
     from qmpvcpu.xml.domain import read_domain, write_vcpus
 
-    document, old = read_domain(data)
+    document, old = read_domain(data, running=running)
     if dialect is None and detail is not None:
         dialect = "rfc"
     if state is None and dialect is None:

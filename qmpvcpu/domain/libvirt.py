@@ -12,16 +12,18 @@ import json
 import logging
 import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import replace
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.model import DomainState, Outcome, format_ids
+from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.running import running_state, version_of_machine
 from qmpvcpu.domain.domain import Domain
+from qmpvcpu.domain.dump import check_dump, dump
 from qmpvcpu.domain.guest import Guest
 from qmpvcpu.domain.link import open_link
 from qmpvcpu.domain.locate import Place
@@ -42,7 +44,7 @@ from qmpvcpu.libvirt.api import ApiAgent, ApiMonitor
 from qmpvcpu.libvirt.connection import Connection, Row, open_connection
 from qmpvcpu.libvirt.connection import Guest as LibvirtGuest
 from qmpvcpu.libvirt.monitor import PassedMonitor
-from qmpvcpu.ports import CommandError, Monitor
+from qmpvcpu.ports import CommandError, DefinitionStore, Monitor
 from qmpvcpu.qemu.agent import AgentClient
 
 __all__ = ["LibvirtDomain", "Via", "list_domains"]
@@ -108,41 +110,45 @@ class LibvirtDomain(Domain):
     # -- connecting ---------------------------------------------------------------------------------
 
     async def _monitor_of(self, address: str) -> Monitor:
-        assert self._domain is not None
+        assert self._domain is not None and self._connection is not None
+        loop = asyncio.get_running_loop()
         if self._via == "monitor":
             passed = PassedMonitor(self._domain, self._log)
-            await asyncio.to_thread(passed.start, asyncio.get_running_loop())
+            await self._connection.query("virDomainQemuMonitorCommand", lambda: passed.start(loop))
             return passed
         monitor = ApiMonitor(self._domain)
-        await asyncio.to_thread(monitor.start, asyncio.get_running_loop())
+        await self._connection.query("virConnectDomainEventRegisterAny", lambda: monitor.start(loop))
         return monitor
 
     async def _connect(self) -> None:
         self._inactive = False
-        connection = Connection(self._uri)
+        self._connection = Connection(self._uri)
         try:
-            await connection.open()
-            self._connection = connection
-            self._domain = await connection.guest(self.name)
             with _answered():
-                live, inactive = await self._domain.sides()
-            self._store = _Definition(self._domain, inactive) if inactive is not None else None
-            self._persistent = Persistent(self._store) if self._store is not None else None
-            if live is None:
-                self._inactive = True
-                return
-            reads = self._reads if self._via == "api" else open_reader
-            self._link = await open_link(
-                self.name, self._place.qmp, self._monitor_of, self._hub, self._queue, self._last, reads
-            )
+                live = await self._enter(self._connection)
         except BaseException:
             await self._close()
-            await connection.close()
             raise
-        if _AGENT_CHANNEL in live:
+        if live is not None and _AGENT_CHANNEL in live and self._link is not None and self._domain is not None:
             agent = ApiAgent(self._domain) if self._via == "api" else PassedAgent(self._domain)
             self._guest = Guest(agent, self._link.monitor, self._hub.emit)
             self._link.look_further = self._guest.try_view
+
+    async def _enter(self, connection: Connection) -> bytes | None:
+        """The running guest's XML, if it runs."""
+        await connection.open()
+        self._domain = await connection.guest(self.name)
+        live, inactive = await self._domain.sides()
+        store = _Definition(self._domain, inactive) if inactive is not None else None
+        self._store, self._persistent = store, _Defined(store) if store is not None else None
+        if live is None:
+            self._inactive = True
+            return None
+        reads = self._reads if self._via == "api" else open_reader
+        self._link = await open_link(
+            self.name, self._place.qmp, self._monitor_of, self._hub, self._queue, self._last, reads
+        )
+        return live
 
     async def _reads(self, monitor: Monitor, name: str) -> tuple[XmlReader, DomainState]:
         assert isinstance(monitor, ApiMonitor)
@@ -152,6 +158,8 @@ class LibvirtDomain(Domain):
     async def _close(self) -> None:
         await super()._close()
         connection, self._connection = self._connection, None
+        # They hold libvirt's connection, and its sockets.
+        self._domain = self._store = None
         if connection is not None:
             await connection.close()
 
@@ -159,6 +167,8 @@ class LibvirtDomain(Domain):
         """Its definition as libvirt has it now."""
         if self._connection is not None:
             self._connection.check()
+        if self._link is not None:
+            self._link.check()
         if self._store is not None and self._connection is not None:
             with _answered():
                 self._store.data = await self._connection.query("virDomainGetXMLDesc", self._store.fetch)
@@ -167,24 +177,57 @@ class LibvirtDomain(Domain):
 
     async def request(self, request: Request) -> Outcome:
         """Carry out a `Request` made elsewhere; errors are those of `vcpu`."""
-        if self._store is not None:
-            self._store.request = request
+        if self._counts_only and not request.is_query:
+            if request.total is None:
+                raise VcpuRefused([_COUNTS_ONLY], ids=request.ids)
+            return await self._count(request)
         try:
-            if self._counts_only and not request.is_query:
-                if request.total is None:
-                    raise VcpuRefused([_COUNTS_ONLY], ids=request.ids)
-                return await self._count(request)
             end = await super().request(request)
         except VcpuFailed as error:
             raise _refused(error) from error
+        finally:
+            left = self._drop_queued()
+        if left:
+            end = _not_asked(end, left)
         if self.notes and not request.is_query:
             end = replace(end, messages=(*end.messages, *self.notes))
         return end
 
+    def _drop_queued(self) -> tuple[int, ...]:
+        """What libvirt was not asked for yet when a call ended is not asked for any more; vCPU ids."""
+        link = self._link or self._last
+        if link is None or not isinstance(link.monitor, ApiMonitor):
+            return ()
+        firsts = link.monitor.dropped()
+        link.ledger.end(firsts)
+        return tuple(sorted(n for first in firsts for n in link.state.by_id[first].ids))
+
+    async def plan(self, request: Request) -> Plan:
+        """What `request` would do, and every reason why not; touches nothing."""
+        if self._counts_only and not request.is_query:
+            if request.total is None:
+                return Plan(request, request.ids, refusals=(_COUNTS_ONLY,))
+            return Plan(request, (), messages=(f"virDomainSetVcpusFlags {request.total}",))
+        return await super().plan(request)
+
+    async def dump_xml(
+        self, *, inactive: bool = False, dialect: str | None = None, detail: str | None = None
+    ) -> bytes:
+        """The domain's XML; of one that runs it is libvirt's, but for its vCPUs: see `Domain.dump_xml`."""
+        if inactive or self._link is None:
+            return await super().dump_xml(inactive=inactive, dialect=dialect, detail=detail)
+        check_dump(dialect, detail)
+        async with self._turn():
+            state = await self._connected().read()
+            assert self._domain is not None
+            with _answered():
+                live = await self._domain.live_xml()
+            return dump(live or b"", state, dialect, detail, running=True)
+
     @property
     def _counts_only(self) -> bool:
         """Whether its driver switches vCPUs by number only (test:///)."""
-        return self._uri.startswith("test:") and self._via == "api" and self._link is not None
+        return self._connection is not None and self._connection.driver == "TEST" and self._link is not None
 
     async def _count(self, request: Request) -> Outcome:
         """`virDomainSetVcpusFlags`."""
@@ -195,23 +238,34 @@ class LibvirtDomain(Domain):
             refusals = [*self._not_here(request), *checks.check_flags(request.flags, is_query=False)]
             if refusals:
                 raise VcpuRefused(refusals)
-            state = await self._connected().read()
+            before = [
+                await self._state(flag) for flag, on in ((VcpuFlag.LIVE, live), (VcpuFlag.CONFIG, config)) if on
+            ]
             flags = self._domain.flags(live=live, config=config)
+            flags |= self._domain.count_flags(request.maximum, request.hotpluggable)
             with _answered():
                 await self._connection.change(
                     "virDomainSetVcpusFlags", self._domain.set_vcpus(request.total, flags)
                 )
-            after = await self._connected().read()
-        changed = tuple(v.id for v in after.vcpus if v.enabled != state.vcpus[v.id].enabled)
-        rows = tuple(after.vcpus[number] for number in changed)
+            await self._refresh()
+            after = [
+                await self._state(flag) for flag, on in ((VcpuFlag.LIVE, live), (VcpuFlag.CONFIG, config)) if on
+            ]
+        sides = [
+            tuple(sorted(set(a.enabled_ids) ^ set(b.enabled_ids))) for a, b in zip(before, after, strict=True)
+        ]
+        changed = tuple(sorted({number for side in sides for number in side}))
+        written = sides[-1] if config else ()
         return Outcome(
             OutcomeKind.APPLIED,
             changed,
-            rows,
+            tuple(vcpu for vcpu in after[0].vcpus if vcpu.id in changed),
             changed_ids=changed,
-            mechanism="hotplug" if changed else None,
+            mechanism="hotplug" if live and sides[0] else None,
             seconds=time.monotonic() - began,
-            defined=config,
+            live_changed_ids=sides[0] if live else (),
+            config_changed_ids=written,
+            defined=config and before[-1] != after[-1],
         )
 
     async def pin(
@@ -235,8 +289,10 @@ class LibvirtDomain(Domain):
                 refusals.append(checks.has_no_thread(vcpu_id))
             if refusals:
                 raise VcpuRefused(refusals, ids=request.ids)
-            pin = None if wanted is None else format_ids(wanted)
-            changed = any(state.vcpus[vcpu_id].pin != pin for state in states)
+            everywhere = range(await self._domain.host_cpus()) if self._domain is not None else ()
+            pin = format_ids(everywhere if wanted is None else wanted)
+            # libvirt writes all of its CPUs where none is named.
+            changed = any((state.vcpus[vcpu_id].pin or format_ids(everywhere)) != pin for state in states)
             assert self._domain is not None and self._connection is not None
             if changed:
                 # A driver that knows only what runs (test:///) declines the flag.
@@ -288,6 +344,17 @@ async def list_domains(uri: str) -> Sequence[Row]:
             return await connection.list()
 
 
+def _not_asked(end: Outcome, left: tuple[int, ...]) -> Outcome:
+    """libvirt takes one unplug at a time: these had to wait, and the call has ended."""
+    pending = tuple(number for number in end.pending if number not in left)
+    text = f"vCPU {format_ids(left)}: libvirt was not asked, it takes one at a time"
+    if not pending and not end.changed:
+        raise VcpuFailed(
+            text, hint="give it more time (--timeout)", ids=end.ids, libvirt="VIR_ERR_OPERATION_TIMEOUT"
+        )
+    return replace(end, pending=pending, messages=(*end.messages, text))
+
+
 _IMPACTS: Final = ((VcpuFlag.LIVE, "live"), (VcpuFlag.CONFIG, "config"))
 
 
@@ -321,39 +388,52 @@ def _refused(error: VcpuFailed) -> VcpuError:
     return VcpuRefused([refusal], ids=error.ids, messages=error.messages, seconds=error.seconds)
 
 
-class _Definition:
-    """The definition that libvirt keeps (`ports.DefinitionStore`), as it was when the call began."""
+class _Defined(Persistent):
+    """The definition that libvirt keeps."""
 
-    def __init__(self, guest: LibvirtGuest, data: bytes) -> None:
-        self._guest = guest
-        self.data = data
-        #: What is being done, which says how libvirt is told.
-        self.request: Request | None = None
+    def __init__(self, store: _Definition) -> None:
+        super().__init__(store)
+        self._libvirts = store
+
+    def _store_for(self, request: Request) -> DefinitionStore:
+        # What is asked says how libvirt is told.
+        return replace(self._libvirts, request=request)
+
+
+@dataclass(slots=True)
+class _Definition:
+    """`ports.DefinitionStore`: the XML that libvirt keeps, as it was when the call began; `request` is what is to
+    be done to it.
+    """
+
+    guest: LibvirtGuest
+    data: bytes
+    request: Request | None = None
 
     @property
     def place(self) -> str:
         """What it is called in messages."""
-        return f"{self._guest.name} at {self._guest.connection.uri}"
+        return f"{self.guest.name} at {self.guest.connection.uri}"
 
     def read(self) -> bytes:
-        """The document, as it was when the call began."""
+        """The document."""
         return self.data
 
     def fetch(self) -> bytes:
         """As it is now. Blocks."""
-        return self._guest.read_definition()
+        return self.guest.read_definition()
 
     def stage(self, data: bytes) -> _Staged:
         """Nothing is written before it counts: libvirt knows one definition."""
-        return _Staged(self, self._guest, data)
+        return _Staged(self, data)
 
 
 class _Staged:
     """A next version (`ports.Staged`)."""
 
-    def __init__(self, store: _Definition, guest: LibvirtGuest, data: bytes) -> None:
+    def __init__(self, store: _Definition, data: bytes) -> None:
         self._store = store
-        self._guest = guest
+        self._guest = store.guest
         self._data = data
 
     def commit(self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
@@ -366,21 +446,23 @@ class _Staged:
                 self._data = again(now)
             if self._data == now:
                 return
-            old, new = read_domain(now)[1], read_domain(self._data)[1]
-            calls = self._calls(old, new)
-            for call in calls if calls is not None else [lambda: self._guest.define(self._data)]:
+            calls = self._calls(read_domain(now)[1], read_domain(self._data)[1])
+            if calls is None:
+                # A definition is replaced whole: with the passwords that libvirt does not show.
+                self._guest.define(again(self._guest.read_definition(secure=True)))
+            for call in calls or ():
                 self._guest.call("the definition", call)
-            self._store.data = self._store.fetch()
 
     def _calls(self, old: Definition, new: Definition) -> list[Callable[[], object]] | None:
         """Of libvirt's; None where it has none that say just this."""
         request, guest = self._store.request, self._guest
         config = guest.flags(config=True)
         if request is not None and request.total is not None and not request.has(VcpuFlag.GUEST):
-            return [
-                guest.set_vcpus(request.total, config | guest.count_flags(request.maximum, request.hotpluggable))
-            ]
-        if replace(new, vcpus=old.vcpus) != old or (request is not None and request.listed is not None):
+            flags = config | guest.count_flags(request.maximum, request.hotpluggable)
+            return [guest.set_vcpus(request.total, flags)]
+        if replace(new, vcpus=old.vcpus, dialect=old.dialect) != old:
+            return None
+        if request is not None and request.listed is not None:
             return None
         found = []
         for enable in (True, False):
@@ -412,8 +494,11 @@ class XmlReader:
         asked = tuple(pending)
         guest = self._monitor.guest
         await self._monitor.plugs_done()
+        self._monitor.check()
         with _answered():
             xml, run = await asyncio.gather(guest.live_xml(), guest.run_state())
+        if xml is None:
+            raise self._monitor.stopped()
         definition = read_domain(xml, running=True)[1]
         # libvirt tells the version of no running QEMU: it is at least that of its machine type.
         version = version_of_machine(definition.machine or "")
@@ -428,8 +513,11 @@ class XmlReader:
         plugged = [vcpu.id for vcpu in definition.vcpus if vcpu.enabled and vcpu.hotpluggable]
         if not plugged or definition.accel != "tcg" or definition.arch not in ("x86_64", "i686"):
             return frozenset()
-        with suppress(CommandError):
+        try:
             return await self._monitor.guest.without_threads(plugged)
+        except (CommandError, VcpuConnectionError) as error:
+            logger.debug("whether a vCPU is gone is not known: %s", error)
+            self._monitor.check()
         return frozenset()
 
     async def fast(

@@ -794,6 +794,9 @@ async def _move(
         end_of_source, why = Source.KEPT, "cancelled"
     except VcpuConnectionError as error:
         end_of_source, why = (Source.DEAD if await _is_dead(source) else Source.UNKNOWN), error.message
+    except VcpuRefused:
+        release(cookie, Side.SOURCE)
+        raise
     except VcpuFailed as error:
         # It did not begin: perhaps another one is under way, and that is not ours to end.
         release(cookie, Side.SOURCE)

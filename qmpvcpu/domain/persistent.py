@@ -58,15 +58,21 @@ class Persistent:
 
     def plan(self, request: Request, ids: Sequence[int] | None = None) -> ConfigChange:
         """What `request` makes of it; nothing is written."""
-        return self._change(lambda definition: plan_config(definition, request, ids))
+        return self._change(lambda definition: plan_config(definition, request, ids), self._store_for(request))
+
+    def _store_for(self, request: Request) -> DefinitionStore:
+        """Where what `request` makes of it is written to."""
+        return self._store
 
     def plan_pin(self, vcpu_id: int, cpus: tuple[int, ...] | None) -> ConfigChange:
         """What pinning one vCPU makes of it; nothing is written."""
         return self._change(lambda definition: plan_pin(definition, vcpu_id, cpus))
 
-    def _change(self, make: Callable[[Definition], ConfigPlan]) -> ConfigChange:
+    def _change(
+        self, make: Callable[[Definition], ConfigPlan], store: DefinitionStore | None = None
+    ) -> ConfigChange:
         version = self._version(self._store.read())
-        return ConfigChange(self._store, version.data, make(version.definition), self._again(make))
+        return ConfigChange(store or self._store, version.data, make(version.definition), self._again(make))
 
     def _again(self, make: Callable[[Definition], ConfigPlan]) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
         def again(data: bytes) -> tuple[bytes, ConfigPlan]:

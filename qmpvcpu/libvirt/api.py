@@ -24,6 +24,8 @@ logger = logging.getLogger("qmpvcpu.libvirt.api")
 _ASKED_SECONDS: Final = 0.5
 #: libvirt 9.0 fails without an error where the guest has rejected the unplug (qemuDomainHotplugDelVcpu).
 _NO_ERROR: Final = "VIR_ERR_OK"
+#: Another call holds the domain: nothing was asked.
+_LOCKED: Final = "state change lock"
 
 
 def failed(error: CommandError) -> asyncio.Future[object]:
@@ -44,6 +46,9 @@ class ApiMonitor(Behind):
         self.unseen: frozenset[int] = frozenset()
         self._timers: set[asyncio.TimerHandle] = set()
         self._plugs: set[asyncio.Future[object]] = set()
+        #: By first vCPU id, unplugs that libvirt has not been asked for yet: it takes one at a time.
+        self._queued: dict[int, asyncio.Future[object]] = {}
+        self._dropped: set[int] = set()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Listen to libvirt. Blocks."""
@@ -89,6 +94,7 @@ class ApiMonitor(Behind):
         answer: asyncio.Future[object] = loop.create_future()
 
         def begun() -> None:
+            self._queued.pop(first, None)
             timer = loop.call_later(_ASKED_SECONDS, asked)
             self._timers.add(timer)
 
@@ -97,11 +103,19 @@ class ApiMonitor(Behind):
                 answer.set_result({})
 
         def ended(done: asyncio.Future[object]) -> None:
-            error = done.exception() if not done.cancelled() else None
+            self._queued.pop(first, None)
+            if done.cancelled():
+                answer.cancel()
+                return
+            error = done.exception()
             event = None
             if error is None:
                 event = "DEVICE_DELETED"
-            elif isinstance(error, CommandError) and error.error_class == "VIR_ERR_OPERATION_TIMEOUT":
+            elif (
+                isinstance(error, CommandError)
+                and error.error_class == "VIR_ERR_OPERATION_TIMEOUT"
+                and _LOCKED not in error.text
+            ):
                 # libvirt has waited as long as it does. Its XML follows if an event comes, and else never.
                 logger.debug("vCPU %s: %s", first, error.text)
             elif isinstance(error, CommandError) and (error.error_class == _NO_ERROR or "rejected" in error.text):
@@ -115,8 +129,21 @@ class ApiMonitor(Behind):
                 self._give(MonitorEvent(event, {"device": f"vcpu{first}"}, time.time()))
 
         call = self.guest.set_vcpu(self.entities[first], False, self.guest.flags(live=True))
-        self.guest.connection.begin_change("virDomainSetVcpu", call, begun).add_done_callback(ended)
+        asking = self.guest.connection.begin_change("virDomainSetVcpu", call, begun)
+        self._queued[first] = asking
+        asking.add_done_callback(ended)
         return answer
+
+    def drop_queued(self) -> None:
+        """Do not ask for what libvirt has not been asked for yet."""
+        queued, self._queued = self._queued, {}
+        self._dropped.update(first for first, asking in queued.items() if asking.cancel())
+
+    def dropped(self) -> frozenset[int]:
+        """First vCPU ids of what was not asked for since this was called last."""
+        self.drop_queued()
+        found, self._dropped = frozenset(self._dropped), set()
+        return found
 
     async def close(self) -> None:
         """End listening. Never raises; may be called twice."""

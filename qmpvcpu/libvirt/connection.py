@@ -9,10 +9,10 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused, VcpuUsageError
 from qmpvcpu.libvirt.errors import connection_error, lost, translated
 from qmpvcpu.libvirt.threads import Worker, start_events
 from qmpvcpu.ports import CommandError
@@ -33,6 +33,8 @@ CALL_SECONDS: Final = 60.0
 QUERY_SECONDS: Final = 10.0
 #: Seconds between two signs of life, and how many may be missing.
 _KEEPALIVE: Final = (5, 2)
+#: Seconds for libvirt to take back what we have asked of it.
+_CLOSE_SECONDS: Final = 2.0
 
 #: libvirt's names of what a domain is at, virDomainState, as QEMU has it (QAPI RunState).
 _RUN_STATES: Final = ("none", "running", "running", "paused", "shutdown", "shutdown", "crashed", "suspended")
@@ -73,19 +75,19 @@ class Connection:
         self._conn: libvirt.virConnect | None = None
         self._lost: VcpuConnectionError | None = None
         self._loop = asyncio.get_running_loop()
+        self._is_closed = False
+        self._where = _split(uri)
+        #: Its driver, as libvirt calls it ("QEMU", "TEST").
+        self.driver = ""
         #: Called in the loop, once, when the connection is lost.
         self._listeners: list[Callable[[VcpuConnectionError], None]] = []
 
     @property
     def is_local(self) -> bool:
         """Whether its guests run on this host."""
-        parts = urlsplit(self.uri)
-        return not parts.hostname and parts.scheme.partition("+")[2] in ("", "unix")
-
-    @property
-    def is_session(self) -> bool:
-        """Whether it is a user's own daemon."""
-        return urlsplit(self.uri).path == "/session"
+        parts = self._where
+        # Without a scheme it is an alias of libvirt.conf's, for whatever.
+        return bool(parts.scheme) and not parts.hostname and parts.scheme.partition("+")[2] in ("", "unix")
 
     @property
     def conn(self) -> libvirt.virConnect:
@@ -119,6 +121,10 @@ class Connection:
 
         def work() -> libvirt.virConnect:
             conn = library.open(self.uri)
+            if self._is_closed:
+                conn.close()  # nobody waits any more
+                return conn
+            self._where, self.driver = _split(conn.getURI()), conn.getType()
             with suppress(library.libvirtError):
                 conn.setKeepAlive(*_KEEPALIVE)  # of no use, and an error, without a daemon (test:///)
             with suppress(library.libvirtError):
@@ -161,22 +167,32 @@ class Connection:
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""
         conn, self._conn = self._conn, None
+        self._is_closed = True
         self._listeners.clear()
         if self._lost is None:
             self._lost = lost(self.uri, "we closed it")
-        if conn is None:
-            return
 
         def work() -> None:
+            if conn is None:
+                return
             with suppress(self.library.libvirtError):
                 conn.unregisterCloseCallback()
             with suppress(self.library.libvirtError):
                 conn.close()
 
-        with suppress(TimeoutError, Exception):
-            await _within(self._queries.call(work), CONNECT_SECONDS)
-        self._changes.close()
-        self._queries.close()
+        try:
+            # Behind what is under way: libvirt's objects must not go while a call uses them.
+            with suppress(TimeoutError, Exception):
+                await _within(self._changes.call(work), _CLOSE_SECONDS)
+        finally:
+            self._changes.close()
+            self._queries.close()
+
+    async def quietly(self, function: Callable[[], object]) -> None:
+        """Call it in a thread, if the connection is there still; whatever it raises is of no interest."""
+        if self._lost is None:
+            with suppress(TimeoutError, Exception):
+                await _within(self._queries.call(function), _CLOSE_SECONDS)
 
     # -- calls --------------------------------------------------------------------------------------
 
@@ -194,10 +210,43 @@ class Connection:
         return await self._await(self._changes.call(self.checked(name, function)), name, seconds)
 
     def begin_change(
-        self, name: str, function: Callable[[], T], begun: Callable[[], None] = lambda: None
+        self,
+        name: str,
+        function: Callable[[], T],
+        begun: Callable[[], None] = lambda: None,
+        seconds: float = CALL_SECONDS,
     ) -> asyncio.Future[T]:
-        """As `change`, sent when this is called, and without a deadline of ours; `begun` when it is its turn."""
-        return self._changes.call(self.checked(name, function), begun)
+        """As `change`, sent when this is called. `begun` is called when it is its turn, and the deadline begins. One
+        that is cancelled before that is not sent.
+        """
+        timers: list[asyncio.TimerHandle] = []
+
+        def expire() -> None:
+            if not result.done():
+                result.set_exception(self._silent(name, seconds))
+
+        def start() -> None:
+            if not result.done():
+                timers.append(self._loop.call_later(seconds, expire))
+            begun()
+
+        result = self._changes.call(self.checked(name, function), start)
+
+        def stop(_: object) -> None:
+            for timer in timers:
+                timer.cancel()
+
+        result.add_done_callback(stop)
+        return result
+
+    def _silent(self, name: str, seconds: float) -> VcpuConnectionError:
+        return VcpuConnectionError(
+            f"libvirt at '{self.uri}' did not answer {name} within {seconds:g} s",
+            address=self.uri,
+            reason="timeout",
+            libvirt="VIR_ERR_OPERATION_TIMEOUT",
+            hint="its daemon is busy or hangs; whether it still does what was asked is not known: query again",
+        )
 
     def checked(self, name: str, function: Callable[[], T]) -> Callable[[], T]:
         """A call with its errors translated: `CommandError` and `VcpuConnectionError`."""
@@ -220,13 +269,7 @@ class Connection:
         try:
             return await _within(result, seconds)
         except TimeoutError as error:
-            raise VcpuConnectionError(
-                f"libvirt at '{self.uri}' did not answer {name} within {seconds:g} s",
-                address=self.uri,
-                reason="timeout",
-                libvirt="VIR_ERR_OPERATION_TIMEOUT",
-                hint="its daemon is busy or hangs; whether it still does what was asked is not known: query again",
-            ) from error
+            raise self._silent(name, seconds) from error
         except VcpuConnectionError as error:
             if error.reason == "closed":
                 self._lose(error)
@@ -239,8 +282,7 @@ class Connection:
             rows = []
             for domain in self.conn.listAllDomains(0):
                 with suppress(self.library.libvirtError):  # undefined meanwhile
-                    persistent = self.library.VIR_DOMAIN_XML_INACTIVE if domain.isPersistent() else 0
-                    rows.append(Row(domain.name(), bool(domain.isActive()), domain.XMLDesc(persistent).encode()))
+                    rows.append(Row(domain.name(), bool(domain.isActive()), domain.XMLDesc(0).encode()))
             return sorted(rows, key=lambda row: row.name)
 
         return await self.query("virConnectListAllDomains", work, CALL_SECONDS)
@@ -274,6 +316,7 @@ class Guest:
         self.domain = domain
         self.name: str = domain.name()
         self._library = connection.library
+        self._id = domain.ID()
 
     def flags(self, *, live: bool = False, config: bool = False) -> int:
         """`virDomainModificationImpact`."""
@@ -292,16 +335,20 @@ class Guest:
 
         return await self.connection.query("virDomainGetXMLDesc", work)
 
-    async def live_xml(self) -> bytes:
-        """The running domain's XML."""
-        return await self.connection.query("virDomainGetXMLDesc", lambda: self.domain.XMLDesc(0).encode())
+    async def live_xml(self) -> bytes | None:
+        """The running domain's XML; None once that has stopped, also if it was started anew."""
 
-    def read_definition(self) -> bytes:
-        """Its definition's XML. Blocks."""
-        return self.call("virDomainGetXMLDesc", lambda: self._inactive())
+        def work() -> bytes | None:
+            now = self.connection.conn.lookupByUUID(self.domain.UUID())
+            return now.XMLDesc(0).encode() if now.isActive() and now.ID() == self._id else None
 
-    def _inactive(self) -> bytes:
-        text: str = self.domain.XMLDesc(self._library.VIR_DOMAIN_XML_INACTIVE)
+        return await self.connection.query("virDomainGetXMLDesc", work)
+
+    def read_definition(self, *, secure: bool = False) -> bytes:
+        """Its definition's XML, `secure` with its passwords. Blocks."""
+        more = self._library.VIR_DOMAIN_XML_SECURE if secure else 0
+        flags = self._library.VIR_DOMAIN_XML_INACTIVE | more
+        text: str = self.call("virDomainGetXMLDesc", lambda: self.domain.XMLDesc(flags))
         return text.encode()
 
     def define(self, xml: bytes) -> None:
@@ -375,7 +422,11 @@ class Guest:
             except self._library.libvirtError as error:
                 if error.get_error_code() != self._library.VIR_ERR_SYSTEM_ERROR or error.get_int1() != errno.ESRCH:
                     raise
-            rows = self.connection.conn.domainListGetStats([self.domain], self._library.VIR_DOMAIN_STATS_VCPU)
+            # Another call, ours or not, may hold the domain for long.
+            nowait = self._library.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
+            rows = self.connection.conn.domainListGetStats(
+                [self.domain], self._library.VIR_DOMAIN_STATS_VCPU, nowait
+            )
             stats: Mapping[str, Any] = rows[0][1] if rows else {}
             idle = {n: [stats.get(f"vcpu.{n}.{word}", 0) for word in ("time", "delay")] for n in ids}
             return frozenset(n for n, times in idle.items() if f"vcpu.{n}.state" in stats and not any(times))
@@ -394,7 +445,7 @@ class Guest:
         import libvirt_qemu
 
         return self.connection.begin_change(
-            _MONITOR_COMMAND, lambda: libvirt_qemu.qemuMonitorCommand(self.domain, line, 0)
+            _MONITOR_COMMAND, lambda: libvirt_qemu.qemuMonitorCommand(self.domain, line, 0), seconds=QUERY_SECONDS
         )
 
     async def agent_command(self, line: str, seconds: int) -> str:
@@ -473,6 +524,15 @@ class Guest:
                     libvirt_qemu.qemuMonitorEventDeregister(conn, number)
 
         return end
+
+
+def _split(uri: str) -> SplitResult:
+    try:
+        return urlsplit(uri)
+    except ValueError as error:
+        raise VcpuUsageError(
+            f"'{uri}' is no URI: {error}", hint="give one of libvirt's: qemu:///system"
+        ) from error
 
 
 async def _within(result: asyncio.Future[T], seconds: float) -> T:

@@ -5,17 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
-from typing import Any, Final
+from contextlib import contextmanager
+from typing import Any
 
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.libvirt.connection import Guest
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
 
 __all__ = ["Behind", "PassedMonitor"]
-
-#: Seconds for libvirt to end our subscriptions.
-_END_SECONDS: Final = 2.0
 
 
 class Behind(Monitor):
@@ -81,6 +78,17 @@ class Behind(Monitor):
             self._lost = error
             self._give(error)
 
+    def check(self) -> None:
+        """Raises VcpuConnectionError if the guest has stopped, or its libvirt is lost."""
+        if self._lost is not None:
+            raise self._lost
+
+    def stopped(self) -> VcpuConnectionError:
+        """The guest has stopped."""
+        self._told("stopped")
+        assert self._lost is not None
+        return self._lost
+
     def _told(self, word: str) -> None:
         """libvirt says that something has happened to the guest."""
         if word == "stopped":
@@ -92,9 +100,7 @@ class Behind(Monitor):
         """End listening. Never raises; may be called twice."""
         self._end_loss()
         end, self._end_watch = self._end_watch, lambda: None
-        with suppress(TimeoutError, Exception):
-            async with asyncio.timeout(_END_SECONDS):
-                await asyncio.to_thread(end)
+        await self.guest.connection.quietly(end)
 
 
 class PassedMonitor(Behind):

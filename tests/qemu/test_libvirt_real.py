@@ -8,6 +8,7 @@ import os
 import re
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import pytest
 
@@ -386,3 +387,133 @@ async def test_many_connections_leave_nothing(daemon):
         before = await rounds(5)
         after = await rounds(30)
         assert after[0] <= before[0] + 2 and after[1] <= before[1] + 2, (before, after)
+
+
+SECRET = NUMA.replace("<devices>", "<devices><graphics type='vnc' port='-1' autoport='yes' passwd='geheim'/>", 1)
+
+
+async def test_what_libvirt_does_not_show_stays_in_the_definition(daemon, tmp_path):
+    """Passwords are in no XML that is read without being asked for: they must not be lost when it is written."""
+    async with guest(daemon, SECRET, start=False) as side:
+        wanted = tmp_path / "wanted.xml"
+        wanted.write_text(listed(0, 1, 2, 11))
+        for words in (
+            ("setvcpu", "web1", "5", "--enable"),
+            ("setvcpus", "web1", "7"),
+            ("vcpupin", "web1", "1", "0"),
+            ("apply", "web1", str(wanted)),
+            ("--via", "monitor", "setvcpu", "web1", "12", "--enable", "--config"),
+        ):
+            run = await on(daemon, *words)
+            assert run.code == 0 and run.json["changed"], run.stdout
+            secure = await asyncio.to_thread(side.guest.read_definition, secure=True)
+            assert b"passwd='geheim'" in secure, words
+        assert "geheim" not in (await cli("-c", daemon.uri, "dumpxml", "web1")).stdout
+
+
+async def test_two_calls_at_once_on_one_that_is_shut_off(daemon):
+    async with guest(daemon, start=False) as side:
+        async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
+            done = await asyncio.gather(domain.enable(12, config=True), domain.set_vcpus(8, config=True))
+            assert done[0].changed_ids == (12,) and len(done[1].changed_ids) == 4
+        xml = (await side.guest.sides())[1]
+        assert b"current='8'" in xml and b"<vcpu id='12' enabled='yes'" in xml
+
+
+async def test_a_guest_that_was_started_anew_is_another_one(daemon):
+    async with guest(daemon) as side:
+        async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
+            await domain.enable(9)
+            await asyncio.to_thread(side.guest.domain.destroy)
+            await asyncio.to_thread(side.guest.domain.create)
+            for call in (domain.state(), domain.enable(10), domain.dump_xml()):
+                with pytest.raises(qmpvcpu.VcpuConnectionError, match="has stopped"):
+                    await call
+            await domain.reconnect()
+            assert (await domain.state()).enabled_ids == (0, 1, 2)
+            await asyncio.to_thread(side.guest.domain.destroy)
+            with pytest.raises(qmpvcpu.VcpuConnectionError):
+                await domain.state(VcpuFlag.LIVE)
+
+
+async def test_a_transient_domain_and_its_own_xml(daemon):
+    async with guest(daemon, SECRET) as side:
+        await asyncio.to_thread(side.guest.domain.undefine)
+        run = await cli("-c", daemon.uri, "dumpxml", "web1")
+        assert "<uuid>" in run.stdout and "<numa>" in run.stdout and "<graphics" in run.stdout
+        run = await on(daemon, "setvcpu", "web1", "5", "--enable", "--live", "--config")
+        assert run.code == 3 and "no persistent definition" in run.json["error"]["message"]
+        assert (await on(daemon, "setvcpu", "web1", "5", "--enable")).code == 0
+        rows = (await on(daemon, "list")).json["domains"]
+        assert [(row["name"], row["current"]) for row in rows] == [("web1", 4)]
+
+
+@needs_kvm
+async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked(daemon, tmp_path):
+    import signal
+
+    async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)):
+        pid = next(
+            int(folder.name)
+            for folder in Path("/proc").glob("[0-9]*")
+            if b"guest=web1," in (folder / "cmdline").read_bytes()
+        )
+        # A guest that does not eject: paused.
+        async with qmpvcpu.connect("web1", uri=daemon.uri, via="monitor") as domain:
+            await domain._link.monitor.stop()
+        mark = daemon.log_position()
+        process = await start_cli("-c", daemon.uri, "setvcpu", "web1", "4-7", "--disable", "--json")
+        await asyncio.sleep(1.5)
+        process.send_signal(signal.SIGINT)
+        stdout, _ = await asyncio.wait_for(process.communicate(), 15)
+        assert process.returncode == 130
+        await asyncio.sleep(7)
+        asked = [c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_del"]
+        assert len(asked) == 1 and json.loads(stdout)["pending"] == [int(asked[0][4:])], (asked, stdout)
+        os.kill(pid, signal.SIGSTOP)
+        try:
+            process = await start_cli("-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json")
+            stdout, _ = await asyncio.wait_for(process.communicate(), 40)
+            assert process.returncode == 7 and "did not answer" in stdout.decode()
+            process = await start_cli("-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json")
+            await asyncio.sleep(1)
+            process.send_signal(signal.SIGINT)
+            await asyncio.wait_for(process.communicate(), 10)
+            assert process.returncode == 130
+        finally:
+            os.kill(pid, signal.SIGCONT)
+
+
+async def test_connections_that_fail_leave_no_threads():
+    import threading
+
+    before = threading.active_count()
+    for _ in range(10):
+        with pytest.raises(qmpvcpu.VcpuConnectionError):
+            async with qmpvcpu.connect("web1", uri="qemu+unix:///system?socket=/nowhere"):
+                pass
+    await asyncio.sleep(0.2)
+    assert threading.active_count() <= before + 2
+
+
+async def test_what_cannot_be_is_said_and_is_no_bug_of_ours():
+    for words, code in (
+        (("-c", "test:///default", "--via", "monitor", "vcpuinfo", "test"), 3),
+        (("-c", "qemu+ssh://[bad/system", "list"), 2),
+        (("-c", "test:///default", "setvcpu", "test", "1", "--disable", "--dry-run"), 3),
+        (("-c", "test:///default", "setvcpus", "test", "1", "--dry-run"), 0),
+        (("-c", "test:///default", "setvcpus", "test", "8", "--maximum", "--config"), 0),
+        (("-c", "test:///default", "vcpuinfo", "test", "--qmp-log", "/nowhere"), 2),
+    ):
+        run = await cli(*words, "--json")
+        assert run.code == code, (words, run.stdout, run.stderr)
+    async with qmpvcpu.connect("test", uri="test:///default") as domain:
+        outcome = await domain.set_vcpus(1, config=True)
+        assert outcome.config_changed_ids == (1,) and not outcome.live_changed_ids
+
+
+async def test_pinned_everywhere_is_already_so(daemon):
+    async with guest(daemon):
+        assert (await on(daemon, "vcpupin", "web1", "0", "0")).json["changed"]
+        assert (await on(daemon, "vcpupin", "web1", "0", "r")).json["changed"]
+        assert not (await on(daemon, "vcpupin", "web1", "0", "r")).json["changed"]
