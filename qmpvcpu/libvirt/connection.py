@@ -216,8 +216,8 @@ class Connection:
         begun: Callable[[], None] = lambda: None,
         seconds: float = CALL_SECONDS,
     ) -> asyncio.Future[T]:
-        """As `change`, sent when this is called. `begun` is called when it is its turn, and the deadline begins. One
-        that is cancelled before that is not sent.
+        """As `change`, sent when this is called. `begun` is called when it is its turn, and the deadline begins.
+        Cancelled before that, it is not sent.
         """
         timers: list[asyncio.TimerHandle] = []
 
