@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shutil
 import signal
+import subprocess
 import sys
+import tempfile
 from contextlib import suppress
 from pathlib import Path
 
@@ -167,7 +170,10 @@ async def test_a_kill_leaves_nothing(victim):
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 async def test_an_ordinary_users_session():
-    """As nobody, with the system's Python: the venv's may be where nobody cannot look."""
+    """As nobody, with the system's Python and a copy of the package: ours may be where nobody cannot look."""
+    base = Path(tempfile.mkdtemp(prefix="qmpvcpu-nobody-", dir="/tmp"))
+    shutil.copytree(Path(module.__file__).parents[1], base / "qmpvcpu")
+    subprocess.run(["chmod", "-R", "a+rX", str(base)], check=True)
     words = ("setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups")
     text = (
         "import asyncio\n"
@@ -183,10 +189,13 @@ async def test_an_ordinary_users_session():
     process = await asyncio.create_subprocess_exec(
         *(*words, "/usr/bin/python3", "-c", text),
         cwd="/",
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[2]), "HOME": "/nonexistent"},
+        env=os.environ | {"PYTHONPATH": str(base), "HOME": "/nonexistent"},
         stdout=asyncio.subprocess.PIPE,
     )
-    stdout, _ = await asyncio.wait_for(process.communicate(), 20)
+    try:
+        stdout, _ = await asyncio.wait_for(process.communicate(), 20)
+    finally:
+        shutil.rmtree(base)
     assert process.returncode == 0
     uri, folder = stdout.decode().split()
     assert uri.startswith("qemu+unix:///session")
