@@ -250,6 +250,12 @@ class PendingStore(Protocol):
     def discard(self, firsts: Collection[int]) -> None:
         """Forget these. Never raises."""
 
+    def note_removal(self) -> None:
+        """A vCPU was unplugged. Never raises."""
+
+    def had_removals(self) -> bool:
+        """Whether `note_removal` was ever called for this QEMU. Never raises."""
+
 
 class Threads(Protocol):
     """The threads of one QEMU that runs on this host."""

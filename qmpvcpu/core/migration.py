@@ -233,6 +233,12 @@ def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
     if state.arch in ("x86_64", "i386") and removals_seen and state.version < _FIXED:
         text = f"QEMU {state.version} under TCG never gets past 'setup' once a vCPU was unplugged (seen with 10.0)"
         found.append(_forceable("setup", text))
+    if state.arch == "ppc64" and removals_seen and state.version < _FIXED:
+        text = (
+            f"QEMU {state.version} under TCG aborts at a migration once a core was unplugged (seen with 7.2, 10.0;"
+            " not with 11.1), and the guest is lost"
+        )
+        found.append(_forceable("unplugged", text))
     return found
 
 

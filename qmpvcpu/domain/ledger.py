@@ -36,6 +36,16 @@ class Ledger:
         unplug = self._unplugs.get(first)
         return None if unplug is None else unplug.asked
 
+    @property
+    def had_removals(self) -> bool:
+        """Whether a vCPU of this QEMU was unplugged, as far as processes of ours have seen."""
+        return self._store is not None and self._store.had_removals()
+
+    def note_removal(self) -> None:
+        """One was unplugged. Never raises."""
+        if self._store is not None:
+            self._store.note_removal()
+
     def take_over(self, other: Ledger) -> None:
         """What an earlier connection to the same process knew."""
         self._unplugs.update(other._unplugs)

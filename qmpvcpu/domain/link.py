@@ -73,6 +73,11 @@ class Link:
         hub.on_listener = self._watcher.start
 
     @property
+    def removals(self) -> int:
+        """vCPUs that were unplugged, as far as is known; at least one, if any was."""
+        return self.removals_seen or int(self.ledger.had_removals)
+
+    @property
     def state(self) -> DomainState:
         """The state of the last query."""
         assert self._state is not None
@@ -210,6 +215,9 @@ class Link:
             found = changes(before, state, time.time())
             removed = [event for event in found if event.event is EventKind.REMOVED]
             self.removals_seen += len(removed)
+            if removed and state.accel == "tcg":
+                # Some QEMUs cannot be migrated then: the next process must know.
+                self.ledger.note_removal()
             self._gone.update(number for event in removed for number in event.vcpus)
             self._hub.emit(found)
         self.ledger.settle(state, self.driven)

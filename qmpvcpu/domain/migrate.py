@@ -144,7 +144,7 @@ async def check_begin(link: Link, *, force: bool, agent: Guest | None = None) ->
     if runs == "paused" and status.is_incoming and kept(link, Side.DESTINATION) is not None:
         hint = "migrate-finish lets it run here, migrate-cancel ends it here"
         refusals.append(_refused("arrived", "the guest has arrived here, and was never let run", hint))
-    hangs = [] if force else check_hangs(state, link.removals_seen)
+    hangs = [] if force else check_hangs(state, link.removals)
     if agent is not None and any(one.code == ONE_CPU for one in hangs):
         hangs = _without_one_cpu(hangs, await why_not(agent, state, runs))
     if refusals := refusals + hangs:
@@ -749,7 +749,7 @@ async def _begin_one_cpu(one_cpu: OneCpu, source: Link, *, force: bool) -> list[
             raise VcpuPartial(text, hint=error.hint, remaining=one_cpu.vcpus, messages=left) from error
         if force:
             return [f"migrated with all its CPUs online, and it may hang: {error.message}"]
-        hangs = _without_one_cpu(check_hangs(source.state, source.removals_seen), error.message)
+        hangs = _without_one_cpu(check_hangs(source.state, source.removals), error.message)
         raise VcpuRefused([one for one in hangs if one.code == ONE_CPU]) from error
     return []
 

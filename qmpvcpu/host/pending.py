@@ -27,6 +27,8 @@ _LIMIT: Final = 16 << 20
 #: Far more than a file system's clock takes to move on, nanoseconds.
 _TICK: Final = 100_000_000
 _LOCK_TRIES: Final = 50
+#: No file of unplugs.
+_REMOVED: Final = ".removed"
 _LOCK_PAUSE: Final = 0.001
 
 
@@ -80,6 +82,18 @@ class PendingFolder:
                     self._write(name, left)
         with suppress(OSError):
             self._folder.rmdir()
+
+    def note_removal(self) -> None:
+        """A vCPU was unplugged. Never raises."""
+        with suppress(OSError):
+            if not self.had_removals():
+                self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
+                self._folder.mkdir(mode=0o700, exist_ok=True)
+                (self._folder / _REMOVED).touch(mode=0o600)
+
+    def had_removals(self) -> bool:
+        """Whether `note_removal` was ever called for this QEMU. Never raises."""
+        return (self._folder / _REMOVED).exists()
 
     def _files(self) -> dict[str, list[PendingUnplug]]:
         """What each file says; what is no file of ours is left alone."""

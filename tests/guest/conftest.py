@@ -33,6 +33,7 @@ class Booted:
     #: A third QMP socket: `guest.qemu.monitor` holds the first, the tests connect to the second.
     third: str = ""
     boot_ids: tuple[int, ...] = field(default=())
+    is_touched: bool = False
 
     @property
     def qmp(self) -> str:
@@ -58,10 +59,13 @@ class Pool:
     def __init__(self) -> None:
         self.booted: dict[tuple[str, str], Booted] = {}
 
-    async def get(self, arch: str, version: str, plugs: int) -> Booted:
+    async def get(self, arch: str, version: str, plugs: int, *, untouched: bool = False) -> Booted:
+        """`untouched`: nothing was ever plugged into it; some QEMUs cannot be migrated after an unplug."""
         key = (arch, version)
         kept = self.booted.get(key)
-        if kept is not None and (kept.budget < plugs or not await kept.is_as_booted()):
+        if kept is not None and (
+            kept.budget < plugs or (untouched and kept.is_touched) or not await kept.is_as_booted()
+        ):
             await self.drop(key)
             kept = None
         if kept is None:
@@ -69,6 +73,7 @@ class Pool:
                 await self.drop(other)
             kept = self.booted[key] = await _boot(arch, version)
         kept.budget -= plugs
+        kept.is_touched |= not untouched
         return kept
 
     async def drop(self, key: tuple[str, str]) -> None:

@@ -116,7 +116,7 @@ async def goes_on(guest: Guest, before: int) -> None:
 
 @matrix(ONE_CPU)
 async def test_a_linux_that_would_hang_is_not_taken_away(arch, version, pool):
-    box = await pool.get(arch, version, plugs=0)
+    box = await pool.get(arch, version, plugs=0, untouched=True)
     agents = ["--agent", box.guest.agent, "--dest-agent", "/nowhere/agent"]
     for words in (
         ["migrate", box.qmp, "/nowhere/qmp"],
@@ -143,7 +143,7 @@ async def waiting(pool):
 
 @matrix(ONE_CPU)
 async def test_an_agent_that_cannot_do_it_is_a_reason_and_all_is_online_again(arch, version, pool, waiting):
-    box = await pool.get(arch, version, plugs=0)
+    box = await pool.get(arch, version, plugs=0, untouched=True)
     there = str(waiting.folder / "agent")
 
     async def refused(source: str, target: str) -> str:
@@ -164,7 +164,7 @@ async def test_an_agent_that_cannot_do_it_is_a_reason_and_all_is_online_again(ar
 @matrix(ONE_CPU)
 @pytest.mark.parametrize("how", ["destination killed", "cancelled", "uri"])
 async def test_what_goes_on_at_the_source_has_its_cpus_again(arch, version, how, pool, waiting):
-    box = await pool.get(arch, version, plugs=0)
+    box = await pool.get(arch, version, plugs=0, untouched=True)
     words = ["migrate", box.qmp, waiting.qmp, "--agent", box.guest.agent]
     words += ["--dest-agent", str(waiting.folder / "agent"), "--json"]
     if how == "uri":

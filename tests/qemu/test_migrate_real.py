@@ -867,3 +867,23 @@ async def test_the_return_path_is_cut_at_the_very_end(tmp_path, state):
         run = await cli("migrate-finish", target.qmp, "--json")
         assert run.code in (3, 7, 8) and await runs(source), run.stdout
         assert target.process.returncode is not None or not await runs(target)
+
+
+@pytest.mark.parametrize("version", ["7.2", "10.0", "11.1"])
+async def test_ppc64_that_would_abort_is_refused_also_by_another_process(version, tmp_path, state):
+    """Once a core was unplugged, 7.2 and 10.0 do not outlive the beginning of a migration."""
+    given = {
+        "version": version,
+        "smp": "1,sockets=1,cores=8,threads=1,maxcpus=8",
+        "extra": ["-S"],
+        "arch": "ppc64",
+    }
+    async with machine(**given) as source, waiting(**given) as target:
+        assert (await cli("setvcpu", source.qmp, "5", "--enable")).code == 0
+        assert (await cli("setvcpu", source.qmp, "5", "--disable", "--force")).code == 0
+        run = await cli("migrate", source.qmp, target.qmp, "--json")
+        if version == "11.1":
+            assert run.code == 0, run.stdout
+        else:
+            assert run.code == 3 and "once a core was unplugged" in run.json["error"]["message"], run.stdout
+            assert (await source.monitor.query_status())["status"] == "prelaunch"
