@@ -72,6 +72,7 @@ class Connection:
         self.library = _module()
         self._changes = Worker("changes")
         self._queries = Worker("queries")
+        self._agents: Worker | None = None
         self._conn: libvirt.virConnect | None = None
         self._lost: VcpuConnectionError | None = None
         self._loop = asyncio.get_running_loop()
@@ -185,8 +186,9 @@ class Connection:
             with suppress(TimeoutError, Exception):
                 await _within(self._changes.call(work), _CLOSE_SECONDS)
         finally:
-            self._changes.close()
-            self._queries.close()
+            for worker in (self._changes, self._queries, self._agents):
+                if worker is not None:
+                    worker.close()
 
     async def quietly(self, function: Callable[[], object]) -> None:
         """Call it in a thread, if the connection is there still; whatever it raises is of no interest."""
@@ -204,6 +206,12 @@ class Connection:
             VcpuConnectionError: the connection is lost, or nothing came in time.
         """
         return await self._await(self._queries.call(self.checked(name, function)), name, seconds)
+
+    async def ask_agent(self, name: str, function: Callable[[], T], seconds: float = QUERY_SECONDS) -> T:
+        """As `query`, of the guest's agent: one that does not answer is in nobody else's way."""
+        if self._agents is None:
+            self._agents = Worker("agent")
+        return await self._await(self._agents.call(self.checked(name, function)), name, seconds)
 
     async def change(self, name: str, function: Callable[[], T], seconds: float = CALL_SECONDS) -> T:
         """As `query`, behind every `change` before it."""
@@ -400,13 +408,13 @@ class Guest:
 
     async def guest_vcpus(self) -> Mapping[str, Any]:
         """`virDomainGetGuestVcpus`: cpusets by the words `vcpus`, `online`, `offlinable`."""
-        reply: Any = await self.connection.query("virDomainGetGuestVcpus", self.domain.guestVcpus)
+        reply: Any = await self.connection.ask_agent("virDomainGetGuestVcpus", self.domain.guestVcpus)
         return dict(reply) if isinstance(reply, dict) else {}
 
     async def set_guest_vcpus(self, cpus: Iterable[int], online: bool) -> None:
         """`virDomainSetGuestVcpus`, by the guest's own numbers."""
         words = format_ids(cpus)
-        await self.connection.change(
+        await self.connection.ask_agent(
             "virDomainSetGuestVcpus", lambda: self.domain.setGuestVcpus(words, int(online)), CALL_SECONDS
         )
 
@@ -452,7 +460,7 @@ class Guest:
         """`virDomainQemuAgentCommand`, likewise."""
         import libvirt_qemu
 
-        reply: str = await self.connection.query(
+        reply: str = await self.connection.ask_agent(
             "virDomainQemuAgentCommand",
             lambda: libvirt_qemu.qemuAgentCommand(self.domain, line, seconds, 0),
             seconds + QUERY_SECONDS,
