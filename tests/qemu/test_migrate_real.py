@@ -887,3 +887,21 @@ async def test_ppc64_that_would_abort_is_refused_also_by_another_process(version
         else:
             assert run.code == 3 and "once a core was unplugged" in run.json["error"]["message"], run.stdout
             assert (await source.monitor.query_status())["status"] == "prelaunch"
+
+
+async def test_after_a_failure_it_is_migrated_all_the_same_and_on_from_there(state):
+    async with machine() as source, waiting() as target, waiting() as third, waiting() as fourth:
+        async with slowly(source):
+            process = await start_cli("migrate", source.qmp, target.qmp, "--json")
+            await until_active(source)
+            target.kill()
+            await process.communicate()
+            assert process.returncode == 8 and await runs(source)
+        await source.monitor.migrate_set_parameters({"max-bandwidth": 1 << 30})
+        for one, other in ((source, third), (third, fourth)):
+            run = await cli("migrate", one.qmp, other.qmp, "--json")
+            assert run.code == 0 and await runs(other), run.stdout
+            assert await ended(one)
+        # The next trip needs no cookie of the last one.
+        run = await cli("migrate-finish", fourth.qmp, "--json")
+        assert run.code == 3 and "is not known here" in run.json["error"]["message"]
