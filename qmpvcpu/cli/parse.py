@@ -11,7 +11,7 @@ __all__ = ["build_parser", "parse", "parse_request"]
 
 _EPILOG = """\
 DOMAIN is a name given to `define`, or with a / in it the path of a QMP socket or of a domain XML file;
-else a file, host:port, or fd:N.
+else a file, host:port, or fd:N; with -c URI the name or UUID of a libvirt domain.
 IDS is a list of vCPU ids: 5, 1-3,7 or 0-7,^2.
 
 exit codes: 0 done  2 usage  3 refused  4 the guest rejected it  5 pending  6 partial  7 no connection

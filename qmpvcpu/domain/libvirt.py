@@ -238,9 +238,7 @@ class LibvirtDomain(Domain):
             refusals = [*self._not_here(request), *checks.check_flags(request.flags, is_query=False)]
             if refusals:
                 raise VcpuRefused(refusals)
-            before = [
-                await self._state(flag) for flag, on in ((VcpuFlag.LIVE, live), (VcpuFlag.CONFIG, config)) if on
-            ]
+            before = [await self._state(flag) for flag in _impacts(live, config)]
             flags = self._domain.flags(live=live, config=config)
             flags |= self._domain.count_flags(request.maximum, request.hotpluggable)
             with _answered():
@@ -248,9 +246,7 @@ class LibvirtDomain(Domain):
                     "virDomainSetVcpusFlags", self._domain.set_vcpus(request.total, flags)
                 )
             await self._refresh()
-            after = [
-                await self._state(flag) for flag, on in ((VcpuFlag.LIVE, live), (VcpuFlag.CONFIG, config)) if on
-            ]
+            after = [await self._state(flag) for flag in _impacts(live, config)]
         sides = [
             tuple(sorted(set(a.enabled_ids) ^ set(b.enabled_ids))) for a, b in zip(before, after, strict=True)
         ]
@@ -282,7 +278,7 @@ class LibvirtDomain(Domain):
             refusals = self._not_here(request)
             if (config and self._persistent is None) or (live and self._link is None):
                 raise VcpuRefused(refusals, ids=request.ids)
-            states = [await self._state(flag) for flag, on in _IMPACTS if on in self._named(live, config)]
+            states = [await self._state(flag) for flag in _impacts(live, config)]
             for state in states:
                 refusals += [one for one in checks.check_range(state, request.ids) if one not in refusals]
             if not refusals and live and not states[0].vcpus[vcpu_id].enabled:
@@ -319,9 +315,9 @@ class LibvirtDomain(Domain):
             defined=changed and config,
         )
 
-    @staticmethod
-    def _named(live: bool, config: bool) -> frozenset[str]:
-        return frozenset(word for word, on in (("live", live), ("config", config)) if on)
+
+def _impacts(live: bool, config: bool) -> list[VcpuFlag]:
+    return [flag for flag, on in ((VcpuFlag.LIVE, live), (VcpuFlag.CONFIG, config)) if on]
 
 
 _COUNTS_ONLY: Final = Refusal(
@@ -348,14 +344,14 @@ def _not_asked(end: Outcome, left: tuple[int, ...]) -> Outcome:
     """libvirt takes one unplug at a time: these had to wait, and the call has ended."""
     pending = tuple(number for number in end.pending if number not in left)
     text = f"vCPU {format_ids(left)}: libvirt was not asked, it takes one at a time"
+    facts: dict[str, Any] = {"hint": "ask again for these, with more time (--timeout)", "ids": end.ids}
+    facts["libvirt"] = "VIR_ERR_OPERATION_TIMEOUT"
     if not pending and not end.changed:
-        raise VcpuFailed(
-            text, hint="give it more time (--timeout)", ids=end.ids, libvirt="VIR_ERR_OPERATION_TIMEOUT"
-        )
+        raise VcpuFailed(text, **facts)
+    if not pending:
+        done = f"vCPU {format_ids(end.changed_ids)} is removed and stays so"
+        raise VcpuPartial(f"{text}; {done}", remaining=end.changed_ids, changed_ids=end.changed_ids, **facts)
     return replace(end, pending=pending, messages=(*end.messages, text))
-
-
-_IMPACTS: Final = ((VcpuFlag.LIVE, "live"), (VcpuFlag.CONFIG, "config"))
 
 
 @contextmanager
