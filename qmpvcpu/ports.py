@@ -256,6 +256,9 @@ class PendingStore(Protocol):
     def had_removals(self) -> bool:
         """Whether `note_removal` was ever called for this QEMU. Never raises."""
 
+    def tidy(self) -> None:
+        """Leave nothing that says nothing; called at the end of a connection. Never raises."""
+
 
 class Threads(Protocol):
     """The threads of one QEMU that runs on this host."""

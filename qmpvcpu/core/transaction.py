@@ -364,6 +364,8 @@ class Transaction:
     _counts: dict[ItemState, int] = field(default_factory=lambda: dict.fromkeys(S, 0))
     _present: int = 0
     _effects: list[Effect] = field(default_factory=list)
+    #: First ids of what QEMU says is gone.
+    _deleted: set[int] = field(default_factory=set)
     _querying: bool = False
     _look_again: bool = False
     _expired: bool = False
@@ -423,12 +425,22 @@ class Transaction:
             self._all(_On.CANCEL)
         return self._settle()
 
+    def asked(self) -> None:
+        """The query goes out, for the first time or once more: it sees what has happened until now."""
+        self._look_again = False
+
     # -- what the driver asks ---------------------------------------------------------------------
 
     @property
     def waiting(self) -> bool:
         """Whether the next step is the guest's (poll, and listen)."""
         return self._any(_WAITING)
+
+    @property
+    def seems_over(self) -> bool:
+        """Whether QEMU has said of all that is waited for that it is gone: a query has only to confirm that."""
+        left = (first for first, item in self._items.items() if item.state in WAITING)
+        return bool(self._deleted) and self._deleted.issuperset(left)
 
     @property
     def to_retry(self) -> bool:
@@ -514,6 +526,7 @@ class Transaction:
         if target in (S.ADDING, S.RESTORING):
             self._effects.append(Add(item.entity))
         elif target in (S.DELETING, S.UNDOING):
+            self._deleted.discard(item.entity.first)
             self._effects.append(Delete(item.entity, undo=target is S.UNDOING))
         return True
 
@@ -551,6 +564,8 @@ class Transaction:
     def _signal(self, signal: Signal) -> None:
         if signal.kind is SignalKind.EJECTING:
             return
+        if signal.kind is SignalKind.DELETED and signal.first is not None:
+            self._deleted.add(signal.first)
         refused: list[_Item] = []
         if signal.kind is SignalKind.GUEST_REFUSED:
             refused = [item for first, item in self._items.items() if first == signal.first]

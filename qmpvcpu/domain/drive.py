@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
-from typing import Final
+from typing import Final, Protocol
 
 from qmpvcpu.core.events import Names, interpret, replugged
 from qmpvcpu.core.model import DomainState, Entity
@@ -45,13 +45,20 @@ _RETRY_MOST: Final = 2.0
 _TASKS_KEPT: Final = 512
 
 
+class Look(Protocol):
+    """A fresh query."""
+
+    def __call__(self, *, is_last: bool, anew: Callable[[], None]) -> Awaitable[DomainState]: ...
+
+
 class Drive:
     """One run of a transaction.
 
     Args:
         transaction: not yet started.
         monitor: the QMP connection.
-        look: a fresh query that returns the state (and keeps it for the domain).
+        look: a fresh query that returns the state (and keeps it for the domain); told whether it is the last, and
+            what to call before it asks a second time.
         timeout: seconds the guest has; 0 does not wait.
         planned: the state the transaction was planned on.
         prepare: called with each fresh state, before the transaction gets it.
@@ -62,7 +69,7 @@ class Drive:
         self,
         transaction: Transaction,
         monitor: Monitor,
-        look: Callable[[], Awaitable[DomainState]],
+        look: Look,
         timeout: float,
         planned: DomainState,
         prepare: Callable[[DomainState], None],
@@ -254,8 +261,10 @@ class Drive:
             self._fail(error)
 
     async def _query(self) -> None:
+        transaction = self._transaction
         try:
-            state = await self._look()
+            transaction.asked()
+            state = await self._look(is_last=transaction.seems_over, anew=transaction.asked)
             self._prepare(state)
             self._take(
                 Snapshot(

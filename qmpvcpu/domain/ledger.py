@@ -95,6 +95,11 @@ class Ledger:
         if stored and self._store is not None:
             self._store.discard(stored)
 
+    def close(self) -> None:
+        """The connection ends; what is pending stays known. Never raises."""
+        if self._store is not None:
+            self._store.tidy()
+
     def settle(self, state: DomainState, held: Collection[int] = ()) -> None:
         """What this fresh state shows as ended, has ended. Those in `held` are ended by who has them in hands, all
         at once: that costs the disk one write.

@@ -517,7 +517,11 @@ class XmlReader:
         return frozenset()
 
     async def fast(
-        self, state: DomainState, pending: Collection[int] = (), expected: Collection[int] = ()
+        self,
+        state: DomainState,
+        pending: Collection[int] = (),
+        expected: Collection[int] = (),
+        anew: Callable[[], None] = lambda: None,
     ) -> DomainState:
         """The same."""
         return await self.full(pending)

@@ -11,6 +11,7 @@ from typing import Any, Final
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.events import CPU_EVENTS, Names, SignalKind, changes, interpret
+from qmpvcpu.core.inventory import InconsistentReplies
 from qmpvcpu.core.migration import MigrationStatus, check_cpu_operation, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 from qmpvcpu.core.pending import mark
@@ -112,6 +113,7 @@ class Link:
         if self._listening is not None:
             self._listening.__exit__(None, None, None)
             self._listening = None
+        self.ledger.close()
         await self.monitor.close()
 
     # -- queries ----------------------------------------------------------------------------------
@@ -130,8 +132,12 @@ class Link:
 
     async def read_at_rest(self) -> tuple[DomainState, list[Refusal]]:
         """`read`, and why no vCPU can be switched now: the guest is on its way elsewhere."""
+        # What nothing was heard against only has to be confirmed.
         state, run, reply = await asyncio.gather(
-            self.read(), run_state(self.monitor), self.monitor.query_migrate(), return_exceptions=True
+            self.read() if self.stale else self.look(),
+            run_state(self.monitor),
+            self.monitor.query_migrate(),
+            return_exceptions=True,
         )
         if isinstance(state, BaseException):
             raise state
@@ -142,10 +148,18 @@ class Link:
         status = MigrationStatus() if isinstance(reply, CommandError) else parse_status(reply)
         return state, check_cpu_operation(run, status)
 
-    async def look(self) -> DomainState:
-        """`query-cpus-fast` alone, where that is enough: the query of a running operation."""
+    async def look(self, *, is_last: bool = False, anew: Callable[[], None] = lambda: None) -> DomainState:
+        """`query-cpus-fast` alone, where that is enough: the query of a running operation.
+
+        Args:
+            is_last: both are asked at once.
+            anew: called before anything is asked a second time.
+        """
         assert self._reader is not None
-        return self._keep(await self._reader.fast(self.state, self.ledger.firsts, self.driven))
+        if is_last:
+            with suppress(InconsistentReplies):
+                return self._keep(await self._reader.full(self.ledger.firsts))
+        return self._keep(await self._reader.fast(self.state, self.ledger.firsts, self.driven, anew))
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """What a plan needs besides the state."""

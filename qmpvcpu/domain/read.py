@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import re
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Final, Protocol
 
@@ -38,9 +38,13 @@ class StateReader(Protocol):
         """All of it; `pending` are first ids of entities whose unplug is asked and has not ended."""
 
     async def fast(
-        self, state: DomainState, pending: Collection[int] = (), expected: Collection[int] = ()
+        self,
+        state: DomainState,
+        pending: Collection[int] = (),
+        expected: Collection[int] = (),
+        anew: Callable[[], None] = lambda: None,
     ) -> DomainState:
-        """What has changed since `state`."""
+        """What has changed since `state`. `anew` is called before it is asked once more."""
 
 
 class Reader:
@@ -84,7 +88,11 @@ class Reader:
         raise AssertionError("unreachable")
 
     async def fast(
-        self, state: DomainState, pending: Collection[int] = (), expected: Collection[int] = ()
+        self,
+        state: DomainState,
+        pending: Collection[int] = (),
+        expected: Collection[int] = (),
+        anew: Callable[[], None] = lambda: None,
     ) -> DomainState:
         """`query-cpus-fast` alone, and both queries where that is not enough.
 
@@ -97,6 +105,7 @@ class Reader:
             cpus = parse_cpus_fast(await self._monitor.query_cpus_fast(), props=False)
             fresh = refresh_state(state, self.boot, cpus, pending=pending)
         except InconsistentReplies:
+            anew()
             return await self.full(pending)
         except CommandError as error:
             raise _unexpected(self._monitor, error) from error
@@ -108,6 +117,7 @@ class Reader:
             leaving |= after.plugged and after.first in pending
         if came or (gone and not leaving):
             with suppress(InconsistentReplies):
+                anew()
                 return await self.full(pending)
         return fresh
 

@@ -260,9 +260,12 @@ class VcpuGroups:
             sites = [site for site in self._seen or () if not site.is_ours]
         with suppress(OSError):
             for site in sites:
-                ids = set(gone)
+                found = _vcpus_in(site.base.folder)
+                if found is None:
+                    continue
+                ids = found.intersection(gone)
                 if site.is_ours:
-                    ids |= {number for number in _vcpus_in(site.base.folder) if number not in enabled}
+                    ids |= found.difference(enabled)
                 busy |= {number for number in ids if not _removed(site.vcpu(number).folder)}
                 if site.is_ours and not site.is_layout:
                     _removed(site.base.folder)
@@ -554,11 +557,12 @@ def _removed_tree(folder: Path) -> bool:
     return _removed(folder)
 
 
-def _vcpus_in(folder: Path) -> list[int]:
+def _vcpus_in(folder: Path) -> set[int] | None:
+    """The vCPUs that have groups in one; None where it is not there."""
     with suppress(OSError):
         names = [name.removeprefix(_VCPU) for name in os.listdir(folder) if name.startswith(_VCPU)]  # noqa: PTH208
-        return [int(name) for name in names if name.isdigit()]
-    return []
+        return {int(name) for name in names if name.isdigit()}
+    return None
 
 
 def _removed(folder: Path) -> bool:

@@ -27,6 +27,7 @@ _LIMIT: Final = 16 << 20
 #: Far more than a file system's clock takes to move on, nanoseconds.
 _TICK: Final = 100_000_000
 _LOCK_TRIES: Final = 50
+_MAKE_TRIES: Final = 3
 #: No file of unplugs.
 _REMOVED: Final = ".removed"
 _LOCK_PAUSE: Final = 0.001
@@ -63,13 +64,16 @@ class PendingFolder:
         Raises:
             OSError: the state folder cannot be written.
         """
-        try:
-            self._write(f"{time.time_ns()}-{os.getpid()}", unplugs)
-        except FileNotFoundError:
+        name, rows = f"{time.time_ns()}-{os.getpid()}", tuple(unplugs)
+        for _ in range(_MAKE_TRIES):
+            # Another process may tidy the folder away as soon as it is made.
+            with suppress(FileNotFoundError):
+                self._write(name, rows)
+                return
             self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._prune()
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            self._write(f"{time.time_ns()}-{os.getpid()}", unplugs)
+        self._write(name, rows)
 
     def discard(self, firsts: Collection[int]) -> None:
         """Forget these: their end is known. Never raises."""
@@ -80,6 +84,11 @@ class PendingFolder:
                     (self._folder / name).unlink()
                 elif len(left) < len(unplugs):
                     self._write(name, left)
+
+    def tidy(self) -> None:
+        """Take the folder away if it is empty: not with each unplug, some file systems take milliseconds for it.
+        Never raises.
+        """
         with suppress(OSError):
             self._folder.rmdir()
 

@@ -40,8 +40,15 @@ def test_what_one_process_asked_the_next_one_knows(tmp_path):
     assert other.load() == {3: unplug(3), 5: unplug(5)}
     other.discard([3])
     assert one.load() == {5: unplug(5)}
+    one.tidy()
+    assert other.load() == {5: unplug(5)}
     one.discard([5, 6])
-    assert (other.load(), list((tmp_path / "pending").iterdir())) == ({}, [])
+    assert other.load() == {}
+    one.tidy()
+    assert list((tmp_path / "pending").iterdir()) == []
+    # As if another process had made it, and this one tidied it away.
+    other.add([unplug(3)])
+    assert one.load() == {3: unplug(3)}
 
 
 def test_changes_within_one_tick_of_the_clock_are_seen(tmp_path):

@@ -57,6 +57,43 @@ def test_plugs_go_out_together_with_one_query_behind_them():
     assert (end(t).outcome, end(t).plugged) == ("applied", (1, 2, 3))
 
 
+def test_what_happened_before_a_query_goes_out_asks_for_no_other():
+    t = Transaction([], [entity(1, True), entity(2, True)])
+    t.start()
+    t.feed(Replied(1))
+    t.feed(Replied(2))
+    assert not t.seems_over
+    assert t.feed(Signal(SignalKind.DELETED, 1)) == []
+    assert not t.seems_over
+    assert t.feed(Signal(SignalKind.DELETED, 2)) == []
+    assert t.seems_over
+    t.asked()
+    assert t.feed(snap(0)) == []
+    assert (end(t).outcome, end(t).removed) == ("applied", (1, 2))
+
+
+def test_what_happens_while_a_query_is_under_way_asks_once_more():
+    t = Transaction([], [entity(1, True)])
+    t.start()
+    t.feed(Replied(1))
+    t.asked()
+    t.feed(Signal(SignalKind.DELETED, 1))
+    assert kinds(t.feed(snap(0, 1))) == ["Query"]
+    t.feed(snap(0))
+    assert end(t).outcome == "applied"
+
+
+def test_one_that_is_asked_again_is_not_over():
+    t = Transaction([], [entity(1, True)], retries=1)
+    t.start()
+    t.feed(Replied(1))
+    t.feed(Signal(SignalKind.DELETED, 1))
+    t.feed(refused(1))
+    assert kinds(t.feed(Again())) == ["Delete"]
+    t.feed(Replied(1))
+    assert not t.seems_over
+
+
 def test_a_plug_that_is_not_in_the_query_is_a_failure():
     t = Transaction([entity(1)])
     t.start()
