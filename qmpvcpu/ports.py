@@ -222,6 +222,10 @@ class Agent(Protocol):
     def address(self) -> str:
         """What it is connected to, as the user wrote it."""
 
+    @property
+    def reads_files(self) -> bool:
+        """Whether `read_files` can read any."""
+
     async def open(self) -> None:
         """Connect to its socket, if it is not; an agent need not listen yet. Raises VcpuConnectionError."""
 

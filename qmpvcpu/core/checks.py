@@ -149,7 +149,11 @@ def check_whole_entities(state: DomainState, ids: Sequence[int], flags: VcpuFlag
 def check_guest(state: DomainState, ids: Sequence[int], view: GuestView, *, online: bool) -> list[Refusal]:
     """What stands against switching these vCPUs in the guest."""
     absent = [number for number in ids if not state.vcpus[number].enabled]
-    unknown = [number for number in ids if state.vcpus[number].enabled and number not in view.by_vcpu]
+    unknown = [
+        number
+        for number in ids
+        if state.vcpus[number].enabled and number not in view.by_vcpu and view.online(number) is not online
+    ]
     fixed = [
         number
         for number in ids

@@ -23,6 +23,7 @@ __all__ = [
     "identity_limits",
     "is_port_open",
     "most_guest_cpus",
+    "newcomers",
     "parse_guest_vcpus",
 ]
 
@@ -49,18 +50,24 @@ class GuestView:
 
     `by_vcpu` has the vCPUs whose guest CPU is known. `assumed` is true where nothing in the guest told it: then
     the guest's numbers are taken for vCPU ids, and only if no other reading is possible. `strays` is how many of
-    the CPUs that are there nobody can name.
+    the CPUs that are there nobody can name. `all_online` are vCPUs that are online whichever CPU each of them is.
     """
 
     cpus: tuple[GuestCpu, ...]
     by_vcpu: Mapping[int, GuestCpu]
     assumed: bool = False
     strays: int = 0
+    all_online: frozenset[int] = frozenset()
 
     def online(self, vcpu_id: int) -> bool | None:
-        """Whether the guest runs on it; None where its CPU is not known."""
+        """Whether the guest runs on it; None where that is not known."""
         cpu = self.by_vcpu.get(vcpu_id)
-        return None if cpu is None else cpu.online
+        return cpu.online if cpu is not None else True if vcpu_id in self.all_online else None
+
+    @property
+    def lit(self) -> frozenset[int]:
+        """The guest's numbers of the CPUs that are online."""
+        return frozenset(cpu.logical_id for cpu in self.cpus if cpu.online)
 
     @property
     def own(self) -> GuestView:
@@ -208,7 +215,26 @@ def identify(
         if vcpu is not None and vcpu in state.by_id and state.vcpus[vcpu].enabled:
             named.setdefault(vcpu, []).append(cpu)
     by_vcpu = {vcpu: found[0] for vcpu, found in sorted(named.items()) if len(found) == 1}
-    return GuestView(tuple(cpus), by_vcpu, strays=len(there) - len(by_vcpu))
+    return GuestView(tuple(cpus), by_vcpu, strays=len(there) - len(by_vcpu), all_online=_all_online(state, cpus))
+
+
+def _all_online(state: DomainState, cpus: Sequence[GuestCpu]) -> frozenset[int]:
+    """Where as many CPUs are online as vCPUs are plugged, each of these is."""
+    enabled = state.enabled_ids
+    return frozenset(enabled if sum(cpu.online for cpu in cpus) == len(enabled) else ())
+
+
+def newcomers(before: GuestView, now: GuestView, count: int) -> tuple[GuestCpu, ...]:
+    """The CPUs that came to the guest between two looks, where they are just as many as were plugged: whichever
+    is which, those are they. Empty where that cannot be said.
+
+    What is online now, and was not, has come too: ppc64 lists every possible CPU all the time.
+    """
+    known = {cpu.logical_id for cpu in before.cpus}
+    for ids in (frozenset(cpu.logical_id for cpu in now.cpus) - known, now.lit - before.lit):
+        if len(ids) == count:
+            return tuple(cpu for cpu in now.cpus if cpu.logical_id in ids)
+    return ()
 
 
 def _facts(
@@ -302,8 +328,9 @@ def _assume(state: DomainState, cpus: Sequence[GuestCpu], there: Sequence[GuestC
     """
     numbers = [cpu.logical_id for cpu in there]
     plugged = [e for e in state.entities if e.qom_path is not None and "/peripheral" in e.qom_path]
+    unknown = GuestView(tuple(cpus), {}, assumed=True, strays=len(there), all_online=_all_online(state, cpus))
     if state.arch == "riscv64" or len(plugged) > 1 or numbers != list(range(len(numbers))):
-        return GuestView(tuple(cpus), {}, assumed=True, strays=len(there))
+        return unknown
     if tuple(numbers) != state.enabled_ids:
-        return GuestView(tuple(cpus), {}, assumed=True, strays=len(there))
-    return GuestView(tuple(cpus), {cpu.logical_id: cpu for cpu in there}, assumed=True)
+        return unknown
+    return replace(unknown, by_vcpu={cpu.logical_id: cpu for cpu in there}, strays=0)

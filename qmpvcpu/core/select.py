@@ -7,12 +7,13 @@ from dataclasses import replace
 from typing import Any, Final
 
 from qmpvcpu.core import checks
+from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import DomainState, Entity, Vcpu, format_ids
 from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = ["core_of", "resolve_guest_total", "resolve_total", "select", "select_listed"]
+__all__ = ["core_of", "guest_total", "resolve_guest_total", "resolve_total", "select", "select_listed"]
 
 
 def select(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[Refusal]]:
@@ -211,6 +212,23 @@ def resolve_guest_total(state: DomainState, request: Request, known: Knowledge) 
             return request, [Refusal("count", message, (), "guestvcpus shows which", "VIR_ERR_CONFIG_UNSUPPORTED")]
     flags = request.flags | (flag if ids else VcpuFlag.CURRENT)
     return replace(request, ids=tuple(sorted(ids)), flags=flags), []
+
+
+def guest_total(view: GuestView, total: int) -> tuple[tuple[int, ...], bool, list[Refusal]]:
+    """So many CPUs online, counted by the guest's own numbers: which are to be switched, and whether online. The
+    lowest are taken online, the highest that can be are taken offline.
+    """
+    lit = [cpu for cpu in view.cpus if cpu.online]
+    online = total >= len(lit)
+    some = (
+        [c for c in view.cpus if not c.online] if online else [c for c in lit if c.can_offline is not False][::-1]
+    )
+    wanted = abs(total - len(lit))
+    if total < 1 or wanted > len(some):
+        least, most = len(lit) - sum(cpu.can_offline is not False for cpu in lit), len(view.cpus)
+        text = f"{total} CPUs online in the guest: it can have {max(least, 1)} to {most}"
+        return (), online, [Refusal("count", text, (), "guestvcpus shows which", "VIR_ERR_INVALID_ARG")]
+    return tuple(sorted(cpu.logical_id for cpu in some[:wanted])), online, []
 
 
 def _unreachable(total: int, now: int, below: int, above: int, candidates: Sequence[Entity]) -> Refusal:

@@ -117,6 +117,9 @@ async def change(
             seconds=round(time.monotonic() - began, 6),
         )
     end: Outcome | VcpuError
+    before = None
+    if guest is not None and request.wait and (plan.plugs or plan.awaited):
+        before = await guest.before_plug(held)
     if plan.plugs or plan.unplugs or plan.awaited:
         end = await _placed(link, held, plan, placing, lambda: _hotplug(link, held, plan, known, began))
         if end.outcome is not OutcomeKind.APPLIED:
@@ -140,7 +143,7 @@ async def change(
         end = replace(end, messages=(*end.messages, _UNSEEN))
     if guest is not None:
         try:
-            end = await _in_the_guest(link, guest, plan, known, end, began)
+            end = await _in_the_guest(link, guest, plan, known, end, began, before)
         except asyncio.CancelledError:
             await _take_back(link, plan, end)
             raise
@@ -225,7 +228,13 @@ async def _hotplug(
 
 
 async def _in_the_guest(
-    link: Link, guest: Guest, plan: Plan, known: Knowledge, end: Outcome | VcpuError, began: float
+    link: Link,
+    guest: Guest,
+    plan: Plan,
+    known: Knowledge,
+    end: Outcome | VcpuError,
+    began: float,
+    before: GuestView | None,
 ) -> Outcome | VcpuError:
     """What the agent can do: what hotplug could not, and wait until the guest runs on what was plugged."""
     request = plan.request
@@ -260,7 +269,7 @@ async def _in_the_guest(
         fresh = [n for n in plan.targets if n not in skip and link.state.vcpus[n].enabled]
         if fresh:
             left = max(request.timeout - (time.monotonic() - began), 0.0)
-            end = await _until_online(link, guest, end, fresh, left)
+            end = await _until_online(link, guest, end, fresh, left, before)
     return end
 
 
@@ -298,10 +307,15 @@ def _as_seen(link: Link, plan: Plan, view: GuestView, end: Outcome) -> Outcome:
     return replace(end, rows=tuple(state.vcpus[row.id] for row in end.rows), messages=tuple(messages))
 
 
-async def _until_online(link: Link, guest: Guest, end: Outcome, fresh: Sequence[int], seconds: float) -> Outcome:
+async def _until_online(
+    link: Link, guest: Guest, end: Outcome, fresh: Sequence[int], seconds: float, before: GuestView | None
+) -> Outcome:
     """Enabled is what the guest can run on."""
+    if guest.is_silent and guest.trouble is not None:
+        note = f"whether the guest runs on it is not known: {guest.trouble.message}"
+        return replace(end, messages=(*end.messages, note))
     try:
-        arrival = await guest.await_online(link.state, fresh, seconds)
+        arrival = await guest.await_online(link.state, fresh, seconds, before)
     except VcpuError as error:
         note = f"whether the guest runs on it is not known: {error.message}"
         return replace(end, messages=(*end.messages, note))

@@ -16,6 +16,7 @@ from qmpvcpu.core.guest import (
     identity_limits,
     is_port_open,
     most_guest_cpus,
+    newcomers,
     parse_guest_vcpus,
 )
 from qmpvcpu.core.model import DomainState, Event, EventKind
@@ -59,6 +60,8 @@ class Guest:
         self._vsmt_known = False
         self._silent_until = 0.0
         self._heard = False
+        #: Whether nothing told its CPUs apart when it was looked at last.
+        self._is_blind = not agent.reads_files
         self._lock = asyncio.Lock()
         #: Why the last view could not be had.
         self.trouble: VcpuConnectionError | None = None
@@ -91,7 +94,7 @@ class Guest:
                 view = await self._view(state)
             except VcpuConnectionError as error:
                 self.trouble = error
-                if error.reason == "no-agent":
+                if error.reason in ("no-agent", "timeout"):
                     self._silent_until = time.monotonic() + _SULK
                 raise
             self.trouble = None
@@ -115,7 +118,7 @@ class Guest:
 
     async def try_view(self, state: DomainState) -> GuestView | None:
         """`view`, or None, and `trouble` says why; an agent that was silent just now is left alone."""
-        if self.trouble is not None and time.monotonic() < self._silent_until:
+        if self.is_silent:
             return None
         try:
             return await self.view(state)
@@ -124,6 +127,15 @@ class Guest:
         except VcpuRefused as refused:
             self.trouble = VcpuConnectionError(refused.message, address=self._agent.address, hint=refused.hint)
             return None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it did not answer just now."""
+        return self.trouble is not None and time.monotonic() < self._silent_until
+
+    async def before_plug(self, state: DomainState) -> GuestView | None:
+        """The guest before CPUs come to it, where only that tells which of them have come; else None."""
+        return await self.try_view(state) if self._is_blind else None
 
     async def switch(self, view: GuestView, vcpus: Sequence[int], online: bool) -> Switch:
         """Take these online or offline, all or none; each of them is known in `view`.
@@ -141,8 +153,16 @@ class Guest:
             effect = run.feed(await self._set(effect, first=run.step is SwitchStep.SET))
         return run
 
-    async def await_online(self, state: DomainState, vcpus: Collection[int], seconds: float) -> Arrival:
+    async def await_online(
+        self, state: DomainState, vcpus: Collection[int], seconds: float, before: GuestView | None = None
+    ) -> Arrival:
         """Wait until the guest runs on these freshly plugged vCPUs, and take online what it leaves offline.
+
+        Args:
+            state: with them.
+            vcpus: their ids.
+            seconds: how long to wait.
+            before: the guest before they came, of `before_plug`.
 
         Raises:
             VcpuConnectionError: the agent was lost.
@@ -154,6 +174,9 @@ class Guest:
         tried: set[int] = set()
         while True:
             view = await self.view(state)
+            come = newcomers(before, view, len(vcpus)) if before is not None and view.assumed else ()
+            if come and all(cpu.online for cpu in come):
+                view = replace(view, all_online=view.all_online | frozenset(vcpus))
             missing = {number for number in missing if view.online(number) is not True}
             dark = sorted(number for number in missing if view.online(number) is False)
             # What the kernel, or a rule of its own, brings up by itself needs a moment to.
@@ -167,16 +190,29 @@ class Guest:
                     view = view.switched(run.changed, online=True)
                     self._tell_of(view)
                     said = next(iter(run.failures.values()), said)
+            elif any(not cpu.online for cpu in come) and time.monotonic() > began + _LOOK_FIRST:
+                said = await self._light(view, [cpu.logical_id for cpu in come if not cpu.online]) or said
             tried |= missing
             unnamed = {number for number in missing if view.online(number) is None}
             if len(unnamed) > view.strays:
                 unnamed = set()
             # Where nothing tells its CPUs apart, that does not change: no use to wait, once they are all there.
             hopeless = view.assumed and missing == unnamed and len(view.cpus) >= len(state.enabled_ids)
+            if before is not None:
+                # Those that came since are they, and if they do not come, it is they that are missing.
+                hopeless, unnamed = False, set()
             if not missing or hopeless or time.monotonic() >= deadline:
                 return Arrival(frozenset(missing - unnamed), frozenset(unnamed), said, view)
             await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
             pause = min(pause * 2, _LOOK_MOST)
+
+    async def _light(self, view: GuestView, numbers: Sequence[int]) -> str | None:
+        """Take these CPUs online, by the guest's own numbers; what it says of one that does not come."""
+        try:
+            run = await self.switch(view.own, numbers, online=True)
+        except VcpuRefused as refused:
+            return refused.message
+        return next(iter(run.failures.values()), None)
 
     async def close(self) -> None:
         """Close the connection."""
@@ -211,7 +247,9 @@ class Guest:
             # Where guest-file-open is blocked, the view says that it is assumed.
             with suppress(CommandError):
                 files = dict(zip(wanted, await self._agent.read_files(wanted), strict=True))
-        return identify(state, cpus, files, vsmt=await self._spacing(state))
+        view = identify(state, cpus, files, vsmt=await self._spacing(state))
+        self._is_blind = view.assumed
+        return view
 
     async def _spacing(self, state: DomainState) -> int | None:
         if state.arch == "ppc64" and not self._vsmt_known:
@@ -267,6 +305,8 @@ def with_online(state: DomainState, view: GuestView) -> DomainState:
             replace(vcpu, online=cpu.online, logical_id=cpu.logical_id, can_offline=cpu.can_offline)
             if (cpu := view.by_vcpu.get(vcpu.id)) is not None
             else vcpu
+            if vcpu.online is view.online(vcpu.id)
+            else replace(vcpu, online=view.online(vcpu.id))
             for vcpu in state.vcpus
         ),
     )

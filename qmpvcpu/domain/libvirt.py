@@ -22,6 +22,7 @@ from qmpvcpu.core.model import DomainState, Outcome, format_ids
 from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.running import running_state, version_of_machine
+from qmpvcpu.core.select import guest_total
 from qmpvcpu.domain.domain import Domain
 from qmpvcpu.domain.dump import check_dump, dump
 from qmpvcpu.domain.guest import Guest
@@ -185,6 +186,10 @@ class LibvirtDomain(Domain):
             end = await super().request(request)
         except VcpuFailed as error:
             raise _refused(error) from error
+        except VcpuRefused as refused:
+            if not self._is_counted_there(request, refused.refusals):
+                raise
+            end = await self._count_there(request)
         finally:
             left = self._drop_queued()
         if left:
@@ -208,7 +213,27 @@ class LibvirtDomain(Domain):
             if request.total is None:
                 return Plan(request, request.ids, refusals=(_COUNTS_ONLY,))
             return Plan(request, (), messages=(f"virDomainSetVcpusFlags {request.total}",))
-        return await super().plan(request)
+        plan = await super().plan(request)
+        if self._is_counted_there(request, plan.refusals):
+            ids, online, refusals = guest_total(await self.guest_vcpus(), request.total or 0)
+            what = f"take the guest's CPU {format_ids(ids)} {'online' if online else 'offline'}"
+            return Plan(request, (), refusals=tuple(refusals), messages=(what, _BY_NUMBER) if ids else ())
+        return plan
+
+    def _is_counted_there(self, request: Request, refusals: Iterable[Refusal]) -> bool:
+        """Whether to count by the guest's own numbers: nothing tells which is which, and a count needs none."""
+        is_count = request.total is not None and request.has(VcpuFlag.GUEST)
+        return self._via == "api" and is_count and {refusal.code for refusal in refusals} == {"guest-cpu"}
+
+    async def _count_there(self, request: Request) -> Outcome:
+        assert request.total is not None
+        ids, online, refusals = guest_total(await self.guest_vcpus(), request.total)
+        if refusals:
+            raise VcpuRefused(refusals)
+        if not ids:
+            return Outcome(OutcomeKind.APPLIED, ())
+        end = await self.set_guest_vcpus(ids, online)
+        return replace(end, messages=(*end.messages, _BY_NUMBER))
 
     async def dump_xml(
         self, *, inactive: bool = False, dialect: str | None = None, detail: str | None = None
@@ -314,6 +339,10 @@ class LibvirtDomain(Domain):
             config_changed_ids=ids if changed and config else (),
             defined=changed and config,
         )
+
+
+#: Of a count in the guest.
+_BY_NUMBER: Final = "which vCPU is which in the guest is not known: these are the guest's own numbers"
 
 
 def _impacts(live: bool, config: bool) -> list[VcpuFlag]:

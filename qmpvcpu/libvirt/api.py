@@ -164,6 +164,11 @@ class ApiAgent:
         """libvirt's URI."""
         return self._guest.connection.uri
 
+    @property
+    def reads_files(self) -> bool:
+        """libvirt's API cannot."""
+        return False
+
     async def open(self) -> None:
         """libvirt is connected."""
 

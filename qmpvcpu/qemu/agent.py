@@ -70,6 +70,11 @@ class AgentClient:
         """What it is connected to, as the user wrote it."""
         return self._address
 
+    @property
+    def reads_files(self) -> bool:
+        """It may, where its configuration lets it."""
+        return True
+
     async def open(self) -> None:
         """Connect to the socket, if it is not; whether an agent listens behind it, the first command shows.
 

@@ -42,13 +42,13 @@ async def daemon():
 
 
 @asynccontextmanager
-async def linux(daemon, arch, folder):
+async def linux(daemon, arch, folder, words=""):
     machine, more, memory, image, vcpus = KINDS[arch]
     found = find_image(image)
     console = folder / "console"
     xml = f"""<domain type='qemu'><name>linux1</name><memory unit='MiB'>{memory}</memory>{vcpus}
 <os><type arch='{arch}' {machine}>hvm</type><kernel>{found.folder}/vmlinuz</kernel>
-<initrd>{found.folder}/initrd.cpio.gz</initrd><cmdline>{found.facts["append"]}</cmdline></os>{more}
+<initrd>{found.folder}/initrd.cpio.gz</initrd><cmdline>{found.facts["append"]} {words}</cmdline></os>{more}
 <devices><emulator>{qemu_binary("10.0", arch)}</emulator><serial type='file'><source path='{console}'/></serial>
 <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices></domain>"""
     async with LibvirtSide.run(daemon, xml.encode(), log=False) as side:
@@ -94,6 +94,32 @@ async def test_x86_64_where_libvirt_does_not_see_the_end(daemon, tmp_path):
         assert run.code == 0, run.stdout
         rows = (await on(daemon, "--via", "monitor", "vcpuinfo", "linux1")).json["vcpus"]
         assert [row["id"] for row in rows if row["online"]] == [0, 1, 7, 9, 10]
+
+
+async def test_x86_64_by_the_api_several_at_once_come_online_in_a_guest_that_leaves_them_offline(daemon, tmp_path):
+    async with linux(daemon, "x86_64", tmp_path, "qmpvcpu.selfonline=0"):
+        run = await on(daemon, "setvcpu", "linux1", "7,9-10", "--enable")
+        assert run.code == 0 and run.json["outcome"] == "applied", run.stdout
+        assert not [text for text in run.json["messages"] if "not known" in text]
+        cpus = (await on(daemon, "guestvcpus", "linux1")).json["cpus"]
+        assert [(cpu["logical_id"], cpu["online"]) for cpu in cpus] == [(n, True) for n in range(5)]
+        rows = (await on(daemon, "vcpuinfo", "linux1")).json["vcpus"]
+        assert [row["id"] for row in rows if row["online"]] == [0, 1, 7, 9, 10]
+        # Which is which nobody knows, so one of them cannot be taken offline by its id; so many of them can.
+        run = await on(daemon, "setvcpu", "linux1", "9", "--guest", "--disable")
+        assert run.code == 3 and "is not known" in run.json["error"]["message"], run.stdout
+        run = await on(daemon, "setvcpus", "linux1", "3", "--guest", "--dry-run")
+        assert run.code == 0, run.stdout
+        run = await on(daemon, "setvcpus", "linux1", "3", "--guest")
+        assert run.code == 0 and run.json["changed_ids"] == [3, 4], run.stdout
+        # What somebody has taken offline stays so when more come.
+        run = await on(daemon, "setvcpu", "linux1", "12", "--enable")
+        assert run.code == 0, run.stdout
+        rows = (await on(daemon, "vcpuinfo", "linux1")).json["vcpus"]
+        assert {row["online"] for row in rows if row["state"] == "enabled"} == {None}
+        run = await on(daemon, "setvcpus", "linux1", "6", "--guest")
+        assert run.code == 0 and run.json["changed_ids"] == [3, 4], run.stdout
+        assert (await on(daemon, "setvcpus", "linux1", "9", "--guest")).code == 3
 
 
 async def test_ppc64_cores_come_and_go(daemon, tmp_path):

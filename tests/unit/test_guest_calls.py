@@ -159,15 +159,57 @@ async def test_what_is_assumed_is_said(started):
 
 
 async def test_where_nothing_tells_which_it_is_enable_says_so_and_does_not_wait(started):
-    box = Box(
-        plugged=(1,),
-    )
-    box.as_online = True
+    box = Box(plugged=(1, 2))
+    box.agent.online[1] = False
     box.agent.answers["guest-file-open"] = disabled
     async with started(box) as domain:
         outcome = await domain.enable(3, timeout=20)
     assert (outcome.outcome, outcome.vcpu.online, outcome.seconds < 10) == ("applied", None, True)
-    assert any("3 of 3 are online" in message for message in outcome.messages)
+    assert any("2 of 4 are online" in message for message in outcome.messages)
+    assert box.agent.online == {0: True, 1: False, 2: True, 3: False}
+
+
+async def test_whichever_is_which_all_are_online_where_as_many_are_as_are_plugged(started):
+    box = Box(plugged=(1,))
+    box.as_online = True
+    box.agent.answers["guest-file-open"] = disabled
+    async with started(box) as domain:
+        outcome = await domain.enable(3, timeout=20)
+        assert (outcome.outcome, outcome.vcpu.online, outcome.messages) == ("applied", True, ())
+        assert [row.online for row in await domain.vcpus()] == [True, True, None, True]
+        assert (await domain.vcpu(3, GUEST | VcpuFlag.ENABLE)).changed is False
+        with pytest.raises(qmpvcpu.VcpuRefused, match="is not known"):
+            await domain.vcpu(3, GUEST | VcpuFlag.DISABLE)
+
+
+@pytest.mark.parametrize("by_itself", [True, False])
+async def test_whichever_is_which_those_that_came_are_taken_online(started, by_itself):
+    box = Box(plugged=(1, 2), slots=6)
+    box.agent.online[1], box.as_online = False, by_itself
+    box.agent.answers["guest-file-open"] = disabled
+    async with started(box) as domain:
+        # From here on it is known that nothing tells its CPUs apart.
+        assert (await domain.guest_vcpus()).assumed
+        outcome = await domain.enable([3, 5], timeout=20)
+    assert (outcome.outcome, outcome.messages, outcome.seconds < 10) == ("applied", (), True)
+    assert [row.online for row in outcome.rows] == [True, True]
+    # What somebody had taken offline before stays so.
+    assert box.agent.online == {0: True, 1: False, 2: True, 3: True, 5: True}
+
+
+async def test_whichever_is_which_one_that_does_not_come_is_missed(started):
+    box = Box(plugged=(1, 2), slots=6)
+    box.agent.online[1] = False
+    box.agent.answers["guest-file-open"] = disabled
+    async with started(box) as domain:
+        assert (await domain.guest_vcpus()).assumed
+        box.appears = False
+        outcome = await domain.enable(3, timeout=0.3)
+        assert (outcome.outcome, outcome.pending) == ("pending", (3,))
+        box.appears, box.agent.set = True, lambda wanted: {"error": {"class": "GenericError", "desc": "not today"}}
+        outcome = await domain.enable(4, timeout=0.3)
+    assert (outcome.outcome, outcome.pending) == ("pending", (4,))
+    assert any("not today" in message for message in outcome.messages)
 
 
 async def test_a_guest_whose_agent_may_not_online_is_not_called_enabled(started):
@@ -297,6 +339,7 @@ async def test_two_views_at_once_and_one_cancelled_know_how_far_cores_lie_apart(
 
     class Eight:
         address = "x"
+        reads_files = True
 
         async def get_vcpus(self):
             return [{"logical-id": n, "online": True, "can-offline": True} for n in range(8)]
