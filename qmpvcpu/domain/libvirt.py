@@ -41,6 +41,7 @@ from qmpvcpu.errors import (
     VcpuRefused,
 )
 from qmpvcpu.flags import VcpuFlag
+from qmpvcpu.host.process import find_by_uuid
 from qmpvcpu.libvirt.api import ApiAgent, ApiMonitor
 from qmpvcpu.libvirt.connection import Connection, Row, open_connection
 from qmpvcpu.libvirt.connection import Guest as LibvirtGuest
@@ -511,6 +512,9 @@ class XmlReader:
         self._monitor = monitor
         self._name = name
         self.thread_ids: frozenset[int] = frozenset()
+        guest = monitor.guest
+        #: For what is pending; its threads are libvirt's to place.
+        self.process = find_by_uuid(guest.uuid) if guest.connection.is_local else None
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
         """Its XML."""

@@ -95,7 +95,7 @@ class Link:
             self.threads = QemuThreads(self.process) if self.process is not None else None
         if self.threads is not None:
             self.threads.recover()
-        self.ledger = Ledger(_store_of(self.process))
+        self.ledger = Ledger(_store_of(self.process or self._reader.process))
         if before is not None and _same_guest(before, self):
             self.ledger.take_over(before.ledger)
             self.removals_seen = before.removals_seen

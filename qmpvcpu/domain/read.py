@@ -20,6 +20,7 @@ from qmpvcpu.core.inventory import (
 )
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.host.process import Process
 from qmpvcpu.ports import CommandError, Monitor
 
 __all__ = ["Reader", "StateReader", "open_reader", "firmware_runs", "has_x2apic", "run_state"]
@@ -33,6 +34,8 @@ class StateReader(Protocol):
     """Reads a domain's state, as often as needed."""
 
     thread_ids: frozenset[int]
+    #: QEMU's, where what is read tells it and the threads do not.
+    process: Process | None
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
         """All of it; `pending` are first ids of entities whose unplug is asked and has not ended."""
@@ -55,6 +58,7 @@ class Reader:
         self.boot = boot
         #: Linux thread ids of all vCPUs at the last `full`.
         self.thread_ids: frozenset[int] = frozenset()
+        self.process: Process | None = None
         self._hotplug = hotplug
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:

@@ -110,6 +110,22 @@ def find_process(thread_ids: Collection[int], peer: Peer | None = None) -> Proce
         return None
 
 
+def find_by_uuid(uuid: str) -> Process | None:
+    """The one QEMU on this host that was started with this `-uuid`, as libvirt starts them; None where none or
+    several were.
+    """
+    found = []
+    wanted = f"\0-uuid\0{uuid}\0".lower().encode()
+    with suppress(OSError):
+        for name in os.listdir(_PROC):  # noqa: PTH208 - names are all we need
+            if name.isdigit():
+                with suppress(OSError, ValueError, IndexError):
+                    line = (_PROC / name / "cmdline").read_bytes().lower()
+                    if wanted in line and b"qemu" in line:
+                        found.append(process_of(int(name)))
+    return found[0] if len(found) == 1 else None
+
+
 def process_of(pid: int) -> Process:
     """The process that has this pid now. Raises OSError."""
     return Process(pid, _start_of(pid), boot_id())

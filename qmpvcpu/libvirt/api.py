@@ -54,10 +54,12 @@ class ApiMonitor(Behind):
         """Listen to libvirt. Blocks."""
         self._end_watch = self.guest.watch(loop, self._told)
 
-    def _told(self, word: str) -> None:
-        super()._told(word)
+    def _told(self, word: str, device: str) -> None:
+        super()._told(word, device)
+        event = "DEVICE_UNPLUG_GUEST_ERROR" if word == "removal-failed" else "DEVICE_DELETED"
         # Of no device of ours: whoever listens looks again.
-        self._give(MonitorEvent("DEVICE_DELETED", {"path": ""}, time.time()))
+        about = {"device": device} if device else {"path": ""}
+        self._give(MonitorEvent(event, about, time.time()))
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
         """Of QMP there is nothing here."""

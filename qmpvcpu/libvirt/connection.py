@@ -323,6 +323,7 @@ class Guest:
         self.connection = connection
         self.domain = domain
         self.name: str = domain.name()
+        self.uuid: str = domain.UUIDString()
         self._library = connection.library
         self._id = domain.ID()
 
@@ -470,20 +471,20 @@ class Guest:
     def watch(
         self,
         loop: asyncio.AbstractEventLoop,
-        told: Callable[[str], None],
+        told: Callable[[str, str], None],
         monitor: Callable[[str, float, str], None] | None = None,
     ) -> Callable[[], None]:
-        """Call `told` in the loop, with a word, when something happens to it: "stopped", "agent" or "changed"; and
-        `monitor` with each QMP event's name, time (seconds since the epoch) and data (JSON). What is returned ends
-        it. Blocks, for two calls.
+        """Call `told` in the loop when something happens to it: "stopped", "agent", "removed", "removal-failed" or
+        "changed", and a device's name where it is about one; and `monitor` with each QMP event's name, time
+        (seconds since the epoch) and data (JSON). What is returned ends it. Blocks, for two calls.
         """
         library, conn = self._library, self.connection.conn
         ids: list[int] = []
         own: list[int] = []
 
-        def say(word: str) -> None:
+        def say(word: str, device: str = "") -> None:
             with suppress(RuntimeError):
-                loop.call_soon_threadsafe(told, word)
+                loop.call_soon_threadsafe(told, word, device)
 
         def lifecycle(conn: object, domain: object, event: int, detail: int, opaque: object) -> None:
             say("stopped" if event == library.VIR_DOMAIN_EVENT_STOPPED else "changed")
@@ -491,14 +492,20 @@ class Guest:
         def other(*given: object) -> None:
             say("changed")
 
+        def removed(conn: object, domain: object, device: str, opaque: object) -> None:
+            say("removed", device or "")
+
+        def kept(conn: object, domain: object, device: str, opaque: object) -> None:
+            say("removal-failed", device or "")
+
         def agent(*given: object) -> None:
             say("agent")
 
         wanted = [
             (library.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
             (library.VIR_DOMAIN_EVENT_ID_TUNABLE, other),
-            (library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, other),
-            (library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, other),
+            (library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, removed),
+            (library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, kept),
             (library.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, agent),
         ]
         if monitor is not None:

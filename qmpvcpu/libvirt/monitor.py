@@ -85,11 +85,11 @@ class Behind(Monitor):
 
     def stopped(self) -> VcpuConnectionError:
         """The guest has stopped."""
-        self._told("stopped")
+        self._told("stopped", "")
         assert self._lost is not None
         return self._lost
 
-    def _told(self, word: str) -> None:
+    def _told(self, word: str, device: str) -> None:
         """libvirt says that something has happened to the guest."""
         if word == "stopped":
             text = f"the domain '{self.guest.name}' has stopped"

@@ -6,6 +6,7 @@ Element and attribute names are libvirt's (formatdomain); `<vcpus>` is read in l
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Final
 from xml.sax.saxutils import escape, quoteattr
 
@@ -54,7 +55,8 @@ def read_domain(data: bytes, *, running: bool = False) -> tuple[Document, Defini
 
     Args:
         data: the document.
-        running: it is libvirt's of a running guest: after an unplug that it gave up on, orders stand twice in it.
+        running: it is libvirt's of a running guest: after an unplug that it gave up on, orders stand twice in it,
+            and with vCPUs that are gone (9.0).
 
     Raises:
         VcpuRefused: it is no domain XML, or contradicts itself; every reason, each with its line.
@@ -150,6 +152,8 @@ class _Reader:
         dialects: dict[str, Element] = {}
         for row in listed.all("vcpu"):
             config = self._vcpu(row, dialects)
+            if config is not None and self._running and not config.enabled:
+                config = replace(config, order=None)
             if config is not None and config.id in found:
                 self._wrong(row, f"vCPU {config.id} stands twice in <vcpus>")
             elif config is not None:

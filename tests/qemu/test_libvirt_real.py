@@ -484,6 +484,27 @@ async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked
             os.kill(pid, signal.SIGCONT)
 
 
+@needs_kvm
+async def test_the_next_process_knows_what_is_pending(daemon, tmp_path):
+    async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
+        await asyncio.to_thread(side.guest.domain.suspend)
+        run = await on(daemon, "setvcpu", "web1", "4", "--disable", "--timeout", "1")
+        assert (run.code, run.json["pending"]) == (5, [4]), run.stdout
+        assert not [text for text in run.json["messages"] if "only this process" in text]
+        rows = (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]
+        assert [row["id"] for row in rows if row["pending"]] == [4]
+        # Not "already so": it is on its way out. Once that has ended it is plugged again.
+        enabling = await start_cli("-c", daemon.uri, "setvcpu", "web1", "4", "--enable", "--json")
+        await asyncio.sleep(1)
+        assert enabling.returncode is None
+        await asyncio.to_thread(side.guest.domain.resume)
+        stdout, _ = await asyncio.wait_for(enabling.communicate(), 40)
+        assert (enabling.returncode, json.loads(stdout)["changed_ids"]) == (0, [4]), stdout.decode()
+        rows = (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]
+        assert [row["id"] for row in rows if row["state"] == "enabled"] == list(range(8))
+        assert not any(row["pending"] for row in rows)
+
+
 async def test_connections_that_fail_leave_no_threads():
     import threading
 

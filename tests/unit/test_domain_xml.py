@@ -293,3 +293,14 @@ def test_a_prefix_that_stands_for_nothing():
     """Found by scripts/fuzz: lxml's error came out as it was."""
     with pytest.raises(VcpuRefused, match="line 7: Namespace prefix x on note is not defined"):
         read_domain(ODD.replace(b" xmlns:x='urn:x'", b""))
+
+
+def test_of_a_running_guest_libvirt_leaves_orders_of_what_is_gone():
+    # 9.0, after an unplug that it gave up on.
+    text = b"""<domain><vcpu current='2'>4</vcpu><vcpus><vcpu id='0' enabled='yes' hotpluggable='no' order='1'/>
+<vcpu id='1' enabled='no' hotpluggable='yes' order='2'/><vcpu id='2' enabled='yes' hotpluggable='yes' order='2'/>
+<vcpu id='3' enabled='no' hotpluggable='yes'/></vcpus></domain>"""
+    with pytest.raises(VcpuRefused, match="is disabled and has an order"):
+        read_domain(text)
+    definition = read_domain(text, running=True)[1]
+    assert [vcpu.order for vcpu in definition.vcpus] == [1, None, 2, None]
