@@ -144,9 +144,14 @@ class Monitor(Protocol):
         """QMP `device_del`; `device` is an id or a QOM path. It only asks."""
         return self.execute("device_del", {"id": device})
 
-    def drop_queued(self) -> None:
-        """Do not ask for what has not been asked for yet, where commands wait here for their turn."""
-        return
+    def drop_queued(self, *, plugs: bool = True) -> frozenset[str]:
+        """Do not ask for what has not been asked for yet, where commands wait here for their turn: their devices'
+        ids. Their answers are cancelled.
+
+        Args:
+            plugs: `device_add` too.
+        """
+        return frozenset()
 
     def human_monitor_command(self, line: str) -> Future[object]:
         """QMP `human-monitor-command`."""
@@ -259,6 +264,12 @@ class PendingStore(Protocol):
 
     def had_removals(self) -> bool:
         """Whether `note_removal` was ever called for this QEMU. Never raises."""
+
+    def gone(self) -> frozenset[int]:
+        """What `note_gone` was told last. Never raises."""
+
+    def note_gone(self, ids: Collection[int]) -> None:
+        """These vCPUs are gone, and who manages the guest does not know. Never raises."""
 
     def tidy(self) -> None:
         """Leave nothing that says nothing; called at the end of a connection. Never raises."""

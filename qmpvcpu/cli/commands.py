@@ -33,6 +33,7 @@ class Session:
         self.domain: Domain | None = None
         self.interrupted_note: str | None = None
         self._log: Any = None
+        self._warned: set[str] = set()
 
     def connect(self) -> Domain:
         """The domain of the command line, to be entered."""
@@ -44,6 +45,10 @@ class Session:
         elif options.qmp_log is not None:
             text = "by libvirt's API no QMP message is ours to keep"
             raise VcpuUsageError(text, hint="leave out --qmp-log, or go --via monitor")
+        if options.via == "monitor":
+            from qmpvcpu.domain.libvirt import TAINTED
+
+            self.warn([TAINTED])
         config_only = getattr(options, "config", False) and not (
             getattr(options, "live", False) or getattr(options, "guest", False)
         )
@@ -60,6 +65,10 @@ class Session:
     def pending(self) -> tuple[int, ...]:
         """vCPU ids whose unplug was asked and has not ended."""
         return self.domain.pending_ids if self.domain is not None else ()
+
+    def left_plugged(self) -> tuple[int, ...]:
+        """vCPU ids that a cancelled call had plugged and could not unplug again."""
+        return self.domain.left_plugged_ids if self.domain is not None else ()
 
     def show(self, document: dict[str, Any], lines: Iterable[str]) -> None:
         """One JSON document, or lines for a person."""
@@ -79,9 +88,11 @@ class Session:
         self.interrupted_note = message
 
     def warn(self, messages: Iterable[str]) -> None:
-        """Warnings go to stderr, with --json too."""
+        """Warnings go to stderr, with --json too, each once."""
         for message in messages:
-            print(f"note: {message}", file=sys.stderr)
+            if message not in self._warned:
+                self._warned.add(message)
+                print(f"note: {message}", file=sys.stderr)
 
 
 async def command(session: Session) -> int:

@@ -407,12 +407,26 @@ def parse(arguments: list[str]) -> argparse.Namespace:
             # What stands behind the request is about all of it.
             if getattr(found.asked, name) != default:
                 setattr(found, name, getattr(found.asked, name))
+        _refuse_unheard(found, "compare has guests of its own", ("agent", "qmp_log"))
+        if getattr(found.asked, "dry_run", False):
+            raise VcpuUsageError("compare carries out what it is asked", hint="leave out --dry-run")
     if found.connect is not None and found.command not in _WITH_LIBVIRT:
         text = f"{found.command} is not for libvirt's domains"
         raise VcpuUsageError(text, hint=f"with -c URI there are {', '.join(sorted(_WITH_LIBVIRT))}")
+    if found.connect is not None and found.command == "list":
+        _refuse_unheard(found, "list asks libvirt alone", ("agent", "qmp_log", "via"))
+    if found.connect is not None and found.command == "doctor" and found.domain is None:
+        raise VcpuUsageError("doctor with -c URI is about one domain", hint="doctor DOMAIN; or leave out -c URI")
     if found.via is not None and found.connect is None:
         raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI")
     return found
+
+
+def _refuse_unheard(found: argparse.Namespace, why: str, names: tuple[str, ...]) -> None:
+    """What would be ignored is an error."""
+    given = [f"--{name.replace('_', '-')}" for name in names if getattr(found, name) is not None]
+    if given:
+        raise VcpuUsageError(f"{why}: {', '.join(given)} is of no use", hint="leave it out")
 
 
 _GLOBAL_DEFAULTS = {"json": False, "debug": False, "agent": None, "qmp_log": None, "connect": None, "via": None}

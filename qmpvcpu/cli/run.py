@@ -54,8 +54,11 @@ def run(arguments: list[str]) -> int:
 
 
 class _Interrupted(Exception):
-    def __init__(self, number: int, pending: tuple[int, ...], note: str | None = None) -> None:
+    def __init__(
+        self, number: int, pending: tuple[int, ...], left: tuple[int, ...], note: str | None = None
+    ) -> None:
         super().__init__(number)
+        self.left = left
         self.note = note
         self.number = number
         self.pending = pending
@@ -96,7 +99,8 @@ def _run_async(options: argparse.Namespace) -> int:
             return runner.run(body())
     except (asyncio.CancelledError, KeyboardInterrupt):
         note = session.interrupted_note
-        raise _Interrupted(caught[0] if caught else signal.SIGINT, session.pending(), note) from None
+        number = caught[0] if caught else signal.SIGINT
+        raise _Interrupted(number, session.pending(), session.left_plugged(), note) from None
 
 
 def _say(*lines: str) -> None:
@@ -121,11 +125,15 @@ def _report_interrupt(interrupted: _Interrupted, as_json: bool) -> int:
     text = "interrupted"
     if pending:
         text += f"; vCPU {format_ids(pending)}: unplug asked, and still pending"
+    if left := [number for number in interrupted.left if number not in pending]:
+        text += f"; vCPU {format_ids(left)}: plugged by this call, and could not be unplugged again"
     if interrupted.note is not None:
         text += f"; {interrupted.note}"
     if as_json:
         document: dict[str, Any] = {
-            "outcome": "pending" if pending else "failed",
+            "outcome": "partial" if left else "pending" if pending else "failed",
+            "changed": bool(left),
+            "changed_ids": left,
             "pending": pending,
             "error": {
                 "type": "KeyboardInterrupt",

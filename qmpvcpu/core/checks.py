@@ -220,9 +220,16 @@ def check_guest_ids(ids: Sequence[int], view: GuestView, *, online: bool) -> lis
 
 def check_plug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal]:
     """What stands against plugging these empty slots."""
-    if not entities or state.can_plug:
+    if not entities:
         return []
-    return [_no_hotplug(state, entities, "plugged")]
+    if not state.can_plug:
+        return [_no_hotplug(state, entities, "plugged")]
+    unseen = [entity for entity in entities if not entity.hotpluggable]
+    if not unseen:
+        return []
+    text = f"vCPU {format_ids(_ids(unseen))} is gone, and libvirt takes it for plugged"
+    hint = "its monitor plugs it: --via monitor (via='monitor')"
+    return [Refusal("unseen", text, _ids(unseen), hint, "VIR_ERR_OPERATION_INVALID")]
 
 
 def check_unplug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal]:

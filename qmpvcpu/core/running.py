@@ -52,7 +52,10 @@ def running_state(
     for entity in base.entities:
         config = definition.vcpus[entity.first]
         plugged = config.enabled and entity.first not in lost
-        pluggable = base.can_unplug and config.hotpluggable if plugged else base.can_plug
+        # What is gone unseen is taken for plugged, and so cannot be plugged.
+        pluggable = base.can_plug and entity.first not in lost
+        if plugged:
+            pluggable = base.can_unplug and config.hotpluggable
         path = None
         if plugged:
             path = (PERIPHERAL if config.hotpluggable else _UNNAMED) + entity.device_id

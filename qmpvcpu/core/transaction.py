@@ -47,6 +47,7 @@ __all__ = [
     "Snapshot",
     "TABLE",
     "Transaction",
+    "Unsent",
     "WAITING",
 ]
 
@@ -104,6 +105,7 @@ class _On(Enum):
     REPLACED = "replaced"
     RETRY = "retry"
     AGAIN = "again"
+    UNSENT = "unsent"
     RESTORE = "restore"
 
 
@@ -115,6 +117,7 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.TO_ADD, _On.START): S.ADDING,
     (S.TO_ADD, _On.CANCEL): S.DROPPED,
     (S.ADDING, _On.OK): S.ADDED,
+    (S.ADDING, _On.UNSENT): S.DROPPED,
     (S.ADDING, _On.ERROR): S.NOT_ADDED,
     (S.ADDED, _On.PRESENT): S.PLUGGED,
     (S.ADDED, _On.ABSENT): S.VANISHED,
@@ -122,6 +125,7 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.PLUGGED, _On.ABSENT): S.VANISHED,
     (S.PLUGGED, _On.UNDO): S.UNDOING,
     (S.UNDOING, _On.OK): S.UNDO_ASKED,
+    (S.UNDOING, _On.UNSENT): S.UNDO_FAILED,
     (S.UNDOING, _On.ERROR): S.UNDO_FAILED,
     (S.UNDOING, _On.REFUSED): S.UNDO_FAILED,
     (S.UNDO_ASKED, _On.ABSENT): S.UNDONE,
@@ -131,6 +135,7 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.TO_REMOVE, _On.START): S.DELETING,
     (S.TO_REMOVE, _On.CANCEL): S.DROPPED,
     (S.DELETING, _On.OK): S.ASKED,
+    (S.DELETING, _On.UNSENT): S.DROPPED,
     (S.DELETING, _On.ERROR): S.NOT_ASKED,
     (S.DELETING, _On.REFUSED): S.REJECTED,
     (S.NOT_ASKED, _On.ABSENT): S.REMOVED,
@@ -157,6 +162,7 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.RETRY_ERROR, _On.GIVE_UP): S.NOT_ASKED,
     (S.REMOVED, _On.RESTORE): S.RESTORING,
     (S.RESTORING, _On.OK): S.RESTORE_ADDED,
+    (S.RESTORING, _On.UNSENT): S.NOT_RESTORED,
     (S.RESTORING, _On.ERROR): S.NOT_RESTORED,
     (S.RESTORE_ADDED, _On.PRESENT): S.RESTORED,
     (S.RESTORE_ADDED, _On.ABSENT): S.NOT_RESTORED,
@@ -257,6 +263,13 @@ class Replied:
 
 
 @dataclass(frozen=True, slots=True)
+class Unsent:
+    """Input: an `Add` or `Delete` was taken back before QEMU was asked."""
+
+    first: int
+
+
+@dataclass(frozen=True, slots=True)
 class Snapshot:
     """Input: the first ids of all entities that are plugged, from a query sent after the last effect.
 
@@ -287,7 +300,7 @@ class Cancelled:
     """Input: the caller does not want it any more."""
 
 
-Input = Replied | Signal | Snapshot | Poll | Again | Expired | Cancelled
+Input = Replied | Unsent | Signal | Snapshot | Poll | Again | Expired | Cancelled
 
 
 @dataclass(frozen=True, slots=True)
@@ -398,6 +411,8 @@ class Transaction:
         match happened:
             case Replied():
                 self._replied(happened)
+            case Unsent():
+                self._move(self._items[happened.first], _On.UNSENT)
             case Signal():
                 self._signal(happened)
             case Snapshot():

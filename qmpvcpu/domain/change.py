@@ -372,11 +372,15 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
     entities = (*plan.awaited, *plan.plugs, *plan.unplugs)
     drive = Drive(transaction, link.monitor, link.look, request.timeout, state, prepare, link.ask)
     link.driven = frozenset(entity.first for entity in entities)
+    link.left_plugged = ()
     try:
         result = await drive.run(entities)
         return result, await run_state(link.monitor) if result.pending else None
     except VcpuConnectionError as error:
         raise _lost_on_the_way(error, plan, transaction) from error
+    except asyncio.CancelledError:
+        link.left_plugged = transaction.result().remaining
+        raise
     finally:
         link.driven = frozenset()
         _record(link, transaction, entities)

@@ -14,7 +14,7 @@ from qmpvcpu.core.request import Request
 from qmpvcpu.domain.change import change
 from qmpvcpu.domain.guest import Guest
 from qmpvcpu.domain.link import Link
-from qmpvcpu.domain.persistent import ConfigChange, Persistent
+from qmpvcpu.domain.persistent import ConfigChange, Persistent, half_done
 from qmpvcpu.domain.place import Placing
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuError, VcpuPartial, VcpuRefused
 from qmpvcpu.host.definitions import not_written
@@ -44,6 +44,13 @@ async def change_config(
             await config.commit()
         finally:
             config.discard()
+    except VcpuPartial as error:
+        error.ids, error.changed_ids, error.remaining = (
+            config.plan.targets,
+            config.plan.changed,
+            config.plan.changed,
+        )
+        raise
     except OSError as error:
         raise VcpuRefused([not_written(persistent.place, error)], ids=config.plan.targets) from error
     plan = config.plan
@@ -71,7 +78,7 @@ async def change_both(
     """Both are checked, and the definition is staged; then live; then the definition takes effect.
 
     Raises:
-        VcpuPartial: the guest is changed, and the definition could not be.
+        VcpuPartial, VcpuConnectionError: the guest is changed, and the definition could not be.
         VcpuError: every other end of the live side that is no success; the definition is as it was.
     """
     config: ConfigChange | None = None
@@ -96,9 +103,14 @@ async def change_both(
             return replace(end, messages=(*end.messages, *_left(config.plan, str(end.outcome))))
         try:
             await config.commit()
-        except (OSError, VcpuRefused) as error:
+        except (OSError, VcpuError) as error:
             assert persistent is not None
-            raise _half_done(end, error, persistent.place) from error
+            what = f"vCPU {format_ids(end.changed_ids)} is changed"
+            facts = {"ids": end.ids, "undone": end.undone, "messages": end.messages, "mechanism": end.mechanism}
+            config = None  # what became of it is told
+            raise half_done(
+                error, persistent.place, what, end.changed_ids, seconds=round(end.seconds, 6), **facts
+            ) from error
         return _with(end, config.plan)
     except VcpuError as error:
         if config is not None and not isinstance(error, VcpuRefused | VcpuPartial) and config.plan.writes:
@@ -140,24 +152,6 @@ def _left(plan: ConfigPlan, outcome: str) -> list[str]:
         f"the definition was not written, because the running guest's side is {outcome}: once that has ended, ask"
         " for --config (CONFIG) alone"
     ]
-
-
-def _half_done(end: Outcome, error: OSError | VcpuRefused, place: str) -> VcpuError:
-    refusals = error.refusals if isinstance(error, VcpuRefused) else (not_written(place, error),)
-    why = "; ".join(refusal.message for refusal in refusals)
-    if not end.changed:
-        return VcpuRefused(refusals, ids=end.ids)
-    return VcpuPartial(
-        f"live, vCPU {format_ids(end.changed_ids)} is changed and stays so; {why}, and is as it was",
-        remaining=end.changed_ids,
-        hint="then ask again with --config (CONFIG) alone",
-        ids=end.ids,
-        changed_ids=end.changed_ids,
-        undone=end.undone,
-        messages=end.messages,
-        mechanism=end.mechanism,
-        seconds=round(end.seconds, 6),
-    )
 
 
 def _with(end: Outcome, plan: ConfigPlan) -> Outcome:

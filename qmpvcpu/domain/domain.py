@@ -42,6 +42,8 @@ __all__ = ["Domain", "Options", "connect"]
 
 #: So long a socket may take to greet where it hardly matters, seconds.
 _HELD_SECONDS = 0.3
+#: The same for one that runs.
+_CONNECT_SECONDS = 5.0
 
 
 class Options(TypedDict, total=False):
@@ -78,7 +80,7 @@ def connect(
     agent: str | None = None,
     xml: str | None = None,
     qmp_log: Any = None,
-    connect_timeout: float = 5.0,
+    connect_timeout: float | None = None,
     command_timeout: float = 10.0,
     config_only: bool = False,
     uri: str | None = None,
@@ -93,8 +95,9 @@ def connect(
         agent: address of the guest agent's socket; it is opened when it is first needed.
         xml: path of its definition, for CONFIG.
         qmp_log: a `qmpvcpu.QmpLog` that keeps every message.
-        connect_timeout: seconds for connection and greeting, per address.
-        command_timeout: seconds for one QMP command.
+        connect_timeout: seconds for connection and greeting, per address; 5 if not given, to libvirt on another
+            host 30.
+        command_timeout: seconds for one QMP command, or one query of libvirt's.
         uri: libvirt's: `domain` is one of its domains then, by name or UUID, and knows its own sockets.
         via: how a libvirt domain is reached: by libvirt's API, or with our own engine through its QEMU monitor.
         config_only: it is only the definition that is wanted: where another client holds the running guest's
@@ -115,19 +118,20 @@ def connect(
             raise VcpuUsageError(text, hint="leave out --qmp-log (qmp_log=), or go --via monitor")
         from qmpvcpu.domain.libvirt import LibvirtDomain
 
-        return LibvirtDomain(domain, uri, via, qmp_log)
+        return LibvirtDomain(domain, uri, via, qmp_log, connect_timeout, command_timeout)
     if via != "api":
         raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI (uri=)")
     place = locate(domain, qmp, agent, xml)
+    patience = connect_timeout if connect_timeout is not None else _CONNECT_SECONDS
     if config_only:
-        connect_timeout = min(connect_timeout, _HELD_SECONDS)
+        patience = min(patience, _HELD_SECONDS)
 
     async def open_one(address: str) -> Monitor:
         # Loaded here: `qemu.qmp` is most of what importing qmpvcpu would cost.
         from qmpvcpu.qemu.monitor import connect_monitor
 
         return await connect_monitor(
-            address, log=qmp_log, connect_timeout=connect_timeout, command_timeout=command_timeout
+            address, log=qmp_log, connect_timeout=patience, command_timeout=command_timeout
         )
 
     def agent_at(address: str) -> Agent:
@@ -519,6 +523,12 @@ class Domain(MigrationCalls):
             return ()
         entities = link.state.by_id
         return tuple(sorted(n for first in link.ledger.firsts if first in entities for n in entities[first].ids))
+
+    @property
+    def left_plugged_ids(self) -> tuple[int, ...]:
+        """vCPU ids that the last call had plugged when it was cancelled, and could not unplug again."""
+        link = self._link or self._last
+        return link.left_plugged if link is not None else ()
 
     @property
     def settled(self) -> tuple[Event, ...]:

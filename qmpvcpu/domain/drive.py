@@ -24,6 +24,7 @@ from qmpvcpu.core.transaction import (
     Result,
     Snapshot,
     Transaction,
+    Unsent,
 )
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
@@ -40,6 +41,10 @@ _POLL_MOST: Final = 1.0
 #: Seconds before an unplug that the guest refused is asked again, doubled each time.
 _RETRY_FIRST: Final = 0.25
 _RETRY_MOST: Final = 2.0
+
+#: A monitor that passes on one unplug after the other has so long to pass them on, seconds, also for a call that
+#: waits for nothing.
+_ASK_SECONDS: Final = 2.0
 
 #: Finished tasks are swept out when there are this many.
 _TASKS_KEPT: Final = 512
@@ -84,6 +89,7 @@ class Drive:
         self._asking = asking
         self._tasks: list[asyncio.Task[None]] = []
         self._names = Names(())
+        self._entities: tuple[Entity, ...] = ()
         self._unplugging: tuple[Entity, ...] = ()
         self._waker: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
@@ -100,6 +106,7 @@ class Drive:
         """
         entities = tuple(entities)
         self._names = Names(entities)
+        self._entities = entities
         self._unplugging = tuple(entity for entity in entities if entity.plugged)
         try:
             with self._monitor.listen(self._sink):
@@ -139,11 +146,17 @@ class Drive:
         end with CancelledError.
         """
         self._cancelled = error
-        # No new effect starts.
-        self._monitor.drop_queued()
+        self._drop()
         task = asyncio.current_task()
         assert task is not None
         task.uncancel()
+
+    def _drop(self, *, plugs: bool = True) -> None:
+        """Nothing that has not been sent is sent any more."""
+        dropped = self._monitor.drop_queued(plugs=plugs)
+        for entity in self._entities:
+            if entity.device_id in dropped:
+                self._take(Unsent(entity.first))
 
     async def _keep_time(self) -> None:
         """Sleep until the transaction is done, feeding it what time brings: polls, deadlines, a cancel."""
@@ -151,6 +164,7 @@ class Drive:
         now = asyncio.get_running_loop().time
         deadline: float | None = now() + (self._timeout if self._cancelled is None else UNDO_SECONDS)
         phase = transaction.phase
+        drop_at: float | None = now() + max(self._timeout, _ASK_SECONDS)
         poll, poll_at = _POLL_FIRST, now() + _POLL_FIRST
         pause, again_at = _RETRY_FIRST, None
         while transaction.phase is not Phase.DONE:
@@ -164,6 +178,8 @@ class Drive:
                 pause = min(pause * 2, _RETRY_MOST)
             if again_at is not None:
                 wakes.append(again_at)
+            if drop_at is not None:
+                wakes.append(drop_at)
             try:
                 await self._sleep(min(wakes, default=None))
             except asyncio.CancelledError as error:
@@ -172,8 +188,14 @@ class Drive:
                 self._swallow(error)
                 deadline = now() + UNDO_SECONDS
                 self._take(Cancelled())
+            if drop_at is not None and now() >= drop_at:
+                drop_at = None
+                if transaction.phase is Phase.RUN:
+                    self._drop(plugs=False)
             if deadline is not None and now() >= deadline:
                 deadline = None
+                if self._cancelled is not None:
+                    self._drop()
                 self._take(Expired())
                 if self._cancelled is not None:
                     return  # what has not ended by now is told as it stands
@@ -252,7 +274,9 @@ class Drive:
         reply.add_done_callback(lambda reply: self._replied(entity.first, reply))
 
     def _replied(self, first: int, reply: asyncio.Future[object]) -> None:
-        error = None if reply.cancelled() else reply.exception()
+        if reply.cancelled():
+            return  # `_drop` has told
+        error = reply.exception()
         if error is None:
             self._take(Replied(first))
         elif isinstance(error, CommandError):

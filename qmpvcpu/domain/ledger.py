@@ -46,6 +46,11 @@ class Ledger:
         if self._store is not None:
             self._store.note_removal()
 
+    def note_back(self, ids: Collection[int]) -> None:
+        """These are plugged. Never raises."""
+        if self._store is not None and (gone := self._store.gone()) and not gone.isdisjoint(ids):
+            self._store.note_gone(gone.difference(ids))
+
     def take_over(self, other: Ledger) -> None:
         """What an earlier connection to the same process knew."""
         self._unplugs.update(other._unplugs)

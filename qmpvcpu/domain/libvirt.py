@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final, Literal
 
 from qmpvcpu.core import checks
+from qmpvcpu.core.config import state_of
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.model import DomainState, Outcome, format_ids
 from qmpvcpu.core.plan import Plan
@@ -26,7 +27,7 @@ from qmpvcpu.core.select import guest_total
 from qmpvcpu.domain.domain import Domain
 from qmpvcpu.domain.dump import check_dump, dump
 from qmpvcpu.domain.guest import Guest
-from qmpvcpu.domain.link import open_link
+from qmpvcpu.domain.link import open_link, store_of
 from qmpvcpu.domain.locate import Place
 from qmpvcpu.domain.persistent import Persistent
 from qmpvcpu.domain.pin import check_pin
@@ -43,13 +44,13 @@ from qmpvcpu.errors import (
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.process import find_by_uuid
 from qmpvcpu.libvirt.api import ApiAgent, ApiMonitor
-from qmpvcpu.libvirt.connection import Connection, Row, open_connection
+from qmpvcpu.libvirt.connection import QUERY_SECONDS, Connection, Row, open_connection
 from qmpvcpu.libvirt.connection import Guest as LibvirtGuest
 from qmpvcpu.libvirt.monitor import PassedMonitor
 from qmpvcpu.ports import CommandError, DefinitionStore, Monitor
 from qmpvcpu.qemu.agent import AgentClient
 
-__all__ = ["LibvirtDomain", "Via", "list_domains"]
+__all__ = ["TAINTED", "LibvirtDomain", "Via", "list_domains"]
 
 logger = logging.getLogger("qmpvcpu.domain.libvirt")
 
@@ -71,11 +72,16 @@ _REFUSALS: Final = frozenset(
         "VIR_ERR_XML_DETAIL",
     }
 )
-_TAINTED: Final = (
+#: Of every way through the monitor.
+TAINTED: Final = (
     "through its monitor: libvirt marks the domain tainted (custom-monitor), and its XML does not follow what is"
     " plugged and unplugged"
 )
 _UNSEEN: Final = "libvirt has not seen that vCPU {} is gone, and its XML lists it still: QEMU under TCG tells none"
+_DOUBTFUL: Final = (
+    "one of vCPU {} may be gone: libvirt lists them with one order, and sees no end of an unplug under TCG;"
+    " --via monitor asks QEMU"
+)
 _AGENT_CHANNEL: Final = b"org.qemu.guest_agent.0"
 
 
@@ -87,10 +93,21 @@ class LibvirtDomain(Domain):
         uri: libvirt's.
         via: "api" or "monitor".
         qmp_log: a `qmpvcpu.QmpLog`; with "monitor" it keeps every message.
+        connect_timeout: seconds; 5 if not given, and to another host 30.
+        query_timeout: seconds for a call of libvirt's that changes nothing.
     """
 
-    def __init__(self, name: str, uri: str, via: Via = "api", qmp_log: Any = None) -> None:
+    def __init__(
+        self,
+        name: str,
+        uri: str,
+        via: Via = "api",
+        qmp_log: Any = None,
+        connect_timeout: float | None = None,
+        query_timeout: float = QUERY_SECONDS,
+    ) -> None:
         super().__init__(Place(name, (uri,)), self._monitor_of)
+        self._timeouts = connect_timeout, query_timeout
         self._uri = uri
         self._via: Via = via
         self._log = qmp_log
@@ -104,10 +121,12 @@ class LibvirtDomain(Domain):
         if self._link is None:
             return ()
         if self._via == "monitor":
-            return (_TAINTED,)
+            return (TAINTED,)
         monitor = self._link.monitor
-        unseen = monitor.unseen if isinstance(monitor, ApiMonitor) else ()
-        return (_UNSEEN.format(format_ids(unseen)),) if unseen else ()
+        if not isinstance(monitor, ApiMonitor):
+            return ()
+        rows = ((monitor.unseen, _UNSEEN), (monitor.doubtful, _DOUBTFUL))
+        return tuple(text.format(format_ids(ids)) for ids, text in rows if ids)
 
     # -- connecting ---------------------------------------------------------------------------------
 
@@ -124,7 +143,7 @@ class LibvirtDomain(Domain):
 
     async def _connect(self) -> None:
         self._inactive = False
-        self._connection = Connection(self._uri)
+        self._connection = Connection(self._uri, *self._timeouts)
         try:
             with _answered():
                 live = await self._enter(self._connection)
@@ -141,10 +160,9 @@ class LibvirtDomain(Domain):
         await connection.open()
         self._domain = await connection.guest(self.name)
         live, inactive = await self._domain.sides()
-        store = _Definition(self._domain, inactive) if inactive is not None else None
-        self._store, self._persistent = store, _Defined(store) if store is not None else None
+        self._define(inactive)
+        self._inactive = live is None
         if live is None:
-            self._inactive = True
             return None
         reads = self._reads if self._via == "api" else open_reader
         self._link = await open_link(
@@ -157,23 +175,42 @@ class LibvirtDomain(Domain):
         reader = XmlReader(monitor, name)
         return reader, await reader.full()
 
+    def _define(self, data: bytes | None) -> None:
+        """Its definition, as libvirt has it now."""
+        if data is None or self._domain is None:
+            self._store = self._persistent = None
+        elif self._store is not None:
+            self._store.data = data
+        else:
+            self._store = _Definition(self._domain, data)
+            self._persistent = _Defined(self._store)
+
     async def _close(self) -> None:
-        await super()._close()
         connection, self._connection = self._connection, None
-        # They hold libvirt's connection, and its sockets.
-        self._domain = self._store = None
-        if connection is not None:
-            await connection.close()
+        try:
+            await super()._close()
+        finally:
+            # They hold libvirt's connection, and its sockets.
+            self._domain = self._store = self._persistent = None
+            self._inactive = False
+            if connection is not None:
+                await connection.close()
 
     async def _refresh(self) -> None:
-        """Its definition as libvirt has it now."""
-        if self._connection is not None:
-            self._connection.check()
+        """Whether it runs, and its definition, as libvirt has them now."""
+        if self._connection is None or self._domain is None:
+            self._connected()
+            return
+        self._connection.check()
         if self._link is not None:
             self._link.check()
-        if self._store is not None and self._connection is not None:
-            with _answered():
-                self._store.data = await self._connection.query("virDomainGetXMLDesc", self._store.fetch)
+        with _answered():
+            is_active, definition = await self._domain.now()
+        self._define(definition)
+        if is_active and self._link is None:
+            # It was started meanwhile.
+            await self._close()
+            await self._connect()
 
     # -- calls --------------------------------------------------------------------------------------
 
@@ -195,9 +232,10 @@ class LibvirtDomain(Domain):
             left = self._drop_queued()
         if left:
             end = _not_asked(end, left)
-        if self.notes and not request.is_query:
-            end = replace(end, messages=(*end.messages, *self.notes))
-        return end
+        more = [] if request.is_query else [*self.notes]
+        if self._via == "api" and request.enables_more and not request.place:
+            more.append(_LIBVIRT_PLACES)
+        return replace(end, messages=(*end.messages, *more)) if more else end
 
     def _drop_queued(self) -> tuple[int, ...]:
         """What libvirt was not asked for yet when a call ended is not asked for any more; vCPU ids."""
@@ -213,7 +251,11 @@ class LibvirtDomain(Domain):
         if self._counts_only and not request.is_query:
             if request.total is None:
                 return Plan(request, request.ids, refusals=(_COUNTS_ONLY,))
-            return Plan(request, (), messages=(f"virDomainSetVcpusFlags {request.total}",))
+            async with self._turn():
+                refusals = self._against_count(request)
+            return Plan(
+                request, (), refusals=tuple(refusals), messages=(f"virDomainSetVcpusFlags {request.total}",)
+            )
         plan = await super().plan(request)
         if self._is_counted_there(request, plan.refusals):
             ids, online, refusals = guest_total(await self.guest_vcpus(), request.total or 0)
@@ -255,14 +297,23 @@ class LibvirtDomain(Domain):
         """Whether its driver switches vCPUs by number only (test:///)."""
         return self._connection is not None and self._connection.driver == "TEST" and self._link is not None
 
+    def _against_count(self, request: Request) -> list[Refusal]:
+        """What stands against `_count`, as far as is known without doing it."""
+        found = [*self._not_here(request), *checks.check_flags(request.flags, is_query=request.is_query)]
+        live, _ = self._sides(request.flags)
+        most = self._connected().state.maxcpus if live and self._link is not None else request.total or 0
+        if not 1 <= (request.total or 0) <= max(most, 1):
+            text = f"{request.total} vCPUs, and the domain has at most {most}"
+            found.append(Refusal("count", text, (), f"give 1 to {most}", "VIR_ERR_INVALID_ARG"))
+        return found
+
     async def _count(self, request: Request) -> Outcome:
         """`virDomainSetVcpusFlags`."""
         began = time.monotonic()
         async with self._turn():
             live, config = self._sides(request.flags)
             assert self._domain is not None and self._connection is not None and request.total is not None
-            refusals = [*self._not_here(request), *checks.check_flags(request.flags, is_query=False)]
-            if refusals:
+            if refusals := self._against_count(request):
                 raise VcpuRefused(refusals)
             before = [await self._state(flag) for flag in _impacts(live, config)]
             flags = self._domain.flags(live=live, config=config)
@@ -314,7 +365,8 @@ class LibvirtDomain(Domain):
             everywhere = range(await self._domain.host_cpus()) if self._domain is not None else ()
             pin = format_ids(everywhere if wanted is None else wanted)
             # libvirt writes all of its CPUs where none is named.
-            changed = any((state.vcpus[vcpu_id].pin or format_ids(everywhere)) != pin for state in states)
+            differ = [(state.vcpus[vcpu_id].pin or format_ids(everywhere)) != pin for state in states]
+            changed = any(differ)
             assert self._domain is not None and self._connection is not None
             if changed:
                 # A driver that knows only what runs (test:///) declines the flag.
@@ -336,12 +388,14 @@ class LibvirtDomain(Domain):
             (row,),
             changed_ids=ids if changed else (),
             seconds=time.monotonic() - began,
-            live_changed_ids=ids if changed and live else (),
-            config_changed_ids=ids if changed and config else (),
-            defined=changed and config,
+            live_changed_ids=ids if live and differ[0] else (),
+            config_changed_ids=ids if config and differ[-1] else (),
+            defined=config and differ[-1],
         )
 
 
+#: `--no-place` by the API.
+_LIBVIRT_PLACES: Final = "libvirt places threads itself, as its definition says, with --no-place (place=False) too"
 #: Of a count in the guest.
 _BY_NUMBER: Final = "which vCPU is which in the guest is not known: these are the guest's own numbers"
 
@@ -384,6 +438,23 @@ def _not_asked(end: Outcome, left: tuple[int, ...]) -> Outcome:
     return replace(end, pending=pending, messages=(*end.messages, text))
 
 
+def _may_be_unseen(definition: Definition) -> bool:
+    """Whether vCPUs may leave without an event."""
+    return definition.accel == "tcg" and definition.arch in ("x86_64", "i686")
+
+
+def _doubtful(definition: Definition, gone: Collection[int]) -> tuple[int, ...]:
+    """vCPUs of one order, where each has its own: one of them is gone, and libvirt does not know (TCG)."""
+    by_order: dict[int, list[int]] = {}
+    if not _may_be_unseen(definition):
+        return ()
+    for entity in state_of(definition, "", active=True).entities:
+        order = definition.vcpus[entity.first].order
+        if entity.first not in gone and definition.vcpus[entity.first].enabled and order is not None:
+            by_order.setdefault(order, []).append(entity.first)
+    return tuple(first for firsts in by_order.values() if len(firsts) > 1 for first in firsts)
+
+
 @contextmanager
 def _answered() -> Iterator[None]:
     """libvirt's answer as ours: what it declines was not touched."""
@@ -408,7 +479,8 @@ def _from_libvirt(error: CommandError) -> VcpuError:
 
 def _refused(error: VcpuFailed) -> VcpuError:
     """What libvirt declined before anything was done is a refusal."""
-    if isinstance(error, VcpuPartial) or error.changed_ids or error.pending or error.libvirt not in _REFUSALS:
+    touched = error.changed_ids or error.pending or error.undone
+    if isinstance(error, VcpuPartial) or touched or error.libvirt not in _REFUSALS:
         return error
     refusal = Refusal("libvirt", error.message, error.ids, error.hint, error.libvirt)
     return VcpuRefused([refusal], ids=error.ids, messages=error.messages, seconds=error.seconds)
@@ -418,7 +490,8 @@ class _Defined(Persistent):
     """The definition that libvirt keeps."""
 
     def __init__(self, store: _Definition) -> None:
-        super().__init__(store)
+        connection = store.guest.connection
+        super().__init__(store, lambda work: connection.change("the definition", work))
         self._libvirts = store
 
     def _store_for(self, request: Request) -> DefinitionStore:
@@ -473,11 +546,19 @@ class _Staged:
             if self._data == now:
                 return
             calls = self._calls(read_domain(now)[1], read_domain(self._data)[1])
-            if calls is None:
-                # A definition is replaced whole: with the passwords that libvirt does not show.
-                self._guest.define(again(self._guest.read_definition(secure=True)))
-            for call in calls or ():
-                self._guest.call("the definition", call)
+            try:
+                if calls is None:
+                    # A definition is replaced whole: with the passwords that libvirt does not show.
+                    self._guest.define(again(self._guest.read_definition(secure=True)))
+                for call in calls or ():
+                    self._guest.call("the definition", call)
+            except CommandError as error:
+                # libvirt changes it in memory first (9.0), and keeps that if it cannot be written.
+                if self._store.fetch() == now:
+                    raise
+                text = f"libvirt has changed the definition, and cannot keep it: {error.text}"
+                hint = "look at libvirtd's log; it is lost when the daemon is restarted"
+                raise VcpuPartial(text, libvirt=error.error_class, hint=hint) from error
 
     def _calls(self, old: Definition, new: Definition) -> list[Callable[[], object]] | None:
         """Of libvirt's; None where it has none that say just this."""
@@ -515,6 +596,8 @@ class XmlReader:
         guest = monitor.guest
         #: For what is pending; its threads are libvirt's to place.
         self.process = find_by_uuid(guest.uuid) if guest.connection.is_local else None
+        self._store = store_of(self.process)
+        self._seen_gone: frozenset[int] = frozenset()
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
         """Its XML."""
@@ -535,19 +618,26 @@ class XmlReader:
         state = running_state(definition, self._name, version, run, gone, asked)
         self._monitor.entities = {entity.first: entity.ids for entity in state.entities}
         self._monitor.unseen = gone
+        self._monitor.doubtful = _doubtful(definition, gone)
         return state
 
     async def _gone(self, definition: Definition) -> frozenset[int]:
         """vCPUs that left QEMU without libvirt's knowledge: on x86 under TCG no event comes."""
         plugged = [vcpu.id for vcpu in definition.vcpus if vcpu.enabled and vcpu.hotpluggable]
-        if not plugged or definition.accel != "tcg" or definition.arch not in ("x86_64", "i686"):
+        if not plugged or not _may_be_unseen(definition):
             return frozenset()
+        # Once libvirt looks at its threads anew, as with every plug, it shows no more that one is gone.
+        known = self._seen_gone | (self._store.gone() if self._store is not None else frozenset())
+        found: frozenset[int] = frozenset()
         try:
-            return await self._monitor.guest.without_threads(plugged)
+            found = await self._monitor.guest.without_threads(plugged)
         except (CommandError, VcpuConnectionError) as error:
             logger.debug("whether a vCPU is gone is not known: %s", error)
             self._monitor.check()
-        return frozenset()
+        self._seen_gone = (found | known).intersection(plugged)
+        if self._store is not None and self._seen_gone != known:
+            self._store.note_gone(self._seen_gone)
+        return self._seen_gone
 
     async def fast(
         self,

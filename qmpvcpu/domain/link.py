@@ -25,7 +25,7 @@ from qmpvcpu.host.process import Process, find_process
 from qmpvcpu.host.threads import QemuThreads
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, PendingStore, Threads
 
-__all__ = ["NOBODY_LISTENS", "Link", "Opener", "open_link"]
+__all__ = ["NOBODY_LISTENS", "Link", "Opener", "open_link", "store_of"]
 
 #: Reasons of a `VcpuConnectionError` that say that there is no QEMU at an address.
 NOBODY_LISTENS: Final = frozenset({"missing", "refused"})
@@ -57,6 +57,8 @@ class Link:
         self.threads: Threads | None = None
         self.ledger = Ledger(None)
         self.driven: frozenset[int] = frozenset()
+        #: What a cancelled call has plugged and could not undo, vCPU ids.
+        self.left_plugged: tuple[int, ...] = ()
         #: What ended while nobody listened, as found on connecting.
         self.settled: tuple[Event, ...] = ()
         #: What else there is to look at while somebody listens: the guest, through its agent.
@@ -70,7 +72,9 @@ class Link:
         self._listening: Any = None
         #: vCPUs that are gone, and whose cgroups perhaps are not.
         self._gone: set[int] = set()
-        self._watcher = Watcher(self._watch, lambda: hub.listening or bool(self.ledger.firsts) or bool(self._gone))
+        self._watcher = Watcher(
+            self._watch, lambda: hub.listening or bool(self.ledger.firsts) or bool(self._gone), hub.end
+        )
         hub.on_listener = self._watcher.start
 
     @property
@@ -95,12 +99,13 @@ class Link:
             self.threads = QemuThreads(self.process) if self.process is not None else None
         if self.threads is not None:
             self.threads.recover()
-        self.ledger = Ledger(_store_of(self.process or self._reader.process))
+        self.ledger = Ledger(store_of(self.process or self._reader.process))
         if before is not None and _same_guest(before, self):
             self.ledger.take_over(before.ledger)
             self.removals_seen = before.removals_seen
             self._state = before.state
             self._keep(state)
+        self.ledger.note_back(state.enabled_ids)
         self.settled = tuple(event for event in self._learn() if not event.event.is_step)
         self._state = mark(state, self.ledger.firsts)
         # One that has been migrated away takes a device_add, and nobody ever sees it.
@@ -233,6 +238,7 @@ class Link:
                 # Some QEMUs cannot be migrated then: the next process must know.
                 self.ledger.note_removal()
             self._gone.update(number for event in removed for number in event.vcpus)
+            self.ledger.note_back([n for event in found if event.event is EventKind.ADDED for n in event.vcpus])
             self._hub.emit(found)
         self.ledger.settle(state, self.driven)
         self._state = mark(state, self.ledger.firsts)
@@ -313,7 +319,8 @@ def _events(when: float, kind: EventKind, entities: Iterable[Entity], detail: st
     return [Event(when, kind, (number,), detail) for entity in entities for number in entity.ids]
 
 
-def _store_of(process: Process | None) -> PendingStore | None:
+def store_of(process: Process | None) -> PendingStore | None:
+    """Where what is pending is kept for the next process."""
     if process is not None:
         with suppress(RuntimeError):  # no home folder
             return PendingFolder(process)

@@ -16,6 +16,8 @@ __all__ = ["Events", "Hub", "Watcher"]
 
 #: QEMU has no event for a plug, and on x86 under TCG none for the end of an unplug: seconds between two looks.
 _LOOK_EVERY: Final = 1.0
+#: So many looks in a row may fail; each may take as long as a query may, some 10 s.
+_PATIENCE: Final = 6
 
 
 class Hub:
@@ -131,11 +133,18 @@ class Watcher:
     Args:
         look: a fresh query that tells everyone what has changed.
         wanted: whether anybody listens, or an unplug is pending.
+        failed: called with an error that does not pass; whoever listens must not wait for ever.
     """
 
-    def __init__(self, look: Callable[[], Awaitable[object]], wanted: Callable[[], bool]) -> None:
+    def __init__(
+        self,
+        look: Callable[[], Awaitable[object]],
+        wanted: Callable[[], bool],
+        failed: Callable[[VcpuError], None],
+    ) -> None:
         self._look = look
         self._wanted = wanted
+        self._failed = failed
         self._poked = asyncio.Event()
         self._task: asyncio.Task[None] | None = None
 
@@ -157,6 +166,14 @@ class Watcher:
             await asyncio.wait([task])
 
     async def _run(self) -> None:
+        try:
+            await self._look_on()
+        finally:
+            if self._task is asyncio.current_task():
+                self._task = None
+
+    async def _look_on(self) -> None:
+        failures = 0
         while self._wanted():
             try:
                 async with asyncio.timeout(_LOOK_EVERY):
@@ -168,6 +185,12 @@ class Watcher:
                 await self._look()
             except InconsistentReplies:
                 continue
-            except VcpuConnectionError:
-                break  # whoever listens is told by the connection itself
-        self._task = None
+            except VcpuError as error:
+                # One that is busy, or stopped for a while, answers again.
+                failures += 1
+                is_lost = isinstance(error, VcpuConnectionError) and error.reason == "closed"
+                if is_lost or failures == _PATIENCE:
+                    self._failed(error)
+                    return
+            else:
+                failures = 0

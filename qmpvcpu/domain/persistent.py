@@ -3,17 +3,23 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from threading import Event as Flag
+from typing import Any
 
 from qmpvcpu.core.config import ConfigPlan, plan_config, plan_pin
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.request import Request
-from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.domain.drive import UNDO_SECONDS
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuPartial, VcpuRefused
+from qmpvcpu.host.definitions import not_written
 from qmpvcpu.ports import DefinitionStore, Staged
 
-__all__ = ["NO_DEFINITION", "ConfigChange", "Persistent"]
+__all__ = ["NO_DEFINITION", "ConfigChange", "Persistent", "half_done"]
+
+#: Does what blocks, off the loop.
+Runs = Callable[[Callable[[], None]], Awaitable[None]]
 
 NO_DEFINITION = Refusal(
     "no-definition",
@@ -35,9 +41,12 @@ class _Version:
 class Persistent:
     """The definition of one domain."""
 
-    def __init__(self, store: DefinitionStore) -> None:
+    def __init__(self, store: DefinitionStore, runs: Runs = asyncio.to_thread) -> None:
         self._store = store
+        self._runs = runs
         self._last: _Version | None = None
+        #: A cancelled call has left a write to its own devices: it may still be done.
+        self.is_unsure = False
 
     @property
     def place(self) -> str:
@@ -72,7 +81,27 @@ class Persistent:
         self, make: Callable[[Definition], ConfigPlan], store: DefinitionStore | None = None
     ) -> ConfigChange:
         version = self._version(self._store.read())
-        return ConfigChange(store or self._store, version.data, make(version.definition), self._again(make))
+        plan = make(version.definition)
+        return ConfigChange(store or self._store, version.data, plan, self._again(make), self._off_the_loop)
+
+    async def _off_the_loop(self, work: Callable[[], None], flag: Flag | None = None) -> None:
+        """A disk's time is not the loop's. Cancelled, what has begun is ended first: it is never left half done;
+        but nobody waits for that without end.
+        """
+        self.is_unsure = False
+        task = asyncio.ensure_future(self._runs(work))
+        try:
+            await asyncio.shield(task)
+        except asyncio.CancelledError:
+            if flag is not None:
+                flag.set()
+            self.is_unsure = True
+            await asyncio.wait([task], timeout=UNDO_SECONDS)
+            self.is_unsure = not task.done()
+            task.cancel()
+            if task.done() and not task.cancelled():
+                task.exception()
+            raise
 
     def _again(self, make: Callable[[Definition], ConfigPlan]) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
         def again(data: bytes) -> tuple[bytes, ConfigPlan]:
@@ -115,11 +144,13 @@ class ConfigChange:
         before: bytes,
         plan: ConfigPlan,
         again: Callable[[bytes], tuple[bytes, ConfigPlan]],
+        runs: Callable[..., Awaitable[None]],
     ) -> None:
         self.plan = plan
         self.before = before
         self._store = store
         self._again = again
+        self._runs = runs
         self._staged: Staged | None = None
 
     @property
@@ -147,14 +178,15 @@ class ConfigChange:
         def stage() -> None:
             self._staged = self._store.stage(self.after)
 
-        await _in_thread(stage)
+        await self._runs(stage)
 
     async def commit(self) -> None:
         """Put it in place. If another process has changed the definition meanwhile, both changes are in it.
 
         Raises:
             OSError: what was there stands.
-            VcpuRefused: what the other process has made of it does not allow it.
+            VcpuRefused: what the other process has made of it does not allow it; what was there stands.
+            VcpuError: who keeps the definition failed; it says what became of it.
         """
         staged, self._staged = self._staged, None
         if staged is None:
@@ -171,7 +203,7 @@ class ConfigChange:
             finally:
                 staged.discard()
 
-        await _in_thread(commit, flag)
+        await self._runs(commit, flag)
 
     def discard(self) -> None:
         """Leave the definition as it is. Never raises."""
@@ -180,18 +212,34 @@ class ConfigChange:
             staged.discard()
 
 
-async def _in_thread(work: Callable[[], None], flag: Flag | None = None) -> None:
-    """A disk's time is not the loop's. Cancelled, what has begun is ended first: it is never left half done."""
-    task = asyncio.ensure_future(asyncio.to_thread(work))
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        if flag is not None:
-            flag.set()
-        await asyncio.wait([task])
-        if not task.cancelled():
-            task.exception()
-        raise
+def half_done(
+    error: OSError | VcpuError, place: str, what: str, changed: Sequence[int], **facts: Any
+) -> VcpuError:
+    """The guest's side is done, and the definition could not follow.
+
+    Args:
+        error: of `ConfigChange.commit`.
+        place: of the definition.
+        what: was done to the guest, in words.
+        changed: vCPU ids whose state that changed; if none, nothing was touched.
+        facts: of the call, as `VcpuError` has them.
+    """
+    if isinstance(error, VcpuError) and not isinstance(error, VcpuRefused):
+        if not changed:
+            return error
+        text, hint = f"live, {what} and stays so; {error.message}", "look at both: vcpuinfo, vcpuinfo --config"
+        facts = {**facts, "changed_ids": changed, "libvirt": error.libvirt}
+        if isinstance(error, VcpuConnectionError):
+            text += "; whether the definition was written is not known"
+            return VcpuConnectionError(text, address=error.address, reason=error.reason, hint=hint, **facts)
+        return VcpuPartial(text, remaining=changed, hint=hint, **facts)
+    refusals = error.refusals if isinstance(error, VcpuRefused) else (not_written(place, error),)
+    if not changed:
+        return VcpuRefused(refusals, ids=facts.get("ids", ()))
+    why = "; ".join(refusal.message for refusal in refusals)
+    text = f"live, {what} and stays so; {why}, and is as it was"
+    hint = "then ask again with --config (CONFIG) alone"
+    return VcpuPartial(text, remaining=changed, hint=hint, changed_ids=changed, **facts)
 
 
 def _at(place: str, refusal: Refusal) -> Refusal:

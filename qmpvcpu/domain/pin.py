@@ -10,8 +10,8 @@ from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.placement import Placement, check_placements, with_threads
 from qmpvcpu.core.request import Request, parse_ids
 from qmpvcpu.domain.link import Link
-from qmpvcpu.domain.persistent import ConfigChange, Persistent
-from qmpvcpu.errors import OutcomeKind, Refusal, VcpuFailed, VcpuPartial, VcpuRefused, VcpuUsageError
+from qmpvcpu.domain.persistent import ConfigChange, Persistent, half_done
+from qmpvcpu.errors import OutcomeKind, Refusal, VcpuError, VcpuFailed, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.definitions import not_written
 
@@ -87,8 +87,9 @@ async def change_pin(
         if config is not None:
             try:
                 await config.commit()
-            except (OSError, VcpuRefused) as error:
-                raise _half_done(error, _place(persistent), vcpu_id, live_changed) from error
+            except (OSError, VcpuError) as error:
+                done, what = (vcpu_id,) if live_changed else (), f"vCPU {vcpu_id} is pinned"
+                raise half_done(error, _place(persistent), what, done, ids=(vcpu_id,)) from error
     finally:
         if config is not None:
             config.discard()
@@ -156,17 +157,3 @@ def _pin(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | N
 def _place(persistent: Persistent | None) -> str:
     assert persistent is not None
     return persistent.place
-
-
-def _half_done(error: OSError | VcpuRefused, place: str, vcpu_id: int, live: bool) -> VcpuRefused | VcpuPartial:
-    refusals = error.refusals if isinstance(error, VcpuRefused) else (not_written(place, error),)
-    if not live:
-        return VcpuRefused(refusals, ids=(vcpu_id,))
-    why = "; ".join(refusal.message for refusal in refusals)
-    return VcpuPartial(
-        f"live, vCPU {vcpu_id} is pinned and stays so; {why}, and is as it was",
-        remaining=(vcpu_id,),
-        hint="then ask again with --config (CONFIG) alone",
-        ids=(vcpu_id,),
-        changed_ids=(vcpu_id,),
-    )

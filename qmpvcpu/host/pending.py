@@ -30,6 +30,7 @@ _LOCK_TRIES: Final = 50
 _MAKE_TRIES: Final = 3
 #: No file of unplugs.
 _REMOVED: Final = ".removed"
+_GONE: Final = ".gone"
 _LOCK_PAUSE: Final = 0.001
 
 
@@ -84,6 +85,24 @@ class PendingFolder:
                     (self._folder / name).unlink()
                 elif len(left) < len(unplugs):
                     self._write(name, left)
+
+    def gone(self) -> frozenset[int]:
+        """What `note_gone` was told last. Never raises."""
+        with suppress(OSError, ValueError, TypeError):
+            return frozenset(int(number) for number in json.loads((self._folder / _GONE).read_bytes()[:_LIMIT]))
+        return frozenset()
+
+    def note_gone(self, ids: Collection[int]) -> None:
+        """These vCPUs are gone, and who manages the guest does not know. Never raises."""
+        with suppress(OSError):
+            if not ids:
+                (self._folder / _GONE).unlink(missing_ok=True)
+                return
+            self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            temporary = self._folder / f"{_GONE}-{os.getpid()}"
+            temporary.write_text(json.dumps(sorted(ids)))
+            temporary.rename(self._folder / _GONE)
 
     def tidy(self) -> None:
         """Take the folder away if it is empty: not with each unplug, some file systems take milliseconds for it.

@@ -26,6 +26,8 @@ _ASKED_SECONDS: Final = 0.5
 _NO_ERROR: Final = "VIR_ERR_OK"
 #: Another call holds the domain: nothing was asked.
 _LOCKED: Final = "state change lock"
+#: libvirt's text where another client has just plugged it.
+_SO: Final = "already in requested state"
 
 
 def failed(error: CommandError) -> asyncio.Future[object]:
@@ -44,9 +46,12 @@ class ApiMonitor(Behind):
         self.entities: dict[int, tuple[int, ...]] = {}
         #: vCPU ids that libvirt takes for plugged, and that are gone.
         self.unseen: frozenset[int] = frozenset()
+        #: Some of which may be.
+        self.doubtful: tuple[int, ...] = ()
         self._timers: set[asyncio.TimerHandle] = set()
         self._plugs: set[asyncio.Future[object]] = set()
-        #: By first vCPU id, unplugs that libvirt has not been asked for yet: it takes one at a time.
+        #: By first vCPU id, what libvirt has not been asked for yet: it takes one at a time.
+        self._queued_plugs: dict[int, asyncio.Future[object]] = {}
         self._queued: dict[int, asyncio.Future[object]] = {}
         self._dropped: set[int] = set()
 
@@ -79,10 +84,35 @@ class ApiMonitor(Behind):
             text = f"vCPU {first} is gone, and libvirt takes it for plugged: --via monitor plugs it"
             return failed(CommandError("virDomainSetVcpu", "VIR_ERR_OPERATION_INVALID", text))
         call = self.guest.set_vcpu(self.entities[first], True, self.guest.flags(live=True))
-        result = self.guest.connection.begin_change("virDomainSetVcpu", call)
+
+        def begun() -> None:
+            self._queued_plugs.pop(first, None)
+
+        result = self.guest.connection.begin_change("virDomainSetVcpu", call, begun)
+        self._queued_plugs[first] = result
         self._plugs.add(result)
         result.add_done_callback(self._plugs.discard)
-        return result
+        return self._unless_so(result)
+
+    def _unless_so(self, asking: asyncio.Future[object]) -> asyncio.Future[object]:
+        """Its answer; that somebody else was first is no error: what counts is the query behind it."""
+        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+
+        def ended(done: asyncio.Future[object]) -> None:
+            error = None if done.cancelled() else done.exception()
+            if answer.done():
+                return
+            if done.cancelled():
+                answer.cancel()
+            elif isinstance(error, CommandError) and _SO in error.text:
+                answer.set_result({})
+            elif error is not None:
+                answer.set_exception(error)
+            else:
+                answer.set_result(done.result())
+
+        asking.add_done_callback(ended)
+        return answer
 
     async def plugs_done(self) -> None:
         """Wait until libvirt has answered every plug: a query is about what was asked before it, as QEMU's are."""
@@ -136,10 +166,15 @@ class ApiMonitor(Behind):
         asking.add_done_callback(ended)
         return answer
 
-    def drop_queued(self) -> None:
+    def drop_queued(self, *, plugs: bool = True) -> frozenset[str]:
         """Do not ask for what libvirt has not been asked for yet."""
-        queued, self._queued = self._queued, {}
-        self._dropped.update(first for first, asking in queued.items() if asking.cancel())
+        drop = self.guest.connection.drop
+        found: set[int] = set()
+        for queued in (self._queued, self._queued_plugs) if plugs else (self._queued,):
+            found.update(first for first, asking in queued.items() if drop(asking))
+            queued.clear()
+        self._dropped |= found
+        return frozenset(f"vcpu{first}" for first in found)
 
     def dropped(self) -> frozenset[int]:
         """First vCPU ids of what was not asked for since this was called last."""

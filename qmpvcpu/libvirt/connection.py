@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
-from collections.abc import AsyncIterator, Callable, Iterable, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -39,7 +39,12 @@ _CLOSE_SECONDS: Final = 2.0
 #: libvirt's names of what a domain is at, virDomainState, as QEMU has it (QAPI RunState).
 _RUN_STATES: Final = ("none", "running", "running", "paused", "shutdown", "shutdown", "crashed", "suspended")
 #: virConnectCloseReason, in words.
-_CLOSED: Final = ("the way to it broke", "its daemon ended", "it gave no sign of life", "we closed it")
+_CLOSED: Final = (
+    "its daemon or the way to it broke",
+    "its daemon ended",
+    "it gave no sign of life",
+    "we closed it",
+)
 _MONITOR_COMMAND: Final = "virDomainQemuMonitorCommand"
 
 
@@ -67,8 +72,12 @@ def _module() -> Any:
 class Connection:
     """An open connection to libvirt, until `close()`; `open_connection` makes it."""
 
-    def __init__(self, uri: str) -> None:
+    def __init__(
+        self, uri: str, connect_timeout: float | None = None, query_timeout: float = QUERY_SECONDS
+    ) -> None:
         self.uri = uri
+        self._connect_timeout = connect_timeout
+        self.query_timeout = query_timeout
         self.library = _module()
         self._changes = Worker("changes")
         self._queries = Worker("queries")
@@ -121,9 +130,9 @@ class Connection:
         library = self.library
 
         def work() -> libvirt.virConnect:
-            conn = library.open(self.uri)
+            # Kept in the thread that closes it: whoever waits for it may have left.
+            self._conn = conn = library.open(self.uri)
             if self._is_closed:
-                conn.close()  # nobody waits any more
                 return conn
             self._where, self.driver = _split(conn.getURI()), conn.getType()
             with suppress(library.libvirtError):
@@ -132,9 +141,9 @@ class Connection:
                 conn.registerCloseCallback(self._closed, None)
             return conn
 
-        seconds = CONNECT_SECONDS if self.is_local else FAR_CONNECT_SECONDS
+        seconds = self._connect_timeout or (CONNECT_SECONDS if self.is_local else FAR_CONNECT_SECONDS)
         try:
-            self._conn = await _within(self._changes.call(work), seconds)
+            await _within(self._changes.call(work), seconds)
         except library.libvirtError as error:
             raise connection_error(error, self.uri) from error
         except TimeoutError as error:
@@ -148,13 +157,7 @@ class Connection:
             ) from error
 
     def _closed(self, conn: libvirt.virConnect, reason: int, opaque: object) -> None:
-        words = (
-            "its daemon or the way to it broke",
-            "its daemon ended",
-            "it gave no sign of life",
-            "we closed it",
-        )
-        why = words[reason] if 0 <= reason < len(words) else "it was closed"
+        why = _CLOSED[reason] if 0 <= reason < len(_CLOSED) else "it was closed"
         with suppress(RuntimeError):  # the loop is closed
             self._loop.call_soon_threadsafe(self._lose, lost(self.uri, why))
 
@@ -167,13 +170,15 @@ class Connection:
 
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""
-        conn, self._conn = self._conn, None
+        if self._is_closed:
+            return
         self._is_closed = True
         self._listeners.clear()
         if self._lost is None:
             self._lost = lost(self.uri, "we closed it")
 
         def work() -> None:
+            conn, self._conn = self._conn, None
             if conn is None:
                 return
             with suppress(self.library.libvirtError):
@@ -181,41 +186,38 @@ class Connection:
             with suppress(self.library.libvirtError):
                 conn.close()
 
-        try:
-            # Behind what is under way: libvirt's objects must not go while a call uses them.
-            with suppress(TimeoutError, Exception):
-                await _within(self._changes.call(work), _CLOSE_SECONDS)
-        finally:
-            for worker in (self._changes, self._queries, self._agents):
-                if worker is not None:
-                    worker.close()
+        # Behind what is under way: libvirt's objects must not go while a call uses them.
+        ends = [worker.finish() for worker in (self._queries, self._agents) if worker is not None]
+        ends.append(self._changes.finish(work))
+        await asyncio.wait(ends, timeout=_CLOSE_SECONDS)
 
     async def quietly(self, function: Callable[[], object]) -> None:
-        """Call it in a thread, if the connection is there still; whatever it raises is of no interest."""
-        if self._lost is None:
+        """Call it in a thread, also if the connection is lost; whatever it raises is of no interest."""
+        if not self._is_closed:
             with suppress(TimeoutError, Exception):
                 await _within(self._queries.call(function), _CLOSE_SECONDS)
 
     # -- calls --------------------------------------------------------------------------------------
 
-    async def query(self, name: str, function: Callable[[], T], seconds: float = QUERY_SECONDS) -> T:
+    async def query(self, name: str, function: Callable[[], T], seconds: float | None = None) -> T:
         """A call that changes nothing. `name`: libvirt's, for messages.
 
         Raises:
             CommandError: libvirt's answer is an error.
             VcpuConnectionError: the connection is lost, or nothing came in time.
         """
-        return await self._await(self._queries.call(self.checked(name, function)), name, seconds)
+        result = self._queries.call(self.checked(name, function))
+        return await self._await(self._queries, result, name, seconds or self.query_timeout)
 
     async def ask_agent(self, name: str, function: Callable[[], T], seconds: float = QUERY_SECONDS) -> T:
         """As `query`, of the guest's agent: one that does not answer is in nobody else's way."""
         if self._agents is None:
             self._agents = Worker("agent")
-        return await self._await(self._agents.call(self.checked(name, function)), name, seconds)
+        return await self._await(self._agents, self._agents.call(self.checked(name, function)), name, seconds)
 
     async def change(self, name: str, function: Callable[[], T], seconds: float = CALL_SECONDS) -> T:
         """As `query`, behind every `change` before it."""
-        return await self._await(self._changes.call(self.checked(name, function)), name, seconds)
+        return await self._noted(self.begin_change(name, function, seconds=seconds))
 
     def begin_change(
         self,
@@ -232,6 +234,7 @@ class Connection:
         def expire() -> None:
             if not result.done():
                 result.set_exception(self._silent(name, seconds))
+                self._changes.give_up(lambda: self._silent(name, seconds))
 
         def start() -> None:
             if not result.done():
@@ -246,6 +249,10 @@ class Connection:
 
         result.add_done_callback(stop)
         return result
+
+    def drop(self, change: asyncio.Future[Any]) -> bool:
+        """Do not begin a change; whether it had not begun."""
+        return self._changes.drop(change)
 
     def _silent(self, name: str, seconds: float) -> VcpuConnectionError:
         return VcpuConnectionError(
@@ -273,11 +280,16 @@ class Connection:
 
         return work
 
-    async def _await(self, result: asyncio.Future[T], name: str, seconds: float) -> T:
+    async def _await(self, worker: Worker, result: asyncio.Future[T], name: str, seconds: float) -> T:
         try:
-            return await _within(result, seconds)
+            return await _within(self._noted(result), seconds)
         except TimeoutError as error:
+            worker.give_up(lambda: self._silent(name, seconds))
             raise self._silent(name, seconds) from error
+
+    async def _noted(self, result: asyncio.Future[T]) -> T:
+        try:
+            return await result
         except VcpuConnectionError as error:
             if error.reason == "closed":
                 self._lose(error)
@@ -336,13 +348,22 @@ class Guest:
 
     async def sides(self) -> tuple[bytes | None, bytes | None]:
         """The running domain's XML and its definition; None where there is none."""
-        domain, inactive = self.domain, self._library.VIR_DOMAIN_XML_INACTIVE
 
         def work() -> tuple[bytes | None, bytes | None]:
-            live = domain.XMLDesc(0).encode() if domain.isActive() else None
-            return live, domain.XMLDesc(inactive).encode() if domain.isPersistent() else None
+            live = self.domain.XMLDesc(0).encode() if self.domain.isActive() else None
+            return live, self._definition()
 
         return await self.connection.query("virDomainGetXMLDesc", work)
+
+    async def now(self) -> tuple[bool, bytes | None]:
+        """Whether it runs, and its definition, if it has one."""
+        return await self.connection.query(
+            "virDomainGetXMLDesc", lambda: (bool(self.domain.isActive()), self._definition())
+        )
+
+    def _definition(self) -> bytes | None:
+        flags = self._library.VIR_DOMAIN_XML_INACTIVE
+        return self.domain.XMLDesc(flags).encode() if self.domain.isPersistent() else None
 
     async def live_xml(self) -> bytes | None:
         """The running domain's XML; None once that has stopped, also if it was started anew."""
@@ -409,8 +430,16 @@ class Guest:
 
     async def guest_vcpus(self) -> Mapping[str, Any]:
         """`virDomainGetGuestVcpus`: cpusets by the words `vcpus`, `online`, `offlinable`."""
-        reply: Any = await self.connection.ask_agent("virDomainGetGuestVcpus", self.domain.guestVcpus)
-        return dict(reply) if isinstance(reply, dict) else {}
+        name = "virDomainGetGuestVcpus"
+
+        def work() -> Mapping[str, Any]:
+            reply: Any = self.domain.guestVcpus()
+            if reply is None:
+                # libvirt-python 9.0 raises nothing; the exception finds the error by itself.
+                raise self._library.libvirtError(f"{name}() failed")
+            return dict(reply)
+
+        return await self.connection.ask_agent(name, work)
 
     async def set_guest_vcpus(self, cpus: Iterable[int], online: bool) -> None:
         """`virDomainSetGuestVcpus`, by the guest's own numbers."""
@@ -453,8 +482,9 @@ class Guest:
         """The same in a thread, in the order of the calls."""
         import libvirt_qemu
 
+        seconds = self.connection.query_timeout
         return self.connection.begin_change(
-            _MONITOR_COMMAND, lambda: libvirt_qemu.qemuMonitorCommand(self.domain, line, 0), seconds=QUERY_SECONDS
+            _MONITOR_COMMAND, lambda: libvirt_qemu.qemuMonitorCommand(self.domain, line, 0), seconds=seconds
         )
 
     async def agent_command(self, line: str, seconds: int) -> str:
@@ -550,7 +580,7 @@ def _split(uri: str) -> SplitResult:
         ) from error
 
 
-async def _within(result: asyncio.Future[T], seconds: float) -> T:
+async def _within(result: Awaitable[T], seconds: float) -> T:
     """Its result, or TimeoutError; a call that is under way cannot be ended, and its end is not waited for."""
     async with asyncio.timeout(seconds):
         return await result

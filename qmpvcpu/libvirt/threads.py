@@ -10,7 +10,7 @@ import threading
 from collections.abc import Callable
 from contextlib import suppress
 from queue import SimpleQueue
-from typing import Final, TypeVar
+from typing import Any, Final, TypeVar
 
 __all__ = ["Worker", "start_events"]
 
@@ -47,11 +47,16 @@ class Worker:
 
     def __init__(self, name: str) -> None:
         self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        #: What waits for its turn; guarded by the lock, so that whoever takes it away knows that it did not begin.
+        self._waiting: set[asyncio.Future[Any]] = set()
+        self._lock = threading.Lock()
+        #: Why nothing gets a turn: a call that was given up has not come back.
+        self._stuck: Callable[[], Exception] | None = None
         self._thread = threading.Thread(target=self._run, name=f"qmpvcpu libvirt {name}", daemon=True)
         self._thread.start()
 
     def call(self, function: Callable[[], T], begun: Callable[[], None] = lambda: None) -> asyncio.Future[T]:
-        """Call it; what it returns or raises. One whose future is cancelled before its turn is not called.
+        """Call it; what it returns or raises. One whose future is done before its turn is not called.
 
         Args:
             function: called in the thread.
@@ -59,6 +64,11 @@ class Worker:
         """
         loop = asyncio.get_running_loop()
         result: asyncio.Future[T] = loop.create_future()
+        # One that nobody awaits any more has nothing to say.
+        result.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if self._stuck is not None:
+            result.set_exception(self._stuck())
+            return result
 
         def deliver(act: Callable[[], None]) -> None:
             with suppress(RuntimeError):  # the loop is closed: nobody waits any more
@@ -73,8 +83,10 @@ class Worker:
                 result.set_exception(error)
 
         def job() -> None:
-            if result.cancelled():
-                return
+            with self._lock:
+                if result not in self._waiting or result.done():
+                    return
+                self._waiting.discard(result)
             deliver(begun)
             try:
                 value = function()
@@ -84,12 +96,41 @@ class Worker:
             else:
                 deliver(lambda: give(value))
 
+        with self._lock:
+            self._waiting.add(result)
+        result.add_done_callback(self._take_away)
         self._jobs.put(job)
         return result
 
-    def close(self) -> None:
-        """End, after what it does now; what waits is not done any more."""
+    def drop(self, result: asyncio.Future[Any]) -> bool:
+        """Cancel a call; whether it had not begun, and will not."""
+        return self._take_away(result) and result.cancel()
+
+    def give_up(self, error: Callable[[], Exception]) -> None:
+        """The call that is under way has taken too long. Until it comes back, everything else fails at once."""
+        self._stuck = error
+        for result in tuple(self._waiting):
+            if self._take_away(result) and not result.done():
+                result.set_exception(error())
+        self._jobs.put(self._free)
+
+    def finish(self, last: Callable[[], None] = lambda: None) -> asyncio.Future[None]:
+        """Call `last`, after what it does now, and end; what waits is not done any more."""
+        for result in tuple(self._waiting):
+            self.drop(result)
+        self._stuck = None
+        done = self.call(last)
         self._jobs.put(None)
+        return done
+
+    def _take_away(self, result: asyncio.Future[Any]) -> bool:
+        with self._lock:
+            is_there = result in self._waiting
+            self._waiting.discard(result)
+            return is_there
+
+    def _free(self) -> None:
+        self._stuck = None
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -297,7 +297,8 @@ def test_a_prefix_that_stands_for_nothing():
 
 def test_of_a_running_guest_libvirt_leaves_orders_of_what_is_gone():
     # 9.0, after an unplug that it gave up on.
-    text = b"""<domain><vcpu current='2'>4</vcpu><vcpus><vcpu id='0' enabled='yes' hotpluggable='no' order='1'/>
+    text = b"""<domain type='kvm'><name>web1</name><vcpu current='2'>4</vcpu><vcpus>
+<vcpu id='0' enabled='yes' hotpluggable='no' order='1'/>
 <vcpu id='1' enabled='no' hotpluggable='yes' order='2'/><vcpu id='2' enabled='yes' hotpluggable='yes' order='2'/>
 <vcpu id='3' enabled='no' hotpluggable='yes'/></vcpus></domain>"""
     with pytest.raises(VcpuRefused, match="is disabled and has an order"):
