@@ -76,7 +76,9 @@ class Side:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Both sides; `differs` names what is not the same: "error", "live", "config"."""
+    """Both sides; `differs` names what is not the same: "outcome" (where neither has an error), "error", "live",
+    "config".
+    """
 
     ours: Side
     libvirt: Side
@@ -88,7 +90,11 @@ class Comparison:
         if live is not None and theirs is not None and not any("order=" in row for row in theirs):
             # libvirt asks for the order with the first plug, and has none before it.
             live = tuple(re.sub(r" order='\d+'", "", row) for row in live)
+        ends = (self.ours.outcome, self.libvirt.outcome)
+        if self.ours.error is not None or self.libvirt.error is not None:
+            ends = ("", "")
         pairs = (
+            ("outcome", *ends),
             ("error", self.ours.error, self.libvirt.error),
             ("live", live, self.libvirt.live),
             ("config", self.ours.config, self.libvirt.config),

@@ -66,6 +66,10 @@ class Session:
         """vCPU ids whose unplug was asked and has not ended."""
         return self.domain.pending_ids if self.domain is not None else ()
 
+    def is_unsure(self) -> bool:
+        """Whether a definition may still be written."""
+        return self.domain is not None and self.domain.is_definition_unsure
+
     def left_plugged(self) -> tuple[int, ...]:
         """vCPU ids that a cancelled call had plugged and could not unplug again."""
         return self.domain.left_plugged_ids if self.domain is not None else ()

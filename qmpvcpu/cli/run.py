@@ -99,6 +99,8 @@ def _run_async(options: argparse.Namespace) -> int:
             return runner.run(body())
     except (asyncio.CancelledError, KeyboardInterrupt):
         note = session.interrupted_note
+        if session.is_unsure():
+            note = "the definition may still be written: vcpuinfo --config shows it"
         number = caught[0] if caught else signal.SIGINT
         raise _Interrupted(number, session.pending(), session.left_plugged(), note) from None
 

@@ -531,6 +531,11 @@ class Domain(MigrationCalls):
         return link.left_plugged if link is not None else ()
 
     @property
+    def is_definition_unsure(self) -> bool:
+        """Whether the last call was cancelled while the definition was written, and that may still be done."""
+        return self._persistent is not None and self._persistent.is_unsure
+
+    @property
     def settled(self) -> tuple[Event, ...]:
         """What had ended while nobody listened, as found when this connection was made."""
         return self._link.settled if self._link is not None else ()

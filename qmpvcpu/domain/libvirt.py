@@ -114,6 +114,7 @@ class LibvirtDomain(Domain):
         self._connection: Connection | None = None
         self._domain: LibvirtGuest | None = None
         self._store: _Definition | None = None
+        self._left_unsure = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -142,7 +143,7 @@ class LibvirtDomain(Domain):
         return monitor
 
     async def _connect(self) -> None:
-        self._inactive = False
+        self._inactive = self._left_unsure = False
         self._connection = Connection(self._uri, *self._timeouts)
         try:
             with _answered():
@@ -175,6 +176,11 @@ class LibvirtDomain(Domain):
         reader = XmlReader(monitor, name)
         return reader, await reader.full()
 
+    @property
+    def is_definition_unsure(self) -> bool:
+        """See `Domain.is_definition_unsure`."""
+        return self._left_unsure or super().is_definition_unsure
+
     def _define(self, data: bytes | None) -> None:
         """Its definition, as libvirt has it now."""
         if data is None or self._domain is None:
@@ -187,6 +193,7 @@ class LibvirtDomain(Domain):
 
     async def _close(self) -> None:
         connection, self._connection = self._connection, None
+        self._left_unsure = self.is_definition_unsure
         try:
             await super()._close()
         finally:

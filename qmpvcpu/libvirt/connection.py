@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import errno
+import threading
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ QUERY_SECONDS: Final = 10.0
 #: Seconds between two signs of life, and how many may be missing.
 _KEEPALIVE: Final = (5, 2)
 #: Seconds for libvirt to take back what we have asked of it.
-_CLOSE_SECONDS: Final = 2.0
+_CLOSE_SECONDS: Final = 1.0
 
 #: libvirt's names of what a domain is at, virDomainState, as QEMU has it (QAPI RunState).
 _RUN_STATES: Final = ("none", "running", "running", "paused", "shutdown", "shutdown", "crashed", "suspended")
@@ -46,6 +47,14 @@ _CLOSED: Final = (
     "we closed it",
 )
 _MONITOR_COMMAND: Final = "virDomainQemuMonitorCommand"
+
+
+@dataclass(frozen=True, slots=True)
+class _Own:
+    """A thread's own connection, and what it has looked up by UUID."""
+
+    conn: libvirt.virConnect
+    domains: dict[bytes, libvirt.virDomain]
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +92,8 @@ class Connection:
         self._queries = Worker("queries")
         self._agents: Worker | None = None
         self._conn: libvirt.virConnect | None = None
+        #: By thread, where it has a connection of its own: see `conn_here`.
+        self._own: dict[int, _Own] = {}
         self._lost: VcpuConnectionError | None = None
         self._loop = asyncio.get_running_loop()
         self._is_closed = False
@@ -104,6 +115,48 @@ class Connection:
         """libvirt's own."""
         assert self._conn is not None
         return self._conn
+
+    def domain_here(self, domain: libvirt.virDomain) -> libvirt.virDomain:
+        """The same domain, by the connection of the thread that calls. Blocks, the first time.
+
+        What changes something, and the agent, take long; and where two threads call at once by one connection,
+        libvirt's client (9.0) sometimes misses that there is something to send until the other's answer comes. So
+        each of these threads has one of its own, from its first call on; but not to the test driver, which may
+        keep its domains by connection.
+        """
+        own = self._own_here()
+        if own is None:
+            return domain
+        uuid = domain.UUID()
+        if uuid not in own.domains:
+            own.domains[uuid] = own.conn.lookupByUUID(uuid)
+        return own.domains[uuid]
+
+    def conn_here(self) -> libvirt.virConnect:
+        """libvirt's own, of the thread that calls: see `domain_here`."""
+        own = self._own_here()
+        return self.conn if own is None else own.conn
+
+    def _own_here(self) -> _Own | None:
+        if self.driver == "TEST" or not any(
+            one is not None and one.is_here for one in (self._changes, self._agents)
+        ):
+            return None
+        thread = threading.get_ident()
+        if thread not in self._own:
+            conn = self.library.open(self.uri)
+            with suppress(self.library.libvirtError):
+                conn.setKeepAlive(*_KEEPALIVE)
+            self._own[thread] = _Own(conn, {})
+        return self._own[thread]
+
+    def _end_own(self) -> None:
+        """Close the connection of the thread that calls."""
+        own = self._own.pop(threading.get_ident(), None)
+        if own is not None:
+            own.domains.clear()
+            with suppress(self.library.libvirtError):
+                own.conn.close()
 
     def check(self) -> None:
         """Raises VcpuConnectionError if the connection is lost."""
@@ -143,7 +196,7 @@ class Connection:
 
         seconds = self._connect_timeout or (CONNECT_SECONDS if self.is_local else FAR_CONNECT_SECONDS)
         try:
-            await _within(self._changes.call(work), seconds)
+            await _within(self._queries.call(work), seconds)
         except library.libvirtError as error:
             raise connection_error(error, self.uri) from error
         except TimeoutError as error:
@@ -187,8 +240,8 @@ class Connection:
                 conn.close()
 
         # Behind what is under way: libvirt's objects must not go while a call uses them.
-        ends = [worker.finish() for worker in (self._queries, self._agents) if worker is not None]
-        ends.append(self._changes.finish(work))
+        ends = [one.finish(self._end_own) for one in (self._changes, self._agents) if one is not None]
+        ends.append(self._queries.finish(work))
         await asyncio.wait(ends, timeout=_CLOSE_SECONDS)
 
     async def quietly(self, function: Callable[[], object]) -> None:
@@ -333,11 +386,16 @@ class Guest:
 
     def __init__(self, connection: Connection, domain: libvirt.virDomain) -> None:
         self.connection = connection
-        self.domain = domain
+        self._domain = domain
         self.name: str = domain.name()
         self.uuid: str = domain.UUIDString()
         self._library = connection.library
         self._id = domain.ID()
+
+    @property
+    def domain(self) -> libvirt.virDomain:
+        """libvirt's own, of the thread that calls."""
+        return self.connection.domain_here(self._domain)
 
     def flags(self, *, live: bool = False, config: bool = False) -> int:
         """`virDomainModificationImpact`."""
@@ -383,7 +441,7 @@ class Guest:
 
     def define(self, xml: bytes) -> None:
         """`virDomainDefineXML`. Blocks."""
-        self.call("virDomainDefineXML", lambda: self.connection.conn.defineXML(xml.decode()))
+        self.call("virDomainDefineXML", lambda: self.connection.conn_here().defineXML(xml.decode()))
 
     def call(self, name: str, function: Callable[[], T]) -> T:
         """One call, with its errors translated. Blocks."""
@@ -414,7 +472,7 @@ class Guest:
         """`virDomainPinVcpuFlags`, to be called in a thread; None: every host CPU."""
 
         def work() -> object:
-            count: int = self.connection.conn.getCPUMap(0)[0]
+            count: int = self.connection.conn_here().getCPUMap(0)[0]
             chosen = set(range(count) if cpus is None else cpus)
             size = max(count, *(number + 1 for number in chosen))
             return self.domain.pinVcpuFlags(vcpu_id, tuple(n in chosen for n in range(size)), flags)

@@ -55,6 +55,11 @@ class Worker:
         self._thread = threading.Thread(target=self._run, name=f"qmpvcpu libvirt {name}", daemon=True)
         self._thread.start()
 
+    @property
+    def is_here(self) -> bool:
+        """Whether it is its thread that asks."""
+        return threading.current_thread() is self._thread
+
     def call(self, function: Callable[[], T], begun: Callable[[], None] = lambda: None) -> asyncio.Future[T]:
         """Call it; what it returns or raises. One whose future is done before its turn is not called.
 

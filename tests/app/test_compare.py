@@ -45,6 +45,23 @@ async def test_what_differs_is_shown(file):
     )
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("compare", "FILE", "setvcpu", "5", "--enable", "--dry-run"),
+        ("compare", "FILE", "setvcpu", "5", "--enable", "--agent", "/nowhere"),
+        ("compare", "FILE", "5", "--enable", "--qmp-log", "/nowhere"),
+        ("-c", "test:///default", "list", "--agent", "/nowhere"),
+        ("-c", "test:///default", "--via", "monitor", "list"),
+        ("-c", "test:///default", "doctor"),
+        ("-c", "test:///default", "migrate", "test", "other"),
+    ],
+)
+async def test_what_would_be_ignored_is_refused(file, words):
+    run = await cli(*[str(file) if word == "FILE" else word for word in words], "--json")
+    assert run.code == 2 and run.json["error"]["hint"], run.stdout
+
+
 async def test_no_request_and_no_file(file):
     run = await cli("compare", file, "--json")
     assert run.code == 2 and "no request" in run.json["error"]["message"]

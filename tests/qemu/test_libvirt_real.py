@@ -146,7 +146,9 @@ async def test_through_its_monitor_with_our_own_engine(daemon, tmp_path):
         ]
         assert await tainted(side)
         assert b"current='3'" in await side.guest.live_xml()
-        rows = (await on(daemon, "--via", "monitor", "vcpuinfo", "web1")).json["vcpus"]
+        run = await on(daemon, "--via", "monitor", "vcpuinfo", "web1")
+        assert "tainted" in run.stderr
+        rows = run.json["vcpus"]
         assert rows[5]["state"] == "enabled" and rows[5]["thread_id"] and rows[5]["qom_path"].endswith("/vcpu5")
         # Its threads are on this host.
         run = await on(daemon, "--via", "monitor", "vcpupin", "web1", "5", "0")
@@ -234,6 +236,9 @@ async def test_the_test_driver_knows_counts_only():
         assert (await domain.set_vcpus(2, config=True)).outcome == "applied"
         with pytest.raises(qmpvcpu.VcpuRefused):
             await domain.set_vcpus(99)
+    for words in (["99"], ["1", "--live", "--config", "--maximum"]):
+        run = await cli("-c", "test:///default", "setvcpus", "test", *words, "--dry-run", "--json")
+        assert run.code == 3 and run.json["refusals"], run.stdout
     run = await cli("-c", "test:///default", "list", "--json")
     assert [row["name"] for row in run.json["domains"]] == ["test"]
 

@@ -1,0 +1,285 @@
+"""Domains of a real libvirtd, and trouble: what hangs, is cancelled, is half done, or changes hands."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import json
+import os
+import signal
+import threading
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+import pytest
+
+import qmpvcpu
+from qmpvcpu import VcpuFlag
+from qmpvcpu.libvirt.daemon import run_libvirtd
+from tests.conftest import start_cli
+from tests.qemu.libvirt_guests import EJECTING, NUMA, firmware, numa
+from tests.qemu.test_libvirt_real import guest, needs_kvm, on, sent
+
+pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
+
+
+@pytest.fixture(scope="module")
+async def daemon():
+    async with run_libvirtd(log_qmp=True) as running:
+        yield running
+
+
+@contextmanager
+def stopped(name="web1"):
+    """Its QEMU hangs."""
+    found = [
+        int(folder.name)
+        for folder in Path("/proc").glob("[0-9]*")
+        if f"guest={name},".encode() in (folder / "cmdline").read_bytes()
+    ]
+    assert len(found) == 1
+    os.kill(found[0], signal.SIGSTOP)
+    try:
+        yield
+    finally:
+        os.kill(found[0], signal.SIGCONT)
+
+
+async def within(seconds, call):
+    async with asyncio.timeout(seconds):
+        return await call
+
+
+async def test_what_waits_behind_a_call_that_hangs_fails_with_it(daemon):
+    async with guest(daemon):
+        async with qmpvcpu.connect("web1", uri=daemon.uri, via="monitor", command_timeout=1) as domain:
+            with stopped():
+                for _ in range(2):
+                    for call in (domain.enable(5), domain.state()):
+                        with pytest.raises(qmpvcpu.VcpuConnectionError, match="did not answer") as caught:
+                            await within(8, call)
+                        assert caught.value.reason == "timeout"
+            # What had been sent is done once it goes on; nothing is lost for good.
+            for _ in range(50):
+                with suppress(qmpvcpu.VcpuConnectionError):
+                    assert 5 in (await domain.state()).enabled_ids
+                    break
+                await asyncio.sleep(0.1)
+            else:
+                pytest.fail("the connection does not come back")
+            assert (await domain.enable(6)).changed_ids == (6,)
+
+
+async def test_watching_outlives_a_daemon_that_pauses(daemon):
+    async with guest(daemon):
+        async with (
+            qmpvcpu.connect("web1", uri=daemon.uri, command_timeout=1) as domain,
+            qmpvcpu.connect("web1", uri=daemon.uri) as other,
+            domain.events() as events,
+        ):
+            os.kill(daemon.pid, signal.SIGSTOP)
+            try:
+                await asyncio.sleep(4)
+            finally:
+                os.kill(daemon.pid, signal.SIGCONT)
+            await other.enable(5)
+            assert (await within(20, anext(events))).vcpus == (5,)
+            await other.enable(6)
+            assert (await within(20, anext(events))).vcpus == (6,)
+
+
+async def test_interrupted_in_the_middle_of_many_plugs(daemon):
+    many = NUMA.replace(">16<", ">200<").replace("cores='4' threads='2'", "cores='100' threads='1'")
+    many = many.replace("cpus='0-7'", "cpus='0-99'").replace("cpus='8-15'", "cpus='100-199'")
+    async with guest(daemon, many) as side:
+        mark = daemon.log_position()
+        process = await start_cli("-c", daemon.uri, "setvcpus", "web1", "150", "--json")
+        async with asyncio.timeout(30):
+            while sent(daemon, mark).count("device_add") < 8:
+                await asyncio.sleep(0.01)
+        process.send_signal(signal.SIGINT)
+        stdout, _ = await asyncio.wait_for(process.communicate(), 20)
+        assert process.returncode == 130
+        added = [c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_add"]
+        assert len(added) < 60, added
+        # Each of them is named: its undo is pending, or could not even be asked for.
+        document = json.loads(stdout)
+        told = {*document["pending"], *document["changed_ids"]}
+        assert told <= {int(one.removeprefix("vcpu")) for one in added}
+        live = (await side.guest.live_xml()).count(b"enabled='yes'")
+        assert live == 3 + len(told), (document, live)
+        assert (
+            document["outcome"] in ("partial", "pending")
+            and "plugged by this call" in document["error"]["message"]
+        )
+
+
+@needs_kvm
+async def test_the_deadline_counts_though_libvirt_takes_one_unplug_at_a_time(daemon, tmp_path):
+    async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
+        # A guest that does not eject.
+        await asyncio.to_thread(side.guest.domain.suspend)
+        mark = daemon.log_position()
+        run = await on(daemon, "setvcpu", "web1", "5-7", "--disable", "--timeout", "1")
+        assert run.code == 5 and len(run.json["pending"]) == 1 and run.json["seconds"] < 4, run.stdout
+        assert any("libvirt was not asked" in text for text in run.json["messages"])
+        await asyncio.sleep(6)
+        assert sent(daemon, mark).count("device_del") == 1
+        assert [row["id"] for row in (await on(daemon, "vcpuinfo", "web1")).json["vcpus"] if row["pending"]] == (
+            run.json["pending"]
+        )
+
+
+async def test_under_tcg_what_is_gone_unseen_stays_known(daemon, tmp_path):
+    async with guest(daemon, numa("qemu", firmware(tmp_path), EJECTING)):
+        run = await on(daemon, "setvcpu", "web1", "7", "--disable")
+        assert run.code == 0 and run.json["changed_ids"] == [7], run.stdout
+        # With this libvirt looks at its threads anew, and its API shows no more that one is gone.
+        assert (await on(daemon, "setvcpu", "web1", "9", "--enable")).code == 0
+        rows = (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]
+        assert [row["id"] for row in rows if row["state"] == "enabled"] == [*range(7), 9]
+        mark = daemon.log_position()
+        run = await on(daemon, "setvcpu", "web1", "8,7", "--enable")
+        assert run.code == 3 and "takes it for plugged" in run.json["error"]["message"], run.stdout
+        assert not sent(daemon, mark).count("device_add")
+        assert (await on(daemon, "--via", "monitor", "setvcpu", "web1", "7", "--enable")).code == 0
+        rows = (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]
+        assert [row["id"] for row in rows if row["state"] == "enabled"] == [*range(8), 9]
+
+
+async def test_a_held_connection_sees_what_becomes_of_its_domain(daemon):
+    async with guest(daemon, start=False) as side:
+        library = side.guest.domain
+        async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
+            assert not (await domain.state()).active
+            await asyncio.to_thread(library.create)
+            assert (await domain.state()).active
+            outcome = await domain.enable(5)
+            assert (outcome.mechanism, outcome.changed_ids, outcome.defined) == ("hotplug", (5,), False)
+            await asyncio.to_thread(library.undefine)
+            with pytest.raises(qmpvcpu.VcpuRefused, match="no persistent definition"):
+                await domain.enable(6, live=True, config=True)
+            xml = NUMA.replace("<name>", f"<uuid>{library.UUIDString()}</uuid><name>")
+            await asyncio.to_thread(side.connection.conn.defineXML, xml)
+            assert (await domain.enable(6, live=True, config=True)).config_changed_ids == (6,)
+        for call in (
+            domain.state(),
+            domain.state(VcpuFlag.CONFIG),
+            domain.dump_xml(inactive=True),
+            domain.pin(0, "0", VcpuFlag.CONFIG),
+            domain.enable(7, config=True),
+        ):
+            with pytest.raises(qmpvcpu.VcpuConnectionError, match="not connected"):
+                await call
+
+
+async def test_a_definition_that_cannot_follow_is_partial(daemon):
+    async with guest(daemon) as side:
+        folder = Path(daemon.uri.partition("socket=")[2]).parent / "etc/libvirt/qemu"
+        # It cannot be renamed over a folder.
+        file = folder / "web1.xml"
+        kept = file.rename(file.with_suffix(".kept"))
+        file.mkdir()
+        try:
+            run = await on(daemon, "setvcpu", "web1", "5", "--enable", "--live", "--config")
+            assert run.code == 6 and run.json["changed_ids"] == [5], run.stdout
+            assert "stays so" in run.json["error"]["message"]
+            assert "the definition is as it was" not in run.json["messages"]
+            live, config = await side.guest.sides()
+            assert b"<vcpu id='5' enabled='yes'" in live
+            assert (b"<vcpu id='5' enabled='yes'" in config) == ("changed the def" in run.json["error"]["message"])
+            run = await on(daemon, "setvcpu", "web1", "6", "--enable", "--config")
+            assert run.code == 6 and "cannot keep it" in run.json["error"]["message"], run.stdout
+        finally:
+            file.rmdir()
+            kept.rename(file)
+
+
+async def test_interrupted_while_another_client_holds_the_domain(daemon):
+    async with guest(daemon) as side:
+        with stopped():
+            other = asyncio.create_task(asyncio.to_thread(side.guest.domain.setVcpu, "12", 1, 1))
+            await asyncio.sleep(0.5)
+            process = await start_cli("-c", daemon.uri, "setvcpu", "web1", "11", "--enable", "--config", "--json")
+            await asyncio.sleep(1.5)
+            process.send_signal(signal.SIGINT)
+            stdout, _ = await asyncio.wait_for(process.communicate(), 8)
+            assert process.returncode == 130, stdout
+            assert "may still be" in json.loads(stdout)["error"]["message"], stdout
+        with suppress(Exception):
+            await other
+
+
+async def test_an_agent_that_is_not_there_is_no_guest_that_lies(daemon):
+    channel = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices>"
+    async with guest(daemon, NUMA.replace("</devices>", channel)):
+        run = await on(daemon, "guestvcpus", "web1")
+        assert run.code == 7 and "QEMU guest agent is not connected" in run.json["error"]["message"], run.stdout
+        assert run.json["error"]["libvirt"] == "VIR_ERR_AGENT_UNRESPONSIVE"
+        # A plug is none of its business.
+        run = await on(daemon, "setvcpu", "web1", "5", "--enable")
+        assert run.code == 0 and "not known" in run.json["messages"][-1], run.stdout
+
+
+async def test_two_who_want_the_same_have_it(daemon):
+    async with guest(daemon):
+        async with (
+            qmpvcpu.connect("web1", uri=daemon.uri) as one,
+            qmpvcpu.connect("web1", uri=daemon.uri) as other,
+        ):
+            done = await asyncio.gather(one.enable(range(4, 9)), other.enable(range(4, 9)))
+            assert [outcome.outcome for outcome in done] == ["applied", "applied"]
+            assert (await one.state()).enabled_ids == (0, 1, 2, *range(4, 9))
+
+
+async def left():
+    """File descriptors and threads of this process, once those that end have ended."""
+    for _ in range(150):
+        busy = [one for one in threading.enumerate() if "changes" in one.name or "queries" in one.name]
+        if not busy:
+            break
+        await asyncio.sleep(0.02)
+    gc.collect()
+    return len(os.listdir("/proc/self/fd")), threading.active_count()
+
+
+async def test_lost_and_cancelled_connections_leave_nothing(daemon):
+    async def lose(domain):
+        await daemon.restart(kill=True)
+        with pytest.raises(qmpvcpu.VcpuConnectionError):
+            await domain.state()
+        await domain.reconnect()
+
+    async def cancelled(turns):
+        task = asyncio.create_task(use())
+        for _ in range(turns):
+            await asyncio.sleep(0)
+            await asyncio.sleep(0.001)
+        task.cancel()
+        await asyncio.wait([task])
+
+    async def use():
+        async with qmpvcpu.connect("test", uri="test:///default") as domain:
+            await domain.state()
+
+    async with guest(daemon):
+        async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
+            await lose(domain)
+            before = len(os.listdir("/proc/self/fd"))
+            for _ in range(4):
+                await lose(domain)
+            gc.collect()
+            assert len(os.listdir("/proc/self/fd")) <= before + 1
+            await asyncio.to_thread((await domain_of(daemon)).destroy)
+    await use()
+    fds, threads = await left()
+    for turns in range(40):
+        await cancelled(turns)
+    after = await left()
+    assert after[0] <= fds + 3 and after[1] <= threads + 2, (fds, threads, after)
+
+
+async def domain_of(daemon):
+    import libvirt
+
+    return (await asyncio.to_thread(libvirt.open, daemon.uri)).lookupByName("web1")
