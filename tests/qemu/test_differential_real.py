@@ -162,8 +162,9 @@ async def differences(daemon, xml, cases, *, start, api=False):
             yield words, reason, found
 
 
-#: Which way round each of them is: how it ends with us, and libvirt's error. Of what was cold-plugged QEMU is asked,
-#: whatever it says of it (under TCG there is but a firmware); a count below that is VIR_ERR_CONFIG_UNSUPPORTED there.
+#: Which way round each of them is: how it ends with us, and libvirt's error. Of what was cold-plugged QEMU is
+#: asked, whatever it says of it (under TCG there is but a firmware); a count below that is
+#: VIR_ERR_CONFIG_UNSUPPORTED there.
 ENDS = {
     ALREADY: ({"applied"}, {"VIR_ERR_INVALID_ARG"}),
     SEVERAL: ({"applied"}, {"VIR_ERR_OPERATION_UNSUPPORTED"}),
