@@ -6,9 +6,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpvcpu.core.guest import GuestCpu, identify, identity_files, is_port_open, parse_guest_vcpus
+from qmpvcpu.core.guest import (
+    GuestCpu,
+    GuestView,
+    identify,
+    identity_files,
+    is_port_open,
+    newcomers,
+    parse_guest_vcpus,
+)
 from qmpvcpu.core.inventory import BootFacts, CpuInfoFast, HotpluggableCpu, build_state
 from qmpvcpu.core.model import Props, QemuVersion
+from qmpvcpu.core.select import guest_total
 from qmpvcpu.errors import VcpuConnectionError
 from tests.unit.test_plan import machine
 from tests.unit.test_selection_and_kills import ppc64, x86
@@ -187,3 +196,40 @@ def test_whether_anybody_in_the_guest_has_opened_the_port():
     assert is_port_open([row("unix:/run/a, b/agent,server=on", False)], "/run/a, b/agent") is False
     for nonsense in (None, 5, [], [5], [{}], [row(5)], [row("unix:/run/agent", "x")]):
         assert is_port_open(nonsense, "/run/agent") is None
+
+
+def seen(*online, off=()):
+    numbers = {**dict.fromkeys(online, True), **dict.fromkeys(off, False)}
+    return GuestView(tuple(GuestCpu(n, on, n != 0) for n, on in sorted(numbers.items())), {}, assumed=True)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "count", "came"),
+    [
+        (seen(0, 1), seen(0, 1, off=(2, 3)), 2, [2, 3]),
+        (seen(0, off=(1,)), seen(0, 2, off=(1,)), 1, [2]),
+        # Somebody took another one online meanwhile: those that are new count.
+        (seen(0, off=(1,)), seen(0, 1, off=(2,)), 1, [2]),
+        # ppc64 lists them all the time.
+        (seen(0, 1, off=(2, 3, 4, 5)), seen(0, 1, 4, 5, off=(2, 3)), 2, [4, 5]),
+        (seen(0, 1), seen(0, 1, 2), 2, []),
+        (seen(0, 1), seen(0, 1), 1, []),
+    ],
+)
+def test_what_came_is_told_from_what_was_there(before, now, count, came):
+    assert [cpu.logical_id for cpu in newcomers(before, now, count)] == came
+
+
+@pytest.mark.parametrize(
+    ("total", "ids", "online", "refused"),
+    [
+        (2, (), True, False),
+        (4, (2, 3), True, False),
+        (1, (1,), False, False),
+        (0, (), False, True),
+        (5, (), True, True),
+    ],
+)
+def test_a_count_by_the_guests_own_numbers(total, ids, online, refused):
+    found = guest_total(seen(0, 1, off=(2, 3)), total)
+    assert (found[0], found[1], bool(found[2])) == (ids, online, refused)

@@ -51,6 +51,18 @@ def test_what_one_process_asked_the_next_one_knows(tmp_path):
     assert one.load() == {3: unplug(3)}
 
 
+def test_what_is_gone_unseen_is_known_to_the_next_and_tidied_when_it_is_back(tmp_path):
+    one, other = folder(tmp_path), folder(tmp_path)
+    assert one.gone() == frozenset()
+    one.note_gone([7, 3])
+    assert other.gone() == {3, 7} and other.load() == {}
+    other.tidy()
+    assert one.gone() == {3, 7}
+    other.note_gone([])
+    one.tidy()
+    assert one.gone() == frozenset() and list((tmp_path / "pending").iterdir()) == []
+
+
 def test_changes_within_one_tick_of_the_clock_are_seen(tmp_path):
     one, other = folder(tmp_path), folder(tmp_path)
     for first in range(200):

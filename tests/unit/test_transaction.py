@@ -22,6 +22,7 @@ from qmpvcpu.core.transaction import (
     Replied,
     Snapshot,
     Transaction,
+    Unsent,
 )
 
 
@@ -81,6 +82,33 @@ def test_what_happens_while_a_query_is_under_way_asks_once_more():
     assert kinds(t.feed(snap(0, 1))) == ["Query"]
     t.feed(snap(0))
     assert end(t).outcome == "applied"
+
+
+def test_what_was_not_sent_is_not_done_and_nothing_is_claimed_of_it():
+    t = Transaction([entity(1), entity(2)], [])
+    t.start()
+    t.feed(Replied(1))
+    t.feed(Unsent(2))
+    assert t.feed(Cancelled()) == []
+    assert kinds(t.feed(snap(0, 1))) == ["Delete"]
+    assert t.feed(Unsent(1)) == [] or t.feed(snap(0, 1)) == []
+    t.feed(snap(0, 1))
+    result = end(t)
+    # Plugged, its undo was not sent either; the other never began.
+    assert (result.remaining, result.pending, result.plugged) == ((1,), (), (1,))
+
+
+def test_unplugs_that_were_not_sent_leave_those_that_were():
+    t = Transaction([], [entity(1, True), entity(2, True)])
+    t.start()
+    t.feed(Replied(1))
+    t.feed(Unsent(2))
+    t.asked()
+    t.feed(Expired())
+    t.feed(snap(0, 1, 2))
+    for _ in range(2):
+        t.feed(snap(0, 1, 2))
+    assert (end(t).pending, end(t).removed, end(t).failures) == ((1,), (), ())
 
 
 def test_one_that_is_asked_again_is_not_over():

@@ -1,0 +1,92 @@
+"""The threads that make libvirt's calls: order, what is taken back, what hangs, and their end."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+
+import pytest
+
+from qmpvcpu.libvirt.threads import Worker
+
+
+class Held:
+    """A call that goes on until it is let go."""
+
+    def __init__(self):
+        self.begun = threading.Event()
+        self.let_go = threading.Event()
+
+    def __call__(self):
+        self.begun.set()
+        assert self.let_go.wait(10)
+        return "held"
+
+
+@pytest.fixture
+async def worker():
+    worker = Worker("of a test")
+    yield worker
+    await asyncio.wait_for(worker.finish(), 10)
+
+
+async def test_calls_in_their_order_and_each_ones_own_answer(worker):
+    seen = []
+    results = [worker.call(lambda n=n: seen.append(n) or n) for n in range(20)]
+
+    def bad():
+        raise KeyError("x")
+
+    failing = worker.call(bad)
+    assert [await result for result in results] == list(range(20)) == seen
+    with pytest.raises(KeyError):
+        await failing
+
+
+async def test_whoever_takes_a_call_back_knows_whether_it_had_begun(worker):
+    held, seen = Held(), []
+    first, second = worker.call(held), worker.call(lambda: seen.append("called"))
+    await asyncio.to_thread(held.begun.wait, 10)
+    # The loop has not heard yet that the first has begun.
+    assert (worker.drop(first), worker.drop(second), worker.drop(second)) == (False, True, False)
+    held.let_go.set()
+    assert (
+        await first == "held" and second.cancelled() and await worker.call(lambda: "next") == "next" and not seen
+    )
+
+
+async def test_what_waits_behind_a_call_that_is_given_up_fails_and_what_comes_after_its_end_does_not(worker):
+    held, seen = Held(), []
+    first, second = worker.call(held), worker.call(lambda: seen.append("called"))
+    await asyncio.to_thread(held.begun.wait, 10)
+    worker.give_up(lambda: TimeoutError("stuck"))
+    for waiting in (second, worker.call(lambda: seen.append("called"))):
+        with pytest.raises(TimeoutError, match="stuck"):
+            await asyncio.wait_for(waiting, 1)
+    held.let_go.set()
+    assert await first == "held"
+    for _ in range(100):
+        try:
+            assert await worker.call(lambda: "again") == "again"
+            break
+        except TimeoutError:
+            await asyncio.sleep(0.01)
+    else:
+        pytest.fail("it stays stuck")
+    assert not seen
+
+
+async def test_at_the_end_what_waits_is_not_done_and_the_last_is(worker):
+    other, held, seen = Worker("another"), Held(), []
+    first, second = other.call(held), other.call(lambda: seen.append("called"))
+    await asyncio.to_thread(held.begun.wait, 10)
+    last = other.finish(lambda: seen.append("last"))
+    held.let_go.set()
+    await asyncio.wait_for(last, 10)
+    assert await first == "held" and second.cancelled() and seen == ["last"]
+    for _ in range(100):
+        if not [one for one in threading.enumerate() if "another" in one.name]:
+            break
+        await asyncio.sleep(0.01)
+    else:
+        pytest.fail("its thread goes on")
