@@ -52,9 +52,12 @@ async def linux(daemon, arch, folder, words=""):
 <devices><emulator>{qemu_binary("10.0", arch)}</emulator><serial type='file'><source path='{console}'/></serial>
 <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices></domain>"""
     async with LibvirtSide.run(daemon, xml.encode(), log=False) as side:
-        async with asyncio.timeout(90):
-            while not console.exists() or found.facts["ready"] not in console.read_text(errors="replace"):
-                await asyncio.sleep(0.1)
+        try:
+            async with asyncio.timeout(90):
+                while not console.exists() or found.facts["ready"] not in console.read_text(errors="replace"):
+                    await asyncio.sleep(0.1)
+        except TimeoutError:
+            pytest.fail(f"Linux does not come up; its console: {console.read_text(errors='replace')[-3000:]}")
         yield side
 
 
