@@ -305,6 +305,9 @@ class Threads(Protocol):
     def make_groups(self, wanted: Mapping[int, Placement]) -> None:
         """Make the cgroups that these vCPUs need, before they have threads. Raises OSError: none is made."""
 
+    def has_groups(self) -> bool:
+        """Whether any vCPU has cgroups of its own. Never raises."""
+
     def remove_groups(self, gone: Collection[int], enabled: Collection[int]) -> Collection[int]:
         """Remove those of vCPUs that are gone; which of them still hold a thread that ends. Never raises."""
 

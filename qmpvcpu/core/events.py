@@ -36,6 +36,7 @@ _OST_WORDS: Final = {
 class SignalKind(Enum):
     """What an event says of an entity."""
 
+    #: It, or what goes with it, is gone.
     DELETED = "deleted"
     EJECTING = "ejecting"
     GUEST_REFUSED = "guest-refused"
@@ -75,19 +76,28 @@ class Names:
             found = self._by_path.get(PERIPHERAL + device)
         return found
 
+    def of_lapic(self, path: object) -> Entity | None:
+        """The x86 CPU whose local APIC this is. It goes with its CPU, once the slot is empty; under TCG no event
+        of the CPU's own comes (7.2 to 11.1).
+        """
+        if not isinstance(path, str) or not path.endswith(_LAPIC):
+            return None
+        return self._by_path.get(path.removesuffix(_LAPIC))
+
     def of_slot(self, slot: object) -> Entity | None:
         """The entity of an ACPI slot: its index in QEMU's list of possible CPUs, which on x86 is the vCPU id."""
         return self._by_first.get(str(slot))
 
 
 PERIPHERAL: Final = "/machine/peripheral/"
+_LAPIC: Final = "/lapic"
 
 
 def interpret(event: str, data: Mapping[str, Any], names: Names) -> Signal | None:
     """What an event says, about which of these entities; None where it says nothing about CPUs."""
     if event == "DEVICE_DELETED":
-        entity = names.of(data)
-        # A child's event (…/lapic, …/thread[0]) or another device's: on x86 under TCG the CPU's own never comes.
+        entity = names.of(data) or names.of_lapic(data.get("path"))
+        # A child's event (…/thread[0]) or another device's.
         if entity is None:
             return Signal(SignalKind.LOOK_AGAIN)
         return Signal(SignalKind.DELETED, entity.first)

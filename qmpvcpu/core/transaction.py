@@ -188,8 +188,11 @@ _TO_RETRY: Final = frozenset({S.RETRY_REJECTED, S.RETRY_ERROR})
 WAITING: Final = frozenset({S.ASKED, S.AWAITING, S.UNDO_ASKED}) | _TO_RETRY
 #: States that a query answers.
 _UNVERIFIED: Final = frozenset({S.ADDED, S.RESTORE_ADDED})
+#: States in which a reply leaves something to be looked at.
+_QUERIED_ON_REPLY: Final = frozenset({S.ASKED, S.UNDO_ASKED, S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.UNDO_FAILED})
 #: States that a reply ends.
 _IN_FLIGHT: Final = frozenset({S.ADDING, S.DELETING, S.UNDOING, S.RESTORING})
+_UNENDED: Final = WAITING | _IN_FLIGHT
 _PLUG_FAILED: Final = frozenset({S.NOT_ADDED, S.VANISHED})
 _FAILED: Final = _PLUG_FAILED | {S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.RETRY_ERROR, S.RETURNED}
 _REJECTED: Final = frozenset({S.REJECTED, S.RETRY_REJECTED})
@@ -381,6 +384,8 @@ class Transaction:
     _deleted: set[int] = field(default_factory=set)
     _querying: bool = False
     _look_again: bool = False
+    #: First ids of what was told about while a query was under way.
+    _told: set[int] = field(default_factory=set)
     _expired: bool = False
     _cancelled: bool = False
 
@@ -422,6 +427,10 @@ class Transaction:
                         self._move(item, _On.ABSENT)
                     elif not (first in happened.replaced and self._move(item, _On.REPLACED)):
                         self._move(item, _On.PRESENT)
+                # Of what is seen gone there is no more to learn.
+                if any(self._items[first].state in WAITING for first in self._told):
+                    self._look_again = True
+                self._told.clear()
                 if self._expired and not self._look_again:
                     self._all(_On.EXPIRE)
             case Poll():
@@ -443,6 +452,7 @@ class Transaction:
     def asked(self) -> None:
         """The query goes out, for the first time or once more: it sees what has happened until now."""
         self._look_again = False
+        self._told.clear()
 
     # -- what the driver asks ---------------------------------------------------------------------
 
@@ -454,7 +464,7 @@ class Transaction:
     @property
     def seems_over(self) -> bool:
         """Whether QEMU has said of all that is waited for that it is gone: a query has only to confirm that."""
-        left = (first for first, item in self._items.items() if item.state in WAITING)
+        left = (first for first, item in self._items.items() if item.state in _UNENDED)
         return bool(self._deleted) and self._deleted.issuperset(left)
 
     @property
@@ -552,9 +562,13 @@ class Transaction:
         else:
             self._present &= ~_BIT[state]
 
-    def _query(self) -> None:
+    def _query(self, about: int | None = None) -> None:
+        """`about`: the first id of the entity on whose account, if it is that alone."""
         if self._querying:
-            self._look_again = True
+            if about is None:
+                self._look_again = True
+            else:
+                self._told.add(about)
             return
         self._querying = True
         self._look_again = False
@@ -572,7 +586,7 @@ class Transaction:
         if item.state is S.ASKED and item.repeat and not (self._cancelled or self._expired):
             item.repeat = False
             self._move(item, _On.REPEAT)
-        if item.state in (S.ASKED, S.UNDO_ASKED, S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.UNDO_FAILED):
+        if item.state in _QUERIED_ON_REPLY and not self._any(_SENT):
             # On ppc64 before the guest runs it is gone before the reply; and "DeviceNotFound" may mean gone.
             self._query()
 
@@ -593,7 +607,12 @@ class Transaction:
             elif self._move(item, _On.REFUSED):
                 item.note = Failure(item.entity, signal.reason or "the guest refused")
                 self._retry(item)
-        if waited:
+        if signal.kind is SignalKind.DELETED and signal.first is not None:
+            # Of several that go, the last is worth a query; an event that is lost, a poll makes good.
+            item_of = self._items.get(signal.first)
+            if waited and (self.seems_over or (item_of is not None and item_of.state is S.AWAITING)):
+                self._query(signal.first)
+        elif waited:
             self._query()
 
     def _retry(self, item: _Item) -> None:

@@ -72,6 +72,8 @@ class Link:
         self._listening: Any = None
         #: vCPUs that are gone, and whose cgroups perhaps are not.
         self._gone: set[int] = set()
+        #: vCPUs that are to go, and have none.
+        self._groupless: set[int] = set()
         self._watcher = Watcher(
             self._watch, lambda: hub.listening or bool(self.ledger.firsts) or bool(self._gone), hub.end
         )
@@ -181,6 +183,8 @@ class Link:
         """Called before `device_del` goes out."""
         now = time.time()
         self.ledger.ask(entities, self.state, now)
+        # While QEMU is at work there is time to see whether anything will be left behind.
+        asyncio.get_running_loop().call_soon(self._look_for_groups, [n for one in entities for n in one.ids])
         if self._hub.listening:
             self._hub.emit(_events(now, EventKind.UNPLUG_REQUESTED, entities))
 
@@ -197,12 +201,16 @@ class Link:
         """Remove the cgroups of those of these vCPUs that are gone; whether they all are removed."""
         self._gone.update(ids)
         enabled = self.state.enabled_ids
-        self._gone.difference_update(enabled)
+        self._gone.difference_update(enabled, self._groupless)
+        self._groupless.clear()
         if self._gone and self.threads is not None:
             self._gone = set(self.threads.remove_groups(self._gone, enabled))
         return not self._gone or self.threads is None
 
     # -- inside -----------------------------------------------------------------------------------
+
+    def _look_for_groups(self, ids: Iterable[int]) -> None:
+        self._groupless = set(ids) if self.threads is not None and not self.threads.has_groups() else set()
 
     def _learn(self) -> list[Event]:
         opened, over = self.ledger.refresh(self.state)

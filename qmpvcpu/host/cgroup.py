@@ -245,6 +245,14 @@ class VcpuGroups:
                 if cpu_list(file.read_text()) != wanted:
                     put(file, format_ids(wanted))
 
+    def has_any(self) -> bool:
+        """Whether there is anything for `remove` to do. Never raises."""
+        try:
+            found = [(site, _vcpus_in(site.base.folder)) for site in self._sites()]
+        except OSError:
+            return True
+        return any(vcpus or (vcpus is not None and site.is_ours) for site, vcpus in found)
+
     def remove(self, gone: Collection[int], enabled: Collection[int]) -> list[int]:
         """Remove the groups of vCPUs that are gone, and what of ours was left over; those that still hold a
         thread.

@@ -165,6 +165,10 @@ class QemuThreads:
         """`VcpuGroups.make`."""
         self._groups.make(wanted)
 
+    def has_groups(self) -> bool:
+        """`VcpuGroups.has_any`."""
+        return self._groups.has_any()
+
     def remove_groups(self, gone: Collection[int], enabled: Collection[int]) -> list[int]:
         """`VcpuGroups.remove`."""
         return self._groups.remove(gone, enabled)

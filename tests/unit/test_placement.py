@@ -86,6 +86,9 @@ class Threads:
             raise self.no_group
         self.groups = dict(wanted)
 
+    def has_groups(self):
+        return bool(self.groups)
+
     def remove_groups(self, gone, enabled):
         self.removed = set(gone)
         return []
