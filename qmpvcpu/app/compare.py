@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -28,6 +27,7 @@ from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.libvirt.connection import Connection, Guest, open_connection
 from qmpvcpu.libvirt.daemon import Libvirtd, run_libvirtd
 from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.folder import throwaway_folder
 from qmpvcpu.qemu.monitor import QmpLog
 from qmpvcpu.qemu.process import run_qemu
 from qmpvcpu.xml.domain import read_domain, vcpus_lines
@@ -192,8 +192,7 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
         VcpuFailed, VcpuConnectionError: its QEMU does not start.
     """
     document, definition = read_domain(xml)
-    with tempfile.TemporaryDirectory(prefix="qmpvcpu-compare-") as name:
-        folder = Path(name)
+    with throwaway_folder() as folder:
         file, sent = folder / "domain.xml", folder / "qmp"
         file.write_bytes(xml)
         if not start:

@@ -11,7 +11,6 @@ import os
 import shlex
 import shutil
 import socket
-import tempfile
 from collections.abc import AsyncIterator, Sequence
 from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
@@ -19,6 +18,7 @@ from typing import IO, Final
 
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed
 from qmpvcpu.qemu.child import Child
+from qmpvcpu.qemu.folder import throwaway_folder
 from qmpvcpu.qemu.monitor import QmpMonitor, connect_monitor
 
 __all__ = ["QemuProcess", "launch_qemu", "run_qemu"]
@@ -84,8 +84,7 @@ async def run_qemu(
     """
     process: Child | None = None
     try:
-        with _short_folder() as name:
-            folder = Path(name)
+        with throwaway_folder() as folder:
             process, command = _start(binary, arguments, folder, monitors, channels)
             try:
                 try:
@@ -204,12 +203,6 @@ def _spawn(words: Sequence[str], command: Sequence[str], stderr: IO[bytes], desc
         raise VcpuFailed(
             f"cannot start '{command[0]}': {error.strerror}", hint="`qmpvcpu doctor` lists the QEMUs that are here"
         ) from error
-
-
-def _short_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder of our own whose path leaves room for a socket's name (108 bytes in all)."""
-    base = tempfile.gettempdir()
-    return tempfile.TemporaryDirectory(prefix="qmpvcpu-", dir=base if len(os.fsencode(base)) < 70 else "/tmp")  # noqa: S108
 
 
 def _read_end(path: Path, start: int = 0) -> str:
