@@ -54,6 +54,8 @@ class ApiMonitor(Behind):
         self._queued_plugs: dict[int, asyncio.Future[object]] = {}
         self._queued: dict[int, asyncio.Future[object]] = {}
         self._dropped: set[int] = set()
+        #: By first vCPU id, unplugs that libvirt was told of while another client held the domain.
+        self._held_up: dict[int, asyncio.Future[object]] = {}
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Listen to libvirt. Blocks."""
@@ -125,10 +127,19 @@ class ApiMonitor(Behind):
         first = int(device.rpartition("/")[2].removeprefix("vcpu"))
         answer: asyncio.Future[object] = loop.create_future()
 
+        was_held: list[bool] = []
+
         def begun() -> None:
             self._queued.pop(first, None)
-            timer = loop.call_later(_ASKED_SECONDS, asked)
+            timer = loop.call_later(_ASKED_SECONDS, asked_by_now)
             self._timers.add(timer)
+
+        def asked_by_now() -> None:
+            if any(was_held):
+                # libvirt waits for another client's job first; when that ends nobody tells.
+                self._held_up[first] = answer
+            else:
+                asked()
 
         def asked() -> None:
             if not answer.done():
@@ -136,6 +147,7 @@ class ApiMonitor(Behind):
 
         def ended(done: asyncio.Future[object]) -> None:
             self._queued.pop(first, None)
+            self._held_up.pop(first, None)
             if done.cancelled():
                 answer.cancel()
                 return
@@ -161,7 +173,12 @@ class ApiMonitor(Behind):
                 self._give(MonitorEvent(event, {"device": f"vcpu{first}"}, time.time()))
 
         call = self.guest.set_vcpu(self.entities[first], False, self.guest.flags(live=True))
-        asking = self.guest.connection.begin_change("virDomainSetVcpu", call, begun)
+
+        def work() -> object:
+            was_held.append(self.guest.is_held_now())
+            return call()
+
+        asking = self.guest.connection.begin_change("virDomainSetVcpu", work, begun)
         self._queued[first] = asking
         asking.add_done_callback(ended)
         return answer
@@ -174,6 +191,11 @@ class ApiMonitor(Behind):
             found.update(first for first, asking in queued.items() if drop(asking))
             queued.clear()
         self._dropped |= found
+        for answer in tuple(self._held_up.values()):
+            # It cannot be taken back, and will be asked, unless libvirt gives up first.
+            if not answer.done():
+                answer.set_result({})
+        self._held_up.clear()
         return frozenset(f"vcpu{first}" for first in found)
 
     def dropped(self) -> frozenset[int]:

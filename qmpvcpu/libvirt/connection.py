@@ -459,6 +459,14 @@ class Guest:
         number, _ = await self.connection.query("virDomainGetState", lambda: self.domain.state())
         return _RUN_STATES[number] if 0 <= number < len(_RUN_STATES) else "running"
 
+    def is_held_now(self) -> bool:
+        """Whether a job holds the domain (`virDomainGetControlInfo`): what changes something waits for its end.
+        False where a driver does not tell. Blocks.
+        """
+        with suppress(self._library.libvirtError):
+            return bool(self.domain.controlInfo()[0] != self._library.VIR_DOMAIN_CONTROL_OK)
+        return False
+
     def set_vcpu(self, ids: Iterable[int], enable: bool, flags: int) -> Callable[[], object]:
         """`virDomainSetVcpu`, to be called in a thread."""
         cpus = format_ids(ids)

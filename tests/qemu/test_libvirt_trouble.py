@@ -130,6 +130,29 @@ async def test_the_deadline_counts_though_libvirt_takes_one_unplug_at_a_time(dae
         )
 
 
+@needs_kvm
+async def test_asked_is_what_libvirt_has_asked_also_behind_another_client(daemon, tmp_path):
+    async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
+        await asyncio.to_thread(side.guest.domain.suspend)
+        mark = daemon.log_position()
+        first = asyncio.create_task(asyncio.to_thread(side.guest.domain.setVcpu, "7", 0, 1))
+        await asyncio.sleep(0.5)
+        # It holds the domain for 5 s.
+        run = await on(daemon, "setvcpu", "web1", "6", "--disable", "--async")
+        assert (run.code, run.json["outcome"]) == (0, "requested"), run.stdout
+        asked = [c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_del"]
+        assert asked == ["vcpu7", "vcpu6"]
+        with pytest.raises(Exception, match="timed out"):
+            await first
+        # By its own deadline a call does not wait for that.
+        again = asyncio.create_task(asyncio.to_thread(side.guest.domain.setVcpu, "5", 0, 1))
+        await asyncio.sleep(0.5)
+        run = await on(daemon, "setvcpu", "web1", "4", "--disable", "--timeout", "1")
+        assert run.code == 5 and run.json["pending"] == [4] and run.json["seconds"] < 4, run.stdout
+        with pytest.raises(Exception, match="timed out"):
+            await again
+
+
 async def test_under_tcg_what_is_gone_unseen_stays_known(daemon, tmp_path):
     async with guest(daemon, numa("qemu", firmware(tmp_path), EJECTING)):
         run = await on(daemon, "setvcpu", "web1", "7", "--disable")
