@@ -70,9 +70,13 @@ class Session:
         """Whether a definition may still be written."""
         return self.domain is not None and self.domain.is_definition_unsure
 
-    def left_plugged(self) -> tuple[int, ...]:
-        """vCPU ids that a cancelled call had plugged and could not unplug again."""
-        return self.domain.left_plugged_ids if self.domain is not None else ()
+    def left_changed(self) -> tuple[int, ...]:
+        """vCPU ids that a cancelled call had changed and could not put back."""
+        return self.domain.left_changed_ids if self.domain is not None else ()
+
+    def left_unsure(self) -> tuple[int, ...]:
+        """vCPU ids whose plug had not been answered when a call was cancelled."""
+        return self.domain.left_unsure_ids if self.domain is not None else ()
 
     def show(self, document: dict[str, Any], lines: Iterable[str]) -> None:
         """One JSON document, or lines for a person."""

@@ -55,10 +55,16 @@ def run(arguments: list[str]) -> int:
 
 class _Interrupted(Exception):
     def __init__(
-        self, number: int, pending: tuple[int, ...], left: tuple[int, ...], note: str | None = None
+        self,
+        number: int,
+        pending: tuple[int, ...],
+        left: tuple[int, ...],
+        unsure: tuple[int, ...],
+        note: str | None = None,
     ) -> None:
         super().__init__(number)
         self.left = left
+        self.unsure = unsure
         self.note = note
         self.number = number
         self.pending = pending
@@ -102,7 +108,9 @@ def _run_async(options: argparse.Namespace) -> int:
         if session.is_unsure():
             note = "the definition may still be written: vcpuinfo --config shows it"
         number = caught[0] if caught else signal.SIGINT
-        raise _Interrupted(number, session.pending(), session.left_plugged(), note) from None
+        raise _Interrupted(
+            number, session.pending(), session.left_changed(), session.left_unsure(), note
+        ) from None
 
 
 def _say(*lines: str) -> None:
@@ -128,7 +136,9 @@ def _report_interrupt(interrupted: _Interrupted, as_json: bool) -> int:
     if pending:
         text += f"; vCPU {format_ids(pending)}: unplug asked, and still pending"
     if left := [number for number in interrupted.left if number not in pending]:
-        text += f"; vCPU {format_ids(left)}: plugged by this call, and could not be unplugged again"
+        text += f"; vCPU {format_ids(left)}: changed by this call in the running guest, and stays so"
+    if interrupted.unsure:
+        text += f"; vCPU {format_ids(interrupted.unsure)}: its plug was not answered, and may be done still"
     if interrupted.note is not None:
         text += f"; {interrupted.note}"
     if as_json:
@@ -137,6 +147,7 @@ def _report_interrupt(interrupted: _Interrupted, as_json: bool) -> int:
             "changed": bool(left),
             "changed_ids": left,
             "pending": pending,
+            "unsure": list(interrupted.unsure),
             "error": {
                 "type": "KeyboardInterrupt",
                 "libvirt": "VIR_ERR_OPERATION_ABORTED",

@@ -224,17 +224,16 @@ def _all_online(state: DomainState, cpus: Sequence[GuestCpu]) -> frozenset[int]:
     return frozenset(enabled if sum(cpu.online for cpu in cpus) == len(enabled) else ())
 
 
-def newcomers(before: GuestView, now: GuestView, count: int) -> tuple[GuestCpu, ...]:
-    """The CPUs that came to the guest between two looks, where they are just as many as were plugged: whichever
-    is which, those are they. Empty where that cannot be said.
+def newcomers(before: GuestView, now: GuestView, *, lists_all: bool) -> tuple[GuestCpu, ...]:
+    """The CPUs that came to the guest between two looks. Where they are just as many as were plugged, those are
+    they, whichever is which.
 
-    What is online now, and was not, has come too: ppc64 lists every possible CPU all the time.
+    Args:
+        before, now: the guest then and now.
+        lists_all: it lists every possible CPU all the time (ppc64): what is online now, and was not, has come.
     """
-    known = {cpu.logical_id for cpu in before.cpus}
-    for ids in (frozenset(cpu.logical_id for cpu in now.cpus) - known, now.lit - before.lit):
-        if len(ids) == count:
-            return tuple(cpu for cpu in now.cpus if cpu.logical_id in ids)
-    return ()
+    known = before.lit if lists_all else frozenset(cpu.logical_id for cpu in before.cpus)
+    return tuple(cpu for cpu in now.cpus if cpu.logical_id not in known and (cpu.online or not lists_all))
 
 
 def _facts(

@@ -165,6 +165,8 @@ def conclude(
             " it stays enabled"
         )
     messages += notes
+    if result.unasked:
+        messages.append(_unasked(result))
     if result.pending and stopped:
         messages.append(f"the guest is stopped ({stopped}): it can answer only after 'cont'")
     facts: dict[str, Any] = {
@@ -200,7 +202,9 @@ def conclude(
 
 def _failure(plan: Plan, result: Result, facts: dict[str, Any]) -> VcpuError:
     first = next(iter(result.failures or result.rejections), None)
-    text = _texts((*result.failures, *result.rejections)) or "cancelled"
+    text = _texts((*result.failures, *result.rejections))
+    if not text:
+        text = _unasked(result) if result.unasked else _LATE if result.undone and result.lost else "cancelled"
     qmp: dict[str, Any] = {
         "qmp_class": first.error_class if first else None,
         "qmp_text": first.text if result.failures and first else None,
@@ -208,10 +212,13 @@ def _failure(plan: Plan, result: Result, facts: dict[str, Any]) -> VcpuError:
     if first is not None and (first.error_class or "").startswith("VIR_ERR_"):
         # libvirt was asked, not QEMU.
         qmp["libvirt"] = first.error_class
+    hint = _hint(result.failures)
+    if first is None and result.unasked:
+        hint, qmp["libvirt"] = "ask again for these, with more time (--timeout)", "VIR_ERR_OPERATION_TIMEOUT"
     if result.undone:
         text += f"; undone: vCPU {format_ids(result.undone)}"
     if result.outcome is OutcomeKind.FAILED:
-        return VcpuFailed(text + _pending(result), hint=_hint(result.failures), **qmp, **facts)
+        return VcpuFailed(text + _pending(result), hint=hint, **qmp, **facts)
     left = []
     if result.remaining:
         left.append(f"vCPU {format_ids(result.remaining)} stays plugged")
@@ -223,9 +230,20 @@ def _failure(plan: Plan, result: Result, facts: dict[str, Any]) -> VcpuError:
     return VcpuPartial(
         "; ".join([text, *left]),
         remaining=sorted({*result.remaining, *result.removed}),
-        hint=_hint(result.failures) or "`qmpvcpu vcpuinfo` shows what is",
+        hint=hint or "`qmpvcpu vcpuinfo` shows what is",
         **qmp,
         **facts,
+    )
+
+
+#: An atomic call that has brought back a part, and then all the rest was gone.
+_LATE = "not all of them were gone in time"
+
+
+def _unasked(result: Result) -> str:
+    return (
+        f"vCPU {format_ids(result.unasked)}: libvirt was not asked, it takes one at a time, and the others took"
+        " all the time there was"
     )
 
 

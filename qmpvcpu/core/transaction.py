@@ -85,6 +85,7 @@ class ItemState(Enum):
     RESTORED = "taken back"
     NOT_RESTORED = "removed, and could not be taken back"
     DROPPED = "never begun"
+    UNASKED = "never asked for"
 
 
 class _On(Enum):
@@ -135,7 +136,11 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.TO_REMOVE, _On.START): S.DELETING,
     (S.TO_REMOVE, _On.CANCEL): S.DROPPED,
     (S.DELETING, _On.OK): S.ASKED,
-    (S.DELETING, _On.UNSENT): S.DROPPED,
+    (S.DELETING, _On.UNSENT): S.UNASKED,
+    (S.UNASKED, _On.DOUBT): S.NOT_ASKED_AGAIN,
+    (S.UNASKED, _On.REFUSED): S.REJECTED,
+    (S.UNASKED, _On.ERROR): S.NOT_ASKED,
+    (S.UNASKED, _On.ABSENT): S.REMOVED,
     (S.DELETING, _On.ERROR): S.NOT_ASKED,
     (S.DELETING, _On.REFUSED): S.REJECTED,
     (S.NOT_ASKED, _On.ABSENT): S.REMOVED,
@@ -219,7 +224,7 @@ _RETRYING: Final = _mask(_TO_RETRY)
 _SENT: Final = _mask(_IN_FLIGHT)
 _DOUBTFUL: Final = _mask(_UNVERIFIED)
 _PLUGS_FAILED: Final = _mask(_PLUG_FAILED)
-_NOT_AS_ASKED: Final = _mask(_FAILED | _REJECTED)
+_NOT_AS_ASKED: Final = _mask(_FAILED | _REJECTED | {S.UNASKED})
 _UNDOABLE: Final = _mask({S.ADDED, S.PLUGGED})
 #: Waited for also by a call that does not wait.
 _NEVER_LEFT: Final = _mask({S.AWAITING, S.UNDO_ASKED})
@@ -320,7 +325,8 @@ class Result:
     """How it ended, by vCPU ids.
 
     `remaining` are plugs that should have been undone and are still there, `removed` what is gone, `lost` those of
-    it that an atomic call should have brought back. `undo_forbidden` says why, where that was not tried.
+    it that an atomic call should have brought back, `unasked` unplugs that had to wait for others, and that nobody
+    was asked for. `undo_forbidden` says why, where that was not tried.
     """
 
     outcome: OutcomeKind
@@ -333,6 +339,7 @@ class Result:
     failures: tuple[Failure, ...]
     rejections: tuple[Failure, ...]
     lost: tuple[int, ...] = ()
+    unasked: tuple[int, ...] = ()
     undo_forbidden: str | None = None
 
 
@@ -344,6 +351,8 @@ class _Item:
     #: An earlier unplug of it may still be answered; and one was answered since this one went out.
     doubt: bool = False
     repeat: bool = False
+    #: It was asked once more, and the first time is not answered either.
+    repeated: bool = False
     note: Failure | None = None
 
 
@@ -384,6 +393,8 @@ class Transaction:
     _deleted: set[int] = field(default_factory=set)
     _querying: bool = False
     _look_again: bool = False
+    #: A reply has left something to be looked at, once all have come.
+    _to_look: bool = False
     #: First ids of what was told about while a query was under way.
     _told: set[int] = field(default_factory=set)
     _expired: bool = False
@@ -417,7 +428,7 @@ class Transaction:
             case Replied():
                 self._replied(happened)
             case Unsent():
-                self._move(self._items[happened.first], _On.UNSENT)
+                self._unsent(self._items[happened.first])
             case Signal():
                 self._signal(happened)
             case Snapshot():
@@ -478,6 +489,11 @@ class Transaction:
         return self._ids(STILL_ASKED)
 
     @property
+    def unsure(self) -> tuple[int, ...]:
+        """vCPU ids whose `device_add` has not been answered, whenever this is asked."""
+        return self._ids({S.ADDING, S.RESTORING})
+
+    @property
     def states(self) -> dict[int, ItemState]:
         """First vCPU id -> state, for reports while it runs."""
         return {first: item.state for first, item in self._items.items()}
@@ -499,17 +515,22 @@ class Transaction:
         asked = self._ids({S.PENDING} if self.wait else {S.PENDING, S.ASKED})
         pending = tuple(sorted({*asked, *self._ids({S.UNDO_PENDING, S.NOT_ASKED_AGAIN})}))
         removed = self._ids(_LEFT_REMOVED)
-        lost = removed if self.atomic and (failures or rejections) else ()
+        unasked = self._ids({S.UNASKED})
+        # One whose unplug looked as if it had failed may have gone after others were brought back on its account.
+        returned = self._ids({S.RESTORED})
+        lost = removed if self.atomic and (failures or rejections or unasked or returned) else ()
         if lost or (failing and (remaining or (failures and removed))):
             outcome = OutcomeKind.PARTIAL
         elif failures:
             outcome = OutcomeKind.FAILED
         elif rejections:
             outcome = OutcomeKind.REJECTED
-        elif asked and not self.wait:
+        elif asked and not self.wait and not unasked:
             outcome = OutcomeKind.REQUESTED
         elif pending:
             outcome = OutcomeKind.PENDING
+        elif unasked or returned:
+            outcome = OutcomeKind.PARTIAL if removed or self._any(_UNDOABLE) else OutcomeKind.FAILED
         else:
             outcome = OutcomeKind.APPLIED
         return Result(
@@ -523,6 +544,7 @@ class Transaction:
             failures=failures,
             rejections=rejections,
             lost=lost,
+            unasked=unasked,
             undo_forbidden=(self.undo_forbidden if remaining else None)
             or (self.restore_forbidden if lost else None),
         )
@@ -581,14 +603,22 @@ class Transaction:
             item.note = Failure(item.entity, reply.text or "no reason given", reply.error_class)
             if is_transient(item.note.text):
                 self._retry(item)
-            if item.doubt:
+            if item.doubt or item.repeated:
                 self._move(item, _On.DOUBT)
         if item.state is S.ASKED and item.repeat and not (self._cancelled or self._expired):
-            item.repeat = False
+            item.repeat, item.repeated = False, True
             self._move(item, _On.REPEAT)
-        if item.state in _QUERIED_ON_REPLY and not self._any(_SENT):
-            # On ppc64 before the guest runs it is gone before the reply; and "DeviceNotFound" may mean gone.
-            self._query()
+        # On ppc64 before the guest runs it is gone before the reply; and "DeviceNotFound" may mean gone.
+        self._to_look |= item.state in _QUERIED_ON_REPLY
+
+    def _unsent(self, item: _Item) -> None:
+        if not self._move(item, _On.UNSENT) or item.state is not S.UNASKED:
+            return
+        # What was said of it before counts still, and so does an earlier unplug that has not ended.
+        if item.note is not None:
+            self._move(item, _On.REFUSED if item.note.error_class is None else _On.ERROR)
+        if item.doubt or item.repeated:
+            self._move(item, _On.DOUBT)
 
     def _signal(self, signal: Signal) -> None:
         if signal.kind is SignalKind.EJECTING:
@@ -607,11 +637,11 @@ class Transaction:
             elif self._move(item, _On.REFUSED):
                 item.note = Failure(item.entity, signal.reason or "the guest refused")
                 self._retry(item)
-        if signal.kind is SignalKind.DELETED and signal.first is not None:
+        gone = self._items.get(-1 if signal.first is None else signal.first)
+        if signal.kind is SignalKind.DELETED and gone is not None:
             # Of several that go, the last is worth a query; an event that is lost, a poll makes good.
-            item_of = self._items.get(signal.first)
-            if waited and (self.seems_over or (item_of is not None and item_of.state is S.AWAITING)):
-                self._query(signal.first)
+            if waited and (self.seems_over or gone.state is S.AWAITING):
+                self._query(gone.entity.first)
         elif waited:
             self._query()
 
@@ -624,6 +654,9 @@ class Transaction:
         if self.failing:
             # What is already known to fail plugs nothing more.
             self._all(_On.GIVE_UP)
+        if self._to_look and not self._any(_SENT):
+            self._to_look = False
+            self._query()
         if self.phase is not Phase.DONE and not self._any(_SENT):
             self._advance()
         effects, self._effects = self._effects, []

@@ -192,6 +192,8 @@ async def _take_back(link: Link, plan: Plan, end: Outcome | VcpuError) -> None:
         await asyncio.create_task(change(link, request), name="qmpvcpu undo")
     except VcpuError as error:
         logger.warning("cancelled, and vCPU %s stays plugged: %s", format_ids(ids), error.message)
+        vcpus = link.state.vcpus
+        link.left_changed = tuple(n for n in ids if vcpus[n].enabled and not vcpus[n].pending)
 
 
 async def _wait_groups_gone(link: Link, ids: Sequence[int]) -> None:
@@ -372,14 +374,14 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
     entities = (*plan.awaited, *plan.plugs, *plan.unplugs)
     drive = Drive(transaction, link.monitor, link.look, request.timeout, state, prepare, link.ask)
     link.driven = frozenset(entity.first for entity in entities)
-    link.left_plugged = ()
+    link.left_changed = link.left_unsure = ()
     try:
         result = await drive.run(entities)
         return result, await run_state(link.monitor) if result.pending else None
     except VcpuConnectionError as error:
         raise _lost_on_the_way(error, plan, transaction) from error
     except asyncio.CancelledError:
-        link.left_plugged = transaction.result().remaining
+        link.left_changed, link.left_unsure = transaction.result().remaining, transaction.unsure
         raise
     finally:
         link.driven = frozenset()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Sequence
 from dataclasses import replace
@@ -103,6 +104,9 @@ async def change_both(
             return replace(end, messages=(*end.messages, *_left(config.plan, str(end.outcome))))
         try:
             await config.commit()
+        except asyncio.CancelledError:
+            link.left_changed = end.changed_ids
+            raise
         except (OSError, VcpuError) as error:
             assert persistent is not None
             what = f"vCPU {format_ids(end.changed_ids)} is changed"

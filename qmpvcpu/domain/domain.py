@@ -525,10 +525,16 @@ class Domain(MigrationCalls):
         return tuple(sorted(n for first in link.ledger.firsts if first in entities for n in entities[first].ids))
 
     @property
-    def left_plugged_ids(self) -> tuple[int, ...]:
-        """vCPU ids that the last call had plugged when it was cancelled, and could not unplug again."""
+    def left_changed_ids(self) -> tuple[int, ...]:
+        """vCPU ids that the last call had changed in the guest when it was cancelled, and could not put back."""
         link = self._link or self._last
-        return link.left_plugged if link is not None else ()
+        return link.left_changed if link is not None else ()
+
+    @property
+    def left_unsure_ids(self) -> tuple[int, ...]:
+        """vCPU ids whose plug QEMU had not answered when the last call was cancelled: they may come still."""
+        link = self._link or self._last
+        return link.left_unsure if link is not None else ()
 
     @property
     def is_definition_unsure(self) -> bool:

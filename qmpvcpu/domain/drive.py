@@ -113,6 +113,9 @@ class Drive:
                 await self._begin()
                 await self._keep_time()
         finally:
+            for first in self._dropped():
+                # Whatever that would lead to is not done any more.
+                self._transaction.feed(Unsent(first))
             unfinished = [task for task in self._tasks if not task.done()]
             for task in unfinished:
                 task.cancel()
@@ -153,10 +156,12 @@ class Drive:
 
     def _drop(self, *, plugs: bool = True) -> None:
         """Nothing that has not been sent is sent any more."""
-        dropped = self._monitor.drop_queued(plugs=plugs)
-        for entity in self._entities:
-            if entity.device_id in dropped:
-                self._take(Unsent(entity.first))
+        for first in self._dropped(plugs=plugs):
+            self._take(Unsent(first))
+
+    def _dropped(self, *, plugs: bool = True) -> list[int]:
+        found = self._monitor.drop_queued(plugs=plugs)
+        return [entity.first for entity in self._entities if entity.device_id in found]
 
     async def _keep_time(self) -> None:
         """Sleep until the transaction is done, feeding it what time brings: polls, deadlines, a cancel."""
@@ -194,7 +199,7 @@ class Drive:
                     self._drop(plugs=False)
             if deadline is not None and now() >= deadline:
                 deadline = None
-                if self._cancelled is not None:
+                if self._cancelled is not None or transaction.phase is Phase.UNDO:
                     self._drop()
                 self._take(Expired())
                 if self._cancelled is not None:
@@ -275,7 +280,9 @@ class Drive:
 
     def _replied(self, first: int, reply: asyncio.Future[object]) -> None:
         if reply.cancelled():
-            return  # `_drop` has told
+            # `_drop` has told, unless somebody else has closed the way to it.
+            self._take(Unsent(first))
+            return
         error = reply.exception()
         if error is None:
             self._take(Replied(first))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from qmpvcpu.core.guest import (
+    GuestCpu,
     GuestView,
     identify,
     identity_limits,
@@ -174,7 +175,13 @@ class Guest:
         tried: set[int] = set()
         while True:
             view = await self.view(state)
-            come = newcomers(before, view, len(vcpus)) if before is not None and view.assumed else ()
+            come: tuple[GuestCpu, ...] = ()
+            if before is not None and view.assumed:
+                come = newcomers(before, view, lists_all=state.arch == "ppc64")
+                if len(come) > len(vcpus):
+                    # Others have come too: nobody can say whose is whose.
+                    before = None
+                come = come if len(come) == len(vcpus) else ()
             if come and all(cpu.online for cpu in come):
                 view = replace(view, all_online=view.all_online | frozenset(vcpus))
             missing = {number for number in missing if view.online(number) is not True}

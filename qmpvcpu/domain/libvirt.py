@@ -8,6 +8,7 @@ ours, and the same as over QMP: the API stands where a monitor would.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import time
@@ -115,6 +116,7 @@ class LibvirtDomain(Domain):
         self._domain: LibvirtGuest | None = None
         self._store: _Definition | None = None
         self._left_unsure = False
+        self._is_broken_off = False
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -205,6 +207,10 @@ class LibvirtDomain(Domain):
 
     async def _refresh(self) -> None:
         """Whether it runs, and its definition, as libvirt has them now."""
+        if self._is_broken_off:
+            # A call that was to connect anew, since the domain was started, was cancelled in the middle.
+            await self._connect()
+            self._is_broken_off = False
         if self._connection is None or self._domain is None:
             self._connected()
             return
@@ -216,8 +222,10 @@ class LibvirtDomain(Domain):
         self._define(definition)
         if is_active and self._link is None:
             # It was started meanwhile.
+            self._is_broken_off = True
             await self._close()
             await self._connect()
+            self._is_broken_off = False
 
     # -- calls --------------------------------------------------------------------------------------
 
@@ -235,23 +243,10 @@ class LibvirtDomain(Domain):
             if not self._is_counted_there(request, refused.refusals):
                 raise
             end = await self._count_there(request)
-        finally:
-            left = self._drop_queued()
-        if left:
-            end = _not_asked(end, left)
         more = [] if request.is_query else [*self.notes]
         if self._via == "api" and request.enables_more and not request.place:
             more.append(_LIBVIRT_PLACES)
         return replace(end, messages=(*end.messages, *more)) if more else end
-
-    def _drop_queued(self) -> tuple[int, ...]:
-        """What libvirt was not asked for yet when a call ended is not asked for any more; vCPU ids."""
-        link = self._link or self._last
-        if link is None or not isinstance(link.monitor, ApiMonitor):
-            return ()
-        firsts = link.monitor.dropped()
-        link.ledger.end(firsts)
-        return tuple(sorted(n for first in firsts for n in link.state.by_id[first].ids))
 
     async def plan(self, request: Request) -> Plan:
         """What `request` would do, and every reason why not; touches nothing."""
@@ -431,20 +426,6 @@ async def list_domains(uri: str) -> Sequence[Row]:
             return await connection.list()
 
 
-def _not_asked(end: Outcome, left: tuple[int, ...]) -> Outcome:
-    """libvirt takes one unplug at a time: these had to wait, and the call has ended."""
-    pending = tuple(number for number in end.pending if number not in left)
-    text = f"vCPU {format_ids(left)}: libvirt was not asked, it takes one at a time"
-    facts: dict[str, Any] = {"hint": "ask again for these, with more time (--timeout)", "ids": end.ids}
-    facts["libvirt"] = "VIR_ERR_OPERATION_TIMEOUT"
-    if not pending and not end.changed:
-        raise VcpuFailed(text, **facts)
-    if not pending:
-        done = f"vCPU {format_ids(end.changed_ids)} is removed and stays so"
-        raise VcpuPartial(f"{text}; {done}", remaining=end.changed_ids, changed_ids=end.changed_ids, **facts)
-    return replace(end, pending=pending, messages=(*end.messages, text))
-
-
 def _may_be_unseen(definition: Definition) -> bool:
     """Whether vCPUs may leave without an event."""
     return definition.accel == "tcg" and definition.arch in ("x86_64", "i686")
@@ -553,6 +534,8 @@ class _Staged:
             if self._data == now:
                 return
             calls = self._calls(read_domain(now)[1], read_domain(self._data)[1])
+            if given_up():
+                raise OSError(errno.ECANCELED, "it was cancelled")
             try:
                 if calls is None:
                     # A definition is replaced whole: with the passwords that libvirt does not show.
@@ -634,17 +617,20 @@ class XmlReader:
         if not plugged or not _may_be_unseen(definition):
             return frozenset()
         # Once libvirt looks at its threads anew, as with every plug, it shows no more that one is gone.
-        known = self._seen_gone | (self._store.gone() if self._store is not None else frozenset())
+        known = self._store.gone() if self._store is not None else self._seen_gone
         found: frozenset[int] = frozenset()
         try:
             found = await self._monitor.guest.without_threads(plugged)
         except (CommandError, VcpuConnectionError) as error:
             logger.debug("whether a vCPU is gone is not known: %s", error)
             self._monitor.check()
-        self._seen_gone = (found | known).intersection(plugged)
-        if self._store is not None and self._seen_gone != known:
-            self._store.note_gone(self._seen_gone)
-        return self._seen_gone
+        gone = (found | known).intersection(plugged)
+        if self._store is None:
+            self._seen_gone = gone
+        elif gone != known:
+            # Whoever sees one back has struck it out there, also a moment ago.
+            self._store.note_gone((self._store.gone() | found).intersection(plugged))
+        return gone
 
     async def fast(
         self,

@@ -89,7 +89,13 @@ class Persistent:
         but nobody waits for that without end.
         """
         self.is_unsure = False
-        task = asyncio.ensure_future(self._runs(work))
+        has_begun = Flag()
+
+        def begin() -> None:
+            has_begun.set()
+            work()
+
+        task = asyncio.ensure_future(self._runs(begin))
         try:
             await asyncio.shield(task)
         except asyncio.CancelledError:
@@ -97,7 +103,7 @@ class Persistent:
                 flag.set()
             self.is_unsure = True
             await asyncio.wait([task], timeout=UNDO_SECONDS)
-            self.is_unsure = not task.done()
+            self.is_unsure = not task.done() and has_begun.is_set()
             task.cancel()
             if task.done() and not task.cancelled():
                 task.exception()

@@ -53,7 +53,6 @@ class ApiMonitor(Behind):
         #: By first vCPU id, what libvirt has not been asked for yet: it takes one at a time.
         self._queued_plugs: dict[int, asyncio.Future[object]] = {}
         self._queued: dict[int, asyncio.Future[object]] = {}
-        self._dropped: set[int] = set()
         #: By first vCPU id, unplugs that libvirt was told of while another client held the domain.
         self._held_up: dict[int, asyncio.Future[object]] = {}
 
@@ -190,19 +189,12 @@ class ApiMonitor(Behind):
         for queued in (self._queued, self._queued_plugs) if plugs else (self._queued,):
             found.update(first for first, asking in queued.items() if drop(asking))
             queued.clear()
-        self._dropped |= found
         for answer in tuple(self._held_up.values()):
             # It cannot be taken back, and will be asked, unless libvirt gives up first.
             if not answer.done():
                 answer.set_result({})
         self._held_up.clear()
         return frozenset(f"vcpu{first}" for first in found)
-
-    def dropped(self) -> frozenset[int]:
-        """First vCPU ids of what was not asked for since this was called last."""
-        self.drop_queued()
-        found, self._dropped = frozenset(self._dropped), set()
-        return found
 
     async def close(self) -> None:
         """End listening. Never raises; may be called twice."""

@@ -226,9 +226,12 @@ class Connection:
         if self._is_closed:
             return
         self._is_closed = True
-        self._listeners.clear()
-        if self._lost is None:
-            self._lost = lost(self.uri, "we closed it")
+
+        def ended() -> VcpuConnectionError:
+            return lost(self.uri, "we closed it")
+
+        # Whoever still listens, or waits for an answer, must not wait for ever.
+        self._lose(ended())
 
         def work() -> None:
             conn, self._conn = self._conn, None
@@ -240,8 +243,8 @@ class Connection:
                 conn.close()
 
         # Behind what is under way: libvirt's objects must not go while a call uses them.
-        ends = [one.finish(self._end_own) for one in (self._changes, self._agents) if one is not None]
-        ends.append(self._queries.finish(work))
+        ends = [one.finish(ended, self._end_own) for one in (self._changes, self._agents) if one is not None]
+        ends.append(self._queries.finish(ended, work))
         await asyncio.wait(ends, timeout=_CLOSE_SECONDS)
 
     async def quietly(self, function: Callable[[], object]) -> None:
@@ -264,6 +267,7 @@ class Connection:
 
     async def ask_agent(self, name: str, function: Callable[[], T], seconds: float = QUERY_SECONDS) -> T:
         """As `query`, of the guest's agent: one that does not answer is in nobody else's way."""
+        self.check()
         if self._agents is None:
             self._agents = Worker("agent")
         return await self._await(self._agents, self._agents.call(self.checked(name, function)), name, seconds)
@@ -287,7 +291,7 @@ class Connection:
         def expire() -> None:
             if not result.done():
                 result.set_exception(self._silent(name, seconds))
-                self._changes.give_up(lambda: self._silent(name, seconds))
+                self._changes.give_up(result, lambda: self._silent(name, seconds))
 
         def start() -> None:
             if not result.done():
@@ -325,10 +329,14 @@ class Connection:
             try:
                 return function()
             except self.library.libvirtError as error:
-                conn = self._conn
+                own = self._own.get(threading.get_ident())
+                conn = self._conn if own is None else own.conn
                 alive = False
                 with suppress(self.library.libvirtError):
                     alive = conn is not None and conn.isAlive() != 0
+                if not alive:
+                    # The next call of this thread opens another.
+                    self._end_own()
                 raise translated(error, name, self.uri, alive=alive) from error
 
         return work
@@ -337,7 +345,7 @@ class Connection:
         try:
             return await _within(self._noted(result), seconds)
         except TimeoutError as error:
-            worker.give_up(lambda: self._silent(name, seconds))
+            worker.give_up(result, lambda: self._silent(name, seconds))
             raise self._silent(name, seconds) from error
 
     async def _noted(self, result: asyncio.Future[T]) -> T:

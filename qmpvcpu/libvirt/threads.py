@@ -50,8 +50,10 @@ class Worker:
         #: What waits for its turn; guarded by the lock, so that whoever takes it away knows that it did not begin.
         self._waiting: set[asyncio.Future[Any]] = set()
         self._lock = threading.Lock()
+        self._running: asyncio.Future[Any] | None = None
         #: Why nothing gets a turn: a call that was given up has not come back.
         self._stuck: Callable[[], Exception] | None = None
+        self._is_finished = False
         self._thread = threading.Thread(target=self._run, name=f"qmpvcpu libvirt {name}", daemon=True)
         self._thread.start()
 
@@ -71,6 +73,9 @@ class Worker:
         result: asyncio.Future[T] = loop.create_future()
         # One that nobody awaits any more has nothing to say.
         result.add_done_callback(lambda done: done.cancelled() or done.exception())
+        if self._is_finished:
+            result.set_exception(self._ended())
+            return result
         if self._stuck is not None:
             result.set_exception(self._stuck())
             return result
@@ -92,13 +97,16 @@ class Worker:
                 if result not in self._waiting or result.done():
                     return
                 self._waiting.discard(result)
+                self._running = result
             deliver(begun)
             try:
                 value = function()
             except BaseException as error:  # noqa: BLE001 - raised where it is awaited
                 failure = error
+                self._come_back()
                 deliver(lambda: fail(failure))
             else:
+                self._come_back()
                 deliver(lambda: give(value))
 
         with self._lock:
@@ -111,31 +119,44 @@ class Worker:
         """Cancel a call; whether it had not begun, and will not."""
         return self._take_away(result) and result.cancel()
 
-    def give_up(self, error: Callable[[], Exception]) -> None:
-        """The call that is under way has taken too long. Until it comes back, everything else fails at once."""
-        self._stuck = error
-        for result in tuple(self._waiting):
-            if self._take_away(result) and not result.done():
-                result.set_exception(error())
-        self._jobs.put(self._free)
+    def give_up(self, result: asyncio.Future[Any], error: Callable[[], Exception]) -> None:
+        """A call has taken too long. If it is under way, everything else fails at once until it comes back; if it
+        still waits for its turn, it is not made.
+        """
+        with self._lock:
+            if self._running is not result:
+                self._waiting.discard(result)
+                return
+            self._stuck = error
+        self._fail_waiting(error)
 
-    def finish(self, last: Callable[[], None] = lambda: None) -> asyncio.Future[None]:
-        """Call `last`, after what it does now, and end; what waits is not done any more."""
-        for result in tuple(self._waiting):
-            self.drop(result)
+    def finish(
+        self, ended: Callable[[], Exception], last: Callable[[], None] = lambda: None
+    ) -> asyncio.Future[None]:
+        """Call `last`, after what it does now, and end; what waits fails, and so does every later call."""
+        self._fail_waiting(ended)
         self._stuck = None
         done = self.call(last)
+        self._ended, self._is_finished = ended, True
         self._jobs.put(None)
         return done
+
+    def _fail_waiting(self, error: Callable[[], Exception]) -> None:
+        with self._lock:
+            waiting, self._waiting = self._waiting, set()
+        for result in waiting:
+            if not result.done():
+                result.set_exception(error())
+
+    def _come_back(self) -> None:
+        with self._lock:
+            self._running = self._stuck = None
 
     def _take_away(self, result: asyncio.Future[Any]) -> bool:
         with self._lock:
             is_there = result in self._waiting
             self._waiting.discard(result)
             return is_there
-
-    def _free(self) -> None:
-        self._stuck = None
 
     def _run(self) -> None:
         while (job := self._jobs.get()) is not None:

@@ -7,6 +7,7 @@ import gc
 import json
 import os
 import signal
+import socket
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -110,7 +111,7 @@ async def test_interrupted_in_the_middle_of_many_plugs(daemon):
         assert live == 3 + len(told), (document, live)
         assert (
             document["outcome"] in ("partial", "pending")
-            and "plugged by this call" in document["error"]["message"]
+            and "changed by this call" in document["error"]["message"]
         )
 
 
@@ -128,6 +129,59 @@ async def test_the_deadline_counts_though_libvirt_takes_one_unplug_at_a_time(dae
         assert [row["id"] for row in (await on(daemon, "vcpuinfo", "web1")).json["vcpus"] if row["pending"]] == (
             run.json["pending"]
         )
+
+
+async def test_a_call_that_is_cancelled_while_it_waits_is_in_nobodys_way(daemon):
+    async with guest(daemon):
+        async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
+            enabling = asyncio.create_task(domain.enable(range(4, 16), timeout=5))
+            await asyncio.sleep(0.02)
+            for _ in range(3):
+                with pytest.raises(TimeoutError):
+                    async with asyncio.timeout(0.005):
+                        await domain.vcpu(0)
+            assert (await within(20, enabling)).changed_ids == tuple(range(4, 16))
+
+
+async def test_a_connection_of_a_thread_that_breaks_alone_is_made_again(daemon):
+    def sockets():
+        found = {}
+        for name in os.listdir("/proc/self/fd"):
+            with suppress(OSError):
+                found[name] = os.readlink(f"/proc/self/fd/{name}")
+        return {name: link for name, link in found.items() if link.startswith("socket:")}
+
+    async with guest(daemon):
+        async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
+            before = sockets()
+            await domain.enable(5)
+            own = [name for name, link in sockets().items() if before.get(name) != link]
+            assert own
+            for name in own:
+                with socket.socket(fileno=os.dup(int(name))) as one:
+                    one.shutdown(socket.SHUT_RDWR)
+            with pytest.raises(qmpvcpu.VcpuConnectionError) as caught:
+                await domain.enable(6)
+            assert caught.value.reason == "closed"
+            assert (await domain.enable(6)).changed_ids == (6,)
+
+
+@needs_kvm
+async def test_an_earlier_unplug_stays_pending_where_it_could_not_be_asked_again(daemon, tmp_path):
+    async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
+        await asyncio.to_thread(side.guest.domain.suspend)
+        run = await on(daemon, "setvcpu", "web1", "7", "--disable", "--live", "--config", "--timeout", "1")
+        assert run.code == 5 and run.json["pending"] == [7]
+        # Until libvirt gives that one up.
+        while await asyncio.to_thread(side.guest.is_held_now):
+            await asyncio.sleep(0.2)
+        run = await on(daemon, "setvcpu", "web1", "5-7", "--disable", "--live", "--config", "--timeout", "1")
+        assert run.code == 6 or run.json["pending"] == [5, 7], run.stdout
+        assert 7 in run.json["pending"] and any("vCPU 6: libvirt was not" in one for one in run.json["messages"])
+        rows = (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]
+        assert [row["id"] for row in rows if row["pending"]] == [5, 7]
+        # What has not ended in the guest is not written to its definition.
+        assert (await side.guest.sides())[1].count(b"enabled='yes'") == 8
 
 
 @needs_kvm
@@ -168,6 +222,12 @@ async def test_under_tcg_what_is_gone_unseen_stays_known(daemon, tmp_path):
         assert (await on(daemon, "--via", "monitor", "setvcpu", "web1", "7", "--enable")).code == 0
         rows = (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]
         assert [row["id"] for row in rows if row["state"] == "enabled"] == [*range(8), 9]
+        # A connection that saw it go does not go on saying so.
+        async with qmpvcpu.connect("web1", uri=daemon.uri) as held:
+            assert (await held.disable(6)).changed_ids == (6,)
+            assert (await held.enable(10)).changed_ids == (10,) and 6 not in (await held.state()).enabled_ids
+            assert (await on(daemon, "--via", "monitor", "setvcpu", "web1", "6", "--enable")).code == 0
+            assert 6 in (await held.state()).enabled_ids
 
 
 async def test_a_held_connection_sees_what_becomes_of_its_domain(daemon):

@@ -6,6 +6,9 @@ import os
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
+
+import pytest
 
 from qmpvcpu.qemu.folder import throwaway_folder
 
@@ -22,16 +25,23 @@ def age(path):
     os.utime(path, (1, 1))
 
 
-def test_what_is_held_stays_and_what_was_left_goes(tmp_path, monkeypatch):
-    monkeypatch.setenv("TMPDIR", str(tmp_path))
+@pytest.fixture
+def short():
+    """A folder whose path leaves room for sockets, whoever runs the tests."""
+    with tempfile.TemporaryDirectory(dir="/tmp") as name:
+        yield Path(name)
+
+
+def test_what_is_held_stays_and_what_was_left_goes(short, monkeypatch):
+    monkeypatch.setenv("TMPDIR", str(short))
     monkeypatch.setattr(tempfile, "tempdir", None)
     with throwaway_folder() as own:
-        assert own.parent == tmp_path and own.stat().st_mode & 0o777 == 0o700
+        assert own.parent == short and own.stat().st_mode & 0o777 == 0o700
         child = subprocess.Popen(
             [sys.executable, "-c", HOLD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
-        theirs = tmp_path / child.stdout.readline().strip()
-        other = tmp_path / "qmpvcpu-run-without-a-lock"
+        theirs = short / child.stdout.readline().strip()
+        other = short / "qmpvcpu-run-without-a-lock"
         other.mkdir()
         for folder in (own, theirs, other):
             age(folder)
@@ -42,7 +52,7 @@ def test_what_is_held_stays_and_what_was_left_goes(tmp_path, monkeypatch):
         assert theirs.is_dir()
         with throwaway_folder():
             assert own.is_dir() and not theirs.exists() and other.is_dir()
-    assert sorted(path.name for path in tmp_path.iterdir()) == [other.name]
+    assert sorted(path.name for path in short.iterdir()) == [other.name]
     monkeypatch.setattr(tempfile, "tempdir", None)
 
 

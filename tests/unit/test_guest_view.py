@@ -204,20 +204,20 @@ def seen(*online, off=()):
 
 
 @pytest.mark.parametrize(
-    ("before", "now", "count", "came"),
+    ("before", "now", "lists_all", "came"),
     [
-        (seen(0, 1), seen(0, 1, off=(2, 3)), 2, [2, 3]),
-        (seen(0, off=(1,)), seen(0, 2, off=(1,)), 1, [2]),
+        (seen(0, 1), seen(0, 1, off=(2, 3)), False, [2, 3]),
+        (seen(0, off=(1,)), seen(0, 2, off=(1,)), False, [2]),
         # Somebody took another one online meanwhile: those that are new count.
-        (seen(0, off=(1,)), seen(0, 1, off=(2,)), 1, [2]),
+        (seen(0, off=(1,)), seen(0, 1, off=(2,)), False, [2]),
         # ppc64 lists them all the time.
-        (seen(0, 1, off=(2, 3, 4, 5)), seen(0, 1, 4, 5, off=(2, 3)), 2, [4, 5]),
-        (seen(0, 1), seen(0, 1, 2), 2, []),
-        (seen(0, 1), seen(0, 1), 1, []),
+        (seen(0, 1, off=(2, 3, 4, 5)), seen(0, 1, 4, 5, off=(2, 3)), True, [4, 5]),
+        (seen(0, off=(1,)), seen(0, 1), False, []),
+        (seen(0, 1), seen(0, 1), False, []),
     ],
 )
-def test_what_came_is_told_from_what_was_there(before, now, count, came):
-    assert [cpu.logical_id for cpu in newcomers(before, now, count)] == came
+def test_what_came_is_told_from_what_was_there(before, now, lists_all, came):
+    assert [cpu.logical_id for cpu in newcomers(before, now, lists_all=lists_all)] == came
 
 
 @pytest.mark.parametrize(

@@ -109,6 +109,61 @@ def test_unplugs_that_were_not_sent_leave_those_that_were():
     for _ in range(2):
         t.feed(snap(0, 1, 2))
     assert (end(t).pending, end(t).removed, end(t).failures) == ((1,), (), ())
+    assert (end(t).unasked, end(t).outcome) == ((2,), "pending")
+
+
+def test_one_that_goes_after_others_were_brought_back_for_it_makes_no_success():
+    t = Transaction([], [entity(7, True), entity(8, True)], atomic=True, doubted=frozenset({7, 8}))
+    t.start()
+    t.feed(Replied(7))
+    t.feed(Replied(8, "GenericError", "in the process of unplug"))
+    effects = t.feed(snap(0, 8))
+    assert [(type(e).__name__, e.entity.first) for e in effects if type(e) is Add] == [("Add", 7)]
+    t.feed(Replied(7))
+    # Only now the earlier unplug of 8 ends.
+    t.feed(snap(0, 7))
+    for _ in range(3):
+        t.feed(snap(0, 7))
+    result = end(t)
+    assert (result.outcome, result.undone, result.removed) == ("partial", (7,), (8,))
+
+
+def test_a_repeated_unplug_that_fails_leaves_the_first_open():
+    t = Transaction([], [entity(5, True)], doubted=frozenset({5}))
+    t.start()
+    # It may answer the earlier one: asked once more, which QEMU declines.
+    t.feed(refused(5))
+    assert kinds(t.feed(Replied(5))) == ["Delete"]
+    t.feed(Replied(5, "GenericError", "in the process of unplug"))
+    for _ in range(2):
+        t.feed(snap(0, 5))
+    assert end(t).pending == (5,)
+
+
+def test_what_is_asked_before_or_refused_before_stays_so_where_it_is_not_asked_again():
+    t = Transaction([], [entity(5, True), entity(6, True)], retries=1, doubted=frozenset({6}))
+    t.start()
+    t.feed(Replied(5))
+    t.feed(refused(5, "busy"))
+    assert kinds(t.feed(Again())) == ["Delete"]
+    t.feed(Unsent(5))
+    t.feed(Unsent(6))
+    t.feed(Expired())
+    for _ in range(2):
+        t.feed(snap(0, 5, 6))
+    result = end(t)
+    assert [failure.text for failure in result.rejections] == ["busy"] and result.pending == (6,)
+    assert result.unasked == ()
+
+
+def test_an_error_before_others_are_answered_is_looked_at_when_they_are():
+    t = Transaction([], [entity(5, True), entity(6, True)])
+    t.start()
+    t.feed(Replied(5, "DeviceNotFound", "Device 'vcpu5' not found"))
+    assert kinds(t.feed(Unsent(6))) == ["Query"]
+    t.feed(snap(0, 6))
+    result = end(t)
+    assert (result.removed, result.unasked, result.outcome) == ((5,), (6,), "partial")
 
 
 def test_one_that_is_asked_again_is_not_over():
