@@ -267,6 +267,21 @@ async def test_a_cancelled_plug_is_undone_before_the_cancellation_goes_on(runnin
         assert [vcpu.enabled for vcpu in await domain.vcpus()][1:] == [False] * 3
 
 
+async def test_a_plug_that_was_not_answered_when_it_was_cancelled_is_named(running):
+    qemu = FakeQemu()
+    qemu.hook = lambda connection, command: command["execute"] == "device_add" and (sent.set() or True)
+    sent = asyncio.Event()
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.enable([1, 2]))
+        await sent.wait()
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.05)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert (domain.left_unsure_ids, domain.left_changed_ids, domain.pending_ids) == ((1, 2), (), ())
+
+
 async def test_a_second_cancel_stops_waiting_for_the_undo_and_it_stays_pending(running):
     qemu = FakeQemu()
     qemu.add_errors = {2: "no"}
