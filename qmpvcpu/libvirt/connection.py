@@ -270,6 +270,9 @@ class Connection:
         self.check()
         if self._agents is None:
             self._agents = Worker("agent")
+        if not self.is_local:
+            # Its thread connects by itself, the first time.
+            seconds += FAR_CONNECT_SECONDS
         return await self._await(self._agents, self._agents.call(self.checked(name, function)), name, seconds)
 
     async def change(self, name: str, function: Callable[[], T], seconds: float = CALL_SECONDS) -> T:

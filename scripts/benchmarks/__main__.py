@@ -14,15 +14,14 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import qmpvcpu
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.guest import boot, find_image
 from qmpvcpu.host.rights import kvm_state
-from qmpvcpu.qemu.process import run_qemu
 from scripts.benchmarks.against_libvirt import bench_libvirt
+from scripts.benchmarks.machines import eject_firmware, machine, slots_of
 from scripts.benchmarks.probe import bench_probe
 from scripts.benchmarks.raw import RawQmp
 
@@ -55,29 +54,6 @@ def bench_import() -> bool:
         nothing.append(timed_process([python, "-c", "pass"]))
     good = report("import qmpvcpu / import qemu.qmp", ours, qemu_qmp, 1.3)
     return report("qmpvcpu --version / python -c pass", version, nothing, 3.0) and good
-
-
-@asynccontextmanager
-async def machine(accel: str, smp: str, *more: str):
-    arguments = [
-        *(more or ["-S"]),
-        "-nodefaults",
-        "-display",
-        "none",
-        "-no-user-config",
-        "-machine",
-        "q35",
-        "-cpu",
-        "qemu64",
-    ]
-    arguments += ["-accel", accel, "-smp", smp, "-m", "64"]
-    binary = cache_folder() / "qemu" / "10.0" / "bin" / "qemu-system-x86_64"
-    async with run_qemu(str(binary), arguments) as qemu:
-        yield qemu
-
-
-def slots_of(state: qmpvcpu.DomainState) -> list[qmpvcpu.Entity]:
-    return [entity for entity in state.entities if not entity.plugged]
 
 
 async def bench_enable(accel: str) -> bool:
@@ -162,14 +138,6 @@ async def bench_fill(accel: str, pairs: int) -> bool:
                     for turn in turns if number % 2 else reversed(turns):
                         await turn()
     return report(f"{accel}: set_vcpus(240) from 1 / raw pipelined", ours, raw, 1.10)
-
-
-def eject_firmware(folder: Path) -> Path:
-    """The guest that ejects what it is asked to, assembled."""
-    image = folder / "eject.bin"
-    options = ["-m16", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0,--build-id=none,--oformat=binary"]
-    subprocess.run(["gcc", *options, "-o", str(image), "scripts/guest/eject.S"], check=True)
-    return image
 
 
 async def bench_drain(pairs: int, folder: Path) -> bool:

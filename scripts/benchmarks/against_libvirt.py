@@ -8,9 +8,12 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from pathlib import Path
 
+import qmpvcpu
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.compare import LibvirtSide, our_side
 from qmpvcpu.libvirt.daemon import run_libvirtd
+from scripts.benchmarks.machines import machine, slots_of
+from scripts.benchmarks.raw import RawQmp
 
 __all__ = ["bench_libvirt"]
 
@@ -106,6 +109,22 @@ async def bulk(daemon, xml: bytes, count: int, pairs: int) -> tuple[list[float],
     return ours, theirs
 
 
+async def raw_unplugs(kind: str, firmware: Path, pairs: int) -> list[float]:
+    """All six device_del written at once to a bare socket, then asked until two CPUs are left: what QEMU takes."""
+    times = []
+    for _ in range(pairs):
+        async with machine(kind, "2,maxcpus=16", "-bios", str(firmware)) as qemu:
+            async with qmpvcpu.connect(qemu.qmp) as domain:
+                entities = slots_of(await domain.state())[:6]
+                await domain.enable([entity.first for entity in entities])
+            await asyncio.sleep(READY)
+            with RawQmp(qemu.qmp) as bare:
+                began = time.perf_counter()
+                bare.unplug(entities, left=2)
+                times.append(time.perf_counter() - began)
+    return times
+
+
 def bench_libvirt(report: Callable[..., bool], kinds: list[str], pairs: int, firmware: Path) -> bool:
     """Under KVM with what is expected, under TCG without."""
 
@@ -123,6 +142,8 @@ def bench_libvirt(report: Callable[..., bool], kinds: list[str], pairs: int, fir
                     # Under TCG libvirt does not see the end: there is nothing to compare.
                     times = await bulk(daemon, guest(kind, 16, 8, firmware), 2, pairs)
                     good &= report(f"{accel}: 8 to 2 / libvirt's setVcpusFlags", *times, 1 / 2.5)
+                    bare = await raw_unplugs(kind, firmware, pairs)
+                    report(f"{accel}: the same by a bare socket, all at once / libvirt's", bare, times[1], None)
         return good
 
     return asyncio.run(run())
