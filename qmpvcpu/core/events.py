@@ -13,7 +13,17 @@ from typing import Any, Final
 
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 
-__all__ = ["CPU_EVENTS", "Names", "Signal", "SignalKind", "changes", "interpret", "is_transient", "replugged"]
+__all__ = [
+    "CPU_EVENTS",
+    "Names",
+    "Signal",
+    "SignalKind",
+    "changes",
+    "interpret",
+    "is_taken",
+    "is_transient",
+    "replugged",
+]
 
 #: Events that say something about a CPU, or make what was read before doubtful.
 CPU_EVENTS: Final = frozenset(
@@ -135,6 +145,13 @@ def is_transient(text: str) -> bool:
     """Whether this error of `device_del` passes as the guest boots on, so that a later try may succeed (x86)."""
     # "acpi: device unplug request for not supported device type: …", until the guest's ACPI takes over (to 10.x).
     return "device unplug request for not supported device type" in text
+
+
+def is_taken(text: str) -> bool:
+    """Whether this error of `device_add` is about a device id. A core of ppc64 leaves its slot a moment before its
+    device is gone, and its id with it (10.0).
+    """
+    return "Duplicate device ID" in text
 
 
 def changes(before: DomainState, after: DomainState, time: float) -> list[Event]:

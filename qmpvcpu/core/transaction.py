@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from qmpvcpu.core.events import Signal, SignalKind, is_transient
+from qmpvcpu.core.events import Signal, SignalKind, is_taken, is_transient
 from qmpvcpu.core.model import Entity
 from qmpvcpu.errors import OutcomeKind
 
@@ -86,6 +86,7 @@ class ItemState(Enum):
     NOT_RESTORED = "removed, and could not be taken back"
     DROPPED = "never begun"
     UNASKED = "never asked for"
+    RETRY_ADD = "its id is still taken, to be added again"
 
 
 class _On(Enum):
@@ -120,6 +121,12 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.ADDING, _On.OK): S.ADDED,
     (S.ADDING, _On.UNSENT): S.DROPPED,
     (S.ADDING, _On.ERROR): S.NOT_ADDED,
+    (S.NOT_ADDED, _On.RETRY): S.RETRY_ADD,
+    (S.RETRY_ADD, _On.AGAIN): S.ADDING,
+    (S.RETRY_ADD, _On.PRESENT): S.NOT_ADDED,
+    (S.RETRY_ADD, _On.EXPIRE): S.NOT_ADDED,
+    (S.RETRY_ADD, _On.CANCEL): S.NOT_ADDED,
+    (S.RETRY_ADD, _On.GIVE_UP): S.NOT_ADDED,
     (S.ADDED, _On.PRESENT): S.PLUGGED,
     (S.ADDED, _On.ABSENT): S.VANISHED,
     (S.ADDED, _On.UNDO): S.UNDOING,
@@ -188,7 +195,7 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
 }
 
 #: To be asked again after a pause.
-_TO_RETRY: Final = frozenset({S.RETRY_REJECTED, S.RETRY_ERROR})
+_TO_RETRY: Final = frozenset({S.RETRY_REJECTED, S.RETRY_ERROR, S.RETRY_ADD})
 #: States whose end comes from the guest or with time, not from QEMU's reply.
 WAITING: Final = frozenset({S.ASKED, S.AWAITING, S.UNDO_ASKED}) | _TO_RETRY
 #: States that a query answers.
@@ -199,7 +206,7 @@ _QUERIED_ON_REPLY: Final = frozenset({S.ASKED, S.UNDO_ASKED, S.NOT_ASKED, S.NOT_
 _IN_FLIGHT: Final = frozenset({S.ADDING, S.DELETING, S.UNDOING, S.RESTORING})
 _UNENDED: Final = WAITING | _IN_FLIGHT
 _PLUG_FAILED: Final = frozenset({S.NOT_ADDED, S.VANISHED})
-_FAILED: Final = _PLUG_FAILED | {S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.RETRY_ERROR, S.RETURNED}
+_FAILED: Final = _PLUG_FAILED | {S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.RETRY_ERROR, S.RETRY_ADD, S.RETURNED}
 _REJECTED: Final = frozenset({S.REJECTED, S.RETRY_REJECTED})
 #: At whatever moment it stops: QEMU may still carry out an unplug that it was asked for.
 STILL_ASKED: Final = frozenset(
@@ -211,6 +218,8 @@ _LEFT_PLUGGED: Final = frozenset({S.ADDED, S.PLUGGED, S.UNDO_FAILED, S.UNDO_PEND
 _LEFT_REMOVED: Final = frozenset({S.REMOVED, S.NOT_RESTORED})
 
 
+#: Tries, with a growing pause, for an id that QEMU frees a moment after the slot. Another device may have it, too.
+_READDS: Final = 2
 _BIT: Final = {state: 1 << number for number, state in enumerate(S)}
 
 
@@ -351,6 +360,8 @@ class _Item:
     #: An earlier unplug of it may still be answered; and one was answered since this one went out.
     doubt: bool = False
     repeat: bool = False
+    #: How often it may be added again, where its device id is still taken.
+    readds: int = _READDS
     #: It was asked once more, and the first time is not answered either.
     repeated: bool = False
     note: Failure | None = None
@@ -603,6 +614,9 @@ class Transaction:
             item.note = Failure(item.entity, reply.text or "no reason given", reply.error_class)
             if is_transient(item.note.text):
                 self._retry(item)
+            elif is_taken(item.note.text) and item.readds and not (self._expired or self._cancelled):
+                item.readds -= 1
+                self._to_look |= self._move(item, _On.RETRY)
             if item.doubt or item.repeated:
                 self._move(item, _On.DOUBT)
         if item.state is S.ASKED and item.repeat and not (self._cancelled or self._expired):

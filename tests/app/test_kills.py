@@ -96,7 +96,7 @@ async def test_killed_at_every_system_call_of_one_write(tmp_path, monkeypatch):
             folder.file("web1").path.write_bytes(off)
             pid = await run.start("once")
             # Beside other work the kernel declines it now and then (EPERM).
-            for _ in range(50):
+            for _ in range(200):
                 tracer = await asyncio.create_subprocess_exec(
                     "strace", "-f", "-p", str(pid), "-o", str(log), *words, stderr=asyncio.subprocess.PIPE
                 )
@@ -104,6 +104,7 @@ async def test_killed_at_every_system_call_of_one_write(tmp_path, monkeypatch):
                 if b"attached" in said:
                     break
                 await tracer.communicate()
+                await asyncio.sleep(0.02)
             try:
                 assert b"attached" in said
                 return await run.go()

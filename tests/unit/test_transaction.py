@@ -166,6 +166,38 @@ def test_an_error_before_others_are_answered_is_looked_at_when_they_are():
     assert (result.removed, result.unasked, result.outcome) == ((5,), (6,), "partial")
 
 
+def test_an_id_that_is_still_taken_is_tried_again():
+    text = "Duplicate device ID 'vcpu8'"
+    t = Transaction([], [], [entity(8, True, 8)], doubted=frozenset({8}))
+    t.start()
+    t.feed(Signal(SignalKind.LOOK_AGAIN))
+    assert kinds(t.feed(snap(0))) == ["Add"]
+    # Its slot is empty, and its device not quite gone.
+    assert kinds(t.feed(Replied(8, "GenericError", text))) == ["Query"]
+    assert t.feed(snap(0)) == [] and t.to_retry
+    assert kinds(t.feed(Again())) == ["Add"]
+    t.feed(Replied(8))
+    t.feed(snap(0, 8))
+    assert (end(t).outcome, end(t).plugged) == ("applied", tuple(range(8, 16)))
+
+
+@pytest.mark.parametrize("how", ["taken for good", "plugged by another client", "deadline"])
+def test_an_id_that_stays_taken_is_a_failure(how):
+    t = Transaction([entity(1)])
+    t.start()
+    t.feed(snap(0))
+    for _ in range(3):
+        if t.phase is not Phase.DONE:
+            t.feed(Replied(1, "GenericError", "Duplicate device ID 'vcpu1'"))
+            t.feed(snap(0, 1) if how == "plugged by another client" else snap(0))
+        if how == "deadline":
+            t.feed(Expired())
+            t.feed(snap(0))
+        t.feed(Again())
+    assert (end(t).outcome, end(t).plugged) == ("failed", ())
+    assert "Duplicate" in end(t).failures[0].text
+
+
 def test_one_that_is_asked_again_is_not_over():
     t = Transaction([], [entity(1, True)], retries=1)
     t.start()
