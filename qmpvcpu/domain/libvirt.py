@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from types import TracebackType
 from typing import Any, Final, Literal
 
 from qmpvcpu.core import checks
@@ -153,10 +154,20 @@ class LibvirtDomain(Domain):
         except BaseException:
             await self._close()
             raise
+        self._is_broken_off = False
         if live is not None and _AGENT_CHANNEL in live and self._link is not None and self._domain is not None:
             agent = ApiAgent(self._domain) if self._via == "api" else PassedAgent(self._domain)
             self._guest = Guest(agent, self._link.monitor, self._hub.emit)
             self._link.look_further = self._guest.try_view
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._is_broken_off = False
+        await super().__aexit__(kind, error, trace)
 
     async def _enter(self, connection: Connection) -> bytes | None:
         """The running guest's XML, if it runs."""
@@ -210,7 +221,6 @@ class LibvirtDomain(Domain):
         if self._is_broken_off:
             # A call that was to connect anew, since the domain was started, was cancelled in the middle.
             await self._connect()
-            self._is_broken_off = False
         if self._connection is None or self._domain is None:
             self._connected()
             return
@@ -225,7 +235,6 @@ class LibvirtDomain(Domain):
             self._is_broken_off = True
             await self._close()
             await self._connect()
-            self._is_broken_off = False
 
     # -- calls --------------------------------------------------------------------------------------
 
