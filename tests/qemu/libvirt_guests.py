@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import subprocess
+import time
 from pathlib import Path
 
 from tests.conftest import qemu_binary
 
-__all__ = ["EJECTING", "NUMA", "PPC64", "SPARSE", "firmware", "numa"]
+__all__ = ["EJECTING", "NUMA", "PPC64", "SPARSE", "firmware", "numa", "suspend"]
 
 
 def numa(
@@ -56,3 +57,17 @@ EJECTING = (
     )
     + "</vcpus>"
 )
+
+
+def suspend(domain) -> None:
+    """Pause a guest of `firmware`, once it ejects: before that QEMU declines every unplug. Blocks."""
+    domain.setVcpu("15", 1, 1)
+    for _ in range(200):
+        try:
+            domain.setVcpu("15", 0, 1)
+            break
+        except Exception as error:
+            if "not supported device" not in str(error):
+                raise
+            time.sleep(0.05)
+    domain.suspend()

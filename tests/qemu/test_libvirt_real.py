@@ -18,7 +18,7 @@ from qmpvcpu.app.compare import LibvirtSide
 from qmpvcpu.host.rights import kvm_state
 from qmpvcpu.libvirt.daemon import run_libvirtd
 from tests.conftest import cli, start_cli
-from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa
+from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa, suspend
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
 needs_kvm = pytest.mark.skipif(not kvm_state()[0], reason=f"KVM: {kvm_state()[1]}")
@@ -492,7 +492,7 @@ async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked
 @needs_kvm
 async def test_the_next_process_knows_what_is_pending(daemon, tmp_path):
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
-        await asyncio.to_thread(side.guest.domain.suspend)
+        await asyncio.to_thread(suspend, side.guest.domain)
         run = await on(daemon, "setvcpu", "web1", "4", "--disable", "--timeout", "1")
         assert (run.code, run.json["pending"]) == (5, [4]), run.stdout
         assert not [text for text in run.json["messages"] if "only this process" in text]

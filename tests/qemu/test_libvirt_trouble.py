@@ -18,7 +18,7 @@ import qmpvcpu
 from qmpvcpu import VcpuFlag
 from qmpvcpu.libvirt.daemon import run_libvirtd
 from tests.conftest import start_cli
-from tests.qemu.libvirt_guests import EJECTING, NUMA, firmware, numa
+from tests.qemu.libvirt_guests import EJECTING, NUMA, firmware, numa, suspend
 from tests.qemu.test_libvirt_real import guest, needs_kvm, on, sent
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
@@ -126,7 +126,7 @@ async def test_interrupted_in_the_middle_of_many_plugs(daemon):
 async def test_the_deadline_counts_though_libvirt_takes_one_unplug_at_a_time(daemon, tmp_path):
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
         # A guest that does not eject.
-        await asyncio.to_thread(side.guest.domain.suspend)
+        await asyncio.to_thread(suspend, side.guest.domain)
         mark = daemon.log_position()
         run = await on(daemon, "setvcpu", "web1", "5-7", "--disable", "--timeout", "1")
         assert run.code == 5 and len(run.json["pending"]) == 1 and run.json["seconds"] < 4, run.stdout
@@ -176,7 +176,7 @@ async def test_a_connection_of_a_thread_that_breaks_alone_is_made_again(daemon):
 @needs_kvm
 async def test_an_earlier_unplug_stays_pending_where_it_could_not_be_asked_again(daemon, tmp_path):
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
-        await asyncio.to_thread(side.guest.domain.suspend)
+        await asyncio.to_thread(suspend, side.guest.domain)
         run = await on(daemon, "setvcpu", "web1", "7", "--disable", "--live", "--config", "--timeout", "1")
         assert run.code == 5 and run.json["pending"] == [7]
         # Until libvirt gives that one up.
@@ -194,7 +194,7 @@ async def test_an_earlier_unplug_stays_pending_where_it_could_not_be_asked_again
 @needs_kvm
 async def test_asked_is_what_libvirt_has_asked_also_behind_another_client(daemon, tmp_path):
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
-        await asyncio.to_thread(side.guest.domain.suspend)
+        await asyncio.to_thread(suspend, side.guest.domain)
         mark = daemon.log_position()
         first = asyncio.create_task(asyncio.to_thread(side.guest.domain.setVcpu, "7", 0, 1))
         await held(side)
