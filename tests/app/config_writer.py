@@ -40,15 +40,18 @@ def main(name: str) -> None:
     asyncio.run(write(name, enabled=True))
     asyncio.run(write(name, enabled=False))
     print("ready", flush=True)
-    go_read, go_write = os.pipe()
-    pid = 0
+    pid = go_write = 0
     for line in sys.stdin:
         word = line.strip()
         if word == "go":
             os.write(go_write, b"g")
             _, status = os.waitpid(pid, 0)
+            os.close(go_write)
+            os.close(go_read)
             print("end", status, flush=True)
             continue
+        # A pipe for each: one that was killed before it read its word leaves none to the next.
+        go_read, go_write = os.pipe()
         pid = os.fork()
         if pid == 0:
             try:

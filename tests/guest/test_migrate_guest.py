@@ -34,8 +34,10 @@ COUNTER = "(n=0; while :; do n=$((n+1)); echo $n > /run/counter; usleep 20000; d
 
 
 async def counted(guest: Guest) -> int:
-    """Between its truncation and what is written to it, the file is empty."""
-    command = 'n=; until [ -n "$n" ]; do read -r n < /run/counter; done; echo $n'
+    """Between its truncation and what is written to it, the file is empty. `cat`: the shell's own `read` takes one
+    character at a time, of two numbers if need be.
+    """
+    command = 'n=; until [ -n "$n" ]; do n=$(cat /run/counter); done; echo $n'
     return int(await guest.shell(command, timeout=60))
 
 
