@@ -40,7 +40,7 @@ def main(name: str) -> None:
     asyncio.run(write(name, enabled=True))
     asyncio.run(write(name, enabled=False))
     print("ready", flush=True)
-    pid = go_write = 0
+    pid = go_read = go_write = 0
     for line in sys.stdin:
         word = line.strip()
         if word == "go":

@@ -135,8 +135,8 @@ async def test_numatune_and_quota_get_a_group_in_each_hierarchy_that_has_the_con
         await domain.pin(1, [0], VcpuFlag.LIVE)
         assert (cpuset.folder / name / "vcpu1" / "cpuset.cpus").read_text().strip() == "0"
         assert os.sched_getaffinity(threads[1]) == {0}
-    # QEMU is gone: the next one in the same group sweeps, at each plug. (Linux 6.18 takes a thread out of its group
-    # a moment after the process could be waited for.)
+    # QEMU is gone: the next one in the same group sweeps, at each plug. (Linux 6.18 takes a thread out of its
+    # group a moment after the process could be waited for.)
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
         for number in (1, 2, 5, 6, 7):
             await domain.enable(number)

@@ -342,3 +342,37 @@ async def test_an_event_ahead_of_the_handshakes_reply_is_no_reply(tmp_path):
 
     async with serve(tmp_path, script) as path, open_monitor(path) as monitor:
         assert await monitor.query_status() == {"status": "running"}
+
+
+async def test_what_is_asked_at_once_goes_out_in_one_write_and_in_order(tmp_path, monkeypatch):
+    writes = []
+    send = socket.socket.send
+    monkeypatch.setattr(monitor_module, "_BATCH", 4)
+    async with serve(tmp_path, answering(lambda connection, command: command["execute"])) as path:
+        async with open_monitor(path) as monitor:
+
+            def count(sock, data, *flags):
+                if sock is monitor._client._writer.get_extra_info("socket")._sock:
+                    writes.append(bytes(data).count(b'"execute"'))
+                return send(sock, data, *flags)
+
+            monkeypatch.setattr(socket.socket, "send", count)
+            names = [f"query-{n}" for n in range(10)]
+            assert await asyncio.gather(*[monitor.execute(name) for name in names]) == names
+    assert writes == [4, 4, 2]
+
+
+async def test_events_that_nobody_reads_are_not_kept(tmp_path):
+    async def script(connection):
+        await connection.greet()
+        command = await connection.receive()
+        for _ in range(100):
+            connection.event("RESUME")
+        connection.reply(command, {})
+        await asyncio.Event().wait()
+
+    seen = []
+    async with serve(tmp_path, script) as path, open_monitor(path) as monitor:
+        with monitor.listen(seen.append):
+            await monitor.query_status()
+        assert len(seen) == 100 and monitor._client.events.empty()
