@@ -20,6 +20,7 @@ __all__ = [
     "switched",
     "switched_ids",
     "unchanged",
+    "went_on",
     "without_rejections",
 ]
 
@@ -141,6 +142,40 @@ def interrupted(plan: Plan, ids: Sequence[int], before: Outcome, error: VcpuErro
         return VcpuRejected(text, reasons=dict.fromkeys(ids, error.message), **facts)
     text += f"; vCPU {format_ids(before.changed_ids)} stays changed"
     return VcpuPartial(text, remaining=before.changed_ids, **facts)
+
+
+def went_on(before: Outcome, after: Outcome | VcpuError) -> Outcome | VcpuError:
+    """A call that was done, and after which more was to be done than was known: both as one."""
+    changed = tuple(sorted({*before.changed_ids, *after.changed_ids}))
+    pending = tuple(sorted({*before.pending, *after.pending}))
+    ids = tuple(sorted({*before.ids, *after.ids}))
+    messages = tuple(dict.fromkeys((*before.messages, *after.messages)))
+    if isinstance(after, Outcome):
+        rows = {row.id: row for row in (*before.rows, *after.rows)}
+        return replace(
+            after,
+            outcome=OutcomeKind.PENDING if before.outcome is OutcomeKind.PENDING else after.outcome,
+            ids=ids,
+            rows=tuple(rows[number] for number in sorted(rows)),
+            changed_ids=changed,
+            pending=pending,
+            mechanism=after.mechanism or before.mechanism,
+            messages=messages,
+        )
+    after.ids, after.changed_ids, after.pending, after.messages = ids, changed, pending, messages
+    if isinstance(after, VcpuRefused) and (changed or pending):
+        return VcpuPartial(
+            f"{after.message}; vCPU {format_ids(changed or pending)} stays changed",
+            remaining=changed,
+            hint=after.hint,
+            libvirt=after.libvirt,
+            ids=ids,
+            changed_ids=changed,
+            pending=pending,
+            messages=messages,
+            mechanism="hotplug",
+        )
+    return after
 
 
 def conclude(

@@ -200,8 +200,9 @@ _TO_RETRY: Final = frozenset({S.RETRY_REJECTED, S.RETRY_ERROR, S.RETRY_ADD})
 WAITING: Final = frozenset({S.ASKED, S.AWAITING, S.UNDO_ASKED}) | _TO_RETRY
 #: States that a query answers.
 _UNVERIFIED: Final = frozenset({S.ADDED, S.RESTORE_ADDED})
-#: States in which a reply leaves something to be looked at.
-_QUERIED_ON_REPLY: Final = frozenset({S.ASKED, S.UNDO_ASKED, S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.UNDO_FAILED})
+#: States in which a reply leaves something to be looked at at once: "DeviceNotFound" may mean gone, and what is
+#: undone may have gone before the reply.
+_QUERIED_ON_REPLY: Final = frozenset({S.UNDO_ASKED, S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.UNDO_FAILED})
 #: States that a reply ends.
 _IN_FLIGHT: Final = frozenset({S.ADDING, S.DELETING, S.UNDOING, S.RESTORING})
 _UNENDED: Final = WAITING | _IN_FLIGHT
@@ -406,6 +407,8 @@ class Transaction:
     _look_again: bool = False
     #: A reply has left something to be looked at, once all have come.
     _to_look: bool = False
+    #: An unplug was taken, and no query was sent since.
+    _unseen: bool = False
     #: First ids of what was told about while a query was under way.
     _told: set[int] = field(default_factory=set)
     _expired: bool = False
@@ -473,7 +476,7 @@ class Transaction:
 
     def asked(self) -> None:
         """The query goes out, for the first time or once more: it sees what has happened until now."""
-        self._look_again = False
+        self._look_again = self._unseen = False
         self._told.clear()
 
     # -- what the driver asks ---------------------------------------------------------------------
@@ -482,6 +485,11 @@ class Transaction:
     def waiting(self) -> bool:
         """Whether the next step is the guest's (poll, and listen)."""
         return self._any(_WAITING)
+
+    @property
+    def to_look_soon(self) -> bool:
+        """Whether QEMU has taken all unplugs, and nobody has looked yet: feed `Poll` before long."""
+        return self._unseen and self.waiting and not self._any(_SENT)
 
     @property
     def seems_over(self) -> bool:
@@ -622,8 +630,13 @@ class Transaction:
         if item.state is S.ASKED and item.repeat and not (self._cancelled or self._expired):
             item.repeat, item.repeated = False, True
             self._move(item, _On.REPEAT)
-        # On ppc64 before the guest runs it is gone before the reply; and "DeviceNotFound" may mean gone.
-        self._to_look |= item.state in _QUERIED_ON_REPLY
+        if item.state is S.ASKED:
+            # On ppc64 before the guest runs it is gone before the reply. Where QEMU has yet to say so, a query
+            # would only keep it from its work.
+            self._to_look |= not self.wait or self.seems_over
+            self._unseen = True
+        else:
+            self._to_look |= item.state in _QUERIED_ON_REPLY
 
     def _unsent(self, item: _Item) -> None:
         if not self._move(item, _On.UNSENT) or item.state is not S.UNASKED:

@@ -12,10 +12,18 @@ from typing import Final
 from qmpvcpu.core import checks
 from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import DomainState, Entity, Outcome, format_ids
-from qmpvcpu.core.outcome import conclude, interrupted, still_plugged, switched, unchanged, without_rejections
+from qmpvcpu.core.outcome import (
+    conclude,
+    interrupted,
+    still_plugged,
+    switched,
+    unchanged,
+    went_on,
+    without_rejections,
+)
 from qmpvcpu.core.plan import Plan, make_plan
 from qmpvcpu.core.request import Knowledge, Request
-from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, Result, Transaction
+from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, ItemState, Result, Transaction
 from qmpvcpu.domain.drive import UNDO_SECONDS, Drive
 from qmpvcpu.domain.guest import Arrival, Guest, with_online
 from qmpvcpu.domain.link import Link
@@ -92,12 +100,16 @@ async def change(
     began = time.monotonic()
     link.learn()
     held = link.state
-    certain = False
-    by_id = request.enable and not request.has(VcpuFlag.NUMA_NODE) and not request.has(VcpuFlag.GUEST)
-    if by_id and not link.stale and not link.ledger.firsts:
+    certain = on_held = False
+    if not link.stale and not request.has(VcpuFlag.GUEST):
+        # A guest does not leave without an event, and while it is being migrated QEMU itself declines: what is
+        # certainly to be done, and QEMU's alone, needs no more than its vCPUs. A claim needs it all afresh.
         plan, known = await plan_on(link, held, request)
-        # Only what is certainly to be done may rest on held state; a claim needs a fresh query.
-        certain = bool(plan.plugs) and not (plan.refusals or plan.unchanged or plan.unplugs)
+        on_held = _may_rest_on_held(link, request, plan, atomic=beside is not None or request.atomic)
+        if not on_held:
+            held = await link.look()
+            plan, known = await plan_on(link, held, request)
+        certain = bool(plan.plugs or plan.unplugs) and not (plan.refusals or plan.unchanged or plan.awaited)
     if not certain:
         held, away = await link.read_at_rest()
         plan, known = await plan_on(link, held, request, guest)
@@ -147,11 +159,47 @@ async def change(
         except asyncio.CancelledError:
             await _take_back(link, plan, end)
             raise
+    if on_held and request.total is not None and isinstance(end, Outcome):
+        end = await _counted_out(link, request, here, guest, placing, end, began)
     seconds = time.monotonic() - began
     if isinstance(end, VcpuError):
         end.seconds = round(seconds, 6)
         raise end
     return replace(end, seconds=seconds)
+
+
+def _may_rest_on_held(link: Link, request: Request, plan: Plan, *, atomic: bool) -> bool:
+    """Whether the state that is held is enough for a plan: what happened to it unheard cannot make that wrong.
+
+    Unheard are plugs by other clients, and under TCG unplugs too (the last DEVICE_DELETED never comes on x86).
+    QEMU itself declines what is there already. Of a count, whether it was reached is seen afterwards.
+    """
+    if request.has(VcpuFlag.NUMA_NODE) or request.listed is not None or link.ledger.firsts:
+        return False
+    if request.total is None and not plan.unplugs:
+        return True
+    return link.state.accel == "kvm" and not plan.plugs and not (request.total is not None and atomic)
+
+
+async def _counted_out(
+    link: Link,
+    request: Request,
+    here: Sequence[Refusal],
+    guest: Guest | None,
+    placing: Placing | None,
+    end: Outcome,
+    began: float,
+) -> Outcome | VcpuError:
+    """Another client has plugged more than was known: on from there, until there are as many as asked."""
+    if sum(vcpu.enabled and not vcpu.pending for vcpu in link.state.vcpus) == request.total:
+        return end
+    left = max(request.timeout - (time.monotonic() - began), 0.0)
+    link.stale = True
+    try:
+        more = await change(link, replace(request, timeout=left), here, guest, placing=placing)
+    except VcpuError as error:
+        return went_on(end, error)
+    return went_on(end, more)
 
 
 async def _placed(
@@ -395,6 +443,8 @@ def _record(link: Link, transaction: Transaction, entities: Sequence[Entity]) ->
     open_still = [e for e in entities if states[e.first] in STILL_ASKED and e.first not in pending]
     if open_still:
         link.ledger.ask(open_still, link.state, time.time())
+    gone = [first for first, state in states.items() if state is ItemState.REMOVED]
+    link.ledger.end(gone, gone=True)
     link.ledger.end([first for first, state in states.items() if state in SETTLED])
     link.watch()
 

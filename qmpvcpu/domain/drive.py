@@ -38,6 +38,9 @@ UNDO_SECONDS: Final = 5.0
 _POLL_FIRST: Final = 0.05
 _POLL_MOST: Final = 1.0
 
+#: Seconds after QEMU took the last unplug: one whose event was lost may be gone already.
+_POLL_SOON: Final = 0.005
+
 #: Seconds before an unplug that the guest refused is asked again, doubled each time.
 _RETRY_FIRST: Final = 0.25
 _RETRY_MOST: Final = 2.0
@@ -170,12 +173,15 @@ class Drive:
         deadline: float | None = now() + (self._timeout if self._cancelled is None else UNDO_SECONDS)
         phase = transaction.phase
         drop_at: float | None = now() + max(self._timeout, _ASK_SECONDS)
-        poll, poll_at = _POLL_FIRST, now() + _POLL_FIRST
+        poll, poll_at, soon_at = _POLL_FIRST, now() + _POLL_FIRST, None
         pause, again_at = _RETRY_FIRST, None
         while transaction.phase is not Phase.DONE:
             if transaction.phase is not phase:
                 phase, deadline = transaction.phase, max(deadline or 0.0, now() + UNDO_SECONDS)
             wakes = [deadline] if deadline is not None else []
+            if transaction.to_look_soon:
+                soon_at = soon_at or now() + _POLL_SOON
+                wakes.append(soon_at)
             if transaction.waiting:
                 wakes.append(poll_at)
             if transaction.to_retry and again_at is None:
@@ -207,6 +213,10 @@ class Drive:
             elif again_at is not None and now() >= again_at:
                 again_at = None
                 self._take(Again())
+            elif soon_at is not None and now() >= soon_at:
+                soon_at = None
+                if transaction.to_look_soon:
+                    self._take(Poll())
             elif now() >= poll_at:
                 poll = min(poll * 2, _POLL_MOST)
                 poll_at = now() + poll
@@ -218,14 +228,15 @@ class Drive:
         """Until `_wake`, or that moment of the loop's clock."""
         if self._failure is not None:
             return
-        self._waker = asyncio.get_running_loop().create_future()
+        loop = asyncio.get_running_loop()
+        self._waker = loop.create_future()
+        timer = loop.call_at(until, self._wake) if until is not None else None
         try:
-            async with asyncio.timeout_at(until):
-                await self._waker
-        except TimeoutError:
-            pass
+            await self._waker
         finally:
             self._waker = None
+            if timer is not None:
+                timer.cancel()
 
     def _take(self, happened: Input) -> None:
         """Feed the transaction at once, in the order in which things arrive, and do what it says."""
@@ -242,7 +253,7 @@ class Drive:
     def _attitude(self) -> tuple[object, ...]:
         """What `_keep_time` goes by."""
         transaction = self._transaction
-        return transaction.phase, transaction.waiting, transaction.to_retry
+        return transaction.phase, transaction.waiting, transaction.to_retry, transaction.to_look_soon
 
     def _wake(self) -> None:
         if self._waker is not None and not self._waker.done():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Collection, Iterable
 
 from qmpvcpu.core.model import DomainState, Entity
@@ -22,6 +23,8 @@ class Ledger:
         self._store = store
         self._unplugs: dict[int, PendingUnplug] = {}
         self._stored: set[int] = set()
+        #: Of those in the store, what has ended and is to be taken out there.
+        self._over: set[int] = set()
         self.trouble: str | None = None
         if store is None:
             self.trouble = "QEMU's process, or a state folder, is not known here"
@@ -48,7 +51,7 @@ class Ledger:
 
     def note_back(self, ids: Collection[int]) -> None:
         """These are plugged. Never raises."""
-        if self._store is not None and (gone := self._store.gone()) and not gone.isdisjoint(ids):
+        if ids and self._store is not None and (gone := self._store.gone()) and not gone.isdisjoint(ids):
             self._store.note_gone(gone.difference(ids))
 
     def take_over(self, other: Ledger) -> None:
@@ -62,6 +65,7 @@ class Ledger:
         """
         if self._store is None:
             return [], []
+        self._cross_out()
         known = self._store.load()
         if known.keys() == self._stored:
             return [], []
@@ -84,26 +88,40 @@ class Ledger:
         self._unplugs.update((unplug.first, unplug) for unplug in unplugs)
         if self._store is None:
             return
+        self._cross_out()
         try:
             self._store.add(unplugs)
             self._stored |= {unplug.first for unplug in unplugs}
         except OSError as error:
             self.trouble = f"the state folder cannot be written: {error}"
 
-    def end(self, firsts: Iterable[int]) -> None:
-        """Their end is known."""
+    def end(self, firsts: Iterable[int], *, gone: bool = False) -> None:
+        """Their end is known. Of what is `gone` the next process sees that by itself: the store forgets it in the
+        next turn of the loop, when who waits for it has the answer.
+        """
         ended = [first for first in firsts if first in self._unplugs]
         for first in ended:
             del self._unplugs[first]
-        stored = [first for first in ended if first in self._stored]
-        self._stored.difference_update(stored)
-        if stored and self._store is not None:
-            self._store.discard(stored)
+        stored = self._stored.intersection(ended)
+        if not stored:
+            return
+        if gone and not self._over:
+            asyncio.get_running_loop().call_soon(self._cross_out)
+        self._over |= stored
+        if not gone:
+            self._cross_out()
 
     def close(self) -> None:
         """The connection ends; what is pending stays known. Never raises."""
+        self._cross_out()
         if self._store is not None:
             self._store.tidy()
+
+    def _cross_out(self) -> None:
+        over, self._over = self._over, set()
+        if over and self._store is not None:
+            self._stored -= over
+            self._store.discard(over)
 
     def settle(self, state: DomainState, held: Collection[int] = ()) -> None:
         """What this fresh state shows as ended, has ended. Those in `held` are ended by who has them in hands, all

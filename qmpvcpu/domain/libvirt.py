@@ -646,6 +646,7 @@ class XmlReader:
         state: DomainState,
         pending: Collection[int] = (),
         expected: Collection[int] = (),
+        told: bool = False,
         anew: Callable[[], None] = lambda: None,
     ) -> DomainState:
         """The same."""

@@ -11,7 +11,6 @@ from typing import Any, Final
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.events import CPU_EVENTS, Names, SignalKind, changes, interpret
-from qmpvcpu.core.inventory import InconsistentReplies
 from qmpvcpu.core.migration import MigrationStatus, check_cpu_operation, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 from qmpvcpu.core.pending import mark
@@ -144,7 +143,7 @@ class Link:
         state, run, reply = await asyncio.gather(
             self.read() if self.stale else self.look(),
             run_state(self.monitor),
-            self.monitor.query_migrate(),
+            _answer(self.monitor.query_migrate),
             return_exceptions=True,
         )
         if isinstance(state, BaseException):
@@ -154,20 +153,19 @@ class Link:
         if isinstance(reply, BaseException) and not isinstance(reply, CommandError):
             raise reply
         status = MigrationStatus() if isinstance(reply, CommandError) else parse_status(reply)
-        return state, check_cpu_operation(run, status)
+        away = check_cpu_operation(run, status)
+        self.stale |= bool(away)
+        return state, away
 
     async def look(self, *, is_last: bool = False, anew: Callable[[], None] = lambda: None) -> DomainState:
         """`query-cpus-fast` alone, where that is enough: the query of a running operation.
 
         Args:
-            is_last: both are asked at once.
+            is_last: QEMU has said of all that are to go that they are gone.
             anew: called before anything is asked a second time.
         """
         assert self._reader is not None
-        if is_last:
-            with suppress(InconsistentReplies):
-                return self._keep(await self._reader.full(self.ledger.firsts))
-        return self._keep(await self._reader.fast(self.state, self.ledger.firsts, self.driven, anew))
+        return self._keep(await self._reader.fast(self.state, self.ledger.firsts, self.driven, is_last, anew))
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """What a plan needs besides the state."""
@@ -184,8 +182,10 @@ class Link:
         """Called before `device_del` goes out."""
         now = time.time()
         self.ledger.ask(entities, self.state, now)
-        # While QEMU is at work there is time to see whether anything will be left behind.
-        asyncio.get_running_loop().call_soon(self._look_for_groups, [n for one in entities for n in one.ids])
+        # While QEMU is at work there is time to see whether anything will be left behind. Two turns of the loop
+        # from now: in the next one `device_del` goes out.
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._look_for_groups, [n for one in entities for n in one.ids])
         if self._hub.listening:
             self._hub.emit(_events(now, EventKind.UNPLUG_REQUESTED, entities))
 
@@ -271,7 +271,7 @@ class Link:
             # Who asked has written it down, and may cross it out as soon as it has seen this event itself.
             self.learn()
         pending = self.ledger.firsts
-        if not pending and not self._hub.listening:
+        if not self._hub.listening and self.driven >= pending:
             return
         if self._names is None or self._names[0] is not self._state:
             self._names = self._state, Names(self._state.entities)
@@ -322,6 +322,11 @@ async def open_link(
         await link.close()
         raise
     return link
+
+
+async def _answer(query: Callable[[], Awaitable[object]]) -> object:
+    """Asks when its task runs: all that is asked at the same time goes out together."""
+    return await query()
 
 
 def _events(when: float, kind: EventKind, entities: Iterable[Entity], detail: str | None = None) -> list[Event]:

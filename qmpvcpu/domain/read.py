@@ -45,9 +45,12 @@ class StateReader(Protocol):
         state: DomainState,
         pending: Collection[int] = (),
         expected: Collection[int] = (),
+        told: bool = False,
         anew: Callable[[], None] = lambda: None,
     ) -> DomainState:
-        """What has changed since `state`. `anew` is called before it is asked once more."""
+        """What has changed since `state`; QEMU has told of what is gone, if `told`. `anew` is called before it is
+        asked once more.
+        """
 
 
 class Reader:
@@ -60,6 +63,8 @@ class Reader:
         self.thread_ids: frozenset[int] = frozenset()
         self.process: Process | None = None
         self._hotplug = hotplug
+        #: The last reply to `query-cpus-fast` alone, and the state that came of it.
+        self._last: tuple[object, DomainState] | None = None
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
         """Both queries, sent together.
@@ -96,17 +101,21 @@ class Reader:
         state: DomainState,
         pending: Collection[int] = (),
         expected: Collection[int] = (),
+        told: bool = False,
         anew: Callable[[], None] = lambda: None,
     ) -> DomainState:
         """`query-cpus-fast` alone, and both queries where that is not enough.
 
         A CPU that it does not list has left its slot: QEMU empties the slot first (x86, ppc64; 7.2 to 11.1). So
-        both are asked only to confirm it, when the last of those in `pending` (first ids) has gone; in between,
-        more go while we ask. `expected` are the first ids of slots we fill ourselves: only of these is a device id
-        enough to know the slot.
+        both are asked only where no DEVICE_DELETED has told it too, when the last of those in `pending` (first
+        ids) has gone; in between, more go while we ask. `expected` are the first ids of slots we fill ourselves:
+        only of these is a device id enough to know the slot.
         """
         try:
-            cpus = parse_cpus_fast(await self._monitor.query_cpus_fast(), props=False)
+            reply = await self._monitor.query_cpus_fast()
+            if self._last is not None and self._last[1] is state and self._last[0] == reply:
+                return state
+            cpus = parse_cpus_fast(reply, props=False)
             fresh = refresh_state(state, self.boot, cpus, pending=pending)
         except InconsistentReplies:
             anew()
@@ -119,10 +128,11 @@ class Reader:
                 came |= after.plugged and before.first not in expected
                 gone |= before.plugged and not after.plugged
             leaving |= after.plugged and after.first in pending
-        if came or (gone and not leaving):
+        if came or (gone and not leaving and not told):
             with suppress(InconsistentReplies):
                 anew()
                 return await self.full(pending)
+        self._last = reply, fresh
         return fresh
 
 

@@ -55,7 +55,7 @@ _ROUNDS: Final = 10
 #: Seconds for which what one question has read answers the next.
 _MOMENT: Final = 0.01
 #: Seconds after which it is looked anew what is mounted.
-_MOUNTS_SECONDS: Final = 1.0
+_MOUNTS_SECONDS: Final = 10.0
 #: Seconds between two tries to remove a group.
 _REMOVE_PAUSE: Final = 0.002
 

@@ -595,3 +595,99 @@ async def test_a_plan_touches_nothing_and_says_what_would_be_sent(running):
         assert (plan.unchanged, (await domain.plan_disable(0)).refusals[0].code) == ((1,), "boot-cpu")
     assert set(qemu.paths) == {0, 1}
     assert qemu.paths[0] == BOOT_PATH
+
+
+def names_of(qemu):
+    return [command for command, _ in qemu.commands]
+
+
+async def test_under_kvm_an_unplug_of_ids_or_down_to_a_count_rests_on_what_is_held(running):
+    qemu = FakeQemu(8, plugged=(1, 2, 3, 4))
+    async with running(qemu) as domain:
+        for call, asked in ((domain.disable([3, 4]), 2), (domain.set_vcpus(2), 1)):
+            await domain.vcpus()
+            qemu.commands.clear()
+            outcome = await call
+            assert len(outcome.changed_ids) == asked
+            # And what became of it is always seen.
+            assert names_of(qemu) == ["device_del"] * asked + ["query-cpus-fast"]
+    assert set(qemu.paths) == {0, 1}
+
+
+@pytest.mark.parametrize("work", ["tcg", "up", "atomic", "node"])
+async def test_else_it_is_looked_at_before_anything_is_done(running, work):
+    qemu = FakeQemu(8, plugged=(1, 2), kvm=work != "tcg")
+    async with running(qemu) as domain:
+        await domain.vcpus()
+        qemu.commands.clear()
+        match work:
+            case "tcg":
+                await domain.disable(2)
+            case "up":
+                await domain.set_vcpus(5)
+            case "atomic":
+                await domain.set_vcpus(2, atomic=True)
+            case _:
+                with pytest.raises(qmpvcpu.VcpuRefused):
+                    await domain.numa_node(0, VcpuFlag.DISABLE)
+    assert names_of(qemu)[0] == "query-cpus-fast"
+
+
+async def test_a_count_goes_on_where_another_client_has_plugged_unheard(running):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+    async with running(qemu) as domain:
+        await domain.vcpus()
+        qemu.fill(6)
+        qemu.fill(5)
+        outcome = await domain.set_vcpus(2)
+        assert sum(row.enabled for row in await domain.vcpus()) == 2
+    assert (outcome.outcome, outcome.changed_ids, outcome.ids) == ("applied", (2, 3, 5, 6), (2, 3, 5, 6))
+    assert [(row.id, row.enabled) for row in outcome.rows] == [(n, False) for n in (2, 3, 5, 6)]
+    assert set(qemu.paths) == {0, 1}
+
+
+async def test_and_what_it_had_done_before_that_failed_is_told(running):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+    qemu.on_delete = {6: "refused"}
+    async with running(qemu) as domain:
+        await domain.vcpus()
+        qemu.fill(6)
+        with pytest.raises(qmpvcpu.VcpuRejected) as caught:
+            await domain.set_vcpus(2)
+    assert (caught.value.ids, caught.value.changed_ids) == ((2, 3, 6), (2, 3))
+
+
+async def test_and_where_the_rest_is_refused_it_is_partial(running):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+
+    def leave(connection, command):
+        if command["execute"] == "device_del":
+            qemu.status = "postmigrate"
+
+    async with running(qemu) as domain:
+        await domain.vcpus()
+        qemu.fill(6)
+        qemu.hook = leave
+        with pytest.raises(qmpvcpu.VcpuPartial, match="migrated away; vCPU 2-3 stays changed") as caught:
+            await domain.set_vcpus(2)
+    assert (caught.value.remaining, caught.value.changed_ids, caught.value.ids) == ((2, 3), (2, 3), (2, 3, 6))
+
+
+async def test_a_guest_that_was_migrated_away_is_refused_time_and_again(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.status = "postmigrate"
+    async with running(qemu) as domain:
+        for call in (domain.enable, domain.disable, domain.enable, domain.disable):
+            with pytest.raises(qmpvcpu.VcpuRefused, match="migrated away"):
+                await call(1 if call == domain.disable else 2)
+    assert not qemu.sent("device_add") + qemu.sent("device_del")
+
+
+async def test_an_unplug_whose_event_is_lost_is_seen_before_long(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "gone-silently"}
+    async with running(qemu) as domain:
+        outcome = await domain.disable(1)
+    assert outcome.outcome == "applied"
+    # With no DEVICE_DELETED both are asked: the slot must be empty.
+    assert names_of(qemu)[-4:] == ["device_del", "query-cpus-fast", "query-hotpluggable-cpus", "query-cpus-fast"]

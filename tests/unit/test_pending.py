@@ -209,6 +209,26 @@ async def test_the_next_process_sees_it_pending_and_settles_what_has_ended(share
     assert list((shared / "state" / "pending").iterdir()) == []
 
 
+async def test_what_is_gone_is_crossed_out_behind_the_answer_and_what_was_refused_before_it(shared):
+    def stored():
+        return sorted(path.name for path in (shared / "state" / "pending").glob("*/*"))
+
+    qemu = FakeQemu(plugged=(1, 2))
+    qemu.on_delete = {2: "refused"}
+    async with serve(shared, qemu.script) as path, qmpvcpu.connect(path) as domain:
+        assert (await domain.disable(1)).outcome == "applied"
+        assert len(stored()) == 1 and domain.pending_ids == ()
+        await asyncio.sleep(0)
+        assert stored() == []
+        # Of that the next process could not see that it is over.
+        with pytest.raises(qmpvcpu.VcpuRejected):
+            await domain.disable(2)
+        assert stored() == []
+        qemu.fill(1)
+        await domain.disable(1)
+    assert stored() == []
+
+
 async def test_asked_behind_a_held_connection_enabling_does_not_claim_unchanged(shared):
     qemu = FakeQemu(plugged=(1,))
     qemu.on_delete = {1: "silence"}
