@@ -101,7 +101,7 @@ async def change(
     link.learn()
     held = link.state
     certain = on_held = False
-    if not link.stale and not request.has(VcpuFlag.GUEST):
+    if not link.stale and request.listed is None and not request.has(VcpuFlag.GUEST):
         # A guest does not leave without an event, and while it is being migrated QEMU itself declines: what is
         # certainly to be done, and QEMU's alone, needs no more than its vCPUs. A claim needs it all afresh.
         plan, known = await plan_on(link, held, request)
@@ -159,7 +159,8 @@ async def change(
         except asyncio.CancelledError:
             await _take_back(link, plan, end)
             raise
-    if on_held and request.total is not None and isinstance(end, Outcome):
+    unheard = set(link.state.enabled_ids).difference(held.enabled_ids)
+    if on_held and request.total is not None and unheard and isinstance(end, Outcome):
         end = await _counted_out(link, request, here, guest, placing, end, began)
     seconds = time.monotonic() - began
     if isinstance(end, VcpuError):
@@ -174,7 +175,7 @@ def _may_rest_on_held(link: Link, request: Request, plan: Plan, *, atomic: bool)
     Unheard are plugs by other clients, and under TCG unplugs too (the last DEVICE_DELETED never comes on x86).
     QEMU itself declines what is there already. Of a count, whether it was reached is seen afterwards.
     """
-    if request.has(VcpuFlag.NUMA_NODE) or request.listed is not None or link.ledger.firsts:
+    if request.has(VcpuFlag.NUMA_NODE) or link.ledger.firsts:
         return False
     if request.total is None and not plan.unplugs:
         return True
@@ -191,8 +192,6 @@ async def _counted_out(
     began: float,
 ) -> Outcome | VcpuError:
     """Another client has plugged more than was known: on from there, until there are as many as asked."""
-    if sum(vcpu.enabled and not vcpu.pending for vcpu in link.state.vcpus) == request.total:
-        return end
     left = max(request.timeout - (time.monotonic() - began), 0.0)
     link.stale = True
     try:

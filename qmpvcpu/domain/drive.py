@@ -179,8 +179,8 @@ class Drive:
             if transaction.phase is not phase:
                 phase, deadline = transaction.phase, max(deadline or 0.0, now() + UNDO_SECONDS)
             wakes = [deadline] if deadline is not None else []
-            if transaction.to_look_soon:
-                soon_at = soon_at or now() + _POLL_SOON
+            soon_at = (soon_at or now() + _POLL_SOON) if transaction.to_look_soon else None
+            if soon_at is not None:
                 wakes.append(soon_at)
             if transaction.waiting:
                 wakes.append(poll_at)
@@ -215,8 +215,7 @@ class Drive:
                 self._take(Again())
             elif soon_at is not None and now() >= soon_at:
                 soon_at = None
-                if transaction.to_look_soon:
-                    self._take(Poll())
+                self._take(Poll())
             elif now() >= poll_at:
                 poll = min(poll * 2, _POLL_MOST)
                 poll_at = now() + poll

@@ -206,7 +206,11 @@ class _Client(QMPClient):
 
     def _give(self, event: MonitorEvent) -> None:
         for sink in tuple(self.sinks):
-            sink(event)
+            try:
+                sink(event)
+            except Exception as error:  # noqa: BLE001 - a mistake in one must not end the connection
+                loop = asyncio.get_running_loop()
+                loop.call_exception_handler({"message": f"a listener fails on {event.name}", "exception": error})
 
 
 def _answer(address: str, command: str, result: asyncio.Future[object], message: Message) -> None:
