@@ -79,6 +79,10 @@ class Monitor(Protocol):
         """Whether QEMU runs on this host, as far as the connection tells."""
 
     @property
+    def hears_all(self) -> bool:
+        """Whether QEMU's own events come through it, none missing, and in order with the replies."""
+
+    @property
     def peer(self) -> Peer:
         """Whom it is connected to, as far as the kernel tells."""
 

@@ -172,14 +172,16 @@ async def change(
 def _may_rest_on_held(link: Link, request: Request, plan: Plan, *, atomic: bool) -> bool:
     """Whether the state that is held is enough for a plan: what happened to it unheard cannot make that wrong.
 
-    Unheard are plugs by other clients, and under TCG unplugs too (the last DEVICE_DELETED never comes on x86).
-    QEMU itself declines what is there already. Of a count, whether it was reached is seen afterwards.
+    Unheard are plugs by other clients, and unplugs too under TCG (the last DEVICE_DELETED never comes on x86) and
+    through libvirt. QEMU itself declines what is there already. Of a count, whether it was reached is seen
+    afterwards.
     """
     if request.has(VcpuFlag.NUMA_NODE) or link.ledger.firsts:
         return False
     if request.total is None and not plan.unplugs:
         return True
-    return link.state.accel == "kvm" and not plan.plugs and not (request.total is not None and atomic)
+    hears_unplugs = link.monitor.hears_all and link.state.accel == "kvm"
+    return hears_unplugs and not plan.plugs and not (request.total is not None and atomic)
 
 
 async def _counted_out(

@@ -36,6 +36,11 @@ class Behind(Monitor):
         return False
 
     @property
+    def hears_all(self) -> bool:
+        """libvirt passes events on in its own time, and of unplugs by its other clients none."""
+        return False
+
+    @property
     def peer(self) -> Peer:
         """Nobody that the kernel tells."""
         return Peer()

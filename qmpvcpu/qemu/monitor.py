@@ -261,6 +261,11 @@ class QmpMonitor(Monitor):
         return self._client.is_local()
 
     @property
+    def hears_all(self) -> bool:
+        """It is QEMU's own."""
+        return True
+
+    @property
     def peer(self) -> Peer:
         """Whom it is connected to, as far as the kernel tells."""
         return self._client.peer()
