@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from qmpvcpu.app.definitions import undefine
 from qmpvcpu.app.probes import ProbeMode
@@ -18,12 +18,12 @@ from qmpvcpu.app.start import clean_up, launch_waiting
 from qmpvcpu.core.migration import Cookie, MigrationStatus
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.domain import Domain, connect
-from qmpvcpu.domain.migrate import Migrated, Progress
+from qmpvcpu.domain.migrate import Migrated, Progress, to_the_end
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.files import read_file
 from qmpvcpu.host.runtime import Runtime
-from qmpvcpu.host.savefile import Saving, open_saved
+from qmpvcpu.host.savefile import SavedFile, Saving, open_saved
 from qmpvcpu.xml.domain import read_domain, renamed
 from qmpvcpu.xml.migration import read_cookie, write_cookie
 
@@ -39,6 +39,8 @@ __all__ = [
     "restore",
     "save",
 ]
+
+T = TypeVar("T")
 
 #: What a cookie may have: two domains of 8 MiB.
 _LIMIT = 17 * 1024 * 1024
@@ -392,7 +394,7 @@ async def save(
     """
     cookie = await source.migrate_begin(persistent=source.has_definition, wait=wait, force=force)
     try:
-        saving = await asyncio.to_thread(Saving, Path(file), write_cookie(cookie))
+        saving = await _made(lambda: Saving(Path(file), write_cookie(cookie)), Saving.discard)
     except OSError as error:
         text = f"'{file}' cannot be written: {error.strerror}"
         raise VcpuRefused([Refusal("file", text, (), "name a file in a folder with room")]) from error
@@ -434,7 +436,7 @@ async def restore(
         VcpuRefused: it is no whole guest, or runs already, or the destination cannot take it.
         VcpuFailed: QEMU could not read it. The file is as it was.
     """
-    saved = await asyncio.to_thread(open_saved, file)
+    saved = await _made(lambda: open_saved(file), SavedFile.close)
     try:
         cookie = read_cookie(saved.cookie)
         async with _destination(dest, cookie, mode, place=place, timeout=timeout) as target:
@@ -453,6 +455,21 @@ async def restore(
             return Restored(target.name, target.qmp, state.enabled_ids, cookie.runs, tuple(messages))
     finally:
         saved.close()
+
+
+async def _made(make: Callable[[], T], undo: Callable[[T], object]) -> T:
+    """What `make` makes in a thread; undone, if this is cancelled meanwhile: a thread cannot be."""
+    task = asyncio.create_task(asyncio.to_thread(make))
+    try:
+        return await asyncio.shield(task)
+    except asyncio.CancelledError:
+        try:
+            with suppress(OSError, VcpuRefused):
+                await to_the_end(task)
+        finally:
+            if not task.cancelled() and task.exception() is None:
+                undo(task.result())
+        raise
 
 
 def _define_restored(place: _Place, cookie: Cookie) -> list[str]:

@@ -208,11 +208,11 @@ async def _launch(
         arguments += ["-uuid", definition.uuid]
     arguments += hardware_args(hardware, qemu_arch(definition), console=str(runtime.console), agent=SOCKETS[2])
     try:
-        await asyncio.to_thread(runtime.prepare)
-    except OSError as error:
-        text = f"'{runtime.folder}' cannot be made: {error.strerror}"
-        raise _refused("runtime", text, "look at the rights of the folder above it") from error
-    try:
+        try:
+            await _shielded(asyncio.to_thread(runtime.prepare))
+        except OSError as error:
+            text = f"'{runtime.folder}' cannot be made: {error.strerror}"
+            raise _refused("runtime", text, "look at the rights of the folder above it") from error
         await launch_qemu(
             line.probe.emulator,
             arguments,

@@ -144,26 +144,35 @@ def interrupted(plan: Plan, ids: Sequence[int], before: Outcome, error: VcpuErro
     return VcpuPartial(text, remaining=before.changed_ids, **facts)
 
 
-def went_on(before: Outcome, after: Outcome | VcpuError) -> Outcome | VcpuError:
-    """A call that was done, and after which more was to be done than was known: both as one."""
-    changed = tuple(sorted({*before.changed_ids, *after.changed_ids}))
-    pending = tuple(sorted({*before.pending, *after.pending}))
+def went_on(state: DomainState, before: Outcome, after: Outcome | VcpuError) -> Outcome | VcpuError:
+    """A call that was done, and after which there was more to do than was known: both as one.
+
+    `state` is fresh: of what was pending then, it tells what has gone since.
+    """
+    gone = {number for number in before.pending if not state.vcpus[number].enabled}
+    changed = tuple(sorted({*before.changed_ids, *gone, *after.changed_ids}))
+    pending = tuple(sorted({*(set(before.pending) - gone), *after.pending}))
+    undone = tuple(sorted({*before.undone, *after.undone}))
     ids = tuple(sorted({*before.ids, *after.ids}))
     messages = tuple(dict.fromkeys((*before.messages, *after.messages)))
     if isinstance(after, Outcome):
-        rows = {row.id: row for row in (*before.rows, *after.rows)}
+        rows = {row.id: row for row in (*_rows(state, ids), *after.rows)}
         return replace(
             after,
-            outcome=OutcomeKind.PENDING if before.outcome is OutcomeKind.PENDING else after.outcome,
+            outcome=before.outcome if pending and not after.pending else after.outcome,
             ids=ids,
-            rows=tuple(rows[number] for number in sorted(rows)),
+            rows=tuple(rows[number] for number in ids),
             changed_ids=changed,
             pending=pending,
+            undone=undone,
             mechanism=after.mechanism or before.mechanism,
             messages=messages,
         )
     after.ids, after.changed_ids, after.pending, after.messages = ids, changed, pending, messages
-    if isinstance(after, VcpuRefused) and (changed or pending):
+    after.undone = undone
+    if isinstance(after, VcpuPartial):
+        after.remaining = tuple(sorted({*before.changed_ids, *after.remaining}))
+    elif isinstance(after, VcpuRefused | VcpuFailed) and (changed or pending):
         return VcpuPartial(
             f"{after.message}; vCPU {format_ids(changed or pending)} stays changed",
             remaining=changed,
@@ -172,6 +181,7 @@ def went_on(before: Outcome, after: Outcome | VcpuError) -> Outcome | VcpuError:
             ids=ids,
             changed_ids=changed,
             pending=pending,
+            undone=undone,
             messages=messages,
             mechanism="hotplug",
         )

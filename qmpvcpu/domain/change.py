@@ -101,15 +101,19 @@ async def change(
     link.learn()
     held = link.state
     certain = on_held = False
-    if not link.stale and request.listed is None and not request.has(VcpuFlag.GUEST):
-        # A guest does not leave without an event, and while it is being migrated QEMU itself declines: what is
-        # certainly to be done, and QEMU's alone, needs no more than its vCPUs. A claim needs it all afresh.
-        plan, known = await plan_on(link, held, request)
-        on_held = _may_rest_on_held(link, request, plan, atomic=beside is not None or request.atomic)
+    if not (link.stale or link.may_be_away or request.listed or request.has(VcpuFlag.GUEST)):
+        # While it is being migrated QEMU itself declines: what is certainly to be done, and QEMU's alone, needs no
+        # more than its vCPUs. A claim needs it all afresh.
+        asked = guest if checks.needs_firmware_state(held) else None
+        on_held = _may_rest_on_held(link, request, atomic=beside is not None or request.atomic)
+        if on_held:
+            plan, known = await plan_on(link, held, request, asked)
+            on_held = request.total is None or not plan.plugs
         if not on_held:
             held = await link.look()
-            plan, known = await plan_on(link, held, request)
+            plan, known = await plan_on(link, held, request, asked)
         certain = bool(plan.plugs or plan.unplugs) and not (plan.refusals or plan.unchanged or plan.awaited)
+        on_held &= certain
     if not certain:
         held, away = await link.read_at_rest()
         plan, known = await plan_on(link, held, request, guest)
@@ -159,9 +163,10 @@ async def change(
         except asyncio.CancelledError:
             await _take_back(link, plan, end)
             raise
-    unheard = set(link.state.enabled_ids).difference(held.enabled_ids)
-    if on_held and request.total is not None and unheard and isinstance(end, Outcome):
-        end = await _counted_out(link, request, here, guest, placing, end, began)
+    if on_held and request.total is not None and isinstance(end, Outcome):
+        moved = set(link.state.enabled_ids).symmetric_difference(held.enabled_ids)
+        if not moved.issubset(plan.targets):
+            end = await _counted_out(link, request, here, guest, placing, end, began)
     seconds = time.monotonic() - began
     if isinstance(end, VcpuError):
         end.seconds = round(seconds, 6)
@@ -169,7 +174,7 @@ async def change(
     return replace(end, seconds=seconds)
 
 
-def _may_rest_on_held(link: Link, request: Request, plan: Plan, *, atomic: bool) -> bool:
+def _may_rest_on_held(link: Link, request: Request, *, atomic: bool) -> bool:
     """Whether the state that is held is enough for a plan: what happened to it unheard cannot make that wrong.
 
     Unheard are plugs by other clients, and unplugs too under TCG (the last DEVICE_DELETED never comes on x86) and
@@ -178,10 +183,10 @@ def _may_rest_on_held(link: Link, request: Request, plan: Plan, *, atomic: bool)
     """
     if request.has(VcpuFlag.NUMA_NODE) or link.ledger.firsts:
         return False
-    if request.total is None and not plan.unplugs:
+    if request.enable:
         return True
     hears_unplugs = link.monitor.hears_all and link.state.accel == "kvm"
-    return hears_unplugs and not plan.plugs and not (request.total is not None and atomic)
+    return hears_unplugs and not (request.total is not None and atomic)
 
 
 async def _counted_out(
@@ -193,14 +198,15 @@ async def _counted_out(
     end: Outcome,
     began: float,
 ) -> Outcome | VcpuError:
-    """Another client has plugged more than was known: on from there, until there are as many as asked."""
+    """There were not those vCPUs that were known of: on from there, until there are as many as asked."""
     left = max(request.timeout - (time.monotonic() - began), 0.0)
     link.stale = True
+    more: Outcome | VcpuError
     try:
         more = await change(link, replace(request, timeout=left), here, guest, placing=placing)
     except VcpuError as error:
-        return went_on(end, error)
-    return went_on(end, more)
+        more = error
+    return went_on(link.state, end, more)
 
 
 async def _placed(
@@ -426,7 +432,6 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
     link.left_changed = link.left_unsure = ()
     try:
         result = await drive.run(entities)
-        return result, await run_state(link.monitor) if result.pending else None
     except VcpuConnectionError as error:
         raise _lost_on_the_way(error, plan, transaction) from error
     except asyncio.CancelledError:
@@ -435,6 +440,11 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
     finally:
         link.driven = frozenset()
         _record(link, transaction, entities)
+    try:
+        # It is in nobody's hands any more: an answer of the guest's that comes now ends it.
+        return result, await run_state(link.monitor) if result.pending else None
+    except VcpuConnectionError as error:
+        raise _lost_on_the_way(error, plan, transaction) from error
 
 
 def _record(link: Link, transaction: Transaction, entities: Sequence[Entity]) -> None:

@@ -29,8 +29,8 @@ __all__ = ["NOBODY_LISTENS", "Link", "Opener", "open_link", "store_of"]
 #: Reasons of a `VcpuConnectionError` that say that there is no QEMU at an address.
 NOBODY_LISTENS: Final = frozenset({"missing", "refused"})
 
-#: QAPI RunState of a guest that has gone, or has yet to come.
-_AWAY: Final = frozenset({"postmigrate", "finish-migrate", "inmigrate"})
+#: QAPI RunState of a guest that would not leave unheard.
+_AT_HOME: Final = frozenset({"running", "prelaunch"})
 _RUN_EVENTS: Final = frozenset({"STOP", "RESUME", "MIGRATION"})
 
 #: Opens a monitor at one address.
@@ -50,6 +50,8 @@ class Link:
         self.monitor = monitor
         self._reads = reads
         self.stale = True
+        #: Whether the guest may have left, or be on its way: only `read_at_rest` tells.
+        self.may_be_away = True
         self.removals_seen = 0
         self.process: Process | None = None
         #: Of QEMU, where it runs on this host.
@@ -92,6 +94,7 @@ class Link:
 
     async def open(self, name: str, before: Link | None) -> None:
         """Read everything once. `before` is the lost connection that this one replaces."""
+        self.stale = self.may_be_away = False
         self._listening = self.monitor.listen(self._sink)
         self._listening.__enter__()
         self._reader, state = await self._reads(self.monitor, name)
@@ -110,8 +113,7 @@ class Link:
         self.ledger.note_back(state.enabled_ids)
         self.settled = tuple(event for event in self._learn() if not event.event.is_step)
         self._state = mark(state, self.ledger.firsts)
-        # One that has been migrated away takes a device_add, and nobody ever sees it.
-        self.stale = await run_state(self.monitor) in _AWAY
+        self._note_run(await run_state(self.monitor))
         self._watcher.start()
 
     async def close(self) -> None:
@@ -139,22 +141,28 @@ class Link:
 
     async def read_at_rest(self) -> tuple[DomainState, list[Refusal]]:
         """`read`, and why no vCPU can be switched now: the guest is on its way elsewhere."""
-        # What nothing was heard against only has to be confirmed.
-        state, run, reply = await asyncio.gather(
-            self.read() if self.stale else self.look(),
-            run_state(self.monitor),
-            _answer(self.monitor.query_migrate),
-            return_exceptions=True,
-        )
-        if isinstance(state, BaseException):
-            raise state
-        if isinstance(run, BaseException):
-            raise run
-        if isinstance(reply, BaseException) and not isinstance(reply, CommandError):
-            raise reply
+        self.may_be_away = False
+        try:
+            # What nothing was heard against only has to be confirmed.
+            state, run, reply = await asyncio.gather(
+                self.read() if self.stale else self.look(),
+                run_state(self.monitor),
+                _answer(self.monitor.query_migrate),
+                return_exceptions=True,
+            )
+            if isinstance(state, BaseException):
+                raise state
+            if isinstance(run, BaseException):
+                raise run
+            if isinstance(reply, BaseException) and not isinstance(reply, CommandError):
+                raise reply
+        except BaseException:
+            self.may_be_away = True
+            raise
         status = MigrationStatus() if isinstance(reply, CommandError) else parse_status(reply)
         away = check_cpu_operation(run, status)
-        self.stale |= bool(away)
+        self._note_run(run)
+        self.may_be_away |= bool(away)
         return state, away
 
     async def look(self, *, is_last: bool = False, anew: Callable[[], None] = lambda: None) -> DomainState:
@@ -210,6 +218,12 @@ class Link:
 
     # -- inside -----------------------------------------------------------------------------------
 
+    def _note_run(self, run: str | None) -> None:
+        """One that runs, or was never started, does not leave without an event; one that is paused does: there is
+        nothing to STOP. One that has left takes a device_add, and nobody ever sees it.
+        """
+        self.may_be_away |= run not in _AT_HOME
+
     def _look_for_groups(self, ids: Iterable[int]) -> None:
         self._groupless = set(ids) if self.threads is not None and not self.threads.has_groups() else set()
 
@@ -263,10 +277,12 @@ class Link:
             return
         if event.name in _RUN_EVENTS:
             # Perhaps it migrates: the next call looks.
-            self.stale = True
-        if event.name not in CPU_EVENTS or self._state is None:
+            self.stale = self.may_be_away = True
+        if event.name not in CPU_EVENTS:
             return
         self.stale = True
+        if self._state is None:
+            return
         if self._hub.listening:
             # Who asked has written it down, and may cross it out as soon as it has seen this event itself.
             self.learn()

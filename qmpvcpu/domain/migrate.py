@@ -354,9 +354,9 @@ async def _rate(monitor: Monitor, limit: int | None) -> AsyncIterator[None]:
                 await monitor.migrate_set_parameters({"max-bandwidth": rate})
 
 
-async def to_the_end(work: Coroutine[Any, Any, T]) -> T:
+async def to_the_end(work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
     """Await what must not stop in the middle, however often this is cancelled; CancelledError goes on after it."""
-    task = asyncio.create_task(work)
+    task = work if isinstance(work, asyncio.Task) else asyncio.create_task(work)
     cancelled: asyncio.CancelledError | None = None
     while not task.done():
         try:

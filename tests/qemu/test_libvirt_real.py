@@ -130,6 +130,20 @@ async def test_unplugs_to_their_verified_end(daemon, tmp_path, via):
             assert "tainted" in run.json["messages"][-1]
 
 
+@pytest.mark.parametrize("via", ["api", "monitor"])
+@needs_kvm
+async def test_what_other_clients_have_unplugged_unheard_is_counted(daemon, tmp_path, via):
+    async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
+        async with qmpvcpu.connect("web1", uri=daemon.uri, via=via) as domain:
+            await domain.vcpus()
+            await asyncio.to_thread(side.guest.domain.setVcpu, "7", 0, 1)
+            outcome = await domain.set_vcpus(7)
+            assert (outcome.outcome, outcome.changed) == ("applied", False)
+            await asyncio.to_thread(side.guest.domain.setVcpu, "6", 0, 1)
+            assert not (await domain.disable(6)).changed
+            assert sum(row.enabled for row in await domain.vcpus()) == 6
+
+
 async def test_through_its_monitor_with_our_own_engine(daemon, tmp_path):
     log = tmp_path / "qmp"
     async with guest(daemon) as side:

@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 
 import pytest
 
@@ -120,6 +121,33 @@ async def test_interrupted_it_goes_on(tmp_path):
         # It was saved by then.
         file.unlink()
     pytest.fail("ten times it was saved before it could be interrupted")
+
+
+async def test_interrupted_while_the_file_is_made_it_is_taken_away(tmp_path, monkeypatch):
+    """Made in a thread, which nothing can interrupt."""
+    from qmpvcpu.app import migrate as app
+
+    reached, go = threading.Event(), threading.Event()
+
+    def slow(path, cookie):
+        saving = Saving(path, cookie)
+        reached.set()
+        assert go.wait(10)
+        return saving
+
+    slow.discard = Saving.discard
+    monkeypatch.setattr(app, "Saving", slow)
+    async with machine() as source, qmpvcpu.connect(qmp=source.qmp) as domain:
+        task = asyncio.create_task(app.save(domain, str(tmp_path / "saved")))
+        assert await asyncio.to_thread(reached.wait, 10)
+        for _ in range(2):
+            task.cancel()
+            await asyncio.sleep(0.01)
+        assert len(os.listdir(tmp_path)) == 1 and not task.done()
+        go.set()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        assert os.listdir(tmp_path) == [] and await runs(source)
 
 
 async def test_what_cannot_be_written_to_the_end_leaves_no_file_and_the_guest_running(tmp_path):

@@ -691,3 +691,83 @@ async def test_an_unplug_whose_event_is_lost_is_seen_before_long(running):
     assert outcome.outcome == "applied"
     # With no DEVICE_DELETED both are asked: the slot must be empty.
     assert names_of(qemu)[-4:] == ["device_del", "query-cpus-fast", "query-hotpluggable-cpus", "query-cpus-fast"]
+
+
+@pytest.mark.parametrize("word", ["running", "paused"])
+@pytest.mark.parametrize("call", ["enable", "disable", "up", "down"])
+async def test_what_has_left_stays_refused_whatever_was_read_of_it_meanwhile(running, call, word):
+    """A guest that runs is stopped before it leaves; one that is paused leaves unheard."""
+    qemu = FakeQemu(8, plugged=(1, 2))
+    qemu.status = word
+    async with running(qemu) as domain:
+        await domain.vcpus()
+        qemu.status = "postmigrate"
+        for connection in qemu.connections if word == "running" else ():
+            connection.event("STOP")
+        await asyncio.sleep(0.02)
+        await domain.vcpus()
+        calls = {
+            "enable": lambda: domain.enable(3),
+            "disable": lambda: domain.disable(2),
+            "up": lambda: domain.set_vcpus(4),
+            "down": lambda: domain.set_vcpus(2),
+        }
+        with pytest.raises(qmpvcpu.VcpuRefused, match="migrated away"):
+            await calls[call]()
+    assert not qemu.sent("device_add") + qemu.sent("device_del")
+
+
+@pytest.mark.parametrize("call", ["ids", "count"])
+async def test_what_goes_while_we_connect_is_heard(running, call):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+
+    def hook(connection, command):
+        if command["execute"] == "query-status" and 1 in qemu.paths:
+            qemu.let_go(1)
+
+    qemu.hook = hook
+    async with running(qemu) as domain:
+        outcome = await (domain.disable(1) if call == "ids" else domain.set_vcpus(3))
+    assert (outcome.changed, set(qemu.paths)) == (False, {0, 2, 3})
+
+
+async def test_a_count_that_fails_after_it_went_on_is_partial(running):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+    qemu.on_delete = {6: "error"}
+    async with running(qemu) as domain:
+        await domain.vcpus()
+        qemu.fill(6)
+        with pytest.raises(qmpvcpu.VcpuPartial) as caught:
+            await domain.set_vcpus(2)
+    assert (caught.value.changed_ids, caught.value.remaining) == ((2, 3), (2, 3))
+
+
+async def test_of_a_count_that_went_on_what_has_gone_meanwhile_is_not_pending(running):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+    qemu.on_delete = dict.fromkeys((2, 3, 6), "silence")
+
+    def hook(connection, command):
+        if command["execute"] == "query-status" and len(qemu.sent("device_del")) == 2:
+            for slot in {2, 3}.intersection(qemu.paths):
+                qemu.let_go(slot)
+
+    async with running(qemu) as domain:
+        await domain.vcpus()
+        qemu.fill(6)
+        qemu.hook = hook
+        outcome = await domain.set_vcpus(2, wait=False)
+        assert domain.pending_ids == outcome.pending == (6,)
+    assert (outcome.outcome, outcome.changed_ids, outcome.ids) == ("requested", (2, 3), (2, 3, 6))
+    assert [row.enabled for row in outcome.rows] == [False, False, True]
+
+
+async def test_an_answer_while_it_is_asked_whether_the_guest_runs_ends_an_unplug(running):
+    qemu = FakeQemu(8, plugged=(1, 2))
+    qemu.on_delete = {2: "silence"}
+    async with running(qemu) as domain:
+        await domain.vcpus()
+        qemu.hook = lambda connection, command: command["execute"] == "query-status" and qemu.refuse(2)
+        assert (await domain.disable(2, wait=False)).outcome == "requested"
+        async with asyncio.timeout(0.5):
+            while domain.pending_ids:
+                await asyncio.sleep(0.005)
