@@ -158,6 +158,9 @@ def changes(before: DomainState, after: DomainState, time: float) -> list[Event]
     """What came and went between two states of one machine, one event a vCPU; `time` in seconds since 1970."""
     found: list[Event] = []
     for was, now in zip(before.entities, after.entities, strict=False):
+        first = was.ids[0]
+        if was is now and before.vcpus[first] is after.vcpus[first]:
+            continue
         went = was.plugged and (not now.plugged or replugged(was, now, before, after))
         came = now.plugged and (went or not was.plugged)
         if went:

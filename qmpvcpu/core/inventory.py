@@ -384,25 +384,27 @@ def _assemble(
         )
     vcpus: list[Vcpu] = []
     for entity in entities:
-        first = known[entity.first] if entity.first < len(known) else None
-        if first is not None and entity.qom_path is None and not first.enabled:
-            vcpus += known[entity.first : entity.first + len(entity.ids)]
+        ids, at = entity.ids, entity.qom_path
+        first = known[ids[0]] if ids[0] < len(known) else None
+        if first is not None and at is None and not first.enabled:
+            vcpus += known[ids[0] : ids[0] + len(ids)]
             continue
-        members = plugged.by_path[entity.qom_path] if entity.qom_path is not None else {}
-        if members and max(members) >= len(entity.ids):
-            raise _malformed("query-cpus-fast", f"{max(members) + 1} CPUs at {entity.qom_path}")
-        for number, vcpu_id in enumerate(entity.ids):
+        members = plugged.by_path[at] if at is not None else {}
+        if members and max(members) >= len(ids):
+            raise _malformed("query-cpus-fast", f"{max(members) + 1} CPUs at {at}")
+        order = plugged.order[at] if at is not None else None
+        is_pending = at is not None and ids[0] in pending
+        for number, vcpu_id in enumerate(ids):
             cpu = members.get(number)
-            order = plugged.order[entity.qom_path] if entity.qom_path is not None else None
             thread_id = None if cpu is None or plugged.shared else cpu.thread_id
-            path = cpu.qom_path if cpu is not None else entity.qom_path
-            is_pending = entity.plugged and entity.first in pending
+            path = cpu.qom_path if cpu is not None else at
             was = known[vcpu_id] if vcpu_id < len(known) else None
-            if was is not None and (was.order, was.thread_id, was.qom_path, was.pending) == (
-                order,
-                thread_id,
-                path,
-                is_pending,
+            if (
+                was is not None
+                and was.thread_id == thread_id
+                and was.order == order
+                and was.qom_path == path
+                and was.pending == is_pending
             ):
                 vcpus.append(was)
                 continue

@@ -68,6 +68,8 @@ class Placing:
         if self._threads is None or not plan.request.enables:
             return {}
         found = self._wanted(number for number in plan.unchanged if state.vcpus[number].enabled)
+        if not found:
+            return {}
         main = self._threads.look([self._threads.main_id]).get(self._threads.main_id)
         ids = {number: thread for number in found if (thread := state.vcpus[number].thread_id) is not None}
         seen = self._threads.look(list(ids.values())) if ids else {}
