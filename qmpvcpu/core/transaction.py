@@ -55,6 +55,9 @@ __all__ = [
 class ItemState(Enum):
     """Where one entity stands."""
 
+    #: Enum's own is a Python function, and every message looks a dozen members up.
+    __hash__ = object.__hash__
+
     TO_ADD = "to add"
     ADDING = "device_add sent"
     ADDED = "device_add accepted"
@@ -91,6 +94,8 @@ class ItemState(Enum):
 
 class _On(Enum):
     """What can happen to an item."""
+
+    __hash__ = object.__hash__
 
     START = "start"
     OK = "ok"
@@ -221,6 +226,7 @@ _LEFT_REMOVED: Final = frozenset({S.REMOVED, S.NOT_RESTORED})
 
 #: Tries, with a growing pause, for an id that QEMU frees a moment after the slot. Another device may have it, too.
 _READDS: Final = 2
+_NONE: Final = dict.fromkeys(S, 0)
 _BIT: Final = {state: 1 << number for number, state in enumerate(S)}
 
 
@@ -398,7 +404,7 @@ class Transaction:
     _items: dict[int, _Item] = field(default_factory=dict)
     #: How many items are in each state, and the `_mask` of those where there are any: with hundreds of items,
     #: every message asks.
-    _counts: dict[ItemState, int] = field(default_factory=lambda: dict.fromkeys(S, 0))
+    _counts: dict[ItemState, int] = field(default_factory=_NONE.copy)
     _present: int = 0
     _effects: list[Effect] = field(default_factory=list)
     #: First ids of what QEMU says is gone.
