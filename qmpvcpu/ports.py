@@ -79,6 +79,10 @@ class Monitor(Protocol):
         """Whether QEMU runs on this host, as far as the connection tells."""
 
     @property
+    def run_id(self) -> object:
+        """What tells this run of the guest from an earlier one, where that is known; else None."""
+
+    @property
     def hears_all(self) -> bool:
         """Whether QEMU's own events come through it, none missing, and in order with the replies."""
 

@@ -115,7 +115,10 @@ def interpret(event: str, data: Mapping[str, Any], names: Names) -> Signal | Non
         entity = names.of(data)
         if entity is None:
             return None
-        return Signal(SignalKind.GUEST_REFUSED, entity.first, "the guest could not release it")
+        # libvirt's words, where it is libvirt that tells.
+        text = data.get("text")
+        reason = text if isinstance(text, str) and text else "the guest could not release it"
+        return Signal(SignalKind.GUEST_REFUSED, entity.first, reason)
     if event == "ACPI_DEVICE_OST":
         return _ost(data.get("info"), names)
     if event == "RESET":
@@ -152,6 +155,11 @@ def is_taken(text: str) -> bool:
     device is gone, and its id with it (10.0).
     """
     return "Duplicate device ID" in text
+
+
+def is_so(text: str) -> bool:
+    """Whether this error of libvirt's says that another client was first."""
+    return "already in requested state" in text
 
 
 def changes(before: DomainState, after: DomainState, time: float) -> list[Event]:

@@ -23,7 +23,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from typing import Final
 
-from qmpvcpu.core.events import Signal, SignalKind, is_taken, is_transient
+from qmpvcpu.core.events import Signal, SignalKind, is_so, is_taken, is_transient
 from qmpvcpu.core.model import Entity
 from qmpvcpu.errors import OutcomeKind
 
@@ -89,6 +89,8 @@ class ItemState(Enum):
     NOT_RESTORED = "removed, and could not be taken back"
     DROPPED = "never begun"
     UNASKED = "never asked for"
+    FOUND = "plugged by another client"
+    OTHERS = "plugged by another client, and there"
     RETRY_ADD = "its id is still taken, to be added again"
 
 
@@ -112,6 +114,7 @@ class _On(Enum):
     REPLACED = "replaced"
     RETRY = "retry"
     AGAIN = "again"
+    SO = "so already"
     UNSENT = "unsent"
     RESTORE = "restore"
 
@@ -126,6 +129,10 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.ADDING, _On.OK): S.ADDED,
     (S.ADDING, _On.UNSENT): S.DROPPED,
     (S.ADDING, _On.ERROR): S.NOT_ADDED,
+    (S.ADDING, _On.SO): S.FOUND,
+    (S.FOUND, _On.PRESENT): S.OTHERS,
+    (S.FOUND, _On.ABSENT): S.VANISHED,
+    (S.OTHERS, _On.ABSENT): S.VANISHED,
     (S.NOT_ADDED, _On.RETRY): S.RETRY_ADD,
     (S.RETRY_ADD, _On.AGAIN): S.ADDING,
     (S.RETRY_ADD, _On.PRESENT): S.NOT_ADDED,
@@ -204,7 +211,7 @@ _TO_RETRY: Final = frozenset({S.RETRY_REJECTED, S.RETRY_ERROR, S.RETRY_ADD})
 #: States whose end comes from the guest or with time, not from QEMU's reply.
 WAITING: Final = frozenset({S.ASKED, S.AWAITING, S.UNDO_ASKED}) | _TO_RETRY
 #: States that a query answers.
-_UNVERIFIED: Final = frozenset({S.ADDED, S.RESTORE_ADDED})
+_UNVERIFIED: Final = frozenset({S.ADDED, S.FOUND, S.RESTORE_ADDED})
 #: States in which a reply leaves something to be looked at at once: "DeviceNotFound" may mean gone, and what is
 #: undone may have gone before the reply.
 _QUERIED_ON_REPLY: Final = frozenset({S.UNDO_ASKED, S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.UNDO_FAILED})
@@ -624,6 +631,8 @@ class Transaction:
     def _replied(self, reply: Replied) -> None:
         item = self._items[reply.first]
         failed = reply.error_class is not None or reply.text is not None
+        if failed and is_so(reply.text or "") and self._move(item, _On.SO):
+            return
         if self._move(item, _On.ERROR if failed else _On.OK) and failed:
             item.note = Failure(item.entity, reply.text or "no reason given", reply.error_class)
             if is_transient(item.note.text):

@@ -246,6 +246,9 @@ class Drive:
             self._perform(self._transaction.feed(happened))
         except Exception as error:  # noqa: BLE001 - raised where `run` is awaited
             self._failure = error
+        if not self._failure and self._transaction.failing and self._transaction.phase is Phase.RUN:
+            # What waits behind what has failed would only have to be undone.
+            self._drop()
         if self._failure or before != self._attitude():
             self._wake()
 

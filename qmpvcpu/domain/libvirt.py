@@ -118,6 +118,8 @@ class LibvirtDomain(Domain):
         self._store: _Definition | None = None
         self._left_unsure = False
         self._is_broken_off = False
+        #: How often it was left.
+        self._leaves = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -167,6 +169,7 @@ class LibvirtDomain(Domain):
         trace: TracebackType | None,
     ) -> None:
         self._is_broken_off = False
+        self._leaves += 1
         await super().__aexit__(kind, error, trace)
 
     async def _enter(self, connection: Connection) -> bytes | None:
@@ -220,7 +223,7 @@ class LibvirtDomain(Domain):
         """Whether it runs, and its definition, as libvirt has them now."""
         if self._is_broken_off:
             # A call that was to connect anew, since the domain was started, was cancelled in the middle.
-            await self._connect()
+            await self._connect_anew()
         if self._connection is None or self._domain is None:
             self._connected()
             return
@@ -233,8 +236,18 @@ class LibvirtDomain(Domain):
         if is_active and self._link is None:
             # It was started meanwhile.
             self._is_broken_off = True
-            await self._close()
+            await self._connect_anew()
+
+    async def _connect_anew(self) -> None:
+        """Unless the domain is left meanwhile."""
+        leaves = self._leaves
+        await self._close()
+        if leaves == self._leaves:
             await self._connect()
+        if leaves != self._leaves:
+            self._is_broken_off = False
+            await self._close()
+            self._connected()
 
     # -- calls --------------------------------------------------------------------------------------
 

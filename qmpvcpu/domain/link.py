@@ -363,6 +363,8 @@ def _same_guest(one: Link, other: Link) -> bool:
     """
     if one.process is not None and other.process is not None:
         return one.process == other.process
+    if one.monitor.run_id != other.monitor.run_id:
+        return False
     states = one.state, other.state
     machines = [
         (state.machine, state.version, [(entity.ids, entity.props) for entity in state.entities])

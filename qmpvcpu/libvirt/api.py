@@ -26,8 +26,6 @@ _ASKED_SECONDS: Final = 0.5
 _NO_ERROR: Final = "VIR_ERR_OK"
 #: Another call holds the domain: nothing was asked.
 _LOCKED: Final = "state change lock"
-#: libvirt's text where another client has just plugged it.
-_SO: Final = "already in requested state"
 
 
 def failed(error: CommandError) -> asyncio.Future[object]:
@@ -93,27 +91,7 @@ class ApiMonitor(Behind):
         self._queued_plugs[first] = result
         self._plugs.add(result)
         result.add_done_callback(self._plugs.discard)
-        return self._unless_so(result)
-
-    def _unless_so(self, asking: asyncio.Future[object]) -> asyncio.Future[object]:
-        """Its answer; that somebody else was first is no error: what counts is the query behind it."""
-        answer: asyncio.Future[object] = asyncio.get_running_loop().create_future()
-
-        def ended(done: asyncio.Future[object]) -> None:
-            error = None if done.cancelled() else done.exception()
-            if answer.done():
-                return
-            if done.cancelled():
-                answer.cancel()
-            elif isinstance(error, CommandError) and _SO in error.text:
-                answer.set_result({})
-            elif error is not None:
-                answer.set_exception(error)
-            else:
-                answer.set_result(done.result())
-
-        asking.add_done_callback(ended)
-        return answer
+        return result
 
     async def plugs_done(self) -> None:
         """Wait until libvirt has answered every plug: a query is about what was asked before it, as QEMU's are."""
@@ -127,14 +105,22 @@ class ApiMonitor(Behind):
         answer: asyncio.Future[object] = loop.create_future()
 
         was_held: list[bool] = []
+        timers: list[asyncio.TimerHandle] = []
 
         def begun() -> None:
             self._queued.pop(first, None)
-            timer = loop.call_later(_ASKED_SECONDS, asked_by_now)
-            self._timers.add(timer)
+            wait()
+
+        def wait() -> None:
+            timers[:] = [loop.call_later(_ASKED_SECONDS, asked_by_now)]
+            self._timers.update(timers)
 
         def asked_by_now() -> None:
-            if any(was_held):
+            self._timers.difference_update(timers)
+            if not was_held:
+                # Its thread still connects.
+                wait()
+            elif any(was_held):
                 # libvirt waits for another client's job first; when that ends nobody tells.
                 self._held_up[first] = answer
             else:
@@ -151,7 +137,7 @@ class ApiMonitor(Behind):
                 answer.cancel()
                 return
             error = done.exception()
-            event = None
+            event = text = None
             if error is None:
                 event = "DEVICE_DELETED"
             elif (
@@ -165,11 +151,13 @@ class ApiMonitor(Behind):
                 event = "DEVICE_UNPLUG_GUEST_ERROR"
             elif not answer.done():
                 answer.set_exception(error)
-            else:
-                logger.warning("vCPU %s: %s", first, error)
+            elif isinstance(error, CommandError):
+                # It was taken for asked, and that is over.
+                event, text = "DEVICE_UNPLUG_GUEST_ERROR", error.text
             asked()
             if event is not None:
-                self._give(MonitorEvent(event, {"device": f"vcpu{first}"}, time.time()))
+                about = {"device": f"vcpu{first}", "text": text}
+                self._give(MonitorEvent(event, about, time.time()))
 
         call = self.guest.set_vcpu(self.entities[first], False, self.guest.flags(live=True))
 

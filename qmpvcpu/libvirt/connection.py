@@ -97,6 +97,8 @@ class Connection:
         self._lost: VcpuConnectionError | None = None
         self._loop = asyncio.get_running_loop()
         self._is_closed = False
+        #: What is to be taken back in libvirt before, in the thread of the queries.
+        self.at_close: list[Callable[[], None]] = []
         self._where = _split(uri)
         #: Its driver, as libvirt calls it ("QEMU", "TEST").
         self.driver = ""
@@ -237,6 +239,8 @@ class Connection:
             conn, self._conn = self._conn, None
             if conn is None:
                 return
+            for end in self.at_close:
+                end()
             with suppress(self.library.libvirtError):
                 conn.unregisterCloseCallback()
             with suppress(self.library.libvirtError):
@@ -402,6 +406,11 @@ class Guest:
         self.uuid: str = domain.UUIDString()
         self._library = connection.library
         self._id = domain.ID()
+
+    @property
+    def run_id(self) -> tuple[str, int]:
+        """Another one each time that it is started."""
+        return self.uuid, self._id
 
     @property
     def domain(self) -> libvirt.virDomain:
@@ -589,6 +598,19 @@ class Guest:
         ids: list[int] = []
         own: list[int] = []
 
+        def end() -> None:
+            while ids:
+                with suppress(library.libvirtError):
+                    conn.domainEventDeregisterAny(ids.pop())
+            while own:
+                import libvirt_qemu
+
+                with suppress(library.libvirtError):
+                    libvirt_qemu.qemuMonitorEventDeregister(conn, own.pop())
+
+        # Whoever subscribes may be cancelled in the middle; and what is subscribed to holds the connection.
+        self.connection.at_close.append(end)
+
         def say(word: str, device: str = "") -> None:
             with suppress(RuntimeError):
                 loop.call_soon_threadsafe(told, word, device)
@@ -634,16 +656,6 @@ class Guest:
             subscribe = partial(conn.domainEventRegisterAny, self.domain, number, callback, None)
             with suppress(CommandError):  # a driver has not all of them
                 ids.append(self.call("virConnectDomainEventRegisterAny", subscribe))
-
-        def end() -> None:
-            for number in ids:
-                with suppress(library.libvirtError):
-                    conn.domainEventDeregisterAny(number)
-            for number in own:
-                import libvirt_qemu
-
-                with suppress(library.libvirtError):
-                    libvirt_qemu.qemuMonitorEventDeregister(conn, number)
 
         return end
 

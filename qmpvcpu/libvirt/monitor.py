@@ -36,6 +36,11 @@ class Behind(Monitor):
         return False
 
     @property
+    def run_id(self) -> object:
+        """libvirt counts its domains' runs."""
+        return self.guest.run_id
+
+    @property
     def hears_all(self) -> bool:
         """libvirt passes events on in its own time, and of unplugs by its other clients none."""
         return False

@@ -261,6 +261,11 @@ class QmpMonitor(Monitor):
         return self._client.is_local()
 
     @property
+    def run_id(self) -> object:
+        """QMP has nothing of the kind."""
+        return None
+
+    @property
     def hears_all(self) -> bool:
         """It is QEMU's own."""
         return True
