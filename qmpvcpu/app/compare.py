@@ -121,10 +121,11 @@ def _shown(xml: bytes | None) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:
 
 
 class OurSide:
-    """A guest of ours."""
+    """A guest of ours; `beside` is a second QMP socket of it, if it runs."""
 
-    def __init__(self, domain: Domain, log: Path) -> None:
+    def __init__(self, domain: Domain, log: Path, beside: str | None = None) -> None:
         self.domain = domain
+        self.beside = beside
         self._log = log
 
     async def ask(self, request: Request) -> Side:
@@ -206,13 +207,13 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
         words = ["-S", *line.args.arguments]
         console = str(folder / "console")
         words += hardware_args(read_hardware(document), qemu_arch(definition), console=console, agent=_AGENT)
-        async with run_qemu(line.probe.emulator, words, channels=(_AGENT,)) as qemu:
+        async with run_qemu(line.probe.emulator, words, channels=(_AGENT,), monitors=("qmp", "beside")) as qemu:
             await qemu.monitor.cont()
             agent = str(qemu.folder / _AGENT) if definition.agent is not None else None
             kept = QmpLog(sent) if log else None
             try:
                 async with connect(qmp=qemu.qmp, agent=agent, xml=str(file), qmp_log=kept) as domain:
-                    yield OurSide(domain, sent)
+                    yield OurSide(domain, sent, str(qemu.folder / "beside"))
             finally:
                 if kept is not None:
                     kept.close()

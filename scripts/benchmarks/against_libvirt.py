@@ -89,6 +89,22 @@ async def one_plug(daemon, kind: str, pairs: int) -> tuple[list[float], list[flo
     return ours, theirs
 
 
+async def raw_plugs(daemon, kind: str, pairs: int) -> list[float]:
+    """device_add, and a query that shows it, by a bare socket, one after the other: what QEMU takes at its best."""
+    times: list[float] = []
+    xml = guest(kind, PLUGS + 1, 1)
+    while len(times) < pairs:
+        async with our_side(xml, log=False) as ours, LibvirtSide.run(daemon, xml, log=False):
+            slots = slots_of(await ours.domain.state())
+            with RawQmp(ours.beside) as bare:
+                for entity in slots:
+                    began = time.perf_counter()
+                    bare.device_add(entity)
+                    bare.command("query-cpus-fast")
+                    times.append(time.perf_counter() - began)
+    return times
+
+
 async def bulk(daemon, xml: bytes, count: int, pairs: int) -> tuple[list[float], list[float]]:
     """One guest at a time: the one that ejects spins, and would take a CPU from the other."""
     ours, theirs = [], []
@@ -134,8 +150,10 @@ def bench_libvirt(report: Callable[..., bool], kinds: list[str], pairs: int, fir
             for kind in kinds:
                 kvm = kind == "kvm"
                 accel = "kvm" if kvm else "tcg"
-                times = await one_plug(daemon, kind, max(pairs, 2 * PLUGS))
+                times = await one_plug(daemon, kind, max(pairs, 6 * PLUGS))
                 good &= report(f"{accel}: one plug / libvirt's setVcpu", *times, 1 / 1.3 if kvm else None)
+                bare = await raw_plugs(daemon, kind, 6 * PLUGS)
+                report(f"{accel}: by a bare socket, nothing in between / libvirt's", bare, times[1], None)
                 times = await bulk(daemon, guest(kind, 240, 1), 240, max(pairs // 3, 1))
                 good &= report(f"{accel}: 1 to 240 / libvirt's setVcpusFlags", *times, 1 / 3 if kvm else None)
                 if kvm:
