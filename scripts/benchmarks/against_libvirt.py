@@ -90,7 +90,7 @@ async def one_plug(daemon, kind: str, pairs: int) -> tuple[list[float], list[flo
 
 
 async def raw_plugs(daemon, kind: str, pairs: int) -> list[float]:
-    """device_add, and a query that shows it, by a bare socket, one after the other: what QEMU takes at its best."""
+    """device_add, and a query that shows it, by a bare socket, one after the other: QEMU at its best."""
     times: list[float] = []
     xml = guest(kind, PLUGS + 1, 1)
     while len(times) < pairs:
