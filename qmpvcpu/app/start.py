@@ -208,11 +208,14 @@ async def _launch(
         arguments += ["-uuid", definition.uuid]
     arguments += hardware_args(hardware, qemu_arch(definition), console=str(runtime.console), agent=SOCKETS[2])
     try:
-        try:
-            await _shielded(asyncio.to_thread(runtime.prepare))
-        except OSError as error:
-            text = f"'{runtime.folder}' cannot be made: {error.strerror}"
-            raise _refused("runtime", text, "look at the rights of the folder above it") from error
+        await _shielded(asyncio.to_thread(runtime.prepare))
+    except OSError as error:
+        text = f"'{runtime.folder}' cannot be made: {error.strerror}"
+        raise _refused("runtime", text, "look at the rights of the folder above it") from error
+    except asyncio.CancelledError:
+        await _shielded(asyncio.to_thread(_end, runtime))
+        raise
+    try:
         await launch_qemu(
             line.probe.emulator,
             arguments,

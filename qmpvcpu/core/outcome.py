@@ -173,8 +173,11 @@ def went_on(state: DomainState, before: Outcome, after: Outcome | VcpuError) -> 
     if isinstance(after, VcpuPartial):
         after.remaining = tuple(sorted({*before.changed_ids, *after.remaining}))
     elif isinstance(after, VcpuRefused | VcpuFailed) and (changed or pending):
+        text = after.message
+        text += f"; vCPU {format_ids(changed)} stays changed" if changed else ""
+        text += f"; the unplug of vCPU {format_ids(pending)} is pending" if pending else ""
         return VcpuPartial(
-            f"{after.message}; vCPU {format_ids(changed or pending)} stays changed",
+            text,
             remaining=changed,
             hint=after.hint,
             libvirt=after.libvirt,

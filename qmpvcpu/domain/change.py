@@ -445,6 +445,9 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
         return result, await run_state(link.monitor) if result.pending else None
     except VcpuConnectionError as error:
         raise _lost_on_the_way(error, plan, transaction) from error
+    except asyncio.CancelledError:
+        link.left_changed, link.left_unsure = result.remaining, transaction.unsure
+        raise
 
 
 def _record(link: Link, transaction: Transaction, entities: Sequence[Entity]) -> None:

@@ -82,7 +82,7 @@ class PendingFolder:
             for name, unplugs in self._files().items():
                 left = [unplug for unplug in unplugs if unplug.first not in firsts]
                 if not left:
-                    os.unlink(f"{self._folder}/{name}")  # noqa: PTH108
+                    (self._folder / name).unlink()
                 elif len(left) < len(unplugs):
                     self._write(name, left)
 
@@ -136,7 +136,7 @@ class PendingFolder:
                 if not name.startswith("."):
                     with (
                         suppress(OSError, ValueError, TypeError, KeyError),
-                        open(f"{self._folder}/{name}", "rb", buffering=0) as file,  # noqa: PTH123
+                        (self._folder / name).open("rb") as file,
                     ):
                         found[name] = [_parse(row) for row in json.loads(file.read(_LIMIT))]
         return found
