@@ -6,8 +6,8 @@ from collections.abc import Callable
 from typing import Any
 
 from qmpvcpu.app.guest import GuestImage, boot, find_image
-from qmpvcpu.app.qemus import examine_all, find_binaries
-from qmpvcpu.core.model import DomainState, QemuVersion, format_ids
+from qmpvcpu.app.qemus import DEMO_ARCH, examine_all, find_binaries, survives_unplug
+from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain import connect
 from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused
 from qmpvcpu.qemu.process import run_qemu
@@ -35,18 +35,19 @@ async def run(tell: Tell, show: Show) -> dict[str, Any]:
         VcpuRefused: there is no QEMU at all.
         VcpuFailed: the guest does not show what QEMU says.
     """
-    binaries = await examine_all([item for item in find_binaries() if item[1] == "x86_64"])
-    usable = sorted((q for q in binaries if q.version is not None), key=lambda q: q.version or QemuVersion(0, 0))
+    binaries = await examine_all([item for item in find_binaries() if item[1] == DEMO_ARCH])
+    usable = [qemu for qemu in binaries if qemu.version is not None]
     if not usable:
-        refusal = Refusal("no-qemu", "there is no qemu-system-x86_64 here", (), "scripts/demo, or scripts/setup")
+        text = f"there is no qemu-system-{DEMO_ARCH} here"
+        refusal = Refusal("no-qemu", text, (), "scripts/demo, or scripts/setup")
         raise VcpuRefused([refusal])
     missing: list[str] = []
-    unplugging = [q for q in usable if q.version and q.version >= QemuVersion(10, 0)]
+    unplugging = [qemu for qemu in usable if survives_unplug(qemu)]
     if not unplugging:
         missing.append("a QEMU that survives an x86 unplug under TCG: scripts/fetch-qemu 10.0")
     image: GuestImage | None = None
     try:
-        image = find_image("x86_64")
+        image = find_image(DEMO_ARCH)
     except VcpuRefused as refused:
         missing.append(f"a Linux guest: {refused.hint}")
     if unplugging and image is not None:

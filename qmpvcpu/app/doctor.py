@@ -9,22 +9,14 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmpvcpu.app.cache import cache_folder
-from qmpvcpu.app.qemus import ARCHES, QemuBinary, examine_all, find_binaries
+from qmpvcpu.app.qemus import DEMO_ARCH, QemuBinary, examine_all, find_binaries, survives_unplug
 from qmpvcpu.core import checks
-from qmpvcpu.core.model import DomainState, QemuVersion, format_ids
+from qmpvcpu.core.arch import examined
+from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.request import Knowledge
 from qmpvcpu.host.rights import kvm_state, rights
 
 __all__ = ["DomainReport", "HostReport", "examine_domain", "examine_host"]
-
-_PACKAGES = {
-    "x86_64": "qemu-system-x86",
-    "ppc64": "qemu-system-ppc",
-    "s390x": "qemu-system-misc",
-    "loongarch64": "qemu-system-misc",
-    "aarch64": "qemu-system-arm",
-    "riscv64": "qemu-system-misc",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -92,15 +84,17 @@ def _missing(
 ) -> list[tuple[str, str]]:
     found = []
     running = [qemu for qemu in qemus if qemu.version]
-    for package in dict.fromkeys(_PACKAGES[arch] for arch in ARCHES):
-        lacking = [a for a in ARCHES if _PACKAGES[a] == package and all(q.arch != a for q in running)]
-        if lacking:
-            what = f"no QEMU for {', '.join(lacking)}"
-            found.append((what, f"apt-get install --no-install-recommends {package}"))
-    if not any(q.arch == "x86_64" and q.version and q.version >= QemuVersion(10, 0) for q in running):
+    lacking: dict[str | None, list[str]] = {}
+    for row in examined():
+        if all(qemu.arch != row.name for qemu in running):
+            lacking.setdefault(row.package, []).append(row.name)
+    for package, names in lacking.items():
+        what = f"no QEMU for {', '.join(names)}"
+        found.append((what, f"apt-get install --no-install-recommends {package}"))
+    if not any(qemu.arch == DEMO_ARCH and survives_unplug(qemu) for qemu in running):
         found.append(("no QEMU that survives an x86 unplug under TCG (10.0 or later)", "scripts/fetch-qemu 10.0"))
-    if "x86_64" not in guests:
-        found.append(("no test guest for `qmpvcpu demo`", "scripts/build-guest x86_64"))
+    if DEMO_ARCH not in guests:
+        found.append(("no test guest for `qmpvcpu demo`", f"scripts/build-guest {DEMO_ARCH}"))
     if not kvm:
         cure = f"adduser {os.environ.get('USER', 'USER')} kvm, then log in again"
         if reason is not None and reason.startswith("there is no"):

@@ -14,12 +14,12 @@ from typing import Any, Final
 
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.qemus import find_binaries
+from qmpvcpu.core.arch import architecture_of_machine
 from qmpvcpu.core.layout import (
     LayoutSource,
     MachineLayout,
     MachineSpec,
     QemuFacts,
-    arch_of_machine,
     facts_of,
     parse_layout,
     predict_layout,
@@ -104,7 +104,8 @@ async def find_layout(
         VcpuFailed, VcpuConnectionError: the throwaway QEMU dies, or does not answer.
     """
     began = time.monotonic()
-    target = arch or arch_of_machine(spec.machine) or _arch_of_program(emulator) or os.uname().machine
+    row = architecture_of_machine(spec.machine)
+    target = arch or (row.name if row is not None else _arch_of_program(emulator) or os.uname().machine)
     found, messages = _program(emulator, target)
     look = _Look(spec, found, typed)
     layout = None
@@ -178,7 +179,7 @@ class _Look:
         layout = parse_layout(replies, self.spec.accel, LayoutSource.PROBED)
         # Others may have learned meanwhile. Another version: the same file, a script, starts what is there now.
         known = self._load()
-        if known is not None and layout.version != known.version:
+        if known is not None and not known.are_of(layout):
             known = None
         facts = facts_of(self.spec, layout, known)
         self.cache.put(self._key(facts), replies)

@@ -11,17 +11,18 @@ from pathlib import Path
 from typing import Any, Final
 
 from qmpvcpu.app.cache import cache_folder
+from qmpvcpu.core.arch import X86_64, examined
 from qmpvcpu.core.inventory import parse_version
 from qmpvcpu.core.model import QemuVersion
+from qmpvcpu.core.quirks import quirk
 from qmpvcpu.errors import VcpuError
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu
 
-__all__ = ["ARCHES", "QemuBinary", "examine", "examine_all", "find_binaries"]
+__all__ = ["DEMO_ARCH", "QemuBinary", "examine", "examine_all", "find_binaries", "survives_unplug"]
 
-#: The targets qmpvcpu knows, by the name of their program.
-ARCHES: Final = ("x86_64", "ppc64", "s390x", "loongarch64", "aarch64", "riscv64")
-
+#: What the test guests of `qmpvcpu demo` run on.
+DEMO_ARCH: Final = X86_64.name
 _AT_ONCE: Final = 4
 
 
@@ -53,7 +54,7 @@ def find_binaries() -> list[tuple[str, str]]:
     folders += sorted(fetched, key=lambda folder: [int(n) for n in re.findall(r"\d+", folder.parent.name)])
     found: dict[str, tuple[str, str]] = {}
     for folder in folders:
-        for arch in ARCHES:
+        for arch in (row.name for row in examined()):
             path = folder / f"qemu-system-{arch}"
             # Not Path.is_file(): that raises where a folder of the PATH may not be looked into.
             if os.path.isfile(path) and os.access(path, os.X_OK):  # noqa: PTH113
@@ -73,6 +74,11 @@ async def examine(path: str, arch: str) -> QemuBinary:
     rows = machines if isinstance(machines, list) else []
     names = (row for row in rows if isinstance(row, dict) and row.get("hotpluggable-cpus") is True)
     return QemuBinary(path, arch, version, tuple(sorted(str(row.get("name")) for row in names)))
+
+
+def survives_unplug(qemu: QemuBinary) -> bool:
+    """Whether this QEMU is known to survive the unplug of a CPU under TCG."""
+    return qemu.version is not None and not quirk("x86-tcg-unplug").affects(qemu.arch, "tcg", qemu.version)
 
 
 async def examine_all(binaries: Iterable[tuple[str, str]]) -> list[QemuBinary]:

@@ -8,20 +8,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any
 
+from qmpvcpu.core.arch import architecture, architecture_of_machine
 from qmpvcpu.core.definition import Definition
-from qmpvcpu.core.layout import MachineLayout, MachineSpec, arch_of_machine
+from qmpvcpu.core.layout import MachineLayout, MachineSpec
 from qmpvcpu.core.model import Props, format_ids
 from qmpvcpu.core.smp import LEVELS, NumaNode, Smp
 from qmpvcpu.errors import Refusal, VcpuRefused
 
 __all__ = ["BootArgs", "BootStyle", "boot_args", "machine_spec", "qemu_arch"]
-
-#: libvirt's names of architectures, where QEMU has another.
-_ARCHES: Final = {"ppc64le": "ppc64", "i686": "i386"}
-#: What libvirt takes where the XML names no machine.
-_MACHINES: Final = {"x86_64": "pc", "i386": "pc", "ppc64": "pseries", "s390x": "s390-ccw-virtio"}
 
 
 class BootStyle(StrEnum):
@@ -54,10 +50,12 @@ def qemu_arch(definition: Definition) -> str:
     Raises:
         VcpuRefused: nothing in it says so.
     """
-    arch = definition.arch or arch_of_machine(definition.machine or "")
-    if not arch:
-        raise _refused("the domain's XML names no architecture", "write <os><type arch='x86_64'>hvm</type></os>")
-    return _ARCHES.get(arch, arch)
+    if definition.arch:
+        return architecture(definition.arch).name
+    row = architecture_of_machine(definition.machine or "")
+    if row is None:
+        raise _refused("the domain's XML names no architecture", "write <os><type arch='…'>hvm</type></os>")
+    return row.name
 
 
 def machine_spec(definition: Definition) -> MachineSpec:
@@ -77,7 +75,7 @@ def machine_spec(definition: Definition) -> MachineSpec:
         }
     smp = Smp(len(_run(definition)), definition.maxcpus, **levels)
     return MachineSpec(
-        definition.machine or _MACHINES.get(arch, "virt"),
+        definition.machine or architecture(arch).default_machine,
         smp,
         definition.cpu,
         definition.accel or "tcg",
@@ -171,14 +169,11 @@ def _cell_sizes(definition: Definition) -> list[tuple[int, int]]:
     missing = format_ids(cell.id for cell in cells if cell.memory is None)
     if definition.memory is None or any(cell.memory is not None for cell in cells):
         raise _refused(f"NUMA cell {missing} has no memory", "write <cell … memory='262144' unit='KiB'/>")
-    # What pseries wants of a node is enough for every machine.
-    part = definition.memory // len(cells) // _PART * _PART
+    alignment = architecture(qemu_arch(definition)).memory_alignment
+    part = definition.memory // len(cells) // alignment * alignment
     if not part:
         raise _refused(f"NUMA cell {missing} has no memory", "write <cell … memory='262144' unit='KiB'/>")
     return [(position, part) for position in range(len(cells))]
-
-
-_PART: Final = 256 * 1024 * 1024
 
 
 def _plugged(

@@ -1,15 +1,17 @@
 """Every reason to refuse a request, collected, and the combinations that kill QEMU.
 
 Each check is a plain function `(…) -> list[Refusal]`; `core.plan` runs them all and reports all findings.
-Versions in this file are those where the behaviour was measured (docs/qemu-facts.md).
+What kills QEMU is in `core.quirks`, a row each.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Sequence, Set
+from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
-from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity, QemuVersion, format_ids
+from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity, format_ids
+from qmpvcpu.core.quirks import Fact, Quirk, Trigger, refused_on
 from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
@@ -30,10 +32,12 @@ __all__ = [
     "check_plug",
     "check_range",
     "check_unplug",
-    "is_x86",
+    "facts_after_unplug",
     "needs_firmware_state",
     "needs_x2apic",
+    "refusal_of",
     "restore_forbidden",
+    "set_off",
     "undo_forbidden",
     "warnings",
 ]
@@ -48,17 +52,6 @@ MAXIMUM_IS_CONFIG: Final = Refusal(
 )
 
 _ALL_FLAGS: Final = sum(VcpuFlag)
-
-#: The first QEMU seen without a defect; everything older counts as having it.
-_TCG_UNPLUG_FIXED: Final = QemuVersion(8, 0)
-_SINGLE_THREAD_UNPLUG_FIXED: Final = QemuVersion(11, 0)
-_APIC_255_FIXED: Final = QemuVersion(11, 0)
-_FIRMWARE_UNPLUG_FIXED: Final = QemuVersion(11, 0)
-
-
-def is_x86(state: DomainState) -> bool:
-    """Whether the guest is a PC (x86_64 or i386)."""
-    return state.arch in ("x86_64", "i386")
 
 
 def check_flags(flags: VcpuFlag, *, is_query: bool | None = None) -> list[Refusal]:
@@ -299,11 +292,21 @@ def apic_id(state: DomainState, entity: Entity) -> int | None:
 
 
 def _big_apic_ids(state: DomainState, entities: Iterable[Entity]) -> list[Entity]:
-    if state.accel != "tcg" or state.topology is None or state.topology.x86_apic_limit <= 255:
-        return []
-    if not is_x86(state) or state.qemu >= _APIC_255_FIXED:
+    """Those whose APIC id needs x2apic on a QEMU that does not check it."""
+    if state.topology is None or state.topology.x86_apic_limit <= 255 or not _asks_for(state, Fact.APIC_255):
         return []
     return [entity for entity in entities if (apic_id(state, entity) or 0) >= 255]
+
+
+def _asks_for(state: DomainState, fact: Fact) -> bool:
+    """Whether this fact decides about a refusal on this guest, and so must be found out."""
+    return any(fact in row.facts for row in refused_on(state.arch, state.accel, state.version))
+
+
+def set_off(state: DomainState, trigger: Trigger, facts: Set[Fact]) -> list[Quirk]:
+    """The defects that this would set off on this guest, and that are refused."""
+    rows = refused_on(state.arch, state.accel, state.version)
+    return [row for row in rows if trigger in row.triggers and row.facts <= facts]
 
 
 def needs_x2apic(state: DomainState, entities: Iterable[Entity]) -> bool:
@@ -313,92 +316,72 @@ def needs_x2apic(state: DomainState, entities: Iterable[Entity]) -> bool:
 
 def needs_firmware_state(state: DomainState) -> bool:
     """Whether a plan to unplug needs `Knowledge.firmware_runs`."""
-    return state.arch == "ppc64" and state.accel == "tcg" and state.qemu < _FIRMWARE_UNPLUG_FIXED
+    return _asks_for(state, Fact.FIRMWARE)
+
+
+def facts_after_unplug(removals_seen: int) -> set[Fact]:
+    """The fact that vCPUs were unplugged, if any were."""
+    return {Fact.AFTER_UNPLUG} if removals_seen else set()
 
 
 def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
     """Plugs that are known to end QEMU."""
-    found: list[Refusal] = []
     if not entities:
-        return found
-    big = _big_apic_ids(state, entities)
-    if big and known.x2apic is not True:
-        found.append(
-            _kill(
-                big,
-                f"QEMU {state.qemu} under TCG aborts when a CPU with APIC id 255 or more is plugged and the"
-                " CPU model has no x2apic",
-                "start the guest with -cpu max, or with QEMU 11",
-            )
-        )
-    if is_x86(state) and state.accel == "tcg" and known.removals_seen and state.qemu < _TCG_UNPLUG_FIXED:
-        found.append(
-            _kill(
-                entities,
-                f"QEMU {state.qemu} under TCG crashes at a plug after an unplug",
-                "restart the guest, or use QEMU 10",
-            )
-        )
-    elif _contexts_run_out(state) and known.removals_seen:
-        used = len(state.enabled_ids) + known.removals_seen
-        if used + len(_ids(entities)) > state.maxcpus:
-            found.append(
-                _kill(
-                    entities,
-                    "QEMU under TCG never gives back the context of a CPU that was unplugged: at least"
-                    f" {used} of {state.maxcpus} are used up, and QEMU aborts (tcg_register_thread) when they"
-                    " run out",
-                    "restart the guest; a generous maxcpus puts it off",
-                )
-            )
-    return found
+        return []
+    facts = facts_after_unplug(known.removals_seen)
+    big = _big_apic_ids(state, entities) if known.x2apic is not True else []
+    if big:
+        facts.add(Fact.APIC_255)
+    used = len(state.enabled_ids) + known.removals_seen
+    if _contexts_run_out(state):
+        facts.add(Fact.MULTI_THREAD)
+        # Nobody tells how many are used up; what was seen is a lower bound.
+        if known.removals_seen and used + len(_ids(entities)) > state.maxcpus:
+            facts.add(Fact.NO_CONTEXTS)
+    return [
+        refusal_of(row, state, _ids(big if Fact.APIC_255 in row.facts else entities), used=used)
+        for row in set_off(state, Trigger.PLUG, facts)
+    ]
 
 
 def _contexts_run_out(state: DomainState) -> bool:
-    """TCG with a thread for each vCPU has maxcpus contexts and never frees one (x86, ppc64; 7.2 to 11.1)."""
+    """Whether each vCPU that is plugged uses up one of maxcpus contexts."""
     return state.accel == "tcg" and state.can_unplug and state.threads_shared is not True
 
 
 def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
     """Unplugs that are known to end QEMU."""
-    found: list[Refusal] = []
-    if not entities or state.accel != "tcg":
-        return found
-    if is_x86(state):
-        if state.qemu < _TCG_UNPLUG_FIXED:
-            found.append(
-                _kill(
-                    entities,
-                    f"QEMU {state.qemu} under TCG crashes after the unplug of an x86 CPU, or at the next plug",
-                    "use QEMU 10 or KVM",
-                )
-            )
-        if state.threads_shared and state.qemu < _SINGLE_THREAD_UNPLUG_FIXED:
-            found.append(
-                _kill(
-                    entities,
-                    f"QEMU {state.qemu} with -accel tcg,thread=single aborts at the unplug of a CPU"
-                    " (qemu_thread_join)",
-                    "start the guest with -accel tcg,thread=multi",
-                )
-            )
-    if needs_firmware_state(state) and known.firmware_runs is not False:
-        text = f"QEMU {state.qemu} under TCG crashes at or after the unplug of a ppc64 core while the"
-        text += " firmware (SLOF) runs"
-        if known.firmware_runs:
-            found.append(_kill(entities, text, "wait until the guest's kernel runs"))
-        elif any(entity.driver == LIBVIRT_DRIVER for entity in entities):
-            text += ", and whether it does libvirt's API does not tell"
-            found.append(_kill(entities, text, "a guest agent in its XML tells, or --via monitor"))
+    if not entities:
+        return []
+    facts = facts_after_unplug(known.removals_seen)
+    if state.threads_shared:
+        facts.add(Fact.SINGLE_THREAD)
+    by_libvirt = any(entity.driver == LIBVIRT_DRIVER for entity in entities)
+    if known.firmware_runs or (known.firmware_runs is None and by_libvirt):
+        facts.add(Fact.FIRMWARE)
+    found = []
+    for row in set_off(state, Trigger.UNPLUG, facts):
+        if Fact.FIRMWARE in row.facts and known.firmware_runs is None:
+            message = f"{row.message}, and whether it does libvirt's API does not tell"
+            row = replace(row, message=message, hint="a guest agent in its XML tells, or --via monitor")
+        found.append(refusal_of(row, state, _ids(entities)))
     return found
 
 
-def _kill(entities: Sequence[Entity], message: str, hint: str) -> Refusal:
+def refusal_of(row: Quirk, state: DomainState, ids: tuple[int, ...] = (), *, used: int = 0) -> Refusal:
+    """What a defect has against a request, which can be forced.
+
+    Args:
+        row: the defect.
+        state: of the guest.
+        ids: the vCPUs that would set it off.
+        used: TCG contexts that are surely used up.
+    """
     return Refusal(
-        "kills-qemu",
-        message,
-        _ids(entities),
-        f"{hint}; {FORCE_HINT}",
+        row.code,
+        row.message.format(version=state.version, used=used, maxcpus=state.maxcpus),
+        ids,
+        f"{row.hint}; {FORCE_HINT}",
         "VIR_ERR_OPERATION_UNSUPPORTED",
         forceable=True,
     )

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qmpvcpu.core import checks
+from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.definition import MOST_VCPUS, Definition, VcpuConfig
 from qmpvcpu.core.model import DomainState, Entity, Vcpu, format_ids
 from qmpvcpu.core.request import Request
@@ -18,14 +19,6 @@ from qmpvcpu.core.select import select, select_listed
 from qmpvcpu.errors import Refusal
 
 __all__ = ["ConfigPlan", "plan_config", "plan_pin", "state_of"]
-
-#: Machines with CPU hotplug, of their architectures' usual ones: (can plug, can unplug). QEMU 7.2 to 11.1.
-_HOTPLUG: Final = {
-    "s390x": (True, False),
-    "aarch64": (False, False),
-    "armv7l": (False, False),
-    "riscv64": (False, False),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,7 +87,8 @@ class ConfigPlan:
 def state_of(definition: Definition, name: str | None = None, *, active: bool = False) -> DomainState:
     """The definition in the words of a state: what the guest would be like right after its next boot."""
     size = definition.granularity
-    can_plug, can_unplug = _HOTPLUG.get(definition.arch or "", (True, True))
+    row = architecture(definition.arch)
+    can_plug, can_unplug = row.can_plug, row.can_unplug
     entities, vcpus = [], []
     for first in range(0, definition.maxcpus, size):
         ids = tuple(range(first, min(first + size, definition.maxcpus)))

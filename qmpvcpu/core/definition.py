@@ -6,6 +6,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final
 
+from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.model import DomainState, Topology
 
 __all__ = [
@@ -94,9 +95,7 @@ class Definition:
     @property
     def granularity(self) -> int:
         """How many vCPUs one `device_add` takes on that machine: a core on pseries, else one."""
-        if (self.arch or "").startswith("ppc64") and self.topology is not None:
-            return self.topology.threads
-        return 1
+        return architecture(self.arch).entity_size(self.topology.threads if self.topology is not None else 1)
 
     def cell_of(self, vcpu_id: int) -> int | None:
         """The NUMA node of a vCPU; None without NUMA, or where no cell names it."""

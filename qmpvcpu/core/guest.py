@@ -11,7 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
-from qmpvcpu.core.checks import apic_id, is_x86
+from qmpvcpu.core.arch import Identity, architecture
+from qmpvcpu.core.checks import apic_id
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.errors import VcpuConnectionError
 
@@ -140,8 +141,8 @@ def is_port_open(chardevs: object, path: str) -> bool | None:
 
 def most_guest_cpus(state: DomainState) -> int:
     """How many CPUs the guest can list."""
-    # ppc64 lists the possible ones, and where cores lie further apart there may be more of those than vCPUs.
-    return state.maxcpus * 8 if state.arch == "ppc64" else state.maxcpus
+    # Where cores lie further apart than they have threads, there are more possible CPUs than vCPUs.
+    return state.maxcpus * 8 if architecture(state.arch).lists_possible_cpus else state.maxcpus
 
 
 #: Most bytes of a file that tells of all CPUs (x86's /proc/cpuinfo: 1.5 KB each), and of one that tells of one.
@@ -156,34 +157,27 @@ PRESENT: Final = "/sys/devices/system/cpu/present"
 def identity_files(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, int | None]:
     """Files of the guest that tell which CPU is which: path -> logical id, None for one that tells of all.
 
-    x86_64: `apicid` in /proc/cpuinfo for CPUs that are online, the ACPI path (`\\_SB_.CPUS.C005`: QEMU's index of
-    the slot) for others. loongarch64: that path. ppc64: `physical_id`. s390x: `address`. arm64, riscv64: the
-    device tree's MPIDR or hart id. Elsewhere nothing.
+    Which ones those are, `core.arch.Identity` says.
     """
-    if is_x86(state):
-        offline = {_SYSFS.format(c.logical_id, "firmware_node/path"): c.logical_id for c in cpus if not c.online}
-        return {CPUINFO: None, **offline}
-    name = _IDENTITY.get(state.arch)
-    if name is None:
+    row = architecture(state.arch)
+    if row.identity_file is None:
         return {}
-    files: dict[str, int | None] = {_SYSFS.format(cpu.logical_id, name): cpu.logical_id for cpu in cpus}
-    # ppc64 lists every possible CPU; what one that is absent says of itself is left over from another.
-    return {PRESENT: None, **files} if state.arch == "ppc64" else files
+    by_apic = row.identity is Identity.APIC_ID
+    files: dict[str, int | None] = {
+        _SYSFS.format(cpu.logical_id, row.identity_file): cpu.logical_id
+        for cpu in cpus
+        if not (by_apic and cpu.online)
+    }
+    if by_apic:
+        return {CPUINFO: None, **files}
+    # What a CPU that is not present says of itself is left over from another.
+    return {PRESENT: None, **files} if row.lists_possible_cpus else files
 
 
 def identity_limits(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, int]:
     """The same files -> the most bytes that each can have."""
     return {path: _OF_ALL if n is None else _OF_ONE for path, n in identity_files(state, cpus).items()}
 
-
-#: arch -> the file in a CPU's sysfs folder.
-_IDENTITY: Final = {
-    "ppc64": "physical_id",
-    "s390x": "address",
-    "aarch64": "of_node/reg",
-    "riscv64": "of_node/reg",
-    "loongarch64": "firmware_node/path",
-}
 
 _ACPI_PATH: Final = re.compile(r"\.C([0-9A-F]{3})\s*\Z")
 
@@ -243,16 +237,17 @@ def _facts(
 
     `told` is what each CPU's own file says, by logical id.
     """
-    if is_x86(state):
+    identity = architecture(state.arch).identity
+    if identity is Identity.APIC_ID:
         by_apic = {apic_id(state, entity): entity.first for entity in state.entities}
         apics = _cpuinfo_apic_ids(files.get(CPUINFO) or b"")
         return {n: by_apic[apic] for n, apic in apics.items() if apic in by_apic} | _by_acpi_path(told)
-    if state.arch == "loongarch64":
+    if identity is Identity.ACPI_PATH:
         return _by_acpi_path(told)
-    if state.arch in ("aarch64", "riscv64"):
+    if identity is Identity.DEVICE_TREE:
         return _by_rank({n: _number(text, big_endian=True) for n, text in told.items()}, len(state.enabled_ids))
     numbers = {n: number for n, text in told.items() if (number := _number(text)) is not None}
-    if state.arch == "s390x":
+    if identity is Identity.CORE_ID:
         by_core = {e.props["core-id"]: e.first for e in state.entities if e.props and "core-id" in e.props}
         return {n: by_core[number] for n, number in numbers.items() if number in by_core}
     if vsmt is None:
@@ -328,7 +323,7 @@ def _assume(state: DomainState, cpus: Sequence[GuestCpu], there: Sequence[GuestC
     numbers = [cpu.logical_id for cpu in there]
     plugged = [e for e in state.entities if e.qom_path is not None and "/peripheral" in e.qom_path]
     unknown = GuestView(tuple(cpus), {}, assumed=True, strays=len(there), all_online=_all_online(state, cpus))
-    if state.arch == "riscv64" or len(plugged) > 1 or numbers != list(range(len(numbers))):
+    if not architecture(state.arch).boots_on_first or len(plugged) > 1 or numbers != list(range(len(numbers))):
         return unknown
     if tuple(numbers) != state.enabled_ids:
         return unknown

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from qmpvcpu.core.arch import architecture
+
 __all__ = ["Disk", "Hardware", "hardware_args"]
 
 
@@ -54,7 +56,7 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
         ("-append", hardware.cmdline),
     ):
         words += [option, value] if value is not None else []
-    bus = "ccw" if arch == "s390x" else "pci"
+    bus = architecture(arch).device_bus
     for number, disk in enumerate(hardware.disks):
         drive = f"file={_value(disk.path)},format={_value(disk.format)}"
         drive += ",readonly=on" if disk.is_readonly or disk.is_cdrom else ""

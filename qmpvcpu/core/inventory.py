@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.model import DomainState, Entity, Props, QemuVersion, Topology, Vcpu
 from qmpvcpu.errors import VcpuConnectionError
 
@@ -24,7 +25,6 @@ __all__ = [
     "build_state",
     "entities_of_slots",
     "entities_without_slots",
-    "never_unplugs",
     "parse_cpus_fast",
     "parse_hotpluggable_cpus",
     "parse_topology",
@@ -46,16 +46,6 @@ LEVELS: Final = (
 
 #: More vCPUs than any QEMU machine takes (pseries: 2048 in 10.0); beyond it a reply is nonsense.
 MAX_VCPUS: Final = 65536
-
-#: Where the machine can never unplug a CPU although it can plug one.
-#: s390x: "CPU hot unplug not supported on this machine" (7.2 to 11.1).
-_NEVER_UNPLUGS: Final = frozenset({"s390x"})
-
-
-def never_unplugs(arch: str) -> bool:
-    """Whether no machine of this target can unplug a CPU."""
-    return arch in _NEVER_UNPLUGS
-
 
 _THREAD = re.compile(r"/thread\[(\d{1,6})\]\Z")
 
@@ -318,7 +308,7 @@ def build_state(
         InconsistentReplies: a CPU came or went between the two replies.
         VcpuConnectionError: the replies cannot be true.
     """
-    can_unplug = slots is not None and not never_unplugs(boot.arch)
+    can_unplug = slots is not None and architecture(boot.arch).can_unplug
     if slots is None:
         entities = entities_without_slots(cpus, boot.topology)
     else:

@@ -10,28 +10,18 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
+from qmpvcpu.core.arch import Architecture, architecture
 from qmpvcpu.core.inventory import (
     entities_of_slots,
     entities_without_slots,
-    never_unplugs,
     parse_cpus_fast,
     parse_hotpluggable_cpus,
     parse_topology,
     parse_version,
 )
+from qmpvcpu.core.machine.versions import enclosing, is_dropped, measured_with
 from qmpvcpu.core.model import QemuVersion, Topology, Vcpu
-from qmpvcpu.core.smp import (
-    MEASURED,
-    NumaCpu,
-    NumaNode,
-    Prediction,
-    Slot,
-    Smp,
-    compat_version,
-    is_known,
-    is_proven,
-    predict,
-)
+from qmpvcpu.core.smp import NumaCpu, NumaNode, Prediction, Slot, Smp, is_known, is_proven, predict
 from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
 
 __all__ = [
@@ -40,7 +30,6 @@ __all__ = [
     "MachineSpec",
     "MachineType",
     "QemuFacts",
-    "arch_of_machine",
     "facts_of",
     "parse_layout",
     "predict_layout",
@@ -111,6 +100,10 @@ class QemuFacts:
         machines = {name: [seen.name, seen.hotpluggable, seen.cpu_type] for name, seen in self.machines.items()}
         version = [self.version.major, self.version.minor, self.version.micro]
         return {"arch": self.arch, "version": version, "machines": machines, "cpu_types": dict(self.cpu_types)}
+
+    def are_of(self, layout: MachineLayout) -> bool:
+        """Whether the program that gave this layout is the same QEMU."""
+        return (self.arch, self.version) == (layout.arch, layout.version)
 
     @classmethod
     def from_json(cls, data: Any) -> QemuFacts:
@@ -237,7 +230,7 @@ def parse_layout(replies: Mapping[str, Any], accel: str, source: LayoutSource) -
         raise _malformed("query-target" if isinstance(machine, str) else "qom-get /machine type")
     topology = parse_topology(replies["smp"])
     can_plug = replies["query-hotpluggable-cpus"] is not None
-    can_unplug = can_plug and not never_unplugs(arch)
+    can_unplug = can_plug and architecture(arch).can_unplug
     if can_plug:
         entities = entities_of_slots(parse_hotpluggable_cpus(replies["query-hotpluggable-cpus"]), can_unplug)
     else:
@@ -265,25 +258,8 @@ def _malformed(command: str) -> VcpuConnectionError:
 
 # -- arithmetic -----------------------------------------------------------------------------------
 
-#: The same from the first of them to the last; ppc64's is not.
-_DEFAULT_CPU: Final = {"x86_64": "qemu64", "i386": "qemu32", "s390x": "qemu", "loongarch64": "la464"}
-_CPU_SUFFIX: Final = {
-    "x86_64": "-x86_64-cpu",
-    "i386": "-i386-cpu",
-    "s390x": "-s390x-cpu",
-    "loongarch64": "-loongarch-cpu",
-}
-#: QEMU drops machine types after some years: those of 4.0 in 11.1.
-_OLDEST: Final = QemuVersion(6, 0)
 #: Options of a machine that leave its vCPUs alone.
 _HARMLESS: Final = ("usb", "smm", "vmport", "hpet", "kernel-irqchip", "graphics", "dump-guest-core", "mem-merge")
-_MACHINES: Final = (("pseries", "ppc64"), ("s390-ccw-virtio", "s390x"), ("pc", "x86_64"), ("q35", "x86_64"))
-
-
-def arch_of_machine(machine: str) -> str | None:
-    """The target a machine belongs to, where its name alone says it."""
-    name = machine.partition(",")[0]
-    return next((arch for word, arch in _MACHINES if name == word or name.startswith(word + "-")), None)
 
 
 def predict_layout(
@@ -306,18 +282,19 @@ def predict_layout(
         if not known.hotpluggable:
             return None
         machine = known.name
-    elif compat_version(machine, _OLDEST) < _OLDEST:
+    elif is_dropped(machine):
         # Nobody has seen that this QEMU still has it.
         return None
     options = [option.partition("=")[0] for option in spec.machine.split(",")[1:]]
     if not all(option in _HARMLESS or option.startswith("cap-") for option in options):
         return None
-    if spec.accel != "tcg" and arch != "x86_64":
+    row = architecture(arch)
+    if spec.accel != "tcg" and not row.computed_under_kvm:
         return None
     found = _agreed(spec, arch, machine, facts.version if facts is not None else None)
     if found is None or not found.is_certain:
         return None
-    cpu_type = _cpu_type(spec.cpu, arch, known, facts, assume)
+    cpu_type = _cpu_type(spec.cpu, row, known, facts, assume)
     if cpu_type is None and (typed or (spec.cpu is not None and not assume)):
         return None
     return MachineLayout(
@@ -326,7 +303,7 @@ def predict_layout(
         facts.version if facts is not None else None,
         spec.accel,
         True,
-        not never_unplugs(arch),
+        row.can_unplug,
         cpu_type,
         found.topology,
         found.cpus,
@@ -337,18 +314,13 @@ def predict_layout(
 
 def _agreed(spec: MachineSpec, arch: str, machine: str, version: QemuVersion | None) -> Prediction | None:
     """What the versions say that enclose this one, if they say the same."""
-    versions: Sequence[QemuVersion] = MEASURED
+    versions: Sequence[QemuVersion]
     if version is None:
-        # Those that have a machine of this name.
-        versions = [each for each in MEASURED if compat_version(machine, each) <= each]
+        versions = measured_with(machine)
     elif is_proven(arch, machine, version):
         versions = (version,)
     else:
-        below = [measured for measured in MEASURED if measured <= version]
-        above = [measured for measured in MEASURED if measured > version]
-        if not below or not above:
-            return None
-        versions = (below[-1], above[0])
+        versions = enclosing(version)
     found: list[Prediction] = []
     refused: list[VcpuRefused] = []
     for each in versions:
@@ -366,14 +338,13 @@ def _agreed(spec: MachineSpec, arch: str, machine: str, version: QemuVersion | N
 
 
 def _cpu_type(
-    cpu: str | None, arch: str, machine: MachineType | None, facts: QemuFacts | None, assume: bool
+    cpu: str | None, row: Architecture, machine: MachineType | None, facts: QemuFacts | None, assume: bool
 ) -> str | None:
     if cpu is not None:
         model = cpu.partition(",")[0]
         if facts is not None and model in facts.cpu_types:
             return facts.cpu_types[model]
-        # On ppc64 names stand for others ("POWER9"), and for which ones differs between versions.
-        return model + _CPU_SUFFIX[arch] if assume and arch in _CPU_SUFFIX else None
+        return model + row.cpu_suffix if assume and row.cpu_suffix is not None else None
     if machine is not None and machine.cpu_type is not None:
         return machine.cpu_type
-    return _DEFAULT_CPU[arch] + _CPU_SUFFIX[arch] if arch in _DEFAULT_CPU else None
+    return row.default_cpu + row.cpu_suffix if row.default_cpu and row.cpu_suffix else None

@@ -15,9 +15,11 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
+from qmpvcpu.core import checks
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.guest import GuestView
-from qmpvcpu.core.model import DomainState, Entity, Props, QemuVersion, format_ids
+from qmpvcpu.core.model import DomainState, Entity, Props, format_ids
+from qmpvcpu.core.quirks import Fact, Trigger, quirk
 from qmpvcpu.errors import Refusal
 
 __all__ = [
@@ -199,69 +201,30 @@ def check_source(
     return found + [_refusal("blocked", f"QEMU cannot migrate it: {why}", (), hint) for why in status.blocked]
 
 
-#: A forceable refusal that the agents of both sides can do something about (`needs_one_cpu`).
-ONE_CPU: Final = "one-cpu"
-#: Versions of QEMU, measured: 7.2 and 10.0 bad, 11.1 good. ppc64's decrementer migrates since 8.2 ("target/ppc:
-#: Migrate DECR SPR").
-_PPC_DECREMENTER: Final = QemuVersion(8, 2)
-_FIXED: Final = QemuVersion(11, 0)
+#: A defect that the agents of both sides can do something about (`needs_one_cpu`).
+_ONE_CPU: Final = quirk("ppc64-tcg-one-cpu")
+#: The code of its refusal.
+ONE_CPU: Final = _ONE_CPU.code
 
 
 def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
     """Migrations that are known to hang, or to lose the guest; forceable. Those whose code is `ONE_CPU` do not,
     while the guest has only its first CPU online.
     """
-    found = []
-    if state.accel != "tcg" or state.version is None:
+    if state.version is None:
         return []
-    if state.arch == "ppc64" and state.version < _PPC_DECREMENTER:
-        text = (
-            f"QEMU {state.version} under TCG does not migrate the decrementer, and a Linux guest hangs, at once or"
-            " some migrations later (seen with 7.2; not with 11.1)"
-        )
-        found.append(_forceable("decrementer", text))
-    if needs_one_cpu(state):
-        text = (
-            f"QEMU {state.version} under TCG: after a migration no interrupt reaches any vCPU but the first, and a"
-            " Linux guest hangs (seen with 10.0; not with 11.1)"
-        )
-        hint = (
-            "`migrate` takes the other CPUs offline for it where the guest's agent is known at both sides: --agent"
-            " ADDR or a definition with it, and --dest-agent ADDR or a destination by name"
-        )
-        found.append(_forceable(ONE_CPU, text, hint))
-    if state.arch in ("x86_64", "i386") and removals_seen and state.version < _FIXED:
-        text = f"QEMU {state.version} under TCG never gets past 'setup' once a vCPU was unplugged (seen with 10.0)"
-        found.append(_forceable("setup", text))
-    if state.arch == "ppc64" and removals_seen and state.version < _FIXED:
-        text = (
-            f"QEMU {state.version} under TCG aborts at a migration once a core was unplugged (seen with 7.2, 10.0;"
-            " not with 11.1), and the guest is lost"
-        )
-        found.append(_forceable("unplugged", text))
-    return found
-
-
-def _forceable(code: str, text: str, way: str | None = None) -> Refusal:
-    hint = "use QEMU 11.1 or KVM; --force (force=True) does it all the same"
-    hint = hint if way is None else f"{way}; or {hint}"
-    return Refusal(code, text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED", forceable=True)
+    facts = checks.facts_after_unplug(removals_seen)
+    if len(state.enabled_ids) > 1:
+        facts.add(Fact.SEVERAL_VCPUS)
+    return [checks.refusal_of(row, state) for row in checks.set_off(state, Trigger.MIGRATE, facts)]
 
 
 def needs_one_cpu(state: DomainState) -> bool:
     """Whether a Linux gets over a migration only with just its first CPU online.
 
-    QEMU does not migrate that RTAS started the others (`env->quiesced`; "target/ppc: Fix env->quiesced migration",
-    gitlab issue 3079); a CPU that comes online is started anew.
+    QEMU does not migrate that RTAS started the others; a CPU that comes online is started afresh.
     """
-    several = len(state.enabled_ids) > 1
-    return (
-        state.arch == "ppc64"
-        and state.accel == "tcg"
-        and state.version is not None
-        and _PPC_DECREMENTER <= state.version < _FIXED
-        and several
-    )
+    return any(refusal.code == ONE_CPU for refusal in check_hangs(state, 0))
 
 
 def check_one_cpu(view: GuestView) -> str | None:

@@ -5,27 +5,20 @@ libvirt numbers vCPUs as we do: slot by slot, in the order of socket, core and t
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any, Final
 
+from qmpvcpu.core.arch import EntityKind, architecture
 from qmpvcpu.core.config import state_of
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.events import PERIPHERAL
 from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Props, QemuVersion, Topology
 
-__all__ = ["running_state", "version_of_machine"]
+__all__ = ["running_state"]
 
 #: Of a CPU that was there at the start libvirt tells no path.
 _UNNAMED: Final = "/machine/unattached/"
-_MACHINE: Final = re.compile(r"-(\d{1,3})\.(\d{1,3})\Z")
-
-
-def version_of_machine(machine: str) -> QemuVersion:
-    """The oldest QEMU that has this versioned machine; 0.0 of one that has no version."""
-    found = _MACHINE.search(machine)
-    return QemuVersion(int(found[1]), int(found[2])) if found else QemuVersion(0, 0)
 
 
 def running_state(
@@ -82,7 +75,7 @@ def _props(state: DomainState, first: int, node: int | None) -> Props:
     """Where a slot is, as QEMU would say it."""
     topology = state.topology or Topology(state.maxcpus, sockets=state.maxcpus)
     found: Mapping[str, Any]
-    if state.arch in ("x86_64", "i686", "i386", "loongarch64"):
+    if architecture(state.arch).entity is EntityKind.THREAD:
         found = _levels(topology, first)
     else:
         found = {"core-id": first}

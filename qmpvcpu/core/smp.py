@@ -7,23 +7,22 @@ prove (`is_proven`, `Prediction.is_certain`) is to be probed.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
+from qmpvcpu.core.arch import Architecture, EntityKind, architecture
+from qmpvcpu.core.machine.versions import Feature, compat_version, has, is_measured, takes_machine
 from qmpvcpu.core.model import Props, QemuVersion, Topology, format_ids
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 
 __all__ = [
     "LEVELS",
-    "MEASURED",
     "NumaCpu",
     "NumaNode",
     "Prediction",
     "Slot",
     "Smp",
-    "compat_version",
     "is_known",
     "is_proven",
     "parse_numa",
@@ -35,16 +34,6 @@ __all__ = [
 LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 #: More than any machine has.
 _MOST: Final = 65536
-_VERSIONED: Final = re.compile(r"-(\d{1,3})\.(\d{1,3})\Z")
-#: Since then `-smp 8` is one socket of 8 cores; machine types of before have 8 sockets of one.
-_CORES_FIRST: Final = QemuVersion(6, 2)
-#: Since then 0 is refused, and named levels that are 1 are taken by every machine.
-_NO_ZERO: Final = QemuVersion(9, 0)
-_S390X_TOPOLOGY: Final = QemuVersion(8, 2)
-_MODULES: Final = QemuVersion(9, 1)
-#: Machine types of before take threads, and make cores of them.
-_S390X_ONE_THREAD: Final = QemuVersion(7, 2)
-_PPC64_TCG_THREADS: Final = QemuVersion(8, 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -117,12 +106,21 @@ class Prediction:
 
 @dataclass(frozen=True, slots=True)
 class _Machine:
-    arch: str
+    row: Architecture
     #: The version whose rules it keeps: of its name, else QEMU's.
     compat: QemuVersion
     qemu: QemuVersion
     levels: tuple[str, ...]
     known: tuple[str, ...]
+
+    @property
+    def has_cores(self) -> bool:
+        """Whether a slot is a whole core."""
+        return self.row.entity is EntityKind.CORE
+
+    def size(self, topology: Topology) -> int:
+        """vCPUs of one slot."""
+        return self.row.entity_size(topology.threads)
 
 
 def parse_smp(text: str) -> Smp:
@@ -213,26 +211,15 @@ def _bad_numa(text: str) -> VcpuUsageError:
     )
 
 
-#: Predictions are held against these (tests/qemu/test_smp_real.py).
-MEASURED: Final = (QemuVersion(7, 2), QemuVersion(10, 0), QemuVersion(11, 1))
-
-
 def is_known(arch: str, machine: str, version: QemuVersion) -> bool:
     """Whether there are rules for this machine of a QEMU of this version."""
-    if arch == "loongarch64" and version < QemuVersion(10, 0):
-        return False
-    return _family(arch, machine) is not None
+    row = architecture(arch)
+    return row.computes(machine) and (row.hotplug_since is None or has(version, row.hotplug_since))
 
 
 def is_proven(arch: str, machine: str, version: QemuVersion) -> bool:
-    """Whether they have been held against real QEMUs of this version."""
-    if not is_known(arch, machine, version) or compat_version(machine, version) > version:
-        return False
-    return QemuVersion(version.major, version.minor) in MEASURED
-
-
-#: Up to so many CPUs every machine of the family takes; more depends on its version and the CPU model (x2apic).
-_SIZES: Final = {"x86": 240, "ppc64": 1024, "s390x": 248, "loongarch64": 256}
+    """Whether they have been compared with real QEMUs of this version."""
+    return is_known(arch, machine, version) and takes_machine(version, machine) and is_measured(version)
 
 
 def predict(
@@ -264,13 +251,13 @@ def predict(
     _check_machine(topology, plugged, facts, accel)
     units = _units(topology, facts)
     placed = _nodes(units, topology, nodes, cpus, facts)
-    size = topology.threads if facts.arch == "ppc64" else 1
+    size = facts.size(topology)
     slots = tuple(
         Slot(Props(props if node is None else {**props, "node-id": node}), size, number * size < plugged)
         for number, (props, node) in enumerate(zip(units, placed, strict=True))
     )
-    is_certain = topology.maxcpus <= _SIZES[facts.arch]
-    if facts.arch == "x86":
+    is_certain = topology.maxcpus <= facts.row.most_computed
+    if facts.row.has_apic:
         is_certain &= _last_apic_id(topology) < _APIC_IDS
     return Prediction(topology, plugged, slots, is_certain)
 
@@ -292,37 +279,21 @@ def _last_apic_id(topology: Topology) -> int:
     return found
 
 
-def _family(arch: str, machine: str) -> str | None:
-    if arch in ("x86_64", "i386") and re.fullmatch(r"(pc|q35|pc-q35-\d+\.\d+|pc-i440fx-\d+\.\d+)", machine):
-        return "x86"
-    if arch == "ppc64" and re.fullmatch(r"pseries(-\d+\.\d+)?", machine):
-        return "ppc64"
-    if arch == "s390x" and re.fullmatch(r"s390-ccw-virtio(-\d+\.\d+)?", machine):
-        return "s390x"
-    if arch == "loongarch64" and re.fullmatch(r"virt(-\d+\.\d+)?", machine):
-        return "loongarch64"
-    return None
-
-
-def compat_version(machine: str, version: QemuVersion) -> QemuVersion:
-    """The version whose rules a machine keeps: that of its name, else QEMU's."""
-    found = _VERSIONED.search(machine)
-    return QemuVersion(int(found[1]), int(found[2])) if found else QemuVersion(version.major, version.minor)
-
-
 def _facts(arch: str, machine: str, version: QemuVersion) -> _Machine:
-    family = _family(arch, machine)
-    if family is None:
+    row = architecture(arch)
+    if not row.computes(machine):
         raise _refused(f"what '{machine}' ({arch}) makes of -smp is not known", "probe it (--probe always)")
-    known = ["sockets", "dies", "clusters", "cores", "threads"]
-    known += ["drawers", "books"] if version >= _S390X_TOPOLOGY else []
-    known += ["modules"] if version >= _MODULES else []
-    levels: tuple[str, ...] = ("sockets", "cores", "threads")
-    if family == "x86":
-        levels = ("sockets", "dies", *(["modules"] if version >= _MODULES else []), "cores", "threads")
-    elif family == "s390x" and version >= _S390X_TOPOLOGY:
-        levels = ("drawers", "books", *levels)
-    return _Machine(family, compat_version(machine, version), version, levels, tuple(known))
+    known = tuple(level for level in LEVELS if level not in _LEVEL_SINCE or has(version, _LEVEL_SINCE[level]))
+    levels = tuple(level for level in row.levels if level in known)
+    return _Machine(row, compat_version(machine, version), version, levels, known)
+
+
+#: Levels that came to -smp later than the others.
+_LEVEL_SINCE: Final = {
+    "drawers": Feature.DRAWERS_AND_BOOKS,
+    "books": Feature.DRAWERS_AND_BOOKS,
+    "modules": Feature.MODULES,
+}
 
 
 def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
@@ -331,7 +302,7 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
     for level in LEVELS:
         if given[level] is not None and level not in facts.known:
             raise _refused(f"this QEMU's -smp has no {level}", f"leave out {level}")
-    if facts.qemu >= _NO_ZERO and 0 in given.values():
+    if has(facts.qemu, Feature.NO_ZERO_LEVELS) and 0 in given.values():
         raise _refused("CPU topology parameters must be greater than zero", "leave out what is 0")
     for level in LEVELS:
         if (given[level] or 1) > 1 and level not in facts.levels:
@@ -346,7 +317,9 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
             counts[level] = counts[level] or 1
     else:
         maxcpus = maxcpus or cpus
-        first, second = ("sockets", "cores") if facts.compat < _CORES_FIRST else ("cores", "sockets")
+        first, second = "sockets", "cores"
+        if has(facts.compat, Feature.CORES_FIRST):
+            first, second = second, first
         if not counts[first]:
             counts[second] = counts[second] or 1
             counts["threads"] = counts["threads"] or 1
@@ -381,11 +354,11 @@ def _product(counts: Mapping[str, int], without: str = "") -> int:
 
 def _check_machine(topology: Topology, cpus: int, facts: _Machine, accel: str) -> None:
     threads = topology.threads
-    if facts.arch == "s390x" and threads > 1 and facts.compat >= _S390X_ONE_THREAD:
+    if facts.row.entity is EntityKind.CPU and threads > 1 and has(facts.compat, Feature.S390X_ONE_THREAD):
         raise _refused("S390 does not support more than 1 threads", "leave out threads")
-    if facts.arch != "ppc64" or threads == 1:
+    if not facts.has_cores or threads == 1:
         return
-    if accel == "tcg" and facts.qemu < _PPC64_TCG_THREADS:
+    if accel == "tcg" and not has(facts.qemu, Feature.PSERIES_TCG_THREADS):
         raise _refused(
             "TCG cannot support more than 1 thread/core on a pseries machine", "leave out threads, or use QEMU 8.2"
         )
@@ -399,23 +372,22 @@ def _check_machine(topology: Topology, cpus: int, facts: _Machine, accel: str) -
 
 def _units(topology: Topology, facts: _Machine) -> list[dict[str, Any]]:
     """The props of every slot but its node, in the order of vCPU ids."""
-    if facts.arch == "ppc64":
+    if facts.has_cores:
         return [{"core-id": first} for first in range(0, topology.maxcpus, topology.threads)]
-    if facts.arch == "s390x" and facts.qemu < _S390X_TOPOLOGY:
+    counts_through = facts.row.entity is EntityKind.CPU
+    if counts_through and "books" not in facts.known:
         return [{"core-id": number} for number in range(topology.maxcpus)]
-    is_s390x = facts.arch == "s390x"
     units = []
     for number in range(topology.maxcpus):
         rest, props = number, {}
         for level in reversed(facts.levels):
-            if is_s390x and level == "threads":
+            if counts_through and level == "threads":
                 continue
             count = getattr(topology, level)
             rest, place = divmod(rest, count)
             if level not in ("dies", "modules") or count > 1:
                 props[_PROPS[level]] = place
-        if is_s390x:
-            # Counted through the whole machine.
+        if counts_through:
             props["core-id"] = number
         units.append(props)
     return units
@@ -441,15 +413,15 @@ def _nodes(
 ) -> list[int | None]:
     """The NUMA node of every slot."""
     if not nodes and not cpus:
-        return [0 if facts.arch == "ppc64" else None] * len(units)
-    if facts.arch == "s390x":
+        return [0 if facts.row.has_node_always else None] * len(units)
+    if not facts.row.has_numa:
         raise _refused("NUMA is not supported by this machine type", "leave out -numa")
     if sorted(node.id for node in nodes) != list(range(len(nodes))):
         ids = format_ids(node.id for node in nodes)
         raise _refused(f"NUMA node ids must run from 0 without a gap, each once: {ids}", "number them 0, 1, …")
     if len(nodes) > _NUMA_LIMIT:
         raise _refused(f"{len(nodes)} NUMA nodes are more than QEMU's {_NUMA_LIMIT}", "have fewer nodes")
-    size = topology.threads if facts.arch == "ppc64" else 1
+    size = facts.size(topology)
     named: dict[int, int] = {}
 
     def assign(slot: int, node: int, what: str) -> None:
@@ -480,7 +452,7 @@ def _nodes(
     if named:
         # What nobody names falls to node 0.
         return [named.get(number, 0) for number in range(len(units))]
-    if facts.arch == "ppc64":
+    if facts.has_cores:
         return [number // topology.cores % len(nodes) for number in range(len(units))]
     return [props["socket-id"] % len(nodes) for props in units]
 

@@ -10,6 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from qmpvcpu.core import checks
+from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import DomainState, Entity, Outcome, format_ids
 from qmpvcpu.core.outcome import (
@@ -413,7 +414,7 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
         plan.unplugs,
         plan.awaited,
         wait=request.wait,
-        reset_drops_unplug=checks.is_x86(state),
+        reset_drops_unplug=architecture(state.arch).reset_drops_unplug,
         atomic=request.atomic,
         retries=request.retry,
         doubted=link.ledger.firsts,

@@ -10,6 +10,7 @@ from contextlib import suppress
 from dataclasses import dataclass, replace
 from typing import Final
 
+from qmpvcpu.core.arch import Identity, architecture
 from qmpvcpu.core.guest import (
     GuestCpu,
     GuestView,
@@ -177,7 +178,7 @@ class Guest:
             view = await self.view(state)
             come: tuple[GuestCpu, ...] = ()
             if before is not None and view.assumed:
-                come = newcomers(before, view, lists_all=state.arch == "ppc64")
+                come = newcomers(before, view, lists_all=architecture(state.arch).lists_possible_cpus)
                 if len(come) > len(vcpus):
                     # Others have come too: nobody can say whose is whose.
                     before = None
@@ -259,7 +260,7 @@ class Guest:
         return view
 
     async def _spacing(self, state: DomainState) -> int | None:
-        if state.arch == "ppc64" and not self._vsmt_known:
+        if architecture(state.arch).identity is Identity.PHYSICAL_ID and not self._vsmt_known:
             try:
                 vsmt = await self._monitor.qom_get("/machine", "vsmt")
             except CommandError:

@@ -21,10 +21,12 @@ from typing import Any, Final, Literal
 from qmpvcpu.core import checks
 from qmpvcpu.core.config import state_of
 from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.machine.versions import oldest_with
 from qmpvcpu.core.model import DomainState, Outcome, format_ids
 from qmpvcpu.core.plan import Plan
+from qmpvcpu.core.quirks import quirk
 from qmpvcpu.core.request import Request
-from qmpvcpu.core.running import running_state, version_of_machine
+from qmpvcpu.core.running import running_state
 from qmpvcpu.core.select import guest_total
 from qmpvcpu.domain.domain import Domain
 from qmpvcpu.domain.dump import check_dump, dump
@@ -450,7 +452,7 @@ async def list_domains(uri: str) -> Sequence[Row]:
 
 def _may_be_unseen(definition: Definition) -> bool:
     """Whether vCPUs may leave without an event."""
-    return definition.accel == "tcg" and definition.arch in ("x86_64", "i686")
+    return quirk("x86-tcg-no-deleted-event").affects(definition.arch, definition.accel, None)
 
 
 def _doubtful(definition: Definition, gone: Collection[int]) -> tuple[int, ...]:
@@ -625,7 +627,7 @@ class XmlReader:
             raise self._monitor.stopped()
         definition = read_domain(xml, running=True)[1]
         # libvirt tells the version of no running QEMU: it is at least that of its machine type.
-        version = version_of_machine(definition.machine or "")
+        version = oldest_with(definition.machine or "")
         gone = await self._gone(definition)
         state = running_state(definition, self._name, version, run, gone, asked)
         self._monitor.entities = {entity.first: entity.ids for entity in state.entities}

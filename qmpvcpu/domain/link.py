@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
-from qmpvcpu.core import checks
+from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.events import CPU_EVENTS, Names, SignalKind, changes, interpret
 from qmpvcpu.core.migration import MigrationStatus, check_cpu_operation, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
@@ -300,7 +300,7 @@ class Link:
             self.ledger.end({signal.first} - self.driven)
             refused = [by_id[signal.first]]
             self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, refused, signal.reason))
-        elif signal.kind is SignalKind.RESET and checks.is_x86(self._state):
+        elif signal.kind is SignalKind.RESET and architecture(self._state.arch).reset_drops_unplug:
             self.ledger.end(pending - self.driven)
             dropped = [by_id[first] for first in sorted(pending)]
             self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, dropped, signal.reason))

@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final, TypeVar
 
+from qmpvcpu.core.machine.versions import Feature, has
 from qmpvcpu.core.migration import (
     ONE_CPU,
     Cookie,
@@ -88,7 +89,6 @@ _CANCEL_SECONDS: Final = 3.0
 _CAPABILITIES: Final = {"return-path": True, "events": True}
 _FD_NAME: Final = "qmpvcpu-migration"
 _NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
-_FILE_URI: Final = QemuVersion(8, 2)
 #: Bytes a second: a paused guest waits for the disk, and for nothing else.
 _AS_FAST_AS_IT_GETS: Final = 1 << 50
 
@@ -479,7 +479,7 @@ async def _file_uri(
     monitor: Monitor, version: QemuVersion, fd: int, offset: int, *, keep: bool = False
 ) -> AsyncIterator[str]:
     """A file that QEMU is handed; 8.2 has `file:`, and 11.1 no `fd:` of files any more."""
-    if version < _FILE_URI:
+    if not has(version, Feature.FILE_MIGRATION):
         await monitor.getfd(_FD_NAME, fd)
         yield f"fd:{_FD_NAME}"
         return

@@ -24,7 +24,7 @@ __all__ = ["SavedFile", "Saving", "open_saved"]
 #: Magic, version, whether the stream is whole, bytes of the cookie, where the stream begins.
 _HEADER: Final = struct.Struct(">16sIIQQ")
 _MAGIC: Final = b"qmpvcpu-save\0\0\0\0"
-_VERSION: Final = 1
+_FORMAT: Final = 1
 _PART, _WHOLE = 0, 1
 #: What QEMU's `file:` wants of an offset, and a direct write of a disk.
 _ALIGNED: Final = 4096
@@ -81,7 +81,7 @@ class Saving:
                 self._temporary.unlink()
 
     def _write_head(self, state: int) -> None:
-        head = _HEADER.pack(_MAGIC, _VERSION, state, len(self._cookie), self.offset) + self._cookie
+        head = _HEADER.pack(_MAGIC, _FORMAT, state, len(self._cookie), self.offset) + self._cookie
         data = head.ljust(self.offset, b"\0")
         if os.pwrite(self.fd, data, 0) != len(data):
             raise OSError(28, "No space left on device", str(self._temporary))
@@ -123,9 +123,9 @@ def open_saved(path: str) -> SavedFile:
         head = os.read(fd, _HEADER.size)
         if len(head) < _HEADER.size or not head.startswith(_MAGIC):
             raise _refused(f"'{path}' is no saved guest")
-        _, version, state, length, offset = _HEADER.unpack(head)
-        if version != _VERSION:
-            raise _refused(f"'{path}' was saved in version {version} of the format, and this is {_VERSION}")
+        _, file_format, state, length, offset = _HEADER.unpack(head)
+        if file_format != _FORMAT:
+            raise _refused(f"'{path}' was saved in version {file_format} of the format, and this is {_FORMAT}")
         if state != _WHOLE:
             raise _refused(f"'{path}' is not whole: saving it was interrupted")
         if length > _MOST_COOKIE or offset < _HEADER.size + length or offset >= os.fstat(fd).st_size:

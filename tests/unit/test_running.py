@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import pytest
 
-from qmpvcpu.core.checks import check_unplug
+from qmpvcpu.core.arch import architecture
+from qmpvcpu.core.checks import check_kills_on_unplug, check_unplug
+from qmpvcpu.core.machine.versions import oldest_with
+from qmpvcpu.core.migration import check_hangs
 from qmpvcpu.core.model import LIBVIRT_DRIVER, QemuVersion
-from qmpvcpu.core.running import running_state, version_of_machine
+from qmpvcpu.core.request import Knowledge
+from qmpvcpu.core.running import running_state
 from qmpvcpu.xml.domain import read_domain
 
 XML = """<domain type='{kind}'><name>d</name><vcpu current='{current}'>{maximum}</vcpu>{vcpus}
@@ -18,7 +22,7 @@ def state(arch="x86_64", machine="pc-q35-10.0", topology="sockets='2' cores='2' 
     gone, pending = words.pop("gone", ()), words.pop("pending", ())
     xml = XML.format(arch=arch, machine=machine, topology=topology, **words)
     definition = read_domain(xml.encode(), running=True)[1]
-    version = version_of_machine(definition.machine)
+    version = oldest_with(definition.machine)
     return running_state(definition, "d", version, "running", gone, pending)
 
 
@@ -34,7 +38,7 @@ def state(arch="x86_64", machine="pc-q35-10.0", topology="sockets='2' cores='2' 
     ],
 )
 def test_the_oldest_qemu_that_has_a_machine(machine, version):
-    assert version_of_machine(machine) == version
+    assert oldest_with(machine) == version
 
 
 def test_ids_are_places_as_qemu_numbers_them():
@@ -86,3 +90,38 @@ def test_a_machine_that_never_unplugs():
     found = state("s390x", "s390-ccw-virtio-10.0", "sockets='1' cores='8' threads='1'", vcpus=VCPUS, current=4)
     assert not found.by_id[3].hotpluggable and found.by_id[2].hotpluggable
     assert "never unplug" in check_unplug(found, [found.by_id[3]])[0].message
+
+
+ALIASES = [
+    ("i686", "pc-i440fx-7.2", "sockets='2' cores='2' threads='2'", 3, {}),
+    ("ppc64le", "pseries-10.0", "sockets='1' cores='8' threads='1'", 3, {}),
+    ("ppc64le", "pseries-7.2", "sockets='1' cores='8' threads='1'", 3, {"firmware_runs": True}),
+]
+
+
+@pytest.mark.parametrize(("arch", "machine", "topology", "vcpu", "known"), ALIASES)
+def test_a_domain_under_libvirts_name_of_its_architecture_gets_every_check(arch, machine, topology, vcpu, known):
+    under = {
+        name: state(name, machine, topology, vcpus=VCPUS, current=4) for name in (arch, architecture(arch).name)
+    }
+    kills = {
+        name: check_kills_on_unplug(found, [found.by_id[vcpu]], Knowledge(**known))
+        for name, found in under.items()
+    }
+    assert kills[arch]
+    assert kills[arch] == kills[architecture(arch).name]
+
+
+def test_a_migration_of_a_ppc64le_domain_is_refused_where_one_of_ppc64_is():
+    found = state("ppc64le", "pseries-10.0", "sockets='1' cores='8' threads='1'", vcpus=VCPUS, current=4)
+    assert [refusal.code for refusal in check_hangs(found, removals_seen=1)] == ["one-cpu", "unplugged"]
+
+
+def test_a_core_of_ppc64le_is_one_entity():
+    found = state("ppc64le", "pseries-10.0", "sockets='1' cores='2' threads='4'", current=4)
+    assert [entity.ids for entity in found.entities] == [(0, 1, 2, 3), (4, 5, 6, 7)]
+
+
+def test_an_i686_domain_has_slots_as_x86_64_has_them():
+    places = [state(arch, "pc", "sockets='2' cores='2' threads='2'").vcpus[5].props for arch in ("i686", "x86_64")]
+    assert places[0] == places[1]

@@ -1,0 +1,259 @@
+"""One row for each architecture: its names, and what its machines, firmware and guests do. Pure.
+
+Code asks a row for a value or an ability; it never compares an architecture's name. `architecture()` takes QEMU's
+name of a target and libvirt's names alike (`i386` and `i686`, `ppc64` and `ppc64le`, `arm` and `armv7l`), so a
+domain of libvirt's gets every rule and every check that QEMU's own name gets.
+
+To add an architecture, add a row. Values were measured with QEMU 7.2, 10.0 and 11.1 (docs/qemu-facts.md).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Final
+
+from qmpvcpu.core.machine.versions import Feature
+
+__all__ = [
+    "I386",
+    "PPC64",
+    "ROWS",
+    "X86_64",
+    "Architecture",
+    "EntityKind",
+    "Identity",
+    "architecture",
+    "architecture_of_machine",
+    "examined",
+]
+
+
+class EntityKind(StrEnum):
+    """What one `device_add` creates."""
+
+    THREAD = "thread"
+    #: A core with all of its threads.
+    CORE = "core"
+    #: A CPU whose core-id counts through the whole machine.
+    CPU = "cpu"
+
+
+class Identity(StrEnum):
+    """How a guest's files tell which vCPU one of its CPUs is."""
+
+    #: `apicid` in /proc/cpuinfo of the CPUs that are online, the ACPI path of the others.
+    APIC_ID = "apic-id"
+    #: The ACPI path, `\\_SB_.CPUS.C005`: QEMU's index of the slot.
+    ACPI_PATH = "acpi-path"
+    #: A number that counts cores with a stride (`qom-get /machine vsmt`).
+    PHYSICAL_ID = "physical-id"
+    #: QEMU's core-id.
+    CORE_ID = "core-id"
+    #: A number of the device tree; its rank is the vCPU id, since all CPUs are there from the start.
+    DEVICE_TREE = "device-tree"
+
+
+_MIB: Final = 1024 * 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """What is true of one architecture.
+
+    Attributes:
+        name: QEMU's name of the target, that of its program and of `query-target`.
+        aliases: libvirt's names of guests that this target runs.
+        package: Debian's package of its QEMU, for those that qmpvcpu looks for on a host.
+        entity: what one `device_add` creates.
+        can_plug: whether its usual machines have CPU hotplug.
+        can_unplug: whether they ever give a CPU back.
+        hotplug_machines: a pattern of the machine types whose vCPUs `core.smp` can compute.
+        hotplug_since: the feature without which a QEMU has no CPU hotplug on them.
+        machine_names: names that only machine types of this architecture begin with.
+        default_machine: what libvirt takes where the XML names none.
+        levels: of -smp, outermost first, that its machines can have more than one of.
+        computed_under_kvm: whether that has been compared with QEMU under KVM.
+        most_computed: up to so many vCPUs every such machine takes; more depends on version and CPU model.
+        default_cpu: the CPU model of a machine that is given none; None where it differs between versions.
+        cpu_suffix: a CPU model's name with this behind it is the `driver` of `device_add`; None where names stand
+            for others ("POWER9"), and for which ones differs between versions.
+        has_numa: whether its machines take -numa.
+        has_node_always: whether a slot names node 0 on a machine without NUMA.
+        memory_alignment: bytes; the size of a machine's memory, and of a node's, is a multiple of it.
+        device_bus: the bus of virtio devices, as it ends their names.
+        has_apic: whether vCPUs have x86 APIC ids, and unplug goes through ACPI as it does there.
+        reset_drops_unplug: whether a reset of the machine drops an unplug that was requested.
+        identity: how the guest's files name its CPUs; None where they do not.
+        identity_file: the file that does, in a CPU's folder in sysfs.
+        lists_possible_cpus: whether the guest's agent lists CPUs that are not there.
+        boots_on_first: whether the guest's CPU 0 is vCPU 0 after a boot.
+    """
+
+    name: str
+    aliases: tuple[str, ...] = ()
+    package: str | None = None
+    entity: EntityKind = EntityKind.THREAD
+    can_plug: bool = False
+    can_unplug: bool = False
+    hotplug_machines: str | None = None
+    hotplug_since: Feature | None = None
+    machine_names: tuple[str, ...] = ()
+    default_machine: str = "virt"
+    levels: tuple[str, ...] = ("sockets", "cores", "threads")
+    computed_under_kvm: bool = False
+    most_computed: int = 0
+    default_cpu: str | None = None
+    cpu_suffix: str | None = None
+    has_numa: bool = True
+    has_node_always: bool = False
+    memory_alignment: int = _MIB
+    device_bus: str = "pci"
+    has_apic: bool = False
+    reset_drops_unplug: bool = False
+    identity: Identity | None = None
+    identity_file: str | None = None
+    lists_possible_cpus: bool = False
+    boots_on_first: bool = True
+
+    def computes(self, machine: str) -> bool:
+        """Whether `core.smp` has the rules of this machine type."""
+        return self.hotplug_machines is not None and re.fullmatch(self.hotplug_machines, machine) is not None
+
+    def entity_size(self, threads: int) -> int:
+        """How many vCPUs one `device_add` creates on a machine with so many threads in a core."""
+        return threads if self.entity is EntityKind.CORE else 1
+
+
+X86_64: Final = Architecture(
+    "x86_64",
+    package="qemu-system-x86",
+    can_plug=True,
+    can_unplug=True,
+    hotplug_machines=r"pc|q35|pc-q35-\d+\.\d+|pc-i440fx-\d+\.\d+",
+    machine_names=("pc", "q35"),
+    default_machine="pc",
+    levels=("sockets", "dies", "modules", "cores", "threads"),
+    computed_under_kvm=True,
+    most_computed=240,
+    default_cpu="qemu64",
+    cpu_suffix="-x86_64-cpu",
+    has_apic=True,
+    reset_drops_unplug=True,
+    identity=Identity.APIC_ID,
+    identity_file="firmware_node/path",
+)
+
+I386: Final = replace(
+    X86_64,
+    name="i386",
+    aliases=("i686",),
+    package=None,
+    computed_under_kvm=False,
+    machine_names=(),
+    default_cpu="qemu32",
+    cpu_suffix="-i386-cpu",
+)
+
+PPC64: Final = Architecture(
+    "ppc64",
+    aliases=("ppc64le",),
+    package="qemu-system-ppc",
+    entity=EntityKind.CORE,
+    can_plug=True,
+    can_unplug=True,
+    hotplug_machines=r"pseries(-\d+\.\d+)?",
+    machine_names=("pseries",),
+    default_machine="pseries",
+    most_computed=1024,
+    has_node_always=True,
+    memory_alignment=256 * _MIB,
+    identity=Identity.PHYSICAL_ID,
+    identity_file="physical_id",
+    lists_possible_cpus=True,
+)
+
+ROWS: Final = (
+    X86_64,
+    I386,
+    PPC64,
+    Architecture(
+        "s390x",
+        package="qemu-system-misc",
+        entity=EntityKind.CPU,
+        can_plug=True,
+        hotplug_machines=r"s390-ccw-virtio(-\d+\.\d+)?",
+        machine_names=("s390-ccw-virtio",),
+        default_machine="s390-ccw-virtio",
+        levels=("drawers", "books", "sockets", "cores", "threads"),
+        most_computed=248,
+        default_cpu="qemu",
+        cpu_suffix="-s390x-cpu",
+        has_numa=False,
+        device_bus="ccw",
+        identity=Identity.CORE_ID,
+        identity_file="address",
+    ),
+    Architecture(
+        "loongarch64",
+        package="qemu-system-misc",
+        can_plug=True,
+        can_unplug=True,
+        hotplug_machines=r"virt(-\d+\.\d+)?",
+        hotplug_since=Feature.LOONGARCH64_HOTPLUG,
+        most_computed=256,
+        default_cpu="la464",
+        cpu_suffix="-loongarch-cpu",
+        identity=Identity.ACPI_PATH,
+        identity_file="firmware_node/path",
+    ),
+    Architecture(
+        "aarch64",
+        package="qemu-system-arm",
+        identity=Identity.DEVICE_TREE,
+        identity_file="of_node/reg",
+    ),
+    Architecture(
+        "riscv64",
+        package="qemu-system-misc",
+        identity=Identity.DEVICE_TREE,
+        identity_file="of_node/reg",
+        boots_on_first=False,
+    ),
+    Architecture("arm", aliases=("armv6l", "armv7b", "armv7l")),
+    Architecture("hppa", aliases=("parisc", "parisc64")),
+    Architecture("or1k", aliases=("or32",)),
+    *(
+        Architecture(name)
+        for name in (
+            *("alpha", "avr", "m68k", "microblaze", "microblazeel", "mips", "mips64", "mips64el", "mipsel"),
+            *("ppc", "riscv32", "rx", "sh4", "sh4eb", "sparc", "sparc64", "tricore", "xtensa", "xtensaeb"),
+        )
+    ),
+)
+
+_BY_NAME: Final = {name: row for row in ROWS for name in (row.name, *row.aliases)}
+#: Nothing is known of it, so nothing is refused because of it.
+_UNKNOWN: Final = Architecture("", can_plug=True, can_unplug=True)
+
+
+def architecture(name: str | None) -> Architecture:
+    """The row of an architecture, by QEMU's name or one of libvirt's; a row without rules for an unknown name."""
+    return _BY_NAME.get(name or "") or (replace(_UNKNOWN, name=name) if name else _UNKNOWN)
+
+
+def architecture_of_machine(machine: str) -> Architecture | None:
+    """The architecture of a machine type (`q35`, `pseries-10.0,cap-…`), where its name alone says so."""
+    name = machine.partition(",")[0]
+    return next((row for row in ROWS if any(_begins(name, word) for word in row.machine_names)), None)
+
+
+def _begins(name: str, word: str) -> bool:
+    return name == word or name.startswith(word + "-")
+
+
+def examined() -> Sequence[Architecture]:
+    """The architectures whose QEMU qmpvcpu looks for on a host."""
+    return tuple(row for row in ROWS if row.package is not None)

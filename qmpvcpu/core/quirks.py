@@ -1,0 +1,320 @@
+"""One row for each known defect of QEMU: where it is, what sets it off, what it does, what to do instead. Pure.
+
+To add a defect, add a row: `core.checks` and `core.migration` refuse what a row with `is_refused` describes,
+unless the request is forced. The first table of docs/qemu-facts.md is printed from the rows
+(`scripts/quirks-table`). Versions are those in which the behaviour was measured. A version between one with a
+defect and one without counts as having it, and so does every version older than the oldest with it, unless `came`
+says since when it exists.
+
+QEMU versions are compared here and in `core.machine.versions` only.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import lru_cache
+from typing import Final
+
+from qmpvcpu.core.arch import I386, PPC64, X86_64, Architecture, architecture
+from qmpvcpu.core.model import QemuVersion
+
+__all__ = ["QUIRKS", "Fact", "Quirk", "Trigger", "quirk", "refused_on"]
+
+
+class Trigger(StrEnum):
+    """What sets a defect off."""
+
+    PLUG = "plug"
+    UNPLUG = "unplug"
+    MIGRATE = "migrate"
+    #: `system_reset`, which qmpvcpu never sends.
+    RESET = "reset"
+
+
+class Fact(StrEnum):
+    """What must be true besides, for the trigger to set a defect off."""
+
+    #: A vCPU was unplugged before.
+    AFTER_UNPLUG = "after-unplug"
+    #: `-accel tcg,thread=single`.
+    SINGLE_THREAD = "single-thread"
+    #: `-accel tcg,thread=multi`, or not known.
+    MULTI_THREAD = "multi-thread"
+    #: An APIC id of 255 or more, on a CPU model that is not known to have x2apic.
+    APIC_255 = "apic-255"
+    #: The firmware still runs.
+    FIRMWARE = "firmware"
+    #: Fewer TCG contexts are surely left than vCPUs are to be plugged.
+    NO_CONTEXTS = "no-contexts"
+    #: More than one vCPU is plugged.
+    SEVERAL_VCPUS = "several-vcpus"
+    #: OVMF with SMM has started the guest.
+    SMM = "smm"
+
+
+@dataclass(frozen=True, slots=True)
+class Quirk:
+    """One defect.
+
+    Attributes:
+        id: its name, for code and for people.
+        arches: the architectures that have it; empty: all of them.
+        accel: the accelerator that has it, None: every one.
+        triggers: what sets it off.
+        facts: what must be true besides.
+        seen: the versions in which it was measured.
+        came: the version that brought it, or the one after the last that was measured without it.
+        fixed: the first version that was measured without it, or is known to have the fix; None: none is known.
+        effect: what happens, for a reader of the documentation.
+        is_refused: whether qmpvcpu refuses what sets it off, unless that is forced.
+        message: the refusal's text; `{version}`, `{used}` and `{maxcpus}` stand for the guest's.
+        hint: what to do instead.
+        code: the refusal's code.
+    """
+
+    id: str
+    effect: str
+    triggers: tuple[Trigger, ...]
+    seen: tuple[str, ...]
+    fixed: QemuVersion | None = None
+    came: QemuVersion | None = None
+    arches: tuple[Architecture, ...] = ()
+    accel: str | None = None
+    facts: frozenset[Fact] = frozenset()
+    is_refused: bool = False
+    message: str = ""
+    hint: str = ""
+    code: str = "kills-qemu"
+
+    def is_in(self, version: QemuVersion | None) -> bool:
+        """Whether a QEMU of this version counts as having it; a version that nobody knows does."""
+        if version is None:
+            return True
+        if self.came is not None and version < self.came:
+            return False
+        return self.fixed is None or version < self.fixed
+
+    def affects(self, arch: str | None, accel: str | None, version: QemuVersion | None) -> bool:
+        """Whether a guest of this architecture (QEMU's or libvirt's name) can meet it."""
+        if self.accel is not None and accel != self.accel:
+            return False
+        return (not self.arches or architecture(arch) in self.arches) and self.is_in(version)
+
+
+_X86: Final = (X86_64, I386)
+_PPC64: Final = (PPC64,)
+_PLUG: Final = (Trigger.PLUG,)
+_UNPLUG: Final = (Trigger.UNPLUG,)
+_MIGRATE: Final = (Trigger.MIGRATE,)
+
+QUIRKS: Final = (
+    Quirk(
+        "x86-tcg-unplug",
+        "QEMU crashes after an unplug, or at the next plug",
+        _UNPLUG,
+        ("7.2",),
+        fixed=QemuVersion(10, 0),
+        arches=_X86,
+        accel="tcg",
+        is_refused=True,
+        message="QEMU {version} under TCG crashes after the unplug of an x86 CPU, or at the next plug",
+        hint="use QEMU 10 or KVM",
+    ),
+    Quirk(
+        "x86-tcg-plug-after-unplug",
+        "QEMU crashes at a plug after an unplug",
+        _PLUG,
+        ("7.2",),
+        fixed=QemuVersion(10, 0),
+        arches=_X86,
+        accel="tcg",
+        facts=frozenset({Fact.AFTER_UNPLUG}),
+        is_refused=True,
+        message="QEMU {version} under TCG crashes at a plug after an unplug",
+        hint="restart the guest, or use QEMU 10",
+    ),
+    Quirk(
+        "x86-tcg-single-thread-unplug",
+        "`qemu_thread_join` aborts QEMU at an unplug",
+        _UNPLUG,
+        ("7.2", "10.0"),
+        fixed=QemuVersion(11, 1),
+        arches=_X86,
+        accel="tcg",
+        facts=frozenset({Fact.SINGLE_THREAD}),
+        is_refused=True,
+        message=("QEMU {version} with -accel tcg,thread=single aborts at the unplug of a CPU (qemu_thread_join)"),
+        hint="start the guest with -accel tcg,thread=multi",
+    ),
+    Quirk(
+        "tcg-contexts",
+        "each vCPU plugged uses up one of maxcpus TCG contexts for good, boot CPUs included; when all are used,"
+        " `tcg_register_thread` aborts QEMU. With 1 of maxcpus=2 that is the second round of plug and unplug; of"
+        " maxcpus=4 the fourth",
+        _PLUG,
+        ("7.2", "10.0", "11.1"),
+        accel="tcg",
+        facts=frozenset({Fact.MULTI_THREAD, Fact.NO_CONTEXTS}),
+        is_refused=True,
+        message=(
+            "QEMU under TCG never gives back the context of a CPU that was unplugged: at least {used} of {maxcpus}"
+            " are used up, and QEMU aborts (tcg_register_thread) when they run out"
+        ),
+        hint="restart the guest; a generous maxcpus puts it off",
+    ),
+    Quirk(
+        "x86-tcg-apic-255",
+        "plugging a CPU with APIC id 255 or more aborts QEMU without x2apic in the CPU model; 11.1 gives an error",
+        _PLUG,
+        ("10.0",),
+        fixed=QemuVersion(11, 1),
+        arches=_X86,
+        accel="tcg",
+        facts=frozenset({Fact.APIC_255}),
+        is_refused=True,
+        message=(
+            "QEMU {version} under TCG aborts when a CPU with APIC id 255 or more is plugged and the CPU model has"
+            " no x2apic"
+        ),
+        hint="start the guest with -cpu max, or with QEMU 11.1",
+    ),
+    Quirk(
+        "x86-tcg-smm-plug",
+        "one plug into a running guest that OVMF with SMM has started hangs it: its CPUs stay in SMM. Plugs under"
+        " -S before `cont` are good",
+        _PLUG,
+        ("10.0", "11.1"),
+        arches=_X86,
+        accel="tcg",
+        facts=frozenset({Fact.SMM}),
+    ),
+    Quirk(
+        "x86-tcg-no-deleted-event",
+        "no DEVICE_DELETED comes for the CPU itself, only for its lapic: a query shows the end of an unplug",
+        _UNPLUG,
+        ("7.2", "10.0", "11.1"),
+        arches=_X86,
+        accel="tcg",
+    ),
+    Quirk(
+        "ppc64-tcg-firmware-unplug",
+        "unplugging a core while the firmware (SLOF) runs crashes QEMU, or the next `system_reset` does",
+        _UNPLUG,
+        ("7.2", "10.0"),
+        fixed=QemuVersion(11, 1),
+        arches=_PPC64,
+        accel="tcg",
+        facts=frozenset({Fact.FIRMWARE}),
+        is_refused=True,
+        message=(
+            "QEMU {version} under TCG crashes at or after the unplug of a ppc64 core while the firmware (SLOF)"
+            " runs"
+        ),
+        hint="wait until the guest's kernel runs",
+    ),
+    Quirk(
+        "ppc64-tcg-reset-after-unplug",
+        "`system_reset` after any unplug aborts QEMU (`qemu_mutex_lock_impl`, `__pthread_tpp_change_priority`),"
+        " with Linux running too; qmpvcpu never resets a guest",
+        (Trigger.RESET,),
+        ("10.0",),
+        fixed=QemuVersion(11, 1),
+        arches=_PPC64,
+        accel="tcg",
+        facts=frozenset({Fact.AFTER_UNPLUG}),
+    ),
+    Quirk(
+        "ppc64-tcg-decrementer",
+        'the decrementer is not migrated ("target/ppc: Migrate DECR SPR"): an idle Linux mostly hangs at the first'
+        " migration, a busy one after some",
+        _MIGRATE,
+        ("7.2",),
+        fixed=QemuVersion(8, 2),
+        arches=_PPC64,
+        accel="tcg",
+        is_refused=True,
+        message=(
+            "QEMU {version} under TCG does not migrate the decrementer, and a Linux guest hangs, at once or some"
+            " migrations later (seen with 7.2; not with 11.1)"
+        ),
+        hint="use QEMU 11.1 or KVM",
+        code="decrementer",
+    ),
+    Quirk(
+        "ppc64-tcg-one-cpu",
+        "after a migration no interrupt reaches any vCPU but the first, and a Linux with more online hangs"
+        " (`env->quiesced` is not migrated, gitlab issue 3079)",
+        _MIGRATE,
+        ("10.0",),
+        came=QemuVersion(8, 2),
+        fixed=QemuVersion(11, 1),
+        arches=_PPC64,
+        accel="tcg",
+        facts=frozenset({Fact.SEVERAL_VCPUS}),
+        is_refused=True,
+        message=(
+            "QEMU {version} under TCG: after a migration no interrupt reaches any vCPU but the first, and a Linux"
+            " guest hangs (seen with 10.0; not with 11.1)"
+        ),
+        hint=(
+            "`migrate` takes the other CPUs offline for it where the guest's agent is known at both sides: --agent"
+            " ADDR or a definition with it, and --dest-agent ADDR or a destination by name; or use QEMU 11.1 or"
+            " KVM"
+        ),
+        code="one-cpu",
+    ),
+    Quirk(
+        "x86-tcg-migrate-after-unplug",
+        "a migration after an unplug never gets past `setup`: QEMU's RCU thread waits for a reader for good",
+        _MIGRATE,
+        ("10.0",),
+        fixed=QemuVersion(11, 1),
+        arches=_X86,
+        accel="tcg",
+        facts=frozenset({Fact.AFTER_UNPLUG}),
+        is_refused=True,
+        message=("QEMU {version} under TCG never gets past 'setup' once a vCPU was unplugged (seen with 10.0)"),
+        hint="use QEMU 11.1 or KVM",
+        code="setup",
+    ),
+    Quirk(
+        "ppc64-tcg-migrate-after-unplug",
+        "a migration after a core was unplugged aborts QEMU, under -S too (`qemu_mutex_lock_impl: Assertion"
+        " mutex->initialized`)",
+        _MIGRATE,
+        ("7.2", "10.0"),
+        fixed=QemuVersion(11, 1),
+        arches=_PPC64,
+        accel="tcg",
+        facts=frozenset({Fact.AFTER_UNPLUG}),
+        is_refused=True,
+        message=(
+            "QEMU {version} under TCG aborts at a migration once a core was unplugged (seen with 7.2, 10.0; not"
+            " with 11.1), and the guest is lost"
+        ),
+        hint="use QEMU 11.1 or KVM",
+        code="unplugged",
+    ),
+    Quirk(
+        "kvm-stats-descriptor",
+        "each plug and unplug leaves one descriptor (`kvm-vcpu-stats`) open in QEMU",
+        _UNPLUG,
+        ("10.0", "11.1"),
+        came=QemuVersion(8, 0),
+        accel="kvm",
+    ),
+)
+
+_BY_ID: Final = {row.id: row for row in QUIRKS}
+
+
+def quirk(name: str) -> Quirk:
+    """The row of that id."""
+    return _BY_ID[name]
+
+
+@lru_cache
+def refused_on(arch: str, accel: str | None, version: QemuVersion | None) -> tuple[Quirk, ...]:
+    """The defects that such a guest can meet and that are refused; remembered, because every plug asks."""
+    return tuple(row for row in QUIRKS if row.is_refused and row.affects(arch, accel, version))
