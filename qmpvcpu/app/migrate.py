@@ -10,15 +10,16 @@ from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
+from qmpvcpu.aio import finish
 from qmpvcpu.app.definitions import undefine
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.app.start import clean_up, launch_waiting
 from qmpvcpu.core.migration import Cookie, MigrationStatus
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.domain import Domain, connect
-from qmpvcpu.domain.migrate import Migrated, Progress, to_the_end
+from qmpvcpu.domain.migrate import Migrated, Progress
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.files import read_file
@@ -39,8 +40,6 @@ __all__ = [
     "restore",
     "save",
 ]
-
-T = TypeVar("T")
 
 #: What a cookie may have: two domains of 8 MiB.
 _LIMIT = 17 * 1024 * 1024
@@ -394,18 +393,18 @@ async def save(
     """
     cookie = await source.migrate_begin(persistent=source.has_definition, wait=wait, force=force)
     try:
-        saving = await _made(lambda: Saving(Path(file), write_cookie(cookie)), Saving.discard)
+        saving = await finish(asyncio.to_thread(Saving, Path(file), write_cookie(cookie)), discard=Saving.discard)
     except OSError as error:
         text = f"'{file}' cannot be written: {error.strerror}"
         raise VcpuRefused([Refusal("file", text, (), "name a file in a folder with room")]) from error
     size = 0
 
-    def finish() -> None:
+    def finished() -> None:
         nonlocal size
         size = saving.finish()
 
     try:
-        await source.save(cookie, saving.fd, saving.offset, finish, progress, force=force)
+        await source.save(cookie, saving.fd, saving.offset, finished, progress, force=force)
     finally:
         saving.discard()
     if source.has_definition and check_name(source.name) is None:
@@ -436,7 +435,7 @@ async def restore(
         VcpuRefused: it is no whole guest, or runs already, or the destination cannot take it.
         VcpuFailed: QEMU could not read it. The file is as it was.
     """
-    saved = await _made(lambda: open_saved(file), SavedFile.close)
+    saved = await finish(asyncio.to_thread(open_saved, file), discard=SavedFile.close)
     try:
         cookie = read_cookie(saved.cookie)
         async with _destination(dest, cookie, mode, place=place, timeout=timeout) as target:
@@ -455,21 +454,6 @@ async def restore(
             return Restored(target.name, target.qmp, state.enabled_ids, cookie.runs, tuple(messages))
     finally:
         saved.close()
-
-
-async def _made(make: Callable[[], T], undo: Callable[[T], object]) -> T:
-    """What `make` makes in a thread; undone, if this is cancelled meanwhile: a thread cannot be."""
-    task = asyncio.create_task(asyncio.to_thread(make))
-    try:
-        return await asyncio.shield(task)
-    except asyncio.CancelledError:
-        try:
-            with suppress(OSError, VcpuRefused):
-                await to_the_end(task)
-        finally:
-            if not task.cancelled() and task.exception() is None:
-                undo(task.result())
-        raise
 
 
 def _define_restored(place: _Place, cookie: Cookie) -> list[str]:

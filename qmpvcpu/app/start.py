@@ -11,6 +11,7 @@ from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
 
+from qmpvcpu.aio import finish
 from qmpvcpu.app.boot import CommandLine, command_line
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
@@ -128,7 +129,7 @@ async def start(
             if pid is None:
                 raise _gone(runtime)
         except BaseException:
-            await _shielded(asyncio.to_thread(_end, runtime))
+            await finish(asyncio.to_thread(_end, runtime))
             raise
     messages = [*launched.messages, *notes]
     return Started(
@@ -207,13 +208,15 @@ async def _launch(
     if definition.uuid is not None:
         arguments += ["-uuid", definition.uuid]
     arguments += hardware_args(hardware, qemu_arch(definition), console=str(runtime.console), agent=SOCKETS[2])
+    prepared = asyncio.create_task(asyncio.to_thread(runtime.prepare))
     try:
-        await _shielded(asyncio.to_thread(runtime.prepare))
+        await finish(prepared)
     except OSError as error:
         text = f"'{runtime.folder}' cannot be made: {error.strerror}"
         raise _refused("runtime", text, "look at the rights of the folder above it") from error
     except asyncio.CancelledError:
-        await _shielded(asyncio.to_thread(_end, runtime))
+        if prepared.exception() is None:
+            await finish(asyncio.to_thread(_end, runtime))
         raise
     try:
         await launch_qemu(
@@ -226,7 +229,7 @@ async def _launch(
             timeout=timeout,
         )
     except BaseException:
-        await _shielded(asyncio.to_thread(_end, runtime))
+        await finish(asyncio.to_thread(_end, runtime))
         raise
     messages = [*line.probe.messages, *line.args.messages]
     if hardware.left_out:
@@ -238,7 +241,7 @@ async def clean_up(name: str) -> None:
     """End what is left of a QEMU that we have started: its process, folder and cgroups. Never raises OSError."""
     runtime = Runtime(name)
     with suppress(OSError):
-        await _shielded(asyncio.to_thread(_end, runtime))
+        await finish(asyncio.to_thread(_end, runtime))
 
 
 async def destroy(name: str) -> Destroyed:
@@ -263,7 +266,7 @@ async def destroy(name: str) -> Destroyed:
                 )
             raise _refused("inactive", f"'{name}' does not run", "`qmpvcpu list` shows what does")
         try:
-            killed = await asyncio.to_thread(_end, runtime)
+            killed = await finish(asyncio.to_thread(_end, runtime))
         except OSError as error:
             raise VcpuFailed(
                 f"QEMU {pid} cannot be ended: {error.strerror}", hint="who has started it?"
@@ -364,16 +367,6 @@ async def _alone(runtime: Runtime) -> AsyncIterator[None]:
         yield
     finally:
         lock.release()
-
-
-async def _shielded(work: Any) -> None:
-    """To the end, whoever cancels."""
-    task = asyncio.ensure_future(work)
-    try:
-        await asyncio.shield(task)
-    except asyncio.CancelledError:
-        await task
-        raise
 
 
 def _refused(code: str, message: str, hint: str, libvirt: str = "VIR_ERR_OPERATION_INVALID") -> VcpuRefused:

@@ -6,6 +6,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from typing import Final, Protocol
 
+from qmpvcpu.aio import wind_up
 from qmpvcpu.core.events import Names, interpret, replugged
 from qmpvcpu.core.model import DomainState, Entity
 from qmpvcpu.core.plan import unplug_name
@@ -96,7 +97,7 @@ class Drive:
         self._unplugging: tuple[Entity, ...] = ()
         self._waker: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
-        self._cancelled: asyncio.CancelledError | None = None
+        self._is_cancelled = False
 
     async def run(self, entities: Iterable[Entity]) -> Result:
         """Carry the transaction to its end. `entities`: those it is about.
@@ -113,8 +114,12 @@ class Drive:
         self._unplugging = tuple(entity for entity in entities if entity.plugged)
         try:
             with self._monitor.listen(self._sink):
-                await self._begin()
-                await self._keep_time()
+                try:
+                    await self._begin()
+                    await self._keep_time()
+                except asyncio.CancelledError as error:
+                    self._cancel()
+                    raise error from await wind_up(self._keep_time())
         finally:
             for first in self._dropped():
                 # Whatever that would lead to is not done any more.
@@ -124,9 +129,6 @@ class Drive:
                 task.cancel()
             if unfinished:
                 await asyncio.wait(unfinished)
-            if self._cancelled is not None:
-                # Whatever became of it: to the caller, a cancelled call is cancelled.
-                raise asyncio.CancelledError from self._failure
         return self._transaction.result()
 
     async def _begin(self) -> None:
@@ -140,22 +142,15 @@ class Drive:
         self._perform(effects[:-1])
         try:
             await self._query()
-        except asyncio.CancelledError as error:
-            self._swallow(error)
+        except asyncio.CancelledError:
             self._perform(effects[-1:])
-            self._take(Cancelled())
+            raise
 
-    def _swallow(self, error: asyncio.CancelledError) -> None:
-        """Go on after a first cancel; it is raised again at the end.
-
-        The task must not count as being cancelled meanwhile: in Python 3.11.2 every `asyncio.timeout` in it would
-        end with CancelledError.
-        """
-        self._cancelled = error
+    def _cancel(self) -> None:
+        """From here on nothing new begins."""
+        self._is_cancelled = True
         self._drop()
-        task = asyncio.current_task()
-        assert task is not None
-        task.uncancel()
+        self._take(Cancelled())
 
     def _drop(self, *, plugs: bool = True) -> None:
         """Nothing that has not been sent is sent any more."""
@@ -167,10 +162,10 @@ class Drive:
         return [entity.first for entity in self._entities if entity.device_id in found]
 
     async def _keep_time(self) -> None:
-        """Sleep until the transaction is done, feeding it what time brings: polls, deadlines, a cancel."""
+        """Sleep until the transaction is done, feeding it what time brings: polls and deadlines."""
         transaction = self._transaction
         now = asyncio.get_running_loop().time
-        deadline: float | None = now() + (self._timeout if self._cancelled is None else UNDO_SECONDS)
+        deadline: float | None = now() + (UNDO_SECONDS if self._is_cancelled else self._timeout)
         phase = transaction.phase
         drop_at: float | None = now() + max(self._timeout, _ASK_SECONDS)
         poll, poll_at, soon_at = _POLL_FIRST, now() + _POLL_FIRST, None
@@ -191,24 +186,17 @@ class Drive:
                 wakes.append(again_at)
             if drop_at is not None:
                 wakes.append(drop_at)
-            try:
-                await self._sleep(min(wakes, default=None))
-            except asyncio.CancelledError as error:
-                if self._cancelled is not None:
-                    raise
-                self._swallow(error)
-                deadline = now() + UNDO_SECONDS
-                self._take(Cancelled())
+            await self._sleep(min(wakes, default=None))
             if drop_at is not None and now() >= drop_at:
                 drop_at = None
                 if transaction.phase is Phase.RUN:
                     self._drop(plugs=False)
             if deadline is not None and now() >= deadline:
                 deadline = None
-                if self._cancelled is not None or transaction.phase is Phase.UNDO:
+                if self._is_cancelled or transaction.phase is Phase.UNDO:
                     self._drop()
                 self._take(Expired())
-                if self._cancelled is not None:
+                if self._is_cancelled:
                     return  # what has not ended by now is told as it stands
             elif again_at is not None and now() >= again_at:
                 again_at = None

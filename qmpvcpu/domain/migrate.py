@@ -8,11 +8,12 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
-from typing import Any, Final, TypeVar
+from typing import Any, Final
 
+from qmpvcpu import aio
 from qmpvcpu.core.machine.versions import Feature, has
 from qmpvcpu.core.migration import (
     ONE_CPU,
@@ -69,8 +70,6 @@ __all__ = [
     "start",
     "status_of",
 ]
-
-T = TypeVar("T")
 
 #: Called with each fresh status while memory moves.
 Progress = Callable[[MigrationStatus], None]
@@ -332,7 +331,7 @@ async def perform(
         try:
             return await _until_ended(monitor, timeout, progress)
         except asyncio.CancelledError:
-            await to_the_end(stop_moving(monitor))
+            await aio.finish(stop_moving(monitor))
             raise
 
 
@@ -352,24 +351,6 @@ async def _rate(monitor: Monitor, limit: int | None) -> AsyncIterator[None]:
         if type(rate) is int:
             with suppress(CommandError, VcpuConnectionError):
                 await monitor.migrate_set_parameters({"max-bandwidth": rate})
-
-
-async def to_the_end(work: Coroutine[Any, Any, T] | asyncio.Task[T]) -> T:
-    """Await what must not stop in the middle, however often this is cancelled; CancelledError goes on after it."""
-    task = work if isinstance(work, asyncio.Task) else asyncio.create_task(work)
-    cancelled: asyncio.CancelledError | None = None
-    while not task.done():
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError as error:
-            cancelled = error
-        except Exception:  # noqa: BLE001 - it is in the task
-            break
-    if cancelled is not None:
-        if not task.cancelled() and task.exception() is not None:
-            raise cancelled from task.exception()
-        raise cancelled
-    return task.result()
 
 
 async def _until_ended(monitor: Monitor, timeout: float | None, progress: Progress | None) -> MigrationStatus:
@@ -458,7 +439,7 @@ async def perform_to_file(
             try:
                 return await _until_ended(monitor, None, progress)
             except asyncio.CancelledError:
-                await to_the_end(stop_moving(monitor))
+                await aio.finish(stop_moving(monitor))
                 raise
 
 
@@ -723,7 +704,7 @@ async def migrate(
     try:
         status, messages = await _move(source, destination, cookie, move)
     except BaseException as error:
-        messages = await to_the_end(one_cpu.go_back()) if one_cpu is not None else []
+        messages = await aio.finish(one_cpu.go_back()) if one_cpu is not None else []
         if isinstance(error, VcpuError):
             error.messages = (*error.messages, *said, *messages)
         raise
@@ -741,7 +722,7 @@ async def _begin_one_cpu(one_cpu: OneCpu, source: Link, *, force: bool) -> list[
     try:
         await one_cpu.begin()
     except BaseException as error:
-        left = await to_the_end(one_cpu.go_back())
+        left = await aio.finish(one_cpu.go_back())
         if not isinstance(error, VcpuError):
             raise
         if left:
@@ -804,7 +785,7 @@ async def _move(
             f"{error.message}; the guest goes on at the source", hint=error.hint, qmp_text=error.qmp_text
         ) from error
     try:
-        messages = await to_the_end(_hand_over(source, destination, cookie, end_of_source, why, move))
+        messages = await aio.finish(_hand_over(source, destination, cookie, end_of_source, why, move))
     except VcpuError as error:
         if cancelled is not None:
             raise cancelled from error

@@ -9,6 +9,7 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
+from qmpvcpu import aio
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.change import change
@@ -178,7 +179,7 @@ class MigrationCalls:
             VcpuFailed: it was not completed; the guest goes on here.
             VcpuConnectionError: QEMU is lost.
         """
-        from qmpvcpu.domain.migrate import check_perform, go_on, perform, status_of, take_for_perform, to_the_end
+        from qmpvcpu.domain.migrate import check_perform, go_on, perform, status_of, take_for_perform
 
         async with self._queue:
             link = self._connected()
@@ -195,7 +196,7 @@ class MigrationCalls:
             except asyncio.CancelledError:
                 # What has been handed over may be started there.
                 if (await status_of(link.monitor)).status != "completed":
-                    await to_the_end(go_on(link, runs=runs))
+                    await aio.finish(go_on(link, runs=runs))
                 elif begun is not None:
                     release(begun, Side.SOURCE)
                 raise
@@ -293,7 +294,7 @@ class MigrationCalls:
             VcpuFailed: it could not be written; the guest goes on.
             VcpuConnectionError: QEMU is lost.
         """
-        from qmpvcpu.domain.migrate import check_perform, end, go_on, perform_to_file, to_the_end
+        from qmpvcpu.domain.migrate import check_perform, end, go_on, perform_to_file
 
         async with self._queue:
             link = self._connected()
@@ -314,10 +315,10 @@ class MigrationCalls:
                 status = await perform_to_file(link.monitor, state.qemu, fd, offset, progress)
                 if status.status != "completed":
                     raise VcpuFailed(f"QEMU could not write it: {status.error or status.status}")
-                await to_the_end(asyncio.to_thread(finished))
+                await aio.finish(asyncio.to_thread(finished))
             except VcpuConnectionError as error:
                 said, hint = error.message, "the guest may be there, and paused: migrate-cancel lets it go on"
-                if await to_the_end(self._bring_back(link, runs=runs)):
+                if await aio.finish(self._bring_back(link, runs=runs)):
                     said, hint = f"{said}; the guest goes on", "save again"
                 raise VcpuConnectionError(said, reason=error.reason, hint=hint) from error
             except (CommandError, OSError, VcpuFailed) as error:
@@ -326,10 +327,10 @@ class MigrationCalls:
                 why = error.strerror if isinstance(error, OSError) else str(error)
                 raise VcpuFailed(f"{why}; the guest goes on", hint="look at the disk, and save again") from error
             except asyncio.CancelledError:
-                await to_the_end(end(link) if is_written else go_on(link, runs=runs))
+                await aio.finish(end(link) if is_written else go_on(link, runs=runs))
                 forget(link, Side.SAVING)
                 raise
-            await to_the_end(end(link))
+            await aio.finish(end(link))
             return status
 
     async def _bring_back(self, link: Link, *, runs: bool) -> bool:

@@ -16,6 +16,7 @@ from contextlib import ExitStack, asynccontextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
 
+from qmpvcpu.aio import finish
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed
 from qmpvcpu.qemu.child import Child
 from qmpvcpu.qemu.folder import throwaway_folder
@@ -232,9 +233,4 @@ def _exited(command: Sequence[str], code: int, said: str) -> VcpuFailed:
 async def _end(process: Child) -> None:
     """Kill and reap; a throwaway has nothing to save."""
     process.kill()
-    reaper = asyncio.ensure_future(process.wait())
-    try:
-        await asyncio.shield(reaper)
-    except asyncio.CancelledError:
-        await reaper
-        raise
+    await finish(process.wait())

@@ -380,3 +380,40 @@ async def test_started_from_python_too(tmp_path, started):
     assert done.state.enabled_ids == (0, 3) and done.state.arch == "loongarch64"
     task = asyncio.create_task(destroy("d"))
     assert (await task).pid == done.pid
+
+
+def has_pending(pid, number):
+    """Whether a process was sent that signal, and has not taken it yet."""
+    rows = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    return bool(int(rows["ShdPnd"], 16) >> (number - 1) & 1)
+
+
+@pytest.mark.parametrize("cancels", [1, 2, 10])
+async def test_cancelled_again_while_its_qemu_ends_it_leaves_neither_qemu_nor_folder(cancels, tmp_path, started):
+    from qmpvcpu.app.start import start
+
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE))
+    runtime = Runtime("d")
+    task = asyncio.create_task(start("d"))
+    async with asyncio.timeout(60):
+        while (pid := runtime.pid()) is None:
+            await asyncio.sleep(0)
+        os.kill(pid, signal.SIGSTOP)
+        task.cancel()
+        while not has_pending(pid, signal.SIGTERM):
+            await asyncio.sleep(0)
+        for _ in range(cancels):
+            task.cancel()
+            # In so many turns what does not wait for its QEMU has ended.
+            for _ in range(10):
+                await asyncio.sleep(0)
+        is_waited_for = not task.done()
+        os.kill(pid, signal.SIGCONT)
+        with pytest.raises(asyncio.CancelledError):
+            await task
+    assert is_waited_for
+    assert runtime.pid() is None
+    assert not runtime.folder.exists()
+    # And nobody holds the lock.
+    assert (await cli("start", "d")).code == 0
+    assert (await cli("destroy", "d")).code == 0
