@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from qmpvcpu.core.request import Request, parse_ids
     from qmpvcpu.core.smp import parse_numa, parse_smp
     from qmpvcpu.domain import Domain, Events, Options, connect
+    from qmpvcpu.domain.interrupted import Interrupted
     from qmpvcpu.domain.migrate import Migrated
     from qmpvcpu.errors import (
         OutcomeKind,
@@ -68,6 +69,7 @@ _HOMES = {
     "qmpvcpu.core.plan": ("Plan",),
     "qmpvcpu.core.request": ("Request", "parse_ids"),
     "qmpvcpu.domain": ("Domain", "Events", "Options", "connect"),
+    "qmpvcpu.domain.interrupted": ("Interrupted",),
     "qmpvcpu.domain.migrate": ("Migrated",),
     "qmpvcpu.errors": (
         "OutcomeKind",
@@ -96,6 +98,7 @@ __all__ = [
     "Event",
     "EventKind",
     "Events",
+    "Interrupted",
     "Migrated",
     "MigrationStatus",
     "Options",

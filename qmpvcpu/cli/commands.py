@@ -16,6 +16,7 @@ from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.request import Request, parse_ids
 from qmpvcpu.domain import Domain, Options, connect
+from qmpvcpu.domain.interrupted import Interrupted
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
@@ -62,21 +63,12 @@ class Session:
         )
         return self.domain
 
-    def pending(self) -> tuple[int, ...]:
-        """vCPU ids whose unplug was asked and has not ended."""
-        return self.domain.pending_ids if self.domain is not None else ()
-
-    def is_unsure(self) -> bool:
-        """Whether a definition may still be written."""
-        return self.domain is not None and self.domain.is_definition_unsure
-
-    def left_changed(self) -> tuple[int, ...]:
-        """vCPU ids that a cancelled call had changed and could not put back."""
-        return self.domain.left_changed_ids if self.domain is not None else ()
-
-    def left_unsure(self) -> tuple[int, ...]:
-        """vCPU ids whose plug had not been answered when a call was cancelled."""
-        return self.domain.left_unsure_ids if self.domain is not None else ()
+    def interrupted(self) -> Interrupted:
+        """What is left, this run being interrupted now."""
+        if self.domain is None:
+            return Interrupted()
+        # Between two calls, as in `watch`, it is what is pending.
+        return self.domain.interrupted or Interrupted(pending=self.domain.pending_ids)
 
     def show(self, document: dict[str, Any], lines: Iterable[str]) -> None:
         """One JSON document, or lines for a person."""

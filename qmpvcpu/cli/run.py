@@ -14,6 +14,8 @@ if TYPE_CHECKING:
     import argparse
     import asyncio
 
+    from qmpvcpu.domain.interrupted import Interrupted
+
 __all__ = ["run"]
 
 _SIGPIPE_EXIT = 141
@@ -54,20 +56,11 @@ def run(arguments: list[str]) -> int:
 
 
 class _Interrupted(Exception):
-    def __init__(
-        self,
-        number: int,
-        pending: tuple[int, ...],
-        left: tuple[int, ...],
-        unsure: tuple[int, ...],
-        note: str | None = None,
-    ) -> None:
+    def __init__(self, number: int, left: Interrupted, note: str | None) -> None:
         super().__init__(number)
-        self.left = left
-        self.unsure = unsure
-        self.note = note
         self.number = number
-        self.pending = pending
+        self.left = left
+        self.note = note
 
 
 def _call(options: argparse.Namespace) -> int:
@@ -104,13 +97,8 @@ def _run_async(options: argparse.Namespace) -> int:
         with asyncio.Runner() as runner:
             return runner.run(body())
     except (asyncio.CancelledError, KeyboardInterrupt):
-        note = session.interrupted_note
-        if session.is_unsure():
-            note = "the definition may still be written: vcpuinfo --config shows it"
         number = caught[0] if caught else signal.SIGINT
-        raise _Interrupted(
-            number, session.pending(), session.left_changed(), session.left_unsure(), note
-        ) from None
+        raise _Interrupted(number, session.interrupted(), session.interrupted_note) from None
 
 
 def _say(*lines: str) -> None:
@@ -131,23 +119,25 @@ def _report(error: VcpuError, as_json: bool) -> int:
 def _report_interrupt(interrupted: _Interrupted, as_json: bool) -> int:
     from qmpvcpu.core.model import format_ids
 
-    pending = list(interrupted.pending)
+    left, note = interrupted.left, interrupted.note
     text = "interrupted"
-    if pending:
-        text += f"; vCPU {format_ids(pending)}: unplug asked, and still pending"
-    if left := [number for number in interrupted.left if number not in pending]:
-        text += f"; vCPU {format_ids(left)}: changed by this call in the running guest, and stays so"
-    if interrupted.unsure:
-        text += f"; vCPU {format_ids(interrupted.unsure)}: its plug was not answered, and may be done still"
-    if interrupted.note is not None:
-        text += f"; {interrupted.note}"
+    if left.pending:
+        text += f"; vCPU {format_ids(left.pending)}: unplug asked, and still pending"
+    if left.changed_ids:
+        text += f"; vCPU {format_ids(left.changed_ids)}: changed by this call in the running guest, and stays so"
+    if left.unsure_ids:
+        text += f"; vCPU {format_ids(left.unsure_ids)}: its plug was not answered, and may be done still"
+    if left.definition_unsure:
+        note = "the definition may still be written: vcpuinfo --config shows it"
+    if note is not None:
+        text += f"; {note}"
     if as_json:
         document: dict[str, Any] = {
-            "outcome": "partial" if left else "pending" if pending else "failed",
-            "changed": bool(left),
-            "changed_ids": left,
-            "pending": pending,
-            "unsure": list(interrupted.unsure),
+            "outcome": "partial" if left.changed_ids else "pending" if left.pending else "failed",
+            "changed": bool(left.changed_ids),
+            "changed_ids": list(left.changed_ids),
+            "pending": list(left.pending),
+            "unsure": list(left.unsure_ids),
             "error": {
                 "type": "KeyboardInterrupt",
                 "libvirt": "VIR_ERR_OPERATION_ABORTED",

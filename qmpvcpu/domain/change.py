@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from typing import Final
 
+from qmpvcpu.aio import wind_up
 from qmpvcpu.core import checks
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.guest import GuestView
@@ -27,6 +28,7 @@ from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, ItemState, Result, Transaction
 from qmpvcpu.domain.drive import UNDO_SECONDS, Drive
 from qmpvcpu.domain.guest import Arrival, Guest, with_online
+from qmpvcpu.domain.interrupted import Interrupted, leaving
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.place import Placing, noted
 from qmpvcpu.domain.read import firmware_runs, has_x2apic, run_state
@@ -161,9 +163,8 @@ async def change(
     if guest is not None:
         try:
             end = await _in_the_guest(link, guest, plan, known, end, began, before)
-        except asyncio.CancelledError:
-            await _take_back(link, plan, end)
-            raise
+        except asyncio.CancelledError as error:
+            raise leaving(error, await _take_back(link, plan, end)) from error
     if on_held and request.total is not None and isinstance(end, Outcome):
         moved = set(link.state.enabled_ids).symmetric_difference(held.enabled_ids)
         if not moved.issubset(plan.targets):
@@ -207,6 +208,8 @@ async def _counted_out(
         more = await change(link, replace(request, timeout=left), here, guest, placing=placing)
     except VcpuError as error:
         more = error
+    except asyncio.CancelledError as error:
+        raise leaving(error, Interrupted(changed_ids=end.changed_ids)) from error
     return went_on(link.state, end, more)
 
 
@@ -237,19 +240,18 @@ async def _placed(
     return end
 
 
-async def _take_back(link: Link, plan: Plan, end: Outcome | VcpuError) -> None:
-    """Cancelled while the guest was to come to run on it: what this call has plugged is unplugged again."""
+async def _take_back(link: Link, plan: Plan, end: Outcome | VcpuError) -> Interrupted:
+    """Cancelled while the guest was to come to run on it: what this call has plugged is unplugged again. A second
+    cancel ends that. Returns what stays.
+    """
     ids = tuple(n for e in (*plan.awaited, *plan.plugs) for n in e.ids if n in end.changed_ids)
     if not ids:
-        return
-    # A task of its own, since that is not cancelled; a second cancel ends it.
-    request = Request(ids, VcpuFlag.DISABLE, timeout=UNDO_SECONDS)
-    try:
-        await asyncio.create_task(change(link, request), name="qmpvcpu undo")
-    except VcpuError as error:
-        logger.warning("cancelled, and vCPU %s stays plugged: %s", format_ids(ids), error.message)
-        vcpus = link.state.vcpus
-        link.left_changed = tuple(n for n in ids if vcpus[n].enabled and not vcpus[n].pending)
+        return Interrupted()
+    failure = await wind_up(change(link, Request(ids, VcpuFlag.DISABLE, timeout=UNDO_SECONDS)))
+    if isinstance(failure, Exception):
+        logger.warning("cancelled, and vCPU %s stays plugged: %s", format_ids(ids), failure)
+    vcpus = link.state.vcpus
+    return Interrupted(changed_ids=tuple(n for n in ids if vcpus[n].enabled and not vcpus[n].pending))
 
 
 async def _wait_groups_gone(link: Link, ids: Sequence[int]) -> None:
@@ -430,14 +432,12 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
     entities = (*plan.awaited, *plan.plugs, *plan.unplugs)
     drive = Drive(transaction, link.monitor, link.look, request.timeout, state, prepare, link.ask)
     link.driven = frozenset(entity.first for entity in entities)
-    link.left_changed = link.left_unsure = ()
     try:
         result = await drive.run(entities)
     except VcpuConnectionError as error:
         raise _lost_on_the_way(error, plan, transaction) from error
-    except asyncio.CancelledError:
-        link.left_changed, link.left_unsure = transaction.result().remaining, transaction.unsure
-        raise
+    except asyncio.CancelledError as error:
+        raise leaving(error, _left(transaction)) from error
     finally:
         link.driven = frozenset()
         _record(link, transaction, entities)
@@ -446,9 +446,13 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
         return result, await run_state(link.monitor) if result.pending else None
     except VcpuConnectionError as error:
         raise _lost_on_the_way(error, plan, transaction) from error
-    except asyncio.CancelledError:
-        link.left_changed, link.left_unsure = result.remaining, transaction.unsure
-        raise
+    except asyncio.CancelledError as error:
+        raise leaving(error, _left(transaction)) from error
+
+
+def _left(transaction: Transaction) -> Interrupted:
+    """What it has left, cancelled as it stands; what is pending, the link's ledger tells."""
+    return Interrupted(changed_ids=transaction.result().remaining, unsure_ids=transaction.unsure)
 
 
 def _record(link: Link, transaction: Transaction, entities: Sequence[Entity]) -> None:

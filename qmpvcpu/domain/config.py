@@ -14,6 +14,7 @@ from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.change import change
 from qmpvcpu.domain.guest import Guest
+from qmpvcpu.domain.interrupted import Interrupted, leaving
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.persistent import ConfigChange, Persistent, half_done
 from qmpvcpu.domain.place import Placing
@@ -104,9 +105,8 @@ async def change_both(
             return replace(end, messages=(*end.messages, *_left(config.plan, str(end.outcome))))
         try:
             await config.commit()
-        except asyncio.CancelledError:
-            link.left_changed = end.changed_ids
-            raise
+        except asyncio.CancelledError as error:
+            raise leaving(error, Interrupted(changed_ids=end.changed_ids)) from error
         except (OSError, VcpuError) as error:
             assert persistent is not None
             what = f"vCPU {format_ids(end.changed_ids)} is changed"

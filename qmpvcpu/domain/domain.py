@@ -26,6 +26,7 @@ from qmpvcpu.domain.change import change, plan_on
 from qmpvcpu.domain.config import change_both, change_config, with_config
 from qmpvcpu.domain.dump import check_dump, describe, dump
 from qmpvcpu.domain.guest import Guest, with_online
+from qmpvcpu.domain.interrupted import Interrupted, left_by
 from qmpvcpu.domain.link import NOBODY_LISTENS, Link, Opener, open_link
 from qmpvcpu.domain.listen import Events, Hub
 from qmpvcpu.domain.locate import Place, locate
@@ -172,6 +173,7 @@ class Domain(MigrationCalls):
         self._shown: DomainState | None = None
         self._hub = Hub()
         self._queue = asyncio.Lock()
+        self._interrupted: Interrupted | None = None
 
     def __repr__(self) -> str:
         state = "connected" if self._link is not None else "inactive" if self._inactive else "closed"
@@ -194,9 +196,20 @@ class Domain(MigrationCalls):
         await self._close()
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """Operations on one domain queue."""
+    async def _call(self) -> AsyncIterator[None]:
+        """Operations on one domain queue. What one of them has left, cancelled, is known until the next begins."""
         async with self._queue:
+            self._interrupted = None
+            try:
+                yield
+            except asyncio.CancelledError as error:
+                self._interrupted = left_by(error).with_pending(self.pending_ids)
+                raise
+
+    @asynccontextmanager
+    async def _turn(self) -> AsyncIterator[None]:
+        """`_call`, with what is held of a domain that is kept elsewhere read anew."""
+        async with self._call():
             await self._refresh()
             yield
 
@@ -209,7 +222,7 @@ class Domain(MigrationCalls):
         Raises:
             VcpuConnectionError: as on entry.
         """
-        async with self._queue:
+        async with self._call():
             await self._close()
             await self._connect()
 
@@ -525,21 +538,13 @@ class Domain(MigrationCalls):
         return tuple(sorted(n for first in link.ledger.firsts if first in entities for n in entities[first].ids))
 
     @property
-    def left_changed_ids(self) -> tuple[int, ...]:
-        """vCPU ids that the last call had changed in the guest when it was cancelled, and could not put back."""
-        link = self._link or self._last
-        return link.left_changed if link is not None else ()
+    def interrupted(self) -> Interrupted | None:
+        """What the last call has left, if it was cancelled; None if it was not.
 
-    @property
-    def left_unsure_ids(self) -> tuple[int, ...]:
-        """vCPU ids whose plug QEMU had not answered when the last call was cancelled: they may come still."""
-        link = self._link or self._last
-        return link.left_unsure if link is not None else ()
-
-    @property
-    def is_definition_unsure(self) -> bool:
-        """Whether the last call was cancelled while the definition was written, and that may still be done."""
-        return self._persistent is not None and self._persistent.is_unsure
+        Each call, a query too, sets it back to None when its turn comes. One that is cancelled while it waits for
+        its turn has begun nothing, and leaves it alone. It stays readable after the domain is left.
+        """
+        return self._interrupted
 
     @property
     def settled(self) -> tuple[Event, ...]:

@@ -118,7 +118,6 @@ class LibvirtDomain(Domain):
         self._connection: Connection | None = None
         self._domain: LibvirtGuest | None = None
         self._store: _Definition | None = None
-        self._left_unsure = False
         self._is_broken_off = False
         #: How often it was left.
         self._leaves = 0
@@ -150,7 +149,7 @@ class LibvirtDomain(Domain):
         return monitor
 
     async def _connect(self) -> None:
-        self._inactive = self._left_unsure = False
+        self._inactive = False
         self._connection = Connection(self._uri, *self._timeouts)
         try:
             with _answered():
@@ -194,11 +193,6 @@ class LibvirtDomain(Domain):
         reader = XmlReader(monitor, name)
         return reader, await reader.full()
 
-    @property
-    def is_definition_unsure(self) -> bool:
-        """See `Domain.is_definition_unsure`."""
-        return self._left_unsure or super().is_definition_unsure
-
     def _define(self, data: bytes | None) -> None:
         """Its definition, as libvirt has it now."""
         if data is None or self._domain is None:
@@ -211,7 +205,6 @@ class LibvirtDomain(Domain):
 
     async def _close(self) -> None:
         connection, self._connection = self._connection, None
-        self._left_unsure = self.is_definition_unsure
         try:
             await super()._close()
         finally:

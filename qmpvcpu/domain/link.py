@@ -58,9 +58,6 @@ class Link:
         self.threads: Threads | None = None
         self.ledger = Ledger(None)
         self.driven: frozenset[int] = frozenset()
-        #: What a cancelled call has changed and could not undo, vCPU ids; and what QEMU has not answered.
-        self.left_changed: tuple[int, ...] = ()
-        self.left_unsure: tuple[int, ...] = ()
         #: What ended while nobody listened, as found on connecting.
         self.settled: tuple[Event, ...] = ()
         #: What else there is to look at while somebody listens: the guest, through its agent.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Callable, Sequence
-from contextlib import suppress
+from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
@@ -43,12 +43,13 @@ _GO_BACK: Final = "migrate-cancel at the source lets the guest go on there"
 class MigrationCalls:
     """A part of `Domain`. The phases, for those who run the two sides themselves, and `migrate`, all of them."""
 
-    _queue: asyncio.Lock
     _place: Place
     _guest: Guest | None
     _persistent: Persistent | None
 
     if TYPE_CHECKING:
+
+        def _call(self) -> AbstractAsyncContextManager[None]: ...
 
         def _connected(self) -> Link: ...
 
@@ -79,7 +80,7 @@ class MigrationCalls:
 
         deadline = time.monotonic() + wait
         while True:
-            async with self._queue:
+            async with self._call():
                 link = self._connected()
                 if persistent and self._persistent is None:
                     raise VcpuRefused([NO_DEFINITION])
@@ -124,7 +125,7 @@ class MigrationCalls:
         """
         from qmpvcpu.domain.migrate import prepare
 
-        async with self._queue:
+        async with self._call():
             link = self._connected()
 
             async def plug(ids: Sequence[int]) -> Outcome:
@@ -151,7 +152,7 @@ class MigrationCalls:
         """
         from qmpvcpu.domain.migrate import listen_at
 
-        async with self._queue:
+        async with self._call():
             return await listen_at(self._connected(), uri, host, default)
 
     async def migrate_perform(
@@ -181,7 +182,7 @@ class MigrationCalls:
         """
         from qmpvcpu.domain.migrate import check_perform, go_on, perform, status_of, take_for_perform
 
-        async with self._queue:
+        async with self._call():
             link = self._connected()
             _, runs = await check_perform(link, cookie, force=force)
             begun = cookie or kept(link, Side.SOURCE)
@@ -215,7 +216,7 @@ class MigrationCalls:
         Raises:
             VcpuRefused: that is not known.
         """
-        async with self._queue:
+        async with self._call():
             cookie = kept(self._connected(), Side.DESTINATION)
         if cookie is None:
             text = "what this destination was prepared with is not known here"
@@ -246,7 +247,7 @@ class MigrationCalls:
         from qmpvcpu.core.migration import Destination
         from qmpvcpu.domain.migrate import finish, start
 
-        async with self._queue:
+        async with self._call():
             link = self._connected()
             found, refusals = await finish(link, cookie)
             text = "; ".join(one.message for one in refusals)
@@ -296,7 +297,7 @@ class MigrationCalls:
         """
         from qmpvcpu.domain.migrate import check_perform, end, go_on, perform_to_file
 
-        async with self._queue:
+        async with self._call():
             link = self._connected()
             state, runs = await check_perform(link, cookie, force=force)
             if not link.monitor.takes_descriptors:
@@ -367,7 +368,7 @@ class MigrationCalls:
         """
         from qmpvcpu.domain.migrate import incoming_from_file
 
-        async with self._queue:
+        async with self._call():
             link = self._connected()
             await incoming_from_file(link, link.state.qemu, fd, offset)
         try:
@@ -391,7 +392,7 @@ class MigrationCalls:
         """
         from qmpvcpu.domain.migrate import cancel
 
-        async with self._queue:
+        async with self._call():
             return await cancel(self._connected(), force=force)
 
     async def migrate(
@@ -428,7 +429,7 @@ class MigrationCalls:
         """
         from qmpvcpu.domain.migrate import migrate
 
-        async with self._queue, destination._queue:
+        async with self._call(), destination._call():
             here, there = self._guest, destination._guest
             return await migrate(
                 self._connected(),

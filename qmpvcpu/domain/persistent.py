@@ -8,10 +8,12 @@ from dataclasses import dataclass
 from threading import Event as Flag
 from typing import Any
 
+from qmpvcpu.aio import finish
 from qmpvcpu.core.config import ConfigPlan, plan_config, plan_pin
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.drive import UNDO_SECONDS
+from qmpvcpu.domain.interrupted import Interrupted, leaving
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuPartial, VcpuRefused
 from qmpvcpu.host.definitions import not_written
 from qmpvcpu.ports import DefinitionStore, Staged
@@ -45,8 +47,6 @@ class Persistent:
         self._store = store
         self._runs = runs
         self._last: _Version | None = None
-        #: A cancelled call has left a write to its own devices: it may still be done.
-        self.is_unsure = False
 
     @property
     def place(self) -> str:
@@ -84,30 +84,11 @@ class Persistent:
         plan = make(version.definition)
         return ConfigChange(store or self._store, version.data, plan, self._again(make), self._off_the_loop)
 
-    async def _off_the_loop(self, work: Callable[[], None], flag: Flag | None = None) -> None:
+    async def _off_the_loop(self, work: Callable[[], None], given_up: Flag) -> None:
         """A disk's time is not the loop's. Cancelled, what has begun is ended first: it is never left half done;
         but nobody waits for that without end.
         """
-        self.is_unsure = False
-        has_begun = Flag()
-
-        def begin() -> None:
-            has_begun.set()
-            work()
-
-        task = asyncio.ensure_future(self._runs(begin))
-        try:
-            await asyncio.shield(task)
-        except asyncio.CancelledError:
-            if flag is not None:
-                flag.set()
-            self.is_unsure = True
-            await asyncio.wait([task], timeout=UNDO_SECONDS)
-            self.is_unsure = not task.done() and has_begun.is_set()
-            task.cancel()
-            if task.done() and not task.cancelled():
-                task.exception()
-            raise
+        await finish(self._runs(work), within=UNDO_SECONDS, on_cancel=given_up.set)
 
     def _again(self, make: Callable[[Definition], ConfigPlan]) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
         def again(data: bytes) -> tuple[bytes, ConfigPlan]:
@@ -150,7 +131,7 @@ class ConfigChange:
         before: bytes,
         plan: ConfigPlan,
         again: Callable[[bytes], tuple[bytes, ConfigPlan]],
-        runs: Callable[..., Awaitable[None]],
+        runs: Callable[[Callable[[], None], Flag], Awaitable[None]],
     ) -> None:
         self.plan = plan
         self.before = before
@@ -180,11 +161,16 @@ class ConfigChange:
         """
         if not self.plan.writes:
             return
+        given_up = Flag()
 
         def stage() -> None:
-            self._staged = self._store.stage(self.after)
+            staged = self._store.stage(self.after)
+            if given_up.is_set():
+                staged.discard()
+            else:
+                self._staged = staged
 
-        await self._runs(stage)
+        await self._runs(stage, given_up)
 
     async def commit(self) -> None:
         """Put it in place. If another process has changed the definition meanwhile, both changes are in it.
@@ -197,19 +183,25 @@ class ConfigChange:
         staged, self._staged = self._staged, None
         if staged is None:
             return
-        flag = Flag()
+        given_up, has_begun, has_ended = Flag(), Flag(), Flag()
 
         def again(data: bytes) -> bytes:
             made, self.plan = self._again(data)
             return made
 
         def commit() -> None:
+            has_begun.set()
             try:
-                staged.commit(self.before, again, flag.is_set)
+                staged.commit(self.before, again, given_up.is_set)
             finally:
+                has_ended.set()
                 staged.discard()
 
-        await self._runs(commit, flag)
+        try:
+            await self._runs(commit, given_up)
+        except asyncio.CancelledError as error:
+            is_unsure = has_begun.is_set() and not has_ended.is_set()
+            raise leaving(error, Interrupted(definition_unsure=is_unsure)) from error
 
     def discard(self) -> None:
         """Leave the definition as it is. Never raises."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.placement import Placement, check_placements, with_threads
 from qmpvcpu.core.request import Request, parse_ids
+from qmpvcpu.domain.interrupted import Interrupted, leaving
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.persistent import ConfigChange, Persistent, half_done
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuError, VcpuFailed, VcpuRefused, VcpuUsageError
@@ -87,6 +89,8 @@ async def change_pin(
         if config is not None:
             try:
                 await config.commit()
+            except asyncio.CancelledError as error:
+                raise leaving(error, Interrupted(changed_ids=(vcpu_id,) if live_changed else ())) from error
             except (OSError, VcpuError) as error:
                 done, what = (vcpu_id,) if live_changed else (), f"vCPU {vcpu_id} is pinned"
                 raise half_done(error, _place(persistent), what, done, ids=(vcpu_id,)) from error

@@ -279,7 +279,7 @@ async def test_a_plug_that_was_not_answered_when_it_was_cancelled_is_named(runni
             await asyncio.sleep(0.05)
         with pytest.raises(asyncio.CancelledError):
             await task
-        assert (domain.left_unsure_ids, domain.left_changed_ids, domain.pending_ids) == ((1, 2), (), ())
+        assert domain.interrupted == qmpvcpu.Interrupted(unsure_ids=(1, 2)) and domain.pending_ids == ()
 
 
 async def test_a_second_cancel_stops_waiting_for_the_undo_and_it_stays_pending(running):
