@@ -29,9 +29,7 @@ async def until(condition: Callable[[], Any], what: str, *, every: float = 0.01,
         await asyncio.sleep(every)
 
 
-def until_blocking(
-    condition: Callable[[], Any], what: str, *, every: float = 0.01, seconds: float = DEADLINE
-) -> Any:
+def until_blocking(condition: Callable[[], Any], what: str, *, seconds: float = DEADLINE) -> Any:
     """`until` for code without an event loop."""
     end = time.monotonic() + seconds
     while not (answer := condition()):

@@ -8,6 +8,7 @@ import threading
 import pytest
 
 from qmpvcpu.libvirt.threads import Worker
+from tests.support.waiting import DEADLINE, until, within
 
 
 class Held:
@@ -19,7 +20,7 @@ class Held:
 
     def __call__(self):
         self.begun.set()
-        assert self.let_go.wait(10)
+        assert self.let_go.wait(DEADLINE)
         return "held"
 
 
@@ -27,7 +28,7 @@ class Held:
 async def worker():
     worker = Worker("of a test")
     yield worker
-    await asyncio.wait_for(worker.finish(ended), 10)
+    await within(worker.finish(ended), "its thread has ended")
 
 
 def ended():
@@ -50,7 +51,7 @@ async def test_calls_in_their_order_and_each_ones_own_answer(worker):
 async def test_whoever_takes_a_call_back_knows_whether_it_had_begun(worker):
     held, seen = Held(), []
     first, second = worker.call(held), worker.call(lambda: seen.append("called"))
-    await asyncio.to_thread(held.begun.wait, 10)
+    await asyncio.to_thread(held.begun.wait, DEADLINE)
     # The loop has not heard yet that the first has begun.
     assert (worker.drop(first), worker.drop(second), worker.drop(second)) == (False, True, False)
     held.let_go.set()
@@ -62,7 +63,7 @@ async def test_whoever_takes_a_call_back_knows_whether_it_had_begun(worker):
 async def test_what_waits_behind_a_call_that_is_given_up_fails_and_what_comes_after_its_end_does_not(worker):
     held, seen = Held(), []
     first, second = worker.call(held), worker.call(lambda: seen.append("called"))
-    await asyncio.to_thread(held.begun.wait, 10)
+    await asyncio.to_thread(held.begun.wait, DEADLINE)
     # One that only waits is nobody else's trouble.
     third = worker.call(lambda: "third")
     worker.give_up(second, lambda: TimeoutError("not this"))
@@ -73,7 +74,7 @@ async def test_what_waits_behind_a_call_that_is_given_up_fails_and_what_comes_af
     worker.give_up(first, lambda: TimeoutError("stuck"))
     for waiting in (second, worker.call(lambda: seen.append("called"))):
         with pytest.raises(TimeoutError, match="stuck"):
-            await asyncio.wait_for(waiting, 1)
+            await within(waiting, "it fails")
     held.let_go.set()
     assert await first == "held"
     # Nobody who has its answer finds it stuck.
@@ -83,17 +84,14 @@ async def test_what_waits_behind_a_call_that_is_given_up_fails_and_what_comes_af
 async def test_at_the_end_what_waits_is_not_done_and_the_last_is(worker):
     other, held, seen = Worker("another"), Held(), []
     first, second = other.call(held), other.call(lambda: seen.append("called"))
-    await asyncio.to_thread(held.begun.wait, 10)
+    await asyncio.to_thread(held.begun.wait, DEADLINE)
     last = other.finish(ended, lambda: seen.append("last"))
     held.let_go.set()
-    await asyncio.wait_for(last, 10)
+    await within(last, "its last call")
     assert await first == "held" and seen == ["last"]
     for result in (second, other.call(lambda: seen.append("late"))):
         with pytest.raises(ConnectionError, match="ended"):
             await result
-    for _ in range(100):
-        if not [one for one in threading.enumerate() if "another" in one.name]:
-            break
-        await asyncio.sleep(0.01)
-    else:
-        pytest.fail("its thread goes on")
+    await until(
+        lambda: not [one for one in threading.enumerate() if "another" in one.name], "its thread has ended"
+    )

@@ -10,8 +10,9 @@ import pytest
 import qmpvcpu
 from qmpvcpu.core.events import changes
 from qmpvcpu.core.model import Event
+from tests.support.waiting import deadline, until
 from tests.unit.fake_qemu import FakeQemu
-from tests.unit.test_domain_scripted import running, until
+from tests.unit.test_domain_scripted import running
 from tests.unit.test_selection_and_kills import ppc64, x86
 
 assert running  # a fixture
@@ -22,7 +23,7 @@ def told(events):
 
 
 async def take(events, count):
-    async with asyncio.timeout(5):
+    async with deadline(f"{count} events"):
         return [await anext(events) for _ in range(count)]
 
 
@@ -87,7 +88,7 @@ async def test_a_lost_connection_raises_after_what_came_before(running):
         async with domain.events() as events:
             await domain.enable(1)
             qemu.connections[0].close()
-            await until(lambda: not qemu.connections)
+            await until(lambda: not qemu.connections, "the connection is lost")
             assert told(await take(events, 1)) == [("vcpu-added", (1,))]
             for _ in range(2):
                 with pytest.raises(qmpvcpu.VcpuConnectionError):
@@ -123,12 +124,12 @@ async def test_leaving_the_domain_ends_the_iteration(running):
 async def test_nobody_looks_when_nobody_listens(running):
     qemu = FakeQemu()
     async with running(qemu) as domain:
-        async with domain.events():
-            pass
-        await asyncio.sleep(1.2)
-        before = len(qemu.commands)
-        await asyncio.sleep(1.2)
-        assert len(qemu.commands) == before
+        tasks = asyncio.all_tasks()
+        async with domain.events() as events:
+            qemu.fill(2)
+            await take(events, 1)
+            assert asyncio.all_tasks() > tasks
+        await until(lambda: asyncio.all_tasks() == tasks, "what looked has ended")
 
 
 async def test_events_outside_or_of_no_size_make_no_sense(tmp_path):

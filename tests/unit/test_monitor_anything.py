@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError, MonitorEvent
 from qmpvcpu.qemu.monitor import open_monitor
+from tests.support.waiting import deadline, within
 from tests.unit.fake_qmp import GREETING, Connection, answering, serve
 
 JSON = st.recursive(
@@ -54,7 +55,7 @@ async def answers(said, right_id):
     task = asyncio.ensure_future(serve_one())
     heard = []
     try:
-        async with asyncio.timeout(5), open_monitor(f"fd:{ours.fileno()}") as monitor:
+        async with deadline("an answer"), open_monitor(f"fd:{ours.fileno()}") as monitor:
             with monitor.listen(heard.append):
                 return await monitor.query_status(), heard
     finally:
@@ -145,9 +146,9 @@ async def test_all_commands_under_way_end_when_the_connection_does(tmp_path):
         if len(read) == 10:
             connection.close()
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path, command_timeout=60) as monitor:
-        async with asyncio.timeout(5):
-            ends = await asyncio.gather(*(monitor.query_status() for _ in range(10)), return_exceptions=True)
+    async with serve(tmp_path, answering(answer)) as path, open_monitor(path, command_timeout=600) as monitor:
+        calls = (monitor.query_status() for _ in range(10))
+        ends = await within(asyncio.gather(*calls, return_exceptions=True), "all of them end")
     assert {getattr(end, "reason", end) for end in ends} == {"closed"}
 
 

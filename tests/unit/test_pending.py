@@ -16,9 +16,9 @@ from qmpvcpu.domain.ledger import Ledger
 from qmpvcpu.host.files import state_folder
 from qmpvcpu.host.pending import PendingFolder
 from qmpvcpu.host.process import Process, boot_id, find_process, is_alive
+from tests.support.waiting import until
 from tests.unit.fake_qemu import FakeQemu
 from tests.unit.fake_qmp import serve
-from tests.unit.test_domain_scripted import until
 from tests.unit.test_selection_and_kills import ppc64, x86
 
 GONE = Process(2**22 + 1, 1, "no-boot")
@@ -205,7 +205,7 @@ async def test_the_next_process_sees_it_pending_and_settles_what_has_ended(share
             assert (later.outcome, later.changed) == ("pending", False)
             assert any("only asking again settles it" in message for message in later.messages)
             qemu.let_go(1)
-            await until(lambda: domain.pending_ids == ())
+            await until(lambda: domain.pending_ids == (), "nothing is pending")
     assert list((shared / "state" / "pending").iterdir()) == []
 
 
@@ -239,7 +239,7 @@ async def test_asked_behind_a_held_connection_enabling_does_not_claim_unchanged(
             assert (await anext(events)).event == "unplug-requested"
             qemu.refuse(1)
             assert (await anext(events)).event == "vcpu-removal-failed"
-            await until(lambda: other.pending_ids == held.pending_ids == ())
+            await until(lambda: other.pending_ids == held.pending_ids == (), "nothing is pending")
             assert (await held.enable(1)).changed is False
 
 
@@ -286,6 +286,6 @@ async def test_the_same_qemu_after_a_lost_connection_is_remembered(shared):
     async with serve(shared, qemu.script) as path, qmpvcpu.connect(path) as domain:
         assert (await domain.disable(1, timeout=0)).outcome == "pending"
         qemu.connections[0].close()
-        await until(lambda: not qemu.connections)
+        await until(lambda: not qemu.connections, "the connection is lost")
         await domain.reconnect()
         assert domain.pending_ids == (1,)
