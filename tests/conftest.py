@@ -7,7 +7,9 @@ import json
 import os
 import sys
 import tempfile
+import time
 import uuid
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -25,6 +27,20 @@ os.environ[RUN_MARK.split("=")[0]] = RUN_MARK.split("=")[1]
 #: Pending unplugs of the tests stay among themselves; the folder goes with the process.
 _STATE = tempfile.TemporaryDirectory(prefix="qmpvcpu-test-state-")
 os.environ["QMPVCPU_STATE"] = _STATE.name
+
+#: Seconds of the tests of each folder.
+_SECONDS: Counter[str] = Counter()
+_BEGAN = time.monotonic()
+
+
+def pytest_runtest_logreport(report: pytest.TestReport) -> None:
+    _SECONDS["/".join(report.nodeid.split("/")[:2])] += report.duration
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    each = "".join(f"{folder} {seconds:.0f} s, " for folder, seconds in sorted(_SECONDS.items()))
+    terminalreporter.write_line(f"time by folder: {each}in all {time.monotonic() - _BEGAN:.0f} s by the clock")
+
 
 VERSIONS = ("7.2", "10.0", "11.1")
 #: Tests may have a cache of their own, and still these QEMUs.

@@ -15,6 +15,7 @@ from qmpvcpu.qemu.process import run_qemu
 from tests.conftest import cli, matrix, qemu_binary, start_cli
 from tests.guest.conftest import KINDS as POOLED
 from tests.guest.test_start_guest import TWO_CORES, xml
+from tests.support.soaking import count
 
 pytestmark = pytest.mark.guest
 
@@ -28,8 +29,8 @@ KINDS = {
 CELLS = [("x86_64", "10.0"), ("x86_64", "11.1"), ("ppc64", "11.1"), ("s390x", "7.2"), ("s390x", "10.0")]
 #: Where only its first CPU gets over a migration (docs/qemu-facts.md), and the agents see to that.
 ONE_CPU = ("ppc64", "10.0")
-#: The issue's number.
-ROUND_TRIPS = 10
+#: Ten: `scripts/soak trips`.
+ROUND_TRIPS = 3
 COUNTER = "(n=0; while :; do n=$((n+1)); echo $n > /run/counter; usleep 20000; done) > /dev/null 2>&1 &"
 
 
@@ -56,7 +57,7 @@ async def test_round_trips(arch, version, tmp_path, monkeypatch):
         online = await guest.online()
         vcpus = await seen(guest)
         before = await counted(guest)
-        for trip in range(ROUND_TRIPS):
+        for trip in range(count(ROUND_TRIPS)):
             target = await stack.enter_async_context(
                 run_qemu(
                     qemu_binary(version, arch),

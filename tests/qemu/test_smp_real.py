@@ -6,6 +6,7 @@ import asyncio
 
 import pytest
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from qmpvcpu.core.model import Props, QemuVersion
@@ -13,6 +14,7 @@ from qmpvcpu.core.smp import NumaCpu, NumaNode, Smp, is_proven, predict
 from qmpvcpu.errors import VcpuFailed, VcpuRefused
 from qmpvcpu.qemu.process import run_qemu
 from tests.conftest import VERSIONS, qemu_binary
+from tests.support.soaking import count, seed
 
 pytestmark = pytest.mark.qemu
 
@@ -24,6 +26,7 @@ MACHINES = {
     "s390x": (("s390-ccw-virtio", "s390-ccw-virtio-6.1"), 128),
     "loongarch64": (("virt",), 512),
 }
+#: More, and others: `scripts/soak layouts`.
 EXAMPLES = 33
 COUNTS = st.none() | st.sampled_from([0, 1, 1, 2, 2, 3, 4])
 SMPS = st.builds(
@@ -104,10 +107,10 @@ def test_a_prediction_is_what_qemu_says(arch, version):
         return
     agreed = [0, 0]
 
+    @seeded(seed())
     @settings(
-        max_examples=EXAMPLES,
+        max_examples=count(EXAMPLES),
         deadline=None,
-        derandomize=True,
         database=None,
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),

@@ -1,11 +1,11 @@
-"""Seeded messages of `scripts/fuzz`; what a long run finds becomes a plain test in test_regressions.py."""
+"""Seeded messages of `scripts/soak fuzz`; what a long run finds becomes a plain test in test_regressions.py."""
 
 from __future__ import annotations
 
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from scripts.fuzzing.targets import TARGETS, feed
+from scripts.soaking.targets import TARGETS, feed
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -25,7 +25,7 @@ from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.errors import VcpuError
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.agent import LINE_LIMIT, AgentClient
-from scripts.fuzzing.documents import DOCUMENTS, document
+from scripts.soaking.documents import DOCUMENTS, document
 
 #: The longest that any one message may take, seconds.
 PATIENCE = 2.0

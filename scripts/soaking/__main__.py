@@ -1,0 +1,57 @@
+"""scripts/soak NAME [COUNT] [--seed N]."""
+
+from __future__ import annotations
+
+import argparse
+import secrets
+import subprocess
+import sys
+
+from scripts.soaking.busy import busy
+from scripts.soaking.fuzz import fuzz
+from scripts.soaking.soak import TOP, Soak, tests
+
+#: A new one is a line here, and a test that repeats itself or a function in a file of this package.
+SOAKS = {
+    "busy": Soak("all tests, COUNT times in a row while both CPUs are busy", 3, busy, needs=("qemu", "guests")),
+    "fuzz": Soak("COUNT generated messages and documents against what reads them", 200_000, fuzz),
+    "kills": Soak(
+        "a process killed at COUNT random moments while it writes a definition",
+        1000,
+        tests("tests/app/test_kills.py::test_killed_at_random_moments"),
+    ),
+    "layouts": Soak(
+        "COUNT random -smp and -numa for each architecture and version: our prediction against QEMU",
+        500,
+        tests("tests/qemu/test_smp_real.py"),
+        needs=("qemu",),
+    ),
+    "trips": Soak(
+        "each Linux guest migrated COUNT times in a row",
+        10,
+        tests("tests/guest/test_migrate_guest.py::test_round_trips"),
+        needs=("qemu", "guests"),
+    ),
+}
+
+
+def main() -> int:
+    names = "\n".join(f"  {name:8} {soak.summary} (COUNT: {soak.count})" for name, soak in SOAKS.items())
+    parser = argparse.ArgumentParser(
+        prog="scripts/soak", epilog=names, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("name", metavar="NAME", choices=SOAKS, help="one of those below")
+    parser.add_argument("count", metavar="COUNT", type=int, nargs="?", help="how often")
+    parser.add_argument("--seed", type=int, help="the seed that an earlier run printed")
+    given = parser.parse_args()
+    soak = SOAKS[given.name]
+    seed = secrets.randbits(32) if given.seed is None else given.seed
+    count = soak.count if given.count is None else given.count
+    print(f"soak {given.name} {count} --seed {seed}", flush=True)
+    if soak.needs:
+        subprocess.run([TOP / "scripts" / "setup", *soak.needs], check=True)
+    return 1 if soak.run(count, seed) else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
