@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import RUN_MARK, cli, start_cli, survivors
+from tests.support.waiting import DEADLINE, until, within
 
 pytestmark = pytest.mark.qemu
 
@@ -137,14 +138,11 @@ async def test_whatever_ends_us_no_qemu_outlives_us(number):
 
     process = await start_cli("demo")
     try:
-        while not its_qemu():
-            await asyncio.sleep(0)
+        await until(its_qemu, "its QEMU runs", every=0)
     finally:
         process.send_signal(number)
         await process.communicate()
-    async with asyncio.timeout(10):
-        while its_qemu():
-            await asyncio.sleep(0.01)
+    await until(lambda: not its_qemu(), "no QEMU of it is left")
     assert process.returncode in (-9, 130, 143)
 
 
@@ -158,16 +156,12 @@ async def test_a_kill_before_the_death_signal_is_set_starts_no_qemu(tmp_path):
     slow.chmod(0o755)
     process = await start_cli("demo", env=os.environ | {"PATH": f"{tmp_path}:{os.environ['PATH']}"})
     try:
-        async with asyncio.timeout(20):
-            while not (tmp_path / "asked").exists():
-                await asyncio.sleep(0.01)
+        await until((tmp_path / "asked").exists, "it starts a QEMU")
     finally:
         process.kill()
         await process.communicate()
         (tmp_path / "go").touch()  # for all of them: a demo asks several QEMUs at once
-    async with asyncio.timeout(10):
-        while set(survivors()) - others:
-            await asyncio.sleep(0.01)
+    await until(lambda: not set(survivors()) - others, "no process of it is left")
 
 
 async def test_the_readme_is_true(tmp_path):
@@ -188,8 +182,7 @@ async def test_the_readme_is_true(tmp_path):
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    async with asyncio.timeout(60):
-        stdout, stderr = await process.communicate()
+    stdout, stderr = await within(process.communicate(), "the README's blocks have run", 5 * DEADLINE)
     assert process.returncode == 0, stderr.decode()
     output = stdout.decode()
     assert "2 of 8 vCPUs enabled" in output

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field
+from pathlib import Path
 from tempfile import TemporaryDirectory
 
 import pytest
@@ -15,12 +16,27 @@ import pytest
 import qmpvcpu
 from qmpvcpu.app.guest import Guest, boot, find_image
 from tests.conftest import qemu_binary
+from tests.support.waiting import DEADLINE, until
 
+#: A Linux under TCG is up by then also on a busy machine, seconds.
+BOOT = 4 * DEADLINE
 #: -smp, -m, more kernel words; and how many vCPUs may be plugged before the guest is retired.
 KINDS = {
     "x86_64": ("2,sockets=2,cores=24,threads=1,maxcpus=48", "512", "x86_64", 40),
     "ppc64": ("2,sockets=1,cores=40,threads=2,maxcpus=80", "1024", "ppc64le", 70),
 }
+
+
+async def booted(console: Path, ready: str = "QMPVCPU READY") -> None:
+    """Until a guest says on its console, a file, that it is up."""
+
+    def said() -> bool:
+        return console.exists() and ready in console.read_text(errors="replace")
+
+    try:
+        await until(said, "Linux is up", every=0.1, seconds=BOOT)
+    except AssertionError as error:
+        raise AssertionError(f"{error}; its console: {console.read_text(errors='replace')[-3000:]}") from None
 
 
 @dataclass

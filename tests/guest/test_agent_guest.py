@@ -10,6 +10,7 @@ import pytest
 import qmpvcpu
 from qmpvcpu.app.guest import boot, find_image
 from tests.conftest import cli, group, qemu_binary
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.guest
 
@@ -162,9 +163,11 @@ async def test_an_agent_killed_between_two_calls_and_one_that_is_not_there(arch)
         async with qmpvcpu.connect(guest.qemu.qmp, agent=guest.agent) as domain:
             assert [vcpu.online for vcpu in await domain.vcpus()][:2] == [True, True]
             await guest.shell("killall qemu-ga")
-            async with asyncio.timeout(20):
-                while (await domain.vcpu(1)).vcpu.online is None:
-                    await asyncio.sleep(0.2)
+
+            async def answers():
+                return (await domain.vcpu(1)).vcpu.online is not None
+
+            await until(answers, "the agent that was started again answers", every=0.1)
             assert domain.agent_trouble is None
         await guest.shell("killall -STOP qemu-ga")
         code, info = await run(guest, "vcpuinfo")

@@ -9,6 +9,7 @@ import pytest
 import qmpvcpu
 from tests.conftest import cli, matrix
 from tests.guest.test_whole_call_guest import csv, stopped
+from tests.support.waiting import DEADLINE
 
 pytestmark = pytest.mark.guest
 
@@ -26,7 +27,7 @@ async def test_a_sparse_set_in_the_guest_and_at_the_next_boot(arch, version, poo
     sparse = box.ids(5)
     run = await cli("setvcpu", "web1", csv(sparse), "--enable", "--live", "--config", "--json")
     assert (run.code, run.json["live_changed_ids"], run.json["config_changed_ids"]) == (0, sparse, sparse)
-    await box.guest.wait_online(len(box.boot_ids) + len(sparse), timeout=60)
+    await box.guest.wait_online(len(box.boot_ids) + len(sparse), timeout=DEADLINE)
     wanted = [*box.boot_ids, *sparse]
     async with qmpvcpu.connect(box.qmp) as domain:
         assert list((await domain.state()).enabled_ids) == wanted

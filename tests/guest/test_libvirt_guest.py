@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from contextlib import asynccontextmanager
 
 import pytest
@@ -12,6 +11,8 @@ from qmpvcpu.app.compare import LibvirtSide
 from qmpvcpu.app.guest import find_image
 from qmpvcpu.libvirt.daemon import run_libvirtd
 from tests.conftest import cli, qemu_binary
+from tests.guest.conftest import booted
+from tests.support.waiting import until
 
 pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("libvirt")]
 
@@ -52,12 +53,7 @@ async def linux(daemon, arch, folder, words=""):
 <devices><emulator>{qemu_binary("10.0", arch)}</emulator><serial type='file'><source path='{console}'/></serial>
 <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices></domain>"""
     async with LibvirtSide.run(daemon, xml.encode(), log=False) as side:
-        try:
-            async with asyncio.timeout(90):
-                while not console.exists() or found.facts["ready"] not in console.read_text(errors="replace"):
-                    await asyncio.sleep(0.1)
-        except TimeoutError:
-            pytest.fail(f"Linux does not come up; its console: {console.read_text(errors='replace')[-3000:]}")
+        await booted(console, found.facts["ready"])
         yield side
 
 
@@ -68,10 +64,12 @@ async def on(daemon, *words):
 async def test_x86_64_where_libvirt_does_not_see_the_end(daemon, tmp_path):
     async with linux(daemon, "x86_64", tmp_path) as side:
         async with qmpvcpu.connect("linux1", uri=daemon.uri) as domain:
-            async with asyncio.timeout(20):
-                while (view := await domain.guest_vcpus()).cpus == ():
-                    await asyncio.sleep(0.1)
-            assert [cpu.logical_id for cpu in view.cpus] == [0, 1]
+
+            async def seen():
+                return (await domain.guest_vcpus()).cpus
+
+            cpus = await until(seen, "the agent answers", every=0.1)
+            assert [cpu.logical_id for cpu in cpus] == [0, 1]
         run = await on(daemon, "setvcpu", "linux1", "7", "--enable")
         assert run.code == 0, run.stdout
         cpus = (await on(daemon, "guestvcpus", "linux1")).json["cpus"]

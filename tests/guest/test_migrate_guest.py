@@ -14,8 +14,10 @@ from qmpvcpu.app.guest import CHANNELS, Guest, attached, boot, find_image, guest
 from qmpvcpu.qemu.process import run_qemu
 from tests.conftest import cli, matrix, qemu_binary, start_cli
 from tests.guest.conftest import KINDS as POOLED
+from tests.guest.conftest import booted
 from tests.guest.test_start_guest import TWO_CORES, xml
 from tests.support.soaking import count
+from tests.support.waiting import DEADLINE, until
 
 pytestmark = pytest.mark.guest
 
@@ -39,7 +41,7 @@ async def counted(guest: Guest) -> int:
     character at a time, of two numbers if need be.
     """
     command = 'n=; until [ -n "$n" ]; do n=$(cat /run/counter); done; echo $n'
-    return int(await guest.shell(command, timeout=60))
+    return int(await guest.shell(command, timeout=DEADLINE))
 
 
 @matrix(*CELLS, ONE_CPU)
@@ -52,7 +54,7 @@ async def test_round_trips(arch, version, tmp_path, monkeypatch):
         guest = await stack.enter_async_context(boot(found, qemu_binary(version, arch), arguments))
         async with qmpvcpu.connect(qmp=guest.qemu.qmp, agent=guest.agent) as domain:
             for ids in plugs:
-                assert (await domain.enable(ids, timeout=60)).outcome == "applied"
+                assert (await domain.enable(ids, timeout=DEADLINE)).outcome == "applied"
         await guest.shell(COUNTER)
         online = await guest.online()
         vcpus = await seen(guest)
@@ -65,7 +67,7 @@ async def test_round_trips(arch, version, tmp_path, monkeypatch):
                     channels=CHANNELS,
                 )
             )
-            words = ["migrate", guest.qemu.qmp, target.qmp, "--timeout", "20", "--json"]
+            words = ["migrate", guest.qemu.qmp, target.qmp, "--timeout", str(DEADLINE), "--json"]
             if (arch, version) == ONE_CPU:
                 words += ["--agent", guest.agent, "--dest-agent", str(target.folder / "agent")]
             run = await cli(*words)
@@ -82,10 +84,10 @@ async def test_round_trips(arch, version, tmp_path, monkeypatch):
         await goes_on(guest, before)
         async with qmpvcpu.connect(qmp=guest.qemu.qmp, agent=guest.agent) as domain:
             assert (await domain.guest_vcpus()).cpus
-            assert (await domain.enable(more, timeout=60)).outcome == "applied"
+            assert (await domain.enable(more, timeout=DEADLINE)).outcome == "applied"
             if arch != "s390x":
-                assert (await domain.disable([*more, *plugs[0]], timeout=60)).outcome == "applied"
-                assert (await domain.enable(plugs[0], timeout=60)).outcome == "applied"
+                assert (await domain.disable([*more, *plugs[0]], timeout=DEADLINE)).outcome == "applied"
+                assert (await domain.enable(plugs[0], timeout=DEADLINE)).outcome == "applied"
 
 
 #: All but the first CPU's, of ppc64's `KINDS`: what is said of them.
@@ -97,7 +99,7 @@ async def each_works(guest: Guest) -> None:
     await guest.shell(
         "for c in $(seq 0 127); do [ -d /sys/devices/system/cpu/cpu$c/topology ] || continue;"
         " taskset -c $c usleep 10000 || exit 1; done",
-        timeout=30,
+        timeout=DEADLINE,
     )
 
 
@@ -107,14 +109,16 @@ async def seen(guest: Guest) -> str:
         "cd /sys/devices/system/cpu; for c in cpu[0-9]*; do words=$c;"
         " for f in online topology/physical_package_id topology/core_id physical_id address; do"
         ' word=-; [ -e $c/$f ] && read -r word < $c/$f; words="$words $word"; done; echo $words; done',
-        timeout=60,
+        timeout=DEADLINE,
     )
 
 
 async def goes_on(guest: Guest, before: int) -> None:
-    async with asyncio.timeout(30):
-        while await counted(guest) <= before:
-            await asyncio.sleep(0.02)
+
+    async def has_counted():
+        return await counted(guest) > before
+
+    await until(has_counted, f"its counter is over {before}")
 
 
 @matrix(ONE_CPU)
@@ -175,9 +179,11 @@ async def test_what_goes_on_at_the_source_has_its_cpus_again(arch, version, how,
         assert run.code == 8, run.stdout
     else:
         process = await start_cli(*words, "--bandwidth", "1")
-        async with asyncio.timeout(30):
-            while (await box.guest.qemu.monitor.query_migrate()).get("status") != "active":
-                await asyncio.sleep(0.02)
+
+        async def moves():
+            return (await box.guest.qemu.monitor.query_migrate()).get("status") == "active"
+
+        await until(moves, "its memory moves")
         assert await box.guest.online() == "0"
         if how == "cancelled":
             process.send_signal(signal.SIGINT)
@@ -198,9 +204,7 @@ async def test_a_destination_by_name_has_an_agent_of_its_own(arch, version, tmp_
     run = await cli("start", "sparse", "--json")
     try:
         assert run.code == 0, run.stdout
-        async with asyncio.timeout(120):
-            while "QMPVCPU READY" not in Path(run.json["console"]).read_text(errors="replace"):
-                await asyncio.sleep(0.2)
+        await booted(Path(run.json["console"]))
         run = await cli("migrate", "sparse", "sparse2", "--persistent", "--undefine-source", "--json")
         assert run.code == 0, run.stdout
         assert any("and online again" in text for text in run.json["messages"]), run.json
@@ -250,7 +254,7 @@ async def test_a_linux_in_a_file_goes_on_where_it_was(arch, version, tmp_path, m
         guest = await stack.enter_async_context(boot(found, qemu_binary(version, arch), arguments))
         async with qmpvcpu.connect(qmp=guest.qemu.qmp, agent=guest.agent) as domain:
             for ids in plugs:
-                assert (await domain.enable(ids, timeout=60)).outcome == "applied"
+                assert (await domain.enable(ids, timeout=DEADLINE)).outcome == "applied"
         await guest.shell(COUNTER)
         online, vcpus, before = await guest.online(), await seen(guest), await counted(guest)
         run = await cli("save", guest.qemu.qmp, file, "--json")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -11,6 +10,7 @@ import pytest
 
 from qmpvcpu.app.guest import Guest, find_image
 from tests.conftest import cli, matrix, qemu_binary
+from tests.guest.conftest import booted
 
 pytestmark = pytest.mark.guest
 
@@ -96,11 +96,7 @@ async def running(arch, shell):
         early = await cli("vcpuinfo", "sparse", "--json")
         assert {row["online"] for row in early.json["vcpus"]} == {None}
         assert "nothing in the guest has opened its port" in early.stderr
-        deadline = time.monotonic() + 120
-        console = Path(run.json["console"])
-        while "QMPVCPU READY" not in console.read_text(errors="replace"):
-            assert time.monotonic() < deadline, console.read_text(errors="replace")[-2000:]
-            await asyncio.sleep(0.2)
+        await booted(Path(run.json["console"]))
         reader, writer = await asyncio.open_unix_connection(shell)
         try:
             yield run.json, Guest(None, reader, writer)

@@ -8,6 +8,7 @@ import pytest
 
 import qmpvcpu
 from tests.conftest import cli, matrix
+from tests.support.waiting import DEADLINE
 
 pytestmark = pytest.mark.guest
 
@@ -21,7 +22,7 @@ async def test_what_is_plugged_appears_in_the_guest_and_what_is_unplugged_goes(a
     ids = ",".join(map(str, box.ids(5)))
     run = await cli("--json", "setvcpu", box.qmp, ids, "--enable")
     assert (run.code, run.json["outcome"]) == (0, "applied")
-    await box.guest.wait_online(before + box.core)
+    await box.guest.wait_online(before + box.core, timeout=DEADLINE)
     run = await cli("--json", "setvcpu", box.qmp, ids, "--disable")
     assert (run.code, run.json["outcome"], run.json["changed_ids"]) == (0, "applied", box.ids(5))
     assert await box.guest.online() == f"0-{before - 1}"
@@ -36,7 +37,7 @@ async def test_unplugs_of_one_call_are_asked_together_and_all_awaited(arch, vers
     log = tmp_path / "qmp.log"
     async with qmpvcpu.connect(box.qmp, qmp_log=qmpvcpu.QmpLog(log)) as domain:
         await domain.enable(ids)
-        await box.guest.wait_online(len(box.boot_ids) + len(ids), timeout=60)
+        await box.guest.wait_online(len(box.boot_ids) + len(ids), timeout=DEADLINE)
         outcome = await domain.disable(ids)
     assert (outcome.outcome, outcome.changed_ids, outcome.pending) == ("applied", tuple(ids), ())
     assert await box.guest.online() == f"0-{len(box.boot_ids) - 1}"
@@ -58,7 +59,7 @@ async def test_a_cpu_of_the_start_is_removed_by_its_path_and_comes_back_under_ou
         assert await box.guest.online() == "0"
         back = await domain.enable(1)
         assert back.vcpu.qom_path == "/machine/peripheral/vcpu1"
-        await box.guest.wait_online(2)
+        await box.guest.wait_online(2, timeout=DEADLINE)
 
 
 @matrix(("x86_64", "10.0"), ("x86_64", "11.1"))
@@ -67,7 +68,7 @@ async def test_x86_guest_that_forbids_ejection_is_a_rejection_with_its_reason(ar
     switch = "/sys/firmware/acpi/hotplug/processor/enabled"
     async with qmpvcpu.connect(box.qmp) as domain:
         await domain.enable(9)
-        await box.guest.wait_online(len(box.boot_ids) + 1)
+        await box.guest.wait_online(len(box.boot_ids) + 1, timeout=DEADLINE)
         await box.guest.shell(f"echo 0 > {switch}")
         try:
             with pytest.raises(qmpvcpu.VcpuRejected, match="eject disabled") as rejected:
@@ -86,7 +87,7 @@ async def test_ppc64_guest_keeps_its_last_online_core(arch, version, pool):
     box = await pool.get(arch, version, plugs=2)
     async with qmpvcpu.connect(box.qmp) as domain:
         await domain.enable(box.ids(1))
-        await box.guest.wait_online(4)
+        await box.guest.wait_online(4, timeout=DEADLINE)
         await box.guest.shell("for n in 0 1; do echo 0 > /sys/devices/system/cpu/cpu$n/online; done")
         try:
             with pytest.raises(qmpvcpu.VcpuRejected) as rejected:
@@ -104,7 +105,7 @@ async def test_a_stopped_guest_leaves_it_pending_and_cont_ends_it(arch, version,
     box = await pool.get(arch, version, plugs=2)
     async with qmpvcpu.connect(box.qmp) as domain:
         await domain.enable(box.ids(6))
-        await box.guest.wait_online(len(box.boot_ids) + box.core)
+        await box.guest.wait_online(len(box.boot_ids) + box.core, timeout=DEADLINE)
         await box.guest.qemu.monitor.execute("stop")
         try:
             waited = await domain.disable(box.ids(6), timeout=0.3)
@@ -125,7 +126,7 @@ async def test_enabling_a_vcpu_whose_unplug_is_pending_waits_and_plugs_it_again(
     ids = box.ids(2)
     async with qmpvcpu.connect(box.qmp) as domain:
         await domain.enable(ids)
-        await box.guest.wait_online(len(box.boot_ids) + box.core)
+        await box.guest.wait_online(len(box.boot_ids) + box.core, timeout=DEADLINE)
         await box.guest.qemu.monitor.execute("stop")
         try:
             assert (await domain.disable(ids, timeout=0)).outcome == "pending"
@@ -134,5 +135,5 @@ async def test_enabling_a_vcpu_whose_unplug_is_pending_waits_and_plugs_it_again(
             await box.guest.qemu.monitor.cont()
         back = await domain.enable(ids)
         assert (back.outcome, domain.pending_ids) == ("applied", ())
-        await box.guest.wait_online(len(box.boot_ids) + box.core)
+        await box.guest.wait_online(len(box.boot_ids) + box.core, timeout=DEADLINE)
         await domain.disable(ids)

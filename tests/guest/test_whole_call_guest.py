@@ -4,7 +4,6 @@ watched.
 
 from __future__ import annotations
 
-import asyncio
 import json
 import signal
 from contextlib import asynccontextmanager
@@ -13,6 +12,7 @@ import pytest
 
 import qmpvcpu
 from tests.conftest import cli, matrix, start_cli
+from tests.support.waiting import DEADLINE, deadline, until
 
 pytestmark = pytest.mark.guest
 
@@ -26,7 +26,7 @@ EJECT = "/sys/firmware/acpi/hotplug/processor/enabled"
 async def plug(box, ids):
     async with qmpvcpu.connect(box.qmp) as domain:
         await domain.enable(ids)
-    await box.guest.wait_online(len(box.boot_ids) + len(ids), timeout=60)
+    await box.guest.wait_online(len(box.boot_ids) + len(ids), timeout=DEADLINE)
 
 
 def csv(ids):
@@ -49,7 +49,7 @@ async def watch(box, *words):
     lines = []
 
     async def read(*events):
-        async with asyncio.timeout(20):
+        async with deadline(f"one of {events}"):
             while not lines or lines[-1]["event"] not in events:
                 lines.append(json.loads(await process.stdout.readline()))
         return lines.pop()
@@ -87,7 +87,7 @@ async def test_a_batch_whose_last_id_another_client_took_is_undone(arch, version
         # Another slot, under the device id that is ours to give.
         slot = (await domain.state()).by_id[box.ids(8)[0]]
         await box.guest.qemu.monitor.device_add(slot.driver, f"vcpu{box.ids(5)[0]}", slot.props)
-        await box.guest.wait_online(len(box.boot_ids) + box.core)
+        await box.guest.wait_online(len(box.boot_ids) + box.core, timeout=DEADLINE)
         with pytest.raises(qmpvcpu.VcpuFailed, match="Duplicate device ID") as failed:
             await domain.enable(box.ids(3, 4, 5))
         assert failed.value.outcome == "failed"
@@ -105,8 +105,9 @@ async def test_eject_disabled_gives_exit_4_and_a_retry_cures_it(arch, version, p
         run = await cli("--json", "setvcpu", box.qmp, "9", "--disable", "--no-fallback")
         assert (run.code, run.json["outcome"], run.json["pending"]) == (4, "rejected", [])
         assert "eject disabled" in run.json["error"]["message"]
-        again = await start_cli("--json", "setvcpu", box.qmp, "9", "--disable", "--retry", "50")
-        await asyncio.sleep(1.5)
+        async with watch(box) as read:
+            again = await start_cli("--json", "setvcpu", box.qmp, "9", "--disable", "--retry", "50")
+            await read("vcpu-removal-failed")
     finally:
         await box.guest.shell(f"echo 1 > {EJECT}")
     stdout, _ = await again.communicate()
@@ -126,7 +127,7 @@ async def test_the_last_online_core_is_refused_and_atomic_takes_the_other_one_ba
     assert (run.code, run.json["outcome"], run.json["changed_ids"]) == (4, "rejected", [])
     assert run.json["undone"] in (box.ids(1), box.ids(2))
     # Linux 6.1 leaves the threads that it had offlined before it refused as they are.
-    await box.guest.wait_online(5)
+    await box.guest.wait_online(5, timeout=DEADLINE)
     async with qmpvcpu.connect(box.qmp) as domain:
         assert (await domain.state()).enabled_ids == tuple(box.ids(0, 1, 2))
         assert (await domain.disable(ids)).changed_ids == tuple(ids)
@@ -162,8 +163,12 @@ async def test_what_ended_while_nobody_listened_the_next_process_finds(arch, ver
     await plug(box, ids)
     async with stopped(box):
         assert (await cli("setvcpu", box.qmp, csv(ids), "--disable", "--timeout", "0")).code == 5
-    await box.guest.wait_online(len(box.boot_ids))
-    await asyncio.sleep(0.5)
+    await box.guest.wait_online(len(box.boot_ids), timeout=DEADLINE)
+
+    async def is_gone():
+        return len(await box.guest.qemu.monitor.query_cpus_fast()) == len(box.boot_ids)
+
+    await until(is_gone, "QEMU has removed it")
     async with watch(box) as read:
         line = await read("vcpu-removed")
     assert (line["vcpus"], line["detail"]) == (ids[:1], "it was removed while nobody listened")
@@ -197,7 +202,7 @@ async def test_set_vcpus_up_and_down_beside_a_sparse_set(arch, version, pool):
     before = len(box.boot_ids)
     await plug(box, box.ids(9))
     up = await cli("--json", "setvcpus", box.qmp, str(before + 3 * box.core))
-    await box.guest.wait_online(before + 3 * box.core, timeout=60)
+    await box.guest.wait_online(before + 3 * box.core, timeout=DEADLINE)
     first = before // box.core
     assert (up.code, up.json["changed_ids"]) == (0, box.ids(first, first + 1))
     down = await cli("--json", "setvcpus", box.qmp, str(before + box.core))
@@ -211,10 +216,10 @@ async def test_events_of_a_real_guest_in_their_order(arch, version, pool):
     ids = box.ids(5)
     async with qmpvcpu.connect(box.qmp) as domain, domain.events(steps=True) as events:
         await domain.enable(ids)
-        await box.guest.wait_online(len(box.boot_ids) + box.core)
+        await box.guest.wait_online(len(box.boot_ids) + box.core, timeout=DEADLINE)
         await domain.disable(ids)
         seen = []
-        async with asyncio.timeout(10):
+        async with deadline("all are removed"):
             while len([e for e in seen if e.event == "vcpu-removed"]) < box.core:
                 seen.append(await anext(events))
     mine = [(str(e.event), e.vcpus[0]) for e in seen if e.vcpus[0] == ids[0]]

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import subprocess
-import time
 from pathlib import Path
 
 from tests.conftest import qemu_binary
+from tests.support.waiting import until_blocking
 
-__all__ = ["EJECTING", "NUMA", "PPC64", "SPARSE", "firmware", "numa", "suspend"]
+__all__ = ["EJECTING", "NUMA", "PPC64", "SPARSE", "firmware", "numa", "qemu_of", "suspend"]
 
 
 def numa(
@@ -59,15 +59,25 @@ EJECTING = (
 )
 
 
+def qemu_of(daemon, name: str = "web1") -> int:
+    """The pid of this daemon's guest: another daemon's, of a test run next to this one, may have its name."""
+    folders = [Path(f"/proc/{daemon.pid}/root/run/libvirt/qemu"), daemon.folder]  # root's has mounts of its own
+    (file, *_) = [file for folder in folders for file in folder.rglob(f"{name}.pid")]
+    return int(file.read_text())
+
+
 def suspend(domain) -> None:
     """Pause a guest of `firmware`, once it ejects: before that QEMU declines every unplug. Blocks."""
     domain.setVcpu("15", 1, 1)
-    for _ in range(200):
+
+    def ejects() -> bool:
         try:
             domain.setVcpu("15", 0, 1)
-            break
         except Exception as error:
             if "not supported device" not in str(error):
                 raise
-            time.sleep(0.05)
+            return False
+        return True
+
+    until_blocking(ejects, "the firmware ejects")
     domain.suspend()

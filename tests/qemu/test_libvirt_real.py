@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import re
+import signal
 import sys
+import threading
 from contextlib import asynccontextmanager
-from pathlib import Path
 
 import pytest
 
@@ -18,7 +20,8 @@ from qmpvcpu.app.compare import LibvirtSide
 from qmpvcpu.host.rights import kvm_state
 from qmpvcpu.libvirt.daemon import run_libvirtd
 from tests.conftest import cli, start_cli
-from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa, suspend
+from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa, qemu_of, suspend
+from tests.support.waiting import deadline, until, within
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
 needs_kvm = pytest.mark.skipif(not kvm_state()[0], reason=f"KVM: {kvm_state()[1]}")
@@ -43,6 +46,20 @@ async def on(daemon, *words):
 
 def sent(daemon, mark):
     return [command["execute"] for command in daemon.qmp_commands(mark)]
+
+
+async def held(side):
+    """Until some client's job holds the domain."""
+    await until(lambda: asyncio.to_thread(side.guest.is_held_now), "a client holds the domain", every=0.02)
+
+
+async def free(side):
+    """Until no client's job holds the domain."""
+
+    async def is_free():
+        return not await asyncio.to_thread(side.guest.is_held_now)
+
+    await until(is_free, "no client holds the domain", every=0.1)
 
 
 async def tainted(side):
@@ -267,10 +284,10 @@ async def test_killed_between_calls_and_during_watch(daemon):
             first = json.loads(await watch.stdout.readline())
             assert first["event"] == "snapshot" and first["vcpus"] == [0, 1, 2, 5]
             await domain.enable(9)
-            line = json.loads(await asyncio.wait_for(watch.stdout.readline(), 20))
+            line = json.loads(await within(watch.stdout.readline(), "an event"))
             assert (line["event"], line["vcpus"]) == ("vcpu-added", [9])
             await daemon.restart(kill=True)
-            stdout, _ = await asyncio.wait_for(watch.communicate(), 30)
+            stdout, _ = await within(watch.communicate(), "watch has ended")
             assert watch.returncode == 7 and "closed" in stdout.decode(), stdout
             with pytest.raises(qmpvcpu.VcpuConnectionError) as caught:
                 await domain.enable(6)
@@ -303,7 +320,7 @@ async def test_two_connections_at_once(daemon):
                 done = await asyncio.gather(one.enable([4, 5]), other.enable([6, 7]))
                 assert [outcome.changed_ids for outcome in done] == [(4, 5), (6, 7)]
                 seen = set()
-                async with asyncio.timeout(20):
+                async with deadline("all four are reported"):
                     while seen != {4, 5, 6, 7}:
                         seen |= set((await anext(events)).vcpus)
             assert (await one.state()).enabled_ids == (await other.state()).enabled_ids == (0, 1, 2, 4, 5, 6, 7)
@@ -312,18 +329,14 @@ async def test_two_connections_at_once(daemon):
 
 async def test_nothing_holds_the_loop(daemon):
     """While libvirt is stopped, the loop turns; and a daemon that hangs is given up."""
-    import signal
-
     async with guest(daemon):
         async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
             os.kill(daemon.pid, signal.SIGSTOP)
             try:
                 call = asyncio.create_task(domain.enable(5))
-                turns = 0
                 for _ in range(50):
-                    await asyncio.sleep(0.01)
-                    turns += 1
-                assert turns == 50 and not call.done()
+                    await asyncio.sleep(0.01)  # a turn of the loop; one that is held does not come back
+                assert not call.done()
                 call.cancel()
                 with pytest.raises(asyncio.CancelledError):
                     await call
@@ -338,7 +351,7 @@ async def test_a_guest_that_stops_is_no_connection_any_more(daemon):
         watch = await start_cli("-c", daemon.uri, "watch", "web1", "--json")
         await watch.stdout.readline()
         await asyncio.to_thread(side.guest.domain.destroy)
-        stdout, _ = await asyncio.wait_for(watch.communicate(), 20)
+        stdout, _ = await within(watch.communicate(), "watch has ended")
         assert watch.returncode == 7 and "has stopped" in stdout.decode()
 
 
@@ -377,10 +390,9 @@ async def test_by_way_of_a_program_as_to_another_host(daemon, tmp_path):
         async with qmpvcpu.connect("web1", uri=uri) as domain:
             os.system(f"pkill -f {carrier}")
             with pytest.raises(qmpvcpu.VcpuConnectionError):
-                async with asyncio.timeout(20):
+                async with deadline("the carrier's end is seen"):
                     while True:
                         await domain.state()
-                        await asyncio.sleep(0.05)
             await domain.reconnect()
             assert (await domain.enable(6)).changed
     for uri in ("qemu+tls://localhost/system", "qemu+ssh://nobody@localhost:1/system", "bogus://"):
@@ -389,22 +401,22 @@ async def test_by_way_of_a_program_as_to_another_host(daemon, tmp_path):
         assert run.json["error"]["libvirt"].startswith("VIR_ERR_")
 
 
-async def test_many_connections_leave_nothing(daemon):
-    import gc
-    import threading
+def workers():
+    """Threads that make libvirt's calls."""
+    return [one.name for one in threading.enumerate() if "changes" in one.name or "queries" in one.name]
 
+
+async def test_many_connections_leave_nothing(daemon):
     async def rounds(count):
         for _ in range(count):
             async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
                 await domain.state()
-        for _ in range(100):
-            if not [one for one in threading.enumerate() if "changes" in one.name or "queries" in one.name]:
-                break
-            await asyncio.sleep(0.02)
+        await until(lambda: len(workers()) == others, "its threads have ended")
         gc.collect()
         return len(os.listdir("/proc/self/fd")), threading.active_count()
 
     async with guest(daemon):
+        others = len(workers())
         before = await rounds(5)
         after = await rounds(30)
         assert after[0] <= before[0] + 2 and after[1] <= before[1] + 2, (before, after)
@@ -471,35 +483,30 @@ async def test_a_transient_domain_and_its_own_xml(daemon):
 
 @needs_kvm
 async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked(daemon, tmp_path):
-    import signal
-
-    async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)):
-        pid = next(
-            int(folder.name)
-            for folder in Path("/proc").glob("[0-9]*")
-            if b"guest=web1," in (folder / "cmdline").read_bytes()
-        )
+    async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
+        pid = qemu_of(daemon)
         # A guest that does not eject: paused.
         async with qmpvcpu.connect("web1", uri=daemon.uri, via="monitor") as domain:
             await domain._link.monitor.stop()
         mark = daemon.log_position()
         process = await start_cli("-c", daemon.uri, "setvcpu", "web1", "4-7", "--disable", "--json")
-        await asyncio.sleep(1.5)
+        await until(lambda: "device_del" in sent(daemon, mark), "the first is asked for")
         process.send_signal(signal.SIGINT)
-        stdout, _ = await asyncio.wait_for(process.communicate(), 15)
+        stdout, _ = await within(process.communicate(), "it is interrupted")
         assert process.returncode == 130
-        await asyncio.sleep(7)
+        # libvirt gives the first one up after 5 s; only then could it ask for another.
+        await free(side)
         asked = [c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_del"]
         assert len(asked) == 1 and json.loads(stdout)["pending"] == [int(asked[0][4:])], (asked, stdout)
         os.kill(pid, signal.SIGSTOP)
         try:
             process = await start_cli("-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json")
-            stdout, _ = await asyncio.wait_for(process.communicate(), 40)
+            stdout, _ = await within(process.communicate(), "QEMU is given up")
             assert process.returncode == 7 and "did not answer" in stdout.decode()
             process = await start_cli("-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json")
-            await asyncio.sleep(1)
+            await held(side)
             process.send_signal(signal.SIGINT)
-            await asyncio.wait_for(process.communicate(), 10)
+            await within(process.communicate(), "it is interrupted")
             assert process.returncode == 130
         finally:
             os.kill(pid, signal.SIGCONT)
@@ -516,10 +523,8 @@ async def test_the_next_process_knows_what_is_pending(daemon, tmp_path):
         assert [row["id"] for row in rows if row["pending"]] == [4]
         # Not "already so": it is on its way out. Once that has ended it is plugged again.
         enabling = await start_cli("-c", daemon.uri, "setvcpu", "web1", "4", "--enable", "--json")
-        await asyncio.sleep(1)
-        assert enabling.returncode is None
         await asyncio.to_thread(side.guest.domain.resume)
-        stdout, _ = await asyncio.wait_for(enabling.communicate(), 40)
+        stdout, _ = await within(enabling.communicate(), "it is plugged again")
         assert (enabling.returncode, json.loads(stdout)["changed_ids"]) == (0, [4]), stdout.decode()
         rows = (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]
         assert [row["id"] for row in rows if row["state"] == "enabled"] == list(range(8))
@@ -527,15 +532,12 @@ async def test_the_next_process_knows_what_is_pending(daemon, tmp_path):
 
 
 async def test_connections_that_fail_leave_no_threads():
-    import threading
-
     before = threading.active_count()
     for _ in range(10):
         with pytest.raises(qmpvcpu.VcpuConnectionError):
             async with qmpvcpu.connect("web1", uri="qemu+unix:///system?socket=/nowhere"):
                 pass
-    await asyncio.sleep(0.2)
-    assert threading.active_count() <= before + 2
+    await until(lambda: threading.active_count() <= before + 2, "their threads have ended")
 
 
 async def test_what_cannot_be_is_said_and_is_no_bug_of_ours():

@@ -188,7 +188,7 @@ async def test_a_thread_id_of_another_process_is_never_touched(file):
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
         state = await domain.state()
         process = find_process([state.vcpus[0].thread_id])
-        other = subprocess.Popen(["sleep", "60"])
+        other = subprocess.Popen(["sleep", "infinity"])
         try:
             before = os.sched_getaffinity(other.pid), os.sched_getscheduler(other.pid)
             with pytest.raises(OSError, match="is not QEMU's"):

@@ -8,7 +8,6 @@ import os
 import signal
 import stat
 import sys
-import time
 from contextlib import asynccontextmanager
 from pathlib import Path
 
@@ -21,6 +20,7 @@ from qmpvcpu.errors import VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.qemu import probe as probe_module
 from qmpvcpu.qemu.probe import probe_machine
 from tests.conftest import VERSIONS, cli, matrix, qemu_binary, start_cli
+from tests.support.waiting import until, within
 
 pytestmark = pytest.mark.qemu
 
@@ -230,17 +230,15 @@ async def test_killed_in_the_middle(tmp_path, own_cache):
         process = await start_cli(*arguments, "--refresh")
         seen = starts()
         # From the moment QEMU is started on, a little later each time.
-        while process.returncode is None and starts() == seen:
-            await asyncio.sleep(0.002)
+        await until(lambda: process.returncode is not None or starts() != seen, "QEMU is started", every=0.002)  # noqa: B023
         await asyncio.sleep(0.008 * attempt)
         if process.returncode is None:
             process.send_signal(signal.SIGKILL)
         await process.communicate()
-        deadline = time.monotonic() + 5
-        while alive := [pid for pid in pids.read_text().split() if is_running(pid, binary)]:
-            assert time.monotonic() < deadline, alive
-            await asyncio.sleep(0.01)
-    found = await asyncio.wait_for(cli(*arguments), 20)
+        await until(
+            lambda: not [pid for pid in pids.read_text().split() if is_running(pid, binary)], "no QEMU is left"
+        )
+    found = await within(cli(*arguments), "nothing holds the lock")
     assert found.code == 0 and found.json["maxcpus"] == 2
     assert not [path.name for path in own_cache.iterdir() if path.name.startswith(".")]
 
@@ -276,7 +274,7 @@ async def test_programs_that_are_no_qemu(tmp_path):
         return str(path)
 
     with pytest.raises(VcpuConnectionError, match=r"has not answered within 0\.5 s"):
-        await find_layout(spec(), emulator=program("sleeper", "exec sleep 100"), mode=ALWAYS, timeout=0.5)
+        await find_layout(spec(), emulator=program("sleeper", "exec sleep infinity"), mode=ALWAYS, timeout=0.5)
     with pytest.raises(VcpuFailed, match="exited with code 7: ouch") as caught:
         await find_layout(spec(), emulator=program("dies", "echo ouch >&2; exit 7"), mode=ALWAYS)
     assert caught.value.exit_code == 7

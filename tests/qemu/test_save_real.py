@@ -17,6 +17,7 @@ from qmpvcpu.domain import migrate as engine
 from qmpvcpu.host.savefile import Saving, open_saved
 from tests.conftest import cli, start_cli
 from tests.qemu.test_migrate_real import CELLS, dead, ended, machine, names, plugged, runs, started, waiting
+from tests.support.waiting import DEADLINE, until
 
 pytestmark = pytest.mark.qemu
 __all__ = ["started"]
@@ -111,9 +112,7 @@ async def test_interrupted_it_goes_on(tmp_path):
     for _ in range(10):
         async with machine() as source:
             process = await start_cli("save", source.qmp, str(file))
-            async with asyncio.timeout(10):
-                while not os.listdir(tmp_path):
-                    await asyncio.sleep(0)
+            await until(lambda: os.listdir(tmp_path), "the file is made", every=0)
             process.send_signal(signal.SIGINT)
             if await process.wait() == 130:
                 assert await runs(source) and os.listdir(tmp_path) == []
@@ -132,14 +131,14 @@ async def test_interrupted_while_the_file_is_made_it_is_taken_away(tmp_path, mon
     def slow(path, cookie):
         saving = Saving(path, cookie)
         reached.set()
-        assert go.wait(10)
+        assert go.wait(DEADLINE)
         return saving
 
     slow.discard = Saving.discard
     monkeypatch.setattr(app, "Saving", slow)
     async with machine() as source, qmpvcpu.connect(qmp=source.qmp) as domain:
         task = asyncio.create_task(app.save(domain, str(tmp_path / "saved")))
-        assert await asyncio.to_thread(reached.wait, 10)
+        assert await asyncio.to_thread(reached.wait, DEADLINE)
         for _ in range(2):
             task.cancel()
             await asyncio.sleep(0.01)

@@ -15,6 +15,7 @@ import qmpvcpu
 from qmpvcpu import VcpuFlag
 from tests.conftest import VERSIONS, cli, matrix, start_cli
 from tests.qemu.conftest import paused
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.qemu
 
@@ -261,23 +262,23 @@ async def test_a_second_client_is_told_that_the_socket_is_taken():
         assert (error.value.reason, "one client at a time" in error.value.hint) == ("no-greeting", True)
         # The first address that is free is taken.
         async with paused("x86_64", "10.0", X86_8) as other:
-            both = qmpvcpu.connect("web", qmp=[qemu.qmp, other.qmp], connect_timeout=0.3)
+            both = qmpvcpu.connect("web", qmp=[qemu.qmp, other.qmp], connect_timeout=2)
             async with both as domain:
                 assert (await domain.state()).maxcpus == 8
 
 
 async def test_a_killed_qemu_ends_the_call_at_once():
     async with paused("x86_64", "10.0", "1,maxcpus=200") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
-        loop = asyncio.get_running_loop()
         call = asyncio.create_task(domain.enable(range(1, 200), timeout=600))
-        while not call.done() and len(await qemu.monitor.query_cpus_fast()) < 20:
-            pass
-        began = loop.time()
+
+        async def plugged():
+            return call.done() or len(await qemu.monitor.query_cpus_fast()) >= 20
+
+        await until(plugged, "many are plugged", every=0)
         os.kill(qemu.pid, signal.SIGKILL)
         with pytest.raises(qmpvcpu.VcpuConnectionError, match="When it was lost") as error:
             await call
-        assert loop.time() - began < 3  # at the closed socket, not at a deadline of 10 or 600 s
-        assert error.value.reason == "closed"
+        assert error.value.reason == "closed"  # not "timeout", after 10 or 600 s
         with pytest.raises(qmpvcpu.VcpuConnectionError):
             await domain.vcpus()
 

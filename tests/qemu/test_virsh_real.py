@@ -15,6 +15,7 @@ import pytest
 from tests.conftest import cli, group
 from tests.qemu.conftest import paused
 from tests.qemu.test_definition_real import NODES, SMP
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.qemu
 
@@ -50,10 +51,8 @@ async def virsh() -> AsyncIterator:
         return stdout.decode()
 
     try:
-        async with asyncio.timeout(20):
-            while not socket.exists():
-                assert daemon.returncode is None, (folder / "log").read_text()
-                await asyncio.sleep(0.02)
+        await until(lambda: socket.exists() or daemon.returncode is not None, "libvirtd's socket is there")
+        assert daemon.returncode is None, (folder / "log").read_text()
         yield run
     finally:
         if daemon.returncode is None:

@@ -65,7 +65,7 @@ def test_what_is_gone_unseen_is_known_to_the_next_and_tidied_when_it_is_back(tmp
 
 def test_changes_within_one_tick_of_the_clock_are_seen(tmp_path):
     one, other = folder(tmp_path), folder(tmp_path)
-    for first in range(200):
+    for first in range(50):
         one.add([unplug(first)])
         assert first in other.load()
 
