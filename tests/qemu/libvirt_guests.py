@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import subprocess
+import sys
 from pathlib import Path
 
 from tests.conftest import qemu_binary
-from tests.support.waiting import until_blocking
+from tests.support.waiting import until_blocking, within
 
-__all__ = ["EJECTING", "NUMA", "PPC64", "SPARSE", "firmware", "numa", "qemu_of", "suspend"]
+__all__ = ["EJECTING", "NUMA", "PPC64", "SPARSE", "firmware", "numa", "qemu_of", "start_until", "suspend"]
 
 
 def numa(
@@ -64,6 +66,36 @@ def qemu_of(daemon, name: str = "web1") -> int:
     folders = [Path(f"/proc/{daemon.pid}/root/run/libvirt/qemu"), daemon.folder]  # root's has mounts of its own
     (file, *_) = [file for folder in folders for file in folder.rglob(f"{name}.pid")]
     return int(file.read_text())
+
+
+#: The command line, which tells when it makes a call of libvirt's.
+TELLS = """
+import sys
+import libvirt
+import libvirt_qemu
+from qmpvcpu.cli import main
+
+owner, _, name = sys.argv.pop(1).rpartition(".")
+call = getattr(eval(owner), name)
+
+def telling(*given):
+    print("asks libvirt", file=sys.stderr, flush=True)
+    return call(*given)
+
+setattr(eval(owner), name, telling)
+sys.exit(main())
+"""
+
+
+async def start_until(call: str, *words: str) -> asyncio.subprocess.Process:
+    """A command that makes this call, of a guest that does not answer it."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", TELLS, call, *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    await within(process.stderr.readuntil(b"asks libvirt\n"), f"it waits for {call}")
+    return process
 
 
 def suspend(domain) -> None:

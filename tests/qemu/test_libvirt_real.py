@@ -20,7 +20,7 @@ from qmpvcpu.app.compare import LibvirtSide
 from qmpvcpu.host.rights import kvm_state
 from qmpvcpu.libvirt.daemon import run_libvirtd
 from tests.conftest import cli, start_cli
-from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa, qemu_of, suspend
+from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa, qemu_of, start_until, suspend
 from tests.support.waiting import deadline, until, within
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
@@ -503,8 +503,8 @@ async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked
             process = await start_cli("-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json")
             stdout, _ = await within(process.communicate(), "QEMU is given up")
             assert process.returncode == 7 and "did not answer" in stdout.decode()
-            process = await start_cli("-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json")
-            await held(side)
+            words = ("-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json")
+            process = await start_until("libvirt_qemu.qemuMonitorCommand", *words)
             process.send_signal(signal.SIGINT)
             await within(process.communicate(), "it is interrupted")
             assert process.returncode == 130

@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import sys
 import threading
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -19,7 +18,7 @@ import qmpvcpu
 from qmpvcpu import VcpuFlag
 from qmpvcpu.libvirt.daemon import run_libvirtd
 from tests.conftest import start_cli
-from tests.qemu.libvirt_guests import EJECTING, NUMA, firmware, numa, qemu_of, suspend
+from tests.qemu.libvirt_guests import EJECTING, NUMA, firmware, numa, qemu_of, start_until, suspend
 from tests.qemu.test_libvirt_real import free, guest, held, needs_kvm, on, sent, workers
 from tests.support.waiting import until, within
 
@@ -304,35 +303,13 @@ async def test_a_definition_that_cannot_follow_is_partial(daemon):
             kept.rename(file)
 
 
-#: The command line, which tells when it makes the call that waits for the domain.
-TELLS = """
-import sys
-import libvirt
-from qmpvcpu.cli import main
-
-call = libvirt.virDomain.setVcpu
-
-def telling(*given):
-    print("asks libvirt", file=sys.stderr, flush=True)
-    return call(*given)
-
-libvirt.virDomain.setVcpu = telling
-sys.exit(main())
-"""
-
-
 async def test_interrupted_while_another_client_holds_the_domain(daemon):
     async with guest(daemon) as side:
         with stopped(daemon):
             other = asyncio.create_task(asyncio.to_thread(side.guest.domain.setVcpu, "12", 1, 1))
             await held(side)
-            process = await asyncio.create_subprocess_exec(
-                *(sys.executable, "-c", TELLS, "-c", daemon.uri, "setvcpu", "web1", "11", "--enable", "--config"),
-                "--json",
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.PIPE,
-            )
-            await within(process.stderr.readuntil(b"asks libvirt\n"), "it waits for libvirt")
+            words = ("-c", daemon.uri, "setvcpu", "web1", "11", "--enable", "--config", "--json")
+            process = await start_until("libvirt.virDomain.setVcpu", *words)
             process.send_signal(signal.SIGINT)
             stdout, _ = await within(process.communicate(), "it is interrupted")
             assert process.returncode == 130, stdout
