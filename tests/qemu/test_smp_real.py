@@ -136,4 +136,4 @@ def test_a_prediction_is_what_qemu_says(arch, version):
         agreed[1] += 1
 
     check()
-    assert min(agreed) > 2, agreed
+    assert min(agreed) > 2 or count(EXAMPLES) < EXAMPLES, agreed
