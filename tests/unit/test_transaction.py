@@ -1,4 +1,4 @@
-"""The table of transitions: each path by hand, then every order of replies, events, losses and cancels."""
+"""One request in QEMU: each path by hand, then every order of replies, events, losses and cancels."""
 
 from __future__ import annotations
 
@@ -7,613 +7,760 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from qmpvcpu.core.events import Names, Signal, SignalKind, interpret
-from qmpvcpu.core.model import Entity, Props
-from qmpvcpu.core.transaction import (
-    Add,
-    Again,
-    Cancelled,
-    Delete,
-    Expired,
-    ItemState,
-    Phase,
-    Poll,
-    Query,
-    Replied,
-    Snapshot,
-    Transaction,
-    Unsent,
-)
+from tests.support.engine import QUERY, Engine, Report, add, delete, meaning, undo
+
+CORE = tuple(range(8, 16))
 
 
-def entity(first, plugged=False, size=1):
-    path = f"/machine/peripheral/vcpu{first}" if plugged else None
-    return Entity(tuple(range(first, first + size)), "t", Props({"core-id": first}), path, None, True)
+def started(*, plug=(), unplug=(), awaited=(), **options):
+    """What is to be done is sent; `start()` has its effects."""
+    engine = Engine(plug, unplug, awaited, **options)
+    engine.start()
+    return engine
 
 
-def kinds(effects):
-    return [type(effect).__name__ for effect in effects]
+def unplugging(*firsts, **options):
+    """QEMU has taken these unplugs, and a query has shown that they are still there."""
+    engine = started(unplug=firsts, **options)
+    for first in firsts:
+        engine.replied(first)
+    engine.poll()
+    engine.query_goes_out()
+    engine.seen(0, *firsts)
+    return engine
 
 
-def snap(*firsts):
-    return Snapshot(frozenset(firsts))
+def failing_plug(**options):
+    """Of two plugs the first is done, and the second declined."""
+    engine = started(plug=[1, 2], **options)
+    engine.replied(1)
+    engine.failed(2, "taken")
+    return engine
 
 
-def refused(first, reason="no"):
-    return Signal(SignalKind.GUEST_REFUSED, first, reason)
-
-
-def end(transaction):
-    assert transaction.phase is Phase.DONE
-    return transaction.result()
+# -- plugs -------------------------------------------------------------------------------------------
 
 
 def test_plugs_go_out_together_with_one_query_behind_them():
-    t = Transaction([entity(1), entity(2), entity(3)])
-    assert kinds(t.start()) == ["Add", "Add", "Add", "Query"]
+    assert Engine([1, 2, 3]).start() == [add(1), add(2), add(3), QUERY]
+
+
+def test_replies_to_plugs_ask_for_no_query_of_their_own():
+    engine = started(plug=[1, 2, 3])
+    assert [engine.replied(first) for first in (1, 2, 3)] == [[], [], []]
+
+
+def test_replies_to_plugs_end_nothing():
+    engine = started(plug=[1])
+    engine.replied(1)
+    assert not engine.ended
+
+
+def test_plugs_end_with_the_query_that_shows_them():
+    engine = started(plug=[1, 2, 3])
     for first in (1, 2, 3):
-        assert t.feed(Replied(first)) == []
-    assert t.phase is Phase.RUN
-    assert t.feed(snap(0, 1, 2, 3)) == []
-    assert (end(t).outcome, end(t).plugged) == ("applied", (1, 2, 3))
+        engine.replied(first)
+    engine.seen(0, 1, 2, 3)
+    assert engine.end() == Report("applied", plugged=(1, 2, 3))
 
 
-def test_what_happened_before_a_query_goes_out_asks_for_no_other():
-    t = Transaction([], [entity(1, True), entity(2, True)])
-    t.start()
-    t.feed(Replied(1))
-    t.feed(Replied(2))
-    assert not t.seems_over
-    assert kinds(t.feed(Poll())) == ["Query"]
-    assert t.feed(Signal(SignalKind.DELETED, 1)) == []
-    assert not t.seems_over
-    assert t.feed(Signal(SignalKind.DELETED, 2)) == []
-    assert t.seems_over
-    t.asked()
-    assert t.feed(snap(0)) == []
-    assert (end(t).outcome, end(t).removed) == ("applied", (1, 2))
+def test_a_plug_that_is_not_in_the_query_is_a_failure():
+    engine = started(plug=[1])
+    engine.replied(1)
+    engine.seen(0)
+    text = "QEMU accepted device_add, but the vCPU is not there"
+    assert engine.end() == Report("failed", failures={(1,): text})
 
 
-def test_what_happens_while_a_query_is_under_way_asks_once_more():
-    t = Transaction([], [entity(1, True)])
-    t.start()
-    t.feed(Replied(1))
-    t.feed(Poll())
-    t.asked()
-    t.feed(Signal(SignalKind.DELETED, 1))
-    assert kinds(t.feed(snap(0, 1))) == ["Query"]
-    t.feed(snap(0))
-    assert end(t).outcome == "applied"
+# -- an id that is still taken -----------------------------------------------------------------------
+
+DUPLICATE = "Duplicate device ID 'vcpu8'"
 
 
-def test_what_was_not_sent_is_not_done_and_nothing_is_claimed_of_it():
-    t = Transaction([entity(1), entity(2)], [])
-    t.start()
-    t.feed(Replied(1))
-    t.feed(Unsent(2))
-    assert t.feed(Cancelled()) == []
-    assert kinds(t.feed(snap(0, 1))) == ["Delete"]
-    assert t.feed(Unsent(1)) == [] or t.feed(snap(0, 1)) == []
-    t.feed(snap(0, 1))
-    result = end(t)
-    # Plugged, its undo was not sent either; the other never began.
-    assert (result.remaining, result.pending, result.plugged) == ((1,), (), (1,))
+def still_taken():
+    """A core's slot is empty, and its device not quite gone."""
+    engine = started(awaited=[8], ids={8: CORE}, doubted=[8])
+    engine.something_changed()
+    engine.seen(0)
+    return engine
 
 
-def test_unplugs_that_were_not_sent_leave_those_that_were():
-    t = Transaction([], [entity(1, True), entity(2, True)])
-    t.start()
-    t.feed(Replied(1))
-    t.feed(Unsent(2))
-    t.asked()
-    t.feed(Expired())
-    t.feed(snap(0, 1, 2))
-    for _ in range(2):
-        t.feed(snap(0, 1, 2))
-    assert (end(t).pending, end(t).removed, end(t).failures) == ((1,), (), ())
-    assert (end(t).unasked, end(t).outcome) == ((2,), "pending")
+def test_an_id_that_is_still_taken_is_looked_at():
+    assert still_taken().failed(8, DUPLICATE) == [QUERY]
 
 
-def test_one_that_goes_after_others_were_brought_back_for_it_makes_no_success():
-    t = Transaction([], [entity(7, True), entity(8, True)], atomic=True, doubted=frozenset({7, 8}))
-    t.start()
-    t.feed(Replied(7))
-    t.feed(Replied(8, "GenericError", "in the process of unplug"))
-    effects = t.feed(snap(0, 8))
-    assert [(type(e).__name__, e.entity.first) for e in effects if type(e) is Add] == [("Add", 7)]
-    t.feed(Replied(7))
-    # Only now the earlier unplug of 8 ends.
-    t.feed(snap(0, 7))
-    for _ in range(3):
-        t.feed(snap(0, 7))
-    result = end(t)
-    assert (result.outcome, result.undone, result.removed) == ("partial", (7,), (8,))
-
-
-def test_a_repeated_unplug_that_fails_leaves_the_first_open():
-    t = Transaction([], [entity(5, True)], doubted=frozenset({5}))
-    t.start()
-    # It may answer the earlier one: asked once more, which QEMU declines.
-    t.feed(refused(5))
-    assert kinds(t.feed(Replied(5))) == ["Delete"]
-    t.feed(Replied(5, "GenericError", "in the process of unplug"))
-    for _ in range(2):
-        t.feed(snap(0, 5))
-    assert end(t).pending == (5,)
-
-
-def test_what_is_asked_before_or_refused_before_stays_so_where_it_is_not_asked_again():
-    t = Transaction([], [entity(5, True), entity(6, True)], retries=1, doubted=frozenset({6}))
-    t.start()
-    t.feed(Replied(5))
-    t.feed(refused(5, "busy"))
-    assert kinds(t.feed(Again())) == ["Delete"]
-    t.feed(Unsent(5))
-    t.feed(Unsent(6))
-    t.feed(Expired())
-    for _ in range(2):
-        t.feed(snap(0, 5, 6))
-    result = end(t)
-    assert [failure.text for failure in result.rejections] == ["busy"] and result.pending == (6,)
-    assert result.unasked == ()
-
-
-def test_an_error_before_others_are_answered_is_looked_at_when_they_are():
-    t = Transaction([], [entity(5, True), entity(6, True)])
-    t.start()
-    t.feed(Replied(5, "DeviceNotFound", "Device 'vcpu5' not found"))
-    assert kinds(t.feed(Unsent(6))) == ["Query"]
-    t.feed(snap(0, 6))
-    result = end(t)
-    assert (result.removed, result.unasked, result.outcome) == ((5,), (6,), "partial")
+def test_an_id_that_is_still_taken_waits_for_a_pause():
+    engine = still_taken()
+    engine.failed(8, DUPLICATE)
+    assert engine.seen(0) == []
+    assert "retry" in engine.wakes
 
 
 def test_an_id_that_is_still_taken_is_tried_again():
-    text = "Duplicate device ID 'vcpu8'"
-    t = Transaction([], [], [entity(8, True, 8)], doubted=frozenset({8}))
-    t.start()
-    t.feed(Signal(SignalKind.LOOK_AGAIN))
-    assert kinds(t.feed(snap(0))) == ["Add"]
-    # Its slot is empty, and its device not quite gone.
-    assert kinds(t.feed(Replied(8, "GenericError", text))) == ["Query"]
-    assert t.feed(snap(0)) == [] and t.to_retry
-    assert kinds(t.feed(Again())) == ["Add"]
-    t.feed(Replied(8))
-    t.feed(snap(0, 8))
-    assert (end(t).outcome, end(t).plugged) == ("applied", tuple(range(8, 16)))
+    engine = still_taken()
+    engine.failed(8, DUPLICATE)
+    engine.seen(0)
+    assert engine.pause_is_over() == [add(8)]
+    engine.replied(8)
+    engine.seen(0, 8)
+    assert engine.end() == Report("applied", plugged=CORE)
 
 
 @pytest.mark.parametrize("how", ["taken for good", "plugged by another client", "deadline"])
 def test_an_id_that_stays_taken_is_a_failure(how):
-    t = Transaction([entity(1)])
-    t.start()
-    t.feed(snap(0))
+    engine = started(plug=[1])
+    engine.seen(0)
     for _ in range(3):
-        if t.phase is not Phase.DONE:
-            t.feed(Replied(1, "GenericError", "Duplicate device ID 'vcpu1'"))
-            t.feed(snap(0, 1) if how == "plugged by another client" else snap(0))
+        if not engine.ended:
+            engine.failed(1, "Duplicate device ID 'vcpu1'")
+            engine.seen(*((0, 1) if how == "plugged by another client" else (0,)))
         if how == "deadline":
-            t.feed(Expired())
-            t.feed(snap(0))
-        t.feed(Again())
-    assert (end(t).outcome, end(t).plugged) == ("failed", ())
-    assert "Duplicate" in end(t).failures[0].text
+            engine.expired()
+            engine.seen(0)
+        engine.pause_is_over()
+    assert engine.end() == Report("failed", failures={(1,): "GenericError: Duplicate device ID 'vcpu1'"})
 
 
-def test_one_that_is_asked_again_is_not_over():
-    t = Transaction([], [entity(1, True)], retries=1)
-    t.start()
-    t.feed(Replied(1))
-    t.feed(Signal(SignalKind.DELETED, 1))
-    t.feed(refused(1))
-    assert kinds(t.feed(Again())) == ["Delete"]
-    t.feed(Replied(1))
-    assert not t.seems_over
+# -- the undo of plugs -------------------------------------------------------------------------------
 
 
-def test_a_plug_that_is_not_in_the_query_is_a_failure():
-    t = Transaction([entity(1)])
-    t.start()
-    t.feed(Replied(1))
-    t.feed(snap(0))
-    assert (end(t).outcome, "not there" in end(t).failures[0].text) == ("failed", True)
+def test_what_there_is_to_undo_says_the_query_under_way():
+    engine = started(plug=[1, 2])
+    engine.replied(1)
+    assert engine.failed(2, "taken") == []
 
 
-def test_a_failing_plug_undoes_the_others_and_each_undo_is_verified():
-    t = Transaction([entity(1), entity(2)])
-    t.start()
-    t.feed(Replied(1))
-    assert t.feed(Replied(2, "GenericError", "taken")) == []  # the query under way says what there is to undo
-    effects = t.feed(snap(0, 1))
-    assert [(type(e), e.entity.first, e.undo) for e in effects] == [(Delete, 1, True)]
-    assert kinds(t.feed(Replied(1))) == ["Query"]
-    assert t.feed(snap(0, 1)) == []
-    assert t.phase is Phase.UNDO
-    assert kinds(t.feed(Signal(SignalKind.DELETED, 1))) == ["Query"]
-    t.feed(snap(0))
-    result = end(t)
-    assert (result.outcome, result.undone, result.remaining) == ("failed", (1,), ())
-    assert (result.failures[0].error_class, result.failures[0].text) == ("GenericError", "taken")
+def test_a_failing_plug_undoes_the_others():
+    assert failing_plug().seen(0, 1) == [undo(1)]
+
+
+def test_an_undo_is_looked_at():
+    engine = failing_plug()
+    engine.seen(0, 1)
+    assert engine.replied(1) == [QUERY]
+
+
+def test_an_undo_has_not_ended_while_its_slot_is_full():
+    engine = failing_plug()
+    engine.seen(0, 1)
+    engine.replied(1)
+    assert engine.seen(0, 1) == []
+    assert not engine.ended
+
+
+def test_the_event_of_an_undo_is_verified_by_a_query():
+    engine = failing_plug()
+    engine.seen(0, 1)
+    engine.replied(1)
+    engine.seen(0, 1)
+    assert engine.gone(1) == [QUERY]
+    engine.seen(0)
+    assert engine.end() == Report("failed", undone=(1,), failures={(2,): "GenericError: taken"})
 
 
 @pytest.mark.parametrize("how", ["refused", "error", "silent"])
 def test_an_undo_that_fails_is_partial_and_names_what_stays(how):
-    t = Transaction([entity(1), entity(2)])
-    t.start()
-    t.feed(Replied(1))
-    t.feed(Replied(2, "GenericError", "taken"))
-    t.feed(snap(0, 1))
-    t.feed(Replied(1, "GenericError", "no") if how == "error" else Replied(1))
-    t.feed(snap(0, 1))
+    engine = failing_plug()
+    engine.seen(0, 1)
+    if how == "error":
+        engine.failed(1, "no")
+    else:
+        engine.replied(1)
+    engine.seen(0, 1)
     if how == "refused":
-        t.feed(refused(1))
-        t.feed(snap(0, 1))
+        engine.refused(1)
+        engine.seen(0, 1)
     if how == "silent":
-        t.feed(Expired())
-        t.feed(snap(0, 1))
-    result = end(t)
-    assert (result.outcome, result.remaining, result.undone) == ("partial", (1,), ())
-    assert result.pending == ((1,) if how == "silent" else ())
+        engine.expired()
+        engine.seen(0, 1)
+    pending = (1,) if how == "silent" else ()
+    failures = {(2,): "GenericError: taken"}
+    assert engine.end() == Report("partial", plugged=(1,), remaining=(1,), pending=pending, failures=failures)
 
 
 def test_where_an_undo_is_forbidden_none_is_tried():
-    t = Transaction([entity(1), entity(2)], undo_forbidden="it kills QEMU")
-    t.start()
-    t.feed(Replied(1))
-    assert t.feed(Replied(2, "E", "taken")) == []
-    t.feed(snap(0, 1))
-    result = end(t)
-    assert (result.outcome, result.remaining, result.undo_forbidden) == ("partial", (1,), "it kills QEMU")
+    engine = failing_plug(undo_forbidden="it kills QEMU")
+    assert engine.seen(0, 1) == []
 
 
-def test_unplugs_are_asked_together_and_end_by_a_query_only():
-    t = Transaction([], [entity(1, True), entity(2, True)])
-    assert kinds(t.start()) == ["Delete", "Delete"]
-    assert t.feed(Replied(1)) == [] and not t.to_look_soon
-    # QEMU is not kept from its work; but before long it is looked at.
-    assert t.feed(Replied(2)) == [] and t.to_look_soon
-    assert kinds(t.feed(Poll())) == ["Query"]
-    t.asked()
-    assert not t.to_look_soon
-    t.feed(snap(0, 1, 2))
-    # Of several that go, the last is worth a query; and an event alone ends nothing.
-    assert t.feed(Signal(SignalKind.DELETED, 1)) == []
-    assert kinds(t.feed(Signal(SignalKind.DELETED, 2))) == ["Query"]
-    assert t.feed(snap(0, 1, 2)) == []
-    t.feed(Poll())
-    t.feed(snap(0, 2))
-    assert t.phase is Phase.RUN
-    t.feed(Signal(SignalKind.LOOK_AGAIN))
-    t.feed(snap(0))
-    assert (end(t).outcome, end(t).removed) == ("applied", (1, 2))
+def test_where_an_undo_is_forbidden_the_end_says_why():
+    engine = failing_plug(undo_forbidden="it kills QEMU")
+    engine.seen(0, 1)
+    assert engine.end() == Report(
+        "partial",
+        plugged=(1,),
+        remaining=(1,),
+        failures={(2,): "GenericError: taken"},
+        undo_forbidden="it kills QEMU",
+    )
+
+
+# -- unplugs -----------------------------------------------------------------------------------------
+
+
+def test_unplugs_go_out_together():
+    assert Engine(unplug=[1, 2]).start() == [delete(1), delete(2)]
+
+
+def test_qemu_that_has_taken_all_unplugs_is_looked_at_soon_and_not_at_once():
+    engine = started(unplug=[1, 2])
+    effects = [engine.replied(first) for first in (1, 2)]
+    assert (effects, "soon" in engine.wakes) == ([[], []], True)
+
+
+def test_qemu_that_has_not_taken_all_unplugs_is_left_to_its_work():
+    engine = started(unplug=[1, 2])
+    engine.replied(1)
+    assert "soon" not in engine.wakes
+
+
+def test_the_first_look_is_taken_once():
+    engine = started(unplug=[1])
+    engine.replied(1)
+    assert engine.poll() == [QUERY]
+    engine.query_goes_out()
+    assert "soon" not in engine.wakes
+
+
+def test_of_several_that_go_the_last_is_worth_a_query():
+    engine = unplugging(1, 2)
+    assert [engine.gone(first) for first in (1, 2)] == [[], [QUERY]]
+
+
+def test_events_alone_end_no_unplug():
+    engine = unplugging(1)
+    engine.gone(1)
+    engine.seen(0, 1)
+    assert not engine.ended
+
+
+def test_unplugs_end_when_queries_show_all_of_them_gone():
+    engine = unplugging(1, 2)
+    engine.poll()
+    engine.seen(0, 2)
+    assert not engine.ended
+    engine.something_changed()
+    engine.seen(0)
+    assert engine.end() == Report("applied", removed=(1, 2))
+
+
+def test_what_happened_before_a_query_goes_out_asks_for_no_other():
+    engine = started(unplug=[1, 2])
+    engine.replied(1)
+    engine.replied(2)
+    assert engine.poll() == [QUERY]
+    assert [engine.gone(first) for first in (1, 2)] == [[], []]
+    engine.query_goes_out()
+    assert engine.seen(0) == []
+    assert engine.end() == Report("applied", removed=(1, 2))
+
+
+def test_a_query_has_only_to_confirm_once_qemu_has_said_that_all_are_gone():
+    engine = started(unplug=[1, 2])
+    engine.replied(1)
+    engine.replied(2)
+    confirms = [engine.query_goes_out()]
+    for first in (1, 2):
+        engine.gone(first)
+        confirms.append(engine.query_goes_out())
+    assert confirms == [False, False, True]
+
+
+def test_what_happens_while_a_query_is_under_way_asks_once_more():
+    engine = started(unplug=[1])
+    engine.replied(1)
+    engine.poll()
+    engine.query_goes_out()
+    engine.gone(1)
+    assert engine.seen(0, 1) == [QUERY]
+    engine.seen(0)
+    assert engine.end() == Report("applied", removed=(1,))
 
 
 def test_of_what_a_query_shows_gone_an_event_behind_it_asks_for_no_other():
-    t = Transaction([], [entity(1, True), entity(2, True)])
-    t.start()
-    t.feed(Replied(1))
-    t.feed(Replied(2))
-    t.feed(Poll())
-    t.asked()
-    for first in (1, 2):
-        assert t.feed(Signal(SignalKind.DELETED, first)) == []
-    assert t.feed(snap(0)) == []
-    assert end(t).removed == (1, 2)
-
-
-def test_one_that_is_to_come_back_is_looked_at_as_soon_as_it_is_gone():
-    t = Transaction([], [entity(2, True)], [entity(1, True)])
-    t.start()
-    t.feed(Replied(2))
-    t.feed(snap(0, 1, 2))
-    assert kinds(t.feed(Signal(SignalKind.DELETED, 1))) == ["Query"]
-    assert kinds(t.feed(snap(0, 2))) == ["Add"]
+    engine = started(unplug=[1, 2])
+    engine.replied(1)
+    engine.replied(2)
+    engine.poll()
+    engine.query_goes_out()
+    assert [engine.gone(first) for first in (1, 2)] == [[], []]
+    assert engine.seen(0) == []
+    assert engine.end() == Report("applied", removed=(1, 2))
 
 
 def test_gone_before_the_reply_to_device_del():
-    t = Transaction([], [entity(8, True, 8)])
-    t.start()
-    t.feed(Signal(SignalKind.DELETED, 8))
-    assert kinds(t.feed(Replied(8))) == ["Query"]
-    t.feed(snap(0))
-    assert (end(t).outcome, end(t).removed) == ("applied", tuple(range(8, 16)))
+    engine = started(unplug=[8], ids={8: CORE})
+    engine.gone(8)
+    assert engine.replied(8) == [QUERY]
+    engine.seen(0)
+    assert engine.end() == Report("applied", removed=CORE)
 
 
 def test_device_not_found_is_gone_if_the_query_says_so():
-    t = Transaction([], [entity(1, True)])
-    t.start()
-    t.feed(Replied(1, "DeviceNotFound", "Device 'vcpu1' not found"))
-    t.feed(snap(0))
-    assert end(t).outcome == "applied"
+    engine = started(unplug=[1])
+    engine.failed(1, "Device 'vcpu1' not found", "DeviceNotFound")
+    engine.seen(0)
+    assert engine.end() == Report("applied", removed=(1,))
 
 
 def test_an_error_of_device_del_is_a_failure_with_qemus_text():
-    t = Transaction([], [entity(1, True)])
-    t.start()
-    t.feed(Replied(1, "GenericError", "not supported"))
-    t.feed(snap(0, 1))
-    assert (end(t).outcome, end(t).failures[0].text) == ("failed", "not supported")
+    engine = started(unplug=[1])
+    engine.failed(1, "not supported")
+    engine.seen(0, 1)
+    assert engine.end() == Report("failed", failures={(1,): "GenericError: not supported"})
 
 
-def test_a_rejection_keeps_the_guests_reason_and_is_checked_by_a_query():
-    t = Transaction([], [entity(1, True)])
-    t.start()
-    t.feed(Replied(1))
-    t.feed(snap(0, 1))
-    assert kinds(t.feed(refused(1, "eject disabled"))) == ["Query"]
-    t.feed(snap(0, 1))
-    assert (end(t).outcome, end(t).rejections[0].text) == ("rejected", "eject disabled")
+def test_an_error_before_others_are_answered_is_looked_at_when_they_are():
+    engine = started(unplug=[5, 6])
+    assert engine.failed(5, "Device 'vcpu5' not found", "DeviceNotFound") == []
+    assert engine.unsent(6) == [QUERY]
+    engine.seen(0, 6)
+    assert engine.end() == Report("partial", removed=(5,), unasked=(6,))
 
 
-def test_ejecting_is_no_end():
-    t = Transaction([], [entity(1, True)])
-    t.start()
-    t.feed(Replied(1))
-    t.feed(snap(0, 1))
-    assert t.feed(Signal(SignalKind.EJECTING, 1)) == []
-    assert t.waiting
+def test_ejecting_asks_for_no_query():
+    assert unplugging(1).ejecting(1) == []
 
 
-def test_at_the_deadline_one_last_query_decides_between_pending_and_done():
-    for last, outcome in ((snap(0, 1), "pending"), (snap(0), "applied")):
-        t = Transaction([], [entity(1, True)])
-        t.start()
-        t.feed(Replied(1))
-        t.feed(snap(0, 1))
-        assert kinds(t.feed(Expired())) == ["Query"]
-        t.feed(last)
-        assert end(t).outcome == outcome
+def test_ejecting_is_not_an_end():
+    engine = unplugging(1)
+    engine.ejecting(1)
+    assert "guest" in engine.wakes
 
 
-def test_async_ends_as_soon_as_qemu_took_it():
-    t = Transaction([], [entity(1, True)], wait=False)
-    t.start()
-    t.feed(Replied(1))
-    t.feed(snap(0, 1))
-    assert (end(t).outcome, end(t).pending) == ("requested", (1,))
-
-
-def test_a_reset_drops_what_was_asked_where_the_machine_is_a_pc():
-    for drops, phase in ((True, Phase.DONE), (False, Phase.RUN)):
-        t = Transaction([], [entity(1, True)], reset_drops_unplug=drops)
-        t.start()
-        t.feed(Replied(1))
-        t.feed(snap(0, 1))
-        t.feed(Signal(SignalKind.RESET, None, "the machine was reset"))
-        t.feed(snap(0, 1))
-        assert t.phase is phase
-
-
-def test_cancelled_plugs_are_undone_and_cancelled_unplugs_stay_pending():
-    t = Transaction([entity(1)], [entity(2, True)])
-    t.start()
-    assert t.feed(Cancelled()) == []
-    t.feed(Replied(1))
-    t.feed(Replied(2))
-    assert kinds(t.feed(snap(0, 1, 2))) == ["Delete"]
-    assert kinds(t.feed(Replied(1))) == ["Query"]
-    t.feed(snap(0, 2))
-    assert (end(t).undone, end(t).pending, end(t).plugged) == ((1,), (2,), ())
-
-
-def test_plug_after_a_pending_unplug():
-    t = Transaction([], [], [entity(1, True)])
-    t.start()
-    assert t.waiting
-    t.feed(Poll())
-    assert kinds(t.feed(snap(0))) == ["Add"]
-    assert kinds(t.feed(Replied(1))) == ["Query"]
-    t.feed(snap(0, 1))
-    assert (end(t).outcome, end(t).plugged) == ("applied", (1,))
-
-
-def test_a_pending_unplug_that_the_guest_then_refused_leaves_it_enabled():
-    t = Transaction([], [], [entity(1, True)])
-    t.start()
-    t.feed(refused(1))
-    t.feed(snap(0, 1))
-    assert (end(t).outcome, end(t).kept, end(t).plugged) == ("applied", (1,), ())
-
-
-def test_a_refusal_before_the_reply_may_answer_an_earlier_request():
-    t = Transaction([], [entity(1, True)], doubted=frozenset({1}))
-    t.start()
-    t.feed(refused(1, "the one before, or this one"))
-    assert kinds(t.feed(Replied(1))) == ["Delete"]
-    t.feed(Replied(1))
-    t.feed(snap(0, 1))
-    assert t.phase is Phase.RUN
-    t.feed(refused(1, "this one"))
-    t.feed(snap(0, 1))
-    assert end(t).rejections[0].text == "this one"
-
-
-def test_a_failing_device_del_leaves_an_earlier_unplug_open():
-    for last, outcome, pending in ((snap(0, 1), "failed", (1,)), (snap(0), "applied", ())):
-        t = Transaction([], [entity(1, True)], doubted=frozenset({1}))
-        t.start()
-        t.feed(Replied(1, "GenericError", "no"))
-        t.feed(last)
-        assert (end(t).outcome, end(t).pending, t.still_asked) == (outcome, pending, pending)
-
-
-def test_a_refusal_may_overtake_the_reply():
-    t = Transaction([], [entity(1, True)])
-    t.start()
-    t.feed(refused(1, "eject disabled"))
-    t.feed(Replied(1))
-    t.feed(snap(0, 1))
-    assert end(t).rejections[0].text == "eject disabled"
-
-
-def test_removed_and_plugged_by_another_client_is_not_called_removed():
-    t = Transaction([], [entity(1, True), entity(2, True)])
-    t.start()
-    t.feed(Replied(1))
-    t.feed(Replied(2))
-    t.feed(Snapshot(frozenset({0, 1}), frozenset({1})))
-    t.feed(snap(0, 1))
-    result = end(t)
-    assert (result.outcome, result.removed, result.pending) == ("partial", (2,), ())
-    assert "another client plugged it again" in result.failures[0].text
-
-
-def test_a_retry_asks_again_after_the_pause_and_only_so_often():
-    t = Transaction([], [entity(1, True)], retries=1)
-    t.start()
-    t.feed(Replied(1))
-    t.feed(snap(0, 1))
-    assert kinds(t.feed(refused(1, "busy"))) == ["Query"]
-    t.feed(snap(0, 1))
-    assert (t.phase, t.to_retry, t.still_asked) == (Phase.RUN, True, ())
-    assert kinds(t.feed(Again())) == ["Delete"]
-    t.feed(Replied(1))
-    t.feed(snap(0, 1))
-    t.feed(refused(1, "busy still"))
-    t.feed(snap(0, 1))
-    assert (end(t).outcome, end(t).rejections[0].text) == ("rejected", "busy still")
-
-
-def test_a_retry_that_works_is_a_removal():
-    t = Transaction([], [entity(1, True)], retries=3)
-    t.start()
-    text = "acpi: device unplug request for not supported device type: qemu64-x86_64-cpu"
-    t.feed(Replied(1, "GenericError", text))
-    t.feed(snap(0, 1))
-    assert t.to_retry
-    t.feed(Again())
-    t.feed(Replied(1))
-    t.feed(snap(0, 1))
-    t.feed(Signal(SignalKind.DELETED, 1))
-    t.feed(snap(0))
-    assert (end(t).outcome, end(t).failures) == ("applied", ())
-
-
-@pytest.mark.parametrize("how", [Expired(), Cancelled()])
-def test_a_retry_that_is_still_to_come_at_the_end_is_the_rejection_it_was(how):
-    t = Transaction([], [entity(1, True)], retries=3)
-    t.start()
-    t.feed(Replied(1))
-    t.feed(snap(0, 1))
-    t.feed(refused(1, "busy"))
-    t.feed(snap(0, 1))
-    t.feed(how)
-    assert t.feed(Again()) == []
-    t.feed(snap(0, 1))
-    assert (end(t).outcome, end(t).pending) == ("rejected", ())
-
-
-def test_an_error_that_does_not_pass_is_not_asked_again():
-    t = Transaction([], [entity(1, True)], retries=3)
-    t.start()
-    t.feed(Replied(1, "GenericError", "no such thing"))
-    t.feed(snap(0, 1))
-    assert end(t).outcome == "failed"
-
-
-def atomic_with_one_refusal(**options):
-    t = Transaction([], [entity(1, True), entity(2, True), entity(3, True)], atomic=True, **options)
-    t.start()
-    for first in (1, 2, 3):
-        t.feed(Replied(first))
-    t.feed(snap(0, 1, 2, 3))
-    t.feed(snap(0, 1, 2, 3))
-    t.feed(refused(2, "busy"))
-    t.feed(snap(0, 2, 3))
-    return t
-
-
-def test_atomic_waits_for_every_end_and_brings_back_what_was_removed():
-    t = atomic_with_one_refusal()
-    assert t.phase is Phase.RUN  # 3 may still go
-    t.feed(Signal(SignalKind.DELETED, 3))
-    effects = t.feed(snap(0, 2))
-    assert [(type(e), e.entity.first) for e in effects[:2]] == [(Add, 1), (Add, 3)]
-    assert kinds(effects[2:]) == ["Query"]
-    t.feed(Replied(1))
-    t.feed(Replied(3))
-    t.feed(snap(0, 1, 2, 3))
-    result = end(t)
-    assert (result.outcome, result.undone, result.removed, result.lost) == ("rejected", (1, 3), (), ())
-
-
-def test_atomic_with_one_pending_brings_back_the_rest_and_names_it():
-    t = atomic_with_one_refusal()
-    t.feed(Expired())
-    assert kinds(t.feed(snap(0, 2, 3))) == ["Add", "Query"]
-    t.feed(Replied(1))
-    t.feed(snap(0, 1, 2, 3))
-    assert (end(t).outcome, end(t).undone, end(t).pending) == ("rejected", (1,), (3,))
-
-
-@pytest.mark.parametrize("how", ["error", "vanished", "forbidden"])
-def test_atomic_that_cannot_bring_back_is_partial(how):
-    t = atomic_with_one_refusal(restore_forbidden="it kills QEMU" if how == "forbidden" else None)
-    t.feed(Expired())
-    effects = t.feed(snap(0, 2, 3))
-    if how == "forbidden":
-        assert effects == []
-    else:
-        t.feed(Replied(1, "GenericError", "no") if how == "error" else Replied(1))
-        t.feed(snap(0, 2, 3))
-    result = end(t)
-    assert (result.outcome, result.lost, result.pending) == ("partial", (1,), (3,))
-    assert result.undo_forbidden == ("it kills QEMU" if how == "forbidden" else None)
+def test_at_the_deadline_one_last_query_decides():
+    assert unplugging(1).expired() == [QUERY]
 
 
 @pytest.mark.parametrize(
-    ("name", "data", "signal"),
+    ("last", "end"), [((0, 1), Report("pending", pending=(1,))), ((0,), Report("applied", removed=(1,)))]
+)
+def test_the_last_query_decides_between_pending_and_done(last, end):
+    engine = unplugging(1)
+    engine.expired()
+    engine.seen(*last)
+    assert engine.end() == end
+
+
+def test_async_ends_as_soon_as_qemu_took_it():
+    engine = started(unplug=[1], wait=False)
+    engine.replied(1)
+    engine.seen(0, 1)
+    assert engine.end() == Report("requested", pending=(1,))
+
+
+@pytest.mark.parametrize("drops", [True, False])
+def test_a_reset_drops_what_was_asked_where_the_machine_is_a_pc(drops):
+    engine = unplugging(1, reset_drops_unplug=drops)
+    engine.machine_is_reset()
+    engine.seen(0, 1)
+    assert engine.ended is drops
+
+
+def test_removed_and_plugged_by_another_client_is_not_called_removed():
+    engine = started(unplug=[1, 2])
+    engine.replied(1)
+    engine.replied(2)
+    engine.seen(0, 1, replaced=[1])
+    engine.seen(0, 1)
+    text = "it was removed, and another client plugged it again"
+    assert engine.end() == Report("partial", removed=(2,), failures={(1,): text})
+
+
+# -- the guest refuses -------------------------------------------------------------------------------
+
+
+def test_a_rejection_is_checked_by_a_query():
+    assert unplugging(1).refused(1, "eject disabled") == [QUERY]
+
+
+def test_a_rejection_keeps_the_guests_reason():
+    engine = unplugging(1)
+    engine.refused(1, "eject disabled")
+    engine.seen(0, 1)
+    assert engine.end() == Report("rejected", rejections={(1,): "eject disabled"})
+
+
+def test_a_refusal_may_overtake_the_reply():
+    engine = started(unplug=[1])
+    engine.refused(1, "eject disabled")
+    engine.replied(1)
+    engine.seen(0, 1)
+    assert engine.end() == Report("rejected", rejections={(1,): "eject disabled"})
+
+
+def test_a_refusal_before_the_reply_may_answer_an_earlier_request():
+    engine = started(unplug=[1], doubted=[1])
+    engine.refused(1, "the one before, or this one")
+    assert engine.replied(1) == [delete(1)]
+    engine.replied(1)
+    engine.seen(0, 1)
+    assert not engine.ended
+    engine.refused(1, "this one")
+    engine.seen(0, 1)
+    assert engine.end() == Report("rejected", rejections={(1,): "this one"})
+
+
+def test_a_repeated_unplug_that_fails_leaves_the_first_open():
+    engine = started(unplug=[5], doubted=[5])
+    # It may answer the earlier one: asked once more, which QEMU declines.
+    engine.refused(5)
+    assert engine.replied(5) == [delete(5)]
+    engine.failed(5, "in the process of unplug")
+    for _ in range(2):
+        engine.seen(0, 5)
+    failures = {(5,): "GenericError: in the process of unplug"}
+    assert engine.end() == Report("failed", pending=(5,), failures=failures)
+
+
+@pytest.mark.parametrize(
+    ("last", "end"),
     [
-        ("DEVICE_DELETED", {"device": "vcpu1", "path": "/machine/peripheral/vcpu1"}, (SignalKind.DELETED, 1)),
-        ("DEVICE_DELETED", {"path": "/machine/unattached/device[3]"}, (SignalKind.DELETED, 2)),
-        ("DEVICE_DELETED", {"path": "/machine/peripheral/vcpu1/lapic"}, (SignalKind.DELETED, 1)),
-        ("DEVICE_DELETED", {"path": "/machine/peripheral/vcpu1/thread[0]"}, (SignalKind.LOOK_AGAIN, None)),
-        ("DEVICE_DELETED", {"path": "/machine/peripheral/other/lapic"}, (SignalKind.LOOK_AGAIN, None)),
-        ("DEVICE_DELETED", {"device": "vcpu4", "path": "/machine/peripheral/vcpu4"}, (SignalKind.DELETED, 4)),
-        ("DEVICE_UNPLUG_GUEST_ERROR", {"device": "vcpu1", "path": "x"}, (SignalKind.GUEST_REFUSED, 1)),
+        ((0, 1), Report("failed", pending=(1,), failures={(1,): "GenericError: no"})),
+        ((0,), Report("applied", removed=(1,))),
+    ],
+)
+def test_a_failing_device_del_leaves_an_earlier_unplug_open(last, end):
+    engine = started(unplug=[1], doubted=[1])
+    engine.failed(1, "no")
+    engine.seen(*last)
+    assert engine.end() == end
+    assert engine.so_far().pending == end.pending
+
+
+# -- and is asked again ------------------------------------------------------------------------------
+
+
+def test_a_refusal_that_may_be_asked_again_is_looked_at_too():
+    assert unplugging(1, retries=1).refused(1, "busy") == [QUERY]
+
+
+def refused_once(**options):
+    engine = unplugging(1, **options)
+    engine.refused(1, "busy")
+    engine.seen(0, 1)
+    return engine
+
+
+def test_a_retry_waits_for_a_pause():
+    engine = refused_once(retries=1)
+    assert not engine.ended
+    assert "retry" in engine.wakes
+
+
+def test_between_two_tries_nothing_is_pending():
+    assert refused_once(retries=1).so_far().pending == ()
+
+
+def test_a_retry_asks_again_after_the_pause_and_only_so_often():
+    engine = refused_once(retries=1)
+    assert engine.pause_is_over() == [delete(1)]
+    engine.replied(1)
+    engine.seen(0, 1)
+    engine.refused(1, "busy still")
+    engine.seen(0, 1)
+    assert engine.end() == Report("rejected", rejections={(1,): "busy still"})
+
+
+def too_early():
+    """The guest's ACPI does not yet know how to unplug."""
+    engine = started(unplug=[1], retries=3)
+    engine.failed(1, "acpi: device unplug request for not supported device type: qemu64-x86_64-cpu")
+    engine.seen(0, 1)
+    return engine
+
+
+def test_an_error_that_passes_is_asked_again():
+    assert "retry" in too_early().wakes
+
+
+def test_a_retry_that_works_is_a_removal():
+    engine = too_early()
+    engine.pause_is_over()
+    engine.replied(1)
+    engine.seen(0, 1)
+    engine.gone(1)
+    engine.seen(0)
+    assert engine.end() == Report("applied", removed=(1,))
+
+
+def test_an_error_that_does_not_pass_is_not_asked_again():
+    engine = started(unplug=[1], retries=3)
+    engine.failed(1, "no such thing")
+    engine.seen(0, 1)
+    assert engine.end() == Report("failed", failures={(1,): "GenericError: no such thing"})
+
+
+@pytest.mark.parametrize("how", [Engine.expired, Engine.cancelled])
+def test_a_retry_that_is_still_to_come_at_the_end_is_the_rejection_it_was(how):
+    engine = refused_once(retries=3)
+    how(engine)
+    assert engine.pause_is_over() == []
+    engine.seen(0, 1)
+    assert engine.end() == Report("rejected", rejections={(1,): "busy"})
+
+
+def test_one_that_is_asked_again_is_not_over():
+    engine = started(unplug=[1], retries=1)
+    engine.replied(1)
+    engine.gone(1)
+    engine.refused(1)
+    assert engine.pause_is_over() == [delete(1)]
+    engine.replied(1)
+    assert not engine.query_goes_out()
+
+
+# -- what was never sent -----------------------------------------------------------------------------
+
+
+def test_a_plug_that_was_not_sent_is_not_undone():
+    engine = started(plug=[1, 2])
+    engine.replied(1)
+    engine.unsent(2)
+    assert engine.cancelled() == []
+    assert engine.seen(0, 1) == [undo(1)]
+
+
+def test_what_was_not_sent_is_not_done_and_nothing_is_claimed_of_it():
+    engine = started(plug=[1, 2])
+    engine.replied(1)
+    engine.unsent(2)
+    engine.cancelled()
+    engine.seen(0, 1)
+    engine.unsent(1)
+    for _ in range(2):
+        engine.seen(0, 1)
+    # Plugged, its undo was not sent either; the other never began.
+    assert engine.end() == Report("partial", plugged=(1,), remaining=(1,))
+
+
+def test_unplugs_that_were_not_sent_leave_those_that_were():
+    engine = started(unplug=[1, 2])
+    engine.replied(1)
+    engine.unsent(2)
+    engine.query_goes_out()
+    engine.expired()
+    for _ in range(3):
+        engine.seen(0, 1, 2)
+    assert engine.end() == Report("pending", pending=(1,), unasked=(2,))
+
+
+def test_what_is_asked_before_or_refused_before_stays_so_where_it_is_not_asked_again():
+    engine = started(unplug=[5, 6], retries=1, doubted=[6])
+    engine.replied(5)
+    engine.refused(5, "busy")
+    assert engine.pause_is_over() == [delete(5)]
+    engine.unsent(5)
+    engine.unsent(6)
+    engine.expired()
+    for _ in range(2):
+        engine.seen(0, 5, 6)
+    end = engine.end()
+    assert (end.rejections, end.pending, end.unasked) == ({(5,): "busy"}, (6,), ())
+
+
+# -- cancelled ---------------------------------------------------------------------------------------
+
+
+def cancelled_both_ways():
+    engine = started(plug=[1], unplug=[2])
+    engine.cancelled()
+    engine.replied(1)
+    engine.replied(2)
+    return engine
+
+
+def test_a_cancel_waits_for_the_answers_under_way():
+    assert started(plug=[1], unplug=[2]).cancelled() == []
+
+
+def test_cancelled_plugs_are_undone():
+    engine = cancelled_both_ways()
+    assert engine.seen(0, 1, 2) == [undo(1)]
+    assert engine.replied(1) == [QUERY]
+
+
+def test_cancelled_unplugs_stay_pending():
+    engine = cancelled_both_ways()
+    engine.seen(0, 1, 2)
+    engine.replied(1)
+    engine.seen(0, 2)
+    assert engine.end() == Report("pending", undone=(1,), pending=(2,))
+
+
+# -- a plug after an unplug that has not ended ---------------------------------------------------------
+
+
+def test_a_plug_after_a_pending_unplug_waits_for_the_guest():
+    assert "guest" in started(awaited=[1]).wakes
+
+
+def test_a_plug_after_a_pending_unplug():
+    engine = started(awaited=[1])
+    engine.poll()
+    assert engine.seen(0) == [add(1)]
+    assert engine.replied(1) == [QUERY]
+    engine.seen(0, 1)
+    assert engine.end() == Report("applied", plugged=(1,))
+
+
+def test_one_that_is_to_come_back_is_looked_at_as_soon_as_it_is_gone():
+    engine = started(unplug=[2], awaited=[1])
+    engine.replied(2)
+    engine.seen(0, 1, 2)
+    assert engine.gone(1) == [QUERY]
+    assert engine.seen(0, 2) == [add(1)]
+
+
+def test_a_pending_unplug_that_the_guest_then_refused_leaves_it_enabled():
+    engine = started(awaited=[1])
+    engine.refused(1)
+    engine.seen(0, 1)
+    assert engine.end() == Report("applied", kept=(1,))
+
+
+# -- atomic ------------------------------------------------------------------------------------------
+
+
+def atomic_with_one_refusal(**options):
+    """Of three unplugs 1 is gone, 2 is refused, 3 may still go."""
+    engine = unplugging(1, 2, 3, atomic=True, **options)
+    engine.refused(2, "busy")
+    engine.seen(0, 2, 3)
+    return engine
+
+
+def test_atomic_waits_for_every_end():
+    assert not atomic_with_one_refusal().ended
+
+
+def test_atomic_brings_back_what_was_removed():
+    engine = atomic_with_one_refusal()
+    engine.gone(3)
+    assert engine.seen(0, 2) == [add(1), add(3), QUERY]
+    engine.replied(1)
+    engine.replied(3)
+    engine.seen(0, 1, 2, 3)
+    assert engine.end() == Report("rejected", undone=(1, 3), rejections={(2,): "busy"})
+
+
+def test_atomic_with_one_pending_brings_back_the_rest_and_names_it():
+    engine = atomic_with_one_refusal()
+    engine.expired()
+    assert engine.seen(0, 2, 3) == [add(1), QUERY]
+    engine.replied(1)
+    engine.seen(0, 1, 2, 3)
+    assert engine.end() == Report("rejected", undone=(1,), pending=(3,), rejections={(2,): "busy"})
+
+
+@pytest.mark.parametrize("how", ["error", "vanished"])
+def test_atomic_that_cannot_bring_back_is_partial(how):
+    engine = atomic_with_one_refusal()
+    engine.expired()
+    engine.seen(0, 2, 3)
+    if how == "error":
+        engine.failed(1, "no")
+    else:
+        engine.replied(1)
+    engine.seen(0, 2, 3)
+    end = engine.end()
+    assert (end.outcome, end.lost, end.pending, end.undo_forbidden) == ("partial", (1,), (3,), None)
+
+
+def test_atomic_that_must_not_bring_back_does_not_try():
+    engine = atomic_with_one_refusal(restore_forbidden="it kills QEMU")
+    engine.expired()
+    assert engine.seen(0, 2, 3) == []
+
+
+def test_atomic_that_must_not_bring_back_says_why():
+    engine = atomic_with_one_refusal(restore_forbidden="it kills QEMU")
+    engine.expired()
+    engine.seen(0, 2, 3)
+    assert engine.end() == Report(
+        "partial",
+        removed=(1,),
+        lost=(1,),
+        pending=(3,),
+        rejections={(2,): "busy"},
+        undo_forbidden="it kills QEMU",
+    )
+
+
+def test_one_that_goes_after_others_were_brought_back_for_it_makes_no_success():
+    engine = started(unplug=[7, 8], atomic=True, doubted=[7, 8])
+    engine.replied(7)
+    engine.failed(8, "in the process of unplug")
+    assert add(7) in engine.seen(0, 8)
+    engine.replied(7)
+    # Only now the earlier unplug of 8 ends.
+    for _ in range(4):
+        engine.seen(0, 7)
+    end = engine.end()
+    assert (end.outcome, end.undone, end.removed) == ("partial", (7,), (8,))
+
+
+# -- what events say ---------------------------------------------------------------------------------
+
+PATHS = {1: "/machine/peripheral/vcpu1", 2: "/machine/unattached/device[3]"}
+LOOK = ("something changed",)
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "says"),
+    [
+        ("DEVICE_DELETED", {"device": "vcpu1", "path": "/machine/peripheral/vcpu1"}, ("gone", 1)),
+        ("DEVICE_DELETED", {"path": "/machine/unattached/device[3]"}, ("gone", 2)),
+        ("DEVICE_DELETED", {"path": "/machine/peripheral/vcpu1/lapic"}, ("gone", 1)),
+        ("DEVICE_DELETED", {"path": "/machine/peripheral/vcpu1/thread[0]"}, LOOK),
+        ("DEVICE_DELETED", {"path": "/machine/peripheral/other/lapic"}, LOOK),
+        ("DEVICE_DELETED", {"device": "vcpu4", "path": "/machine/peripheral/vcpu4"}, ("gone", 4)),
+        (
+            "DEVICE_UNPLUG_GUEST_ERROR",
+            {"device": "vcpu1", "path": "x"},
+            ("refused", 1, "the guest could not release it"),
+        ),
         ("DEVICE_UNPLUG_GUEST_ERROR", {"device": "net0", "path": "x"}, None),
         ("ACPI_DEVICE_OST", {"info": {"slot-type": "DIMM", "slot": "1", "source": 3, "status": 128}}, None),
-        ("RESET", {"guest": False}, (SignalKind.RESET, None)),
+        ("RESET", {"guest": False}, ("reset",)),
         ("STOP", {}, None),
         ("ACPI_DEVICE_OST", {}, None),
     ],
 )
-def test_events_are_matched_by_id_or_exact_path(name, data, signal):
-    cold = Entity((2,), "t", Props({"core-id": 2}), "/machine/unattached/device[3]", None, True)
-    found = interpret(name, data, Names([entity(1, True), cold, entity(4)]))
-    assert (None if found is None else (found.kind, found.first)) == signal
+def test_events_are_matched_by_id_or_exact_path(name, data, says):
+    assert meaning(name, data, PATHS, empty=[4]) == says
 
 
 @pytest.mark.parametrize(
-    ("source", "status", "kind", "words"),
+    ("source", "status", "says", "words"),
     [
-        (3, 132, SignalKind.EJECTING, None),
-        (3, 0, SignalKind.LOOK_AGAIN, None),
-        (3, 128, SignalKind.GUEST_REFUSED, "eject disabled"),
-        (3, 1, SignalKind.GUEST_REFUSED, "failed"),
-        (3, 999, SignalKind.GUEST_REFUSED, "unknown status 999"),
-        (1, 0, SignalKind.LOOK_AGAIN, None),
+        (3, 132, "ejecting", ""),
+        (3, 0, "something changed", ""),
+        (3, 128, "refused", "eject disabled"),
+        (3, 1, "refused", "failed"),
+        (3, 999, "refused", "unknown status 999"),
+        (1, 0, "something changed", ""),
     ],
 )
-def test_ost_codes_in_words(source, status, kind, words):
+def test_ost_codes_in_words(source, status, says, words):
     info = {"slot-type": "CPU", "slot": "1", "source": source, "status": status}
-    found = interpret("ACPI_DEVICE_OST", {"info": info}, Names([entity(0, True), entity(1, True)]))
-    assert found.kind is kind
+    kind, *about = meaning("ACPI_DEVICE_OST", {"info": info}, {0: "/machine/peripheral/vcpu0", **PATHS})
+    assert kind == says
     if words:
-        assert (found.first, words in found.reason) == (1, True)
+        assert (about[0], words in about[1]) == (1, True)
 
 
 class World(RuleBasedStateMachine):
-    """A QEMU and a guest that do anything in any order; the transaction is told of it late, doubled or never."""
+    """A QEMU and a guest that do anything in any order; the engine is told of it late, doubled or never."""
+
+    engine = None
 
     def __init__(self):
         super().__init__()
         self.slots = set()
         self.asked = set()  # unplugs QEMU has taken and the guest has not ended
         self.in_flight = []
-        self.expired_in = {}
         self.cancelled = False
-        self.fed_after_expiry = 0
 
     @initialize(
         plugs=st.sets(st.integers(1, 4)),
@@ -628,67 +775,78 @@ class World(RuleBasedStateMachine):
         doubted=st.sets(st.integers(5, 8)),
     )
     def begin(self, plugs, unplugs, awaited, forbidden, wait, drops, atomic, unrestorable, retries, doubted):
-        self.plugs, self.unplugs, self.awaited, self.wait, self.drops = plugs, unplugs, awaited, wait, drops
-        self.atomic, self.unrestorable, self.retries = atomic, unrestorable, retries
+        self.plugs, self.unplugs, self.awaited, self.drops = plugs, unplugs, awaited, drops
+        self.restores, self.retries = atomic and not unrestorable, retries
         self.replaced = set()
         self.deletes = 0
+        self.undos = set()
         self.slots = {0, *unplugs, *awaited}
         self.doubted = doubted & unplugs
         self.asked = {*awaited, *self.doubted}
-        self.t = Transaction(
-            [entity(n) for n in sorted(plugs)],
-            [entity(n, True) for n in sorted(unplugs)],
-            [entity(n, True) for n in sorted(awaited)],
+        #: Unplugs that QEMU has taken, and nobody but the guest has heard more of.
+        self.unended = set(awaited)
+        #: The call has a deadline, and so has its undo.
+        self.expired = self.undo_expired = self.undoing = False
+        self.engine = Engine(
+            sorted(plugs),
+            sorted(unplugs),
+            sorted(awaited),
             undo_forbidden=forbidden,
             wait=wait,
             reset_drops_unplug=drops,
             atomic=atomic,
             retries=retries,
-            doubted=frozenset(doubted),
+            doubted=doubted,
             restore_forbidden=unrestorable,
         )
-        self.perform(self.t.start())
+        self.perform(self.engine.start())
 
     def perform(self, effects):
-        assert not (self.cancelled and any(type(e) is Add for e in effects)), "a new plug after a cancel"
-        deletes = [e for e in effects if type(e) is Delete and not e.undo]
+        adds = [effect[1] for effect in effects if effect[0] == "device_add"]
+        undos = [effect[1] for effect in effects if effect[2:] == ("undo",)]
+        deletes = [effect[1] for effect in effects if effect[0] == "device_del" and effect[1] not in undos]
+        restored = self.unplugs & set(adds)
+        assert not (self.cancelled and adds), "a new plug after a cancel"
         assert not (self.cancelled and deletes), "a new unplug after a cancel"
         self.deletes += len(deletes)
-        assert self.deletes <= len(self.unplugs) * (1 + self.retries) + len(self.doubted), (
-            "asked more often than allowed"
-        )
-        if not self.atomic or self.unrestorable:
-            assert not any(type(e) is Add and e.entity.first in self.unplugs for e in effects)
+        most = len(self.unplugs) * (1 + self.retries) + len(self.doubted)
+        assert self.deletes <= most, "asked more often than allowed"
+        assert self.restores or not restored, "taken back where that was not to be"
+        self.undos |= set(undos)
+        self.undoing = self.undoing or bool(undos or restored)
+        self.unended -= set(deletes)
         self.in_flight += effects
-
-    def feed(self, happened):
-        if self.t.phase is not Phase.DONE:
-            self.perform(self.t.feed(happened))
 
     @property
     def open(self):
-        return hasattr(self, "t") and self.t.phase is not Phase.DONE
+        return self.engine is not None and not self.engine.ended
+
+    @property
+    def may_expire(self):
+        return not (self.undo_expired if self.undoing else self.expired)
 
     @precondition(lambda self: self.open and self.in_flight)
     @rule(succeeds=st.booleans())
     def qemu_answers_the_oldest(self, succeeds):
-        effect = self.in_flight.pop(0)
-        if isinstance(effect, Query):
-            self.feed(Snapshot(frozenset(self.slots), frozenset(self.replaced)))
+        what, *about = self.in_flight.pop(0)
+        if what == "query":
+            self.unended &= self.slots
+            self.perform(self.engine.seen(*self.slots, replaced=self.replaced))
             return
-        first = effect.entity.first
-        if isinstance(effect, Add):
+        first = about[0]
+        if what == "device_add":
             if succeeds and first not in self.slots:
                 self.slots.add(first)
                 self.replaced.add(first)
-                self.feed(Replied(first))
+                self.perform(self.engine.replied(first))
             else:
-                self.feed(Replied(first, "GenericError", "no"))
+                self.perform(self.engine.failed(first, "no"))
         elif succeeds and first in self.slots:
             self.asked.add(first)
-            self.feed(Replied(first))
+            self.unended |= {first} & self.unplugs
+            self.perform(self.engine.replied(first))
         else:
-            self.feed(Replied(first, "DeviceNotFound", "gone"))
+            self.perform(self.engine.failed(first, "gone", "DeviceNotFound"))
 
     @precondition(lambda self: self.open and self.asked)
     @rule(data=st.data(), told=st.sampled_from(["never", "once", "twice", "unclearly"]))
@@ -698,27 +856,28 @@ class World(RuleBasedStateMachine):
         self.slots.discard(first)
         self.replaced.discard(first)
         for _ in range({"never": 0, "once": 1, "twice": 2, "unclearly": 0}[told]):
-            self.feed(Signal(SignalKind.DELETED, first))
+            if self.open:
+                self.perform(self.engine.gone(first))
         if told == "unclearly":
-            self.feed(Signal(SignalKind.LOOK_AGAIN))
+            self.perform(self.engine.something_changed())
 
     @precondition(lambda self: self.open and self.asked)
     @rule(data=st.data())
     def guest_refuses(self, data):
         first = data.draw(st.sampled_from(sorted(self.asked)))
         self.asked.discard(first)
-        self.feed(refused(first))
+        self.unended.discard(first)
+        self.perform(self.engine.refused(first))
 
     @precondition(lambda self: self.open)
-    @rule(first=st.integers(0, 12), kind=st.sampled_from([SignalKind.EJECTING, SignalKind.DELETED]))
-    def a_stray_event_comes(self, first, kind):
-        self.feed(Signal(kind, first))
+    @rule(first=st.integers(0, 12), event=st.sampled_from([Engine.ejecting, Engine.gone]))
+    def a_stray_event_comes(self, first, event):
+        self.perform(event(self.engine, first))
 
     @property
     def gone_unseen(self):
         """What the guest let go, and no query has shown yet."""
-        unseen = (ItemState.ASKED, ItemState.AWAITING)
-        return sorted(n for n in self.unplugs | self.awaited if n not in self.slots and self.t.states[n] in unseen)
+        return sorted(self.unended - self.slots)
 
     @precondition(lambda self: self.open and self.gone_unseen)
     @rule(data=st.data())
@@ -727,73 +886,91 @@ class World(RuleBasedStateMachine):
         self.slots.add(first)
         self.replaced.add(first)
 
-    @precondition(lambda self: self.open and self.t.to_retry)
+    @precondition(lambda self: self.open and "retry" in self.engine.wakes)
     @rule()
     def the_pause_is_over(self):
-        self.feed(Again())
+        self.perform(self.engine.pause_is_over())
 
     @precondition(lambda self: self.open and self.drops)
     @rule()
     def the_machine_is_reset(self):
         self.asked.clear()
-        self.feed(Signal(SignalKind.RESET, None, "reset"))
+        self.unended.clear()
+        self.perform(self.engine.machine_is_reset())
 
     @precondition(lambda self: self.open)
     @rule()
     def time_goes_by(self):
-        self.feed(Poll())
+        self.perform(self.engine.poll())
 
-    @precondition(lambda self: self.open and not self.expired_in.get(self.t.phase))
+    @precondition(lambda self: self.open and self.may_expire)
     @rule()
     def the_deadline_comes(self):
-        self.expired_in[self.t.phase] = True
-        self.feed(Expired())
+        if self.undoing:
+            self.undo_expired = True
+        else:
+            self.expired = True
+        self.perform(self.engine.expired())
 
     @precondition(lambda self: self.open and not self.cancelled)
     @rule()
     def the_caller_cancels(self):
         self.cancelled = True
-        self.feed(Cancelled())
+        self.perform(self.engine.cancelled())
 
     @precondition(lambda self: not self.open)
     @rule()
     def it_is_over(self):
         pass
 
+    @precondition(lambda self: self.engine is not None)
     @invariant()
-    def nothing_is_claimed_that_the_slot_denies(self):
-        if not hasattr(self, "t"):
-            return
-        for first, state in self.t.states.items():
-            if state in (ItemState.REMOVED, ItemState.UNDONE):
-                assert first not in self.slots
-            if state is ItemState.PLUGGED:
-                assert first in self.slots
-        if self.t.phase is not Phase.DONE:
-            return
-        result = self.t.result()
-        if result.outcome == "applied" and not self.cancelled:
+    def what_is_called_removed_is_gone(self):
+        assert not set(self.engine.so_far().removed) & self.slots
+
+    @precondition(lambda self: self.engine is not None)
+    @invariant()
+    def what_is_called_undone_is_as_it_was(self):
+        undone = set(self.engine.so_far().undone)
+        assert undone & self.slots == undone & self.unplugs
+
+    @precondition(lambda self: self.engine is not None)
+    @invariant()
+    def what_is_called_plugged_is_there(self):
+        # Of what is being undone only the end can say where it is.
+        so_far = self.engine.so_far()
+        assert set(so_far.plugged) - self.undos <= self.slots
+
+    @precondition(lambda self: self.engine is not None and self.engine.ended)
+    @invariant()
+    def what_is_called_plugged_at_the_end_is_there(self):
+        end = self.engine.end()
+        assert set(end.plugged) - set(end.pending) <= self.slots
+
+    @precondition(lambda self: self.engine is not None and self.engine.ended and not self.cancelled)
+    @invariant()
+    def what_is_called_applied_is_done(self):
+        if self.engine.end().outcome == "applied":
             assert self.plugs <= self.slots
             assert not self.unplugs & self.slots
-        # What QEMU was asked to let go and the guest has not ended is told, or was given up as rejected.
-        silent = self.asked - set(result.pending)
-        for first in silent:
-            assert self.t.states[first] in (ItemState.REJECTED, ItemState.UNDO_FAILED, ItemState.KEPT), first
+
+    @precondition(lambda self: self.engine is not None and self.engine.ended)
+    @invariant()
+    def what_qemu_was_asked_to_let_go_and_the_guest_has_not_ended_is_told(self):
+        end = self.engine.end()
+        told = {*end.pending, *end.remaining, *end.kept}
+        assert self.asked <= told.union(*end.rejections)
 
     def teardown(self):
         """Whatever has happened, deadline and answers alone bring it to its end."""
-        if not hasattr(self, "t"):
-            return
         for _ in range(200):
-            if self.t.phase is Phase.DONE:
+            if not self.open:
                 return
             if self.in_flight:
                 self.qemu_answers_the_oldest(succeeds=True)
-            elif not self.expired_in.get(self.t.phase):
-                self.expired_in[self.t.phase] = True
-                self.feed(Expired())
             else:
-                raise AssertionError(f"stuck in {self.t.states}")
+                assert self.may_expire, f"stuck: {self.engine.so_far()}"
+                self.the_deadline_comes()
         raise AssertionError("does not end")
 
 
