@@ -1,0 +1,61 @@
+"""CPUs of the guest that are taken online or offline through its agent."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from qmpvcpu.core.guest import GuestCpu, GuestView
+from qmpvcpu.core.online import Answered, Look, Seen, Switch, SwitchStep
+
+#: More commands than any switch of a few CPUs takes.
+_MOST = 100
+
+
+class Declined(Exception):
+    """The error that the agent answers with."""
+
+
+class Agent(Protocol):
+    """The guest's side, by the guest's own numbers."""
+
+    def set(self, wanted: Mapping[int, bool]) -> Any:
+        """`guest-set-vcpus`: how many it set. Raises Declined."""
+
+    def get(self) -> Mapping[int, bool]:
+        """`guest-get-vcpus`: which are online."""
+
+
+@dataclass(frozen=True)
+class Switched:
+    """How it ended, by vCPU ids: what changed, what was put back, what could not be; and the guest's reasons."""
+
+    changed: tuple[int, ...]
+    undone: tuple[int, ...]
+    remaining: tuple[int, ...]
+    failures: Mapping[int, str]
+    undo_failures: Mapping[int, str]
+
+
+def switch(numbers: Mapping[int, int], vcpus: Iterable[int], online: bool, agent: Agent) -> Switched:
+    """Take these vCPUs online or offline. `numbers` are vCPU ids -> the guest's own numbers."""
+    now = agent.get()
+    cpus = {vcpu: GuestCpu(number, now[number], True) for vcpu, number in numbers.items()}
+    machine = Switch(GuestView(tuple(cpus.values()), cpus), tuple(vcpus), online)
+    effect = machine.start()
+    for _ in range(_MOST):
+        if effect is None:
+            break
+        if isinstance(effect, Look):
+            effect = machine.feed(Seen([GuestCpu(number, on) for number, on in agent.get().items()]))
+        else:
+            try:
+                answer = Answered(agent.set(dict(effect.wanted)))
+            except Declined as error:
+                answer = Answered(error=str(error))
+            effect = machine.feed(answer)
+    assert machine.step is SwitchStep.DONE, "it does not end"
+    return Switched(
+        machine.changed, machine.undone, machine.remaining, dict(machine.failures), dict(machine.undo_failures)
+    )
