@@ -113,16 +113,39 @@ def test_what_cannot_plug_cannot_unplug():
     assert not [row.name for row in ROWS if row.can_unplug and not row.can_plug]
 
 
-def test_what_computes_its_slots_says_what_they_are():
-    for row in ROWS:
-        assert (row.hotplug_machines is not None) == row.can_plug
-        assert bool(row.most_computed) == row.can_plug
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_what_can_plug_names_the_machines_that_do(row):
+    assert (row.hotplug_machines is not None) == row.can_plug
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)
+def test_what_can_plug_says_how_many_slots_are_computed(row):
+    assert bool(row.most_computed) == row.can_plug
 
 
 @pytest.mark.parametrize("row", examined(), ids=lambda row: row.name)
 def test_a_machine_name_leads_back_to_its_row(row):
     for name in row.machine_names:
         assert architecture_of_machine(f"{name}-10.0,usb=off") is row
+
+
+@pytest.mark.parametrize(
+    ("machine", "target"),
+    [
+        ("q35", "x86_64"),
+        ("pc-q35-7.2", "x86_64"),
+        ("pc", "x86_64"),
+        ("pc-i440fx-10.0", "x86_64"),
+        ("pseries,cap-cfpc=broken", "ppc64"),
+        ("s390-ccw-virtio-8.2", "s390x"),
+    ],
+)
+def test_the_machine_tells_its_target(machine, target):
+    assert architecture_of_machine(machine) is architecture(target)
+
+
+def test_a_machine_that_several_targets_have_tells_none():
+    assert architecture_of_machine("virt") is None
 
 
 # -- defects -----------------------------------------------------------------------------------------
@@ -174,6 +197,21 @@ def test_an_unmeasured_version_lies_between_two_measured_ones(version, around):
     assert list(versions.enclosing(QemuVersion(*version))) == [QemuVersion(*each) for each in around]
 
 
-def test_a_machine_type_keeps_the_rules_of_its_own_version():
-    assert versions.compat_version("pc-q35-6.1", QemuVersion(10, 0)) == QemuVersion(6, 1)
-    assert versions.compat_version("q35", QemuVersion(10, 0, 2)) == QemuVersion(10, 0)
+@pytest.mark.parametrize(("machine", "rules"), [("pc-q35-6.1", (6, 1)), ("q35", (10, 0))])
+def test_a_machine_type_keeps_the_rules_of_its_own_version(machine, rules):
+    assert versions.compat_version(machine, QemuVersion(10, 0, 2)) == QemuVersion(*rules)
+
+
+@pytest.mark.parametrize(
+    ("machine", "version"),
+    [
+        ("pc-q35-10.0", (10, 0)),
+        ("pseries-7.2", (7, 2)),
+        ("s390-ccw-virtio-11.1", (11, 1)),
+        ("q35", (0, 0)),
+        ("pc-i440fx-bookworm", (0, 0)),
+        ("", (0, 0)),
+    ],
+)
+def test_the_oldest_qemu_that_has_a_machine(machine, version):
+    assert versions.oldest_with(machine) == QemuVersion(*version)

@@ -1,0 +1,19 @@
+"""A running guest of libvirt's, by its live XML alone: nobody asks its QEMU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from qmpvcpu import DomainState
+from qmpvcpu.core.machine.versions import oldest_with
+from qmpvcpu.core.running import running_state
+from qmpvcpu.xml.domain import read_domain
+
+
+def running(xml: str, *, gone: Iterable[int] = (), pending: Iterable[int] = ()) -> DomainState:
+    """Its state. `gone` are vCPUs that the XML lists as enabled and whose threads are gone, `pending` first ids of
+    entities whose unplug has not ended.
+    """
+    definition = read_domain(xml.encode(), running=True)[1]
+    version = oldest_with(definition.machine or "")
+    return running_state(definition, "d", version, "running", gone, pending)

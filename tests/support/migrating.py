@@ -1,0 +1,125 @@
+"""What goes with a guest that migrates, what stands against it, and which side runs it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Final
+
+from qmpvcpu import Cookie, DomainState, MigrationStatus, Refusal
+from qmpvcpu.core.guest import GuestCpu, GuestView
+from qmpvcpu.core.migration import (
+    CPU_HOTPLUG,
+    Destination,
+    Source,
+    address_of,
+    check_arrived,
+    check_cpu_operation,
+    check_features,
+    check_hangs,
+    check_one_cpu,
+    check_source,
+    cpus_but_first,
+    features_of,
+    machine_of,
+    missing,
+    needs_one_cpu,
+    next_step,
+    parse_status,
+)
+from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.migration import read_cookie, write_cookie
+
+#: How the handing over can end at the source, and what can be at the destination.
+SOURCES: Final = tuple(str(source) for source in Source)
+DESTINATIONS: Final = tuple(str(destination) for destination in Destination)
+
+
+def features(state: DomainState, definition: bytes | None = None) -> frozenset[str]:
+    """What a reader of this guest's cookie must know; `definition` is the XML that goes too."""
+    return features_of(state, None if definition is None else read_domain(definition)[1])
+
+
+def unknown_features(names: Iterable[str]) -> list[Refusal]:
+    """What stands against taking in a guest whose cookie needs these."""
+    return check_features(Cookie("d", None, b"<domain/>", features=frozenset(names)))
+
+
+def differences(source: DomainState, destination: DomainState) -> list[str]:
+    """In what the destination is not the guest that leaves."""
+    return [refusal.message for refusal in check_arrived(machine_of(source), machine_of(destination))]
+
+
+def to_plug(source: DomainState, destination: DomainState) -> list[tuple[int, ...]]:
+    """vCPU ids of the entities that the destination lacks, in the order in which they are plugged."""
+    return [slot.ids for slot in missing(machine_of(source), machine_of(destination))]
+
+
+def against_leaving(
+    state: DomainState, run_state: str, query_migrate: Any = None, pending: Iterable[int] = ()
+) -> list[Refusal]:
+    """Why a guest cannot be migrated now; `run_state` is QAPI's, `query_migrate` the reply of that command."""
+    return check_source(state, run_state, parse_status(query_migrate), pending)
+
+
+def against_hotplug(run_state: str, query_migrate: Any) -> list[Refusal]:
+    """Why no vCPU can be switched now."""
+    return check_cpu_operation(run_state, parse_status(query_migrate))
+
+
+def against_trip(state: DomainState, removals_seen: int = 0) -> list[Refusal]:
+    """What is known to hang, or to lose the guest; forceable."""
+    return check_hangs(state, removals_seen)
+
+
+def travels_with_one_cpu(state: DomainState) -> bool:
+    """Whether it gets over the migration only with just its first CPU online."""
+    return needs_one_cpu(state)
+
+
+def against_one_cpu(online: Mapping[int, bool], numbers: Mapping[int, int]) -> str | None:
+    """Why this guest cannot be left with just its first CPU. `online` is by the guest's own numbers, `numbers` are
+    vCPU ids -> those.
+    """
+    return check_one_cpu(_view(online, numbers))
+
+
+def offline_on_the_way(online: Mapping[int, bool], numbers: Mapping[int, int]) -> tuple[int, ...]:
+    """The guest's numbers of the CPUs that are offline while it migrates so."""
+    return cpus_but_first(_view(online, numbers))
+
+
+def status(query_migrate: Any) -> MigrationStatus:
+    """A reply of `query-migrate`."""
+    return parse_status(query_migrate)
+
+
+def address(query_migrate: Any, host: str | None) -> str | None:
+    """Where a destination listens, for a source that reaches its host by that name."""
+    return address_of(parse_status(query_migrate), host)
+
+
+def step(source: str, destination: str) -> str | None:
+    """What to do next; None for what cannot be. See `SOURCES` and `DESTINATIONS`."""
+    try:
+        return str(next_step(Source(source), Destination(destination)))
+    except KeyError:
+        return None
+
+
+def cookie(state: DomainState, xml: bytes, *, name: str, runs: bool = True) -> Cookie:
+    """That of a guest whose reader must know `cpu-hotplug`; its definition goes too, and says the same."""
+    return Cookie(name, "u-1", xml, xml, frozenset({CPU_HOTPLUG}), machine_of(state), runs)
+
+
+def written(what: Cookie) -> bytes:
+    return write_cookie(what)
+
+
+def read(text: bytes) -> Cookie:
+    """Raises VcpuRefused: it is not a cookie."""
+    return read_cookie(text)
+
+
+def _view(online: Mapping[int, bool], numbers: Mapping[int, int]) -> GuestView:
+    cpus = {number: GuestCpu(number, is_on) for number, is_on in online.items()}
+    return GuestView(tuple(cpus.values()), {vcpu: cpus[number] for vcpu, number in numbers.items()})
