@@ -7,195 +7,282 @@ from itertools import product
 
 import pytest
 
-from qmpvcpu.core.guest import GuestCpu, GuestView
-from qmpvcpu.core.inventory import BootFacts, CpuInfoFast, HotpluggableCpu, build_state
-from qmpvcpu.core.migration import (
-    CPU_HOTPLUG,
-    Cookie,
-    Destination,
-    MigrationStatus,
-    Source,
-    Step,
-    address_of,
-    check_arrived,
-    check_cpu_operation,
-    check_features,
-    check_hangs,
-    check_machine,
-    check_one_cpu,
-    check_source,
-    cpus_but_first,
-    features_of,
-    is_in_order,
-    machine_of,
-    missing,
-    needs_one_cpu,
-    next_step,
-    parse_status,
+from qmpvcpu import VcpuRefused
+from tests.support.inventory import Qemu
+from tests.support.migrating import (
+    DESTINATIONS,
+    SOURCES,
+    address,
+    against_hotplug,
+    against_leaving,
+    against_one_cpu,
+    against_trip,
+    cookie,
+    differences,
+    features,
+    offline_on_the_way,
+    read,
+    status,
+    step,
+    to_plug,
+    travels_with_one_cpu,
+    unknown_features,
+    written,
 )
-from qmpvcpu.core.model import Props, QemuVersion
-from qmpvcpu.errors import VcpuRefused
-from qmpvcpu.xml.domain import read_domain
-from qmpvcpu.xml.migration import read_cookie, write_cookie
+from tests.support.states import ppc64, x86
 
 
-def state(*plugged, maxcpus=8, driver="t", nodes=False, machine="pc-q35-10.0"):
+def state(*plugged, maxcpus=8, driver="t", nodes=False, machine="pc-q35-10.0", first_core=0):
+    """Sockets of four cores; what is plugged came in this order."""
+    paths = {n: f"/machine/peripheral/vcpu{n}" for n in plugged}
     slots = [
-        HotpluggableCpu(
-            driver,
-            1,
-            Props({"socket-id": n // 4, "core-id": n % 4, **({"node-id": n // 4} if nodes else {})}),
-            f"/machine/peripheral/vcpu{n}" if n in plugged else None,
-        )
+        {
+            "type": driver,
+            "vcpus-count": 1,
+            "props": {
+                "socket-id": n // 4,
+                "core-id": n % 4 + first_core,
+                **({"node-id": n // 4} if nodes else {}),
+            },
+            **({"qom-path": paths[n]} if n in paths else {}),
+        }
         for n in range(maxcpus)
     ]
-    cpus = [CpuInfoFast(n, f"/machine/peripheral/vcpu{n}", 100 + n, None) for n in plugged]
-    return build_state(BootFacts("d", "x86_64", machine, False, QemuVersion(10, 0), None), slots, cpus)
+    cpus = [{"cpu-index": n, "qom-path": path, "thread-id": 100 + n} for n, path in paths.items()]
+    return Qemu(machine=machine).state(slots, cpus)
 
 
-def machine(*plugged, **more):
-    return machine_of(state(*plugged, **more))
+# -- what a reader must know -------------------------------------------------------------------------
+
+IN_ORDER, NEEDED = frozenset(), frozenset({"cpu-hotplug"})
+
+
+def definition(*vcpus):
+    """Each with whether it is enabled, and its order."""
+    rows = "".join(
+        f"<vcpu id='{n}' enabled='{'yes' if enabled else 'no'}' hotpluggable='{'yes' if n else 'no'}'"
+        + (f" order='{order}'/>" if order else "/>")
+        for n, (enabled, order) in enumerate(vcpus)
+    )
+    current = sum(enabled for enabled, _ in vcpus)
+    text = f"<domain><name>d</name><vcpu current='{current}'>{len(vcpus)}</vcpu><vcpus>{rows}</vcpus></domain>"
+    return text.encode()
 
 
 @pytest.mark.parametrize(
-    ("vcpus", "in_order"),
+    ("vcpus", "needed"),
     [
-        ([(True, 1), (True, 2), (False, None)], True),
-        ([(True, 1), (True, 1), (True, 2), (True, 2)], True),
-        ([(True, None), (True, None), (False, None)], True),
-        ([(True, 1), (False, None), (True, 2)], False),
-        ([(True, 2), (True, 1)], False),
-        ([(True, 1), (True, 3), (True, 2)], False),
-        ([], True),
+        ([(True, 1), (True, 2), (False, None)], IN_ORDER),
+        ([(True, None), (True, None), (False, None)], IN_ORDER),
+        ([(True, 1), (False, None), (True, 2)], NEEDED),
+        ([(True, 2), (True, 1)], NEEDED),
+        ([(True, 1), (True, 3), (True, 2)], NEEDED),
     ],
 )
-def test_libvirts_condition(vcpus, in_order):
-    assert is_in_order(vcpus) is in_order
+def test_libvirts_condition(vcpus, needed):
+    assert features(state(0, 1), definition(*vcpus)) == needed
 
 
-def test_the_feature_is_named_when_either_side_needs_it():
-    sparse = read_domain(
-        b"<domain><name>d</name><vcpu current='2'>8</vcpu><vcpus><vcpu id='0' enabled='yes' hotpluggable='no'/>"
-        b"<vcpu id='5' enabled='yes' hotpluggable='yes'/></vcpus></domain>"
-    )[1]
-    assert features_of(state(0, 1), None) == frozenset()
-    assert features_of(state(0, 5), None) == {CPU_HOTPLUG}
-    assert features_of(state(1, 0), None) == {CPU_HOTPLUG}
-    assert features_of(state(0, 1), sparse) == {CPU_HOTPLUG}
+@pytest.mark.parametrize(
+    ("live", "needed"),
+    [
+        (state(0, 1), IN_ORDER),
+        (state(0, 5), NEEDED),
+        (state(1, 0), NEEDED),
+        # All vCPUs of a core have one order.
+        (ppc64((0, 1), threads=2), IN_ORDER),
+    ],
+)
+def test_the_feature_is_named_where_the_running_guest_needs_it(live, needed):
+    assert features(live) == needed
+
+
+def test_a_guest_without_vcpus_is_in_order():
+    assert features(Qemu(machine="none").state(None, [])) == IN_ORDER
 
 
 def test_features_we_do_not_know_are_refused_by_name():
-    cookie = Cookie("d", None, b"<domain/>", features=frozenset({CPU_HOTPLUG, "warp", "allow-reboot"}))
-    (refusal,) = check_features(cookie)
+    (refusal,) = unknown_features({"cpu-hotplug", "warp", "allow-reboot"})
     assert refusal.message.endswith("allow-reboot, warp")
-    assert not check_features(replace(cookie, features=frozenset({CPU_HOTPLUG})))
 
 
-SOURCE = machine(0, 1, 5)
+def test_features_we_know_are_not_refused():
+    assert unknown_features({"cpu-hotplug"}) == []
+
+
+# -- the other side ----------------------------------------------------------------------------------
+
+SOURCE = state(0, 1, 5)
 
 
 @pytest.mark.parametrize(
     ("here", "texts"),
     [
-        (machine(0, 1, 5), []),
-        (machine(0, 1), ["vCPU 5 is plugged at the source, and not at the destination"]),
-        (machine(0, 1, 4, 5), ["vCPU 4 is plugged at the destination, and not at the source"]),
-        (machine(0, 1, 4), ["vCPU 4 is plugged at the destination", "vCPU 5 is plugged at the source"]),
+        (state(0, 1, 5), []),
+        (state(0, 1), ["vCPU 5 is plugged at the source, and not at the destination"]),
+        (state(0, 1, 4, 5), ["vCPU 4 is plugged at the destination, and not at the source"]),
+        (state(0, 1, 4), ["vCPU 4 is plugged at the destination", "vCPU 5 is plugged at the source"]),
         (
-            machine(0, 1, 5, maxcpus=6),
+            state(0, 1, 5, maxcpus=6),
             ["maximum of vCPUs: 8 at the source, 6", "vCPU 6-7: the destination has no"],
         ),
-        (machine(0, 1, 5, driver="u"), ["vCPU 0-7 is a: t at the source, u"]),
-        (machine(0, 1, 5, machine="pc-q35-7.2"), ["machine type: pc-q35-10.0 at the source, pc-q35-7.2"]),
+        (state(0, 1, 5, driver="u"), ["vCPU 0-7 is a: t at the source, u"]),
+        (state(0, 1, 5, machine="pc-q35-7.2"), ["machine type: pc-q35-10.0 at the source, pc-q35-7.2"]),
         (
-            machine(0, 1, 5, nodes=True),
+            state(0, 1, 5, nodes=True),
             ["NUMA node of vCPU 0-3: none at the source, 0", "NUMA node of vCPU 4-7: none at the source, 1"],
         ),
+        (state(0, 1, 5, first_core=9), ["vCPU 0-7: its slot is another one"]),
     ],
+    ids=["none", "missing", "extra", "both", "maxcpus", "driver", "machine", "nodes", "slot"],
 )
 def test_everything_in_which_the_destination_differs(here, texts):
-    found = [refusal.message for refusal in check_arrived(SOURCE, here)]
-    assert len(found) == len(texts)
-    for message, text in zip(found, texts, strict=True):
-        assert message.startswith(text)
-
-
-def test_another_slot_under_the_same_id():
-    here = replace(SOURCE, slots=tuple(replace(s, props=Props({**s.props, "core-id": 9})) for s in SOURCE.slots))
-    (refusal,) = check_machine(SOURCE, here)
-    assert refusal.message.startswith("vCPU 0-7: its slot is another one")
+    found = differences(SOURCE, here)
+    assert [message[: len(text)] for message, text in zip(found, texts, strict=True)] == texts
 
 
 def test_what_is_missing_comes_in_the_sources_order():
-    assert [slot.ids for slot in missing(machine(0, 6, 2, 5), machine(0))] == [(6,), (2,), (5,)]
+    assert to_plug(state(0, 6, 2, 5), state(0)) == [(6,), (2,), (5,)]
 
 
-def test_a_source_that_cannot_go():
-    here = state(0, 1, 5)
-    assert not check_source(here, "running", MigrationStatus(), ())
-    texts = [one.message for one in check_source(here, "running", MigrationStatus("active", blocked=("x",)), (5,))]
-    assert texts[0].startswith("vCPU 5: its unplug is pending") and "active" in texts[1] and "x" in texts[2]
-    assert "migrate-cancel" in check_source(here, "postmigrate", MigrationStatus("completed"), ())[0].hint
-    assert check_cpu_operation("running", MigrationStatus("active"))
-    assert check_cpu_operation("postmigrate", MigrationStatus("completed"))
-    assert not check_cpu_operation("running", MigrationStatus("failed"))
-    assert not check_cpu_operation("inmigrate", MigrationStatus("setup"))
+# -- now ---------------------------------------------------------------------------------------------
+
+ACTIVE = {"status": "active"}
+
+
+def test_a_guest_that_runs_can_leave():
+    assert against_leaving(SOURCE, "running") == []
+
+
+def test_every_reason_against_leaving_is_told_together():
+    found = against_leaving(SOURCE, "running", ACTIVE | {"blocked-reasons": ["x-device"]}, pending=[5])
+    words = ["vCPU 5: its unplug is pending", "active", "x-device"]
+    assert [word in refusal.message for word, refusal in zip(words, found, strict=True)] == [True] * 3
+
+
+def test_a_guest_that_has_left_can_be_let_go_on():
+    assert "migrate-cancel" in against_leaving(SOURCE, "postmigrate", {"status": "completed"})[0].hint
+
+
+@pytest.mark.parametrize(
+    ("run_state", "reply", "is_refused"),
+    [
+        ("running", "active", True),
+        ("postmigrate", "completed", True),
+        ("running", "failed", False),
+        ("inmigrate", "setup", False),
+    ],
+)
+def test_no_vcpu_is_switched_on_the_way(run_state, reply, is_refused):
+    assert bool(against_hotplug(run_state, {"status": reply})) is is_refused
+
+
+# -- what query-migrate tells --------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     "reply", [None, [], {}, {"status": 7, "ram": [], "socket-address": 1}, {"ram": {"total": -1}}]
 )
-def test_what_is_no_status(reply):
-    assert parse_status(reply).percent is None
+def test_what_is_not_a_status_tells_no_progress(reply):
+    assert status(reply).percent is None
 
 
-def test_status_and_addresses():
-    status = parse_status({"status": "active", "ram": {"total": 200, "remaining": 50, "transferred": 9}})
-    assert (status.percent, status.transferred, status.is_active) == (75, 9, True)
-    inet = {"type": "inet", "host": "::", "port": "44"}
-    assert address_of(parse_status({"socket-address": [inet]}), "h") == "tcp:h:44"
-    assert address_of(parse_status({"socket-address": [inet]}), "fe80::1") == "tcp:[fe80::1]:44"
-    assert address_of(parse_status({"socket-address": [{"type": "unix", "path": "/s"}]}), None) == "unix:/s"
-    assert address_of(MigrationStatus(), None) is None
+STATUS = {"status": "active", "ram": {"total": 200, "remaining": 50, "transferred": 9}}
 
 
-def test_never_two_and_the_source_goes_on_unless_somebody_may_run_it():
-    """Every pair that can be: the table's promises, not its rows."""
-    for source, destination in product(Source, Destination):
-        try:
-            step = next_step(source, destination)
-        except KeyError:
-            # A source that keeps the guest, or may, is never followed by a destination that was told to run.
-            assert source in (Source.KEPT, Source.UNKNOWN)
-            assert destination in (Destination.RUNNING, Destination.DIED, Destination.UNKNOWN)
-            continue
-        if step is Step.START_DESTINATION:
-            assert source in (Source.COMPLETED, Source.DEAD) and destination is Destination.WHOLE
-        if step is Step.GO_BACK:
-            assert source in (Source.COMPLETED, Source.KEPT)
-            assert destination not in (Destination.RUNNING, Destination.UNKNOWN)
-        if step is Step.END_SOURCE:
-            assert destination is Destination.RUNNING
-        if destination is Destination.UNKNOWN or (source, destination) == (Source.UNKNOWN, Destination.WHOLE):
-            assert step is Step.LEAVE
-        if destination is Destination.OTHER and source in (Source.DEAD, Source.UNKNOWN):
-            # It may be the only copy.
-            assert step is Step.LEAVE
+@pytest.mark.parametrize(("member", "value"), [("percent", 75), ("transferred", 9), ("is_active", True)])
+def test_a_status(member, value):
+    assert getattr(status(STATUS), member) == value
 
+
+INET = {"type": "inet", "host": "::", "port": "44"}
+
+
+@pytest.mark.parametrize(
+    ("listening", "host", "uri"),
+    [
+        ([INET], "h", "tcp:h:44"),
+        ([INET], "fe80::1", "tcp:[fe80::1]:44"),
+        ([{"type": "unix", "path": "/s"}], None, "unix:/s"),
+        ([], None, None),
+    ],
+)
+def test_where_a_destination_listens(listening, host, uri):
+    assert address({"socket-address": listening}, host) == uri
+
+
+# -- who runs it -------------------------------------------------------------------------------------
+
+#: Every pair that can be, with the step: the promises of the table are tested, not its rows.
+STEPS = [(source, there, step(source, there)) for source, there in product(SOURCES, DESTINATIONS)]
+
+
+def pairs(*steps):
+    return [(source, there) for source, there, found in STEPS if found in steps]
+
+
+def test_only_a_source_that_keeps_the_guest_or_may_has_pairs_that_cannot_be():
+    assert {source for source, _ in pairs(None)} <= {"kept", "unknown"}
+
+
+def test_a_destination_that_was_told_to_run_cannot_follow_a_source_that_keeps_the_guest():
+    assert {there for _, there in pairs(None)} <= {"running", "died", "unknown"}
+
+
+def test_a_destination_is_started_only_when_the_source_has_handed_over_or_is_dead():
+    assert {source for source, _ in pairs("start-destination")} == {"completed", "dead"}
+
+
+def test_only_a_whole_guest_is_started():
+    assert {there for _, there in pairs("start-destination")} == {"whole"}
+
+
+def test_only_a_source_that_lives_goes_on():
+    assert {source for source, _ in pairs("go-back")} <= {"completed", "kept"}
+
+
+def test_a_source_does_not_go_on_while_the_destination_may_run():
+    assert {there for _, there in pairs("go-back")}.isdisjoint({"running", "unknown"})
+
+
+def test_a_source_is_ended_only_when_the_destination_runs():
+    assert {there for _, there in pairs("end-source")} == {"running"}
+
+
+@pytest.mark.parametrize(("source", "there"), [*((source, "unknown") for source in SOURCES), ("unknown", "whole")])
+def test_where_nobody_can_tell_whether_the_other_side_runs_neither_is_touched(source, there):
+    # A source that keeps the guest is never followed by one that may run.
+    assert step(source, there) == (None if source == "kept" else "leave")
+
+
+@pytest.mark.parametrize("source", ["dead", "unknown"])
+def test_what_may_be_the_only_copy_is_not_touched(source):
+    assert step(source, "other") == "leave"
+
+
+# -- the cookie --------------------------------------------------------------------------------------
 
 XML = b"<?xml version='1.0'?>\n<!-- c --><domain type='kvm'>\n  <name>d</name>\n  <vcpu>8</vcpu>\n</domain>\n"
+COOKIE = cookie(state(0, 6, 2, nodes=True), XML, name="d&", runs=False)
+
+
+def test_the_cookie_names_its_features_as_libvirt_does():
+    assert b"<feature name='cpu-hotplug'/>" in written(COOKIE).replace(b'"', b"'")
 
 
 def test_the_cookie_comes_back_as_it_was():
-    cookie = Cookie("d&", "u-1", XML, XML, frozenset({CPU_HOTPLUG}), machine(0, 6, 2, nodes=True), runs=False)
-    text = write_cookie(cookie)
-    assert b"<feature name='cpu-hotplug'/>" in text.replace(b'"', b"'")
-    back = read_cookie(text)
     inner = XML[XML.index(b"<domain") :].strip()
-    assert back == replace(cookie, xml=inner, persistent=inner)
-    assert read_cookie(write_cookie(back)) == back
-    # Elements that a reader does not know are no business of his.
-    assert read_cookie(text.replace(b"<uuid>", b"<warp speed='9'/><uuid>")) == back
+    assert read(written(COOKIE)) == replace(COOKIE, xml=inner, persistent=inner)
+
+
+def test_a_cookie_that_was_read_is_written_as_it_was():
+    back = read(written(COOKIE))
+    assert read(written(back)) == back
+
+
+def test_elements_of_a_cookie_that_are_not_known_are_passed_over():
+    text = written(COOKIE)
+    assert read(text.replace(b"<uuid>", b"<warp speed='9'/><uuid>")) == read(text)
 
 
 @pytest.mark.parametrize(
@@ -212,52 +299,112 @@ def test_the_cookie_comes_back_as_it_was():
         (b"<live", b"<!DOCTYPE x><live", None),
     ],
 )
-def test_what_is_no_cookie(old, new, words):
-    text = write_cookie(Cookie("d&", "u-1", XML, XML, frozenset({CPU_HOTPLUG}), machine(0, 1)))
-    assert old in text
+def test_what_is_not_a_cookie(old, new, words):
+    text = written(cookie(state(0, 1), XML, name="d&"))
+    assert old in text, "the case changes something"
     with pytest.raises(VcpuRefused, match=words):
-        read_cookie(text.replace(old, new))
+        read(text.replace(old, new))
+
+
+# -- trips that are known to go wrong ------------------------------------------------------------------
+
+
+def tcg(arch, version, enabled, *, kvm=False):
+    if arch == "x86_64":
+        return x86(range(enabled), version=version, kvm=kvm)
+    return ppc64(range(enabled), version=version, kvm=kvm, threads=1)
+
+
+HANGS = pytest.mark.parametrize(
+    ("arch", "version", "enabled", "removals", "code"),
+    [
+        ("ppc64", (10, 0), 2, 0, "one-cpu"),
+        ("ppc64", (10, 0), 1, 0, None),
+        ("ppc64", (8, 2), 2, 0, "one-cpu"),
+        ("ppc64", (8, 1, 5), 2, 0, "decrementer"),
+        ("ppc64", (7, 2, 22), 2, 0, "decrementer"),
+        ("ppc64", (7, 2, 22), 1, 0, "decrementer"),
+        ("ppc64", (11, 1), 2, 0, None),
+        ("x86_64", (10, 0, 2), 2, 1, "setup"),
+        ("x86_64", (10, 0, 2), 2, 0, None),
+        ("x86_64", (11, 1), 2, 3, None),
+    ],
+)
+
+
+@HANGS
+def test_what_is_known_to_hang(arch, version, enabled, removals, code):
+    found = against_trip(tcg(arch, version, enabled), removals)
+    assert [refusal.code for refusal in found] == ([code] if code else [])
+
+
+@HANGS
+def test_what_is_known_to_hang_can_be_forced(arch, version, enabled, removals, code):
+    assert all(refusal.forceable for refusal in against_trip(tcg(arch, version, enabled), removals))
+
+
+@HANGS
+def test_under_kvm_nothing_hangs(arch, version, enabled, removals, code):
+    assert not against_trip(tcg(arch, version, enabled, kvm=True), removals)
+
+
+@HANGS
+def test_what_travels_with_one_cpu(arch, version, enabled, removals, code):
+    assert travels_with_one_cpu(tcg(arch, version, enabled)) is (code == "one-cpu")
+
+
+@pytest.fixture(name="decrementer")
+def refusal_of_an_old_qemu():
+    (refusal,) = against_trip(tcg("ppc64", (7, 2), 2))
+    return refusal
+
+
+@pytest.fixture(name="interrupts")
+def refusal_of_a_newer_qemu():
+    (refusal,) = against_trip(tcg("ppc64", (10, 0), 2))
+    return refusal
+
+
+def test_an_old_qemu_loses_the_decrementer(decrementer):
+    assert "does not migrate the decrementer" in decrementer.message
+
+
+def test_against_the_decrementer_no_agent_helps(decrementer):
+    assert "--agent" not in decrementer.hint
+
+
+def test_a_newer_qemu_loses_interrupts(interrupts):
+    assert "no interrupt reaches any vCPU but the first" in interrupts.message
+
+
+def test_against_lost_interrupts_the_agents_of_both_sides_help(interrupts):
+    assert "--agent ADDR" in interrupts.hint
+    assert "--dest-agent ADDR" in interrupts.hint
+
+
+@pytest.mark.parametrize("version", [(7, 2), (10, 0)])
+def test_what_hangs_says_what_to_do(version):
+    (refusal,) = against_trip(tcg("ppc64", version, 2))
+    assert "QEMU 11.1 or KVM; --force" in refusal.hint
+
+
+# -- a trip with one CPU online ------------------------------------------------------------------------
+
+ONLINE = {n: n in (0, 1, 3) for n in range(5)}
+
+
+@pytest.mark.parametrize("numbers", [{0: 0, 1: 1, 6: 3}, {}], ids=["all are known", "none is known"])
+def test_a_guest_can_be_left_with_its_first_cpu(numbers):
+    assert against_one_cpu(ONLINE, numbers) is None
+
+
+def test_all_but_the_first_cpu_are_offline_on_the_way():
+    assert offline_on_the_way(ONLINE, {0: 0, 1: 1, 6: 3}) == (1, 3)
 
 
 @pytest.mark.parametrize(
-    ("arch", "version", "enabled", "removals", "code"),
-    [
-        ("ppc64", QemuVersion(10, 0), (0, 1), 0, "one-cpu"),
-        ("ppc64", QemuVersion(10, 0), (0,), 0, None),
-        ("ppc64", QemuVersion(8, 2), (0, 1), 0, "one-cpu"),
-        ("ppc64", QemuVersion(8, 1, 5), (0, 1), 0, "decrementer"),
-        ("ppc64", QemuVersion(7, 2, 22), (0, 1), 0, "decrementer"),
-        ("ppc64", QemuVersion(7, 2, 22), (0,), 0, "decrementer"),
-        ("ppc64", QemuVersion(11, 1), (0, 1), 0, None),
-        ("x86_64", QemuVersion(10, 0, 2), (0, 1), 1, "setup"),
-        ("x86_64", QemuVersion(10, 0, 2), (0, 1), 0, None),
-        ("x86_64", QemuVersion(11, 1), (0, 1), 3, None),
-    ],
+    ("online", "numbers", "why"),
+    [(ONLINE, {6: 0}, "CPU 0 is vCPU 6"), (ONLINE | {0: False}, {}, "CPU 0 is offline")],
 )
-def test_what_is_known_to_hang(arch, version, enabled, removals, code):
-    here = replace(state(*enabled), arch=arch, version=version, accel="tcg")
-    assert [one.code for one in check_hangs(here, removals)] == ([code] if code else [])
-    assert all(one.forceable for one in check_hangs(here, removals))
-    assert not check_hangs(replace(here, accel="kvm"), removals)
-    assert needs_one_cpu(here) is (code == "one-cpu")
-
-
-def test_what_hangs_says_what_to_do():
-    old, newer = (
-        check_hangs(replace(state(0, 1), arch="ppc64", version=version, accel="tcg"), 0)[0]
-        for version in (QemuVersion(7, 2), QemuVersion(10, 0))
-    )
-    assert "does not migrate the decrementer" in old.message and "--agent" not in old.hint
-    assert "no interrupt reaches any vCPU but the first" in newer.message
-    assert "--agent ADDR" in newer.hint and "--dest-agent ADDR" in newer.hint
-    for one in (old, newer):
-        assert "QEMU 11.1 or KVM; --force" in one.hint and one.forceable
-
-
-def test_which_cpus_are_offline_on_the_way():
-    cpus = tuple(GuestCpu(n, n in (0, 1, 3)) for n in range(5))
-    view = GuestView(cpus, {0: cpus[0], 1: cpus[1], 6: cpus[3]})
-    assert check_one_cpu(view) is None and cpus_but_first(view) == (1, 3)
-    assert check_one_cpu(replace(view, by_vcpu={})) is None
-    assert "CPU 0 is vCPU 6" in check_one_cpu(replace(view, by_vcpu={6: cpus[0]}))
-    assert "CPU 0 is offline" in check_one_cpu(GuestView((GuestCpu(0, False), *cpus[1:]), {}))
+def test_a_guest_that_cannot_be_left_with_its_first_cpu(online, numbers, why):
+    assert why in against_one_cpu(online, numbers)
