@@ -4,67 +4,122 @@ from __future__ import annotations
 
 import pytest
 
-from qmpvcpu.core.model import Props, QemuVersion
-from qmpvcpu.core.smp import NumaCpu, NumaNode, Smp, is_proven, parse_numa, parse_smp, predict
-from qmpvcpu.errors import VcpuRefused, VcpuUsageError
+from qmpvcpu import VcpuRefused, VcpuUsageError, parse_numa, parse_smp
+from tests.support.machines import compute, is_measured
 
-V72, V100, V111 = QemuVersion(7, 2, 22), QemuVersion(10, 0, 2), QemuVersion(11, 1, 3)
-
-
-def q35(text, version=V100, machine="q35", nodes=()):
-    return predict("x86_64", machine, version, parse_smp(text), nodes)
+V72, V100, V111 = (7, 2, 22), (10, 0, 2), (11, 1, 3)
 
 
-def counts(found):
-    topology = found.topology
-    return found.cpus, topology.maxcpus, topology.sockets, topology.cores, topology.threads
+def q35(smp, *numa, version=V100, machine="q35"):
+    return compute("x86_64", machine, version, smp, numa)
 
 
-def test_what_is_written_is_read_and_written_again():
-    assert parse_smp("4,maxcpus=8,sockets=2") == Smp(4, 8, sockets=2)
+# -- -smp --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("member", "value"), [("cpus", 4), ("maxcpus", 8), ("sockets", 2), ("cores", None), ("threads", None)]
+)
+def test_what_is_written_is_read(member, value):
+    assert getattr(parse_smp("4,maxcpus=8,sockets=2"), member) == value
+
+
+def test_what_is_read_is_written_in_one_order():
     assert str(parse_smp("cpus=4,threads=2,maxcpus=8")) == "4,maxcpus=8,threads=2"
-    for text in ("", "x", "4,9", "4,cpu=9", "4,cores=-1", "4,cores=²", "4,cores=9999999999", "4,cores"):
-        with pytest.raises(VcpuUsageError):
-            parse_smp(text)
 
 
-def test_cores_before_sockets_since_6_2():
-    assert counts(q35("2,maxcpus=4")) == (2, 4, 1, 4, 1)
-    assert counts(q35("2,maxcpus=4", machine="pc-q35-6.1")) == (2, 4, 4, 1, 1)
-    assert counts(q35("3,threads=2,maxcpus=4")) == (3, 4, 1, 2, 2)
-    assert counts(q35("maxcpus=6,cores=2")) == (6, 6, 3, 2, 1)
-    assert counts(q35("sockets=2,cores=2")) == (4, 4, 2, 2, 1)
+@pytest.mark.parametrize(
+    "text", ["", "x", "4,9", "4,cpu=9", "4,cores=-1", "4,cores=²", "4,cores=9999999999", "4,cores"]
+)
+def test_what_is_not_an_smp_is_a_usage_error(text):
+    with pytest.raises(VcpuUsageError):
+        parse_smp(text)
 
 
-def test_the_slots_of_each_machine():
-    slots = q35("2,sockets=2,dies=2,cores=1,threads=2,maxcpus=8").slots
-    assert slots[5].props == {"socket-id": 1, "die-id": 0, "core-id": 0, "thread-id": 1}
-    assert [slot.plugged for slot in slots] == [True] * 2 + [False] * 6
-    slots = predict("ppc64", "pseries", V100, parse_smp("8,cores=4,threads=8,maxcpus=32")).slots
-    assert [(slot.props["core-id"], slot.vcpus_count, slot.plugged) for slot in slots] == [
-        (0, 8, True),
-        (8, 8, False),
-        (16, 8, False),
-        (24, 8, False),
-    ]
-    assert predict("s390x", "s390-ccw-virtio", V72, parse_smp("1,maxcpus=2")).slots[1].props == {"core-id": 1}
-    props = predict("s390x", "s390-ccw-virtio", V100, parse_smp("1,drawers=2,maxcpus=4")).slots[3].props
-    assert props == {"drawer-id": 1, "book-id": 0, "socket-id": 0, "core-id": 3}
+@pytest.mark.parametrize(
+    ("smp", "machine", "counts"),
+    [
+        ("2,maxcpus=4", "q35", (2, 4, 1, 4, 1)),
+        ("2,maxcpus=4", "pc-q35-6.1", (2, 4, 4, 1, 1)),
+        ("3,threads=2,maxcpus=4", "q35", (3, 4, 1, 2, 2)),
+        ("maxcpus=6,cores=2", "q35", (6, 6, 3, 2, 1)),
+        ("sockets=2,cores=2", "q35", (4, 4, 2, 2, 1)),
+    ],
+)
+def test_cores_before_sockets_since_6_2(smp, machine, counts):
+    found = q35(smp, machine=machine)
+    topology = found.topology
+    assert (found.cpus, topology.maxcpus, topology.sockets, topology.cores, topology.threads) == counts
 
 
-def test_numa_as_it_is_written():
-    nodes, cpus = parse_numa(
-        [
-            "node,nodeid=1,cpus=0-1,cpus=3,memdev=m1",
-            "node",
-            "cpu,node-id=1,socket-id=0,core-id=2",
-            "dist,src=0,dst=1",
-        ]
-    )
-    assert nodes == (NumaNode(1, (0, 1, 3)), NumaNode(1))
-    assert cpus == (NumaCpu(1, Props({"socket-id": 0, "core-id": 2})),)
+# -- slots -------------------------------------------------------------------------------------------
+
+PC = q35("2,sockets=2,dies=2,cores=1,threads=2,maxcpus=8")
+PSERIES = compute("ppc64", "pseries", V100, "8,cores=4,threads=8,maxcpus=32")
+
+
+@pytest.mark.parametrize(
+    ("found", "slot", "props"),
+    [
+        (PC, 5, {"socket-id": 1, "die-id": 0, "core-id": 0, "thread-id": 1}),
+        (compute("s390x", "s390-ccw-virtio", V72, "1,maxcpus=2"), 1, {"core-id": 1}),
+        (
+            compute("s390x", "s390-ccw-virtio", V100, "1,drawers=2,maxcpus=4"),
+            3,
+            {"drawer-id": 1, "book-id": 0, "socket-id": 0, "core-id": 3},
+        ),
+    ],
+    ids=["pc", "s390x of 7.2", "s390x of 10.0"],
+)
+def test_the_slots_of_each_machine(found, slot, props):
+    assert found.props[slot] == props
+
+
+def test_a_core_of_ppc64_is_one_slot():
+    assert [props["core-id"] for props in PSERIES.props] == [0, 8, 16, 24]
+
+
+def test_a_core_of_ppc64_has_its_threads():
+    assert PSERIES.sizes == [8, 8, 8, 8]
+
+
+@pytest.mark.parametrize(
+    ("found", "plugged"),
+    [(PC, [True] * 2 + [False] * 6), (PSERIES, [True, False, False, False])],
+    ids=["pc", "ppc64"],
+)
+def test_qemu_starts_with_the_first_cpus(found, plugged):
+    assert found.plugged == plugged
+
+
+# -- -numa -------------------------------------------------------------------------------------------
+
+WRITTEN = [
+    "node,nodeid=1,cpus=0-1,cpus=3,memdev=m1",
+    "node",
+    "cpu,node-id=1,socket-id=0,core-id=2",
+    "dist,src=0,dst=1",
+]
+
+
+def test_nodes_as_they_are_written():
+    nodes, _ = parse_numa(WRITTEN)
+    assert [(node.id, node.cpus) for node in nodes] == [(1, (0, 1, 3)), (1, ())]
+
+
+def test_cpus_as_they_are_written():
+    _, cpus = parse_numa(WRITTEN)
+    assert [(cpu.node, dict(cpu.props)) for cpu in cpus] == [(1, {"socket-id": 0, "core-id": 2})]
+
+
+def test_a_cpu_is_written_as_it_was():
+    _, cpus = parse_numa(WRITTEN)
     assert str(cpus[0]) == "cpu,node-id=1,socket-id=0,core-id=2"
-    for text in (
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
         "",
         "nod",
         "node,nodeid=x",
@@ -73,48 +128,53 @@ def test_numa_as_it_is_written():
         "cpu,socket-id=1",
         "cpu,node-id=0",
         "cpu,x=1",
-    ):
-        with pytest.raises(VcpuUsageError):
-            parse_numa([text])
+    ],
+)
+def test_what_is_not_a_numa_is_a_usage_error(text):
+    with pytest.raises(VcpuUsageError):
+        parse_numa([text])
 
 
-def test_cpus_named_by_props():
-    nodes = (NumaNode(0), NumaNode(1))
-
-    def found(*cpus):
-        slots = predict("x86_64", "q35", V100, parse_smp("4,sockets=2,cores=2"), nodes, cpus).slots
-        return [slot.props["node-id"] for slot in slots]
-
-    assert found(NumaCpu(1, Props({"socket-id": 0}))) == [1, 1, 0, 0]
-    assert found(NumaCpu(1, Props({"core-id": 1})), NumaCpu(0, Props({"socket-id": 0, "core-id": 0}))) == [
-        0,
-        1,
-        0,
-        1,
-    ]
-    for bad in (
-        (NumaCpu(2, Props({"socket-id": 0})),),
-        (NumaCpu(0, Props({"die-id": 0})),),
-        (NumaCpu(0, Props({"socket-id": 2})),),
-        (NumaCpu(0, Props({"socket-id": 0})), NumaCpu(1, Props({"core-id": 0}))),
-    ):
-        with pytest.raises(VcpuRefused):
-            found(*bad)
+NODES = ("node,nodeid=0", "node,nodeid=1")
 
 
-def test_nodes():
-    two = (NumaNode(0), NumaNode(1))
-    assert [s.props["node-id"] for s in q35("4,sockets=4,maxcpus=4", nodes=two).slots] == [0, 1, 0, 1]
-    named = (NumaNode(0, (0, 1)), NumaNode(1, (3,)))
-    assert [s.props["node-id"] for s in q35("4", nodes=named).slots] == [0, 0, 0, 1]
-    for nodes in (
-        (NumaNode(0, (0, 9)),),
-        (NumaNode(0, (0,)), NumaNode(1, (0,))),
-        (NumaNode(1),),
-        (NumaNode(0), NumaNode(0)),
-    ):
-        with pytest.raises(VcpuRefused):
-            q35("4", nodes=nodes)
+@pytest.mark.parametrize(
+    ("smp", "numa", "nodes"),
+    [
+        ("4,sockets=4,maxcpus=4", NODES, [0, 1, 0, 1]),
+        ("4", ("node,nodeid=0,cpus=0-1", "node,nodeid=1,cpus=3"), [0, 0, 0, 1]),
+        ("4,sockets=2,cores=2", (*NODES, "cpu,node-id=1,socket-id=0"), [1, 1, 0, 0]),
+        (
+            "4,sockets=2,cores=2",
+            (*NODES, "cpu,node-id=1,core-id=1", "cpu,node-id=0,socket-id=0,core-id=0"),
+            [0, 1, 0, 1],
+        ),
+    ],
+    ids=["by socket", "by index", "a socket", "cores"],
+)
+def test_the_nodes_of_slots(smp, numa, nodes):
+    assert [props["node-id"] for props in q35(smp, *numa).props] == nodes
+
+
+@pytest.mark.parametrize(
+    ("smp", "numa"),
+    [
+        ("4,sockets=2,cores=2", (*NODES, "cpu,node-id=2,socket-id=0")),
+        ("4,sockets=2,cores=2", (*NODES, "cpu,node-id=0,die-id=0")),
+        ("4,sockets=2,cores=2", (*NODES, "cpu,node-id=0,socket-id=2")),
+        ("4,sockets=2,cores=2", (*NODES, "cpu,node-id=0,socket-id=0", "cpu,node-id=1,core-id=0")),
+        ("4", ("node,nodeid=0,cpus=0,cpus=9",)),
+        ("4", ("node,nodeid=0,cpus=0", "node,nodeid=1,cpus=0")),
+        ("4", ("node,nodeid=1",)),
+        ("4", ("node,nodeid=0", "node,nodeid=0")),
+    ],
+)
+def test_nodes_that_qemu_refuses(smp, numa):
+    with pytest.raises(VcpuRefused):
+        q35(smp, *numa)
+
+
+# -- what QEMU refuses, and what is proven -------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -140,18 +200,33 @@ def test_nodes():
 )
 def test_what_qemu_refuses(arch, machine, version, text, words):
     with pytest.raises(VcpuRefused, match=words) as caught:
-        predict(arch, machine, version, parse_smp(text))
+        compute(arch, machine, version, text)
     assert caught.value.hint
 
 
-def test_what_is_proven():
-    assert is_proven("x86_64", "pc-q35-6.1", V72)
-    assert is_proven("ppc64", "pseries", V111)
-    assert not is_proven("x86_64", "q35", QemuVersion(8, 2))
-    assert not is_proven("x86_64", "pc-q35-10.0", V72)
-    assert not is_proven("loongarch64", "virt", V72)
-    assert not is_proven("aarch64", "virt", V100)
-    assert q35("2,maxcpus=240").is_certain
-    assert not q35("2,maxcpus=254,sockets=127,threads=2,cores=1").is_certain
-    # Few CPUs, and ids with gaps: 65 cores take 7 bits.
-    assert not q35("2,sockets=3,cores=65,threads=1,maxcpus=195").is_certain
+@pytest.mark.parametrize(
+    ("arch", "machine", "version", "is_proven"),
+    [
+        ("x86_64", "pc-q35-6.1", V72, True),
+        ("ppc64", "pseries", V111, True),
+        ("x86_64", "q35", (8, 2), False),
+        ("x86_64", "pc-q35-10.0", V72, False),
+        ("loongarch64", "virt", V72, False),
+        ("aarch64", "virt", V100, False),
+    ],
+)
+def test_what_is_proven(arch, machine, version, is_proven):
+    assert is_measured(arch, machine, version) is is_proven
+
+
+@pytest.mark.parametrize(
+    ("smp", "is_certain"),
+    [
+        ("2,maxcpus=240", True),
+        ("2,maxcpus=254,sockets=127,threads=2,cores=1", False),
+        # Few CPUs, and ids with gaps: 65 cores take 7 bits.
+        ("2,sockets=3,cores=65,threads=1,maxcpus=195", False),
+    ],
+)
+def test_sizes_that_every_machine_takes(smp, is_certain):
+    assert q35(smp).is_certain is is_certain
