@@ -3,128 +3,183 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 
 import pytest
 
-from qmpvcpu.core.arch import architecture_of_machine
-from qmpvcpu.core.layout import (
-    LayoutSource,
-    MachineSpec,
-    MachineType,
-    QemuFacts,
-    facts_of,
-    parse_layout,
-    predict_layout,
+from qmpvcpu import VcpuConnectionError, VcpuRefused
+from tests.support.machines import answered, learned, predicted, read_from_cache, spec
+
+#: What was learned of a QEMU 10.0.
+KNOWN = {
+    "arch": "x86_64",
+    "version": [10, 0, 2],
+    "machines": {"q35": ["pc-q35-10.0", True, "qemu64-x86_64-cpu"], "microvm": ["microvm", False, None]},
+    "cpu_types": {},
+}
+
+
+def q35(smp="2,maxcpus=4", **more):
+    return spec("q35", smp, **more)
+
+
+# -- a prediction ------------------------------------------------------------------------------------
+
+
+@pytest.fixture(name="numa")
+def machine_of_two_nodes():
+    return predicted(q35(numa=["node,nodeid=0,cpus=0-1", "node,nodeid=1,cpus=2-3"]), known=KNOWN)
+
+
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("machine", "pc-q35-10.0"),
+        ("version", "10.0.2"),
+        ("cpu_type", "qemu64-x86_64-cpu"),
+        ("source", "predicted"),
+    ],
 )
-from qmpvcpu.core.model import QemuVersion
-from qmpvcpu.core.smp import NumaNode, parse_smp
-from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
-
-GREETING = {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}}}
-FACTS = QemuFacts(
-    "x86_64",
-    QemuVersion(10, 0, 2),
-    {"q35": MachineType("pc-q35-10.0", True, "qemu64-x86_64-cpu"), "microvm": MachineType("microvm")},
-)
+def test_a_prediction_knows_names_and_drivers(numa, member, value):
+    assert str(getattr(numa, member)) == value
 
 
-def spec(machine="q35", smp="2,maxcpus=4", **more):
-    return MachineSpec(machine, parse_smp(smp), **more)
-
-
-def test_a_prediction_knows_names_and_drivers():
-    found = predict_layout(spec(nodes=(NumaNode(0, (0, 1)), NumaNode(1, (2, 3)))), "x86_64", FACTS)
-    assert (found.machine, found.version, found.cpu_type) == ("pc-q35-10.0", FACTS.version, "qemu64-x86_64-cpu")
-    assert [(v.id, v.enabled, v.node, v.order) for v in found.vcpus()] == [
+def test_a_prediction_has_a_row_for_each_vcpu(numa):
+    assert [(v.id, v.enabled, v.node, v.order) for v in numa.vcpus()] == [
         (0, True, 0, 1),
         (1, True, 0, 2),
         (2, False, 1, None),
         (3, False, 1, None),
     ]
-    assert [v.order for v in found.vcpus((0, 3))] == [1, None, None, 2]
-    document = json.loads(json.dumps(found.to_json()))
-    assert document["source"] == "predicted" and document["maxcpus"] == 4 and len(document["vcpus"]) == 4
 
 
-def test_without_facts_only_what_every_version_says():
-    found = predict_layout(spec(), "x86_64")
-    assert found.machine == "q35" and found.version is None and found.cpu_type == "qemu64-x86_64-cpu"
-    # 7.2 tells no more than a core-id there, and cannot give TCG threads here.
-    assert predict_layout(spec("s390-ccw-virtio"), "s390x") is None
-    assert predict_layout(spec("pseries", "2,threads=2,maxcpus=4"), "ppc64") is None
-    # 7.2 has no hotplug there.
-    assert predict_layout(spec("virt"), "loongarch64") is None
-    # What only the newest has, it alone says.
-    assert predict_layout(spec("s390-ccw-virtio-11.1"), "s390x").slots[0].props["socket-id"] == 0
-    assert predict_layout(spec("pc-q35-12.0"), "x86_64") is None
+def test_a_row_says_whether_the_guest_that_starts_has_it(numa):
+    assert [vcpu.order for vcpu in numa.vcpus((0, 3))] == [1, None, None, 2]
+
+
+def test_the_document_of_a_prediction_is_json(numa):
+    document = json.loads(json.dumps(numa.to_json()))
+    assert (document["source"], document["maxcpus"], len(document["vcpus"])) == ("predicted", 4, 4)
+
+
+@pytest.mark.parametrize(
+    ("member", "value"), [("machine", "q35"), ("version", None), ("cpu_type", "qemu64-x86_64-cpu")]
+)
+def test_without_a_qemu_names_are_those_of_every_version(member, value):
+    assert getattr(predicted(q35()), member) == value
+
+
+@pytest.mark.parametrize(
+    ("asked", "arch", "why"),
+    [
+        (spec("s390-ccw-virtio", "2,maxcpus=4"), "s390x", "7.2 tells no more than a core-id there"),
+        (spec("pseries", "2,threads=2,maxcpus=4"), "ppc64", "7.2 cannot give TCG threads there"),
+        (spec("virt", "2,maxcpus=4"), "loongarch64", "7.2 has no hotplug there"),
+        (spec("pc-q35-12.0", "2,maxcpus=4"), "x86_64", "no version that was measured has it"),
+    ],
+)
+def test_without_a_qemu_only_what_every_version_says(asked, arch, why):
+    assert predicted(asked, arch) is None, why
+
+
+def test_what_only_the_newest_has_it_alone_says():
+    found = predicted(spec("s390-ccw-virtio-11.1", "2,maxcpus=4"), "s390x")
+    assert found.slots[0].props["socket-id"] == 0
+
+
+def test_what_every_version_refuses_is_refused():
     with pytest.raises(VcpuRefused, match="hierarchy"):
-        predict_layout(spec(smp="3,cores=2"), "x86_64")
+        predicted(q35("3,cores=2"))
 
 
-def test_between_two_measured_versions_what_both_say():
-    between = replace(FACTS, version=QemuVersion(9, 2))
-    assert predict_layout(spec(), "x86_64", between).version == QemuVersion(9, 2)
-    assert predict_layout(spec(smp="2,sockets=0,maxcpus=4"), "x86_64", between) is None
-    assert predict_layout(spec(), "x86_64", replace(FACTS, version=QemuVersion(12, 0))) is None
-    assert predict_layout(spec(), "x86_64", replace(FACTS, version=QemuVersion(6, 2))) is None
+@pytest.mark.parametrize(
+    ("version", "smp", "is_known"),
+    [
+        ([9, 2, 0], "2,maxcpus=4", True),
+        ([9, 2, 0], "2,sockets=0,maxcpus=4", False),
+        ([12, 0, 0], "2,maxcpus=4", False),
+        ([6, 2, 0], "2,maxcpus=4", False),
+    ],
+    ids=["both say the same", "they differ", "newer than all", "older than all"],
+)
+def test_between_two_measured_versions_what_both_say(version, smp, is_known):
+    assert (predicted(q35(smp), known=KNOWN | {"version": version}) is not None) is is_known
+
+
+def test_a_prediction_between_two_versions_is_of_the_qemu_that_was_asked_for():
+    assert str(predicted(q35(), known=KNOWN | {"version": [9, 2, 0]}).version) == "9.2.0"
 
 
 @pytest.mark.parametrize(
     ("asked", "why"),
     [
-        (spec("microvm"), "no hotplug"),
-        (spec("isapc"), "no rules for it"),
-        (spec("pc-q35-2.4"), "perhaps it is gone by now"),
-        (spec("q35,strange=on"), "an option that may matter"),
-        (spec(cpu="EPYC"), "a model nobody has seen"),
-        (spec(smp="2,maxcpus=288"), "a size not every machine takes"),
+        (spec("microvm", "2,maxcpus=4"), "no hotplug"),
+        (spec("isapc", "2,maxcpus=4"), "no rules for it"),
+        (spec("pc-q35-2.4", "2,maxcpus=4"), "perhaps it is gone by now"),
+        (spec("q35,strange=on", "2,maxcpus=4"), "an option that may matter"),
+        (q35(cpu="EPYC"), "a model that was not seen"),
+        (q35("2,maxcpus=288"), "a size not every machine takes"),
     ],
 )
 def test_what_is_left_to_a_qemu(asked, why):
-    assert predict_layout(asked, "x86_64", FACTS) is None, why
+    assert predicted(asked, known=KNOWN) is None, why
 
 
-def test_cpu_models():
-    seen = replace(FACTS, cpu_types={"EPYC": "EPYC-v5-x86_64-cpu"})
-    assert predict_layout(spec(cpu="EPYC,+svm"), "x86_64", seen).cpu_type == "EPYC-v5-x86_64-cpu"
-    assert predict_layout(spec(cpu="EPYC"), "x86_64", assume=True).cpu_type == "EPYC-x86_64-cpu"
-    # Its name is known to no rule: enough for the slots, not for a device_add.
-    power = spec("pseries", cpu="POWER9")
-    assert predict_layout(power, "ppc64", assume=True).cpu_type is None
-    assert predict_layout(power, "ppc64", assume=True, typed=True) is None
-    assert predict_layout(spec("pseries"), "ppc64", typed=True) is None
+@pytest.mark.parametrize(
+    ("cpu", "known", "assume", "driver"),
+    [
+        ("EPYC,+svm", KNOWN | {"cpu_types": {"EPYC": "EPYC-v5-x86_64-cpu"}}, False, "EPYC-v5-x86_64-cpu"),
+        ("EPYC", None, True, "EPYC-x86_64-cpu"),
+    ],
+    ids=["seen", "assumed"],
+)
+def test_the_driver_of_a_cpu_model(cpu, known, assume, driver):
+    assert predicted(q35(cpu=cpu), known=known, assume=assume).cpu_type == driver
 
 
-def test_the_machine_tells_its_target():
-    names = ("q35", "pc-q35-7.2", "pc", "pc-i440fx-10.0", "pseries,cap-cfpc=broken", "s390-ccw-virtio-8.2", "virt")
-    found = [architecture_of_machine(name) for name in names]
-    assert [row and row.name for row in found] == ["x86_64"] * 4 + ["ppc64", "s390x", None]
+def test_without_the_driver_of_a_cpu_model_the_slots_are_known():
+    found = predicted(spec("pseries", "2,maxcpus=4", cpu="POWER9"), "ppc64", assume=True)
+    assert (found.cpu_type, found.maxcpus) == (None, 4)
 
 
-def test_facts_are_kept_as_json():
-    seen = replace(FACTS, cpu_types={"max": "max-x86_64-cpu"})
-    assert QemuFacts.from_json(json.loads(json.dumps(seen.to_json()))) == seen
-    good = seen.to_json()
-    for bad in (
+@pytest.mark.parametrize("cpu", ["POWER9", None])
+def test_without_the_driver_nothing_is_predicted_for_a_device_add(cpu):
+    assert predicted(spec("pseries", "2,maxcpus=4", cpu=cpu), "ppc64", assume=cpu is not None, typed=True) is None
+
+
+# -- what is kept ------------------------------------------------------------------------------------
+
+KEPT = KNOWN | {"cpu_types": {"max": "max-x86_64-cpu"}}
+
+
+def test_what_was_learned_is_kept_as_json():
+    assert read_from_cache(json.loads(json.dumps(KEPT))) == KEPT
+
+
+@pytest.mark.parametrize(
+    "kept",
+    [
         None,
         [],
         {},
-        good | {"machines": 5},
-        good | {"machines": {"q35": [5, True, None]}},
-        good | {"machines": {"q35": [1, 2, 3, 4]}},
-        good | {"machines": {"q35": ["x", True, 5]}},
-        good | {"version": ["a"]},
-        good | {"version": ["a", "b"]},
-        good | {"cpu_types": {"a": 1}},
-        good | {"arch": None},
-    ):
-        with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
-            QemuFacts.from_json(bad)
+        KEPT | {"machines": 5},
+        KEPT | {"machines": {"q35": [5, True, None]}},
+        KEPT | {"machines": {"q35": [1, 2, 3, 4]}},
+        KEPT | {"machines": {"q35": ["x", True, 5]}},
+        KEPT | {"version": ["a"]},
+        KEPT | {"version": ["a", "b"]},
+        KEPT | {"cpu_types": {"a": 1}},
+        KEPT | {"arch": None},
+    ],
+)
+def test_what_is_kept_and_damaged_is_found_out(kept):
+    with pytest.raises((ValueError, TypeError, KeyError, AttributeError)):
+        read_from_cache(kept)
 
+
+# -- what a QEMU said --------------------------------------------------------------------------------
 
 REPLIES = {
-    "greeting": GREETING,
+    "greeting": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}}},
     "query-target": {"arch": "x86_64"},
     "type": "pc-q35-10.0-machine",
     "smp": {"maxcpus": 2, "cpus": 1, "sockets": 1, "cores": 2, "threads": 1},
@@ -136,32 +191,68 @@ REPLIES = {
 }
 
 
-def test_what_a_qemu_said():
-    found = parse_layout(REPLIES, "tcg", LayoutSource.CACHED)
-    assert (found.machine, found.cpu_type, found.cpus, found.maxcpus) == ("pc-q35-10.0", "t", 1, 2)
-    assert found.can_plug and found.can_unplug and found.source == "cached"
-    facts = facts_of(spec(), found)
-    assert facts.machines == {"q35": MachineType("pc-q35-10.0", True, "t")} and not facts.cpu_types
-    more = facts_of(spec(cpu="EPYC,+svm"), found, facts)
-    assert more.machines == facts.machines and more.cpu_types == {"EPYC": "t"}
-    bare = REPLIES | {"query-hotpluggable-cpus": None}
-    found = parse_layout(bare, "tcg", LayoutSource.PROBED)
-    assert not found.can_plug and [(slot.props, slot.plugged) for slot in found.slots] == [
-        (None, True),
-        (None, False),
-    ]
-    assert not any(vcpu.hotpluggable for vcpu in found.vcpus())
+@pytest.mark.parametrize(
+    ("member", "value"),
+    [
+        ("machine", "pc-q35-10.0"),
+        ("cpu_type", "t"),
+        ("cpus", 1),
+        ("maxcpus", 2),
+        ("can_plug", True),
+        ("can_unplug", True),
+        ("source", "cached"),
+    ],
+)
+def test_what_a_qemu_said(member, value):
+    assert getattr(answered(REPLIES, source="cached"), member) == value
 
 
-@pytest.mark.parametrize("key", [key for key in REPLIES if key != "smp"])
-@pytest.mark.parametrize("value", [None, 5, [], {}, [5], {"arch": 5}])
+def test_an_answer_teaches_the_name_of_a_machine_and_its_driver():
+    found = learned(q35(), answered(REPLIES))
+    assert found == KNOWN | {"machines": {"q35": ["pc-q35-10.0", True, "t"]}}
+
+
+def test_an_answer_about_a_cpu_model_adds_its_driver():
+    before = learned(q35(), answered(REPLIES))
+    found = learned(q35(cpu="EPYC,+svm"), answered(REPLIES), before)
+    assert found == before | {"cpu_types": {"EPYC": "t"}}
+
+
+@pytest.fixture(name="fixed")
+def machine_without_hotplug():
+    return answered(REPLIES | {"query-hotpluggable-cpus": None})
+
+
+def test_a_machine_without_hotplug_plugs_nothing(fixed):
+    assert not fixed.can_plug
+
+
+def test_a_machine_without_hotplug_has_room_of_which_it_says_nothing(fixed):
+    assert [(slot.props, slot.plugged) for slot in fixed.slots] == [(None, True), (None, False)]
+
+
+def test_no_vcpu_of_a_machine_without_hotplug_is_hotpluggable(fixed):
+    assert not any(vcpu.hotpluggable for vcpu in fixed.vcpus())
+
+
+NONSENSE = [None, 5, [], {}, [5], {"arch": 5}]
+#: `-machine none` has no CPU; without CPU hotplug there is no list of slots.
+POSSIBLE = [("query-cpus-fast", []), ("query-hotpluggable-cpus", None)]
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        (key, value)
+        for key in REPLIES
+        for value in NONSENSE
+        # A machine need not tell its topology.
+        if key != "smp" and (key, value) not in POSSIBLE
+    ],
+)
 def test_what_no_qemu_says(key, value):
     replies = REPLIES | {key: value}
     if key == "query-cpus-fast":
         replies["query-hotpluggable-cpus"] = None
-        if value == []:
-            return  # `-machine none`
-    if key == "query-hotpluggable-cpus" and value is None:
-        return  # no CPU hotplug
     with pytest.raises(VcpuConnectionError):
-        parse_layout(replies, "tcg", LayoutSource.PROBED)
+        answered(replies)
