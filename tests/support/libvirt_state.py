@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 
-from qmpvcpu import DomainState
+from qmpvcpu import DomainState, Refusal, Request, VcpuFlag
 from qmpvcpu.core.machine.versions import oldest_with
+from qmpvcpu.core.plan import make_plan
+from qmpvcpu.core.request import Knowledge
 from qmpvcpu.core.running import running_state
 from qmpvcpu.xml.domain import read_domain
 
@@ -17,3 +19,8 @@ def running(xml: str, *, gone: Iterable[int] = (), pending: Iterable[int] = ()) 
     definition = read_domain(xml.encode(), running=True)[1]
     version = oldest_with(definition.machine or "")
     return running_state(definition, "d", version, "running", gone, pending)
+
+
+def against_unplug(state: DomainState, *ids: int, firmware_runs: bool | None = None) -> list[Refusal]:
+    """Why these vCPUs are not unplugged; `firmware_runs`: the guest (ppc64) is still in its firmware."""
+    return list(make_plan(state, Request(ids, VcpuFlag.DISABLE), Knowledge(firmware_runs=firmware_runs)).refusals)

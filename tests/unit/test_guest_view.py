@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from qmpvcpu import VcpuConnectionError
 from tests.support.guest import came, cpus, files_to_read, look, port_is_open, read, to_reach
 from tests.support.inventory import Qemu
-from tests.support.states import flat, ppc64, x86
+from tests.support.states import machine, ppc64, x86
 
 SYS = "/sys/devices/system/cpu/cpu{}/{}"
 PRESENT = "/sys/devices/system/cpu/present"
@@ -93,7 +93,7 @@ def test_ppc64_that_is_not_pseries_knows_none_where_another_is():
     assert (seen.numbers, seen.assumed) == ({}, True)
 
 
-S390 = flat("s390x", (0, 1, 3))
+S390 = machine("s390x", (0, 1, 3))
 
 
 def test_s390x_by_address():
@@ -122,7 +122,7 @@ def test_a_cpu_that_claims_what_is_not_there_is_not_believed(claim):
     assert look(S390, cpus(0, 1), each("address", [b"0", claim])).numbers == {0: 0}
 
 
-ARM = flat("aarch64", range(8))
+ARM = machine("aarch64", range(8))
 MPIDRS = each("of_node/reg", [bytes([0, 0, n // 4, n % 4]) for n in range(8)])
 
 
@@ -137,35 +137,35 @@ def test_arm64_where_the_guest_numbers_them_otherwise():
 
 def test_arm64_with_one_missing_knows_none():
     files = each("of_node/reg", [mpidr.to_bytes(8, "big") for mpidr in (0, 1, 3)])
-    assert look(flat("aarch64", (0, 1, 2, 3)), cpus(0, 1, 2), files).numbers == {}
+    assert look(machine("aarch64", (0, 1, 2, 3)), cpus(0, 1, 2), files).numbers == {}
 
 
 def test_riscv64_by_hart_id():
     files = each("of_node/reg", [hart.to_bytes(4, "big") for hart in (2, 0, 1)])
-    assert look(flat("riscv64", (0, 1, 2)), cpus(0, 1, 2), files).numbers == {0: 1, 1: 2, 2: 0}
+    assert look(machine("riscv64", (0, 1, 2)), cpus(0, 1, 2), files).numbers == {0: 1, 1: 2, 2: 0}
 
 
 # -- where nothing tells -----------------------------------------------------------------------------
 
 
 def test_numbers_are_taken_for_ids_where_no_other_reading_is_possible():
-    seen = look(x86((0, 1), booted=(0, 1)), cpus(0, 1))
+    seen = look(machine(plugged=(0, 1)), cpus(0, 1))
     assert (seen.numbers, seen.assumed, seen.strays) == ({0: 0, 1: 1}, True, 0)
 
 
 def test_numbers_are_not_taken_for_ids_where_an_id_is_left_out():
-    seen = look(x86((0, 2), booted=(0, 2)), cpus(0, 1))
+    seen = look(machine(plugged=(0, 2)), cpus(0, 1))
     assert (seen.numbers, seen.assumed, seen.strays) == ({}, True, 2)
 
 
 @pytest.mark.parametrize(
     ("state", "guest"),
     [
-        (x86((0, 1), booted=(0, 1)), cpus(0, 1, 2)),
+        (machine(plugged=(0, 1)), cpus(0, 1, 2)),
         # The guest numbered them as they came, and that is not told.
         (x86((0, 1)), cpus(0, 1)),
         # riscv64's boot hart is drawn by lot.
-        (flat("riscv64", (0, 1)), cpus(0, 1)),
+        (machine("riscv64", (0, 1)), cpus(0, 1)),
     ],
     ids=["more CPUs than vCPUs", "two that were plugged", "any may boot"],
 )

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from qmpvcpu import Request, VcpuFlag
-from tests.support.libvirt_state import running
+from tests.support.libvirt_state import against_unplug, running
 from tests.support.migrating import against_trip
-from tests.support.planning import plan
 
 XML = """<domain type='{kind}'><name>d</name><vcpu current='{current}'>{maximum}</vcpu>{vcpus}
 <os><type arch='{arch}' machine='{machine}'>hvm</type></os><cpu><topology {topology}/>{numa}</cpu></domain>"""
@@ -28,10 +26,6 @@ def state(arch="x86_64", machine="pc-q35-10.0", topology="sockets='2' cores='2' 
 def listed(arch="x86_64", machine="pc-q35-10.0", topology="sockets='2' cores='2' threads='2'", **given):
     """0, 1, 3 and 4 are enabled, the last two as devices."""
     return state(arch, machine, topology, vcpus=VCPUS, current=4, **given)
-
-
-def against_unplug(found, *ids, **known):
-    return plan(found, Request(ids, VcpuFlag.DISABLE), **known).refusals
 
 
 # -- slots -------------------------------------------------------------------------------------------
