@@ -21,7 +21,7 @@ LEVELS = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-i
 
 
 #: Many tests look at one fact each.
-any_machine = settings(max_examples=30)
+any_machine = settings(max_examples=15)
 
 
 class Made(NamedTuple):
@@ -235,6 +235,7 @@ ROW = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("command", COMMANDS)
+@settings(max_examples=50)
 @given(reply=JSON | st.lists(ROW, max_size=4))
 def test_what_cannot_be_a_reply_is_malformed_and_never_another_error(command, reply):
     try:

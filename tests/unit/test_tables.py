@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 import qmpvcpu
+from qmpvcpu import QemuVersion
 from qmpvcpu.core.arch import ROWS, architecture, architecture_of_machine, examined
 from qmpvcpu.core.machine import versions
-from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.core.quirks import QUIRKS, Trigger
 
 HOUSE = Path(qmpvcpu.__file__).parent
