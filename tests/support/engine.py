@@ -1,7 +1,7 @@
 """What carries one request out in QEMU: what happened goes in, what is to be done comes out.
 
 An effect is `("device_add", n)`, `("device_del", n)`, `("device_del", n, "undo")` or `("query",)`; n is the first
-vCPU id of an entity. Whoever implements this elsewhere needs only these calls: the clock stays inside the harness
+vCPU id of an entity. Another engine behind these calls needs nothing else: the clock stays inside the harness
 (`expired` is the moment of the deadline, `poll` and `pause_is_over` are those that `wakes` names).
 """
 
@@ -69,9 +69,10 @@ class Engine:
     """One request. `plug`, `unplug` and `awaited` (to be plugged once an earlier unplug has ended) are first vCPU
     ids; `ids` are all vCPU ids of an entity that has several.
 
-    `wait=False` is `--async`; `retries` is how often an unplug that the guest refused is asked again; of `doubted`
-    an unplug was asked before; `undo_forbidden` and `restore_forbidden` say why a plug must not be undone, and a
-    removal not be taken back; `reset_drops_unplug` is how an x86 machine behaves.
+    `wait=False` is `--async`. `atomic` brings back what was removed if anything fails. `retries` is how often an
+    unplug that the guest refused is asked again. Of `doubted` an unplug was asked before. `undo_forbidden` and
+    `restore_forbidden` say why a plug must not be undone, and a removal not be taken back. `reset_drops_unplug` is
+    how an x86 machine behaves.
     """
 
     def __init__(
@@ -82,7 +83,12 @@ class Engine:
         *,
         ids: Mapping[int, tuple[int, ...]] | None = None,
         doubted: Iterable[int] = (),
-        **options: Any,
+        wait: bool = True,
+        atomic: bool = False,
+        retries: int = 0,
+        undo_forbidden: str | None = None,
+        restore_forbidden: str | None = None,
+        reset_drops_unplug: bool = False,
     ) -> None:
         ids = ids or {}
 
@@ -94,11 +100,16 @@ class Engine:
             entities(unplug, True),
             entities(awaited, True),
             doubted=frozenset(doubted),
-            **options,
+            wait=wait,
+            atomic=atomic,
+            retries=retries,
+            undo_forbidden=undo_forbidden,
+            restore_forbidden=restore_forbidden,
+            reset_drops_unplug=reset_drops_unplug,
         )
 
     def start(self) -> list[tuple[Any, ...]]:
-        """The first effects; so do all that follow give the next ones."""
+        """The first effects. Every call below gives the next ones."""
         return _plain(self._transaction.start())
 
     # -- QEMU's answers ---------------------------------------------------------------------------

@@ -114,7 +114,7 @@ def test_whether_vcpus_share_a_thread(slots, cpus, shared):
     assert X86.state(slots, cpus).threads_shared is shared
 
 
-def test_a_shared_thread_is_no_vcpus_own():
+def test_a_shared_thread_is_told_of_no_vcpu():
     state = X86.state(TWO, [cpu("/a", thread=7), cpu("/b", 1, thread=7)])
     assert [vcpu.thread_id for vcpu in state.vcpus] == [None, None]
 
