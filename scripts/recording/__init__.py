@@ -1,0 +1,1 @@
+"""Records what real QEMUs answer, for the cases in tests/cases."""
