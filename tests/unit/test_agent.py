@@ -13,8 +13,8 @@ import pytest
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.agent import LINE_LIMIT, open_agent
+from tests.support.fake_agent import FakeAgent, serve_agent
 from tests.support.waiting import DEADLINE, deadline, until
-from tests.unit.fake_agent import FakeAgent, serve_agent
 
 #: For an agent that does not answer in time, where its other answers come in time, seconds.
 SOON = 1.0

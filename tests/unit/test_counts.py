@@ -1,118 +1,84 @@
-"""`set_vcpus`: which vCPUs make a count, beside sparse sets, whole cores and pending unplugs."""
+"""`set_vcpus` beside another client that nobody has heard: a count goes on until it is reached."""
 
 from __future__ import annotations
 
+from contextlib import asynccontextmanager
+
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from qmpvcpu.core.pending import mark
-from qmpvcpu.core.plan import make_plan
-from qmpvcpu.core.request import Knowledge, Request
-from qmpvcpu.flags import VcpuFlag
-from tests.unit.test_selection_and_kills import ppc64, x86
+import qmpvcpu
+from tests.support.fake_qemu import FakeQemu
 
 
-def count(state, total, pending=()):
-    known = Knowledge(pending=frozenset(pending))
-    return make_plan(mark(state, known.pending), Request((), total=total), known)
+@pytest.fixture
+def unheard(running):
+    """A domain with vCPUs 0 to 3 plugged as far as it knows, and others that another client has plugged since."""
+
+    @asynccontextmanager
+    async def start(qemu, *others):
+        async with running(qemu) as domain:
+            await domain.vcpus()
+            for slot in others:
+                qemu.fill(slot)
+            yield domain
+
+    return start
 
 
-def moved(plan):
-    return [n for e in plan.plugs for n in e.ids], [n for e in plan.unplugs for n in e.ids]
+async def test_a_count_goes_on_where_another_client_has_plugged_unheard(unheard):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+    async with unheard(qemu, 6, 5) as domain:
+        outcome = await domain.set_vcpus(2)
+        assert sum(row.enabled for row in await domain.vcpus()) == 2
+    assert (outcome.outcome, outcome.changed_ids, outcome.ids) == ("applied", (2, 3, 5, 6), (2, 3, 5, 6))
+    assert [(row.id, row.enabled) for row in outcome.rows] == [(n, False) for n in (2, 3, 5, 6)]
+    assert set(qemu.paths) == {0, 1}
 
 
-@pytest.mark.parametrize(
-    ("plugged", "total", "plugs", "unplugs"),
-    [
-        ({0, 1}, 4, [2, 3], []),
-        ({0, 5}, 4, [1, 2], []),
-        ({0, 1, 3, 6}, 2, [], [3, 6]),
-        ({0, 1, 3, 6}, 1, [], [1, 3, 6]),
-        ({0, 1}, 2, [], []),
-        ({0}, 8, [1, 2, 3, 4, 5, 6, 7], []),
-    ],
-)
-def test_the_lowest_are_added_and_the_highest_removed(plugged, total, plugs, unplugs):
-    assert moved(count(x86(plugged), total)) == (plugs, unplugs)
+async def test_what_it_had_done_before_the_guest_rejected_the_rest_is_told(unheard):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+    qemu.on_delete = {6: "refused"}
+    async with unheard(qemu, 6) as domain:
+        with pytest.raises(qmpvcpu.VcpuRejected) as caught:
+            await domain.set_vcpus(2)
+    assert (caught.value.ids, caught.value.changed_ids) == ((2, 3, 6), (2, 3))
 
 
-@given(plugged=st.sets(st.integers(1, 7)), total=st.integers(1, 8))
-def test_every_count_is_reached_from_every_sparse_set(plugged, total):
-    plugged = {0, *plugged}
-    plan = count(x86(plugged), total)
-    plugs, unplugs = moved(plan)
-    assert not plan.refusals
-    assert not (plugs and unplugs)
-    after = (plugged | set(plugs)) - set(unplugs)
-    assert (len(after), 0 in after) == (total, True)
-    # libvirt's choice: nothing lower was left out, nothing higher left in.
-    assert all(n > max(plugs) for n in set(range(8)) - after) if plugs else True
-    assert all(n < min(unplugs) for n in after - {0}) if unplugs else True
+async def test_where_the_rest_is_refused_it_is_partial(unheard):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+
+    def leave(connection, command):
+        if command["execute"] == "device_del":
+            qemu.status = "postmigrate"
+
+    async with unheard(qemu, 6) as domain:
+        qemu.hook = leave
+        with pytest.raises(qmpvcpu.VcpuPartial, match="migrated away; vCPU 2-3 stays changed") as caught:
+            await domain.set_vcpus(2)
+    assert (caught.value.remaining, caught.value.changed_ids, caught.value.ids) == ((2, 3), (2, 3), (2, 3, 6))
 
 
-@given(plugged=st.sets(st.integers(1, 3)), total=st.integers(1, 16))
-def test_whole_cores_only_and_the_text_names_what_can_be_had(plugged, total):
-    plan = count(ppc64({0, *plugged}), total)
-    if total % 4:
-        assert [refusal.libvirt for refusal in plan.refusals] == ["VIR_ERR_CONFIG_UNSUPPORTED"]
-        below = total // 4 * 4
-        if below:
-            assert plan.refusals[0].hint == f"ask for {below} or {below + 4}"
-            assert "cores of 4" in plan.refusals[0].message
-        else:
-            assert "4 is the fewest" in plan.refusals[0].message
-    else:
-        plugs, unplugs = moved(plan)
-        assert (len({0, *plugged}) * 4 + len(plugs) - len(unplugs), plan.refusals) == (total, ())
+async def test_a_count_that_fails_after_it_went_on_is_partial(unheard):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+    qemu.on_delete = {6: "error"}
+    async with unheard(qemu, 6) as domain:
+        with pytest.raises(qmpvcpu.VcpuPartial) as caught:
+            await domain.set_vcpus(2)
+    assert (caught.value.changed_ids, caught.value.remaining) == ((2, 3), (2, 3))
 
 
-@pytest.mark.parametrize(("total", "words"), [(0, "cannot have 0"), (-1, "cannot have -1"), (9, "can have 8")])
-def test_counts_that_cannot_be(total, words):
-    (refusal,) = count(x86(), total).refusals
-    assert words in refusal.message
-    assert (refusal.libvirt, bool(refusal.hint)) == ("VIR_ERR_INVALID_ARG", True)
+async def test_of_a_count_that_went_on_what_has_gone_meanwhile_is_not_pending(unheard):
+    qemu = FakeQemu(8, plugged=(1, 2, 3))
+    qemu.on_delete = dict.fromkeys((2, 3, 6), "silence")
 
+    def hook(connection, command):
+        if command["execute"] == "query-status" and len(qemu.sent("device_del")) == 2:
+            for slot in {2, 3}.intersection(qemu.paths):
+                qemu.let_go(slot)
 
-def test_what_is_leaving_counts_as_gone():
-    state = x86({0, 1, 2, 3})
-    # 2 will go: three are wanted, and three will be. It is only waited for.
-    assert moved(count(state, 3, {2})) == ([], [2])
-    assert moved(count(state, 2, {2})) == ([], [2, 3])
-    # A free slot is sooner there than one that has yet to be emptied.
-    plan = count(state, 4, {2})
-    assert (moved(plan), plan.awaited) == (([4], []), ())
-    full = count(x86(set(range(8))), 8, {2})
-    assert [entity.first for entity in full.awaited] == [2]
-
-
-def test_a_machine_that_never_unplugs_says_so():
-    from tests.unit.test_plan import machine
-
-    plan = make_plan(machine("s390x", plugged=(0, 1, 2)), Request((), total=1))
-    assert [refusal.code for refusal in plan.refusals] == ["no-unplug"]
-
-
-def test_a_kill_is_refused_for_counts_too():
-    plan = make_plan(x86({0, 1, 2}, version=(7, 2)), Request((), total=1))
-    assert [refusal.code for refusal in plan.refusals] == ["kills-qemu"]
-
-
-def test_nothing_to_do_is_said():
-    plan = count(x86({0, 1}), 2)
-    assert (plan.describe(), plan.steps, plan.targets) == (["2 vCPUs are enabled already"], [], ())
-
-
-def test_a_node_never_counts_a_vcpu_that_is_leaving():
-    state = mark(x86({0, 1, 2, 3}, sockets=2), {3})
-    flags = VcpuFlag.DISABLE | VcpuFlag.NUMA_NODE
-    assert make_plan(state, Request((0,), flags), Knowledge(pending=frozenset({3}))).targets == (2,)
-    flags = VcpuFlag.ENABLE | VcpuFlag.NUMA_NODE
-    plan = make_plan(state, Request((0,), flags), Knowledge(pending=frozenset({3})))
-    assert ([e.first for e in plan.awaited], plan.refusals) == ([3], ())
-
-
-@pytest.mark.parametrize("flag", [VcpuFlag.GUEST, VcpuFlag.CONFIG])
-def test_no_hotplug_is_planned_for_what_is_not_the_running_guest(flag):
-    plan = make_plan(x86({0, 1}), Request((1,), VcpuFlag.DISABLE | flag))
-    assert (plan.unplugs, plan.refusals) == ((), ())
+    async with unheard(qemu, 6) as domain:
+        qemu.hook = hook
+        outcome = await domain.set_vcpus(2, wait=False)
+        assert domain.pending_ids == outcome.pending == (6,)
+    assert (outcome.outcome, outcome.changed_ids, outcome.ids) == ("requested", (2, 3), (2, 3, 6))
+    assert [row.enabled for row in outcome.rows] == [False, False, True]

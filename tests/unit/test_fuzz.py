@@ -1,4 +1,4 @@
-"""Seeded messages of `scripts/soak fuzz`; what a long run finds becomes a plain test in test_regressions.py."""
+"""Seeded messages of `scripts/soak fuzz`; what a long run finds becomes a case or a plain test."""
 
 from __future__ import annotations
 

@@ -14,9 +14,8 @@ import qmpvcpu
 from qmpvcpu import Interrupted
 from qmpvcpu.domain.locate import Place
 from qmpvcpu.qemu.monitor import connect_monitor
-from tests.unit.fake_qemu import FakeQemu, error
-from tests.unit.fake_qmp import serve
-from tests.unit.test_domain_scripted import when_sent
+from tests.support.fake_qemu import FakeQemu, error
+from tests.support.fake_qmp import serve
 
 XML = b"""<domain type='kvm'>
   <name>d</name>
@@ -79,7 +78,7 @@ async def in_thread(event):
 
 async def hung_in_the_guest(qemu, domain):
     """A disable that the guest does not answer, cancelled."""
-    asked = when_sent(qemu, "device_del")
+    asked = qemu.when_sent("device_del")
     task = asyncio.create_task(domain.disable(1))
     await asked.wait()
     task.cancel()
@@ -143,7 +142,7 @@ async def test_the_next_call_takes_it_back(running):
 async def test_a_call_cancelled_while_it_waits_for_its_turn_leaves_it_alone(running):
     qemu = FakeQemu(plugged=(1,))
     qemu.on_delete = {1: "silence"}
-    asked = when_sent(qemu, "device_del")
+    asked = qemu.when_sent("device_del")
     async with running(qemu) as domain:
         first, second = (asyncio.create_task(domain.disable(1)) for _ in range(2))
         await asked.wait()
@@ -179,7 +178,7 @@ async def test_a_timeout_is_a_timeout_and_it_is_told_what_is_left(running):
 async def test_before_the_first_effect_nothing_is_left(running):
     qemu = FakeQemu()
     async with running(qemu) as domain:
-        asked = when_sent(qemu, "query-cpus-fast", len(qemu.sent("query-cpus-fast")) + 1)
+        asked = qemu.when_sent("query-cpus-fast", len(qemu.sent("query-cpus-fast")) + 1)
         task = asyncio.create_task(domain.state())
         await asked.wait()
         task.cancel()
@@ -255,7 +254,7 @@ async def test_a_definition_that_is_written_in_time_is_not_unsure(running):
 async def test_what_the_caller_said_of_its_cancel_is_kept(running):
     qemu = FakeQemu(plugged=(1,))
     qemu.on_delete = {1: "silence"}
-    asked = when_sent(qemu, "device_del")
+    asked = qemu.when_sent("device_del")
     async with running(qemu) as domain:
         task = asyncio.create_task(domain.disable(1))
         await asked.wait()

@@ -292,3 +292,26 @@ def test_a_state_survives_a_pickle(extra):
 def test_a_state_that_was_pickled_finds_its_entities_by_id():
     state = with_props({})
     assert pickle.loads(pickle.dumps(state)).by_id[0] == state.entities[0]
+
+
+def test_threads_of_a_machine_without_hotplug_are_vcpus_of_their_own():
+    """Seen with qemu-system-ppc64 -machine powernv9 -smp 2."""
+    cpus = [cpu(f"/machine/chip[0]/core[{n}]/thread[0]", n) for n in range(2)]
+    assert len(S390.state(None, cpus).vcpus) == 2
+
+
+def test_two_slots_with_one_path_are_malformed():
+    with pytest.raises(VcpuConnectionError):
+        check_reply("query-hotpluggable-cpus", [slot("/a", core_id=n) for n in (0, 1)])
+
+
+@pytest.mark.parametrize("node", [-5, "1", True])
+def test_a_node_that_cannot_be_is_malformed(node):
+    with pytest.raises(VcpuConnectionError):
+        check_reply("query-hotpluggable-cpus", [slot(core_id=0, node_id=node)])
+
+
+def test_the_message_about_a_long_value_is_short():
+    with pytest.raises(VcpuConnectionError) as error:
+        check_reply("query-cpus-fast", [cpu("/a", "x" * 10**6, 1)])
+    assert len(str(error.value)) < 10**4

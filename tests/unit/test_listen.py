@@ -10,12 +10,9 @@ import pytest
 import qmpvcpu
 from qmpvcpu.core.events import changes
 from qmpvcpu.core.model import Event
+from tests.support.fake_qemu import FakeQemu
+from tests.support.states import ppc64, x86
 from tests.support.waiting import deadline, until
-from tests.unit.fake_qemu import FakeQemu
-from tests.unit.test_domain_scripted import running
-from tests.unit.test_selection_and_kills import ppc64, x86
-
-assert running  # a fixture
 
 
 def told(events):

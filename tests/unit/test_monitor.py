@@ -14,8 +14,8 @@ import qmpvcpu.qemu.monitor as monitor_module
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.ports import CommandError, MonitorEvent
 from qmpvcpu.qemu.monitor import QmpLog, open_monitor, parse_address
+from tests.support.fake_qmp import GREETING, answering, serve
 from tests.support.waiting import within
-from tests.unit.fake_qmp import GREETING, answering, serve
 
 
 async def forever(connection):
@@ -296,7 +296,7 @@ async def test_an_inherited_descriptor_stays_the_callers(tmp_path):
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_tcp(host, tmp_path):
     script = answering(lambda connection, command: "ok")
-    from tests.unit.fake_qmp import Connection
+    from tests.support.fake_qmp import Connection
 
     async def client(reader, writer):
         await script(Connection(reader, writer))
@@ -376,3 +376,33 @@ async def test_events_that_nobody_reads_are_not_kept(tmp_path):
         with monitor.listen(seen.append):
             await monitor.query_status()
         assert len(seen) == 100 and monitor._client.events.empty()
+
+
+async def test_a_number_of_5000_digits_is_not_called_32_mib(tmp_path):
+    def answer(connection, command):
+        connection.raw(b'{"return": ' + b"9" * 5000 + b"}\r\n")
+
+    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
+        with pytest.raises(VcpuConnectionError) as error:
+            await monitor.query_status()
+    assert "MiB" not in str(error.value)
+
+
+async def test_greeted_but_not_negotiated_is_told_so(tmp_path):
+    async def script(connection):
+        connection.send(GREETING)
+        await asyncio.Event().wait()
+
+    async with serve(tmp_path, script) as path:
+        with pytest.raises(VcpuConnectionError) as error:
+            async with open_monitor(path, connect_timeout=0.1):
+                pass
+    assert "did not greet" not in str(error.value)
+
+
+@pytest.mark.parametrize("address", ["a\0b", "a..b:80"])
+async def test_an_address_that_cannot_be_is_not_called_something_else_than_qmp(address):
+    with pytest.raises((VcpuUsageError, VcpuConnectionError)) as error:
+        async with open_monitor(address):
+            pass
+    assert getattr(error.value, "reason", "") != "not-qmp"

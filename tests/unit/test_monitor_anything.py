@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError, MonitorEvent
 from qmpvcpu.qemu.monitor import open_monitor
+from tests.support.fake_qmp import GREETING, Connection, answering, serve
 from tests.support.waiting import deadline, within
-from tests.unit.fake_qmp import GREETING, Connection, answering, serve
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),

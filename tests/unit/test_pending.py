@@ -16,10 +16,10 @@ from qmpvcpu.domain.ledger import Ledger
 from qmpvcpu.host.files import state_folder
 from qmpvcpu.host.pending import PendingFolder
 from qmpvcpu.host.process import Process, boot_id, find_process, is_alive
+from tests.support.fake_qemu import FakeQemu
+from tests.support.fake_qmp import serve
+from tests.support.states import ppc64, x86
 from tests.support.waiting import until
-from tests.unit.fake_qemu import FakeQemu
-from tests.unit.fake_qmp import serve
-from tests.unit.test_selection_and_kills import ppc64, x86
 
 GONE = Process(2**22 + 1, 1, "no-boot")
 HERE = Process(4711, 1, "boot")

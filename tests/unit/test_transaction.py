@@ -976,3 +976,36 @@ class World(RuleBasedStateMachine):
 
 World.TestCase.settings = settings(max_examples=120, stateful_step_count=30, deadline=None)
 TestEveryOrder = World.TestCase
+
+
+def plugs(effects):
+    return [effect for effect in effects if effect[0] == "device_add"]
+
+
+def test_nothing_is_plugged_while_undoing():
+    engine = started(plug=[2, 3], awaited=[1])
+    engine.replied(2)
+    engine.failed(3, "no")
+    engine.seen(0, 1, 2)
+    engine.replied(2)
+    assert not plugs(engine.seen(0))
+
+
+def test_nothing_is_plugged_after_a_known_failure():
+    engine = started(plug=[3], awaited=[1])
+    engine.failed(3, "no")
+    engine.seen(0, 1)
+    engine.poll()
+    assert not plugs(engine.seen(0))
+
+
+def test_that_the_guest_keeps_a_vcpu_is_confirmed_by_its_slot():
+    engine = started(awaited=[1])
+    engine.refused(1)
+    engine.seen(0)
+    assert not engine.ended or engine.end().outcome != "applied"
+
+
+@pytest.mark.parametrize("info", [{"source": [3]}, {"source": {}}])
+def test_an_ost_event_of_a_wrong_shape_is_passed_over(info):
+    meaning("ACPI_DEVICE_OST", {"info": {"slot-type": "CPU", **info}}, {1: "/machine/peripheral/vcpu1"})
