@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import codecs
 import tracemalloc
+import xml.parsers.expat
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmpvcpu.errors import VcpuRefused
-from qmpvcpu.xml.source import MOST_BYTES, parse_document
+from qmpvcpu import VcpuRefused
+from tests.support.xml import Editor, Node, edited
 
 SHAPE = b"""<?xml version='1.0'?>
 <!-- <vcpu>9</vcpu> -->
@@ -24,60 +25,62 @@ SHAPE = b"""<?xml version='1.0'?>
 """
 
 
-def edited(data, *edits):
-    document = parse_document(data)
-    for edit in edits:
-        edit(document)
-    return document.to_bytes()
+@pytest.mark.parametrize(
+    ("path", "node"),
+    [
+        ("vcpu", Node("vcpu", {"placement": "static", "current": "2"}, " 4 ", 4)),
+        ("name", Node("name", {}, "a <b> ä", 4)),
+        ("qemu:commandline/qemu:arg", Node("qemu:arg", {"value": 'a>b "c"'}, "", 7)),
+        ("none/at/all", None),
+    ],
+)
+def test_what_is_read(path, node):
+    assert Editor(SHAPE).node(path) == node
 
 
-def test_what_is_read():
-    root = parse_document(SHAPE).root
-    assert (root.name, [child.name for child in root.children]) == (
-        "domain",
-        ["name", "vcpu", "empty", "qemu:commandline"],
-    )
-    vcpu = root.child("vcpu")
-    assert (vcpu.attributes, vcpu.text.strip(), vcpu.line) == ({"placement": "static", "current": "2"}, "4", 4)
-    assert root.child("name").text == "a <b> ä"
-    assert root.find("qemu:commandline/qemu:arg").attributes == {"value": 'a>b "c"'}
-    assert root.find("none/at/all") is None
+def test_comments_and_character_data_have_no_elements():
+    assert [node.name for node in Editor(SHAPE).nodes()] == [
+        *("domain", "name", "vcpu", "empty", "qemu:commandline", "qemu:arg")
+    ]
 
 
-def test_an_edit_changes_its_place_only():
-    def vcpu(document):
-        return document.root.child("vcpu")
-
-    assert edited(SHAPE) == SHAPE
-    assert edited(SHAPE, lambda d: d.set_attribute(vcpu(d), "current", "2")) == SHAPE
-    assert edited(SHAPE, lambda d: d.set_text(vcpu(d), "4")) == SHAPE
-    assert edited(SHAPE, lambda d: d.set_attribute(vcpu(d), "current", "31")) == SHAPE.replace(b"'2'", b"'31'")
-    assert edited(SHAPE, lambda d: d.set_attribute(vcpu(d), "placement", 'a"<')) == SHAPE.replace(
-        b'"static"', b'"a&quot;&lt;"'
-    )
-    assert edited(SHAPE, lambda d: d.set_attribute(vcpu(d), "current", None)) == SHAPE.replace(
-        b"\n    current='2'", b""
-    )
-    assert edited(SHAPE, lambda d: d.set_attribute(d.root.child("empty"), "x", "'&")) == SHAPE.replace(
-        b"<empty/>", b"<empty x='&apos;&amp;'/>"
-    )
-    assert edited(SHAPE, lambda d: d.set_text(vcpu(d), "16")) == SHAPE.replace(b"> 4 <", b"> 16 <")
-    lines = ["<vcpus>", "  <vcpu id='0'/>", "</vcpus>"]
-    assert edited(SHAPE, lambda d: d.insert_after(d.root.child("name"), lines)) == SHAPE.replace(
-        b"</name >", b"</name >\n\t<vcpus>\n\t  <vcpu id='0'/>\n\t</vcpus>"
-    )
-    assert edited(SHAPE, lambda d: d.replace(d.root.child("empty"), ["<full/>"])) == SHAPE.replace(
-        b"empty", b"full"
-    )
-
-
-def test_lines_end_as_the_document_has_them():
-    data = SHAPE.replace(b"\n", b"\r\n")
-    assert edited(data) == data
-    assert b"\r\n\t<x/>" in edited(data, lambda d: d.insert_after(d.root.child("name"), ["<x/>"]))
+ROWS = ("<vcpus>", "  <vcpu id='0'/>", "</vcpus>")
 
 
 @pytest.mark.parametrize(
+    ("edit", "before", "after"),
+    [
+        (("set_attribute", "vcpu", "current", "2"), b"", b""),
+        (("set_text", "vcpu", "4"), b"", b""),
+        (("set_attribute", "vcpu", "current", "31"), b"'2'", b"'31'"),
+        (("set_attribute", "vcpu", "placement", 'a"<'), b'"static"', b'"a&quot;&lt;"'),
+        (("set_attribute", "vcpu", "current", None), b"\n    current='2'", b""),
+        (("set_attribute", "empty", "x", "'&"), b"<empty/>", b"<empty x='&apos;&amp;'/>"),
+        (("set_text", "vcpu", "16"), b"> 4 <", b"> 16 <"),
+        (
+            ("insert_after", "name", *ROWS),
+            b"</name >",
+            b"</name >\n\t<vcpus>\n\t  <vcpu id='0'/>\n\t</vcpus>",
+        ),
+        (("replace", "empty", "<full/>"), b"empty", b"full"),
+    ],
+    ids=lambda value: "-".join(map(str, value[:2])) if isinstance(value, tuple) else "",
+)
+def test_an_edit_changes_its_place_only(edit, before, after):
+    assert edited(SHAPE, edit) == SHAPE.replace(before, after)
+
+
+@pytest.mark.parametrize("data", [SHAPE, SHAPE.replace(b"\n", b"\r\n")], ids=["LF", "CRLF"])
+def test_without_an_edit_no_byte_changes(data):
+    assert edited(data) == data
+
+
+def test_new_lines_end_as_the_document_has_them():
+    data = SHAPE.replace(b"\n", b"\r\n")
+    assert b"\r\n\t<x/>" in edited(data, ("insert_after", "name", "<x/>"))
+
+
+encodings = pytest.mark.parametrize(
     ("encoding", "bom"),
     [
         ("utf-8", b""),
@@ -89,15 +92,30 @@ def test_lines_end_as_the_document_has_them():
         ("windows-1252", b""),
     ],
 )
-def test_encodings_stay(encoding, bom):
+
+
+def encoded(encoding, bom, element="<x/>"):
+    """A document of this element, and how it names its encoding."""
     name = "utf-16" if "16" in encoding else encoding
-    text = f"<?xml version='1.0' encoding='{name}'?>\n<domain><name>ä</name><x/></domain>\n"
-    data = bom + text.encode(encoding)
-    document = parse_document(data)
-    assert (document.root.child("name").text, document.to_bytes()) == ("ä", data)
-    document.set_attribute(document.root.child("x"), "y", "ü€")
+    text = f"<?xml version='1.0' encoding='{name}'?>\n<domain><name>ä</name>{element}</domain>\n"
+    return bom + text.encode(encoding)
+
+
+@encodings
+def test_encodings_are_read(encoding, bom):
+    assert Editor(encoded(encoding, bom)).node("name").text == "ä"
+
+
+@encodings
+def test_encodings_stay(encoding, bom):
+    assert edited(encoded(encoding, bom)) == encoded(encoding, bom)
+
+
+@encodings
+def test_what_an_encoding_lacks_is_written_as_a_number(encoding, bom):
     want = "ü€" if encoding.startswith(("utf", "windows")) else "ü&#8364;"
-    assert document.to_bytes() == bom + text.replace("<x/>", f"<x y='{want}'/>").encode(encoding)
+    got = edited(encoded(encoding, bom), ("set_attribute", "x", "y", "ü€"))
+    assert got == encoded(encoding, bom, f"<x y='{want}'/>")
 
 
 LAUGHS = b"<!DOCTYPE d [<!ENTITY a 'ha'>" + b"".join(
@@ -129,19 +147,20 @@ LAUGHS = b"<!DOCTYPE d [<!ENTITY a 'ha'>" + b"".join(
 )
 def test_documents_that_are_none(data, text):
     with pytest.raises(VcpuRefused, match=text) as caught:
-        parse_document(data)
+        Editor(data)
     assert (caught.value.libvirt, bool(caught.value.hint)) == ("VIR_ERR_XML_ERROR", True)
 
 
 def test_100_megabytes_are_refused_unread():
     data = b"<a>" + b"x" * 100_000_000 + b"</a>"
     tracemalloc.start()
-    with pytest.raises(VcpuRefused, match="has more than"):
-        parse_document(data)
-    _, peak = tracemalloc.get_traced_memory()
-    tracemalloc.stop()
+    try:
+        with pytest.raises(VcpuRefused, match="has more than"):
+            Editor(data)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
     assert peak < 1_000_000
-    assert len(data) > MOST_BYTES
 
 
 NAMES = st.sampled_from(["a", "vcpu", "x:y", "ä"])
@@ -173,28 +192,50 @@ def elements(draw, depth=3):
     return f"<{name}{attributes}>{joint}{joint.join(inside)}</{name}{draw(st.sampled_from(['', ' ']))}>"
 
 
+def start_tags(source):
+    """Where each start tag stands and what it says, by expat: first byte, the byte behind, name, attributes."""
+    found = []
+
+    def start(name, attributes):
+        first = last = parser.CurrentByteIndex
+        quote = b""
+        while quote or source[last : last + 1] != b">":
+            sign = source[last : last + 1]
+            if sign in (b"'", b'"') and quote in (b"", sign):
+                quote = b"" if quote else sign
+            last += 1
+        found.append((first, last + 1, name, attributes))
+
+    parser = xml.parsers.expat.ParserCreate("utf-8")
+    parser.StartElementHandler = start
+    parser.Parse(source, True)
+    return found
+
+
+@settings(max_examples=100)
+@given(elements())
+def test_any_document_is_read_as_expat_does(text):
+    got = [(node.name, node.attributes) for node in Editor(text.encode()).nodes()]
+    assert got == [tuple(tag[2:]) for tag in start_tags(text.encode())]
+
+
+@settings(max_examples=100)
+@given(elements())
+def test_any_document_stays_without_an_edit(text):
+    assert edited(text.encode()) == text.encode()
+
+
 @settings(max_examples=200)
 @given(elements(), st.data())
 def test_whatever_a_document_looks_like_only_what_was_asked_changes(text, data):
     source = text.encode()
-    document = parse_document(source)
-    assert document.to_bytes() == source
-    every = [document.root]
-    for element in every:
-        every += element.children
-    target = data.draw(st.integers(0, len(every) - 1))
-    element = every[target]
-    value = data.draw(TEXTS)
-    name = data.draw(st.sampled_from(["p", "q", "new"]))
-    document.set_attribute(element, name, value)
-    result = document.to_bytes()
-    again = [parse_document(result).root]
-    for other in again:
-        again += other.children
-    wanted = [(e.name, e.attributes, e.text) for e in every]
+    tags = start_tags(source)
+    target = data.draw(st.integers(0, len(tags) - 1))
+    name, value = data.draw(st.sampled_from(["p", "q", "new"])), data.draw(TEXTS)
+    result = edited(source, ("set_attribute", target, name, value))
+    wanted = [(node.name, node.attributes, node.text) for node in Editor(source).nodes()]
     # An attribute's value is normalised by XML: what stands for white space becomes blanks.
-    wanted[target] = (element.name, element.attributes | {name: value}, element.text)
-    assert [(e.name, e.attributes, e.text) for e in again] == wanted
-    before, after = source[: element.start], source[element.opened :]
-    assert result.startswith(before)
-    assert result.endswith(after)
+    wanted[target] = (wanted[target][0], {**wanted[target][1], name: value}, wanted[target][2])
+    first, behind = tags[target][:2]
+    assert [(node.name, node.attributes, node.text) for node in Editor(result).nodes()] == wanted
+    assert (result[:first], result[len(result) - len(source) + behind :]) == (source[:first], source[behind:])
