@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import pickle
-import threading
 from contextlib import asynccontextmanager, suppress
 from dataclasses import FrozenInstanceError
 
@@ -12,10 +12,10 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import Interrupted
-from qmpvcpu.domain.locate import Place
-from qmpvcpu.qemu.monitor import connect_monitor
+from tests.support.disk import hung_disk
 from tests.support.fake_qemu import FakeQemu, error
 from tests.support.fake_qmp import serve
+from tests.support.waiting import until
 
 XML = b"""<domain type='kvm'>
   <name>d</name>
@@ -27,43 +27,24 @@ XML = b"""<domain type='kvm'>
 FULL = Interrupted((1, 2), (3,), (4,), True)
 
 
-class Store:
-    """A definition on a disk that hangs: `stage` or `commit` waits for `gate`, in its thread."""
-
-    place = "d.xml"
-
-    def __init__(self, hangs):
-        self.hangs = hangs
-        self.begun, self.gate, self.discarded = threading.Event(), threading.Event(), threading.Event()
-
-    def read(self):
-        return XML
-
-    def stage(self, data):
-        self._do("stage")
-        return self
-
-    def commit(self, before, again, given_up):
-        self._do("commit")
-
-    def discard(self):
-        self.discarded.set()
-
-    def _do(self, what):
-        if what == self.hangs:
-            self.begun.set()
-            self.gate.wait()
-
-
 @pytest.fixture
 def running(tmp_path):
     @asynccontextmanager
-    async def start(qemu, store=None):
+    async def start(qemu, definition=None):
         async with serve(tmp_path, qemu.script) as path:
-            async with qmpvcpu.Domain(Place("d", (path,), definition=store), connect_monitor) as domain:
+            async with qmpvcpu.connect(qmp=path, xml=definition) as domain:
                 yield domain
 
     return start
+
+
+@pytest.fixture
+def definition(tmp_path):
+    """Its path, in a folder of its own."""
+    path = tmp_path / "definition" / "d.xml"
+    path.parent.mkdir()
+    path.write_bytes(XML)
+    return path
 
 
 async def cancelled(task):
@@ -72,15 +53,18 @@ async def cancelled(task):
     return caught.value
 
 
-async def in_thread(event):
-    assert await asyncio.to_thread(event.wait, 20)
+async def hangs(disk):
+    await until(disk.begun.is_set, "the disk hangs")
+
+
+async def was_sent(qemu, name, count=1):
+    await until(lambda: len(qemu.sent(name)) >= count, f"QEMU has read {count} {name}")
 
 
 async def hung_in_the_guest(qemu, domain):
     """A disable that the guest does not answer, cancelled."""
-    asked = qemu.when_sent("device_del")
     task = asyncio.create_task(domain.disable(1))
-    await asked.wait()
+    await was_sent(qemu, "device_del")
     task.cancel()
     await cancelled(task)
 
@@ -136,19 +120,39 @@ async def test_the_next_call_takes_it_back(running):
         await hung_in_the_guest(qemu, domain)
         await domain.state()
         assert domain.interrupted is None
+
+
+async def test_what_is_pending_stays_so_after_the_next_call(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        await hung_in_the_guest(qemu, domain)
+        await domain.state()
         assert domain.pending_ids == (1,)
 
 
-async def test_a_call_cancelled_while_it_waits_for_its_turn_leaves_it_alone(running):
+@asynccontextmanager
+async def two_calls(running):
+    """The first of two waits for the guest, the second for its turn, and is cancelled there."""
     qemu = FakeQemu(plugged=(1,))
     qemu.on_delete = {1: "silence"}
-    asked = qemu.when_sent("device_del")
     async with running(qemu) as domain:
         first, second = (asyncio.create_task(domain.disable(1)) for _ in range(2))
-        await asked.wait()
+        await was_sent(qemu, "device_del")
         second.cancel()
         await cancelled(second)
+        yield domain, first
+        first.cancel()
+        await asyncio.wait([first])
+
+
+async def test_a_call_cancelled_while_it_waits_for_its_turn_leaves_nothing(running):
+    async with two_calls(running) as (domain, _):
         assert domain.interrupted is None
+
+
+async def test_a_call_cancelled_while_another_waits_for_its_turn_tells_what_it_left(running):
+    async with two_calls(running) as (domain, first):
         first.cancel()
         await cancelled(first)
         assert domain.interrupted == Interrupted(pending=(1,))
@@ -178,9 +182,10 @@ async def test_a_timeout_is_a_timeout_and_it_is_told_what_is_left(running):
 async def test_before_the_first_effect_nothing_is_left(running):
     qemu = FakeQemu()
     async with running(qemu) as domain:
-        asked = qemu.when_sent("query-cpus-fast", len(qemu.sent("query-cpus-fast")) + 1)
+        before = len(qemu.sent("query-cpus-fast"))
+        qemu.hook = lambda connection, command: command["execute"] == "query-cpus-fast"  # not answered
         task = asyncio.create_task(domain.state())
-        await asked.wait()
+        await was_sent(qemu, "query-cpus-fast", before + 1)
         task.cancel()
         await cancelled(task)
         assert domain.interrupted == Interrupted()
@@ -209,59 +214,73 @@ async def test_a_plug_that_could_not_be_undone_is_changed(running):
         assert domain.interrupted == Interrupted(changed_ids=(1,))
 
 
-async def test_cancelled_live_while_the_definition_is_staged_nothing_is_touched(running):
-    store, qemu = Store("stage"), FakeQemu()
-    async with running(qemu, store) as domain:
-        task = asyncio.create_task(domain.enable(1, live=True, config=True))
-        await in_thread(store.begun)
-        for _ in range(2):
-            task.cancel()
-            await asyncio.sleep(0)
-        await cancelled(task)
-        assert domain.interrupted == Interrupted()
-        assert not qemu.sent("device_add")
-        # What is staged once the disk answers, nobody waits for: it is taken away.
-        assert not store.discarded.is_set()
-        store.gate.set()
-        await in_thread(store.discarded)
-
-
-async def test_live_changed_and_the_definition_hung_both_are_told(running):
-    store = Store("commit")
-    async with running(FakeQemu(), store) as domain:
-        task = asyncio.create_task(domain.enable(1, live=True, config=True))
-        await in_thread(store.begun)
-        for _ in range(2):
-            task.cancel()
-            await asyncio.sleep(0)
-        await cancelled(task)
-        store.gate.set()
-        assert domain.interrupted == Interrupted(changed_ids=(1,), definition_unsure=True)
-
-
-async def test_a_definition_that_is_written_in_time_is_not_unsure(running):
-    store = Store("commit")
-    async with running(FakeQemu(), store) as domain:
-        task = asyncio.create_task(domain.enable(1, config=True))
-        await in_thread(store.begun)
+async def cancelled_twice(task):
+    """The first cancel waits for the disk for a moment, the second does not."""
+    for _ in range(2):
         task.cancel()
         await asyncio.sleep(0)
-        store.gate.set()
-        await cancelled(task)
-        assert domain.interrupted == Interrupted()
+    await cancelled(task)
+
+
+@pytest.fixture
+async def staging(running, definition):
+    """A change of guest and definition, cancelled while the disk hangs with the next version of the latter."""
+    qemu = FakeQemu()
+    with hung_disk(definition.parent, "write") as disk:
+        async with running(qemu, definition) as domain:
+            task = asyncio.create_task(domain.enable(1, live=True, config=True))
+            await hangs(disk)
+            await cancelled_twice(task)
+            yield qemu, domain, disk
+
+
+async def test_cancelled_while_the_definition_is_staged_nothing_is_left(staging):
+    _, domain, _ = staging
+    assert domain.interrupted == Interrupted()
+
+
+async def test_cancelled_while_the_definition_is_staged_the_guest_is_not_touched(staging):
+    qemu, _, _ = staging
+    assert not qemu.sent("device_add")
+
+
+async def test_what_is_staged_once_the_disk_answers_is_taken_away(staging, definition):
+    _, _, disk = staging
+    disk.answers.set()
+    await until(lambda: disk.removed and os.listdir(definition.parent) == ["d.xml"], "the staged version is gone")
+
+
+async def test_live_changed_and_the_definition_hung_both_are_told(running, definition):
+    with hung_disk(definition.parent, "rename") as disk:
+        async with running(FakeQemu(), definition) as domain:
+            task = asyncio.create_task(domain.enable(1, live=True, config=True))
+            await hangs(disk)
+            await cancelled_twice(task)
+            disk.answers.set()
+            assert domain.interrupted == Interrupted(changed_ids=(1,), definition_unsure=True)
+
+
+async def test_a_definition_that_is_written_in_time_is_not_unsure(running, definition):
+    with hung_disk(definition.parent, "rename") as disk:
+        async with running(FakeQemu(), definition) as domain:
+            task = asyncio.create_task(domain.enable(1, config=True))
+            await hangs(disk)
+            task.cancel()
+            await asyncio.sleep(0)
+            disk.answers.set()
+            await cancelled(task)
+            assert domain.interrupted == Interrupted()
 
 
 async def test_what_the_caller_said_of_its_cancel_is_kept(running):
     qemu = FakeQemu(plugged=(1,))
     qemu.on_delete = {1: "silence"}
-    asked = qemu.when_sent("device_del")
     async with running(qemu) as domain:
         task = asyncio.create_task(domain.disable(1))
-        await asked.wait()
+        await was_sent(qemu, "device_del")
         task.cancel("no time")
         caught = await cancelled(task)
-        assert type(caught) is asyncio.CancelledError
-        assert caught.args[0] == "no time"
+        assert (type(caught), caught.args[0]) == (asyncio.CancelledError, "no time")
 
 
 async def test_a_call_that_is_made_while_another_is_cancelled_tells_its_own(running):

@@ -10,8 +10,7 @@ import sys
 import pytest
 
 import qmpvcpu
-from qmpvcpu.core.model import Outcome, Props, Vcpu
-from qmpvcpu.errors import OutcomeKind, Refusal
+from qmpvcpu import Outcome, OutcomeKind, Props, Refusal, Vcpu
 
 
 def loaded(code):
@@ -35,11 +34,17 @@ def test_help_loads_no_engine():
     assert not {"asyncio", "lxml", "qemu.qmp", "importlib.metadata", "shtab"} & loaded(code)
 
 
-def test_every_public_name_is_there():
-    for name in qmpvcpu.__all__:
-        assert getattr(qmpvcpu, name) is not None
-    assert set(qmpvcpu.__all__) == set(dir(qmpvcpu))
-    with pytest.raises(AttributeError):
+@pytest.mark.parametrize("name", qmpvcpu.__all__)
+def test_every_public_name_is_there(name):
+    assert getattr(qmpvcpu, name) is not None
+
+
+def test_dir_shows_the_public_names():
+    assert set(dir(qmpvcpu)) == set(qmpvcpu.__all__)
+
+
+def test_what_is_not_public_is_no_attribute():
+    with pytest.raises(AttributeError, match="'nothing'"):
         _ = qmpvcpu.nothing
 
 
@@ -61,30 +66,70 @@ ERRORS = [
 ]
 
 
-@pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
-def test_errors_are_one_tree_and_keep_their_facts(error):
+each_error = pytest.mark.parametrize("error", ERRORS, ids=lambda error: type(error).__name__)
+
+
+@each_error
+def test_errors_are_one_tree(error):
     assert isinstance(error, qmpvcpu.VcpuError)
-    document = error.to_json()
-    assert document["outcome"] == error.outcome
-    assert {"type", "libvirt", "message", "hint"} <= set(document["error"])
-    assert document["error"]["libvirt"].startswith("VIR_ERR_")
-    json.dumps(document)
+
+
+@each_error
+def test_the_document_of_an_error_has_its_outcome(error):
+    assert error.to_json()["outcome"] == error.outcome
+
+
+@each_error
+def test_the_document_of_an_error_says_what_it_is(error):
+    assert {"type", "libvirt", "message", "hint"} <= set(error.to_json()["error"])
+
+
+@each_error
+def test_each_error_has_one_of_libvirts_codes(error):
+    assert error.to_json()["error"]["libvirt"].startswith("VIR_ERR_")
+
+
+@each_error
+def test_the_document_of_an_error_is_json(error):
+    assert json.loads(json.dumps(error.to_json()))
+
+
+@each_error
+def test_errors_keep_their_facts_when_they_are_pickled(error):
     again = pickle.loads(pickle.dumps(error))
     assert (type(again), again.__dict__, str(again)) == (type(error), error.__dict__, str(error))
 
 
-def test_results_compare_pickle_and_show_themselves():
+@pytest.fixture
+def outcome():
     vcpu = Vcpu(1, True, True, (1,), Props({"core-id": 1}))
-    outcome = Outcome(OutcomeKind.APPLIED, (1,), (vcpu,), changed_ids=(1,), mechanism="hotplug")
-    again = pickle.loads(pickle.dumps(outcome))
-    assert again == outcome
-    assert hash(again) == hash(outcome)
+    return Outcome(OutcomeKind.APPLIED, (1,), (vcpu,), changed_ids=(1,), mechanism="hotplug")
+
+
+def test_results_compare_after_a_pickle(outcome):
+    assert pickle.loads(pickle.dumps(outcome)) == outcome
+
+
+def test_results_that_are_equal_have_one_hash(outcome):
+    assert hash(pickle.loads(pickle.dumps(outcome))) == hash(outcome)
+
+
+def test_results_show_themselves(outcome):
     assert "core-id" in repr(outcome)
-    assert outcome.vcpu is vcpu
+
+
+def test_a_result_about_one_vcpu_has_that(outcome):
+    assert outcome.vcpu == Vcpu(1, True, True, (1,), Props({"core-id": 1}))
+
+
+def test_a_result_about_no_vcpu_has_none():
     with pytest.raises(ValueError, match="about 0"):
         _ = Outcome(OutcomeKind.APPLIED, ()).vcpu
+
+
+def test_props_cannot_be_set(outcome):
     with pytest.raises(AttributeError):
-        vcpu.props.x = 1
+        outcome.vcpu.props.x = 1
 
 
 def test_flags_have_the_rfcs_values():
