@@ -7,14 +7,13 @@ import json
 import os
 import socket
 import stat
+import tracemalloc
 
 import pytest
 
-import qmpvcpu.qemu.monitor as monitor_module
-from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
-from qmpvcpu.ports import CommandError, MonitorEvent
-from qmpvcpu.qemu.monitor import QmpLog, open_monitor, parse_address
-from tests.support.fake_qmp import GREETING, answering, serve
+from qmpvcpu import QmpLog, VcpuConnectionError, VcpuUsageError
+from tests.support.fake_qmp import GREETING, Connection, answering, serve
+from tests.support.monitor import Event, QmpError, connected, ends, meaning
 from tests.support.waiting import within
 
 
@@ -24,7 +23,7 @@ async def forever(connection):
 
 async def fails(address, reason, **options):
     with pytest.raises(VcpuConnectionError) as error:
-        async with open_monitor(address, **options):
+        async with connected(address, **options):
             pass
     assert error.value.reason == reason, error.value
     assert error.value.hint
@@ -43,33 +42,47 @@ async def fails(address, reason, **options):
     ],
 )
 def test_addresses(text, address):
-    assert parse_address(text) == address
+    assert meaning(text) == address
 
 
 def test_a_port_that_cannot_be_is_usage():
     with pytest.raises(VcpuUsageError):
-        parse_address("host:70000")
+        meaning("host:70000")
 
 
-async def test_what_is_known_at_once_is_said_at_once(tmp_path):
-    stale = tmp_path / "stale"
+@pytest.mark.parametrize(("name", "reason"), [("nowhere", "missing"), ("", "not-qmp"), ("long" * 50, "other")])
+async def test_a_path_that_leads_nowhere_is_said_at_once(tmp_path, name, reason):
+    await fails(str(tmp_path / name), reason)
+
+
+async def test_a_socket_where_nobody_listens_is_said_at_once(tmp_path):
     with socket.socket(socket.AF_UNIX) as sock:
-        sock.bind(str(stale))
-    plain = tmp_path / "plain"
-    plain.write_text("<domain/>")
-    await fails(str(tmp_path / "nowhere"), "missing")
-    await fails(str(stale), "refused")
-    await fails(str(plain), "not-qmp")
-    await fails(str(tmp_path), "not-qmp")
-    await fails("fd:987", "missing")
-    await fails(str(tmp_path / ("long" * 50)), "other")
+        sock.bind(str(tmp_path / "stale"))
+    await fails(str(tmp_path / "stale"), "refused")
+
+
+async def test_a_file_is_said_at_once(tmp_path):
+    (tmp_path / "plain").write_text("<domain/>")
+    await fails(str(tmp_path / "plain"), "not-qmp")
+
+
+async def test_a_port_where_nobody_listens_is_said_at_once():
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         await fails(f"127.0.0.1:{free.getsockname()[1]}", "refused")
+
+
+async def test_a_descriptor_that_is_not_open_is_said_at_once():
+    await fails("fd:987", "missing")
+
+
+async def test_a_descriptor_that_is_not_a_socket_is_said_at_once():
     reader, writer = os.pipe()
-    await fails(f"fd:{reader}", "not-qmp")
-    os.close(reader)
-    os.close(writer)
+    try:
+        await fails(f"fd:{reader}", "not-qmp")
+    finally:
+        os.close(reader)
+        os.close(writer)
 
 
 async def test_a_server_that_accepts_and_never_greets(tmp_path):
@@ -112,19 +125,17 @@ async def test_a_server_that_closes_at_once(tmp_path):
     assert "before it said anything" in str(error)
 
 
-async def test_an_endless_line_costs_bounded_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(monitor_module, "MESSAGE_LIMIT", 1 << 16)
-
+async def test_an_endless_line_costs_bounded_memory(tmp_path):
     async def script(connection):
         await connection.greet()
         await connection.receive()
         while True:
-            connection.raw(b"x" * 4096)
+            connection.raw(b"x" * (1 << 20))
             await connection.writer.drain()
 
-    async with serve(tmp_path, script) as path, open_monitor(path) as monitor:
-        with pytest.raises(VcpuConnectionError, match="more than") as error:
-            await monitor.query_status()
+    async with serve(tmp_path, script) as path, connected(path) as monitor:
+        with pytest.raises(VcpuConnectionError, match="more than 32 MiB") as error:
+            await monitor.command("query-status")
     assert error.value.reason == "malformed"
 
 
@@ -136,12 +147,16 @@ async def test_garbage_in_mid_session_ends_the_command_at_once(tmp_path, said):
     def answer(connection, command):
         connection.raw(said)
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
-        with pytest.raises(VcpuConnectionError) as error:
-            await monitor.query_status()
-        assert error.value.reason == "malformed"
-        with pytest.raises(VcpuConnectionError):
-            await monitor.query_status()
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        assert [end.reason for end in await ends(monitor, 1)] == ["malformed"]
+
+
+async def test_after_garbage_no_command_is_sent_any_more(tmp_path):
+    async with serve(tmp_path, answering(lambda connection, command: connection.raw(b"garbage\r\n"))) as path:
+        async with connected(path) as monitor:
+            await ends(monitor, 1)
+            with pytest.raises(VcpuConnectionError):
+                await monitor.command("query-status")
 
 
 @pytest.mark.parametrize("reply", [{"error": 3}, {"error": {"class": "X"}}, {"nothing": 1}])
@@ -149,27 +164,40 @@ async def test_a_malformed_reply_is_told(tmp_path, reply):
     def answer(connection, command):
         connection.send(reply | {"id": command["id"]})
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
         with pytest.raises(VcpuConnectionError) as error:
-            await monitor.query_status()
+            await monitor.command("query-status")
     assert error.value.reason == "malformed"
 
 
-async def test_a_connection_closed_in_the_middle_of_a_command_ends_it_at_once(tmp_path):
+@pytest.fixture
+async def cut_off(tmp_path):
+    """What the command ends with, and what a listener hears, where a server closes in the middle of a reply."""
+
     def answer(connection, command):
         connection.raw(b'{"ret')
         connection.close()
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
-        heard = []
-        with monitor.listen(heard.append):
-            with pytest.raises(VcpuConnectionError) as error:
-                await monitor.query_status()
-            assert error.value.reason in ("closed", "malformed")
-        assert heard == [error.value] or [e.reason for e in heard] == [error.value.reason]
+    heard = []
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        with monitor.listening(heard.append):
+            (end,) = await ends(monitor, 1)
+    return end, heard
 
 
-async def test_a_lost_connection_reaches_listeners_while_nobody_asks(tmp_path):
+async def test_a_connection_closed_in_the_middle_of_a_command_ends_it_at_once(cut_off):
+    end, _ = cut_off
+    assert end.reason in ("closed", "malformed")
+
+
+async def test_a_listener_hears_why_a_command_has_failed(cut_off):
+    end, heard = cut_off
+    assert [lost.reason for lost in heard] == [end.reason]
+
+
+@pytest.fixture
+async def lost(tmp_path):
+    """What is heard of a server that tells STOP and closes: by a listener then, and by one that comes late."""
     listening = asyncio.Event()
 
     async def script(connection):
@@ -178,15 +206,23 @@ async def test_a_lost_connection_reaches_listeners_while_nobody_asks(tmp_path):
         connection.event("STOP")
         connection.close()
 
-    heard = asyncio.Queue()
-    async with serve(tmp_path, script) as path, open_monitor(path) as monitor:
-        with monitor.listen(heard.put_nowait):
+    early, late = asyncio.Queue(), asyncio.Queue()
+    async with serve(tmp_path, script) as path, connected(path) as monitor:
+        with monitor.listening(early.put_nowait):
             listening.set()
-            event, lost = await heard.get(), await heard.get()
-        with monitor.listen(heard.put_nowait):
-            assert heard.get_nowait() is lost  # who comes late is told too
-    assert event.name == "STOP"
-    assert (type(lost), lost.reason) == (VcpuConnectionError, "closed")
+            heard = [await early.get(), await early.get()]
+        with monitor.listening(late.put_nowait):
+            return heard, late.get_nowait()
+
+
+async def test_a_lost_connection_reaches_listeners_while_nobody_asks(lost):
+    (event, loss), _ = lost
+    assert (event.name, type(loss), loss.reason) == ("STOP", VcpuConnectionError, "closed")
+
+
+async def test_a_listener_that_comes_late_is_told_of_the_loss_too(lost):
+    (_, loss), late = lost
+    assert late is loss
 
 
 async def test_a_server_that_closes_right_after_negotiation(tmp_path):
@@ -196,9 +232,9 @@ async def test_a_server_that_closes_right_after_negotiation(tmp_path):
 
     async with serve(tmp_path, script) as path:
         try:
-            async with open_monitor(path) as monitor:
+            async with connected(path) as monitor:
                 with pytest.raises(VcpuConnectionError):
-                    await monitor.query_status()
+                    await monitor.command("query-status")
         except VcpuConnectionError as error:
             assert error.reason == "closed"
 
@@ -209,10 +245,10 @@ async def test_an_error_of_qemu_keeps_its_class_and_text(tmp_path):
             {"error": {"class": "DeviceNotFound", "desc": "Device 'x' not found"}, "id": command["id"]}
         )
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
-        with pytest.raises(CommandError) as error:
-            await monitor.device_del("x")
-    assert (error.value.error_class, error.value.text) == ("DeviceNotFound", "Device 'x' not found")
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        with pytest.raises(QmpError) as error:
+            await monitor.command("device_del", id="x")
+    assert (error.value.error_class, error.value.desc) == ("DeviceNotFound", "Device 'x' not found")
 
 
 async def test_no_answer_is_a_timeout_and_the_late_reply_belongs_to_nobody(tmp_path):
@@ -225,11 +261,11 @@ async def test_no_answer_is_a_timeout_and_the_late_reply_belongs_to_nobody(tmp_p
         connection.reply(held[0], "late")
         return "mine"
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path, command_timeout=1) as monitor:
+    async with serve(tmp_path, answering(answer)) as path, connected(path, command_timeout=1) as monitor:
         with pytest.raises(VcpuConnectionError, match="did not answer 'query-status'") as error:
-            await monitor.query_status()
-        assert (error.value.reason, error.value.libvirt) == ("timeout", "VIR_ERR_OPERATION_TIMEOUT")
-        assert await monitor.query_status() == "mine"
+            await monitor.command("query-status")
+        mine = await monitor.command("query-status")
+    assert (error.value.reason, error.value.libvirt, mine) == ("timeout", "VIR_ERR_OPERATION_TIMEOUT", "mine")
 
 
 async def test_of_many_commands_only_the_oldest_is_on_the_clock(tmp_path):
@@ -237,32 +273,39 @@ async def test_of_many_commands_only_the_oldest_is_on_the_clock(tmp_path):
         await asyncio.sleep(0.2)  # the work of a slow QEMU: all together take longer than one may
         return command["id"]
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path, command_timeout=1.5) as monitor:
-        replies = await asyncio.gather(*(monitor.query_status() for _ in range(10)))
+    async with serve(tmp_path, answering(answer)) as path, connected(path, command_timeout=1.5) as monitor:
+        replies = await asyncio.gather(*(monitor.command("query-status") for _ in range(10)))
     assert len(set(replies)) == 10
 
 
 async def test_a_qemu_that_hangs_ends_all_commands_together(tmp_path):
     async with serve(tmp_path, answering(lambda connection, command: None)) as path:
-        async with open_monitor(path, command_timeout=0.2) as monitor:
-            calls = (monitor.query_status() for _ in range(1000))
+        async with connected(path, command_timeout=0.2) as monitor:
             # One deadline after the other would be 200 s.
-            results = await within(asyncio.gather(*calls, return_exceptions=True), "all of them end")
+            results = await within(ends(monitor, 1000), "all of them end")
     assert {result.reason for result in results} == {"timeout"}
 
 
-async def test_an_event_reaches_the_listener_before_the_reply_behind_it(tmp_path):
-    def answer(connection, command):
-        connection.event("DEVICE_DELETED", device="vcpu1")
-        return {}
+def delete(connection, command):
+    connection.event("DEVICE_DELETED", device="vcpu1")
+    return {}
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
-        heard = []
-        with monitor.listen(heard.append):
-            await monitor.device_del("vcpu1")
-            assert heard == [MonitorEvent("DEVICE_DELETED", {"device": "vcpu1"}, 1.000005)]
-        await monitor.device_del("vcpu1")
-        assert len(heard) == 1
+
+async def test_an_event_reaches_the_listener_before_the_reply_behind_it(tmp_path):
+    heard = []
+    async with serve(tmp_path, answering(delete)) as path, connected(path) as monitor:
+        with monitor.listening(heard.append):
+            await monitor.command("device_del", id="vcpu1")
+            assert heard == [Event("DEVICE_DELETED", {"device": "vcpu1"}, 1.000005)]
+
+
+async def test_who_has_left_hears_no_more_events(tmp_path):
+    heard = []
+    async with serve(tmp_path, answering(delete)) as path, connected(path) as monitor:
+        with monitor.listening(heard.append):
+            pass
+        await monitor.command("device_del", id="vcpu1")
+    assert heard == []
 
 
 async def test_an_event_of_a_wrong_shape_harms_nothing(tmp_path):
@@ -271,32 +314,39 @@ async def test_an_event_of_a_wrong_shape_harms_nothing(tmp_path):
         connection.send({"event": "A", "timestamp": {"seconds": 10**400, "microseconds": True}})
         return {}
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
         heard = []
-        with monitor.listen(heard.append):
-            await monitor.query_status()
+        with monitor.listening(heard.append):
+            await monitor.command("query-status")
     assert [event.time for event in heard] == [0.0, 0.0]
 
 
 async def test_a_reply_of_five_thousand_cpus(tmp_path):
     rows = [{"cpu-index": n, "qom-path": f"/machine/peripheral/vcpu{n}" + "x" * 200} for n in range(5000)]
-    async with serve(tmp_path, answering(lambda connection, command: rows)) as path, open_monitor(path) as monitor:
-        assert await monitor.query_cpus_fast() == rows
+    async with serve(tmp_path, answering(lambda connection, command: rows)) as path, connected(path) as monitor:
+        assert await monitor.command("query-cpus-fast") == rows
+
+
+async def test_an_inherited_descriptor_is_an_address(tmp_path):
+    async with serve(tmp_path, answering(lambda connection, command: "ok")) as path:
+        with socket.socket(socket.AF_UNIX) as sock:
+            sock.connect(path)
+            async with connected(f"fd:{sock.fileno()}") as monitor:
+                assert await monitor.command("query-status") == "ok"
 
 
 async def test_an_inherited_descriptor_stays_the_callers(tmp_path):
     async with serve(tmp_path, answering(lambda connection, command: "ok")) as path:
         with socket.socket(socket.AF_UNIX) as sock:
             sock.connect(path)
-            async with open_monitor(f"fd:{sock.fileno()}") as monitor:
-                assert await monitor.query_status() == "ok"
-            os.fstat(sock.fileno())
+            async with connected(f"fd:{sock.fileno()}"):
+                pass
+            assert os.fstat(sock.fileno())
 
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1"])
 async def test_tcp(host, tmp_path):
     script = answering(lambda connection, command: "ok")
-    from tests.support.fake_qmp import Connection
 
     async def client(reader, writer):
         await script(Connection(reader, writer))
@@ -304,25 +354,43 @@ async def test_tcp(host, tmp_path):
 
     server = await asyncio.start_server(client, host, 0)
     port = server.sockets[0].getsockname()[1]
-    async with open_monitor(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as monitor:
-        assert await monitor.query_status() == "ok"
+    async with connected(f"[{host}]:{port}" if ":" in host else f"{host}:{port}") as monitor:
+        assert await monitor.command("query-status") == "ok"
     server.close()
 
 
-async def test_the_log_has_every_message_as_a_json_line_and_is_private(tmp_path):
-    log_path = tmp_path / "log"
-    log_path.write_text("")
-    log_path.chmod(0o644)
-    log = QmpLog(log_path)
-    async with serve(tmp_path, answering(lambda connection, command: "ok")) as path:
-        async with open_monitor(path, log=log) as monitor:
-            await monitor.query_status()
+@pytest.fixture
+async def log(tmp_path):
+    """The log of one command, into a file that was there and readable for everybody."""
+    path = tmp_path / "log"
+    path.write_text("")
+    path.chmod(0o644)
+    log = QmpLog(path)
+    async with serve(tmp_path, answering(lambda connection, command: "ok")) as address:
+        async with connected(address, log=log) as monitor:
+            await monitor.command("query-status")
     log.close()
-    lines = [json.loads(line) for line in log_path.read_text().splitlines()]
-    assert [line["direction"] for line in lines] == ["receive", "send", "receive", "send", "receive"]
-    assert lines[3]["message"]["execute"] == "query-status"
-    assert all(line["time"] > 0 for line in lines)
-    assert stat.S_IMODE(log_path.stat().st_mode) == 0o600
+    return path
+
+
+def lines(log):
+    return [json.loads(line) for line in log.read_text().splitlines()]
+
+
+async def test_the_log_has_every_message_as_a_json_line(log):
+    assert [line["direction"] for line in lines(log)] == ["receive", "send", "receive", "send", "receive"]
+
+
+async def test_the_log_has_each_message_whole(log):
+    assert lines(log)[3]["message"]["execute"] == "query-status"
+
+
+async def test_the_log_has_times(log):
+    assert all(line["time"] > 0 for line in lines(log))
+
+
+async def test_the_log_is_private(log):
+    assert oct(stat.S_IMODE(log.stat().st_mode)) == "0o600"
 
 
 def test_a_log_that_cannot_be_written_is_usage(tmp_path):
@@ -340,52 +408,86 @@ async def test_an_event_ahead_of_the_handshakes_reply_is_no_reply(tmp_path):
         connection.reply(await connection.receive(), {"status": "running"})
         await asyncio.Event().wait()
 
-    async with serve(tmp_path, script) as path, open_monitor(path) as monitor:
-        assert await monitor.query_status() == {"status": "running"}
+    async with serve(tmp_path, script) as path, connected(path) as monitor:
+        assert await monitor.command("query-status") == {"status": "running"}
 
 
-async def test_what_is_asked_at_once_goes_out_in_one_write_and_in_order(tmp_path, monkeypatch):
-    writes = []
-    send = socket.socket.send
-    monkeypatch.setattr(monitor_module, "_BATCH", 4)
+async def test_what_is_asked_at_once_is_answered_in_order(tmp_path):
+    names = [f"query-{n}" for n in range(80)]
+    read = []
+
+    def answer(connection, command):
+        read.append(command["execute"])
+        return {}
+
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        await asyncio.gather(*[monitor.command(name) for name in names])
+    assert read == names
+
+
+async def test_each_command_gets_its_own_reply(tmp_path):
+    names = [f"query-{n}" for n in range(80)]
     async with serve(tmp_path, answering(lambda connection, command: command["execute"])) as path:
-        async with open_monitor(path) as monitor:
+        async with connected(path) as monitor:
+            assert await asyncio.gather(*[monitor.command(name) for name in names]) == names
 
-            def count(sock, data, *flags):
-                if sock is monitor._client._writer.get_extra_info("socket")._sock:
-                    writes.append(bytes(data).count(b'"execute"'))
-                return send(sock, data, *flags)
 
-            monkeypatch.setattr(socket.socket, "send", count)
-            names = [f"query-{n}" for n in range(10)]
-            assert await asyncio.gather(*[monitor.execute(name) for name in names]) == names
-    assert writes == [4, 4, 2]
+async def test_what_is_asked_at_once_goes_out_in_few_writes(tmp_path, monkeypatch):
+    """In more than one: QEMU is to begin before the last of many is made."""
+    writes, send = [], socket.socket.send
+
+    def count(sock, data, *flags):
+        # The server's replies have no such key.
+        if commands := bytes(data).count(b'"execute"'):
+            writes.append(commands)
+        return send(sock, data, *flags)
+
+    async with serve(tmp_path, answering(lambda connection, command: {})) as path, connected(path) as monitor:
+        monkeypatch.setattr(socket.socket, "send", count)
+        await ends(monitor, 80)
+    assert (sum(writes), 1 < len(writes) <= 4) == (80, True), writes
+
+
+def telling(count):
+    """A server that tells so many events of 2 kB before each reply."""
+
+    def answer(connection, command):
+        for _ in range(count):
+            connection.event("RESUME", text="x" * 2000)
+        return {}
+
+    return answering(answer)
+
+
+async def test_every_event_reaches_a_listener(tmp_path):
+    heard = []
+    async with serve(tmp_path, telling(100)) as path, connected(path) as monitor:
+        with monitor.listening(heard.append):
+            await monitor.command("query-status")
+    assert [event.name for event in heard] == ["RESUME"] * 100
 
 
 async def test_events_that_nobody_reads_are_not_kept(tmp_path):
-    async def script(connection):
-        await connection.greet()
-        command = await connection.receive()
-        for _ in range(100):
-            connection.event("RESUME")
-        connection.reply(command, {})
-        await asyncio.Event().wait()
-
-    seen = []
-    async with serve(tmp_path, script) as path, open_monitor(path) as monitor:
-        with monitor.listen(seen.append):
-            await monitor.query_status()
-        assert len(seen) == 100 and monitor._client.events.empty()
+    async with serve(tmp_path, telling(1000)) as path, connected(path) as monitor:
+        await monitor.command("query-status")
+        tracemalloc.start()
+        try:
+            for _ in range(5):
+                await monitor.command("query-status")
+            now, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    # They have 10 MB.
+    assert now < 3_000_000
 
 
 async def test_a_number_of_5000_digits_is_not_called_32_mib(tmp_path):
     def answer(connection, command):
         connection.raw(b'{"return": ' + b"9" * 5000 + b"}\r\n")
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
-        with pytest.raises(VcpuConnectionError) as error:
-            await monitor.query_status()
-    assert "MiB" not in str(error.value)
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        (end,) = await ends(monitor, 1)
+    assert "MiB" not in str(end)
 
 
 async def test_greeted_but_not_negotiated_is_told_so(tmp_path):
@@ -395,7 +497,7 @@ async def test_greeted_but_not_negotiated_is_told_so(tmp_path):
 
     async with serve(tmp_path, script) as path:
         with pytest.raises(VcpuConnectionError) as error:
-            async with open_monitor(path, connect_timeout=0.1):
+            async with connected(path, connect_timeout=0.1):
                 pass
     assert "did not greet" not in str(error.value)
 
@@ -403,6 +505,6 @@ async def test_greeted_but_not_negotiated_is_told_so(tmp_path):
 @pytest.mark.parametrize("address", ["a\0b", "a..b:80"])
 async def test_an_address_that_cannot_be_is_not_called_something_else_than_qmp(address):
     with pytest.raises((VcpuUsageError, VcpuConnectionError)) as error:
-        async with open_monitor(address):
+        async with connected(address):
             pass
     assert getattr(error.value, "reason", "") != "not-qmp"

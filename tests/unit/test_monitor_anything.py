@@ -10,10 +10,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from qmpvcpu.errors import VcpuConnectionError
-from qmpvcpu.ports import CommandError, MonitorEvent
-from qmpvcpu.qemu.monitor import open_monitor
+from qmpvcpu import VcpuConnectionError
 from tests.support.fake_qmp import GREETING, Connection, answering, serve
+from tests.support.monitor import Event, QmpError, connected, ends
 from tests.support.waiting import deadline, within
 
 JSON = st.recursive(
@@ -55,9 +54,9 @@ async def answers(said, right_id):
     task = asyncio.ensure_future(serve_one())
     heard = []
     try:
-        async with deadline("an answer"), open_monitor(f"fd:{ours.fileno()}") as monitor:
-            with monitor.listen(heard.append):
-                return await monitor.query_status(), heard
+        async with deadline("an answer"), connected(f"fd:{ours.fileno()}") as monitor:
+            with monitor.listening(heard.append):
+                return await monitor.command("query-status"), heard
     finally:
         await task
         writer.close()
@@ -72,8 +71,8 @@ def test_a_command_ends_with_a_reply_or_an_error_of_ours(said, right_id):
     except VcpuConnectionError as error:
         assert error.reason in ("closed", "malformed")
         assert error.hint
-    except CommandError as error:
-        assert (type(error.error_class), type(error.text)) == (str, str)
+    except QmpError as error:
+        assert (type(error.error_class), type(error.desc)) == (str, str)
 
 
 @settings(max_examples=10, deadline=None)
@@ -81,10 +80,8 @@ def test_a_command_ends_with_a_reply_or_an_error_of_ours(said, right_id):
 def test_events_of_any_data_come_in_order_before_the_reply(all_data):
     said = [json.dumps({"event": f"E{n}", "data": data}).encode() for n, data in enumerate(all_data)]
     reply, heard = asyncio.run(answers(said, {"return": "ok"}))
-    assert reply == "ok"
-    assert [event.name for event in heard if isinstance(event, MonitorEvent)] == [
-        f"E{n}" for n in range(len(all_data))
-    ]
+    names = [event.name for event in heard if isinstance(event, Event)]
+    assert (reply, names) == ("ok", [f"E{n}" for n in range(len(all_data))])
 
 
 async def test_a_reply_may_come_a_byte_at_a_time_and_glued_to_what_follows(tmp_path):
@@ -103,9 +100,9 @@ async def test_a_reply_may_come_a_byte_at_a_time_and_glued_to_what_follows(tmp_p
         await connection.receive()
 
     heard = asyncio.Queue()
-    async with serve(tmp_path, script) as path, open_monitor(path) as monitor:
-        with monitor.listen(heard.put_nowait):
-            assert await monitor.query_status() == "whole"
+    async with serve(tmp_path, script) as path, connected(path) as monitor:
+        with monitor.listening(heard.put_nowait):
+            assert await monitor.command("query-status") == "whole"
             assert [(await heard.get()).name, (await heard.get()).name] == ["A", "B"]
 
 
@@ -115,11 +112,11 @@ async def test_a_listener_that_leaves_hears_nothing_and_the_others_do(tmp_path):
         return {}
 
     stayed, left = [], []
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
-        with monitor.listen(stayed.append):
-            with monitor.listen(left.append):
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        with monitor.listening(stayed.append):
+            with monitor.listening(left.append):
                 pass
-            await monitor.query_status()
+            await monitor.command("query-status")
     assert (len(stayed), left) == (1, [])
 
 
@@ -130,10 +127,10 @@ async def test_a_lost_connection_is_the_last_thing_a_listener_hears(tmp_path):
         connection.close()
 
     heard = []
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
-        with monitor.listen(heard.append):
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        with monitor.listening(heard.append):
             with pytest.raises(VcpuConnectionError):
-                await monitor.query_status()
+                await monitor.command("query-status")
     assert [event.name for event in heard[:-1]] == [f"E{number}" for number in range(50)]
     assert isinstance(heard[-1], VcpuConnectionError)
 
@@ -146,10 +143,9 @@ async def test_all_commands_under_way_end_when_the_connection_does(tmp_path):
         if len(read) == 10:
             connection.close()
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path, command_timeout=600) as monitor:
-        calls = (monitor.query_status() for _ in range(10))
-        ends = await within(asyncio.gather(*calls, return_exceptions=True), "all of them end")
-    assert {getattr(end, "reason", end) for end in ends} == {"closed"}
+    async with serve(tmp_path, answering(answer)) as path, connected(path, command_timeout=600) as monitor:
+        found = await within(ends(monitor, 10), "all of them end")
+    assert {getattr(end, "reason", end) for end in found} == {"closed"}
 
 
 async def test_a_cancelled_command_leaves_the_others_their_replies(tmp_path):
@@ -161,8 +157,8 @@ async def test_a_cancelled_command_leaves_the_others_their_replies(tmp_path):
         if len(held) == 2:
             both.set()
 
-    async with serve(tmp_path, answering(answer)) as path, open_monitor(path) as monitor:
-        first, second = (asyncio.ensure_future(monitor.query_status()) for _ in range(2))
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        first, second = (asyncio.ensure_future(monitor.command("query-status")) for _ in range(2))
         await both.wait()
         first.cancel()
         with pytest.raises(asyncio.CancelledError):
@@ -179,8 +175,8 @@ async def test_closing_twice_and_after_a_loss_is_quiet(tmp_path):
 
     heard = asyncio.Queue()
     async with serve(tmp_path, answering(lambda connection, command: {})) as path:
-        async with open_monitor(path) as monitor:
-            with monitor.listen(heard.put_nowait):
+        async with connected(path) as monitor:
+            with monitor.listening(heard.put_nowait):
                 await monitor.close()
                 await monitor.close()
     assert heard.empty()  # closing is no loss
@@ -191,7 +187,7 @@ async def test_a_failed_connection_leaves_the_callers_descriptor_open():
     with ours, theirs:
         theirs.sendall(b"hello\r\n")
         with pytest.raises(VcpuConnectionError) as caught:
-            async with open_monitor(f"fd:{ours.fileno()}"):
+            async with connected(f"fd:{ours.fileno()}"):
                 pass
         assert caught.value.reason == "not-qmp"
         ours.getpeername()
