@@ -5,14 +5,16 @@ All of it raises `qmpvcpu.VcpuRefused` for what cannot be read or written.
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 from qmpvcpu.host.definitions import Addresses, DefinitionFile, DefinitionFolder, StagedDefinition, check_name
-from qmpvcpu.host.files import LockTimeout, locked_folder
+from qmpvcpu.host.files import LockTimeout, locked_folder, state_folder
 
 #: Where `tests` is imported from.
 ROOT = Path(__file__).resolve().parents[2]
@@ -90,6 +92,12 @@ class Staged:
 
     def discard(self) -> None:
         self._staged.discard()
+
+
+def where_state_is(variables: Mapping[str, str], user_id: int) -> str:
+    """The state folder of a user with these environment variables."""
+    with patch.dict(os.environ, variables, clear=True), patch.object(os, "geteuid", lambda: user_id):
+        return str(state_folder())
 
 
 class Busy(Exception):

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 import asyncio
 import time
+from contextlib import asynccontextmanager
 
 import pytest
 
 import qmpvcpu
-from qmpvcpu.core.events import changes
-from qmpvcpu.core.model import Event
+from qmpvcpu import Event
 from tests.support.fake_qemu import FakeQemu
-from tests.support.states import ppc64, x86
+from tests.support.fake_qmp import serve
+from tests.support.slots import Slot, changed
 from tests.support.waiting import deadline, until
+
+
+@pytest.fixture
+def running(tmp_path):
+    @asynccontextmanager
+    async def start(qemu):
+        async with serve(tmp_path, qemu.script) as path, qmpvcpu.connect(path) as domain:
+            yield domain
+
+    return start
 
 
 def told(events):
@@ -24,10 +35,27 @@ async def take(events, count):
         return [await anext(events) for _ in range(count)]
 
 
-def test_changes_between_two_states_one_event_a_vcpu():
-    assert told(changes(x86((0, 1)), x86((0, 2)), 1.0)) == [("vcpu-removed", (1,)), ("vcpu-added", (2,))]
-    assert told(changes(ppc64((0, 1)), ppc64((0,)), 1.0)) == [("vcpu-removed", (n,)) for n in (4, 5, 6, 7)]
-    assert changes(x86(), x86(), 1.0) == []
+def x86(*plugged):
+    return [Slot((n,), *((f"/machine/peripheral/vcpu{n}", 100 + n) if n in plugged else ())) for n in range(3)]
+
+
+def ppc64(*plugged):
+    """Cores of four threads."""
+    firsts = (0, 4, 8)
+    return [Slot((n, n + 1, n + 2, n + 3), *((f"/c{n}", 100 + n) if n in plugged else ())) for n in firsts]
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "events"),
+    [
+        (x86(0, 1), x86(0, 2), [("vcpu-removed", (1,)), ("vcpu-added", (2,))]),
+        (ppc64(0, 4), ppc64(0), [("vcpu-removed", (n,)) for n in (4, 5, 6, 7)]),
+        (x86(0, 1), x86(0, 1), []),
+    ],
+    ids=["one goes, one comes", "a core goes", "nothing"],
+)
+def test_changes_between_two_states_one_event_a_vcpu(before, after, events):
+    assert changed(before, after) == events
 
 
 def test_an_event_as_json():
@@ -48,13 +76,25 @@ async def test_what_we_do_ourselves_is_told(running):
         ]
 
 
-async def test_what_others_do_is_told_though_qemu_has_no_event_for_a_plug(running):
+async def test_what_others_plug_is_told_though_qemu_has_no_event_for_it(running):
+    qemu = FakeQemu()
+    async with running(qemu) as domain, domain.events() as events:
+        qemu.fill(2)
+        assert told(await take(events, 1)) == [("vcpu-added", (2,))]
+
+
+async def test_what_others_plug_is_told_with_its_time(running):
     qemu = FakeQemu()
     async with running(qemu) as domain, domain.events() as events:
         before = time.time()
         qemu.fill(2)
         (event,) = await take(events, 1)
-        assert (told([event]), before <= event.time <= time.time()) == ([("vcpu-added", (2,))], True)
+        assert before <= event.time <= time.time()
+
+
+async def test_what_others_unplug_is_told(running):
+    qemu = FakeQemu(plugged=(2,))
+    async with running(qemu) as domain, domain.events() as events:
         qemu.let_go(2)
         assert told(await take(events, 1)) == [("vcpu-removed", (2,))]
 
@@ -64,49 +104,95 @@ async def test_a_refusal_is_told_with_its_reason_whoever_asked(running):
     async with running(qemu) as domain, domain.events() as events:
         qemu.refuse(1)
         (event,) = await take(events, 1)
-        assert told([event]) == [("vcpu-removal-failed", (1,))]
-        assert "eject disabled" in event.detail
+        assert (told([event]), "eject disabled" in event.detail) == ([("vcpu-removal-failed", (1,))], True)
 
 
-async def test_a_reset_fails_what_was_pending_and_says_so(running):
+@pytest.fixture
+async def after_reset(running):
+    """A domain whose pending unplug a reset has dropped, and the event that says so."""
     qemu = FakeQemu(plugged=(1, 2))
     qemu.on_delete = {1: "silence"}
     async with running(qemu) as domain, domain.events() as events:
         await domain.disable(1, timeout=0)
         qemu.reset()
         (event,) = await take(events, 1)
-        assert (told([event]), domain.pending_ids) == ([("vcpu-removal-failed", (1,))], ())
-        assert "reset" in event.detail
+        yield domain, event
 
 
-async def test_a_lost_connection_raises_after_what_came_before(running):
+async def test_a_reset_fails_what_was_pending_and_says_so(after_reset):
+    _, event = after_reset
+    assert (told([event]), "reset" in event.detail) == ([("vcpu-removal-failed", (1,))], True)
+
+
+async def test_after_a_reset_nothing_is_pending(after_reset):
+    domain, _ = after_reset
+    assert domain.pending_ids == ()
+
+
+@asynccontextmanager
+async def cut_off(running):
+    """A domain whose connection was lost after vCPU 1 was plugged, and its events."""
     qemu = FakeQemu()
-    async with running(qemu) as domain:
-        async with domain.events() as events:
-            await domain.enable(1)
-            qemu.connections[0].close()
-            await until(lambda: not qemu.connections, "the connection is lost")
-            assert told(await take(events, 1)) == [("vcpu-added", (1,))]
-            for _ in range(2):
-                with pytest.raises(qmpvcpu.VcpuConnectionError):
-                    await take(events, 1)
+    async with running(qemu) as domain, domain.events() as events:
+        await domain.enable(1)
+        qemu.connections[0].close()
+        await until(lambda: not qemu.connections, "the connection is lost")
+        yield domain, events
+
+
+async def test_what_came_before_a_lost_connection_is_told(running):
+    async with cut_off(running) as (_, events):
+        assert told(await take(events, 1)) == [("vcpu-added", (1,))]
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_a_lost_connection_raises_after_what_came_before(running, times):
+    async with cut_off(running) as (_, events):
+        await take(events, 1)
+        for _ in range(times):
+            with pytest.raises(qmpvcpu.VcpuConnectionError):
+                await take(events, 1)
+
+
+async def test_after_a_lost_connection_there_are_no_events(running):
+    async with cut_off(running) as (domain, _):
         with pytest.raises(qmpvcpu.VcpuConnectionError):
             await domain.events().__aenter__()
+
+
+async def test_reconnected_there_are_events(running):
+    async with cut_off(running) as (domain, _):
         await domain.reconnect()
         async with domain.events() as events:
             await domain.enable(2)
             assert told(await take(events, 1)) == [("vcpu-added", (2,))]
 
 
-async def test_who_does_not_read_gets_what_fits_and_then_an_overflow(running):
-    qemu = FakeQemu(slots=9)
-    async with running(qemu) as domain, domain.events(limit=3) as slow, domain.events() as quick:
-        await domain.enable(range(1, 9))
-        assert len(await take(slow, 3)) == 3
-        with pytest.raises(qmpvcpu.VcpuOverflow) as caught:
-            await take(slow, 1)
-        assert caught.value.hint
-        assert len(await take(quick, 8)) == 8
+@pytest.fixture
+async def crowd(running):
+    """Two subscriptions after eight events: one with room for three, and one with room for all."""
+    async with running(FakeQemu(slots=9)) as domain:
+        async with domain.events(limit=3) as slow, domain.events() as quick:
+            await domain.enable(range(1, 9))
+            yield slow, quick
+
+
+async def test_who_does_not_read_gets_what_fits(crowd):
+    slow, _ = crowd
+    assert len(await take(slow, 3)) == 3
+
+
+async def test_who_does_not_read_gets_an_overflow_after_what_fits(crowd):
+    slow, _ = crowd
+    await take(slow, 3)
+    with pytest.raises(qmpvcpu.VcpuOverflow) as caught:
+        await take(slow, 1)
+    assert caught.value.hint
+
+
+async def test_who_has_room_gets_all_while_another_overflows(crowd):
+    _, quick = crowd
+    assert len(await take(quick, 8)) == 8
 
 
 async def test_leaving_the_domain_ends_the_iteration(running):
@@ -125,13 +211,14 @@ async def test_nobody_looks_when_nobody_listens(running):
         async with domain.events() as events:
             qemu.fill(2)
             await take(events, 1)
-            assert asyncio.all_tasks() > tasks
         await until(lambda: asyncio.all_tasks() == tasks, "what looked has ended")
 
 
-async def test_events_outside_or_of_no_size_make_no_sense(tmp_path):
-    domain = qmpvcpu.connect(str(tmp_path / "none"))
+async def test_there_are_no_events_outside_of_a_domain(tmp_path):
     with pytest.raises(qmpvcpu.VcpuConnectionError):
-        await domain.events().__aenter__()
+        await qmpvcpu.connect(str(tmp_path / "none")).events().__aenter__()
+
+
+def test_events_of_no_size_make_no_sense(tmp_path):
     with pytest.raises(qmpvcpu.VcpuUsageError):
-        domain.events(limit=0)
+        qmpvcpu.connect(str(tmp_path / "none")).events(limit=0)

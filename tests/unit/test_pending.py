@@ -4,234 +4,395 @@ from __future__ import annotations
 
 import asyncio
 import os
-from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
 import qmpvcpu
-from qmpvcpu.core.pending import PendingUnplug, is_open, mark, unplug_of
-from qmpvcpu.domain import link
-from qmpvcpu.domain.ledger import Ledger
-from qmpvcpu.host.files import state_folder
-from qmpvcpu.host.pending import PendingFolder
-from qmpvcpu.host.process import Process, boot_id, find_process, is_alive
+from tests.support import hosts
 from tests.support.fake_qemu import FakeQemu
 from tests.support.fake_qmp import serve
-from tests.support.states import ppc64, x86
+from tests.support.pending import Store, Unplug, marked, may_still_happen, qemu_runs_here
+from tests.support.slots import Slot
+from tests.support.store import where_state_is
 from tests.support.waiting import until
 
-GONE = Process(2**22 + 1, 1, "no-boot")
-HERE = Process(4711, 1, "boot")
+
+def unplug(first, asked=5.5):
+    return Unplug(first, f"/machine/peripheral/vcpu{first}", 100 + first, asked)
 
 
-def folder(root, process=HERE):
-    return PendingFolder(process, root)
+@pytest.fixture
+def one(tmp_path):
+    """What one process keeps."""
+    return Store(tmp_path)
 
 
-def unplug(first, **fields):
-    return PendingUnplug(first, f"/machine/peripheral/vcpu{first}", 100 + first, 5.5, **fields)
+@pytest.fixture
+def other(tmp_path):
+    """What another keeps of the same QEMU."""
+    return Store(tmp_path)
 
 
-def test_what_one_process_asked_the_next_one_knows(tmp_path):
-    one, other = folder(tmp_path), folder(tmp_path)
-    assert other.load() == {}
-    one.add([unplug(3), unplug(5)])
-    assert other.load() == {3: unplug(3), 5: unplug(5)}
-    other.discard([3])
-    assert one.load() == {5: unplug(5)}
+def left(store):
+    """What is left of all QEMUs."""
+    return sorted(path.name for path in store.root.iterdir())
+
+
+# -- on disk -----------------------------------------------------------------------------------------
+
+
+def test_at_first_nothing_is_known(one):
+    assert one.known() == {}
+
+
+def test_what_one_process_asked_the_next_one_knows(one, other):
+    one.ask(unplug(3), unplug(5))
+    assert other.known() == {3: unplug(3), 5: unplug(5)}
+
+
+def test_what_one_process_saw_ended_the_other_forgets(one, other):
+    one.ask(unplug(3), unplug(5))
+    one.known()
+    other.end(3)
+    assert one.known() == {5: unplug(5)}
+
+
+def test_to_tidy_takes_nothing_that_is_known(one, other):
+    one.ask(unplug(5))
     one.tidy()
-    assert other.load() == {5: unplug(5)}
-    one.discard([5, 6])
-    assert other.load() == {}
+    assert other.known() == {5: unplug(5)}
+
+
+def test_what_was_never_asked_is_ended_without_harm(one, other):
+    one.ask(unplug(5))
+    one.end(5, 6)
+    assert other.known() == {}
+
+
+def test_tidied_when_all_has_ended_nothing_is_left(one):
+    one.ask(unplug(5))
+    one.end(5)
     one.tidy()
-    assert list((tmp_path / "pending").iterdir()) == []
-    # As if another process had made it, and this one tidied it away.
-    other.add([unplug(3)])
-    assert one.load() == {3: unplug(3)}
+    assert left(one) == []
 
 
-def test_what_is_gone_unseen_is_known_to_the_next_and_tidied_when_it_is_back(tmp_path):
-    one, other = folder(tmp_path), folder(tmp_path)
-    assert one.gone() == frozenset()
-    one.note_gone([7, 3])
-    assert other.gone() == {3, 7} and other.load() == {}
+def test_what_another_process_tidied_away_is_made_again(one, other):
+    one.ask(unplug(5))
+    one.end(5)
     other.tidy()
-    assert one.gone() == {3, 7}
-    other.note_gone([])
-    one.tidy()
-    assert one.gone() == frozenset() and list((tmp_path / "pending").iterdir()) == []
+    one.ask(unplug(3))
+    assert other.known() == {3: unplug(3)}
 
 
-def test_changes_within_one_tick_of_the_clock_are_seen(tmp_path):
-    one, other = folder(tmp_path), folder(tmp_path)
+def test_changes_within_one_tick_of_the_clock_are_seen(one, other):
+    seen = []
     for first in range(50):
-        one.add([unplug(first)])
-        assert first in other.load()
+        one.ask(unplug(first))
+        seen.append(first in other.known())
+    assert all(seen)
 
 
-def test_nobody_else_may_read_it(tmp_path):
-    folder(tmp_path).add([unplug(3)])
-    found = list((tmp_path / "pending").rglob("*"))
-    assert [path.stat().st_mode & 0o77 for path in found] == [0, 0]
+def test_nobody_else_may_read_it(one):
+    one.ask(unplug(3))
+    assert [path.stat().st_mode & 0o77 for path in one.root.rglob("*")] == [0, 0]
+
+
+STRANGE = [b"", b"{", b"5", b'{"qom_path": 5}', b"\xff" * 9000, b'[["x", 1, 2, 3]]', b"[[1]]"]
+
+
+@pytest.fixture(params=STRANGE, ids=range(len(STRANGE)))
+def strange(one, request):
+    """A file that is not ours, among those that are."""
+    one.ask(unplug(3))
+    path = one.folder / "strange"
+    path.write_bytes(request.param)
+    return path
+
+
+def test_a_file_that_is_not_ours_says_nothing(one, strange):
+    assert one.known() == {3: unplug(3)}
+
+
+def test_a_file_that_is_not_ours_is_left_alone(one, strange):
+    before = strange.read_bytes()
+    one.end(3)
+    assert strange.read_bytes() == before
+
+
+def test_the_later_of_two_askings_counts(one, other):
+    one.ask(unplug(3), unplug(4))
+    other.ask(unplug(3, asked=9.5))
+    assert one.known()[3].asked == 9.5
+
+
+def test_of_two_askings_both_are_forgotten(one, other):
+    one.ask(unplug(3), unplug(4))
+    other.ask(unplug(3, asked=9.5))
+    one.end(3)
+    assert other.known() == {4: unplug(4)}
+
+
+def test_a_lock_that_another_process_never_gives_back_stops_nobody(one, other):
+    one.ask(unplug(3))
+    with other.locked():
+        one.end(3)
+    assert one.known() == {}
+
+
+def test_qemus_that_are_gone_are_forgotten(tmp_path, one):
+    Store(tmp_path, start=2).ask(unplug(1))
+    one.ask(unplug(3))
+    assert left(one) == [one.folder.name]
+
+
+def test_folders_that_are_not_ours_are_removed(one):
+    (one.root / "rubbish").mkdir(parents=True)
+    one.ask(unplug(3))
+    assert left(one) == [one.folder.name]
+
+
+def test_two_qemus_know_nothing_of_each_other(tmp_path, one):
+    one.ask(unplug(3))
+    assert Store(tmp_path, start=2).known() == {}
+
+
+# -- what is gone and nobody was told ----------------------------------------------------------------
+
+
+def test_at_first_nothing_is_gone(one):
+    assert one.gone() == set()
+
+
+@pytest.fixture
+def unseen(one):
+    one.note_gone(7, 3)
+    return one
+
+
+def test_what_is_gone_unseen_is_known_to_the_next(unseen, other):
+    assert other.gone() == {3, 7}
+
+
+def test_what_is_gone_is_not_pending(unseen, other):
+    assert other.known() == {}
+
+
+def test_to_tidy_takes_nothing_of_what_is_gone(unseen, other):
+    other.tidy()
+    assert unseen.gone() == {3, 7}
+
+
+def test_what_is_back_is_no_longer_gone(unseen, other):
+    other.note_gone()
+    assert unseen.gone() == set()
+
+
+def test_tidied_when_all_is_back_nothing_is_left(unseen, other):
+    other.note_gone()
+    unseen.tidy()
+    assert left(unseen) == []
+
+
+# -- where, and of which process ---------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"{", b"5", b'{"qom_path": 5}', b"\xff" * 9000, b'[["x", 1, 2, 3]]', b"[[1]]"]
+    ("variables", "user_id", "where"),
+    [
+        ({"QMPVCPU_STATE": "/x/y", "XDG_STATE_HOME": "/s"}, 0, "/x/y"),
+        ({"XDG_STATE_HOME": "/s"}, 0, "/var/lib/qmpvcpu"),
+        ({"XDG_STATE_HOME": "/s"}, 1000, "/s/qmpvcpu"),
+        ({"HOME": "/h"}, 1000, "/h/.local/state/qmpvcpu"),
+    ],
 )
-def test_a_file_that_is_not_ours_is_left_alone(tmp_path, content):
-    one = folder(tmp_path)
-    one.add([unplug(3)])
-    strange = tmp_path / "pending" / HERE.key / "strange"
-    strange.write_bytes(content)
-    assert one.load() == {3: unplug(3)}
-    one.discard([3])
-    assert (one.load(), strange.read_bytes()) == ({}, content)
+def test_where_state_is_kept(variables, user_id, where):
+    assert where_state_is(variables, user_id) == where
 
 
-def test_the_later_of_two_askings_counts_and_both_are_forgotten(tmp_path):
-    one, other = folder(tmp_path), folder(tmp_path)
-    one.add([unplug(3), unplug(4)])
-    other.add([replace(unplug(3), asked=9.5)])
-    assert one.load()[3].asked == 9.5
-    one.discard([3])
-    assert other.load() == {4: unplug(4)}
+@pytest.mark.parametrize("pids", [[os.getpid()], [], [2**22 + 7]], ids=["not QEMU", "none", "not running"])
+def test_what_is_not_a_qemu_is_not_found(pids):
+    assert hosts.qemu_of(pids) is None
 
 
-def test_a_lock_that_another_process_never_gives_back_stops_nobody(tmp_path):
-    one = folder(tmp_path)
-    one.add([unplug(3)])
-    with folder(tmp_path)._locked():
-        one.discard([3])
-    assert one.load() == {}
+def test_a_process_that_runs_is_alive():
+    assert hosts.is_running(hosts.name_of())
 
 
-def test_qemus_that_are_gone_are_forgotten(tmp_path):
-    folder(tmp_path, GONE).add([unplug(1)])
-    (tmp_path / "pending" / "rubbish").mkdir()
-    folder(tmp_path).add([unplug(3)])
-    assert [path.name for path in (tmp_path / "pending").iterdir()] == [HERE.key]
+@pytest.mark.parametrize("other", [{"start": 1}, {"boot": "other"}], ids=["another start", "another boot"])
+def test_a_process_with_the_same_pid_is_not_it(other):
+    assert not hosts.is_running(hosts.name_of(**other))
 
 
-def test_two_qemus_know_nothing_of_each_other(tmp_path):
-    folder(tmp_path).add([unplug(3)])
-    assert folder(tmp_path, replace(HERE, start=2)).load() == {}
+@pytest.mark.parametrize("name", ["", "a-b-c", "x-1"])
+def test_what_is_not_a_name_of_a_process_does_not_run(name):
+    assert not hosts.is_running(name)
 
 
-def test_where_state_is_kept(monkeypatch, tmp_path):
-    monkeypatch.setenv("QMPVCPU_STATE", "/x/y")
-    assert str(state_folder()) == "/x/y"
-    monkeypatch.delenv("QMPVCPU_STATE")
-    monkeypatch.setattr(os, "geteuid", lambda: 0)
-    assert str(state_folder()) == "/var/lib/qmpvcpu"
-    monkeypatch.setattr(os, "geteuid", lambda: 1000)
-    monkeypatch.setenv("XDG_STATE_HOME", "/s")
-    assert str(state_folder()) == "/s/qmpvcpu"
+# -- whether it may still happen ---------------------------------------------------------------------
+
+X86 = (
+    Slot((0,), "/machine/peripheral/vcpu0", 100),
+    Slot((1,), "/machine/peripheral/vcpu1", 101),
+    Slot((2,)),
+)
+PPC64 = (Slot((0, 1, 2, 3), "/c0", 100), Slot((4, 5, 6, 7), "/c1", 104), Slot((8, 9, 10, 11)))
 
 
-def test_a_process_is_itself_and_nobody_else():
-    assert find_process([os.getpid()]) is None  # no QEMU
-    assert find_process([]) is None
-    assert find_process([2**22 + 7]) is None
-    start = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19])
-    assert is_alive(Process(os.getpid(), start, boot_id()).key)
-    for key in (f"{boot_id()}-{os.getpid()}-{start + 1}", f"other-{os.getpid()}-{start}", "", "a-b-c", "x-1"):
-        assert not is_alive(key)
-
-
-def test_open_as_long_as_the_slot_holds_the_same_object_and_thread():
-    state = x86((0, 1))
-    asked = unplug_of(state.by_id[1], state, 1.0)
-    assert asked == PendingUnplug(1, "/machine/peripheral/vcpu1", 101, 1.0)
-    assert is_open(asked, state)
-    assert not is_open(asked, x86((0,)))
-    assert not is_open(replace(asked, thread_id=999), state)
-    assert not is_open(replace(asked, qom_path="/machine/unattached/device[3]"), state)
-    assert is_open(PendingUnplug(1, None, None, None), state)
-    assert not is_open(PendingUnplug(99, None, None, None), state)
-    assert not is_open(PendingUnplug(1, None, None, None), ppc64((0, 1)))  # 1 is inside core 0
+@pytest.mark.parametrize(
+    ("asked", "slots", "is_open"),
+    [
+        (unplug(1), X86, True),
+        (unplug(2), X86, False),
+        (unplug(1)._replace(thread_id=999), X86, False),
+        (unplug(1)._replace(qom_path="/machine/unattached/device[3]"), X86, False),
+        (Unplug(1), X86, True),
+        (Unplug(99), X86, False),
+        (Unplug(1), PPC64, False),
+    ],
+    ids=["same", "empty slot", "other thread", "other object", "nothing known", "no such slot", "inside a core"],
+)
+def test_open_as_long_as_the_slot_holds_the_same_object_and_thread(asked, slots, is_open):
+    assert may_still_happen(asked, slots) is is_open
 
 
 def test_marked_are_all_vcpus_of_an_entity_and_no_empty_slot():
-    state = ppc64((0, 1))
-    assert [v.id for v in mark(state, {4, 8}).vcpus if v.pending] == [4, 5, 6, 7]
-    assert mark(mark(state, {4}), frozenset()) == state
-    assert mark(state, frozenset()) is state
+    assert marked(PPC64, {4, 8}) == [4, 5, 6, 7]
 
 
-class Broken:
-    def load(self):
-        return {}
-
-    def add(self, unplugs):
-        raise OSError(30, "Read-only file system")
-
-    def discard(self, firsts):
-        raise AssertionError("nothing was stored")
+def test_what_is_no_longer_pending_is_no_longer_marked():
+    assert marked(PPC64, {4}, set()) == []
 
 
-def test_a_state_folder_that_cannot_be_written_is_told_and_stops_nothing():
-    state = x86((0, 1))
-    ledger = Ledger(Broken())
-    ledger.ask([state.by_id[1]], state, 1.0)
-    assert "Read-only" in ledger.trouble
-    assert ledger.refresh(state) == ([], [])
-    assert ledger.firsts == {1}
-    ledger.end([1])
-    assert ledger.firsts == frozenset()
+# -- from one process to the next --------------------------------------------------------------------
 
 
 @pytest.fixture
 def shared(tmp_path, monkeypatch):
-    """Two clients of one scripted QEMU that both know its process, as two processes of ours do."""
+    """Clients of one scripted QEMU that know its process, as processes of ours on one host do."""
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
-    monkeypatch.setattr(link, "find_process", lambda threads, peer: HERE)
-    monkeypatch.setattr("qmpvcpu.host.pending.is_alive", lambda key: True)
-    return tmp_path
+    with qemu_runs_here():
+        yield tmp_path
 
 
-async def test_the_next_process_sees_it_pending_and_settles_what_has_ended(shared):
-    qemu = FakeQemu(plugged=(1, 2))
-    qemu.on_delete = {1: "silence", 2: "silence"}
+@pytest.fixture
+def store(shared):
+    """What is on the disk then."""
+    return Store(shared / "state")
+
+
+def silent(*slots):
+    """A QEMU whose guest does not answer when these are to go."""
+    qemu = FakeQemu(plugged=slots)
+    qemu.on_delete = dict.fromkeys(slots, "silence")
+    return qemu
+
+
+async def test_what_is_asked_is_kept_with_its_object_and_thread(shared, store):
+    qemu = silent(1)
+    async with serve(shared, qemu.script) as path, qmpvcpu.connect(path) as domain:
+        thread = (await domain.vcpus())[1].thread_id
+        await domain.disable(1, timeout=0)
+    assert store.known()[1][:3] == (1, "/machine/peripheral/vcpu1", thread)
+
+
+@pytest.fixture
+async def unwritable(shared):
+    """A domain with a pending unplug where the state folder is a file; and the outcome of that."""
+    (shared / "state").write_text("")
+    async with serve(shared, silent(1).script) as path, qmpvcpu.connect(path) as domain:
+        yield domain, await domain.disable(1, timeout=0)
+
+
+async def test_a_state_folder_that_cannot_be_written_is_told(unwritable):
+    _, outcome = unwritable
+    assert any("Not a directory" in message for message in outcome.messages)
+
+
+async def test_a_state_folder_that_cannot_be_written_stops_nothing(unwritable):
+    domain, _ = unwritable
+    assert domain.pending_ids == (1,)
+
+
+@pytest.fixture
+async def second(shared):
+    """The second client, after one that asked to unplug 1 and 2; 2 has gone between them."""
+    qemu = silent(1, 2)
     async with serve(shared, qemu.script) as path:
         async with qmpvcpu.connect(path) as domain:
             assert (await domain.disable([1, 2], timeout=0)).outcome == "pending"
         qemu.let_go(2)
         async with qmpvcpu.connect(path) as domain:
-            assert domain.pending_ids == (1,)
-            assert [(e.event, e.vcpus) for e in domain.settled] == [("vcpu-removed", (2,))]
-            assert [row.pending for row in await domain.vcpus()] == [False, True, False, False]
-            later = await domain.enable(1, timeout=0)
-            assert (later.outcome, later.changed) == ("pending", False)
-            assert any("only asking again settles it" in message for message in later.messages)
-            qemu.let_go(1)
-            await until(lambda: domain.pending_ids == (), "nothing is pending")
-    assert list((shared / "state" / "pending").iterdir()) == []
+            yield qemu, domain
 
 
-async def test_what_is_gone_is_crossed_out_behind_the_answer_and_what_was_refused_before_it(shared):
-    def stored():
-        return sorted(path.name for path in (shared / "state" / "pending").glob("*/*"))
+async def test_the_next_process_sees_it_pending(second):
+    _, domain = second
+    assert domain.pending_ids == (1,)
 
-    qemu = FakeQemu(plugged=(1, 2))
+
+async def test_the_next_process_settles_what_has_ended(second):
+    _, domain = second
+    assert [(event.event, event.vcpus) for event in domain.settled] == [("vcpu-removed", (2,))]
+
+
+async def test_the_next_process_shows_which_rows_are_pending(second):
+    _, domain = second
+    assert [row.pending for row in await domain.vcpus()] == [False, True, False, False]
+
+
+async def test_the_next_process_cannot_enable_what_is_pending_at_once(second):
+    _, domain = second
+    later = await domain.enable(1, timeout=0)
+    assert (later.outcome, later.changed) == ("pending", False)
+
+
+async def test_the_next_process_says_what_would_settle_it(second):
+    _, domain = second
+    later = await domain.enable(1, timeout=0)
+    assert any("only asking again settles it" in message for message in later.messages)
+
+
+async def test_the_next_process_hears_its_end(second):
+    qemu, domain = second
+    qemu.let_go(1)
+    await until(lambda: domain.pending_ids == (), "nothing is pending")
+
+
+async def test_once_nothing_is_pending_nothing_is_left_on_the_disk(shared, store):
+    qemu = silent(1)
+    async with serve(shared, qemu.script) as path, qmpvcpu.connect(path) as domain:
+        await domain.disable(1, timeout=0)
+        qemu.let_go(1)
+        await until(lambda: domain.pending_ids == (), "nothing is pending")
+    assert left(store) == []
+
+
+async def test_what_is_gone_is_crossed_out_behind_the_answer(shared, store):
+    async with serve(shared, FakeQemu(plugged=(1,)).script) as path, qmpvcpu.connect(path) as domain:
+        await domain.disable(1)
+        at_once = len(store.files()), domain.pending_ids
+        await until(lambda: store.files() == [], "it is crossed out")
+    assert at_once == (1, ())
+
+
+async def test_what_was_refused_is_crossed_out_before_the_answer(shared, store):
+    qemu = FakeQemu(plugged=(2,))
     qemu.on_delete = {2: "refused"}
     async with serve(shared, qemu.script) as path, qmpvcpu.connect(path) as domain:
-        assert (await domain.disable(1)).outcome == "applied"
-        assert len(stored()) == 1 and domain.pending_ids == ()
-        await asyncio.sleep(0)
-        assert stored() == []
         # Of that the next process could not see that it is over.
         with pytest.raises(qmpvcpu.VcpuRejected):
             await domain.disable(2)
-        assert stored() == []
-        qemu.fill(1)
+        assert store.files() == []
+
+
+async def test_what_is_gone_is_crossed_out_when_the_domain_is_left(shared, store):
+    async with serve(shared, FakeQemu(plugged=(1,)).script) as path, qmpvcpu.connect(path) as domain:
         await domain.disable(1)
-    assert stored() == []
+    assert store.files() == []
 
 
 async def test_asked_behind_a_held_connection_enabling_does_not_claim_unchanged(shared):
-    qemu = FakeQemu(plugged=(1,))
-    qemu.on_delete = {1: "silence"}
+    qemu = silent(1)
     async with serve(shared, qemu.script) as path, qmpvcpu.connect(path) as held:
         async with held.events(steps=True) as events, qmpvcpu.connect(path) as other:
             assert (await other.disable(1, timeout=0)).outcome == "pending"
@@ -243,7 +404,7 @@ async def test_asked_behind_a_held_connection_enabling_does_not_claim_unchanged(
             assert (await held.enable(1)).changed is False
 
 
-async def test_killed_between_asking_and_the_reply_nothing_is_forgotten(shared):
+async def test_killed_between_asking_and_the_reply_nothing_is_forgotten(shared, store):
     qemu = FakeQemu(plugged=(1,))
     reached = asyncio.Event()
 
@@ -259,7 +420,7 @@ async def test_killed_between_asking_and_the_reply_nothing_is_forgotten(shared):
             task = asyncio.create_task(domain.disable(1))
             await reached.wait()
             # Whatever kills us now, this is on the disk.
-            assert list(folder(shared / "state").load()) == [1]
+            assert list(store.known()) == [1]
             task.cancel()
             await asyncio.sleep(0)
             task.cancel()
@@ -270,19 +431,17 @@ async def test_killed_between_asking_and_the_reply_nothing_is_forgotten(shared):
             assert domain.pending_ids == (1,)
 
 
-async def test_another_qemu_at_the_same_address_has_nothing_pending(shared, monkeypatch):
-    qemu = FakeQemu(plugged=(1,))
-    qemu.on_delete = {1: "silence"}
+async def test_another_qemu_at_the_same_address_has_nothing_pending(shared):
+    qemu = silent(1)
     async with serve(shared, qemu.script) as path, qmpvcpu.connect(path) as domain:
         assert (await domain.disable(1, timeout=0)).outcome == "pending"
-        monkeypatch.setattr(link, "find_process", lambda threads, peer: replace(HERE, start=99))
-        await domain.reconnect()
+        with qemu_runs_here(start=99):
+            await domain.reconnect()
         assert domain.pending_ids == ()
 
 
 async def test_the_same_qemu_after_a_lost_connection_is_remembered(shared):
-    qemu = FakeQemu(plugged=(1,))
-    qemu.on_delete = {1: "silence"}
+    qemu = silent(1)
     async with serve(shared, qemu.script) as path, qmpvcpu.connect(path) as domain:
         assert (await domain.disable(1, timeout=0)).outcome == "pending"
         qemu.connections[0].close()
