@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.conftest import RUN_MARK, cli, start_cli, survivors
+from tests.support.commands import cli, start_cli
+from tests.support.processes import RUN_MARK, survivors
 from tests.support.waiting import DEADLINE, until, within
 
 pytestmark = pytest.mark.qemu
@@ -234,10 +235,10 @@ def test_no_process_of_a_test_goes_unseen():
 async def test_progress_is_for_terminals_only():
     import pty
 
-    from tests.qemu.conftest import paused
+    from tests.support.qemus import paused
 
     async with paused("ppc64", "11.1", "2,maxcpus=4") as qemu:
-        await qemu.monitor.cont()  # firmware that never answers
+        await qemu.execute("cont")  # firmware that never answers
         arguments = ("setvcpu", qemu.qmp, "1", "--disable", "--timeout", "1.5")
         silent = await cli(*arguments)
         ours, theirs = pty.openpty()

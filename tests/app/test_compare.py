@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests.conftest import cli
 from tests.qemu.libvirt_guests import NUMA
+from tests.support.commands import cli
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
 

@@ -1,111 +1,12 @@
-"""Real Linux guests, booted once per (architecture, version) and shared by the tests of that xdist group.
-
-Every plug under TCG uses up a context of QEMU's for good, so a guest is booted anew before they run out.
-"""
+"""The guests that tests share."""
 
 from __future__ import annotations
 
 from collections.abc import AsyncIterator
-from contextlib import AsyncExitStack
-from dataclasses import dataclass, field
-from pathlib import Path
-from tempfile import TemporaryDirectory
 
 import pytest
 
-import qmpvcpu
-from qmpvcpu.app.guest import Guest, boot, find_image
-from tests.conftest import qemu_binary
-from tests.support.waiting import DEADLINE, until
-
-#: A Linux under TCG is up by then also on a busy machine, seconds.
-BOOT = 4 * DEADLINE
-#: -smp, -m, more kernel words; and how many vCPUs may be plugged before the guest is retired.
-KINDS = {
-    "x86_64": ("2,sockets=2,cores=24,threads=1,maxcpus=48", "512", "x86_64", 40),
-    "ppc64": ("2,sockets=1,cores=40,threads=2,maxcpus=80", "1024", "ppc64le", 70),
-}
-
-
-async def booted(console: Path, ready: str = "QMPVCPU READY") -> None:
-    """Until a guest says on its console, a file, that it is up."""
-
-    def said() -> bool:
-        return console.exists() and ready in console.read_text(errors="replace")
-
-    try:
-        await until(said, "Linux is up", every=0.1, seconds=BOOT)
-    except AssertionError as error:
-        raise AssertionError(f"{error}; its console: {console.read_text(errors='replace')[-3000:]}") from None
-
-
-@dataclass
-class Booted:
-    arch: str
-    version: str
-    guest: Guest
-    stack: AsyncExitStack
-    budget: int
-    #: A third QMP socket: `guest.qemu.monitor` holds the first, the tests connect to the second.
-    third: str = ""
-    boot_ids: tuple[int, ...] = field(default=())
-    is_touched: bool = False
-
-    @property
-    def qmp(self) -> str:
-        return self.guest.qemu.qmp
-
-    @property
-    def core(self) -> int:
-        """vCPUs that one device_add brings."""
-        return 2 if self.arch == "ppc64" else 1
-
-    def ids(self, *entities: int) -> list[int]:
-        """vCPU ids of the n-th entities."""
-        return [entity * self.core + number for entity in entities for number in range(self.core)]
-
-    async def is_as_booted(self) -> bool:
-        if self.guest.qemu.process.returncode is not None:
-            return False
-        async with qmpvcpu.connect(self.qmp) as domain:
-            return (await domain.state()).enabled_ids == self.boot_ids
-
-
-class Pool:
-    def __init__(self) -> None:
-        self.booted: dict[tuple[str, str], Booted] = {}
-
-    async def get(self, arch: str, version: str, plugs: int, *, untouched: bool = False) -> Booted:
-        """`untouched`: nothing was ever plugged into it; some QEMUs cannot be migrated after an unplug."""
-        key = (arch, version)
-        kept = self.booted.get(key)
-        if kept is not None and (
-            kept.budget < plugs or (untouched and kept.is_touched) or not await kept.is_as_booted()
-        ):
-            await self.drop(key)
-            kept = None
-        if kept is None:
-            for other in list(self.booted):
-                await self.drop(other)
-            kept = self.booted[key] = await _boot(arch, version)
-        kept.budget -= plugs
-        kept.is_touched |= not untouched
-        return kept
-
-    async def drop(self, key: tuple[str, str]) -> None:
-        await self.booted.pop(key).stack.aclose()
-
-
-async def _boot(arch: str, version: str) -> Booted:
-    smp, memory, image, budget = KINDS[arch]
-    stack = AsyncExitStack()
-    third = stack.enter_context(TemporaryDirectory(prefix="qmpvcpu-test-")) + "/third"
-    arguments = ["-qmp", f"unix:{third},server=on,wait=off"]
-    arguments += ["-accel", "tcg,thread=multi", "-smp", smp, "-m", memory]
-    guest = await stack.enter_async_context(boot(find_image(image), qemu_binary(version, arch), arguments))
-    booted = Booted(arch, version, guest, stack, budget, third)
-    booted.boot_ids = tuple(booted.ids(0, 1) if arch == "x86_64" else booted.ids(0))
-    return booted
+from tests.support.guests import Pool
 
 
 @pytest.fixture(scope="session")

@@ -8,8 +8,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 import qmpvcpu
-from qmpvcpu.app.guest import boot, find_image
-from tests.conftest import cli, group, qemu_binary
+from tests.support.commands import cli
+from tests.support.guests import boot, image_of
+from tests.support.qemus import group, qemu_binary
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.guest
@@ -36,7 +37,7 @@ EVERY = on(*KINDS)
 async def started(arch, append="qmpvcpu.selfonline=0"):
     arguments = ["-accel", "tcg,thread=multi", "-m", "768", "-smp", KINDS[arch][0]]
     async with boot(
-        find_image(IMAGES.get(arch, arch)), qemu_binary("10.0", arch), arguments, append=append
+        image_of(IMAGES.get(arch, arch)), qemu_binary("10.0", arch), arguments, append=append
     ) as guest:
         yield guest
 

@@ -17,8 +17,8 @@ from pathlib import Path
 import pytest
 
 import qmpvcpu
-from qmpvcpu.app.guest import boot, find_image
-from tests.conftest import group, qemu_binary
+from tests.support.guests import boot, image_of
+from tests.support.qemus import group, qemu_binary
 
 pytestmark = [pytest.mark.guest, group("x86_64", "10.0")]
 
@@ -79,14 +79,14 @@ def initrd(tmp_path_factory) -> Path:
     command = ["cpio", "--null", "--quiet", "-o", "-H", "newc", "-R", "0:0"]
     archive = subprocess.run(command, cwd=folder, input=names.encode(), check=True, capture_output=True).stdout
     whole = folder / "initrd"
-    whole.write_bytes((find_image(IMAGE).folder / "initrd.cpio.gz").read_bytes() + gzip.compress(archive, 1))
+    whole.write_bytes((image_of(IMAGE).folder / "initrd.cpio.gz").read_bytes() + gzip.compress(archive, 1))
     return whole
 
 
 @pytest.fixture(scope="module")
 async def linux(initrd):
     arguments = [*NODES, "-initrd", str(initrd)]
-    async with boot(find_image(IMAGE), qemu_binary("10.0", ARCH), arguments) as guest:
+    async with boot(image_of(IMAGE), qemu_binary("10.0", ARCH), arguments) as guest:
         yield guest
 
 

@@ -7,8 +7,9 @@ from xml.etree import ElementTree
 import pytest
 
 import qmpvcpu
-from tests.conftest import cli, matrix
 from tests.guest.test_whole_call_guest import csv, stopped
+from tests.support.commands import cli
+from tests.support.qemus import matrix
 from tests.support.waiting import DEADLINE
 
 pytestmark = pytest.mark.guest

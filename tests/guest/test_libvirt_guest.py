@@ -8,10 +8,10 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu.app.compare import LibvirtSide
-from qmpvcpu.app.guest import find_image
 from qmpvcpu.libvirt.daemon import run_libvirtd
-from tests.conftest import cli, qemu_binary
-from tests.guest.conftest import booted
+from tests.support.commands import cli
+from tests.support.guests import booted, image_of
+from tests.support.qemus import qemu_binary
 from tests.support.waiting import until
 
 pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("libvirt")]
@@ -45,7 +45,7 @@ async def daemon():
 @asynccontextmanager
 async def linux(daemon, arch, folder, words=""):
     machine, more, memory, image, vcpus = KINDS[arch]
-    found = find_image(image)
+    found = image_of(image)
     console = folder / "console"
     xml = f"""<domain type='qemu'><name>linux1</name><memory unit='MiB'>{memory}</memory>{vcpus}
 <os><type arch='{arch}' {machine}>hvm</type><kernel>{found.folder}/vmlinuz</kernel>

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 
 import qmpvcpu
-from qmpvcpu.app.guest import CHANNELS, Guest, attached, boot, find_image, guest_arguments
-from qmpvcpu.qemu.process import run_qemu
-from tests.conftest import cli, matrix, qemu_binary, start_cli
-from tests.guest.conftest import KINDS as POOLED
-from tests.guest.conftest import booted
 from tests.guest.test_start_guest import TWO_CORES, xml
+from tests.support.commands import cli, start_cli
+from tests.support.guests import KINDS as POOLED
+from tests.support.guests import Guest, attached, boot, booted, image_of, incoming
+from tests.support.qemus import matrix, qemu_binary
 from tests.support.soaking import count
 from tests.support.waiting import DEADLINE, until
 
@@ -48,7 +47,7 @@ async def counted(guest: Guest) -> int:
 async def test_round_trips(arch, version, tmp_path, monkeypatch):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
     smp, memory, image, plugs, more = KINDS[arch]
-    found = find_image(image)
+    found = image_of(image)
     arguments = ["-accel", "tcg,thread=multi", "-smp", smp, "-m", memory]
     async with AsyncExitStack() as stack:
         guest = await stack.enter_async_context(boot(found, qemu_binary(version, arch), arguments))
@@ -60,13 +59,7 @@ async def test_round_trips(arch, version, tmp_path, monkeypatch):
         vcpus = await seen(guest)
         before = await counted(guest)
         for trip in range(count(ROUND_TRIPS)):
-            target = await stack.enter_async_context(
-                run_qemu(
-                    qemu_binary(version, arch),
-                    [*guest_arguments(found), *arguments, "-incoming", "defer"],
-                    channels=CHANNELS,
-                )
-            )
+            target = await stack.enter_async_context(incoming(found, qemu_binary(version, arch), arguments))
             words = ["migrate", guest.qemu.qmp, target.qmp, "--timeout", str(DEADLINE), "--json"]
             if (arch, version) == ONE_CPU:
                 words += ["--agent", guest.agent, "--dest-agent", str(target.folder / "agent")]
@@ -143,8 +136,7 @@ async def test_a_linux_that_would_hang_is_not_taken_away(arch, version, pool):
 async def waiting(pool):
     """A QEMU that waits for a guest of the pool's ppc64."""
     arguments = ["-accel", "tcg,thread=multi", "-smp", POOLED["ppc64"][0], "-m", POOLED["ppc64"][1]]
-    words = [*guest_arguments(find_image("ppc64le")), *arguments, "-incoming", "defer"]
-    async with run_qemu(qemu_binary("10.0", "ppc64"), words, channels=CHANNELS) as target:
+    async with incoming(image_of("ppc64le"), qemu_binary("10.0", "ppc64"), arguments) as target:
         yield target
 
 
@@ -181,7 +173,7 @@ async def test_what_goes_on_at_the_source_has_its_cpus_again(arch, version, how,
         process = await start_cli(*words, "--bandwidth", "1")
 
         async def moves():
-            return (await box.guest.qemu.monitor.query_migrate()).get("status") == "active"
+            return (await box.guest.qemu.execute("query-migrate")).get("status") == "active"
 
         await until(moves, "its memory moves")
         assert await box.guest.online() == "0"
@@ -224,13 +216,12 @@ async def test_what_stays_offline_at_the_destination_is_named(arch, version, tmp
     """By an agent's socket that is another one's: the guest runs there, and can be helped."""
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
     arguments = ["-accel", "tcg,thread=multi", "-smp", POOLED["ppc64"][0], "-m", POOLED["ppc64"][1]]
-    found = find_image("ppc64le")
+    found = image_of("ppc64le")
     silent = await asyncio.start_unix_server(lambda reader, writer: None, tmp_path / "silent")
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(silent)
         guest = await stack.enter_async_context(boot(found, qemu_binary(version, arch), arguments))
-        words = [*guest_arguments(found), *arguments, "-incoming", "defer"]
-        target = await stack.enter_async_context(run_qemu(qemu_binary(version, arch), words, channels=CHANNELS))
+        target = await stack.enter_async_context(incoming(found, qemu_binary(version, arch), arguments))
         agents = ["--agent", guest.agent, "--dest-agent", str(tmp_path / "silent")]
         run = await cli("migrate", guest.qemu.qmp, target.qmp, *agents, "--json")
         assert run.code == 0, run.stdout
@@ -247,7 +238,7 @@ async def test_what_stays_offline_at_the_destination_is_named(arch, version, tmp
 async def test_a_linux_in_a_file_goes_on_where_it_was(arch, version, tmp_path, monkeypatch):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
     smp, memory, image, plugs, _ = KINDS[arch]
-    found = find_image(image)
+    found = image_of(image)
     arguments = ["-accel", "tcg,thread=multi", "-smp", smp, "-m", memory]
     file = str(tmp_path / "saved")
     async with AsyncExitStack() as stack:
@@ -259,8 +250,7 @@ async def test_a_linux_in_a_file_goes_on_where_it_was(arch, version, tmp_path, m
         online, vcpus, before = await guest.online(), await seen(guest), await counted(guest)
         run = await cli("save", guest.qemu.qmp, file, "--json")
         assert run.code == 0, run.stdout + run.stderr
-        words = [*guest_arguments(found), *arguments, "-incoming", "defer"]
-        target = await stack.enter_async_context(run_qemu(qemu_binary(version, arch), words, channels=CHANNELS))
+        target = await stack.enter_async_context(incoming(found, qemu_binary(version, arch), arguments))
         run = await cli("restore", file, target.qmp, "--json")
         assert run.code == 0, run.stdout + run.stderr
         guest = await stack.enter_async_context(attached(target))

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from qmpvcpu.app.guest import Guest, find_image
-from tests.conftest import cli, matrix, qemu_binary
-from tests.guest.conftest import booted
+from tests.support.commands import cli
+from tests.support.guests import Guest, booted, image_of
+from tests.support.qemus import matrix, qemu_binary
 
 pytestmark = pytest.mark.guest
 
@@ -38,7 +38,7 @@ KINDS = {
 
 def xml(arch, version, shell):
     image, machine, maximum, enabled, (sockets, cores, threads), memory = KINDS[arch]
-    found = find_image(image)
+    found = image_of(image)
     rows = []
     for number in range(maximum):
         on = number in enabled

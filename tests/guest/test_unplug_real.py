@@ -7,7 +7,8 @@ import json
 import pytest
 
 import qmpvcpu
-from tests.conftest import cli, matrix
+from tests.support.commands import cli
+from tests.support.qemus import matrix
 from tests.support.waiting import DEADLINE
 
 pytestmark = pytest.mark.guest
@@ -106,14 +107,14 @@ async def test_a_stopped_guest_leaves_it_pending_and_cont_ends_it(arch, version,
     async with qmpvcpu.connect(box.qmp) as domain:
         await domain.enable(box.ids(6))
         await box.guest.wait_online(len(box.boot_ids) + box.core, timeout=DEADLINE)
-        await box.guest.qemu.monitor.execute("stop")
+        await box.guest.qemu.execute("stop")
         try:
             waited = await domain.disable(box.ids(6), timeout=0.3)
             assert (waited.outcome, waited.pending) == ("pending", tuple(box.ids(6)))
             assert any("stopped" in message for message in waited.messages)
             assert all(row.pending and row.enabled for row in (await domain.state()).vcpus if row.id in box.ids(6))
         finally:
-            await box.guest.qemu.monitor.cont()
+            await box.guest.qemu.execute("cont")
         # Asked again while pending: the same unplug, awaited to its end.
         ended = await domain.disable(box.ids(6))
         assert ended.outcome == "applied"
@@ -127,12 +128,12 @@ async def test_enabling_a_vcpu_whose_unplug_is_pending_waits_and_plugs_it_again(
     async with qmpvcpu.connect(box.qmp) as domain:
         await domain.enable(ids)
         await box.guest.wait_online(len(box.boot_ids) + box.core, timeout=DEADLINE)
-        await box.guest.qemu.monitor.execute("stop")
+        await box.guest.qemu.execute("stop")
         try:
             assert (await domain.disable(ids, timeout=0)).outcome == "pending"
             assert (await domain.enable(ids, timeout=0.2)).outcome == "pending"
         finally:
-            await box.guest.qemu.monitor.cont()
+            await box.guest.qemu.execute("cont")
         back = await domain.enable(ids)
         assert (back.outcome, domain.pending_ids) == ("applied", ())
         await box.guest.wait_online(len(box.boot_ids) + box.core, timeout=DEADLINE)

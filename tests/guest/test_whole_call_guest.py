@@ -11,7 +11,8 @@ from contextlib import asynccontextmanager
 import pytest
 
 import qmpvcpu
-from tests.conftest import cli, matrix, start_cli
+from tests.support.commands import cli, start_cli
+from tests.support.qemus import matrix
 from tests.support.waiting import DEADLINE, deadline, until
 
 pytestmark = pytest.mark.guest
@@ -35,11 +36,11 @@ def csv(ids):
 
 @asynccontextmanager
 async def stopped(box):
-    await box.guest.qemu.monitor.execute("stop")
+    await box.guest.qemu.execute("stop")
     try:
         yield
     finally:
-        await box.guest.qemu.monitor.cont()
+        await box.guest.qemu.execute("cont")
 
 
 @asynccontextmanager
@@ -86,7 +87,7 @@ async def test_a_batch_whose_last_id_another_client_took_is_undone(arch, version
     async with qmpvcpu.connect(box.qmp) as domain:
         # Another slot, under the device id that is ours to give.
         slot = (await domain.state()).by_id[box.ids(8)[0]]
-        await box.guest.qemu.monitor.device_add(slot.driver, f"vcpu{box.ids(5)[0]}", slot.props)
+        await box.guest.qemu.plug(slot.driver, f"vcpu{box.ids(5)[0]}", slot.props)
         await box.guest.wait_online(len(box.boot_ids) + box.core, timeout=DEADLINE)
         with pytest.raises(qmpvcpu.VcpuFailed, match="Duplicate device ID") as failed:
             await domain.enable(box.ids(3, 4, 5))
@@ -166,7 +167,7 @@ async def test_what_ended_while_nobody_listened_the_next_process_finds(arch, ver
     await box.guest.wait_online(len(box.boot_ids), timeout=DEADLINE)
 
     async def is_gone():
-        return len(await box.guest.qemu.monitor.query_cpus_fast()) == len(box.boot_ids)
+        return len(await box.guest.qemu.execute("query-cpus-fast")) == len(box.boot_ids)
 
     await until(is_gone, "QEMU has removed it")
     async with watch(box) as read:

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.conftest import qemu_binary
+from tests.support.qemus import qemu_binary
 from tests.support.waiting import until_blocking, within
 
 __all__ = ["EJECTING", "NUMA", "PPC64", "SPARSE", "firmware", "numa", "qemu_of", "start_until", "suspend"]

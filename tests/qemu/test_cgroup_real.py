@@ -17,9 +17,8 @@ import qmpvcpu
 from qmpvcpu import VcpuFlag
 from qmpvcpu.host.hierarchy import V2, Group, find_groups, groups_of, hierarchies
 from qmpvcpu.host.process import process_of
-from qmpvcpu.qemu.process import QemuProcess
-from tests.conftest import Run, cli
-from tests.qemu.conftest import paused
+from tests.support.commands import Run, cli
+from tests.support.qemus import Qemu, paused
 from tests.support.waiting import until, until_blocking
 
 pytestmark = pytest.mark.qemu
@@ -56,12 +55,12 @@ def machine(arch="x86_64"):
     return paused(arch, "10.0", "2,sockets=1,cores=4,threads=2,maxcpus=8", ["-m", "256"], accel="tcg,thread=multi")
 
 
-def of_thread(qemu: QemuProcess, thread_id: int) -> dict[str, str]:
+def of_thread(qemu: Qemu, thread_id: int) -> dict[str, str]:
     """The groups of a thread, by controller, as the kernel tells them; "" is v2."""
     return groups_of(Path(f"/proc/{qemu.pid}/task/{thread_id}/cgroup").read_text())
 
 
-def of_qemu(qemu: QemuProcess, controller: str) -> Group:
+def of_qemu(qemu: Qemu, controller: str) -> Group:
     """Where QEMU itself is in the hierarchy of one controller ("": v2)."""
     found = find_groups(Path(f"/proc/{qemu.pid}/cgroup").read_text(), hierarchies())
     for group in found:
@@ -71,7 +70,7 @@ def of_qemu(qemu: QemuProcess, controller: str) -> Group:
 
 
 @contextmanager
-def inside(qemu: QemuProcess, *names: str, controllers=("cpuset", "cpu", "")) -> Iterator[dict[str, Path]]:
+def inside(qemu: Qemu, *names: str, controllers=("cpuset", "cpu", "")) -> Iterator[dict[str, Path]]:
     """Move QEMU into new groups of these names, one in the other, in each of these hierarchies."""
     made: dict[str, Path] = {}
     every = []
@@ -197,7 +196,7 @@ async def test_beside_an_emulator_every_vcpu_has_its_group_as_libvirt_lays_it_ou
 
 
 @contextmanager
-def v2_layout(qemu: QemuProcess, top: str) -> Iterator[Path]:
+def v2_layout(qemu: Qemu, top: str) -> Iterator[Path]:
     """As libvirt does on v2: a domain for the process, and in it threaded groups."""
     root = of_qemu(qemu, "").folder / top
     emulator = root / "emulator"
@@ -209,7 +208,7 @@ def v2_layout(qemu: QemuProcess, top: str) -> Iterator[Path]:
             (emulator / "cgroup.threads").write_text(name)
         yield emulator
     finally:
-        qemu.process.kill()
+        qemu.kill()
         remove_when_empty([*root.glob("vcpu*/"), emulator, root])
 
 

@@ -10,8 +10,8 @@ from xml.etree import ElementTree
 import pytest
 
 from qmpvcpu.app.definitions import against_libvirts_schema
-from tests.conftest import cli, start_cli
-from tests.qemu.conftest import paused
+from tests.support.commands import cli, start_cli
+from tests.support.qemus import paused
 
 pytestmark = pytest.mark.qemu
 
@@ -43,7 +43,7 @@ async def test_both_sides_of_a_sparse_set_agree_with_a_fresh_query(state):
         assert (run.code, run.json["domain"], run.json["replaced"]) == (0, "web1", False)
         run = await cli("setvcpu", "web1", "5", "--enable", "--live", "--config", "--json")
         assert (run.code, run.json["changed_ids"], run.json["config_changed_ids"]) == (0, [5], [5])
-        cpus = await qemu.monitor.query_cpus_fast()
+        cpus = await qemu.execute("query-cpus-fast")
         assert len(cpus) == 3
         for words in ((), ("--inactive",)):
             for dialect, key in (("libvirt", "enabled"), ("rfc", "state")):
@@ -137,7 +137,7 @@ async def test_apply_makes_both_what_a_file_says(state, tmp_path):
         assert plan.code == 0
         assert "plug vCPU 6: device_add qemu64-x86_64-cpu,id=vcpu6" in plan.stdout
         assert "+    <vcpu id='6' enabled='yes' hotpluggable='yes'/>" in plan.stdout
-        assert len(await qemu.monitor.query_cpus_fast()) == 2
+        assert len(await qemu.execute("query-cpus-fast")) == 2
         run = await cli("apply", "web1", str(file), "--live", "--config", "--json")
         assert (run.code, run.json["changed_ids"], run.json["defined"]) == (0, [6], True)
         again = await cli("apply", "web1", str(file), "--live", "--config", "--json")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 
 import qmpvcpu
-from tests.conftest import VERSIONS, cli, matrix
-from tests.qemu.conftest import paused
+from tests.support.commands import cli
+from tests.support.qemus import VERSIONS, matrix, paused
 
 pytestmark = pytest.mark.qemu
 

@@ -19,8 +19,8 @@ from qmpvcpu import VcpuFlag
 from qmpvcpu.app.compare import LibvirtSide
 from qmpvcpu.host.rights import kvm_state
 from qmpvcpu.libvirt.daemon import run_libvirtd
-from tests.conftest import cli, start_cli
 from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa, qemu_of, start_until, suspend
+from tests.support.commands import cli, start_cli
 from tests.support.waiting import deadline, until, within
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
@@ -487,7 +487,7 @@ async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked
         pid = qemu_of(daemon)
         # A guest that does not eject: paused.
         async with qmpvcpu.connect("web1", uri=daemon.uri, via="monitor") as domain:
-            await domain._link.monitor.stop()
+            await domain._link.execute("stop")
         mark = daemon.log_position()
         process = await start_cli("-c", daemon.uri, "setvcpu", "web1", "4-7", "--disable", "--json")
         await until(lambda: "device_del" in sent(daemon, mark), "the first is asked for")

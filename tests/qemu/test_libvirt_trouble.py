@@ -17,9 +17,9 @@ import pytest
 import qmpvcpu
 from qmpvcpu import VcpuFlag
 from qmpvcpu.libvirt.daemon import run_libvirtd
-from tests.conftest import start_cli
 from tests.qemu.libvirt_guests import EJECTING, NUMA, firmware, numa, qemu_of, start_until, suspend
 from tests.qemu.test_libvirt_real import free, guest, held, needs_kvm, on, sent, workers
+from tests.support.commands import start_cli
 from tests.support.waiting import until, within
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]

@@ -17,7 +17,7 @@ import pytest
 from qmpvcpu.errors import VcpuFailed, VcpuRefused, VcpuUsageError
 from qmpvcpu.libvirt import daemon as module
 from qmpvcpu.libvirt.daemon import run_libvirtd
-from tests.conftest import group, qemu_binary
+from tests.support.qemus import group, qemu_binary
 from tests.support.waiting import until, within
 
 pytestmark = [pytest.mark.qemu, group("libvirtd", "9.0")]

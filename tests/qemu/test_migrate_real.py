@@ -16,9 +16,8 @@ import pytest
 import qmpvcpu
 from qmpvcpu.domain import migrate as engine
 from qmpvcpu.errors import VcpuConnectionError
-from qmpvcpu.qemu.process import QemuProcess, run_qemu
-from tests.conftest import VERSIONS, cli, group, qemu_binary, start_cli
-from tests.qemu.conftest import MACHINES
+from tests.support.commands import cli, start_cli
+from tests.support.qemus import MACHINES, VERSIONS, Qemu, group, qemu_binary, running
 from tests.support.waiting import until, within
 
 pytestmark = pytest.mark.qemu
@@ -38,7 +37,7 @@ async def machine(
     """It runs: its firmware finds nothing to boot."""
     arguments = ["-nodefaults", "-display", "none", "-no-user-config", "-accel", "tcg,thread=multi"]
     arguments += ["-smp", smp, "-m", "128" if arch == "x86_64" else "256", *MACHINES[arch], *extra]
-    async with run_qemu(qemu_binary(version, arch), arguments, monitors=("qmp", "qmp2")) as qemu:
+    async with running(qemu_binary(version, arch), arguments, monitors=("qmp", "qmp2")) as qemu:
         yield qemu
 
 
@@ -47,17 +46,17 @@ def waiting(**given):
     return machine(**given)
 
 
-async def runs(qemu: QemuProcess) -> bool:
-    return (await qemu.monitor.query_status())["running"]
+async def runs(qemu: Qemu) -> bool:
+    return (await qemu.execute("query-status"))["running"]
 
 
-async def plugged(qemu: QemuProcess) -> tuple[int, ...]:
+async def plugged(qemu: Qemu) -> tuple[int, ...]:
     async with qmpvcpu.connect(qmp=str(qemu.folder / "qmp2")) as domain:
         return (await domain.state()).enabled_ids
 
 
-async def ended(qemu: QemuProcess) -> bool:
-    await within(qemu.process.wait(), "QEMU has ended")
+async def ended(qemu: Qemu) -> bool:
+    await within(qemu.wait(), "QEMU has ended")
     return True
 
 
@@ -102,7 +101,7 @@ async def test_cores_of_ppc64_and_back_again(version, smp):
             assert run.code == 3, run.stdout
             words = "does not migrate the decrementer" if version == "7.2" else "no interrupt reaches any vCPU but"
             assert words in run.json["error"]["message"] and "--force" in run.json["error"]["hint"]
-            assert (await source.monitor.query_migrate()).get("status") is None
+            assert (await source.execute("query-migrate")).get("status") is None
         for one, other in ((source, target), (target, third)):
             run = await cli("migrate", one.qmp, other.qmp, "--force", "--json")
             assert run.code == 0, run.stdout
@@ -133,8 +132,8 @@ async def test_what_cannot_take_it_is_refused_before_the_first_byte(name):
         assert run.code == 3, run.stdout
         assert words in run.json["error"]["message"]
         assert await runs(source) and await plugged(source) == (0, 1, 5)
-        assert (await source.monitor.query_migrate()).get("status") is None
-        assert (await target.monitor.query_status())["status"] == "inmigrate"
+        assert (await source.execute("query-migrate")).get("status") is None
+        assert (await target.execute("query-status"))["status"] == "inmigrate"
         if name == "other maxcpus":
             assert "vCPU 4-7: the destination has no such slot" in run.json["error"]["message"]
 
@@ -149,7 +148,7 @@ async def test_one_missing_is_refused_where_nobody_plugs_it():
             await s.enable(5)
             with pytest.raises(qmpvcpu.VcpuRefused, match="vCPU 5 is plugged at the destination, and not"):
                 await s.migrate(t, cookie)
-            assert await runs(source) and (await source.monitor.query_migrate()).get("status") is None
+            assert await runs(source) and (await source.execute("query-migrate")).get("status") is None
 
 
 async def test_a_reader_that_does_not_know_the_feature_refuses(tmp_path):
@@ -213,7 +212,7 @@ async def test_one_that_listens_already_and_one_whose_qmp_is_tcp():
         async with machine(
             extra=[*NODES, "-incoming", "tcp:127.0.0.1:0", "-qmp", "tcp:127.0.0.1:0,server=on,wait=off"]
         ) as target:
-            rows = await target.monitor.query_chardev()
+            rows = await target.execute("query-chardev")
             name = next(row["filename"] for row in rows if "tcp" in row["filename"])
             address = name.partition("tcp:")[2].partition(",")[0]
             run = await cli("migrate", source.qmp, address, "--json")
@@ -234,13 +233,13 @@ async def test_a_guest_that_does_not_wait_is_no_destination():
 
 async def test_a_paused_guest_arrives_paused():
     async with machine() as source, waiting() as target:
-        await source.monitor.stop()
+        await source.execute("stop")
         assert (await cli("migrate", source.qmp, target.qmp)).code == 0
-        assert (await target.monitor.query_status())["status"] == "paused"
+        assert (await target.execute("query-status"))["status"] == "paused"
 
 
 @asynccontextmanager
-async def slowly(source: QemuProcess):
+async def slowly(source: Qemu):
     """So slow that it is under way until this ends: no page of its second node is a page of zeros.
 
     QEMU sends 32 KiB ten times a second however low the limit is: a memory of zeros would be gone in a second.
@@ -249,13 +248,13 @@ async def slowly(source: QemuProcess):
     (memory,) = [file for file in files if "memfd:memory-backend" in os.readlink(file)]
     with memory.open("r+b") as file:
         file.write(b"\1" * FULL)
-    await source.monitor.migrate_set_parameters({"max-bandwidth": 4096})
+    await source.execute("migrate-set-parameters", {"max-bandwidth": 4096})
     yield
 
 
-async def until_active(source: QemuProcess):
+async def until_active(source: Qemu):
     async def status():
-        return (await source.monitor.query_migrate()).get("status") == "active"
+        return (await source.execute("query-migrate")).get("status") == "active"
 
     await until(status, "its memory moves")
 
@@ -273,7 +272,7 @@ async def test_vcpus_are_not_switched_while_it_is_on_its_way():
             process.send_signal(signal.SIGINT)
             assert await process.wait() == 130
             assert await runs(source)
-            assert (await source.monitor.query_migrate())["status"] == "cancelled"
+            assert (await source.execute("query-migrate"))["status"] == "cancelled"
             assert await ended(target)
             assert (await domain.enable(5)).changed
 
@@ -315,7 +314,7 @@ async def between(source, target, monkeypatch, name, act):
         return await s.migrate(t, cookie)
 
 
-def dead(qemu: QemuProcess):
+def dead(qemu: Qemu):
     os.kill(qemu.pid, signal.SIGKILL)
     os.waitid(os.P_PID, qemu.pid, os.WEXITED | os.WNOWAIT)
 
@@ -438,12 +437,12 @@ async def test_a_pending_unplug_stops_it_unless_it_is_waited_for(firmware):
     async with machine(extra=firmware, **EJECTING) as source, waiting(extra=firmware, **EJECTING) as target:
         async with qmpvcpu.connect(qmp=source.qmp) as domain:
             await domain.enable([4, 5])
-            await source.monitor.stop()
+            await source.execute("stop")
             assert (await domain.disable(5, timeout=0)).pending == (5,)
         run = await cli("migrate", source.qmp, target.qmp, "--json")
         assert run.code == 3 and "vCPU 5: its unplug is pending" in run.json["error"]["message"]
         process = await start_cli("migrate", source.qmp, target.qmp, "--wait", "20", "--json")
-        await source.monitor.cont()
+        await source.execute("cont")
         stdout, stderr = await process.communicate()
         assert process.returncode == 0, stdout + stderr
         assert await plugged(target) == (0, 1, 4)
@@ -575,14 +574,14 @@ async def test_a_destination_that_may_run_is_left_alone(started, monkeypatch):
     from qmpvcpu.app import migrate as app
 
     async def unknown(link, cookie):
-        await link.monitor.cont()
+        await link.execute("cont")
         return engine.Destination.UNKNOWN, "no answer"
 
     async with qmpvcpu.connect("one") as domain:
         monkeypatch.setattr(engine, "start", unknown)
         with pytest.raises(qmpvcpu.VcpuPartial, match="which side runs the guest cannot be told"):
             await app.migrate(domain, "two")
-        assert (await domain._link.monitor.query_status())["status"] == "postmigrate"
+        assert (await domain._link.execute("query-status"))["status"] == "postmigrate"
     assert (await names())["two"] is True
 
 
@@ -605,7 +604,7 @@ async def test_a_source_or_a_paused_guest_is_no_destination_to_finish(tmp_path):
         cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
         uri = (await cli("migrate-prepare", str(cookie), target.qmp)).stdout.strip()
         assert (await cli("migrate-perform", source.qmp, uri)).code == 0
-        await other.monitor.stop()
+        await other.execute("stop")
         for qemu in (source, other):
             run = await cli("migrate-finish", qemu.qmp, str(cookie), "--json")
             assert run.code == 8 and "no guest has come here" in run.json["error"]["message"], run.stdout
@@ -620,8 +619,8 @@ async def test_a_second_migration_leaves_the_first_alone():
         await until_active(source)
         run = await cli("migrate", str(source.folder / "qmp2"), third.qmp, "--json")
         assert run.code == 3 and "a migration is under way" in run.json["error"]["message"]
-        assert (await source.monitor.query_migrate())["status"] == "active"
-        await source.monitor.migrate_set_parameters({"max-bandwidth": 1 << 30})
+        assert (await source.execute("query-migrate"))["status"] == "active"
+        await source.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
         stdout, _ = await first.communicate()
         assert first.returncode == 0, stdout
         assert await runs(target)
@@ -632,16 +631,16 @@ async def test_paused_between_begin_and_perform_it_arrives_paused():
         async with qmpvcpu.connect(qmp=source.qmp) as s, qmpvcpu.connect(qmp=target.qmp) as t:
             cookie = await s.migrate_begin()
             await t.migrate_prepare(cookie)
-            await source.monitor.stop()
+            await source.execute("stop")
             await s.migrate(t, cookie)
         assert not await runs(target)
 
 
 async def test_the_rate_is_what_it_was_after_a_failure():
     async with machine() as source:
-        before = (await source.monitor.query_migrate_parameters())["max-bandwidth"]
+        before = (await source.execute("query-migrate-parameters"))["max-bandwidth"]
         assert (await cli("migrate-perform", source.qmp, "unix:/nowhere", "--bandwidth", "1")).code == 8
-        assert (await source.monitor.query_migrate_parameters())["max-bandwidth"] == before
+        assert (await source.execute("query-migrate-parameters"))["max-bandwidth"] == before
 
 
 async def test_another_guests_uuid(tmp_path):
@@ -685,7 +684,7 @@ async def test_let_run_at_the_destination_it_is_not_taken_back(tmp_path, state):
         assert not await runs(source)
         run = await cli("migrate-cancel", target.qmp, "--json")
         assert run.code == 3 and await runs(target)
-        target.process.kill()
+        target.kill()
         assert await ended(target)
         assert (await cli("migrate-cancel", source.qmp, "--force")).code == 0 and await runs(source)
 
@@ -693,7 +692,7 @@ async def test_let_run_at_the_destination_it_is_not_taken_back(tmp_path, state):
 async def test_the_only_copy_is_not_ended(tmp_path, state):
     async with machine() as source, waiting() as target:
         await handed_over(source, target, tmp_path)
-        source.process.kill()
+        source.kill()
         assert await ended(source)
         run = await cli("migrate-cancel", target.qmp, "--json")
         assert run.code == 3 and "whether the source still has it" in run.json["error"]["message"]
@@ -713,7 +712,7 @@ async def test_where_nothing_is_known_of_it_the_phases_trust_their_user(tmp_path
 
 async def test_paused_when_it_began_it_is_not_let_run_by_cancelling(tmp_path, state):
     async with machine() as source, waiting() as target:
-        await source.monitor.stop()
+        await source.execute("stop")
         await handed_over(source, target, tmp_path)
         run = await cli("migrate-cancel", source.qmp, "--json")
         assert run.code == 0 and "paused as it was" in run.json["message"] and not await runs(source)
@@ -830,7 +829,7 @@ async def test_forced_at_one_side_the_other_is_refused(tmp_path, state):
         assert (await cli("migrate-cancel", source.qmp)).code == 3
         assert (await cli("migrate-cancel", source.qmp, "--force")).code == 0 and await runs(source)
         assert (await cli("migrate-finish", target.qmp, cookie)).code == 3 and not await runs(target)
-        source.process.kill()
+        source.kill()
         assert await ended(source)
         # The only copy now.
         assert (await cli("migrate-finish", target.qmp, "--force")).code == 0 and await runs(target)
@@ -857,7 +856,7 @@ async def test_the_return_path_is_cut_at_the_very_end(tmp_path, state):
                 while data := await reader.read(65536):
                     other_writer.write(data)
                     # All is there: what the destination says of it is lost.
-                    if (await target.monitor.query_status())["status"] != "inmigrate":
+                    if (await target.execute("query-status"))["status"] != "inmigrate":
                         break
             writer.transport.abort()
             await over.wait()
@@ -874,7 +873,7 @@ async def test_the_return_path_is_cut_at_the_very_end(tmp_path, state):
         assert await runs(source)
         run = await cli("migrate-finish", target.qmp, "--json")
         assert run.code in (3, 7, 8) and await runs(source), run.stdout
-        assert target.process.returncode is not None or not await runs(target)
+        assert target.has_exited or not await runs(target)
 
 
 @pytest.mark.parametrize("version", ["7.2", "10.0", "11.1"])
@@ -894,7 +893,7 @@ async def test_ppc64_that_would_abort_is_refused_also_by_another_process(version
             assert run.code == 0, run.stdout
         else:
             assert run.code == 3 and "once a core was unplugged" in run.json["error"]["message"], run.stdout
-            assert (await source.monitor.query_status())["status"] == "prelaunch"
+            assert (await source.execute("query-status"))["status"] == "prelaunch"
 
 
 async def test_after_a_failure_it_is_migrated_all_the_same_and_on_from_there(state):
@@ -905,7 +904,7 @@ async def test_after_a_failure_it_is_migrated_all_the_same_and_on_from_there(sta
             target.kill()
             await process.communicate()
             assert process.returncode == 8 and await runs(source)
-        await source.monitor.migrate_set_parameters({"max-bandwidth": 1 << 30})
+        await source.execute("migrate-set-parameters", {"max-bandwidth": 1 << 30})
         for one, other in ((source, third), (third, fourth)):
             run = await cli("migrate", one.qmp, other.qmp, "--json")
             assert run.code == 0 and await runs(other), run.stdout

@@ -18,9 +18,9 @@ from qmpvcpu.core.placement import Placement
 from qmpvcpu.host.process import find_process
 from qmpvcpu.host.rights import kvm_state
 from qmpvcpu.host.threads import QemuThreads, look, online_cpus, place_thread
-from qmpvcpu.qemu.process import run_qemu
-from tests.conftest import Run, cli, qemu_binary
 from tests.qemu.test_cgroup_real import inside
+from tests.support.commands import Run, cli
+from tests.support.qemus import qemu_binary, running
 
 pytestmark = pytest.mark.qemu
 
@@ -53,7 +53,7 @@ async def machine(accel="tcg,thread=multi", prefix=(), binary=None):
         script.write_text(f'#!/bin/sh\nexec {" ".join(prefix)} {binary} "$@"\n')
         script.chmod(0o755)
         Path(folder).chmod(0o755)
-        async with run_qemu(str(script), arguments) as qemu:
+        async with running(str(script), arguments) as qemu:
             yield qemu
 
 

@@ -19,7 +19,8 @@ from qmpvcpu.core.smp import parse_numa, parse_smp
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.qemu import probe as probe_module
 from qmpvcpu.qemu.probe import probe_machine
-from tests.conftest import VERSIONS, cli, matrix, qemu_binary, start_cli
+from tests.support.commands import cli, start_cli
+from tests.support.qemus import VERSIONS, matrix, qemu_binary
 from tests.support.waiting import until, within
 
 pytestmark = pytest.mark.qemu

@@ -15,8 +15,8 @@ import qmpvcpu
 from qmpvcpu.app import migrate as app
 from qmpvcpu.domain import migrate as engine
 from qmpvcpu.host.savefile import Saving, open_saved
-from tests.conftest import cli, start_cli
 from tests.qemu.test_migrate_real import CELLS, dead, ended, machine, names, plugged, runs, started, waiting
+from tests.support.commands import cli, start_cli
 from tests.support.waiting import DEADLINE, until
 
 pytestmark = pytest.mark.qemu
@@ -67,7 +67,7 @@ async def test_by_name_over_a_reboot(started, tmp_path):
 async def test_a_paused_guest_stays_paused(tmp_path):
     file = str(tmp_path / "saved")
     async with machine() as source, waiting() as target:
-        await source.monitor.stop()
+        await source.execute("stop")
         assert (await cli("save", source.qmp, file)).code == 0
         run = await cli("restore", file, target.qmp, "--json")
         assert run.code == 0 and run.json["running"] is False and not await runs(target)

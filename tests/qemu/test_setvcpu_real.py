@@ -13,8 +13,8 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
-from tests.conftest import VERSIONS, cli, matrix, start_cli
-from tests.qemu.conftest import paused
+from tests.support.commands import cli, start_cli
+from tests.support.qemus import VERSIONS, matrix, paused
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.qemu
@@ -167,10 +167,10 @@ async def test_a_cpu_that_runs_out_of_tcg_contexts_is_refused_before_qemu_aborts
         with pytest.raises(qmpvcpu.VcpuRefused, match="at least 4 of 4 are used up") as refused:
             await domain.enable(1)
         assert refused.value.refusals[0].forceable
-        assert qemu.process.returncode is None
+        assert not qemu.has_exited
         with pytest.raises(qmpvcpu.VcpuConnectionError):
             await domain.enable(1, force=True)
-        await qemu.process.wait()
+        await qemu.wait()
         assert "tcg_register_thread" in qemu.stderr()
 
 
@@ -223,18 +223,18 @@ async def test_a_failing_plug_that_cannot_be_undone_is_partial_and_names_what_st
 async def _take_id(qemu, device_id):
     """Another device gets the id that qmpvcpu will want."""
     driver = "virtio-rng-ccw" if "s390x" in qemu.command[0] else "virtio-rng-pci"
-    await qemu.monitor.execute("device_add", {"driver": driver, "id": device_id})
+    await qemu.execute("device_add", {"driver": driver, "id": device_id})
 
 
 async def test_a_slot_another_client_filled_is_seen_before_anything_is_claimed():
     async with paused("x86_64", "10.0", X86_8) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
         slots = (await domain.state()).by_id
-        await qemu.monitor.device_add(slots[6].driver, "mine", slots[6].props)
+        await qemu.plug(slots[6].driver, "mine", slots[6].props)
         once = await domain.enable(6)
         assert (once.outcome, once.changed, once.vcpu.qom_path) == ("applied", False, "/machine/peripheral/mine")
         # In a batch it is a failure: what else was plugged would have to go again, and without a guest it cannot.
         await domain.state()
-        await qemu.monitor.device_add(slots[7].driver, "mine too", slots[7].props)
+        await qemu.plug(slots[7].driver, "mine too", slots[7].props)
         with pytest.raises(qmpvcpu.VcpuPartial, match="exists") as failed:
             await domain.enable([5, 7], timeout=0.1)
         assert "another client" in failed.value.hint
@@ -272,7 +272,7 @@ async def test_a_killed_qemu_ends_the_call_at_once():
         call = asyncio.create_task(domain.enable(range(1, 200), timeout=600))
 
         async def plugged():
-            return call.done() or len(await qemu.monitor.query_cpus_fast()) >= 20
+            return call.done() or len(await qemu.execute("query-cpus-fast")) >= 20
 
         await until(plugged, "many are plugged", every=0)
         os.kill(qemu.pid, signal.SIGKILL)
@@ -293,7 +293,7 @@ async def test_reconnect_reads_the_state_anew():
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 async def test_interrupted_while_the_guest_is_silent_says_what_is_pending(number, code):
     async with paused("ppc64", "10.0", "2,maxcpus=4") as qemu:
-        await qemu.monitor.cont()
+        await qemu.execute("cont")
         process = await start_cli(
             "--json", "setvcpu", qemu.qmp, "1", "--disable", "--force", "--qmp-log", "/dev/stderr"
         )
@@ -312,7 +312,7 @@ async def test_interrupted_while_the_guest_is_silent_says_what_is_pending(number
 
 async def test_async_returns_once_qemu_took_the_request():
     async with paused("ppc64", "10.0", "2,maxcpus=4") as qemu:
-        await qemu.monitor.cont()
+        await qemu.execute("cont")
         run = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable", "--force", "--async")
         pending = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable", "--force", "--timeout", "0.2")
     assert (run.code, run.json["outcome"], run.json["pending"]) == (0, "requested", [1])

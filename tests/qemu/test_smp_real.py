@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from qmpvcpu.core.model import Props, QemuVersion
 from qmpvcpu.core.smp import NumaCpu, NumaNode, Smp, is_proven, predict
 from qmpvcpu.errors import VcpuFailed, VcpuRefused
-from qmpvcpu.qemu.process import run_qemu
-from tests.conftest import VERSIONS, qemu_binary
+from tests.support.qemus import VERSIONS, qemu_binary, running
 from tests.support.soaking import count, seed
 
 pytestmark = pytest.mark.qemu
@@ -89,9 +88,9 @@ async def real(arch, version, machine, smp, nodes, cpus):
     for cpu in cpus:
         arguments += ["-numa", str(cpu)]
     try:
-        async with run_qemu(qemu_binary(version, arch), arguments) as qemu:
-            slots = await qemu.monitor.query_hotpluggable_cpus()
-            topology = await qemu.monitor.qom_get("/machine", "smp")
+        async with running(qemu_binary(version, arch), arguments) as qemu:
+            slots = await qemu.execute("query-hotpluggable-cpus")
+            topology = await qemu.execute("qom-get", {"path": "/machine", "property": "smp"})
     except VcpuFailed:
         return None
     # QEMU lists the highest slot first.

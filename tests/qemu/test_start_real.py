@@ -19,9 +19,9 @@ import qmpvcpu
 from qmpvcpu.app.boot import command_line
 from qmpvcpu.core.bootargs import BootStyle
 from qmpvcpu.host.runtime import Runtime
-from qmpvcpu.qemu.process import run_qemu
 from qmpvcpu.xml.domain import read_domain
-from tests.conftest import VERSIONS, cli, qemu_binary, start_cli
+from tests.support.commands import cli, start_cli
+from tests.support.qemus import VERSIONS, qemu_binary, running
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.qemu
@@ -104,12 +104,12 @@ def test_a_command_line_gives_what_the_xml_says(arch, version):
         line = await command_line(definition, style, incoming=incoming)
         # Without a kernel, s390x ends by itself.
         arguments = [*line.args.arguments, "-nodefaults", "-display", "none", *(() if incoming else ("-S",))]
-        async with run_qemu(line.probe.emulator, arguments) as qemu:
+        async with running(line.probe.emulator, arguments) as qemu:
             for step in line.args.commands:
                 if step["execute"] != "cont":
-                    await qemu.monitor.execute(step["execute"], step["arguments"])
+                    await qemu.execute(step["execute"], step["arguments"])
             if incoming:
-                assert (await qemu.monitor.query_status())["status"] == "inmigrate"
+                assert (await qemu.execute("query-status"))["status"] == "inmigrate"
             async with qmpvcpu.connect(qmp=qemu.qmp) as domain:
                 state = await domain.state()
         wanted = [n for n, vcpu in enumerate(definition.vcpus) if vcpu.enabled]
@@ -253,7 +253,7 @@ async def test_what_cannot_be_started_is_refused_before_anything(tmp_path):
 
 
 async def test_somebody_elses_qemu_is_left_alone(tmp_path):
-    async with run_qemu(qemu_binary("10.0", "x86_64"), ["-S", "-nodefaults", "-display", "none"]) as qemu:
+    async with running(qemu_binary("10.0", "x86_64"), ["-S", "-nodefaults", "-display", "none"]) as qemu:
         file = tmp_path / "file.xml"
         file.write_text(xml("x86_64", "10.0", SPARSE))
         assert (await cli("define", "d", "--xml", str(file), "--qmp", qemu.qmp)).code == 0
@@ -261,7 +261,7 @@ async def test_somebody_elses_qemu_is_left_alone(tmp_path):
         assert run.code == 3 and "its QMP socket answers" in run.stdout
         run = await cli("destroy", "d", "--json")
         assert run.code == 3 and "qmpvcpu has not started it" in run.stdout
-        assert qemu.process.returncode is None
+        assert not qemu.has_exited
 
 
 async def test_a_pid_that_came_again_is_not_ours(tmp_path):

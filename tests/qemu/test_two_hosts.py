@@ -10,9 +10,9 @@ from contextlib import asynccontextmanager
 
 import pytest
 
-from qmpvcpu.qemu.process import run_qemu
-from tests.conftest import Run, cli, qemu_binary
 from tests.qemu.test_migrate_real import plugged, runs
+from tests.support.commands import Run, cli
+from tests.support.qemus import qemu_binary, running
 
 pytestmark = pytest.mark.qemu
 
@@ -47,7 +47,7 @@ async def qemu_on(host, folder, *extra):
     script.chmod(0o755)
     words = ["-nodefaults", "-display", "none", "-no-user-config", "-accel", "tcg,thread=multi", "-machine", "q35"]
     words += ["-smp", "2,maxcpus=8", "-m", "128", *extra]
-    async with run_qemu(str(script), words, monitors=("qmp", "qmp2")) as qemu:
+    async with running(str(script), words, monitors=("qmp", "qmp2")) as qemu:
         yield qemu
 
 
@@ -75,4 +75,4 @@ async def test_a_network_that_is_not_there_is_told_and_the_guest_goes_on(hosts, 
     async with qemu_on(here, tmp_path) as source, qemu_on(there, tmp_path, "-incoming", "defer") as target:
         run = await cli("migrate", source.qmp, target.qmp, "--uri", "tcp:127.0.0.1:0", "--json")
         assert run.code == 8 and "goes on at the source" in run.json["error"]["message"], run.stdout
-        assert await runs(source) and not (await source.monitor.query_migrate()).get("ram")
+        assert await runs(source) and not (await source.execute("query-migrate")).get("ram")

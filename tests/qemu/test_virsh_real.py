@@ -12,9 +12,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from tests.conftest import cli, group
-from tests.qemu.conftest import paused
 from tests.qemu.test_definition_real import NODES, SMP
+from tests.support.commands import cli
+from tests.support.qemus import group, paused
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.qemu

@@ -12,8 +12,8 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
-from tests.conftest import cli, group, start_cli
-from tests.qemu.conftest import paused
+from tests.support.commands import cli, start_cli
+from tests.support.qemus import group, paused
 
 pytestmark = pytest.mark.qemu
 
@@ -197,9 +197,9 @@ async def test_watch_tells_plugs_by_anyone_and_ends_when_qemu_does(tmp_path):
         process = await start_cli("watch", "--json", qemu.qmp)
         first = json.loads(await process.stdout.readline())
         assert (first["event"], first["vcpus"]) == ("snapshot", [0])
-        slots = await qemu.monitor.query_hotpluggable_cpus()
+        slots = await qemu.execute("query-hotpluggable-cpus")
         slot = next(s for s in slots if "qom-path" not in s)
-        await qemu.monitor.device_add(slot["type"], "mine", slot["props"])
+        await qemu.plug(slot["type"], "mine", slot["props"])
         line = json.loads(await process.stdout.readline())
         assert (line["event"], len(line["vcpus"]), set(line)) == (
             "vcpu-added",

@@ -1,0 +1,43 @@
+"""The command line, run as a user does, in a process of its own."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass
+class Run:
+    code: int
+    stdout: str
+    stderr: str
+
+    @property
+    def json(self) -> Any:
+        return json.loads(self.stdout)
+
+
+async def start_cli(*arguments: str, **options: Any) -> asyncio.subprocess.Process:
+    return await asyncio.create_subprocess_exec(
+        sys.executable,
+        "-m",
+        "qmpvcpu",
+        *arguments,
+        stdin=asyncio.subprocess.DEVNULL,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+        **options,
+    )
+
+
+async def cli(*arguments: str, **options: Any) -> Run:
+    """Run the command line as a user does; its exit code and output."""
+    process = await start_cli(*arguments, **options)
+    stdout, stderr = await process.communicate()
+    assert process.returncode is not None
+    run = Run(process.returncode, stdout.decode(), stderr.decode())
+    assert "Traceback" not in run.stderr, run.stderr
+    return run

@@ -1,0 +1,112 @@
+"""Real QEMUs, by version and architecture."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from qmpvcpu.app.cache import cache_folder
+from qmpvcpu.qemu.process import QemuProcess, run_qemu
+
+VERSIONS = ("7.2", "10.0", "11.1")
+#: Tests may have a cache of their own, and still these QEMUs.
+QEMUS = cache_folder() / "qemu"
+MACHINES = {
+    "x86_64": ["-machine", "q35"],
+    "ppc64": ["-machine", "pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken"],
+    "s390x": ["-machine", "s390-ccw-virtio"],
+    "loongarch64": ["-machine", "virt"],
+    "aarch64": ["-machine", "virt", "-cpu", "cortex-a57"],
+    "riscv64": ["-machine", "virt"],
+}
+
+
+def qemu_binary(version: str, arch: str) -> str:
+    path = QEMUS / version / "bin" / f"qemu-system-{arch}"
+    if not path.exists():
+        pytest.fail(f"QEMU {version} for {arch} is not here: scripts/setup qemu")
+    return str(path)
+
+
+def group(arch: str, version: str) -> pytest.MarkDecorator:
+    """Tests of one architecture and version run on one xdist worker and share its booted guest."""
+    return pytest.mark.xdist_group(f"{arch}-{version}")
+
+
+def matrix(*cells: tuple[str, str]) -> Any:
+    """Parametrize `arch, version`, each cell in its xdist group."""
+    return pytest.mark.parametrize(
+        ("arch", "version"), [pytest.param(a, v, marks=group(a, v), id=f"{a}-{v}") for a, v in cells]
+    )
+
+
+class Qemu:
+    """A running QEMU. The test has its first QMP socket; the others are free."""
+
+    def __init__(self, process: QemuProcess) -> None:
+        self._process = process
+        #: Gone when it has ended.
+        self.folder: Path = process.folder
+        self.command = process.command
+
+    @property
+    def pid(self) -> int:
+        return self._process.pid
+
+    @property
+    def qmp(self) -> str:
+        """Path of its second QMP socket."""
+        return self._process.qmp
+
+    async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
+        """A QMP command; its reply."""
+        return await self._process.monitor.execute(command, arguments)
+
+    async def plug(self, driver: str, device: str, props: Mapping[str, Any]) -> None:
+        """`device_add`, as another client does it."""
+        await self.execute("device_add", {**props, "driver": driver, "id": device})
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    @property
+    def has_exited(self) -> bool:
+        return self._process.process.returncode is not None
+
+    async def wait(self) -> None:
+        """Until it has exited."""
+        await self._process.process.wait()
+
+    def stderr(self) -> str:
+        return self._process.stderr()
+
+
+@asynccontextmanager
+async def running(
+    binary: str, arguments: Sequence[str], *, channels: Sequence[str] = (), monitors: Sequence[str] = ("qmp",)
+) -> AsyncIterator[Qemu]:
+    """Run it until the end of the body; `channels` are further socket chardevs, `monitors` its other QMP sockets:
+    each listens in `folder` under its name.
+    """
+    async with run_qemu(binary, arguments, channels=channels, monitors=monitors) as process:
+        yield Qemu(process)
+
+
+@asynccontextmanager
+async def paused(
+    arch: str,
+    version: str,
+    smp: str,
+    extra: Sequence[str] = (),
+    *,
+    accel: str = "tcg",
+    machine: Sequence[str] = (),
+) -> AsyncIterator[Qemu]:
+    arguments = ["-S", "-nodefaults", "-display", "none", "-no-user-config", "-accel", accel, "-smp", smp]
+    arguments += [*(machine or MACHINES[arch]), *extra]
+    async with running(qemu_binary(version, arch), arguments) as qemu:
+        yield qemu
