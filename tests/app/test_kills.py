@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from qmpvcpu.host.definitions import Addresses, DefinitionFolder
-from qmpvcpu.xml.domain import read_domain
+from tests.support import xml
 from tests.support.soaking import count, seed
+from tests.support.store import Definitions
 from tests.support.waiting import within
 
 pytestmark = pytest.mark.scripts
@@ -44,8 +44,8 @@ class Writers:
 @asynccontextmanager
 async def writers(tmp_path, monkeypatch):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
-    folder = DefinitionFolder(tmp_path)
-    folder.define("web1", XML, Addresses())
+    folder = Definitions(tmp_path)
+    folder.define("web1", XML)
     process = await asyncio.create_subprocess_exec(
         sys.executable,
         str(Path(__file__).with_name("config_writer.py")),
@@ -63,8 +63,8 @@ async def writers(tmp_path, monkeypatch):
 
 def versions(folder):
     """The two documents there can be."""
-    off = folder.file("web1").read()
-    assert read_domain(off)[1].enabled_ids == (0,)
+    off = folder.xml("web1")
+    assert xml.read(off).enabled_ids == (0,)
     on = off.replace(b"current='1'", b"current='2'").replace(b"id='1' enabled='no'", b"id='1' enabled='yes'")
     return off, on
 
@@ -80,7 +80,7 @@ async def test_killed_at_random_moments(tmp_path, monkeypatch):
             killer = asyncio.get_running_loop().call_later(dice.uniform(0.001, 0.02), os.kill, pid, signal.SIGKILL)
             assert await run.go() == signal.SIGKILL
             killer.cancel()
-            found = folder.file("web1").read()
+            found = folder.xml("web1")
             assert found in (off, on)
             seen[found == on] += 1
             cut += any(name.startswith(".") for name in os.listdir(folder.folder))
@@ -95,7 +95,7 @@ async def test_killed_at_every_system_call_of_one_write(tmp_path, monkeypatch):
 
         async def traced(*words):
             """One write under strace."""
-            folder.file("web1").path.write_bytes(off)
+            (folder.folder / "web1.xml").write_bytes(off)
             pid = await run.start("once")
             tracer = await asyncio.create_subprocess_exec(
                 "strace", "-f", "-p", str(pid), "-o", str(log), *words, stderr=asyncio.subprocess.PIPE
@@ -109,7 +109,7 @@ async def test_killed_at_every_system_call_of_one_write(tmp_path, monkeypatch):
                 await tracer.communicate()
 
         assert await traced() == 0
-        assert folder.file("web1").read() == on
+        assert folder.xml("web1") == on
         calls = Counter(match[1] for line in log.read_text().splitlines() if (match := CALL.match(line)))
         assert calls["fsync"] >= 2
         assert calls["rename"] + calls["renameat"] + calls["renameat2"] >= 2
@@ -117,7 +117,7 @@ async def test_killed_at_every_system_call_of_one_write(tmp_path, monkeypatch):
         for name, times in calls.items():
             for number in range(1, times + 1):
                 status = await traced("-e", f"inject={name}:signal=KILL:when={number}")
-                found = folder.file("web1").read()
+                found = folder.xml("web1")
                 assert found in (off, on), (name, number)
                 ends[status, found == on] += 1
     assert ends[signal.SIGKILL, False] > 20, ends

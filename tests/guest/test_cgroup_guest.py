@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import qmpvcpu
+from tests.support import cgroup_driver
 from tests.support.guests import boot, image_of
 from tests.support.qemus import group, qemu_binary
 
@@ -64,7 +65,7 @@ def python_tree(folder: Path) -> Path:
         name = Path("site") / "qmpvcpu" / path.relative_to(package)
         (root / name).parent.mkdir(parents=True, exist_ok=True)
         (root / name).write_bytes(path.read_bytes())
-    (root / "driver.py").write_bytes(Path(__file__).with_name("cgroup_driver.py").read_bytes())
+    (root / "driver.py").write_bytes(Path(cgroup_driver.__file__).read_bytes())
     return root
 
 

@@ -7,10 +7,9 @@ from contextlib import asynccontextmanager
 import pytest
 
 import qmpvcpu
-from qmpvcpu.app.compare import LibvirtSide
-from qmpvcpu.libvirt.daemon import run_libvirtd
 from tests.support.commands import cli
 from tests.support.guests import booted, image_of
+from tests.support.libvirtds import daemon_of_our_own, managed
 from tests.support.qemus import qemu_binary
 from tests.support.waiting import until
 
@@ -38,7 +37,7 @@ KINDS = {
 
 @pytest.fixture(scope="module")
 async def daemon():
-    async with run_libvirtd() as running:
+    async with daemon_of_our_own() as running:
         yield running
 
 
@@ -52,7 +51,7 @@ async def linux(daemon, arch, folder, words=""):
 <initrd>{found.folder}/initrd.cpio.gz</initrd><cmdline>{found.facts["append"]} {words}</cmdline></os>{more}
 <devices><emulator>{qemu_binary("10.0", arch)}</emulator><serial type='file'><source path='{console}'/></serial>
 <channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices></domain>"""
-    async with LibvirtSide.run(daemon, xml.encode(), log=False) as side:
+    async with managed(daemon, xml) as side:
         await booted(console, found.facts["ready"])
         yield side
 
@@ -83,7 +82,7 @@ async def test_x86_64_where_libvirt_does_not_see_the_end(daemon, tmp_path):
         assert run.code == 0 and run.json["changed_ids"] == [7], run.stdout
         assert "libvirt has not seen that vCPU 7 is gone" in run.json["messages"][-1]
         # libvirt takes it for plugged, and a new process is not misled.
-        assert b"<vcpu id='7' enabled='yes'" in await side.guest.live_xml()
+        assert b"<vcpu id='7' enabled='yes'" in await side.live_xml()
         rows = (await on(daemon, "vcpuinfo", "linux1")).json["vcpus"]
         assert rows[7]["state"] == "disabled" and rows[0]["online"] is True
         run = await on(daemon, "setvcpu", "linux1", "7", "--enable")
@@ -129,7 +128,7 @@ async def test_ppc64_cores_come_and_go(daemon, tmp_path):
         assert run.code == 0, run.stdout
         run = await on(daemon, "setvcpu", "linux1", "6-7,20-21", "--disable", "--live", "--config")
         assert run.code == 0 and run.json["changed_ids"] == [6, 7, 20, 21], run.stdout
-        for xml in await side.guest.sides():
+        for xml in await side.sides():
             assert b"current='2'" in xml
         # The guest's last online CPUs are in the core that is to go: it says no, and libvirt fails without a word.
         assert (await on(daemon, "setvcpu", "linux1", "6-7", "--enable")).code == 0

@@ -15,10 +15,10 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
-from qmpvcpu.host.hierarchy import V2, Group, find_groups, groups_of, hierarchies
-from qmpvcpu.host.process import process_of
+from tests.support import cgroups, hosts, moments
 from tests.support.commands import Run, cli
 from tests.support.qemus import Qemu, paused
+from tests.support.store import in_child
 from tests.support.waiting import until, until_blocking
 
 pytestmark = pytest.mark.qemu
@@ -57,16 +57,15 @@ def machine(arch="x86_64"):
 
 def of_thread(qemu: Qemu, thread_id: int) -> dict[str, str]:
     """The groups of a thread, by controller, as the kernel tells them; "" is v2."""
-    return groups_of(Path(f"/proc/{qemu.pid}/task/{thread_id}/cgroup").read_text())
+    return cgroups.of_thread(qemu.pid, thread_id)
 
 
-def of_qemu(qemu: Qemu, controller: str) -> Group:
+def folder_of_qemu(qemu: Qemu, controller: str) -> Path:
     """Where QEMU itself is in the hierarchy of one controller ("": v2)."""
-    found = find_groups(Path(f"/proc/{qemu.pid}/cgroup").read_text(), hierarchies())
-    for group in found:
-        if (controller == "" and group.version == V2) or controller in group.hierarchy.controllers:
-            return group
-    pytest.skip(f"this host mounts no cgroup hierarchy for {controller or 'v2'}")
+    folder = cgroups.folder_of(qemu.pid, controller)
+    if folder is None:
+        pytest.skip(f"this host mounts no cgroup hierarchy for {controller or 'v2'}")
+    return folder
 
 
 @contextmanager
@@ -75,7 +74,7 @@ def inside(qemu: Qemu, *names: str, controllers=("cpuset", "cpu", "")) -> Iterat
     made: dict[str, Path] = {}
     every = []
     for controller in controllers:
-        folder = of_qemu(qemu, controller).folder
+        folder = folder_of_qemu(qemu, controller)
         for name in names:
             folder = folder / name
             folder.mkdir()
@@ -108,31 +107,32 @@ def remove_when_empty(folders) -> None:
 
 def ours() -> list[Path]:
     """Groups that qmpvcpu has made among others' processes, anywhere."""
-    return [path for one in hierarchies() for path in one.mount.glob("**/qemu-*.qmpvcpu")]
+    return [path for mount in cgroups.mounts() for path in mount.glob("**/qemu-*.qmpvcpu")]
 
 
 async def test_numatune_and_quota_get_a_group_in_each_hierarchy_that_has_the_controller(file):
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
-        name = f"qemu-{qemu.pid}-{process_of(qemu.pid).start}.qmpvcpu"
-        cpuset, cpu = of_qemu(qemu, "cpuset"), of_qemu(qemu, "cpu")
+        name = f"qemu-{qemu.pid}-{hosts.start_of(qemu.pid)}.qmpvcpu"
+        cpuset, cpu = folder_of_qemu(qemu, "cpuset"), folder_of_qemu(qemu, "cpu")
+        own = of_thread(qemu, qemu.pid)
         outcome = await domain.enable([1, 2, 5])
         threads = {row.id: row.thread_id for row in outcome.rows}
-        for number, cpus in ((1, "1"), (2, "0"), (5, (cpuset.folder / "cpuset.cpus").read_text().strip())):
+        for number, cpus in ((1, "1"), (2, "0"), (5, (cpuset / "cpuset.cpus").read_text().strip())):
             groups = of_thread(qemu, threads[number])
-            assert groups["cpuset"] == cpuset.child(name).child(f"vcpu{number}").name
-            assert groups["cpu"] == cpu.child(name).child(f"vcpu{number}").name
-            folder = cpuset.folder / name / f"vcpu{number}"
+            assert groups["cpuset"] == f"{own['cpuset'].rstrip('/')}/{name}/vcpu{number}"
+            assert groups["cpu"] == f"{own['cpu'].rstrip('/')}/{name}/vcpu{number}"
+            folder = cpuset / name / f"vcpu{number}"
             assert (folder / "cpuset.cpus").read_text().strip() == cpus
             assert (folder / "cpuset.mems").read_text().strip() == "0"
-            folder = cpu.folder / name / f"vcpu{number}"
+            folder = cpu / name / f"vcpu{number}"
             assert (folder / "cpu.shares").read_text().strip() == "512"
             assert (folder / "cpu.cfs_period_us").read_text().strip() == "50000"
             assert (folder / "cpu.cfs_quota_us").read_text().strip() == "25000"
         # Nothing else of QEMU was moved.
-        assert of_thread(qemu, qemu.pid)["cpuset"] == cpuset.name
+        assert of_thread(qemu, qemu.pid)["cpuset"] == own["cpuset"]
         # Pinned anew, its group follows.
         await domain.pin(1, [0], VcpuFlag.LIVE)
-        assert (cpuset.folder / name / "vcpu1" / "cpuset.cpus").read_text().strip() == "0"
+        assert (cpuset / name / "vcpu1" / "cpuset.cpus").read_text().strip() == "0"
         assert os.sched_getaffinity(threads[1]) == {0}
     # QEMU is gone: the next one in the same group sweeps, at its next plug. (Linux 6.18 takes a thread out of its
     # group a moment after the process could be waited for.)
@@ -198,7 +198,7 @@ async def test_beside_an_emulator_every_vcpu_has_its_group_as_libvirt_lays_it_ou
 @contextmanager
 def v2_layout(qemu: Qemu, top: str) -> Iterator[Path]:
     """As libvirt does on v2: a domain for the process, and in it threaded groups."""
-    root = of_qemu(qemu, "").folder / top
+    root = folder_of_qemu(qemu, "") / top
     emulator = root / "emulator"
     emulator.mkdir(parents=True)
     try:
@@ -259,7 +259,7 @@ async def test_a_group_that_may_not_be_written_is_refused_before_the_plug(file):
 async def test_hierarchies_mounted_read_only_are_named(file):
     async with machine() as qemu:
         assert (await cli("define", "d", "--qmp", qemu.qmp, "--xml", str(file))).code == 0
-        mounts = [str(one.mount) for one in hierarchies() if {"cpuset", "cpu"}.intersection(one.controllers)]
+        mounts = cgroups.mounts("cpuset", "cpu")
         remount = "".join(f"mount -o remount,bind,ro {mount} && " for mount in mounts)
         shell = ("unshare", "--mount", "sh", "-c", f'{remount}exec "$0" "$@"')
         run = await without("setvcpu", "d", "1", "--enable", command=shell)
@@ -284,21 +284,17 @@ async def test_a_cpuset_without_the_cpu_is_refused(file):
             assert (await domain.state()).enabled_ids == (0,)
 
 
-async def test_a_group_that_somebody_takes_away_meanwhile_is_made_again(file, monkeypatch):
+async def test_a_group_that_somebody_takes_away_meanwhile_is_made_again(file):
     """Another process may sweep what it takes for left over, between our making it and the thread's move."""
-    from qmpvcpu.domain import change
-
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
-        hotplug = change._hotplug
 
-        async def swept(*given):
+        def sweep():
             for one in ours():
                 if f"qemu-{qemu.pid}-" in one.name:
                     (one / "vcpu1").rmdir()
-            return await hotplug(*given)
 
-        monkeypatch.setattr(change, "_hotplug", swept)
-        outcome = await domain.enable([1, 2])
+        with moments.before("QEMU plugs", sweep):
+            outcome = await domain.enable([1, 2])
         assert outcome.outcome == "applied"
         for row in outcome.rows:
             assert of_thread(qemu, row.thread_id)["cpuset"].endswith(f"/vcpu{row.id}")
@@ -307,21 +303,19 @@ async def test_a_group_that_somebody_takes_away_meanwhile_is_made_again(file, mo
         remove_when_empty([*one.glob("vcpu*/"), one])
 
 
-async def test_what_the_kernel_declines_after_the_plug_is_partial_and_the_vcpu_stays(file, monkeypatch):
-    from qmpvcpu.domain import change
-
+async def test_what_the_kernel_declines_after_the_plug_is_partial_and_the_vcpu_stays(file):
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
         with inside(qemu, f"qmpvcpu-test-{qemu.pid}", controllers=("cpuset", "cpu")) as made:
-            hotplug = change._hotplug
 
-            async def shrunk(*given):
+            def shrink():
                 # Whoever owns the group takes its CPU away between our check and the move.
                 (made["cpuset"] / "vcpu1" / "cpuset.cpus").write_text("0")
                 (made["cpuset"] / "cpuset.cpus").write_text("0")
-                return await hotplug(*given)
 
-            monkeypatch.setattr(change, "_hotplug", shrunk)
-            with pytest.raises(qmpvcpu.VcpuPartial, match="vCPU 1 could not be given CPU 1") as caught:
+            with (
+                moments.before("QEMU plugs", shrink),
+                pytest.raises(qmpvcpu.VcpuPartial, match="vCPU 1 could not be given CPU 1") as caught,
+            ):
                 await domain.enable([1, 2])
             assert (caught.value.remaining, caught.value.changed_ids) == ((1,), (1, 2))
             assert (await domain.state()).enabled_ids == (0, 1, 2)
@@ -343,13 +337,11 @@ async def test_killed_between_making_a_group_and_the_plug_leaves_nothing_that_st
     async with machine() as qemu:
         assert (await cli("define", "d", "--qmp", qemu.qmp, "--xml", str(file))).code == 0
         code = (
-            "import os, signal, sys; from qmpvcpu.domain import place; from qmpvcpu.cli import main\n"
-            "room = place.Placing.room\n"
-            "place.Placing.room = lambda *given: os.kill(os.getpid(), signal.SIGKILL)\n"
+            "from tests.support import moments; from qmpvcpu.cli import main\n"
+            "moments.die('there is room for the groups')\n"
             "main()"
         )
-        run = subprocess.run([sys.executable, "-c", code, "setvcpu", "d", "1", "--enable"], capture_output=True)
-        assert run.returncode == -signal.SIGKILL
+        assert in_child(code, "setvcpu", "d", "1", "--enable") == 9
         mine = [one for one in ours() if f"qemu-{qemu.pid}-" in one.name]
         assert mine and all((one / "vcpu1").is_dir() for one in mine)
         # The next change of this guest takes them for its own, or away.

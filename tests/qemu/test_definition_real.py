@@ -9,9 +9,9 @@ from xml.etree import ElementTree
 
 import pytest
 
-from qmpvcpu.app.definitions import against_libvirts_schema
 from tests.support.commands import cli, start_cli
 from tests.support.qemus import paused
+from tests.support.xml import errors_in_libvirts_schema
 
 pytestmark = pytest.mark.qemu
 
@@ -117,7 +117,7 @@ async def test_other_machines(state, arch, smp, ids):
         config = await cli("dumpxml", "d", "--inactive")
     assert listed(live.stdout, "enabled") == listed(config.stdout, "enabled")
     # libvirt's own schema has nothing against it.
-    assert against_libvirts_schema(live.stdout.encode()) == []
+    assert errors_in_libvirts_schema(live.stdout.encode()) == []
     assert "note: libvirt's schema" not in live.stderr
     # pseries has a node of its own making, which holds everything.
     assert ("<numa>" in config.stdout) is (arch == "ppc64")

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import AsyncExitStack
 from pathlib import Path
 
 import pytest
 
-import qmpvcpu
-from qmpvcpu.app.compare import Comparison, LibvirtSide, OurSide, our_side
-from qmpvcpu.cli.commands import request_of
-from qmpvcpu.cli.parse import parse_request
-from qmpvcpu.host.rights import kvm_state
-from qmpvcpu.libvirt.daemon import run_libvirtd
 from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, SPARSE, firmware, numa
+from tests.support.hosts import why_no_kvm
+from tests.support.libvirtds import daemon_of_our_own, pair
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
 
@@ -129,36 +125,21 @@ UNPLUGS = [
 
 @pytest.fixture(scope="module")
 async def daemon():
-    async with run_libvirtd() as running:
+    async with daemon_of_our_own() as running:
         yield running
-
-
-@asynccontextmanager
-async def api_side(daemon, xml, *, start):
-    """Our call on a domain of libvirt's, by its API."""
-    xml = xml.replace("<name>", "<name>our-").encode()
-    async with LibvirtSide.run(daemon, xml, start=start, log=False) as side:
-        async with qmpvcpu.connect(side.guest.name, uri=daemon.uri) as domain:
-            yield OurSide(domain, Path("/nonexistent"))
 
 
 async def differences(daemon, xml, cases, *, start, api=False):
     """Ask both, one after the other. After a deliberate difference both begin anew, from the same state."""
     async with AsyncExitStack() as stack:
-        sides = None
+        both = None
         for words, reason in cases:
-            if sides is None:
+            if both is None:
                 await stack.aclose()
-                sides = (
-                    await stack.enter_async_context(
-                        api_side(daemon, xml, start=start) if api else our_side(xml.encode(), start=start)
-                    ),
-                    await stack.enter_async_context(LibvirtSide.run(daemon, xml.encode(), start=start, log=False)),
-                )
-            request = request_of(parse_request(words.split()))
-            found = Comparison(await sides[0].ask(request), await sides[1].ask(request))
+                both = await stack.enter_async_context(pair(daemon, xml, start=start, api=api))
+            found = await both.ask(words)
             if reason is not None and ("live" in found.differs or "config" in found.differs):
-                sides = None
+                both = None
             yield words, reason, found
 
 
@@ -214,7 +195,7 @@ async def test_by_its_api_too(daemon, name):
     await check(daemon, xml, cases, start=start, api=True)
 
 
-@pytest.mark.skipif(not kvm_state()[0], reason=f"KVM: {kvm_state()[1]}")
+@pytest.mark.skipif(why_no_kvm() is not None, reason=f"KVM: {why_no_kvm()}")
 async def test_unplugs_alike(daemon, tmp_path):
     await check(daemon, numa("kvm", firmware(tmp_path), EJECTING), UNPLUGS)
 

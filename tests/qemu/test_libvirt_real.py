@@ -16,27 +16,26 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
-from qmpvcpu.app.compare import LibvirtSide
-from qmpvcpu.host.rights import kvm_state
-from qmpvcpu.libvirt.daemon import run_libvirtd
 from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa, qemu_of, start_until, suspend
 from tests.support.commands import cli, start_cli
+from tests.support.hosts import why_no_kvm
+from tests.support.libvirtds import daemon_of_our_own, managed
 from tests.support.waiting import deadline, until, within
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
-needs_kvm = pytest.mark.skipif(not kvm_state()[0], reason=f"KVM: {kvm_state()[1]}")
+needs_kvm = pytest.mark.skipif(why_no_kvm() is not None, reason=f"KVM: {why_no_kvm()}")
 
 
 @pytest.fixture(scope="module")
 async def daemon():
-    async with run_libvirtd(log_qmp=True) as running:
+    async with daemon_of_our_own(log_qmp=True) as running:
         yield running
 
 
 @asynccontextmanager
 async def guest(daemon, xml=NUMA, *, start=True):
     """A domain of libvirt's; gone at the end."""
-    async with LibvirtSide.run(daemon, xml.encode(), start=start) as side:
+    async with managed(daemon, xml, start=start) as side:
         yield side
 
 
@@ -50,21 +49,21 @@ def sent(daemon, mark):
 
 async def held(side):
     """Until some client's job holds the domain."""
-    await until(lambda: asyncio.to_thread(side.guest.is_held_now), "a client holds the domain", every=0.02)
+    await until(lambda: asyncio.to_thread(side.is_held), "a client holds the domain", every=0.02)
 
 
 async def free(side):
     """Until no client's job holds the domain."""
 
     async def is_free():
-        return not await asyncio.to_thread(side.guest.is_held_now)
+        return not await asyncio.to_thread(side.is_held)
 
     await until(is_free, "no client holds the domain", every=0.1)
 
 
 async def tainted(side):
     """Whether libvirt says that somebody used its monitor."""
-    return any("monitor" in text for text in await asyncio.to_thread(side.guest.domain.messages, 0))
+    return any("monitor" in text for text in await asyncio.to_thread(side.domain.messages, 0))
 
 
 def listed(*enabled):
@@ -85,7 +84,7 @@ async def test_by_its_api_libvirt_stays_the_owner_of_its_truth(daemon):
         assert (run.json["live_changed_ids"], run.json["config_changed_ids"]) == ([5, 9], [5, 9])
         # libvirt has sent them, one after the other, and knows them.
         assert sent(daemon, mark).count("device_add") == 2
-        live, config = await side.guest.sides()
+        live, config = await side.sides()
         for xml in (live, config):
             assert len(re.findall(rb"<vcpu id='[59]' enabled='yes' hotpluggable='yes'", xml)) == 2
         assert not await tainted(side)
@@ -112,14 +111,14 @@ async def test_what_libvirt_has_no_call_for(daemon):
         assert run.code == 0 and run.json["changed_ids"] == [12, 13]
         plan = (await on(daemon, "setvcpu", "web1", "14-15", "--enable", "--dry-run")).json
         assert [step["vcpus"] for step in plan["plan"]] == [[14], [15]] and plan["refusals"] == []
-        assert b"<vcpu id='14' enabled='no'" in (await side.guest.live_xml())
+        assert b"<vcpu id='14' enabled='no'" in (await side.live_xml())
 
 
 async def test_several_are_one_transaction_and_undone_where_libvirt_fails(daemon):
     """libvirt never rolls back."""
     async with guest(daemon, PPC64) as side:
         # The firmware's threads poll and, on a busy machine, keep QEMU's main loop from its lock for minutes.
-        await asyncio.to_thread(side.guest.domain.suspend)
+        await asyncio.to_thread(side.domain.suspend)
         assert (await on(daemon, "setvcpu", "power1", "8-15", "--enable")).code == 0
         # Somebody else has plugged what libvirt does not know of.
         async with qmpvcpu.connect("power1", uri=daemon.uri, via="monitor") as domain:
@@ -137,13 +136,13 @@ async def test_unplugs_to_their_verified_end(daemon, tmp_path, via):
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
         run = await on(daemon, "--via", via, "setvcpu", "web1", "5-7", "--disable")
         assert run.code == 0 and run.json["changed_ids"] == [5, 6, 7], run.stdout
-        xml = await side.guest.live_xml()
+        xml = await side.live_xml()
         if via == "api":
             assert xml.count(b"enabled='yes'") == 5
             assert (await on(daemon, "setvcpu", "web1", "1", "--disable")).code == 3
             run = await on(daemon, "setvcpus", "web1", "2", "--live", "--config")
             assert run.code == 0 and run.json["changed_ids"] == [2, 3, 4, 5, 6, 7], run.stdout
-            live, config = await side.guest.sides()
+            live, config = await side.sides()
             assert b"current='2'" in live and b"current='2'" in config
         else:
             assert "tainted" in run.json["messages"][-1]
@@ -155,10 +154,10 @@ async def test_what_other_clients_have_unplugged_unheard_is_counted(daemon, tmp_
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
         async with qmpvcpu.connect("web1", uri=daemon.uri, via=via) as domain:
             await domain.vcpus()
-            await asyncio.to_thread(side.guest.domain.setVcpu, "7", 0, 1)
+            await asyncio.to_thread(side.domain.setVcpu, "7", 0, 1)
             outcome = await domain.set_vcpus(7)
             assert (outcome.outcome, outcome.changed) == ("applied", False)
-            await asyncio.to_thread(side.guest.domain.setVcpu, "6", 0, 1)
+            await asyncio.to_thread(side.domain.setVcpu, "6", 0, 1)
             assert not (await domain.disable(6)).changed
             assert sum(row.enabled for row in await domain.vcpus()) == 6
 
@@ -178,7 +177,7 @@ async def test_through_its_monitor_with_our_own_engine(daemon, tmp_path):
             json.loads(line)["message"].get("execute") for line in log.read_text().splitlines()
         ]
         assert await tainted(side)
-        assert b"current='3'" in await side.guest.live_xml()
+        assert b"current='3'" in await side.live_xml()
         run = await on(daemon, "--via", "monitor", "vcpuinfo", "web1")
         assert "tainted" in run.stderr
         rows = run.json["vcpus"]
@@ -187,7 +186,7 @@ async def test_through_its_monitor_with_our_own_engine(daemon, tmp_path):
         run = await on(daemon, "--via", "monitor", "vcpupin", "web1", "5", "0")
         assert run.code == 0, run.stdout
         run = await on(daemon, "--via", "monitor", "setvcpu", "web1", "5-6", "--enable", "--config")
-        assert run.code == 0 and b"<vcpu id='6' enabled='yes'" in (await side.guest.sides())[1], run.stdout
+        assert run.code == 0 and b"<vcpu id='6' enabled='yes'" in (await side.sides())[1], run.stdout
 
 
 async def test_refusals_and_errors_keep_libvirts_code(daemon):
@@ -220,14 +219,14 @@ async def test_pins_and_its_definition(daemon):
     async with guest(daemon) as side:
         run = await on(daemon, "vcpupin", "web1", "0", "0", "--live", "--config")
         assert run.code == 0 and run.json["changed"], run.stdout
-        live, config = await side.guest.sides()
+        live, config = await side.sides()
         assert b"<vcpupin vcpu='0' cpuset='0'/>" in live and b"<vcpupin vcpu='0' cpuset='0'/>" in config
         assert (await on(daemon, "vcpupin", "web1", "0", "0")).json["changed"] is False
         assert (await on(daemon, "vcpupin", "web1", "0")).json["pins"][0]["cpus"] == "0"
         run = await on(daemon, "vcpupin", "web1", "9", "0")
         assert run.code == 3 and "has no thread" in run.json["error"]["message"]
         run = await on(daemon, "vcpupin", "web1", "9", "0", "--config")
-        assert run.code == 0 and b"<vcpupin vcpu='9' cpuset='0'/>" in (await side.guest.sides())[1]
+        assert run.code == 0 and b"<vcpupin vcpu='9' cpuset='0'/>" in (await side.sides())[1]
 
 
 async def test_of_one_that_is_shut_off(daemon, tmp_path):
@@ -237,12 +236,12 @@ async def test_of_one_that_is_shut_off(daemon, tmp_path):
         run = await on(daemon, "setvcpu", "web1", "6", "--enable", "--live")
         assert run.code == 3 and run.json["error"]["libvirt"] == "VIR_ERR_OPERATION_INVALID"
         assert (await on(daemon, "setvcpus", "web1", "6", "--hotpluggable")).code == 0
-        assert b"current='6'" in (await side.guest.sides())[1]
+        assert b"current='6'" in (await side.sides())[1]
         wanted = tmp_path / "wanted.xml"
         wanted.write_text(listed(0, 1, 2, 11))
         run = await on(daemon, "apply", "web1", str(wanted))
         assert run.code == 0, run.stdout
-        assert b"<vcpu id='11' enabled='yes'" in (await side.guest.sides())[1]
+        assert b"<vcpu id='11' enabled='yes'" in (await side.sides())[1]
         assert (await on(daemon, "list")).json["domains"][0]["state"] == "shut off"
 
 
@@ -252,7 +251,7 @@ async def test_apply_live_and_config(daemon, tmp_path):
         wanted.write_text(listed(0, 1, 2, 4, 11))
         run = await on(daemon, "apply", "web1", str(wanted), "--live", "--config")
         assert run.code == 0 and run.json["changed_ids"] == [4, 11], run.stdout
-        for xml in await side.guest.sides():
+        for xml in await side.sides():
             assert b"<vcpu id='11' enabled='yes'" in xml
 
 
@@ -350,7 +349,7 @@ async def test_a_guest_that_stops_is_no_connection_any_more(daemon):
     async with guest(daemon) as side:
         watch = await start_cli("-c", daemon.uri, "watch", "web1", "--json")
         await watch.stdout.readline()
-        await asyncio.to_thread(side.guest.domain.destroy)
+        await asyncio.to_thread(side.domain.destroy)
         stdout, _ = await within(watch.communicate(), "watch has ended")
         assert watch.returncode == 7 and "has stopped" in stdout.decode()
 
@@ -439,7 +438,7 @@ async def test_what_libvirt_does_not_show_stays_in_the_definition(daemon, tmp_pa
         ):
             run = await on(daemon, *words)
             assert run.code == 0 and run.json["changed"], run.stdout
-            secure = await asyncio.to_thread(side.guest.read_definition, secure=True)
+            secure = await asyncio.to_thread(side.definition, secure=True)
             assert b"passwd='geheim'" in secure, words
         assert "geheim" not in (await cli("-c", daemon.uri, "dumpxml", "web1")).stdout
 
@@ -449,7 +448,7 @@ async def test_two_calls_at_once_on_one_that_is_shut_off(daemon):
         async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
             done = await asyncio.gather(domain.enable(12, config=True), domain.set_vcpus(8, config=True))
             assert done[0].changed_ids == (12,) and len(done[1].changed_ids) == 4
-        xml = (await side.guest.sides())[1]
+        xml = (await side.sides())[1]
         assert b"current='8'" in xml and b"<vcpu id='12' enabled='yes'" in xml
 
 
@@ -457,21 +456,21 @@ async def test_a_guest_that_was_started_anew_is_another_one(daemon):
     async with guest(daemon) as side:
         async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
             await domain.enable(9)
-            await asyncio.to_thread(side.guest.domain.destroy)
-            await asyncio.to_thread(side.guest.domain.create)
+            await asyncio.to_thread(side.domain.destroy)
+            await asyncio.to_thread(side.domain.create)
             for call in (domain.state(), domain.enable(10), domain.dump_xml()):
                 with pytest.raises(qmpvcpu.VcpuConnectionError, match="has stopped"):
                     await call
             await domain.reconnect()
             assert (await domain.state()).enabled_ids == (0, 1, 2)
-            await asyncio.to_thread(side.guest.domain.destroy)
+            await asyncio.to_thread(side.domain.destroy)
             with pytest.raises(qmpvcpu.VcpuConnectionError):
                 await domain.state(VcpuFlag.LIVE)
 
 
 async def test_a_transient_domain_and_its_own_xml(daemon):
     async with guest(daemon, SECRET) as side:
-        await asyncio.to_thread(side.guest.domain.undefine)
+        await asyncio.to_thread(side.domain.undefine)
         run = await cli("-c", daemon.uri, "dumpxml", "web1")
         assert "<uuid>" in run.stdout and "<numa>" in run.stdout and "<graphics" in run.stdout
         run = await on(daemon, "setvcpu", "web1", "5", "--enable", "--live", "--config")
@@ -486,8 +485,7 @@ async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
         pid = qemu_of(daemon)
         # A guest that does not eject: paused.
-        async with qmpvcpu.connect("web1", uri=daemon.uri, via="monitor") as domain:
-            await domain._link.execute("stop")
+        await asyncio.to_thread(side.domain.suspend)
         mark = daemon.log_position()
         process = await start_cli("-c", daemon.uri, "setvcpu", "web1", "4-7", "--disable", "--json")
         await until(lambda: "device_del" in sent(daemon, mark), "the first is asked for")
@@ -515,7 +513,7 @@ async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked
 @needs_kvm
 async def test_the_next_process_knows_what_is_pending(daemon, tmp_path):
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
-        await asyncio.to_thread(suspend, side.guest.domain)
+        await asyncio.to_thread(suspend, side.domain)
         run = await on(daemon, "setvcpu", "web1", "4", "--disable", "--timeout", "1")
         assert (run.code, run.json["pending"]) == (5, [4]), run.stdout
         assert not [text for text in run.json["messages"] if "only this process" in text]
@@ -523,7 +521,7 @@ async def test_the_next_process_knows_what_is_pending(daemon, tmp_path):
         assert [row["id"] for row in rows if row["pending"]] == [4]
         # Not "already so": it is on its way out. Once that has ended it is plugged again.
         enabling = await start_cli("-c", daemon.uri, "setvcpu", "web1", "4", "--enable", "--json")
-        await asyncio.to_thread(side.guest.domain.resume)
+        await asyncio.to_thread(side.domain.resume)
         stdout, _ = await within(enabling.communicate(), "it is plugged again")
         assert (enabling.returncode, json.loads(stdout)["changed_ids"]) == (0, [4]), stdout.decode()
         rows = (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]

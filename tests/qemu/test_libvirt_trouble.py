@@ -16,10 +16,10 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
-from qmpvcpu.libvirt.daemon import run_libvirtd
 from tests.qemu.libvirt_guests import EJECTING, NUMA, firmware, numa, qemu_of, start_until, suspend
 from tests.qemu.test_libvirt_real import free, guest, held, needs_kvm, on, sent, workers
 from tests.support.commands import start_cli
+from tests.support.libvirtds import daemon_of_our_own
 from tests.support.waiting import until, within
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
@@ -27,7 +27,7 @@ pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
 
 @pytest.fixture(scope="module")
 async def daemon():
-    async with run_libvirtd(log_qmp=True) as running:
+    async with daemon_of_our_own(log_qmp=True) as running:
         yield running
 
 
@@ -98,7 +98,7 @@ async def test_interrupted_in_the_middle_of_many_plugs(daemon):
         document = json.loads(stdout)
         told = {*document["pending"], *document["changed_ids"]}
         assert told <= {int(one.removeprefix("vcpu")) for one in added}
-        live = (await side.guest.live_xml()).count(b"enabled='yes'")
+        live = (await side.live_xml()).count(b"enabled='yes'")
         assert live == 3 + len(told), (document, live)
         assert (
             document["outcome"] in ("partial", "pending")
@@ -110,7 +110,7 @@ async def test_interrupted_in_the_middle_of_many_plugs(daemon):
 async def test_the_deadline_counts_though_libvirt_takes_one_unplug_at_a_time(daemon, tmp_path):
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
         # A guest that does not eject.
-        await asyncio.to_thread(suspend, side.guest.domain)
+        await asyncio.to_thread(suspend, side.domain)
         mark = daemon.log_position()
         run = await on(daemon, "setvcpu", "web1", "5-7", "--disable", "--timeout", "1")
         assert run.code == 5 and len(run.json["pending"]) == 1, run.stdout
@@ -164,7 +164,7 @@ async def test_a_connection_of_a_thread_that_breaks_alone_is_made_again(daemon):
 @needs_kvm
 async def test_an_earlier_unplug_stays_pending_where_it_could_not_be_asked_again(daemon, tmp_path):
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
-        await asyncio.to_thread(suspend, side.guest.domain)
+        await asyncio.to_thread(suspend, side.domain)
         run = await on(daemon, "setvcpu", "web1", "7", "--disable", "--live", "--config", "--timeout", "1")
         assert run.code == 5 and run.json["pending"] == [7]
         # Until libvirt gives that one up.
@@ -175,15 +175,15 @@ async def test_an_earlier_unplug_stays_pending_where_it_could_not_be_asked_again
         rows = (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]
         assert [row["id"] for row in rows if row["pending"]] == [5, 7]
         # What has not ended in the guest is not written to its definition.
-        assert (await side.guest.sides())[1].count(b"enabled='yes'") == 8
+        assert (await side.sides())[1].count(b"enabled='yes'") == 8
 
 
 @needs_kvm
 async def test_asked_is_what_libvirt_has_asked_also_behind_another_client(daemon, tmp_path):
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
-        await asyncio.to_thread(suspend, side.guest.domain)
+        await asyncio.to_thread(suspend, side.domain)
         mark = daemon.log_position()
-        first = asyncio.create_task(asyncio.to_thread(side.guest.domain.setVcpu, "7", 0, 1))
+        first = asyncio.create_task(asyncio.to_thread(side.domain.setVcpu, "7", 0, 1))
         await held(side)
         # It holds the domain for 5 s from here on.
         run = await on(daemon, "setvcpu", "web1", "6", "--disable", "--async")
@@ -194,7 +194,7 @@ async def test_asked_is_what_libvirt_has_asked_also_behind_another_client(daemon
             await first
         # By its own deadline a call does not wait for that, however long it takes.
         with stopped(daemon):
-            again = asyncio.create_task(asyncio.to_thread(side.guest.domain.setVcpu, "5", 0, 1))
+            again = asyncio.create_task(asyncio.to_thread(side.domain.setVcpu, "5", 0, 1))
             await held(side)
             run = await on(daemon, "setvcpu", "web1", "4", "--disable", "--timeout", "1")
             assert run.code == 5 and run.json["pending"] == [4], run.stdout
@@ -228,7 +228,7 @@ async def test_under_tcg_what_is_gone_unseen_stays_known(daemon, tmp_path):
 
 async def test_a_held_connection_sees_what_becomes_of_its_domain(daemon):
     async with guest(daemon, start=False) as side:
-        library = side.guest.domain
+        library = side.domain
         async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
             assert not (await domain.state()).active
             await asyncio.to_thread(library.create)
@@ -239,7 +239,7 @@ async def test_a_held_connection_sees_what_becomes_of_its_domain(daemon):
             with pytest.raises(qmpvcpu.VcpuRefused, match="no persistent definition"):
                 await domain.enable(6, live=True, config=True)
             xml = NUMA.replace("<name>", f"<uuid>{library.UUIDString()}</uuid><name>")
-            await asyncio.to_thread(side.connection.conn.defineXML, xml)
+            await asyncio.to_thread(side.connection.defineXML, xml)
             assert (await domain.enable(6, live=True, config=True)).config_changed_ids == (6,)
         for call in (
             domain.state(),
@@ -257,7 +257,7 @@ async def test_a_call_cancelled_while_it_connects_anew_is_made_good_once(daemon)
         return sum("changes" in one for one in workers())
 
     async with guest(daemon, start=False) as side:
-        library, before = side.guest.domain, changing()
+        library, before = side.domain, changing()
         for mend in ("the next call", "reconnect"):
             async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
                 connect = domain._connect
@@ -293,7 +293,7 @@ async def test_a_definition_that_cannot_follow_is_partial(daemon):
             assert run.code == 6 and run.json["changed_ids"] == [5], run.stdout
             assert "stays so" in run.json["error"]["message"]
             assert "the definition is as it was" not in run.json["messages"]
-            live, config = await side.guest.sides()
+            live, config = await side.sides()
             assert b"<vcpu id='5' enabled='yes'" in live
             assert (b"<vcpu id='5' enabled='yes'" in config) == ("changed the def" in run.json["error"]["message"])
             run = await on(daemon, "setvcpu", "web1", "6", "--enable", "--config")
@@ -306,7 +306,7 @@ async def test_a_definition_that_cannot_follow_is_partial(daemon):
 async def test_interrupted_while_another_client_holds_the_domain(daemon):
     async with guest(daemon) as side:
         with stopped(daemon):
-            other = asyncio.create_task(asyncio.to_thread(side.guest.domain.setVcpu, "12", 1, 1))
+            other = asyncio.create_task(asyncio.to_thread(side.domain.setVcpu, "12", 1, 1))
             await held(side)
             words = ("-c", daemon.uri, "setvcpu", "web1", "11", "--enable", "--config", "--json")
             process = await start_until("libvirt.virDomain.setVcpu", *words)

@@ -14,9 +14,9 @@ from pathlib import Path
 
 import pytest
 
-from qmpvcpu.errors import VcpuFailed, VcpuRefused, VcpuUsageError
-from qmpvcpu.libvirt import daemon as module
-from qmpvcpu.libvirt.daemon import run_libvirtd
+import qmpvcpu
+from qmpvcpu import VcpuFailed, VcpuRefused, VcpuUsageError
+from tests.support.libvirtds import daemon_of_our_own
 from tests.support.qemus import group, qemu_binary
 from tests.support.waiting import until, within
 
@@ -93,7 +93,7 @@ def processes_of(folder, namespace=None):
 
 async def test_guests_outlive_the_daemon_and_nothing_outlives_the_context():
     before = on_the_host()
-    async with run_libvirtd(log_qmp=True) as daemon:
+    async with daemon_of_our_own(log_qmp=True) as daemon:
         folder, first = daemon.folder, daemon.pid
         await ask(daemon.uri, start_guest)
         since = daemon.log_position()
@@ -120,7 +120,7 @@ async def test_guests_outlive_the_daemon_and_nothing_outlives_the_context():
 
 
 async def test_two_at_once_and_kvm():
-    async with run_libvirtd() as one, run_libvirtd() as other:
+    async with daemon_of_our_own() as one, daemon_of_our_own() as other:
         accel = "kvm" if os.access("/dev/kvm", os.R_OK | os.W_OK) else "qemu"
         await ask(one.uri, lambda connection: start_guest(connection, accel))
         assert await ask(one.uri, running) == [("web1", 2)]
@@ -135,12 +135,12 @@ async def run_elsewhere(code, *prefix, python=sys.executable):
     """Another Python that enters the context, prints its folder, and does what `code` says."""
     text = (
         "import asyncio, sys\n"
-        "from qmpvcpu.libvirt.daemon import run_libvirtd\n"
+        "from tests.support.libvirtds import daemon_of_our_own\n"
         "from tests.qemu.test_libvirtd_real import *\n"
         "async def main():\n"
-        "    async with run_libvirtd() as daemon:\n"
+        "    async with daemon_of_our_own() as daemon:\n"
         "        await ask(daemon.uri, start_guest)\n"
-        "        print(daemon.folder, daemon._supervisor._process.pid, daemon.pid, flush=True)\n"
+        "        print(daemon.folder, daemon.keeper, daemon.pid, flush=True)\n"
         f"        {code}\n"
         "asyncio.run(main())\n"
     )
@@ -152,7 +152,7 @@ async def run_elsewhere(code, *prefix, python=sys.executable):
 @pytest.mark.parametrize("victim", ["us", "supervisor"])
 async def test_a_kill_leaves_nothing(victim):
     process = await run_elsewhere(
-        "await asyncio.Event().wait()" if victim == "us" else "await daemon._supervisor._listener"
+        "await asyncio.Event().wait()" if victim == "us" else "await daemon.wait_for_the_keepers_end()"
     )
     line = await within(process.stdout.readline(), "its daemon runs")
     folder, supervisor, daemon = line.decode().split()
@@ -167,7 +167,7 @@ async def test_a_kill_leaves_nothing(victim):
 async def test_an_ordinary_users_session():
     """As nobody, with the system's Python and a copy of the package: ours may be where nobody cannot look."""
     base = Path(tempfile.mkdtemp(prefix="qmpvcpu-nobody-", dir="/tmp"))
-    shutil.copytree(Path(module.__file__).parents[1], base / "qmpvcpu")
+    shutil.copytree(Path(qmpvcpu.__file__).parent, base / "qmpvcpu")
     subprocess.run(["chmod", "-R", "a+rX", str(base)], check=True)
     words = ("setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups")
     text = (
@@ -209,17 +209,15 @@ async def test_a_daemon_that_does_not_start_says_why(monkeypatch, tmp_path, scri
     program.write_text(f"#!/bin/sh\n{script}\n")
     program.chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
-    monkeypatch.setattr(module, "START_SECONDS", 2.0)
     with pytest.raises(VcpuFailed, match=text):
-        async with run_libvirtd():
+        async with daemon_of_our_own(patience=2.0):
             pass
 
 
 async def test_without_libvirtd_it_is_refused(monkeypatch):
-    monkeypatch.setattr(module, "SBIN", "")
     monkeypatch.setenv("PATH", "/nonexistent")
     with pytest.raises(VcpuRefused) as refused:
-        async with run_libvirtd():
+        async with daemon_of_our_own(beyond_path=False):
             pass
     assert refused.value.refusals[0].code == "libvirtd"
     assert "libvirt-daemon" in refused.value.hint

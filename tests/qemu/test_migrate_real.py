@@ -14,10 +14,13 @@ from pathlib import Path
 import pytest
 
 import qmpvcpu
-from qmpvcpu.domain import migrate as engine
-from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu import VcpuConnectionError
+from tests.support import moments, saving
 from tests.support.commands import cli, start_cli
+from tests.support.monitor import connected
 from tests.support.qemus import MACHINES, VERSIONS, Qemu, group, qemu_binary, running
+from tests.support.started import folder_of
+from tests.support.store import ROOT
 from tests.support.waiting import until, within
 
 pytestmark = pytest.mark.qemu
@@ -297,21 +300,13 @@ async def test_killed_while_memory_moves(victim):
             assert run.code == 0 and await runs(source)
 
 
-async def between(source, target, monkeypatch, name, act):
-    """Migrate, and do something before (or after) a step of the handing over."""
-    original = getattr(engine, name)
-
-    async def hooked(*given, **more):
-        await act("before")
-        found = await original(*given, **more)
-        await act("after")
-        return found
-
-    monkeypatch.setattr(engine, name, hooked)
-    async with qmpvcpu.connect(qmp=source.qmp) as s, qmpvcpu.connect(qmp=target.qmp) as t:
-        cookie = await s.migrate_begin()
-        await t.migrate_prepare(cookie)
-        return await s.migrate(t, cookie)
+async def moved(source, target, moment, act):
+    """Migrate, and do something before a moment of the handing over."""
+    with moments.before(moment, act):
+        async with qmpvcpu.connect(qmp=source.qmp) as s, qmpvcpu.connect(qmp=target.qmp) as t:
+            cookie = await s.migrate_begin()
+            await t.migrate_prepare(cookie)
+            return await s.migrate(t, cookie)
 
 
 def dead(qemu: Qemu):
@@ -322,35 +317,32 @@ def dead(qemu: Qemu):
 async def test_the_destination_dies_when_all_has_been_handed_over(monkeypatch):
     async with machine() as source, waiting() as target:
 
-        async def act(when):
-            if when == "before":
-                dead(target)
+        async def act():
+            dead(target)
 
         with pytest.raises(qmpvcpu.VcpuFailed, match="goes on at the source"):
-            await between(source, target, monkeypatch, "finish", act)
+            await moved(source, target, "the destination has all", act)
         assert await runs(source)
 
 
 async def test_the_destination_dies_before_it_is_told_to_run(monkeypatch):
     async with machine() as source, waiting() as target:
 
-        async def act(when):
-            if when == "before":
-                dead(target)
+        async def act():
+            dead(target)
 
         with pytest.raises(qmpvcpu.VcpuFailed, match="goes on at the source"):
-            await between(source, target, monkeypatch, "start", act)
+            await moved(source, target, "the destination runs", act)
         assert await runs(source)
 
 
 async def test_the_source_dies_when_all_has_been_handed_over(monkeypatch):
     async with machine() as source, waiting() as target:
 
-        async def act(when):
-            if when == "before":
-                dead(source)
+        async def act():
+            dead(source)
 
-        done = await between(source, target, monkeypatch, "finish", act)
+        done = await moved(source, target, "the destination has all", act)
         assert done.vcpus == (0, 1)
         assert await runs(target)
 
@@ -358,15 +350,14 @@ async def test_the_source_dies_when_all_has_been_handed_over(monkeypatch):
 async def test_a_vcpu_that_comes_at_the_destination_on_the_way_is_seen_before_it_runs(monkeypatch):
     async with machine() as source, waiting() as target:
 
-        async def act(when):
-            if when == "before":
-                async with qmpvcpu.connect(qmp=str(target.folder / "qmp2")) as domain:
-                    await domain.enable(7)
+        async def act():
+            async with qmpvcpu.connect(qmp=str(target.folder / "qmp2")) as domain:
+                await domain.enable(7)
 
         with pytest.raises(
             qmpvcpu.VcpuFailed, match="vCPU 7 is plugged at the destination, and not at the source"
         ):
-            await between(source, target, monkeypatch, "finish", act)
+            await moved(source, target, "the destination has all", act)
         assert await runs(source) and await ended(target)
 
 
@@ -375,12 +366,11 @@ async def test_cancelled_at_the_last_moment_it_is_brought_to_an_end(monkeypatch)
     async with machine() as source, waiting() as target:
         task = asyncio.current_task()
 
-        async def act(when):
-            if when == "before":
-                task.cancel()
+        async def act():
+            task.cancel()
 
         with pytest.raises(asyncio.CancelledError):
-            await between(source, target, monkeypatch, "start", act)
+            await moved(source, target, "the destination runs", act)
         task.uncancel()
         assert await runs(target) and await ended(source)
 
@@ -535,53 +525,44 @@ async def test_by_name_the_phases(started, tmp_path):
 
 async def test_a_destination_that_was_started_is_gone_when_it_cannot_take_it(started, monkeypatch):
     async with qmpvcpu.connect("one") as domain:
-        from qmpvcpu.app import migrate as app
 
         async def refuses(self, cookie, *, place):
             raise qmpvcpu.VcpuRefused([qmpvcpu.Refusal("x", "the test says no")])
 
         monkeypatch.setattr(qmpvcpu.Domain, "migrate_prepare", refuses)
         with pytest.raises(qmpvcpu.VcpuRefused, match="the test says no"):
-            await app.migrate(domain, "two")
+            await saving.move(domain, "two")
     assert await names() == {"one": True}
     assert (await cli("destroy", "two", "--json")).json["error"]["message"] == "'two' does not run"
 
 
 async def test_interrupted_at_the_last_moment_by_name_the_guest_is_at_the_destination(started, monkeypatch):
     """Also when it was started for this: it must not be ended any more."""
-    from qmpvcpu.app import migrate as app
-
     async with qmpvcpu.connect("one") as domain:
         task = asyncio.current_task()
-        original = engine.end
 
-        async def hooked(link):
+        async def cancel_twice():
             task.cancel()
             await asyncio.sleep(0)
             task.cancel()
-            return await original(link)
 
-        monkeypatch.setattr(engine, "end", hooked)
-        with pytest.raises(asyncio.CancelledError):
-            await app.migrate(domain, "two", persistent=True)
+        with moments.before("the source ends", cancel_twice), pytest.raises(asyncio.CancelledError):
+            await saving.move(domain, "two", persistent=True)
         while task.cancelling():
             task.uncancel()
     assert await names() == {"one": False, "two": True}
     assert (await cli("vcpucount", "two", "--active", "--live")).stdout.strip() == "3"
 
 
-async def test_a_destination_that_may_run_is_left_alone(started, monkeypatch):
-    from qmpvcpu.app import migrate as app
-
-    async def unknown(link, cookie):
-        await link.execute("cont")
-        return engine.Destination.UNKNOWN, "no answer"
-
+async def test_a_destination_that_may_run_is_left_alone(started):
     async with qmpvcpu.connect("one") as domain:
-        monkeypatch.setattr(engine, "start", unknown)
-        with pytest.raises(qmpvcpu.VcpuPartial, match="which side runs the guest cannot be told"):
-            await app.migrate(domain, "two")
-        assert (await domain._link.execute("query-status"))["status"] == "postmigrate"
+        with (
+            moments.destination_cannot_be_told(),
+            pytest.raises(qmpvcpu.VcpuPartial, match="which side runs the guest cannot be told"),
+        ):
+            await saving.move(domain, "two")
+    async with connected(str(folder_of("one") / "qmp2")) as source:
+        assert (await source.command("query-status"))["status"] == "postmigrate"
     assert (await names())["two"] is True
 
 
@@ -730,18 +711,12 @@ async def test_what_has_not_arrived_whole_can_be_ended(tmp_path, state):
 
 
 DIES = """
-import asyncio, os, sys
+import asyncio, sys
 import qmpvcpu
-from qmpvcpu.domain import migrate as engine
+from tests.support import moments
 
 async def main():
-    original = engine.{step}
-    async def dying(*given, **more):
-        if not {after}:
-            os._exit(9)
-        await original(*given, **more)
-        os._exit(9)
-    engine.{step} = dying
+    moments.die(sys.argv[3], after=sys.argv[4] == "True")
     async with qmpvcpu.connect(qmp=sys.argv[1]) as s, qmpvcpu.connect(qmp=sys.argv[2]) as t:
         cookie = await s.migrate_begin()
         await t.migrate_prepare(cookie)
@@ -749,20 +724,19 @@ async def main():
 
 asyncio.run(main())
 """
+ARRIVED, RUNS = "the destination has all", "the destination runs"
 
 
-@pytest.mark.parametrize(
-    ("step", "after"), [("finish", False), ("finish", True), ("start", False), ("start", True)]
-)
+@pytest.mark.parametrize(("step", "after"), [(ARRIVED, False), (ARRIVED, True), (RUNS, False), (RUNS, True)])
 async def test_killed_between_the_handing_over_and_the_end(tmp_path, state, step, after):
     """Whatever is typed then, it runs on one side."""
     async with machine() as source, waiting() as target:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", DIES.format(step=step, after=after), source.qmp, target.qmp
+            sys.executable, "-c", DIES, source.qmp, target.qmp, step, str(after), cwd=ROOT
         )
         assert await process.wait() == 9
-        assert not await runs(source) and await runs(target) is (step == "start" and after)
-        is_taken = step == "start"
+        assert not await runs(source) and await runs(target) is (step == RUNS and after)
+        is_taken = step == RUNS
         run = await cli("migrate-cancel", source.qmp, "--json")
         assert run.code == (3 if is_taken else 0), run.stdout
         run = await cli("migrate-finish", target.qmp, "--json")
@@ -816,14 +790,14 @@ async def test_forced_at_one_side_the_other_is_refused(tmp_path, state):
         process = await asyncio.create_subprocess_exec(
             sys.executable,
             "-c",
-            "import asyncio, os, sys\nimport qmpvcpu\nfrom qmpvcpu.domain import migrate as engine\n"
+            "import asyncio, sys\nimport qmpvcpu\nfrom tests.support import moments\n"
             "async def main():\n"
-            "    async def dying(*given): os._exit(9)\n"
-            "    engine.start = dying\n"
+            f"    moments.die({RUNS!r})\n"
             "    async with qmpvcpu.connect(qmp=sys.argv[1]) as t:\n"
             "        await t.migrate_finish(await t.migrate_cookie())\n"
             "asyncio.run(main())",
             target.qmp,
+            cwd=ROOT,
         )
         assert await process.wait() == 9
         assert (await cli("migrate-cancel", source.qmp)).code == 3

@@ -14,20 +14,19 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
-from qmpvcpu.core.placement import Placement
-from qmpvcpu.host.process import find_process
-from qmpvcpu.host.rights import kvm_state
-from qmpvcpu.host.threads import QemuThreads, look, online_cpus, place_thread
 from tests.qemu.test_cgroup_real import inside
+from tests.support import hosts, moments
 from tests.support.commands import Run, cli
+from tests.support.hosts import why_no_kvm
 from tests.support.qemus import qemu_binary, running
 
 pytestmark = pytest.mark.qemu
 
-ACCELS = ["tcg,thread=multi", *(["kvm"] if kvm_state()[0] else [])]
+ACCELS = ["tcg,thread=multi", *(["kvm"] if why_no_kvm() is None else [])]
 #: Without CAP_SYS_NICE, and else as we are.
 PLAIN = ("setpriv", "--bounding-set", "-sys_nice", "--")
-LAST = max(online_cpus())
+LAST = max(hosts.host_cpus())
+EVERY = hosts.cpu_list(hosts.host_cpus())
 
 
 def xml(cputune="", vcpu="<vcpu current='1'>8</vcpu>"):
@@ -97,7 +96,7 @@ async def test_enabled_is_where_the_xml_says(accel, file):
             "fifo:10",
             "other",
         )
-        assert state.vcpus[1].cpu in online_cpus() and state.vcpus[7].pin is None
+        assert state.vcpus[1].cpu in hosts.host_cpus() and state.vcpus[7].pin is None
         dumped = await domain.dump_xml(dialect="rfc")
         assert b"<vcpu id='1' state='enabled' pin='0' scheduler='other'/>" in dumped
         assert b"scheduler='fifo:10'/>" in dumped
@@ -117,9 +116,11 @@ async def test_no_place_and_the_plan(file):
         assert run.code == 0
         run = await cli("vcpuinfo", "d", "--json")
         pins = {row["id"]: (row["pin"], row["scheduler"], row["cpu"]) for row in run.json["vcpus"]}
-        everywhere = qmpvcpu.core.model.format_ids(os.sched_getaffinity(0))
+        everywhere = hosts.cpu_list(os.sched_getaffinity(0))
         assert (
-            pins[1][:2] == (everywhere, "other") and pins[1][2] in online_cpus() and pins[5] == (None, None, None)
+            pins[1][:2] == (everywhere, "other")
+            and pins[1][2] in hosts.host_cpus()
+            and pins[5] == (None, None, None)
         )
 
 
@@ -183,33 +184,45 @@ async def test_one_thread_for_all_has_no_place(file):
             await domain.pin(1, [0], VcpuFlag.LIVE)
 
 
-async def test_a_thread_id_of_another_process_is_never_touched(file):
-    """The kernel hands thread ids out anew: a real process has what was a vCPU's."""
-    async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
-        state = await domain.state()
-        process = find_process([state.vcpus[0].thread_id])
-        other = subprocess.Popen(["sleep", "infinity"])
-        try:
-            before = os.sched_getaffinity(other.pid), os.sched_getscheduler(other.pid)
-            with pytest.raises(OSError, match="is not QEMU's"):
-                place_thread(process, other.pid, Placement((0,), "batch"))
-            assert (os.sched_getaffinity(other.pid), os.sched_getscheduler(other.pid)) == before
-            assert look(process, other.pid) is None
-            # And a pid that is a QEMU's again, but another one's.
-            async with machine() as second:
-                stale = type(process)(second.pid, process.start, process.boot)
-                with pytest.raises(OSError, match="has ended"):
-                    place_thread(stale, second.pid, Placement((0,)))
-                assert os.sched_getaffinity(second.pid) == before[0]
-        finally:
-            other.kill()
-            other.wait()
+@pytest.fixture
+def other():
+    """A process that is not QEMU; its pid."""
+    process = subprocess.Popen(["sleep", "infinity"])
+    yield process.pid
+    process.kill()
+    process.wait()
+
+
+def placed(pid):
+    return os.sched_getaffinity(pid), os.sched_getscheduler(pid)
+
+
+async def test_a_thread_id_of_another_process_is_never_touched(other):
+    """The kernel hands thread ids out again: a real process has what was a vCPU's."""
+    async with machine() as qemu:
+        before = placed(other)
+        with pytest.raises(OSError, match="is not QEMU's"):
+            hosts.place(qemu.pid, other, (0,), "batch", since=hosts.start_of(qemu.pid))
+        assert placed(other) == before
+
+
+async def test_a_thread_id_of_another_process_is_not_seen(other):
+    async with machine() as qemu:
+        assert not hosts.is_seen(qemu.pid, other)
+
+
+async def test_a_pid_that_is_a_qemus_again_is_never_touched():
+    async with machine() as first, machine() as second:
+        before = placed(second.pid)
+        with pytest.raises(OSError, match="has ended"):
+            hosts.place(second.pid, second.pid, (0,), since=hosts.start_of(first.pid) - 1)
+        assert placed(second.pid) == before
 
 
 async def test_vcpupin(file):
     async with machine() as qemu:
         assert (await cli("define", "d", "--qmp", qemu.qmp, "--xml", str(file))).code == 0
-        everywhere = qmpvcpu.core.model.format_ids(os.sched_getaffinity(0))
+        everywhere = hosts.cpu_list(os.sched_getaffinity(0))
         run = await cli("vcpupin", "d", "--json")
         assert run.json["pins"][0]["cpus"] == everywhere and run.json["pins"][1]["cpus"] is None
         assert (await cli("vcpupin", "d", "--config", "--vcpu", "1")).stdout.split()[-1] == str(LAST)
@@ -222,7 +235,7 @@ async def test_vcpupin(file):
         run = await cli("vcpupin", "d", "0", "r", "--live", "--config", "--json")
         assert run.code == 0 and run.json["changed_ids"] == [0]
         assert "vcpupin vcpu='0'" not in (await cli("dumpxml", "d", "--inactive")).stdout
-        assert (await cli("vcpupin", "d", "0")).stdout.split()[-1] == qmpvcpu.core.model.format_ids(online_cpus())
+        assert (await cli("vcpupin", "d", "0")).stdout.split()[-1] == hosts.cpu_list(hosts.host_cpus())
         for words, code, text in (
             (("0", "4090"), 3, "host CPU 4090"),
             (("5", "0"), 3, "is not enabled"),
@@ -254,7 +267,7 @@ async def test_what_was_never_placed_is_placed_when_asked_again(file):
         assert outcome.changed_ids == (1, 2) and "placed now" in outcome.messages[0]
         assert [(row.pin, row.scheduler) for row in outcome.rows] == [
             (str(LAST), "other"),
-            (qmpvcpu.core.model.format_ids(range(1, LAST + 1)), "fifo:10"),
+            (hosts.cpu_list(range(1, LAST + 1)), "fifo:10"),
         ]
         assert not (await domain.enable([1, 2])).changed
         # What somebody has done since is his.
@@ -263,29 +276,24 @@ async def test_what_was_never_placed_is_placed_when_asked_again(file):
         assert (await domain.state()).vcpus[1].pin == "0"
 
 
-async def test_a_qemu_that_dies_before_its_thread_is_placed_is_gone(file, monkeypatch):
+async def test_a_qemu_that_dies_before_its_thread_is_placed_is_gone(file):
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
-        place = QemuThreads.place
 
-        def killed(*given):
+        def kill():
             qemu.kill()
             os.waitid(os.P_PID, qemu.pid, os.WEXITED | os.WNOWAIT)
-            return place(*given)
 
-        monkeypatch.setattr(QemuThreads, "place", killed)
-        with pytest.raises(qmpvcpu.VcpuConnectionError, match="QEMU has ended after vCPU 1-2 was plugged"):
-            await domain.enable([1, 2])
+        with moments.before("a thread is placed", kill):
+            with pytest.raises(qmpvcpu.VcpuConnectionError, match="QEMU has ended after vCPU 1-2 was plugged"):
+                await domain.enable([1, 2])
 
 
-async def test_threads_of_another_qemu_are_not_taken_for_its_own(file):
+async def test_threads_of_another_qemu_are_not_taken_for_its_own():
     """A QEMU that a guest has taken over may name the threads of its neighbour."""
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp) as domain, machine() as other:
         mine = [vcpu.thread_id for vcpu in (await domain.enable([1, 2])).rows]
-        async with qmpvcpu.connect(qmp=other.qmp) as neighbour:
-            peer = neighbour._link.monitor.peer
-            assert find_process(mine, domain._link.monitor.peer).pid == qemu.pid
-            assert find_process(mine, peer) is None
-            assert find_process([qemu.pid, *mine]) is None
+        found = [hosts.qemu_of(mine, qemu.qmp), hosts.qemu_of(mine, other.qmp), hosts.qemu_of([qemu.pid, *mine])]
+    assert found == [qemu.pid, None, None]
 
 
 @pytest.mark.parametrize("cores", [(1,), (0, 1)])
@@ -295,7 +303,7 @@ async def test_unpinned_is_what_its_cpuset_lets_it_have(file, cores):
         with inside(qemu, f"qmpvcpu-test-{qemu.pid}", controllers=("cpuset",)) as made:
             (made["cpuset"] / "cpuset.cpus").write_text(",".join(map(str, cores)))
             assert (await domain.pin(1, None, VcpuFlag.LIVE)).outcome == "applied"
-            assert (await domain.state()).vcpus[1].pin == qmpvcpu.core.model.format_ids(cores)
+            assert (await domain.state()).vcpus[1].pin == hosts.cpu_list(cores)
 
 
 async def test_pin_refuses_what_makes_no_sense(file):

@@ -8,17 +8,21 @@ import os
 import signal
 import stat
 import sys
-from contextlib import asynccontextmanager
 from pathlib import Path
 
 import pytest
 
-from qmpvcpu.app.probes import ProbeMode, find_layout, forget_probes
-from qmpvcpu.core.layout import LayoutSource, MachineSpec, facts_of, parse_layout, predict_layout
-from qmpvcpu.core.smp import parse_numa, parse_smp
-from qmpvcpu.errors import VcpuConnectionError, VcpuFailed, VcpuRefused
-from qmpvcpu.qemu import probe as probe_module
-from qmpvcpu.qemu.probe import probe_machine
+from qmpvcpu import (
+    MachineSpec,
+    ProbeMode,
+    VcpuConnectionError,
+    VcpuFailed,
+    VcpuRefused,
+    find_layout,
+    parse_numa,
+    parse_smp,
+)
+from tests.support import machines, probes
 from tests.support.commands import cli, start_cli
 from tests.support.qemus import VERSIONS, matrix, qemu_binary
 from tests.support.waiting import until, within
@@ -26,7 +30,6 @@ from tests.support.waiting import until, within
 pytestmark = pytest.mark.qemu
 
 ALWAYS, AUTO, NEVER = ProbeMode.ALWAYS, ProbeMode.AUTO, ProbeMode.NEVER
-SOURCE = LayoutSource
 
 
 @pytest.fixture(autouse=True)
@@ -63,15 +66,13 @@ async def test_names_and_drivers_are_predicted_too(arch, version):
     """Slots are test_smp_real's; here what only the program tells."""
     for machine, cpu in MACHINES[arch]:
         asked = spec(machine, "2,sockets=2,maxcpus=4", cpu=cpu)
-        replies = await probe_machine(qemu_binary(version, arch), asked, dict)
-        found = parse_layout(replies, "tcg", SOURCE.PROBED)
-        facts = facts_of(asked, found)
+        found = machines.answered(await probes.ask(qemu_binary(version, arch), asked))
         assert f"{found.version.major}.{found.version.minor}" == version
         assert found.can_plug is (
             arch in ("x86_64", "ppc64", "s390x") or (arch, version > "7") == ("loongarch64", False)
         )
         assert found.can_unplug is (found.can_plug and arch != "s390x")
-        predicted = predict_layout(asked, arch, facts)
+        predicted = machines.predicted(asked, arch, machines.learned(asked, found))
         if found.can_plug:
             assert predicted.to_json() == found.to_json() | {"source": "predicted"}
         else:
@@ -79,29 +80,19 @@ async def test_names_and_drivers_are_predicted_too(arch, version):
 
 
 @pytest.mark.parametrize("version", VERSIONS)
-async def test_it_runs_in_a_sandbox_with_nothing_to_touch(version, monkeypatch):
-    seen = {}
-    real = probe_module.run_qemu
-
-    @asynccontextmanager
-    async def run(binary, arguments, **more):
-        async with real(binary, arguments, **more) as qemu:
-            status = Path(f"/proc/{qemu.pid}/status").read_text()
-            seen.update(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-            seen.update(folder=qemu.folder, mode=stat.S_IMODE(qemu.folder.stat().st_mode), pid=qemu.pid)
-            yield qemu
-
-    monkeypatch.setattr(probe_module, "run_qemu", run)
-    await probe_machine(qemu_binary(version, "x86_64"), spec(), dict)
-    assert seen["Seccomp"] == "2" and seen["mode"] == 0o700
-    assert not seen["folder"].exists() and not Path(f"/proc/{seen['pid']}").exists()
+async def test_it_runs_in_a_sandbox_with_nothing_to_touch(version):
+    with probes.watched() as watched:
+        await probes.ask(qemu_binary(version, "x86_64"), spec())
+    (seen,) = watched
+    assert (seen["Seccomp"], stat.S_IMODE(seen["mode"])) == ("2", 0o700)
+    assert (seen["folder"].exists(), Path(f"/proc/{seen['pid']}").exists()) == (False, False)
 
 
 async def test_without_seccomp_it_is_asked_all_the_same(tmp_path):
     error = "qemu: -sandbox support is not enabled in this QEMU"
     more = f'case " $* " in *" -sandbox "*) echo "{error}" >&2; exit 1;; esac'
     binary, starts = counting(tmp_path, qemu_binary("10.0", "x86_64"), more=more)
-    assert parse_layout(await probe_machine(binary, spec(), dict), "tcg", SOURCE.PROBED).maxcpus == 4
+    assert machines.answered(await probes.ask(binary, spec())).maxcpus == 4
     assert starts() == 2
 
 
@@ -153,7 +144,7 @@ async def test_another_program_is_asked_anew(tmp_path, own_cache):
     os.utime(binary, (1, 1))
     assert (await find_layout(asked, emulator=binary)).layout.source == "probed"
     assert starts() == 2
-    assert forget_probes() == 4 and not [path for path in own_cache.iterdir() if path.is_file()]
+    assert probes.forget() == 4 and not [path for path in own_cache.iterdir() if path.is_file()]
 
 
 async def test_a_script_that_starts_another_one(tmp_path):
@@ -194,9 +185,7 @@ async def test_a_cache_that_cannot_be_written_is_none(tmp_path, monkeypatch):
 
 ASK = """
 import asyncio, sys
-from qmpvcpu.app.probes import ProbeMode, find_layout
-from qmpvcpu.core.layout import MachineSpec
-from qmpvcpu.core.smp import parse_smp
+from qmpvcpu import MachineSpec, ProbeMode, find_layout, parse_smp
 async def main():
     asked = [MachineSpec("q35", parse_smp(f"1,maxcpus={n % 5 + 2}")) for n in range(10)]
     found = await asyncio.gather(*(find_layout(s, emulator=sys.argv[1], mode=ProbeMode.ALWAYS) for s in asked))

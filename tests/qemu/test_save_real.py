@@ -5,19 +5,16 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-import subprocess
 import sys
-import threading
 
 import pytest
 
 import qmpvcpu
-from qmpvcpu.app import migrate as app
-from qmpvcpu.domain import migrate as engine
-from qmpvcpu.host.savefile import Saving, open_saved
 from tests.qemu.test_migrate_real import CELLS, dead, ended, machine, names, plugged, runs, started, waiting
+from tests.support import moments, saving
 from tests.support.commands import cli, start_cli
-from tests.support.waiting import DEADLINE, until
+from tests.support.store import ROOT, in_child
+from tests.support.waiting import until
 
 pytestmark = pytest.mark.qemu
 __all__ = ["started"]
@@ -122,30 +119,19 @@ async def test_interrupted_it_goes_on(tmp_path):
     pytest.fail("ten times it was saved before it could be interrupted")
 
 
-async def test_interrupted_while_the_file_is_made_it_is_taken_away(tmp_path, monkeypatch):
+async def test_interrupted_while_the_file_is_made_it_is_taken_away(tmp_path):
     """Made in a thread, which nothing can interrupt."""
-    from qmpvcpu.app import migrate as app
-
-    reached, go = threading.Event(), threading.Event()
-
-    def slow(path, cookie):
-        saving = Saving(path, cookie)
-        reached.set()
-        assert go.wait(DEADLINE)
-        return saving
-
-    slow.discard = Saving.discard
-    monkeypatch.setattr(app, "Saving", slow)
     async with machine() as source, qmpvcpu.connect(qmp=source.qmp) as domain:
-        task = asyncio.create_task(app.save(domain, str(tmp_path / "saved")))
-        assert await asyncio.to_thread(reached.wait, DEADLINE)
-        for _ in range(2):
-            task.cancel()
-            await asyncio.sleep(0.01)
-        assert len(os.listdir(tmp_path)) == 1 and not task.done()
-        go.set()
-        with pytest.raises(asyncio.CancelledError):
-            await task
+        with saving.hung_while_it_is_made() as (begun, go):
+            task = asyncio.create_task(saving.save(domain, tmp_path / "saved"))
+            await until(begun.is_set, "the file is being made")
+            for _ in range(2):
+                task.cancel()
+                await asyncio.sleep(0.01)
+            assert len(os.listdir(tmp_path)) == 1 and not task.done()
+            go.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
         assert os.listdir(tmp_path) == [] and await runs(source)
 
 
@@ -154,13 +140,13 @@ async def test_what_cannot_be_written_to_the_end_leaves_no_file_and_the_guest_ru
     async with machine() as source:
         async with qmpvcpu.connect(qmp=source.qmp) as domain:
             cookie = await domain.migrate_begin()
-            saving = Saving(file, b"cookie")
+            made = saving.File(file, b"cookie")
             try:
                 with pytest.raises(qmpvcpu.VcpuFailed, match="No space left on device; the guest goes on"):
-                    await domain.save(cookie, saving.fd, saving.offset, full)
+                    await domain.save(cookie, made.fd, made.offset, full)
                 assert await runs(source)
             finally:
-                saving.discard()
+                made.discard()
         dead(source)
         run = await cli("save", source.qmp, str(file), "--json")
         assert run.code == 7 and os.listdir(tmp_path) == []
@@ -196,20 +182,42 @@ async def test_what_is_no_saved_guest(tmp_path):
         assert await ended(target)
 
 
+BEGUN = """
+import os, signal, sys
+from pathlib import Path
+from tests.support.saving import File
+File(Path(sys.argv[1]), b"c")
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
 def test_what_a_killed_save_left_is_swept(tmp_path):
-    gone = subprocess.Popen(["true"])
-    gone.wait()
-    left = tmp_path / f".saved.saving-{gone.pid}-1"
-    left.write_text("half")
-    saving = Saving(tmp_path / "saved", b"c")
+    assert in_child(BEGUN, tmp_path / "saved") == -signal.SIGKILL
+    (left,) = tmp_path.iterdir()
+    saving.File(tmp_path / "saved", b"c").discard()
     assert not left.exists()
+
+
+def test_a_file_that_qemu_has_not_written_is_not_whole(tmp_path):
     with pytest.raises(OSError, match="written nothing"):
-        saving.finish()
-    os.write(saving.fd, b"stream")
-    assert saving.finish() == saving.offset + 6
-    saved = open_saved(str(tmp_path / "saved"))
-    assert saved.cookie == b"c" and os.read(saved.fd, 10) == b"stream"
-    saved.close()
+        saving.File(tmp_path / "saved", b"c").finish()
+
+
+@pytest.fixture
+def made(tmp_path):
+    """A file with six bytes of QEMU's, and what `finish` says of it."""
+    made = saving.File(tmp_path / "saved", b"c")
+    os.write(made.fd, b"stream")
+    return made, made.finish()
+
+
+def test_a_file_has_its_head_and_what_qemu_wrote(made):
+    file, size = made
+    assert size == file.offset + 6
+
+
+def test_what_was_saved_is_read_again(made, tmp_path):
+    assert saving.content(tmp_path / "saved") == (b"c", b"stream")
 
 
 async def test_only_a_regular_file_is_replaced(tmp_path):
@@ -230,17 +238,17 @@ async def test_cancelled_when_it_is_in_the_file_it_is_saved(tmp_path):
     async with machine() as source:
         async with qmpvcpu.connect(qmp=source.qmp) as domain:
             cookie = await domain.migrate_begin()
-            saving = Saving(file, b"cookie")
+            made = saving.File(file, b"cookie")
             task, loop = asyncio.current_task(), asyncio.get_running_loop()
 
             def finish():
-                saving.finish()
+                made.finish()
                 loop.call_soon_threadsafe(task.cancel)
 
             with pytest.raises(asyncio.CancelledError):
-                await domain.save(cookie, saving.fd, saving.offset, finish)
+                await domain.save(cookie, made.fd, made.offset, finish)
             task.uncancel()
-            saving.discard()
+            made.discard()
         assert file.exists() and await ended(source)
 
 
@@ -249,37 +257,32 @@ async def test_qemu_is_silent_for_longer_than_it_may_and_the_guest_goes_on(tmp_p
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
     file = tmp_path / "saved"
     async with machine() as source:
-        original = engine.perform_to_file
 
-        async def silent(*given):
+        def stop():
             os.kill(source.pid, signal.SIGSTOP)
             asyncio.get_running_loop().call_later(2.5, os.kill, source.pid, signal.SIGCONT)
-            return await original(*given)
 
-        monkeypatch.setattr(engine, "perform_to_file", silent)
         async with qmpvcpu.connect(qmp=str(source.folder / "qmp2"), command_timeout=1.0) as domain:
-            with pytest.raises(qmpvcpu.VcpuConnectionError, match="the guest goes on"):
-                await app.save(domain, str(file))
+            with (
+                moments.before("the guest goes into the file", stop),
+                pytest.raises(qmpvcpu.VcpuConnectionError, match="the guest goes on"),
+            ):
+                await saving.save(domain, file)
             # Connected again.
             assert (await domain.state()).enabled_ids == (0, 1)
         assert await runs(source) and not file.exists()
 
 
 DIES_SAVING = """
-import asyncio, os, sys
+import asyncio, sys
+from pathlib import Path
 import qmpvcpu
-from qmpvcpu.app import migrate as app
-from qmpvcpu.domain import migrate as engine
+from tests.support import moments, saving
 
 async def main():
-    original = engine.perform_to_file
-    async def dying(*given):
-        if sys.argv[3] == "after":
-            await original(*given)
-        os._exit(9)
-    engine.perform_to_file = dying
+    moments.die("the guest goes into the file", after=sys.argv[3] == "after")
     async with qmpvcpu.connect(qmp=sys.argv[1]) as domain:
-        await app.save(domain, sys.argv[2])
+        await saving.save(domain, Path(sys.argv[2]))
 
 asyncio.run(main())
 """
@@ -291,7 +294,7 @@ async def test_killed_while_it_saves_the_guest_is_let_go_on(tmp_path, monkeypatc
     file = str(tmp_path / "saved")
     async with machine() as source:
         words = [sys.executable, "-c", DIES_SAVING, source.qmp, file, when]
-        assert await (await asyncio.create_subprocess_exec(*words)).wait() == 9
+        assert await (await asyncio.create_subprocess_exec(*words, cwd=ROOT)).wait() == 9
         assert not await runs(source)
         run = await cli("migrate-cancel", source.qmp, "--json")
         assert run.code == 0 and "goes on" in run.json["message"] and await runs(source)

@@ -16,12 +16,11 @@ from hypothesis import HealthCheck, Phase, given, settings
 from hypothesis import strategies as st
 
 import qmpvcpu
-from qmpvcpu.app.boot import command_line
-from qmpvcpu.core.bootargs import BootStyle
-from qmpvcpu.host.runtime import Runtime
-from qmpvcpu.xml.domain import read_domain
+from tests.support import machines
+from tests.support import xml as domain_xml
 from tests.support.commands import cli, start_cli
 from tests.support.qemus import VERSIONS, qemu_binary, running
+from tests.support.started import folder_of, leave_pid, pid_of
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.qemu
@@ -96,30 +95,30 @@ def test_a_command_line_gives_what_the_xml_says(arch, version):
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    @given(enabled(8 if size == 1 else 4), st.sampled_from(list(BootStyle)), st.sampled_from([None, "defer"]))
+    @given(enabled(8 if size == 1 else 4), st.sampled_from(["device", "qmp"]), st.sampled_from([None, "defer"]))
     def check(rows, style, incoming):
-        asyncio.run(compare(read_domain(xml(arch, version, rows).encode())[1], rows, style, incoming))
+        asyncio.run(compare(xml(arch, version, rows), rows, style, incoming))
 
-    async def compare(definition, rows, style, incoming):
-        line = await command_line(definition, style, incoming=incoming)
+    async def compare(text, rows, style, incoming):
+        probe, line = await machines.boot_with(text, style=style, incoming=incoming)
         # Without a kernel, s390x ends by itself.
-        arguments = [*line.args.arguments, "-nodefaults", "-display", "none", *(() if incoming else ("-S",))]
-        async with running(line.probe.emulator, arguments) as qemu:
-            for step in line.args.commands:
+        arguments = [*line.arguments, "-nodefaults", "-display", "none", *(() if incoming else ("-S",))]
+        async with running(probe.emulator, arguments) as qemu:
+            for step in line.commands:
                 if step["execute"] != "cont":
                     await qemu.execute(step["execute"], step["arguments"])
             if incoming:
                 assert (await qemu.execute("query-status"))["status"] == "inmigrate"
             async with qmpvcpu.connect(qmp=qemu.qmp) as domain:
                 state = await domain.state()
-        wanted = [n for n, vcpu in enumerate(definition.vcpus) if vcpu.enabled]
-        assert list(state.enabled_ids) == wanted
+        wanted = domain_xml.read(text.encode()).enabled_ids
+        assert state.enabled_ids == wanted
         behind = sorted((order, entity * size) for entity, order in enumerate(rows) if order)
         ranks = sorted({(state.vcpus[n].order, state.vcpus[n].entity[0]) for n in wanted})
         assert [first for _, first in ranks][-len(behind) or len(ranks) :] == [first for _, first in behind]
-        assert [state.vcpus[n].node for n in wanted] == [line.probe.vcpus[n].node for n in wanted]
-        assert [dict(state.vcpus[n].props) for n in wanted] == [dict(line.probe.vcpus[n].props) for n in wanted]
-        assert [state.vcpus[n].order for n in wanted] == [line.probe.vcpus[n].order for n in wanted]
+        assert [state.vcpus[n].node for n in wanted] == [probe.vcpus[n].node for n in wanted]
+        assert [dict(state.vcpus[n].props) for n in wanted] == [dict(probe.vcpus[n].props) for n in wanted]
+        assert [state.vcpus[n].order for n in wanted] == [probe.vcpus[n].order for n in wanted]
 
     check()
 
@@ -154,7 +153,7 @@ def started():
     names = ["d"]
     yield names
     for name in names:
-        pid = Runtime(name).pid()
+        pid = pid_of(name)
         if pid is not None:
             os.kill(pid, signal.SIGKILL)
 
@@ -265,10 +264,8 @@ async def test_somebody_elses_qemu_is_left_alone(tmp_path):
 
 
 async def test_a_pid_that_came_again_is_not_ours(tmp_path):
-    runtime = Runtime("d")
-    runtime.prepare()
-    runtime.pidfile.write_text(f"{os.getpid()}\n")
-    assert runtime.pid() is None
+    leave_pid("d", os.getpid())
+    assert pid_of("d") is None
     run = await cli("destroy", "d", "--json")
     assert run.code == 3 and "does not run" in run.stdout
 
@@ -300,7 +297,7 @@ async def test_a_qemu_that_will_not_end_is_killed(tmp_path, started):
     os.kill(pid, signal.SIGSTOP)
     done = await cli("destroy", "d", "--json")
     assert done.code == 0 and done.json["killed"] is True
-    assert Runtime("d").pid() is None
+    assert pid_of("d") is None
 
 
 async def test_a_machine_that_does_not_come_to_stand(tmp_path, started):
@@ -346,10 +343,8 @@ async def test_killed_or_interrupted_in_the_middle(tmp_path, started):
             process.send_signal(signal.SIGINT if interrupt else signal.SIGKILL)
         await process.communicate()
         # A QEMU that was killed with us may need a moment; one that has begun stays.
-        await until(
-            lambda: len(mentioning(tmp_path / "s")) <= (Runtime("d").pid() is not None), "it is known or gone"
-        )
-        pid = Runtime("d").pid()
+        await until(lambda: len(mentioning(tmp_path / "s")) <= (pid_of("d") is not None), "it is known or gone")
+        pid = pid_of("d")
         state = (await cli("list", "--json")).json["domains"][0]
         if process.returncode == 130:
             assert pid is None
@@ -357,7 +352,7 @@ async def test_killed_or_interrupted_in_the_middle(tmp_path, started):
             kept += 1
             assert state["pid"] == pid
             assert (await cli("destroy", "d")).code == 0
-            assert Runtime("d").pid() is None
+            assert pid_of("d") is None
     assert kept
     await until(lambda: not mentioning(tmp_path / "s"), "no QEMU is left")
 
@@ -380,12 +375,10 @@ def mentioning(word):
 
 
 async def test_started_from_python_too(tmp_path, started):
-    from qmpvcpu.app.start import destroy, start
-
     await define(tmp_path, xml("loongarch64", "10.0", [0, None, None, 1, None, None, None, None]))
-    done = await start("d")
+    done = await qmpvcpu.start("d")
     assert done.state.enabled_ids == (0, 3) and done.state.arch == "loongarch64"
-    task = asyncio.create_task(destroy("d"))
+    task = asyncio.create_task(qmpvcpu.destroy("d"))
     assert (await task).pid == done.pid
 
 
@@ -397,13 +390,10 @@ def has_pending(pid, number):
 
 @pytest.mark.parametrize("cancels", [1, 2, 10])
 async def test_cancelled_again_while_its_qemu_ends_it_leaves_neither_qemu_nor_folder(cancels, tmp_path, started):
-    from qmpvcpu.app.start import start
-
     await define(tmp_path, xml("x86_64", "10.0", SPARSE))
-    runtime = Runtime("d")
-    task = asyncio.create_task(start("d"))
+    task = asyncio.create_task(qmpvcpu.start("d"))
     async with asyncio.timeout(60):
-        while (pid := runtime.pid()) is None:
+        while (pid := pid_of("d")) is None:
             await asyncio.sleep(0)
         os.kill(pid, signal.SIGSTOP)
         task.cancel()
@@ -419,8 +409,8 @@ async def test_cancelled_again_while_its_qemu_ends_it_leaves_neither_qemu_nor_fo
         with pytest.raises(asyncio.CancelledError):
             await task
     assert is_waited_for
-    assert runtime.pid() is None
-    assert not runtime.folder.exists()
+    assert pid_of("d") is None
+    assert not folder_of("d").exists()
     # And nobody holds the lock.
     assert (await cli("start", "d")).code == 0
     assert (await cli("destroy", "d")).code == 0

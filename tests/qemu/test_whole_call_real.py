@@ -13,6 +13,7 @@ import pytest
 import qmpvcpu
 from qmpvcpu import VcpuFlag
 from tests.support.commands import cli, start_cli
+from tests.support.hosts import qemu_of
 from tests.support.qemus import group, paused
 
 pytestmark = pytest.mark.qemu
@@ -222,10 +223,8 @@ async def test_watch_in_words_ends_quietly_when_interrupted():
             assert (process.returncode, rest) == (130, b"")
 
 
-async def test_the_process_of_a_real_guest_is_found_by_its_threads():
-    from qmpvcpu.host.process import find_process
-
+@pytest.mark.parametrize("strangers", [[], [os.getpid()]], ids=["its own", "and one of another process"])
+async def test_the_process_of_a_real_guest_is_found_by_its_threads(strangers):
     async with paused("x86_64", "10.0", "3,maxcpus=4") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
         threads = [vcpu.thread_id for vcpu in await domain.vcpus() if vcpu.enabled]
-        assert find_process(threads).pid == qemu.pid
-        assert find_process([*threads, os.getpid()]) is None
+        assert qemu_of([*threads, *strangers]) == (None if strangers else qemu.pid)

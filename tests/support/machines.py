@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from qmpvcpu import MachineLayout, MachineSpec, QemuVersion, Topology, parse_numa, parse_smp
+from qmpvcpu import MachineLayout, MachineSpec, Probe, QemuVersion, Topology, parse_numa, parse_smp
+from qmpvcpu.app.boot import command_line
 from qmpvcpu.core.bootargs import BootStyle, boot_args, machine_spec, qemu_arch
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.layout import LayoutSource, QemuFacts, facts_of, parse_layout, predict_layout
@@ -130,6 +131,13 @@ def boot(
     assert layout is not None, "arithmetic is enough"
     made = boot_args(definition, layout, BootStyle(style), incoming)
     return Boot(made.arguments, made.commands, made.to_json(), made.started, made.messages)
+
+
+async def boot_with(xml: str, *, style: str = "device", incoming: str | None = None) -> tuple[Probe, Boot]:
+    """What the QEMU that a domain names makes of it, and the command line; it is asked where need be."""
+    line = await command_line(_definition(xml), BootStyle(style), incoming=incoming)
+    made = line.args
+    return line.probe, Boot(made.arguments, made.commands, made.to_json(), made.started, made.messages)
 
 
 def memory(xml: str) -> int | None:

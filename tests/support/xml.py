@@ -11,7 +11,7 @@ from typing import Any
 
 from qmpvcpu.core import definition as core
 from qmpvcpu.xml.domain import read_domain, write_vcpus
-from qmpvcpu.xml.schema import check_vcpus
+from qmpvcpu.xml.schema import check_domain, check_vcpus
 from qmpvcpu.xml.source import Element, parse_document
 
 
@@ -99,6 +99,11 @@ def resized(data: bytes, maximum: int) -> bytes:
 def schema_errors(data: bytes) -> list[str]:
     """What the shipped schema of `<vcpus>` has against the document."""
     return [refusal.message for refusal in check_vcpus(parse_document(data))]
+
+
+def errors_in_libvirts_schema(data: bytes) -> list[str] | None:
+    """What libvirt's own schema has against a domain; None where that is not installed."""
+    return check_domain(data)
 
 
 @dataclass(frozen=True)
