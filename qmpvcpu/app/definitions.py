@@ -111,7 +111,9 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
             data = renamed(data, word)
     elif addresses.qmp:
         async with connect(word, qmp=addresses.qmp, agent=addresses.agent) as domain:
-            data = await domain.describe_xml()
+            told = await domain.describe_machine()
+        data = told.xml
+        messages += [f"the definition does not hold {text}" for text in told.left_out]
     else:
         raise VcpuUsageError(
             "neither its QMP socket nor its XML is given", hint="define NAME --qmp ADDR, or --xml FILE"

@@ -11,8 +11,9 @@ from enum import StrEnum
 from typing import Any
 
 from qmpvcpu.core.arch import architecture, architecture_of_machine
-from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell
 from qmpvcpu.core.layout import MachineLayout, MachineSpec
+from qmpvcpu.core.machine.command_line import join_pairs
 from qmpvcpu.core.model import Props, format_ids
 from qmpvcpu.core.smp import LEVELS, NumaNode, Smp
 from qmpvcpu.errors import Refusal, VcpuRefused
@@ -74,10 +75,12 @@ def machine_spec(definition: Definition) -> MachineSpec:
             if getattr(topology, level) > 1 or level in ("sockets", "cores", "threads")
         }
     smp = Smp(len(_run(definition)), definition.maxcpus, **levels)
+    more = definition.options
+    machine = definition.machine or architecture(arch).default_machine
     return MachineSpec(
-        definition.machine or architecture(arch).default_machine,
+        ",".join(filter(None, (machine, join_pairs(more.machine)))),
         smp,
-        definition.cpu,
+        ",".join(filter(None, (definition.cpu, join_pairs(more.cpu)))) if definition.cpu else None,
         definition.accel or "tcg",
         tuple(NumaNode(cell.id, cell.cpus) for cell in definition.cells),
     )
@@ -113,10 +116,13 @@ def boot_args(
         VcpuRefused: no such guest can be; every reason.
     """
     spec = machine_spec(definition)
-    arguments = ["-machine", spec.machine, "-accel", spec.accel]
+    whole = definition.options.backend_of(None)
+    machine = spec.machine if whole is None else f"{spec.machine},memory-backend={_escape(whole.id)}"
+    accel = ",".join(filter(None, (spec.accel, join_pairs(definition.options.accel))))
+    arguments = ["-machine", machine, "-accel", accel]
     if spec.cpu is not None:
         arguments += ["-cpu", spec.cpu]
-    arguments += [*_memory(definition), "-smp", str(spec.smp), *_numa(definition)]
+    arguments += [*_memory(definition), "-smp", str(spec.smp), *_numa(definition), *_dimms(definition)]
     run = _run(definition)
     plugged, refusals = _plugged(definition, layout, len(run))
     if refusals:
@@ -146,18 +152,86 @@ def boot_args(
 
 
 def _memory(definition: Definition) -> list[str]:
-    if definition.cells:
-        return ["-m", f"size={sum(size for _, size in _cell_sizes(definition)) // 1024}k"]
-    return ["-m", f"size={definition.memory // 1024}k"] if definition.memory is not None else []
+    sizes = _cell_sizes(definition) if definition.cells else []
+    size = sum(size for _, size in sizes) if sizes else definition.base_memory
+    words = {} if size is None else {"size": _kib(size)}
+    if definition.max_memory is not None and definition.memory_slots:
+        words |= {"slots": str(definition.memory_slots), "maxmem": _kib(definition.max_memory)}
+    return ["-m", join_pairs(words.items())] if words else []
+
+
+def _kib(size: int) -> str:
+    return f"{size // 1024}k" if size % 1024 == 0 else f"{size}b"
 
 
 def _numa(definition: Definition) -> list[str]:
+    options = definition.options
+    if not definition.cells:
+        whole = options.backend_of(None)
+        size = definition.base_memory
+        return _backend(whole, size) if whole is not None and size is not None else []
+    sizes = {definition.cells[position].id: size for position, size in _cell_sizes(definition)}
     words = []
-    for cell, size in _cell_sizes(definition) if definition.cells else ():
-        named = "".join(f",cpus={cpus}" for cpus in format_ids(definition.cells[cell].cpus).split(",") if cpus)
-        number = definition.cells[cell].id
-        words += ["-object", f"memory-backend-ram,id=ram-node{number},size={size}"]
-        words += ["-numa", f"node,nodeid={number}{named},memdev=ram-node{number}"]
+    if options.is_one_block:
+        whole = options.backend_of(None)
+        words += _backend(whole, sum(sizes.values())) if whole is not None else []
+        memory = {cell: f"mem={size}b" for cell, size in sizes.items()}
+    else:
+        # A node without memory has no backend: QEMU refuses one of size 0.
+        backends = {
+            cell: options.backend_of(cell) or MemoryBackend(f"ram-node{cell}", cell)
+            for cell, size in sizes.items()
+            if size
+        }
+        made = [backend for backend in options.backends if backend.cell in backends]
+        made += [backend for backend in backends.values() if backend not in made]
+        for backend in made:
+            assert backend.cell is not None
+            words += _backend(backend, sizes[backend.cell])
+        memory = {cell: f"memdev={_escape(backend.id)}" for cell, backend in backends.items()}
+    for cell in definition.cells:
+        named = [f"cpus={cpus}" for cpus in format_ids(cell.cpus).split(",") if cpus]
+        more = [memory[cell.id]] if cell.id in memory else []
+        words += ["-numa", ",".join(["node", f"nodeid={cell.id}", *named, *more])]
+    return words + _distances(definition.cells)
+
+
+#: What QEMU and libvirt take where nothing is written: to itself, and to another node.
+_NEAR, _FAR = 10, 20
+
+
+def _distances(cells: tuple[NumaCell, ...]) -> list[str]:
+    known = {(cell.id, other): value for cell in cells for other, value in cell.distances}
+    if not known:
+        return []
+    words = []
+    for one in cells:
+        for other in cells:
+            value = known.get((one.id, other.id))
+            if value is None and (other.id, one.id) not in known:
+                # QEMU wants all of them as soon as there is one.
+                value = _NEAR if one is other else _FAR
+            if value is not None:
+                words += ["-numa", f"dist,src={one.id},dst={other.id},val={value}"]
+    return words
+
+
+def _backend(backend: MemoryBackend | Dimm, size: int, name: str | None = None) -> list[str]:
+    pairs = [("qom-type", backend.driver), ("id", name or backend.id or ""), ("size", str(size))]
+    return ["-object", join_pairs([*pairs, *backend.options], "qom-type")]
+
+
+def _dimms(definition: Definition) -> list[str]:
+    words = []
+    for number, dimm in enumerate(definition.dimms):
+        name, memdev = dimm.id or f"dimm{number}", dimm.memdev or f"memdimm{number}"
+        words += _backend(dimm, dimm.size, memdev)
+        places = (("node", dimm.node), ("slot", dimm.slot), ("addr", dimm.address))
+        pairs = [(key, str(value)) for key, value in places if value is not None]
+        words += [
+            "-device",
+            join_pairs([("driver", "pc-dimm"), ("id", name), ("memdev", memdev), *pairs], "driver"),
+        ]
     return words
 
 
@@ -167,10 +241,11 @@ def _cell_sizes(definition: Definition) -> list[tuple[int, int]]:
     if all(cell.memory is not None for cell in cells):
         return [(position, cell.memory or 0) for position, cell in enumerate(cells)]
     missing = format_ids(cell.id for cell in cells if cell.memory is None)
-    if definition.memory is None or any(cell.memory is not None for cell in cells):
+    memory = definition.base_memory
+    if memory is None or any(cell.memory is not None for cell in cells):
         raise _refused(f"NUMA cell {missing} has no memory", "write <cell … memory='262144' unit='KiB'/>")
     alignment = architecture(qemu_arch(definition)).memory_alignment
-    part = definition.memory // len(cells) // alignment * alignment
+    part = memory // len(cells) // alignment * alignment
     if not part:
         raise _refused(f"NUMA cell {missing} has no memory", "write <cell … memory='262144' unit='KiB'/>")
     return [(position, part) for position in range(len(cells))]

@@ -12,7 +12,11 @@ from qmpvcpu.core.model import DomainState, Topology
 __all__ = [
     "MOST_VCPUS",
     "Definition",
+    "Dimm",
+    "MemoryBackend",
     "NumaCell",
+    "Pairs",
+    "QemuOptions",
     "VcpuConfig",
     "contradictions",
     "default_vcpus",
@@ -39,11 +43,67 @@ class VcpuConfig:
 
 @dataclass(frozen=True, slots=True)
 class NumaCell:
-    """One `<numa><cell>`: `cpus` are vCPU ids, `memory` is in bytes."""
+    """One `<numa><cell>`: `cpus` are vCPU ids, `memory` is in bytes (0: a node without memory), `distances` are
+    pairs of another cell's id and the distance to it.
+    """
 
     id: int
     cpus: tuple[int, ...]
     memory: int | None = None
+    distances: tuple[tuple[int, int], ...] = ()
+
+
+#: Keys and values in the order in which they are written.
+Pairs = tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True, slots=True)
+class MemoryBackend:
+    """A QEMU memory backend under the id that it has to keep: migration finds RAM blocks by their ids.
+
+    `cell` is the NUMA node whose memory it is, None for that of the whole machine. Its size is that of the node,
+    or of the machine. `options` are its others, as of -object.
+    """
+
+    id: str
+    cell: int | None = None
+    driver: str = "memory-backend-ram"
+    options: Pairs = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Dimm:
+    """One `<memory model='dimm'>`: `size` and `address` are in bytes. `id` and `memdev` are QEMU's ids of the
+    device and of its backend; None: they are free.
+    """
+
+    size: int
+    node: int | None = None
+    slot: int | None = None
+    address: int | None = None
+    id: str | None = None
+    memdev: str | None = None
+    driver: str = "memory-backend-ram"
+    options: Pairs = ()
+
+
+@dataclass(frozen=True, slots=True)
+class QemuOptions:
+    """What of a QEMU that ran libvirt's XML has no place for; it is kept in `<metadata>`.
+
+    `machine`, `accel` and `cpu` are further options of -machine, -accel and -cpu. `backends` stand in the order in
+    which QEMU makes them. `is_one_block` is whether the nodes share one block of memory (`-numa node,mem=`).
+    """
+
+    machine: Pairs = ()
+    accel: Pairs = ()
+    cpu: Pairs = ()
+    backends: tuple[MemoryBackend, ...] = ()
+    is_one_block: bool = False
+
+    def backend_of(self, cell: int | None) -> MemoryBackend | None:
+        """The backend of a node, or of the whole machine."""
+        return next((backend for backend in self.backends if backend.cell == cell), None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,7 +113,8 @@ class Definition:
     `dialect` is "rfc" or "libvirt", whichever its `<vcpus>` is written in, None without one. `cpuset` is `<vcpu
     cpuset>`, the host CPUs of every vCPU that `pins` (`<vcpupin>`) does not name; `schedulers` has `fifo:10`,
     `batch` and the like. `agent` is the socket path of the guest agent's channel, `accel` "kvm" or "tcg", `cpu`
-    what -cpu takes, None for the machine's own. `period` and `quota` (a negative one: no limit) are in
+    what -cpu takes, None for the machine's own. `memory` is all of it at the start, that of `dimms` included;
+    `max_memory` and `memory_slots` are `<maxMemory>`. `period` and `quota` (a negative one: no limit) are in
     microseconds and, like `shares`, of each vCPU; `mems` are the host NUMA nodes of `<numatune>`, `cell_mems`
     those of a cell's `<memnode>`, where they bind (mode strict or restrictive).
     """
@@ -81,6 +142,15 @@ class Definition:
     #: In bytes.
     memory: int | None = None
     cpu: str | None = None
+    max_memory: int | None = None
+    memory_slots: int | None = None
+    dimms: tuple[Dimm, ...] = ()
+    options: QemuOptions = field(default_factory=QemuOptions)
+
+    @property
+    def base_memory(self) -> int | None:
+        """Bytes of `-m`: the memory without that of memory devices."""
+        return None if self.memory is None else self.memory - sum(dimm.size for dimm in self.dimms)
 
     @property
     def maxcpus(self) -> int:

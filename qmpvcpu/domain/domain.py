@@ -24,7 +24,7 @@ from qmpvcpu.core.request import Listed, Request
 from qmpvcpu.core.select import select
 from qmpvcpu.domain.change import change, plan_on
 from qmpvcpu.domain.config import change_both, change_config, with_config
-from qmpvcpu.domain.dump import check_dump, describe, dump
+from qmpvcpu.domain.dump import DescribedXml, check_dump, describe, dump
 from qmpvcpu.domain.guest import Guest, with_online
 from qmpvcpu.domain.interrupted import Interrupted, left_by
 from qmpvcpu.domain.link import NOBODY_LISTENS, Link, Opener, open_link
@@ -379,7 +379,7 @@ class Domain(MigrationCalls):
             if self._persistent is not None:
                 return dump(self._persistent.read(), state, dialect, detail)
             assert state is not None
-            return dump(await self._described(state), state, dialect, detail)
+            return dump((await self._described(state)).xml, state, dialect, detail)
 
     async def describe_xml(self) -> bytes:
         """A definition for the running guest, of what QEMU tells: name, machine, topology, memory, vCPUs.
@@ -387,14 +387,23 @@ class Domain(MigrationCalls):
         Raises:
             VcpuRefused: it does not run.
         """
+        return (await self.describe_machine()).xml
+
+    async def describe_machine(self) -> DescribedXml:
+        """`describe_xml`, and what of the guest such a definition cannot hold.
+
+        Raises:
+            VcpuRefused: it does not run.
+        """
         async with self._turn():
             return await self._described(await self._connected().read())
 
-    async def _described(self, state: DomainState) -> bytes:
+    async def _described(self, state: DomainState) -> DescribedXml:
         from qmpvcpu.xml.domain import minimal_domain
 
         link = self._connected()
-        return minimal_domain(await describe(link.monitor, state, link.process, self._place.agent))
+        told = await describe(link.monitor, state, link.process, self._place.agent)
+        return DescribedXml(minimal_domain(told.definition), told.left_out)
 
     async def guest_vcpus(self) -> GuestView:
         """The guest's own CPUs, and which vCPU each one is.

@@ -2,43 +2,63 @@
 
 from __future__ import annotations
 
-import os
-import re
-from dataclasses import replace
+import asyncio
+from collections.abc import Awaitable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
-from qmpvcpu.core.definition import Definition, definition_of
+from qmpvcpu.core.definition import definition_of
+from qmpvcpu.core.machine.command_line import QemuCommandLine, read_command_line
+from qmpvcpu.core.machine.described import Described, MachineFacts, agrees, described, machine_facts
 from qmpvcpu.core.model import DomainState, Vcpu
 from qmpvcpu.errors import VcpuUsageError
-from qmpvcpu.host.process import Process
+from qmpvcpu.host.process import Process, command_line_of
+from qmpvcpu.host.program import startable_program
 from qmpvcpu.ports import CommandError, Monitor
 
-__all__ = ["DETAILS", "DIALECTS", "check_dump", "describe", "dump"]
+__all__ = ["DETAILS", "DIALECTS", "DescribedXml", "check_dump", "describe", "dump"]
 
 DIALECTS: Final = ("rfc", "libvirt")
 DETAILS: Final = ("minimal", "cell", "full")
 
-_NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)
 _NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
 
-async def describe(monitor: Monitor, state: DomainState, process: Process | None, agent: str | None) -> Definition:
-    """What QEMU tells of a running guest, for an XML of its own."""
-    found = definition_of(state)
-    memory = await _memory(monitor)
-    nodes = await _nodes(monitor) if found.cells else {}
-    cells = tuple(replace(cell, memory=nodes.get(cell.id)) for cell in found.cells)
-    return replace(
-        found,
+@dataclass(frozen=True, slots=True)
+class DescribedXml:
+    """A definition that was made of a running guest; `left_out` is what of the guest it cannot hold."""
+
+    xml: bytes
+    left_out: tuple[str, ...] = ()
+
+
+async def describe(monitor: Monitor, state: DomainState, process: Process | None, agent: str | None) -> Described:
+    """A definition of a running guest, and what of it no definition can hold.
+
+    Args:
+        monitor: of its QEMU.
+        state: its vCPUs.
+        process: of its QEMU, where that runs on this host.
+        agent: address of its guest agent.
+    """
+    words = await asyncio.to_thread(command_line_of, process) if process is not None else []
+    facts, line = await _facts(monitor, read_command_line(words) if words else None)
+    driver = next((entity.driver for entity in state.entities if entity.driver), None)
+    told = described(definition_of(state), driver, facts, line)
+    emulator = await asyncio.to_thread(startable_program, process, words) if process is not None else None
+    left_out = list(told.left_out)
+    if process is not None and emulator is None:
+        left_out.append("the program that runs it: it was started in a way that is not known here")
+    definition = replace(
+        told.definition,
         name=await _name(monitor, state.name),
         uuid=await _uuid(monitor),
-        memory=memory,
-        # QEMU without -numa puts every ppc64 CPU on node 0, and says that there are no nodes.
-        cells=cells if nodes else (),
-        emulator=_emulator(process),
+        emulator=emulator,
         agent=agent if agent is not None and agent.startswith("/") else None,
     )
+    return Described(definition, tuple(left_out))
 
 
 def check_dump(dialect: str | None, detail: str | None) -> None:
@@ -109,35 +129,28 @@ async def _uuid(monitor: Monitor) -> str | None:
     return found if isinstance(found, str) and len(found) == len(_NO_UUID) and found != _NO_UUID else None
 
 
-async def _memory(monitor: Monitor) -> int | None:
-    try:
-        reply = await monitor.query_memory_size_summary()
-    except CommandError:
-        return None
-    found = reply.get("base-memory") if isinstance(reply, dict) else None
-    return found if type(found) is int and found > 0 else None
+async def _asked(asked: Mapping[str, Awaitable[object]]) -> dict[str, object]:
+    """The replies by name; what this QEMU declines is not there."""
+    replies: dict[str, object] = {}
+    for name, reply in asked.items():
+        with suppress(CommandError):
+            replies[name] = await reply
+    return replies
 
 
-async def _nodes(monitor: Monitor) -> dict[int, int]:
-    """Memory of each NUMA node, bytes. QMP has no word for it; HMP rounds to MiB (7.2 to 11.1)."""
-    try:
-        text = await monitor.human_monitor_command("info numa")
-    except CommandError:
-        return {}
-    found = _NODE.findall(text) if isinstance(text, str) else []
-    return {int(node): int(size) << 20 for node, size in found}
-
-
-def _emulator(process: Process | None) -> str | None:
-    """The binary that runs; where a loader was called by name (`ld.so qemu-system-…`), what it was told to run."""
-    if process is None:
-        return None
-    folder = Path(f"/proc/{process.pid}")
-    try:
-        found = str((folder / "exe").readlink()).removesuffix(" (deleted)")
-        words = [os.fsdecode(word) for word in (folder / "cmdline").read_bytes().split(b"\0")]
-    except OSError:
-        return None
-    if "qemu" in Path(found).name:
-        return found
-    return next((word for word in words if word.startswith("/") and "qemu" in Path(word).name), found)
+async def _facts(monitor: Monitor, line: QemuCommandLine | None) -> tuple[MachineFacts, QemuCommandLine | None]:
+    """What QMP tells of the machine, and the command line, if it can be this QEMU's."""
+    queries = ("query-memdev", "query-memory-devices", "query-memory-size-summary")
+    asked: dict[str, Awaitable[object]] = {name: monitor.execute(name) for name in queries}
+    asked |= {name: monitor.qom_get("/machine", name) for name in ("memory", "memory-backend")}
+    replies = await _asked(asked)
+    facts = machine_facts(replies)
+    known = line if agrees(line, facts) else None
+    if known is not None and (not known.nodes or any(node.memdev or node.memory for node in known.nodes)):
+        return facts, known
+    # QMP has no word for the size of a node, nor for what is on it.
+    more: dict[str, Awaitable[object]] = {
+        text: monitor.human_monitor_command(text) for text in ("info numa", "info mtree -f")
+    }
+    more["query-cpu-definitions"] = monitor.execute("query-cpu-definitions")
+    return machine_facts(replies | await _asked(more)), known

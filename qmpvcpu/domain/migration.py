@@ -13,7 +13,7 @@ from qmpvcpu import aio
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.change import change
-from qmpvcpu.domain.dump import describe, dump
+from qmpvcpu.domain.dump import DescribedXml, describe, dump
 from qmpvcpu.domain.guest import Guest
 from qmpvcpu.domain.handover import Side, begin_number, forget, give, keep, kept, release, take
 from qmpvcpu.domain.link import Link
@@ -55,7 +55,7 @@ class MigrationCalls:
 
         def _placing(self, request: Request, here: list[Refusal]) -> tuple[Placing, list[Refusal]]: ...
 
-        async def _described(self, state: DomainState) -> bytes: ...
+        async def _described(self, state: DomainState) -> DescribedXml: ...
 
         async def _connect(self) -> None: ...
 
@@ -94,13 +94,13 @@ class MigrationCalls:
     async def _cookie(self, link: Link, state: DomainState, runs: bool, persistent: bool) -> Cookie:
         from qmpvcpu.core.migration import Cookie, features_of, machine_of
 
-        described = await describe(link.monitor, state, link.process, self._place.agent)
+        described = (await describe(link.monitor, state, link.process, self._place.agent)).definition
         definition = self._persistent.definition() if self._persistent is not None else None
         inactive = self._persistent.read() if persistent and self._persistent is not None else None
         if self._persistent is not None:
             xml = dump(self._persistent.read(), state, None, None)
         else:
-            xml = dump(await self._described(state), state, None, None)
+            xml = dump((await self._described(state)).xml, state, None, None)
         cookie = Cookie(
             definition.name if definition is not None else described.name,
             (definition.uuid if definition is not None else None) or described.uuid,

@@ -16,7 +16,7 @@ from typing import Final
 
 from qmpvcpu.ports import Peer
 
-__all__ = ["Process", "find_process", "is_alive", "process_of"]
+__all__ = ["Process", "command_line_of", "find_process", "is_alive", "process_of"]
 
 _PROC: Final = Path("/proc")
 #: include/uapi/linux/net.h, __SO_ACCEPTCON: it listens.
@@ -129,6 +129,19 @@ def find_by_uuid(uuid: str) -> Process | None:
 def process_of(pid: int) -> Process:
     """The process that has this pid now. Raises OSError."""
     return Process(pid, _start_of(pid), boot_id())
+
+
+def command_line_of(process: Process) -> list[str]:
+    """The arguments that a process was started with, its program first; nothing where it has ended, or may not be
+    looked at.
+    """
+    try:
+        data = (_PROC / str(process.pid) / "cmdline").read_bytes()
+        if _start_of(process.pid) != process.start:
+            return []
+    except (OSError, ValueError, IndexError):
+        return []
+    return [os.fsdecode(word) for word in data.removesuffix(b"\0").split(b"\0")] if data else []
 
 
 def is_alive(key: str) -> bool:

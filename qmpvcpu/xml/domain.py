@@ -19,9 +19,11 @@ from qmpvcpu.core.definition import (
     default_vcpus,
     started_with,
 )
+from qmpvcpu.core.machine.command_line import split_cpu
 from qmpvcpu.core.model import Topology, format_ids
 from qmpvcpu.core.request import parse_ids
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+from qmpvcpu.xml.machine import dimm_lines, option_lines, read_dimms, read_options
 from qmpvcpu.xml.source import Document, Element, parse_document
 
 __all__ = ["Details", "minimal_domain", "read_domain", "read_listed", "renamed", "vcpus_lines", "write_vcpus"]
@@ -121,6 +123,10 @@ class _Reader:
             agent=self._agent(),
             memory=self._memory(root.child("memory")),
             cpu=self._cpu(),
+            max_memory=self._memory(root.child("maxMemory")),
+            memory_slots=self._memory_slots(),
+            dimms=read_dimms(root, self._number_in, self._memory, self._wrong),
+            options=read_options(root, self._wrong),
         )
         if listed is not None and not self.found:
             for text in [] if self._running else contradictions(definition):
@@ -249,8 +255,27 @@ class _Reader:
             taken.update(dict.fromkeys(cpus, number))
             self._in_range(element, cpus, f"NUMA cell {number}")
             memory = self._bytes(element, element.attributes.get("memory"))
-            cells.append(NumaCell(number, cpus, memory))
+            cells.append(NumaCell(number, cpus, memory, self._siblings(element)))
         return tuple(sorted(cells, key=lambda cell: cell.id))
+
+    def _siblings(self, cell: Element) -> tuple[tuple[int, int], ...]:
+        distances = cell.child("distances")
+        found = []
+        for sibling in distances.all("sibling") if distances is not None else ():
+            other = self._int(sibling, sibling.attributes.get("id"), "<sibling id>", 0, 1023)
+            value = self._int(sibling, sibling.attributes.get("value"), "<sibling value>", 10, 255)
+            if other is not None and value is not None:
+                found.append((other, value))
+        return tuple(found)
+
+    def _memory_slots(self) -> int | None:
+        element = self.root.child("maxMemory")
+        if element is None:
+            return None
+        return self._int(element, element.attributes.get("slots"), "<maxMemory slots>", 1, 1024)
+
+    def _number_in(self, element: Element, what: str) -> int | None:
+        return self._int(element, element.text.strip(), what, 0, 1023)
 
     def _memory(self, element: Element | None) -> int | None:
         return self._bytes(element, element.text.strip()) if element is not None else None
@@ -597,13 +622,18 @@ def minimal_domain(definition: Definition) -> bytes:
     lines = [f"<domain type='{kind}'>", f"  <name>{escape(definition.name)}</name>"]
     if definition.uuid is not None:
         lines.append(f"  <uuid>{escape(definition.uuid)}</uuid>")
+    lines += option_lines(definition)
+    if definition.max_memory is not None and definition.memory_slots:
+        slots, (size, unit) = definition.memory_slots, _sized(definition.max_memory)
+        lines.append(f"  <maxMemory slots='{slots}' unit='{unit}'>{size}</maxMemory>")
     if definition.memory is not None:
-        lines.append(f"  <memory unit='KiB'>{definition.memory // 1024}</memory>")
+        size, unit = _sized(definition.memory)
+        lines.append(f"  <memory unit='{unit}'>{size}</memory>")
     lines.append(f"  <vcpu>{definition.maxcpus}</vcpu>")
     machine = f" machine={quoteattr(definition.machine)}" if definition.machine else ""
     lines.append(f"  <os><type arch={quoteattr(definition.arch or '')}{machine}>hvm</type></os>")
     lines += _cpu_lines(definition)
-    devices = []
+    devices = dimm_lines(definition.dimms)
     if definition.emulator is not None:
         devices.append(f"    <emulator>{escape(definition.emulator)}</emulator>")
     if definition.agent is not None:
@@ -619,8 +649,17 @@ def minimal_domain(definition: Definition) -> bytes:
     return write_vcpus(document, old, definition)
 
 
+def _sized(size: int) -> tuple[int, str]:
+    """Never rounded: what is written is started."""
+    return (size // 1024, "KiB") if size % 1024 == 0 else (size, "b")
+
+
 def _cpu_lines(definition: Definition) -> list[str]:
     lines = []
+    model, features = split_cpu(definition.cpu) if definition.cpu is not None else ("", ())
+    mode = {"host": "host-passthrough", "max": "maximum"}.get(model, "custom")
+    if model and mode == "custom":
+        lines.append(f"    <model fallback='forbid'>{escape(model)}</model>")
     topology = definition.topology
     if topology is not None:
         counts = {level: getattr(topology, level) for level in _LEVELS}
@@ -630,12 +669,22 @@ def _cpu_lines(definition: Definition) -> list[str]:
             if count > 1 or level in ("sockets", "cores", "threads")
         )
         lines.append(f"    <topology{words}/>")
+    lines += [
+        f"    <feature policy='{'require' if value == 'on' else 'disable'}' name={quoteattr(name)}/>"
+        for name, value in features
+    ]
     if definition.cells and all(cell.memory is not None for cell in definition.cells):
-        lines.append("    <numa>")
-        lines += [
-            f"      <cell id='{cell.id}' cpus='{format_ids(cell.cpus)}'"
-            f" memory='{(cell.memory or 0) // 1024}' unit='KiB'/>"
-            for cell in definition.cells
-        ]
-        lines.append("    </numa>")
-    return ["  <cpu>", *lines, "  </cpu>"] if lines else []
+        lines += ["    <numa>", *(line for cell in definition.cells for line in _cell_lines(cell)), "    </numa>"]
+    match = " match='exact'" if mode == "custom" else ""
+    head = f"  <cpu mode='{mode}'{match}>" if model else "  <cpu>"
+    return [head, *lines, "  </cpu>"] if lines or model else []
+
+
+def _cell_lines(cell: NumaCell) -> list[str]:
+    cpus = f" cpus='{format_ids(cell.cpus)}'" if cell.cpus else ""
+    size, unit = _sized(cell.memory or 0)
+    head = f"      <cell id='{cell.id}'{cpus} memory='{size}' unit='{unit}'"
+    if not cell.distances:
+        return [f"{head}/>"]
+    rows = [f"          <sibling id='{other}' value='{value}'/>" for other, value in cell.distances]
+    return [f"{head}>", "        <distances>", *rows, "        </distances>", "      </cell>"]

@@ -39,6 +39,9 @@ def read_hardware(document: Document) -> Hardware:
             target = element.child("target")
             if target is None or target.attributes.get("name") != _AGENT:
                 left_out["channel"] = None
+        elif element.name == "memory" and element.attributes.get("model") == "dimm":
+            # The machine's: core.bootargs.
+            continue
         elif element.name not in _HANDLED:
             left_out[element.name] = None
     if found:

@@ -1,0 +1,353 @@
+"""QEMU's own command line, as the kernel keeps it, read as QEMU reads it. Pure, and never raises on odd input.
+
+It is the one source of which memory backend is on which NUMA node, of CPU features, firmware and devices. What it
+says is what QEMU was started with; what was plugged since is QMP's to tell.
+
+Sources: system/vl.c, util/keyval.c, util/qemu-option.c, util/cutils.c (`do_strtosz`), hw/core/numa.c.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from typing import Any, Final
+
+from qmpvcpu.core.definition import Pairs
+
+__all__ = [
+    "CommandLineNode",
+    "MemorySize",
+    "Option",
+    "QemuCommandLine",
+    "join_pairs",
+    "parse_size",
+    "read_command_line",
+    "split_cpu",
+    "split_pairs",
+]
+
+#: Options without an argument, of QEMU 7.2 to 11.1 (qemu-options.def).
+_FLAGS: Final = frozenset(
+    (
+        *("h", "help", "version", "S", "s", "nographic", "portrait", "no-reboot", "no-shutdown", "nodefaults"),
+        *("no-user-config", "nouserconfig", "daemonize", "snapshot", "enable-kvm", "no-acpi", "no-hpet"),
+        *("no-fd-bootchk", "usb", "full-screen", "win2k-hack", "singlestep", "one-insn-per-tb", "preconfig"),
+        *("only-migratable", "semihosting", "enable-sync-profile", "xen-attach", "xen-domid-restrict"),
+        *("old-param", "mem-prealloc", "alt-grab", "ctrl-grab", "no-quit", "sdl", "gtk", "curses", "perfmap"),
+        *("jitdump", "run-with-help", "async-teardown"),
+    )
+)
+#: The key of a first word that has none.
+_IMPLIED: Final = {
+    "machine": "type",
+    "accel": "accel",
+    "m": "size",
+    "smp": "cpus",
+    "object": "qom-type",
+    "device": "driver",
+    "numa": "type",
+    "netdev": "type",
+    "nic": "type",
+    "net": "type",
+    "chardev": "backend",
+    "mon": "chardev",
+    "blockdev": "driver",
+    "name": "guest",
+    "vnc": "vnc",
+    "fw_cfg": "name",
+    "audiodev": "driver",
+    "display": "type",
+}
+_ALIASES: Final = {"M": "machine"}
+#: Options whose argument has no keys.
+_PLAIN: Final = frozenset(
+    (
+        *("cpu", "bios", "kernel", "initrd", "append", "dtb", "serial", "parallel", "vga", "monitor", "qmp"),
+        *("qmp-pretty", "uuid", "mem-path", "L", "pidfile", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb"),
+        *("pflash", "mtdblock", "sd", "incoming", "loadvm", "readconfig", "D", "d", "global"),
+    )
+)
+_SUFFIXES: Final = {letter: 1024**power for power, letter in enumerate("bkmgtpe")}
+_MIB: Final = 1024 * 1024
+_SIZE: Final = re.compile(r"([0-9]{1,20})(?:(\.[0-9]{0,20}))?([bkmgtpe]?)", re.IGNORECASE)
+#: Options of the dynamic linker that take a word, and those that do not (ld.so(8)).
+_LOADER_WORDS: Final = frozenset(("--argv0", "--library-path", "--inhibit-rpath", "--audit", "--preload"))
+_LOADER: Final = re.compile(r"ld(?:-[\w.-]+|64)?\.so(?:\.[0-9]+)*")
+
+
+@dataclass(frozen=True, slots=True)
+class Option:
+    """One option: its name without dashes, its argument as written, and the argument's keys where it has any.
+
+    `pairs` of a JSON argument have dotted keys, and "on" or "off" for a truth value.
+    """
+
+    name: str
+    text: str | None = None
+    pairs: Pairs = ()
+
+    def get(self, key: str) -> str | None:
+        """The last value of a key: it is the one that counts."""
+        return next((value for name, value in reversed(self.pairs) if name == key), None)
+
+    @property
+    def words(self) -> tuple[str, ...]:
+        """As QEMU takes it."""
+        return (f"-{self.name}",) if self.text is None else (f"-{self.name}", self.text)
+
+
+@dataclass(frozen=True, slots=True)
+class MemorySize:
+    """`-m`, in bytes; None is not written, or not readable."""
+
+    size: int | None = None
+    slots: int | None = None
+    maximum: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CommandLineNode:
+    """One `-numa node`: `memory` is its `mem=` in bytes, `memdev` the id of its backend."""
+
+    id: int
+    memdev: str | None = None
+    memory: int | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class QemuCommandLine:
+    """What QEMU was started with. `program` is the file that was run, behind a dynamic linker too.
+
+    `unread` are the options that could not be read, as they are written.
+    """
+
+    program: str | None = None
+    is_loaded: bool = False
+    options: tuple[Option, ...] = ()
+    unread: tuple[str, ...] = ()
+
+    def all(self, *names: str) -> Iterator[Option]:
+        """The options of these names, in order."""
+        return (option for option in self.options if option.name in names)
+
+    def text(self, name: str) -> str | None:
+        """The argument of the last option of this name."""
+        return next((option.text for option in reversed(self.options) if option.name == name), None)
+
+    def has(self, *names: str) -> bool:
+        """Whether there is one of these."""
+        return any(True for _ in self.all(*names))
+
+    @property
+    def machine_options(self) -> Pairs:
+        """`-machine`, of all that there are, without the type and the accelerator."""
+        merged = dict(pair for option in self.all("machine") for pair in option.pairs)
+        return tuple((key, value) for key, value in merged.items() if key not in ("type", "accel"))
+
+    @property
+    def accel_options(self) -> Pairs:
+        """Of the first `-accel`."""
+        first = next(self.all("accel"), None)
+        return tuple(pair for pair in first.pairs if pair[0] != "accel") if first is not None else ()
+
+    @property
+    def memory(self) -> MemorySize:
+        """Of all `-m` together."""
+        merged = dict(pair for option in self.all("m") for pair in option.pairs)
+        slots = merged.get("slots", "")
+        return MemorySize(
+            parse_size(merged.get("size"), _MIB),
+            int(slots) if slots.isascii() and slots.isdigit() and len(slots) < 6 else None,
+            parse_size(merged.get("maxmem")),
+        )
+
+    @property
+    def backends(self) -> tuple[Option, ...]:
+        """`-object memory-backend-*`, in order."""
+        return tuple(o for o in self.all("object") if (o.get("qom-type") or "").startswith("memory-backend-"))
+
+    @property
+    def nodes(self) -> tuple[CommandLineNode, ...]:
+        """`-numa node`, by id; a node without one has that of its place."""
+        found: dict[int, CommandLineNode] = {}
+        for option in self.all("numa"):
+            if option.get("type") != "node":
+                continue
+            number = _int(option.get("nodeid"), len(found))
+            memory = option.get("mem")
+            # hw/core/numa.c: a number without a suffix is of MiB, here alone.
+            size = parse_size(memory, _MIB if memory and memory[-1].isdigit() else 1)
+            found[number] = CommandLineNode(number, option.get("memdev"), size)
+        return tuple(found[number] for number in sorted(found))
+
+    @property
+    def distances(self) -> tuple[tuple[int, int, int], ...]:
+        """`-numa dist`: from, to, distance."""
+        rows = (option for option in self.all("numa") if option.get("type") == "dist")
+        return tuple((_int(o.get("src"), 0), _int(o.get("dst"), 0), _int(o.get("val"), 0)) for o in rows)
+
+
+def read_command_line(words: Sequence[str]) -> QemuCommandLine:
+    """Read one.
+
+    Args:
+        words: the process's arguments, its program first.
+    """
+    program, rest, is_loaded = _program(list(words))
+    options: list[Option] = []
+    unread: list[str] = []
+    position = 0
+    while position < len(rest):
+        word = rest[position]
+        position += 1
+        if not word.startswith("-") or word == "-":
+            # QEMU takes a bare word for the first disk.
+            options.append(Option("hda", word))
+            continue
+        name = word.removeprefix("-").removeprefix("-")
+        name = _ALIASES.get(name, name)
+        if name in _FLAGS:
+            options.append(Option(name))
+            continue
+        if position == len(rest):
+            unread.append(word)
+            break
+        text = rest[position]
+        position += 1
+        pairs = _pairs(name, text)
+        if pairs is None:
+            unread.append(f"{word} {text}")
+        options.append(Option(name, text, pairs or ()))
+    return QemuCommandLine(program, is_loaded, tuple(options), tuple(unread))
+
+
+def _program(words: list[str]) -> tuple[str | None, list[str], bool]:
+    """What runs, what is left for it, and whether the dynamic linker was called by name."""
+    if not words:
+        return None, [], False
+    if not _LOADER.fullmatch(words[0].rpartition("/")[2]):
+        return words[0], words[1:], False
+    position = 1
+    while position < len(words) and words[position].startswith("--"):
+        position += 2 if words[position] in _LOADER_WORDS else 1
+    if position >= len(words):
+        return words[0], [], True
+    return words[position], words[position + 1 :], True
+
+
+def _pairs(name: str, text: str) -> Pairs | None:
+    """The keys of an argument; None where it is JSON that does not parse."""
+    if name in _PLAIN:
+        return ()
+    if text.startswith("{"):
+        try:
+            return tuple(_flat("", json.loads(text)))
+        except (ValueError, RecursionError):
+            return None
+    return split_pairs(text, _IMPLIED.get(name))
+
+
+def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
+    if isinstance(value, dict):
+        for key, inner in value.items():
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
+    elif isinstance(value, list):
+        for number, inner in enumerate(value):
+            yield from _flat(f"{prefix}.{number}", inner)
+    elif isinstance(value, bool):
+        yield prefix, "on" if value else "off"
+    elif value is not None:
+        yield prefix, str(value)
+
+
+def split_pairs(text: str, implied: str | None = None) -> Pairs:
+    """`a,b=c,nod`: `,,` is a comma of the value, a bare word is "on", and the first one the value of `implied`."""
+    found: list[tuple[str, str]] = []
+    for position, part in enumerate(_split(text)):
+        key, equals, value = part.partition("=")
+        if equals:
+            found.append((key, value))
+        elif position == 0 and implied is not None:
+            found.append((implied, part))
+        elif part:
+            found.append((part, "on"))
+    return tuple(found)
+
+
+def _split(text: str) -> list[str]:
+    """At commas that stand alone; QEMU takes two for one that is meant."""
+    parts = [""]
+    position = 0
+    while position < len(text):
+        if text[position] != ",":
+            parts[-1] += text[position]
+        elif text[position : position + 2] == ",,":
+            parts[-1] += ","
+            position += 1
+        else:
+            parts.append("")
+        position += 1
+    return parts
+
+
+def join_pairs(pairs: Iterable[tuple[str, str]], implied: str | None = None) -> str:
+    """An argument that `split_pairs` reads so.
+
+    Args:
+        pairs: keys and values.
+        implied: the key that the first word does without.
+    """
+    words: list[str] = []
+    for key, value in pairs:
+        word = value.replace(",", ",,")
+        words.append(word if key == implied and not words else f"{key}={word}")
+    return ",".join(words)
+
+
+def split_cpu(text: str) -> tuple[str, Pairs]:
+    """The model and the properties of -cpu's argument; what is plugged with `+` or `-` counts last, as in QEMU."""
+    model, *rest = text.split(",")
+    found: dict[str, str] = {}
+    last: dict[str, str] = {}
+    for sign, value in (("+", "on"), ("-", "off")):
+        last |= {word[1:].replace("_", "-"): value for word in rest if word.startswith(sign)}
+    for word in rest:
+        if word and word[0] not in "+-":
+            key, equals, value = word.partition("=")
+            found[key] = value if equals else "on"
+    return model, tuple((found | last).items())
+
+
+def parse_size(text: str | None, unit: int = 1) -> int | None:
+    """Bytes of a size as QEMU reads it; None where it is none.
+
+    Args:
+        text: `64M`, `1.5G`, `0x4000000`, `128`.
+        unit: bytes of a number without a suffix.
+    """
+    if text is None:
+        return None
+    if re.fullmatch(r"0[xX][0-9a-fA-F]{1,16}", text):
+        return int(text, 16) * unit
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        return None
+    whole, fraction, suffix = match.groups()
+    factor = _SUFFIXES[suffix.lower()] if suffix else unit
+    value = Fraction(int(whole)) + (Fraction(f"0{fraction}0") if fraction else 0)
+    if factor == 1 and value.denominator != 1:
+        return None
+    return int(value * factor + Fraction(1, 2))
+
+
+def _int(text: str | None, default: int) -> int:
+    """A number as C reads it: 010 is 8."""
+    if text is None:
+        return default
+    try:
+        return int(text[:20], 8 if re.fullmatch(r"0[0-7]+", text) else 0)
+    except ValueError:
+        return default

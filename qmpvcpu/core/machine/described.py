@@ -1,0 +1,289 @@
+"""A definition of a QEMU that runs: its command line, checked against QMP and completed by it. Pure.
+
+What is started of it again is what ran: RAM blocks under their ids and on their nodes, sizes to the byte, the CPU
+model with its features. What no definition of ours can hold is named.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any, Final
+
+from qmpvcpu.core.arch import architecture
+from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell, Pairs, QemuOptions
+from qmpvcpu.core.machine.command_line import Option, QemuCommandLine, split_cpu
+
+__all__ = ["Described", "MachineFacts", "agrees", "described", "machine_facts"]
+
+_NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)
+_PLUGGED: Final = re.compile(r"^node ([0-9]{1,4}) plugged: ([0-9]{1,9}) MB", re.MULTILINE)
+_BLOCK: Final = re.compile(r"^ +[0-9a-f]{16}-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE)
+_MIB: Final = 1024 * 1024
+_OBJECTS: Final = "/objects/"
+#: Options of -machine that have a place of their own, and those that name files of the host or protect the guest.
+_ELSEWHERE: Final = frozenset({"memory-backend", "type", "accel"})
+_NOT_HELD: Final = frozenset(
+    (
+        *("kernel", "initrd", "append", "dtb", "dumpdtb", "firmware", "shm-path"),
+        *("confidential-guest-support", "memory-encryption"),
+    )
+)
+#: Flags that are options of the machine.
+_FLAGS: Final = {"no-acpi": ("acpi", "off"), "no-hpet": ("hpet", "off"), "usb": ("usb", "on")}
+_HOST_MEMORY: Final = ("mem-path", "mem-prealloc")
+#: What a driver of `device_add` ends with, where `query-cpu-definitions` does not know it.
+_CORE_SUFFIXES: Final = ("-spapr-cpu-core", "-powerpc64-cpu")
+
+
+@dataclass(frozen=True, slots=True)
+class MachineFacts:
+    """What QMP tells of a machine's memory and CPU model. Sizes in bytes.
+
+    `memdevs` are sizes by id, `whole` the id of the block that all nodes share, None where each has its own.
+    `texts` are HMP's `info numa` and `info mtree -f`, empty where QMP and the command line tell it all.
+    `cpu_models` are names by QOM type.
+    """
+
+    memdevs: Mapping[str, int] = field(default_factory=dict)
+    base_memory: int | None = None
+    max_memory: int | None = None
+    slots: int = 0
+    whole: str | None = None
+    dimms: tuple[Dimm, ...] = ()
+    other_devices: tuple[str, ...] = ()
+    cpu_models: Mapping[str, str] = field(default_factory=dict)
+    numa_text: str = ""
+    tree_text: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Described:
+    """A definition, and what of the guest it cannot hold, each as one text."""
+
+    definition: Definition
+    left_out: tuple[str, ...] = ()
+
+
+def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
+    """Of the replies by command; what is not of QEMU's form is not there."""
+    memdevs = {
+        row["id"]: row["size"]
+        for row in _rows(replies.get("query-memdev"))
+        if isinstance(row.get("id"), str) and type(row.get("size")) is int
+    }
+    summary, memory = (_object(replies.get(key)) for key in ("query-memory-size-summary", "memory"))
+    whole = replies.get("memory-backend")
+    dimms, others = [], []
+    for row in _rows(replies.get("query-memory-devices")):
+        data = _object(row.get("data"))
+        if row.get("type") == "dimm" and type(data.get("size")) is int:
+            dimms.append(_dimm(data))
+        else:
+            others.append(f"{row.get('type')} '{data.get('id', '')}'")
+    models = {
+        row["typename"]: row["name"]
+        for row in _rows(replies.get("query-cpu-definitions"))
+        if isinstance(row.get("typename"), str) and isinstance(row.get("name"), str)
+    }
+    texts = [replies.get(key) for key in ("info numa", "info mtree -f")]
+    return MachineFacts(
+        memdevs,
+        _size(summary.get("base-memory")),
+        _size(memory.get("max-size")),
+        _size(memory.get("slots")) or 0,
+        whole.removeprefix(_OBJECTS) or None if isinstance(whole, str) else None,
+        tuple(sorted(dimms, key=lambda dimm: dimm.address or 0)),
+        tuple(others),
+        models,
+        *(text if isinstance(text, str) else "" for text in texts),
+    )
+
+
+def _dimm(data: Mapping[str, Any]) -> Dimm:
+    memdev, name = data.get("memdev"), data.get("id")
+    return Dimm(
+        data["size"],
+        _size(data.get("node")),
+        _size(data.get("slot")),
+        _size(data.get("addr")),
+        name if isinstance(name, str) else None,
+        memdev.removeprefix(_OBJECTS) if isinstance(memdev, str) else None,
+    )
+
+
+def _rows(reply: object) -> list[dict[str, Any]]:
+    return [row for row in reply if isinstance(row, dict)] if isinstance(reply, list) else []
+
+
+def _object(reply: object) -> dict[str, Any]:
+    return reply if isinstance(reply, dict) else {}
+
+
+def _size(value: object) -> int | None:
+    return value if type(value) is int and value >= 0 else None
+
+
+def agrees(line: QemuCommandLine | None, facts: MachineFacts) -> bool:
+    """Whether a command line can be this QEMU's: a process can write anything into its own."""
+    if line is None:
+        return False
+    ids = {option.get("id") for option in line.backends} | {node.memdev for node in line.nodes if node.memdev}
+    return ids <= set(facts.memdevs)
+
+
+def described(
+    found: Definition, driver: str | None, facts: MachineFacts, line: QemuCommandLine | None
+) -> Described:
+    """The definition.
+
+    Args:
+        found: of the running guest's vCPUs (`definition_of`).
+        driver: of `device_add`, for its CPUs.
+        facts: of QMP.
+        line: that agrees with them; None where none is at hand.
+    """
+    left_out = [f"the memory device {text}" for text in facts.other_devices]
+    if line is not None:
+        cells, options, more = _of_line(found, facts, line)
+        left_out += more
+    else:
+        cells, options, more = _of_monitor(found, facts)
+        left_out += more
+    cpu, properties = _cpu(driver, found.arch, facts, line)
+    base = facts.base_memory
+    has_slots = facts.slots > 0 and facts.max_memory is not None
+    return Described(
+        replace(
+            found,
+            cells=cells,
+            cpu=cpu,
+            memory=None if base is None else base + sum(dimm.size for dimm in facts.dimms),
+            max_memory=facts.max_memory if has_slots else None,
+            memory_slots=facts.slots if has_slots else None,
+            dimms=_dimms(facts, line),
+            options=replace(options, cpu=properties),
+        ),
+        tuple(left_out),
+    )
+
+
+def _of_line(
+    found: Definition, facts: MachineFacts, line: QemuCommandLine
+) -> tuple[tuple[NumaCell, ...], QemuOptions, list[str]]:
+    left_out = [f"'{text}'" for text in line.unread]
+    left_out += [f"-{option.name}" for option in line.all(*_HOST_MEMORY)]
+    nodes = line.nodes
+    objects = {option.get("id"): option for option in line.backends}
+    rank = {name: position for position, name in enumerate(objects)}
+    backends = [_backend(node.memdev, node.id, objects) for node in nodes if node.memdev]
+    whole = next((value for key, value in line.machine_options if key == "memory-backend"), None)
+    if whole is not None:
+        backends.append(_backend(whole, None, objects))
+    backends.sort(key=lambda backend: rank.get(backend.id, len(rank)))
+    sizes = {node.id: facts.memdevs.get(node.memdev, 0) if node.memdev else node.memory or 0 for node in nodes}
+    if nodes and not any(sizes.values()):
+        # Old machine types share all of it out among nodes that name none.
+        sizes |= _sizes_of_text(facts)
+    one_block = bool(nodes) and any(sizes.values()) and not any(node.memdev for node in nodes)
+    cpus = {cell.id: cell.cpus for cell in found.cells}
+    cells = tuple(
+        NumaCell(
+            node.id,
+            cpus.get(node.id, ()),
+            sizes[node.id],
+            tuple((to, value) for of, to, value in line.distances if of == node.id),
+        )
+        for node in nodes
+    )
+    machine = dict(pair for name, pair in _FLAGS.items() if line.has(name)) | dict(line.machine_options)
+    left_out += [f"-machine {key}={value}" for key, value in machine.items() if key in _NOT_HELD]
+    accel = next(line.all("accel"), None)
+    is_used = accel is not None and accel.get("accel") == found.accel
+    options = QemuOptions(
+        tuple((key, value) for key, value in machine.items() if key not in _NOT_HELD | _ELSEWHERE),
+        line.accel_options if is_used else (),
+        (),
+        tuple(backends),
+        one_block,
+    )
+    return cells, options, left_out
+
+
+def _backend(name: str, cell: int | None, objects: Mapping[str | None, Option]) -> MemoryBackend:
+    option = objects.get(name)
+    if option is None:
+        return MemoryBackend(name, cell)
+    return MemoryBackend(name, cell, option.get("qom-type") or "", _backend_options(option))
+
+
+def _backend_options(option: Option) -> Pairs:
+    return tuple(pair for pair in option.pairs if pair[0] not in ("qom-type", "id", "size"))
+
+
+def _dimms(facts: MachineFacts, line: QemuCommandLine | None) -> tuple[Dimm, ...]:
+    objects = {option.get("id"): option for option in line.backends} if line is not None else {}
+    found = []
+    for dimm in facts.dimms:
+        option = objects.get(dimm.memdev)
+        if option is not None:
+            dimm = replace(dimm, driver=option.get("qom-type") or "", options=_backend_options(option))
+        found.append(dimm)
+    return tuple(found)
+
+
+def _sizes_of_text(facts: MachineFacts) -> dict[int, int]:
+    """Of HMP, which rounds to MiB, by node; what was plugged is not the node's own."""
+    plugged = {int(node): int(size) for node, size in _PLUGGED.findall(facts.numa_text)}
+    return {
+        int(node): max(int(size) - plugged.get(int(node), 0), 0) * _MIB
+        for node, size in _NODE.findall(facts.numa_text)
+    }
+
+
+def _of_monitor(found: Definition, facts: MachineFacts) -> tuple[tuple[NumaCell, ...], QemuOptions, list[str]]:
+    """Without a command line: QEMU on another host."""
+    sizes = _sizes_of_text(facts)
+    row = architecture(found.arch)
+    is_own = len(sizes) == 1 and (row.has_node_always or facts.slots > 0)
+    if not sizes or (facts.whole is not None and is_own):
+        # The one node is the machine's own.
+        return (), QemuOptions(), []
+    cpus = {cell.id: cell.cpus for cell in found.cells}
+    cells = [NumaCell(node, cpus.get(node, ()), size) for node, size in sorted(sizes.items())]
+    if facts.whole is not None:
+        return tuple(cells), QemuOptions(is_one_block=True), []
+    # Nodes with memory stand in the order of addresses (7.2 to 11.1).
+    with_memory = [cell for cell in cells if cell.memory]
+    own = [name for name in dict.fromkeys(_BLOCK.findall(facts.tree_text)) if name in facts.memdevs]
+    own = [name for name in own if name not in {dimm.memdev for dimm in facts.dimms}]
+    if len(own) != len(with_memory):
+        return tuple(cells), QemuOptions(), ["which memory backend is on which NUMA node"]
+    backends = {cell.id: name for cell, name in zip(with_memory, own, strict=True)}
+    exact = tuple(
+        replace(cell, memory=facts.memdevs[backends[cell.id]]) if cell.id in backends else cell for cell in cells
+    )
+    return exact, QemuOptions(backends=tuple(MemoryBackend(name, cell) for cell, name in backends.items())), []
+
+
+def _cpu(
+    driver: str | None, arch: str | None, facts: MachineFacts, line: QemuCommandLine | None
+) -> tuple[str | None, Pairs]:
+    """-cpu's model with the features that are on or off, and its other properties."""
+    if line is not None:
+        text = line.text("cpu")
+        if text is None:
+            return None, ()
+        model, properties = split_cpu(text)
+        switches = [f"{key}={value}" for key, value in properties if value in ("on", "off")]
+        others = tuple(pair for pair in properties if pair[1] not in ("on", "off"))
+        return ",".join([model, *switches]), others
+    if driver is None:
+        return None, ()
+    if driver in facts.cpu_models:
+        return facts.cpu_models[driver], ()
+    for suffix in (*_CORE_SUFFIXES, architecture(arch).cpu_suffix or ""):
+        if suffix and driver.endswith(suffix):
+            return driver.removesuffix(suffix), ()
+    return None, ()

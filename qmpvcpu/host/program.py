@@ -1,0 +1,67 @@
+"""Which program starts a QEMU that runs: the file itself, or the script that called the dynamic linker for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Final
+
+from qmpvcpu.core.machine.command_line import read_command_line
+from qmpvcpu.host.process import Process
+
+__all__ = ["startable_program"]
+
+#: Bytes of a script that are looked at.
+_SCRIPT_BYTES: Final = 64 * 1024
+#: How many folders above the program a script may be.
+_LEVELS: Final = 6
+
+
+def startable_program(process: Process, words: Sequence[str]) -> str | None:
+    """The program that starts a QEMU such as this process; None where none can be found. Never raises.
+
+    A QEMU of a folder of its own (with its own libraries) is run by a dynamic linker that is called by name: the
+    file itself cannot run. What starts is a script above it which names that file.
+
+    Args:
+        process: of QEMU.
+        words: its command line.
+    """
+    line = read_command_line(words)
+    if not line.is_loaded:
+        return _executable(process)
+    if line.program is None or not line.program.startswith("/"):
+        return None
+    program = Path(os.path.normpath(line.program))
+    for folder in program.parents[1 : _LEVELS + 1]:
+        script = folder / "bin" / program.name
+        if script != program and _leads_to(script, program):
+            return str(script)
+    return None
+
+
+def _executable(process: Process) -> str | None:
+    try:
+        path = os.readlink(f"/proc/{process.pid}/exe")  # noqa: PTH115 - one readlink(2)
+    except OSError:
+        return None
+    # A file that a package has replaced is there again under its name.
+    path = path.removesuffix(" (deleted)")
+    return path if _runs(path) else None
+
+
+def _runs(path: str) -> bool:
+    return os.path.isfile(path) and os.access(path, os.X_OK)  # noqa: PTH113 - never raises
+
+
+def _leads_to(script: Path, program: Path) -> bool:
+    """Whether it is a script that names this program, by the end of its path."""
+    if not _runs(str(script)):
+        return False
+    try:
+        with script.open("rb") as file:
+            text = os.fsdecode(file.read(_SCRIPT_BYTES))
+    except OSError:
+        return False
+    return text.startswith("#!") and f"/{program.parent.name}/{program.name}" in text

@@ -1,0 +1,215 @@
+"""What of a QEMU libvirt's domain XML has no place for, in `<metadata>`: `core.definition.QemuOptions`, and
+the ids of memory devices.
+
+    <qmpvcpu:machine xmlns:qmpvcpu='urn:qmpvcpu:machine:1'>
+      <qmpvcpu:option of='machine' name='cap-cfpc' value='broken'/>
+      <qmpvcpu:memory id='m0' cell='0' type='memory-backend-ram'>
+        <qmpvcpu:option name='share' value='on'/>
+      </qmpvcpu:memory>
+    </qmpvcpu:machine>
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from typing import Final
+from xml.sax.saxutils import quoteattr
+
+from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, Pairs, QemuOptions
+from qmpvcpu.xml.source import Element
+
+__all__ = ["NAMESPACE", "dimm_lines", "machine_element", "option_lines", "read_dimms", "read_options"]
+
+NAMESPACE: Final = "urn:qmpvcpu:machine:1"
+_OWNERS: Final = ("machine", "accel", "cpu")
+_KEY: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
+_ID: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9._-]{0,127}")
+_DRIVER: Final = re.compile(r"memory-backend-[a-z0-9-]{1,40}")
+#: Options by which a machine reads or writes files.
+_WITH_FILES: Final = frozenset({"dumpdtb", "dtb", "kernel", "initrd", "append", "firmware", "shm-path"})
+_DIMM: Final = "dimm"
+
+#: Called with an element and what is wrong with it.
+Wrong = Callable[[Element, str], None]
+
+
+def machine_element(root: Element) -> tuple[Element, str] | None:
+    """Our element of a domain, and its prefix with the colon."""
+    metadata = root.child("metadata")
+    for element in metadata.children if metadata is not None else ():
+        prefix, colon, name = element.name.rpartition(":")
+        key = f"xmlns:{prefix}" if colon else "xmlns"
+        if name == "machine" and element.attributes.get(key, root.attributes.get(key)) == NAMESPACE:
+            return element, prefix + colon
+    return None
+
+
+def read_options(root: Element, wrong: Wrong) -> QemuOptions:
+    """Of a domain's root."""
+    found = machine_element(root)
+    if found is None:
+        return QemuOptions()
+    element, prefix = found
+    by_owner: dict[str, list[tuple[str, str]]] = {owner: [] for owner in _OWNERS}
+    for option in element.all(f"{prefix}option"):
+        owner = option.attributes.get("of", "")
+        if owner not in by_owner:
+            wrong(option, f"<option of='{owner[:40]}'> is not one of {', '.join(_OWNERS)}")
+        elif (pair := _pair(option, wrong)) is not None:
+            by_owner[owner].append(pair)
+    backends = []
+    for memory in element.all(f"{prefix}memory"):
+        backend = _backend(memory, prefix, wrong)
+        if backend is not None:
+            backends.append(backend)
+    return QemuOptions(
+        tuple(by_owner["machine"]),
+        tuple(by_owner["accel"]),
+        tuple(by_owner["cpu"]),
+        tuple(backends),
+        element.attributes.get("blocks") == "one",
+    )
+
+
+def _pair(option: Element, wrong: Wrong) -> tuple[str, str] | None:
+    key, value = option.attributes.get("name", ""), option.attributes.get("value", "")
+    if not _KEY.fullmatch(key) or key in _WITH_FILES:
+        wrong(option, f"<option name='{key[:40]}'> cannot be an option of QEMU here")
+        return None
+    if len(value) > 400 or "," in value or not value.isprintable():
+        wrong(option, f"<option name='{key}'> has a value that cannot be one")
+        return None
+    return key, value
+
+
+def _backend(memory: Element, prefix: str, wrong: Wrong) -> MemoryBackend | None:
+    name, driver = memory.attributes.get("id", ""), memory.attributes.get("type", "memory-backend-ram")
+    cell = memory.attributes.get("cell")
+    is_number = cell is None or (cell.isascii() and cell.isdigit() and len(cell) < 5)
+    if not _ID.fullmatch(name) or not _DRIVER.fullmatch(driver) or not is_number:
+        wrong(memory, f"<memory id='{name[:40]}'> is not a memory backend of QEMU")
+        return None
+    return MemoryBackend(name, None if cell is None else int(cell), driver, _options(memory, prefix, wrong))
+
+
+def _options(parent: Element, prefix: str, wrong: Wrong) -> Pairs:
+    pairs = (_pair(option, wrong) for option in parent.all(f"{prefix}option"))
+    return tuple(pair for pair in pairs if pair is not None)
+
+
+def option_lines(definition: Definition) -> list[str]:
+    """`<metadata>` as lines, nothing where there is nothing to say."""
+    options = definition.options
+    lines = [
+        f"      <qmpvcpu:option of='{owner}' {_written(pair)}/>"
+        for owner in _OWNERS
+        for pair in getattr(options, owner)
+    ]
+    for backend in options.backends:
+        cell = f" cell='{backend.cell}'" if backend.cell is not None else ""
+        lines += _memory_lines("memory", f"id={quoteattr(backend.id)}{cell}", backend.driver, backend.options)
+    for number, dimm in enumerate(definition.dimms):
+        if dimm.id is not None and dimm.memdev is not None:
+            ids = f"of='{number}' id={quoteattr(dimm.id)} memdev={quoteattr(dimm.memdev)}"
+            lines += _memory_lines(_DIMM, ids, dimm.driver, dimm.options)
+    if not lines and not options.is_one_block:
+        return []
+    blocks = " blocks='one'" if options.is_one_block else ""
+    head = f"    <qmpvcpu:machine xmlns:qmpvcpu='{NAMESPACE}'{blocks}>"
+    return ["  <metadata>", head, *lines, "    </qmpvcpu:machine>", "  </metadata>"]
+
+
+def _written(pair: tuple[str, str]) -> str:
+    return f"name={quoteattr(pair[0])} value={quoteattr(pair[1])}"
+
+
+def _memory_lines(name: str, ids: str, driver: str, options: Iterable[tuple[str, str]]) -> list[str]:
+    inner = [f"        <qmpvcpu:option {_written(pair)}/>" for pair in options]
+    head = f"      <qmpvcpu:{name} {ids} type={quoteattr(driver)}"
+    return [f"{head}>", *inner, f"      </qmpvcpu:{name}>"] if inner else [f"{head}/>"]
+
+
+# -- memory devices ---------------------------------------------------------------------------------
+
+
+def read_dimms(
+    root: Element,
+    number: Callable[[Element, str], int | None],
+    size: Callable[[Element], int | None],
+    wrong: Wrong,
+) -> tuple[Dimm, ...]:
+    """`<memory model='dimm'>`, with the ids that our metadata has for them.
+
+    Args:
+        root: of the domain.
+        number: reads the text of an element as a number, of which the second argument is the name.
+        size: reads an element with a unit, as bytes.
+        wrong: told what cannot be.
+    """
+    devices = root.child("devices")
+    ids = _dimm_ids(root, wrong)
+    found: list[Dimm] = []
+    for element in devices.all("memory") if devices is not None else ():
+        if element.attributes.get("model") != _DIMM:
+            continue
+        target, address = element.child("target"), element.child("address")
+        length = target.child("size") if target is not None else None
+        node = target.child("node") if target is not None else None
+        if length is None:
+            wrong(element, "<memory model='dimm'> needs <target><size>")
+            continue
+        known = ids.get(len(found), Dimm(0))
+        found.append(
+            Dimm(
+                size(length) or 0,
+                number(node, "<node>") if node is not None else None,
+                _integer(address, "slot"),
+                _integer(address, "base"),
+                known.id,
+                known.memdev,
+                known.driver,
+                known.options,
+            )
+        )
+    return tuple(found)
+
+
+def _dimm_ids(root: Element, wrong: Wrong) -> dict[int, Dimm]:
+    ours = machine_element(root)
+    found: dict[int, Dimm] = {}
+    for element in ours[0].all(f"{ours[1]}{_DIMM}") if ours is not None else ():
+        rank, name = element.attributes.get("of", ""), element.attributes.get("id", "")
+        memdev, driver = (element.attributes.get(key, "") for key in ("memdev", "type"))
+        ok = rank.isascii() and rank.isdigit() and len(rank) < 5 and _DRIVER.fullmatch(driver)
+        if not ok or not _ID.fullmatch(name) or not _ID.fullmatch(memdev):
+            wrong(element, f"<dimm id='{name[:40]}'> is not a memory device of QEMU")
+            continue
+        assert ours is not None
+        options = _options(element, ours[1], wrong)
+        found[int(rank)] = Dimm(0, id=name, memdev=memdev, driver=driver, options=options)
+    return found
+
+
+def _integer(address: Element | None, key: str) -> int | None:
+    text = address.attributes.get(key, "") if address is not None else ""
+    if not re.fullmatch(r"[0-9]{1,19}|0[xX][0-9a-fA-F]{1,16}", text):
+        return None
+    return int(text, 16 if text[:2].lower() == "0x" else 10)
+
+
+def dimm_lines(dimms: Iterable[Dimm]) -> list[str]:
+    """Lines of `<devices>`."""
+    lines = []
+    for dimm in dimms:
+        size = (dimm.size // 1024, "KiB") if dimm.size % 1024 == 0 else (dimm.size, "b")
+        node = f"<node>{dimm.node}</node>" if dimm.node is not None else ""
+        lines += [
+            "    <memory model='dimm'>",
+            f"      <target><size unit='{size[1]}'>{size[0]}</size>{node}</target>",
+        ]
+        if dimm.slot is not None:
+            base = f" base='{dimm.address:#x}'" if dimm.address is not None else ""
+            lines.append(f"      <address type='dimm' slot='{dimm.slot}'{base}/>")
+        lines.append("    </memory>")
+    return lines

@@ -1,0 +1,176 @@
+"""Defined from a running QEMU, and started again: it is the same machine."""
+
+from __future__ import annotations
+
+import os
+import re
+from typing import Any
+
+import pytest
+
+from qmpvcpu.app.boot import command_line
+from qmpvcpu.qemu.process import QemuProcess, run_qemu
+from qmpvcpu.xml.domain import read_domain
+from tests.conftest import cli, qemu_binary
+from tests.qemu.conftest import paused
+
+pytestmark = pytest.mark.qemu
+
+PSERIES = "pseries,cap-cfpc=broken,cap-sbbc=broken,cap-ibs=broken"
+
+
+@pytest.fixture(autouse=True)
+def own_folders(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "s"))
+
+
+def ram(name: str, size: str) -> list[str]:
+    return ["-object", f"memory-backend-ram,id={name},size={size}"]
+
+
+def node(number: int, rest: str) -> list[str]:
+    return ["-numa", f"node,nodeid={number}{rest}"]
+
+
+TWO = [*ram("m0", "64M"), *ram("m1", "64M")]
+TWO_NODES = [*node(0, ",memdev=m0,cpus=0-1"), *node(1, ",memdev=m1,cpus=2-3")]
+CPUS = "1,sockets=2,cores=2,threads=1,maxcpus=4"
+
+#: Architecture, version, -smp, the rest.
+MACHINES: dict[str, tuple[str, str, str, list[str]]] = {
+    "model": ("x86_64", "10.0", "1,maxcpus=4", ["-machine", "pc", "-cpu", "Haswell-noTSX"]),
+    "feature": ("x86_64", "11.1", "1,maxcpus=4", ["-machine", "q35", "-cpu", "qemu64,+x2apic,-svm,phys-bits=38"]),
+    "max": ("x86_64", "7.2", "2,maxcpus=4", ["-machine", "q35", "-cpu", "max"]),
+    "ids": ("x86_64", "10.0", CPUS, ["-machine", "q35", "-m", "128", *TWO, *TWO_NODES]),
+    "swapped": (
+        *("x86_64", "11.1", CPUS),
+        ["-m", "128", *TWO, *node(0, ",memdev=m1,cpus=0-1"), *node(1, ",memdev=m0,cpus=2-3")],
+    ),
+    "no-cpus": (
+        *("x86_64", "10.0", "2,maxcpus=4"),
+        ["-m", "128", *TWO, *node(0, ",memdev=m0,cpus=0-3"), *node(1, ",memdev=m1")],
+    ),
+    "no-memory": (
+        *("x86_64", "10.0", "2,maxcpus=4"),
+        ["-m", "64", *ram("a", "64M"), *node(0, ",memdev=a,cpus=0-1"), *node(1, ",cpus=2-3")],
+    ),
+    "odd-sizes": (
+        *("x86_64", "7.2", "2,maxcpus=4"),
+        [
+            *("-m", "129536k", *ram("x", "66048k"), *ram("y", "63488k")),
+            *(*node(0, ",memdev=x,cpus=0-1"), *node(1, ",memdev=y,cpus=2-3")),
+        ],
+    ),
+    "one-block": (
+        *("x86_64", "7.2", "2,maxcpus=4"),
+        [
+            "-machine",
+            "pc-i440fx-5.0",
+            "-m",
+            "128",
+            *node(0, ",mem=66048k,cpus=0-1"),
+            *node(1, ",mem=65024k,cpus=2-3"),
+        ],
+    ),
+    "whole-id": (
+        *("x86_64", "10.0", "1,maxcpus=2"),
+        ["-machine", "q35,memory-backend=mine", "-m", "96", *ram("mine", "96M")],
+    ),
+    "dimm": (
+        *("x86_64", "10.0", "2,maxcpus=4"),
+        [
+            *("-m", "64,slots=4,maxmem=1G", *ram("a", "64M"), *node(0, ",memdev=a,cpus=0-3")),
+            *(*ram("d", "128M"), "-device", "pc-dimm,id=stick,memdev=d,slot=2"),
+        ],
+    ),
+    "slots-alone": ("x86_64", "11.1", "2,maxcpus=4", ["-machine", "q35", "-m", "128,slots=2,maxmem=1G"]),
+    "dies": ("x86_64", "10.0", "3,sockets=2,dies=2,cores=2,threads=1,maxcpus=8", ["-machine", "q35"]),
+    "modules": ("x86_64", "10.0", "2,sockets=2,modules=2,cores=2,threads=1,maxcpus=8", ["-machine", "q35"]),
+    "distances": (
+        *("x86_64", "10.0", CPUS),
+        ["-m", "128", *TWO, *TWO_NODES, "-numa", "dist,src=0,dst=1,val=31", "-numa", "dist,src=1,dst=0,val=22"],
+    ),
+    "flags": ("x86_64", "10.0", "2,maxcpus=4", ["-machine", "q35,hpet=off,vmport=off,smm=off"]),
+    "plain-ppc64": ("ppc64", "11.1", "8,cores=2,threads=8,maxcpus=16", ["-machine", PSERIES]),
+    "model-ppc64": ("ppc64", "10.0", "4,cores=2,threads=4,maxcpus=8", ["-machine", PSERIES, "-cpu", "power9"]),
+    "old-ppc64": ("ppc64", "7.2", "1,cores=2,threads=1,maxcpus=2", ["-machine", PSERIES, "-cpu", "power8"]),
+    "nodes-ppc64": (
+        *("ppc64", "10.0", "2,cores=4,threads=2,maxcpus=8"),
+        [
+            *("-machine", PSERIES, "-m", "512", *ram("p1", "256M"), *ram("p0", "256M")),
+            *(*node(0, ",memdev=p0,cpus=0-3"), *node(1, ",memdev=p1,cpus=4-7")),
+        ],
+    ),
+    "no-memory-ppc64": (
+        *("ppc64", "11.1", "2,cores=4,threads=1,maxcpus=4"),
+        [
+            "-machine",
+            PSERIES,
+            "-m",
+            "256",
+            *ram("p", "256M"),
+            *node(0, ",memdev=p,cpus=0-1"),
+            *node(1, ",cpus=2-3"),
+        ],
+    ),
+    "drawers": (
+        *("s390x", "10.0", "2,drawers=2,books=2,sockets=2,cores=2,maxcpus=16"),
+        ["-machine", "s390-ccw-virtio", "-m", "130"],
+    ),
+    "model-s390x": ("s390x", "7.2", "1,maxcpus=4", ["-machine", "s390-ccw-virtio", "-cpu", "max"]),
+    "whole-s390x": (
+        *("s390x", "11.1", "1,maxcpus=4"),
+        ["-machine", "s390-ccw-virtio,memory-backend=z", "-m", "128", *ram("z", "128M")],
+    ),
+    "plain-loongarch": ("loongarch64", "10.0", "2,sockets=2,cores=2,threads=1,maxcpus=4", ["-machine", "virt"]),
+    "nodes-loongarch": (
+        *("loongarch64", "11.1", "2,sockets=2,cores=2,threads=1,maxcpus=4"),
+        [
+            *("-machine", "virt", "-m", "1G", *ram("l1", "512M"), *ram("l0", "512M")),
+            *(*node(0, ",memdev=l0,cpus=0-1"), *node(1, ",memdev=l1,cpus=2-3")),
+        ],
+    ),
+}
+
+
+async def facts(qemu: QemuProcess) -> dict[str, Any]:
+    """What both sides of a migration must have in common; by fresh queries."""
+    run = qemu.monitor.execute
+    slots = await run("query-hotpluggable-cpus")
+    memdevs = await run("query-memdev")
+    devices = await run("query-memory-devices")
+    tree = str(await qemu.monitor.human_monitor_command("info mtree -f"))
+    assert isinstance(slots, list) and isinstance(memdevs, list) and isinstance(devices, list)
+    ids = {row["id"] for row in memdevs}
+    # Views come in any order, and several of them have the same block.
+    found = re.findall(r"(0[0-9a-f]{15}-\S+) \(prio -?\d+, ram\): (\S+)", tree)
+    blocks = sorted({(where, name) for where, name in found if name in ids})
+    return {
+        "slots": [(row["type"], row["props"], row["vcpus-count"], "qom-path" in row) for row in slots],
+        "memdevs": sorted((row["id"], row["size"]) for row in memdevs),
+        "numa": await qemu.monitor.human_monitor_command("info numa"),
+        "blocks": blocks,
+        "dimms": [row["data"] for row in devices],
+        "machine": await qemu.monitor.qom_get("/machine", "type"),
+        "smp": await qemu.monitor.qom_get("/machine", "smp"),
+        "memory": await qemu.monitor.qom_get("/machine", "memory"),
+    }
+
+
+@pytest.mark.parametrize("name", MACHINES)
+async def test_what_is_defined_from_a_running_qemu_starts_as_the_same_machine(name):
+    arch, version, smp, rest = MACHINES[name]
+    machine = () if "-machine" in rest else ("-machine", "q35")
+    async with paused(arch, version, smp, rest, machine=machine or ("-machine", rest[1])) as qemu:
+        before = await facts(qemu)
+        run = await cli("define", "d", "--qmp", qemu.qmp)
+        assert run.code == 0, run.stderr
+        data = (await cli("dumpxml", "d", "--inactive")).stdout.encode()
+    assert "does not hold" not in run.stdout + run.stderr
+    definition = read_domain(data)[1]
+    assert definition.emulator is not None
+    assert os.path.samefile(definition.emulator, qemu_binary(version, arch))
+    line = await command_line(definition)
+    arguments = ["-S", "-nodefaults", "-display", "none", "-no-user-config", *line.args.arguments]
+    async with run_qemu(definition.emulator, arguments) as again:
+        assert await facts(again) == before
