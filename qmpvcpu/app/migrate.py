@@ -16,6 +16,7 @@ from qmpvcpu.aio import finish
 from qmpvcpu.app.definitions import undefine
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.app.start import clean_up, launch_waiting
+from qmpvcpu.app.twin import check_definition, check_sides
 from qmpvcpu.core.migration import Cookie, MigrationStatus
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.domain import Domain, connect
@@ -245,7 +246,8 @@ async def migrate(
     with_agents = dest_agent is not None or _is_name(dest)
     cookie = await source.migrate_begin(persistent=persistent, wait=wait, force=force, with_agents=with_agents)
     async with _destination(dest, cookie, mode, place=place, timeout=start_timeout, agent=dest_agent) as target:
-        await target.domain.migrate_prepare(cookie, place=place)
+        found = await check_sides(source, target.domain)
+        await target.domain.migrate_prepare(cookie, place=place, differences=found)
         messages: list[str] = []
 
         def settled() -> None:
@@ -392,6 +394,11 @@ async def save(
         VcpuConnectionError: QEMU is lost.
     """
     cookie = await source.migrate_begin(persistent=source.has_definition, wait=wait, force=force)
+    if not cookie.is_described and cookie.machine is not None:
+        # Without a definition, who restores it names a QEMU of his own.
+        refusals = await check_definition(source, cookie.xml, cookie.machine.type)
+        if refusals:
+            raise VcpuRefused(refusals)
     try:
         saving = await finish(asyncio.to_thread(Saving, Path(file), write_cookie(cookie)), discard=Saving.discard)
     except OSError as error:

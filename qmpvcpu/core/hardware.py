@@ -25,8 +25,23 @@ class Disk:
 
 
 @dataclass(frozen=True, slots=True)
+class GivenDevices:
+    """Of a definition that was made of a running QEMU: its `<qemu:commandline>` has every device.
+
+    Attributes:
+        has_defaults: whether the machine has its default devices too.
+        has_serial: whether it has a first serial port, which is the console.
+    """
+
+    has_defaults: bool
+    has_serial: bool
+
+
+@dataclass(frozen=True, slots=True)
 class Hardware:
-    """`left_out` are elements of `<devices>` that are not started, each once; `arguments` are passed on."""
+    """`left_out` are elements of `<devices>` that are not started, each once; `arguments` are passed on. With
+    `given`, these are all devices there are.
+    """
 
     kernel: str | None = None
     initrd: str | None = None
@@ -36,6 +51,7 @@ class Hardware:
     user_networks: int = 0
     arguments: tuple[str, ...] = ()
     left_out: tuple[str, ...] = ()
+    given: GivenDevices | None = None
 
 
 def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) -> list[str]:
@@ -47,8 +63,13 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
         console: path of a file for what the guest says on its first serial port.
         agent: name of the chardev of its agent's port.
     """
-    words = ["-nodefaults", "-no-user-config", "-display", "none"]
-    words += ["-chardev", f"file,id=console,path={_value(console)}", "-serial", "chardev:console"]
+    given = hardware.given
+    words = ["-no-user-config", "-display", "none"]
+    words += ["-nodefaults"] if given is None or not given.has_defaults else []
+    if given is None or given.has_serial:
+        words += ["-chardev", f"file,id=console,path={_value(console)}", "-serial", "chardev:console"]
+    if given is not None:
+        return [*words, *hardware.arguments]
     for option, value in (
         ("-bios", hardware.firmware),
         ("-kernel", hardware.kernel),

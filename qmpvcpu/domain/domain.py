@@ -16,6 +16,7 @@ from typing import Any, Literal, TypedDict, Unpack
 from qmpvcpu.core import checks
 from qmpvcpu.core.config import state_of
 from qmpvcpu.core.guest import GuestView
+from qmpvcpu.core.machine.comparison import Picture
 from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
 from qmpvcpu.core.outcome import queried, switched_ids
 from qmpvcpu.core.placement import with_threads
@@ -398,12 +399,24 @@ class Domain(MigrationCalls):
         async with self._turn():
             return await self._described(await self._connected().read())
 
+    async def picture(self) -> Picture:
+        """What QEMU tells of the running guest's machine: RAM blocks, nodes, devices, properties.
+
+        Raises:
+            VcpuRefused: it does not run.
+            VcpuConnectionError: QEMU is lost.
+        """
+        from qmpvcpu.domain.picture import read_picture
+
+        async with self._turn():
+            return await read_picture(self._connected().monitor)
+
     async def _described(self, state: DomainState) -> DescribedXml:
         from qmpvcpu.xml.domain import minimal_domain
 
         link = self._connected()
         told = await describe(link.monitor, state, link.process, self._place.agent)
-        return DescribedXml(minimal_domain(told.definition), told.left_out)
+        return DescribedXml(minimal_domain(told.definition, told.devices), told.left_out)
 
     async def guest_vcpus(self) -> GuestView:
         """The guest's own CPUs, and which vCPU each one is.

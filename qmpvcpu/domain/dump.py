@@ -58,7 +58,7 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
         emulator=emulator,
         agent=agent if agent is not None and agent.startswith("/") else None,
     )
-    return Described(definition, tuple(left_out))
+    return Described(definition, tuple(left_out), told.devices)
 
 
 def check_dump(dialect: str | None, detail: str | None) -> None:

@@ -163,13 +163,19 @@ def _without_one_cpu(hangs: list[Refusal], why: str | None) -> list[Refusal]:
     ]
 
 
-async def prepare(link: Link, cookie: Cookie, plug: Callable[[Sequence[int]], Awaitable[object]]) -> Machine:
+async def prepare(
+    link: Link,
+    cookie: Cookie,
+    plug: Callable[[Sequence[int]], Awaitable[object]],
+    differences: Sequence[Refusal] = (),
+) -> Machine:
     """Check a destination that waits, plug what it lacks, and see to it that it does not start by itself.
 
     Args:
         link: the destination.
         cookie: of the source.
         plug: enables vCPUs there.
+        differences: in what it is known to be another machine.
 
     Raises:
         VcpuRefused: it cannot take the guest; every reason. Nothing was touched.
@@ -186,6 +192,7 @@ async def prepare(link: Link, cookie: Cookie, plug: Callable[[Sequence[int]], Aw
     refusals += _check_uuid(cookie, await link.monitor.query_uuid())
     source = cookie.machine
     refusals += check_machine(source, machine_of(state)) if source is not None else _check_count(cookie, state)
+    refusals += differences
     if refusals:
         raise VcpuRefused(refusals)
     lacking = missing(source, machine_of(state)) if source is not None else []

@@ -115,9 +115,16 @@ class MigrationCalls:
         keep(link, Side.SOURCE, cookie)
         return cookie
 
-    async def migrate_prepare(self, cookie: Cookie, *, place: bool = True) -> None:
+    async def migrate_prepare(
+        self, cookie: Cookie, *, place: bool = True, differences: Sequence[Refusal] = ()
+    ) -> None:
         """Make this guest, which waits for a migration (-incoming), ready to take that of the cookie: checked, its
         vCPUs plugged, and so that it does not start by itself.
+
+        Args:
+            cookie: of `migrate_begin`.
+            place: False leaves its threads where the kernel puts them.
+            differences: reasons against it that are known already, to be told with the others.
 
         Raises:
             VcpuRefused: it cannot take it; every reason.
@@ -133,7 +140,7 @@ class MigrationCalls:
                 placing, here = self._placing(request, [])
                 return await change(link, request, here, placing=placing)
 
-            await prepare(link, cookie, plug)
+            await prepare(link, cookie, plug, differences)
             keep(link, Side.DESTINATION, cookie)
 
     async def migrate_listen(

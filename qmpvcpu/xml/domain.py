@@ -20,9 +20,11 @@ from qmpvcpu.core.definition import (
     started_with,
 )
 from qmpvcpu.core.machine.command_line import split_cpu
+from qmpvcpu.core.machine.devices import Devices
 from qmpvcpu.core.model import Topology, format_ids
 from qmpvcpu.core.request import parse_ids
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+from qmpvcpu.xml.hardware import QEMU_NAMESPACE
 from qmpvcpu.xml.machine import dimm_lines, option_lines, read_dimms, read_options
 from qmpvcpu.xml.source import Document, Element, parse_document
 
@@ -616,13 +618,19 @@ def renamed(data: bytes, name: str) -> bytes:
     return document.to_bytes()
 
 
-def minimal_domain(definition: Definition) -> bytes:
-    """A document of its own for a guest that has none: what QEMU tells of it, and nothing else."""
+def minimal_domain(definition: Definition, devices: Devices | None = None) -> bytes:
+    """A document of its own for a guest that has none: what QEMU tells of it, and nothing else.
+
+    Args:
+        definition: of the guest.
+        devices: its devices, where they are known.
+    """
     kind = {"kvm": "kvm", "tcg": "qemu"}.get(definition.accel or "", "qemu")
-    lines = [f"<domain type='{kind}'>", f"  <name>{escape(definition.name)}</name>"]
+    space = f" xmlns:qemu='{QEMU_NAMESPACE}'" if devices is not None and devices.arguments else ""
+    lines = [f"<domain type='{kind}'{space}>", f"  <name>{escape(definition.name)}</name>"]
     if definition.uuid is not None:
         lines.append(f"  <uuid>{escape(definition.uuid)}</uuid>")
-    lines += option_lines(definition)
+    lines += option_lines(definition, devices)
     if definition.max_memory is not None and definition.memory_slots:
         slots, (size, unit) = definition.memory_slots, _sized(definition.max_memory)
         lines.append(f"  <maxMemory slots='{slots}' unit='{unit}'>{size}</maxMemory>")
@@ -633,18 +641,21 @@ def minimal_domain(definition: Definition) -> bytes:
     machine = f" machine={quoteattr(definition.machine)}" if definition.machine else ""
     lines.append(f"  <os><type arch={quoteattr(definition.arch or '')}{machine}>hvm</type></os>")
     lines += _cpu_lines(definition)
-    devices = dimm_lines(definition.dimms)
+    rows = dimm_lines(definition.dimms)
     if definition.emulator is not None:
-        devices.append(f"    <emulator>{escape(definition.emulator)}</emulator>")
+        rows.append(f"    <emulator>{escape(definition.emulator)}</emulator>")
     if definition.agent is not None:
-        devices += [
+        rows += [
             "    <channel type='unix'>",
             f"      <source mode='bind' path={quoteattr(definition.agent)}/>",
             "      <target type='virtio' name='org.qemu.guest_agent.0'/>",
             "    </channel>",
         ]
-    if devices:
-        lines += ["  <devices>", *devices, "  </devices>"]
+    if rows:
+        lines += ["  <devices>", *rows, "  </devices>"]
+    if devices is not None and devices.arguments:
+        words = [f"    <qemu:arg value={quoteattr(word)}/>" for word in devices.arguments]
+        lines += ["  <qemu:commandline>", *words, "  </qemu:commandline>"]
     document, old = read_domain("\n".join([*lines, "</domain>", ""]).encode())
     return write_vcpus(document, old, definition)
 

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from typing import Final
 
-from qmpvcpu.core.hardware import Disk, Hardware
+from qmpvcpu.core.hardware import Disk, GivenDevices, Hardware
 from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.xml.machine import machine_element
 from qmpvcpu.xml.source import Document, Element
 
-__all__ = ["read_hardware"]
+__all__ = ["QEMU_NAMESPACE", "read_hardware"]
 
-_QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
+#: libvirt's, of `<qemu:commandline>`.
+QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 #: What is there anyhow, or not worth a word.
 _HANDLED: Final = frozenset({"emulator", "disk", "serial", "console", "controller", "memballoon", "input"})
 _AGENT: Final = "org.qemu.guest_agent.0"
@@ -55,7 +57,16 @@ def read_hardware(document: Document) -> Hardware:
         networks,
         _arguments(root),
         tuple(left_out),
+        _given(root),
     )
+
+
+def _given(root: Element) -> GivenDevices | None:
+    found = machine_element(root)
+    if found is None or found[0].attributes.get("devices") != "commandline":
+        return None
+    attributes = found[0].attributes
+    return GivenDevices(attributes.get("defaults") == "yes", attributes.get("serial") == "yes")
 
 
 def _text(parent: Element | None, name: str) -> str | None:
@@ -93,6 +104,6 @@ def _arguments(root: Element) -> tuple[str, ...]:
         if name != "commandline" or not colon:
             continue
         space = element.attributes.get(f"xmlns:{prefix}", root.attributes.get(f"xmlns:{prefix}"))
-        if space == _QEMU_NAMESPACE:
+        if space == QEMU_NAMESPACE:
             words += [arg.attributes.get("value", "") for arg in element.all(f"{prefix}:arg")]
     return tuple(words)

@@ -17,6 +17,7 @@ from typing import Final
 from xml.sax.saxutils import quoteattr
 
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, Pairs, QemuOptions
+from qmpvcpu.core.machine.devices import Devices
 from qmpvcpu.xml.source import Element
 
 __all__ = ["NAMESPACE", "dimm_lines", "machine_element", "option_lines", "read_dimms", "read_options"]
@@ -98,8 +99,10 @@ def _options(parent: Element, prefix: str, wrong: Wrong) -> Pairs:
     return tuple(pair for pair in pairs if pair is not None)
 
 
-def option_lines(definition: Definition) -> list[str]:
-    """`<metadata>` as lines, nothing where there is nothing to say."""
+def option_lines(definition: Definition, devices: Devices | None) -> list[str]:
+    """`<metadata>` as lines, nothing where there is nothing to say. With `devices`, `<qemu:commandline>` has all
+    that there are.
+    """
     options = definition.options
     lines = [
         f"      <qmpvcpu:option of='{owner}' {_written(pair)}/>"
@@ -113,10 +116,13 @@ def option_lines(definition: Definition) -> list[str]:
         if dimm.id is not None and dimm.memdev is not None:
             ids = f"of='{number}' id={quoteattr(dimm.id)} memdev={quoteattr(dimm.memdev)}"
             lines += _memory_lines(_DIMM, ids, dimm.driver, dimm.options)
-    if not lines and not options.is_one_block:
+    words = " blocks='one'" if options.is_one_block else ""
+    if devices is not None:
+        defaults, serial = ("yes" if has else "no" for has in (devices.has_defaults, devices.has_serial))
+        words += f" devices='commandline' defaults='{defaults}' serial='{serial}'"
+    if not lines and not words:
         return []
-    blocks = " blocks='one'" if options.is_one_block else ""
-    head = f"    <qmpvcpu:machine xmlns:qmpvcpu='{NAMESPACE}'{blocks}>"
+    head = f"    <qmpvcpu:machine xmlns:qmpvcpu='{NAMESPACE}'{words}>"
     return ["  <metadata>", head, *lines, "    </qmpvcpu:machine>", "  </metadata>"]
 
 

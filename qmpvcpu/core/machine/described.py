@@ -14,6 +14,7 @@ from typing import Any, Final
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell, Pairs, QemuOptions
 from qmpvcpu.core.machine.command_line import Option, QemuCommandLine, split_cpu
+from qmpvcpu.core.machine.devices import Devices, devices_of
 
 __all__ = ["Described", "MachineFacts", "agrees", "described", "machine_facts"]
 
@@ -31,7 +32,12 @@ _NOT_HELD: Final = frozenset(
     )
 )
 #: Flags that are options of the machine.
-_FLAGS: Final = {"no-acpi": ("acpi", "off"), "no-hpet": ("hpet", "off"), "usb": ("usb", "on")}
+_FLAGS: Final = {
+    "no-acpi": ("acpi", "off"),
+    "no-hpet": ("hpet", "off"),
+    "usb": ("usb", "on"),
+    "nographic": ("graphics", "off"),
+}
 _HOST_MEMORY: Final = ("mem-path", "mem-prealloc")
 #: What a driver of `device_add` ends with, where `query-cpu-definitions` does not know it.
 _CORE_SUFFIXES: Final = ("-spapr-cpu-core", "-powerpc64-cpu")
@@ -60,10 +66,11 @@ class MachineFacts:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A definition, and what of the guest it cannot hold, each as one text."""
+    """A definition with its devices, and what of the guest it cannot hold, each as one text."""
 
     definition: Definition
     left_out: tuple[str, ...] = ()
+    devices: Devices | None = None
 
 
 def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
@@ -154,19 +161,20 @@ def described(
     cpu, properties = _cpu(driver, found.arch, facts, line)
     base = facts.base_memory
     has_slots = facts.slots > 0 and facts.max_memory is not None
-    return Described(
-        replace(
-            found,
-            cells=cells,
-            cpu=cpu,
-            memory=None if base is None else base + sum(dimm.size for dimm in facts.dimms),
-            max_memory=facts.max_memory if has_slots else None,
-            memory_slots=facts.slots if has_slots else None,
-            dimms=_dimms(facts, line),
-            options=replace(options, cpu=properties),
-        ),
-        tuple(left_out),
+    definition = replace(
+        found,
+        cells=cells,
+        cpu=cpu,
+        memory=None if base is None else base + sum(dimm.size for dimm in facts.dimms),
+        max_memory=facts.max_memory if has_slots else None,
+        memory_slots=facts.slots if has_slots else None,
+        dimms=_dimms(facts, line),
+        options=replace(options, cpu=properties),
     )
+    if line is None:
+        return Described(definition, (*left_out, "its devices: QEMU runs on another host"))
+    devices = devices_of(line, definition, (driver,) if driver is not None else ())
+    return Described(definition, (*left_out, *devices.left_out), devices)
 
 
 def _of_line(

@@ -1,0 +1,284 @@
+"""Two QEMUs side by side: in what a guest of the one would not find its machine in the other. Pure.
+
+Both were asked the same (`domain.picture`). QOM paths differ between versions and are no ground for a difference;
+neither are a machine type's own devices, which are on both sides.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+from qmpvcpu.core.model import QemuVersion
+from qmpvcpu.errors import Refusal
+
+__all__ = ["Difference", "Picture", "child_type", "differences", "parse_picture", "refusals_of"]
+
+_BLOCK: Final = re.compile(r"^ *(\S.*?) +\d+ \w?i?B +0x[0-9a-f]+ +0x[0-9a-f]+ +0x([0-9a-f]+)", re.MULTILINE)
+_MAPPED: Final = re.compile(r"^ +([0-9a-f]{16})-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE)
+_NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)
+_CHILD: Final = re.compile(r"child<(.+)>\Z")
+#: Blocks of firmware tables: QEMU gives them another size where it has to.
+_RESIZED: Final = "/rom@"
+#: QOM types that are no devices.
+_PARTS: Final = ("memory-region", "irq", "container", "-cpu", "-cpu-core", "object", "memory-backend")
+#: Properties of -machine that are of the host, or of the moment.
+_PASSING: Final = frozenset(
+    (
+        *("dumpdtb", "dtb", "kernel", "initrd", "append", "firmware", "phandle-start", "memory-backend", "type"),
+        *("dump-guest-core", "mem-merge", "usb", "graphics", "suppress-vmdesc"),
+    )
+)
+#: Those of a CPU that are of its place, or of the moment.
+_OF_PLACE: Final = frozenset(
+    (
+        *(
+            "hotplugged",
+            "realized",
+            "hotpluggable",
+            "start-powered-off",
+            "type",
+            "parent_bus",
+            "apic-id",
+            "node-id",
+        ),
+        *("socket-id", "die-id", "module-id", "core-id", "thread-id", "cluster-id", "unavailable-features"),
+        *("crash-information", "memory", "cpu-index"),
+    )
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Picture:
+    """What QEMU tells of a machine.
+
+    Attributes:
+        version: QEMU's.
+        memory: bytes of -m.
+        blocks: RAM blocks, bytes by name.
+        places: of the blocks that are memory backends, the lowest address in the guest.
+        nodes: MiB of each NUMA node, as HMP rounds them.
+        machine: properties of the machine.
+        cpu: properties of the first CPU.
+        pci: what is in each slot of the PCI buses, by the slots that lead there.
+        added: types of devices that a user has added, with what tells their place.
+        types: types of all devices.
+    """
+
+    version: QemuVersion | None = None
+    memory: int | None = None
+    blocks: Mapping[str, int] = field(default_factory=dict)
+    places: Mapping[str, int] = field(default_factory=dict)
+    nodes: Mapping[int, int] = field(default_factory=dict)
+    machine: Mapping[str, object] = field(default_factory=dict)
+    cpu: Mapping[str, object] = field(default_factory=dict)
+    pci: Mapping[str, str] = field(default_factory=dict)
+    added: tuple[str, ...] = ()
+    types: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """One: `there` is what the guest runs on, `here` what it would find."""
+
+    what: str
+    there: str
+    here: str
+
+    def text(self, here: str) -> str:
+        """Args: here: the words for the other side."""
+        return f"{self.what}: {self.there} at the source, {self.here} {here}"
+
+
+def refusals_of(found: Iterable[Difference], here: str, hint: str) -> list[Refusal]:
+    """Every difference as a reason to refuse.
+
+    Args:
+        found: differences.
+        here: words for the side that is not the source ("in the definition").
+        hint: what to do.
+    """
+    return [Refusal("difference", one.text(here), (), hint, "VIR_ERR_OPERATION_INVALID") for one in found]
+
+
+def differences(source: Picture, here: Picture) -> list[Difference]:
+    """Everything in which the two are not the same machine for a guest."""
+    found: list[Difference] = []
+    if source.memory != here.memory:
+        found.append(Difference("memory", _kib(source.memory), _kib(here.memory)))
+    same = source.version is not None and source.version == here.version
+    found += _of_blocks(source, here, same)
+    found += _of_mapping("memory of NUMA node {}", source.nodes, here.nodes, "MiB")
+    found += _of_mapping("PCI device at {}", source.pci, here.pci)
+    found += _of_devices(source, here, same)
+    if same:
+        # Another version tells the same in other words.
+        found += _of_mapping("-machine {}", *_common(source.machine, here.machine))
+        found += _of_cpu(*_common(source.cpu, here.cpu))
+    return found
+
+
+def _of_cpu(there: Mapping[str, object], now: Mapping[str, object]) -> list[Difference]:
+    """Features together: another model has hundreds of them."""
+    changed = [key for key in sorted(there) if there[key] != now[key]]
+    features = [key for key in changed if isinstance(there[key], bool)]
+    found = []
+    if features:
+        sides = (", ".join(key for key in features if side[key]) or "none of those" for side in (there, now))
+        found.append(Difference("CPU features", *sides))
+    others = [key for key in changed if key not in features]
+    return found + [Difference(f"CPU property {key}", str(there[key]), str(now[key])) for key in others]
+
+
+def _kib(size: int | None) -> str:
+    return "unknown" if size is None else f"{size // 1024} KiB"
+
+
+def _of_blocks(source: Picture, here: Picture, same: bool) -> list[Difference]:
+    def own(picture: Picture) -> dict[str, int]:
+        return {name: size for name, size in picture.blocks.items() if same or not name.startswith(_RESIZED)}
+
+    there, now = own(source), own(here)
+    found = [
+        Difference(f"RAM block '{name}'", *(_block(side.get(name)) for side in (there, now)))
+        for name in sorted(there.keys() | now.keys())
+        if there.get(name) != now.get(name)
+    ]
+    for name in sorted(source.places.keys() & here.places.keys()):
+        if source.places[name] != here.places[name]:
+            sides = (f"{picture.places[name]:#x}" for picture in (source, here))
+            found.append(Difference(f"address of the RAM block '{name}'", *sides))
+    return found
+
+
+def _block(size: int | None) -> str:
+    return "none" if size is None else f"{size // 1024} KiB"
+
+
+def _of_mapping(
+    what: str, there: Mapping[Any, object], now: Mapping[Any, object], unit: str = ""
+) -> list[Difference]:
+    return [
+        Difference(what.format(key), _word(there.get(key), unit), _word(now.get(key), unit))
+        for key in sorted(there.keys() | now.keys())
+        if there.get(key) != now.get(key)
+    ]
+
+
+def _word(value: object, unit: str) -> str:
+    if value is None:
+        return "none"
+    if isinstance(value, bool):
+        return "on" if value else "off"
+    return f"{value} {unit}".strip()
+
+
+def _common(there: Mapping[str, object], now: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+    keys = there.keys() & now.keys()
+    return {key: there[key] for key in keys}, {key: now[key] for key in keys}
+
+
+def _of_devices(source: Picture, here: Picture, same: bool) -> list[Difference]:
+    """By count. Between versions only what a user has added: a machine's own are called otherwise."""
+    if same:
+        there, now = Counter(source.types), Counter(here.types)
+        return _counts(there, now, there.keys() | now.keys())
+    there, now = Counter(source.added), Counter(here.added)
+    # What is one side's default may be added on the other.
+    return [
+        one
+        for one in _counts(there, now, there.keys() | now.keys())
+        if one.what.removeprefix("device ") not in {*source.types, *here.types} - {*there, *now}
+    ]
+
+
+def _counts(there: Counter[str], now: Counter[str], keys: Iterable[str]) -> list[Difference]:
+    return [
+        Difference(f"device {key}", str(there[key] or "none"), str(now[key] or "none"))
+        for key in sorted(keys)
+        if there[key] != now[key]
+    ]
+
+
+# -- replies ----------------------------------------------------------------------------------------
+
+
+def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) -> Picture:
+    """Of replies by name; what is not of QEMU's form is not there.
+
+    Args:
+        version: QEMU's.
+        replies: `memory` in bytes, `ramblock` and `mtree` and `numa` as texts, `memdevs`, `pci` as QMP's,
+            `machine` and `cpu` by property, `added` and `own` as lists of (type, place).
+    """
+    memdevs = replies.get("memdevs")
+    ids = {row.get("id") for row in memdevs if isinstance(row, dict)} if isinstance(memdevs, list) else set()
+    places: dict[str, int] = {}
+    for address, name in _MAPPED.findall(_text(replies.get("mtree"))):
+        if name in ids:
+            places[name] = min(int(address, 16), places.get(name, 1 << 64))
+    memory, machine, cpu = replies.get("memory"), replies.get("machine"), replies.get("cpu")
+    added, own = (_devices(replies.get(key)) for key in ("added", "own"))
+    return Picture(
+        version,
+        memory if type(memory) is int else None,
+        {name: int(size, 16) for name, size in _BLOCK.findall(_text(replies.get("ramblock")))},
+        places,
+        {int(node): int(size) for node, size in _NODE.findall(_text(replies.get("numa")))},
+        _plain(machine, _PASSING),
+        _plain(cpu, _OF_PLACE),
+        dict(_pci(replies.get("pci"))),
+        tuple(sorted(added)),
+        tuple(sorted([*added, *own])),
+    )
+
+
+def _text(reply: object) -> str:
+    if isinstance(reply, dict):
+        reply = reply.get("human-readable-text")
+    return reply if isinstance(reply, str) else ""
+
+
+def _plain(reply: object, but: frozenset[str]) -> dict[str, object]:
+    if not isinstance(reply, dict):
+        return {}
+    return {k: v for k, v in reply.items() if k not in but and isinstance(v, (bool, int, str))}
+
+
+def _devices(reply: object) -> list[str]:
+    rows = reply if isinstance(reply, list) else []
+    return [" ".join(filter(None, row)) for row in rows if not any(row[0].endswith(part) for part in _PARTS)]
+
+
+def child_type(row: object) -> str | None:
+    """The type of a child that `qom-list` lists."""
+    kind = row.get("type") if isinstance(row, dict) else None
+    match = _CHILD.match(kind) if isinstance(kind, str) else None
+    return match[1] if match is not None else None
+
+
+def _pci(reply: object, above: str = "") -> Iterable[tuple[str, str]]:
+    """By the slots that lead there: buses get their numbers from the guest."""
+    for bus in reply if isinstance(reply, list) else []:
+        if not isinstance(bus, dict):
+            continue
+        where = above or (f"{bus.get('bus')}:" if isinstance(bus.get("bus"), int) else "")
+        for device in bus.get("devices") or []:
+            if isinstance(device, dict):
+                yield from _pci_device(device, where)
+
+
+def _pci_device(device: Mapping[str, Any], where: str) -> Iterable[tuple[str, str]]:
+    slot, function = device.get("slot"), device.get("function")
+    ids = device.get("id") if isinstance(device.get("id"), dict) else {}
+    assert isinstance(ids, dict)
+    if not isinstance(slot, int) or not isinstance(function, int):
+        return
+    here = f"{where}{slot:02x}.{function}"
+    yield here, f"{ids.get('vendor', 0):04x}:{ids.get('device', 0):04x}"
+    bridge = device.get("pci_bridge")
+    if isinstance(bridge, dict) and bridge.get("devices"):
+        yield from _pci([{"devices": bridge["devices"]}], f"{here}/")

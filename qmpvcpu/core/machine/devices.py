@@ -1,0 +1,230 @@
+"""The devices of a QEMU that runs, as arguments for the next one; and the same without the host behind them. Pure.
+
+The host's side of a console, of a monitor and of the guest agent is replaced: `start` has its own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.machine.command_line import Option, QemuCommandLine, join_pairs, read_command_line
+
+__all__ = ["AGENT_CHARDEV", "AGENT_PORT", "Devices", "devices_of", "hollow", "without_files"]
+
+#: The chardev that `start` gives the guest agent's port, and the name of that port.
+AGENT_CHARDEV: Final = "agent"
+AGENT_PORT: Final = "org.qemu.guest_agent.0"
+
+#: Passed on as they are: what the guest sees, and what stands behind it.
+_KEPT: Final = frozenset(
+    (
+        *("device", "drive", "blockdev", "netdev", "nic", "net", "chardev", "object", "global", "set"),
+        *("vga", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "pflash", "mtdblock", "boot", "rtc"),
+        *("bios", "kernel", "initrd", "append", "dtb", "option-rom", "fw_cfg", "smbios", "acpitable", "audiodev"),
+        *("audio", "fsdev", "virtfs", "tpmdev", "usbdevice", "watchdog", "watchdog-action", "action", "icount"),
+        *("prom-env", "g", "iscsi", "no-reboot", "no-shutdown", "no-fd-bootchk", "win2k-hack", "semihosting"),
+        *("semihosting-config", "parallel", "overcommit"),
+    )
+)
+#: Kept elsewhere in the definition, or of the host alone.
+_ELSEWHERE: Final = frozenset(
+    (
+        *(
+            "machine",
+            "accel",
+            "cpu",
+            "smp",
+            "m",
+            "numa",
+            "uuid",
+            "name",
+            "usb",
+            "no-acpi",
+            "no-hpet",
+            "enable-kvm",
+        ),
+        *("nographic", "nodefaults", "no-user-config", "nouserconfig", "serial", "mem-path", "mem-prealloc"),
+        *("S", "qmp", "qmp-pretty", "monitor", "mon", "daemonize", "pidfile", "D", "d", "dfilter", "trace", "msg"),
+        *("L", "incoming", "display", "vnc", "spice", "k", "full-screen", "sandbox", "runas", "user", "chroot"),
+        *("run-with", "gdb", "s", "only-migratable", "preconfig", "seed", "compat", "async-teardown", "perfmap"),
+        *("jitdump", "one-insn-per-tb", "singlestep", "no-quit", "alt-grab", "ctrl-grab", "sdl", "gtk", "curses"),
+        *("enable-sync-profile", "add-fd"),
+    )
+)
+#: Backends of a chardev that need a terminal or a window.
+_TERMINALS: Final = frozenset({"stdio", "pty", "vc", "gtk", "msmouse", "wctablet", "braille", "tty", "serial"})
+
+
+@dataclass(frozen=True, slots=True)
+class Devices:
+    """Arguments of QEMU.
+
+    Attributes:
+        arguments: words.
+        has_defaults: whether the machine has its default devices too (no -nodefaults).
+        has_serial: whether the first serial port is there.
+        left_out: what cannot be started again, each as one text.
+    """
+
+    arguments: tuple[str, ...] = ()
+    has_defaults: bool = False
+    has_serial: bool = False
+    left_out: tuple[str, ...] = ()
+
+
+def devices_of(line: QemuCommandLine, definition: Definition, drivers: Iterable[str]) -> Devices:
+    """What else than its machine, memory and CPUs a QEMU was started with.
+
+    Args:
+        line: its command line.
+        definition: of its machine.
+        drivers: of its CPUs, whose -device is the definition's `<vcpus>`.
+    """
+    cpus = frozenset(drivers)
+    ports = {option.get("chardev") for option in line.all("device") if _is_agent(option)}
+    monitors = _monitors(line) | ports
+    memory = {backend.id for backend in definition.options.backends}
+    memory |= {dimm.memdev for dimm in definition.dimms if dimm.memdev}
+    sticks = {dimm.id for dimm in definition.dimms} | {dimm.memdev for dimm in definition.dimms}
+    words: list[str] = []
+    left_out: list[str] = []
+    serials = [option.text or "none" for option in line.all("serial")]
+    for option in line.options:
+        if option.name not in _KEPT:
+            if option.name not in _ELSEWHERE:
+                left_out.append(" ".join(option.words))
+            continue
+        is_cpu = option.name == "device" and option.get("driver") in cpus
+        is_stick = option.name == "device" and option.get("memdev") in sticks and option.get("memdev") is not None
+        is_memory = option.name == "object" and option.get("id") in memory
+        is_host = option.name == "chardev" and option.get("id") in monitors
+        if is_cpu or is_stick or is_memory or is_host:
+            continue
+        if _has_descriptor(option):
+            left_out.append(" ".join(option.words))
+        words += _again(option).words
+    has_defaults = not line.has("nodefaults")
+    has_serial = serials[0] != "none" if serials else has_defaults
+    if serials and not has_serial:
+        words += ["-serial", "none"]
+    for text in serials[1:]:
+        words += ["-serial", "none" if text == "none" else "null"]
+    return Devices(tuple(words), has_defaults, has_serial, tuple(left_out))
+
+
+def _is_agent(option: Option) -> bool:
+    return option.get("driver") == "virtserialport" and option.get("name") == AGENT_PORT
+
+
+def _monitors(line: QemuCommandLine) -> set[str | None]:
+    """Ids of chardevs that nothing but monitors and serial ports use."""
+    found = {option.get("chardev") for option in line.all("mon")}
+    for option in line.all("qmp", "qmp-pretty", "monitor", "serial"):
+        prefix, _, name = (option.text or "").partition(":")
+        if prefix == "chardev":
+            found.add(name)
+    return found
+
+
+def _has_descriptor(option: Option) -> bool:
+    """Whether it names a descriptor of the process that started QEMU."""
+    if option.name not in ("chardev", "netdev", "nic", "net", "drive", "blockdev", "device"):
+        return False
+    keys = ("fd", "fds", "vhostfd", "vhostfds", "addr.str", "sndbuf-fd")
+    return any(key in keys[:4] or "/dev/fdset/" in value for key, value in option.pairs)
+
+
+def _again(option: Option) -> Option:
+    """The same for a QEMU in the background, with the agent's port on the chardev that `start` makes."""
+    if _is_agent(option):
+        pairs = tuple((key, AGENT_CHARDEV if key == "chardev" else value) for key, value in option.pairs)
+        return _written(option, pairs)
+    if option.name == "chardev" and (option.get("backend") in _TERMINALS or _has_descriptor(option)):
+        return _written(option, (("backend", "null"), ("id", option.get("id") or "")))
+    if option.name == "parallel" and option.text != "none":
+        return Option("parallel", "null")
+    if option.name in ("netdev", "nic") and _has_descriptor(option):
+        return _written(option, (("type", "user"), *_some(option, "id", "model", "mac", "addr")))
+    return option
+
+
+def _written(option: Option, pairs: Sequence[tuple[str, str]]) -> Option:
+    implied = {"device": "driver", "chardev": "backend", "netdev": "type", "nic": "type", "net": "type"}
+    implied |= {"object": "qom-type", "blockdev": "driver"}
+    return Option(option.name, join_pairs(pairs, implied.get(option.name)), tuple(pairs))
+
+
+def _some(option: Option, *keys: str) -> list[tuple[str, str]]:
+    return [(key, value) for key, value in option.pairs if key in keys]
+
+
+# -- without the host -------------------------------------------------------------------------------
+
+_DISKS: Final = {
+    **{
+        name: (("index", str(index)), ("media", "disk")) for index, name in enumerate(("hda", "hdb", "hdc", "hdd"))
+    },
+    "cdrom": (("index", "2"), ("media", "cdrom")),
+    "fda": (("if", "floppy"), ("index", "0")),
+    "fdb": (("if", "floppy"), ("index", "1")),
+    "sd": (("if", "sd"), ("index", "0")),
+    "mtdblock": (("if", "mtd"),),
+}
+#: A disk that is not there; its size is no part of a guest's state.
+_NOTHING: Final = (("driver", "null-co"), ("read-zeroes", "on"), ("size", str(64 << 20)))
+_PLACES: Final = ("id", "if", "index", "bus", "unit", "media", "readonly", "read-only")
+
+
+def hollow(arguments: Sequence[str]) -> list[str]:
+    """The same devices with nothing of the host behind them: no sockets, taps, disks or shared memory. A second
+    QEMU with them does nothing to the guest that runs.
+    """
+    words: list[str] = []
+    line = read_command_line(["qemu", *arguments])
+    flash = {value for key, value in line.machine_options if key.startswith("pflash")}
+    for number, option in enumerate(line.options):
+        words += _hollow(option, number, flash).words
+    return words
+
+
+def _hollow(option: Option, number: int, flash: set[str]) -> Option:
+    name = option.name
+    if name == "chardev" and option.get("id") is not None:
+        return _written(option, (("backend", "null"), ("id", option.get("id") or "")))
+    if name in ("serial", "parallel") and option.text != "none":
+        return Option(name, "null")
+    if name in _DISKS:
+        return _written(Option("drive"), (*_NOTHING, *_DISKS[name]))
+    if name == "pflash":
+        return Option("drive", f"if=pflash,format=raw,readonly=on,file.locking=off,file={_escaped(option.text)}")
+    if name == "drive":
+        if option.get("if") == "pflash":
+            kept = [pair for pair in option.pairs if pair[0] not in ("readonly", "read-only")]
+            return _written(option, (*kept, ("readonly", "on"), ("file.locking", "off")))
+        return _written(option, (*_NOTHING, *_some(option, *_PLACES)))
+    if name == "blockdev" and option.get("node-name") not in flash:
+        node = [("node-name", option.get("node-name") or f"node{number}"), *_some(option, "read-only")]
+        return _written(option, (*_NOTHING, *node))
+    if name == "netdev":
+        return _written(option, (("type", "hubport"), ("id", option.get("id") or ""), ("hubid", str(number))))
+    if name == "nic" and option.get("type") != "none":
+        return _written(option, (("type", "user"), *_some(option, "id", "model", "mac", "addr")))
+    if name == "net" and option.get("type") not in ("nic", "none"):
+        return Option("net", "user")
+    if name == "object":
+        return without_files(option)
+    return option
+
+
+def without_files(option: Option) -> Option:
+    """A memory backend in anonymous memory, and everything else as it is."""
+    if (option.get("qom-type") or "").startswith("memory-backend-"):
+        return _written(option, (("qom-type", "memory-backend-ram"), *_some(option, "id", "size")))
+    return option
+
+
+def _escaped(text: str | None) -> str:
+    return (text or "").replace(",", ",,")

@@ -1,0 +1,95 @@
+"""Asks a QEMU what its machine is, for `core.machine.comparison`."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Mapping
+from typing import Any, Final
+
+from qmpvcpu.core.inventory import parse_version
+from qmpvcpu.core.machine.comparison import Picture, child_type, parse_picture
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.ports import Monitor
+
+__all__ = ["read_picture"]
+
+#: Where devices are: with an id, without one, and a machine's own.
+_ADDED: Final = ("/machine/peripheral", "/machine/peripheral-anon")
+_OWN: Final = "/machine/unattached"
+#: QOM types of properties whose values are compared.
+_VALUES: Final = frozenset(
+    {"bool", "string", "str", "int", "uint8", "uint16", "uint32", "uint64", "OnOffAuto", "size"}
+)
+#: By the end of a type's name, the property that tells its place where it is not on a PCI bus.
+_PLACES: Final = {"-ccw": "dev_id", "virtserialport": "nr", "virtconsole": "nr", "pc-dimm": "addr"}
+
+
+async def read_picture(monitor: Monitor) -> Picture:
+    """Ask one, whatever its guest does; nothing is touched.
+
+    Raises:
+        VcpuConnectionError: QEMU is lost.
+    """
+    asked: dict[str, Awaitable[object]] = {
+        "summary": monitor.query_memory_size_summary(),
+        "ramblock": monitor.execute("x-query-ramblock"),
+        "memdevs": monitor.execute("query-memdev"),
+        "pci": monitor.execute("query-pci"),
+        "mtree": monitor.human_monitor_command("info mtree -f"),
+        "numa": monitor.human_monitor_command("info numa"),
+        "cpus": monitor.query_cpus_fast(),
+        "properties": _list(monitor, "/machine"),
+        **{path: _list(monitor, path) for path in (*_ADDED, _OWN)},
+    }
+    replies = await _all(asked)
+    summary = replies.get("summary")
+    replies["memory"] = summary.get("base-memory") if isinstance(summary, dict) else None
+    replies["machine"] = await _values(monitor, "/machine", replies.get("properties"))
+    cpus = replies.get("cpus")
+    first = cpus[0].get("qom-path") if isinstance(cpus, list) and cpus and isinstance(cpus[0], dict) else None
+    if isinstance(first, str):
+        replies["cpu"] = await _values(monitor, first, await _answer(_list(monitor, first)))
+    replies["added"] = [row for path in _ADDED for row in await _devices(monitor, path, replies.get(path))]
+    replies["own"] = await _devices(monitor, _OWN, replies.get(_OWN))
+    return parse_picture(parse_version(monitor.greeting), replies)
+
+
+def _list(monitor: Monitor, path: str) -> Awaitable[object]:
+    return monitor.execute("qom-list", {"path": path})
+
+
+async def _all(asked: Mapping[str, Awaitable[object]]) -> dict[str, object]:
+    """The replies; None for what this QEMU declines."""
+    answers = await asyncio.gather(*asked.values(), return_exceptions=True)
+    found: dict[str, object] = {}
+    for name, answer in zip(asked, answers, strict=True):
+        if isinstance(answer, VcpuConnectionError) or (
+            isinstance(answer, BaseException) and not isinstance(answer, Exception)
+        ):
+            raise answer
+        found[name] = None if isinstance(answer, Exception) else answer
+    return found
+
+
+async def _answer(asked: Awaitable[object]) -> object:
+    return (await _all({"": asked}))[""]
+
+
+async def _values(monitor: Monitor, path: str, listed: object) -> dict[str, Any]:
+    """Every plain property of an object."""
+    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+    names = [str(row.get("name")) for row in rows if row.get("type") in _VALUES]
+    return await _all({name: monitor.qom_get(path, name) for name in names})
+
+
+async def _devices(monitor: Monitor, path: str, listed: object) -> list[tuple[str, str]]:
+    """Type and place of each child."""
+    found: list[tuple[str, str]] = []
+    for row in listed if isinstance(listed, list) else []:
+        kind = child_type(row)
+        if kind is None:
+            continue
+        key = next((key for end, key in _PLACES.items() if kind.endswith(end)), None)
+        place = await _answer(monitor.qom_get(f"{path}/{row['name']}", key)) if key is not None else None
+        found.append((kind, "" if place is None else str(place)))
+    return found
