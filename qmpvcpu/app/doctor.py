@@ -115,6 +115,8 @@ class DomainReport:
     can: tuple[str, ...]
     cannot: tuple[str, ...]
     kills: tuple[str, ...]
+    #: In what the guest is another machine than its definition.
+    differences: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The document of `doctor DOMAIN --json`."""
@@ -128,6 +130,7 @@ class DomainReport:
             "can": list(self.can),
             "cannot": list(self.cannot),
             "kills": list(self.kills),
+            "differences": list(self.differences),
         }
 
     def lines(self) -> list[str]:
@@ -139,6 +142,7 @@ class DomainReport:
             *(f"can: {text}" for text in self.can),
             *(f"cannot: {text}" for text in self.cannot),
             *(f"KILLS QEMU: {text}" for text in self.kills),
+            *(f"differs from its definition: {text}" for text in self.differences),
         ]
 
 

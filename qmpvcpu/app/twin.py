@@ -23,7 +23,7 @@ from qmpvcpu.qemu.process import run_qemu
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.hardware import read_hardware
 
-__all__ = ["HINT", "check_definition", "check_sides"]
+__all__ = ["HINT", "check_defined", "check_definition", "check_sides"]
 
 #: What to do about a definition that is another machine.
 HINT: Final = "`qmpvcpu define NAME --qmp ADDR` makes a definition of the guest as it runs"
@@ -54,6 +54,18 @@ async def check_definition(
         return [Refusal("twin", text, (), HINT, "VIR_ERR_OPERATION_INVALID")]
     found = [_in_definition(one) for one in check_machine(machine_of(state), machine_of(twin))]
     return found + refusals_of(differences(there, now), _ELSEWHERE, HINT)
+
+
+async def check_defined(source: Domain) -> list[Refusal]:
+    """In what a guest that runs is another machine than its own definition; nothing where it has none.
+
+    Raises:
+        VcpuConnectionError: the guest's QEMU is lost.
+    """
+    if not source.has_definition:
+        return []
+    state = await source.state(VcpuFlag.LIVE)
+    return await check_definition(source, await source.dump_xml(), state.machine)
 
 
 def _in_definition(refusal: Refusal) -> Refusal:

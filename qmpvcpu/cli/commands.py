@@ -7,6 +7,7 @@ import sys
 import time
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import replace
 from typing import Any, Final
 
 from qmpvcpu.cli import render
@@ -402,6 +403,7 @@ def _tell(session: Session, document: dict[str, Any], line: str) -> None:
 
 async def _doctor(session: Session) -> int:
     from qmpvcpu.app import doctor
+    from qmpvcpu.app.twin import check_defined
 
     if session.options.domain is None:
         report = await doctor.examine_host()
@@ -409,7 +411,8 @@ async def _doctor(session: Session) -> int:
         return 0
     async with session.connect() as domain:
         state = await domain.state(VcpuFlag.LIVE)
-    findings = doctor.examine_domain(state)
+        differs = await check_defined(domain) if session.options.connect is None else []
+    findings = replace(doctor.examine_domain(state), differences=tuple(one.message for one in differs))
     session.show(findings.to_json(), findings.lines())
     return 0
 

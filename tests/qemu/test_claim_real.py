@@ -9,8 +9,12 @@ from typing import Any
 import pytest
 
 from qmpvcpu.app.boot import command_line
+from qmpvcpu.core.bootargs import qemu_arch
+from qmpvcpu.core.hardware import hardware_args
+from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import QemuProcess, run_qemu
 from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.hardware import read_hardware
 from tests.conftest import cli, qemu_binary
 from tests.qemu.conftest import paused
 
@@ -133,6 +137,77 @@ MACHINES: dict[str, tuple[str, str, str, list[str]]] = {
 }
 
 
+#: With the devices that a machine has by default, or with those that its user has added.
+USUAL: dict[str, tuple[str, str, list[str]]] = {
+    "defaults-pc": ("x86_64", "10.0", ["-machine", "pc", "-serial", "null"]),
+    "defaults-q35": ("x86_64", "7.2", ["-machine", "q35", "-vga", "std"]),
+    "defaults-ppc64": ("ppc64", "11.1", ["-machine", PSERIES]),
+    "defaults-s390x": ("s390x", "10.0", ["-machine", "s390-ccw-virtio"]),
+    "defaults-loongarch": ("loongarch64", "11.1", ["-machine", "virt"]),
+    "added": (
+        *("x86_64", "11.1"),
+        [
+            *("-nodefaults", "-machine", "q35", "-drive", "file=DISK,format=raw,if=virtio,id=d0"),
+            *("-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:01:02:03,addr=0x5"),
+            *("-object", "rng-random,id=r0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=r0"),
+            *("-chardev", "null,id=c0", "-serial", "chardev:c0", "-vga", "std", "-rtc", "base=utc"),
+        ],
+    ),
+    "agent": (
+        *("x86_64", "10.0"),
+        [
+            *("-nodefaults", "-machine", "pc", "-device", "virtio-serial-pci,id=ports"),
+            *("-chardev", "null,id=ga0"),
+            *("-device", "virtserialport,bus=ports.0,chardev=ga0,name=org.qemu.guest_agent.0,nr=3"),
+        ],
+    ),
+    "blockdev": (
+        *("x86_64", "10.0"),
+        [
+            *("-nodefaults", "-machine", "q35"),
+            *("-blockdev", '{"driver":"raw","node-name":"n1","file":{"driver":"file","filename":"DISK"}}'),
+            *(
+                "-device",
+                '{"driver":"virtio-blk-pci","drive":"n1","id":"disk1"}',
+                "-device",
+                "pcie-root-port,id=rp",
+            ),
+        ],
+    ),
+    "added-s390x": (
+        *("s390x", "7.2"),
+        [
+            "-nodefaults",
+            "-machine",
+            "s390-ccw-virtio",
+            "-device",
+            "virtio-rng-ccw,devno=fe.0.0007",
+            "-nic",
+            "user",
+        ],
+    ),
+}
+
+
+async def pci(qemu: QemuProcess) -> list[dict[str, Any]]:
+    try:
+        buses = await qemu.monitor.execute("query-pci")
+    except CommandError:
+        # s390x of 7.2 has no PCI.
+        return []
+    assert isinstance(buses, list)
+    return [device for bus in buses for device in bus["devices"]]
+
+
+async def device_types(qemu: QemuProcess) -> list[str]:
+    found: list[str] = []
+    for path in ("peripheral", "peripheral-anon", "unattached"):
+        rows = await qemu.monitor.execute("qom-list", {"path": f"/machine/{path}"})
+        assert isinstance(rows, list)
+        found += [row["type"] for row in rows if row["type"].startswith("child<")]
+    return sorted(found)
+
+
 async def facts(qemu: QemuProcess) -> dict[str, Any]:
     """What both sides of a migration must have in common; by fresh queries."""
     run = qemu.monitor.execute
@@ -151,6 +226,8 @@ async def facts(qemu: QemuProcess) -> dict[str, Any]:
         "numa": await qemu.monitor.human_monitor_command("info numa"),
         "blocks": blocks,
         "dimms": [row["data"] for row in devices],
+        "pci": [(row["bus"], row["slot"], row["function"], row["id"]) for row in await pci(qemu)],
+        "devices": await device_types(qemu),
         "machine": await qemu.monitor.qom_get("/machine", "type"),
         "smp": await qemu.monitor.qom_get("/machine", "smp"),
         "memory": await qemu.monitor.qom_get("/machine", "memory"),
@@ -170,7 +247,94 @@ async def test_what_is_defined_from_a_running_qemu_starts_as_the_same_machine(na
     definition = read_domain(data)[1]
     assert definition.emulator is not None
     assert os.path.samefile(definition.emulator, qemu_binary(version, arch))
+    await check_again(data, before)
+
+
+async def check_again(data: bytes, before: dict[str, Any]) -> None:
+    """What `start` would start of this definition is the same machine."""
+    document, definition = read_domain(data)
+    assert definition.emulator is not None
     line = await command_line(definition)
-    arguments = ["-S", "-nodefaults", "-display", "none", "-no-user-config", *line.args.arguments]
-    async with run_qemu(definition.emulator, arguments) as again:
+    hardware = hardware_args(read_hardware(document), qemu_arch(definition), console="/dev/null", agent="agent")
+    async with run_qemu(definition.emulator, ["-S", *line.args.arguments, *hardware], channels=["agent"]) as again:
         assert await facts(again) == before
+
+
+@pytest.mark.parametrize("name", USUAL)
+async def test_devices_are_those_that_ran(name, tmp_path):
+    arch, version, words = USUAL[name]
+    disk = tmp_path / "disk"
+    disk.write_bytes(bytes(1 << 20))
+    arguments = ["-S", "-display", "none", "-smp", "1,maxcpus=4"]
+    arguments += [word.replace("DISK", str(disk)) for word in words]
+    async with run_qemu(qemu_binary(version, arch), arguments) as qemu:
+        before = await facts(qemu)
+        run = await cli("define", "d", "--qmp", qemu.qmp)
+        assert (run.code, "does not hold" in run.stdout + run.stderr) == (0, False)
+    await check_again((await cli("dumpxml", "d", "--inactive")).stdout.encode(), before)
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "text"),
+    [
+        ("<memory unit='KiB'>131072<", "<memory unit='KiB'>262144<", "RAM block 'pc.ram'"),
+        (">Haswell-noTSX<", ">qemu64<", "vCPU 0-3 is a"),
+        ("require' name='x2apic", "disable' name='x2apic", "CPU features: x2apic at the source"),
+        ("virtio-rng-pci", "virtio-balloon-pci", "device virtio-rng-pci: 1 at the source, none in the definition"),
+    ],
+)
+async def test_save_refuses_a_definition_of_another_machine_and_the_guest_stays(before, after, text, tmp_path):
+    rest = ["-m", "128", "-cpu", "Haswell-noTSX,+x2apic", "-device", "virtio-rng-pci"]
+    async with paused("x86_64", "10.0", "1,maxcpus=4", rest) as qemu:
+        await cli("define", "d", "--qmp", qemu.qmp)
+        file = tmp_path / "d.xml"
+        data = (await cli("dumpxml", "d", "--inactive")).stdout.replace('"', "'")
+        assert before in data
+        file.write_text(data.replace(before, after))
+        assert (await cli("define", str(file))).code == 0
+        run = await cli("save", "d", str(tmp_path / "saved"))
+        doctor = await cli("doctor", "d")
+        status = await qemu.monitor.query_status()
+    assert (run.code, text in run.stderr) == (3, True), run.stderr
+    assert (doctor.code, f"differs from its definition: {text}" in doctor.stdout) == (0, True), doctor.stdout
+    assert isinstance(status, dict)
+    assert (status["status"], (tmp_path / "saved").exists()) == ("prelaunch", False)
+
+
+@pytest.mark.parametrize(
+    "name", ["model", "ids", "swapped", "no-cpus", "no-memory", "dimm", "plain-ppc64", "drawers"]
+)
+async def test_what_is_saved_is_restored(name, tmp_path):
+    arch, version, smp, rest = MACHINES[name]
+    machine = () if "-machine" in rest else ("-machine", "q35")
+    file = str(tmp_path / "saved")
+    async with paused(arch, version, smp, rest, machine=machine or ("-machine", rest[1])) as qemu:
+        before = await facts(qemu)
+        await cli("define", "d", "--qmp", qemu.qmp)
+        run = await cli("save", "d", file)
+        assert run.code == 0, run.stderr
+    try:
+        run = await cli("restore", file, "d")
+        assert run.code == 0, run.stderr
+        shown = await cli("vcpuinfo", "d", "--json")
+        assert len(shown.json["vcpus"]) == sum(row[2] for row in before["slots"])
+    finally:
+        await cli("destroy", "d")
+
+
+@pytest.mark.parametrize(
+    ("rest", "text"),
+    [
+        (["-m", "192"], "memory: 131072 KiB at the source, 196608 KiB at the destination"),
+        (["-m", "128", "-device", "virtio-rng-pci"], "device virtio-rng-pci: none at the source"),
+    ],
+)
+async def test_migrate_refuses_another_machine_before_the_first_byte(rest, text):
+    async with (
+        paused("x86_64", "10.0", "1,maxcpus=4", ["-m", "128"]) as source,
+        paused("x86_64", "10.0", "1,maxcpus=4", [*rest, "-incoming", "defer"]) as destination,
+    ):
+        run = await cli("migrate", source.qmp, destination.qmp)
+        states = [await qemu.monitor.query_status() for qemu in (source, destination)]
+    assert (run.code, text in run.stderr) == (3, True), run.stderr
+    assert [state["status"] for state in states if isinstance(state, dict)] == ["prelaunch", "inmigrate"]

@@ -526,7 +526,7 @@ async def test_by_name_the_phases(started, tmp_path):
 async def test_a_destination_that_was_started_is_gone_when_it_cannot_take_it(started, monkeypatch):
     async with qmpvcpu.connect("one") as domain:
 
-        async def refuses(self, cookie, *, place):
+        async def refuses(self, cookie, *, place, differences=()):
             raise qmpvcpu.VcpuRefused([qmpvcpu.Refusal("x", "the test says no")])
 
         monkeypatch.setattr(qmpvcpu.Domain, "migrate_prepare", refuses)
