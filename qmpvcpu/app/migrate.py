@@ -20,6 +20,7 @@ from qmpvcpu.app.twin import check_definition, check_sides
 from qmpvcpu.core.migration import Cookie, MigrationStatus
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.domain import Domain, connect
+from qmpvcpu.domain.handover import Side, is_there
 from qmpvcpu.domain.migrate import Migrated, Progress
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
@@ -129,7 +130,15 @@ async def _destination(
             raise VcpuRefused([Refusal("definition", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")])
         place_there: _Place | None = None
         machine = cookie.machine.type if cookie.machine is not None else None
-        launched = await launch_waiting(word, cookie.xml, machine, mode=mode, timeout=timeout, place=place)
+        launched = await launch_waiting(
+            word,
+            cookie.xml,
+            machine,
+            mode=mode,
+            timeout=timeout,
+            place=place,
+            source_runs=is_there(cookie, Side.SOURCE),
+        )
         try:
             async with connect(qmp=runtime.qmp, agent=agent or runtime.agent, xml=_file(word)) as domain:
                 notes = await domain.place(cookie.xml) if place else []

@@ -17,6 +17,7 @@ from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.hardware import hardware_args
+from qmpvcpu.core.machine.devices import shared_with_source
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain import connect
 from qmpvcpu.domain.place import check_start
@@ -157,7 +158,14 @@ class Launched:
 
 
 async def launch_waiting(
-    name: str, xml: bytes, machine: str | None, *, mode: ProbeMode, timeout: float, place: bool
+    name: str,
+    xml: bytes,
+    machine: str | None,
+    *,
+    mode: ProbeMode,
+    timeout: float,
+    place: bool,
+    source_runs: bool = True,
 ) -> Launched:
     """Start a QEMU in the background that waits for a guest to migrate here (`-incoming defer`).
 
@@ -168,9 +176,10 @@ async def launch_waiting(
         mode: when a throwaway QEMU may be asked first.
         timeout: seconds until its machine must stand.
         place: whether it is refused where its threads could not be placed.
+        source_runs: whether the guest runs on this host, and must lose nothing to the new QEMU.
 
     Raises:
-        VcpuRefused: one of that name runs already, or no such guest can be.
+        VcpuRefused: one of that name runs already, or no such guest can be, or it would take the guest's sockets.
         VcpuFailed, VcpuConnectionError: QEMU exited, or does not answer. No QEMU stays.
     """
     refusal = check_name(name)
@@ -182,6 +191,14 @@ async def launch_waiting(
         document, definition = read_domain(xml)
         if machine is not None:
             definition = replace(definition, machine=machine)
+        hardware = read_hardware(document)
+        shared = shared_with_source(hardware.arguments) if source_runs else []
+        if shared:
+            hint = f"start '{name}' yourself with -incoming defer and others of these, and name its QMP socket"
+            texts = [f"the destination would take this from the guest that runs: {text}" for text in shared]
+            raise VcpuRefused(
+                [Refusal("shared", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED") for text in texts]
+            )
         return await _launch(runtime, document, definition, mode, timeout, place=place, incoming="defer")
 
 

@@ -14,7 +14,7 @@ from qmpvcpu.core.machine.command_line import QemuCommandLine, read_command_line
 from qmpvcpu.core.machine.described import Described, MachineFacts, agrees, described, machine_facts
 from qmpvcpu.core.model import DomainState, Vcpu
 from qmpvcpu.errors import VcpuUsageError
-from qmpvcpu.host.process import Process, command_line_of
+from qmpvcpu.host.process import Process, command_line_of, folder_of
 from qmpvcpu.host.program import startable_program
 from qmpvcpu.ports import CommandError, Monitor
 
@@ -46,7 +46,8 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
     words = await asyncio.to_thread(command_line_of, process) if process is not None else []
     facts, line = await _facts(monitor, read_command_line(words) if words else None)
     driver = next((entity.driver for entity in state.entities if entity.driver), None)
-    told = described(definition_of(state), driver, facts, line)
+    folder = folder_of(process) if process is not None else None
+    told = described(definition_of(state), driver, facts, line, folder)
     emulator = await asyncio.to_thread(startable_program, process, words) if process is not None else None
     left_out = list(told.left_out)
     if process is not None and emulator is None:

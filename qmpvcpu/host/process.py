@@ -16,7 +16,7 @@ from typing import Final
 
 from qmpvcpu.ports import Peer
 
-__all__ = ["Process", "command_line_of", "find_process", "is_alive", "process_of"]
+__all__ = ["Process", "command_line_of", "find_process", "folder_of", "is_alive", "process_of"]
 
 _PROC: Final = Path("/proc")
 #: include/uapi/linux/net.h, __SO_ACCEPTCON: it listens.
@@ -142,6 +142,17 @@ def command_line_of(process: Process) -> list[str]:
     except (OSError, ValueError, IndexError):
         return []
     return [os.fsdecode(word) for word in data.removesuffix(b"\0").split(b"\0")] if data else []
+
+
+def folder_of(process: Process) -> str | None:
+    """The folder that a process runs in; None for one that has gone into the background (it is in `/` then), or
+    that may not be looked at.
+    """
+    try:
+        folder = os.readlink(f"/proc/{process.pid}/cwd")  # noqa: PTH115 - one readlink(2)
+    except OSError:
+        return None
+    return folder if folder != "/" else None
 
 
 def is_alive(key: str) -> bool:

@@ -15,6 +15,12 @@ __all__ = ["QEMU_NAMESPACE", "read_hardware"]
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 #: What is there anyhow, or not worth a word.
 _HANDLED: Final = frozenset({"emulator", "disk", "serial", "console", "controller", "memballoon", "input"})
+_UNSTARTED: Final = (
+    *("iothreads", "memoryBacking", "sysinfo", "cpu/maxphysaddr", "cpu/cache"),
+    *("os/nvram", "os/bootmenu", "os/smbios", "os/dtb", "os/acpi"),
+)
+#: QEMU has these by itself.
+_FEATURES: Final = ("acpi", "apic", "pae")
 _AGENT: Final = "org.qemu.guest_agent.0"
 
 
@@ -25,10 +31,10 @@ def read_hardware(document: Document) -> Hardware:
         VcpuRefused: what is there cannot be started; every reason, each with its line.
     """
     root = document.root
-    found: list[Refusal] = []
     os, devices = root.child("os"), root.child("devices")
+    found = _protected(root)
     disks = []
-    left_out: dict[str, None] = {}
+    left_out: dict[str, None] = dict.fromkeys(_noticed(root))
     networks = 0
     for element in devices.children if devices is not None else ():
         if element.name == "disk":
@@ -59,6 +65,31 @@ def read_hardware(document: Document) -> Hardware:
         tuple(left_out),
         _given(root),
     )
+
+
+def _protected(root: Element) -> list[Refusal]:
+    """A guest that is to be protected from its host is not started without that."""
+    element = root.child("launchSecurity")
+    if element is None:
+        return []
+    kind = element.attributes.get("type", "")
+    text = (
+        f"line {element.line}: <launchSecurity type='{kind[:40]}'>: qmpvcpu cannot protect a guest from its host"
+    )
+    hint = "start it with libvirt, or take the element out"
+    return [Refusal("protection", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")]
+
+
+def _noticed(root: Element) -> list[str]:
+    """Elements outside of `<devices>` that are not started, and that the guest would notice."""
+    found = [path for path in _UNSTARTED if root.find(path) is not None]
+    os, clock, features = root.child("os"), root.child("clock"), root.child("features")
+    if os is not None and "firmware" in os.attributes:
+        found.append(f"os firmware='{os.attributes['firmware'][:40]}'")
+    if clock is not None and clock.attributes.get("offset", "utc") != "utc":
+        found.append(f"clock offset='{clock.attributes['offset'][:40]}'")
+    children = features.children if features is not None else ()
+    return found + [child.name for child in children if child.name not in _FEATURES]
 
 
 def _given(root: Element) -> GivenDevices | None:

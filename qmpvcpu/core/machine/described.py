@@ -141,7 +141,11 @@ def agrees(line: QemuCommandLine | None, facts: MachineFacts) -> bool:
 
 
 def described(
-    found: Definition, driver: str | None, facts: MachineFacts, line: QemuCommandLine | None
+    found: Definition,
+    driver: str | None,
+    facts: MachineFacts,
+    line: QemuCommandLine | None,
+    folder: str | None = None,
 ) -> Described:
     """The definition.
 
@@ -150,6 +154,7 @@ def described(
         driver: of `device_add`, for its CPUs.
         facts: of QMP.
         line: that agrees with them; None where none is at hand.
+        folder: where QEMU runs, for the files that it names without one.
     """
     left_out = [f"the memory device {text}" for text in facts.other_devices]
     if line is not None:
@@ -173,7 +178,7 @@ def described(
     )
     if line is None:
         return Described(definition, (*left_out, "its devices: QEMU runs on another host"))
-    devices = devices_of(line, definition, (driver,) if driver is not None else ())
+    devices = devices_of(line, definition, (driver,) if driver is not None else (), folder)
     return Described(definition, (*left_out, *devices.left_out), devices)
 
 

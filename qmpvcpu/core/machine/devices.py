@@ -12,7 +12,7 @@ from typing import Final
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.command_line import Option, QemuCommandLine, join_pairs, read_command_line
 
-__all__ = ["AGENT_CHARDEV", "AGENT_PORT", "Devices", "devices_of", "hollow", "without_files"]
+__all__ = ["AGENT_CHARDEV", "AGENT_PORT", "Devices", "devices_of", "hollow", "shared_with_source"]
 
 #: The chardev that `start` gives the guest agent's port, and the name of that port.
 AGENT_CHARDEV: Final = "agent"
@@ -75,13 +75,16 @@ class Devices:
     left_out: tuple[str, ...] = ()
 
 
-def devices_of(line: QemuCommandLine, definition: Definition, drivers: Iterable[str]) -> Devices:
+def devices_of(
+    line: QemuCommandLine, definition: Definition, drivers: Iterable[str], folder: str | None = None
+) -> Devices:
     """What else than its machine, memory and CPUs a QEMU was started with.
 
     Args:
         line: its command line.
         definition: of its machine.
         drivers: of its CPUs, whose -device is the definition's `<vcpus>`.
+        folder: where it runs, for the files that it names without a folder; None where that is not known.
     """
     cpus = frozenset(drivers)
     ports = {option.get("chardev") for option in line.all("device") if _is_agent(option)}
@@ -105,7 +108,11 @@ def devices_of(line: QemuCommandLine, definition: Definition, drivers: Iterable[
             continue
         if _has_descriptor(option):
             left_out.append(" ".join(option.words))
-        words += _again(option).words
+        again = _again(option)
+        placed = _in_folder(again, folder)
+        if placed is None:
+            left_out.append(f"the folder of the file in '{' '.join(option.words)}'")
+        words += (placed or again).words
     has_defaults = not line.has("nodefaults")
     has_serial = serials[0] != "none" if serials else has_defaults
     if serials and not has_serial:
@@ -149,6 +156,33 @@ def _again(option: Option) -> Option:
     if option.name in ("netdev", "nic") and _has_descriptor(option):
         return _written(option, (("type", "user"), *_some(option, "id", "model", "mac", "addr")))
     return option
+
+
+#: Keys, and options without keys, that name a file of the host.
+_FILE_KEYS: Final = frozenset({"file", "filename", "file.filename", "file.file.filename", "path", "mem-path"})
+_FILE_OPTIONS: Final = frozenset(
+    {"hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "pflash", "mtdblock", "kernel", "initrd", "dtb"}
+)
+
+
+def _in_folder(option: Option, folder: str | None) -> Option | None:
+    """With files by their whole paths: the next QEMU runs elsewhere. None where their folder is not known."""
+
+    def is_short(text: str) -> bool:
+        # With a colon it is a protocol of QEMU's (nbd:…, json:…).
+        return bool(text) and not text.startswith("/") and ":" not in text
+
+    if option.name in _FILE_OPTIONS and option.text is not None and is_short(option.text):
+        return None if folder is None else Option(option.name, f"{folder.rstrip('/')}/{option.text}")
+    if not any(key in _FILE_KEYS and is_short(value) for key, value in option.pairs):
+        return option
+    if folder is None:
+        return None
+    base = folder.rstrip("/")
+    pairs = [
+        (key, f"{base}/{value}" if key in _FILE_KEYS and is_short(value) else value) for key, value in option.pairs
+    ]
+    return _written(option, pairs)
 
 
 def _written(option: Option, pairs: Sequence[tuple[str, str]]) -> Option:
@@ -215,15 +249,33 @@ def _hollow(option: Option, number: int, flash: set[str]) -> Option:
     if name == "net" and option.get("type") not in ("nic", "none"):
         return Option("net", "user")
     if name == "object":
-        return without_files(option)
+        return _in_anonymous_memory(option)
     return option
 
 
-def without_files(option: Option) -> Option:
+def _in_anonymous_memory(option: Option) -> Option:
     """A memory backend in anonymous memory, and everything else as it is."""
     if (option.get("qom-type") or "").startswith("memory-backend-"):
         return _written(option, (("qom-type", "memory-backend-ram"), *_some(option, "id", "size")))
     return option
+
+
+def shared_with_source(arguments: Sequence[str]) -> list[str]:
+    """What a second QEMU on the same host would take from the guest that runs: sockets and files that it opens
+    to write, and memory in files. Disks are not among them: QEMU locks those.
+
+    Args:
+        arguments: of QEMU.
+    """
+    found = []
+    for option in read_command_line(["qemu", *arguments]).options:
+        is_memory = (option.get("qom-type") or "").startswith("memory-backend-")
+        is_chardev = option.name == "chardev" and option.get("backend") in ("socket", "file", "pipe")
+        if (is_memory and option.get("mem-path") is not None and option.get("share") == "on") or (
+            is_chardev and option.get("path") is not None
+        ):
+            found.append(" ".join(option.words))
+    return found
 
 
 def _escaped(text: str | None) -> str:
