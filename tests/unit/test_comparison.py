@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from qmpvcpu.core.definition import Definition, MemoryBackend, QemuOptions, default_vcpus
 from qmpvcpu.core.machine.command_line import read_command_line
 from qmpvcpu.core.machine.comparison import Picture, differences, parse_picture
-from qmpvcpu.core.machine.devices import devices_of, hollow
+from qmpvcpu.core.machine.devices import devices_of, hollow, shared_with_source
 from qmpvcpu.core.model import QemuVersion
 
 NEW, OLD = QemuVersion(11, 1, 0), QemuVersion(7, 2, 0)
@@ -119,9 +119,11 @@ def test_buses_are_known_by_the_slots_that_lead_there():
 # -- devices ----------------------------------------------------------------------------------------
 
 
-def devices(*words, **more):
+def devices(*words, folder=None, **more):
     definition = Definition("d", default_vcpus(2, 1), options=QemuOptions(backends=(MemoryBackend("m0", 0),)))
-    return devices_of(read_command_line(["qemu", *words]), replace(definition, **more), ("qemu64-x86_64-cpu",))
+    return devices_of(
+        read_command_line(["qemu", *words]), replace(definition, **more), ("qemu64-x86_64-cpu",), folder
+    )
 
 
 def test_monitors_memory_and_cpus_are_no_devices():
@@ -144,6 +146,35 @@ def test_descriptors_of_the_first_process_are_named():
     found = devices("-netdev", "tap,id=n,fd=9", "-device", "virtio-net-pci,netdev=n", "-frobnicate", "x")
     assert found.left_out == ("-netdev tap,id=n,fd=9", "-frobnicate x")
     assert found.arguments[:2] == ("-netdev", "user,id=n")
+
+
+def test_files_get_their_whole_paths():
+    words = ("-drive", "file=a.img,if=virtio", "-cdrom", "b.iso", "-drive", "file=nbd:unix:/s,id=n", "-hda", "/c")
+    found = devices(*words, folder="/images")
+    assert found.arguments == (
+        *("-drive", "file=/images/a.img,if=virtio", "-cdrom", "/images/b.iso"),
+        *("-drive", "file=nbd:unix:/s,id=n", "-hda", "/c"),
+    )
+    assert devices(*words).left_out == (
+        "the folder of the file in '-drive file=a.img,if=virtio'",
+        "the folder of the file in '-cdrom b.iso'",
+    )
+
+
+def test_what_a_second_qemu_would_take_from_the_guest():
+    words = (
+        "-chardev",
+        "socket,id=c,path=/s,server=on",
+        "-chardev",
+        "null,id=n",
+        "-chardev",
+        "socket,id=t,port=4,host=h",
+    )
+    memory = "memory-backend-file,id=m,size=1M,mem-path=/m,share=on"
+    assert shared_with_source([*words, "-object", memory]) == [
+        "-chardev socket,id=c,path=/s,server=on",
+        f"-object {memory}",
+    ]
 
 
 def test_a_twin_touches_nothing_of_the_host():
