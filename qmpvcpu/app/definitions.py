@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qmpvcpu.domain import connect
+from qmpvcpu.domain import Domain, connect
 from qmpvcpu.errors import Refusal, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFile, DefinitionFolder, check_name
 from qmpvcpu.host.runtime import Runtime, running_names
@@ -112,13 +112,22 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
     elif addresses.qmp:
         async with connect(word, qmp=addresses.qmp, agent=addresses.agent) as domain:
             told = await domain.describe_machine()
+            differs = await _differences(domain, told.xml) if told.has_devices else []
         data = told.xml
         messages += [f"the definition does not hold {text}" for text in told.left_out]
+        messages += [f"the guest differs from what the definition starts: {text}" for text in differs]
     else:
         raise VcpuUsageError(
             "neither its QMP socket nor its XML is given", hint="define NAME --qmp ADDR, or --xml FILE"
         )
     return await asyncio.to_thread(_write, word, data, addresses, messages)
+
+
+async def _differences(domain: Domain, xml: bytes) -> list[str]:
+    """What was plugged since QEMU was started, and whatever else its command line does not tell."""
+    from qmpvcpu.app.twin import check_definition
+
+    return [one.message for one in await check_definition(domain, xml, None)]
 
 
 async def _define_file(path: str, addresses: Addresses) -> Defined:

@@ -416,7 +416,7 @@ class Domain(MigrationCalls):
 
         link = self._connected()
         told = await describe(link.monitor, state, link.process, self._place.agent)
-        return DescribedXml(minimal_domain(told.definition, told.devices), told.left_out)
+        return DescribedXml(minimal_domain(told.definition, told.devices), told.left_out, told.devices is not None)
 
     async def guest_vcpus(self) -> GuestView:
         """The guest's own CPUs, and which vCPU each one is.

@@ -28,10 +28,13 @@ _NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
 @dataclass(frozen=True, slots=True)
 class DescribedXml:
-    """A definition that was made of a running guest; `left_out` is what of the guest it cannot hold."""
+    """A definition that was made of a running guest; `left_out` is what of the guest it cannot hold, and
+    `has_devices` whether the guest's devices are known.
+    """
 
     xml: bytes
     left_out: tuple[str, ...] = ()
+    has_devices: bool = False
 
 
 async def describe(monitor: Monitor, state: DomainState, process: Process | None, agent: str | None) -> Described:
