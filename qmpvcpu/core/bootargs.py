@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any
+from typing import Any, Final
 
 from qmpvcpu.core.arch import architecture, architecture_of_machine
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell
@@ -59,6 +59,10 @@ def qemu_arch(definition: Definition) -> str:
     return row.name
 
 
+#: Options of -machine that name what stands elsewhere on the command line.
+_NAMING: Final = frozenset({"pflash0", "pflash1", "audiodev", "pcspk-audiodev"})
+
+
 def machine_spec(definition: Definition) -> MachineSpec:
     """What QEMU is asked to be.
 
@@ -78,7 +82,7 @@ def machine_spec(definition: Definition) -> MachineSpec:
     more = definition.options
     machine = definition.machine or architecture(arch).default_machine
     return MachineSpec(
-        ",".join(filter(None, (machine, join_pairs(more.machine)))),
+        ",".join(filter(None, (machine, join_pairs(pair for pair in more.machine if pair[0] not in _NAMING)))),
         smp,
         ",".join(filter(None, (definition.cpu, join_pairs(more.cpu)))) if definition.cpu else None,
         definition.accel or "tcg",
@@ -117,7 +121,9 @@ def boot_args(
     """
     spec = machine_spec(definition)
     whole = definition.options.backend_of(None)
-    machine = spec.machine if whole is None else f"{spec.machine},memory-backend={_escape(whole.id)}"
+    naming = [pair for pair in definition.options.machine if pair[0] in _NAMING]
+    naming += [("memory-backend", whole.id)] if whole is not None else []
+    machine = ",".join(filter(None, (spec.machine, join_pairs(naming))))
     accel = ",".join(filter(None, (spec.accel, join_pairs(definition.options.accel))))
     arguments = ["-machine", machine, "-accel", accel]
     if spec.cpu is not None:

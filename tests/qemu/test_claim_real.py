@@ -174,6 +174,15 @@ USUAL: dict[str, tuple[str, str, list[str]]] = {
             ),
         ],
     ),
+    "pflash": (
+        *("x86_64", "10.0"),
+        [
+            *("-nodefaults", "-machine", "q35,pflash0=code,pflash1=vars"),
+            *("-blockdev", "driver=file,filename=DISK,node-name=below,read-only=on"),
+            *("-blockdev", "driver=raw,file=below,node-name=code,read-only=on"),
+            *("-blockdev", '{"driver":"file","filename":"DISK.vars","node-name":"vars"}'),
+        ],
+    ),
     "added-s390x": (
         *("s390x", "7.2"),
         [
@@ -265,6 +274,7 @@ async def test_devices_are_those_that_ran(name, tmp_path):
     arch, version, words = USUAL[name]
     disk = tmp_path / "disk"
     disk.write_bytes(bytes(1 << 20))
+    (tmp_path / "disk.vars").write_bytes(bytes(1 << 17))
     arguments = ["-S", "-display", "none", "-smp", "1,maxcpus=4"]
     arguments += [word.replace("DISK", str(disk)) for word in words]
     async with run_qemu(qemu_binary(version, arch), arguments) as qemu:

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from qmpvcpu.core.machine.versions import are_same
 from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.errors import Refusal
 
@@ -109,7 +110,7 @@ def differences(source: Picture, here: Picture) -> list[Difference]:
     found: list[Difference] = []
     if source.memory != here.memory:
         found.append(Difference("memory", _kib(source.memory), _kib(here.memory)))
-    same = source.version is not None and source.version == here.version
+    same = are_same(source.version, here.version)
     found += _of_blocks(source, here, same)
     found += _of_mapping("memory of NUMA node {}", source.nodes, here.nodes, "MiB")
     found += _of_mapping("PCI device at {}", source.pci, here.pci)

@@ -174,14 +174,14 @@ def _in_folder(option: Option, folder: str | None) -> Option | None:
 
     if option.name in _FILE_OPTIONS and option.text is not None and is_short(option.text):
         return None if folder is None else Option(option.name, f"{folder.rstrip('/')}/{option.text}")
-    if not any(key in _FILE_KEYS and is_short(value) for key, value in option.pairs):
+    # Of -blockdev, `file` names a node.
+    keys = _FILE_KEYS - {"file"} if option.name == "blockdev" else _FILE_KEYS
+    if not any(key in keys and is_short(value) for key, value in option.pairs):
         return option
     if folder is None:
         return None
     base = folder.rstrip("/")
-    pairs = [
-        (key, f"{base}/{value}" if key in _FILE_KEYS and is_short(value) else value) for key, value in option.pairs
-    ]
+    pairs = [(key, f"{base}/{value}" if key in keys and is_short(value) else value) for key, value in option.pairs]
     return _written(option, pairs)
 
 
@@ -219,6 +219,10 @@ def hollow(arguments: Sequence[str]) -> list[str]:
     words: list[str] = []
     line = read_command_line(["qemu", *arguments])
     flash = {value for key, value in line.machine_options if key.startswith("pflash")}
+    for option in reversed(line.options):
+        # A node stands behind the one that it is the file of, so in front of it here.
+        if option.name == "blockdev" and option.get("node-name") in flash and (file := option.get("file")):
+            flash.add(file)
     for number, option in enumerate(line.options):
         words += _hollow(option, number, flash).words
     return words
@@ -239,7 +243,9 @@ def _hollow(option: Option, number: int, flash: set[str]) -> Option:
             kept = [pair for pair in option.pairs if pair[0] not in ("readonly", "read-only")]
             return _written(option, (*kept, ("readonly", "on"), ("file.locking", "off")))
         return _written(option, (*_NOTHING, *_some(option, *_PLACES)))
-    if name == "blockdev" and option.get("node-name") not in flash:
+    if name == "blockdev" and option.get("node-name") in flash:
+        return _unlocked(option)
+    if name == "blockdev":
         node = [("node-name", option.get("node-name") or f"node{number}"), *_some(option, "read-only")]
         return _written(option, (*_NOTHING, *node))
     if name == "netdev":
@@ -251,6 +257,14 @@ def _hollow(option: Option, number: int, flash: set[str]) -> Option:
     if name == "object":
         return _in_anonymous_memory(option)
     return option
+
+
+def _unlocked(option: Option) -> Option:
+    """Firmware is a RAM block: the twin reads it, while the guest's QEMU has it."""
+    kept = [pair for pair in option.pairs if pair[0] not in ("read-only", "locking", "file.locking")]
+    is_file, has_file = option.get("driver") == "file", option.get("file.driver") == "file"
+    locking = [("locking", "off")] if is_file else [("file.locking", "off")] if has_file else []
+    return _written(option, [*kept, ("read-only", "on"), *locking])
 
 
 def _in_anonymous_memory(option: Option) -> Option:

@@ -17,6 +17,7 @@ __all__ = [
     "MEASURED",
     "Feature",
     "compat_version",
+    "are_same",
     "enclosing",
     "has",
     "is_dropped",
@@ -69,6 +70,11 @@ _TYPE_VERSION: Final = re.compile(r"-(\d{1,3})\.(\d{1,3})\Z")
 def has(version: QemuVersion, feature: Feature) -> bool:
     """Whether a QEMU, or a machine type, of this version has a feature."""
     return version >= _SINCE[feature]
+
+
+def are_same(one: QemuVersion | None, other: QemuVersion | None) -> bool:
+    """Whether both are known, and one: what the two QEMUs tell is told in the same words."""
+    return one is not None and one == other
 
 
 def is_measured(version: QemuVersion) -> bool:
