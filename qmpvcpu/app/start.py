@@ -15,8 +15,9 @@ from qmpvcpu.aio import finish
 from qmpvcpu.app.boot import CommandLine, command_line
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
-from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend
 from qmpvcpu.core.hardware import hardware_args
+from qmpvcpu.core.machine.command_line import join_pairs
 from qmpvcpu.core.machine.devices import shared_with_source
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain import connect
@@ -179,7 +180,8 @@ async def launch_waiting(
         source_runs: whether the guest runs on this host, and must lose nothing to the new QEMU.
 
     Raises:
-        VcpuRefused: one of that name runs already, or no such guest can be, or it would take the guest's sockets.
+        VcpuRefused: one of that name runs already, or no such guest can be, or it would write to the memory of the
+            guest that runs.
         VcpuFailed, VcpuConnectionError: QEMU exited, or does not answer. No QEMU stays.
     """
     refusal = check_name(name)
@@ -191,15 +193,27 @@ async def launch_waiting(
         document, definition = read_domain(xml)
         if machine is not None:
             definition = replace(definition, machine=machine)
-        hardware = read_hardware(document)
-        shared = shared_with_source(hardware.arguments) if source_runs else []
-        if shared:
-            hint = f"start '{name}' yourself with -incoming defer and others of these, and name its QMP socket"
-            texts = [f"the destination would take this from the guest that runs: {text}" for text in shared]
+        memory, chardevs = _shared(document, definition) if source_runs else ([], [])
+        if memory:
+            texts = [
+                f"the destination would write to the memory of the guest that runs: {text}" for text in memory
+            ]
+            hint = f"start '{name}' yourself with other memory and -incoming defer, and name its QMP socket"
             raise VcpuRefused(
                 [Refusal("shared", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED") for text in texts]
             )
-        return await _launch(runtime, document, definition, mode, timeout, place=place, incoming="defer")
+        launched = await _launch(runtime, document, definition, mode, timeout, place=place, incoming="defer")
+        taken = [f"the destination takes over '{text}' from the source" for text in chardevs]
+        return replace(launched, messages=(*launched.messages, *taken))
+
+
+def _shared(document: Document, definition: Definition) -> tuple[list[str], list[str]]:
+    """What the QEMU of a definition would share with one that runs; as `shared_with_source`."""
+    words = list(read_hardware(document).arguments)
+    known: list[MemoryBackend | Dimm] = [*definition.options.backends, *definition.dimms]
+    for backend in known:
+        words += ["-object", join_pairs([("qom-type", backend.driver), *backend.options], "qom-type")]
+    return shared_with_source(words)
 
 
 async def _launch(

@@ -274,22 +274,21 @@ def _in_anonymous_memory(option: Option) -> Option:
     return option
 
 
-def shared_with_source(arguments: Sequence[str]) -> list[str]:
-    """What a second QEMU on the same host would take from the guest that runs: sockets and files that it opens
-    to write, and memory in files. Disks are not among them: QEMU locks those.
+def shared_with_source(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """Memory in files that a second QEMU on the same host would write to, while the guest runs on it; and sockets,
+    pipes and files of chardevs that it takes over. Disks are not among them: QEMU locks those.
 
     Args:
         arguments: of QEMU.
     """
-    found = []
+    memory, chardevs = [], []
     for option in read_command_line(["qemu", *arguments]).options:
-        is_memory = (option.get("qom-type") or "").startswith("memory-backend-")
-        is_chardev = option.name == "chardev" and option.get("backend") in ("socket", "file", "pipe")
-        if (is_memory and option.get("mem-path") is not None and option.get("share") == "on") or (
-            is_chardev and option.get("path") is not None
-        ):
-            found.append(" ".join(option.words))
-    return found
+        words = " ".join(option.words)
+        if (option.get("qom-type") or "").startswith("memory-backend-"):
+            memory += [words] if option.get("mem-path") is not None and option.get("share") == "on" else []
+        elif option.name == "chardev" and option.get("backend") in ("socket", "file", "pipe"):
+            chardevs += [words] if option.get("path") is not None else []
+    return memory, chardevs
 
 
 def _escaped(text: str | None) -> str:
