@@ -8,15 +8,11 @@ from typing import Any
 
 import pytest
 
-from qmpvcpu.app.boot import command_line
-from qmpvcpu.core.bootargs import qemu_arch
-from qmpvcpu.core.hardware import hardware_args
-from qmpvcpu.ports import CommandError
-from qmpvcpu.qemu.process import QemuProcess, run_qemu
-from qmpvcpu.xml.domain import read_domain
-from qmpvcpu.xml.hardware import read_hardware
-from tests.conftest import cli, qemu_binary
-from tests.qemu.conftest import paused
+from tests.support.claims import started_again
+from tests.support.commands import cli
+from tests.support.monitor import QmpError
+from tests.support.qemus import Qemu, paused, qemu_binary, running
+from tests.support.xml import read
 
 pytestmark = pytest.mark.qemu
 
@@ -198,33 +194,30 @@ USUAL: dict[str, tuple[str, str, list[str]]] = {
 }
 
 
-async def pci(qemu: QemuProcess) -> list[dict[str, Any]]:
+async def pci(qemu: Qemu) -> list[dict[str, Any]]:
     try:
-        buses = await qemu.monitor.execute("query-pci")
-    except CommandError:
+        buses = await qemu.execute("query-pci")
+    except QmpError:
         # s390x of 7.2 has no PCI.
         return []
-    assert isinstance(buses, list)
     return [device for bus in buses for device in bus["devices"]]
 
 
-async def device_types(qemu: QemuProcess) -> list[str]:
+async def device_types(qemu: Qemu) -> list[str]:
     found: list[str] = []
     for path in ("peripheral", "peripheral-anon", "unattached"):
-        rows = await qemu.monitor.execute("qom-list", {"path": f"/machine/{path}"})
-        assert isinstance(rows, list)
+        rows = await qemu.execute("qom-list", {"path": f"/machine/{path}"})
         found += [row["type"] for row in rows if row["type"].startswith("child<")]
     return sorted(found)
 
 
-async def facts(qemu: QemuProcess) -> dict[str, Any]:
+async def facts(qemu: Qemu) -> dict[str, Any]:
     """What both sides of a migration must have in common; by fresh queries."""
-    run = qemu.monitor.execute
+    run = qemu.execute
     slots = await run("query-hotpluggable-cpus")
     memdevs = await run("query-memdev")
     devices = await run("query-memory-devices")
-    tree = str(await qemu.monitor.human_monitor_command("info mtree -f"))
-    assert isinstance(slots, list) and isinstance(memdevs, list) and isinstance(devices, list)
+    tree = await qemu.human_monitor_command("info mtree -f")
     ids = {row["id"] for row in memdevs}
     # Views come in any order, and several of them have the same block.
     found = re.findall(r"(0[0-9a-f]{15}-\S+) \(prio -?\d+, ram\): (\S+)", tree)
@@ -232,14 +225,14 @@ async def facts(qemu: QemuProcess) -> dict[str, Any]:
     return {
         "slots": [(row["type"], row["props"], row["vcpus-count"], "qom-path" in row) for row in slots],
         "memdevs": sorted((row["id"], row["size"]) for row in memdevs),
-        "numa": await qemu.monitor.human_monitor_command("info numa"),
+        "numa": await qemu.human_monitor_command("info numa"),
         "blocks": blocks,
         "dimms": [row["data"] for row in devices],
         "pci": [(row["bus"], row["slot"], row["function"], row["id"]) for row in await pci(qemu)],
         "devices": await device_types(qemu),
-        "machine": await qemu.monitor.qom_get("/machine", "type"),
-        "smp": await qemu.monitor.qom_get("/machine", "smp"),
-        "memory": await qemu.monitor.qom_get("/machine", "memory"),
+        "machine": await qemu.qom_get("/machine", "type"),
+        "smp": await qemu.qom_get("/machine", "smp"),
+        "memory": await qemu.qom_get("/machine", "memory"),
     }
 
 
@@ -253,19 +246,15 @@ async def test_what_is_defined_from_a_running_qemu_starts_as_the_same_machine(na
         assert run.code == 0, run.stderr
         data = (await cli("dumpxml", "d", "--inactive")).stdout.encode()
     assert "note:" not in run.stdout + run.stderr
-    definition = read_domain(data)[1]
-    assert definition.emulator is not None
-    assert os.path.samefile(definition.emulator, qemu_binary(version, arch))
+    emulator = read(data).emulator
+    assert emulator is not None
+    assert os.path.samefile(emulator, qemu_binary(version, arch))
     await check_again(data, before)
 
 
 async def check_again(data: bytes, before: dict[str, Any]) -> None:
     """What `start` would start of this definition is the same machine."""
-    document, definition = read_domain(data)
-    assert definition.emulator is not None
-    line = await command_line(definition)
-    hardware = hardware_args(read_hardware(document), qemu_arch(definition), console="/dev/null", agent="agent")
-    async with run_qemu(definition.emulator, ["-S", *line.args.arguments, *hardware], channels=["agent"]) as again:
+    async with started_again(data) as again:
         assert await facts(again) == before
 
 
@@ -277,7 +266,7 @@ async def test_devices_are_those_that_ran(name, tmp_path):
     (tmp_path / "disk.vars").write_bytes(bytes(1 << 17))
     arguments = ["-S", "-display", "none", "-smp", "1,maxcpus=4"]
     arguments += [word.replace("DISK", str(disk)) for word in words]
-    async with run_qemu(qemu_binary(version, arch), arguments) as qemu:
+    async with running(qemu_binary(version, arch), arguments) as qemu:
         before = await facts(qemu)
         run = await cli("define", "d", "--qmp", qemu.qmp)
         assert (run.code, "note:" in run.stdout + run.stderr) == (0, False)
@@ -304,10 +293,9 @@ async def test_save_refuses_a_definition_of_another_machine_and_the_guest_stays(
         assert (await cli("define", str(file))).code == 0
         run = await cli("save", "d", str(tmp_path / "saved"))
         doctor = await cli("doctor", "d")
-        status = await qemu.monitor.query_status()
+        status = await qemu.execute("query-status")
     assert (run.code, text in run.stderr) == (3, True), run.stderr
     assert (doctor.code, f"differs from its definition: {text}" in doctor.stdout) == (0, True), doctor.stdout
-    assert isinstance(status, dict)
     assert (status["status"], (tmp_path / "saved").exists()) == ("prelaunch", False)
 
 
@@ -345,6 +333,6 @@ async def test_migrate_refuses_another_machine_before_the_first_byte(rest, text)
         paused("x86_64", "10.0", "1,maxcpus=4", [*rest, "-incoming", "defer"]) as destination,
     ):
         run = await cli("migrate", source.qmp, destination.qmp)
-        states = [await qemu.monitor.query_status() for qemu in (source, destination)]
+        states = [await qemu.execute("query-status") for qemu in (source, destination)]
     assert (run.code, text in run.stderr) == (3, True), run.stderr
-    assert [state["status"] for state in states if isinstance(state, dict)] == ["prelaunch", "inmigrate"]
+    assert [state["status"] for state in states] == ["prelaunch", "inmigrate"]

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from qmpvcpu.app.cache import cache_folder
+from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import QemuProcess, run_qemu
+from tests.support.monitor import QmpError
 
 VERSIONS = ("7.2", "10.0", "11.1")
 #: Tests may have a cache of their own, and still these QEMUs.
@@ -63,8 +65,19 @@ class Qemu:
         return self._process.qmp
 
     async def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Any:
-        """A QMP command; its reply."""
-        return await self._process.monitor.execute(command, arguments)
+        """A QMP command; its reply. Raises QmpError."""
+        try:
+            return await self._process.monitor.execute(command, arguments)
+        except CommandError as error:
+            raise QmpError(error.error_class, error.text) from None
+
+    async def human_monitor_command(self, line: str) -> str:
+        """A command of the human monitor; its text."""
+        return str(await self.execute("human-monitor-command", {"command-line": line}))
+
+    async def qom_get(self, path: str, name: str) -> Any:
+        """A property of an object."""
+        return await self.execute("qom-get", {"path": path, "property": name})
 
     async def plug(self, driver: str, device: str, props: Mapping[str, Any]) -> None:
         """`device_add`, as another client does it."""

@@ -6,63 +6,57 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpvcpu.core.definition import Definition, Dimm, NumaCell, VcpuConfig
-from qmpvcpu.core.machine.command_line import (
-    CommandLineNode,
-    MemorySize,
-    join_pairs,
-    parse_size,
-    read_command_line,
-    split_cpu,
-    split_pairs,
-)
-from qmpvcpu.core.machine.described import agrees, described, machine_facts
+from tests.support.claims import argument, can_be_of, claim, words_of
 
 MIB = 1 << 20
+PROGRAM = "/usr/bin/qemu-system-x86_64"
 
 
 def read(*words):
-    return read_command_line(["/usr/bin/qemu-system-x86_64", *words])
+    return words_of([PROGRAM, *words])
 
 
 @pytest.mark.parametrize(
-    ("text", "unit", "size"),
+    ("words", "size"),
     [
-        ("64M", 1, 64 * MIB),
-        ("128", MIB, 128 * MIB),
-        ("128", 1, 128),
-        ("1.5G", 1, 3 << 29),
-        ("1.5", MIB, 3 << 19),
-        ("66048k", 1, 66048 << 10),
-        ("0x4000000", 1, 64 * MIB),
-        ("7b", MIB, 7),
-        ("2t", 1, 2 << 40),
-        ("1.5b", 1, None),
-        ("", 1, None),
-        ("x", 1, None),
-        ("-1", 1, None),
-        (None, 1, None),
+        ("maxmem=64M", 64 * MIB),
+        ("size=128", 128 * MIB),
+        ("maxmem=128", 128),
+        ("maxmem=1.5G", 3 << 29),
+        ("size=1.5", 3 << 19),
+        ("maxmem=66048k", 66048 << 10),
+        ("maxmem=0x4000000", 64 * MIB),
+        ("size=7b", 7),
+        ("maxmem=2t", 2 << 40),
+        ("maxmem=1.5b", None),
+        ("maxmem=", None),
+        ("maxmem=x", None),
+        ("maxmem=-1", None),
+        ("slots=1", None),
     ],
 )
-def test_sizes_are_qemus(text, unit, size):
-    assert parse_size(text, unit) == size
+def test_sizes_are_qemus(words, size):
+    whole, _, maximum = read("-m", words).memory
+    assert (whole if words.startswith("size=") else maximum) == size
 
 
 def test_a_comma_in_a_value_is_doubled_and_a_bare_word_is_on():
-    assert split_pairs("file=a,,b,readonly", "x") == (("file", "a,b"), ("readonly", "on"))
-    assert split_pairs("virtio-rng-pci,id=r", "driver") == (("driver", "virtio-rng-pci"), ("id", "r"))
-    assert join_pairs([("driver", "a,b"), ("id", "c,d")], "driver") == "a,,b,id=c,,d"
+    assert read("-drive", "file=a,,b,readonly").options == (("drive", (("file", "a,b"), ("readonly", "on"))),)
+    assert read("-device", "virtio-rng-pci,id=r").options == (
+        ("device", (("driver", "virtio-rng-pci"), ("id", "r"))),
+    )
+    assert argument([("driver", "a,b"), ("id", "c,d")], "driver") == "a,,b,id=c,,d"
 
 
 @given(st.lists(st.tuples(st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True), st.text(max_size=9)), max_size=5))
 def test_what_is_joined_is_split_again(pairs):
-    assert split_pairs(join_pairs(pairs)) == tuple(pairs)
+    assert read("-drive", argument(pairs)).options == (("drive", tuple(pairs)),)
 
 
 def test_machine_options_and_memory_of_all_their_options():
     found = read("-M", "q35,accel=kvm:tcg,smm=off", "--machine", "hpet=off", "-m", "1G", "-m", "slots=2,maxmem=4G")
-    assert found.machine_options == (("smm", "off"), ("hpet", "off"))
-    assert found.memory == MemorySize(1 << 30, 2, 4 << 30)
+    assert found.machine == (("smm", "off"), ("hpet", "off"))
+    assert found.memory == (1 << 30, 2, 4 << 30)
 
 
 def test_json_arguments_and_flags():
@@ -70,15 +64,15 @@ def test_json_arguments_and_flags():
         "-nodefaults", "-object", '{"qom-type":"memory-backend-ram","id":"m","size":67108864,"share":true}', "-S"
     )
     (backend,) = found.backends
-    assert (backend.get("id"), backend.get("size"), backend.get("share")) == ("m", "67108864", "on")
-    assert found.has("nodefaults") and found.has("S")
+    assert (backend["id"], backend["size"], backend["share"]) == ("m", "67108864", "on")
+    assert [name for name, _ in found.options] == ["nodefaults", "object", "S"]
 
 
 def test_nodes_without_an_id_have_that_of_their_place():
     found = read(
         "-numa", "node,memdev=m1,cpus=0-1", "-numa", "node,nodeid=1,mem=64", "-numa", "dist,src=0,dst=1,val=31"
     )
-    assert found.nodes == (CommandLineNode(0, "m1"), CommandLineNode(1, None, 64 * MIB))
+    assert found.nodes == ((0, "m1", None), (1, None, 64 * MIB))
     assert found.distances == ((0, 1, 31),)
 
 
@@ -91,12 +85,13 @@ def test_the_program_behind_a_dynamic_linker_is_found():
         "/r/lib",
         "/r/usr/bin/qemu-system-x86_64",
     ]
-    found = read_command_line([*words, "-S"])
-    assert (found.program, found.is_loaded, found.has("S")) == ("/r/usr/bin/qemu-system-x86_64", True, True)
+    found = words_of([*words, "-S"])
+    assert (found.program, found.is_loaded) == ("/r/usr/bin/qemu-system-x86_64", True)
+    assert found.options == (("S", ()),)
 
 
 def test_properties_with_a_sign_count_last():
-    assert split_cpu("qemu64,+svm,svm=off,phys-bits=40,-x2apic,enforce") == (
+    assert read("-cpu", "qemu64,+svm,svm=off,phys-bits=40,-x2apic,enforce").cpu == (
         "qemu64",
         (("svm", "on"), ("phys-bits", "40"), ("enforce", "on"), ("x2apic", "off")),
     )
@@ -104,8 +99,8 @@ def test_properties_with_a_sign_count_last():
 
 @given(st.lists(st.text(max_size=12), max_size=12))
 def test_nothing_raises(words):
-    found = read_command_line(words)
-    assert found.nodes is not None and found.memory is not None and found.machine_options is not None
+    found = words_of(words)
+    assert found.nodes is not None and found.memory is not None and found.machine is not None
 
 
 def test_what_cannot_be_read_is_named():
@@ -116,25 +111,15 @@ def test_what_cannot_be_read_is_named():
 # -- the definition made of it ------------------------------------------------------------------------
 
 
-FOUND = Definition(
-    "d",
-    tuple(VcpuConfig(number, number == 0, number > 0) for number in range(4)),
-    accel="tcg",
-    arch="x86_64",
-    machine="pc-q35-10.0",
-    cells=(NumaCell(0, (0, 1)), NumaCell(1, (2, 3))),
-)
-
-
 def replies(*memdevs, **more):
     rows = [{"id": name, "size": size} for name, size in memdevs]
-    return machine_facts({"query-memdev": rows, "query-memory-size-summary": {"base-memory": 128 * MIB}, **more})
+    return {"query-memdev": rows, "query-memory-size-summary": {"base-memory": 128 * MIB}, **more}
 
 
 def test_a_command_line_with_other_backends_is_not_this_qemus():
-    line = read("-object", "memory-backend-ram,id=m0,size=1M")
-    assert agrees(line, replies(("m0", MIB)))
-    assert not agrees(line, replies(("m1", MIB)))
+    words = [PROGRAM, "-object", "memory-backend-ram,id=m0,size=1M"]
+    assert can_be_of(words, replies(("m0", MIB)))
+    assert not can_be_of(words, replies(("m1", MIB)))
 
 
 def test_without_a_command_line_the_order_of_addresses_tells_the_backends():
@@ -147,10 +132,10 @@ def test_without_a_command_line_the_order_of_addresses_tells_the_backends():
         ("m1", 64 * MIB - 4096),
         **{"info numa": "2 nodes\nnode 0 size: 63 MB\nnode 1 size: 64 MB\n", "info mtree -f": tree},
     )
-    found = described(FOUND, "Haswell-noTSX-x86_64-cpu", facts, None)
-    assert [(b.id, b.cell) for b in found.definition.options.backends] == [("m1", 0), ("m0", 1)]
-    assert [cell.memory for cell in found.definition.cells] == [64 * MIB - 4096, 64 * MIB]
-    assert found.definition.cpu == "Haswell-noTSX"
+    found = claim(None, facts, driver="Haswell-noTSX-x86_64-cpu").definition
+    assert [(row["id"], row["cell"]) for row in found["options"]["backends"]] == [("m1", 0), ("m0", 1)]
+    assert [cell["memory"] for cell in found["cells"]] == [64 * MIB - 4096, 64 * MIB]
+    assert found["cpu"] == "Haswell-noTSX"
 
 
 @pytest.mark.parametrize(
@@ -163,7 +148,7 @@ def test_without_a_command_line_the_order_of_addresses_tells_the_backends():
     ],
 )
 def test_the_model_is_cut_from_the_type_where_qmp_does_not_know_it(driver, model):
-    assert described(FOUND, driver, replies(), None).definition.cpu == model
+    assert claim(None, replies(), driver=driver).definition["cpu"] == model
 
 
 def test_what_was_plugged_is_a_device_and_not_a_nodes_own_memory():
@@ -173,22 +158,29 @@ def test_what_was_plugged_is_a_device_and_not_a_nodes_own_memory():
         ("d", 128 * MIB),
         **{"query-memory-devices": [{"type": "dimm", "data": data}], "memory": {"max-size": 1 << 30, "slots": 2}},
     )
-    found = described(FOUND, None, facts, read("-numa", "node,memdev=m")).definition
-    assert [cell.memory for cell in found.cells] == [64 * MIB]
-    assert found.dimms == (Dimm(128 * MIB, 0, 1, 1 << 32, "s", "d"),)
-    assert (found.memory, found.base_memory, found.max_memory, found.memory_slots) == (
-        256 * MIB,
-        128 * MIB,
-        1 << 30,
-        2,
+    found = claim([PROGRAM, "-numa", "node,memdev=m"], facts).definition
+    assert [cell["memory"] for cell in found["cells"]] == [64 * MIB]
+    assert found["dimms"] == (
+        {
+            "size": 128 * MIB,
+            "node": 0,
+            "slot": 1,
+            "address": 1 << 32,
+            "id": "s",
+            "memdev": "d",
+            "driver": "memory-backend-ram",
+            "options": (),
+        },
     )
+    assert (found["memory"], found["base_memory"]) == (256 * MIB, 128 * MIB)
+    assert (found["max_memory"], found["memory_slots"]) == (1 << 30, 2)
 
 
 def test_what_no_definition_holds_is_named():
     data = {"id": "v", "memdev": "/objects/d", "size": 1}
     facts = replies(("d", 1), **{"query-memory-devices": [{"type": "virtio-mem", "data": data}]})
-    line = read("-machine", "q35,confidential-guest-support=sev0", "-mem-path", "/dev/hugepages")
-    assert described(FOUND, None, facts, line).left_out == (
+    words = [PROGRAM, "-machine", "q35,confidential-guest-support=sev0", "-mem-path", "/dev/hugepages"]
+    assert claim(words, facts).left_out == (
         "the memory device virtio-mem 'v'",
         "-mem-path",
         "-machine confidential-guest-support=sev0",

@@ -2,54 +2,44 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 from hypothesis import given
 from hypothesis import strategies as st
 
-from qmpvcpu.core.definition import Definition, MemoryBackend, QemuOptions, default_vcpus
-from qmpvcpu.core.machine.command_line import read_command_line
-from qmpvcpu.core.machine.comparison import Picture, differences, parse_picture
-from qmpvcpu.core.machine.devices import devices_of, hollow, shared_with_source
-from qmpvcpu.core.model import QemuVersion
+from tests.support.claims import claim, differences, machine_of, shared_with_the_first, without_the_host
 
-NEW, OLD = QemuVersion(11, 1, 0), QemuVersion(7, 2, 0)
+NEW, OLD = (11, 1, 0), (7, 2, 0)
 
-ONE = Picture(
-    NEW,
-    128 << 20,
-    {"m0": 64 << 20, "m1": 64 << 20, "/rom@etc/acpi/tables": 1 << 21},
-    {"m0": 0, "m1": 64 << 20},
-    {0: 64, 1: 64},
-    {"smm": True, "kvm-type": ""},
-    {"x2apic": True, "svm": False, "phys-bits": 40},
-    {"0:02.0": "1af4:1005"},
-    ("virtio-rng-pci",),
-    ("ICH9-SMB", "virtio-rng-pci"),
-)
-
-
-def texts(source, here):
-    return [one.text("here") for one in differences(source, here)]
+ONE = {
+    "version": NEW,
+    "memory": 128 << 20,
+    "blocks": {"m0": 64 << 20, "m1": 64 << 20, "/rom@etc/acpi/tables": 1 << 21},
+    "places": {"m0": 0, "m1": 64 << 20},
+    "nodes": {0: 64, 1: 64},
+    "machine": {"smm": True, "kvm-type": ""},
+    "cpu": {"x2apic": True, "svm": False, "phys-bits": 40},
+    "pci": {"0:02.0": "1af4:1005"},
+    "added": ("virtio-rng-pci",),
+    "types": ("ICH9-SMB", "virtio-rng-pci"),
+}
 
 
 def test_equal_machines_have_no_difference():
-    assert texts(ONE, ONE) == []
+    assert differences(ONE, ONE) == []
 
 
 def test_every_difference_is_named_with_both_sides():
-    other = replace(
-        ONE,
-        memory=192 << 20,
-        blocks={**ONE.blocks, "m1": 128 << 20},
-        nodes={0: 64, 1: 128},
-        machine={"smm": False},
-        cpu={"x2apic": False, "svm": True, "phys-bits": 36},
-        pci={},
-        types=("ICH9-SMB",),
-        added=(),
-    )
-    assert texts(ONE, other) == [
+    other = {
+        **ONE,
+        "memory": 192 << 20,
+        "blocks": {**ONE["blocks"], "m1": 128 << 20},
+        "nodes": {0: 64, 1: 128},
+        "machine": {"smm": False},
+        "cpu": {"x2apic": False, "svm": True, "phys-bits": 36},
+        "pci": {},
+        "types": ("ICH9-SMB",),
+        "added": (),
+    }
+    assert differences(ONE, other) == [
         "memory: 131072 KiB at the source, 196608 KiB here",
         "RAM block 'm1': 65536 KiB at the source, 131072 KiB here",
         "memory of NUMA node 1: 64 MiB at the source, 128 MiB here",
@@ -62,24 +52,24 @@ def test_every_difference_is_named_with_both_sides():
 
 
 def test_equal_blocks_the_other_way_round_are_a_difference():
-    swapped = replace(ONE, places={"m0": 64 << 20, "m1": 0})
-    assert texts(ONE, swapped) == [
+    swapped = {**ONE, "places": {"m0": 64 << 20, "m1": 0}}
+    assert differences(ONE, swapped) == [
         "address of the RAM block 'm0': 0x0 at the source, 0x4000000 here",
         "address of the RAM block 'm1': 0x4000000 at the source, 0x0 here",
     ]
 
 
 def test_another_version_calls_its_own_devices_otherwise():
-    older = replace(
-        ONE,
-        version=OLD,
-        blocks={"m0": 64 << 20, "m1": 64 << 20},
-        cpu={},
-        machine={},
-        types=("ICH9 SMB", "virtio-rng-pci"),
-    )
-    assert texts(ONE, older) == []
-    assert texts(ONE, replace(older, added=(), types=("ICH9 SMB",))) == [
+    older = {
+        **ONE,
+        "version": OLD,
+        "blocks": {"m0": 64 << 20, "m1": 64 << 20},
+        "cpu": {},
+        "machine": {},
+        "types": ("ICH9 SMB", "virtio-rng-pci"),
+    }
+    assert differences(ONE, older) == []
+    assert differences(ONE, {**older, "added": (), "types": ("ICH9 SMB",)}) == [
         "device virtio-rng-pci: 1 at the source, none here"
     ]
 
@@ -95,7 +85,7 @@ REPLY = st.recursive(
     )
 )
 def test_odd_replies_are_not_there(replies):
-    assert parse_picture(None, replies).cpu == {}
+    assert machine_of(replies)["cpu"] == {}
 
 
 def test_blocks_of_7_2_and_of_11_1_are_read():
@@ -103,7 +93,7 @@ def test_blocks_of_7_2_and_of_11_1_are_read():
     row = "                  pc.ram    4 KiB  0x0000000000000000 0x0000000008000000 0x0000000008000000"
     for end in ("", "                HVA  RO"), ("", "  0x00007ffb6fa00000  rw"):
         text = f"{head}{end[0]}\n{row}{end[1]}\n"
-        assert parse_picture(None, {"ramblock": {"human-readable-text": text}}).blocks == {"pc.ram": 128 << 20}
+        assert machine_of({"ramblock": {"human-readable-text": text}})["blocks"] == {"pc.ram": 128 << 20}
 
 
 def test_buses_are_known_by_the_slots_that_lead_there():
@@ -111,7 +101,7 @@ def test_buses_are_known_by_the_slots_that_lead_there():
         behind = [{"bus": number, "slot": 0, "function": 0, "id": {"vendor": 0x1AF4, "device": 0x1041}}]
         bridge = {"bus": {"number": 0}, "devices": behind}
         port = {"bus": 0, "slot": 3, "function": 0, "id": {"vendor": 0x1B36, "device": 0xC}, "pci_bridge": bridge}
-        return parse_picture(None, {"pci": [{"bus": 0, "devices": [port]}]}).pci
+        return machine_of({"pci": [{"bus": 0, "devices": [port]}]})["pci"]
 
     assert bus(0) == bus(7) == {"0:03.0": "1b36:000c", "0:03.0/00.0": "1af4:1041"}
 
@@ -119,39 +109,37 @@ def test_buses_are_known_by_the_slots_that_lead_there():
 # -- devices ----------------------------------------------------------------------------------------
 
 
-def devices(*words, folder=None, **more):
-    definition = Definition("d", default_vcpus(2, 1), options=QemuOptions(backends=(MemoryBackend("m0", 0),)))
-    return devices_of(
-        read_command_line(["qemu", *words]), replace(definition, **more), ("qemu64-x86_64-cpu",), folder
-    )
+def devices(*words, folder=None):
+    replies = {"query-memdev": [{"id": "m0", "size": 1 << 20}]}
+    return claim(["qemu", *words], replies, driver="qemu64-x86_64-cpu", folder=folder)
 
 
 def test_monitors_memory_and_cpus_are_no_devices():
     found = devices(
         *("-nodefaults", "-qmp", "chardev:mon", "-chardev", "socket,id=mon,fd=3", "-pidfile", "x"),
-        *("-object", "memory-backend-ram,id=m0,size=1M", "-device", "qemu64-x86_64-cpu,id=v,socket-id=1"),
-        *("-device", "virtio-rng-pci"),
+        *("-machine", "memory-backend=m0", "-object", "memory-backend-ram,id=m0,size=1M"),
+        *("-device", "qemu64-x86_64-cpu,id=v,socket-id=1", "-device", "virtio-rng-pci"),
     )
-    assert (found.arguments, found.has_defaults, found.has_serial) == (("-device", "virtio-rng-pci"), False, False)
+    assert (found.devices, found.has_defaults, found.has_serial) == (("-device", "virtio-rng-pci"), False, False)
     assert found.left_out == ()
 
 
 def test_the_agents_port_gets_the_chardev_of_start():
     port = "virtserialport,chardev=ga,name=org.qemu.guest_agent.0,nr=2"
     found = devices("-chardev", "socket,id=ga,path=/x,server=on", "-device", port)
-    assert found.arguments == ("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0,nr=2")
+    assert found.devices == ("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0,nr=2")
 
 
 def test_descriptors_of_the_first_process_are_named():
     found = devices("-netdev", "tap,id=n,fd=9", "-device", "virtio-net-pci,netdev=n", "-frobnicate", "x")
     assert found.left_out == ("-netdev tap,id=n,fd=9", "-frobnicate x")
-    assert found.arguments[:2] == ("-netdev", "user,id=n")
+    assert found.devices[:2] == ("-netdev", "user,id=n")
 
 
 def test_files_get_their_whole_paths():
     words = ("-drive", "file=a.img,if=virtio", "-cdrom", "b.iso", "-drive", "file=nbd:unix:/s,id=n", "-hda", "/c")
     found = devices(*words, folder="/images")
-    assert found.arguments == (
+    assert found.devices == (
         *("-drive", "file=/images/a.img,if=virtio", "-cdrom", "/images/b.iso"),
         *("-drive", "file=nbd:unix:/s,id=n", "-hda", "/c"),
     )
@@ -171,12 +159,12 @@ def test_what_a_second_qemu_would_take_from_the_guest():
         "socket,id=t,port=4,host=h",
     )
     memory = "memory-backend-file,id=m,size=1M,mem-path=/m,share=on"
-    found = shared_with_source([*words, "-object", memory])
+    found = shared_with_the_first([*words, "-object", memory])
     assert found == ([f"-object {memory}"], ["-chardev socket,id=c,path=/s,server=on"])
 
 
 def test_a_twin_touches_nothing_of_the_host():
-    words = hollow(
+    words = without_the_host(
         [
             *("-drive", "file=/d,,1,if=virtio,id=x,format=raw", "-hda", "/e", "-cdrom", "/f"),
             *("-blockdev", '{"driver":"file","filename":"/g","node-name":"n"}'),
@@ -193,4 +181,4 @@ def test_a_twin_touches_nothing_of_the_host():
 
 @given(st.lists(st.text(max_size=10), max_size=8))
 def test_anything_can_be_hollowed(words):
-    assert isinstance(hollow(words), list)
+    assert isinstance(without_the_host(words), list)

@@ -4,31 +4,21 @@ from __future__ import annotations
 
 import pytest
 
-from qmpvcpu.core.bootargs import boot_args, machine_spec
-from qmpvcpu.core.definition import Dimm, MemoryBackend, NumaCell
-from qmpvcpu.core.hardware import GivenDevices, hardware_args
-from qmpvcpu.core.layout import predict_layout
-from qmpvcpu.core.machine.devices import Devices
-from qmpvcpu.errors import VcpuRefused
-from qmpvcpu.xml.domain import minimal_domain, read_domain
-from qmpvcpu.xml.hardware import read_hardware
+from qmpvcpu import VcpuRefused
+from tests.support.claims import claim, claimed_by, hardware
+from tests.support.machines import boot
 
 MIB = 1 << 20
 
 
-def document(inner, head=""):
-    text = f"<domain type='qemu'{head}><name>d</name><vcpu>2</vcpu>"
-    return read_domain(f"{text}<os><type arch='x86_64' machine='q35'>hvm</type></os>{inner}</domain>".encode())
-
-
-def line(definition):
-    layout = predict_layout(machine_spec(definition), "x86_64", assume=True)
-    return boot_args(definition, layout).arguments
+def document(inner):
+    text = "<domain type='qemu'><name>d</name><vcpu>2</vcpu>"
+    return f"{text}<os><type arch='x86_64' machine='q35'>hvm</type></os>{inner}</domain>"
 
 
 def test_a_guest_that_is_to_be_protected_is_not_started_without():
     with pytest.raises(VcpuRefused, match="launchSecurity type='sev'"):
-        read_hardware(document("<launchSecurity type='sev'><policy>1</policy></launchSecurity>")[0])
+        hardware(document("<launchSecurity type='sev'><policy>1</policy></launchSecurity>").encode())
 
 
 def test_what_the_guest_would_notice_is_named():
@@ -37,7 +27,7 @@ def test_what_the_guest_would_notice_is_named():
         "<cpu><maxphysaddr mode='emulate' bits='40'/></cpu><clock offset='localtime'/>"
         "<devices><iommu model='intel'/></devices>"
     )
-    assert read_hardware(document(inner)[0]).left_out == (
+    assert hardware(document(inner).encode()).left_out == (
         *("iothreads", "cpu/maxphysaddr", "clock offset='localtime'", "hyperv", "iommu"),
     )
 
@@ -46,7 +36,7 @@ CELLS = "<cell id='0' cpus='0' memory='65536'/><cell id='1' cpus='1' memory='0'/
 
 
 def test_a_node_without_memory_has_no_backend():
-    words = line(document(f"<cpu><numa>{CELLS}</numa></cpu>")[1])
+    words = boot(document(f"<cpu><numa>{CELLS}</numa></cpu>")).arguments
     assert "node,nodeid=1,cpus=1" in words
     assert not [word for word in words if "size=0" in word]
 
@@ -56,7 +46,7 @@ def test_distances_are_started_and_all_of_them_are_there():
         "<cell id='0' cpus='0' memory='1024'><distances><sibling id='1' value='31'/></distances></cell>"
         "<cell id='1' cpus='1' memory='1024'/>"
     )
-    words = line(document(f"<cpu><numa>{cells}</numa></cpu>")[1])
+    words = boot(document(f"<cpu><numa>{cells}</numa></cpu>")).arguments
     assert [word for word in words if word.startswith("dist")] == [
         *("dist,src=0,dst=0,val=10", "dist,src=0,dst=1,val=31", "dist,src=1,dst=1,val=10"),
     ]
@@ -79,35 +69,57 @@ SPACE = "xmlns:q='urn:qmpvcpu:machine:1'"
 )
 def test_metadata_says_nothing_else_than_it_may(inner):
     with pytest.raises(VcpuRefused):
-        document(f"<metadata><q:machine {SPACE}>{inner}</q:machine></metadata>")
+        claimed_by(document(f"<metadata><q:machine {SPACE}>{inner}</q:machine></metadata>").encode())
 
 
 def test_what_is_written_is_read_again():
-    from dataclasses import replace
-
-    from qmpvcpu.core.definition import QemuOptions
-
-    definition = replace(
-        document("")[1],
-        memory=192 * MIB,
-        max_memory=1 << 30,
-        memory_slots=4,
-        cpu="Haswell-noTSX,x2apic=on,svm=off",
-        cells=(NumaCell(0, (0, 1), 64 * MIB - 512, ((1, 31),)), NumaCell(1, (), 0)),
-        dimms=(Dimm(128 * MIB, 1, 2, 1 << 32, "stick", "d", "memory-backend-ram", (("prealloc", "on"),)),),
-        options=QemuOptions(
-            (("smm", "off"),),
-            (("thread", "multi"),),
-            (("phys-bits", "40"),),
-            (MemoryBackend("m", 0, "memory-backend-memfd", (("share", "on"),)),),
-        ),
+    """A definition with everything that it can say of a machine."""
+    words = [
+        *("qemu", "-machine", "q35,smm=off", "-accel", "tcg,thread=multi"),
+        *("-cpu", "Haswell-noTSX,x2apic=on,svm=off,phys-bits=40"),
+        *("-object", "memory-backend-memfd,id=m,size=67108352b,share=on"),
+        *("-numa", "node,nodeid=0,memdev=m", "-numa", "node,nodeid=1", "-numa", "node,nodeid=2"),
+        *("-numa", "dist,src=0,dst=1,val=31", "-object", "memory-backend-ram,id=d,size=128M,prealloc=on"),
+    ]
+    stick = {"id": "stick", "memdev": "/objects/d", "size": 128 * MIB, "node": 1, "slot": 2, "addr": 1 << 32}
+    replies = {
+        "query-memdev": [{"id": "m", "size": 64 * MIB - 512}, {"id": "d", "size": 128 * MIB}],
+        "query-memory-size-summary": {"base-memory": 64 * MIB},
+        "query-memory-devices": [{"type": "dimm", "data": stick}],
+        "memory": {"max-size": 1 << 30, "slots": 4},
+    }
+    made = claim(words, replies)
+    said = made.definition
+    assert (said["cpu"], said["memory"], said["max_memory"], said["memory_slots"]) == (
+        *("Haswell-noTSX,x2apic=on,svm=off", 192 * MIB, 1 << 30, 4),
     )
-    devices = Devices(("-device", "virtio-rng-pci,id='<&>\""), has_defaults=True, has_serial=False)
-    found, again = read_domain(minimal_domain(definition, devices))
-    assert replace(again, vcpus=definition.vcpus, topology=None, dialect=None) == replace(
-        definition, topology=None
-    )
-    hardware = read_hardware(found)
-    assert (hardware.arguments, hardware.given) == (devices.arguments, GivenDevices(True, False))
-    words = hardware_args(hardware, "x86_64", console="/c", agent="agent")
-    assert words == ["-no-user-config", "-display", "none", *devices.arguments]
+    assert [(cell["cpus"], cell["memory"], cell["distances"]) for cell in said["cells"]] == [
+        *(((0, 1), 64 * MIB - 512, ((1, 31),)), ((2, 3), 0, ()), ((), 0, ())),
+    ]
+    (dimm,) = said["dimms"]
+    assert dimm == {
+        "size": 128 * MIB,
+        "node": 1,
+        "slot": 2,
+        "address": 1 << 32,
+        "id": "stick",
+        "memdev": "d",
+        "driver": "memory-backend-ram",
+        "options": (("prealloc", "on"),),
+    }
+    backend = {"id": "m", "cell": 0, "driver": "memory-backend-memfd", "options": (("share", "on"),)}
+    assert said["options"] == {
+        "machine": (("smm", "off"),),
+        "accel": (("thread", "multi"),),
+        "cpu": (("phys-bits", "40"),),
+        "backends": (backend,),
+        "is_one_block": False,
+    }
+    assert claimed_by(made.xml) == said
+
+
+def test_devices_that_are_written_are_started_again():
+    words = ["-device", "virtio-rng-pci,id='<&>\"", "-serial", "none"]
+    made = claim(["qemu", *words], {})
+    assert (made.devices, made.has_defaults, made.has_serial) == (tuple(words), True, False)
+    assert hardware(made.xml).arguments == ["-no-user-config", "-display", "none", *words]
