@@ -134,23 +134,26 @@ def outcome(result: Outcome) -> list[str]:
     for number in result.live_changed_ids if is_both else result.changed_ids:
         words.setdefault(_changed_to(rows.get(number), result.mechanism), []).append(number)
     lines = [f"vCPU {format_ids(ids)}: {word}" for word, ids in words.items()]
-    # What stays enabled waits for its unplug's end, unless it is the guest that has yet to run on it.
-    late = [n for n in result.pending if n in result.changed_ids and n in rows and rows[n].enabled]
-    asked = [n for n in result.pending if n not in late]
+    asked = format_ids(result.pending)
     if result.outcome == "requested":
-        lines.append(f"vCPU {format_ids(asked)}: unplug requested, QEMU took it")
-    elif asked:
-        lines.append(f"vCPU {format_ids(asked)}: unplug asked, and not ended at the deadline")
-    if late:
-        lines.append(f"vCPU {format_ids(late)}: the guest does not run on it yet")
+        lines.append(f"vCPU {asked}: unplug requested, QEMU took it")
+    elif result.pending:
+        lines.append(f"vCPU {asked}: unplug requested, and not ended at the deadline")
+    if result.pending_online:
+        lines.append(f"vCPU {format_ids(result.pending_online)}: the guest is not known to run on it yet")
     if result.defined:
         lines += _defined(result)
-    if not lines:
-        states = {row.state for row in result.rows}
-        word = states.pop() if len(states) == 1 else "so"
-        ids = format_ids(result.ids)
-        lines.append(f"vCPU {ids}: already {word}" if result.ids else "already so: nothing was to be done")
-    return lines
+    return lines or _already(result)
+
+
+def _already(result: Outcome) -> list[str]:
+    """Nothing was to be done, in the word that was asked about."""
+    if result.already:
+        return list(result.already)
+    words: dict[str, list[int]] = {}
+    for row in result.rows:
+        words.setdefault(row.state, []).append(row.id)
+    return [f"vCPU {format_ids(ids)}: already {word}" for word, ids in words.items()] or ["nothing to do"]
 
 
 def _defined(result: Outcome) -> list[str]:

@@ -284,7 +284,8 @@ class Outcome:
     """What a call did, verified; what `Domain.vcpu()`, `enable()` and `disable()` return.
 
     `ids` is every vCPU id asked for, `changed_ids` those that are different now, `pending` those whose unplug
-    was asked and has not ended, `rows` the vCPUs asked for as they are now. `seconds` is the call's duration.
+    was asked and has not ended, `pending_online` those that are plugged, and that the guest does not run on yet or
+    has not answered about since. `rows` is the vCPUs asked for as they are now, `seconds` the call's duration.
     """
 
     outcome: OutcomeKind
@@ -302,6 +303,9 @@ class Outcome:
     config_changed_ids: tuple[int, ...] = ()
     #: Whether the definition was written.
     defined: bool = False
+    pending_online: tuple[int, ...] = ()
+    #: What was as asked already, as lines for a person, in the words that the request used.
+    already: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
@@ -328,6 +332,7 @@ class Outcome:
             "vcpus": list(self.ids),
             "changed_ids": list(self.changed_ids),
             "pending": list(self.pending),
+            "pending_online": list(self.pending_online),
             "undone": list(self.undone),
             "messages": list(self.messages),
             "seconds": round(self.seconds, 6),

@@ -38,6 +38,7 @@ def unchanged(state: DomainState, plan: Plan, seconds: float) -> Outcome:
         _rows(state, plan.targets),
         messages=plan.messages,
         seconds=seconds,
+        already=tuple(plan.already()),
     )
 
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from qmpvcpu.core import checks
 from qmpvcpu.core.config import ConfigPlan
+from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity, format_ids
 from qmpvcpu.core.placement import Placement
 from qmpvcpu.core.request import Knowledge, Request
@@ -38,8 +39,13 @@ class Plan:
     messages: tuple[str, ...] = ()
     #: What the threads of these vCPUs are given, of those that are plugged, or are and were never placed.
     placed: Mapping[int, Placement] = field(default_factory=dict)
-    #: Whether hotplug cannot do a part of it, and the guest agent perhaps can.
-    hopeless: bool = False
+    #: Of `unchanged`, vCPUs that are plugged, were to be disabled, and are offline in the guest already.
+    offline_already: tuple[int, ...] = ()
+    #: Each vCPU id that the request decides on -> whether it is to be enabled (online, with GUEST).
+    wants: Mapping[int, bool] = field(default_factory=dict)
+    #: Whether the guest's own view decides what is to be done: something that is to be enabled is plugged, or
+    #: hotplug cannot do a part of it, and the guest agent perhaps can.
+    asks_guest: bool = False
     #: What becomes of the definition.
     config: ConfigPlan | None = None
 
@@ -116,15 +122,25 @@ class Plan:
         if self.offlines:
             lines.append(f"take vCPU {format_ids(self.offlines)} offline in the guest: guest-set-vcpus")
         lines += [f"place vCPU {number}: {placement}" for number, placement in self.placed.items() if placement]
-        if self.request.total is not None and not lines and not self.refusals and self.config is None:
-            lines.append(f"{self.request.total} vCPUs are enabled already")
         if self.config is not None:
             lines += self.config.describe()
             lines += self.config.diff
-        if self.unchanged and (self.config is None or self.plugs or self.unplugs):
-            done = "so" if self.request.listed else "enabled" if self.request.enable else "disabled"
-            lines.append(f"vCPU {format_ids(self.unchanged)}: already {done}")
+        if self.config is None or self.plugs or self.unplugs:
+            lines += self.already() if self.unchanged or not (lines or self.refusals) else ()
         return lines
+
+    def already(self) -> list[str]:
+        """What is as asked, as lines for a person, in the word that was asked about."""
+        is_guest = self.request.has(VcpuFlag.GUEST)
+        if self.request.total is not None:
+            word = "online in the guest" if is_guest else "enabled"
+            return [f"nothing to do: {self.request.total} vCPUs are {word} already"]
+        on, off = ("online in the guest", "offline in the guest") if is_guest else ("enabled", "disabled")
+        words: dict[str, list[int]] = {}
+        for number in self.unchanged:
+            word = on if self.wants.get(number) else off
+            words.setdefault("offline in the guest" if number in self.offline_already else word, []).append(number)
+        return [f"vCPU {format_ids(ids)}: already {word}" for word, ids in words.items()]
 
 
 def _plug_words(entity: Entity) -> str:
@@ -151,86 +167,143 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     """Select the vCPUs, find what is to be done, and collect every reason not to do it."""
     known = known or Knowledge()
     refusals = checks.check_flags(request.flags, is_query=request.is_query) + checks.check_options(request)
+    guest = known.guest
+    wants: dict[int, bool]
     if request.listed is not None:
         targets, found = select_listed(state, request)
+        wants = {number: request.listed.vcpus[number].enabled for number in targets}
     elif request.total is not None and request.has(VcpuFlag.GUEST):
-        request, found = resolve_guest_total(state, request, known)
-        targets = request.ids
+        wants, found = resolve_guest_total(request, state, guest)
+        targets = tuple(wants)
     elif request.total is not None:
-        request, found = resolve_total(state, request, known)
-        targets = request.ids
+        wants, found = resolve_total(state, request, known)
+        targets = tuple(wants)
     else:
-        targets, found = select(state, request)
+        targets, found = select(state, request, guest)
+        wants = dict.fromkeys(targets, request.enable) if request.enable != request.disable else {}
     refusals += found
-    enable, disable = request.enable, request.disable
-    plugs: list[Entity] = []
-    unplugs: list[Entity] = []
-    awaited: list[Entity] = []
-    unchanged: list[int] = []
-    onlines: list[int] = []
-    offlines: list[int] = []
-    guest = known.guest
-    blocked: list[Refusal] = []
-    # The guest's own view and the persistent definition have other steps than the running guest.
-    is_live = not request.has(VcpuFlag.GUEST) and (request.has(VcpuFlag.LIVE) or not request.has(VcpuFlag.CONFIG))
-    if (enable != disable or request.listed is not None) and is_live:
-        asked = set(targets)
-        for entity in _entities(state, targets):
-            on = request.wants(entity.first if entity.first in asked else min(asked.intersection(entity.ids)))
-            if on and entity.first in known.pending and entity.plugged:
-                awaited.append(entity)
-            elif entity.plugged == on:
-                same = [number for number in entity.ids if number in asked]
-                # Plugged, and offline in the guest, is not enabled.
-                dark = [
-                    number for number in same if enable and guest is not None and guest.online(number) is False
-                ]
-                onlines += dark
-                unchanged += [number for number in same if number not in dark]
-            else:
-                (plugs if on else unplugs).append(entity)
-        if onlines and not request.fallback:
-            refusals.append(checks.only_the_agent(onlines))
-        moved = {number for entity in (*awaited, *plugs, *unplugs) for number in entity.ids}
-        touched = [number for number in targets if number in moved]
-        refusals += checks.check_whole_entities(state, touched, request.flags)
-        refusals += checks.check_plug(state, plugs)
-        blocked = checks.check_unplug(state, unplugs)
-        if blocked and guest is not None and request.fallback:
-            # What hotplug cannot do, the guest can: the vCPU stays plugged.
-            hopeless = {number for refusal in blocked for number in refusal.ids}
-            stuck = [entity for entity in unplugs if hopeless.intersection(entity.ids)]
-            unplugs = [entity for entity in unplugs if entity not in stuck]
-            ids = [number for entity in stuck for number in entity.ids]
-            against = checks.check_guest(state, ids, guest, online=False)
-            offlines += [number for number in ids if guest.online(number) is not False]
-            unchanged += [number for number in ids if guest.online(number) is False]
-            blocked = [*blocked, *against] if against else []
-        refusals += blocked
-        kills = checks.check_kills_on_plug(state, [*awaited, *plugs], known)
-        kills += checks.check_kills_on_unplug(state, unplugs, known)
-        refusals += [] if request.force else kills
-    else:
-        kills = []
-    if enable != disable and request.has(VcpuFlag.GUEST) and guest is not None and not refusals:
-        refusals += checks.check_guest(state, targets, guest, online=enable)
-        moved_ids = [number for number in targets if guest.online(number) is not enable]
-        unchanged = [number for number in targets if number not in moved_ids]
-        (onlines if enable else offlines).extend(moved_ids)
-    messages = checks.warnings(state, [*awaited, *plugs], unplugs)
+    if request.has(VcpuFlag.GUEST):
+        return _plan_guest(state, request, guest, targets, wants, refusals)
+    if not wants or not (request.has(VcpuFlag.LIVE) or not request.has(VcpuFlag.CONFIG)):
+        # A query, or the persistent definition alone, has no steps here.
+        return Plan(request, targets, refusals=tuple(refusals))
+    steps = _steps(state, wants, known)
+    if request.total is not None:
+        # Of a count, only what moves is meant.
+        steps = replace(steps, unchanged=[])
+        targets = tuple(sorted({*(n for e in steps.moved for n in e.ids), *steps.onlines}))
+    if steps.onlines and not request.fallback and request.listed is None:
+        refusals.append(checks.only_the_agent(steps.onlines))
+    touched = [number for number in targets if number in {n for entity in steps.moved for n in entity.ids}]
+    refusals += checks.check_whole_entities(state, touched, request.flags)
+    refusals += checks.check_plug(state, steps.plugs)
+    blocked = checks.check_unplug(state, steps.unplugs)
+    asks_guest = bool(steps.plugged_already) or (bool(blocked) and request.fallback)
+    asks_guest |= request.enable and request.has(VcpuFlag.NUMA_NODE)
+    if blocked and guest is not None and request.fallback:
+        steps, blocked = _fallen_back(state, steps, blocked, guest)
+    refusals += blocked
+    kills = checks.check_kills_on_plug(state, [*steps.awaited, *steps.plugs], known)
+    kills += checks.check_kills_on_unplug(state, steps.unplugs, known)
+    refusals += [] if request.force else kills
+    messages = checks.warnings(state, [*steps.awaited, *steps.plugs], steps.unplugs)
     messages += [f"forced: {kill.message}" for kill in kills if request.force]
     return Plan(
         request=request,
-        targets=tuple(targets),
-        plugs=tuple(plugs),
-        unplugs=tuple(unplugs),
-        awaited=tuple(awaited),
-        onlines=tuple(onlines),
-        offlines=tuple(offlines),
-        unchanged=tuple(unchanged),
+        targets=targets,
+        plugs=tuple(steps.plugs),
+        unplugs=tuple(steps.unplugs),
+        awaited=tuple(steps.awaited),
+        onlines=tuple(steps.onlines),
+        offlines=tuple(steps.offlines),
+        unchanged=tuple(sorted(steps.unchanged)),
         refusals=tuple(refusals),
         messages=tuple(messages),
-        hopeless=bool(blocked),
+        offline_already=tuple(steps.offline_already),
+        wants=wants,
+        asks_guest=asks_guest,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Steps:
+    """What is to be done, by kind; `plugged_already` are vCPUs that are to be enabled and are plugged."""
+
+    plugs: list[Entity] = field(default_factory=list)
+    unplugs: list[Entity] = field(default_factory=list)
+    awaited: list[Entity] = field(default_factory=list)
+    onlines: list[int] = field(default_factory=list)
+    offlines: list[int] = field(default_factory=list)
+    unchanged: list[int] = field(default_factory=list)
+    offline_already: list[int] = field(default_factory=list)
+    plugged_already: list[int] = field(default_factory=list)
+
+    @property
+    def moved(self) -> tuple[Entity, ...]:
+        """What is plugged or unplugged."""
+        return (*self.awaited, *self.plugs, *self.unplugs)
+
+
+def _steps(state: DomainState, wants: Mapping[int, bool], known: Knowledge) -> _Steps:
+    """What makes each vCPU what it is wanted to be, by what is plugged, pending and online now."""
+    steps = _Steps()
+    for entity in _entities(state, wants):
+        meant = [number for number in entity.ids if number in wants]
+        on = wants[meant[0]]
+        if on and entity.first in known.pending and entity.plugged:
+            steps.awaited.append(entity)
+        elif entity.plugged != on:
+            (steps.plugs if on else steps.unplugs).append(entity)
+        else:
+            # Plugged, and offline in the guest, is not enabled.
+            offline = [n for n in meant if on and known.guest is not None and known.guest.online(n) is False]
+            steps.onlines.extend(offline)
+            steps.unchanged.extend(number for number in meant if number not in offline)
+            steps.plugged_already.extend(meant if on else ())
+    return steps
+
+
+def _fallen_back(
+    state: DomainState, steps: _Steps, blocked: list[Refusal], guest: GuestView
+) -> tuple[_Steps, list[Refusal]]:
+    """What hotplug cannot do, the guest can: the vCPU stays plugged."""
+    hopeless = {number for refusal in blocked for number in refusal.ids}
+    stuck = [entity for entity in steps.unplugs if hopeless.intersection(entity.ids)]
+    ids = [number for entity in stuck for number in entity.ids]
+    offline = [number for number in ids if guest.online(number) is False]
+    against = checks.check_guest(state, ids, guest, online=False)
+    steps = replace(
+        steps,
+        unplugs=[entity for entity in steps.unplugs if entity not in stuck],
+        offlines=[number for number in ids if number not in offline],
+        unchanged=[*steps.unchanged, *offline],
+        offline_already=offline,
+    )
+    return steps, [*blocked, *against] if against else []
+
+
+def _plan_guest(
+    state: DomainState,
+    request: Request,
+    guest: GuestView | None,
+    targets: tuple[int, ...],
+    wants: Mapping[int, bool],
+    refusals: list[Refusal],
+) -> Plan:
+    """The guest's own view alone: CPUs are taken online or offline."""
+    if guest is None or refusals or not wants:
+        return Plan(request, targets, refusals=tuple(refusals), wants=wants)
+    online = next(iter(wants.values()))
+    refusals = checks.check_guest(state, targets, guest, online=online)
+    moved = tuple(number for number in targets if guest.online(number) is not online)
+    return Plan(
+        request,
+        targets,
+        onlines=moved if online else (),
+        offlines=() if online else moved,
+        unchanged=tuple(number for number in targets if number not in moved),
+        refusals=tuple(refusals),
+        wants=wants,
     )
 
 

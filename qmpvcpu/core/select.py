@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from typing import Any, Final
 
 from qmpvcpu.core import checks
@@ -16,10 +15,18 @@ from qmpvcpu.flags import VcpuFlag
 __all__ = ["core_of", "guest_total", "resolve_guest_total", "resolve_total", "select", "select_listed"]
 
 
-def select(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[Refusal]]:
-    """The vCPU ids that a request means, ascending, and what is wrong with how it names them."""
+def select(
+    state: DomainState, request: Request, guest: GuestView | None = None
+) -> tuple[tuple[int, ...], list[Refusal]]:
+    """The vCPU ids that a request means, ascending, and what is wrong with how it names them.
+
+    Args:
+        state: of the guest, or of a definition.
+        request: what is asked.
+        guest: its own view of its CPUs, where an agent answered.
+    """
     if request.has(VcpuFlag.NUMA_NODE):
-        return _select_of_node(state, request)
+        return _select_of_node(state, request, guest)
     if request.count is not None:
         return request.ids, [
             Refusal("count", "a count goes with a NUMA node", (), "add --numa-node, or name the vCPU ids")
@@ -73,7 +80,9 @@ def _core_key(entity: Entity) -> tuple[tuple[str, Any], ...]:
 _NOT_OF_CORE: Final = frozenset({"thread-id", "node-id"})
 
 
-def _select_of_node(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[Refusal]]:
+def _select_of_node(
+    state: DomainState, request: Request, guest: GuestView | None
+) -> tuple[tuple[int, ...], list[Refusal]]:
     if len(request.ids) != 1:
         return (), [Refusal("node", "NUMA_NODE takes one node", (), "name one node")]
     node = request.ids[0]
@@ -90,15 +99,15 @@ def _select_of_node(state: DomainState, request: Request) -> tuple[tuple[int, ..
     if count < 1:
         return (), [Refusal("count", f"a count of {count} makes no sense", (), "give 1 or more")]
     if request.has(VcpuFlag.CORE):
-        groups = _cores_of_node(state, members, request)
+        groups = _cores_of_node(state, members, request, guest)
         unit = "core"
     else:
-        groups = [(vcpu.id,) for vcpu in members if _wanted(vcpu, request)]
-        # One whose unplug is pending is as good as gone: never counted twice, and taken back last.
-        groups += [(vcpu.id,) for vcpu in members if vcpu.pending and request.enable]
+        groups = [(vcpu.id,) for vcpu in members if _wanted(vcpu, request, guest)]
         unit = "vCPU"
     if request.disable:
         groups.reverse()
+    # The end of an unplug that is pending is waited for before another vCPU goes, and taken back last.
+    groups.sort(key=lambda group: any(state.vcpus[number].pending for number in group) is request.enable)
     if len(groups) < count:
         kind = f"disabled {unit}s" if request.enable else f"enabled {unit}s that can be unplugged"
         return (), [
@@ -112,44 +121,52 @@ def _select_of_node(state: DomainState, request: Request) -> tuple[tuple[int, ..
     return tuple(sorted(number for group in groups[:count] for number in group)), []
 
 
-def _wanted(vcpu: Vcpu, request: Request) -> bool:
-    return not vcpu.enabled if request.enable else vcpu.enabled and vcpu.hotpluggable and not vcpu.pending
+def _wanted(vcpu: Vcpu, request: Request, guest: GuestView | None) -> bool:
+    """Whether there is something to switch."""
+    if request.disable:
+        return vcpu.enabled and vcpu.hotpluggable
+    # Plugged and offline in the guest is not enabled already.
+    return not vcpu.enabled or vcpu.pending or (guest is not None and guest.online(vcpu.id) is False)
 
 
-def _cores_of_node(state: DomainState, members: Sequence[Vcpu], request: Request) -> list[tuple[int, ...]]:
+def _cores_of_node(
+    state: DomainState, members: Sequence[Vcpu], request: Request, guest: GuestView | None
+) -> list[tuple[int, ...]]:
     """Cores that lie on the node whole and have something to switch, lowest first."""
     on_node = {vcpu.id for vcpu in members}
     found: list[tuple[int, ...]] = []
-    taken_back: list[tuple[int, ...]] = []
     for core in sorted({core_of(state, vcpu.id) for vcpu in members}):
         vcpus = [state.vcpus[number] for number in core]
-        enabled = [vcpu for vcpu in vcpus if vcpu.enabled]
-        leaving = any(vcpu.pending for vcpu in vcpus)
         if not on_node.issuperset(core):
             continue
-        if request.enable and len(enabled) < len(core):
+        if request.enable:
+            is_wanted = any(_wanted(vcpu, request, guest) for vcpu in vcpus)
+        else:
+            enabled = [vcpu for vcpu in vcpus if vcpu.enabled]
+            is_wanted = bool(enabled) and all(vcpu.hotpluggable for vcpu in enabled)
+        if is_wanted:
             found.append(core)
-        elif request.enable and leaving:
-            taken_back.append(core)
-        elif request.disable and enabled and not leaving and all(vcpu.hotpluggable for vcpu in enabled):
-            found.append(core)
-    return found + taken_back
+    return found
 
 
-def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tuple[Request, list[Refusal]]:
-    """`set_vcpus`: the request by ids that makes `request.total` vCPUs enabled, and why there is none.
+def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tuple[dict[int, bool], list[Refusal]]:
+    """`set_vcpus`: what each vCPU must be for `request.total` of them to be enabled, or why that cannot be.
 
     libvirt's choice (`qemuDomainSelectHotplugVcpuEntities`): the lowest empty entities are added, the highest
     hotpluggable ones removed, whole entities in that order and nothing skipped. An entity whose unplug is pending
-    counts as gone: it goes first when fewer are wanted, and is taken back last when more are.
+    counts as enabled until its end: it is the first that stays when more are wanted, and the first that goes when
+    fewer are. So never more are enabled than were before, or than are wanted.
+
+    Returns:
+        vCPU id -> whether it is to be enabled, of every vCPU that is or is to be plugged.
     """
     total = request.total
     assert total is not None
     if total < 1:
         refusal = Refusal("count", f"a guest cannot have {total} vCPUs", (), "give 1 or more")
-        return request, [refusal]
+        return {}, [refusal]
     if total > state.maxcpus:
-        return request, [
+        return {}, [
             Refusal(
                 "count",
                 f"{total} vCPUs asked, and this domain can have {state.maxcpus} (maxcpus)",
@@ -159,59 +176,62 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
         ]
     leaving = [e for e in state.entities if e.plugged and e.first in known.pending]
     staying = [e for e in state.entities if e.plugged and e.first not in known.pending]
+    wants = {number: True for entity in staying for number in entity.ids}
+    wants |= {number: False for entity in leaving for number in entity.ids}
     now = sum(len(entity.ids) for entity in staying)
-    if total > now:
-        flag, chosen = VcpuFlag.ENABLE, list[Entity]()
-        candidates = [entity for entity in state.entities if not entity.plugged] + leaving
+    enable = total > now
+    if enable:
+        candidates = leaving + [entity for entity in state.entities if not entity.plugged]
     else:
-        flag, chosen = VcpuFlag.DISABLE, leaving
         # Where nothing can ever be unplugged, the checks say why; else only what can be is looked at.
         candidates = [e for e in reversed(staying) if e.hotpluggable or (not state.can_unplug and e.first != 0)]
     below = above = now
     for entity in candidates:
         if now == total:
             break
-        after = now + len(entity.ids) * (1 if flag is VcpuFlag.ENABLE else -1)
+        after = now + len(entity.ids) * (1 if enable else -1)
         below, above = min(now, after), max(now, after)
         if (after - total) * (now - total) < 0:
             break
-        chosen.append(entity)
+        wants |= dict.fromkeys(entity.ids, enable)
         now = after
-    ids = tuple(sorted(number for entity in chosen for number in entity.ids))
     if now == total:
-        return replace(request, ids=ids, flags=request.flags | (flag if ids else VcpuFlag.CURRENT)), []
-    return request, [_unreachable(total, now, below, above, candidates)]
+        return wants, []
+    return {}, [_unreachable(total, now, below, above, candidates)]
 
 
-def resolve_guest_total(state: DomainState, request: Request, known: Knowledge) -> tuple[Request, list[Refusal]]:
-    """`set_vcpus` through the agent: the lowest are taken online, the highest that can be are taken offline."""
-    total, view = request.total, known.guest
+def resolve_guest_total(
+    request: Request, state: DomainState, view: GuestView | None
+) -> tuple[dict[int, bool], list[Refusal]]:
+    """`set_vcpus` through the agent: the lowest are taken online, the highest that can be are taken offline.
+
+    Returns:
+        vCPU id -> whether it is to be online, of those that are to be switched.
+    """
+    total = request.total
     assert total is not None
     if view is None:
-        return request, []
+        return {}, []
     mine = sorted(number for number in view.by_vcpu if number in state.by_id)
-    lit = [number for number in mine if view.online(number)]
-    nameless = sum(cpu.online for cpu in view.cpus) - len(lit)
+    online = [number for number in mine if view.online(number)]
+    nameless = sum(cpu.online for cpu in view.cpus) - len(online)
     if nameless:
         message = (
             f"which vCPU {nameless} of the guest's online CPUs is, is not known, so they cannot be counted out"
         )
         hint = "allow the agent guest-file-open, or use guestvcpus with the guest's own ids"
-        return request, [Refusal("guest-cpu", message, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")]
+        return {}, [Refusal("guest-cpu", message, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")]
     if not 1 <= total <= len(mine):
         message = f"{total} vCPUs online in the guest, and it has {len(mine)} that are plugged and known"
-        return request, [Refusal("count", message, (), f"give 1 to {len(mine)}, or plug more, without --guest")]
-    if total >= len(lit):
-        dark = [number for number in mine if not view.online(number)]
-        ids, flag = dark[: total - len(lit)], VcpuFlag.ENABLE
-    else:
-        loose = [number for number in lit if view.by_vcpu[number].can_offline is not False]
-        ids, flag = loose[::-1][: len(lit) - total], VcpuFlag.DISABLE
-        if len(lit) - len(ids) != total:
-            message = f"{total} vCPUs online cannot be reached: the guest can take only {len(loose)} offline"
-            return request, [Refusal("count", message, (), "guestvcpus shows which", "VIR_ERR_CONFIG_UNSUPPORTED")]
-    flags = request.flags | (flag if ids else VcpuFlag.CURRENT)
-    return replace(request, ids=tuple(sorted(ids)), flags=flags), []
+        return {}, [Refusal("count", message, (), f"give 1 to {len(mine)}, or plug more, without --guest")]
+    if total >= len(online):
+        offline = [number for number in mine if not view.online(number)]
+        return dict.fromkeys(offline[: total - len(online)], True), []
+    loose = [number for number in online if view.by_vcpu[number].can_offline is not False]
+    if len(online) - total > len(loose):
+        message = f"{total} vCPUs online cannot be reached: the guest can take only {len(loose)} offline"
+        return {}, [Refusal("count", message, (), "guestvcpus shows which", "VIR_ERR_CONFIG_UNSUPPORTED")]
+    return dict.fromkeys(sorted(loose[total - len(online) :]), False), []
 
 
 def guest_total(view: GuestView, total: int) -> tuple[tuple[int, ...], bool, list[Refusal]]:

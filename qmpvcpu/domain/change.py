@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
@@ -71,7 +71,7 @@ async def plan_on(
     if guest is not None and request.has(VcpuFlag.GUEST):
         # What is refused whatever the guest says is refused without it.
         view = await guest.view(state) if not plan.refusals else None
-    elif guest is not None and (plan.unchanged if request.enable else plan.hopeless and request.fallback):
+    elif guest is not None and plan.asks_guest:
         view = await guest.try_view(state)
     if x2apic is not None or firmware is not None or view is not None:
         known = replace(link.knowledge(x2apic, firmware), guest=view)
@@ -116,6 +116,7 @@ async def change(
             held = await link.look()
             plan, known = await plan_on(link, held, request, asked)
         certain = bool(plan.plugs or plan.unplugs) and not (plan.refusals or plan.unchanged or plan.awaited)
+        certain &= guest is None or not plan.asks_guest
         on_held &= certain
     if not certain:
         held, away = await link.read_at_rest()
@@ -138,6 +139,7 @@ async def change(
     end: Outcome | VcpuError
     before = None
     if guest is not None and request.wait and (plan.plugs or plan.awaited):
+        await guest.ask_once(held)
         before = await guest.before_plug(held)
     if plan.plugs or plan.unplugs or plan.awaited:
         end = await _placed(link, held, plan, placing, lambda: _hotplug(link, held, plan, known, began))
@@ -298,35 +300,37 @@ async def _in_the_guest(
 ) -> Outcome | VcpuError:
     """What the agent can do: what hotplug could not, and wait until the guest runs on what was plugged."""
     request = plan.request
-    view, ids = known.guest, list(plan.onlines or plan.offlines)
+    view, offlines = known.guest, list(plan.offlines)
     rejected = end if isinstance(end, VcpuRejected) else None
-    if rejected is not None and request.disable and request.fallback and not rejected.undone:
+    if rejected is not None and request.fallback and not rejected.undone:
         # The guest kept what it was asked to let go; perhaps it takes it offline.
         kept = [number for first in rejected.reasons for number in link.state.by_id[first].ids]
         view = await guest.try_view(link.state)
-        if view is not None and not checks.check_guest(link.state, [*kept, *ids], view, online=False):
-            ids = sorted({*ids, *kept})
+        if view is not None and not checks.check_guest(link.state, [*kept, *offlines], view, online=False):
+            offlines = sorted({*offlines, *kept})
             end = without_rejections(link.state, plan, rejected)
             note = f"hotplug could not: {rejected.message}"
             end = replace(end, messages=(*end.messages, note))
     if not isinstance(end, Outcome):
-        if ids:
+        if ids := [*plan.onlines, *offlines]:
             end.messages += (f"not tried after that: vCPU {format_ids(ids)} in the guest",)
         return end
-    if ids:
+    for ids, online in (([*plan.onlines], True), (offlines, False)):
+        if not ids:
+            continue
         assert view is not None
-        done = await _switch(link, guest, plan, view, ids, end)
+        done = await _switch(link, guest, plan, view, ids, end, online=online)
         if not isinstance(done, Outcome):
             if rejected is None or isinstance(done, VcpuConnectionError) or done.changed_ids != end.changed_ids:
                 return done
             rejected.messages += (f"nor did the guest agent: {done.message}",)
             return rejected
         end = done
-    elif view is not None and not end.changed:
+    if view is not None and not end.changed:
         end = _as_seen(link, plan, view, end)
-    if request.enables and request.wait and not request.has(VcpuFlag.GUEST):
-        skip = {*plan.unchanged, *plan.onlines, *end.pending}
-        fresh = [n for n in plan.targets if n not in skip and link.state.vcpus[n].enabled]
+    if request.wait:
+        plugged = [number for entity in (*plan.awaited, *plan.plugs) for number in entity.ids]
+        fresh = [n for n in plugged if n not in end.pending and link.state.vcpus[n].enabled]
         if fresh:
             left = max(request.timeout - (time.monotonic() - began), 0.0)
             end = await _until_online(link, guest, end, fresh, left, before)
@@ -334,15 +338,15 @@ async def _in_the_guest(
 
 
 async def _switch(
-    link: Link, guest: Guest, plan: Plan, view: GuestView, ids: Sequence[int], before: Outcome
+    link: Link, guest: Guest, plan: Plan, view: GuestView, ids: Sequence[int], before: Outcome, *, online: bool
 ) -> Outcome | VcpuError:
-    """Take these online or offline in the guest, as the request wants them."""
+    """Take these online or offline in the guest."""
     try:
-        run = await guest.switch(view, ids, online=plan.request.enable)
+        run = await guest.switch(view, ids, online=online)
     except VcpuError as error:
         return interrupted(plan, ids, before, error)
     messages = list(before.messages)
-    if plan.request.disable and not plan.request.has(VcpuFlag.GUEST) and not run.failures:
+    if not online and not plan.request.has(VcpuFlag.GUEST) and not run.failures:
         messages.append(still_plugged(ids))
     if view.assumed:
         messages.append(_ASSUMED)
@@ -361,9 +365,8 @@ def _as_seen(link: Link, plan: Plan, view: GuestView, end: Outcome) -> Outcome:
     """Nothing was to be done; the rows with what the guest says."""
     state = with_online(link.state, view)
     messages = list(end.messages)
-    offline = [number for number in plan.unchanged if view.online(number) is False]
-    if plan.request.disable and not plan.request.has(VcpuFlag.GUEST) and offline:
-        messages.append(still_plugged(offline))
+    if plan.offline_already:
+        messages.append(still_plugged(plan.offline_already))
     return replace(end, rows=tuple(state.vcpus[row.id] for row in end.rows), messages=tuple(messages))
 
 
@@ -371,14 +374,17 @@ async def _until_online(
     link: Link, guest: Guest, end: Outcome, fresh: Sequence[int], seconds: float, before: GuestView | None
 ) -> Outcome:
     """Enabled is what the guest can run on."""
-    if guest.is_silent and guest.trouble is not None:
-        note = f"whether the guest runs on it is not known: {guest.trouble.message}"
-        return replace(end, messages=(*end.messages, note))
-    try:
-        arrival = await guest.await_online(link.state, fresh, seconds, before)
-    except VcpuError as error:
-        note = f"whether the guest runs on it is not known: {error.message}"
-        return replace(end, messages=(*end.messages, note))
+    trouble: VcpuError | None = guest.trouble if guest.is_silent else None
+    if trouble is None:
+        try:
+            arrival = await guest.await_online(link.state, fresh, seconds, before)
+        except VcpuError as error:
+            trouble = error
+    if trouble is not None:
+        note = f"whether the guest runs on it is not known: {trouble.message}"
+        end = replace(end, messages=(*end.messages, note))
+        has_fallen_silent = guest.has_answered and isinstance(trouble, VcpuConnectionError)
+        return _pending_online(end, fresh) if has_fallen_silent else end
     state = with_online(link.state, arrival.view)
     end = replace(end, rows=tuple(state.vcpus[row.id] for row in end.rows))
     why = f": {arrival.said}" if arrival.said else ""
@@ -387,12 +393,12 @@ async def _until_online(
     if not arrival.missing:
         return end
     text = f"vCPU {format_ids(arrival.missing)} is plugged, and the guest does not run on it{why}"
-    return replace(
-        end,
-        outcome=OutcomeKind.PENDING,
-        pending=tuple(sorted({*end.pending, *arrival.missing})),
-        messages=(*end.messages, text),
-    )
+    return _pending_online(replace(end, messages=(*end.messages, text)), arrival.missing)
+
+
+def _pending_online(end: Outcome, ids: Iterable[int]) -> Outcome:
+    """These are plugged, and nobody knows that the guest runs on them."""
+    return replace(end, outcome=OutcomeKind.PENDING, pending_online=tuple(sorted(ids)))
 
 
 def _nameless(arrival: Arrival) -> str:

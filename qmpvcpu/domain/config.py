@@ -66,6 +66,7 @@ async def change_config(
         seconds=time.monotonic() - began,
         config_changed_ids=plan.changed,
         defined=plan.writes,
+        already=() if request.total is None else (f"nothing to do: {request.total} vCPUs are enabled already",),
     )
 
 
@@ -101,7 +102,8 @@ async def change_both(
         end = await change(link, request, here, guest, beside, placing)
         if config is None:
             return end
-        if end.outcome is not OutcomeKind.APPLIED:
+        # What is plugged stays, whether or not the guest has come to run on it.
+        if end.outcome is not OutcomeKind.APPLIED and not (end.pending_online and not end.pending):
             return replace(end, messages=(*end.messages, *_left(config.plan, str(end.outcome))))
         try:
             await config.commit()

@@ -62,6 +62,8 @@ class Guest:
         self._vsmt_known = False
         self._silent_until = 0.0
         self._heard = False
+        #: Whether it has answered on this connection.
+        self.has_answered = False
         #: Whether nothing told its CPUs apart when it was looked at last.
         self._is_blind = not agent.reads_files
         self._lock = asyncio.Lock()
@@ -100,7 +102,7 @@ class Guest:
                     self._silent_until = time.monotonic() + _SULK
                 raise
             self.trouble = None
-            self._heard = True
+            self._heard = self.has_answered = True
             self._silent_until = 0.0
             self._tell_of(view)
             return view
@@ -134,6 +136,11 @@ class Guest:
     def is_silent(self) -> bool:
         """Whether it did not answer just now."""
         return self.trouble is not None and time.monotonic() < self._silent_until
+
+    async def ask_once(self, state: DomainState) -> None:
+        """Learn whether the agent answers, if it has not yet; after a plug that tells silence from absence."""
+        if not self.has_answered:
+            await self.try_view(state)
 
     async def before_plug(self, state: DomainState) -> GuestView | None:
         """The guest before CPUs come to it, where only that tells which of them have come; else None."""
