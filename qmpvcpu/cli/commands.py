@@ -15,7 +15,7 @@ from qmpvcpu.cli.progress import waiting
 from qmpvcpu.core.checks import MAXIMUM_IS_CONFIG, check_range
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.plan import Plan
-from qmpvcpu.core.request import Request, parse_ids
+from qmpvcpu.core.request import TIMEOUT, Request, parse_ids
 from qmpvcpu.domain import Domain, Options, connect
 from qmpvcpu.domain.interrupted import Interrupted
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuRefused, VcpuUsageError
@@ -249,7 +249,7 @@ async def _apply(session: Session) -> int:
         }
         if options.dry_run:
             return _show_plan(session, await domain.plan_apply(xml, source=options.file, **given))
-        async with waiting("waiting for the guest", options.timeout):
+        async with waiting("waiting for the guest", options.timeout or TIMEOUT):
             result = await domain.apply(xml, source=options.file, **given)
     session.warn(result.messages)
     session.show(result.to_json(), render.outcome(result))
@@ -315,7 +315,7 @@ async def _carry_out(session: Session, request: Request) -> int:
     async with session.connect() as domain:
         if options.dry_run and not request.is_query:
             return _show_plan(session, await domain.plan(request))
-        async with waiting("waiting for the guest", options.timeout):
+        async with waiting("waiting for the guest", request.patience):
             result = await domain.request(request)
         if result.outcome is OutcomeKind.QUERIED:
             state = domain.last_state

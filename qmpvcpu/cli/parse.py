@@ -76,7 +76,10 @@ def _change(parser: argparse.ArgumentParser) -> None:
         "--async", dest="no_wait", action="store_true", help="do not wait for the end of an unplug"
     )
     parser.add_argument(
-        "--timeout", type=_seconds, default=30.0, metavar="S", help="seconds the guest has (default 30; 0: none)"
+        "--timeout",
+        type=_seconds,
+        metavar="S",
+        help="how long to wait for the guest (default 30, or 0 while it is stopped; 0: do not wait)",
     )
     _no_place(parser)
 

@@ -26,6 +26,7 @@ __all__ = [
     "check_flags",
     "check_guest",
     "check_guest_ids",
+    "check_hotplug_mode",
     "check_kills_on_plug",
     "check_kills_on_unplug",
     "check_options",
@@ -34,6 +35,8 @@ __all__ = [
     "check_unplug",
     "facts_after_unplug",
     "needs_firmware_state",
+    "needs_hotplug_mode",
+    "needs_smm_state",
     "needs_x2apic",
     "refusal_of",
     "restore_forbidden",
@@ -314,6 +317,16 @@ def needs_x2apic(state: DomainState, entities: Iterable[Entity]) -> bool:
     return bool(_big_apic_ids(state, entities))
 
 
+def needs_smm_state(state: DomainState) -> bool:
+    """Whether a plan to plug needs `Knowledge.smm`."""
+    return _asks_for(state, Fact.SMM)
+
+
+def needs_hotplug_mode(state: DomainState) -> bool:
+    """Whether a plan to unplug needs `Knowledge.legacy_hotplug`."""
+    return _asks_for(state, Fact.LEGACY_HOTPLUG)
+
+
 def needs_firmware_state(state: DomainState) -> bool:
     """Whether a plan to unplug needs `Knowledge.firmware_runs`."""
     return _asks_for(state, Fact.FIRMWARE)
@@ -332,6 +345,8 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
     big = _big_apic_ids(state, entities) if known.x2apic is not True else []
     if big:
         facts.add(Fact.APIC_255)
+    if known.smm:
+        facts.add(Fact.SMM)
     used = len(state.enabled_ids) + known.removals_seen
     if _contexts_run_out(state):
         facts.add(Fact.MULTI_THREAD)
@@ -347,6 +362,14 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
 def _contexts_run_out(state: DomainState) -> bool:
     """Whether each vCPU that is plugged uses up one of maxcpus contexts."""
     return state.accel == "tcg" and state.can_unplug and state.threads_shared is not True
+
+
+def check_hotplug_mode(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
+    """Unplugs that QEMU rejects whatever the guest does next; the guest's agent may do instead."""
+    if not entities or not known.legacy_hotplug:
+        return []
+    rows = set_off(state, Trigger.UNPLUG, {Fact.LEGACY_HOTPLUG})
+    return [refusal_of(row, state, _ids(entities)) for row in rows if Fact.LEGACY_HOTPLUG in row.facts]
 
 
 def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, Final
 
+from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.model import DomainState, Outcome, Vcpu, format_ids
 from qmpvcpu.core.online import Switch
 from qmpvcpu.core.plan import Plan
@@ -217,7 +218,7 @@ def conclude(
     if result.unasked:
         messages.append(_unasked(result))
     if result.pending and stopped:
-        messages.append(f"the guest is stopped ({stopped}): it can answer only after 'cont'")
+        messages.append(_stopped(stopped, drops=architecture(state.arch).reset_drops_unplug))
     facts: dict[str, Any] = {
         "ids": plan.targets,
         "changed_ids": changed,
@@ -247,6 +248,18 @@ def conclude(
         messages=tuple(messages),
         seconds=seconds,
     )
+
+
+def _stopped(run_state: str, *, drops: bool) -> str:
+    """Why a guest that does not run cannot answer, and what would let it."""
+    if run_state in _NEEDS_RESET:
+        text = f"the guest has ended ({run_state}): QEMU refuses 'cont' until a reset"
+        return f"{text}, which drops the request" if drops else text
+    return f"the guest is stopped ({run_state}): it can answer only after 'cont'"
+
+
+#: QAPI RunState: "Resetting the Virtual Machine is required" (7.2 to 11.1).
+_NEEDS_RESET: Final = frozenset({"shutdown", "internal-error"})
 
 
 def _failure(plan: Plan, result: Result, facts: dict[str, Any]) -> VcpuError:
@@ -311,7 +324,7 @@ _HINTS = (
     ("already populated", "another client plugged it meanwhile: look with vcpuinfo and ask again"),
     (
         "device unplug request for not supported device type",
-        "the guest's ACPI does not run yet: wait until its kernel has booted",
+        "nobody in the guest has taken over its CPU hotplug block: a kernel that uses ACPI does as it boots",
     ),
     ("SMI wasn't enabled by firmware", "this OVMF did not negotiate CPU hotplug; use a newer one"),
 )

@@ -198,6 +198,8 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     refusals += checks.check_whole_entities(state, touched, request.flags)
     refusals += checks.check_plug(state, steps.plugs)
     blocked = checks.check_unplug(state, steps.unplugs)
+    if not request.force:
+        blocked += checks.check_hotplug_mode(state, steps.unplugs, known)
     asks_guest = bool(steps.plugged_already) or (bool(blocked) and request.fallback)
     asks_guest |= request.enable and request.has(VcpuFlag.NUMA_NODE)
     if blocked and guest is not None and request.fallback:

@@ -49,8 +49,10 @@ class Fact(StrEnum):
     NO_CONTEXTS = "no-contexts"
     #: More than one vCPU is plugged.
     SEVERAL_VCPUS = "several-vcpus"
-    #: OVMF with SMM has started the guest.
+    #: OVMF with SMM has started the guest, and has run.
     SMM = "smm"
+    #: Nobody in the guest has left the legacy mode of the CPU hotplug block.
+    LEGACY_HOTPLUG = "legacy-hotplug"
 
 
 @dataclass(frozen=True, slots=True)
@@ -188,6 +190,32 @@ QUIRKS: Final = (
         arches=_X86,
         accel="tcg",
         facts=frozenset({Fact.SMM}),
+        is_refused=True,
+        message=(
+            "OVMF with SMM runs this guest: under TCG a CPU that is plugged now hangs it for good (its CPUs stay"
+            " in SMM)"
+        ),
+        hint="plug it before the guest runs (-S), or start the guest with OVMF without SMM (-machine smm=off)",
+        code="hangs-guest",
+    ),
+    Quirk(
+        "x86-legacy-hotplug",
+        "QEMU rejects every unplug until somebody in the guest leaves the legacy mode of the CPU hotplug block"
+        " (`qom-get /machine/acpi-device cpu-hotplug-legacy`). A kernel with ACPI does as it boots; with acpi=off,"
+        " and on machine types up to 2.6, nobody does. 11.1 has no such property: it takes the unplug, which then"
+        " never ends",
+        _UNPLUG,
+        ("7.2", "10.0"),
+        fixed=QemuVersion(11, 1),
+        arches=_X86,
+        facts=frozenset({Fact.LEGACY_HOTPLUG}),
+        is_refused=True,
+        message=(
+            "QEMU rejects every unplug of a CPU until somebody in the guest leaves the legacy mode of its CPU"
+            " hotplug block, and nobody has"
+        ),
+        hint="a kernel that uses ACPI leaves it as it boots; with acpi=off or a machine type up to 2.6 none does",
+        code="legacy-hotplug",
     ),
     Quirk(
         "x86-tcg-no-deleted-event",

@@ -13,8 +13,10 @@ if TYPE_CHECKING:
     from qmpvcpu.core.definition import VcpuConfig
     from qmpvcpu.core.guest import GuestView
 
-__all__ = ["Knowledge", "Listed", "Request", "parse_ids"]
+__all__ = ["TIMEOUT", "Knowledge", "Listed", "Request", "parse_ids"]
 
+#: Seconds that the guest has, where the request does not say.
+TIMEOUT: Final = 30.0
 _LONGEST: Final = 86400.0 * 365
 _MOST_RETRIES: Final = 9999
 _RANGE = re.compile(r"(\^?)([0-9]{1,6})(?: *- *([0-9]{1,6}))?\Z")
@@ -36,7 +38,8 @@ class Request:
     `ids` are vCPU ids or, with NUMA_NODE, one node, of which `count` is how many. With `total`, the number of
     vCPUs there shall be, ids and ENABLE or DISABLE follow from the state; `maximum` makes that the number of ids
     in the definition instead, `hotpluggable` what is added there so. `force` does what is known to kill QEMU.
-    `timeout` is in seconds, for what the guest must do (0: do not wait). `wait` False is `--async`: the call ends
+    `timeout` is in seconds, for what the guest must do (0: do not wait; None: `TIMEOUT`, and 0 while the guest is
+    stopped and so cannot do anything). `wait` False is `--async`: the call ends
     once QEMU took an unplug. `atomic` brings back what was removed if the rest fails. `retry` is how often an
     unplug is asked again that the guest refused. `fallback` False never asks the guest agent instead. `listed`
     says of every vCPU what it shall be, and ids follow from it. `place` False leaves threads where the kernel puts
@@ -48,7 +51,7 @@ class Request:
     count: int | None = None
     force: bool = False
     total: int | None = None
-    timeout: float = 30.0
+    timeout: float | None = None
     wait: bool = True
     atomic: bool = False
     retry: int = 0
@@ -59,12 +62,17 @@ class Request:
     place: bool = True
 
     def __post_init__(self) -> None:
-        if not 0 <= self.timeout <= _LONGEST:
+        if self.timeout is not None and not 0 <= self.timeout <= _LONGEST:
             raise VcpuUsageError(f"a timeout of {self.timeout} s makes no sense", hint="give seconds, 0 or more")
         if not 0 <= self.retry <= _MOST_RETRIES:
             raise VcpuUsageError(
                 f"{self.retry} retries make no sense", hint=f"give a number from 0 to {_MOST_RETRIES}"
             )
+
+    @property
+    def patience(self) -> float:
+        """How long the guest may take, seconds."""
+        return TIMEOUT if self.timeout is None else self.timeout
 
     def has(self, flag: VcpuFlag) -> bool:
         """Whether that flag is set. `&` of two IntFlags makes a third in Python; this asks int alone."""
@@ -115,6 +123,10 @@ class Knowledge:
     firmware_runs: bool | None = None
     pending: frozenset[int] = frozenset()
     guest: GuestView | None = None
+    #: Whether OVMF with SMM has run (None: not asked).
+    smm: bool | None = None
+    #: Whether nobody in the guest has left the legacy mode of its CPU hotplug block (None: not asked).
+    legacy_hotplug: bool | None = None
 
 
 def parse_ids(text: str, noun: str = "vCPU id") -> tuple[int, ...]:

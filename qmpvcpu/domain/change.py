@@ -31,7 +31,7 @@ from qmpvcpu.domain.guest import Arrival, Guest, with_online
 from qmpvcpu.domain.interrupted import Interrupted, leaving
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.place import Placing, noted
-from qmpvcpu.domain.read import firmware_runs, has_x2apic, run_state
+from qmpvcpu.domain.read import firmware_runs, has_x2apic, lacks_acpi, run_state
 from qmpvcpu.errors import (
     OutcomeKind,
     Refusal,
@@ -59,7 +59,7 @@ async def plan_on(
     known = link.knowledge()
     plan = make_plan(state, request, known)
     moved = [*plan.awaited, *plan.plugs]
-    x2apic = firmware = None
+    x2apic = firmware = smm = legacy = None
     if checks.needs_x2apic(state, moved):
         x2apic = await has_x2apic(link.monitor, state)
     # An undo unplugs too.
@@ -67,14 +67,20 @@ async def plan_on(
         firmware = await firmware_runs(link.monitor)
         if firmware is None and guest is not None and await guest.try_view(state) is not None:
             firmware = False
+    if moved and checks.needs_smm_state(state):
+        smm = await link.smm_has_run()
+    if plan.unplugs and checks.needs_hotplug_mode(state):
+        legacy = await link.is_hotplug_legacy()
+    if smm or legacy:
+        plan = make_plan(state, request, replace(known, smm=smm, legacy_hotplug=legacy))
     view = None
     if guest is not None and request.has(VcpuFlag.GUEST):
         # What is refused whatever the guest says is refused without it.
         view = await guest.view(state) if not plan.refusals else None
     elif guest is not None and plan.asks_guest:
         view = await guest.try_view(state)
-    if x2apic is not None or firmware is not None or view is not None:
-        known = replace(link.knowledge(x2apic, firmware), guest=view)
+    if x2apic is not None or firmware is not None or smm or legacy or view is not None:
+        known = replace(link.knowledge(x2apic, firmware), smm=smm, legacy_hotplug=legacy, guest=view)
         plan = make_plan(state, request, known)
     return plan, known
 
@@ -203,7 +209,7 @@ async def _counted_out(
     began: float,
 ) -> Outcome | VcpuError:
     """There were not those vCPUs that were known of: on from there, until there are as many as asked."""
-    left = max(request.timeout - (time.monotonic() - began), 0.0)
+    left = max(request.patience - (time.monotonic() - began), 0.0)
     link.stale = True
     more: Outcome | VcpuError
     try:
@@ -273,19 +279,33 @@ _GROUP_PAUSE: Final = 0.002
 _UNSEEN: Final = "no guest agent is known: whether the guest runs on it was not checked"
 
 
+_NO_ACPI: Final = "this machine has no ACPI (acpi=off): only firmware that drives CPU hotplug can answer"
+
+
+async def _patience(link: Link, plan: Plan) -> float:
+    """Seconds that the guest has. One that is stopped cannot answer before somebody lets it go on."""
+    request = plan.request
+    if request.timeout is None and plan.unplugs and link.seen_run_state != "running":
+        return request.patience if await run_state(link.monitor) == "running" else 0.0
+    return request.patience
+
+
 async def _hotplug(
     link: Link, held: DomainState, plan: Plan, known: Knowledge, began: float
 ) -> Outcome | VcpuError:
     """What device_add and device_del can do of the plan."""
     since = {entity.first: link.ledger.asked(entity.first) for entity in plan.awaited}
     result, status = await _carry_out(link, held, plan, known)
+    notes = _notes(link, result, since)
+    if result.pending and architecture(held.arch).has_apic and await lacks_acpi(link.monitor):
+        notes.append(_NO_ACPI)
     return conclude(
         link.state,
         plan,
         result,
         time.monotonic() - began,
         stopped=None if status in (None, "running") else status,
-        notes=_notes(link, result, since),
+        notes=notes,
     )
 
 
@@ -332,7 +352,7 @@ async def _in_the_guest(
         plugged = [number for entity in (*plan.awaited, *plan.plugs) for number in entity.ids]
         fresh = [n for n in plugged if n not in end.pending and link.state.vcpus[n].enabled]
         if fresh:
-            left = max(request.timeout - (time.monotonic() - began), 0.0)
+            left = max(request.patience - (time.monotonic() - began), 0.0)
             end = await _until_online(link, guest, end, fresh, left, before)
     return end
 
@@ -436,7 +456,7 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
             transaction.restore_forbidden = checks.restore_forbidden(fresh, gone, now)
 
     entities = (*plan.awaited, *plan.plugs, *plan.unplugs)
-    drive = Drive(transaction, link.monitor, link.look, request.timeout, state, prepare, link.ask)
+    drive = Drive(transaction, link.monitor, link.look, await _patience(link, plan), state, prepare, link.ask)
     link.driven = frozenset(entity.first for entity in entities)
     try:
         result = await drive.run(entities)

@@ -59,8 +59,8 @@ class Options(TypedDict, total=False):
     core: bool
     #: Through the guest agent: online and offline only (GUEST).
     guest: bool
-    #: Seconds for what the guest must do; 0 does not wait. Default 30.
-    timeout: float
+    #: Seconds for what the guest must do; 0 does not wait. Default (None): 30, and 0 while the guest is stopped.
+    timeout: float | None
     #: False: return `requested` once QEMU took an unplug. Default True.
     wait: bool
     #: True: bring back what was removed, if the rest is rejected or fails.

@@ -17,7 +17,7 @@ from qmpvcpu.core.pending import mark
 from qmpvcpu.core.request import Knowledge
 from qmpvcpu.domain.ledger import Ledger
 from qmpvcpu.domain.listen import Hub, Watcher
-from qmpvcpu.domain.read import StateReader, open_reader, run_state
+from qmpvcpu.domain.read import StateReader, has_smm_firmware, is_hotplug_legacy, open_reader, run_state
 from qmpvcpu.errors import Refusal, VcpuConnectionError
 from qmpvcpu.host.pending import PendingFolder
 from qmpvcpu.host.process import Process, find_process
@@ -53,6 +53,11 @@ class Link:
         #: Whether the guest may have left, or be on its way: only `read_at_rest` tells.
         self.may_be_away = True
         self.removals_seen = 0
+        #: QAPI RunState when it was asked last, None after an event of a change.
+        self.seen_run_state: str | None = None
+        self._has_smm: bool | None = None
+        #: Whether the guest was seen to have left the legacy mode of its CPU hotplug block; a reset takes it back.
+        self._left_legacy = False
         self.process: Process | None = None
         #: Of QEMU, where it runs on this host.
         self.threads: Threads | None = None
@@ -176,6 +181,18 @@ class Link:
         """What a plan needs besides the state."""
         return Knowledge(self.removals_seen, x2apic, firmware_runs, self.ledger.firsts)
 
+    async def smm_has_run(self) -> bool:
+        """Whether OVMF with SMM has run in this guest. At an incoming migration it has not here."""
+        if self._has_smm is None:
+            self._has_smm = await has_smm_firmware(self.monitor)
+        return self._has_smm and await run_state(self.monitor) not in ("prelaunch", "inmigrate")
+
+    async def is_hotplug_legacy(self) -> bool:
+        """Whether nobody in the guest has left the legacy mode of its CPU hotplug block."""
+        if not self._left_legacy:
+            self._left_legacy = not await is_hotplug_legacy(self.monitor)
+        return not self._left_legacy
+
     # -- pending unplugs --------------------------------------------------------------------------
 
     def learn(self) -> None:
@@ -219,6 +236,7 @@ class Link:
         """One that runs, or was never started, does not leave without an event; one that is paused does: there is
         nothing to STOP. One that has left takes a device_add, and nobody ever sees it.
         """
+        self.seen_run_state = run
         self.may_be_away |= run not in _AT_HOME
 
     def _look_for_groups(self, ids: Iterable[int]) -> None:
@@ -275,6 +293,9 @@ class Link:
         if event.name in _RUN_EVENTS:
             # Perhaps it migrates: the next call looks.
             self.stale = self.may_be_away = True
+            self.seen_run_state = None
+        if event.name == "RESET":
+            self._left_legacy = False
         if event.name not in CPU_EVENTS:
             return
         self.stale = True

@@ -23,7 +23,17 @@ from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.host.process import Process
 from qmpvcpu.ports import CommandError, Monitor
 
-__all__ = ["Reader", "StateReader", "open_reader", "firmware_runs", "has_x2apic", "run_state"]
+__all__ = [
+    "Reader",
+    "StateReader",
+    "firmware_runs",
+    "has_smm_firmware",
+    "has_x2apic",
+    "is_hotplug_legacy",
+    "lacks_acpi",
+    "open_reader",
+    "run_state",
+]
 
 _TRIES: Final = 6
 #: Seconds before the second try, doubled each time.
@@ -215,6 +225,30 @@ async def has_x2apic(monitor: Monitor, state: DomainState) -> bool | None:
         return await monitor.qom_get(path, "x2apic") is True
     except CommandError:
         return None
+
+
+async def has_smm_firmware(monitor: Monitor) -> bool:
+    """Whether the firmware's flash can be written in SMM alone, as OVMF with SMM has it (7.2 to 11.1)."""
+    try:
+        return await monitor.qom_get("/machine/system.flash0", "secure") is True
+    except CommandError:
+        return False
+
+
+async def is_hotplug_legacy(monitor: Monitor) -> bool:
+    """Whether the CPU hotplug block is in legacy mode; False where QEMU has no such property (11.1)."""
+    try:
+        return await monitor.qom_get("/machine/acpi-device", "cpu-hotplug-legacy") is True
+    except CommandError:
+        return False
+
+
+async def lacks_acpi(monitor: Monitor) -> bool:
+    """Whether the machine was started without ACPI."""
+    try:
+        return await monitor.qom_get("/machine", "acpi") == "off"
+    except CommandError:
+        return False
 
 
 _MSR = re.compile(r"\bMSR ([0-9a-fA-F]{8,16})\b")
