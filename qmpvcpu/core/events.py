@@ -78,6 +78,10 @@ class Names:
             self._by_path[entity.qom_path or PERIPHERAL + entity.device_id] = entity
             self._by_first[str(entity.first)] = entity
 
+    def add(self, entity: Entity) -> None:
+        """The entity has another device id than before."""
+        self._by_path[PERIPHERAL + entity.device_id] = entity
+
     def of(self, data: Mapping[str, Any]) -> Entity | None:
         """The entity that `device` or `path` of an event means, by id or by the exact path."""
         path, device = data.get("path"), data.get("device")
@@ -151,8 +155,8 @@ def is_transient(text: str) -> bool:
 
 
 def is_taken(text: str) -> bool:
-    """Whether this error of `device_add` is about a device id. A core of ppc64 leaves its slot a moment before its
-    device is gone, and its id with it (10.0).
+    """Whether this error of `device_add` is about a device id: another device has it. A core of ppc64 leaves its
+    slot a moment before its device is gone, and its id with it (10.0).
     """
     return "Duplicate device ID" in text
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qmpvcpu.core.arch import architecture
@@ -270,6 +270,15 @@ def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tup
             )
         )
         first += slot.vcpus_count
+    return _with_free_ids(entities)
+
+
+def _with_free_ids(entities: list[Entity]) -> tuple[Entity, ...]:
+    """Empty slots get a device id that no CPU of another slot has."""
+    taken = {entity.qom_path for entity in entities if entity.qom_path is not None}
+    for position, entity in enumerate(entities):
+        while not entity.plugged and f"/machine/peripheral/{entity.device_id}" in taken:
+            entity = entities[position] = replace(entity, suffix=entity.suffix + 1)
     return tuple(entities)
 
 
@@ -339,7 +348,7 @@ def refresh_state(
         now = path if path in plugged.by_path and path not in taken else None
         if now != entity.qom_path:
             hotpluggable = state.can_plug and (now is None or (state.can_unplug and entity.first != 0))
-            entity = Entity(entity.ids, entity.driver, entity.props, now, entity.node, hotpluggable)
+            entity = replace(entity, qom_path=now, hotpluggable=hotpluggable)
         entities.append(entity)
     return _assemble(
         boot,

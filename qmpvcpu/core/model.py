@@ -188,7 +188,8 @@ class Entity:
     """What one `device_add` creates: a thread, a core of several vCPUs, or an s390x cpu.
 
     `driver` and `props` are the arguments of `device_add`, kept verbatim. `qom_path` is None while the slot is
-    empty. `driver` is None where the machine has no CPU hotplug.
+    empty. `driver` is None where the machine has no CPU hotplug. `suffix` tells its device id from one that is
+    taken (0: it has none).
     """
 
     ids: tuple[int, ...]
@@ -197,6 +198,7 @@ class Entity:
     qom_path: str | None
     node: int | None
     hotpluggable: bool
+    suffix: int = 0
 
     @property
     def first(self) -> int:
@@ -210,8 +212,10 @@ class Entity:
 
     @property
     def device_id(self) -> str:
-        """The id that `device_add` gets: `vcpuN`, N the first vCPU (libvirt's rule as well)."""
-        return f"vcpu{self.ids[0]}"
+        """The id that `device_add` gets: `vcpuN`, N the first vCPU (libvirt's rule as well); `vcpuN-K` where that
+        is taken.
+        """
+        return f"vcpu{self.ids[0]}-{self.suffix}" if self.suffix else f"vcpu{self.ids[0]}"
 
     @property
     def label(self) -> str:

@@ -232,7 +232,7 @@ _LEFT_REMOVED: Final = frozenset({S.REMOVED, S.NOT_RESTORED})
 
 
 #: Tries, with a growing pause, for an id that QEMU frees a moment after the slot. Another device may have it, too.
-_READDS: Final = 2
+_READDS: Final = 4
 _NONE: Final = dict.fromkeys(S, 0)
 _BIT: Final = {state: 1 << number for number, state in enumerate(S)}
 

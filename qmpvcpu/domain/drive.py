@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
 from typing import Final, Protocol
 
 from qmpvcpu.aio import wind_up
-from qmpvcpu.core.events import Names, interpret, replugged
+from qmpvcpu.core.events import Names, interpret, is_taken, replugged
 from qmpvcpu.core.model import DomainState, Entity
 from qmpvcpu.core.plan import unplug_name
 from qmpvcpu.core.transaction import (
@@ -98,6 +99,9 @@ class Drive:
         self._waker: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
         self._is_cancelled = False
+        #: First id -> how often its device id was taken, and what tells its id from that.
+        self._duplicates: dict[int, int] = {}
+        self._suffixes: dict[int, int] = {}
 
     async def run(self, entities: Iterable[Entity]) -> Result:
         """Carry the transaction to its end. `entities`: those it is about.
@@ -159,7 +163,7 @@ class Drive:
 
     def _dropped(self, *, plugs: bool = True) -> list[int]:
         found = self._monitor.drop_queued(plugs=plugs)
-        return [entity.first for entity in self._entities if entity.device_id in found]
+        return [entity.first for entity in self._entities if self._named(entity).device_id in found]
 
     async def _keep_time(self) -> None:
         """Sleep until the transaction is done, feeding it what time brings: polls and deadlines."""
@@ -270,7 +274,7 @@ class Drive:
                 self._send(effect)
 
     def _send(self, effect: Add | Delete) -> None:
-        entity = effect.entity
+        entity = self._named(effect.entity)
         if isinstance(effect, Add):
             assert entity.driver is not None and entity.props is not None
             reply = self._monitor.device_add(entity.driver, entity.device_id, entity.props)
@@ -288,9 +292,23 @@ class Drive:
         if error is None:
             self._take(Replied(first))
         elif isinstance(error, CommandError):
+            if is_taken(error.text):
+                self._rename(first)
             self._take(Replied(first, error.error_class, error.text))
         else:
             self._fail(error)
+
+    def _named(self, entity: Entity) -> Entity:
+        """The entity with the device id that it has got."""
+        return replace(entity, suffix=suffix) if (suffix := self._suffixes.get(entity.first, 0)) else entity
+
+    def _rename(self, first: int) -> None:
+        """Its device id is taken, perhaps by a device that is leaving: so the same id is tried once more first."""
+        duplicates = self._duplicates[first] = self._duplicates.get(first, 0) + 1
+        if duplicates > 1:
+            entity = next(entity for entity in self._entities if entity.first == first)
+            self._suffixes[first] = entity.suffix + duplicates - 1
+            self._names.add(self._named(entity))
 
     async def _query(self) -> None:
         transaction = self._transaction
