@@ -51,6 +51,10 @@ class Defined:
         }
 
 
+#: QAPI RunState -> virsh's word; every other one is "paused".
+_RUN_STATES: Final = {"suspended": "pmsuspended", "guest-panicked": "crashed", "shutdown": "in shutdown"}
+
+
 @dataclass(frozen=True, slots=True)
 class Listed:
     """One row of `list`. `active` is None where nobody can tell, and `trouble` says why."""
@@ -63,14 +67,18 @@ class Listed:
     trouble: str | None = None
     #: Of its QEMU, where `start` has started it.
     pid: int | None = None
+    #: QAPI RunState of one that runs.
+    run_state: str | None = None
 
     @property
     def state(self) -> str:
         """virsh's word."""
+        if self.active and self.run_state not in (None, "running"):
+            return _RUN_STATES.get(self.run_state, "paused")
         return {True: "running", False: "shut off", None: "unknown"}[self.active]
 
     def to_json(self) -> dict[str, Any]:
-        """As JSON data; `current` and `maximum` are the definition's."""
+        """As JSON data; `current` and `maximum` are the running guest's, else the definition's."""
         return {
             "name": self.name,
             "state": self.state,
@@ -204,14 +212,18 @@ async def _look(folder: DefinitionFolder, name: str) -> Listed:
         # One that waits for a migration is defined when it has arrived.
         trouble = error.message if folder.is_defined(name) else None
     active: bool | None = False
+    run_state = None
     try:
         async with connect(name, connect_timeout=_LOOK_SECONDS, command_timeout=_LOOK_SECONDS) as domain:
-            active = domain.is_active
+            active, run_state = domain.is_active, domain.run_state
+            if active:
+                state = domain.last_state
+                current, maximum = len(state.enabled_ids), state.maxcpus
     except VcpuError as error:
         # Somebody listens, and holds it.
         active = True if getattr(error, "reason", None) == "no-greeting" else None
         trouble = trouble or error.message
-    return Listed(name, active, addresses, current, maximum, trouble, pid)
+    return Listed(name, active, addresses, current, maximum, trouble, pid, run_state)
 
 
 def against_libvirts_schema(data: bytes) -> list[str] | None:

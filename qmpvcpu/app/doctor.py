@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.qemus import DEMO_ARCH, QemuBinary, examine_all, find_binaries, survives_unplug
-from qmpvcpu.core import checks
 from qmpvcpu.core.arch import examined
-from qmpvcpu.core.model import DomainState, format_ids
-from qmpvcpu.core.request import Knowledge
+from qmpvcpu.core.model import DomainState, Entity, format_ids
+from qmpvcpu.domain import Domain
+from qmpvcpu.errors import Refusal
+from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.rights import kvm_state, rights
 
 __all__ = ["DomainReport", "HostReport", "examine_domain", "examine_host"]
@@ -146,34 +147,61 @@ class DomainReport:
         ]
 
 
-def examine_domain(state: DomainState, known: Knowledge | None = None) -> DomainReport:
-    """What the checks say of this state, gathered; asks nothing."""
-    known = known or Knowledge()
-    can, cannot = [], []
+async def examine_domain(domain: Domain) -> DomainReport:
+    """What this guest can and cannot do now, by plans of the very requests; nothing is touched.
+
+    Raises:
+        VcpuError: the running guest cannot be asked.
+    """
+    state = await domain.state(VcpuFlag.LIVE)
+    can: list[str] = []
+    cannot: list[str] = []
+    kills: list[str] = []
     empty = [entity for entity in state.entities if not entity.plugged]
+    pluggable = [entity for entity in empty if entity.hotpluggable]
     unpluggable = [entity for entity in state.entities if entity.plugged and entity.hotpluggable]
     fixed = [entity for entity in state.entities if entity.plugged and not entity.hotpluggable]
-    unit = max((len(entity.ids) for entity in state.entities), default=1)
     if not state.can_plug:
         cannot.append("plug or unplug: this machine has no CPU hotplug")
-    else:
-        ids = format_ids(n for entity in empty for n in entity.ids)
+    elif not empty:
+        cannot.append("plug: every slot is filled")
+    elif pluggable:
+        plan = await domain.plan_enable(pluggable[0].ids, live=True, place=False)
+        unit = max(len(entity.ids) for entity in state.entities)
         grain = f", {unit} vCPUs (one core) at a time" if unit > 1 else ""
-        if empty:
-            can.append(f"plug vCPU {ids}{grain}")
-        else:
-            cannot.append("plug: every slot is filled")
+        _judge(f"plug vCPU {_all_ids(empty)}{grain}", plan.refusals, can, cannot, kills)
+        kills += plan.messages
     if state.can_unplug:
         if unpluggable:
-            ids = format_ids(n for entity in unpluggable for n in entity.ids)
-            can.append(f"unplug vCPU {ids}, if the guest's kernel lets go")
+            plan = await domain.plan_disable(unpluggable[-1].ids, live=True, fallback=False)
+            what = f"unplug vCPU {_all_ids(unpluggable)}"
+            _judge(what, plan.refusals, can, cannot, kills, condition=", if the guest's kernel lets go")
+            kills += plan.messages
         cannot += [f"unplug {entity.label}: it holds the boot CPU" for entity in fixed]
     elif state.can_plug:
         cannot.append(f"unplug: {state.machine} never unplugs a CPU")
     if state.threads_shared:
         cannot.append("place vCPUs: all of them share one thread (-accel tcg,thread=single)")
-    sample = unpluggable or [entity for entity in empty if entity.first != 0]
-    kills = checks.check_kills_on_plug(state, empty, known)
-    kills += checks.check_kills_on_unplug(state, sample, Knowledge(firmware_runs=True)) if state.can_unplug else []
-    texts = [kill.message for kill in kills] + checks.warnings(state, empty, sample)
-    return DomainReport(state, tuple(can), tuple(cannot), tuple(dict.fromkeys(texts)))
+    if (why := await domain.agent_refusal()) is not None:
+        cannot.append(f"switch vCPUs in the guest: {why.message}")
+    return DomainReport(state, tuple(can), tuple(cannot), tuple(dict.fromkeys(kills)))
+
+
+def _judge(
+    what: str,
+    refusals: Sequence[Refusal],
+    can: list[str],
+    cannot: list[str],
+    kills: list[str],
+    *,
+    condition: str = "",
+) -> None:
+    """Say where it belongs: it can be done, it cannot, or only if it is forced."""
+    if not refusals:
+        can.append(what + condition)
+    cannot.extend(f"{what}: {refusal.message}" for refusal in refusals)
+    kills.extend(refusal.message for refusal in refusals if refusal.code == "kills-qemu")
+
+
+def _all_ids(entities: Iterable[Entity]) -> str:
+    return format_ids(number for entity in entities for number in entity.ids)

@@ -410,9 +410,9 @@ async def _doctor(session: Session) -> int:
         session.show(report.to_json(), report.lines())
         return 0
     async with session.connect() as domain:
-        state = await domain.state(VcpuFlag.LIVE)
+        findings = await doctor.examine_domain(domain)
         differs = await check_defined(domain) if session.options.connect is None else []
-    findings = replace(doctor.examine_domain(state), differences=tuple(one.message for one in differs))
+    findings = replace(findings, differences=tuple(one.message for one in differs))
     session.show(findings.to_json(), findings.lines())
     return 0
 

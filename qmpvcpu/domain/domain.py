@@ -520,6 +520,22 @@ class Domain(MigrationCalls):
         """Why the agent's view is missing from the last state; None where it is there, or no agent is known."""
         return self._guest.trouble if self._guest is not None else None
 
+    async def agent_refusal(self) -> VcpuError | None:
+        """Why the guest's agent cannot switch CPUs; None where it can, or where no agent is known."""
+        if self._guest is None:
+            return None
+        async with self._turn():
+            try:
+                await self._guest.check_switch()
+            except VcpuError as error:
+                return error
+        return None
+
+    @property
+    def run_state(self) -> str | None:
+        """QEMU's RunState ("running", "paused", "prelaunch" …) when it was asked last; None if not known."""
+        return self._link.seen_run_state if self._link is not None else None
+
     def events(self, *, steps: bool = False, limit: int = 1000) -> Events:
         """What happens to the vCPUs, whoever does it; subscribed on entry:
 

@@ -162,6 +162,20 @@ class Guest:
             effect = run.feed(await self._set(effect, first=run.step is SwitchStep.SET))
         return run
 
+    async def check_switch(self) -> None:
+        """Find out whether the agent may switch CPUs; switches none.
+
+        Raises:
+            VcpuConnectionError: it does not answer.
+            VcpuRefused: `guest-set-vcpus` is disabled in it.
+        """
+        await self._check_port()
+        try:
+            await self._agent.set_vcpus({})
+        except CommandError as error:
+            if error.error_class == "CommandNotFound":
+                raise _disabled(error) from error
+
     async def await_online(
         self, state: DomainState, vcpus: Collection[int], seconds: float, before: GuestView | None = None
     ) -> Arrival:
