@@ -23,6 +23,7 @@ MACHINE = {
     "arch",
     "status",
     "firmware",
+    "qom",
     "x2apic",
     "stopped",
 }

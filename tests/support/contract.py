@@ -31,6 +31,7 @@ OUTCOME = {
     "vcpus",
     "changed_ids",
     "pending",
+    "pending_online",
     "undone",
     "messages",
     "seconds",
@@ -39,7 +40,7 @@ OUTCOME = {
     "defined",
 }
 PLAN = {"plan", "refusals", "vcpus", "unchanged", "messages", "diff"}
-ERROR = (OUTCOME - {"live_changed_ids", "config_changed_ids", "defined"}) | {"error"}
+ERROR = (OUTCOME - {"pending_online", "live_changed_ids", "config_changed_ids", "defined"}) | {"error"}
 ERROR_FIELDS = {"type", "libvirt", "message", "hint"}
 #: Of each error, what else it says.
 FACTS = {

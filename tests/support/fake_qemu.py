@@ -162,8 +162,9 @@ class FakeQemu:
         self, connection: Connection, command: dict[str, Any], name: str, arguments: dict[str, Any]
     ) -> None:
         if name == "qom-get":
+            exact = f"qom-get {arguments['path']} {arguments['property']}"
             path = arguments["path"] if arguments["path"] == "/machine" else "CPU"
-            name = f"qom-get {path} {arguments['property']}"
+            name = exact if exact in self.machine.replies else f"qom-get {path} {arguments['property']}"
         reply = self.machine.replies.get(name)
         if reply is None:
             return error(connection, command, f"The command {name} has not been found", "CommandNotFound")

@@ -42,6 +42,8 @@ def make_qemu(machine: dict[str, Any]) -> FakeQemu:
         qemu.version = dict(
             zip(("major", "minor", "micro"), map(int, f"{machine['version']}.0".split(".")), strict=False)
         )
+    for path, value in machine.get("qom", {}).items():
+        found.replies[f"qom-get {path}"] = {"return": value}
     if "x2apic" in machine:
         found.replies["qom-get CPU x2apic"] = {"return": machine["x2apic"]}
     return qemu

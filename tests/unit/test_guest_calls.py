@@ -53,7 +53,7 @@ async def test_whichever_is_which_one_that_does_not_come_is_missed(with_guest):
         await domain.guest_vcpus()
         guest.appears = False
         outcome = await domain.enable(3, timeout=0.3)
-    assert (outcome.outcome, outcome.pending) == ("pending", (3,))
+    assert (outcome.outcome, outcome.pending_online) == ("pending", (3,))
 
 
 async def test_whichever_is_which_one_that_does_not_come_online_is_missed(with_guest):
@@ -62,7 +62,7 @@ async def test_whichever_is_which_one_that_does_not_come_online_is_missed(with_g
         await domain.guest_vcpus()
         guest.errors = {"guest-set-vcpus": "not today"}
         outcome = await domain.enable(4, timeout=0.3)
-    assert (outcome.outcome, outcome.pending) == ("pending", (4,))
+    assert (outcome.outcome, outcome.pending_online) == ("pending", (4,))
     assert any("not today" in message for message in outcome.messages)
 
 
@@ -206,3 +206,35 @@ async def test_a_count_that_the_guest_cannot_have_is_refused(with_guest, count):
     async with with_guest(FakeGuest(FakeQemu(plugged=(1, 2, 3)))) as domain:
         with pytest.raises(qmpvcpu.VcpuRefused, match=r"give 1 to 4|has 4"):
             await domain.set_vcpus(count, guest=True)
+
+
+async def silent_after_the_plug(with_guest, **impact):
+    """The agent answers until QEMU has taken the device_add; never again."""
+    guest = FakeGuest(FakeQemu(plugged=(1,)))
+
+    def hush(connection, command):
+        if command["execute"] == "device_add":
+            guest.silent = {"guest-sync-delimited", "guest-get-vcpus"}
+
+    guest.qemu.hook = hush
+    async with with_guest(guest) as domain:
+        set_agent_deadline(domain, 0.3)
+        return await domain.enable(2, **impact)
+
+
+async def test_an_agent_that_falls_silent_after_a_plug_is_not_applied(with_guest):
+    outcome = await silent_after_the_plug(with_guest)
+    assert (outcome.outcome, outcome.pending_online, outcome.pending) == ("pending", (2,), ())
+
+
+async def test_a_vcpu_whose_guest_is_silent_is_changed(with_guest):
+    assert (await silent_after_the_plug(with_guest)).changed_ids == (2,)
+
+
+async def test_an_agent_that_never_answered_is_not_waited_for(with_guest):
+    guest = FakeGuest(FakeQemu(plugged=(1,)))
+    guest.silent = {"guest-sync-delimited", "guest-get-vcpus"}
+    async with with_guest(guest) as domain:
+        set_agent_deadline(domain, 0.3)
+        outcome = await domain.enable(2)
+    assert (outcome.outcome, outcome.pending_online) == ("applied", ())
