@@ -14,6 +14,11 @@ from scripts.soaking.soak import TOP, Soak, tests
 #: A new one is a line here, and a test that repeats itself or a function in a file of this package.
 SOAKS = {
     "busy": Soak("all tests, COUNT times in a row while both CPUs are busy", 3, busy, needs=("qemu", "guests")),
+    "counts": Soak(
+        "COUNT sequences of requests on random guests: how many vCPUs are enabled at once and in the end",
+        10_000,
+        tests("tests/unit/test_count_sequences.py"),
+    ),
     "fuzz": Soak("COUNT generated messages and documents against what reads them", 200_000, fuzz),
     "kills": Soak(
         "a process killed at COUNT random moments while it writes a definition",

@@ -11,13 +11,24 @@ from typing import Any
 from qmpvcpu import DomainState, Plan, Props, QemuVersion, Request, Topology, VcpuFlag
 from qmpvcpu.core.config import plan_config
 from qmpvcpu.core.definition import Definition, VcpuConfig
+from qmpvcpu.core.guest import GuestCpu, GuestView
 from qmpvcpu.core.inventory import BootFacts, CpuInfoFast, HotpluggableCpu, build_state
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.pending import mark
 from qmpvcpu.core.plan import make_plan
-from qmpvcpu.core.request import Knowledge
+from qmpvcpu.core.request import Knowledge, Listed
 
-__all__ = ["change_definition", "codes", "definition", "format_ids", "machine", "plan", "ppc64", "x86"]
+__all__ = [
+    "change_definition",
+    "codes",
+    "definition",
+    "format_ids",
+    "listed",
+    "machine",
+    "plan",
+    "ppc64",
+    "x86",
+]
 
 
 def _state(
@@ -82,11 +93,25 @@ def plan(
     *,
     pending: Collection[int] = (),
     removals: int = 0,
+    offline: Collection[int] | None = None,
     **more: Any,
 ) -> Plan:
-    """What would be done; `pending` are unplugs under way, `removals` how many vCPUs went before."""
-    known = Knowledge(removals_seen=removals, pending=frozenset(pending))
+    """What would be done.
+
+    `pending` are unplugs under way, `removals` how many vCPUs went before, `offline` those of the plugged ones that
+    an agent calls offline (None: there is no agent).
+    """
+    guest = None
+    if offline is not None:
+        cpus = {n: GuestCpu(n, n not in offline, n != 0) for n in state.enabled_ids}
+        guest = GuestView(tuple(cpus.values()), cpus)
+    known = Knowledge(removals_seen=removals, pending=frozenset(pending), guest=guest)
     return make_plan(mark(state, known.pending), Request(tuple(ids), flags, **more), known)
+
+
+def listed(enabled: Collection[int], maximum: int) -> Any:
+    """What a file's `<vcpus>` says, for `plan(…, listed=…)`."""
+    return Listed(tuple(VcpuConfig(n, n in enabled, n not in enabled) for n in range(maximum)), exact=False)
 
 
 def codes(made: Any) -> list[str]:
