@@ -162,8 +162,12 @@ def is_taken(text: str) -> bool:
 
 
 def is_so(text: str) -> bool:
-    """Whether this error of libvirt's says that another client was first."""
-    return "already in requested state" in text
+    """Whether this error of `device_add` says that the slot is taken: another client was first.
+
+    x86: "CPU[3] with APIC ID 3 exists", ppc64: "core 2 already populated", s390x: "…, it already exists" (7.2 to
+    11.1); libvirt: "already in requested state". A query tells whether it is that slot.
+    """
+    return text.endswith(("exists", "already populated")) or "already in requested state" in text
 
 
 def changes(before: DomainState, after: DomainState, time: float) -> list[Event]:

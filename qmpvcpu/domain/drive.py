@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Final, Protocol
 
@@ -58,7 +58,9 @@ _TASKS_KEPT: Final = 512
 class Look(Protocol):
     """A fresh query."""
 
-    def __call__(self, *, is_last: bool, anew: Callable[[], None]) -> Awaitable[DomainState]: ...
+    def __call__(
+        self, *, is_last: bool, anew: Callable[[], None], declined: Collection[int]
+    ) -> Awaitable[DomainState]: ...
 
 
 class Drive:
@@ -67,8 +69,8 @@ class Drive:
     Args:
         transaction: not yet started.
         monitor: the QMP connection.
-        look: a fresh query that returns the state (and keeps it for the domain); told whether it is the last, and
-            what to call before it asks a second time.
+        look: a fresh query that returns the state (and keeps it for the domain); told whether it is the last,
+            what to call before it asks a second time, and first ids of entities that QEMU declined to plug.
         timeout: seconds the guest has; 0 does not wait.
         planned: the state the transaction was planned on.
         prepare: called with each fresh state, before the transaction gets it.
@@ -99,6 +101,8 @@ class Drive:
         self._waker: asyncio.Future[None] | None = None
         self._failure: BaseException | None = None
         self._is_cancelled = False
+        #: First ids of entities that QEMU has declined to plug or unplug.
+        self._declined: set[int] = set()
         #: First id -> how often its device id was taken, and what tells its id from that.
         self._duplicates: dict[int, int] = {}
         self._suffixes: dict[int, int] = {}
@@ -292,6 +296,7 @@ class Drive:
         if error is None:
             self._take(Replied(first))
         elif isinstance(error, CommandError):
+            self._declined.add(first)
             if is_taken(error.text):
                 self._rename(first)
             self._take(Replied(first, error.error_class, error.text))
@@ -314,7 +319,9 @@ class Drive:
         transaction = self._transaction
         try:
             transaction.asked()
-            state = await self._look(is_last=transaction.seems_over, anew=transaction.asked)
+            state = await self._look(
+                is_last=transaction.seems_over, anew=transaction.asked, declined=self._declined
+            )
             self._prepare(state)
             self._take(
                 Snapshot(

@@ -656,6 +656,7 @@ class XmlReader:
         expected: Collection[int] = (),
         told: bool = False,
         anew: Callable[[], None] = lambda: None,
+        declined: Collection[int] = (),
     ) -> DomainState:
         """The same."""
         return await self.full(pending)

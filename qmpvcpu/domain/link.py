@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
@@ -167,15 +167,24 @@ class Link:
         self.may_be_away |= bool(away)
         return state, away
 
-    async def look(self, *, is_last: bool = False, anew: Callable[[], None] = lambda: None) -> DomainState:
+    async def look(
+        self,
+        *,
+        is_last: bool = False,
+        anew: Callable[[], None] = lambda: None,
+        declined: Collection[int] = (),
+    ) -> DomainState:
         """`query-cpus-fast` alone, where that is enough: the query of a running operation.
 
         Args:
             is_last: QEMU has said of all that are to go that they are gone.
             anew: called before anything is asked a second time.
+            declined: first ids of entities whose plug QEMU declined, looked at when the reply is there: a CPU with
+                their device id may be in any slot.
         """
         assert self._reader is not None
-        return self._keep(await self._reader.fast(self.state, self.ledger.firsts, self.driven, is_last, anew))
+        pending = self.ledger.firsts
+        return self._keep(await self._reader.fast(self.state, pending, self.driven, is_last, anew, declined))
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """What a plan needs besides the state."""

@@ -57,6 +57,7 @@ class StateReader(Protocol):
         expected: Collection[int] = (),
         told: bool = False,
         anew: Callable[[], None] = lambda: None,
+        declined: Collection[int] = (),
     ) -> DomainState:
         """What has changed since `state`; QEMU has told of what is gone, if `told`. `anew` is called before it is
         asked once more.
@@ -113,13 +114,14 @@ class Reader:
         expected: Collection[int] = (),
         told: bool = False,
         anew: Callable[[], None] = lambda: None,
+        declined: Collection[int] = (),
     ) -> DomainState:
         """`query-cpus-fast` alone, and both queries where that is not enough.
 
         A CPU that it does not list has left its slot: QEMU empties the slot first (x86, ppc64; 7.2 to 11.1). So
         both are asked only where no DEVICE_DELETED has told it too, when the last of those in `pending` (first
         ids) has gone; in between, more go while we ask. `expected` are the first ids of slots we fill ourselves:
-        only of these is a device id enough to know the slot.
+        only of these is a device id enough to know the slot, but for those whose plug QEMU has `declined`.
         """
         try:
             reply = await self._monitor.query_cpus_fast()
@@ -135,7 +137,7 @@ class Reader:
         came = gone = leaving = False
         for before, after in zip(state.entities, fresh.entities, strict=True):
             if before is not after:
-                came |= after.plugged and before.first not in expected
+                came |= after.plugged and (before.first not in expected or before.first in declined)
                 gone |= before.plugged and not after.plugged
             leaving |= after.plugged and after.first in pending
         if came or (gone and not leaving and not told):

@@ -107,7 +107,7 @@ async def test_setvcpus_adds_the_lowest_beside_a_sparse_set(version):
         none = await cli("--json", "setvcpus", qemu.qmp, "0")
     assert [step["arguments"]["id"] for step in dry.json["plan"]] == ["vcpu1", "vcpu3"]
     assert (run.code, run.json["vcpus"], run.json["changed_ids"]) == (0, [1, 3], [1, 3])
-    assert (same.code, same.stdout) == (0, "already so: nothing was to be done\n")
+    assert (same.code, same.stdout) == (0, "nothing to do: 5 vCPUs are enabled already\n")
     assert count.stdout == "5\n"
     assert [(r.code, r.json["error"]["libvirt"]) for r in (over, most, none)] == [
         (3, "VIR_ERR_INVALID_ARG"),

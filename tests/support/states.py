@@ -98,8 +98,8 @@ def plan(
 ) -> Plan:
     """What would be done.
 
-    `pending` are unplugs under way, `removals` how many vCPUs went before, `offline` those of the plugged ones that
-    an agent calls offline (None: there is no agent).
+    `pending` are unplugs under way, `removals` how many vCPUs went before, `offline` those of the plugged ones
+    that an agent calls offline (None: there is no agent).
     """
     guest = None
     if offline is not None:

@@ -1,7 +1,7 @@
-"""Any sequence of requests on any guest: never more vCPUs than there were or are asked for, and as many in the end.
+"""Any sequence of requests: never more vCPUs than there were or are asked for, and in the end as many as asked.
 
-The guest and QEMU are a few sets: what a plan says is done, by a guest that lets go of some vCPUs, and of others later
-or never. `scripts/soak counts` runs ten times as many sequences.
+The guest and QEMU are a few sets: what a plan says is done, by a guest that lets go of some vCPUs, and of others
+later or never. `scripts/soak counts` runs ten times as many sequences.
 """
 
 from __future__ import annotations

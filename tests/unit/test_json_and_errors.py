@@ -60,8 +60,9 @@ OUTCOME = Outcome(OutcomeKind.PENDING, (1, 2), (), (1,), (2,), (), "hotplug", ("
 
 
 def test_the_keys_of_an_outcome_are_in_designs_order():
+    behind = CHANGE_KEYS.index("undone")
     keys = ["live_changed_ids", "config_changed_ids", "defined"]
-    assert list(OUTCOME.to_json()) == [*CHANGE_KEYS, *keys]
+    assert list(OUTCOME.to_json()) == [*CHANGE_KEYS[:behind], "pending_online", *CHANGE_KEYS[behind:], *keys]
 
 
 def test_an_outcome_as_json_is_designs():
@@ -72,6 +73,7 @@ def test_an_outcome_as_json_is_designs():
         "vcpus": [1, 2],
         "changed_ids": [1],
         "pending": [2],
+        "pending_online": [],
         "undone": [],
         "messages": ["slow"],
         "seconds": 0.123457,

@@ -1,0 +1,126 @@
+"""What is asked of a real QEMU is what it can do: unplugs that never end, ids that are taken, stopped guests."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+
+import pytest
+
+import qmpvcpu
+from tests.support.commands import cli
+from tests.support.qemus import matrix, paused, qemu_binary, running
+from tests.support.waiting import until
+
+pytestmark = pytest.mark.qemu
+
+NO_ACPI = ["-machine", "q35,acpi=off"]
+
+
+@asynccontextmanager
+async def started(version, *arguments):
+    """An x86_64 machine that executes its firmware, and never gets further."""
+    words = ["-nodefaults", "-display", "none", "-no-user-config", "-smp", "2,maxcpus=4", *arguments]
+    async with running(qemu_binary(version, "x86_64"), words) as qemu:
+        yield qemu
+
+
+@pytest.mark.parametrize("machine", ["q35,acpi=off", "pc-i440fx-2.6"])
+async def test_an_unplug_that_qemu_rejects_for_good_is_refused(machine):
+    async with started("10.0", "-machine", machine) as qemu:
+        run = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable")
+    assert (run.code, [refusal["code"] for refusal in run.json["error"]["refusals"]]) == (3, ["legacy-hotplug"])
+
+
+async def test_the_hint_does_not_say_that_waiting_helps():
+    async with started("10.0", *NO_ACPI) as qemu:
+        run = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable")
+    assert "wait" not in run.json["error"]["hint"]
+
+
+async def test_doctor_says_that_it_cannot_be_unplugged():
+    async with started("10.0", *NO_ACPI) as qemu:
+        run = await cli("doctor", qemu.qmp)
+    assert "cannot: unplug vCPU 1: QEMU rejects every unplug" in run.stdout
+
+
+async def test_by_force_qemu_itself_rejects_it():
+    async with started("10.0", *NO_ACPI) as qemu:
+        run = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable", "--force")
+    assert (run.code, "not supported device type" in run.json["error"]["message"]) == (8, True)
+
+
+async def test_a_newer_qemu_takes_it_and_the_reason_why_it_does_not_end_is_told():
+    async with started("11.1", *NO_ACPI) as qemu:
+        run = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable", "--timeout", "0")
+    assert (run.code, any("acpi=off" in text for text in run.json["messages"])) == (5, True)
+
+
+async def test_a_guest_that_was_never_started_is_asked_and_not_waited_for():
+    async with paused("x86_64", "11.1", "2,maxcpus=4") as qemu:
+        run = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable")
+    assert (run.code, run.json["pending"], run.json["seconds"] < 20) == (5, [1], True)
+
+
+async def test_a_core_of_ppc64_that_was_never_configured_goes_at_once():
+    async with paused("ppc64", "11.1", "2,maxcpus=4") as qemu:
+        await cli("setvcpu", qemu.qmp, "2", "--enable")
+        run = await cli("--json", "setvcpu", qemu.qmp, "2", "--disable")
+    assert (run.code, run.json["outcome"], run.json["changed_ids"]) == (0, "applied", [2])
+
+
+async def test_a_guest_that_has_shut_down_is_not_said_to_answer_after_cont():
+    async with started("11.1", "-machine", "q35", "-action", "shutdown=pause") as qemu:
+
+        async def has_shut_down():
+            # What a kernel writes to power the machine off: SLP_EN, once the firmware has put the register there.
+            await qemu.execute("human-monitor-command", {"command-line": "o /h 0x604 0x2000"})
+            return (await qemu.execute("query-status"))["status"] == "shutdown"
+
+        await until(has_shut_down, "the guest has shut down", every=0.1)
+        run = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable")
+    words = "QEMU refuses 'cont' until a reset, which drops the request"
+    assert any(words in text for text in run.json["messages"])
+
+
+@matrix(("x86_64", "7.2"), ("x86_64", "10.0"), ("x86_64", "11.1"))
+async def test_an_id_that_the_cpu_of_another_slot_has_is_not_in_the_way(arch, version):
+    async with paused(arch, version, "1,maxcpus=8") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+        slot = (await domain.state()).by_id[1]
+        await qemu.plug(slot.driver, "vcpu2", slot.props)
+        await domain.state()
+        outcome = await domain.enable(range(1, 8))
+        assert (outcome.outcome, outcome.changed_ids) == ("applied", tuple(range(2, 8)))
+        assert (await domain.state()).vcpus[2].qom_path == "/machine/peripheral/vcpu2-1"
+
+
+async def test_an_id_that_is_taken_meanwhile_is_not_in_the_way():
+    async with paused("x86_64", "10.0", "1,maxcpus=8") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+        slot = (await domain.state()).by_id[1]
+        await qemu.plug(slot.driver, "vcpu2", slot.props)
+        assert (await domain.enable(range(1, 8))).changed_ids == tuple(range(2, 8))
+
+
+async def test_an_id_that_another_device_has_is_not_in_the_way():
+    extra = ["-device", "virtio-rng-pci,id=vcpu3"]
+    async with paused("x86_64", "10.0", "1,maxcpus=8", extra) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+        assert (await domain.enable([2, 3])).changed_ids == (2, 3)
+        assert (await domain.state()).vcpus[3].qom_path == "/machine/peripheral/vcpu3-1"
+
+
+async def test_list_tells_what_runs_and_not_what_is_defined(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
+    async with paused("x86_64", "10.0", "3,maxcpus=8") as qemu:
+        await cli("define", "web1", "--qmp", qemu.qmp)
+        await cli("setvcpu", "web1", "5", "--enable", "--live")
+        run = await cli("list")
+    assert [line.split()[:5] for line in run.stdout.splitlines()[1:]] == [["web1", "paused", "4", "of", "8"]]
+
+
+@matrix(("x86_64", "10.0"), ("ppc64", "10.0"), ("s390x", "10.0"))
+async def test_what_another_client_plugs_meanwhile_does_not_fail_the_rest(arch, version):
+    async with paused(arch, version, "1,maxcpus=8") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+        slot = (await domain.state()).by_id[2]
+        await qemu.plug(slot.driver, "mine", slot.props)
+        outcome = await domain.enable([2, 3])
+        assert (outcome.outcome, outcome.changed_ids) == ("applied", (3,))
+        assert (await domain.state()).enabled_ids == (0, 2, 3)
