@@ -188,7 +188,7 @@ class Link:
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """What a plan needs besides the state."""
-        return Knowledge(self.removals_seen, x2apic, firmware_runs, self.ledger.firsts)
+        return Knowledge(self.removals, x2apic, firmware_runs, self.ledger.firsts)
 
     async def smm_has_run(self) -> bool:
         """Whether OVMF with SMM has run in this guest. At an incoming migration it has not here."""
