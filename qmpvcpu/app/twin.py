@@ -13,7 +13,7 @@ from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.hardware import hardware_args
 from qmpvcpu.core.machine.comparison import Picture, differences, refusals_of
-from qmpvcpu.core.machine.devices import AGENT_CHARDEV, hollow
+from qmpvcpu.core.machine.devices import AGENT_CHARDEV, bound_to_host, hollow
 from qmpvcpu.core.migration import check_machine, machine_of
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.domain import Domain, connect
@@ -84,6 +84,11 @@ async def _twin(xml: bytes, machine: str | None, mode: ProbeMode) -> tuple[Domai
     hardware = hardware_args(
         read_hardware(document), qemu_arch(definition), console="/dev/null", agent=AGENT_CHARDEV
     )
+    if bound := bound_to_host(hardware):
+        text = f"of what is the host's alone no second one can be made to compare: {', '.join(bound)}"
+        raise VcpuRefused(
+            [Refusal("twin", text, (), "take it out of the guest first", "VIR_ERR_OPERATION_INVALID")]
+        )
     arguments = ["-S", *hollow([*line.args.arguments, *hardware])]
     async with (
         run_qemu(line.probe.emulator, arguments, channels=(AGENT_CHARDEV,)) as qemu,

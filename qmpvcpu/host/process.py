@@ -132,10 +132,12 @@ def process_of(pid: int) -> Process:
 
 
 def command_line_of(process: Process) -> list[str]:
-    """The arguments that a process was started with, its program first; nothing where it has ended, or may not be
-    looked at.
+    """The arguments that a process was started with, its program first; nothing where it has ended, may not be
+    looked at, or is another user's (root's apart): what that one says of itself would be started with our rights.
     """
     try:
+        if (_PROC / str(process.pid)).stat().st_uid not in (0, os.geteuid()):
+            return []
         data = (_PROC / str(process.pid) / "cmdline").read_bytes()
         if _start_of(process.pid) != process.start:
             return []

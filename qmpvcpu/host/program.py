@@ -22,7 +22,8 @@ def startable_program(process: Process, words: Sequence[str]) -> str | None:
     """The program that starts a QEMU such as this process; None where none can be found. Never raises.
 
     A QEMU of a folder of its own (with its own libraries) is run by a dynamic linker that is called by name: the
-    file itself cannot run. What starts is a script above it which names that file.
+    file itself cannot run. What starts is a script above it which names that file. A program that somebody else
+    can write to is none.
 
     Args:
         process: of QEMU.
@@ -52,7 +53,14 @@ def _executable(process: Process) -> str | None:
 
 
 def _runs(path: str) -> bool:
-    return os.path.isfile(path) and os.access(path, os.X_OK)  # noqa: PTH113 - never raises
+    """Whether it can be executed, and nobody but us and root can put another program there. Never raises."""
+    try:
+        owned = [os.stat(path), os.stat(os.path.dirname(path) or ".")]  # noqa: PTH116, PTH120
+    except OSError:
+        return False
+    if any(one.st_uid not in (0, os.geteuid()) or one.st_mode & 0o022 for one in owned):
+        return False
+    return os.path.isfile(path) and os.access(path, os.X_OK)  # noqa: PTH113
 
 
 def _leads_to(script: Path, program: Path) -> bool:

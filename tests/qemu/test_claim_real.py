@@ -12,6 +12,7 @@ from tests.support.claims import started_again
 from tests.support.commands import cli
 from tests.support.monitor import QmpError
 from tests.support.qemus import Qemu, paused, qemu_binary, running
+from tests.support.waiting import until
 from tests.support.xml import read
 
 pytestmark = pytest.mark.qemu
@@ -336,3 +337,19 @@ async def test_migrate_refuses_another_machine_before_the_first_byte(rest, text)
         states = [await qemu.execute("query-status") for qemu in (source, destination)]
     assert (run.code, text in run.stderr) == (3, True), run.stderr
     assert [state["status"] for state in states] == ["prelaunch", "inmigrate"]
+
+
+async def test_a_guest_whose_firmware_has_numbered_its_buses_is_not_another_machine(tmp_path):
+    port = ["-device", "pcie-root-port,id=rp,chassis=1,slot=1,addr=2", "-device", "virtio-rng-pci,bus=rp"]
+    words = ["-machine", "q35", "-m", "64", "-nodefaults", "-display", "none", *port]
+    async with running(qemu_binary("10.0", "x86_64"), words) as qemu:
+
+        async def lists_what_is_behind():
+            return any(one.get("pci_bridge", {}).get("devices") for one in await pci(qemu))
+
+        await until(lists_what_is_behind, "the firmware has numbered the buses", every=0.1)
+        defined = await cli("define", "bridged", "--qmp", qemu.qmp)
+        doctor = await cli("--json", "doctor", "bridged")
+        await cli("undefine", "bridged")
+    assert "differs" not in defined.stderr
+    assert doctor.json["differences"] == []

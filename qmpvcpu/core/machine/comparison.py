@@ -261,12 +261,12 @@ def child_type(row: object) -> str | None:
     return match[1] if match is not None else None
 
 
-def _pci(reply: object, above: str = "") -> Iterable[tuple[str, str]]:
-    """By the slots that lead there: buses get their numbers from the guest."""
+def _pci(reply: object) -> Iterable[tuple[str, str]]:
+    """The devices of root buses, by their slots."""
     for bus in reply if isinstance(reply, list) else []:
         if not isinstance(bus, dict):
             continue
-        where = above or (f"{bus.get('bus')}:" if isinstance(bus.get("bus"), int) else "")
+        where = f"{bus.get('bus')}:" if isinstance(bus.get("bus"), int) else ""
         for device in bus.get("devices") or []:
             if isinstance(device, dict):
                 yield from _pci_device(device, where)
@@ -279,7 +279,6 @@ def _pci_device(device: Mapping[str, Any], where: str) -> Iterable[tuple[str, st
     if not isinstance(slot, int) or not isinstance(function, int):
         return
     here = f"{where}{slot:02x}.{function}"
+    # What is behind a bridge QEMU lists only once firmware has numbered its bus, and a twin has never run any:
+    # such devices are compared by their types.
     yield here, f"{ids.get('vendor', 0):04x}:{ids.get('device', 0):04x}"
-    bridge = device.get("pci_bridge")
-    if isinstance(bridge, dict) and bridge.get("devices"):
-        yield from _pci([{"devices": bridge["devices"]}], f"{here}/")

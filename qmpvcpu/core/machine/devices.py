@@ -12,7 +12,15 @@ from typing import Final
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.command_line import Option, QemuCommandLine, join_pairs, read_command_line
 
-__all__ = ["AGENT_CHARDEV", "AGENT_PORT", "Devices", "devices_of", "hollow", "shared_with_source"]
+__all__ = [
+    "AGENT_CHARDEV",
+    "AGENT_PORT",
+    "Devices",
+    "bound_to_host",
+    "devices_of",
+    "hollow",
+    "shared_with_source",
+]
 
 #: The chardev that `start` gives the guest agent's port, and the name of that port.
 AGENT_CHARDEV: Final = "agent"
@@ -168,6 +176,9 @@ _FILE_OPTIONS: Final = frozenset(
 def _in_folder(option: Option, folder: str | None) -> Option | None:
     """With files by their whole paths: the next QEMU runs elsewhere. None where their folder is not known."""
 
+    if option.get("abstract") == "on":
+        return option
+
     def is_short(text: str) -> bool:
         # With a colon it is a protocol of QEMU's (nbd:…, json:…).
         return bool(text) and not text.startswith("/") and ":" not in text
@@ -212,6 +223,33 @@ _NOTHING: Final = (("driver", "null-co"), ("read-zeroes", "on"), ("size", str(64
 _PLACES: Final = ("id", "if", "index", "bus", "unit", "media", "readonly", "read-only")
 
 
+#: Options that are of the host alone, or would do to the host what the guest's QEMU has done already.
+_HOST_ONLY: Final = frozenset({"overcommit", "icount", "action", "watchdog-action", "semihosting-config", "iscsi"})
+#: Objects without a host behind them; a source of random numbers is replaced, memory becomes anonymous.
+_HARMLESS_OBJECTS: Final = frozenset(
+    {"iothread", "throttle-group", "secret", "rng-builtin", "can-bus", "cryptodev-backend-builtin"}
+)
+#: By the beginning of a driver: devices that are nothing without the host behind them; one QEMU can have them.
+_BOUND_TO_HOST: Final = (
+    "vfio-",
+    "vhost-",
+    "usb-host",
+    "tpm-",
+    "spapr-tpm",
+    "ivshmem-",
+    "virtio-pmem",
+    "scsi-generic",
+)
+
+
+def bound_to_host(arguments: Sequence[str]) -> list[str]:
+    """The devices that a second QEMU cannot have while the first one runs."""
+    devices = read_command_line(["qemu", *arguments]).all("device")
+    return [
+        " ".join(option.words) for option in devices if (option.get("driver") or "").startswith(_BOUND_TO_HOST)
+    ]
+
+
 def hollow(arguments: Sequence[str]) -> list[str]:
     """The same devices with nothing of the host behind them: no sockets, taps, disks or shared memory. A second
     QEMU with them does nothing to the guest that runs.
@@ -224,12 +262,17 @@ def hollow(arguments: Sequence[str]) -> list[str]:
         if option.name == "blockdev" and option.get("node-name") in flash and (file := option.get("file")):
             flash.add(file)
     for number, option in enumerate(line.options):
-        words += _hollow(option, number, flash).words
+        made = _hollow(option, number, flash)
+        words += made.words if made is not None else ()
     return words
 
 
-def _hollow(option: Option, number: int, flash: set[str]) -> Option:
+def _hollow(option: Option, number: int, flash: set[str]) -> Option | None:
     name = option.name
+    if name in _HOST_ONLY:
+        return None
+    if name == "audiodev":
+        return Option(name, f"none,id={_escaped(option.get('id'))}")
     if name == "chardev" and option.get("id") is not None:
         return _written(option, (("backend", "null"), ("id", option.get("id") or "")))
     if name in ("serial", "parallel") and option.text != "none":
@@ -255,7 +298,7 @@ def _hollow(option: Option, number: int, flash: set[str]) -> Option:
     if name == "net" and option.get("type") not in ("nic", "none"):
         return Option("net", "user")
     if name == "object":
-        return _in_anonymous_memory(option)
+        return _harmless(option)
     return option
 
 
@@ -267,11 +310,14 @@ def _unlocked(option: Option) -> Option:
     return _written(option, [*kept, ("read-only", "on"), *locking])
 
 
-def _in_anonymous_memory(option: Option) -> Option:
-    """A memory backend in anonymous memory, and everything else as it is."""
-    if (option.get("qom-type") or "").startswith("memory-backend-"):
+def _harmless(option: Option) -> Option | None:
+    """The same object without the host; None for one that has no use then."""
+    kind, name = option.get("qom-type") or "", option.get("id") or ""
+    if kind.startswith("memory-backend-"):
         return _written(option, (("qom-type", "memory-backend-ram"), *_some(option, "id", "size")))
-    return option
+    if kind in ("rng-random", "rng-egd"):
+        return _written(option, (("qom-type", "rng-builtin"), ("id", name)))
+    return option if kind in _HARMLESS_OBJECTS else None
 
 
 def shared_with_source(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
