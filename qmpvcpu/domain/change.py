@@ -285,7 +285,9 @@ _NO_ACPI: Final = "this machine has no ACPI (acpi=off): only firmware that drive
 async def _patience(link: Link, plan: Plan) -> float:
     """Seconds that the guest has. One that is stopped cannot answer before somebody lets it go on."""
     request = plan.request
-    if request.timeout is None and plan.unplugs and link.seen_run_state != "running":
+    # libvirt passes on one unplug after the other, and each has to get as far as QEMU.
+    is_direct = request.wait and link.monitor.hears_all
+    if request.timeout is None and is_direct and plan.unplugs and link.seen_run_state != "running":
         return request.patience if await run_state(link.monitor) == "running" else 0.0
     return request.patience
 

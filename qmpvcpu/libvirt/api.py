@@ -78,7 +78,7 @@ class ApiMonitor(Behind):
 
     def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> asyncio.Future[object]:
         """`virDomainSetVcpu` of one entity; `device_id` is libvirt's own, `vcpuN`."""
-        first = int(device_id.removeprefix("vcpu"))
+        first = int(device_id.removeprefix("vcpu").partition("-")[0])
         if first in self.unseen:
             text = f"vCPU {first} is gone, and libvirt takes it for plugged: --via monitor plugs it"
             return failed(CommandError("virDomainSetVcpu", "VIR_ERR_OPERATION_INVALID", text))

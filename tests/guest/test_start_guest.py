@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import cli
-from tests.support.guests import Guest, booted, image_of
+from tests.support.guests import Console, booted, image_of
 from tests.support.qemus import matrix, qemu_binary
 
 pytestmark = pytest.mark.guest
@@ -99,7 +99,7 @@ async def running(arch, shell):
         await booted(Path(run.json["console"]))
         reader, writer = await asyncio.open_unix_connection(shell)
         try:
-            yield run.json, Guest(None, reader, writer)
+            yield run.json, Console(reader, writer)
         finally:
             writer.close()
     finally:

@@ -83,18 +83,20 @@ async def test_six_in_one_call_are_all_asked_before_the_first_one_ends(arch, ver
 
 @matrix(*GUESTS)
 async def test_a_batch_whose_last_id_another_client_took_is_undone(arch, version, pool):
-    box = await pool.get(arch, version, plugs=4)
+    box = await pool.get(arch, version, plugs=8)
     async with qmpvcpu.connect(box.qmp) as domain:
-        # Another slot, under the device id that is ours to give.
-        slot = (await domain.state()).by_id[box.ids(8)[0]]
-        await box.guest.qemu.plug(slot.driver, f"vcpu{box.ids(5)[0]}", slot.props)
-        await box.guest.wait_online(len(box.boot_ids) + box.core, timeout=DEADLINE)
+        # Other slots, under the device id that is ours to give and every one that is tried instead.
+        slots = (await domain.state()).by_id
+        for entity, suffix in ((8, ""), (9, "-1"), (10, "-2"), (11, "-3")):
+            slot = slots[box.ids(entity)[0]]
+            await box.guest.qemu.plug(slot.driver, f"vcpu{box.ids(5)[0]}{suffix}", slot.props)
+        await box.guest.wait_online(len(box.boot_ids) + 4 * box.core, timeout=DEADLINE)
         with pytest.raises(qmpvcpu.VcpuFailed, match="Duplicate device ID") as failed:
             await domain.enable(box.ids(3, 4, 5))
         assert failed.value.outcome == "failed"
         assert failed.value.undone == tuple(box.ids(3, 4))
-        assert (await domain.state()).enabled_ids == (*box.boot_ids, *box.ids(8))
-        assert (await domain.disable(box.ids(8))).outcome == "applied"
+        assert (await domain.state()).enabled_ids == (*box.boot_ids, *box.ids(8, 9, 10, 11))
+        assert (await domain.disable(box.ids(8, 9, 10, 11))).outcome == "applied"
 
 
 @matrix(*X86)
@@ -179,12 +181,11 @@ async def test_what_ended_while_nobody_listened_the_next_process_finds(arch, ver
 async def test_a_reset_of_the_stopped_guest_drops_the_request_and_that_is_told(arch, version, pool):
     box = await pool.get(arch, version, plugs=1)
     await plug(box, [6])
-    monitor = box.guest.qemu.monitor
     async with watch(box) as read:
-        await monitor.execute("stop")
+        await box.guest.qemu.execute("stop")
         waiting = await start_cli("--json", "setvcpu", box.qmp, "6", "--disable", "--timeout", "60")
         await read("unplug-requested")
-        await monitor.execute("system_reset")
+        await box.guest.qemu.execute("system_reset")
         line = await read("vcpu-removal-failed")
         stdout, _ = await waiting.communicate()
         info = await cli("--json", "vcpuinfo", box.qmp)

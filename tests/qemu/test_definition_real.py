@@ -56,7 +56,7 @@ async def test_both_sides_of_a_sparse_set_agree_with_a_fresh_query(state):
         assert (run.json["maximum"], run.json["current"]) == ({"live": 8, "config": 8}, {"live": 3, "config": 3})
         run = await cli("list", "--json")
         assert [(row["name"], row["state"], row["current"]) for row in run.json["domains"]] == [
-            ("web1", "running", 3)
+            ("web1", "paused", 3)
         ]
     run = await cli("list")
     assert "web1  shut off  3 of 8" in run.stdout

@@ -45,6 +45,8 @@ def stopped(daemon):
 async def test_what_waits_behind_a_call_that_hangs_fails_with_it(daemon):
     async with guest(daemon):
         async with qmpvcpu.connect("web1", uri=daemon.uri, via="monitor", command_timeout=1) as domain:
+            # What is asked once of each QEMU is asked before it hangs.
+            await domain.enable(7)
             with stopped(daemon):
                 for _ in range(2):
                     for call in (domain.enable(5), domain.state()):

@@ -5,6 +5,7 @@ Every plug under TCG uses up a context of QEMU's for good: a guest of the pool i
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
@@ -61,6 +62,13 @@ class Guest:
     async def wait_online(self, count: int, **options: Any) -> str:
         """`online` once there are so many; `timeout` in seconds."""
         return await self._guest.wait_online(count, **options)
+
+
+class Console(Guest):
+    """A Linux that qmpvcpu itself has started: its shell alone."""
+
+    def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        self._guest = lab.Guest(None, reader, writer)  # type: ignore[arg-type]
 
 
 @asynccontextmanager
