@@ -149,7 +149,7 @@ def read_dimms(
 
     Args:
         root: of the domain.
-        number: reads the text of an element as a number, of which the second argument is the name.
+        number: reads the text of an element as a number; the second argument is the name that an error gives it.
         size: reads an element with a unit, as bytes.
         wrong: told what cannot be.
     """

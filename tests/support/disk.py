@@ -1,4 +1,4 @@
-"""What happens on the disk, made to hang or to kill: by Python's audit events, whoever writes the file and how."""
+"""A disk that hangs, or a process that dies, at a step of a write: by Python's audit events."""
 
 from __future__ import annotations
 

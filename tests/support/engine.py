@@ -151,7 +151,7 @@ class Engine:
         return self._feed(Signal(SignalKind.EJECTING, first))
 
     def something_changed(self) -> list[tuple[Any, ...]]:
-        """An event that does not say of which vCPU it is."""
+        """An event that does not name its vCPU."""
         return self._feed(Signal(SignalKind.LOOK_AGAIN))
 
     def machine_is_reset(self) -> list[tuple[Any, ...]]:

@@ -100,7 +100,7 @@ class Host:
 
 
 def wishes(xml: bytes | None, ids: Iterable[int]) -> dict[int, Wish]:
-    """What the XML says of these vCPUs, without those of which it says nothing. Raises VcpuRefused."""
+    """What the XML says of these vCPUs, without those that it says nothing about. Raises VcpuRefused."""
     definition = None if xml is None else read_domain(xml)[1]
     return {number: placement.to_json() for number, placement in placements(definition, ids).items()}
 

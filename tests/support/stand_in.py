@@ -32,7 +32,7 @@ while True:
 
 
 class StandIn:
-    """Runs until it is closed. `threads` are ids of its threads, of which none is its main one."""
+    """Runs until it is closed. `threads` are ids of its threads, without its main one."""
 
     def __init__(self) -> None:
         self._ours, theirs = socket.socketpair()

@@ -1,6 +1,6 @@
 """QEMU's own command line, as the kernel keeps it, read as QEMU reads it. Pure, and never raises on odd input.
 
-It is the one source of which memory backend is on which NUMA node, of CPU features, firmware and devices. What it
+No other source tells which NUMA node a memory backend is on, nor CPU features, firmware and devices. What it
 says is what QEMU was started with; what was plugged since is QMP's to tell.
 
 Sources: system/vl.c, util/keyval.c, util/qemu-option.c, util/cutils.c (`do_strtosz`), hw/core/numa.c.
