@@ -85,7 +85,7 @@ class AgentClient:
             return
         where = parse_address(self._address)
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(AGENT_TIMEOUT):
                 if isinstance(where, str):
                     opened = await asyncio.open_unix_connection(where, limit=LINE_LIMIT)
                 elif isinstance(where, tuple):
@@ -389,6 +389,8 @@ class _OutOfTime(Exception):
 
 async def open_agent(address: str, *, timeout: float = AGENT_TIMEOUT) -> AgentClient:
     """Connect to an agent's socket: a unix path, `host:port` or `fd:N`; `timeout` in seconds, for each command.
+
+    Opening it has `AGENT_TIMEOUT`, however short the deadline of a command is.
 
     Raises:
         VcpuConnectionError: the socket cannot be opened.

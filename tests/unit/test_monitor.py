@@ -497,7 +497,7 @@ async def test_greeted_but_not_negotiated_is_told_so(tmp_path):
 
     async with serve(tmp_path, script) as path:
         with pytest.raises(VcpuConnectionError) as error:
-            async with connected(path, connect_timeout=0.1):
+            async with connected(path, connect_timeout=1):
                 pass
     assert "did not greet" not in str(error.value)
 
