@@ -18,6 +18,9 @@ processes.mark()
 _STATE = tempfile.TemporaryDirectory(prefix="qmpvcpu-test-state-")
 os.environ["QMPVCPU_STATE"] = _STATE.name
 
+#: As on a user's machine, a command that the tests run compiles no module that an earlier one has compiled.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+
 #: Seconds of the tests of each folder.
 _SECONDS: Counter[str] = Counter()
 _BEGAN = time.monotonic()

@@ -20,6 +20,12 @@ SOAKS = {
         tests("tests/unit/test_count_sequences.py"),
     ),
     "fuzz": Soak("COUNT generated messages and documents against what reads them", 200_000, fuzz),
+    "guests": Soak(
+        "the tests of hotplug on Linux guests, on each version of QEMU",
+        1,
+        tests("tests/guest/test_whole_call_guest.py", "tests/guest/test_unplug_real.py"),
+        needs=("qemu", "guests"),
+    ),
     "kills": Soak(
         "a process killed at COUNT random moments while it writes a definition",
         1000,

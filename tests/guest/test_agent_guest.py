@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import asyncio
-from contextlib import asynccontextmanager
+from dataclasses import replace
 
 import pytest
 
 import qmpvcpu
 from tests.support.commands import cli
-from tests.support.guests import boot, image_of
-from tests.support.qemus import group, qemu_binary
+from tests.support.guests import Kind
+from tests.support.qemus import group
 from tests.support.waiting import until
 
 pytestmark = pytest.mark.guest
 
-#: guest image -> -smp, what to switch, its boot vCPUs.
+#: New CPUs stay offline.
+STAY_OFFLINE = "qmpvcpu.selfonline=0"
 KINDS = {
-    "x86_64": ("2,sockets=2,cores=12,threads=2,maxcpus=48", [5], [0, 1]),
-    "ppc64": ("2,sockets=1,cores=20,threads=2,maxcpus=40", [6, 7], [0, 1]),
-    "s390x": ("2,maxcpus=8", [5], [0, 1]),
-    "aarch64": ("4", [3], [0, 1, 2, 3]),
+    "x86_64": Kind("2,sockets=2,cores=12,threads=2,maxcpus=48", "768", "x86_64", 40, STAY_OFFLINE),
+    "ppc64": Kind("2,sockets=1,cores=20,threads=2,maxcpus=40", "768", "ppc64le", 30, STAY_OFFLINE),
+    "s390x": Kind("2,maxcpus=8", "768", "s390x", 6, STAY_OFFLINE),
+    "aarch64": Kind("4", "768", "arm64", 0, STAY_OFFLINE),
 }
-IMAGES = {"ppc64": "ppc64le", "aarch64": "arm64"}
+#: What is switched.
+IDS = {"x86_64": [5], "ppc64": [6, 7], "s390x": [5], "aarch64": [3]}
 
 
 def on(*arches):
@@ -33,13 +35,10 @@ def on(*arches):
 EVERY = on(*KINDS)
 
 
-@asynccontextmanager
-async def started(arch, append="qmpvcpu.selfonline=0"):
-    arguments = ["-accel", "tcg,thread=multi", "-m", "768", "-smp", KINDS[arch][0]]
-    async with boot(
-        image_of(IMAGES.get(arch, arch)), qemu_binary("10.0", arch), arguments, append=append
-    ) as guest:
-        yield guest
+@pytest.fixture
+async def guest(pool, arch):
+    """A guest as it booted; what a test leaves as it found it serves the next one too."""
+    return (await pool.get(arch, "10.0", plugs=5 if arch == "x86_64" else 0, kind=KINDS[arch])).guest
 
 
 async def run(guest, *words, agent=True):
@@ -56,140 +55,140 @@ async def online_in(guest):
     return qmpvcpu.parse_ids(text)
 
 
-@EVERY
-async def test_enable_ends_with_the_guest_running_on_it_and_guest_switches_it(arch):
-    _, ids, boot_ids = KINDS[arch]
-    async with started(arch) as guest:
-        code, found = await run(guest, "setvcpu", csv(ids), "--enable")
-        assert (code, found["outcome"]) == (0, "applied")
-        lit = {*boot_ids, *ids}
-        assert len(await online_in(guest)) == len(lit)
-        _, rows = await run(guest, "setvcpu", csv(ids))
-        assert [row["online"] for row in rows["vcpus"]] == [True] * len(ids)
-
-        code, off = await run(guest, "setvcpu", csv(ids), "--disable", "--guest")
-        assert (code, off["mechanism"], off["changed_ids"]) == (0, "agent", ids)
-        assert len(await online_in(guest)) == len(lit) - len(ids)
-        code, info = await run(guest, "vcpuinfo")
-        assert [(r["state"], r["online"]) for r in info["vcpus"] if r["id"] in ids] == [("enabled", False)] * len(
-            ids
-        )
-
-        # Plugged but offline is not enabled: it is taken online, without a plug.
-        code, back = await run(guest, "setvcpu", csv(ids), "--enable")
-        assert (code, back["mechanism"], back["changed_ids"]) == (0, "agent", ids)
-        code, same = await run(guest, "setvcpu", csv(ids), "--enable")
-        assert (code, same["changed"]) == (0, False)
-        assert len(await online_in(guest)) == len(lit)
-
-        code, gone = await run(guest, "setvcpu", csv(ids), "--disable")
-        hotplug = arch in ("x86_64", "ppc64")
-        assert (code, gone["mechanism"], gone["changed_ids"]) == (0, "hotplug" if hotplug else "agent", ids)
-        assert any("still plugged" in message for message in gone["messages"]) is not hotplug
-        assert len(await online_in(guest)) == len(lit) - len(ids)
-
-        code, view = await run(guest, "guestvcpus")
-        assert sorted(cpu["vcpu"] for cpu in view["cpus"] if cpu["online"]) == sorted(lit - set(ids))
-
-
 @on("s390x", "aarch64")
-async def test_without_fallback_it_is_refused_and_nothing_is_done(arch):
-    async with started(arch) as guest:
-        code, found = await run(guest, "setvcpu", "1", "--disable", "--no-fallback")
-        assert (code, found["outcome"]) == (3, "refused")
-        code, dry = await run(guest, "setvcpu", "1", "--disable", "--dry-run")
-        assert (code, dry["plan"]) == (0, [{"step": "guest-set-vcpus", "vcpus": [1], "online": False}])
-        assert 1 in await online_in(guest)
-        code, counted = await run(guest, "setvcpus", "1", "--guest")
-        assert (code, len(await online_in(guest))) == (0, 1)
-        code, two = await run(guest, "setvcpus", "2", "--guest")
-        assert (code, len(await online_in(guest))) == (0, 2)
-        code, count = await run(guest, "vcpucount", "--guest")
-        assert count["count"] == 2
-        if arch == "s390x":
-            code, never = await run(guest, "setvcpu", "5", "--enable", "--guest")
-            assert (code, "not plugged" in never["error"]["message"]) == (3, True)
+async def test_without_fallback_it_is_refused_and_nothing_is_done(arch, guest):
+    code, found = await run(guest, "setvcpu", "1", "--disable", "--no-fallback")
+    assert (code, found["outcome"]) == (3, "refused")
+    code, dry = await run(guest, "setvcpu", "1", "--disable", "--dry-run")
+    assert (code, dry["plan"]) == (0, [{"step": "guest-set-vcpus", "vcpus": [1], "online": False}])
+    assert 1 in await online_in(guest)
+    for total in (1, 2, len(await online_in(guest))):
+        code, _ = await run(guest, "setvcpus", str(total), "--guest")
+        assert (code, len(await online_in(guest))) == (0, total)
+        _, count = await run(guest, "vcpucount", "--guest")
+        assert count["count"] == total
+    if arch == "s390x":
+        code, never = await run(guest, "setvcpu", "5", "--enable", "--guest")
+        assert (code, "not plugged" in never["error"]["message"]) == (3, True)
+
+
+@EVERY
+async def test_enable_ends_with_the_guest_running_on_it_and_guest_switches_it(arch, guest):
+    ids, boot_ids = IDS[arch], await online_in(guest)
+    code, found = await run(guest, "setvcpu", csv(ids), "--enable")
+    assert (code, found["outcome"]) == (0, "applied")
+    lit = {*boot_ids, *ids}
+    assert len(await online_in(guest)) == len(lit)
+    _, rows = await run(guest, "setvcpu", csv(ids))
+    assert [row["online"] for row in rows["vcpus"]] == [True] * len(ids)
+
+    code, off = await run(guest, "setvcpu", csv(ids), "--disable", "--guest")
+    assert (code, off["mechanism"], off["changed_ids"]) == (0, "agent", ids)
+    assert len(await online_in(guest)) == len(lit) - len(ids)
+    code, info = await run(guest, "vcpuinfo")
+    assert [(r["state"], r["online"]) for r in info["vcpus"] if r["id"] in ids] == [("enabled", False)] * len(ids)
+
+    # Plugged but offline is not enabled: it is taken online, without a plug.
+    code, back = await run(guest, "setvcpu", csv(ids), "--enable")
+    assert (code, back["mechanism"], back["changed_ids"]) == (0, "agent", ids)
+    code, same = await run(guest, "setvcpu", csv(ids), "--enable")
+    assert (code, same["changed"]) == (0, False)
+    assert len(await online_in(guest)) == len(lit)
+
+    code, gone = await run(guest, "setvcpu", csv(ids), "--disable")
+    hotplug = arch in ("x86_64", "ppc64")
+    assert (code, gone["mechanism"], gone["changed_ids"]) == (0, "hotplug" if hotplug else "agent", ids)
+    assert any("still plugged" in message for message in gone["messages"]) is not hotplug
+    assert len(await online_in(guest)) == len(lit) - len(ids)
+
+    code, view = await run(guest, "guestvcpus")
+    assert sorted(cpu["vcpu"] for cpu in view["cpus"] if cpu["online"]) == sorted(lit - set(ids))
+    if arch == "aarch64":
+        await run(guest, "setvcpu", csv(ids), "--enable")
 
 
 @on("x86_64")
-async def test_ids_stay_right_though_the_guests_own_move(arch):
-    async with started(arch) as guest:
+async def test_ids_stay_right_though_the_guests_own_move(guest):
 
-        async def named():
-            _, view = await run(guest, "guestvcpus")
-            assert not view["assumed"]
-            return {cpu["vcpu"] for cpu in view["cpus"] if cpu["online"]}
-
-        for words, vcpus in (
-            (("5", "--enable"), {0, 1, 5}),
-            (("3", "--enable"), {0, 1, 3, 5}),
-            (("5", "--disable"), {0, 1, 3}),
-            (("7", "--enable"), {0, 1, 3, 7}),
-        ):
-            code, _ = await run(guest, "setvcpu", *words)
-            assert (code, await named()) == (0, vcpus)
-        # The guest's own id of vCPU 7 is not 7; switched by the one, the other is told.
+    async def named():
         _, view = await run(guest, "guestvcpus")
-        own = next(cpu["logical_id"] for cpu in view["cpus"] if cpu["vcpu"] == 7)
-        assert own != 7
-        code, _ = await run(guest, "guestvcpus", "--cpulist", str(own), "--disable")
-        _, rows = await run(guest, "setvcpu", "7")
-        assert (code, [row["online"] for row in rows["vcpus"]]) == (0, [False])
+        assert not view["assumed"]
+        return {cpu["vcpu"] for cpu in view["cpus"] if cpu["online"]}
+
+    for words, vcpus in (
+        (("5", "--enable"), {0, 1, 5}),
+        (("3", "--enable"), {0, 1, 3, 5}),
+        (("5", "--disable"), {0, 1, 3}),
+        (("7", "--enable"), {0, 1, 3, 7}),
+    ):
+        code, _ = await run(guest, "setvcpu", *words)
+        assert (code, await named()) == (0, vcpus)
+    # The guest's own id of vCPU 7 is not 7; switched by the one, the other is told.
+    _, view = await run(guest, "guestvcpus")
+    own = next(cpu["logical_id"] for cpu in view["cpus"] if cpu["vcpu"] == 7)
+    assert own != 7
+    code, _ = await run(guest, "guestvcpus", "--cpulist", str(own), "--disable")
+    _, rows = await run(guest, "setvcpu", "7")
+    assert (code, [row["online"] for row in rows["vcpus"]]) == (0, [False])
+    code, _ = await run(guest, "setvcpu", "3,7", "--disable")
+    assert code == 0
 
 
 @on("x86_64")
-async def test_a_guest_that_refuses_to_eject_takes_it_offline_instead(arch):
-    async with started(arch) as guest:
-        await run(guest, "setvcpu", "5", "--enable")
-        await guest.shell("echo 0 > /sys/firmware/acpi/hotplug/processor/enabled")
-        code, rejected = await run(guest, "setvcpu", "5", "--disable", "--no-fallback")
-        assert (code, rejected["outcome"]) == (4, "rejected")
-        code, found = await run(guest, "setvcpu", "5", "--disable")
-        assert (code, found["outcome"], found["mechanism"]) == (0, "applied", "agent")
-        assert any("eject disabled" in message for message in found["messages"])
-        assert await guest.online() == "0-1"
-        code, first = await run(guest, "setvcpu", "0", "--disable")
-        assert (code, "cannot take vCPU 0 offline" in first["error"]["message"]) == (3, True)
+async def test_a_guest_that_refuses_to_eject_takes_it_offline_instead(guest):
+    await run(guest, "setvcpu", "5", "--enable")
+    await guest.shell("echo 0 > /sys/firmware/acpi/hotplug/processor/enabled")
+    code, rejected = await run(guest, "setvcpu", "5", "--disable", "--no-fallback")
+    assert (code, rejected["outcome"]) == (4, "rejected")
+    code, found = await run(guest, "setvcpu", "5", "--disable")
+    assert (code, found["outcome"], found["mechanism"]) == (0, "applied", "agent")
+    assert any("eject disabled" in message for message in found["messages"])
+    assert await guest.online() == "0-1"
+    code, first = await run(guest, "setvcpu", "0", "--disable")
+    assert (code, "cannot take vCPU 0 offline" in first["error"]["message"]) == (3, True)
+    await guest.shell("echo 1 > /sys/firmware/acpi/hotplug/processor/enabled")
+    code, _ = await run(guest, "setvcpu", "5", "--disable")
+    assert code == 0
 
 
 @on("x86_64")
-async def test_an_agent_killed_between_two_calls_and_one_that_is_not_there(arch):
-    async with started(arch) as guest:
-        # What an earlier client left half said.
-        _, writer = await asyncio.open_unix_connection(guest.agent)
-        writer.write(b'{"execute": "guest-get-v')
-        await writer.drain()
-        writer.close()
-        await writer.wait_closed()
-        async with qmpvcpu.connect(guest.qemu.qmp, agent=guest.agent) as domain:
-            assert [vcpu.online for vcpu in await domain.vcpus()][:2] == [True, True]
-            await guest.shell("killall qemu-ga")
+async def test_an_agent_killed_between_two_calls_and_one_that_is_not_there(guest):
+    # What an earlier client left half said.
+    _, writer = await asyncio.open_unix_connection(guest.agent)
+    writer.write(b'{"execute": "guest-get-v')
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+    async with qmpvcpu.connect(guest.qemu.qmp, agent=guest.agent) as domain:
+        assert [vcpu.online for vcpu in await domain.vcpus()][:2] == [True, True]
+        await guest.shell("killall qemu-ga")
 
-            async def answers():
-                return (await domain.vcpu(1)).vcpu.online is not None
+        async def answers():
+            return (await domain.vcpu(1)).vcpu.online is not None
 
-            await until(answers, "the agent that was started again answers", every=0.1)
-            assert domain.agent_trouble is None
-        await guest.shell("killall -STOP qemu-ga")
-        code, info = await run(guest, "vcpuinfo")
-        assert (code, info["vcpus"][1]["online"]) == (0, None)
-        code, found = await run(guest, "setvcpu", "1", "--disable", "--guest")
-        assert (code, found["outcome"]) == (7, "connection")
-        code, plugged = await run(guest, "setvcpu", "5", "--enable")
-        assert (code, plugged["outcome"]) == (0, "applied")
-        assert any("not known" in message for message in plugged["messages"])
-        await guest.shell("killall -CONT qemu-ga")
+        await until(answers, "the agent that was started again answers", every=0.1)
+        assert domain.agent_trouble is None
+    await guest.shell("killall -STOP qemu-ga")
+    code, info = await run(guest, "vcpuinfo")
+    assert (code, info["vcpus"][1]["online"]) == (0, None)
+    code, found = await run(guest, "setvcpu", "1", "--disable", "--guest")
+    assert (code, found["outcome"]) == (7, "connection")
+    code, plugged = await run(guest, "setvcpu", "5", "--enable")
+    assert (code, plugged["outcome"]) == (0, "applied")
+    assert any("not known" in message for message in plugged["messages"])
+    await guest.shell("killall -CONT qemu-ga")
 
 
 @on("aarch64")
-async def test_one_cpu_that_refuses_puts_the_others_back(arch):
-    async with started(arch, "qmpvcpu.refuse=2") as guest:
-        # The knob arms the kernel's own failure injection, which takes a moment after boot.
-        await guest.shell("until read -r n </sys/devices/system/cpu/cpu2/hotplug/fail && [ $n != -1 ]; do :; done")
-        code, found = await run(guest, "setvcpu", "1-3", "--disable", "--guest")
-        assert (code, found["outcome"], found["undone"], found["changed_ids"]) == (4, "rejected", [1], [])
-        assert set(found["error"]["reasons"]) == {"2", "3"}
-        assert "temporarily unavailable" in found["error"]["reasons"]["2"]
-        assert await online_in(guest) == (0, 1, 2, 3)
-        code, found = await run(guest, "setvcpu", "3", "--disable", "--guest")
-        assert (code, found["changed_ids"]) == (0, [3])
+async def test_one_cpu_that_refuses_puts_the_others_back(arch, pool):
+    kind = replace(KINDS[arch], append="qmpvcpu.refuse=2")
+    guest = (await pool.get(arch, "10.0", plugs=0, kind=kind)).guest
+    # The knob arms the kernel's own failure injection, which takes a moment after boot.
+    await guest.shell("until read -r n </sys/devices/system/cpu/cpu2/hotplug/fail && [ $n != -1 ]; do :; done")
+    code, found = await run(guest, "setvcpu", "1-3", "--disable", "--guest")
+    assert (code, found["outcome"], found["undone"], found["changed_ids"]) == (4, "rejected", [1], [])
+    assert set(found["error"]["reasons"]) == {"2", "3"}
+    assert "temporarily unavailable" in found["error"]["reasons"]["2"]
+    assert await online_in(guest) == (0, 1, 2, 3)
+    code, found = await run(guest, "setvcpu", "3", "--disable", "--guest")
+    assert (code, found["changed_ids"]) == (0, [3])

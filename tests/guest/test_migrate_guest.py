@@ -27,11 +27,12 @@ KINDS = {
     "s390x": ("1,maxcpus=32", "256", "s390x", ([7], [3]), [5]),
 }
 #: Not ppc64 7.2: its Linux hangs after a migration, with one vCPU too (docs/qemu-facts.md).
-CELLS = [("x86_64", "10.0"), ("x86_64", "11.1"), ("ppc64", "11.1"), ("s390x", "7.2"), ("s390x", "10.0")]
+CELLS = [("x86_64", "11.1"), ("ppc64", "11.1"), ("s390x", "10.0")]
+MORE = [("x86_64", "10.0"), ("s390x", "7.2")]
 #: Where only its first CPU gets over a migration (docs/qemu-facts.md), and the agents see to that.
 ONE_CPU = ("ppc64", "10.0")
-#: Ten: `scripts/soak trips`.
-ROUND_TRIPS = 3
+#: Ten, and `MORE`: `scripts/soak trips`.
+ROUND_TRIPS = 1
 COUNTER = "(n=0; while :; do n=$((n+1)); echo $n > /run/counter; usleep 20000; done) > /dev/null 2>&1 &"
 
 
@@ -43,37 +44,48 @@ async def counted(guest: Guest) -> int:
     return int(await guest.shell(command, timeout=DEADLINE))
 
 
-@matrix(*CELLS, ONE_CPU)
+@matrix(*CELLS, ONE_CPU, more=MORE)
 async def test_round_trips(arch, version, tmp_path, monkeypatch):
-    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
+    """From QEMU to QEMU and, where its CPUs all get over it without an agent, into a file and out of it."""
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
     smp, memory, image, plugs, more = KINDS[arch]
     found = image_of(image)
     arguments = ["-accel", "tcg,thread=multi", "-smp", smp, "-m", memory]
+    is_one_cpu = (arch, version) == ONE_CPU
     async with AsyncExitStack() as stack:
         guest = await stack.enter_async_context(boot(found, qemu_binary(version, arch), arguments))
         async with qmpvcpu.connect(qmp=guest.qemu.qmp, agent=guest.agent) as domain:
             for ids in plugs:
                 assert (await domain.enable(ids, timeout=DEADLINE)).outcome == "applied"
         await guest.shell(COUNTER)
-        online = await guest.online()
-        vcpus = await seen(guest)
-        before = await counted(guest)
-        for trip in range(count(ROUND_TRIPS)):
-            target = await stack.enter_async_context(incoming(found, qemu_binary(version, arch), arguments))
-            words = ["migrate", guest.qemu.qmp, target.qmp, "--timeout", str(DEADLINE), "--json"]
-            if (arch, version) == ONE_CPU:
-                words += ["--agent", guest.agent, "--dest-agent", str(target.folder / "agent")]
-            run = await cli(*words)
-            assert run.code == 0, (trip, run.stdout, run.stderr)
-            if (arch, version) == ONE_CPU:
-                assert [text[: len(REST)] for text in run.json["messages"]] == [REST]
+        online, vcpus, before = await guest.online(), await seen(guest), await counted(guest)
+
+        async def arrived(target):
+            """What the guest is at the end of a trip: as it was, and its counter has not gone back."""
+            nonlocal before
             guest = await stack.enter_async_context(attached(target))
             await each_works(guest)
-            now = await counted(guest)
-            assert now >= before, f"trip {trip}: it went back from {before} to {now}"
-            before = now
-            assert await guest.online() == online
-            assert await seen(guest) == vcpus
+            was, before = before, await counted(guest)
+            assert before >= was, f"it went back from {was} to {before}"
+            assert (await guest.online(), await seen(guest)) == (online, vcpus)
+            return guest
+
+        for _ in range(count(ROUND_TRIPS)):
+            target = await stack.enter_async_context(incoming(found, qemu_binary(version, arch), arguments))
+            words = ["migrate", guest.qemu.qmp, target.qmp, "--timeout", str(DEADLINE), "--json"]
+            if is_one_cpu:
+                words += ["--agent", guest.agent, "--dest-agent", str(target.folder / "agent")]
+            run = await cli(*words)
+            assert run.code == 0, run.stdout + run.stderr
+            assert not is_one_cpu or [text[: len(REST)] for text in run.json["messages"]] == [REST]
+            guest = await arrived(target)
+        if not is_one_cpu:
+            run = await cli("save", guest.qemu.qmp, str(tmp_path / "saved"), "--json")
+            assert run.code == 0, run.stdout + run.stderr
+            target = await stack.enter_async_context(incoming(found, qemu_binary(version, arch), arguments))
+            run = await cli("restore", str(tmp_path / "saved"), target.qmp, "--json")
+            assert run.code == 0, run.stdout + run.stderr
+            guest = await arrived(target)
         await goes_on(guest, before)
         async with qmpvcpu.connect(qmp=guest.qemu.qmp, agent=guest.agent) as domain:
             assert (await domain.guest_vcpus()).cpus
@@ -135,7 +147,7 @@ async def test_a_linux_that_would_hang_is_not_taken_away(arch, version, pool):
 @pytest.fixture
 async def waiting(pool):
     """A QEMU that waits for a guest of the pool's ppc64."""
-    arguments = ["-accel", "tcg,thread=multi", "-smp", POOLED["ppc64"][0], "-m", POOLED["ppc64"][1]]
+    arguments = ["-accel", "tcg,thread=multi", "-smp", POOLED["ppc64"].smp, "-m", POOLED["ppc64"].memory]
     async with incoming(image_of("ppc64le"), qemu_binary("10.0", "ppc64"), arguments) as target:
         yield target
 
@@ -199,12 +211,12 @@ async def test_a_destination_by_name_has_an_agent_of_its_own(arch, version, tmp_
         await booted(Path(run.json["console"]))
         run = await cli("migrate", "sparse", "sparse2", "--persistent", "--undefine-source", "--json")
         assert run.code == 0, run.stdout
-        assert any("and online again" in text for text in run.json["messages"]), run.json
+        assert any("and online again" in text for text in run.json["messages"]), run.stdout
         rows = (await cli("vcpuinfo", "sparse2", "--json")).json["vcpus"]
         assert [row["id"] for row in rows if row["online"]] == run.json["vcpus"] == sorted(TWO_CORES)
         # Every CPU has to stop for it.
         for word in ("--disable", "--enable"):
-            run = await cli("guestvcpus", "sparse2", "--cpulist", "1-5", word, "--json")
+            run = await cli("guestvcpus", "sparse2", "--cpulist", "1-3", word, "--json")
             assert run.code == 0, run.stdout
     finally:
         for name in ("sparse", "sparse2"):
@@ -215,7 +227,7 @@ async def test_a_destination_by_name_has_an_agent_of_its_own(arch, version, tmp_
 async def test_what_stays_offline_at_the_destination_is_named(arch, version, tmp_path, monkeypatch):
     """By an agent's socket that is another one's: the guest runs there, and can be helped."""
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
-    arguments = ["-accel", "tcg,thread=multi", "-smp", POOLED["ppc64"][0], "-m", POOLED["ppc64"][1]]
+    arguments = ["-accel", "tcg,thread=multi", "-smp", POOLED["ppc64"].smp, "-m", POOLED["ppc64"].memory]
     found = image_of("ppc64le")
     silent = await asyncio.start_unix_server(lambda reader, writer: None, tmp_path / "silent")
     async with AsyncExitStack() as stack:
@@ -232,27 +244,3 @@ async def test_what_stays_offline_at_the_destination_is_named(arch, version, tmp
         run = await cli("guestvcpus", target.qmp, "--agent", guest.agent, "--cpulist", "1", "--enable")
         assert run.code == 0 and await guest.online() == "0-1"
         await each_works(guest)
-
-
-@matrix(("x86_64", "10.0"), ("x86_64", "11.1"), ("ppc64", "11.1"), ("s390x", "7.2"), ("s390x", "10.0"))
-async def test_a_linux_in_a_file_goes_on_where_it_was(arch, version, tmp_path, monkeypatch):
-    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
-    smp, memory, image, plugs, _ = KINDS[arch]
-    found = image_of(image)
-    arguments = ["-accel", "tcg,thread=multi", "-smp", smp, "-m", memory]
-    file = str(tmp_path / "saved")
-    async with AsyncExitStack() as stack:
-        guest = await stack.enter_async_context(boot(found, qemu_binary(version, arch), arguments))
-        async with qmpvcpu.connect(qmp=guest.qemu.qmp, agent=guest.agent) as domain:
-            for ids in plugs:
-                assert (await domain.enable(ids, timeout=DEADLINE)).outcome == "applied"
-        await guest.shell(COUNTER)
-        online, vcpus, before = await guest.online(), await seen(guest), await counted(guest)
-        run = await cli("save", guest.qemu.qmp, file, "--json")
-        assert run.code == 0, run.stdout + run.stderr
-        target = await stack.enter_async_context(incoming(found, qemu_binary(version, arch), arguments))
-        run = await cli("restore", file, target.qmp, "--json")
-        assert run.code == 0, run.stdout + run.stderr
-        guest = await stack.enter_async_context(attached(target))
-        await goes_on(guest, before)
-        assert (await guest.online(), await seen(guest)) == (online, vcpus)

@@ -21,16 +21,16 @@ SEEN = (
     "echo $n ${node:--} $(cat $cpu/online 2>/dev/null || echo 1) $(cat $cpu/physical_id 2>/dev/null); done"
 )
 
-TWO_CORES = dict.fromkeys(range(8), 0) | dict.fromkeys(range(16, 24), 2)
+TWO_CORES = {0: 0, 1: 0, 6: 2, 7: 2}
 KINDS = {
     # arch: image, machine, vCPUs enabled (on, order), topology, memory of a node
     "x86_64": ("x86_64", "q35", 16, {0: 0, 1: 0, 5: 4, 12: 3}, (2, 8, 1), 256),
     "ppc64": (
         "ppc64le",
         "pseries",
-        32,
+        8,
         TWO_CORES,
-        (2, 2, 8),
+        (2, 2, 2),
         512,
     ),
 }

@@ -95,10 +95,25 @@ async def attached(qemu: Qemu) -> AsyncIterator[Guest]:
 
 #: A Linux under TCG is up by then also on a busy machine, seconds.
 BOOT = 4 * DEADLINE
-#: -smp, -m, more kernel words; and how many vCPUs may be plugged before the guest is retired.
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A shape of Linux guests: `-smp`, `-m`, the image, how many vCPUs may be plugged into one before it goes,
+    and more words for its kernel.
+    """
+
+    smp: str
+    memory: str
+    image: str
+    budget: int
+    append: str = ""
+
+
+#: The usual ones, by architecture.
 KINDS = {
-    "x86_64": ("2,sockets=2,cores=24,threads=1,maxcpus=48", "512", "x86_64", 40),
-    "ppc64": ("2,sockets=1,cores=40,threads=2,maxcpus=80", "1024", "ppc64le", 70),
+    "x86_64": Kind("2,sockets=2,cores=24,threads=1,maxcpus=48", "512", "x86_64", 40),
+    "ppc64": Kind("2,sockets=1,cores=40,threads=2,maxcpus=80", "1024", "ppc64le", 70),
 }
 
 
@@ -121,6 +136,7 @@ class Booted:
     guest: Guest
     stack: AsyncExitStack
     budget: int
+    kind: Kind
     #: A third QMP socket: `guest.qemu.monitor` holds the first, the tests connect to the second.
     third: str = ""
     boot_ids: tuple[int, ...] = field(default=())
@@ -143,26 +159,32 @@ class Booted:
         if self.guest.qemu.has_exited:
             return False
         async with qmpvcpu.connect(self.qmp) as domain:
-            return (await domain.state()).enabled_ids == self.boot_ids
+            is_so = (await domain.state()).enabled_ids == self.boot_ids
+        return is_so and len(qmpvcpu.parse_ids(await self.guest.online())) == len(self.boot_ids)
 
 
 class Pool:
     def __init__(self) -> None:
         self.booted: dict[tuple[str, str], Booted] = {}
 
-    async def get(self, arch: str, version: str, plugs: int, *, untouched: bool = False) -> Booted:
+    async def get(
+        self, arch: str, version: str, plugs: int, *, untouched: bool = False, kind: Kind | None = None
+    ) -> Booted:
         """`untouched`: nothing was ever plugged into it; some QEMUs cannot be migrated after an unplug."""
-        key = (arch, version)
+        key, kind = (arch, version), kind or KINDS[arch]
         kept = self.booted.get(key)
         if kept is not None and (
-            kept.budget < plugs or (untouched and kept.is_touched) or not await kept.is_as_booted()
+            kept.kind != kind
+            or kept.budget < plugs
+            or (untouched and kept.is_touched)
+            or not await kept.is_as_booted()
         ):
             await self.drop(key)
             kept = None
         if kept is None:
             for other in list(self.booted):
                 await self.drop(other)
-            kept = self.booted[key] = await _boot(arch, version)
+            kept = self.booted[key] = await _boot(arch, version, kind)
         kept.budget -= plugs
         kept.is_touched |= not untouched
         return kept
@@ -171,13 +193,14 @@ class Pool:
         await self.booted.pop(key).stack.aclose()
 
 
-async def _boot(arch: str, version: str) -> Booted:
-    smp, memory, image, budget = KINDS[arch]
+async def _boot(arch: str, version: str, kind: Kind) -> Booted:
     stack = AsyncExitStack()
     third = stack.enter_context(TemporaryDirectory(prefix="qmpvcpu-test-")) + "/third"
     arguments = ["-qmp", f"unix:{third},server=on,wait=off"]
-    arguments += ["-accel", "tcg,thread=multi", "-smp", smp, "-m", memory]
-    guest = await stack.enter_async_context(boot(image_of(image), qemu_binary(version, arch), arguments))
-    booted = Booted(arch, version, guest, stack, budget, third)
-    booted.boot_ids = tuple(booted.ids(0, 1) if arch == "x86_64" else booted.ids(0))
+    arguments += ["-accel", "tcg,thread=multi", "-smp", kind.smp, "-m", kind.memory]
+    image, binary = image_of(kind.image), qemu_binary(version, arch)
+    guest = await stack.enter_async_context(boot(image, binary, arguments, append=kind.append))
+    booted = Booted(arch, version, guest, stack, kind.budget, kind, third)
+    async with qmpvcpu.connect(booted.qmp) as domain:
+        booted.boot_ids = (await domain.state()).enabled_ids
     return booted

@@ -13,6 +13,7 @@ from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import QemuProcess, run_qemu
 from tests.support.monitor import QmpError
+from tests.support.soaking import is_long_run
 
 VERSIONS = ("7.2", "10.0", "11.1")
 #: Tests may have a cache of their own, and still these QEMUs.
@@ -39,10 +40,11 @@ def group(arch: str, version: str) -> pytest.MarkDecorator:
     return pytest.mark.xdist_group(f"{arch}-{version}")
 
 
-def matrix(*cells: tuple[str, str]) -> Any:
-    """Parametrize `arch, version`, each cell in its xdist group."""
+def matrix(*cells: tuple[str, str], more: Sequence[tuple[str, str]] = ()) -> Any:
+    """Parametrize `arch, version`, each cell in its xdist group; those of `more` in a long run only."""
+    chosen = (*cells, *more) if is_long_run() else cells
     return pytest.mark.parametrize(
-        ("arch", "version"), [pytest.param(a, v, marks=group(a, v), id=f"{a}-{v}") for a, v in cells]
+        ("arch", "version"), [pytest.param(a, v, marks=group(a, v), id=f"{a}-{v}") for a, v in chosen]
     )
 
 

@@ -13,6 +13,11 @@ def count(sample: int) -> int:
     return int(os.environ.get(COUNT, sample))
 
 
+def is_long_run() -> bool:
+    """Whether it is `scripts/soak` that runs the test."""
+    return COUNT in os.environ
+
+
 def seed(usual: int = 0) -> int:
     """Of random numbers: `usual` in the suite, so that a failure there comes again."""
     return int(os.environ.get(SEED, usual))
