@@ -79,6 +79,14 @@ async def boot(image: Image, binary: str, arguments: Sequence[str], *, append: s
 
 
 @asynccontextmanager
+async def not_started(image: Image, binary: str, arguments: Sequence[str]) -> AsyncIterator[Qemu]:
+    """A QEMU with a guest of this image that waits for `cont`; `attached` is for then."""
+    words = [*lab.guest_arguments(image._found), *arguments, "-S"]
+    async with running(binary, words, channels=CHANNELS) as qemu:
+        yield qemu
+
+
+@asynccontextmanager
 async def incoming(image: Image, binary: str, arguments: Sequence[str]) -> AsyncIterator[Qemu]:
     """The QEMU to which a guest of this image is to migrate."""
     words = [*lab.guest_arguments(image._found), *arguments, "-incoming", "defer"]
