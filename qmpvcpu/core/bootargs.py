@@ -161,8 +161,9 @@ def _memory(definition: Definition) -> list[str]:
     sizes = _cell_sizes(definition) if definition.cells else []
     size = sum(size for _, size in sizes) if sizes else definition.base_memory
     words = {} if size is None else {"size": _kib(size)}
-    if definition.max_memory is not None and definition.memory_slots:
-        words |= {"slots": str(definition.memory_slots), "maxmem": _kib(definition.max_memory)}
+    if definition.max_memory is not None:
+        words |= {"slots": str(definition.memory_slots)} if definition.memory_slots else {}
+        words |= {"maxmem": _kib(definition.max_memory)}
     return ["-m", join_pairs(words.items())] if words else []
 
 

@@ -409,7 +409,8 @@ class Domain(MigrationCalls):
         from qmpvcpu.domain.picture import read_picture
 
         async with self._turn():
-            return await read_picture(self._connected().monitor)
+            link = self._connected()
+            return await read_picture(link.monitor, link.process)
 
     async def _described(self, state: DomainState) -> DescribedXml:
         from qmpvcpu.xml.domain import minimal_domain

@@ -7,8 +7,10 @@ from collections.abc import Awaitable, Mapping
 from typing import Any, Final
 
 from qmpvcpu.core.inventory import parse_version
-from qmpvcpu.core.machine.comparison import Picture, child_type, parse_picture
+from qmpvcpu.core.machine.command_line import read_command_line
+from qmpvcpu.core.machine.comparison import Picture, child_type, parse_picture, with_command_line
 from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.host.process import Process, command_line_of
 from qmpvcpu.ports import Monitor
 
 __all__ = ["read_picture"]
@@ -24,8 +26,12 @@ _VALUES: Final = frozenset(
 _PLACES: Final = {"-ccw": "dev_id", "virtserialport": "nr", "virtconsole": "nr", "pc-dimm": "addr"}
 
 
-async def read_picture(monitor: Monitor) -> Picture:
+async def read_picture(monitor: Monitor, process: Process | None = None) -> Picture:
     """Ask one, whatever its guest does; nothing is touched.
+
+    Args:
+        monitor: of QEMU.
+        process: of QEMU, where that runs on this host.
 
     Raises:
         VcpuConnectionError: QEMU is lost.
@@ -51,7 +57,9 @@ async def read_picture(monitor: Monitor) -> Picture:
         replies["cpu"] = await _values(monitor, first, await _answer(_list(monitor, first)))
     replies["added"] = [row for path in _ADDED for row in await _devices(monitor, path, replies.get(path))]
     replies["own"] = await _devices(monitor, _OWN, replies.get(_OWN))
-    return parse_picture(parse_version(monitor.greeting), replies)
+    picture = parse_picture(parse_version(monitor.greeting), replies)
+    words = await asyncio.to_thread(command_line_of, process) if process is not None else []
+    return with_command_line(picture, read_command_line(words)) if words else picture
 
 
 def _list(monitor: Monitor, path: str) -> Awaitable[object]:

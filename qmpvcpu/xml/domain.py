@@ -272,9 +272,9 @@ class _Reader:
 
     def _memory_slots(self) -> int | None:
         element = self.root.child("maxMemory")
-        if element is None:
+        if element is None or "slots" not in element.attributes:
             return None
-        return self._int(element, element.attributes.get("slots"), "<maxMemory slots>", 1, 1024)
+        return self._int(element, element.attributes["slots"], "<maxMemory slots>", 1, 1024)
 
     def _number_in(self, element: Element, what: str) -> int | None:
         return self._int(element, element.text.strip(), what, 0, 1023)
@@ -631,9 +631,10 @@ def minimal_domain(definition: Definition, devices: Devices | None = None) -> by
     if definition.uuid is not None:
         lines.append(f"  <uuid>{escape(definition.uuid)}</uuid>")
     lines += option_lines(definition, devices)
-    if definition.max_memory is not None and definition.memory_slots:
-        slots, (size, unit) = definition.memory_slots, _sized(definition.max_memory)
-        lines.append(f"  <maxMemory slots='{slots}' unit='{unit}'>{size}</maxMemory>")
+    if definition.max_memory is not None:
+        slots = f" slots='{definition.memory_slots}'" if definition.memory_slots else ""
+        size, unit = _sized(definition.max_memory)
+        lines.append(f"  <maxMemory{slots} unit='{unit}'>{size}</maxMemory>")
     if definition.memory is not None:
         size, unit = _sized(definition.memory)
         lines.append(f"  <memory unit='{unit}'>{size}</memory>")

@@ -30,6 +30,8 @@ _DRIVER: Final = re.compile(r"memory-backend-[a-z0-9-]{1,40}")
 #: Options by which a machine reads or writes files.
 _WITH_FILES: Final = frozenset({"dumpdtb", "dtb", "kernel", "initrd", "append", "firmware", "shm-path"})
 _DIMM: Final = "dimm"
+#: PATH_MAX of Linux.
+_LONGEST: Final = 4096
 
 #: Called with an element and what is wrong with it.
 Wrong = Callable[[Element, str], None]
@@ -78,7 +80,8 @@ def _pair(option: Element, wrong: Wrong) -> tuple[str, str] | None:
     if not _KEY.fullmatch(key) or key in _WITH_FILES:
         wrong(option, f"<option name='{key[:40]}'> cannot be an option of QEMU here")
         return None
-    if len(value) > 400 or "," in value or not value.isprintable():
+    # Of -object, values may have commas: the paths of files.
+    if len(value) > _LONGEST or not value.isprintable() or ("," in value and "of" in option.attributes):
         wrong(option, f"<option name='{key}'> has a value that cannot be one")
         return None
     return key, value

@@ -150,6 +150,39 @@ USUAL: dict[str, tuple[str, str, list[str]]] = {
             *("-chardev", "null,id=c0", "-serial", "chardev:c0", "-vga", "std", "-rtc", "base=utc"),
         ],
     ),
+    "bind": (
+        *("x86_64", "10.0"),
+        [
+            *("-nodefaults", "-machine", "q35,memory-backend=m", "-m", "64"),
+            "-object",
+            '{"qom-type":"memory-backend-ram","id":"m","size":67108864,"host-nodes":[0],"policy":"bind"}',
+        ],
+    ),
+    "nvdimm": (
+        *("x86_64", "11.1"),
+        [
+            *("-nodefaults", "-machine", "q35,nvdimm=on", "-m", "64,slots=2,maxmem=1G"),
+            *("-object", "memory-backend-file,id=nv,size=1M,mem-path=DISK,share=on,readonly=on"),
+            *("-device", "nvdimm,id=stick,memdev=nv,unarmed=on"),
+        ],
+    ),
+    "virtio-mem": (
+        *("x86_64", "10.0"),
+        [
+            *("-nodefaults", "-machine", "q35", "-m", "64,maxmem=2G"),
+            *("-object", "memory-backend-ram,id=vm,size=128M"),
+            *("-device", "virtio-mem-pci,id=vm0,memdev=vm,requested-size=64M"),
+        ],
+    ),
+    "hand-made": (
+        *("x86_64", "7.2"),
+        [
+            *("-machine", "pc", "-hda", "DISK", "-usb", "-device", "usb-tablet", "-vga", "cirrus"),
+            *("-net", "nic,model=e1000", "-net", "user", "-monitor", "null", "-serial", "mon:null"),
+            *("-fsdev", "local,id=f,path=.,security_model=none"),
+            *("-device", "virtio-9p-pci,fsdev=f,mount_tag=t"),
+        ],
+    ),
     "agent": (
         *("x86_64", "10.0"),
         [
@@ -337,6 +370,24 @@ async def test_migrate_refuses_another_machine_before_the_first_byte(rest, text)
         states = [await qemu.execute("query-status") for qemu in (source, destination)]
     assert (run.code, text in run.stderr) == (3, True), run.stderr
     assert [state["status"] for state in states] == ["prelaunch", "inmigrate"]
+
+
+async def test_distances_in_a_definition_are_compared_with_the_guests(tmp_path):
+    smp, rest = MACHINES["distances"][2:]
+    async with paused("x86_64", "10.0", smp, rest) as qemu:
+        assert (await cli("define", "far", "--qmp", qemu.qmp)).code == 0
+        data = (await cli("dumpxml", "far", "--inactive")).stdout
+        file = tmp_path / "far.xml"
+        file.write_text(data.replace("value='31'", "value='30'"))
+        await cli("define", str(file))
+        save = await cli("save", "far", str(tmp_path / "saved"))
+        async with paused("x86_64", "10.0", smp, [*rest[:-2], "-incoming", "defer"]) as other:
+            migrate = await cli("migrate", qemu.qmp, other.qmp)
+    assert (save.code, "NUMA nodes 0 and 1: 31 at the source, 30 in the definition" in save.stderr) == (3, True)
+    assert (migrate.code, "NUMA nodes 1 and 0: 22 at the source, 31 at the destination" in migrate.stderr) == (
+        3,
+        True,
+    )
 
 
 async def test_a_guest_whose_firmware_has_numbered_its_buses_is_not_another_machine(tmp_path):

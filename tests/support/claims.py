@@ -14,10 +14,12 @@ from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.definition import Definition, NumaCell, default_vcpus
 from qmpvcpu.core.hardware import hardware_args
 from qmpvcpu.core.machine.command_line import join_pairs, read_command_line, split_cpu
-from qmpvcpu.core.machine.comparison import Picture, parse_picture
+from qmpvcpu.core.machine.comparison import Picture, parse_picture, with_command_line
 from qmpvcpu.core.machine.comparison import differences as compare
 from qmpvcpu.core.machine.described import agrees, described, machine_facts
-from qmpvcpu.core.machine.devices import hollow, shared_with_source
+from qmpvcpu.core.machine.devices import bound_to_host, hollow, shared_with_source
+from qmpvcpu.host.process import command_line_of, process_of
+from qmpvcpu.host.program import startable_program
 from qmpvcpu.xml.domain import minimal_domain, read_domain
 from qmpvcpu.xml.hardware import read_hardware
 from tests.support.machines import boot_with
@@ -134,12 +136,25 @@ def _said(definition: Definition) -> Mapping[str, Any]:
     return {key: value for key, value in said.items() if key not in ("vcpus", "topology", "dialect")}
 
 
+def program_of(pid: int) -> str | None:
+    """What is written as `<emulator>` for a process."""
+    return startable_program(process_of(pid), arguments_of(pid))
+
+
+def arguments_of(pid: int) -> list[str]:
+    """What is believed of a process's arguments; nothing of another user's."""
+    return command_line_of(process_of(pid))
+
+
 # -- two machines ------------------------------------------------------------------------------------
 
 
-def machine_of(replies: Mapping[str, Any]) -> dict[str, Any]:
-    """What the replies of a QEMU tell of its machine; a reply of another form tells nothing."""
-    return asdict(parse_picture(None, replies))
+def machine_of(replies: Mapping[str, Any], argv: Sequence[str] | None = None) -> dict[str, Any]:
+    """What the replies of a QEMU tell of its machine, and its arguments, where they are known; a reply of another
+    form tells nothing.
+    """
+    picture = parse_picture(None, replies)
+    return asdict(picture if argv is None else with_command_line(picture, read_command_line(argv)))
 
 
 def differences(source: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
@@ -157,6 +172,11 @@ def _picture(machine: Mapping[str, Any]) -> Picture:
 def without_the_host(arguments: Sequence[str]) -> list[str]:
     """The same devices for a twin, which must not touch anything of the host."""
     return hollow(arguments)
+
+
+def only_one_can_have(arguments: Sequence[str]) -> list[str]:
+    """What a second QEMU cannot have while the first one runs."""
+    return bound_to_host(arguments)
 
 
 def shared_with_the_first(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

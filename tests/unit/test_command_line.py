@@ -185,3 +185,11 @@ def test_what_no_definition_holds_is_named():
         "-mem-path",
         "-machine confidential-guest-support=sev0",
     )
+
+
+def test_lists_of_an_object_stand_under_one_key():
+    text = '{"qom-type": "memory-backend-ram", "id": "m", "size": 1, "host-nodes": [0, 2], "policy": "bind"}'
+    (backend,) = claim([PROGRAM, "-object", text, "-machine", "memory-backend=m"], {}).definition["options"][
+        "backends"
+    ]
+    assert backend["options"] == (("host-nodes", "0"), ("host-nodes", "2"), ("policy", "bind"))

@@ -6,7 +6,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.claims import claim, differences, machine_of, shared_with_the_first, without_the_host
+from tests.support.claims import (
+    claim,
+    differences,
+    machine_of,
+    only_one_can_have,
+    shared_with_the_first,
+    without_the_host,
+)
 
 NEW, OLD = (11, 1, 0), (7, 2, 0)
 
@@ -58,6 +65,42 @@ def test_equal_blocks_the_other_way_round_are_a_difference():
         "address of the RAM block 'm0': 0x0 at the source, 0x4000000 here",
         "address of the RAM block 'm1': 0x4000000 at the source, 0x0 here",
     ]
+
+
+NUMA = ("-numa", "node,nodeid=0,cpus=0-1", "-numa", "node,nodeid=1,cpus=2-3")
+LATENCY = "hmat-lb,initiator=0,target=1,hierarchy=memory,data-type=access-latency,latency=10"
+
+
+def of_line(*words):
+    return {**machine_of({}, ["qemu", *NUMA, *words]), "version": NEW}
+
+
+def test_distances_are_those_of_the_command_lines():
+    there = of_line("-numa", "dist,src=0,dst=1,val=31")
+    assert differences(there, there) == []
+    assert (
+        differences(there, of_line("-numa", "dist,src=0,dst=1,val=31", "-numa", "dist,src=1,dst=0,val=31")) == []
+    )
+    assert differences(there, of_line("-numa", "dist,src=0,dst=1,val=31", "-numa", "dist,src=1,dst=0,val=22")) == [
+        "distance of NUMA nodes 1 and 0: 31 at the source, 22 here"
+    ]
+    assert differences(there, of_line()) == [
+        "distance of NUMA nodes 0 and 1: 31 at the source, none here",
+        "distance of NUMA nodes 1 and 0: 31 at the source, none here",
+    ]
+
+
+def test_distances_that_qemu_takes_by_itself_need_not_be_written():
+    written = ("dist,src=0,dst=1,val=20", "dist,src=1,dst=1,val=10")
+    assert differences(of_line(), of_line(*(word for text in written for word in ("-numa", text)))) == []
+
+
+def test_without_a_command_line_nothing_is_said_of_distances():
+    assert differences(of_line("-numa", "dist,src=0,dst=1,val=31"), {**machine_of({}), "version": NEW}) == []
+
+
+def test_attributes_of_memory_are_those_of_the_command_lines():
+    assert differences(of_line("-numa", LATENCY), of_line()) == [f"-numa {LATENCY}: 1 at the source, none here"]
 
 
 def test_another_version_calls_its_own_devices_otherwise():
@@ -133,6 +176,26 @@ def test_the_agents_port_gets_the_chardev_of_start():
     assert found.devices == ("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0,nr=2")
 
 
+def test_a_chardev_of_a_monitor_and_of_a_device_stays():
+    words = ("-chardev", "null,id=m,mux=on", "-mon", "chardev=m", "-device", "isa-serial,chardev=m")
+    assert devices(*words).devices == ("-chardev", "null,id=m,mux=on", "-device", "isa-serial,chardev=m")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "tap,id=n,fds=9:10",
+        "stream,id=n,addr.type=fd,addr.str=9",
+        "dgram,id=n,local.type=fd,local.str=9",
+        '{"type": "stream", "id": "n", "addr": {"type": "fd", "str": "9"}}',
+    ],
+)
+def test_every_way_to_hand_a_descriptor_over_is_named(text):
+    found = devices("-netdev", text)
+    assert found.left_out == (f"-netdev {text}",)
+    assert found.devices == ("-netdev", "user,id=n")
+
+
 def test_descriptors_of_the_first_process_are_named():
     found = devices("-netdev", "tap,id=n,fd=9", "-device", "virtio-net-pci,netdev=n", "-frobnicate", "x")
     assert found.left_out == ("-netdev tap,id=n,fd=9", "-frobnicate x")
@@ -141,6 +204,9 @@ def test_descriptors_of_the_first_process_are_named():
 
 def test_files_get_their_whole_paths():
     words = ("-drive", "file=a.img,if=virtio", "-cdrom", "b.iso", "-drive", "file=nbd:unix:/s,id=n", "-hda", "/c")
+    assert devices("-drive", "file=./a:b.img", folder="/images").devices == ("-drive", "file=/images/./a:b.img")
+    stream = "stream,id=n,addr.type=unix,addr.path=s"
+    assert devices("-netdev", stream, folder="/run").devices[1].endswith("addr.path=/run/s")
     found = devices(*words, folder="/images")
     assert found.devices == (
         *("-drive", "file=/images/a.img,if=virtio", "-cdrom", "/images/b.iso"),
@@ -178,7 +244,7 @@ def test_a_twin_touches_nothing_of_the_host():
     )
     text = " ".join(words)
     assert not [path for path in ("/d", "/e", "/f", "/g", "/h", "/i", "/j", "tap") if path in text]
-    assert "-object memory-backend-ram,id=m,size=1M" in text
+    assert "-object memory-backend-memfd,id=m,size=1M" in text
     assert "-nic user,model=e1000,mac=52:54:00:00:00:01" in text
 
 
@@ -193,11 +259,35 @@ def test_anything_can_be_hollowed(words):
         (["-object", "filter-dump,id=f,netdev=n,file=x.pcap"], []),
         (["-object", "input-linux,id=i,evdev=/dev/input/event0"], []),
         (["-object", "iothread,id=t"], ["-object", "iothread,id=t"]),
+        (
+            ["-object", "memory-backend-ram,id=m,size=1M,prealloc=on"],
+            ["-object", "memory-backend-ram,id=m,size=1M"],
+        ),
         (["-object", "rng-random,id=r,filename=/dev/random"], ["-object", "rng-builtin,id=r"]),
         (["-audiodev", "wav,id=a,path=x.wav"], ["-audiodev", "none,id=a"]),
         (["-overcommit", "mem-lock=on"], []),
         (["-icount", "shift=auto,rr=record,rrfile=x"], []),
+        (["-object", "cryptodev-vhost-user,id=c,chardev=x"], ["-object", "cryptodev-backend-builtin,id=c"]),
+        (["-audio", "wav,model=hda,path=x.wav"], ["-audio", "none,model=hda"]),
+        (["-fsdev", "proxy,id=f,socket=/s"], ["-fsdev", "synth,id=f"]),
+        (["-virtfs", "local,path=/x,mount_tag=t,security_model=none"], ["-virtfs", "synth,mount_tag=t"]),
+        (["-qmp", "unix:/s,server=on", "-monitor", "stdio", "-mon", "chardev=m"], []),
+        (["-vnc", ":1", "-spice", "port=5900", "-display", "gtk"], ["-display", "none"]),
+        (["-pidfile", "/p", "-D", "/l", "-daemonize", "-snapshot", "-gdb", "tcp::1234", "-s"], []),
+        (["-trace", "file=/t", "-plugin", "x.so", "-incoming", "unix:/s", "-frobnicate", "x"], []),
+        (["-device", "usb-tablet,pcap=/x,id=u"], ["-device", "usb-tablet,id=u"]),
+        (["-machine", "virt,dumpdtb=/x,usb=on"], ["-machine", "virt,usb=on"]),
+        (["-nographic"], ["-machine", "graphics=off"]),
     ],
 )
 def test_a_twin_does_nothing_to_files_and_memory_of_the_host(given, kept):
     assert without_the_host(given) == kept
+
+
+def test_what_one_qemu_alone_can_have_is_named():
+    words = ["-device", "vfio-pci,host=01:00.0", "-device", "scsi-block,drive=d", "-device", "virtio-rng-pci"]
+    assert only_one_can_have([*words, "-readconfig", "more.cfg"]) == [
+        "-device vfio-pci,host=01:00.0",
+        "-device scsi-block,drive=d",
+        "-readconfig more.cfg",
+    ]

@@ -123,3 +123,31 @@ def test_devices_that_are_written_are_started_again():
     made = claim(["qemu", *words], {})
     assert (made.devices, made.has_defaults, made.has_serial) == (tuple(words), True, False)
     assert hardware(made.xml).arguments == ["-no-user-config", "-display", "none", *words]
+
+
+def test_memory_may_have_a_maximum_without_slots():
+    replies = {"query-memory-size-summary": {"base-memory": 64 * MIB}, "memory": {"size": 64 * MIB}}
+    made = claim(["qemu", "-m", "64,maxmem=1G"], replies)
+    assert (made.definition["max_memory"], made.definition["memory_slots"]) == (1 << 30, None)
+    assert claimed_by(made.xml) == made.definition
+
+
+def test_a_memory_device_of_the_command_line_is_among_the_devices():
+    replies = {"query-memory-devices": [{"type": "nvdimm", "data": {"id": "nv"}}]}
+    words = ["-object", "memory-backend-ram,id=m,size=1M", "-device", "nvdimm,id=nv,memdev=m"]
+    assert claim(["qemu", *words], replies).left_out == ()
+    assert claim(["qemu"], replies).left_out == ("the memory device nvdimm 'nv'",)
+
+
+def test_paths_of_memory_may_have_commas_and_machine_options_are_named():
+    backend = ["-object", "memory-backend-file,id=m,size=1M,mem-path=/a,,b"]
+    words = ["-machine", "q35,memory-backend=m,x-odd=c,,d", *backend]
+    made = claim(["qemu", *words], {"query-memdev": [{"id": "m", "size": MIB}]})
+    assert made.left_out == ("-machine x-odd=c,d",)
+    assert claimed_by(made.xml)["options"]["backends"][0]["options"] == (("mem-path", "/a,b"),)
+
+
+def test_attributes_of_memory_are_named():
+    hmat = "hmat-lb,initiator=0,target=0,hierarchy=memory,data-type=access-latency,latency=5"
+    made = claim(["qemu", "-numa", "node,nodeid=0,initiator=0", "-numa", hmat], {})
+    assert made.left_out == ("-numa node,nodeid=0,initiator=0", f"-numa {hmat}")

@@ -18,6 +18,7 @@ from typing import Any, Final
 from qmpvcpu.core.definition import Pairs
 
 __all__ = [
+    "IMPLIED",
     "CommandLineNode",
     "MemorySize",
     "Option",
@@ -41,7 +42,7 @@ _FLAGS: Final = frozenset(
     )
 )
 #: The key of a first word that has none.
-_IMPLIED: Final = {
+IMPLIED: Final = {
     "machine": "type",
     "accel": "accel",
     "m": "size",
@@ -59,6 +60,9 @@ _IMPLIED: Final = {
     "vnc": "vnc",
     "fw_cfg": "name",
     "audiodev": "driver",
+    "audio": "driver",
+    "fsdev": "fsdriver",
+    "virtfs": "fsdriver",
     "display": "type",
 }
 _ALIASES: Final = {"M": "machine"}
@@ -70,6 +74,8 @@ _PLAIN: Final = frozenset(
         *("pflash", "mtdblock", "sd", "incoming", "loadvm", "readconfig", "D", "d", "global"),
     )
 )
+#: Options that take a list as a key that stands several times (QEMU's OptsVisitor), not with an index.
+_REPEATED: Final = frozenset({"object"})
 _SUFFIXES: Final = {letter: 1024**power for power, letter in enumerate("bkmgtpe")}
 _MIB: Final = 1024 * 1024
 _SIZE: Final = re.compile(r"([0-9]{1,20})(?:(\.[0-9]{0,20}))?([bkmgtpe]?)", re.IGNORECASE)
@@ -189,6 +195,18 @@ class QemuCommandLine:
         rows = (option for option in self.all("numa") if option.get("type") == "dist")
         return tuple((_int(o.get("src"), 0), _int(o.get("dst"), 0), _int(o.get("val"), 0)) for o in rows)
 
+    @property
+    def memory_attributes(self) -> tuple[str, ...]:
+        """What `-numa` says of latencies, bandwidths, caches and initiators (ACPI's HMAT)."""
+        found = []
+        for option in self.all("numa"):
+            kind, initiator = option.get("type") or "", option.get("initiator")
+            if kind.startswith("hmat-"):
+                found.append(" ".join(option.words))
+            elif kind == "node" and initiator is not None:
+                found.append(f"-numa node,nodeid={option.get('nodeid') or '0'},initiator={initiator}")
+        return tuple(found)
+
 
 def read_command_line(words: Sequence[str]) -> QemuCommandLine:
     """Read one.
@@ -244,19 +262,19 @@ def _pairs(name: str, text: str) -> Pairs | None:
         return ()
     if text.startswith("{"):
         try:
-            return tuple(_flat("", json.loads(text)))
+            return tuple(_flat("", json.loads(text), has_indexes=name not in _REPEATED))
         except (ValueError, RecursionError):
             return None
-    return split_pairs(text, _IMPLIED.get(name))
+    return split_pairs(text, IMPLIED.get(name))
 
 
-def _flat(prefix: str, value: Any) -> Iterable[tuple[str, str]]:
+def _flat(prefix: str, value: Any, *, has_indexes: bool) -> Iterable[tuple[str, str]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner)
+            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner, has_indexes=has_indexes)
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            yield from _flat(f"{prefix}.{number}", inner)
+            yield from _flat(f"{prefix}.{number}" if has_indexes else prefix, inner, has_indexes=has_indexes)
     elif isinstance(value, bool):
         yield prefix, "on" if value else "off"
     elif value is not None:

@@ -9,14 +9,23 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
+from qmpvcpu.core.machine.command_line import QemuCommandLine
 from qmpvcpu.core.machine.versions import are_same
 from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.errors import Refusal
 
-__all__ = ["Difference", "Picture", "child_type", "differences", "parse_picture", "refusals_of"]
+__all__ = [
+    "Difference",
+    "Picture",
+    "child_type",
+    "differences",
+    "parse_picture",
+    "refusals_of",
+    "with_command_line",
+]
 
 _BLOCK: Final = re.compile(r"^ *(\S.*?) +\d+ \w?i?B +0x[0-9a-f]+ +0x[0-9a-f]+ +0x([0-9a-f]+)", re.MULTILINE)
 _MAPPED: Final = re.compile(r"^ +([0-9a-f]{16})-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE)
@@ -67,6 +76,9 @@ class Picture:
         pci: what is in each slot of the PCI buses, by the slots that lead there.
         added: types of devices that a user has added, with what tells their place.
         types: types of all devices.
+        distances: between two NUMA nodes, where they are not what QEMU takes by itself; None where the command
+            line is not known, which alone tells them.
+        attributes: of memory (ACPI's HMAT), as -numa has them; None as well.
     """
 
     version: QemuVersion | None = None
@@ -79,6 +91,8 @@ class Picture:
     pci: Mapping[str, str] = field(default_factory=dict)
     added: tuple[str, ...] = ()
     types: tuple[str, ...] = ()
+    distances: Mapping[str, int] | None = None
+    attributes: tuple[str, ...] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,12 +127,23 @@ def differences(source: Picture, here: Picture) -> list[Difference]:
     same = are_same(source.version, here.version)
     found += _of_blocks(source, here, same)
     found += _of_mapping("memory of NUMA node {}", source.nodes, here.nodes, "MiB")
+    found += _of_command_lines(source, here)
     found += _of_mapping("PCI device at {}", source.pci, here.pci)
     found += _of_devices(source, here, same)
     if same:
         # Another version tells the same in other words.
         found += _of_mapping("-machine {}", *_common(source.machine, here.machine))
         found += _of_cpu(*_common(source.cpu, here.cpu))
+    return found
+
+
+def _of_command_lines(source: Picture, here: Picture) -> list[Difference]:
+    """What only a command line tells: nothing where one of the two is not known."""
+    found = []
+    if source.distances is not None and here.distances is not None:
+        found += _of_mapping("distance of NUMA nodes {}", source.distances, here.distances)
+    if source.attributes is not None and here.attributes is not None:
+        found += _counts("{}", Counter(source.attributes), Counter(here.attributes))
     return found
 
 
@@ -186,20 +211,20 @@ def _of_devices(source: Picture, here: Picture, same: bool) -> list[Difference]:
     """By count. Between versions only what a user has added: a machine's own are called otherwise."""
     if same:
         there, now = Counter(source.types), Counter(here.types)
-        return _counts(there, now, there.keys() | now.keys())
+        return _counts("device {}", there, now)
     there, now = Counter(source.added), Counter(here.added)
     # What is one side's default may be added on the other.
     return [
         one
-        for one in _counts(there, now, there.keys() | now.keys())
+        for one in _counts("device {}", there, now)
         if one.what.removeprefix("device ") not in {*source.types, *here.types} - {*there, *now}
     ]
 
 
-def _counts(there: Counter[str], now: Counter[str], keys: Iterable[str]) -> list[Difference]:
+def _counts(what: str, there: Counter[str], now: Counter[str]) -> list[Difference]:
     return [
-        Difference(f"device {key}", str(there[key] or "none"), str(now[key] or "none"))
-        for key in sorted(keys)
+        Difference(what.format(key), str(there[key] or "none"), str(now[key] or "none"))
+        for key in sorted(there.keys() | now.keys())
         if there[key] != now[key]
     ]
 
@@ -235,6 +260,22 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
         tuple(sorted(added)),
         tuple(sorted([*added, *own])),
     )
+
+
+#: What QEMU takes for the distance of a node to itself, and to another one.
+_NEAR, _FAR = 10, 20
+
+
+def with_command_line(picture: Picture, line: QemuCommandLine) -> Picture:
+    """The same with what only the command line tells."""
+    known = {(one, other): value for one, other, value in line.distances}
+    both = {(other, one): value for (one, other), value in known.items()} | known
+    distances = {
+        f"{one} and {other}": value
+        for (one, other), value in both.items()
+        if value != (_NEAR if one == other else _FAR)
+    }
+    return replace(picture, distances=distances, attributes=line.memory_attributes)
 
 
 def _text(reply: object) -> str:

@@ -48,6 +48,7 @@ class MachineFacts:
     """What QMP tells of a machine's memory and CPU model. Sizes in bytes.
 
     `memdevs` are sizes by id, `whole` the id of the block that all nodes share, None where each has its own.
+    `other_devices` are memory devices that are not DIMMs, by id, each as one text.
     `texts` are HMP's `info numa` and `info mtree -f`, empty where QMP and the command line tell it all.
     `cpu_models` are names by QOM type.
     """
@@ -58,7 +59,7 @@ class MachineFacts:
     slots: int = 0
     whole: str | None = None
     dimms: tuple[Dimm, ...] = ()
-    other_devices: tuple[str, ...] = ()
+    other_devices: Mapping[str, str] = field(default_factory=dict)
     cpu_models: Mapping[str, str] = field(default_factory=dict)
     numa_text: str = ""
     tree_text: str = ""
@@ -82,13 +83,14 @@ def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
     }
     summary, memory = (_object(replies.get(key)) for key in ("query-memory-size-summary", "memory"))
     whole = replies.get("memory-backend")
-    dimms, others = [], []
+    dimms: list[Dimm] = []
+    others: dict[str, str] = {}
     for row in _rows(replies.get("query-memory-devices")):
         data = _object(row.get("data"))
         if row.get("type") == "dimm" and type(data.get("size")) is int:
             dimms.append(_dimm(data))
         else:
-            others.append(f"{row.get('type')} '{data.get('id', '')}'")
+            others[str(data.get("id", ""))] = f"{row.get('type')} '{data.get('id', '')}'"
     models = {
         row["typename"]: row["name"]
         for row in _rows(replies.get("query-cpu-definitions"))
@@ -102,7 +104,7 @@ def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
         _size(memory.get("slots")) or 0,
         whole.removeprefix(_OBJECTS) or None if isinstance(whole, str) else None,
         tuple(sorted(dimms, key=lambda dimm: dimm.address or 0)),
-        tuple(others),
+        others,
         models,
         *(text if isinstance(text, str) else "" for text in texts),
     )
@@ -156,7 +158,9 @@ def described(
         line: that agrees with them; None where none is at hand.
         folder: where QEMU runs, for the files that it names without one.
     """
-    left_out = [f"the memory device {text}" for text in facts.other_devices]
+    # What the command line has is among the devices.
+    given = {option.get("id") for option in line.all("device")} if line is not None else set()
+    left_out = [f"the memory device {text}" for name, text in facts.other_devices.items() if name not in given]
     if line is not None:
         cells, options, more = _of_line(found, facts, line)
         left_out += more
@@ -165,19 +169,22 @@ def described(
         left_out += more
     cpu, properties = _cpu(driver, found.arch, facts, line)
     base = facts.base_memory
-    has_slots = facts.slots > 0 and facts.max_memory is not None
+    # QMP tells of a maximum only where there are slots (7.2 to 11.1).
+    most = facts.max_memory if facts.slots else line.memory.maximum if line is not None else None
     definition = replace(
         found,
         cells=cells,
         cpu=cpu,
         memory=None if base is None else base + sum(dimm.size for dimm in facts.dimms),
-        max_memory=facts.max_memory if has_slots else None,
-        memory_slots=facts.slots if has_slots else None,
+        max_memory=most if most != base else None,
+        memory_slots=facts.slots or None,
         dimms=_dimms(facts, line),
         options=replace(options, cpu=properties),
     )
     if line is None:
-        return Described(definition, (*left_out, "its devices: QEMU runs on another host"))
+        return Described(
+            definition, (*left_out, "its devices: QEMU's command line cannot be read, or trusted, here")
+        )
     devices = devices_of(line, definition, (driver,) if driver is not None else (), folder)
     return Described(definition, (*left_out, *devices.left_out), devices)
 
@@ -211,11 +218,13 @@ def _of_line(
         for node in nodes
     )
     machine = dict(pair for name, pair in _FLAGS.items() if line.has(name)) | dict(line.machine_options)
-    left_out += [f"-machine {key}={value}" for key, value in machine.items() if key in _NOT_HELD]
+    gone = {key for key, value in machine.items() if key in _NOT_HELD or "," in value or not value.isprintable()}
+    left_out += [f"-machine {key}={value}" for key, value in machine.items() if key in gone]
+    left_out += line.memory_attributes
     accel = next(line.all("accel"), None)
     is_used = accel is not None and accel.get("accel") == found.accel
     options = QemuOptions(
-        tuple((key, value) for key, value in machine.items() if key not in _NOT_HELD | _ELSEWHERE),
+        tuple((key, value) for key, value in machine.items() if key not in gone | _ELSEWHERE),
         line.accel_options if is_used else (),
         (),
         tuple(backends),

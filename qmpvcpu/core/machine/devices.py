@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qmpvcpu.core.definition import Definition
-from qmpvcpu.core.machine.command_line import Option, QemuCommandLine, join_pairs, read_command_line
+from qmpvcpu.core.machine.command_line import IMPLIED, Option, QemuCommandLine, join_pairs, read_command_line
 
 __all__ = [
     "AGENT_CHARDEV",
@@ -141,15 +141,20 @@ def _monitors(line: QemuCommandLine) -> set[str | None]:
         prefix, _, name = (option.text or "").partition(":")
         if prefix == "chardev":
             found.add(name)
-    return found
+    others = line.all("device", "object", "netdev", "tpmdev", "semihosting-config")
+    return found - {option.get("chardev") for option in others if not _is_agent(option)}
 
 
 def _has_descriptor(option: Option) -> bool:
     """Whether it names a descriptor of the process that started QEMU."""
     if option.name not in ("chardev", "netdev", "nic", "net", "drive", "blockdev", "device"):
         return False
-    keys = ("fd", "fds", "vhostfd", "vhostfds", "addr.str", "sndbuf-fd")
-    return any(key in keys[:4] or "/dev/fdset/" in value for key, value in option.pairs)
+    keys = ("fd", "fds", "vhostfd", "vhostfds", "sock_fd")
+    ends = (".type", "fd")
+    return any(
+        key in keys or (key.endswith(ends[0]) and value == ends[1]) or "/dev/fdset/" in value
+        for key, value in option.pairs
+    )
 
 
 def _again(option: Option) -> Option:
@@ -167,7 +172,12 @@ def _again(option: Option) -> Option:
 
 
 #: Keys, and options without keys, that name a file of the host.
-_FILE_KEYS: Final = frozenset({"file", "filename", "file.filename", "file.file.filename", "path", "mem-path"})
+_FILE_KEYS: Final = frozenset(
+    (
+        *("file", "filename", "file.filename", "file.file.filename", "path", "mem-path"),
+        *("addr.path", "local.path", "remote.path"),
+    )
+)
 _FILE_OPTIONS: Final = frozenset(
     {"hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "pflash", "mtdblock", "kernel", "initrd", "dtb"}
 )
@@ -180,8 +190,8 @@ def _in_folder(option: Option, folder: str | None) -> Option | None:
         return option
 
     def is_short(text: str) -> bool:
-        # With a colon it is a protocol of QEMU's (nbd:…, json:…).
-        return bool(text) and not text.startswith("/") and ":" not in text
+        # With a colon in front of any slash it is a protocol of QEMU's (nbd:…, json:…).
+        return bool(text) and not text.startswith("/") and ":" not in text.partition("/")[0]
 
     if option.name in _FILE_OPTIONS and option.text is not None and is_short(option.text):
         return None if folder is None else Option(option.name, f"{folder.rstrip('/')}/{option.text}")
@@ -197,9 +207,7 @@ def _in_folder(option: Option, folder: str | None) -> Option | None:
 
 
 def _written(option: Option, pairs: Sequence[tuple[str, str]]) -> Option:
-    implied = {"device": "driver", "chardev": "backend", "netdev": "type", "nic": "type", "net": "type"}
-    implied |= {"object": "qom-type", "blockdev": "driver"}
-    return Option(option.name, join_pairs(pairs, implied.get(option.name)), tuple(pairs))
+    return Option(option.name, join_pairs(pairs, IMPLIED.get(option.name)), tuple(pairs))
 
 
 def _some(option: Option, *keys: str) -> list[tuple[str, str]]:
@@ -223,11 +231,54 @@ _NOTHING: Final = (("driver", "null-co"), ("read-zeroes", "on"), ("size", str(64
 _PLACES: Final = ("id", "if", "index", "bus", "unit", "media", "readonly", "read-only")
 
 
-#: Options that are of the host alone, or would do to the host what the guest's QEMU has done already.
-_HOST_ONLY: Final = frozenset({"overcommit", "icount", "action", "watchdog-action", "semihosting-config", "iscsi"})
+#: What says the machine, and reads nothing but files of firmware, kernel and tables. A twin has of the others what
+#: `_hollow` makes of them, and else nothing: they are of the host alone (sockets, logs, windows, the process), or
+#: would do to the host what the guest's QEMU has done already.
+_OF_MACHINE: Final = frozenset(
+    (
+        *("machine", "accel", "cpu", "smp", "m", "numa", "uuid", "name", "nodefaults", "no-user-config", "L"),
+        *(
+            "usb",
+            "no-acpi",
+            "no-hpet",
+            "enable-kvm",
+            "device",
+            "global",
+            "set",
+            "vga",
+            "boot",
+            "rtc",
+            "option-rom",
+        ),
+        *(
+            "bios",
+            "kernel",
+            "initrd",
+            "append",
+            "dtb",
+            "fw_cfg",
+            "smbios",
+            "acpitable",
+            "watchdog",
+            "prom-env",
+            "g",
+        ),
+        *("usbdevice", "no-fd-bootchk", "win2k-hack", "semihosting", "compat", "serial", "parallel", "nic", "net"),
+    )
+)
+#: Keys of devices and machines that name a file which QEMU writes.
+_WRITTEN: Final = frozenset({"pcap", "dumpdtb"})
 #: Objects without a host behind them; a source of random numbers is replaced, memory becomes anonymous.
 _HARMLESS_OBJECTS: Final = frozenset(
-    {"iothread", "throttle-group", "secret", "rng-builtin", "can-bus", "cryptodev-backend-builtin"}
+    {
+        "iothread",
+        "throttle-group",
+        "secret",
+        "rng-builtin",
+        "can-bus",
+        "acpi-generic-initiator",
+        "acpi-generic-port",
+    }
 )
 #: By the beginning of a driver: devices that are nothing without the host behind them; one QEMU can have them.
 _BOUND_TO_HOST: Final = (
@@ -239,14 +290,19 @@ _BOUND_TO_HOST: Final = (
     "ivshmem-",
     "virtio-pmem",
     "scsi-generic",
+    "scsi-block",
+    "u2f-passthru",
+    "x-pci-proxy",
+    "xen-",
 )
 
 
 def bound_to_host(arguments: Sequence[str]) -> list[str]:
-    """The devices that a second QEMU cannot have while the first one runs."""
-    devices = read_command_line(["qemu", *arguments]).all("device")
+    """What a second QEMU cannot have while the first one runs: devices, and options that stand in a file."""
     return [
-        " ".join(option.words) for option in devices if (option.get("driver") or "").startswith(_BOUND_TO_HOST)
+        " ".join(option.words)
+        for option in read_command_line(["qemu", *arguments]).all("device", "readconfig")
+        if option.name == "readconfig" or (option.get("driver") or "").startswith(_BOUND_TO_HOST)
     ]
 
 
@@ -269,10 +325,16 @@ def hollow(arguments: Sequence[str]) -> list[str]:
 
 def _hollow(option: Option, number: int, flash: set[str]) -> Option | None:
     name = option.name
-    if name in _HOST_ONLY:
-        return None
+    if name == "display":
+        return Option(name, "none")
+    if name == "nographic":
+        return Option("machine", "graphics=off")
     if name == "audiodev":
         return Option(name, f"none,id={_escaped(option.get('id'))}")
+    if name == "audio":
+        return _written(option, (("driver", "none"), *_some(option, "id", "model")))
+    if name in ("fsdev", "virtfs"):
+        return _written(option, (("fsdriver", "synth"), *_some(option, "id", "mount_tag", "readonly")))
     if name == "chardev" and option.get("id") is not None:
         return _written(option, (("backend", "null"), ("id", option.get("id") or "")))
     if name in ("serial", "parallel") and option.text != "none":
@@ -299,7 +361,9 @@ def _hollow(option: Option, number: int, flash: set[str]) -> Option | None:
         return Option("net", "user")
     if name == "object":
         return _harmless(option)
-    return option
+    if name in ("device", "machine") and any(key in _WRITTEN for key, _ in option.pairs):
+        return _written(option, [pair for pair in option.pairs if pair[0] not in _WRITTEN])
+    return option if name in _OF_MACHINE else None
 
 
 def _unlocked(option: Option) -> Option:
@@ -314,7 +378,11 @@ def _harmless(option: Option) -> Option | None:
     """The same object without the host; None for one that has no use then."""
     kind, name = option.get("qom-type") or "", option.get("id") or ""
     if kind.startswith("memory-backend-"):
-        return _written(option, (("qom-type", "memory-backend-ram"), *_some(option, "id", "size")))
+        # Memory of a file is aligned to pages, and a memfd's is too; that of memory-backend-ram to 2 MiB.
+        here = "memory-backend-ram" if kind.endswith("-ram") else "memory-backend-memfd"
+        return _written(option, (("qom-type", here), *_some(option, "id", "size")))
+    if kind.startswith("cryptodev-"):
+        return _written(option, (("qom-type", "cryptodev-backend-builtin"), ("id", name)))
     if kind in ("rng-random", "rng-egd"):
         return _written(option, (("qom-type", "rng-builtin"), ("id", name)))
     return option if kind in _HARMLESS_OBJECTS else None
