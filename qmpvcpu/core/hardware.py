@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 from qmpvcpu.core.arch import architecture
 
-__all__ = ["Disk", "Hardware", "hardware_args"]
+__all__ = ["Disk", "Flash", "Hardware", "hardware_args"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +22,32 @@ class Disk:
     bus: str = "virtio"
     is_cdrom: bool = False
     is_readonly: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Flash:
+    """Firmware in a flash chip of the machine: its code, and its variables in a second one (`<nvram>`).
+
+    `is_secure` is whether only System Management Mode may write to them.
+    """
+
+    code: str
+    format: str = "raw"
+    is_readonly: bool = True
+    is_secure: bool = False
+    variables: str | None = None
+    variables_format: str = "raw"
+
+    @property
+    def arguments(self) -> list[str]:
+        """QEMU's, as libvirt up to 5.10 wrote them."""
+        readonly = ",readonly=on" if self.is_readonly else ""
+        words = ["-global", "driver=cfi.pflash01,property=secure,value=on"] if self.is_secure else []
+        words += ["-drive", f"if=pflash,unit=0,file={_value(self.code)},format={_value(self.format)}{readonly}"]
+        if self.variables is not None:
+            file = f"file={_value(self.variables)},format={_value(self.variables_format)}"
+            words += ["-drive", f"if=pflash,unit=1,{file}"]
+        return words
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +65,17 @@ class GivenDevices:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """`left_out` are elements of `<devices>` that are not started, each once; `arguments` are passed on. With
-    `given`, these are all devices there are.
+    """`left_out` are elements that are not started, each once; `arguments` are passed on. With `given`, these are
+    all devices there are. `firmware` is a ROM's, `flash` that of a flash chip; `smm` is System Management Mode,
+    None where nothing is said of it.
     """
 
     kernel: str | None = None
     initrd: str | None = None
     cmdline: str | None = None
     firmware: str | None = None
+    flash: Flash | None = None
+    smm: bool | None = None
     disks: tuple[Disk, ...] = ()
     user_networks: int = 0
     arguments: tuple[str, ...] = ()
@@ -77,6 +106,9 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
         ("-append", hardware.cmdline),
     ):
         words += [option, value] if value is not None else []
+    if hardware.smm is not None:
+        words += ["-machine", f"smm={'on' if hardware.smm else 'off'}"]
+    words += hardware.flash.arguments if hardware.flash is not None else []
     bus = architecture(arch).device_bus
     for number, disk in enumerate(hardware.disks):
         drive = f"file={_value(disk.path)},format={_value(disk.format)}"

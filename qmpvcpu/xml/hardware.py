@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from qmpvcpu.core.hardware import Disk, GivenDevices, Hardware
+from qmpvcpu.core.hardware import Disk, Flash, GivenDevices, Hardware
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.machine import machine_element
 from qmpvcpu.xml.source import Document, Element
@@ -17,10 +17,11 @@ QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 _HANDLED: Final = frozenset({"emulator", "disk", "serial", "console", "controller", "memballoon", "input"})
 _UNSTARTED: Final = (
     *("iothreads", "memoryBacking", "sysinfo", "cpu/maxphysaddr", "cpu/cache"),
-    *("os/nvram", "os/bootmenu", "os/smbios", "os/dtb", "os/acpi"),
+    *("os/bootmenu", "os/smbios", "os/dtb", "os/acpi"),
 )
-#: QEMU has these by itself.
-_FEATURES: Final = ("acpi", "apic", "pae")
+#: QEMU has these by itself; and SMM is passed on.
+_FEATURES: Final = ("acpi", "apic", "pae", "smm")
+_SWITCH: Final = {"on": True, "off": False}
 _AGENT: Final = "org.qemu.guest_agent.0"
 
 
@@ -54,11 +55,15 @@ def read_hardware(document: Document) -> Hardware:
             left_out[element.name] = None
     if found:
         raise VcpuRefused(found)
+    flash = _flash(os)
+    smm = root.find("features/smm")
     return Hardware(
         _text(os, "kernel"),
         _text(os, "initrd"),
         _text(os, "cmdline"),
-        _text(os, "loader"),
+        _text(os, "loader") if flash is None else None,
+        flash,
+        _SWITCH.get(smm.attributes.get("state", "on")) if smm is not None else None,
         tuple(disks),
         networks,
         _arguments(root),
@@ -84,7 +89,13 @@ def _noticed(root: Element) -> list[str]:
     """Elements outside of `<devices>` that are not started, and that the guest would notice."""
     found = [path for path in _UNSTARTED if root.find(path) is not None]
     os, clock, features = root.child("os"), root.child("clock"), root.child("features")
-    if os is not None and "firmware" in os.attributes:
+    nvram = os.child("nvram") if os is not None else None
+    if nvram is not None and (_variables(nvram) is None or _flash(os) is None):
+        # Where libvirt puts a guest's variables of its own is not known here.
+        found.append("os/nvram")
+    if nvram is not None and "template" in nvram.attributes:
+        found.append("os/nvram template")
+    if os is not None and "firmware" in os.attributes and _text(os, "loader") is None:
         found.append(f"os firmware='{os.attributes['firmware'][:40]}'")
     if clock is not None and clock.attributes.get("offset", "utc") != "utc":
         found.append(f"clock offset='{clock.attributes['offset'][:40]}'")
@@ -103,6 +114,30 @@ def _given(root: Element) -> GivenDevices | None:
 def _text(parent: Element | None, name: str) -> str | None:
     element = parent.child(name) if parent is not None else None
     return (element.text.strip() or None) if element is not None else None
+
+
+def _flash(os: Element | None) -> Flash | None:
+    """`<loader type='pflash'>` with `<nvram>`."""
+    loader, nvram = (os.child(name) if os is not None else None for name in ("loader", "nvram"))
+    code = loader.text.strip() if loader is not None else ""
+    if loader is None or not code or loader.attributes.get("type") != "pflash":
+        return None
+    variables = _variables(nvram) if nvram is not None else None
+    return Flash(
+        code,
+        loader.attributes.get("format", "raw"),
+        loader.attributes.get("readonly", "no") == "yes",
+        loader.attributes.get("secure") == "yes",
+        variables,
+        nvram.attributes.get("format", "raw") if nvram is not None else "raw",
+    )
+
+
+def _variables(nvram: Element) -> str | None:
+    """The file, in either form."""
+    source = nvram.child("source")
+    path = source.attributes.get("file") if source is not None else nvram.text.strip()
+    return path or None
 
 
 def _disk(element: Element, found: list[Refusal]) -> Disk | None:

@@ -125,6 +125,57 @@ def test_devices_that_are_written_are_started_again():
     assert hardware(made.xml).arguments == ["-no-user-config", "-display", "none", *words]
 
 
+def started(os, features=""):
+    """What `start` makes of firmware, without what it gives every guest; and what it leaves out."""
+    xml = f"<domain><name>d</name><vcpu>1</vcpu><os><type arch='x86_64'>hvm</type>{os}</os>{features}</domain>"
+    found = hardware(xml.encode())
+    words = found.arguments[found.arguments.index("chardev:console") + 1 :]
+    return words[: words.index("-device")], found.left_out
+
+
+def test_firmware_in_flash_is_started_with_its_variables():
+    secure = "<loader readonly='yes' secure='yes' type='pflash'>/c,1</loader><nvram>/v</nvram>"
+    assert started(secure, "<features><smm state='on'/></features>") == (
+        [
+            *("-machine", "smm=on", "-global", "driver=cfi.pflash01,property=secure,value=on"),
+            *("-drive", "if=pflash,unit=0,file=/c,,1,format=raw,readonly=on"),
+            *("-drive", "if=pflash,unit=1,file=/v,format=raw"),
+        ],
+        (),
+    )
+
+
+def test_flash_has_the_format_that_is_written():
+    file = "<nvram type='file' format='qcow2'><source file='/v'/></nvram>"
+    assert started(f"<loader readonly='yes' type='pflash' format='qcow2'>/c</loader>{file}")[0] == [
+        *("-drive", "if=pflash,unit=0,file=/c,format=qcow2,readonly=on"),
+        *("-drive", "if=pflash,unit=1,file=/v,format=qcow2"),
+    ]
+
+
+def test_a_rom_is_firmware_without_a_flash_chip():
+    assert started("<loader type='rom'>/c</loader>") == (["-bios", "/c"], ())
+
+
+@pytest.mark.parametrize(
+    ("os", "left_out"),
+    [
+        ("<loader type='pflash'>/c</loader><nvram/>", ("os/nvram",)),
+        ("<loader type='pflash'>/c</loader><nvram template='/t'>/v</nvram>", ("os/nvram template",)),
+        ("<loader type='rom'>/c</loader><nvram>/v</nvram>", ("os/nvram",)),
+    ],
+)
+def test_variables_that_are_not_started_are_named(os, left_out):
+    assert started(os)[1] == left_out
+
+
+def test_firmware_that_is_named_is_not_left_out():
+    assert started("<loader type='pflash'>/c</loader>")[1] == ()
+    xml = "<domain><name>d</name><vcpu>1</vcpu><os firmware='efi'><type arch='x86_64'>hvm</type>{}</os></domain>"
+    assert hardware(xml.format("").encode()).left_out == ("os firmware='efi'",)
+    assert hardware(xml.format("<loader type='pflash'>/c</loader>").encode()).left_out == ()
+
+
 def test_memory_may_have_a_maximum_without_slots():
     replies = {"query-memory-size-summary": {"base-memory": 64 * MIB}, "memory": {"size": 64 * MIB}}
     made = claim(["qemu", "-m", "64,maxmem=1G"], replies)
