@@ -54,7 +54,7 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
     emulator = await asyncio.to_thread(startable_program, process, words) if process is not None else None
     left_out = list(told.left_out)
     if process is not None and emulator is None:
-        left_out.append("the program that runs it: it was started in a way that is not known here")
+        left_out.append("the program that runs it: none is found that is yours or root's alone to change")
     definition = replace(
         told.definition,
         name=await _name(monitor, state.name),

@@ -133,10 +133,12 @@ def process_of(pid: int) -> Process:
 
 def command_line_of(process: Process) -> list[str]:
     """The arguments that a process was started with, its program first; nothing where it has ended, may not be
-    looked at, or is another user's (root's apart): what that one says of itself would be started with our rights.
+    looked at, or was started by another user (root apart): what that one says of itself would be started with our
+    rights.
     """
     try:
-        if (_PROC / str(process.pid)).stat().st_uid not in (0, os.geteuid()):
+        # All of its ids: a program with the setuid bit has the arguments that its caller chose.
+        if not _uids(process.pid) <= {0, os.geteuid()}:
             return []
         data = (_PROC / str(process.pid) / "cmdline").read_bytes()
         if _start_of(process.pid) != process.start:
@@ -144,6 +146,12 @@ def command_line_of(process: Process) -> list[str]:
     except (OSError, ValueError, IndexError):
         return []
     return [os.fsdecode(word) for word in data.removesuffix(b"\0").split(b"\0")] if data else []
+
+
+def _uids(pid: int) -> set[int]:
+    """Real, effective, saved and file system's user ids. Raises OSError, ValueError."""
+    text = (_PROC / str(pid) / "status").read_text()
+    return {int(word) for word in text.partition("\nUid:")[2].split("\n", 1)[0].split()}
 
 
 def folder_of(process: Process) -> str | None:
