@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Mapping
 from typing import Any, Final
 
@@ -24,6 +25,10 @@ _VALUES: Final = frozenset(
 )
 #: By the end of a type's name, the property that tells its place where it is not on a PCI bus.
 _PLACES: Final = {"-ccw": "dev_id", "virtserialport": "nr", "virtconsole": "nr", "pc-dimm": "addr"}
+#: A bus of a device that has an id; QOM paths of other buses differ between versions.
+_BUS: Final = re.compile(r"/machine/peripheral/([^/]+)/")
+#: What tells the place on a bus: of PCI, of SCSI.
+_ADDRESSES: Final = ("addr", "scsi-id")
 
 
 async def read_picture(monitor: Monitor, process: Process | None = None) -> Picture:
@@ -98,6 +103,25 @@ async def _devices(monitor: Monitor, path: str, listed: object) -> list[tuple[st
         if kind is None:
             continue
         key = next((key for end, key in _PLACES.items() if kind.endswith(end)), None)
-        place = await _answer(monitor.qom_get(f"{path}/{row['name']}", key)) if key is not None else None
+        device = f"{path}/{row['name']}"
+        place = await _answer(monitor.qom_get(device, key)) if key is not None else None
+        if place is None and path in _ADDED:
+            place = await _behind(monitor, device)
         found.append((kind, "" if place is None else str(place)))
     return found
+
+
+async def _behind(monitor: Monitor, device: str) -> str | None:
+    """The place of what is on a bus of a device with an id: QEMU's list of PCI devices has it only once firmware
+    has numbered that bus.
+    """
+    asked = {key: monitor.qom_get(device, key) for key in ("parent_bus", *_ADDRESSES)}
+    replies = await _all(asked)
+    bus = replies["parent_bus"]
+    match = _BUS.match(bus) if isinstance(bus, str) else None
+    if match is None:
+        return None
+    slot, target = (replies[key] for key in _ADDRESSES)
+    if isinstance(slot, int):
+        return f"behind '{match[1]}' at {slot >> 3:02x}.{slot & 7}"
+    return f"behind '{match[1]}'" + (f" at {target}" if target is not None else "")

@@ -390,6 +390,24 @@ async def test_distances_in_a_definition_are_compared_with_the_guests(tmp_path):
     )
 
 
+async def test_devices_behind_other_ports_are_another_machine():
+    machine = ("-machine", "pc-q35-10.0")
+    ports = [word for name in ("a", "b") for word in ("-device", f"pcie-root-port,id={name},chassis={ord(name)}")]
+
+    def words(net, rng):
+        return [*ports, "-device", f"virtio-net-pci,bus={net}", "-device", f"virtio-rng-pci,bus={rng}"]
+
+    async with (
+        paused("x86_64", "10.0", "1,maxcpus=4", words("a", "b"), machine=machine) as source,
+        paused(
+            "x86_64", "11.1", "1,maxcpus=4", [*words("b", "a"), "-incoming", "defer"], machine=machine
+        ) as destination,
+    ):
+        run = await cli("migrate", source.qmp, destination.qmp)
+    assert run.code == 3
+    assert "device virtio-net-pci behind 'a' at 00.0: 1 at the source, none at the destination" in run.stderr
+
+
 async def test_a_guest_whose_firmware_has_numbered_its_buses_is_not_another_machine(tmp_path):
     port = ["-device", "pcie-root-port,id=rp,chassis=1,slot=1,addr=2", "-device", "virtio-rng-pci,bus=rp"]
     words = ["-machine", "q35", "-m", "64", "-nodefaults", "-display", "none", *port]
