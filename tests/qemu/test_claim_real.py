@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 from typing import Any
 
 import pytest
@@ -388,6 +389,29 @@ async def test_distances_in_a_definition_are_compared_with_the_guests(tmp_path):
         3,
         True,
     )
+
+
+FIRMWARE = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd"
+
+
+async def test_firmware_in_flash_is_started_and_its_guest_gets_no_cpu_that_hangs_it(tmp_path):
+    shutil.copy("/usr/share/OVMF/OVMF_VARS_4M.fd", tmp_path / "vars")
+    file = tmp_path / "flash.xml"
+    file.write_text(f"""<domain type='qemu'><name>flash</name><memory>65536</memory><vcpu current='1'>4</vcpu>
+<os><type arch='x86_64' machine='pc-q35-10.0'>hvm</type>
+<loader readonly='yes' secure='yes' type='pflash'>{FIRMWARE}</loader><nvram>{tmp_path}/vars</nvram></os>
+<features><smm state='on'/></features><devices><emulator>{qemu_binary("10.0", "x86_64")}</emulator></devices>
+</domain>""")
+    assert (await cli("define", str(file))).code == 0
+    try:
+        started = await cli("--json", "start", "flash")
+        assert (started.code, started.json["messages"]) == (0, []), started.stderr
+        doctor = await cli("--json", "doctor", "flash")
+        plug = await cli("--json", "setvcpu", "flash", "1", "--enable")
+        assert doctor.json["differences"] == []
+        assert (plug.code, "OVMF with SMM" in plug.json["error"]["message"]) == (3, True)
+    finally:
+        await cli("destroy", "flash")
 
 
 async def test_devices_behind_other_ports_are_another_machine():
