@@ -6,27 +6,31 @@ import asyncio
 import os
 import socket
 import sys
+import threading
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 from qmpvcpu.aio import finish
 from qmpvcpu.app.definitions import undefine
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.app.start import clean_up, launch_waiting
-from qmpvcpu.app.twin import check_definition, check_sides
+from qmpvcpu.app.twin import HINT, Checked, check_sides, compare_with_twin, read_back
 from qmpvcpu.core.migration import Cookie, MigrationStatus
 from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.stream import StreamError, StreamTable, table_differences
 from qmpvcpu.domain import Domain, connect
 from qmpvcpu.domain.handover import Side, is_there
 from qmpvcpu.domain.migrate import Migrated, Progress
-from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.files import read_file
+from qmpvcpu.host.room import free_disk, free_memory
 from qmpvcpu.host.runtime import Runtime
 from qmpvcpu.host.savefile import SavedFile, Saving, open_saved
+from qmpvcpu.host.saves import SavedDefinitions
 from qmpvcpu.xml.domain import read_domain, renamed
 from qmpvcpu.xml.migration import read_cookie, write_cookie
 
@@ -393,21 +397,45 @@ class Restored:
 
 
 async def save(
-    source: Domain, file: str, *, wait: float = 0.0, force: bool = False, progress: Progress | None = None
+    source: Domain,
+    file: str,
+    *,
+    wait: float = 0.0,
+    force: bool = False,
+    progress: Progress | None = None,
+    verify: bool = False,
 ) -> Saved:
     """Save a guest to a file, and end its QEMU. What was in the file is there until the new one is whole.
 
+    Args:
+        source: connected.
+        file: path of the file.
+        wait: seconds for pending unplugs to end.
+        force: do what is known to hang.
+        progress: told each fresh status.
+        verify: a second QEMU reads the whole file before the first one ends.
+
     Raises:
         VcpuRefused: nothing was touched.
-        VcpuFailed: it could not be written; the guest goes on, and the file is as it was.
+        VcpuFailed: it could not be written, or it is not the guest; the guest goes on, and the file is as it was.
         VcpuConnectionError: QEMU is lost.
     """
     cookie = await source.migrate_begin(persistent=source.has_definition, wait=wait, force=force)
-    if not cookie.is_described and cookie.machine is not None:
+    machine = cookie.machine
+    is_defined = not cookie.is_described and machine is not None
+    memory = await source.memory_in_use() or 0
+    second = (_QEMU_BYTES if is_defined else 0) + (memory if verify else 0)
+    if refusals := _check_room(Path(file), memory + _REST_BYTES, second, verify=verify):
+        raise VcpuRefused(refusals)
+    if verify and not is_defined:
+        text = "the guest has no definition, of which a second QEMU could be started to read the file"
+        raise VcpuRefused([Refusal("verify", text, (), "`qmpvcpu define NAME --qmp ADDR` makes one")])
+    checked = Checked([])
+    if machine is not None and is_defined:
         # Without a definition, who restores it names a QEMU of his own.
-        refusals = await check_definition(source, cookie.xml, cookie.machine.type)
-        if refusals:
-            raise VcpuRefused(refusals)
+        checked = await compare_with_twin(source, cookie.xml, machine.type, with_table=True)
+        if checked.refusals:
+            raise VcpuRefused(checked.refusals)
     try:
         saving = await finish(asyncio.to_thread(Saving, Path(file), write_cookie(cookie)), discard=Saving.discard)
     except OSError as error:
@@ -419,15 +447,78 @@ async def save(
         nonlocal size
         size = saving.finish()
 
+    async def check() -> None:
+        await _check_saved(saving, checked.table)
+        if verify and machine is not None:
+            await _read_back(saving, cookie.xml, machine.type)
+        if is_defined and saving.digest is not None:
+            await finish(asyncio.to_thread(SavedDefinitions().keep, saving.digest, cookie.xml))
+
     try:
-        await source.save(cookie, saving.fd, saving.offset, finished, progress, force=force)
+        await source.save(
+            cookie,
+            saving.fd,
+            saving.offset,
+            finished,
+            progress,
+            force=force,
+            check=check,
+            files=(saving.temporary, saving.path),
+        )
     finally:
         saving.discard()
     if source.has_definition and check_name(source.name) is None:
         await clean_up(source.name)
-    machine = cookie.machine
     slots = machine.slots if machine is not None else ()
     return Saved(file, size, tuple(sorted(n for slot in slots if slot.plugged for n in slot.ids)))
+
+
+#: Bytes for what a saved guest has besides its memory, and for a QEMU without a guest.
+_REST_BYTES: Final = 16 << 20
+_QEMU_BYTES: Final = 128 << 20
+
+
+def _check_room(file: Path, size: int, second: int, *, verify: bool) -> list[Refusal]:
+    """Whether a file of `size` and a `second` QEMU of so many bytes have room, before the guest is paused."""
+    found = []
+    disk, memory = free_disk(Path(os.path.realpath(file)).parent), free_memory()
+    if disk is not None and disk < size:
+        text = f"'{file}' may take {_mib(size)}, and its file system has {_mib(disk)} left"
+        found.append(Refusal("disk", text, (), "name a file in a folder with room", "VIR_ERR_OPERATION_FAILED"))
+    if memory is not None and memory < second:
+        text = f"the second QEMU, which it is compared with, may take {_mib(second)}, and {_mib(memory)} are free"
+        hint = "save without --verify" if verify else "end what else takes memory"
+        found.append(Refusal("memory", text, (), hint, "VIR_ERR_OPERATION_FAILED"))
+    return found
+
+
+def _mib(size: int) -> str:
+    return f"{size >> 20} MiB"
+
+
+async def _check_saved(saving: Saving, table: StreamTable | None) -> None:
+    """What QEMU wrote is on the disk, and is the machine of its definition (`table`); its digest is in its header.
+
+    Raises:
+        VcpuFailed: it is not.
+        OSError: the disk declines.
+    """
+    await finish(asyncio.to_thread(saving.sync))
+    try:
+        there = await finish(asyncio.to_thread(saving.table))
+    except StreamError as error:
+        raise VcpuFailed(
+            f"what QEMU has written is not a whole guest: {error}", hint="look at QEMU's log"
+        ) from error
+    if table is not None and (found := table_differences(there, table)):
+        raise VcpuFailed(f"what QEMU has written is another machine: {'; '.join(found)}", hint=HINT)
+    await finish(asyncio.to_thread(saving.seal), on_cancel=saving.give_up)
+
+
+async def _read_back(saving: Saving, xml: bytes, machine: str) -> None:
+    with saving.opened() as fd:
+        os.lseek(fd, saving.offset, os.SEEK_SET)
+        await read_back(xml, machine, fd, saving.offset)
 
 
 async def restore(
@@ -451,7 +542,9 @@ async def restore(
         VcpuRefused: it is no whole guest, or runs already, or the destination cannot take it.
         VcpuFailed: QEMU could not read it. The file is as it was.
     """
-    saved = await finish(asyncio.to_thread(open_saved, file), discard=SavedFile.close)
+    given_up = threading.Event()
+    reading = asyncio.to_thread(open_saved, file, given_up)
+    saved = await finish(reading, on_cancel=given_up.set, discard=SavedFile.close)
     try:
         cookie = read_cookie(saved.cookie)
         async with _destination(dest, cookie, mode, place=place, timeout=timeout) as target:
@@ -463,6 +556,8 @@ async def restore(
             state = await target.domain.restore(cookie, saved.fd, saved.offset, told)
             target.is_kept = True
             messages = [*target.messages]
+            if saved.digest is None:
+                messages.append(f"'{file}' has no digest: whether it is what was saved could not be checked")
             try:
                 messages += _define_restored(target, cookie)
             except VcpuRefused as error:

@@ -5,34 +5,74 @@ It has nothing of the host behind its devices, so that it does nothing to the gu
 
 from __future__ import annotations
 
-from dataclasses import replace
+import asyncio
+import os
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Final
 
+from qmpvcpu.aio import finish
 from qmpvcpu.app.boot import command_line
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.hardware import hardware_args
-from qmpvcpu.core.machine.comparison import Picture, differences, refusals_of
+from qmpvcpu.core.machine.comparison import differences, refusals_of
 from qmpvcpu.core.machine.devices import AGENT_CHARDEV, bound_to_host, hollow
-from qmpvcpu.core.migration import check_machine, machine_of
-from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.migration import check_machine, last_words, machine_of, parse_status
+from qmpvcpu.core.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
 from qmpvcpu.domain import Domain, connect
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
-from qmpvcpu.qemu.process import run_qemu
+from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.process import QemuProcess, run_qemu
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.hardware import read_hardware
 
-__all__ = ["HINT", "check_defined", "check_definition", "check_sides"]
+__all__ = ["HINT", "Checked", "check_defined", "check_definition", "check_sides", "compare_with_twin", "read_back"]
 
 #: What to do about a definition that is another machine.
 HINT: Final = "`qmpvcpu define NAME --qmp ADDR` makes a definition of the guest as it runs"
 _ELSEWHERE: Final = "in the definition"
+_PIPE: Final = "qmpvcpu-twin"
+#: Bytes that are read at once.
+_CHUNK: Final = 1 << 20
+#: Seconds for a QEMU that has closed its socket to end.
+_END_SECONDS: Final = 3.0
+#: Bytes a second: nobody waits for a twin.
+_AS_FAST_AS_IT_GETS: Final = 1 << 50
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """What a guest that runs was compared with: `refusals` are the differences, `table` is what its twin's stream
+    lists. None: the twin does not stand, or was not asked for it.
+    """
+
+    refusals: list[Refusal]
+    table: StreamTable | None = None
 
 
 async def check_definition(
     source: Domain, xml: bytes, machine: str | None, *, mode: ProbeMode = ProbeMode.AUTO
 ) -> list[Refusal]:
+    """As `compare_with_twin`, the differences alone.
+
+    Raises:
+        VcpuConnectionError: the guest's QEMU is lost.
+    """
+    return (await compare_with_twin(source, xml, machine, mode=mode)).refusals
+
+
+async def compare_with_twin(
+    source: Domain,
+    xml: bytes,
+    machine: str | None,
+    *,
+    mode: ProbeMode = ProbeMode.AUTO,
+    with_table: bool = False,
+) -> Checked:
     """In what a guest that runs would not find its machine, were it started of a definition; nothing is touched.
 
     Args:
@@ -40,20 +80,23 @@ async def check_definition(
         xml: the definition, with the vCPUs that the guest has now.
         machine: the guest's own machine type, versioned.
         mode: when a throwaway QEMU may be asked for the machine's topology.
+        with_table: also what the stream of such a QEMU lists.
 
     Raises:
         VcpuConnectionError: the guest's QEMU is lost.
     """
     state, there = await source.state(VcpuFlag.LIVE), await source.picture()
     try:
-        twin, now = await _twin(xml, machine, mode)
+        async with _twin(xml, machine, mode) as (qemu, domain):
+            twin, now = await domain.state(VcpuFlag.LIVE), await domain.picture()
+            found = [_in_definition(one) for one in check_machine(machine_of(state), machine_of(twin))]
+            found += refusals_of(differences(there, now), _ELSEWHERE, HINT)
+            return Checked(found, await _table_of(qemu) if with_table and not found else None)
     except VcpuRefused as error:
-        return list(error.refusals)
+        return Checked(list(error.refusals))
     except (VcpuFailed, VcpuConnectionError) as error:
         text = f"no QEMU starts of its definition: {error.message}"
-        return [Refusal("twin", text, (), HINT, "VIR_ERR_OPERATION_INVALID")]
-    found = [_in_definition(one) for one in check_machine(machine_of(state), machine_of(twin))]
-    return found + refusals_of(differences(there, now), _ELSEWHERE, HINT)
+        return Checked([Refusal("twin", text, (), HINT, "VIR_ERR_OPERATION_INVALID")])
 
 
 async def check_defined(source: Domain) -> list[Refusal]:
@@ -74,7 +117,16 @@ def _in_definition(refusal: Refusal) -> Refusal:
     return replace(refusal, message=text, hint=HINT)
 
 
-async def _twin(xml: bytes, machine: str | None, mode: ProbeMode) -> tuple[DomainState, Picture]:
+@asynccontextmanager
+async def _twin(
+    xml: bytes, machine: str | None, mode: ProbeMode, more: Sequence[str] = ()
+) -> AsyncIterator[tuple[QemuProcess, Domain]]:
+    """It stands until the end of the body; `more` are further arguments.
+
+    Raises:
+        VcpuRefused: of such a definition there can be no twin.
+        VcpuFailed, VcpuConnectionError: its QEMU exited, or does not answer.
+    """
     document, definition = read_domain(xml)
     if machine is not None:
         definition = replace(definition, machine=machine)
@@ -89,12 +141,95 @@ async def _twin(xml: bytes, machine: str | None, mode: ProbeMode) -> tuple[Domai
         raise VcpuRefused(
             [Refusal("twin", text, (), "take it out of the guest first", "VIR_ERR_OPERATION_INVALID")]
         )
-    arguments = ["-S", *hollow([*line.args.arguments, *hardware])]
-    async with (
-        run_qemu(line.probe.emulator, arguments, channels=(AGENT_CHARDEV,)) as qemu,
-        connect(qmp=qemu.qmp) as domain,
-    ):
-        return await domain.state(VcpuFlag.LIVE), await domain.picture()
+    arguments = ["-S", *hollow([*line.args.arguments, *hardware]), *more]
+    async with run_qemu(line.probe.emulator, arguments, channels=(AGENT_CHARDEV,)) as qemu:
+        _end_first(qemu.pid)
+        async with connect(qmp=qemu.qmp) as domain:
+            yield qemu, domain
+
+
+def _end_first(pid: int) -> None:
+    """When memory is short the kernel ends this one before any guest: proc(5)."""
+    with suppress(OSError):
+        Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
+
+
+async def _table_of(qemu: QemuProcess) -> StreamTable:
+    """What the stream of a twin lists: it writes its state into a pipe.
+
+    Raises:
+        VcpuFailed: it cannot, or what it writes cannot be read.
+        VcpuConnectionError: it is lost.
+    """
+    read, write = os.pipe2(os.O_CLOEXEC)
+    reading = asyncio.create_task(asyncio.to_thread(_read_ends, read))
+    try:
+        try:
+            await qemu.monitor.getfd(_PIPE, write)
+        finally:
+            os.close(write)
+        await qemu.monitor.migrate_set_parameters({"max-bandwidth": _AS_FAST_AS_IT_GETS})
+        await qemu.monitor.migrate(f"fd:{_PIPE}")
+        # It ends with the stream, or with the twin.
+        head, tail = await asyncio.shield(reading)
+        return parse_stream(head, tail)
+    except CommandError as error:
+        raise VcpuFailed(f"its state cannot be written: {error.text}", qmp_text=error.text) from error
+    except StreamError as error:
+        status = parse_status(await qemu.monitor.query_migrate())
+        raise VcpuFailed(f"its state cannot be read: {status.error or error}") from error
+    finally:
+        # Nobody writes any more: the reader ends at once, whoever was cancelled.
+        qemu.kill()
+        await finish(reading)
+
+
+def _read_ends(fd: int) -> tuple[bytes, bytes]:
+    """All of a pipe; its first bytes and its last ones. Blocks."""
+    head, tail = bytearray(), bytearray()
+    with os.fdopen(fd, "rb", buffering=0) as pipe:
+        while data := pipe.read(_CHUNK):
+            if len(head) < HEAD_BYTES:
+                head += data
+            tail += data
+            if len(tail) > 2 * TAIL_BYTES:
+                del tail[:-TAIL_BYTES]
+    return bytes(head), bytes(tail[-TAIL_BYTES:])
+
+
+async def read_back(
+    xml: bytes, machine: str | None, file: int, offset: int, *, mode: ProbeMode = ProbeMode.AUTO
+) -> None:
+    """Have a second QEMU read a whole saved guest, and end it.
+
+    Args:
+        xml: the guest's definition, with its vCPUs.
+        machine: its machine type, versioned.
+        file: a descriptor, opened to read, and standing at `offset`.
+        offset: bytes; where the stream begins.
+        mode: as `check_definition`.
+
+    Raises:
+        VcpuFailed: it cannot be read; the message has QEMU's words.
+    """
+    try:
+        async with _twin(xml, machine, mode, ("-incoming", "defer")) as (qemu, domain):
+            try:
+                await domain.read_saved(file, offset)
+            except VcpuConnectionError as error:
+                await _has_ended(qemu)
+                raise VcpuFailed(f"it ended over it: {last_words(qemu.stderr()) or error.message}") from error
+    except VcpuRefused as error:
+        raise VcpuFailed("; ".join(one.message for one in error.refusals), hint=error.hint) from error
+    except (VcpuFailed, VcpuConnectionError) as error:
+        text = f"a second QEMU cannot read the saved guest: {error.message}"
+        raise VcpuFailed(text, hint="look at what QEMU says, or save without --verify") from error
+
+
+async def _has_ended(qemu: QemuProcess) -> None:
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_END_SECONDS):
+            await qemu.process.wait()
 
 
 async def check_sides(source: Domain, destination: Domain) -> list[Refusal]:

@@ -160,7 +160,12 @@ async def _save(session: Session) -> int:
     async with session.connect() as source:
         with _progress() as progress:
             done = await app.save(
-                source, options.file, wait=options.wait or 0.0, force=options.force, progress=progress
+                source,
+                options.file,
+                wait=options.wait or 0.0,
+                force=options.force,
+                progress=progress,
+                verify=options.verify,
             )
     session.warn(done.messages)
     line = f"{options.domain}: saved to {done.file}, {done.size >> 20} MiB, with vCPU {format_ids(done.vcpus)}"

@@ -324,6 +324,9 @@ def build_parser() -> argparse.ArgumentParser:
     save.add_argument(
         "--wait", metavar="S", nargs="?", type=_seconds, const=30.0, help="wait for pending unplugs first (30)"
     )
+    save.add_argument(
+        "--verify", action="store_true", help="have a second QEMU read the whole file before the first one ends"
+    )
     force_option(save)
 
     restore = command("restore", "start a saved guest again, with exactly its vCPUs; the file stays")

@@ -10,6 +10,7 @@ dead.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -43,6 +44,7 @@ __all__ = [
     "cpus_but_first",
     "features_of",
     "is_in_order",
+    "last_words",
     "machine_of",
     "missing",
     "needs_one_cpu",
@@ -402,6 +404,20 @@ def parse_status(reply: object) -> MigrationStatus:
 
 def _count(value: object) -> int | None:
     return value if type(value) is int and 0 <= value < 1 << 63 else None
+
+
+def last_words(log: str, most: int = 400) -> str:
+    """The end of what a QEMU said on stderr or in its log, on one line and printable; "" where it said nothing."""
+    lines = [_TIME.sub("", line.strip()) for line in log.splitlines()]
+    said = [line for line in lines if line and _DAEMON not in line]
+    text = "; ".join(said[-_LAST_LINES:])
+    return "".join(char if char.isprintable() else " " for char in text)[-most:]
+
+
+#: How QEMU's log (-msg timestamp=on) and its traces begin a line, and its note of a signal.
+_TIME: Final = re.compile(r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z ")
+_DAEMON: Final = "terminating on signal"
+_LAST_LINES: Final = 4
 
 
 def address_of(status: MigrationStatus, host: str | None) -> str | None:

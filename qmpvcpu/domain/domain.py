@@ -657,6 +657,7 @@ class Domain(MigrationCalls):
             else:
                 raise
             return
+        self._let_go_on = await self._after_killed_save(self._link)
         address = self._agent_address()
         if address is not None and self._agent_at is not None:
             self._guest = Guest(self._agent_at(address), self._link.monitor, self._hub.emit)

@@ -56,6 +56,7 @@ from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
 __all__ = [
     "Migrated",
     "Progress",
+    "arrival",
     "cancel",
     "check_begin",
     "check_perform",
@@ -86,6 +87,19 @@ _END_SECONDS: Final = 5.0
 _CANCEL_SECONDS: Final = 3.0
 #: Without the return path a source does not learn that the destination could not take it (7.2 to 11.1).
 _CAPABILITIES: Final = {"return-path": True, "events": True}
+#: Capabilities that make another stream of it than one after the other, which is what a file of ours has.
+_OTHER_STREAMS: Final = frozenset(
+    (
+        "multifd",
+        "mapped-ram",
+        "x-ignore-shared",
+        "postcopy-ram",
+        "x-colo",
+        "block",
+        "background-snapshot",
+        "xbzrle",
+    )
+)
 _FD_NAME: Final = "qmpvcpu-migration"
 _NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 #: Bytes a second: a paused guest waits for the disk, and for nothing else.
@@ -437,7 +451,9 @@ async def perform_to_file(
     """
     with _declined("save it"):
         # A file has no way back.
-        await monitor.migrate_set_capabilities({**_CAPABILITIES, "return-path": False})
+        await monitor.migrate_set_capabilities(
+            {**_CAPABILITIES, "return-path": False, **await _switched_off(monitor)}
+        )
         async with (
             _rate(monitor, _AS_FAST_AS_IT_GETS),
             _file_uri(monitor, version, fd, offset) as uri,
@@ -450,14 +466,25 @@ async def perform_to_file(
                 raise
 
 
-async def incoming_from_file(link: Link, version: QemuVersion, fd: int, offset: int) -> None:
-    """Let a destination that is prepared read a file; `fd` is opened to read, and stands at `offset`.
+async def _switched_off(monitor: Monitor) -> dict[str, bool]:
+    """What somebody has switched on, and what a file cannot do with."""
+    rows = await monitor.execute("query-migrate-capabilities")
+    on = [row.get("capability") for row in rows if row.get("state") is True] if isinstance(rows, list) else []
+    return {name: False for name in on if name in _OTHER_STREAMS}
+
+
+async def incoming_from_file(
+    link: Link, version: QemuVersion, fd: int, offset: int, *, only_reads: bool = False
+) -> None:
+    """Let a destination that is prepared read a file; `fd` is opened to read, and stands at `offset`. One that
+    `only_reads` takes no disk.
 
     Raises:
         VcpuFailed: QEMU declines.
     """
     with _declined("read the saved guest"):
-        await link.monitor.migrate_set_capabilities({**_CAPABILITIES, "return-path": False})
+        late = {"late-block-activate": True} if only_reads else {}
+        await link.monitor.migrate_set_capabilities({**_CAPABILITIES, "return-path": False, **late})
         async with _file_uri(link.monitor, version, fd, offset, keep=True) as uri:
             await link.monitor.migrate_incoming(uri)
 
@@ -479,21 +506,40 @@ async def _file_uri(
             await monitor.remove_fd(number)
 
 
-async def finish(link: Link, cookie: Cookie) -> tuple[Destination, list[Refusal]]:
-    """Whether all has arrived at a destination, and is what left. Raises nothing of the connection."""
-    deadline = time.monotonic() + _ARRIVAL_SECONDS
+async def arrival(link: Link, moved: Callable[[], object] = lambda: None) -> Refusal | None:
+    """Wait until all of a guest has come to a destination; why it has not. `moved` tells how far it has come:
+    while that changes, there is time.
+
+    Raises:
+        VcpuConnectionError: its QEMU is lost.
+    """
+    pause, last, deadline = _LOOK_FIRST, moved(), time.monotonic() + _ARRIVAL_SECONDS
+    while True:
+        status, runs = await status_of(link.monitor), await run_state(link.monitor)
+        if runs != "inmigrate" and not status.is_active:
+            if status.is_incoming:
+                return None
+            text = f"no guest has come here by a migration (it is '{runs}')"
+            return _refused("arrival", text, "name the destination")
+        if (now := moved()) != last:
+            last, deadline = now, time.monotonic() + _ARRIVAL_SECONDS
+        if status.status == "failed" or time.monotonic() >= deadline:
+            text = status.error or "not all of the guest has arrived"
+            return _refused("arrival", text, "look at the log of the destination's QEMU")
+        await asyncio.sleep(pause)
+        pause = min(pause * 2, _LOOK_MOST)
+
+
+async def finish(
+    link: Link, cookie: Cookie, moved: Callable[[], object] = lambda: None
+) -> tuple[Destination, list[Refusal]]:
+    """Whether all has arrived at a destination (`moved` as of `arrival`), and is what left. Raises nothing of the
+    connection.
+    """
     try:
-        while True:
-            status, runs = await status_of(link.monitor), await run_state(link.monitor)
-            if runs != "inmigrate" and not status.is_active:
-                if status.is_incoming:
-                    break
-                text = f"no guest has come here by a migration (it is '{runs}')"
-                return Destination.BROKEN, [_refused("arrival", text, "name the destination")]
-            if status.status == "failed" or time.monotonic() >= deadline:
-                text = status.error or "not all of the guest has arrived"
-                return Destination.BROKEN, [_refused("arrival", text, "look at the log of the destination's QEMU")]
-            await asyncio.sleep(_LOOK_FIRST)
+        refusal = await arrival(link, moved)
+        if refusal is not None:
+            return Destination.BROKEN, [refusal]
         source = cookie.machine
         here = machine_of(await link.read())
         refusals = check_arrived(source, here) if source is not None else []
@@ -589,7 +635,6 @@ async def cancel(link: Link, *, force: bool = False) -> str:
     """
     status, runs = await status_of(link.monitor), await run_state(link.monitor)
     begun, prepared = kept(link, Side.SOURCE), kept(link, Side.DESTINATION)
-    saving = kept(link, Side.SAVING)
     if runs == "inmigrate":
         await end(link)
         return "the destination, which waited, was ended"
@@ -597,19 +642,11 @@ async def cancel(link: Link, *, force: bool = False) -> str:
         return await _end_arrived(link, prepared, force=force)
     if status.is_active:
         # It may be at its end all the same: then the source has the guest only if it takes it.
-        ran = runs == "running" or any(one is not None and one.runs for one in (saving, begun))
-        if (await stop_moving(link.monitor)).status == "completed" and saving is None:
+        ran = runs == "running" or (begun is not None and begun.runs)
+        if (await stop_moving(link.monitor)).status == "completed":
             return await _take_back(link, begun, force=force)
         await go_on(link, runs=ran)
-        forget(link, Side.SAVING)
         return f"the migration was cancelled, and the guest {'goes on' if ran else 'is paused, as it was'}"
-    if runs in ("paused", "postmigrate") and saving is not None:
-        # A `save` that lost us in the middle: the file is not whole, or it is and its QEMU was to be ended.
-        await go_on(link, runs=saving.runs)
-        forget(link, Side.SAVING)
-        return "the guest, which had been paused to be saved, " + (
-            "goes on" if saving.runs else "is paused, as it was"
-        )
     if runs == "postmigrate":
         return await _take_back(link, begun, force=force)
     raise VcpuRefused([_refused("migrating", "no migration is under way", "`migrate-begin` begins one")])

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, suppress
 from dataclasses import replace
 from typing import TYPE_CHECKING, Final
@@ -37,6 +38,11 @@ _PENDING_LOOK: Final = 0.05
 _BRING_BACK_SECONDS: Final = 60.0
 
 
+def _position(fd: int) -> int:
+    """How far QEMU has read: its descriptor of the file is the same one."""
+    return os.lseek(fd, 0, os.SEEK_CUR)
+
+
 _GO_BACK: Final = "migrate-cancel at the source lets the guest go on there"
 
 
@@ -46,6 +52,8 @@ class MigrationCalls:
     _place: Place
     _guest: Guest | None
     _persistent: Persistent | None
+    #: What was done on connecting with a guest that a save, which was killed, had left paused.
+    _let_go_on: str | None = None
 
     if TYPE_CHECKING:
 
@@ -237,6 +245,7 @@ class MigrationCalls:
         force: bool = False,
         hint: str = _GO_BACK,
         told: Callable[[bool], None] = lambda _: None,
+        moved: Callable[[], object] = lambda: None,
     ) -> DomainState:
         """Verify that all of the guest has arrived here, and let it run; its vCPUs.
 
@@ -245,6 +254,7 @@ class MigrationCalls:
             force: also where another side has taken it.
             hint: goes with an error.
             told: called with True before it is let run, and with False if it was not.
+            moved: how far it has come; while that changes, it is waited for.
 
         Raises:
             VcpuRefused: the source has taken the guest back.
@@ -256,7 +266,7 @@ class MigrationCalls:
 
         async with self._call():
             link = self._connected()
-            found, refusals = await finish(link, cookie)
+            found, refusals = await finish(link, cookie, moved)
             text = "; ".join(one.message for one in refusals)
             if found is Destination.WHOLE:
                 if force:
@@ -278,6 +288,26 @@ class MigrationCalls:
                 raise VcpuConnectionError(text, reason="closed", hint=hint)
             raise VcpuFailed(text, hint=hint)
 
+    async def memory_in_use(self) -> int | None:
+        """Bytes of memory that the running guest has at most: what a file of it takes. None: nothing tells.
+
+        Raises:
+            VcpuRefused: it does not run.
+            VcpuConnectionError: QEMU is lost.
+        """
+        from qmpvcpu.host.room import memory_in_use
+
+        async with self._call():
+            link = self._connected()
+            used = memory_in_use(link.process) if link.process is not None else None
+            try:
+                summary = await link.monitor.query_memory_size_summary()
+            except CommandError:
+                return used
+        sizes = summary.values() if isinstance(summary, dict) else ()
+        total = sum(size for size in sizes if type(size) is int)
+        return min(total, used) if total and used is not None else total or used
+
     async def save(
         self,
         cookie: Cookie,
@@ -287,8 +317,10 @@ class MigrationCalls:
         progress: Progress | None = None,
         *,
         force: bool = False,
+        check: Callable[[], Awaitable[object]] | None = None,
+        files: tuple[str, ...] = (),
     ) -> MigrationStatus:
-        """Pause the guest, write it to a file, and end its QEMU.
+        """Pause the guest, write it to a file, and end its QEMU. On every other way out it goes on as it was.
 
         Args:
             cookie: of `migrate_begin`.
@@ -296,13 +328,16 @@ class MigrationCalls:
             finish: makes the file last, and raises OSError where it cannot; it may block.
             progress: told each fresh status.
             force: do what is known to hang.
+            check: awaited before `finish`, once all is written; raises OSError or VcpuFailed where it is not good.
+            files: names that the file can have. Should this process be killed, the next one takes it away.
 
         Raises:
             VcpuRefused: nothing was touched.
             VcpuFailed: it could not be written; the guest goes on.
             VcpuConnectionError: QEMU is lost.
         """
-        from qmpvcpu.domain.migrate import check_perform, end, go_on, perform_to_file
+        from qmpvcpu.domain import saving
+        from qmpvcpu.domain.migrate import check_perform, end, perform_to_file
 
         async with self._call():
             link = self._connected()
@@ -317,12 +352,16 @@ class MigrationCalls:
                 finish()
                 is_written = True
 
+            saving.begin(link, fd, files, runs=runs)
             try:
-                keep(link, Side.SAVING, replace(cookie, runs=runs))
                 await link.monitor.stop()
                 status = await perform_to_file(link.monitor, state.qemu, fd, offset, progress)
                 if status.status != "completed":
                     raise VcpuFailed(f"QEMU could not write it: {status.error or status.status}")
+                if check is not None:
+                    await check()
+                if not await saving.is_still_paused(link.monitor):
+                    raise VcpuFailed("somebody has let the guest run while it was being saved", hint="save again")
                 await aio.finish(asyncio.to_thread(finished))
             except VcpuConnectionError as error:
                 said, hint = error.message, "the guest may be there, and paused: migrate-cancel lets it go on"
@@ -330,30 +369,46 @@ class MigrationCalls:
                     said, hint = f"{said}; the guest goes on", "save again"
                 raise VcpuConnectionError(said, reason=error.reason, hint=hint) from error
             except (CommandError, OSError, VcpuFailed) as error:
-                await go_on(link, runs=runs)
-                forget(link, Side.SAVING)
+                await aio.finish(self._go_on(link, runs=runs))
                 why = error.strerror if isinstance(error, OSError) else str(error)
-                raise VcpuFailed(f"{why}; the guest goes on", hint="look at the disk, and save again") from error
-            except asyncio.CancelledError:
-                await aio.finish(end(link) if is_written else go_on(link, runs=runs))
-                forget(link, Side.SAVING)
+                told = error.hint if isinstance(error, VcpuFailed) else None
+                hint = told or "look at the disk, and save again"
+                raise VcpuFailed(f"{why}; the guest goes on", hint=hint) from error
+            except BaseException:
+                if is_written:
+                    await aio.finish(end(link))
+                    saving.forget(link)
+                else:
+                    await aio.finish(self._go_on(link, runs=runs))
                 raise
             await aio.finish(end(link))
+            saving.forget(link)
             return status
+
+    async def _after_killed_save(self, link: Link) -> str | None:
+        """A guest that a save, which was killed, has left paused goes on."""
+        from qmpvcpu.domain import saving
+
+        return await saving.let_go_on(link)
+
+    async def _go_on(self, link: Link, *, runs: bool) -> None:
+        """A guest that is not saved after all."""
+        from qmpvcpu.domain import saving
+        from qmpvcpu.domain.migrate import go_on
+
+        await go_on(link, runs=runs)
+        saving.forget(link)
 
     async def _bring_back(self, link: Link, *, runs: bool) -> bool:
         """After QMP was lost while the guest was being saved: let it go on; whether it does. A QEMU that waits for
         a disk does not answer, and will.
         """
-        from qmpvcpu.domain.migrate import go_on
-
         deadline = time.monotonic() + _BRING_BACK_SECONDS
         while link.process is not None and is_alive(link.process.key) and time.monotonic() < deadline:
             with suppress(VcpuError):
                 await self._close()
                 await self._connect()
-                await go_on(self._connected(), runs=runs)
-                forget(self._connected(), Side.SAVING)
+                await self._go_on(self._connected(), runs=runs)
                 return True
             await asyncio.sleep(_PENDING_LOOK)
         return False
@@ -381,12 +436,34 @@ class MigrationCalls:
         try:
             # A file is good for as many guests as are made of it.
             once = replace(cookie, number=None)
-            return await self.migrate_finish(once, hint="the file is as it was", told=told)
+            return await self.migrate_finish(
+                once, hint="the file is as it was", told=told, moved=lambda: _position(fd)
+            )
         except VcpuConnectionError as error:
             if link.process is None or is_alive(link.process.key):
                 raise
             hint = "look at QEMU's log; the file is as it was"
             raise VcpuFailed("QEMU could not read the saved guest, and has ended", hint=hint) from error
+
+    async def read_saved(self, fd: int, offset: int) -> None:
+        """Read a saved guest into this QEMU, which waits for one, and do not let it run.
+
+        Args:
+            fd: opened to read, and standing at `offset`, in bytes.
+            offset: where QEMU's stream begins.
+
+        Raises:
+            VcpuFailed: it cannot be read.
+            VcpuConnectionError: QEMU is lost, perhaps over it.
+        """
+        from qmpvcpu.domain.migrate import arrival, incoming_from_file
+
+        async with self._call():
+            link = self._connected()
+            await incoming_from_file(link, link.state.qemu, fd, offset, only_reads=True)
+            refusal = await arrival(link, lambda: _position(fd))
+            if refusal is not None:
+                raise VcpuFailed(refusal.message, hint=refusal.hint)
 
     async def migrate_cancel(self, *, force: bool = False) -> str:
         """End what is under way: a source goes on, a destination that has not run ends. What was done, in words.
@@ -397,9 +474,15 @@ class MigrationCalls:
         Raises:
             VcpuRefused: there is nothing to cancel, or the other side has the guest.
         """
+        from qmpvcpu.domain import saving
         from qmpvcpu.domain.migrate import cancel
 
         async with self._call():
+            if self._let_go_on is not None:
+                done, self._let_go_on = self._let_go_on, None
+                return done
+            if (stopped := await saving.cancel_save(self._connected())) is not None:
+                return stopped
             return await cancel(self._connected(), force=force)
 
     async def migrate(

@@ -31,8 +31,6 @@ class Side(StrEnum):
 
     SOURCE = "source"
     DESTINATION = "destination"
-    #: It was paused to be saved to a file.
-    SAVING = "saving"
 
 
 class Handovers:

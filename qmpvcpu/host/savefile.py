@@ -1,21 +1,25 @@
 """A saved guest on disk: a header, the cookie, then QEMU's migration stream.
 
-The header says whether the stream is whole; until it is, the file has another name. So a file under the name that
-the user gave is a whole guest, or it is the one that was there before.
+The header says whether the stream is whole, and has a digest of the whole file; until it is whole, the file has
+another name. So a file under the name that the user gave is a whole guest, or it is the one that was there before.
 """
 
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import stat
 import struct
+import threading
 import time
-from contextlib import suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from qmpvcpu.core.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.host.files import sync_folder
 
@@ -23,13 +27,19 @@ __all__ = ["SavedFile", "Saving", "open_saved"]
 
 #: Magic, version, whether the stream is whole, bytes of the cookie, where the stream begins.
 _HEADER: Final = struct.Struct(">16sIIQQ")
+#: Behind that: the digest of the whole file, in which the digest itself counts as zeros.
+_DIGEST_BYTES: Final = 32
+_HEAD_BYTES: Final = _HEADER.size + _DIGEST_BYTES
 _MAGIC: Final = b"qmpvcpu-save\0\0\0\0"
-_FORMAT: Final = 1
+#: The first version of the format had no digest.
+_NO_DIGEST, _FORMAT = 1, 2
 _PART, _WHOLE = 0, 1
 #: What QEMU's `file:` wants of an offset, and a direct write of a disk.
 _ALIGNED: Final = 4096
 _MOST_COOKIE: Final = 17 * 1024 * 1024
 _MARK: Final = ".saving-"
+#: Bytes that are read and hashed at once.
+_CHUNK: Final = 4 << 20
 
 
 class Saving:
@@ -42,27 +52,62 @@ class Saving:
             if not stat.S_ISREG(self._path.stat().st_mode):
                 raise OSError(errno.EINVAL, "it is there, and is no regular file", str(path))
         self._temporary = self._path.with_name(f".{self._path.name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
-        self.offset = -(-(_HEADER.size + len(cookie)) // _ALIGNED) * _ALIGNED
+        self.offset = -(-(_HEAD_BYTES + len(cookie)) // _ALIGNED) * _ALIGNED
         self._cookie = cookie
+        self._given_up = threading.Event()
+        #: Hexadecimal, once it is sealed.
+        self.digest: str | None = None
         self._sweep()
         # QEMU takes a descriptor that was opened to write, and nothing else (10.0).
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self.fd = os.open(self._temporary, flags, 0o600)
         try:
-            self._write_head(_PART)
+            self._write_head(_PART, bytes(_DIGEST_BYTES))
             os.lseek(self.fd, self.offset, os.SEEK_SET)
         except BaseException:
             self.discard()
             raise
 
-    def finish(self) -> int:
-        """It is whole: sync it, and give it its name; its size in bytes. Blocks. Raises OSError."""
-        size = os.fstat(self.fd).st_size
-        if size <= self.offset:
+    @property
+    def path(self) -> str:
+        """The name that it is to have."""
+        return str(self._path)
+
+    @property
+    def temporary(self) -> str:
+        """The name that it has until then."""
+        return str(self._temporary)
+
+    @property
+    def size(self) -> int:
+        """Bytes that are there by now. Raises OSError."""
+        return os.fstat(self.fd).st_size
+
+    def sync(self) -> None:
+        """What QEMU wrote is on the disk. Blocks. Raises OSError."""
+        if self.size <= self.offset:
             raise OSError(0, "QEMU has written nothing", str(self._temporary))
         os.fsync(self.fd)
-        self._write_head(_WHOLE)
+
+    def table(self) -> StreamTable:
+        """What the stream lists. Blocks. Raises OSError, StreamError."""
+        with self.opened() as fd:
+            return _read_table(fd, self.offset)
+
+    def seal(self) -> None:
+        """Read it back, and give it its digest: it is whole then. Blocks. Raises OSError."""
+        with self.opened() as fd:
+            digest = _digest(fd, _head(_WHOLE, len(self._cookie), self.offset), self._given_up)
+        self._write_head(_WHOLE, digest)
         os.fsync(self.fd)
+        self.digest = digest.hex()
+
+    def finish(self) -> int:
+        """Give it its name, sealed before, where it was not; its size in bytes. Blocks. Raises OSError."""
+        if self.digest is None:
+            self.sync()
+            self.seal()
+        size = self.size
         self._temporary.rename(self._path)
         os.close(self.fd)
         self.fd = -1
@@ -70,6 +115,19 @@ class Saving:
         with suppress(OSError):
             sync_folder(self._path.parent)
         return size
+
+    @contextmanager
+    def opened(self) -> Iterator[int]:
+        """A descriptor to read it, standing at its beginning. Raises OSError."""
+        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
+        try:
+            yield fd
+        finally:
+            os.close(fd)
+
+    def give_up(self) -> None:
+        """`seal` in another thread raises OSError as soon as it can."""
+        self._given_up.set()
 
     def discard(self) -> None:
         """Take it away, unless it was finished. Never raises."""
@@ -80,9 +138,8 @@ class Saving:
             with suppress(OSError):
                 self._temporary.unlink()
 
-    def _write_head(self, state: int) -> None:
-        head = _HEADER.pack(_MAGIC, _FORMAT, state, len(self._cookie), self.offset) + self._cookie
-        data = head.ljust(self.offset, b"\0")
+    def _write_head(self, state: int, digest: bytes) -> None:
+        data = (_head(state, len(self._cookie), self.offset) + digest + self._cookie).ljust(self.offset, b"\0")
         if os.pwrite(self.fd, data, 0) != len(data):
             raise OSError(28, "No space left on device", str(self._temporary))
 
@@ -95,13 +152,52 @@ class Saving:
                     one.unlink()
 
 
+def _head(state: int, length: int, offset: int) -> bytes:
+    return _HEADER.pack(_MAGIC, _FORMAT, state, length, offset)
+
+
+def _digest(fd: int, head: bytes, given_up: threading.Event) -> bytes:
+    """Of a file whose first bytes are to be `head`. Raises OSError: it cannot be read, or it was given up."""
+    found = hashlib.sha256(head + bytes(_DIGEST_BYTES))
+    at = _HEAD_BYTES
+    while data := os.pread(fd, _CHUNK, at):
+        if given_up.is_set():
+            raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
+        found.update(data)
+        at += len(data)
+    return found.digest()
+
+
+def _read_table(fd: int, offset: int) -> StreamTable:
+    size = os.fstat(fd).st_size
+    start = max(offset, size - TAIL_BYTES)
+    return parse_stream(_pread(fd, HEAD_BYTES, offset), _pread(fd, size - start, start))
+
+
+def _pread(fd: int, length: int, at: int) -> bytes:
+    """One read of Linux gives 2 GiB at most, and fewer bytes where a signal comes."""
+    found = bytearray()
+    while len(found) < length and (data := os.pread(fd, length - len(found), at + len(found))):
+        found += data
+    return bytes(found)
+
+
 @dataclass(frozen=True, slots=True)
 class SavedFile:
-    """A saved guest, open: `cookie`, and `fd`, which stands where the stream begins (`offset`)."""
+    """A saved guest, open: `cookie`, and `fd`, which stands where the stream begins (`offset`). `digest` is
+    hexadecimal; None: the file is of a format that had none.
+    """
 
     cookie: bytes
     fd: int
     offset: int
+    digest: str | None = None
+
+    def table(self) -> StreamTable | None:
+        """What its stream lists; None where that cannot be read. Blocks."""
+        with suppress(OSError, StreamError):
+            return _read_table(self.fd, self.offset)
+        return None
 
     def close(self) -> None:
         """Let it go. Never raises."""
@@ -109,30 +205,23 @@ class SavedFile:
             os.close(self.fd)
 
 
-def open_saved(path: str) -> SavedFile:
-    """Open a saved guest.
+def open_saved(path: str, given_up: threading.Event | None = None) -> SavedFile:
+    """Open a saved guest, and check its digest: all of it is read. Blocks.
+
+    Args:
+        path: what `Saving` has written.
+        given_up: once it is set, from another thread, this ends as soon as it can, with VcpuRefused.
 
     Raises:
-        VcpuRefused: it is not there, or is no whole one.
+        VcpuRefused: it is not there, or it is not a whole one.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        # Not blocking: a pipe that nobody writes to must not hold us.
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     except OSError as error:
         raise _refused(f"'{path}' cannot be read: {error.strerror}") from error
     try:
-        head = os.read(fd, _HEADER.size)
-        if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-            raise _refused(f"'{path}' is no saved guest")
-        _, file_format, state, length, offset = _HEADER.unpack(head)
-        if file_format != _FORMAT:
-            raise _refused(f"'{path}' was saved in version {file_format} of the format, and this is {_FORMAT}")
-        if state != _WHOLE:
-            raise _refused(f"'{path}' is not whole: saving it was interrupted")
-        if length > _MOST_COOKIE or offset < _HEADER.size + length or offset >= os.fstat(fd).st_size:
-            raise _refused(f"'{path}' is damaged")
-        cookie = os.read(fd, length)
-        os.lseek(fd, offset, os.SEEK_SET)
-        return SavedFile(cookie, fd, offset)
+        return _checked(path, fd, given_up or threading.Event())
     except OSError as error:
         os.close(fd)
         raise _refused(f"'{path}' cannot be read: {error.strerror}") from error
@@ -141,5 +230,31 @@ def open_saved(path: str) -> SavedFile:
         raise
 
 
-def _refused(text: str) -> VcpuRefused:
-    return VcpuRefused([Refusal("saved", text, (), "name a file that `save` has written", "VIR_ERR_INVALID_ARG")])
+def _checked(path: str, fd: int, given_up: threading.Event) -> SavedFile:
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        raise _refused(f"'{path}' is not a regular file")
+    os.set_blocking(fd, True)
+    head = _pread(fd, _HEAD_BYTES, 0)
+    if len(head) < _HEADER.size or not head.startswith(_MAGIC):
+        raise _refused(f"'{path}' is no saved guest")
+    _, file_format, state, length, offset = _HEADER.unpack_from(head)
+    if file_format not in (_NO_DIGEST, _FORMAT):
+        raise _refused(f"'{path}' was saved in version {file_format} of the format, and this is {_FORMAT}")
+    if state != _WHOLE:
+        raise _refused(f"'{path}' is not whole: saving it was interrupted")
+    start = _HEADER.size if file_format == _NO_DIGEST else _HEAD_BYTES
+    if length > _MOST_COOKIE or offset < start + length or offset >= os.fstat(fd).st_size:
+        raise _refused(f"'{path}' is damaged: its header does not fit it")
+    digest = None
+    if file_format == _FORMAT:
+        digest = head[_HEADER.size :].hex()
+        if _digest(fd, head[: _HEADER.size], given_up).hex() != digest:
+            text = f"'{path}' is damaged: it is not what was saved (its SHA-256 digest differs)"
+            raise _refused(text, "take it from a copy of the file, if there is one")
+    cookie = _pread(fd, length, start)
+    os.lseek(fd, offset, os.SEEK_SET)
+    return SavedFile(cookie, fd, offset, digest)
+
+
+def _refused(text: str, hint: str = "name a file that `save` has written") -> VcpuRefused:
+    return VcpuRefused([Refusal("saved", text, (), hint, "VIR_ERR_INVALID_ARG")])

@@ -344,7 +344,7 @@ async def test_what_is_saved_is_restored(name, tmp_path):
     async with paused(arch, version, smp, rest, machine=machine or ("-machine", rest[1])) as qemu:
         before = await facts(qemu)
         await cli("define", "d", "--qmp", qemu.qmp)
-        run = await cli("save", "d", file)
+        run = await cli("save", "d", file, "--verify")
         assert run.code == 0, run.stderr
     try:
         run = await cli("restore", file, "d")

@@ -6,6 +6,8 @@ import asyncio
 import os
 import signal
 import sys
+from contextlib import suppress
+from pathlib import Path
 
 import pytest
 
@@ -13,6 +15,7 @@ import qmpvcpu
 from tests.qemu.test_migrate_real import CELLS, dead, ended, machine, names, plugged, runs, started, waiting
 from tests.support import moments, saving
 from tests.support.commands import cli, start_cli
+from tests.support.qemus import Qemu
 from tests.support.store import ROOT, in_child
 from tests.support.waiting import until
 
@@ -72,15 +75,33 @@ async def test_a_paused_guest_stays_paused(tmp_path):
 
 FULL = """
 set -eu
-mount -t tmpfs -o size=600k none "$DISK"
+mount -t tmpfs -o size=16m none "$DISK"
 echo before >"$DISK/saved"
+"$PYTHON" -m qmpvcpu save "$QMP" "$DISK/saved" --json || echo $?
+mount -o remount,size=400m "$DISK"
 code=0
-"$PYTHON" -m qmpvcpu save "$QMP" "$DISK/saved" --json || code=$?
+"$PYTHON" -c "$FILLED" save "$QMP" "$DISK/saved" --json || code=$?
 echo "$code"
+rm "$DISK/filler"
 cat "$DISK/saved"
 ls -A "$DISK"
 mount -o remount,ro "$DISK"
 "$PYTHON" -m qmpvcpu save "$QMP" "$DISK/saved" --json || echo $?
+"""
+
+#: The command line, which finds room, and has none once it writes.
+FILLED = """
+import os, sys
+from qmpvcpu.cli import main
+from tests.support import moments
+
+def fill():
+    path = os.environ["DISK"] + "/filler"
+    left = os.statvfs(os.environ["DISK"])
+    os.posix_fallocate(os.open(path, os.O_WRONLY | os.O_CREAT), 0, left.f_bavail * left.f_frsize - 400_000)
+
+with moments.before("the guest goes into the file", fill):
+    sys.exit(main())
 """
 
 
@@ -88,9 +109,11 @@ mount -o remount,ro "$DISK"
 async def test_a_full_disk_and_the_guest_goes_on(version, tmp_path):
     async with machine(version) as source:
         environment = os.environ | {"DISK": str(tmp_path), "PYTHON": sys.executable, "QMP": source.qmp}
+        environment |= {"FILLED": FILLED, "PYTHONPATH": str(ROOT)}
         process = await start_process("unshare", "--mount", "sh", "-c", FULL, env=environment)
         stdout, stderr = (part.decode() for part in await process.communicate())
-        first, code, content, listed, second, refused = stdout.splitlines()
+        small, unpaused, first, code, content, listed, second, refused = stdout.splitlines()
+        assert unpaused == "3" and "its file system has" in small, stdout + stderr
         assert code == "8" and "the guest goes on" in first, stdout + stderr
         assert (content, listed) == ("before", "saved")
         assert refused == "3" and "Read-only file system" in second
@@ -162,20 +185,15 @@ async def test_what_is_no_saved_guest(tmp_path):
         assert (await cli("save", source.qmp, str(good))).code == 0
     data = good.read_bytes()
     for text, words in (
-        (b"", "is no saved guest"),
-        (b"LibvirtQemudSave" + data[16:], "is no saved guest"),
-        (data[:19] + b"\2" + data[20:], "version 2"),
-        (data[:23] + b"\0" + data[24:], "is not whole"),
-        (data[:4096], "damaged"),
-        (data[:24] + b"\xff" * 8 + data[32:], "damaged"),
-        (data[:40] + b"<" * 40 + data[80:], "line 1"),
+        (data[:-9] + bytes((data[-9] ^ 4,)) + data[-8:], "its SHA-256 digest differs"),
+        (saving.of_the_first_format(data).replace(b"<qemu-mig", b"<<<<<<<<<", 1), "line 1"),
     ):
         bad.write_bytes(text)
         run = await cli("restore", str(bad), "/nowhere/qmp", "--json")
         assert run.code == 3 and words in run.json["error"]["message"], (words, run.stdout)
     assert (await cli("restore", str(tmp_path / "nowhere"), "--json")).code == 3
-    # Cut short behind the header, QEMU itself finds out, and the guest does not run.
-    bad.write_bytes(data[: len(data) - 200_000])
+    # What has no digest, and is cut short, QEMU itself finds out, and the guest does not run.
+    bad.write_bytes(saving.of_the_first_format(data)[: len(data) - 200_000])
     async with waiting() as target:
         run = await cli("restore", str(bad), target.qmp, "--json")
         assert run.code == 8 and "the file is as it was" in run.json["error"]["hint"], run.stdout
@@ -280,7 +298,7 @@ import qmpvcpu
 from tests.support import moments, saving
 
 async def main():
-    moments.die("the guest goes into the file", after=sys.argv[3] == "after")
+    moments.die(sys.argv[3], after=sys.argv[4] == "after")
     async with qmpvcpu.connect(qmp=sys.argv[1]) as domain:
         await saving.save(domain, Path(sys.argv[2]))
 
@@ -288,14 +306,80 @@ asyncio.run(main())
 """
 
 
-@pytest.mark.parametrize("when", ["before", "after"])
-async def test_killed_while_it_saves_the_guest_is_let_go_on(tmp_path, monkeypatch, when):
+async def die_saving(source: Qemu, file: Path, moment: str, when: str) -> None:
+    words = [sys.executable, "-c", DIES_SAVING, source.qmp, str(file), moment, when]
+    assert await (await asyncio.create_subprocess_exec(*words, cwd=ROOT)).wait() == 9
+
+
+KILLED_AT = [
+    *(("the guest goes into the file", when) for when in ("before", "after")),
+    *(("the file is sealed", when) for when in ("before", "after")),
+    ("the file gets its name", "after"),
+    ("the source ends", "before"),
+]
+
+
+@pytest.mark.parametrize("version", CELLS)
+async def test_killed_while_it_saves_the_next_command_lets_the_guest_go_on(version, tmp_path, monkeypatch):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
-    file = str(tmp_path / "saved")
+    folder = tmp_path / "files"
+    folder.mkdir()
+    async with machine(version) as source:
+        for moment, when in KILLED_AT if version == "10.0" else KILLED_AT[1::2]:
+            await die_saving(source, folder / "saved", moment, when)
+            assert not await runs(source), moment
+            assert (await cli("vcpucount", source.qmp, "--active", "--live")).code == 0
+            assert await runs(source) and os.listdir(folder) == [], moment
+        assert (await cli("save", source.qmp, str(folder / "saved"))).code == 0
+
+
+async def test_killed_while_it_saves_a_paused_guest_it_stays_paused(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
     async with machine() as source:
-        words = [sys.executable, "-c", DIES_SAVING, source.qmp, file, when]
-        assert await (await asyncio.create_subprocess_exec(*words, cwd=ROOT)).wait() == 9
-        assert not await runs(source)
+        await source.execute("stop")
+        await die_saving(source, tmp_path / "saved", "the file is sealed", "after")
         run = await cli("migrate-cancel", source.qmp, "--json")
-        assert run.code == 0 and "goes on" in run.json["message"] and await runs(source)
-        assert (await cli("save", source.qmp, file)).code == 0
+        assert run.code == 0 and "is paused, as it was" in run.json["message"]
+        assert not await runs(source) and os.listdir(tmp_path) == ["state"]
+
+
+@pytest.mark.parametrize("seconds", [0.05, 0.15])
+async def test_killed_by_the_clock_the_guest_goes_on(tmp_path, monkeypatch, seconds):
+    """As `kill -9` finds it."""
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    folder = tmp_path / "files"
+    folder.mkdir()
+    async with machine() as source:
+        process = await start_cli("save", source.qmp, str(folder / "saved"))
+        await until(lambda: os.listdir(folder), "the file is made", every=0)
+        with suppress(TimeoutError):
+            await asyncio.wait_for(process.wait(), seconds)
+        with suppress(ProcessLookupError):
+            process.kill()
+        if await process.wait() == 0:
+            assert await ended(source)
+            return
+        run = await cli("vcpucount", source.qmp, "--active", "--live")
+        assert run.stdout.strip() == "2" and await runs(source)
+        # What was not begun under QEMU's hands is swept by the next save.
+        assert "saved" not in os.listdir(folder)
+        assert (await cli("save", source.qmp, str(folder / "saved"))).code == 0
+        assert os.listdir(folder) == ["saved"]
+
+
+async def test_another_process_cancels_a_save_and_the_guest_goes_on(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    file = tmp_path / "saved"
+    async with machine() as source:
+
+        async def cancel():
+            run = await cli("migrate-cancel", str(source.folder / "qmp2"), "--json")
+            assert run.code == 0 and "the save was cancelled, and the guest goes on" in run.json["message"]
+
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            with (
+                moments.around("the guest goes into the file", after=cancel),
+                pytest.raises(qmpvcpu.VcpuFailed, match="somebody has let the guest run"),
+            ):
+                await saving.save(domain, file)
+        assert await runs(source) and not file.exists()

@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from qmpvcpu.domain import change, migrate, place
+from qmpvcpu.host.savefile import Saving
 from qmpvcpu.host.threads import QemuThreads
 
 _MOMENTS: dict[str, tuple[Any, str]] = {
@@ -20,6 +21,9 @@ _MOMENTS: dict[str, tuple[Any, str]] = {
     "QEMU plugs": (change, "_hotplug"),
     "a thread is placed": (QemuThreads, "place"),
     "the guest goes into the file": (migrate, "perform_to_file"),
+    "the file is synced": (Saving, "sync"),
+    "the file is sealed": (Saving, "seal"),
+    "the file gets its name": (Saving, "finish"),
     "the guest goes to the destination": (migrate, "perform"),
     "the destination has all": (migrate, "finish"),
     "the destination runs": (migrate, "start"),

@@ -51,6 +51,15 @@ def content(path: Path) -> tuple[bytes, bytes]:
         saved.close()
 
 
+def of_the_first_format(data: bytes) -> bytes:
+    """The same saved guest as the first version of the format had it: without a digest."""
+    head, digest = bytearray(data[:40]), 32
+    head[16:20] = b"\0\0\0\1"
+    length, offset = (int.from_bytes(head[at : at + 8], "big") for at in (24, 32))
+    cookie = data[40 + digest : 40 + digest + length]
+    return (bytes(head) + cookie).ljust(offset, b"\0") + data[offset:]
+
+
 @contextmanager
 def hung_while_it_is_made() -> Iterator[tuple[threading.Event, threading.Event]]:
     """Making the file hangs, once it is there: whether that has begun, and what lets it go on."""

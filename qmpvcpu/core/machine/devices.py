@@ -353,6 +353,9 @@ def _hollow(option: Option, number: int, flash: set[str]) -> Option | None:
     if name == "blockdev":
         node = [("node-name", option.get("node-name") or f"node{number}"), *_some(option, "read-only")]
         return _written(option, (*_NOTHING, *node))
+    if name == "netdev" and option.get("type") == "user":
+        # It has state of its own in the guest's; restricted, it reaches nothing.
+        return _written(option, (("type", "user"), ("id", option.get("id") or ""), ("restrict", "on")))
     if name == "netdev":
         return _written(option, (("type", "hubport"), ("id", option.get("id") or ""), ("hubid", str(number))))
     if name == "nic" and option.get("type") != "none":

@@ -1,0 +1,41 @@
+"""How much room there is on this host for a saved guest, and how much a guest takes. Nothing here raises."""
+
+from __future__ import annotations
+
+import os
+import re
+from contextlib import suppress
+from pathlib import Path
+from typing import Final
+
+from qmpvcpu.host.process import Process
+
+__all__ = ["free_disk", "free_memory", "memory_in_use"]
+
+#: proc(5), /proc/PID/status, in KiB: memory of its own, of shared blocks, of huge pages, and what was swapped out.
+_OWN: Final = re.compile(rb"^(?:RssAnon|RssShmem|HugetlbPages|VmSwap):\s+([0-9]+) kB$", re.MULTILINE)
+_AVAILABLE: Final = re.compile(rb"^MemAvailable:\s+([0-9]+) kB$", re.MULTILINE)
+
+
+def free_disk(folder: Path) -> int | None:
+    """Bytes that we can write to the file system of a folder."""
+    with suppress(OSError):
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize
+    return None
+
+
+def free_memory() -> int | None:
+    """Bytes that a new process can have without swapping; proc(5), /proc/meminfo."""
+    with suppress(OSError):
+        match = _AVAILABLE.search(Path("/proc/meminfo").read_bytes())
+        return int(match[1]) << 10 if match is not None else None
+    return None
+
+
+def memory_in_use(process: Process) -> int | None:
+    """Bytes of memory that a process has, files that it has mapped apart."""
+    with suppress(OSError):
+        found = _OWN.findall(Path(f"/proc/{process.pid}/status").read_bytes())
+        return sum(map(int, found)) << 10 if found else None
+    return None

@@ -1,0 +1,126 @@
+"""What `save` leaves in the state folder: which guest it has paused, for the process that comes after a crash of
+ours; and of which definition a saved file is, by the file's digest.
+
+Nothing here raises: a full disk must not lose a guest.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from qmpvcpu.host.files import read_file, stage_file, state_folder
+from qmpvcpu.host.process import Process, is_alive, process_of
+
+__all__ = ["PausedGuest", "SavedDefinitions", "Saves", "paused_by_us"]
+
+_LIMIT: Final = 64 << 20
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}\Z")
+#: Definitions that are kept, the newest.
+_KEPT: Final = 1000
+
+
+@dataclass(frozen=True, slots=True)
+class PausedGuest:
+    """A guest that a process of ours has paused to save it.
+
+    Attributes:
+        saver: `Process.key` of that process.
+        runs: whether the guest ran.
+        files: names that the file can have, its last one included.
+        inode: device and number of the file.
+    """
+
+    saver: str
+    runs: bool
+    files: tuple[str, ...]
+    inode: tuple[int, int]
+
+    @property
+    def is_left(self) -> bool:
+        """Whether the process that saved it has ended."""
+        return not is_alive(self.saver)
+
+    def remove_file(self) -> None:
+        """Take the file away under whatever name it has. Never raises."""
+        for name in self.files:
+            with suppress(OSError):
+                found = os.lstat(name)
+                if (found.st_dev, found.st_ino) == self.inode:
+                    os.unlink(name)  # noqa: PTH108 - as it was looked at
+
+
+def paused_by_us(fd: int, files: tuple[str, ...], *, runs: bool) -> PausedGuest:
+    """The record of a guest that this process is about to pause; `fd` is of its file. Raises OSError."""
+    found = os.fstat(fd)
+    return PausedGuest(process_of(os.getpid()).key, runs, files, (found.st_dev, found.st_ino))
+
+
+class Saves:
+    """Guests that are being saved, by their QEMU's process."""
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._folder = (root or state_folder()) / "saving"
+
+    def keep(self, process: Process, guest: PausedGuest) -> None:
+        """Remember it, before it is paused."""
+        data = {
+            "saver": guest.saver,
+            "runs": guest.runs,
+            "files": list(guest.files),
+            "inode": list(guest.inode),
+        }
+        with suppress(OSError):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stage_file(self._folder / process.key, json.dumps(data).encode(), sync=False).commit()
+        self._prune()
+
+    def kept(self, process: Process) -> PausedGuest | None:
+        """What is known of this QEMU."""
+        with suppress(OSError, ValueError, TypeError, KeyError):
+            data = json.loads(read_file(self._folder / process.key, _LIMIT))
+            device, number = data["inode"]
+            files = tuple(str(name) for name in data["files"])
+            return PausedGuest(str(data["saver"]), data["runs"] is True, files, (int(device), int(number)))
+        return None
+
+    def forget(self, process: Process) -> None:
+        """It is not being saved any more."""
+        with suppress(OSError):
+            (self._folder / process.key).unlink(missing_ok=True)
+
+    def _prune(self) -> None:
+        with suppress(OSError):
+            for path in self._folder.iterdir():
+                if not path.name.startswith(".") and not is_alive(path.name):
+                    path.unlink(missing_ok=True)
+
+
+class SavedDefinitions:
+    """The definitions of saved guests as they were then. What is in a file is not trusted; what is in here has
+    been defined by the user.
+    """
+
+    def __init__(self, root: Path | None = None) -> None:
+        self._folder = (root or state_folder()) / "saved"
+
+    def keep(self, digest: str, xml: bytes) -> None:
+        """Remember the definition of the file that has this digest."""
+        with suppress(OSError):
+            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            stage_file(self._folder / f"{digest}.xml", xml).commit()
+            paths = sorted(self._folder.glob("*.xml"), key=lambda path: path.stat().st_mtime)
+            for path in paths[:-_KEPT]:
+                path.unlink(missing_ok=True)
+
+    def kept(self, digest: str | None) -> bytes | None:
+        """The definition of the file that has this digest."""
+        if digest is not None and _DIGEST.match(digest):
+            with suppress(OSError):
+                return read_file(self._folder / f"{digest}.xml", _LIMIT)
+        return None

@@ -1,0 +1,93 @@
+"""A saved guest on disk: one bit flipped anywhere, or cut short anywhere, it is refused."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from qmpvcpu import VcpuRefused
+from tests.support import saving, streams
+
+COOKIE = b"<qemu-migration/>" * 40
+STREAM = streams.written({"pc.ram": 1 << 20}, [{"name": "cpu", "instance_id": 0}], between=os.urandom(3000))
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    """The path of one that is whole."""
+    path = tmp_path_factory.mktemp("saved") / "guest"
+    made = saving.File(path, COOKIE)
+    os.write(made.fd, STREAM)
+    made.finish()
+    return path
+
+
+@pytest.fixture(scope="module")
+def data(saved):
+    return saved.read_bytes()
+
+
+def check_refused(path, data, words="is damaged|is no saved guest|is not whole|of the format"):
+    path.write_bytes(data)
+    with pytest.raises(VcpuRefused, match=words):
+        saving.content(path)
+
+
+def test_it_is_read_as_it_was_written(saved):
+    assert saving.content(saved) == (COOKIE, STREAM[:1024])
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
+@given(place=st.integers(0), bit=st.integers(0, 7))
+def test_a_flipped_bit_is_refused(place, bit, data, tmp_path):
+    at = place % len(data)
+    flipped = bytearray(data)
+    flipped[at] ^= 1 << bit
+    check_refused(tmp_path / "flipped", bytes(flipped))
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (lambda data: b"", "is no saved guest"),
+        (lambda data: b"LibvirtQemudSave" + data[16:], "is no saved guest"),
+        (lambda data: data[:19] + b"\3" + data[20:], "version 3"),
+        (lambda data: data[:23] + b"\0" + data[24:], "is not whole"),
+        (lambda data: data[:4096], "its header does not fit it"),
+        (lambda data: data[:24] + b"\xff" * 8 + data[32:], "its header does not fit it"),
+        (lambda data: data[:72] + b"<" * 40 + data[112:], "its SHA-256 digest differs"),
+    ],
+)
+def test_what_is_not_a_saved_guest_says_why(change, words, data, tmp_path):
+    check_refused(tmp_path / "bad", change(data), words)
+
+
+def test_every_flipped_bit_of_its_header_is_refused(data, tmp_path):
+    for place in range(72 * 8):
+        flipped = bytearray(data)
+        flipped[place // 8] ^= 1 << place % 8
+        check_refused(tmp_path / "flipped", bytes(flipped))
+
+
+@pytest.mark.parametrize("where", [0, 39, 40, 71, 72, 500, 4095, 4096, 4097, -1])
+def test_what_is_cut_short_is_refused(where, data, tmp_path):
+    check_refused(tmp_path / "short", data[:where])
+
+
+def test_what_has_grown_is_refused(data, tmp_path):
+    check_refused(tmp_path / "long", data + b"\0", "its SHA-256 digest differs")
+
+
+def test_the_first_format_has_no_digest_and_is_read(data, tmp_path):
+    path = tmp_path / "old"
+    path.write_bytes(saving.of_the_first_format(data))
+    assert saving.content(path) == (COOKIE, STREAM[:1024])
+
+
+def test_a_fifo_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "fifo")
+    with pytest.raises(VcpuRefused, match="is not a regular file"):
+        saving.content(tmp_path / "fifo")
