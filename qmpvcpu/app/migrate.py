@@ -7,7 +7,7 @@ import os
 import socket
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,12 +17,13 @@ from qmpvcpu.aio import finish
 from qmpvcpu.app.definitions import undefine
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.app.start import clean_up, launch_waiting
+from qmpvcpu.app.trust import Startable, of_file, of_user
 from qmpvcpu.app.twin import HINT, Checked, check_sides, compare_with_twin, read_back
-from qmpvcpu.core.migration import Cookie, MigrationStatus
+from qmpvcpu.core.migration import Cookie, MigrationStatus, last_words
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.stream import StreamError, StreamTable, table_differences
 from qmpvcpu.domain import Domain, connect
-from qmpvcpu.domain.handover import Side, is_there
+from qmpvcpu.domain.handover import Side, is_there, kept_source
 from qmpvcpu.domain.migrate import Migrated, Progress
 from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
@@ -77,7 +78,7 @@ class Prepared:
 @dataclass(slots=True)
 class _Place:
     """A destination: `domain` to connect to, and whether we have started it for this. `is_kept`: it must not be
-    ended any more.
+    ended any more. `cookie` is that of what was started, and may be defined.
     """
 
     domain: Domain
@@ -87,6 +88,7 @@ class _Place:
     qmp: tuple[str, ...]
     messages: tuple[str, ...] = ()
     is_kept: bool = False
+    cookie: Cookie | None = None
 
 
 def cookie_text(cookie: Cookie) -> str:
@@ -112,10 +114,18 @@ def load_cookie(path: str) -> Cookie:
 
 @asynccontextmanager
 async def _destination(
-    dest: str | None, cookie: Cookie, mode: ProbeMode, *, place: bool, timeout: float, agent: str | None = None
+    dest: str | None,
+    cookie: Cookie,
+    mode: ProbeMode,
+    *,
+    place: bool,
+    timeout: float,
+    agent: str | None = None,
+    startable: Callable[[str], Awaitable[Startable]] | None = None,
 ) -> AsyncIterator[_Place]:
     """The destination that a word means (none: the guest's own name), connected; one that does not run is started,
     and ended if this fails. `agent` is the address of the guest's agent there, where the word does not tell it.
+    `startable` says what it is started of, given its name, where the cookie comes from a file.
     """
     word = dest if dest is not None else cookie.name
     if dest is not None and not _is_name(dest):
@@ -132,6 +142,8 @@ async def _destination(
             text = "the source has no definition, and QEMU does not tell all of its hardware"
             hint = f"start '{word}' as the source was started, with -incoming defer, and name its QMP socket"
             raise VcpuRefused([Refusal("definition", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")])
+        start = await startable(word) if startable is not None else of_user(cookie)
+        cookie = start.cookie
         place_there: _Place | None = None
         machine = cookie.machine.type if cookie.machine is not None else None
         launched = await launch_waiting(
@@ -142,20 +154,49 @@ async def _destination(
             timeout=timeout,
             place=place,
             source_runs=is_there(cookie, Side.SOURCE),
+            devices=start.devices,
         )
         try:
             async with connect(qmp=runtime.qmp, agent=agent or runtime.agent, xml=_file(word)) as domain:
                 notes = await domain.place(cookie.xml) if place else []
                 messages = (*launched.messages, *notes)
-                place_there = _Place(domain, word, is_name=True, is_ours=True, qmp=runtime.qmp, messages=messages)
+                place_there = _Place(
+                    domain,
+                    word,
+                    is_name=True,
+                    is_ours=True,
+                    qmp=runtime.qmp,
+                    messages=messages,
+                    cookie=start.definable,
+                )
                 yield place_there
-        except BaseException:
+        except BaseException as error:
             if place_there is None or not place_there.is_kept:
                 await clean_up(word)
+            said = last_words(runtime.said(4000))
+            if isinstance(error, VcpuFailed) and said and error.qmp_text is None:
+                raise _with_words(error, said) from error
             raise
         return
     async with connect(word, agent=agent) as domain:
         yield _Place(domain, word, is_name=True, is_ours=runtime.pid() is not None, qmp=runtime.qmp)
+
+
+def _startable(cookie: Cookie, kept: bytes | None) -> Callable[[str], Awaitable[Startable]]:
+    """What a destination is started of whose cookie was read from a file; `kept` as of `of_file`."""
+
+    async def of_name(name: str) -> Startable:
+        return await of_file(cookie, (name, cookie.name), kept)
+
+    return of_name
+
+
+def _with_words(error: VcpuFailed, said: str) -> VcpuFailed:
+    """The same with what the destination's QEMU said."""
+    text = f"{error.message}; the destination's QEMU said: {said}"
+    found = VcpuFailed(text, hint=error.hint, qmp_class=error.qmp_class, qmp_text=said)
+    found.messages = error.messages
+    return found
 
 
 def _is_name(word: str) -> bool:
@@ -259,7 +300,7 @@ async def migrate(
     with_agents = dest_agent is not None or _is_name(dest)
     cookie = await source.migrate_begin(persistent=persistent, wait=wait, force=force, with_agents=with_agents)
     async with _destination(dest, cookie, mode, place=place, timeout=start_timeout, agent=dest_agent) as target:
-        found = await check_sides(source, target.domain)
+        found = await check_sides(cookie, target.domain)
         await target.domain.migrate_prepare(cookie, place=place, differences=found)
         messages: list[str] = []
 
@@ -308,8 +349,10 @@ async def migrate_prepare(
     Raises:
         VcpuError: as `Domain.migrate_prepare`; a QEMU that was started for it is ended.
     """
-    async with _destination(dest, cookie, mode, place=place, timeout=timeout) as target:
-        await target.domain.migrate_prepare(cookie, place=place)
+    startable = _startable(cookie, kept_source(cookie))
+    async with _destination(dest, cookie, mode, place=place, timeout=timeout, startable=startable) as target:
+        found = await check_sides(cookie, target.domain)
+        await target.domain.migrate_prepare(target.cookie or cookie, place=place, differences=found)
         host = _host_of(dest) if dest is not None else None
         # One that listens everywhere is reached by its host's name, as libvirt's are.
         reached = host or socket.gethostname()
@@ -330,12 +373,15 @@ async def migrate_finish(dest: str, cookie: Cookie | None, *, force: bool = Fals
         VcpuError: as `Domain.migrate_finish`.
     """
     async with connect(dest) as domain:
+        given = cookie
         cookie = cookie if cookie is not None else await domain.migrate_cookie()
         state = await domain.migrate_finish(cookie, force=force)
     is_name = check_name(dest) is None and ":" not in dest
     place = _Place(domain, dest, is_name=is_name, is_ours=False, qmp=())
     with suppress(VcpuRefused):
-        _define(place, cookie, persistent=cookie.persistent is not None)
+        # What this destination was prepared with was looked at then.
+        may = of_user(cookie) if given is None else await _startable(cookie, kept_source(cookie))(dest)
+        _define(place, may.definable, persistent=may.definable.persistent is not None)
     return state, cookie.runs
 
 
@@ -547,8 +593,12 @@ async def restore(
     saved = await finish(reading, on_cancel=given_up.set, discard=SavedFile.close)
     try:
         cookie = read_cookie(saved.cookie)
-        async with _destination(dest, cookie, mode, place=place, timeout=timeout) as target:
-            await target.domain.migrate_prepare(cookie, place=place)
+        known = await finish(asyncio.to_thread(SavedDefinitions().kept, saved.digest))
+        async with _destination(
+            dest, cookie, mode, place=place, timeout=timeout, startable=_startable(cookie, known)
+        ) as target:
+            differences = await check_sides(cookie, target.domain)
+            await target.domain.migrate_prepare(cookie, place=place, differences=differences)
 
             def told(runs: bool) -> None:
                 target.is_kept = runs
@@ -559,7 +609,7 @@ async def restore(
             if saved.digest is None:
                 messages.append(f"'{file}' has no digest: whether it is what was saved could not be checked")
             try:
-                messages += _define_restored(target, cookie)
+                messages += _define_restored(target, target.cookie or cookie)
             except VcpuRefused as error:
                 messages.append(f"it is not defined: {error.message}")
             return Restored(target.name, target.qmp, state.enabled_ids, cookie.runs, tuple(messages))

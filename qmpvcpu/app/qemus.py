@@ -19,7 +19,15 @@ from qmpvcpu.errors import VcpuError
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu
 
-__all__ = ["DEMO_ARCH", "QemuBinary", "examine", "examine_all", "find_binaries", "survives_unplug"]
+__all__ = [
+    "DEMO_ARCH",
+    "QemuBinary",
+    "examine",
+    "examine_all",
+    "find_binaries",
+    "find_emulator",
+    "survives_unplug",
+]
 
 #: What the test guests of `qmpvcpu demo` run on.
 DEMO_ARCH: Final = X86_64.name
@@ -74,6 +82,23 @@ async def examine(path: str, arch: str) -> QemuBinary:
     rows = machines if isinstance(machines, list) else []
     names = (row for row in rows if isinstance(row, dict) and row.get("hotpluggable-cpus") is True)
     return QemuBinary(path, arch, version, tuple(sorted(str(row.get("name")) for row in names)))
+
+
+async def find_emulator(arch: str, version: QemuVersion | None) -> str | None:
+    """The QEMU of a target that is here, and that takes in a guest of this version: one of the same version, else
+    the oldest that is newer. None where there is none.
+    """
+    found = [one for one in find_binaries() if one[1] == arch]
+    if version is None or len(found) < 2:
+        return found[0][0] if found else None
+    wanted = (version.major, version.minor)
+    known = [
+        ((one.version.major, one.version.minor), one.path)
+        for one in await examine_all(found)
+        if one.version is not None
+    ]
+    taking = [one for one in known if one[0] >= wanted]
+    return min(taking)[1] if taking else found[0][0]
 
 
 def survives_unplug(qemu: QemuBinary) -> bool:

@@ -167,6 +167,7 @@ async def launch_waiting(
     timeout: float,
     place: bool,
     source_runs: bool = True,
+    devices: bytes | None = None,
 ) -> Launched:
     """Start a QEMU in the background that waits for a guest to migrate here (`-incoming defer`).
 
@@ -178,6 +179,7 @@ async def launch_waiting(
         timeout: seconds until its machine must stand.
         place: whether it is refused where its threads could not be placed.
         source_runs: whether the guest runs on this host, and must lose nothing to the new QEMU.
+        devices: the XML that has its program and devices instead.
 
     Raises:
         VcpuRefused: one of that name runs already, or no such guest can be, or it would write to the memory of the
@@ -191,6 +193,9 @@ async def launch_waiting(
     async with _alone(runtime):
         await _check_inactive(name, runtime)
         document, definition = read_domain(xml)
+        if devices is not None:
+            document, other = read_domain(devices)
+            definition = replace(definition, emulator=other.emulator)
         if machine is not None:
             definition = replace(definition, machine=machine)
         memory, chardevs = _shared(document, definition) if source_runs else ([], [])

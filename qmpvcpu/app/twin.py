@@ -20,7 +20,7 @@ from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.hardware import hardware_args
 from qmpvcpu.core.machine.comparison import differences, refusals_of
 from qmpvcpu.core.machine.devices import AGENT_CHARDEV, bound_to_host, hollow
-from qmpvcpu.core.migration import check_machine, last_words, machine_of, parse_status
+from qmpvcpu.core.migration import Cookie, check_machine, last_words, machine_of, parse_status
 from qmpvcpu.core.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
 from qmpvcpu.domain import Domain, connect
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
@@ -232,7 +232,11 @@ async def _has_ended(qemu: QemuProcess) -> None:
             await qemu.process.wait()
 
 
-async def check_sides(source: Domain, destination: Domain) -> list[Refusal]:
-    """In what a guest would not find its machine in a QEMU that waits for it; nothing is touched."""
-    found = differences(await source.picture(), await destination.picture())
+async def check_sides(cookie: Cookie, destination: Domain) -> list[Refusal]:
+    """In what the guest of a cookie would not find its machine in a QEMU that waits for it; nothing is touched. An
+    old cookie does not tell of it.
+    """
+    if cookie.picture is None:
+        return []
+    found = differences(cookie.picture, await destination.picture())
     return refusals_of(found, "at the destination", "start the destination as the source was started")

@@ -19,6 +19,7 @@ from typing import Any, Final
 from qmpvcpu.core import checks
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.guest import GuestView
+from qmpvcpu.core.machine.comparison import Picture
 from qmpvcpu.core.model import DomainState, Entity, Props, format_ids
 from qmpvcpu.core.quirks import Fact, Trigger, quirk
 from qmpvcpu.errors import Refusal
@@ -112,7 +113,8 @@ class Cookie:
     `xml` is the running guest's domain XML, `persistent` its definition where that goes too. `features` are names
     that a reader must know. `machine` is None where another tool made it. `runs` is whether the guest ran, and
     `is_described` whether `xml` was made of what QEMU tells, and so does not say all of its hardware. `number` is
-    of this one handing over, 32 hexadecimal digits: by it the sides know which of them has the guest.
+    of this one handing over, 32 hexadecimal digits: by it the sides know which of them has the guest. `picture` is
+    what the source's QEMU told of its machine; None where it was not asked.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Cookie:
     runs: bool = True
     is_described: bool = False
     number: str | None = None
+    picture: Picture | None = field(default=None, hash=False)
 
 
 def machine_of(state: DomainState) -> Machine:

@@ -19,6 +19,7 @@ __all__ = [
     "is_used",
     "keep",
     "kept",
+    "kept_source",
     "new_number",
     "release",
     "take",
@@ -65,6 +66,17 @@ def kept(link: Link, side: Side) -> Cookie | None:
         with suppress(VcpuRefused):
             return read_cookie(data)
     return None
+
+
+def kept_source(cookie: Cookie) -> bytes | None:
+    """The guest's XML, where this cookie is word for word one that a source on this host was given."""
+    from qmpvcpu.xml.migration import write_cookie
+
+    here = _handovers()
+    if here is None or cookie.number is None:
+        return None
+    known = here.written(Side.SOURCE, cookie.number)
+    return cookie.xml if write_cookie(cookie) in known else None
 
 
 def forget(link: Link, side: Side | None = None) -> None:

@@ -101,6 +101,7 @@ class MigrationCalls:
 
     async def _cookie(self, link: Link, state: DomainState, runs: bool, persistent: bool) -> Cookie:
         from qmpvcpu.core.migration import Cookie, features_of, machine_of
+        from qmpvcpu.domain.picture import read_picture
 
         described = (await describe(link.monitor, state, link.process, self._place.agent)).definition
         definition = self._persistent.definition() if self._persistent is not None else None
@@ -119,6 +120,7 @@ class MigrationCalls:
             runs,
             definition is None,
             begin_number(link),
+            await read_picture(link.monitor),
         )
         keep(link, Side.SOURCE, cookie)
         return cookie

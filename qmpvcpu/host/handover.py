@@ -59,6 +59,13 @@ class Handovers:
                 return read_file(path, _LIMIT)
         return None
 
+    def written(self, side: Side, number: str) -> list[bytes]:
+        """The cookies that QEMUs keep which are that side of this migration."""
+        found: list[bytes] = []
+        with suppress(OSError):
+            found += [read_file(path, _LIMIT) for path in self._folder.glob(f"*.{side}.{number}")]
+        return found
+
     def forget(self, process: Process, side: Side | None = None) -> None:
         """It takes part in none any more, or not as that side."""
         with suppress(OSError):

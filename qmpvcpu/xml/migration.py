@@ -1,19 +1,23 @@
 """The migration cookie: libvirt's `<qemu-migration>`, and in it the running guest's XML and its machine.
 
 libvirt hands the running guest's XML over beside its cookie; here it is in `<live>`. Its definition stands where
-libvirt has it, right below the root. `<slots>` and `<handover>` are ours: older readers ignore elements that they
-do not know.
+libvirt has it, right below the root. `<slots>`, `<handover>` and `<picture>` are ours: older readers ignore what
+they do not know.
 """
 
 from __future__ import annotations
 
+import json
 import re
-from typing import Final
+from collections.abc import Mapping
+from dataclasses import fields
+from typing import Any, Final
 from xml.sax.saxutils import escape
 
 from qmpvcpu.core.definition import MOST_VCPUS
+from qmpvcpu.core.machine.comparison import Picture
 from qmpvcpu.core.migration import Cookie, Machine, Slot
-from qmpvcpu.core.model import Props, format_ids
+from qmpvcpu.core.model import Props, QemuVersion, format_ids
 from qmpvcpu.core.request import parse_ids
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.xml.domain import read_domain
@@ -42,7 +46,20 @@ def write_cookie(cookie: Cookie) -> bytes:
     text += _element_of(cookie.xml) + b"\n  </live>\n"
     if cookie.persistent is not None:
         text += _element_of(cookie.persistent) + b"\n"
+    if cookie.picture is not None:
+        text += b"  <picture>" + escape(_picture_text(cookie.picture)).encode() + b"</picture>\n"
     return text + b"</qemu-migration>\n"
+
+
+def _picture_text(picture: Picture) -> str:
+    """As JSON: mappings as lists of pairs, since not all of their keys are texts."""
+
+    def plain(value: object) -> object:
+        if isinstance(value, QemuVersion):
+            return [value.major, value.minor, value.micro]
+        return sorted(value.items()) if isinstance(value, Mapping) else value
+
+    return json.dumps({one.name: plain(getattr(picture, one.name)) for one in fields(picture)})
 
 
 def _element_of(data: bytes) -> bytes:
@@ -110,11 +127,49 @@ def read_cookie(data: bytes) -> Cookie:
         live.attributes.get("state") != "paused",
         live.attributes.get("described") == "yes",
         number if _NUMBER.match(number) else None,
+        _picture(root.child("picture"), found),
     )
+    if found:
+        raise VcpuRefused(found)
     for xml in (cookie.xml, cookie.persistent):
         if xml is not None:
             read_domain(xml)
     return cookie
+
+
+def _picture(element: Element | None, found: list[Refusal]) -> Picture | None:
+    """None also where another version of ours has written it, which knows other things."""
+    if element is None:
+        return None
+    try:
+        said = json.loads(element.text)
+        if not isinstance(said, dict) or said.keys() != {one.name for one in fields(Picture)}:
+            return None
+        return Picture(**{one.name: _value(said[one.name], getattr(_EMPTY, one.name)) for one in fields(Picture)})
+    except (ValueError, TypeError, RecursionError):
+        found.append(_wrong(element, "<picture> is not what `save` or migrate-begin writes"))
+        return None
+
+
+_EMPTY: Final = Picture()
+
+
+def _value(said: Any, like: object) -> Any:
+    """A part of a picture, of the form that its default has. Raises ValueError, TypeError."""
+    if isinstance(like, Mapping):
+        return {_scalar(key): _scalar(value) for key, value in said}
+    if isinstance(like, tuple):
+        return tuple(str(_scalar(one)) for one in said)
+    if isinstance(said, list):
+        major, minor, micro = (int(_scalar(one)) for one in said)
+        return QemuVersion(major, minor, micro)
+    return _scalar(said)
+
+
+def _scalar(said: object) -> Any:
+    if said is not None and not isinstance(said, (bool, int, str)):
+        raise TypeError(f"{type(said).__name__} is no value")
+    return said
 
 
 def _machine(element: Element, found: list[Refusal]) -> Machine | None:

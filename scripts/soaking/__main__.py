@@ -14,6 +14,12 @@ from scripts.soaking.soak import TOP, Soak, tests
 #: A new one is a line here, and a test that repeats itself or a function in a file of this package.
 SOAKS = {
     "busy": Soak("all tests, COUNT times in a row while both CPUs are busy", 3, busy, needs=("qemu", "guests")),
+    "claims": Soak(
+        "the first COUNT command lines through save, restore and migrate: the same machine with its memory",
+        40,
+        tests("tests/qemu/test_claim_real.py", "-k", "saved_restored_and_migrated"),
+        needs=("qemu",),
+    ),
     "counts": Soak(
         "COUNT sequences of requests on random guests: how many vCPUs are enabled at once and in the end",
         10_000,

@@ -5,14 +5,19 @@ from __future__ import annotations
 import os
 import re
 import shutil
+from contextlib import AbstractAsyncContextManager
+from pathlib import Path
 from typing import Any
 
 import pytest
 
+import qmpvcpu
+from tests.support import memory, saving, soaking
 from tests.support.claims import started_again
 from tests.support.commands import cli
-from tests.support.monitor import QmpError
+from tests.support.monitor import Connection, QmpError, connected
 from tests.support.qemus import Qemu, paused, qemu_binary, running
+from tests.support.started import folder_of
 from tests.support.waiting import until
 from tests.support.xml import read
 
@@ -295,13 +300,7 @@ async def check_again(data: bytes, before: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("name", USUAL)
 async def test_devices_are_those_that_ran(name, tmp_path):
-    arch, version, words = USUAL[name]
-    disk = tmp_path / "disk"
-    disk.write_bytes(bytes(1 << 20))
-    (tmp_path / "disk.vars").write_bytes(bytes(1 << 17))
-    arguments = ["-S", "-display", "none", "-smp", "1,maxcpus=4"]
-    arguments += [word.replace("DISK", str(disk)) for word in words]
-    async with running(qemu_binary(version, arch), arguments) as qemu:
+    async with launched(name, tmp_path) as qemu:
         before = await facts(qemu)
         run = await cli("define", "d", "--qmp", qemu.qmp)
         assert (run.code, "note:" in run.stdout + run.stderr) == (0, False)
@@ -334,25 +333,89 @@ async def test_save_refuses_a_definition_of_another_machine_and_the_guest_stays(
     assert (status["status"], (tmp_path / "saved").exists()) == ("prelaunch", False)
 
 
-@pytest.mark.parametrize(
-    "name", ["model", "ids", "swapped", "no-cpus", "no-memory", "dimm", "plain-ppc64", "drawers"]
-)
-async def test_what_is_saved_is_restored(name, tmp_path):
-    arch, version, smp, rest = MACHINES[name]
-    machine = () if "-machine" in rest else ("-machine", "q35")
-    file = str(tmp_path / "saved")
-    async with paused(arch, version, smp, rest, machine=machine or ("-machine", rest[1])) as qemu:
+def launched(name: str, folder: Path) -> AbstractAsyncContextManager[Qemu]:
+    """The machine of that name, paused; its disks are in `folder`."""
+    if name in MACHINES:
+        arch, version, smp, rest = MACHINES[name]
+        machine = () if "-machine" in rest else ("-machine", "q35")
+        return paused(arch, version, smp, rest, machine=machine or ("-machine", rest[1]))
+    arch, version, words = USUAL[name]
+    (folder / "disk").write_bytes(bytes(1 << 20))
+    (folder / "disk.vars").write_bytes(bytes(1 << 17))
+    arguments = ["-S", "-display", "none", "-smp", "1,maxcpus=4"]
+    arguments += [word.replace("DISK", str(folder / "disk")) for word in words]
+    return running(qemu_binary(version, arch), arguments)
+
+
+class Named:
+    """The QEMU that `restore` or `migrate` has started under a name."""
+
+    def __init__(self, connection: Connection) -> None:
+        self.execute = lambda command, arguments=None: connection.command(command, **(arguments or {}))
+
+    async def human_monitor_command(self, line: str) -> str:
+        return str(await self.execute("human-monitor-command", {"command-line": line}))
+
+    async def qom_get(self, path: str, name: str) -> Any:
+        return await self.execute("qom-get", {"path": path, "property": name})
+
+
+async def check_arrived(name: str, before: dict[str, Any], put: dict[int, bytes]) -> None:
+    """What runs under that name is the same machine, and its memory is where it was."""
+    async with connected(str(folder_of(name) / "qmp2")) as connection:
+        there = Named(connection)
+        assert await facts(there) == before
+        assert {address: await memory.read(there.human_monitor_command, address) for address in put} == put
+
+
+async def memory_names(qemu: Qemu) -> set[str]:
+    return {row["id"] for row in await qemu.execute("query-memdev")}
+
+
+#: The first few in the suite, all with `scripts/soak claims`.
+TRIPS = dict.fromkeys(["swapped", "no-memory", "dimm", "plain-ppc64", "drawers", *MACHINES, *USUAL])
+
+
+@pytest.mark.parametrize("name", list(TRIPS)[: soaking.count(5)])
+async def test_saved_restored_and_migrated_it_is_the_same_machine_with_its_memory(name, tmp_path):
+    file = tmp_path / "saved"
+    async with launched(name, tmp_path) as qemu:
+        hmp = qemu.human_monitor_command
         before = await facts(qemu)
-        await cli("define", "d", "--qmp", qemu.qmp)
-        run = await cli("save", "d", file, "--verify")
-        assert run.code == 0, run.stderr
+        put = memory.patterns(await memory.blocks(hmp, await memory_names(qemu)))
+        assert len(put) >= 2 * len(before["memdevs"])
+        await memory.write(hmp, qemu.folder, put)
+        assert (await cli("define", "d", "--qmp", qemu.qmp)).code == 0
+        async with qmpvcpu.connect("d") as domain:
+            await saving.save(domain, file, verify=True, force=True)
     try:
-        run = await cli("restore", file, "d")
-        assert run.code == 0, run.stderr
-        shown = await cli("vcpuinfo", "d", "--json")
-        assert len(shown.json["vcpus"]) == sum(row[2] for row in before["slots"])
+        await saving.restore(file)
+        await check_arrived("d", before, put)
+        async with qmpvcpu.connect("d") as domain:
+            await saving.move(domain, "e", force=True)
+        await check_arrived("e", before, put)
     finally:
-        await cli("destroy", "d")
+        for one in ("d", "e"):
+            await cli("destroy", one)
+
+
+async def test_what_a_definition_does_not_hold_is_neither_saved_nor_migrated(tmp_path):
+    """A device that came after the start."""
+    file = tmp_path / "saved"
+    async with paused("x86_64", "10.0", "1,maxcpus=4", ["-m", "64"], machine=("-machine", "pc")) as qemu:
+        await qemu.execute("device_add", {"driver": "virtio-rng-pci", "id": "late", "addr": "0x7"})
+        run = await cli("define", "d", "--qmp", qemu.qmp)
+        assert "virtio-rng-pci" in run.stdout + run.stderr
+        texts = []
+        async with qmpvcpu.connect("d") as domain:
+            for call in (saving.save(domain, file), saving.move(domain, "e")):
+                with pytest.raises(qmpvcpu.VcpuRefused) as caught:
+                    await call
+                texts.append(caught.value.message)
+        status = await qemu.execute("query-status")
+    assert "device virtio-rng-pci: 1 at the source, none in the definition" in texts[0]
+    assert "device virtio-rng-pci: 1 at the source, none at the destination" in texts[1]
+    assert (status["status"], file.exists()) == ("prelaunch", False)
 
 
 @pytest.mark.parametrize(

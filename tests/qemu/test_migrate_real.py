@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -521,6 +522,35 @@ async def test_by_name_the_phases(started, tmp_path):
     assert (await cli("migrate-finish", "two", str(cookie))).code == 0
     assert (await cli("destroy", "one")).code == 0
     assert await names() == {"one": False, "two": True}
+
+
+async def test_where_the_destination_fails_all_the_same_its_own_words_are_told(started):
+    async def plug():
+        async with qmpvcpu.connect(qmp=str(folder_of("one") / "qmp2")) as other:
+            await other.enable(6)
+
+    async with qmpvcpu.connect("one") as domain:
+        with (
+            moments.before("the guest goes to the destination", plug),
+            pytest.raises(qmpvcpu.VcpuFailed, match=r"the destination's QEMU said: .*Unknown savevm .* 'cpu"),
+        ):
+            await saving.move(domain, "two")
+    assert await names() == {"one": True}
+
+
+async def test_prepare_compares_the_cookie_with_the_destination(tmp_path):
+    rng = ["-device", "virtio-rng-pci,addr=0x9"]
+    async with machine() as source, waiting(extra=[*NODES, *rng]) as target:
+        cookie = tmp_path / "cookie"
+        cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
+        run = await cli("migrate-prepare", str(cookie), target.qmp, "--json")
+        assert run.code == 3, run.stdout
+        texts = [one["message"] for one in run.json["error"]["refusals"]]
+        assert "device virtio-rng-pci: none at the source, 1 at the destination" in texts
+        # One of before says less, and is taken.
+        cookie.write_text(re.sub("<picture>.*</picture>", "", cookie.read_text()))
+        run = await cli("migrate-prepare", str(cookie), target.qmp, "--json")
+        assert run.code == 0, run.stdout
 
 
 async def test_a_destination_that_was_started_is_gone_when_it_cannot_take_it(started, monkeypatch):

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from qmpvcpu import Cookie, DomainState, MigrationStatus, Refusal
+from qmpvcpu.core import migration
 from qmpvcpu.core.guest import GuestCpu, GuestView
+from qmpvcpu.core.machine.comparison import Picture
 from qmpvcpu.core.migration import (
     CPU_HOTPLUG,
     Destination,
@@ -109,6 +112,16 @@ def step(source: str, destination: str) -> str | None:
 def cookie(state: DomainState, xml: bytes, *, name: str, runs: bool = True) -> Cookie:
     """That of a guest whose reader must know `cpu-hotplug`; its definition goes too, and says the same."""
     return Cookie(name, "u-1", xml, xml, frozenset({CPU_HOTPLUG}), machine_of(state), runs)
+
+
+def with_picture(what: Cookie, **told: Any) -> Cookie:
+    """The same with what the source's QEMU told of its machine."""
+    return replace(what, picture=Picture(**told))
+
+
+def last_words(log: str) -> str:
+    """What an error says of the log of a QEMU that failed."""
+    return migration.last_words(log)
 
 
 def written(what: Cookie) -> bytes:

@@ -4,21 +4,29 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 from qmpvcpu import Domain
 from qmpvcpu.app import migrate as commands
+from qmpvcpu.host.process import process_of
 from qmpvcpu.host.savefile import Saving, open_saved
+from qmpvcpu.host.saves import SavedDefinitions, Saves, paused_by_us
 from tests.support.waiting import DEADLINE
 
 
-async def save(domain: Domain, path: Path) -> None:
+async def save(domain: Domain, path: Path, **options: Any) -> None:
     """`save`: into a file."""
-    await commands.save(domain, str(path))
+    await commands.save(domain, str(path), **options)
+
+
+async def restore(path: Path, name: str | None = None) -> None:
+    """`restore`: under its own name, or another."""
+    await commands.restore(str(path), name)
 
 
 async def move(domain: Domain, name: str, **options: Any) -> None:
@@ -47,6 +55,58 @@ def content(path: Path) -> tuple[bytes, bytes]:
     saved = open_saved(str(path))
     try:
         return saved.cookie, os.read(saved.fd, 1024)
+    finally:
+        saved.close()
+
+
+class Records:
+    """The state folder: this process stands for the QEMU of a guest that is being saved."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._saves = Saves(folder)
+        self._definitions = SavedDefinitions(folder)
+        self._qemu = process_of(os.getpid())
+
+    def pause(self, path: Path, *, runs: bool, saver: str | None = None) -> None:
+        """The guest is about to be paused, and its file is at `path`; `saver` is the name of who does it."""
+        with path.open("rb") as file:
+            guest = paused_by_us(file.fileno(), (str(path), str(path.with_name("guest"))), runs=runs)
+        self._saves.keep(self._qemu, guest if saver is None else replace(guest, saver=saver))
+
+    def paused(self) -> tuple[bool, bool] | None:
+        """Whether it ran, and whether who paused it has ended; None: it is not known to be paused."""
+        found = self._saves.kept(self._qemu)
+        return None if found is None else (found.runs, found.is_left)
+
+    def remove_file(self) -> None:
+        found = self._saves.kept(self._qemu)
+        assert found is not None
+        found.remove_file()
+
+    def forget(self) -> None:
+        self._saves.forget(self._qemu)
+
+    def tear(self, text: str) -> None:
+        """The record is this text."""
+        (path,) = (self._folder / "saving").iterdir()
+        path.write_text(text)
+
+    def keep_definition(self, digest: str, xml: bytes) -> None:
+        self._definitions.keep(digest, xml)
+
+    def definition(self, digest: str | None) -> bytes | None:
+        return self._definitions.kept(digest)
+
+
+def write_again(path: Path, new: Path, change: Callable[[bytes], bytes]) -> None:
+    """The same saved guest with another cookie, and a digest that fits."""
+    saved = open_saved(str(path))
+    try:
+        made = Saving(new, change(saved.cookie))
+        while data := os.read(saved.fd, 1 << 20):
+            os.write(made.fd, data)
+        made.finish()
     finally:
         saved.close()
 

@@ -7,7 +7,7 @@ from itertools import product
 
 import pytest
 
-from qmpvcpu import VcpuRefused
+from qmpvcpu import QemuVersion, VcpuRefused
 from tests.support.inventory import Qemu
 from tests.support.migrating import (
     DESTINATIONS,
@@ -20,6 +20,7 @@ from tests.support.migrating import (
     cookie,
     differences,
     features,
+    last_words,
     offline_on_the_way,
     read,
     status,
@@ -27,6 +28,7 @@ from tests.support.migrating import (
     to_plug,
     travels_with_one_cpu,
     unknown_features,
+    with_picture,
     written,
 )
 from tests.support.states import ppc64, x86
@@ -304,6 +306,67 @@ def test_what_is_not_a_cookie(old, new, words):
     assert old in text, "the case changes something"
     with pytest.raises(VcpuRefused, match=words):
         read(text.replace(old, new))
+
+
+TOLD = with_picture(
+    COOKIE,
+    version=QemuVersion(10, 0, 2),
+    memory=64 << 20,
+    blocks={"pc.ram": 64 << 20, "a<&>'": 1},
+    nodes={0: 32, 1: 32},
+    machine={"hpet": True, "x": "\x01é"},
+    pci={"0:01.0": "8086:1"},
+    added=("virtio-rng-pci",),
+)
+
+
+def test_what_the_source_told_of_its_machine_goes_with_it():
+    assert read(written(TOLD)).picture == TOLD.picture
+
+
+def test_what_another_version_has_written_of_it_is_passed_over():
+    assert read(written(TOLD).replace(b'"nodes"', b'"knots"')).picture is None
+
+
+def test_an_old_cookie_says_nothing_of_it():
+    assert read(written(COOKIE)).picture is None
+
+
+@pytest.mark.parametrize(
+    ("old", "new"),
+    [
+        (b'"memory": 67108864', b'"memory": [[]]'),
+        (b'[0, 32]', b'[0]'),
+        (b'[0, 32]', b'[[0], 32]'),
+        (b'[10, 0, 2]', b'[10, 0]'),
+        (b'"added": [', b'"added": [{}, '),
+        (b"<picture>{", b"<picture>" + b"[" * 20000),
+        (b"}</picture>", b"</picture>"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_what_it_told_is_refused(old, new):
+    assert old in written(TOLD), "the case changes something"
+    with pytest.raises(VcpuRefused, match="<picture> is not what"):
+        read(written(TOLD).replace(old, new))
+
+
+@pytest.mark.parametrize(
+    ("log", "words"),
+    [
+        ("", ""),
+        ("\n\n", ""),
+        (
+            "2026-11-27T20:29:06.123456Z qemu-system-x86_64: Unknown section\n",
+            "qemu-system-x86_64: Unknown section",
+        ),
+        ("a\nb\nc\nd\ne\n", "b; c; d; e"),
+        ("bad\x1b[31m \x07words\u202e", "bad [31m  words "),
+        ("kept\nqemu: terminating on signal 15 from pid 1\n", "kept"),
+        ("x" * 1000, "x" * 400),
+    ],
+)
+def test_an_error_has_the_last_words_of_a_log(log, words):
+    assert last_words(log) == words
 
 
 # -- trips that are known to go wrong ------------------------------------------------------------------

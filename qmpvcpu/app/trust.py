@@ -1,0 +1,81 @@
+"""What a destination is started of, where the guest's XML comes from a file: a saved guest, or a cookie.
+
+What the user has defined is trusted. A file supplies the machine, CPUs, memory and addresses, and never a program,
+a command line, a socket or a path: those are of the definition that the guest had when this user saved it, or that
+the user has of it now; else there must be none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, replace
+
+from qmpvcpu.app.qemus import find_emulator
+from qmpvcpu.core.bootargs import qemu_arch
+from qmpvcpu.core.migration import Cookie
+from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.host.definitions import DefinitionFolder
+from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.foreign import host_parts, without_program
+
+__all__ = ["Startable", "of_file", "of_user"]
+
+
+@dataclass(frozen=True, slots=True)
+class Startable:
+    """A cookie whose XML may be started, and defined. `devices` is the XML that has its program and devices; None:
+    the cookie's own.
+    """
+
+    cookie: Cookie
+    devices: bytes | None = None
+
+    @property
+    def definable(self) -> Cookie:
+        """The cookie whose XML may be defined."""
+        return self.cookie if self.devices is None else replace(self.cookie, xml=self.devices)
+
+
+def of_user(cookie: Cookie) -> Startable:
+    """Of a cookie that was made here of what the user has defined."""
+    return Startable(cookie)
+
+
+async def of_file(cookie: Cookie, names: Iterable[str], kept: bytes | None) -> Startable:
+    """Of a cookie that was read from a file.
+
+    Args:
+        cookie: as it was read.
+        names: under which the guest can be defined here, the first that is.
+        kept: its definition, where it is known that this user had it when this file was written.
+
+    Raises:
+        VcpuRefused: the file names what is of a host, and nothing that is trusted has it; every part.
+    """
+    if kept is not None:
+        return Startable(replace(cookie, xml=kept))
+    trusted = _defined(cookie, names)
+    definition = read_domain(trusted)[1] if trusted is not None else None
+    if found := host_parts(cookie.xml, definition):
+        text = f"{', '.join(found)}: a file does not supply what is of a host"
+        hint = (
+            f"`qmpvcpu define FILE` with the XML of '{cookie.name}', and try again: its devices are of that then"
+        )
+        raise VcpuRefused([Refusal("trust", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")])
+    if trusted is not None:
+        return Startable(replace(cookie, persistent=None), trusted)
+    machine = read_domain(cookie.xml)[1]
+    version = cookie.picture.version if cookie.picture is not None else None
+    emulator = await find_emulator(qemu_arch(machine), version)
+    return Startable(replace(cookie, xml=without_program(cookie.xml, emulator), persistent=None))
+
+
+def _defined(cookie: Cookie, names: Iterable[str]) -> bytes | None:
+    """The definition that the user has of this guest."""
+    folder = DefinitionFolder()
+    for name in names:
+        if folder.is_defined(name):
+            data = folder.file(name).read()
+            if read_domain(data)[1].uuid == cookie.uuid:
+                return data
+    return None

@@ -1,0 +1,111 @@
+"""A domain's XML that comes in a file, and that nobody has defined here: of it a guest's machine, CPUs, memory and
+addresses are taken, and nothing of the host. Pure.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Final
+from xml.sax.saxutils import escape
+
+from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend
+from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.hardware import QEMU_NAMESPACE
+from qmpvcpu.xml.source import Document, Element
+
+__all__ = ["host_parts", "without_program"]
+
+#: QEMU's name of a machine type: nothing that begins another option of -machine.
+_WORD: Final = re.compile(r"[A-Za-z0-9_.+-]{1,100}\Z")
+_BOOT_FILES: Final = ("os/kernel", "os/initrd", "os/dtb", "os/loader", "os/nvram", "os/firmware")
+#: Memory backends without a file behind them, and options by which one names something of the host.
+_ANONYMOUS: Final = frozenset({"memory-backend-ram", "memory-backend-memfd"})
+_HOST_OPTIONS: Final = frozenset({"mem-path", "path", "device", "filename", "file", "fd", "rom", "canonical-path"})
+
+
+def host_parts(xml: bytes, trusted: Definition | None = None) -> list[str]:
+    """What in a domain's XML is of its host: command lines and files, each by the element's name.
+
+    Args:
+        xml: of the domain.
+        trusted: a definition of the same guest that its user has defined: what is in it too is not named, and
+            neither are devices, which are started of that one.
+
+    Raises:
+        VcpuRefused: it is not a domain's XML.
+    """
+    document, definition = read_domain(xml)
+    found: dict[str, None] = dict.fromkeys(_of_options(definition, trusted))
+    if trusted is None:
+        found.update(dict.fromkeys(_of_devices(document.root)))
+    return list(found)
+
+
+def _of_options(definition: Definition, trusted: Definition | None) -> Iterable[str]:
+    known: set[MemoryBackend | Dimm] = (
+        {*trusted.options.backends, *trusted.dimms} if trusted is not None else set()
+    )
+    backends: tuple[MemoryBackend | Dimm, ...] = (*definition.options.backends, *definition.dimms)
+    for backend in backends:
+        is_plain = backend.driver in _ANONYMOUS and not _names_host(backend.options)
+        if not is_plain and backend not in known:
+            yield f"memory in {backend.driver}"
+    if definition.machine is not None and not _WORD.match(definition.machine):
+        yield "<os><type machine>"
+    options = definition.options
+    for owner in ("machine", "accel", "cpu"):
+        pairs = getattr(options, owner)
+        if _names_host(pairs) and (trusted is None or pairs != getattr(trusted.options, owner)):
+            yield f"options of -{owner}"
+
+
+def _names_host(pairs: Iterable[tuple[str, str]]) -> bool:
+    return any(key in _HOST_OPTIONS or "/" in value for key, value in pairs)
+
+
+def _of_devices(root: Element) -> Iterable[str]:
+    for element in root.children:
+        prefix, colon, name = element.name.rpartition(":")
+        space = element.attributes.get(f"xmlns:{prefix}", root.attributes.get(f"xmlns:{prefix}"))
+        if name == "commandline" and colon and space == QEMU_NAMESPACE and element.children:
+            yield f"<{element.name}>"
+    for path in _BOOT_FILES:
+        if root.find(path) is not None:
+            yield "".join(f"<{word}>" for word in path.split("/"))
+    devices = root.child("devices")
+    for element in devices.children if devices is not None else ():
+        if element.name == "disk" and element.child("source") is not None:
+            yield "<disk>"
+
+
+def without_program(xml: bytes, emulator: str | None) -> bytes:
+    """The same with this program, and without the sockets and files behind its consoles and channels.
+
+    Args:
+        xml: of a domain that `host_parts` names nothing of.
+        emulator: path of a QEMU that is here; None: whichever is found.
+
+    Raises:
+        VcpuRefused: it is not a domain's XML.
+    """
+    document, _ = read_domain(xml)
+    devices = document.root.child("devices")
+    if devices is None:
+        return document.to_bytes()
+    _give_program(document, devices, emulator)
+    for element in devices.children:
+        if element.name in ("channel", "serial", "console", "parallel"):
+            for source in element.all("source"):
+                document.remove(source)
+    return document.to_bytes()
+
+
+def _give_program(document: Document, devices: Element, emulator: str | None) -> None:
+    programs = list(devices.all("emulator"))
+    if emulator is not None and programs:
+        document.set_text(programs.pop(0), emulator)
+    elif emulator is not None:
+        document.insert_first(devices, [f"<emulator>{escape(emulator)}</emulator>"])
+    for element in programs:
+        document.remove(element)
