@@ -466,7 +466,7 @@ async def save(
         VcpuFailed: it could not be written, or it is not the guest; the guest goes on, and the file is as it was.
         VcpuConnectionError: QEMU is lost.
     """
-    cookie = await source.migrate_begin(persistent=source.has_definition, wait=wait, force=force)
+    cookie = await source.migrate_begin(persistent=source.has_definition, wait=wait, force=force, is_paused=True)
     machine = cookie.machine
     is_defined = not cookie.is_described and machine is not None
     memory = await source.memory_in_use() or 0
@@ -575,7 +575,7 @@ async def restore(
     mode: ProbeMode = ProbeMode.AUTO,
     timeout: float = 30.0,
 ) -> Restored:
-    """Start a saved guest again, with exactly its vCPUs; the file stays.
+    """Start a saved guest again, with exactly its vCPUs and pending unplugs; the file stays.
 
     Args:
         file: what `save` has written.

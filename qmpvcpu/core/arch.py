@@ -86,6 +86,7 @@ class Architecture:
         device_bus: the bus of virtio devices, as it ends their names.
         has_apic: whether vCPUs have x86 APIC ids, and unplug goes through ACPI as it does there.
         reset_drops_unplug: whether a reset of the machine drops an unplug that was requested.
+        saves_unplug: whether a machine's state has the unplugs that were requested: they go on after a restore.
         identity: how the guest's files name its CPUs; None where they do not.
         identity_file: the file that does, in a CPU's folder in sysfs.
         lists_possible_cpus: whether the guest's agent lists CPUs that are not there.
@@ -113,6 +114,7 @@ class Architecture:
     device_bus: str = "pci"
     has_apic: bool = False
     reset_drops_unplug: bool = False
+    saves_unplug: bool = False
     identity: Identity | None = None
     identity_file: str | None = None
     lists_possible_cpus: bool = False
@@ -142,6 +144,7 @@ X86_64: Final = Architecture(
     cpu_suffix="-x86_64-cpu",
     has_apic=True,
     reset_drops_unplug=True,
+    saves_unplug=True,
     identity=Identity.APIC_ID,
     identity_file="firmware_node/path",
 )

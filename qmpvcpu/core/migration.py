@@ -17,6 +17,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from qmpvcpu.core import checks
+from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.machine.comparison import Picture
@@ -61,6 +62,16 @@ _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
 _IDLE: Final = frozenset({*_ENDED, "none", ""})
 #: QAPI RunState: a source can be migrated from these.
 _MIGRATABLE: Final = frozenset({"running", "paused", "prelaunch", "suspended", "watchdog", "debug"})
+
+#: Those it cannot: what that means, and what to do.
+_RUN_STATES: Final = {
+    "shutdown": (": it has shut down, and only a reset lets it run again", "end its QEMU, or reset it first"),
+    "guest-panicked": (": its kernel has ended, and would be so again", "end its QEMU, or reset it first"),
+    "internal-error": (": QEMU itself cannot go on with it", "look at the log of its QEMU, and reset it"),
+    "io-error": (": a disk has failed, and it waits for that", "correct the disk, and let the guest go on first"),
+    "inmigrate": (": it waits for a guest", "migrate-cancel ends it"),
+    "postmigrate": (": it has been handed over", "migrate-cancel lets it go on here"),
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,8 +124,9 @@ class Cookie:
     `xml` is the running guest's domain XML, `persistent` its definition where that goes too. `features` are names
     that a reader must know. `machine` is None where another tool made it. `runs` is whether the guest ran, and
     `is_described` whether `xml` was made of what QEMU tells, and so does not say all of its hardware. `number` is
-    of this one handing over, 32 hexadecimal digits: by it the sides know which of them has the guest. `picture` is
-    what the source's QEMU told of its machine; None where it was not asked.
+    of this one handing over, 32 hexadecimal digits: by it the sides know which of them has the guest. `pending`
+    are the first vCPU ids of entities whose unplug was pending. `picture` is what the source's QEMU told of its
+    machine; None where it was not asked.
     """
 
     name: str
@@ -126,6 +138,7 @@ class Cookie:
     runs: bool = True
     is_described: bool = False
     number: str | None = None
+    pending: tuple[int, ...] = ()
     picture: Picture | None = field(default=None, hash=False)
 
 
@@ -186,11 +199,18 @@ def check_features(cookie: Cookie) -> list[Refusal]:
 
 
 def check_source(
-    state: DomainState, run_state: str | None, status: MigrationStatus, pending: Iterable[int]
+    state: DomainState,
+    run_state: str | None,
+    status: MigrationStatus,
+    pending: Iterable[int],
+    *,
+    is_paused: bool = False,
 ) -> list[Refusal]:
-    """Why a guest cannot be migrated now."""
+    """Why a guest cannot be migrated now; `is_paused`: it is paused on the way, and nothing ends there."""
     found = []
     waiting = sorted(number for first in pending for number in state.by_id[first].ids)
+    if is_paused and architecture(state.arch).saves_unplug:
+        waiting = []
     if waiting:
         text = f"vCPU {format_ids(waiting)}: its unplug is pending, and would end on the way"
         hint = "wait for its end (--wait), or enable it again"
@@ -199,8 +219,8 @@ def check_source(
         text = f"a migration is under way ({status.status})"
         found.append(_refusal("migrating", text, (), "migrate-cancel ends it"))
     elif run_state not in _MIGRATABLE:
-        hint = "migrate-cancel lets it go on here" if run_state == "postmigrate" else "look at it first"
-        text = f"the guest is '{run_state or 'in no state that QEMU tells'}'"
+        why, hint = _RUN_STATES.get(run_state or "", ("", "look at it first"))
+        text = f"the guest is '{run_state or 'in no state that QEMU tells'}'{why}"
         found.append(_refusal("run-state", text, (), hint))
     hint = "take out what blocks it"
     return found + [_refusal("blocked", f"QEMU cannot migrate it: {why}", (), hint) for why in status.blocked]

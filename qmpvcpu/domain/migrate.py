@@ -60,9 +60,11 @@ __all__ = [
     "cancel",
     "check_begin",
     "check_perform",
+    "check_same",
     "finish",
     "go_on",
     "incoming_from_file",
+    "keep_pending",
     "listen_at",
     "migrate",
     "perform",
@@ -140,20 +142,23 @@ async def status_of(monitor: Monitor) -> MigrationStatus:
 # -- the phases -------------------------------------------------------------------------------------
 
 
-async def check_begin(link: Link, *, force: bool, agent: Guest | None = None) -> tuple[DomainState, bool]:
+async def check_begin(
+    link: Link, *, force: bool, agent: Guest | None = None, is_paused: bool = False
+) -> tuple[DomainState, bool]:
     """The source as it is, and whether it runs.
 
     Args:
         link: of the source.
         force: do what is known to hang.
         agent: of the guest, if it may take CPUs offline on the way.
+        is_paused: the guest is paused on the way.
 
     Raises:
         VcpuRefused: it cannot be migrated now; every reason.
     """
     state = await link.read()
     runs, status = await run_state(link.monitor), await status_of(link.monitor)
-    refusals = check_source(state, runs, status, link.ledger.firsts)
+    refusals = check_source(state, runs, status, link.ledger.firsts, is_paused=is_paused)
     if runs == "paused" and status.is_incoming and kept(link, Side.DESTINATION) is not None:
         hint = "migrate-finish lets it run here, migrate-cancel ends it here"
         refusals.append(_refused("arrived", "the guest has arrived here, and was never let run", hint))
@@ -284,20 +289,25 @@ async def listen_at(link: Link, uri: str | None, host: str | None, default: str 
 
 
 async def check_perform(
-    link: Link, cookie: Cookie | None, *, force: bool, agent: Guest | None = None
+    link: Link, cookie: Cookie | None, *, force: bool, agent: Guest | None = None, is_paused: bool = False
 ) -> tuple[DomainState, bool]:
     """The source still is what the cookie says; `check_begin`.
 
     Raises:
         VcpuRefused: it is not, or cannot be migrated now.
     """
-    state, runs = await check_begin(link, force=force, agent=agent)
+    state, runs = await check_begin(link, force=force, agent=agent, is_paused=is_paused)
+    check_same(cookie, state)
+    return state, runs
+
+
+def check_same(cookie: Cookie | None, state: DomainState) -> None:
+    """Raises VcpuRefused: the source is not what the cookie says any more."""
     source = cookie.machine if cookie is not None else None
     refusals = check_arrived(source, machine_of(state)) if source is not None else []
     if refusals:
         hint = "begin again: the guest has changed since migrate-begin"
         raise VcpuRefused([_refused(one.code, one.message, hint) for one in refusals])
-    return state, runs
 
 
 def take_for_perform(link: Link, begun: Cookie | None, *, runs: bool) -> None:
@@ -548,6 +558,15 @@ async def finish(
         return Destination.GONE, [
             _refused("destination", error.message, "look at the log of the destination's QEMU")
         ]
+
+
+def keep_pending(link: Link, cookie: Cookie) -> None:
+    """The unplugs that were pending when the guest left are pending here."""
+    state = link.state
+    entities = [state.by_id[first] for first in cookie.pending if first < state.maxcpus]
+    if entities := [entity for entity in entities if entity.plugged]:
+        link.ledger.ask(entities, state, time.time())
+        link.learn()
 
 
 async def start(link: Link, cookie: Cookie) -> tuple[Destination, str | None]:

@@ -70,7 +70,13 @@ class MigrationCalls:
         async def _close(self) -> None: ...
 
     async def migrate_begin(
-        self, *, persistent: bool = False, wait: float = 0.0, force: bool = False, with_agents: bool = False
+        self,
+        *,
+        persistent: bool = False,
+        wait: float = 0.0,
+        force: bool = False,
+        with_agents: bool = False,
+        is_paused: bool = False,
     ) -> Cookie:
         """What goes with the guest, and whether it can go; touches nothing.
 
@@ -80,6 +86,7 @@ class MigrationCalls:
             force: do what is known to hang.
             with_agents: `migrate` follows, to a destination whose agent is known: what the guest's agent can save
                 from a hang is not refused.
+            is_paused: the guest is paused on the way, as `save` does it: a pending unplug may go with it.
 
         Raises:
             VcpuRefused: it cannot be migrated now; every reason.
@@ -94,7 +101,7 @@ class MigrationCalls:
                     raise VcpuRefused([NO_DEFINITION])
                 if not link.ledger.firsts or time.monotonic() >= deadline:
                     agent = self._guest if with_agents else None
-                    state, runs = await check_begin(link, force=force, agent=agent)
+                    state, runs = await check_begin(link, force=force, agent=agent, is_paused=is_paused)
                     return await self._cookie(link, state, runs, persistent)
                 await link.read()
             await asyncio.sleep(_PENDING_LOOK)
@@ -120,6 +127,7 @@ class MigrationCalls:
             runs,
             definition is None,
             begin_number(link),
+            tuple(sorted(link.ledger.firsts)),
             await read_picture(link.monitor),
         )
         keep(link, Side.SOURCE, cookie)
@@ -264,7 +272,7 @@ class MigrationCalls:
             VcpuConnectionError: QEMU is lost.
         """
         from qmpvcpu.core.migration import Destination
-        from qmpvcpu.domain.migrate import finish, start
+        from qmpvcpu.domain.migrate import finish, keep_pending, start
 
         async with self._call():
             link = self._connected()
@@ -282,6 +290,7 @@ class MigrationCalls:
                 text = said or text
                 told(found in (Destination.RUNNING, Destination.UNKNOWN))
             if found is Destination.RUNNING:
+                keep_pending(link, cookie)
                 forget(link)
                 return link.state
             if found is Destination.UNKNOWN:
@@ -339,11 +348,11 @@ class MigrationCalls:
             VcpuConnectionError: QEMU is lost.
         """
         from qmpvcpu.domain import saving
-        from qmpvcpu.domain.migrate import check_perform, end, perform_to_file
+        from qmpvcpu.domain.migrate import check_perform, check_same, end, perform_to_file
 
         async with self._call():
             link = self._connected()
-            state, runs = await check_perform(link, cookie, force=force)
+            state, runs = await check_perform(link, cookie, force=force, is_paused=True)
             if not link.monitor.takes_descriptors:
                 text = "QEMU can be handed a file only over a unix socket"
                 raise VcpuRefused([Refusal("descriptor", text, (), "connect to its QMP socket on its own host")])
@@ -357,6 +366,9 @@ class MigrationCalls:
             saving.begin(link, fd, files, runs=runs)
             try:
                 await link.monitor.stop()
+                if link.ledger.firsts:
+                    # What was pending may have ended until now.
+                    check_same(cookie, await link.read())
                 status = await perform_to_file(link.monitor, state.qemu, fd, offset, progress)
                 if status.status != "completed":
                     raise VcpuFailed(f"QEMU could not write it: {status.error or status.status}")
@@ -370,6 +382,9 @@ class MigrationCalls:
                 if await aio.finish(self._bring_back(link, runs=runs)):
                     said, hint = f"{said}; the guest goes on", "save again"
                 raise VcpuConnectionError(said, reason=error.reason, hint=hint) from error
+            except VcpuRefused:
+                await aio.finish(self._go_on(link, runs=runs))
+                raise
             except (CommandError, OSError, VcpuFailed) as error:
                 await aio.finish(self._go_on(link, runs=runs))
                 why = error.strerror if isinstance(error, OSError) else str(error)

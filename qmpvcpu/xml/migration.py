@@ -1,8 +1,8 @@
 """The migration cookie: libvirt's `<qemu-migration>`, and in it the running guest's XML and its machine.
 
 libvirt hands the running guest's XML over beside its cookie; here it is in `<live>`. Its definition stands where
-libvirt has it, right below the root. `<slots>`, `<handover>` and `<picture>` are ours: older readers ignore what
-they do not know.
+libvirt has it, right below the root. `<slots>`, `<handover>`, `<pending>` and `<picture>` are ours: older readers
+ignore what they do not know.
 """
 
 from __future__ import annotations
@@ -38,6 +38,8 @@ def write_cookie(cookie: Cookie) -> bytes:
         lines.append(f"  <uuid>{escape(cookie.uuid)}</uuid>")
     if cookie.number is not None:
         lines.append(f"  <handover id={_quoted(cookie.number)}/>")
+    if cookie.pending:
+        lines.append(f"  <pending vcpus='{format_ids(cookie.pending)}'/>")
     lines += [f"  <feature name={_quoted(name)}/>" for name in sorted(cookie.features)]
     lines += _machine_lines(cookie.machine) if cookie.machine is not None else []
     state = "running" if cookie.runs else "paused"
@@ -127,6 +129,7 @@ def read_cookie(data: bytes) -> Cookie:
         live.attributes.get("state") != "paused",
         live.attributes.get("described") == "yes",
         number if _NUMBER.match(number) else None,
+        _pending(root.child("pending"), found),
         _picture(root.child("picture"), found),
     )
     if found:
@@ -135,6 +138,17 @@ def read_cookie(data: bytes) -> Cookie:
         if xml is not None:
             read_domain(xml)
     return cookie
+
+
+def _pending(element: Element | None, found: list[Refusal]) -> tuple[int, ...]:
+    if element is None:
+        return ()
+    try:
+        ids = parse_ids(element.attributes.get("vcpus", ""))
+    except VcpuUsageError as error:
+        found.append(_wrong(element, f"<pending vcpus>: {error.message}"))
+        return ()
+    return ids
 
 
 def _picture(element: Element | None, found: list[Refusal]) -> Picture | None:

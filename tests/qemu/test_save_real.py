@@ -12,7 +12,19 @@ from pathlib import Path
 import pytest
 
 import qmpvcpu
-from tests.qemu.test_migrate_real import CELLS, dead, ended, machine, names, plugged, runs, started, waiting
+from tests.qemu.test_migrate_real import (
+    CELLS,
+    dead,
+    ended,
+    machine,
+    names,
+    plugged,
+    runs,
+    slowly,
+    started,
+    until_active,
+    waiting,
+)
 from tests.support import moments, saving
 from tests.support.commands import cli, start_cli
 from tests.support.qemus import Qemu
@@ -62,6 +74,72 @@ async def test_by_name_over_a_reboot(started, tmp_path):
     # Nothing but the file is left of it, and that is enough.
     assert (await cli("restore", str(file))).code == 0
     assert await names() == {"one": True}
+
+
+DAMAGES = {
+    "a RAM block": (b"pc.ram", b"pc.rum", False, "another machine: RAM block 'pc.ram': none at the source"),
+    "device state": (
+        b"cpu_common",
+        b"cpu_commoN",
+        True,
+        "a second QEMU cannot read the saved guest: .*cpu_commoN",
+    ),
+}
+
+
+@pytest.mark.parametrize("what", DAMAGES)
+async def test_what_is_not_the_guest_is_found_before_it_ends(what, started, tmp_path):
+    """As if QEMU, or the disk, had written something else."""
+    old, new, verify, words = DAMAGES[what]
+    folder = tmp_path / "files"
+    folder.mkdir()
+
+    def damage():
+        (file,) = folder.iterdir()
+        data = file.read_bytes()
+        at = data.index(old, data.index(b"QEVM"))
+        with file.open("r+b") as written:
+            written.seek(at)
+            written.write(new)
+
+    async with qmpvcpu.connect("one") as domain:
+        with moments.around("the file is synced", after=damage), pytest.raises(qmpvcpu.VcpuFailed, match=words):
+            await saving.save(domain, folder / "saved", verify=verify)
+        assert os.listdir(folder) == [] and await names() == {"one": True}
+        # Nothing of the guest's was taken by the second one.
+        await saving.save(domain, folder / "saved", verify=True)
+    assert os.listdir(folder) == ["saved"] and await names() == {"one": False}
+
+
+async def test_a_pending_unplug_travels_and_is_pending_for_the_new_process(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    file = str(tmp_path / "saved")
+    async with machine("11.1") as source, waiting(version="11.1") as target:
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            await domain.enable([3, 6])
+            assert (await domain.disable(6, timeout=0)).pending == (6,)
+        # The guest goes on with it: a migration that does not pause it is refused.
+        run = await cli("migrate-begin", source.qmp, "--json")
+        assert run.code == 3 and "its unplug is pending" in run.json["error"]["message"]
+        run = await cli("save", source.qmp, file, "--json")
+        assert run.code == 0 and run.json["vcpus"] == [0, 1, 3, 6], run.stdout
+        assert (await cli("restore", file, target.qmp)).code == 0
+        rows = (await cli("vcpuinfo", target.qmp, "--json")).json["vcpus"]
+        assert [row["id"] for row in rows if row["pending"]] == [6]
+
+
+async def test_a_guest_that_has_shut_down_is_not_saved(tmp_path):
+    file = tmp_path / "saved"
+    async with machine(extra=["-action", "reboot=shutdown,shutdown=pause"]) as source:
+        await source.execute("system_reset")
+        await until(lambda: is_in(source, "shutdown"), "the guest has shut down")
+        run = await cli("save", source.qmp, str(file), "--json")
+        assert run.code == 3 and "only a reset lets it run again" in run.json["error"]["message"], run.stdout
+        assert await is_in(source, "shutdown") and not file.exists()
+
+
+async def is_in(qemu: Qemu, state: str) -> bool:
+    return (await qemu.execute("query-status"))["status"] == state
 
 
 async def test_a_paused_guest_stays_paused(tmp_path):
@@ -331,6 +409,17 @@ async def test_killed_while_it_saves_the_next_command_lets_the_guest_go_on(versi
             assert (await cli("vcpucount", source.qmp, "--active", "--live")).code == 0
             assert await runs(source) and os.listdir(folder) == [], moment
         assert (await cli("save", source.qmp, str(folder / "saved"))).code == 0
+
+
+async def test_killed_while_memory_moves_that_is_ended_too(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    async with machine() as source, slowly(source):
+        await die_saving(source, tmp_path / "saved", "the guest goes into the file", "before")
+        await source.execute("migrate", {"uri": "exec:cat >/dev/null"})
+        await until_active(source)
+        assert (await cli("vcpucount", source.qmp, "--active", "--live")).code == 0
+        assert await runs(source) and os.listdir(tmp_path) == ["state"]
+        assert (await source.execute("query-migrate"))["status"] == "cancelled"
 
 
 async def test_killed_while_it_saves_a_paused_guest_it_stays_paused(tmp_path, monkeypatch):

@@ -58,10 +58,17 @@ def to_plug(source: DomainState, destination: DomainState) -> list[tuple[int, ..
 
 
 def against_leaving(
-    state: DomainState, run_state: str, query_migrate: Any = None, pending: Iterable[int] = ()
+    state: DomainState,
+    run_state: str,
+    query_migrate: Any = None,
+    pending: Iterable[int] = (),
+    *,
+    is_paused: bool = False,
 ) -> list[Refusal]:
-    """Why a guest cannot be migrated now; `run_state` is QAPI's, `query_migrate` the reply of that command."""
-    return check_source(state, run_state, parse_status(query_migrate), pending)
+    """Why a guest cannot be migrated now; `run_state` is QAPI's, `query_migrate` the reply of that command;
+    `is_paused`: it is paused on the way.
+    """
+    return check_source(state, run_state, parse_status(query_migrate), pending, is_paused=is_paused)
 
 
 def against_hotplug(run_state: str, query_migrate: Any) -> list[Refusal]:

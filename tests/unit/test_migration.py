@@ -156,6 +156,28 @@ def test_a_guest_that_runs_can_leave():
     assert against_leaving(SOURCE, "running") == []
 
 
+@pytest.mark.parametrize(
+    ("run_state", "words"),
+    [
+        ("shutdown", "only a reset"),
+        ("guest-panicked", "its kernel has ended"),
+        ("internal-error", "QEMU itself cannot"),
+        ("io-error", "a disk has failed"),
+        ("inmigrate", "waits for a guest"),
+        ("save-vm", "the guest is 'save-vm'"),
+    ],
+)
+def test_a_guest_in_a_state_that_makes_no_sense_of_it_does_not_leave(run_state, words):
+    (refusal,) = against_leaving(SOURCE, run_state)
+    assert words in refusal.message
+
+
+@pytest.mark.parametrize(("machine", "codes"), [(SOURCE, []), (ppc64([0, 1]), ["pending"])])
+def test_paused_on_the_way_a_pending_unplug_goes_along_where_the_machine_saves_it(machine, codes):
+    found = against_leaving(machine, "running", pending=[1], is_paused=True)
+    assert [refusal.code for refusal in found] == codes
+
+
 def test_every_reason_against_leaving_is_told_together():
     found = against_leaving(SOURCE, "running", ACTIVE | {"blocked-reasons": ["x-device"]}, pending=[5])
     words = ["vCPU 5: its unplug is pending", "active", "x-device"]
@@ -309,7 +331,7 @@ def test_what_is_not_a_cookie(old, new, words):
 
 
 TOLD = with_picture(
-    COOKIE,
+    replace(COOKIE, pending=(2, 6)),
     version=QemuVersion(10, 0, 2),
     memory=64 << 20,
     blocks={"pc.ram": 64 << 20, "a<&>'": 1},
@@ -321,7 +343,7 @@ TOLD = with_picture(
 
 
 def test_what_the_source_told_of_its_machine_goes_with_it():
-    assert read(written(TOLD)).picture == TOLD.picture
+    assert (read(written(TOLD)).picture, read(written(TOLD)).pending) == (TOLD.picture, (2, 6))
 
 
 def test_what_another_version_has_written_of_it_is_passed_over():
