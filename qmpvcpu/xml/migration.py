@@ -11,7 +11,8 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import fields
-from typing import Any, Final
+from types import UnionType
+from typing import Any, Final, get_args, get_origin, get_type_hints
 from xml.sax.saxutils import escape
 
 from qmpvcpu.core.definition import MOST_VCPUS
@@ -157,32 +158,29 @@ def _picture(element: Element | None, found: list[Refusal]) -> Picture | None:
         return None
     try:
         said = json.loads(element.text)
-        if not isinstance(said, dict) or said.keys() != {one.name for one in fields(Picture)}:
+        hints = get_type_hints(Picture)
+        if not isinstance(said, dict) or said.keys() != hints.keys():
             return None
-        return Picture(**{one.name: _value(said[one.name], getattr(_EMPTY, one.name)) for one in fields(Picture)})
+        return Picture(**{name: _decoded(said[name], hint) for name, hint in hints.items()})
     except (ValueError, TypeError, RecursionError):
         found.append(_wrong(element, "<picture> is not what `save` or migrate-begin writes"))
         return None
 
 
-_EMPTY: Final = Picture()
-
-
-def _value(said: Any, like: object) -> Any:
-    """A part of a picture, of the form that its default has. Raises ValueError, TypeError."""
-    if isinstance(like, Mapping):
-        return {_scalar(key): _scalar(value) for key, value in said}
-    if isinstance(like, tuple):
-        return tuple(str(_scalar(one)) for one in said)
-    if isinstance(said, list):
-        major, minor, micro = (int(_scalar(one)) for one in said)
+def _decoded(said: Any, hint: Any) -> Any:
+    """A part of a picture, of the type that it has there. Raises ValueError, TypeError."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind is UnionType:
+        return None if said is None else _decoded(said, inner[0])
+    if kind is Mapping:
+        return {_decoded(key, inner[0]): _decoded(value, inner[1]) for key, value in said}
+    if kind is tuple:
+        return tuple(_decoded(one, inner[0]) for one in said)
+    if hint is QemuVersion:
+        major, minor, micro = (_decoded(one, int) for one in said)
         return QemuVersion(major, minor, micro)
-    return _scalar(said)
-
-
-def _scalar(said: object) -> Any:
-    if said is not None and not isinstance(said, (bool, int, str)):
-        raise TypeError(f"{type(said).__name__} is no value")
+    if type(said) not in ((bool, int, str) if hint is object else (hint,)):
+        raise TypeError(f"{type(said).__name__} is not {hint}")
     return said
 
 

@@ -358,6 +358,10 @@ def test_an_old_cookie_says_nothing_of_it():
     ("old", "new"),
     [
         (b'"memory": 67108864', b'"memory": [[]]'),
+        (b'"memory": 67108864', b'"memory": "a"'),
+        (b'["pc.ram", 67108864]', b'["pc.ram", "big"]'),
+        (b'[0, 32]', b'["0", 32]'),
+        (b'[0, 32]', b'[0, true]'),
         (b'[0, 32]', b'[0]'),
         (b'[0, 32]', b'[[0], 32]'),
         (b'[10, 0, 2]', b'[10, 0]'),
