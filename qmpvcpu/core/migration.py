@@ -70,7 +70,10 @@ _RUN_STATES: Final = {
     "internal-error": (": QEMU itself cannot go on with it", "look at the log of its QEMU, and reset it"),
     "io-error": (": a disk has failed, and it waits for that", "correct the disk, and let the guest go on first"),
     "inmigrate": (": it waits for a guest", "migrate-cancel ends it"),
-    "postmigrate": (": it has been handed over", "migrate-cancel lets it go on here"),
+    "postmigrate": (
+        ": it has been handed over, or a save failed while it was paused, and QEMU takes it only once it has run",
+        "migrate-cancel lets it go on here",
+    ),
 }
 
 

@@ -21,6 +21,7 @@ from qmpvcpu.domain.read import StateReader, has_smm_firmware, is_hotplug_legacy
 from qmpvcpu.errors import Refusal, VcpuConnectionError
 from qmpvcpu.host.pending import PendingFolder
 from qmpvcpu.host.process import Process, find_process
+from qmpvcpu.host.saves import is_here
 from qmpvcpu.host.threads import QemuThreads
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, PendingStore, Threads
 
@@ -162,6 +163,8 @@ class Link:
             self.may_be_away = True
             raise
         status = MigrationStatus() if isinstance(reply, CommandError) else parse_status(reply)
+        if run == "postmigrate" and is_here(self.process):
+            run = "paused"
         away = check_cpu_operation(run, status)
         self._note_run(run)
         self.may_be_away |= bool(away)

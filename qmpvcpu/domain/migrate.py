@@ -36,6 +36,7 @@ from qmpvcpu.core.migration import (
     parse_status,
 )
 from qmpvcpu.core.model import DomainState, QemuVersion
+from qmpvcpu.domain import saving
 from qmpvcpu.domain.guest import Guest
 from qmpvcpu.domain.handover import Side, forget, give, is_there, is_used, keep, kept, release, take
 from qmpvcpu.domain.link import Link
@@ -316,6 +317,7 @@ def take_for_perform(link: Link, begun: Cookie | None, *, runs: bool) -> None:
     Raises:
         VcpuRefused: it was used before, or the guest was paused or let run since.
     """
+    saving.forget(link)
     if begun is None:
         return
     hint = "begin again: migrate-begin, and migrate-prepare a destination with its cookie"

@@ -128,7 +128,7 @@ class MigrationCalls:
             definition is None,
             begin_number(link),
             tuple(sorted(link.ledger.firsts)),
-            await read_picture(link.monitor),
+            await read_picture(link.monitor, link.process),
         )
         keep(link, Side.SOURCE, cookie)
         return cookie
@@ -380,7 +380,8 @@ class MigrationCalls:
             except VcpuConnectionError as error:
                 said, hint = error.message, "the guest may be there, and paused: migrate-cancel lets it go on"
                 if await aio.finish(self._bring_back(link, runs=runs)):
-                    said, hint = f"{said}; the guest goes on", "save again"
+                    now = "goes on" if runs else "is paused, as it was"
+                    said, hint = f"{said}; the guest {now}", "save again"
                 raise VcpuConnectionError(said, reason=error.reason, hint=hint) from error
             except VcpuRefused:
                 await aio.finish(self._go_on(link, runs=runs))
@@ -390,7 +391,8 @@ class MigrationCalls:
                 why = error.strerror if isinstance(error, OSError) else str(error)
                 told = error.hint if isinstance(error, VcpuFailed) else None
                 hint = told or "look at the disk, and save again"
-                raise VcpuFailed(f"{why}; the guest goes on", hint=hint) from error
+                now = "goes on" if runs else "is paused, as it was"
+                raise VcpuFailed(f"{why}; the guest {now}", hint=hint) from error
             except BaseException:
                 if is_written:
                     await aio.finish(end(link))
@@ -414,7 +416,7 @@ class MigrationCalls:
         from qmpvcpu.domain.migrate import go_on
 
         await go_on(link, runs=runs)
-        saving.forget(link)
+        await saving.settle(link)
 
     async def _bring_back(self, link: Link, *, runs: bool) -> bool:
         """After QMP was lost while the guest was being saved: let it go on; whether it does. A QEMU that waits for

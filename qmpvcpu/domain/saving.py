@@ -14,7 +14,7 @@ from qmpvcpu.errors import VcpuError
 from qmpvcpu.host.saves import PausedGuest, Saves, paused_by_us
 from qmpvcpu.ports import CommandError, Monitor
 
-__all__ = ["begin", "cancel_save", "forget", "is_still_paused", "let_go_on"]
+__all__ = ["begin", "cancel_save", "forget", "is_still_paused", "let_go_on", "settle"]
 
 _LOGGER: Final = logging.getLogger(__name__)
 #: QAPI RunState of a guest that was paused to be saved.
@@ -36,9 +36,22 @@ def begin(link: Link, fd: int, files: tuple[str, ...], *, runs: bool) -> None:
 
 
 def forget(link: Link) -> None:
-    """It is not being saved any more."""
+    """It is not being saved any more, and QEMU's run state says where it is."""
     saves = _saves()
     if saves is not None and link.process is not None:
+        saves.forget(link.process)
+
+
+async def settle(link: Link) -> None:
+    """It is not being saved any more. One that was paused before, and is "postmigrate" now, stays here: only
+    `cont` would change that state.
+    """
+    saves = _saves()
+    if saves is None or link.process is None:
+        return
+    if await run_state(link.monitor) == "postmigrate":
+        saves.keep_here(link.process)
+    else:
         saves.forget(link.process)
 
 
@@ -60,13 +73,17 @@ async def let_go_on(link: Link) -> str | None:
     found = _saving(link)
     if found is None or not found.is_left:
         return None
+    if found.is_here:
+        # It may have run since.
+        await settle(link)
+        return None
     try:
         was_paused = await _resume(link, found)
     except (VcpuError, CommandError) as error:
         _LOGGER.info("a save was killed, and its guest cannot be let go on: %s", error)
         return None
     found.remove_file()
-    forget(link)
+    await settle(link)
     if not was_paused:
         return None
     text = f"the guest, which a save that was killed had paused, {_done(found)}"
@@ -82,7 +99,7 @@ async def cancel_save(link: Link) -> str | None:
         VcpuError: it could not be done.
     """
     found = _saving(link)
-    if found is None or not await _resume(link, found):
+    if found is None or found.is_here or not await _resume(link, found):
         return None
     return f"the save was cancelled, and the guest {_done(found)}"
 

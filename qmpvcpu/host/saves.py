@@ -17,7 +17,7 @@ from typing import Final
 from qmpvcpu.host.files import read_file, stage_file, state_folder
 from qmpvcpu.host.process import Process, is_alive, process_of
 
-__all__ = ["PausedGuest", "SavedDefinitions", "Saves", "paused_by_us"]
+__all__ = ["PausedGuest", "SavedDefinitions", "Saves", "is_here", "paused_by_us"]
 
 _LIMIT: Final = 64 << 20
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}\Z")
@@ -42,6 +42,13 @@ class PausedGuest:
     inode: tuple[int, int]
 
     @property
+    def is_here(self) -> bool:
+        """Whether the save has failed after all was written, and the guest, which was paused before, is paused
+        here: QEMU calls that "postmigrate", as it does of one that has been handed over.
+        """
+        return self.saver == ""
+
+    @property
     def is_left(self) -> bool:
         """Whether the process that saved it has ended."""
         return not is_alive(self.saver)
@@ -59,6 +66,18 @@ def paused_by_us(fd: int, files: tuple[str, ...], *, runs: bool) -> PausedGuest:
     """The record of a guest that this process is about to pause; `fd` is of its file. Raises OSError."""
     found = os.fstat(fd)
     return PausedGuest(process_of(os.getpid()).key, runs, files, (found.st_dev, found.st_ino))
+
+
+#: The record of a guest that stays.
+_HERE: Final = PausedGuest("", False, (), (0, 0))
+
+
+def is_here(process: Process | None) -> bool:
+    """Whether a QEMU in "postmigrate" still has its guest, for all that we know. Never raises."""
+    with suppress(RuntimeError):  # no home folder
+        found = Saves().kept(process) if process is not None else None
+        return found is not None and found.is_here
+    return False
 
 
 class Saves:
@@ -79,6 +98,10 @@ class Saves:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             stage_file(self._folder / process.key, json.dumps(data).encode(), sync=False).commit()
         self._prune()
+
+    def keep_here(self, process: Process) -> None:
+        """It is not being saved any more, and stays, paused."""
+        self.keep(process, _HERE)
 
     def kept(self, process: Process) -> PausedGuest | None:
         """What is known of this QEMU."""

@@ -7,6 +7,8 @@ import os
 import signal
 import sys
 from contextlib import suppress
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -384,6 +386,24 @@ asyncio.run(main())
 """
 
 
+@pytest.mark.parametrize("verify", [False, True])
+async def test_cancelled_at_any_step_the_guest_goes_on(verify, started, tmp_path):
+    steps = ("the guest goes into the file", "the file is synced", "the file is sealed")
+    if verify:
+        steps = ("a second QEMU reads the file",)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    loop = asyncio.get_running_loop()
+    async with qmpvcpu.connect("one") as domain:
+        for step, when in product(steps, ("before", "after")):
+            task = asyncio.create_task(saving.save(domain, folder / "saved", verify=verify))
+            act = partial(loop.call_soon_threadsafe, task.cancel)
+            with moments.around(step, **{when: act}), pytest.raises(asyncio.CancelledError):
+                await task
+            assert os.listdir(folder) == [], (step, when)
+            assert (await domain.state()).enabled_ids == (0, 1, 5) and await names() == {"one": True}, (step, when)
+
+
 async def die_saving(source: Qemu, file: Path, moment: str, when: str) -> None:
     words = [sys.executable, "-c", DIES_SAVING, source.qmp, str(file), moment, when]
     assert await (await asyncio.create_subprocess_exec(*words, cwd=ROOT)).wait() == 9
@@ -454,6 +474,28 @@ async def test_killed_by_the_clock_the_guest_goes_on(tmp_path, monkeypatch, seco
         assert "saved" not in os.listdir(folder)
         assert (await cli("save", source.qmp, str(folder / "saved"))).code == 0
         assert os.listdir(folder) == ["saved"]
+
+
+async def test_a_paused_guest_that_could_not_be_saved_is_paused_and_takes_vcpus(tmp_path, monkeypatch):
+    """QEMU says "postmigrate" of it, as of one that has been handed over."""
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    async with machine() as source:
+        await source.execute("stop")
+        async with qmpvcpu.connect(qmp=source.qmp) as domain:
+            with (
+                moments.before("the file is sealed", full),
+                pytest.raises(qmpvcpu.VcpuFailed, match="No space left on device; the guest is paused, as it was"),
+            ):
+                await saving.save(domain, tmp_path / "saved")
+            assert (await domain.enable(3)).changed
+        assert not await runs(source) and os.listdir(tmp_path) == ["state"]
+        # So it is for the next process; QEMU itself does not migrate it until it has run.
+        assert (await cli("setvcpu", source.qmp, "4", "--enable")).code == 0
+        run = await cli("save", source.qmp, str(tmp_path / "saved"), "--json")
+        assert run.code == 3 and "only once it has run" in run.json["error"]["message"]
+        await source.execute("cont")
+        await source.execute("stop")
+        assert (await cli("save", source.qmp, str(tmp_path / "saved"))).code == 0
 
 
 async def test_another_process_cancels_a_save_and_the_guest_goes_on(tmp_path, monkeypatch):

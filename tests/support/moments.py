@@ -13,6 +13,7 @@ from typing import Any
 from unittest.mock import patch
 
 from qmpvcpu.domain import change, migrate, place
+from qmpvcpu.domain.migration import MigrationCalls
 from qmpvcpu.host.savefile import Saving
 from qmpvcpu.host.threads import QemuThreads
 
@@ -23,6 +24,7 @@ _MOMENTS: dict[str, tuple[Any, str]] = {
     "the guest goes into the file": (migrate, "perform_to_file"),
     "the file is synced": (Saving, "sync"),
     "the file is sealed": (Saving, "seal"),
+    "a second QEMU reads the file": (MigrationCalls, "read_saved"),
     "the file gets its name": (Saving, "finish"),
     "the guest goes to the destination": (migrate, "perform"),
     "the destination has all": (migrate, "finish"),

@@ -79,6 +79,14 @@ class Records:
         found = self._saves.kept(self._qemu)
         return None if found is None else (found.runs, found.is_left)
 
+    def stay(self) -> None:
+        """The save has failed, and the guest is paused here."""
+        self._saves.keep_here(self._qemu)
+
+    def stays(self) -> bool:
+        found = self._saves.kept(self._qemu)
+        return found is not None and found.is_here
+
     def remove_file(self) -> None:
         found = self._saves.kept(self._qemu)
         assert found is not None

@@ -65,6 +65,13 @@ def test_a_torn_record_is_none(records, made, text):
     assert records.paused() is None
 
 
+def test_a_guest_that_stays_is_told_from_one_that_is_being_saved(records, made):
+    records.pause(made, runs=False)
+    assert not records.stays()
+    records.stay()
+    assert records.stays()
+
+
 def test_a_definition_is_found_by_its_digest(records):
     records.keep_definition(DIGEST, b"<domain/>")
     assert records.definition(DIGEST) == b"<domain/>"
