@@ -13,12 +13,12 @@ from typing import Any, Final
 from qmpvcpu.cli import render
 from qmpvcpu.cli.progress import waiting
 from qmpvcpu.core.checks import MAXIMUM_IS_CONFIG, check_range
-from qmpvcpu.core.model import DomainState, format_ids
+from qmpvcpu.core.model import DomainState, Outcome, format_ids
 from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.request import TIMEOUT, Request, parse_ids
 from qmpvcpu.domain import Domain, Options, connect
 from qmpvcpu.domain.interrupted import Interrupted
-from qmpvcpu.errors import OutcomeKind, Refusal, VcpuRefused, VcpuUsageError
+from qmpvcpu.errors import OutcomeKind, Refusal, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
 __all__ = ["Session", "command", "request_of"]
@@ -34,6 +34,8 @@ class Session:
         self.options = options
         self.domain: Domain | None = None
         self.interrupted_note: str | None = None
+        #: How the call that changes something has ended, once it has.
+        self._end: Outcome | VcpuError | None = None
         self._log: Any = None
         self._warned: set[str] = set()
 
@@ -68,8 +70,22 @@ class Session:
         """What is left, this run being interrupted now."""
         if self.domain is None:
             return Interrupted()
+        if (end := self._end) is not None:
+            # It was interrupted after that, as the connection was closed.
+            written = isinstance(end, Outcome) and end.defined
+            found = Interrupted(changed_ids=_live_changes(end), definition_written=written)
+            return found.with_pending({*end.pending, *self.domain.pending_ids})
         # Between two calls, as in `watch`, it is what is pending.
         return self.domain.interrupted or Interrupted(pending=self.domain.pending_ids)
+
+    async def finish(self, call: Awaitable[Outcome]) -> Outcome:
+        """The end of the call that changes something; an interrupt from then on tells it."""
+        try:
+            self._end = await call
+        except VcpuError as error:
+            self._end = error
+            raise
+        return self._end
 
     def show(self, document: dict[str, Any], lines: Iterable[str]) -> None:
         """One JSON document, or lines for a person."""
@@ -94,6 +110,13 @@ class Session:
             if message not in self._warned:
                 self._warned.add(message)
                 print(f"note: {message}", file=sys.stderr)
+
+
+def _live_changes(end: Outcome | VcpuError) -> tuple[int, ...]:
+    """vCPU ids that were changed in the running guest."""
+    if isinstance(end, Outcome) and (end.live_changed_ids or end.config_changed_ids):
+        return end.live_changed_ids
+    return tuple(end.changed_ids)
 
 
 async def command(session: Session) -> int:
@@ -250,7 +273,7 @@ async def _apply(session: Session) -> int:
         if options.dry_run:
             return _show_plan(session, await domain.plan_apply(xml, source=options.file, **given))
         async with waiting("waiting for the guest", options.timeout or TIMEOUT):
-            result = await domain.apply(xml, source=options.file, **given)
+            result = await session.finish(domain.apply(xml, source=options.file, **given))
     session.warn(result.messages)
     session.show(result.to_json(), render.outcome(result))
     return result.outcome.exit_code
@@ -316,7 +339,7 @@ async def _carry_out(session: Session, request: Request) -> int:
         if options.dry_run and not request.is_query:
             return _show_plan(session, await domain.plan(request))
         async with waiting("waiting for the guest", request.patience):
-            result = await domain.request(request)
+            result = await session.finish(domain.request(request))
         if result.outcome is OutcomeKind.QUERIED:
             state = domain.last_state
             session.warn_of_agent(domain)

@@ -126,18 +126,19 @@ def _report_interrupt(interrupted: _Interrupted, as_json: bool) -> int:
     if left.changed_ids:
         text += f"; vCPU {format_ids(left.changed_ids)}: changed by this call in the running guest, and stays so"
     if left.unsure_ids:
-        text += f"; vCPU {format_ids(left.unsure_ids)}: its plug was not answered, and may be done still"
+        text += f"; vCPU {format_ids(left.unsure_ids)}: its change was not answered, and may be done still"
     if left.definition_unsure:
         note = "the definition may still be written: vcpuinfo --config shows it"
+    elif left.definition_written:
+        note = "the definition was written"
     if note is not None:
         text += f"; {note}"
+    has_changed = bool(left.changed_ids) or left.definition_written
     if as_json:
         document: dict[str, Any] = {
-            "outcome": "partial" if left.changed_ids else "pending" if left.pending else "failed",
-            "changed": bool(left.changed_ids),
-            "changed_ids": list(left.changed_ids),
-            "pending": list(left.pending),
-            "unsure": list(left.unsure_ids),
+            "outcome": "partial" if has_changed else "pending" if left.pending else "failed",
+            "changed": has_changed,
+            **left.to_json(),
             "error": {
                 "type": "KeyboardInterrupt",
                 "libvirt": "VIR_ERR_OPERATION_ABORTED",

@@ -7,7 +7,7 @@ Rules of the table
   say at most that it is time to look. So nothing is ever reported that the slot does not confirm.
 - A pair (state, input) that is not in the table changes nothing: a late or doubled message is harmless.
 - Every state outside `WAITING` is left by itself or final; `WAITING` ones end by the deadline at the latest.
-
+- A call that is cancelled looks once more: what it asked for and is gone is REMOVED, the rest stays PENDING.
 - A guest's answer may overtake the reply to `device_del` (seen with 10.0). Where an earlier unplug was still open,
   it may as well be the answer to that one: then it is asked once more, and the next answer counts.
 
@@ -107,6 +107,7 @@ class _On(Enum):
     REFUSED = "refused"
     EXPIRE = "expire"
     CANCEL = "cancel"
+    LEAVE = "leave"
     GIVE_UP = "give up"
     UNDO = "undo"
     REPEAT = "repeat"
@@ -170,7 +171,7 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.ASKED, _On.ABSENT): S.REMOVED,
     (S.ASKED, _On.REFUSED): S.REJECTED,
     (S.ASKED, _On.EXPIRE): S.PENDING,
-    (S.ASKED, _On.CANCEL): S.PENDING,
+    (S.ASKED, _On.LEAVE): S.PENDING,
     (S.ASKED, _On.REPLACED): S.RETURNED,
     (S.REJECTED, _On.RETRY): S.RETRY_REJECTED,
     (S.RETRY_REJECTED, _On.AGAIN): S.DELETING,
@@ -471,6 +472,8 @@ class Transaction:
                 self._told.clear()
                 if self._expired and not self._look_again:
                     self._all(_On.EXPIRE)
+                if self._cancelled and not self._look_again:
+                    self._all(_On.LEAVE)
             case Poll():
                 if self.waiting and not self._querying:
                     self._query()
@@ -483,6 +486,9 @@ class Transaction:
                 self._query()
             case Cancelled():
                 self._cancelled = True
+                if self._any(_BIT[S.ASKED]):
+                    # What ended right before the cancel has ended.
+                    self._query()
         if self._cancelled:
             self._all(_On.CANCEL)
         return self._settle()
@@ -648,7 +654,7 @@ class Transaction:
         if item.state is S.ASKED:
             # On ppc64 before the guest runs it is gone before the reply. Where QEMU has yet to say so, a query
             # would only keep it from its work.
-            self._to_look |= not self.wait or self.seems_over
+            self._to_look |= not self.wait or self.seems_over or self._cancelled
             self._unseen = True
         else:
             self._to_look |= item.state in _QUERIED_ON_REPLY

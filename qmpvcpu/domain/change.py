@@ -28,7 +28,7 @@ from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, ItemState, Result, Transaction
 from qmpvcpu.domain.drive import UNDO_SECONDS, Drive
 from qmpvcpu.domain.guest import Arrival, Guest, with_online
-from qmpvcpu.domain.interrupted import Interrupted, leaving
+from qmpvcpu.domain.interrupted import Interrupted, leaves, leaving
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.place import Placing, noted
 from qmpvcpu.domain.read import firmware_runs, has_x2apic, lacks_acpi, run_state
@@ -152,16 +152,17 @@ async def change(
         if end.outcome is not OutcomeKind.APPLIED:
             # Whatever upset the plan may upset what is held: the next call asks anew.
             link.stale = True
-        if isinstance(end, VcpuFailed) and not end.changed_ids:
-            # "device_add not allowed while migrating": the state that was held did not tell.
-            _, away = await link.read_at_rest()
-            if away:
-                raise VcpuRefused(away, ids=plan.targets) from end
-        if certain and end.outcome is OutcomeKind.FAILED:
-            # The held state was behind: another client had plugged just what was asked for.
-            now, _ = await plan_on(link, link.state, request)
-            if now.unchanged == now.targets and not now.refusals:
-                end = unchanged(link.state, now, time.monotonic() - began)
+        with leaves(lambda: _left_at(link, plan, end)):
+            if isinstance(end, VcpuFailed) and not end.changed_ids:
+                # "device_add not allowed while migrating": the state that was held did not tell.
+                _, away = await link.read_at_rest()
+                if away:
+                    raise VcpuRefused(away, ids=plan.targets) from end
+            if certain and end.outcome is OutcomeKind.FAILED:
+                # The held state was behind: another client had plugged just what was asked for.
+                now, _ = await plan_on(link, link.state, request)
+                if now.unchanged == now.targets and not now.refusals:
+                    end = unchanged(link.state, now, time.monotonic() - began)
     else:
         end = unchanged(held, plan, time.monotonic() - began)
         if plan.placed and placing is not None:
@@ -172,7 +173,8 @@ async def change(
         try:
             end = await _in_the_guest(link, guest, plan, known, end, began, before)
         except asyncio.CancelledError as error:
-            raise leaving(error, await _take_back(link, plan, end)) from error
+            stays = await _take_back(link, plan, end)
+            raise leaving(error, stays | _left_at(link, plan, end, but=_plugged(plan))) from error
     if on_held and request.total is not None and isinstance(end, Outcome):
         moved = set(link.state.enabled_ids).symmetric_difference(held.enabled_ids)
         if not moved.issubset(plan.targets):
@@ -217,8 +219,20 @@ async def _counted_out(
     except VcpuError as error:
         more = error
     except asyncio.CancelledError as error:
-        raise leaving(error, Interrupted(changed_ids=end.changed_ids)) from error
+        raise leaving(error, Interrupted(changed_ids=went_on(link.state, end, end).changed_ids)) from error
     return went_on(link.state, end, more)
+
+
+def _plugged(plan: Plan) -> frozenset[int]:
+    """vCPU ids that a plan plugs."""
+    return frozenset(number for entity in (*plan.awaited, *plan.plugs) for number in entity.ids)
+
+
+def _left_at(link: Link, plan: Plan, end: Outcome | VcpuError, but: frozenset[int] = frozenset()) -> Interrupted:
+    """What a call has left that has come to `end`, and was cancelled then. Of vCPUs in `but` it says nothing."""
+    asked = {number for entity in plan.unplugs for number in entity.ids}
+    gone = {number for number in asked.intersection(end.pending) if not link.state.vcpus[number].enabled}
+    return Interrupted(changed_ids=tuple(sorted({*end.changed_ids, *gone} - but)))
 
 
 async def _placed(
@@ -244,7 +258,8 @@ async def _placed(
     except BaseException:
         link.drop_groups(ids)
         raise
-    await _wait_groups_gone(link, ids)
+    with leaves(lambda: _left_at(link, plan, end)):
+        await _wait_groups_gone(link, ids)
     return end
 
 
@@ -252,7 +267,7 @@ async def _take_back(link: Link, plan: Plan, end: Outcome | VcpuError) -> Interr
     """Cancelled while the guest was to come to run on it: what this call has plugged is unplugged again. A second
     cancel ends that. Returns what stays.
     """
-    ids = tuple(n for e in (*plan.awaited, *plan.plugs) for n in e.ids if n in end.changed_ids)
+    ids = tuple(sorted(_plugged(plan).intersection(end.changed_ids)))
     if not ids:
         return Interrupted()
     failure = await wind_up(change(link, Request(ids, VcpuFlag.DISABLE, timeout=UNDO_SECONDS)))
@@ -299,8 +314,9 @@ async def _hotplug(
     since = {entity.first: link.ledger.asked(entity.first) for entity in plan.awaited}
     result, status = await _carry_out(link, held, plan, known)
     notes = _notes(link, result, since)
-    if result.pending and architecture(held.arch).has_apic and await lacks_acpi(link.monitor):
-        notes.append(_NO_ACPI)
+    if result.pending and architecture(held.arch).has_apic:
+        with leaves(lambda: _left(result)):
+            notes += [_NO_ACPI] if await lacks_acpi(link.monitor) else []
     return conclude(
         link.state,
         plan,
@@ -337,25 +353,30 @@ async def _in_the_guest(
         if ids := [*plan.onlines, *offlines]:
             end.messages += (f"not tried after that: vCPU {format_ids(ids)} in the guest",)
         return end
-    for ids, online in (([*plan.onlines], True), (offlines, False)):
-        if not ids:
-            continue
-        assert view is not None
-        done = await _switch(link, guest, plan, view, ids, end, online=online)
-        if not isinstance(done, Outcome):
-            if rejected is None or isinstance(done, VcpuConnectionError) or done.changed_ids != end.changed_ids:
-                return done
-            rejected.messages += (f"nor did the guest agent: {done.message}",)
-            return rejected
-        end = done
-    if view is not None and not end.changed:
-        end = _as_seen(link, plan, view, end)
-    if request.wait:
-        plugged = [number for entity in (*plan.awaited, *plan.plugs) for number in entity.ids]
-        fresh = [n for n in plugged if n not in end.pending and link.state.vcpus[n].enabled]
-        if fresh:
-            left = max(request.patience - (time.monotonic() - began), 0.0)
-            end = await _until_online(link, guest, end, fresh, left, before)
+    with leaves(lambda: _left_at(link, plan, end, but=_plugged(plan))):
+        for ids, online in (([*plan.onlines], True), (offlines, False)):
+            if not ids:
+                continue
+            assert view is not None
+            done = await _switch(link, guest, plan, view, ids, end, online=online)
+            if not isinstance(done, Outcome):
+                if (
+                    rejected is None
+                    or isinstance(done, VcpuConnectionError)
+                    or done.changed_ids != end.changed_ids
+                ):
+                    return done
+                rejected.messages += (f"nor did the guest agent: {done.message}",)
+                return rejected
+            end = done
+        if view is not None and not end.changed:
+            end = _as_seen(link, plan, view, end)
+        if request.wait:
+            plugged = [number for entity in (*plan.awaited, *plan.plugs) for number in entity.ids]
+            fresh = [n for n in plugged if n not in end.pending and link.state.vcpus[n].enabled]
+            if fresh:
+                left = max(request.patience - (time.monotonic() - began), 0.0)
+                end = await _until_online(link, guest, end, fresh, left, before)
     return end
 
 
@@ -367,13 +388,35 @@ async def _switch(
         run = await guest.switch(view, ids, online=online)
     except VcpuError as error:
         return interrupted(plan, ids, before, error)
+    except asyncio.CancelledError as error:
+        raise leaving(error, await _half_switched(link, guest, view, ids)) from error
     messages = list(before.messages)
     if not online and not plan.request.has(VcpuFlag.GUEST) and not run.failures:
         messages.append(still_plugged(ids))
     if view.assumed:
         messages.append(_ASSUMED)
-    state = await _lit(link, guest)
+    with leaves(lambda: Interrupted(changed_ids=run.changed)):
+        state = await _lit(link, guest)
     return switched(state, plan, run, 0.0, before=before, messages=messages)
+
+
+async def _half_switched(link: Link, guest: Guest, view: GuestView, ids: Sequence[int]) -> Interrupted:
+    """Cancelled while the agent switched these: what the guest says of them now, compared with `view`. If it says
+    nothing in time, or at a second cancel, they are unsure.
+    """
+    found = Interrupted(unsure_ids=tuple(ids))
+
+    async def look() -> None:
+        nonlocal found
+        async with asyncio.timeout(UNDO_SECONDS):
+            now = await guest.view(link.state)
+        changed = tuple(number for number in ids if now.online(number) is not view.online(number))
+        found = Interrupted(changed_ids=changed)
+
+    failure = await wind_up(look())
+    if failure is not None:
+        logger.debug("cancelled, and what the guest agent did is not known: %s", failure)
+    return found
 
 
 #: Nothing in the guest told which CPU is which.
@@ -465,22 +508,21 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
     except VcpuConnectionError as error:
         raise _lost_on_the_way(error, plan, transaction) from error
     except asyncio.CancelledError as error:
-        raise leaving(error, _left(transaction)) from error
+        raise leaving(error, _left(transaction.result(), transaction.unsure)) from error
     finally:
         link.driven = frozenset()
         _record(link, transaction, entities)
     try:
         # It is in nobody's hands any more: an answer of the guest's that comes now ends it.
-        return result, await run_state(link.monitor) if result.pending else None
+        with leaves(lambda: _left(result)):
+            return result, await run_state(link.monitor) if result.pending else None
     except VcpuConnectionError as error:
         raise _lost_on_the_way(error, plan, transaction) from error
-    except asyncio.CancelledError as error:
-        raise leaving(error, _left(transaction)) from error
 
 
-def _left(transaction: Transaction) -> Interrupted:
-    """What it has left, cancelled as it stands; what is pending, the link's ledger tells."""
-    return Interrupted(changed_ids=transaction.result().remaining, unsure_ids=transaction.unsure)
+def _left(result: Result, unsure: tuple[int, ...] = ()) -> Interrupted:
+    """What a transaction has left, cancelled as it stands; what is pending, the link's ledger tells."""
+    return Interrupted(changed_ids=tuple(sorted({*result.plugged, *result.removed})), unsure_ids=unsure)
 
 
 def _record(link: Link, transaction: Transaction, entities: Sequence[Entity]) -> None:
@@ -493,6 +535,8 @@ def _record(link: Link, transaction: Transaction, entities: Sequence[Entity]) ->
     gone = [first for first, state in states.items() if state is ItemState.REMOVED]
     link.ledger.end(gone, gone=True)
     link.ledger.end([first for first, state in states.items() if state in SETTLED])
+    # What is pending for a cancelled call may have gone at its last look.
+    link.ledger.settle(link.state)
     link.watch()
 
 

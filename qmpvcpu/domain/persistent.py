@@ -183,7 +183,7 @@ class ConfigChange:
         staged, self._staged = self._staged, None
         if staged is None:
             return
-        given_up, has_begun, has_ended = Flag(), Flag(), Flag()
+        given_up, has_begun, is_written, has_ended = Flag(), Flag(), Flag(), Flag()
 
         def again(data: bytes) -> bytes:
             made, self.plan = self._again(data)
@@ -193,6 +193,7 @@ class ConfigChange:
             has_begun.set()
             try:
                 staged.commit(self.before, again, given_up.is_set)
+                is_written.set()
             finally:
                 has_ended.set()
                 staged.discard()
@@ -201,7 +202,8 @@ class ConfigChange:
             await self._runs(commit, given_up)
         except asyncio.CancelledError as error:
             is_unsure = has_begun.is_set() and not has_ended.is_set()
-            raise leaving(error, Interrupted(definition_unsure=is_unsure)) from error
+            left = Interrupted(definition_unsure=is_unsure, definition_written=is_written.is_set())
+            raise leaving(error, left) from error
 
     def discard(self) -> None:
         """Leave the definition as it is. Never raises."""

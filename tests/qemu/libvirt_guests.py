@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import asyncio
-import subprocess
 import sys
 from pathlib import Path
 
+from tests.support.ejecting import firmware
 from tests.support.qemus import qemu_binary
 from tests.support.waiting import until_blocking, within
 
@@ -40,14 +40,6 @@ SPARSE = numa(
 PPC64 = f"""<domain type='qemu'><name>power1</name><memory unit='MiB'>512</memory><vcpu current='8'>40</vcpu>
 <os><type arch='ppc64' machine='pseries'>hvm</type></os><cpu><topology sockets='1' cores='5' threads='8'/></cpu>
 <devices><emulator>{qemu_binary("10.0", "ppc64")}</emulator></devices></domain>"""
-
-
-def firmware(folder: Path) -> str:
-    """The image that does nothing but eject the CPUs that it is asked to."""
-    image = folder / "eject.bin"
-    options = ["-m16", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0,--build-id=none,--oformat=binary"]
-    subprocess.run(["gcc", *options, "-o", str(image), "scripts/guest/eject.S"], check=True)
-    return str(image)
 
 
 #: Eight vCPUs, two of which cannot be unplugged.

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
+import signal
+import sys
 from contextlib import asynccontextmanager
 
 import pytest
 
 import qmpvcpu
-from tests.support.commands import cli
+from tests.support.commands import cli, start_cli
+from tests.support.ejecting import ejecting
+from tests.support.moments import around
 from tests.support.qemus import matrix, paused, qemu_binary, running
 from tests.support.waiting import until
 
@@ -124,3 +130,73 @@ async def test_what_another_client_plugs_meanwhile_does_not_fail_the_rest(arch, 
         outcome = await domain.enable([2, 3])
         assert (outcome.outcome, outcome.changed_ids) == ("applied", (3,))
         assert (await domain.state()).enabled_ids == (0, 2, 3)
+
+
+# -- what an interrupted call tells ------------------------------------------------------------------
+
+CTRL_C = """
+import sys
+from tests.support.moments import interrupt
+from qmpvcpu.cli import main
+
+interrupt(sys.argv.pop(1))
+sys.exit(main())
+"""
+XML = """<domain type='kvm'><name>d</name><vcpu current='4'>8</vcpu>
+<os><type arch='x86_64' machine='q35'>hvm</type></os></domain>
+"""
+
+
+async def interrupted(moment, *words):
+    """The command line, with a Ctrl-C at that moment: its exit code, and its JSON."""
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-c", CTRL_C, moment, "--json", *words),
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    stdout, stderr = await process.communicate()
+    assert b"Traceback" not in stderr, stderr.decode()
+    return process.returncode, json.loads(stdout)
+
+
+async def test_ctrl_c_when_the_unplug_has_ended_tells_what_is_gone():
+    async with ejecting("4,maxcpus=8") as qemu:
+        code, told = await interrupted("QEMU is done", "setvcpu", qemu.qmp, "2-3", "--disable")
+    assert (code, told["changed"], told["changed_ids"], told["pending"]) == (130, True, [2, 3], [])
+
+
+async def test_a_core_of_ppc64_that_went_at_once_is_told_too():
+    async with paused("ppc64", "10.0", "1,maxcpus=4") as qemu:
+        await cli("setvcpu", qemu.qmp, "2", "--enable")
+        code, told = await interrupted("QEMU is done", "setvcpus", qemu.qmp, "1")
+    assert (code, told["changed_ids"], told["pending"]) == (130, [2], [])
+
+
+async def test_ctrl_c_while_the_guest_is_stopped_tells_what_is_pending():
+    async with ejecting("4,maxcpus=8", monitors=("qmp", "other")) as qemu:
+        await qemu.execute("stop")
+        words = ["setvcpu", qemu.qmp, "1-2", "--disable", "--timeout", "60"]
+        process = await start_cli("--json", *words)
+        async with qmpvcpu.connect(str(qemu.folder / "other")) as domain:
+
+            async def is_asked():
+                await domain.state()
+                return domain.pending_ids == (1, 2)
+
+            await until(is_asked, "QEMU was asked")
+        process.send_signal(signal.SIGINT)
+        stdout, _ = await process.communicate()
+        told = json.loads(stdout)
+    assert (process.returncode, told["changed"], told["pending"]) == (130, False, [1, 2])
+
+
+@pytest.mark.parametrize("moment", ["QEMU is done", "the definition is written"])
+async def test_cancelled_on_both_sides_it_tells_what_became_of_the_definition(tmp_path, moment):
+    definition = tmp_path / "d.xml"
+    definition.write_text(XML)
+    async with ejecting("4,maxcpus=8") as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(definition)) as domain:
+        task = asyncio.create_task(domain.disable(3, live=True, config=True))
+        with around(moment, before=task.cancel), pytest.raises(asyncio.CancelledError):
+            await task
+        is_written = definition.read_text() != XML
+        assert domain.interrupted == qmpvcpu.Interrupted(changed_ids=(3,), definition_written=is_written)

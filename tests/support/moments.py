@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import inspect
 import os
+import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from qmpvcpu.domain import change, migrate, place
+from qmpvcpu.domain import change, migrate, persistent, place
 from qmpvcpu.domain.migration import MigrationCalls
 from qmpvcpu.host.savefile import Saving
 from qmpvcpu.host.threads import QemuThreads
@@ -20,6 +21,8 @@ from qmpvcpu.host.threads import QemuThreads
 _MOMENTS: dict[str, tuple[Any, str]] = {
     "there is room for the groups": (place.Placing, "room"),
     "QEMU plugs": (change, "_hotplug"),
+    "QEMU is done": (change, "_wait_groups_gone"),
+    "the definition is written": (persistent.ConfigChange, "commit"),
     "a thread is placed": (QemuThreads, "place"),
     "the guest goes into the file": (migrate, "perform_to_file"),
     "the file is synced": (Saving, "sync"),
@@ -70,6 +73,12 @@ def die(moment: str, *, after: bool = False) -> None:
     """From now on this process ends at that moment, at once, with exit code 9."""
     # Kept, or its end would take it back.
     _kept.append(around(moment, **{"after" if after else "before": lambda: os._exit(9)}))
+    _kept[-1].__enter__()
+
+
+def interrupt(moment: str) -> None:
+    """From now on somebody presses Ctrl-C at that moment."""
+    _kept.append(around(moment, before=lambda: os.kill(os.getpid(), signal.SIGINT)))
     _kept[-1].__enter__()
 
 

@@ -82,12 +82,21 @@ def test_it_compares_and_pickles():
 
 
 def test_its_repr_says_what_is_what():
-    text = "Interrupted(changed_ids=(1, 2), pending=(3,), unsure_ids=(4,), definition_unsure=True)"
+    text = (
+        "Interrupted(changed_ids=(1, 2), pending=(3,), unsure_ids=(4,), definition_unsure=True,"
+        " definition_written=False)"
+    )
     assert repr(FULL) == text
 
 
 def test_its_json_has_the_keys_of_an_interrupted_command():
-    assert FULL.to_json() == {"changed_ids": [1, 2], "pending": [3], "unsure": [4], "definition_unsure": True}
+    assert FULL.to_json() == {
+        "changed_ids": [1, 2],
+        "pending": [3],
+        "unsure": [4],
+        "definition_unsure": True,
+        "definition_written": False,
+    }
 
 
 # -- when it is told ---------------------------------------------------------------------------------
@@ -214,6 +223,81 @@ async def test_a_plug_that_could_not_be_undone_is_changed(running):
         assert domain.interrupted == Interrupted(changed_ids=(1,))
 
 
+async def test_what_has_gone_is_changed_and_the_rest_is_pending(running):
+    qemu = FakeQemu(plugged=(1, 2))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.disable([1, 2]))
+        await until(lambda: not domain.last_state.vcpus[2].enabled, "the second one is seen gone")
+        task.cancel()
+        await cancelled(task)
+        assert domain.interrupted == Interrupted(changed_ids=(2,), pending=(1,))
+
+
+@asynccontextmanager
+async def gone_unseen(running, request, *plugged, slots=4):
+    """A request that unplugs, cancelled after vCPU 1 has gone and before anybody has looked."""
+    qemu = FakeQemu(slots, plugged=plugged)
+    qemu.on_delete = dict.fromkeys(plugged, "silence")
+    async with running(qemu) as domain:
+        task = asyncio.create_task(request(domain))
+        await was_sent(qemu, "device_del")
+        await until(lambda: domain.pending_ids, "QEMU was asked")
+        qemu.let_go(1, tell=False)
+        task.cancel()
+        await cancelled(task)
+        yield domain
+
+
+REQUESTS = {
+    "one id": lambda domain: domain.disable(1),
+    "several ids": lambda domain: domain.disable([1, 2]),
+    "a count": lambda domain: domain.set_vcpus(1),
+    "atomic": lambda domain: domain.disable([1, 2], atomic=True),
+    "a list": lambda domain: domain.apply(b"<vcpus><vcpu id='0' state='enabled'/></vcpus>"),
+}
+
+
+@pytest.mark.parametrize("name", REQUESTS)
+async def test_what_went_right_before_the_cancel_is_changed(running, name):
+    async with gone_unseen(running, REQUESTS[name], 1, 2) as domain:
+        pending = () if name == "one id" else (2,)
+        assert domain.interrupted == Interrupted(changed_ids=(1,), pending=pending)
+
+
+async def test_where_qemu_does_not_answer_any_more_what_was_asked_is_pending(running):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete = {1: "silence"}
+    async with running(qemu) as domain:
+        task = asyncio.create_task(domain.disable(1))
+        await was_sent(qemu, "device_del")
+        await until(lambda: domain.pending_ids, "QEMU was asked")
+        qemu.hook = lambda connection, command: True
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        await cancelled(task)
+        assert domain.interrupted == Interrupted(pending=(1,))
+
+
+@pytest.mark.parametrize("turns", range(1, 61, 3))
+async def test_at_any_await_what_is_left_is_what_qemu_has(running, definition, turns):
+    qemu = FakeQemu(plugged=(1,))
+    before = set(qemu.paths)
+    async with running(qemu, definition) as domain:
+        task = asyncio.create_task(domain.disable(1, live=True, config=True))
+        for _ in range(turns):
+            await asyncio.sleep(0)
+        task.cancel()
+        with suppress(asyncio.CancelledError):
+            await task
+            return
+        left = domain.interrupted
+        assert set(left.changed_ids) | set(left.pending) >= before - set(qemu.paths)
+        assert set(left.changed_ids) <= before - set(qemu.paths)
+        assert not left.definition_written
+
+
 async def cancelled_twice(task):
     """The first cancel waits for the disk for a moment, the second does not."""
     for _ in range(2):
@@ -260,7 +344,7 @@ async def test_live_changed_and_the_definition_hung_both_are_told(running, defin
             assert domain.interrupted == Interrupted(changed_ids=(1,), definition_unsure=True)
 
 
-async def test_a_definition_that_is_written_in_time_is_not_unsure(running, definition):
+async def test_a_definition_that_is_written_in_time_is_written_and_not_unsure(running, definition):
     with hung_disk(definition.parent, "rename") as disk:
         async with running(FakeQemu(), definition) as domain:
             task = asyncio.create_task(domain.enable(1, config=True))
@@ -269,7 +353,7 @@ async def test_a_definition_that_is_written_in_time_is_not_unsure(running, defin
             await asyncio.sleep(0)
             disk.answers.set()
             await cancelled(task)
-            assert domain.interrupted == Interrupted()
+            assert domain.interrupted == Interrupted(definition_written=True)
 
 
 async def test_what_the_caller_said_of_its_cancel_is_kept(running):

@@ -576,16 +576,48 @@ def test_a_cancel_waits_for_the_answers_under_way():
 
 def test_cancelled_plugs_are_undone():
     engine = cancelled_both_ways()
+    assert engine.seen(0, 1, 2) == [QUERY]
+    engine.query_goes_out()
     assert engine.seen(0, 1, 2) == [undo(1)]
     assert engine.replied(1) == [QUERY]
 
 
 def test_cancelled_unplugs_stay_pending():
     engine = cancelled_both_ways()
-    engine.seen(0, 1, 2)
+    for _ in range(2):
+        engine.query_goes_out()
+        engine.seen(0, 1, 2)
     engine.replied(1)
     engine.seen(0, 2)
     assert engine.end() == Report("pending", undone=(1,), pending=(2,))
+
+
+def cancelled_once_asked():
+    engine = started(unplug=[1, 2])
+    engine.replied(1)
+    engine.replied(2)
+    return engine, engine.cancelled()
+
+
+def test_a_cancel_looks_once_at_what_was_asked():
+    _, effects = cancelled_once_asked()
+    assert effects == [QUERY]
+
+
+def test_what_has_gone_before_the_cancel_is_removed_and_the_rest_is_pending():
+    engine, _ = cancelled_once_asked()
+    engine.query_goes_out()
+    engine.seen(0, 2)
+    assert engine.end() == Report("pending", removed=(1,), pending=(2,))
+
+
+def test_what_is_asked_when_the_cancel_comes_is_looked_at_once_qemu_has_taken_it():
+    engine = started(unplug=[1])
+    assert engine.cancelled() == []
+    assert engine.replied(1) == [QUERY]
+    engine.query_goes_out()
+    engine.seen(0)
+    assert engine.end() == Report("applied", removed=(1,))
 
 
 # -- a plug after an unplug that has not ended ---------------------------------------------------------
