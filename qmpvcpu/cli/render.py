@@ -221,7 +221,8 @@ _EVENT_WORDS = {
 
 def event(found: Event) -> str:
     """One line of `watch`."""
-    text = f"{_clock(found.time)}  vCPU {format_ids(found.vcpus)}: {_EVENT_WORDS[found.event]}"
+    name = f"vCPU {format_ids(found.vcpus)}" if found.vcpus else "a vCPU"
+    text = f"{_clock(found.time)}  {name}: {_EVENT_WORDS[found.event]}"
     return f"{text} ({found.detail})" if found.detail else text
 
 

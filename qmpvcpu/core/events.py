@@ -6,8 +6,9 @@ ACPI specification, "_OST (OSPM Status Indication)".
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from enum import Enum
 from typing import Any, Final
 
@@ -15,6 +16,7 @@ from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 
 __all__ = [
     "CPU_EVENTS",
+    "Departures",
     "Names",
     "Signal",
     "SignalKind",
@@ -194,3 +196,160 @@ def replugged(was: Entity, now: Entity, before: DomainState, after: DomainState)
         return True
     threads = before.vcpus[was.first].thread_id, after.vcpus[now.first].thread_id
     return None not in threads and threads[0] != threads[1]
+
+
+#: What goes with a CPU: on x86 its local APIC and Hyper-V's interrupt controller, on ppc64 a core's threads and
+#: what serves their interrupts.
+_CHILD: Final = re.compile(r"(?P<cpu>.+?)(?:/thread\[\d+\])?(?:/(?:lapic|synic|icp|xive-tctx))?")
+#: The id of a CPU that we, or libvirt, have plugged.
+_OUR_ID: Final = re.compile(r"vcpu(\d+)(?:-\d+)?")
+#: The device of a path, which may be that of something below it.
+_DEVICE: Final = re.compile(r"/machine/(?:peripheral|peripheral-anon|unattached)/[^/]+")
+#: So many devices, and departures that no query has decided on, are remembered.
+_REMEMBERED: Final = 1024
+
+
+@dataclass(slots=True)
+class _Departure:
+    """One device that went; `number` counts them."""
+
+    number: int
+    path: str
+    time: float
+    #: The paths of the events about it: a second one of the same path is about the next departure.
+    paths: set[str] = field(default_factory=set)
+    #: Whether one of them was about something that only CPUs have.
+    is_cpu: bool = False
+
+
+class Departures:
+    """CPUs that came and went between two queries: QEMU's events alone tell of them. Pure.
+
+    Give it each event (`hear`), note `heard` before a query is sent, and let it `decide` with the state that the
+    query gave. QEMU empties a CPU's slot before it tells (7.2 to 11.1), so what that query still shows under the
+    same path came later.
+    """
+
+    def __init__(self) -> None:
+        #: How many departures were heard of.
+        self.heard = 0
+        self._undecided: list[_Departure] = []
+        #: The last one of each path, whose other events may still come.
+        self._last: dict[str, _Departure] = {}
+        #: Path -> ACPI slot; and slots that were said to be empty since the last decision, by no device.
+        self._slots: dict[str, int] = {}
+        self._emptied: list[int] = []
+        #: Paths of devices that have what no CPU has.
+        self._others: set[str] = set()
+
+    def hear(self, event: str, data: Mapping[str, Any], time: float) -> None:
+        """An event of QEMU's; `time` in seconds since 1970."""
+        if event == "ACPI_DEVICE_OST":
+            self._hear_ost(data.get("info"))
+        # One with a text is libvirt's answer to a call of ours, and not news.
+        elif event == "DEVICE_DELETED" and "text" not in data:
+            path, device = data.get("path"), data.get("device")
+            if isinstance(path, str) and path:
+                self._hear_deleted(path, time)
+            elif isinstance(device, str) and device:
+                self._hear_deleted(PERIPHERAL + device, time)
+
+    def decide(self, before: DomainState, after: DomainState, heard: int) -> list[Event]:
+        """The removals that the difference between two states does not show.
+
+        Args:
+            before: the state until now.
+            after: the state by a query.
+            heard: `self.heard` when that query was sent.
+        """
+        if not self._undecided:
+            return []
+        was, now = _by_path(before), _by_path(after)
+        found: list[Event] = []
+        held: dict[str, _Departure] = {}
+        waiting = [one for one in self._undecided if one.number > heard]
+        seen = {
+            path
+            for path, entity in was.items()
+            if not after.by_id[entity.first].plugged or replugged(entity, after.by_id[entity.first], before, after)
+        }
+        for one in self._undecided:
+            if one.number > heard:
+                continue
+            entity = was.get(one.path) or now.get(one.path)
+            if one.path in seen:
+                seen.discard(one.path)  # the states show this one
+            elif one.path in was and one.path in now and one.path not in held:
+                # It is there still. What shows its end may be the next state.
+                held[one.path] = one
+            elif (ids := self._ids(one, entity, after)) is not None:
+                detail = f"device '{one.path.removeprefix(PERIPHERAL)}', plugged and removed between two queries"
+                found += [Event(one.time, EventKind.REMOVED, vcpus, detail) for vcpus in ids]
+        self._undecided = [*held.values(), *waiting]
+        self._emptied.clear()
+        return found
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _hear_deleted(self, path: str, time: float) -> None:
+        match = _CHILD.fullmatch(path)
+        cpu = match["cpu"] if match is not None else path
+        device = _DEVICE.match(cpu)
+        if device is not None and device[0] != cpu:
+            # A part of a device, and not of a CPU.
+            self._others.add(device[0])
+            _forget(self._others)
+            return
+        one = self._last.get(cpu)
+        if one is None or path in one.paths:
+            self.heard += 1
+            one = self._last[cpu] = _Departure(self.heard, cpu, time)
+            self._undecided.append(one)
+            del self._undecided[:-_REMEMBERED]
+            _forget(self._last)
+        one.paths.add(path)
+        one.is_cpu |= cpu != path
+
+    def _hear_ost(self, info: object) -> None:
+        if not isinstance(info, dict) or info.get("slot-type") != "CPU":
+            return
+        slot, device = info.get("slot"), info.get("device")
+        if not isinstance(slot, str) or not slot.isascii() or not slot.isdigit() or len(slot) > 6:
+            return
+        if isinstance(device, str):
+            self._slots[PERIPHERAL + device] = int(slot)
+            _forget(self._slots)
+        elif info.get("source") in _EJECT_SOURCES and info.get("status") == 0:
+            self._emptied.append(int(slot))
+            del self._emptied[:-_REMEMBERED]
+
+    def _ids(self, one: _Departure, entity: Entity | None, state: DomainState) -> list[tuple[int, ...]] | None:
+        """The vCPUs that it was, one a row; an empty row where nothing tells; None where it may be no CPU."""
+        if entity is None:
+            slot = self._slots.get(one.path)
+            ours = _OUR_ID.fullmatch(one.path.removeprefix(PERIPHERAL))
+            if slot is not None:
+                entity = state.by_id.get(slot)
+            elif ours is not None and len(ours[1]) <= 6:
+                entity = state.by_id.get(int(ours[1]))
+            elif one.is_cpu and len(set(self._emptied)) == 1:
+                entity = state.by_id.get(self._emptied[0])
+            if entity is None:
+                return [()] if one.is_cpu or slot is not None else None
+            if one.path in self._others and not one.is_cpu:
+                return None
+        return [(number,) for number in entity.ids]
+
+
+def _by_path(state: DomainState) -> dict[str, Entity]:
+    return {one.qom_path or PERIPHERAL + one.device_id: one for one in state.entities if one.plugged}
+
+
+def _forget(kept: dict[str, Any] | set[str]) -> None:
+    """Of too many, those that came first."""
+    if len(kept) > _REMEMBERED:
+        for path in list(kept)[: _REMEMBERED // 2]:
+            if isinstance(kept, dict):
+                del kept[path]
+            else:
+                kept.discard(path)

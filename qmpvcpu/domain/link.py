@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Any, Final
 
 from qmpvcpu.core.arch import architecture
-from qmpvcpu.core.events import CPU_EVENTS, Names, SignalKind, changes, interpret
+from qmpvcpu.core.events import CPU_EVENTS, Departures, Names, SignalKind, changes, interpret
 from qmpvcpu.core.migration import MigrationStatus, check_cpu_operation, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 from qmpvcpu.core.pending import mark
@@ -74,6 +74,7 @@ class Link:
         self._state: DomainState | None = None
         self._lost: VcpuConnectionError | None = None
         self._names: tuple[DomainState, Names] | None = None
+        self._departures = Departures()
         self._listening: Any = None
         #: vCPUs that are gone, and whose cgroups perhaps are not.
         self._gone: set[int] = set()
@@ -135,12 +136,13 @@ class Link:
         assert self._reader is not None
         self.learn()
         self.stale = False
+        heard = self._departures.heard
         try:
             state = await self._reader.full(self.ledger.firsts)
         except BaseException:
             self.stale = True
             raise
-        return self._keep(state)
+        return self._keep(state, heard)
 
     async def read_at_rest(self) -> tuple[DomainState, list[Refusal]]:
         """`read`, and why no vCPU can be switched now: the guest is on its way elsewhere."""
@@ -186,8 +188,9 @@ class Link:
                 their device id may be in any slot.
         """
         assert self._reader is not None
-        pending = self.ledger.firsts
-        return self._keep(await self._reader.fast(self.state, pending, self.driven, is_last, anew, declined))
+        pending, heard = self.ledger.firsts, self._departures.heard
+        state = await self._reader.fast(self.state, pending, self.driven, is_last, anew, declined)
+        return self._keep(state, heard)
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """What a plan needs besides the state."""
@@ -275,7 +278,8 @@ class Link:
             # Outside of the queue: an agent that is not there takes its time.
             await self.look_further(self.state)
 
-    def _keep(self, state: DomainState) -> DomainState:
+    def _keep(self, state: DomainState, heard: int = 0) -> DomainState:
+        """`heard` is what `_departures` had heard of when the query was sent."""
         before = self.state
         if state.threads_shared is None:
             # One vCPU alone does not show it; what was seen with two still holds.
@@ -288,8 +292,13 @@ class Link:
                 # Some QEMUs cannot be migrated then: the next process must know.
                 self.ledger.note_removal()
             self._gone.update(number for event in removed for number in event.vcpus)
-            self.ledger.note_back([n for event in found if event.event is EventKind.ADDED for n in event.vcpus])
+            added = [event for event in found if event.event is EventKind.ADDED]
+            self.ledger.note_back([number for event in added for number in event.vcpus])
+            if unseen := self._departures.decide(before, state, heard):
+                found = [*removed, *unseen, *added]
             self._hub.emit(found)
+        else:
+            self._hub.emit(self._departures.decide(before, state, heard))
         self.ledger.settle(state, self.driven)
         self._state = mark(state, self.ledger.firsts)
         if self._gone and not self.driven:
@@ -310,6 +319,7 @@ class Link:
             self._left_legacy = False
         if event.name not in CPU_EVENTS:
             return
+        self._departures.hear(event.name, event.data, event.time or time.time())
         self.stale = True
         if self._state is None:
             return

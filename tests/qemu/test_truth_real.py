@@ -15,7 +15,7 @@ from tests.support.commands import cli, start_cli
 from tests.support.ejecting import ejecting
 from tests.support.moments import around
 from tests.support.qemus import matrix, paused, qemu_binary, running
-from tests.support.waiting import until
+from tests.support.waiting import until, within
 
 pytestmark = pytest.mark.qemu
 
@@ -200,3 +200,42 @@ async def test_cancelled_on_both_sides_it_tells_what_became_of_the_definition(tm
             await task
         is_written = definition.read_text() != XML
         assert domain.interrupted == qmpvcpu.Interrupted(changed_ids=(3,), definition_written=is_written)
+
+
+# -- what another client plugs and removes within a second -------------------------------------------
+
+
+async def come_and_gone(qemu, first, name):
+    """Another client plugs that vCPU and removes it; what is told of it, and of a device that is no CPU."""
+    async with qmpvcpu.connect(qemu.qmp) as domain, domain.events() as events:
+        slot = (await domain.state()).by_id[first]
+        await qemu.plug(slot.driver, name, slot.props)
+        await qemu.execute("device_del", {"id": name})
+        told = [await within(anext(events), "it is told")]
+        # Whatever else there is to tell comes before what is done next.
+        await qemu.plug("usb-tablet", "tablet", {})
+        await qemu.execute("device_del", {"id": "tablet"})
+        await domain.enable(1)
+        while told[-1].event != "vcpu-added" or told[-1].vcpus != (1,):
+            told.append(await within(anext(events), "vCPU 1 is told"))
+        # A query may just have seen it there.
+        seen = any(event.event == "vcpu-added" and event.vcpus == (first,) for event in told)
+        return [event.vcpus for event in told if event.event == "vcpu-removed"], seen
+
+
+USB = ["-device", "qemu-xhci"]
+
+
+@pytest.mark.parametrize(("name", "ids"), [("vcpu3", (3,)), ("mine", ())])
+@pytest.mark.parametrize(("accel", "version"), [("kvm", "10.0"), ("tcg", "11.1")])
+async def test_what_comes_and_goes_between_two_looks_is_told(accel, version, name, ids):
+    async with ejecting("1,maxcpus=8", *USB, accel=accel, version=version) as qemu:
+        removed, seen = await come_and_gone(qemu, 3, name)
+    assert removed == [(3,) if seen else ids]
+
+
+@matrix(("ppc64", "10.0"), ("ppc64", "11.1"))
+async def test_a_core_that_comes_and_goes_between_two_looks_is_told_once(arch, version):
+    async with paused(arch, version, "1,maxcpus=8", USB) as qemu:
+        removed, _ = await come_and_gone(qemu, 3, "vcpu3")
+    assert removed == [(3,)]

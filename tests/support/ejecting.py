@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import subprocess
 from collections.abc import AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+from tests.support.monitor import QmpError
 from tests.support.qemus import Qemu, qemu_binary, running
 from tests.support.waiting import until
 
@@ -37,5 +38,7 @@ async def ejecting(
             async def ejects() -> bool:
                 return not await qemu.qom_get("/machine/acpi-device", "cpu-hotplug-legacy")
 
-            await until(ejects, "the guest has taken over CPU hotplug")
+            # 11.1 has no such property: it takes every unplug.
+            with suppress(QmpError):
+                await until(ejects, "the guest has taken over CPU hotplug")
             yield qemu

@@ -10,6 +10,7 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import Event
+from qmpvcpu.cli import render
 from tests.support.fake_qemu import FakeQemu
 from tests.support.fake_qmp import serve
 from tests.support.slots import Slot, changed
@@ -222,3 +223,109 @@ async def test_there_are_no_events_outside_of_a_domain(tmp_path):
 def test_events_of_no_size_make_no_sense(tmp_path):
     with pytest.raises(qmpvcpu.VcpuUsageError):
         qmpvcpu.connect(str(tmp_path / "none")).events(limit=0)
+
+
+# -- what comes and goes between two queries -----------------------------------------------------------
+
+
+@asynccontextmanager
+async def watching(running, qemu):
+    async with running(qemu) as domain, domain.events() as events:
+        await domain.state()
+        yield qemu.connections[0], events
+
+
+def deleted(connection, path, device=None):
+    connection.event("DEVICE_DELETED", path=path, **({} if device is None else {"device": device}))
+
+
+def ost(connection, slot, source, status, device=None):
+    info = {"slot-type": "CPU", "slot": str(slot), "source": source, "status": status}
+    connection.event("ACPI_DEVICE_OST", info=info | ({} if device is None else {"device": device}))
+
+
+#: What QEMU says, and the vCPU that it means: by our id, by the parts that only a CPU has, by its ACPI slot.
+UNSEEN = {
+    "by its id": (lambda c: deleted(c, "/machine/peripheral/vcpu2", "vcpu2"), (2,)),
+    "by the id of its lapic": (lambda c: deleted(c, "/machine/peripheral/vcpu2/lapic"), (2,)),
+    "by an id beside another": (lambda c: deleted(c, "/machine/peripheral/vcpu2-1/lapic"), (2,)),
+    "a lapic of nobody known": (lambda c: deleted(c, "/machine/peripheral/mine/lapic"), ()),
+    "a thread of a core": (lambda c: deleted(c, "/machine/peripheral/mine/thread[0]"), ()),
+    "what serves its interrupts": (lambda c: deleted(c, "/machine/peripheral/mine/thread[0]/icp"), ()),
+    "a slot that was named with it": (
+        lambda c: (ost(c, 3, 1, 0, "mine"), deleted(c, "/machine/peripheral/mine", "mine")),
+        (3,),
+    ),
+    "the slot that is empty now": (
+        lambda c: (deleted(c, "/machine/peripheral/mine/lapic"), ost(c, 3, 3, 0)),
+        (3,),
+    ),
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+async def test_what_no_query_has_seen_is_told_once_it_goes(running, name):
+    tell, ids = UNSEEN[name]
+    async with watching(running, FakeQemu()) as (connection, events):
+        tell(connection)
+        (event,) = await take(events, 1)
+        assert told([event]) == [("vcpu-removed", ids)]
+
+
+def test_a_line_of_watch_without_an_id():
+    line = render.event(Event(1.5, qmpvcpu.EventKind.REMOVED, (), "device 'mine'"))
+    assert line.partition("  ")[2] == "a vCPU: removed (device 'mine')"
+
+
+async def test_what_tells_nothing_else_tells_the_device(running):
+    async with watching(running, FakeQemu()) as (connection, events):
+        deleted(connection, "/machine/peripheral/mine/lapic")
+        (event,) = await take(events, 1)
+        assert "'mine'" in event.detail
+
+
+async def test_what_goes_and_comes_and_goes_between_two_queries_is_told_twice(running):
+    qemu = FakeQemu(plugged=(2,))
+    async with watching(running, qemu) as (connection, events):
+        for _ in range(2):
+            deleted(connection, "/machine/peripheral/vcpu2/lapic")
+            deleted(connection, "/machine/peripheral/vcpu2", "vcpu2")
+        qemu.let_go(2, tell=False)
+        assert told(await take(events, 2)) == [("vcpu-removed", (2,))] * 2
+
+
+async def test_all_parts_of_a_core_are_one_removal(running):
+    qemu = FakeQemu()
+    async with watching(running, qemu) as (connection, events):
+        for part in ("/thread[0]/icp", "/thread[0]/xive-tctx", "/thread[0]", "/thread[1]", ""):
+            deleted(connection, f"/machine/peripheral/mine{part}", None if part else "mine")
+        qemu.fill(1)
+        assert told(await take(events, 2)) == [("vcpu-removed", ()), ("vcpu-added", (1,))]
+
+
+async def test_a_removal_that_a_query_shows_is_told_once(running):
+    qemu = FakeQemu(plugged=(2,))
+    async with watching(running, qemu) as (connection, events):
+        deleted(connection, "/machine/peripheral/vcpu2/lapic")
+        qemu.let_go(2)
+        qemu.fill(3)
+        assert told(await take(events, 2)) == [("vcpu-removed", (2,)), ("vcpu-added", (3,))]
+
+
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [("/machine/peripheral/disk0", "disk0")],
+        [("/machine/peripheral/disk0/virtio-backend", None), ("/machine/peripheral/disk0", "disk0")],
+        [("/machine/peripheral/vcpu2/virtio-backend", None), ("/machine/peripheral/vcpu2", "vcpu2")],
+        [("/machine/peripheral/vcpu99", "vcpu99")],
+    ],
+    ids=["a disk", "a disk and its part", "another device with the id of a CPU", "an id that no CPU has"],
+)
+async def test_of_what_is_no_cpu_nothing_is_told(running, parts):
+    qemu = FakeQemu()
+    async with watching(running, qemu) as (connection, events):
+        for part in parts:
+            deleted(connection, *part)
+        qemu.fill(1)
+        assert told(await take(events, 1)) == [("vcpu-added", (1,))]
