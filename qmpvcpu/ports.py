@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from qmpvcpu.core.pending import PendingUnplug
+from qmpvcpu.core.pending import PendingUnplug, UsedContexts
 from qmpvcpu.core.placement import HostFacts, Placement, ThreadState
 from qmpvcpu.errors import VcpuConnectionError
 
@@ -267,11 +267,11 @@ class PendingStore(Protocol):
     def discard(self, firsts: Collection[int]) -> None:
         """Forget these. Never raises."""
 
-    def note_removal(self) -> None:
-        """A vCPU was unplugged. Never raises."""
+    def contexts(self) -> UsedContexts:
+        """What `note_contexts` was told of this QEMU. Never raises."""
 
-    def had_removals(self) -> bool:
-        """Whether `note_removal` was ever called for this QEMU. Never raises."""
+    def note_contexts(self, more: UsedContexts) -> None:
+        """Remember this too. Never raises."""
 
     def gone(self) -> frozenset[int]:
         """What `note_gone` was told last. Never raises."""

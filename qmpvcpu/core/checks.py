@@ -347,11 +347,11 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
         facts.add(Fact.APIC_255)
     if known.smm:
         facts.add(Fact.SMM)
-    used = len(state.enabled_ids) + known.removals_seen
-    if _contexts_run_out(state):
+    used = len(state.enabled_ids) + known.contexts_lost
+    if contexts_run_out(state):
         facts.add(Fact.MULTI_THREAD)
         # Nobody tells how many are used up; what was seen is a lower bound.
-        if known.removals_seen and used + len(_ids(entities)) > state.maxcpus:
+        if known.contexts_lost and used + len(_ids(entities)) > state.maxcpus:
             facts.add(Fact.NO_CONTEXTS)
     return [
         refusal_of(row, state, _ids(big if Fact.APIC_255 in row.facts else entities), used=used)
@@ -359,7 +359,7 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
     ]
 
 
-def _contexts_run_out(state: DomainState) -> bool:
+def contexts_run_out(state: DomainState) -> bool:
     """Whether each vCPU that is plugged uses up one of maxcpus contexts."""
     return state.accel == "tcg" and state.can_unplug and state.threads_shared is not True
 
@@ -410,13 +410,18 @@ def refusal_of(row: Quirk, state: DomainState, ids: tuple[int, ...] = (), *, use
     )
 
 
-def warnings(state: DomainState, plugs: Sequence[Entity], unplugs: Sequence[Entity]) -> list[str]:
+def warnings(
+    state: DomainState, plugs: Sequence[Entity], unplugs: Sequence[Entity], known: Knowledge
+) -> list[str]:
     """What is no reason to refuse, but the user should know."""
-    if not (_contexts_run_out(state) and (plugs or unplugs)):
+    if known.contexts_reported or not (contexts_run_out(state) and (plugs or unplugs)):
         return []
+    left = max(state.maxcpus - len(state.enabled_ids) - known.contexts_lost - len(_ids(plugs)), 0)
+    # A core of ppc64 is one plug, and uses as many as it has threads.
+    left //= len((*plugs, *unplugs)[0].ids)
     return [
-        "under TCG every CPU ever plugged uses up one of QEMU's contexts for good: after"
-        f" {state.maxcpus} in all, boot CPUs included, QEMU aborts; QMP does not tell how many are left"
+        f"QEMU under TCG does not free what an unplugged vCPU has used: this QEMU can take {left} more"
+        f" plug{'s' if left != 1 else ''} before it aborts, or fewer if another program has unplugged vCPUs"
     ]
 
 

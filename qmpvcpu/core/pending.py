@@ -1,4 +1,4 @@
-"""Unplugs that were asked and whose end is not known: what is kept of one, and whether it is still open. Pure."""
+"""What is kept of one QEMU for the next process: unplugs that may not have ended, and what they used up."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 from qmpvcpu.core.model import DomainState, Entity
 
-__all__ = ["PendingUnplug", "is_open", "mark", "unplug_of"]
+__all__ = ["PendingUnplug", "UsedContexts", "is_open", "mark", "unplug_of"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -21,6 +21,31 @@ class PendingUnplug:
     qom_path: str | None
     thread_id: int | None
     asked: float | None
+
+
+@dataclass(frozen=True, slots=True)
+class UsedContexts:
+    """What unplugs have used up of a QEMU under TCG, as far as processes of ours have seen.
+
+    `gone` has the vCPU id and the thread id (0: not known) of each vCPU that was unplugged: so two processes that
+    see the same unplug count it once. `is_reported`: whether a user of this guest was told that they run out.
+    """
+
+    gone: frozenset[tuple[int, int]] = frozenset()
+    is_reported: bool = False
+
+    def __or__(self, other: UsedContexts) -> UsedContexts:
+        """What both say."""
+        return UsedContexts(self.gone | other.gone, self.is_reported or other.is_reported)
+
+    def count(self, thread_ids: Set[int]) -> int:
+        """So many contexts were surely used by vCPUs that are gone; `thread_ids` are those of the vCPUs there now.
+
+        With `thread=single` all vCPUs have one thread, and one context.
+        """
+        known = sum(thread not in thread_ids for _, thread in self.gone if thread)
+        # One whose thread was not known may be one of those.
+        return max(known, sum(not thread for _, thread in self.gone))
 
 
 def unplug_of(entity: Entity, state: DomainState, asked: float) -> PendingUnplug:

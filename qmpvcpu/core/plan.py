@@ -65,6 +65,11 @@ class Plan:
         return replace(self, refusals=(*more, *self.refusals)) if more else self
 
     @property
+    def moves_cpus(self) -> bool:
+        """Whether QEMU plugs or unplugs any."""
+        return bool(self.plugs or self.unplugs or self.awaited)
+
+    @property
     def steps(self) -> list[dict[str, Any]]:
         """The steps as JSON data, in the words of QMP."""
         steps: list[dict[str, Any]] = [
@@ -208,7 +213,7 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     kills = checks.check_kills_on_plug(state, [*steps.awaited, *steps.plugs], known)
     kills += checks.check_kills_on_unplug(state, steps.unplugs, known)
     refusals += [] if request.force else kills
-    messages = checks.warnings(state, [*steps.awaited, *steps.plugs], steps.unplugs)
+    messages = checks.warnings(state, [*steps.awaited, *steps.plugs], steps.unplugs, known)
     messages += [f"forced: {kill.message}" for kill in kills if request.force]
     return Plan(
         request=request,

@@ -23,6 +23,7 @@ from qmpvcpu.core.outcome import (
     went_on,
     without_rejections,
 )
+from qmpvcpu.core.pending import UsedContexts
 from qmpvcpu.core.plan import Plan, make_plan
 from qmpvcpu.core.request import Knowledge, Request
 from qmpvcpu.core.transaction import SETTLED, STILL_ASKED, ItemState, Result, Transaction
@@ -142,12 +143,14 @@ async def change(
             messages=plan.messages,
             seconds=round(time.monotonic() - began, 6),
         )
+    if plan.moves_cpus and checks.contexts_run_out(held) and not known.contexts_reported:
+        link.ledger.note_contexts(UsedContexts(is_reported=True))
     end: Outcome | VcpuError
     before = None
     if guest is not None and request.wait and (plan.plugs or plan.awaited):
         await guest.ask_once(held)
         before = await guest.before_plug(held)
-    if plan.plugs or plan.unplugs or plan.awaited:
+    if plan.moves_cpus:
         end = await _placed(link, held, plan, placing, lambda: _hotplug(link, held, plan, known, began))
         if end.outcome is not OutcomeKind.APPLIED:
             # Whatever upset the plan may upset what is held: the next call asks anew.

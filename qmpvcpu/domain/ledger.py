@@ -6,7 +6,7 @@ import asyncio
 from collections.abc import Collection, Iterable
 
 from qmpvcpu.core.model import DomainState, Entity
-from qmpvcpu.core.pending import PendingUnplug, is_open, unplug_of
+from qmpvcpu.core.pending import PendingUnplug, UsedContexts, is_open, unplug_of
 from qmpvcpu.ports import PendingStore
 
 __all__ = ["Ledger"]
@@ -25,6 +25,8 @@ class Ledger:
         self._stored: set[int] = set()
         #: Of those in the store, what has ended and is to be taken out there.
         self._over: set[int] = set()
+        #: Where nothing outlives this process.
+        self._contexts = UsedContexts()
         self.trouble: str | None = None
         if store is None:
             self.trouble = "QEMU's process, or a state folder, is not known here"
@@ -40,14 +42,16 @@ class Ledger:
         return None if unplug is None else unplug.asked
 
     @property
-    def had_removals(self) -> bool:
-        """Whether a vCPU of this QEMU was unplugged, as far as processes of ours have seen."""
-        return self._store is not None and self._store.had_removals()
+    def contexts(self) -> UsedContexts:
+        """What unplugs of this QEMU have used up, as far as processes of ours have seen."""
+        return self._contexts if self._store is None else self._store.contexts()
 
-    def note_removal(self) -> None:
-        """One was unplugged. Never raises."""
+    def note_contexts(self, more: UsedContexts) -> None:
+        """Remember this too. Never raises."""
         if self._store is not None:
-            self._store.note_removal()
+            self._store.note_contexts(more)
+        else:
+            self._contexts |= more
 
     def note_back(self, ids: Collection[int]) -> None:
         """These are plugged. Never raises."""

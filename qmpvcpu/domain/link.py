@@ -13,7 +13,7 @@ from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.events import CPU_EVENTS, Departures, Names, SignalKind, changes, interpret
 from qmpvcpu.core.migration import MigrationStatus, check_cpu_operation, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
-from qmpvcpu.core.pending import mark
+from qmpvcpu.core.pending import UsedContexts, mark
 from qmpvcpu.core.request import Knowledge
 from qmpvcpu.domain.ledger import Ledger
 from qmpvcpu.domain.listen import Hub, Watcher
@@ -88,7 +88,7 @@ class Link:
     @property
     def removals(self) -> int:
         """vCPUs that were unplugged, as far as is known; at least one, if any was."""
-        return self.removals_seen or int(self.ledger.had_removals)
+        return self.removals_seen or int(bool(self.ledger.contexts.gone))
 
     @property
     def state(self) -> DomainState:
@@ -194,7 +194,16 @@ class Link:
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """What a plan needs besides the state."""
-        return Knowledge(self.removals, x2apic, firmware_runs, self.ledger.firsts)
+        known = Knowledge(self.removals_seen, x2apic, firmware_runs, self.ledger.firsts)
+        if self.state.accel != "tcg":
+            return known
+        contexts = self.ledger.contexts
+        return replace(
+            known,
+            removals_seen=self.removals_seen or len(contexts.gone),
+            contexts_lost=max(self.removals_seen, contexts.count(_threads(self.state))),
+            contexts_reported=contexts.is_reported,
+        )
 
     async def smm_has_run(self) -> bool:
         """Whether OVMF with SMM has run in this guest. At an incoming migration it has not here."""
@@ -289,16 +298,18 @@ class Link:
             removed = [event for event in found if event.event is EventKind.REMOVED]
             self.removals_seen += len(removed)
             if removed and state.accel == "tcg":
-                # Some QEMUs cannot be migrated then: the next process must know.
-                self.ledger.note_removal()
+                # They have used up what QEMU has few of, and some QEMUs cannot be migrated then.
+                gone = [before.vcpus[number] for event in removed for number in event.vcpus]
+                self.ledger.note_contexts(UsedContexts(frozenset((v.id, v.thread_id or 0) for v in gone)))
             self._gone.update(number for event in removed for number in event.vcpus)
             added = [event for event in found if event.event is EventKind.ADDED]
             self.ledger.note_back([number for event in added for number in event.vcpus])
             if unseen := self._departures.decide(before, state, heard):
                 found = [*removed, *unseen, *added]
-            self._hub.emit(found)
         else:
-            self._hub.emit(self._departures.decide(before, state, heard))
+            found = unseen = self._departures.decide(before, state, heard)
+        self.removals_seen += len(unseen)
+        self._hub.emit(found)
         self.ledger.settle(state, self.driven)
         self._state = mark(state, self.ledger.firsts)
         if self._gone and not self.driven:
@@ -383,6 +394,10 @@ async def open_link(
 async def _answer(query: Callable[[], Awaitable[object]]) -> object:
     """Asks when its task runs: all that is asked at the same time goes out together."""
     return await query()
+
+
+def _threads(state: DomainState) -> frozenset[int]:
+    return frozenset(vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None)
 
 
 def _events(when: float, kind: EventKind, entities: Iterable[Entity], detail: str | None = None) -> list[Event]:

@@ -10,13 +10,14 @@ import fcntl
 import json
 import os
 import shutil
+import stat
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, Final
 
-from qmpvcpu.core.pending import PendingUnplug
+from qmpvcpu.core.pending import PendingUnplug, UsedContexts
 from qmpvcpu.host.files import state_folder
 from qmpvcpu.host.process import Process, is_alive
 
@@ -28,8 +29,8 @@ _LIMIT: Final = 16 << 20
 _TICK: Final = 100_000_000
 _LOCK_TRIES: Final = 50
 _MAKE_TRIES: Final = 3
-#: No file of unplugs.
-_REMOVED: Final = ".removed"
+#: No files of unplugs.
+_CONTEXTS: Final = ".contexts"
 _GONE: Final = ".gone"
 _LOCK_PAUSE: Final = 0.001
 
@@ -116,17 +117,27 @@ class PendingFolder:
         with suppress(OSError):
             self._folder.rmdir()
 
-    def note_removal(self) -> None:
-        """A vCPU was unplugged. Never raises."""
-        with suppress(OSError):
-            if not self.had_removals():
-                self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
-                self._folder.mkdir(mode=0o700, exist_ok=True)
-                (self._folder / _REMOVED).touch(mode=0o600)
+    def contexts(self) -> UsedContexts:
+        """What `note_contexts` was told of this QEMU. A file that is not ours says nothing. Never raises."""
+        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+            found = json.loads(_read_own(f"{self._folder}/{_CONTEXTS}"))
+            gone = frozenset((_number(number), _number(thread)) for number, thread in found["gone"])
+            return UsedContexts(gone, found["reported"] is True)
+        return UsedContexts()
 
-    def had_removals(self) -> bool:
-        """Whether `note_removal` was ever called for this QEMU. Never raises."""
-        return (self._folder / _REMOVED).exists()
+    def note_contexts(self, more: UsedContexts) -> None:
+        """Remember this too. Never raises."""
+        with suppress(OSError):
+            self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if not self._folder.exists():
+                self._prune()
+            self._folder.mkdir(mode=0o700, exist_ok=True)
+            with self._locked():
+                before = self.contexts()
+                now = before | more
+                if now != before:
+                    rows = {"gone": sorted(now.gone), "reported": now.is_reported}
+                    self._replace(_CONTEXTS, json.dumps(rows))
 
     def _files(self) -> dict[str, list[PendingUnplug]]:
         """What each file says; what is no file of ours is left alone."""
@@ -146,12 +157,15 @@ class PendingFolder:
         down.
         """
         rows = [[unplug.first, unplug.qom_path, unplug.thread_id, unplug.asked] for unplug in unplugs]
+        self._replace(name, json.dumps(rows))
+
+    def _replace(self, name: str, text: str) -> None:
         # Every unplug waits for this: plain calls, `pathlib` takes as long as the disk.
         temporary = f"{self._folder}/.{name}-{os.getpid()}"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "wb") as file:  # noqa: PTH123
-                file.write(json.dumps(rows).encode())
+                file.write(text.encode())
             os.rename(temporary, f"{self._folder}/{name}")  # noqa: PTH104
         except BaseException:
             with suppress(FileNotFoundError):
@@ -181,6 +195,22 @@ class PendingFolder:
             for folder in self._all.iterdir():
                 if not is_alive(folder.name):
                     shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_own(path: str) -> bytes:
+    """A regular file of this user's (or root's) that nobody else may write. Raises OSError."""
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
+    with open(fd, "rb") as file:  # noqa: PTH123
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o022 or found.st_uid not in (0, os.geteuid()):
+            raise PermissionError(1, "not ours", path)
+        return file.read(_LIMIT)
+
+
+def _number(value: Any) -> int:
+    if type(value) is not int or value < 0:
+        raise ValueError(f"not a number of ours: {value!r}")
+    return value
 
 
 def _parse(row: Any) -> PendingUnplug:

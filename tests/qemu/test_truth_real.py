@@ -239,3 +239,51 @@ async def test_a_core_that_comes_and_goes_between_two_looks_is_told_once(arch, v
     async with paused(arch, version, "1,maxcpus=8", USB) as qemu:
         removed, _ = await come_and_gone(qemu, 3, "vcpu3")
     assert removed == [(3,)]
+
+
+# -- contexts of TCG, which QEMU never gives back ----------------------------------------------------
+
+
+async def plugged_and_unplugged(qemu, times):
+    """vCPU 1 comes and goes, each time over a connection of its own; what each call said."""
+    said = []
+    for _ in range(times):
+        async with qmpvcpu.connect(qemu.qmp) as domain:
+            said += [(await domain.enable(1)).messages, (await domain.disable(1)).messages]
+    return said
+
+
+@asynccontextmanager
+async def tcg(arch, version):
+    """A machine of four vCPUs, one of which is plugged, that unplugs at once."""
+    if arch == "ppc64":
+        async with paused(arch, version, "1,maxcpus=4") as qemu:
+            yield qemu
+    else:
+        async with ejecting("1,maxcpus=4", accel="tcg", version=version) as qemu:
+            yield qemu
+
+
+@matrix(("ppc64", "10.0"), ("ppc64", "11.1"), ("x86_64", "10.0"), ("x86_64", "11.1"))
+async def test_a_plug_that_is_sure_to_abort_qemu_is_refused_by_any_process(arch, version):
+    async with tcg(arch, version) as qemu:
+        await plugged_and_unplugged(qemu, 3)
+        run = await cli("--json", "setvcpu", qemu.qmp, "1", "--enable")
+        assert (run.code, qemu.has_exited) == (3, False)
+        assert "at least 4 of 4 are used up" in run.json["error"]["message"]
+
+
+async def test_a_plug_that_is_sure_to_abort_qemu_can_be_forced():
+    async with tcg("ppc64", "10.0") as qemu:
+        await plugged_and_unplugged(qemu, 3)
+        run = await cli("setvcpu", qemu.qmp, "1", "--enable", "--force")
+        await qemu.wait()
+        assert (run.code, "tcg_register_thread" in qemu.stderr()) == (7, True)
+
+
+async def test_that_contexts_run_out_is_said_once_for_each_guest():
+    async with tcg("ppc64", "10.0") as qemu:
+        said = await plugged_and_unplugged(qemu, 2)
+    notes = [[text for text in each if "before it aborts" in text] for each in said]
+    assert [len(each) for each in notes] == [1, 0, 0, 0]
+    assert "this QEMU can take 2 more plugs before it aborts" in notes[0][0]

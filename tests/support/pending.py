@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from qmpvcpu.core.pending import PendingUnplug, is_open, mark
+from qmpvcpu.core.pending import PendingUnplug, UsedContexts, is_open, mark
 from qmpvcpu.domain import link
 from qmpvcpu.host import pending as host
 from qmpvcpu.host.process import Process
@@ -65,6 +65,19 @@ class Store:
 
     def gone(self) -> set[int]:
         return set(self._folder.gone())
+
+    def note_contexts(self, *gone: tuple[int, int], reported: bool = False) -> None:
+        """These vCPUs (id, thread id) were unplugged under TCG; the user was told that contexts run out."""
+        self._folder.note_contexts(UsedContexts(frozenset(gone), reported))
+
+    def contexts(self) -> tuple[set[tuple[int, int]], bool]:
+        """What was noted."""
+        found = self._folder.contexts()
+        return set(found.gone), found.is_reported
+
+    @property
+    def contexts_file(self) -> Path:
+        return self.folder / ".contexts"
 
     def tidy(self) -> None:
         """Leave nothing empty behind."""

@@ -105,7 +105,7 @@ def plan(
     if offline is not None:
         cpus = {n: GuestCpu(n, n not in offline, n != 0) for n in state.enabled_ids}
         guest = GuestView(tuple(cpus.values()), cpus)
-    known = Knowledge(removals_seen=removals, pending=frozenset(pending), guest=guest)
+    known = Knowledge(removals_seen=removals, contexts_lost=removals, pending=frozenset(pending), guest=guest)
     return make_plan(mark(state, known.pending), Request(tuple(ids), flags, **more), known)
 
 

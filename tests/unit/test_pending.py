@@ -8,6 +8,7 @@ import os
 import pytest
 
 import qmpvcpu
+from qmpvcpu.core.pending import UsedContexts
 from tests.support import hosts
 from tests.support.fake_qemu import FakeQemu
 from tests.support.fake_qmp import serve
@@ -36,6 +37,57 @@ def other(tmp_path):
 def left(store):
     """What is left of all QEMUs."""
     return sorted(path.name for path in store.root.iterdir())
+
+
+# -- what unplugs under TCG have used up --------------------------------------------------------------
+
+
+def test_what_two_processes_saw_is_counted_once(one, other):
+    one.note_contexts((3, 103), (4, 104))
+    other.note_contexts((4, 104), (3, 203), reported=True)
+    assert one.contexts() == ({(3, 103), (4, 104), (3, 203)}, True)
+
+
+def test_the_next_qemu_begins_from_zero(one, tmp_path):
+    one.note_contexts((3, 103), reported=True)
+    assert Store(tmp_path, start=2).contexts() == (set(), False)
+
+
+@pytest.mark.parametrize(
+    "content", [b"", b"{", b"5", b'{"gone": 5, "reported": true}', b'{"gone": [[1, "x"]], "reported": true}']
+)
+def test_a_count_that_cannot_be_read_says_nothing(one, content):
+    one.note_contexts((3, 103))
+    one.contexts_file.write_bytes(content)
+    assert one.contexts() == (set(), False)
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o777])
+def test_a_count_that_others_may_write_says_nothing(one, mode):
+    one.note_contexts((3, 103))
+    one.contexts_file.chmod(mode)
+    assert one.contexts() == (set(), False)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_count_of_another_user_says_nothing(one):
+    one.note_contexts((3, 103))
+    os.chown(one.contexts_file, 12345, 12345)
+    assert one.contexts() == (set(), False)
+
+
+def test_a_count_that_is_a_link_or_a_pipe_says_nothing(one, tmp_path):
+    one.note_contexts((3, 103))
+    one.contexts_file.rename(tmp_path / "elsewhere")
+    one.contexts_file.symlink_to(tmp_path / "elsewhere")
+    assert one.contexts() == (set(), False)
+    one.contexts_file.unlink()
+    os.mkfifo(one.contexts_file)
+    assert one.contexts() == (set(), False)
+
+
+def test_a_vcpu_whose_thread_others_have_took_no_context_of_its_own():
+    assert UsedContexts(frozenset({(1, 100), (2, 102), (3, 0)})).count({100}) == 1
 
 
 # -- on disk -----------------------------------------------------------------------------------------
