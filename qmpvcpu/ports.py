@@ -6,6 +6,7 @@ from asyncio import Future
 from collections.abc import Callable, Collection, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from math import inf
 from typing import Any, Protocol
 
 from qmpvcpu.core.pending import PendingUnplug, UsedContexts
@@ -264,8 +265,8 @@ class PendingStore(Protocol):
     def add(self, unplugs: Iterable[PendingUnplug]) -> None:
         """Remember these. Raises OSError."""
 
-    def discard(self, firsts: Collection[int]) -> None:
-        """Forget these. Never raises."""
+    def discard(self, firsts: Collection[int], until: float = inf) -> None:
+        """Forget these, where they were asked before `until` (seconds since the epoch). Never raises."""
 
     def contexts(self) -> UsedContexts:
         """What `note_contexts` was told of this QEMU. Never raises."""

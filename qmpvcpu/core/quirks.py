@@ -325,6 +325,17 @@ QUIRKS: Final = (
         code="unplugged",
     ),
     Quirk(
+        "x86-plug-into-leaving",
+        "a plug into a slot whose last CPU has left it, and whose thread has not ended yet, ends QEMU"
+        " (`savevm_state_handler_insert: Detected duplicate SaveStateEntry: id=cpu_common`, exit code 1). Only"
+        " clients that fight over one vCPU meet it: `query-cpus-fast` lists the CPU until that is over, and so"
+        " qmpvcpu waits for that with what it, or another process of ours, has unplugged",
+        _PLUG,
+        ("10.0", "11.1"),
+        arches=_X86,
+        accel="kvm",
+    ),
+    Quirk(
         "kvm-stats-descriptor",
         "each plug and unplug leaves one descriptor (`kvm-vcpu-stats`) open in QEMU",
         _UNPLUG,

@@ -136,7 +136,7 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.OTHERS, _On.ABSENT): S.VANISHED,
     (S.NOT_ADDED, _On.RETRY): S.RETRY_ADD,
     (S.RETRY_ADD, _On.AGAIN): S.ADDING,
-    (S.RETRY_ADD, _On.PRESENT): S.NOT_ADDED,
+    (S.RETRY_ADD, _On.PRESENT): S.OTHERS,
     (S.RETRY_ADD, _On.EXPIRE): S.NOT_ADDED,
     (S.RETRY_ADD, _On.CANCEL): S.NOT_ADDED,
     (S.RETRY_ADD, _On.GIVE_UP): S.NOT_ADDED,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Iterable
+import time
+from collections.abc import Collection, Iterable, Mapping
 
 from qmpvcpu.core.model import DomainState, Entity
 from qmpvcpu.core.pending import PendingUnplug, UsedContexts, is_open, unplug_of
@@ -23,10 +24,15 @@ class Ledger:
         self._store = store
         self._unplugs: dict[int, PendingUnplug] = {}
         self._stored: set[int] = set()
-        #: Of those in the store, what has ended and is to be taken out there.
-        self._over: set[int] = set()
+        #: Of those in the store, what has ended and is to be taken out there; and until when it had.
+        self._over: dict[int, float] = {}
+        self._known: Mapping[int, PendingUnplug] = {}
+        #: When the query of the last state was sent, in seconds since the epoch: it shows no later unplug.
+        self.seen_at = 0.0
         #: Where nothing outlives this process.
         self._contexts = UsedContexts()
+        #: Whether another process has asked for unplugs of which only a fresh query tells whether they are open.
+        self.undecided = False
         self.trouble: str | None = None
         if store is None:
             self.trouble = "QEMU's process, or a state folder, is not known here"
@@ -65,23 +71,26 @@ class Ledger:
 
     def refresh(self, state: DomainState) -> tuple[list[PendingUnplug], list[PendingUnplug]]:
         """Learn what other processes have asked or seen ended; returns what is new and open, and what is new and
-        over.
+        over. What was asked after the query of this state is `undecided` if the state does not show it as open.
         """
         if self._store is None:
             return [], []
         self._cross_out()
         known = self._store.load()
-        if known.keys() == self._stored:
+        if known is self._known and known.keys() == self._stored:
             return [], []
+        self._known = known
         for first in self._stored - known.keys():
             # Somebody else saw its end.
             self._stored.discard(first)
             self._unplugs.pop(first, None)
-        new = [unplug for first, unplug in known.items() if first not in self._unplugs]
+        new = [unplug for unplug in known.values() if self._is_news(unplug)]
         opened = [unplug for unplug in new if is_open(unplug, state)]
-        over = [unplug for unplug in new if unplug not in opened]
+        closed = [unplug for unplug in new if unplug not in opened]
+        over = [unplug for unplug in closed if unplug.asked is None or unplug.asked < self.seen_at]
+        self.undecided = len(over) < len(closed)
         if over:
-            self._store.discard([unplug.first for unplug in over])
+            self._store.discard([unplug.first for unplug in over], self.seen_at)
         self._unplugs.update((unplug.first, unplug) for unplug in opened)
         self._stored |= {unplug.first for unplug in opened}
         return opened, over
@@ -111,7 +120,8 @@ class Ledger:
             return
         if gone and not self._over:
             asyncio.get_running_loop().call_soon(self._cross_out)
-        self._over |= stored
+        until = self.seen_at if gone else time.time()
+        self._over.update(dict.fromkeys(stored, until))
         if not gone:
             self._cross_out()
 
@@ -122,10 +132,18 @@ class Ledger:
             self._store.tidy()
 
     def _cross_out(self) -> None:
-        over, self._over = self._over, set()
-        if over and self._store is not None:
-            self._stored -= over
-            self._store.discard(over)
+        over, self._over = self._over, {}
+        if self._store is None:
+            return
+        for until in set(over.values()):
+            ended = [first for first, when in over.items() if when == until]
+            self._stored.difference_update(ended)
+            self._store.discard(ended, until)
+
+    def _is_news(self, unplug: PendingUnplug) -> bool:
+        """Whether it is not the one that is known here."""
+        ours = self._unplugs.get(unplug.first)
+        return ours is None or (unplug.asked or 0.0) > (ours.asked or 0.0)
 
     def settle(self, state: DomainState, held: Collection[int] = ()) -> None:
         """What this fresh state shows as ended, has ended. Those in `held` are ended by who has them in hands, all
@@ -133,4 +151,4 @@ class Ledger:
         """
         if self._unplugs.keys() - held:
             ended = [first for first, unplug in self._unplugs.items() if not is_open(unplug, state)]
-            self.end([first for first in ended if first not in held])
+            self.end([first for first in ended if first not in held], gone=True)

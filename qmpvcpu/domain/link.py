@@ -101,6 +101,7 @@ class Link:
         self.stale = self.may_be_away = False
         self._listening = self.monitor.listen(self._sink)
         self._listening.__enter__()
+        asked_at = time.time()
         self._reader, state = await self._reads(self.monitor, name)
         self._state = state
         if self.monitor.is_local:
@@ -109,6 +110,7 @@ class Link:
         if self.threads is not None:
             self.threads.recover()
         self.ledger = Ledger(store_of(self.process or self._reader.process))
+        self.ledger.seen_at = asked_at
         if before is not None and _same_guest(before, self):
             self.ledger.take_over(before.ledger)
             self.removals_seen = before.removals_seen
@@ -136,13 +138,13 @@ class Link:
         assert self._reader is not None
         self.learn()
         self.stale = False
-        heard = self._departures.heard
+        heard, asked_at = self._departures.heard, time.time()
         try:
             state = await self._reader.full(self.ledger.firsts)
         except BaseException:
             self.stale = True
             raise
-        return self._keep(state, heard)
+        return self._keep(state, heard, asked_at)
 
     async def read_at_rest(self) -> tuple[DomainState, list[Refusal]]:
         """`read`, and why no vCPU can be switched now: the guest is on its way elsewhere."""
@@ -188,9 +190,9 @@ class Link:
                 their device id may be in any slot.
         """
         assert self._reader is not None
-        pending, heard = self.ledger.firsts, self._departures.heard
+        pending, heard, asked_at = self.ledger.firsts, self._departures.heard, time.time()
         state = await self._reader.fast(self.state, pending, self.driven, is_last, anew, declined)
-        return self._keep(state, heard)
+        return self._keep(state, heard, asked_at)
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """What a plan needs besides the state."""
@@ -268,6 +270,7 @@ class Link:
 
     def _learn(self) -> list[Event]:
         opened, over = self.ledger.refresh(self.state)
+        self.stale |= self.ledger.undecided
         found: list[Event] = []
         for unplug in opened:
             entity = self.state.by_id[unplug.first]
@@ -287,9 +290,10 @@ class Link:
             # Outside of the queue: an agent that is not there takes its time.
             await self.look_further(self.state)
 
-    def _keep(self, state: DomainState, heard: int = 0) -> DomainState:
-        """`heard` is what `_departures` had heard of when the query was sent."""
+    def _keep(self, state: DomainState, heard: int = 0, asked_at: float = 0.0) -> DomainState:
+        """`heard` is what `_departures` had heard of when the query was sent, at `asked_at`."""
         before = self.state
+        self.ledger.seen_at = max(self.ledger.seen_at, asked_at)
         if state.threads_shared is None:
             # One vCPU alone does not show it; what was seen with two still holds.
             state = replace(state, threads_shared=before.threads_shared)
@@ -311,6 +315,9 @@ class Link:
         self.removals_seen += len(unseen)
         self._hub.emit(found)
         self.ledger.settle(state, self.driven)
+        self._state = state
+        if self.ledger.undecided:
+            self._hub.emit(self._learn())
         self._state = mark(state, self.ledger.firsts)
         if self._gone and not self.driven:
             # While an operation has vCPUs in its hands, it makes groups of those that are to come.

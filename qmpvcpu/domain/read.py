@@ -35,9 +35,11 @@ __all__ = [
     "run_state",
 ]
 
-_TRIES: Final = 6
-#: Seconds before the second try, doubled each time.
+_TRIES: Final = 30
+#: Seconds before the second try, doubled each time, and at most. Where the host is busy, a CPU that has left its
+#: slot is listed until its thread has ended (10.0, KVM).
 _TRY_AGAIN: Final = 0.002
+_TRY_MOST: Final = 0.1
 
 
 class StateReader(Protocol):
@@ -102,7 +104,7 @@ class Reader:
             except InconsistentReplies:
                 if attempt == _TRIES - 1:
                     raise
-                await asyncio.sleep(_TRY_AGAIN * 2**attempt)
+                await asyncio.sleep(min(_TRY_AGAIN * 2**attempt, _TRY_MOST))
             except CommandError as error:
                 raise _unexpected(self._monitor, error) from error
         raise AssertionError("unreachable")

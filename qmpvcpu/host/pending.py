@@ -14,6 +14,7 @@ import stat
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
+from math import inf
 from pathlib import Path
 from typing import Any, Final
 
@@ -77,11 +78,11 @@ class PendingFolder:
             self._folder.mkdir(mode=0o700, exist_ok=True)
         self._write(name, rows)
 
-    def discard(self, firsts: Collection[int]) -> None:
-        """Forget these: their end is known. Never raises."""
+    def discard(self, firsts: Collection[int], until: float = inf) -> None:
+        """Forget these, where they were asked before `until`: their end is known. Never raises."""
         with suppress(OSError), self._locked():
             for name, unplugs in self._files().items():
-                left = [unplug for unplug in unplugs if unplug.first not in firsts]
+                left = [one for one in unplugs if one.first not in firsts or (one.asked or 0.0) > until]
                 if not left:
                     (self._folder / name).unlink()
                 elif len(left) < len(unplugs):

@@ -25,6 +25,12 @@ SOAKS = {
         10_000,
         tests("tests/unit/test_count_sequences.py"),
     ),
+    "fight": Soak(
+        "COUNT calls of two processes of ours and a bare QMP client that fight over the same vCPUs",
+        500,
+        tests("tests/qemu/test_fight_real.py"),
+        needs=("qemu",),
+    ),
     "fuzz": Soak("COUNT generated messages and documents against what reads them", 200_000, fuzz),
     "guests": Soak(
         "the tests of hotplug on Linux guests, on each version of QEMU",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from math import inf
 from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
@@ -48,9 +49,9 @@ class Store:
         """Keep these. Raises OSError."""
         self._folder.add(PendingUnplug(*unplug) for unplug in unplugs)
 
-    def end(self, *firsts: int) -> None:
-        """Forget these."""
-        self._folder.discard(firsts)
+    def end(self, *firsts: int, until: float = inf) -> None:
+        """Forget these, where they were asked before `until`."""
+        self._folder.discard(firsts, until)
 
     def known(self) -> dict[int, Unplug]:
         """What is kept, by first id."""
@@ -100,6 +101,11 @@ def qemu_runs_here(start: int = 1) -> Iterator[None]:
         patch.object(host, "is_alive", lambda key: True),
     ):
         yield
+
+
+def contexts_used(gone: Iterable[tuple[int, int]], threads: Collection[int]) -> int:
+    """By unplugs of these vCPUs (id, thread id; 0: not known), where those of these threads are there now."""
+    return UsedContexts(frozenset(gone)).count(frozenset(threads))
 
 
 def may_still_happen(unplug: Unplug, slots: Iterable[Slot]) -> bool:

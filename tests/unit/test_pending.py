@@ -8,11 +8,10 @@ import os
 import pytest
 
 import qmpvcpu
-from qmpvcpu.core.pending import UsedContexts
 from tests.support import hosts
 from tests.support.fake_qemu import FakeQemu
 from tests.support.fake_qmp import serve
-from tests.support.pending import Store, Unplug, marked, may_still_happen, qemu_runs_here
+from tests.support.pending import Store, Unplug, contexts_used, marked, may_still_happen, qemu_runs_here
 from tests.support.slots import Slot
 from tests.support.store import where_state_is
 from tests.support.waiting import until
@@ -87,7 +86,44 @@ def test_a_count_that_is_a_link_or_a_pipe_says_nothing(one, tmp_path):
 
 
 def test_a_vcpu_whose_thread_others_have_took_no_context_of_its_own():
-    assert UsedContexts(frozenset({(1, 100), (2, 102), (3, 0)})).count({100}) == 1
+    assert contexts_used({(1, 100), (2, 102), (3, 0)}, {100}) == 1
+
+
+# -- two processes -----------------------------------------------------------------------------------
+
+
+def test_of_what_was_asked_later_than_it_was_seen_ended_nothing_is_forgotten(one, other):
+    one.ask(unplug(3, asked=5.5))
+    one.end(3, until=5.0)
+    assert other.known() == {3: unplug(3, asked=5.5)}
+
+
+@pytest.fixture
+async def other_asks(tmp_path):
+    """A domain that has last seen vCPU 3 unplugged; meanwhile another process plugs it and asks for its unplug."""
+    qemu = FakeQemu()
+    qemu.on_delete = {3: "silence"}
+    with qemu_runs_here():
+        async with serve(tmp_path, qemu.script) as path, qmpvcpu.connect(path) as domain:
+            async with qmpvcpu.connect(path) as second:
+                await second.enable(3)
+                await second.disable(3, timeout=0)
+            yield qemu, domain
+
+
+async def test_an_unplug_that_another_process_asked_for_since_the_last_look_is_pending(other_asks):
+    _, domain = other_asks
+    await domain.enable(2)
+    await domain.state()
+    assert domain.pending_ids == (3,)
+
+
+async def test_what_another_process_is_unplugging_is_awaited_and_plugged_again(other_asks):
+    qemu, domain = other_asks
+    task = asyncio.create_task(domain.enable(3))
+    await until(lambda: domain.pending_ids == (3,), "the other's unplug is known")
+    qemu.let_go(3)
+    assert (await task).changed_ids == (3,)
 
 
 # -- on disk -----------------------------------------------------------------------------------------
