@@ -71,6 +71,7 @@ class ItemState(Enum):
     NOT_ASKED = "device_del failed"
     REJECTED = "rejected by the guest"
     PENDING = "unplug pending"
+    STILL_AWAITED = "its earlier unplug pending"
     TO_READD = "to add after its unplug"
     AWAITING = "its earlier unplug awaited"
     KEPT = "its earlier unplug did not happen"
@@ -172,6 +173,7 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.ASKED, _On.REFUSED): S.REJECTED,
     (S.ASKED, _On.EXPIRE): S.PENDING,
     (S.ASKED, _On.LEAVE): S.PENDING,
+    (S.PENDING, _On.ABSENT): S.REMOVED,
     (S.ASKED, _On.REPLACED): S.RETURNED,
     (S.REJECTED, _On.RETRY): S.RETRY_REJECTED,
     (S.RETRY_REJECTED, _On.AGAIN): S.DELETING,
@@ -199,9 +201,9 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.AWAITING, _On.ABSENT): S.ADDING,
     (S.AWAITING, _On.REFUSED): S.KEPT,
     (S.AWAITING, _On.REPLACED): S.KEPT,
-    (S.AWAITING, _On.EXPIRE): S.PENDING,
-    (S.AWAITING, _On.CANCEL): S.PENDING,
-    (S.AWAITING, _On.GIVE_UP): S.PENDING,
+    (S.AWAITING, _On.EXPIRE): S.STILL_AWAITED,
+    (S.AWAITING, _On.CANCEL): S.STILL_AWAITED,
+    (S.AWAITING, _On.GIVE_UP): S.STILL_AWAITED,
     (S.KEPT, _On.ABSENT): S.ADDING,
     (S.KEPT, _On.CANCEL): S.DROPPED,
     (S.KEPT, _On.GIVE_UP): S.DROPPED,
@@ -225,6 +227,7 @@ _REJECTED: Final = frozenset({S.REJECTED, S.RETRY_REJECTED})
 #: At whatever moment it stops: QEMU may still carry out an unplug that it was asked for.
 STILL_ASKED: Final = frozenset(
     {S.ASKED, S.PENDING, S.UNDOING, S.UNDO_ASKED, S.UNDO_PENDING, S.AWAITING, S.DELETING, S.NOT_ASKED_AGAIN}
+    | {S.STILL_AWAITED}
 )
 #: An unplug was asked, and has ended.
 SETTLED: Final = frozenset(S) - STILL_ASKED - {S.TO_ADD, S.TO_REMOVE, S.TO_READD, S.DROPPED}
@@ -550,7 +553,8 @@ class Transaction:
         )
         failing = bool(failures) or self._cancelled
         remaining = self._ids(_LEFT_PLUGGED) if failing else ()
-        asked = self._ids({S.PENDING} if self.wait else {S.PENDING, S.ASKED})
+        left = {S.PENDING, S.STILL_AWAITED}
+        asked = self._ids(left if self.wait else left | {S.ASKED})
         pending = tuple(sorted({*asked, *self._ids({S.UNDO_PENDING, S.NOT_ASKED_AGAIN})}))
         removed = self._ids(_LEFT_REMOVED)
         unasked = self._ids({S.UNASKED})

@@ -20,6 +20,12 @@ SOAKS = {
         tests("tests/qemu/test_claim_real.py", "-k", "saved_restored_and_migrated"),
         needs=("qemu",),
     ),
+    "cancels": Soak(
+        "COUNT calls that are cancelled, at each of their awaits and at any time: what is told afterwards",
+        1500,
+        tests("tests/qemu/test_cancels_real.py"),
+        needs=("qemu",),
+    ),
     "counts": Soak(
         "COUNT sequences of requests on random guests: how many vCPUs are enabled at once and in the end",
         10_000,

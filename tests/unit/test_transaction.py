@@ -621,6 +621,26 @@ def test_what_has_gone_before_the_cancel_is_removed_and_the_rest_is_pending():
     assert engine.end() == Report("pending", removed=(1,), pending=(2,))
 
 
+def test_what_goes_while_plugs_are_undone_is_removed():
+    engine = cancelled_both_ways()
+    for _ in range(2):
+        engine.query_goes_out()
+        engine.seen(0, 1, 2)
+    engine.replied(1)
+    engine.seen(0)
+    assert engine.end() == Report("applied", undone=(1,), removed=(2,))
+
+
+def test_an_earlier_unplug_that_ends_after_the_cancel_is_not_this_calls():
+    engine = started(plug=[2], awaited=[1])
+    engine.replied(2)
+    engine.cancelled()
+    engine.seen(0, 1, 2)
+    engine.replied(2)
+    engine.seen(0)
+    assert engine.end() == Report("pending", undone=(2,), pending=(1,))
+
+
 def test_what_is_asked_when_the_cancel_comes_is_looked_at_once_qemu_has_taken_it():
     engine = started(unplug=[1])
     assert engine.cancelled() == []
