@@ -27,9 +27,11 @@ SOAKS = {
         needs=("qemu",),
     ),
     "counts": Soak(
-        "COUNT sequences of requests on random guests: how many vCPUs are enabled at once and in the end",
+        "COUNT sequences of requests on random guests, and a fiftieth of it on a real QEMU: how many vCPUs are"
+        " enabled at once and in the end",
         10_000,
-        tests("tests/unit/test_count_sequences.py"),
+        tests("tests/unit/test_count_sequences.py", "tests/qemu/test_counts_real.py"),
+        needs=("qemu",),
     ),
     "fight": Soak(
         "COUNT calls of two processes of ours and a bare QMP client that fight over the same vCPUs",

@@ -181,7 +181,7 @@ async def fought(qemu: Qemu, folder: Path, count: int, seed: int) -> Fight:
     async with (
         connected(str(qemu.folder / "judge")) as judge,
         connected(str(qemu.folder / "bare")) as bare,
-        _watched(judge, truth.samples),
+        watched(judge, truth.samples),
     ):
         commands = [
             (str(qemu.folder / MONITORS[who]), str(seed + who), str(each), str(logs[who])) for who in range(2)
@@ -249,7 +249,7 @@ async def _bare(
 
 
 @asynccontextmanager
-async def _watched(judge: Connection, samples: list[Sample]) -> Any:
+async def watched(judge: Connection, samples: list[Sample]) -> Any:
     """What QEMU has, asked again and again."""
 
     async def watch() -> None:
