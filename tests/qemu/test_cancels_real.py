@@ -74,7 +74,9 @@ class Guest:
         before = await self.plugged()
         if not 2 < len(before) < SLOTS - 1:
             await self.domain.set_vcpus(4)
-        return await self.plugged()
+        before = await self.plugged()
+        self.definition.write_text(document(before))
+        return before
 
     async def cancel(self, kind: str, at: int | float) -> bool:
         """At that await, or after so many seconds: whether that was before its end. All that is wrong then fails

@@ -157,3 +157,31 @@ async def test_in_the_guest_the_domain_stays_usable(with_guest, steps):
         await cancelled_after(domain.enable(2), steps)
         assert (await domain.enable(2)).outcome == "applied"
         assert (await domain.vcpu(2)).vcpu.online is True
+
+
+@pytest.mark.parametrize("steps", range(1, 121, 6))
+async def test_at_any_await_what_the_agent_switched_is_told(with_guest, steps):
+    guest = FakeGuest(FakeQemu(plugged=(1,)))
+    async with with_guest(guest) as domain:
+        task = asyncio.create_task(domain.vcpu(1, qmpvcpu.VcpuFlag.GUEST | qmpvcpu.VcpuFlag.DISABLE))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        task.cancel()
+        if await end_of(task) is None:
+            assert domain.interrupted.changed_ids == (() if guest.online[1] else (1,))
+            assert domain.interrupted.unsure_ids == ()
+
+
+async def test_what_an_agent_that_fell_silent_was_told_is_unsure(with_guest):
+    guest = FakeGuest(FakeQemu(plugged=(1,)))
+    async with with_guest(guest) as domain:
+        await domain.guest_vcpus()
+        guest.silent = {"guest-set-vcpus"}
+        task = asyncio.create_task(domain.vcpu(1, qmpvcpu.VcpuFlag.GUEST | qmpvcpu.VcpuFlag.DISABLE))
+        await until(lambda: "guest-set-vcpus" in [name for name, _ in guest.commands], "the agent was told")
+        guest.silent |= {"guest-get-vcpus", "guest-sync-delimited"}
+        task.cancel()
+        await asyncio.sleep(0)
+        task.cancel()
+        assert await end_of(task) is None
+        assert domain.interrupted == qmpvcpu.Interrupted(unsure_ids=(1,))
