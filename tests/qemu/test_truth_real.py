@@ -13,12 +13,14 @@ import pytest
 import qmpvcpu
 from tests.support.commands import cli, start_cli
 from tests.support.ejecting import ejecting
+from tests.support.hosts import why_no_kvm
 from tests.support.moments import around
 from tests.support.qemus import matrix, paused, qemu_binary, running
 from tests.support.waiting import until, within
 
 pytestmark = pytest.mark.qemu
 
+needs_kvm = pytest.mark.skipif(why_no_kvm() is not None, reason=f"KVM: {why_no_kvm()}")
 NO_ACPI = ["-machine", "q35,acpi=off"]
 
 
@@ -136,6 +138,7 @@ async def test_what_another_client_plugs_meanwhile_does_not_fail_the_rest(arch, 
 
 CTRL_C = """
 import sys
+from tests.support.hosts import why_no_kvm
 from tests.support.moments import interrupt
 from qmpvcpu.cli import main
 
@@ -160,7 +163,7 @@ async def interrupted(moment, *words):
 
 
 async def test_ctrl_c_when_the_unplug_has_ended_tells_what_is_gone():
-    async with ejecting("4,maxcpus=8") as qemu:
+    async with ejecting("4,maxcpus=8", accel="tcg") as qemu:
         code, told = await interrupted("QEMU is done", "setvcpu", qemu.qmp, "2-3", "--disable")
     assert (code, told["changed"], told["changed_ids"], told["pending"]) == (130, True, [2, 3], [])
 
@@ -173,7 +176,7 @@ async def test_a_core_of_ppc64_that_went_at_once_is_told_too():
 
 
 async def test_ctrl_c_while_the_guest_is_stopped_tells_what_is_pending():
-    async with ejecting("4,maxcpus=8", monitors=("qmp", "other")) as qemu:
+    async with ejecting("4,maxcpus=8", accel="tcg", monitors=("qmp", "other")) as qemu:
         await qemu.execute("stop")
         words = ["setvcpu", qemu.qmp, "1-2", "--disable", "--timeout", "60"]
         process = await start_cli("--json", *words)
@@ -194,7 +197,10 @@ async def test_ctrl_c_while_the_guest_is_stopped_tells_what_is_pending():
 async def test_cancelled_on_both_sides_it_tells_what_became_of_the_definition(tmp_path, moment):
     definition = tmp_path / "d.xml"
     definition.write_text(XML)
-    async with ejecting("4,maxcpus=8") as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(definition)) as domain:
+    async with (
+        ejecting("4,maxcpus=8", accel="tcg") as qemu,
+        qmpvcpu.connect(qmp=qemu.qmp, xml=str(definition)) as domain,
+    ):
         task = asyncio.create_task(domain.disable(3, live=True, config=True))
         with around(moment, before=task.cancel), pytest.raises(asyncio.CancelledError):
             await task
@@ -227,7 +233,7 @@ USB = ["-device", "qemu-xhci"]
 
 
 @pytest.mark.parametrize(("name", "ids"), [("vcpu3", (3,)), ("mine", ())])
-@pytest.mark.parametrize(("accel", "version"), [("kvm", "10.0"), ("tcg", "11.1")])
+@pytest.mark.parametrize(("accel", "version"), [pytest.param("kvm", "10.0", marks=needs_kvm), ("tcg", "11.1")])
 async def test_what_comes_and_goes_between_two_looks_is_told(accel, version, name, ids):
     async with ejecting("1,maxcpus=8", *USB, accel=accel, version=version) as qemu:
         removed, seen = await come_and_gone(qemu, 3, name)
