@@ -239,6 +239,8 @@ class Departures:
         #: Path -> ACPI slot; and slots that were said to be empty since the last decision, by no device.
         self._slots: dict[str, int] = {}
         self._emptied: list[int] = []
+        #: Path -> removals that states have shown, and no event has told of yet.
+        self._owed: dict[str, int] = {}
         #: Paths of devices that have what no CPU has.
         self._others: set[str] = set()
 
@@ -262,30 +264,30 @@ class Departures:
             after: the state by a query.
             heard: `self.heard` when that query was sent.
         """
+        for path in _left(before, after):
+            # What tells of it may come later than the query that shows it.
+            self._owed[path] = self._owed.get(path, 0) + 1
+            _forget(self._owed)
         if not self._undecided:
             return []
         was, now = _by_path(before), _by_path(after)
         found: list[Event] = []
-        held: dict[str, _Departure] = {}
-        waiting = [one for one in self._undecided if one.number > heard]
-        seen = {
-            path
-            for path, entity in was.items()
-            if not after.by_id[entity.first].plugged or replugged(entity, after.by_id[entity.first], before, after)
-        }
+        left: list[_Departure] = []
         for one in self._undecided:
-            if one.number > heard:
+            if owed := self._owed.pop(one.path, 0):
+                if owed > 1:
+                    self._owed[one.path] = owed - 1
+                continue
+            is_there = one.path in was and one.path in now
+            if one.number > heard or (is_there and all(one.path != other.path for other in left)):
+                # The next state tells: it was heard of later than the query was sent, or is there still.
+                left.append(one)
                 continue
             entity = was.get(one.path) or now.get(one.path)
-            if one.path in seen:
-                seen.discard(one.path)  # the states show this one
-            elif one.path in was and one.path in now and one.path not in held:
-                # It is there still. What shows its end may be the next state.
-                held[one.path] = one
-            elif (ids := self._ids(one, entity, after)) is not None:
+            if (ids := self._ids(one, entity, after)) is not None:
                 detail = f"device '{one.path.removeprefix(PERIPHERAL)}', plugged and removed between two queries"
                 found += [Event(one.time, EventKind.REMOVED, vcpus, detail) for vcpus in ids]
-        self._undecided = [*held.values(), *waiting]
+        self._undecided = left
         self._emptied.clear()
         return found
 
@@ -339,6 +341,17 @@ class Departures:
             if one.path in self._others and not one.is_cpu:
                 return None
         return [(number,) for number in entity.ids]
+
+
+def _left(before: DomainState, after: DomainState) -> list[str]:
+    """The paths of CPUs that are gone, or are others, in the later state."""
+    return [
+        was.qom_path or PERIPHERAL + was.device_id
+        for was, now in zip(before.entities, after.entities, strict=False)
+        if was.plugged
+        and not (was is now and before.vcpus[was.first] is after.vcpus[was.first])
+        and (not now.plugged or replugged(was, now, before, after))
+    ]
 
 
 def _by_path(state: DomainState) -> dict[str, Entity]:

@@ -312,6 +312,19 @@ async def test_a_removal_that_a_query_shows_is_told_once(running):
         assert told(await take(events, 2)) == [("vcpu-removed", (2,)), ("vcpu-added", (3,))]
 
 
+async def test_a_removal_that_a_query_shows_before_its_events_come_is_told_once(running):
+    qemu = FakeQemu(plugged=(2,))
+    async with running(qemu) as domain, domain.events() as events:
+        for _ in range(2):
+            qemu.let_go(2, tell=False)
+            await domain.state()
+            deleted(qemu.connections[0], "/machine/peripheral/vcpu2/lapic")
+            await domain.state()
+            qemu.fill(2)
+            await domain.state()
+        assert told(await take(events, 4)) == [("vcpu-removed", (2,)), ("vcpu-added", (2,))] * 2
+
+
 @pytest.mark.parametrize(
     "parts",
     [
