@@ -244,17 +244,21 @@ class Departures:
         #: Paths of devices that have what no CPU has.
         self._others: set[str] = set()
 
-    def hear(self, event: str, data: Mapping[str, Any], time: float) -> None:
-        """An event of QEMU's; `time` in seconds since 1970."""
+    def hear(self, event: str, data: Mapping[str, Any], time: float, *, own: bool = True) -> None:
+        """An event of QEMU's; `time` in seconds since 1970.
+
+        Without `own`, events of devices themselves say nothing: on x86 under TCG that of a CPU never comes, or
+        only at a later plug (11.1), and its lapic's tells.
+        """
         if event == "ACPI_DEVICE_OST":
             self._hear_ost(data.get("info"))
         # One with a text is libvirt's answer to a call of ours, and not news.
         elif event == "DEVICE_DELETED" and "text" not in data:
             path, device = data.get("path"), data.get("device")
             if isinstance(path, str) and path:
-                self._hear_deleted(path, time)
+                self._hear_deleted(path, time, own)
             elif isinstance(device, str) and device:
-                self._hear_deleted(PERIPHERAL + device, time)
+                self._hear_deleted(PERIPHERAL + device, time, own)
 
     def decide(self, before: DomainState, after: DomainState, heard: int) -> list[Event]:
         """The removals that the difference between two states does not show.
@@ -293,7 +297,7 @@ class Departures:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _hear_deleted(self, path: str, time: float) -> None:
+    def _hear_deleted(self, path: str, time: float, own: bool) -> None:
         match = _CHILD.fullmatch(path)
         cpu = match["cpu"] if match is not None else path
         device = _DEVICE.match(cpu)
@@ -301,6 +305,8 @@ class Departures:
             # A part of a device, and not of a CPU.
             self._others.add(device[0])
             _forget(self._others)
+            return
+        if cpu == path and not own:
             return
         one = self._last.get(cpu)
         if one is None or path in one.paths:

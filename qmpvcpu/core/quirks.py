@@ -219,7 +219,8 @@ QUIRKS: Final = (
     ),
     Quirk(
         "x86-tcg-no-deleted-event",
-        "no DEVICE_DELETED comes for the CPU itself, only for its lapic: a query shows the end of an unplug",
+        "no DEVICE_DELETED comes for the CPU itself, only for its lapic: a query shows the end of an unplug. With"
+        " 11.1 it comes late, with a later plug",
         _UNPLUG,
         ("7.2", "10.0", "11.1"),
         arches=_X86,

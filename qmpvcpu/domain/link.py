@@ -337,7 +337,8 @@ class Link:
             self._left_legacy = False
         if event.name not in CPU_EVENTS:
             return
-        self._departures.hear(event.name, event.data, event.time or time.time())
+        own = self._state is None or self._state.accel != "tcg" or not architecture(self._state.arch).has_apic
+        self._departures.hear(event.name, event.data, event.time or time.time(), own=own)
         self.stale = True
         if self._state is None:
             return

@@ -325,6 +325,15 @@ async def test_a_removal_that_a_query_shows_before_its_events_come_is_told_once(
         assert told(await take(events, 4)) == [("vcpu-removed", (2,)), ("vcpu-added", (2,))] * 2
 
 
+async def test_a_late_event_of_a_cpu_itself_under_tcg_is_not_another_removal(running):
+    """11.1 sends it with the next plug, to whoever listens then."""
+    async with watching(running, FakeQemu(kvm=False)) as (connection, events):
+        deleted(connection, "/machine/peripheral/vcpu2", "vcpu2")
+        deleted(connection, "/machine/peripheral/vcpu3/lapic")
+        deleted(connection, "/machine/peripheral/vcpu3", "vcpu3")
+        assert told(await take(events, 1)) == [("vcpu-removed", (3,))]
+
+
 @pytest.mark.parametrize(
     "parts",
     [
