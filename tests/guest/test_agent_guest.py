@@ -179,6 +179,22 @@ async def test_an_agent_killed_between_two_calls_and_one_that_is_not_there(guest
     await guest.shell("killall -CONT qemu-ga")
 
 
+@on("x86_64")
+async def test_doctor_names_an_agent_that_may_not_switch_cpus(guest):
+    conf = "/etc/qemu/qemu-ga.conf"
+    lines = "echo '[general]'; echo block-rpcs=guest-set-vcpus"
+    await guest.shell(f"mkdir -p /etc/qemu; ({lines}) > {conf}; killall qemu-ga")
+    try:
+
+        async def named():
+            _, found = await run(guest, "doctor")
+            return any(text.startswith("switch vCPUs in the guest: ") for text in found["cannot"])
+
+        await until(named, "doctor names it")
+    finally:
+        await guest.shell(f"rm {conf}; killall qemu-ga")
+
+
 @on("aarch64")
 async def test_one_cpu_that_refuses_puts_the_others_back(arch, pool):
     kind = replace(KINDS[arch], append="qmpvcpu.refuse=2")

@@ -62,6 +62,9 @@ async def test_on_s390x_a_count_that_rises_again_takes_the_same_cpus_online():
         found = await run(guest, "setvcpus", "1")
         assert (found["mechanism"], found["changed_ids"]) == ("agent", [3, 5])
         assert await guest.online() == "0"
+        for words in (["--disable"], ["--guest", "--disable"], ["--disable", "--dry-run"]):
+            text = await cli("--agent", guest.agent, "setvcpu", guest.qemu.qmp, "5", *words)
+            assert (text.code, text.stdout.strip()) == (0, "vCPU 5: already offline in the guest")
         found = await run(guest, "setvcpus", "3")
         assert (found["mechanism"], found["changed_ids"]) == ("agent", [3, 5])
         assert await guest.online() == "0-2"

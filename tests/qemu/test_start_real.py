@@ -251,6 +251,24 @@ async def test_what_cannot_be_started_is_refused_before_anything(tmp_path):
     assert not (tmp_path / "s" / "run" / "d").exists()
 
 
+async def test_what_protects_the_guest_is_not_left_out(tmp_path):
+    sev = "<launchSecurity type='sev'><policy>1</policy></launchSecurity>"
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE, more=sev))
+    run = await cli("start", "d", "--json")
+    assert (run.code, "launchSecurity" in run.json["error"]["message"]) == (3, True)
+
+
+async def test_what_the_guest_would_notice_is_named(tmp_path):
+    more = "<iothreads>2</iothreads><features><hyperv><relaxed state='on'/></hyperv></features>"
+    text = xml("x86_64", "10.0", SPARSE, more=more).replace("<os>", "<os firmware='efi'>")
+    await define(tmp_path, text.replace("<cpu>", "<cpu><maxphysaddr mode='emulate' bits='39'/>"))
+    run = await cli("start", "d", "--json")
+    await cli("destroy", "d")
+    named = " ".join(run.json["messages"])
+    assert run.code == 0
+    assert [word for word in ("iothreads", "hyperv", "maxphysaddr", "firmware='efi'") if word not in named] == []
+
+
 async def test_somebody_elses_qemu_is_left_alone(tmp_path):
     async with running(qemu_binary("10.0", "x86_64"), ["-S", "-nodefaults", "-display", "none"]) as qemu:
         file = tmp_path / "file.xml"

@@ -90,6 +90,32 @@ async def test_a_guest_that_has_shut_down_is_not_said_to_answer_after_cont():
     assert any(words in text for text in run.json["messages"])
 
 
+async def test_a_count_waits_for_the_pending_unplug_instead_of_a_plug_of_another():
+    async with started("11.1", "-machine", "q35") as qemu:
+        await cli("setvcpus", qemu.qmp, "1", "--timeout", "0")
+        run = await cli("--json", "setvcpus", qemu.qmp, "2", "--timeout", "0.5")
+    assert (run.code, run.json["pending"], run.json["changed_ids"]) == (5, [1], [])
+
+
+async def test_a_count_on_both_sides_leaves_the_definition_where_an_unplug_is_pending(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
+    async with started("11.1", "-machine", "q35") as qemu:
+        await cli("define", "d", "--qmp", qemu.qmp)
+        await cli("setvcpus", "d", "1", "--live", "--config", "--timeout", "0")
+        run = await cli("--json", "setvcpus", "d", "2", "--live", "--config", "--timeout", "0.5")
+        assert (run.code, run.json["changed_ids"]) == (5, [])
+        assert (await cli("vcpucount", "d", "--config", "--active")).stdout == "2\n"
+
+
+async def test_doctor_says_what_a_migration_forbids():
+    async with paused("x86_64", "10.0", "2,maxcpus=4") as qemu:
+        await qemu.execute("migrate-set-parameters", {"max-bandwidth": 1})
+        await qemu.execute("migrate", {"uri": "exec:cat > /dev/null"})
+        run = await cli("--json", "doctor", qemu.qmp)
+    assert [text for text in run.json["can"] if "plug" in text] == []
+    assert any(text.startswith("plug vCPU 2-3: ") and "migrat" in text for text in run.json["cannot"]), run.stdout
+
+
 @matrix(("x86_64", "7.2"), ("x86_64", "10.0"), ("x86_64", "11.1"))
 async def test_an_id_that_the_cpu_of_another_slot_has_is_not_in_the_way(arch, version):
     async with paused(arch, version, "1,maxcpus=8") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
