@@ -166,6 +166,7 @@ class Booted:
     async def is_as_booted(self) -> bool:
         if self.guest.qemu.has_exited:
             return False
+        await self.guest.qemu.execute("cont")
         async with qmpvcpu.connect(self.qmp) as domain:
             is_so = (await domain.state()).enabled_ids == self.boot_ids
         return is_so and len(qmpvcpu.parse_ids(await self.guest.online())) == len(self.boot_ids)
@@ -196,6 +197,12 @@ class Pool:
         kept.budget -= plugs
         kept.is_touched |= not untouched
         return kept
+
+    async def rest(self) -> None:
+        """Stop them until the next `get`."""
+        for kept in self.booted.values():
+            if not kept.guest.qemu.has_exited:
+                await kept.guest.qemu.execute("stop")
 
     async def drop(self, key: tuple[str, str]) -> None:
         await self.booted.pop(key).stack.aclose()
