@@ -199,7 +199,7 @@ class Monitor(Protocol):
         rows = [{"capability": name, "state": state} for name, state in capabilities.items()]
         return self.execute("migrate-set-capabilities", {"capabilities": rows})
 
-    def migrate_set_parameters(self, parameters: Mapping[str, int]) -> Future[object]:
+    def migrate_set_parameters(self, parameters: Mapping[str, int | str]) -> Future[object]:
         """QMP `migrate-set-parameters`: bytes a second, milliseconds."""
         return self.execute("migrate-set-parameters", dict(parameters))
 

@@ -28,10 +28,11 @@ from qmpvcpu.domain.migrate import Migrated, Progress
 from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.files import read_file
+from qmpvcpu.host.process import pid_in
 from qmpvcpu.host.room import free_disk, free_memory
 from qmpvcpu.host.runtime import Runtime
 from qmpvcpu.host.savefile import SavedFile, Saving, open_saved
-from qmpvcpu.host.saves import SavedDefinitions
+from qmpvcpu.host.saves import SavedDefinitions, Saves
 from qmpvcpu.xml.domain import read_domain, renamed
 from qmpvcpu.xml.migration import read_cookie, write_cookie
 
@@ -482,8 +483,11 @@ async def save(
         checked = await compare_with_twin(source, cookie.xml, machine.type, with_table=True)
         if checked.refusals:
             raise VcpuRefused(checked.refusals)
+    written = write_cookie(cookie)
+    # What cannot be read again is told before the guest is paused.
+    read_cookie(written)
     try:
-        saving = await finish(asyncio.to_thread(Saving, Path(file), write_cookie(cookie)), discard=Saving.discard)
+        saving = await finish(asyncio.to_thread(Saving, Path(file), written), discard=Saving.discard)
     except OSError as error:
         text = f"'{file}' cannot be written: {error.strerror}"
         raise VcpuRefused([Refusal("file", text, (), "name a file in a folder with room")]) from error
@@ -501,7 +505,7 @@ async def save(
             await finish(asyncio.to_thread(SavedDefinitions().keep, saving.digest, cookie.xml))
 
     try:
-        await source.save(
+        has_ended = await source.save(
             cookie,
             saving.fd,
             saving.offset,
@@ -516,7 +520,9 @@ async def save(
     if source.has_definition and check_name(source.name) is None:
         await clean_up(source.name)
     slots = machine.slots if machine is not None else ()
-    return Saved(file, size, tuple(sorted(n for slot in slots if slot.plugged for n in slot.ids)))
+    vcpus = tuple(sorted(n for slot in slots if slot.plugged for n in slot.ids))
+    messages = () if has_ended else ("QEMU was told to end, and may still be there, paused: do not let it run",)
+    return Saved(file, size, vcpus, messages)
 
 
 #: Bytes for what a saved guest has besides its memory, and for a QEMU without a guest.
@@ -592,6 +598,10 @@ async def restore(
     reading = asyncio.to_thread(open_saved, file, given_up)
     saved = await finish(reading, on_cancel=given_up.set, discard=SavedFile.close)
     try:
+        if (still := Saves().into(saved.fd)) is not None:
+            text = f"the guest in '{file}' is still here, in QEMU (process {pid_in(still)})"
+            hint = "any command on that guest, such as vcpuinfo, ends it or lets it go on: restore the file then"
+            raise VcpuRefused([Refusal("still-here", text, (), hint)])
         cookie = read_cookie(saved.cookie)
         known = await finish(asyncio.to_thread(SavedDefinitions().kept, saved.digest))
         async with _destination(

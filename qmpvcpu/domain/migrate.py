@@ -8,7 +8,7 @@ from __future__ import annotations
 import asyncio
 import socket
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Any, Final
@@ -64,6 +64,7 @@ __all__ = [
     "check_same",
     "finish",
     "go_on",
+    "has_ended",
     "incoming_from_file",
     "keep_pending",
     "listen_at",
@@ -88,21 +89,9 @@ _ARRIVAL_SECONDS: Final = 10.0
 _END_SECONDS: Final = 5.0
 #: Seconds a cancelled migration has to end.
 _CANCEL_SECONDS: Final = 3.0
-#: Without the return path a source does not learn that the destination could not take it (7.2 to 11.1).
-_CAPABILITIES: Final = {"return-path": True, "events": True}
-#: Capabilities that make another stream of it than one after the other, which is what a file of ours has.
-_OTHER_STREAMS: Final = frozenset(
-    (
-        "multifd",
-        "mapped-ram",
-        "x-ignore-shared",
-        "postcopy-ram",
-        "x-colo",
-        "block",
-        "background-snapshot",
-        "xbzrle",
-    )
-)
+#: Without the return path a source does not learn that the destination could not take it (7.2 to 11.1). With
+#: `pause-before-switchover` QEMU waits for a command of its user's at the end.
+_CAPABILITIES: Final = {"return-path": True, "events": True, "pause-before-switchover": False}
 _FD_NAME: Final = "qmpvcpu-migration"
 _NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 #: Bytes a second: a paused guest waits for the disk, and for nothing else.
@@ -357,7 +346,7 @@ async def perform(
         raise VcpuRefused(
             [_refused("uri", f"'{uri}' is no way for a migration", "give unix:PATH or tcp:HOST:PORT")]
         )
-    async with _rate(monitor, None if bandwidth is None else bandwidth << 20):
+    async with _parameters(monitor, {} if bandwidth is None else {"max-bandwidth": bandwidth << 20}):
         with _declined("migrate"):
             await monitor.migrate_set_capabilities(_CAPABILITIES)
             await monitor.migrate(uri)
@@ -369,21 +358,22 @@ async def perform(
 
 
 @asynccontextmanager
-async def _rate(monitor: Monitor, limit: int | None) -> AsyncIterator[None]:
-    """Bytes a second at most, while this lasts; None: as it is."""
-    if limit is None:
+async def _parameters(monitor: Monitor, given: Mapping[str, int | str]) -> AsyncIterator[None]:
+    """QEMU has these parameters of migration while this lasts, and its own ones again then."""
+    if not given:
         yield
         return
-    with _declined("be told how fast"):
-        usual = await monitor.query_migrate_parameters()
-        await monitor.migrate_set_parameters({"max-bandwidth": limit})
+    with _declined("be told how"):
+        found = await monitor.query_migrate_parameters()
+        usual = found if isinstance(found, dict) else {}
+        # One that QEMU does not have set is not set here: 7.2 has no word for "no TLS".
+        changed = {key: value for key, value in given.items() if usual.get(key, value) != value}
+        await monitor.migrate_set_parameters(changed)
     try:
         yield
     finally:
-        rate = usual.get("max-bandwidth") if isinstance(usual, dict) else None
-        if type(rate) is int:
-            with suppress(CommandError, VcpuConnectionError):
-                await monitor.migrate_set_parameters({"max-bandwidth": rate})
+        with suppress(CommandError, VcpuConnectionError):
+            await monitor.migrate_set_parameters({key: usual[key] for key in changed})
 
 
 async def _until_ended(monitor: Monitor, timeout: float | None, progress: Progress | None) -> MigrationStatus:
@@ -464,10 +454,10 @@ async def perform_to_file(
     with _declined("save it"):
         # A file has no way back.
         await monitor.migrate_set_capabilities(
-            {**_CAPABILITIES, "return-path": False, **await _switched_off(monitor)}
+            {**await _switched_off(monitor), **_CAPABILITIES, "return-path": False}
         )
         async with (
-            _rate(monitor, _AS_FAST_AS_IT_GETS),
+            _parameters(monitor, {"max-bandwidth": _AS_FAST_AS_IT_GETS, "tls-creds": ""}),
             _file_uri(monitor, version, fd, offset) as uri,
         ):
             await monitor.migrate(uri)
@@ -479,10 +469,12 @@ async def perform_to_file(
 
 
 async def _switched_off(monitor: Monitor) -> dict[str, bool]:
-    """What somebody has switched on, and what a file cannot do with."""
+    """What somebody has switched on: a file of ours is what QEMU writes without any of it, since whoever restores
+    it does not know what was on.
+    """
     rows = await monitor.execute("query-migrate-capabilities")
     on = [row.get("capability") for row in rows if row.get("state") is True] if isinstance(rows, list) else []
-    return {name: False for name in on if name in _OTHER_STREAMS}
+    return {str(name): False for name in on}
 
 
 async def incoming_from_file(
@@ -583,7 +575,7 @@ async def start(link: Link, cookie: Cookie) -> tuple[Destination, str | None]:
     except CommandError as error:
         return Destination.OTHER, f"the destination cannot run it: {error.text}"
     except VcpuConnectionError as error:
-        return (Destination.DIED if await _is_dead(link) else Destination.UNKNOWN), error.message
+        return (Destination.DIED if await has_ended(link) else Destination.UNKNOWN), error.message
 
 
 async def go_on(link: Link, *, runs: bool) -> None:
@@ -620,7 +612,7 @@ async def _lost(source: Link) -> Source | None:
     try:
         await run_state(source.monitor)
     except VcpuConnectionError:
-        return Source.DEAD if await _is_dead(source) else Source.UNKNOWN
+        return Source.DEAD if await has_ended(source) else Source.UNKNOWN
     return None
 
 
@@ -628,10 +620,10 @@ async def end(link: Link) -> bool:
     """`quit`, and wait until it has; whether it has, as far as can be told."""
     with suppress(CommandError, VcpuConnectionError):
         await link.monitor.quit()
-    return await _is_dead(link)
+    return await has_ended(link)
 
 
-async def _is_dead(link: Link) -> bool:
+async def has_ended(link: Link) -> bool:
     """Whether a QEMU that was told to end, or does not answer, has ended; waits a moment for it."""
     if link.process is None:
         return False
@@ -839,7 +831,7 @@ async def _move(
         cancelled = error
         end_of_source, why = Source.KEPT, "cancelled"
     except VcpuConnectionError as error:
-        end_of_source, why = (Source.DEAD if await _is_dead(source) else Source.UNKNOWN), error.message
+        end_of_source, why = (Source.DEAD if await has_ended(source) else Source.UNKNOWN), error.message
     except VcpuRefused:
         release(cookie, Side.SOURCE)
         raise
@@ -929,7 +921,7 @@ async def _hand_over(
                 messages=move.left(),
             )
         else:
-            if here is Destination.GONE and not await _is_dead(destination):
+            if here is Destination.GONE and not await has_ended(destination):
                 # It only does not answer.
                 move.settled()
             else:

@@ -330,8 +330,10 @@ class MigrationCalls:
         force: bool = False,
         check: Callable[[], Awaitable[object]] | None = None,
         files: tuple[str, ...] = (),
-    ) -> MigrationStatus:
+    ) -> bool:
         """Pause the guest, write it to a file, and end its QEMU. On every other way out it goes on as it was.
+
+        Returns whether QEMU has ended, as far as can be told; the guest is in the file in any case.
 
         Args:
             cookie: of `migrate_begin`.
@@ -348,7 +350,7 @@ class MigrationCalls:
             VcpuConnectionError: QEMU is lost.
         """
         from qmpvcpu.domain import saving
-        from qmpvcpu.domain.migrate import check_perform, check_same, end, perform_to_file
+        from qmpvcpu.domain.migrate import check_perform, check_same, has_ended, perform_to_file
 
         async with self._call():
             link = self._connected()
@@ -356,6 +358,9 @@ class MigrationCalls:
             if not link.monitor.takes_descriptors:
                 text = "QEMU can be handed a file only over a unix socket"
                 raise VcpuRefused([Refusal("descriptor", text, (), "connect to its QMP socket on its own host")])
+            if cookie.runs is not runs:
+                text = f"the guest was {'let run' if runs else 'paused'} since this save began"
+                raise VcpuRefused([Refusal("run-state", text, (), "save again")])
             is_written = False
 
             def finished() -> None:
@@ -374,7 +379,14 @@ class MigrationCalls:
                     raise VcpuFailed(f"QEMU could not write it: {status.error or status.status}")
                 if check is not None:
                     await check()
-                if not await saving.is_still_paused(link.monitor):
+                try:
+                    is_paused = await saving.is_still_paused(link.monitor)
+                except VcpuConnectionError:
+                    if not await has_ended(link):
+                        raise
+                    # All that there is of the guest is in the file.
+                    is_paused = True
+                if not is_paused:
                     raise VcpuFailed("somebody has let the guest run while it was being saved", hint="save again")
                 await aio.finish(asyncio.to_thread(finished))
             except VcpuConnectionError as error:
@@ -395,14 +407,21 @@ class MigrationCalls:
                 raise VcpuFailed(f"{why}; the guest {now}", hint=hint) from error
             except BaseException:
                 if is_written:
-                    await aio.finish(end(link))
-                    saving.forget(link)
+                    await aio.finish(self._end_saved(link))
                 else:
                     await aio.finish(self._go_on(link, runs=runs))
                 raise
-            await aio.finish(end(link))
+            return await aio.finish(self._end_saved(link))
+
+    async def _end_saved(self, link: Link) -> bool:
+        """The guest is in the file: its QEMU ends; whether it has."""
+        from qmpvcpu.domain import saving
+        from qmpvcpu.domain.migrate import end
+
+        has_ended = await end(link)
+        if has_ended:
             saving.forget(link)
-            return status
+        return has_ended
 
     async def _after_killed_save(self, link: Link) -> str | None:
         """A guest that a save, which was killed, has left paused goes on."""

@@ -1,16 +1,18 @@
 """A guest that is paused to be saved, and what becomes of it where the process that saves it is killed: the next
-one that connects to the guest lets it go on.
+one that connects to the guest lets it go on, or ends it where all of it is in the file.
 """
 
 from __future__ import annotations
 
 import logging
+import shlex
 from contextlib import suppress
 from typing import Final
 
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.read import run_state
-from qmpvcpu.errors import VcpuError
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused
+from qmpvcpu.host.process import pid_in
 from qmpvcpu.host.saves import PausedGuest, Saves, paused_by_us
 from qmpvcpu.ports import CommandError, Monitor
 
@@ -28,11 +30,20 @@ def _saves() -> Saves | None:
 
 
 def begin(link: Link, fd: int, files: tuple[str, ...], *, runs: bool) -> None:
-    """Remember that this guest is about to be paused; `files` are the names that the file `fd` can have."""
+    """Remember that this guest is about to be paused; `files` are the names that the file `fd` can have.
+
+    Raises:
+        VcpuRefused: another process is saving it.
+    """
     saves = _saves()
-    if saves is not None and link.process is not None:
-        with suppress(OSError):
-            saves.keep(link.process, paused_by_us(fd, files, runs=runs))
+    if saves is None or link.process is None:
+        return
+    other = saves.kept(link.process)
+    if other is not None and not other.is_here and not other.is_left:
+        text = f"process {pid_in(other.saver)} is saving this guest"
+        raise VcpuRefused([Refusal("saving", text, (), "wait for it, or cancel it: migrate-cancel")])
+    with suppress(OSError):
+        saves.keep(link.process, paused_by_us(fd, files, runs=runs))
 
 
 def forget(link: Link) -> None:
@@ -69,6 +80,9 @@ async def is_still_paused(monitor: Monitor) -> bool:
 async def let_go_on(link: Link) -> str | None:
     """If a save was killed while it had this guest paused, the guest goes on as it was, and the file is taken
     away. What was done, in words; None where there was nothing to do, or it could not be done.
+
+    Raises:
+        VcpuConnectionError: all of the guest is in the file, and its QEMU was ended.
     """
     found = _saving(link)
     if found is None or not found.is_left:
@@ -76,6 +90,9 @@ async def let_go_on(link: Link) -> str | None:
     if found.is_here:
         # It may have run since.
         await settle(link)
+        return None
+    if found.is_saved:
+        await _end(link, found)
         return None
     try:
         was_paused = await _resume(link, found)
@@ -89,6 +106,27 @@ async def let_go_on(link: Link) -> str | None:
     text = f"the guest, which a save that was killed had paused, {_done(found)}"
     _LOGGER.info("%s", text)
     return text
+
+
+async def _end(link: Link, guest: PausedGuest) -> None:
+    """The save was made, but for the end of its QEMU."""
+    from qmpvcpu.domain.migrate import end
+
+    try:
+        is_paused = await is_still_paused(link.monitor)
+    except (VcpuError, CommandError) as error:
+        _LOGGER.info("a save was killed, and its guest cannot be asked: %s", error)
+        return
+    if is_paused and not await end(link):
+        return
+    forget(link)
+    if is_paused:
+        file = guest.files[-1]
+        raise VcpuConnectionError(
+            f"the guest is saved in '{file}', and its QEMU, which a save that was killed had left, was ended",
+            reason="closed",
+            hint=f"`qmpvcpu restore {shlex.quote(file)}`",
+        )
 
 
 async def cancel_save(link: Link) -> str | None:

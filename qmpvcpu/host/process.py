@@ -16,7 +16,7 @@ from typing import Final
 
 from qmpvcpu.ports import Peer
 
-__all__ = ["Process", "command_line_of", "find_process", "folder_of", "is_alive", "process_of"]
+__all__ = ["Process", "command_line_of", "find_process", "folder_of", "is_alive", "pid_in", "process_of"]
 
 _PROC: Final = Path("/proc")
 #: include/uapi/linux/net.h, __SO_ACCEPTCON: it listens.
@@ -39,6 +39,11 @@ class Process:
     def key(self) -> str:
         """A file name."""
         return f"{self.boot}-{self.pid}-{self.start}"
+
+
+def pid_in(key: str) -> str:
+    """The process id in a `Process.key`, to be shown."""
+    return key.rpartition("-")[0].rpartition("-")[2]
 
 
 @cache

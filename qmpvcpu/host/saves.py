@@ -32,7 +32,7 @@ class PausedGuest:
     Attributes:
         saver: `Process.key` of that process.
         runs: whether the guest ran.
-        files: names that the file can have, its last one included.
+        files: names that the file can have: the one that it has while it is made, and its last one.
         inode: device and number of the file.
     """
 
@@ -53,12 +53,22 @@ class PausedGuest:
         """Whether the process that saved it has ended."""
         return not is_alive(self.saver)
 
+    @property
+    def is_saved(self) -> bool:
+        """Whether the file has its last name: it is whole then, and has all of the guest. Never raises."""
+        return any(self._is_at(name) for name in self.files[1:])
+
+    def _is_at(self, name: str) -> bool:
+        with suppress(OSError):
+            found = os.lstat(name)
+            return (found.st_dev, found.st_ino) == self.inode
+        return False
+
     def remove_file(self) -> None:
         """Take the file away under whatever name it has. Never raises."""
         for name in self.files:
             with suppress(OSError):
-                found = os.lstat(name)
-                if (found.st_dev, found.st_ino) == self.inode:
+                if self._is_at(name):
                     os.unlink(name)  # noqa: PTH108 - as it was looked at
 
 
@@ -105,11 +115,25 @@ class Saves:
 
     def kept(self, process: Process) -> PausedGuest | None:
         """What is known of this QEMU."""
+        return self._read(self._folder / process.key)
+
+    @staticmethod
+    def _read(path: Path) -> PausedGuest | None:
         with suppress(OSError, ValueError, TypeError, KeyError):
-            data = json.loads(read_file(self._folder / process.key, _LIMIT))
+            data = json.loads(read_file(path, _LIMIT))
             device, number = data["inode"]
             files = tuple(str(name) for name in data["files"])
             return PausedGuest(str(data["saver"]), data["runs"] is True, files, (int(device), int(number)))
+        return None
+
+    def into(self, fd: int) -> str | None:
+        """The `Process.key` of a QEMU that is still there, and whose guest was saved into this file."""
+        with suppress(OSError):
+            file = os.fstat(fd)
+            for path in self._folder.iterdir():
+                found = self._read(path)
+                if found is not None and found.inode == (file.st_dev, file.st_ino) and is_alive(path.name):
+                    return path.name
         return None
 
     def forget(self, process: Process) -> None:

@@ -412,8 +412,6 @@ async def die_saving(source: Qemu, file: Path, moment: str, when: str) -> None:
 KILLED_AT = [
     *(("the guest goes into the file", when) for when in ("before", "after")),
     *(("the file is sealed", when) for when in ("before", "after")),
-    ("the file gets its name", "after"),
-    ("the source ends", "before"),
 ]
 
 
@@ -429,6 +427,72 @@ async def test_killed_while_it_saves_the_next_command_lets_the_guest_go_on(versi
             assert (await cli("vcpucount", source.qmp, "--active", "--live")).code == 0
             assert await runs(source) and os.listdir(folder) == [], moment
         assert (await cli("save", source.qmp, str(folder / "saved"))).code == 0
+
+
+async def test_killed_when_the_guest_is_in_the_file_it_is_saved(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    file = tmp_path / "saved"
+    async with machine() as source, waiting() as target:
+        await die_saving(source, file, "the file gets its name", "after")
+        # It would run twice.
+        run = await cli("restore", str(file), target.qmp, "--json")
+        assert (run.code, "is still here" in run.json["error"]["message"]) == (3, True), run.stdout
+        run = await cli("vcpucount", source.qmp, "--json")
+        assert (run.code, f"is saved in '{file}'" in run.json["error"]["message"]) == (7, True), run.stdout
+        assert await ended(source)
+        assert (await cli("restore", str(file), target.qmp)).code == 0 and await runs(target)
+
+
+async def test_killed_when_the_guest_is_in_the_file_and_let_run_by_its_user_both_stay(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    file = tmp_path / "saved"
+    async with machine() as source:
+        await die_saving(source, file, "the source ends", "before")
+        await source.execute("cont")
+        assert (await cli("vcpucount", source.qmp)).code == 0
+        assert await runs(source) and saving.content(file)
+
+
+async def test_a_qemu_that_dies_when_all_is_written_leaves_the_file(started, tmp_path):
+    """Killed for want of memory, say: there is no guest but the one in the file."""
+    pid = (await cli("list", "--json")).json["domains"][0]["pid"]
+    async with qmpvcpu.connect("one") as domain:
+        with moments.around("the file is sealed", after=lambda: os.kill(pid, signal.SIGKILL)):
+            await saving.save(domain, tmp_path / "saved")
+    assert saving.content(tmp_path / "saved")
+
+
+async def test_paused_since_the_save_began_it_is_refused(tmp_path):
+    async with machine() as source, qmpvcpu.connect(qmp=source.qmp) as domain:
+        cookie = await domain.migrate_begin()
+        await source.execute("stop")
+        made = saving.File(tmp_path / "saved", b"cookie")
+        with pytest.raises(qmpvcpu.VcpuRefused, match="was paused since this save began"):
+            await domain.save(cookie, made.fd, made.offset, made.finish)
+        made.discard()
+        assert not await runs(source)
+
+
+@pytest.mark.parametrize("capability", ["compress", "pause-before-switchover", "xbzrle"])
+async def test_what_somebody_has_switched_on_for_migrations_is_off(capability, tmp_path):
+    file = str(tmp_path / "saved")
+    async with machine("7.2") as source, waiting(version="7.2") as target:
+        switched = [{"capability": capability, "state": True}]
+        await source.execute("migrate-set-capabilities", {"capabilities": switched})
+        run = await cli("save", source.qmp, file, "--json")
+        assert run.code == 0, run.stdout
+        run = await cli("restore", file, target.qmp, "--json")
+        assert run.code == 0 and await runs(target), run.stdout
+
+
+async def test_a_definition_that_would_not_be_read_again_is_not_saved(started, tmp_path):
+    document = (await cli("dumpxml", "one", "--inactive")).stdout
+    file = tmp_path / "big.xml"
+    file.write_text(document.replace("<memory", f"<description>{'x' * (9 << 19)}</description><memory", 1))
+    assert (await cli("define", str(file))).code == 0
+    run = await cli("save", "one", str(tmp_path / "saved"), "--json")
+    assert (run.code, "more than 8388608 bytes" in run.json["error"]["message"]) == (3, True), run.stdout
+    assert await names() == {"one": True} and not (tmp_path / "saved").exists()
 
 
 async def test_killed_while_memory_moves_that_is_ended_too(tmp_path, monkeypatch):
