@@ -255,9 +255,19 @@ def _stopped(run_state: str, *, drops: bool) -> str:
     if run_state in _NEEDS_RESET:
         text = f"the guest has ended ({run_state}): QEMU refuses 'cont' until a reset"
         return f"{text}, which drops the request" if drops else text
-    return f"the guest is stopped ({run_state}): it can answer only after 'cont'"
+    what = _LETS_IT_RUN.get(run_state, "'cont'")
+    return f"the guest is stopped ({run_state}): it can answer only after {what}"
 
 
+#: QAPI RunState: what lets the guest run, where that is not `cont`.
+_LETS_IT_RUN: Final = {
+    "inmigrate": "the incoming migration",
+    "suspended": "'system_wakeup'",
+    "postmigrate": "'cont', or at the destination",
+    "finish-migrate": "the migration",
+    "restore-vm": "the snapshot is loaded",
+    "save-vm": "the snapshot is saved",
+}
 #: QAPI RunState: "Resetting the Virtual Machine is required" (7.2 to 11.1).
 _NEEDS_RESET: Final = frozenset({"shutdown", "internal-error"})
 

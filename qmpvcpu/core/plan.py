@@ -138,8 +138,12 @@ class Plan:
         """What is as asked, as lines for a person, in the word that was asked about."""
         is_guest = self.request.has(VcpuFlag.GUEST)
         if self.request.total is not None:
-            word = "online in the guest" if is_guest else "enabled"
-            return [f"nothing to do: {self.request.total} vCPUs are {word} already"]
+            total = self.request.total
+            some = "1 vCPU is" if total == 1 else f"{total} vCPUs are"
+            if self.offline_already:
+                rest = f"vCPU {format_ids(self.offline_already)} plugged and offline in the guest"
+                return [f"nothing to do: {some} online already, and {rest}"]
+            return [f"nothing to do: {some} {'online in the guest' if is_guest else 'enabled'} already"]
         on, off = ("online in the guest", "offline in the guest") if is_guest else ("enabled", "disabled")
         words: dict[str, list[int]] = {}
         for number in self.unchanged:

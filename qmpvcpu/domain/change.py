@@ -372,8 +372,10 @@ async def _in_the_guest(
                 rejected.messages += (f"nor did the guest agent: {done.message}",)
                 return rejected
             end = done
+        if not request.has(VcpuFlag.GUEST) and (left_there := sorted({*offlines, *plan.offline_already})):
+            end = replace(end, messages=(*end.messages, still_plugged(left_there)))
         if view is not None and not end.changed:
-            end = _as_seen(link, plan, view, end)
+            end = _as_seen(link, view, end)
         if request.wait:
             plugged = [number for entity in (*plan.awaited, *plan.plugs) for number in entity.ids]
             fresh = [n for n in plugged if n not in end.pending and link.state.vcpus[n].enabled]
@@ -394,8 +396,6 @@ async def _switch(
     except asyncio.CancelledError as error:
         raise leaving(error, await _half_switched(link, guest, view, ids)) from error
     messages = list(before.messages)
-    if not online and not plan.request.has(VcpuFlag.GUEST) and not run.failures:
-        messages.append(still_plugged(ids))
     if view.assumed:
         messages.append(_ASSUMED)
     with leaves(lambda: Interrupted(changed_ids=run.changed)):
@@ -429,13 +429,10 @@ _ASSUMED: Final = (
 )
 
 
-def _as_seen(link: Link, plan: Plan, view: GuestView, end: Outcome) -> Outcome:
+def _as_seen(link: Link, view: GuestView, end: Outcome) -> Outcome:
     """Nothing was to be done; the rows with what the guest says."""
     state = with_online(link.state, view)
-    messages = list(end.messages)
-    if plan.offline_already:
-        messages.append(still_plugged(plan.offline_already))
-    return replace(end, rows=tuple(state.vcpus[row.id] for row in end.rows), messages=tuple(messages))
+    return replace(end, rows=tuple(state.vcpus[row.id] for row in end.rows))
 
 
 async def _until_online(
