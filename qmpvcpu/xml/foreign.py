@@ -19,13 +19,30 @@ __all__ = ["host_parts", "without_program"]
 #: QEMU's name of a machine type: nothing that begins another option of -machine.
 _WORD: Final = re.compile(r"[A-Za-z0-9_.+-]{1,100}\Z")
 _BOOT_FILES: Final = ("os/kernel", "os/initrd", "os/dtb", "os/loader", "os/nvram", "os/firmware")
-#: Memory backends without a file behind them, and options by which one names something of the host.
+#: Memory backends without a file behind them.
 _ANONYMOUS: Final = frozenset({"memory-backend-ram", "memory-backend-memfd"})
-_HOST_OPTIONS: Final = frozenset({"mem-path", "path", "device", "filename", "file", "fd", "rom", "canonical-path"})
+#: A value that cannot name anything: a switch, a number or a size.
+_VALUE: Final = re.compile(
+    r"(?:on|off|yes|no|true|false|auto|0x[0-9a-f]{1,16}|-?[0-9]{1,20}(?:\.[0-9]{1,20})?[bkmgtpe]?)\Z",
+    re.IGNORECASE,
+)
+#: Keys whose value is a file, a socket, a descriptor or a host's NUMA node, also where it looks like a number.
+_NAMES_HOST: Final = re.compile(
+    r"host[-_]nodes|(?:.*[-._])?(?:path|file|filename|device|fd|rom|socket|splash|shim|certs?)\Z"
+)
+#: Keys whose value is one of QEMU's own words, or the id of an object (QEMU 7.2 to 11.1).
+_ENUMERATED: Final = re.compile(
+    r"kernel-irqchip|thread|notify-vmexit|gic-version|iommu|msi|kvm-type|vm-type|ic-mode|resize-hpt|max-cpu-compat"
+    r"|cap-[a-z-]+|nvdimm-persistence|aia|loadparm|x-oem-id|x-oem-table-id|boot\.(?:order|once)"
+    r"|smp-cache\.[0-9]+\.(?:cache|topology)|memory-backend|pflash[01]|audiodev|pcspk-audiodev"
+    r"|compat|priv-spec|vext-spec"
+)
+#: Keys of -cpu whose value the guest reads as text.
+_TEXTS: Final = frozenset({"vendor", "model-id", "hv-vendor-id"})
 
 
 def host_parts(xml: bytes, trusted: Definition | None = None) -> list[str]:
-    """What in a domain's XML is of its host: command lines and files, each by the element's name.
+    """What in a domain's XML is of its host: command lines and files, each by the element's or the option's name.
 
     Args:
         xml: of the domain.
@@ -48,20 +65,27 @@ def _of_options(definition: Definition, trusted: Definition | None) -> Iterable[
     )
     backends: tuple[MemoryBackend | Dimm, ...] = (*definition.options.backends, *definition.dimms)
     for backend in backends:
-        is_plain = backend.driver in _ANONYMOUS and not _names_host(backend.options)
-        if not is_plain and backend not in known:
+        is_plain = backend.driver in _ANONYMOUS and all(_VALUE.match(value) for _, value in backend.options)
+        if (not is_plain or any(_NAMES_HOST.match(key) for key, _ in backend.options)) and backend not in known:
             yield f"memory in {backend.driver}"
     if definition.machine is not None and not _WORD.match(definition.machine):
         yield "<os><type machine>"
-    options = definition.options
     for owner in ("machine", "accel", "cpu"):
-        pairs = getattr(options, owner)
-        if _names_host(pairs) and (trusted is None or pairs != getattr(trusted.options, owner)):
-            yield f"options of -{owner}"
+        accepted = getattr(trusted.options, owner) if trusted is not None else ()
+        for key, value in getattr(definition.options, owner):
+            if (key, value) not in accepted and not _is_plain(owner, key, value):
+                yield f"option {key} of -{owner}"
 
 
-def _names_host(pairs: Iterable[tuple[str, str]]) -> bool:
-    return any(key in _HOST_OPTIONS or "/" in value for key, value in pairs)
+def _is_plain(owner: str, key: str, value: str) -> bool:
+    """Whether an option cannot name a file, a socket or a program. What is not known might."""
+    # QEMU takes both.
+    key = key.replace("_", "-")
+    if _NAMES_HOST.match(key):
+        return False
+    if owner == "cpu" and key in _TEXTS:
+        return True
+    return bool(_VALUE.match(value) or (_ENUMERATED.fullmatch(key) and _WORD.match(value)))
 
 
 def _of_devices(root: Element) -> Iterable[str]:

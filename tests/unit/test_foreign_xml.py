@@ -65,7 +65,7 @@ def added(before: str, text: str) -> str:
         ),
         (
             added("<memory unit", MEMORY.format("<qmpvcpu:option of='accel' name='device' value='/dev/other'/>")),
-            ["options of -accel"],
+            ["option device of -accel"],
         ),
         (
             added("<memory unit", MEMORY.format("<qmpvcpu:option of='machine' name='hpet' value='off'/>")),
@@ -75,6 +75,64 @@ def added(before: str, text: str) -> str:
 )  # fmt: skip
 def test_what_is_of_a_host_is_named(xml, parts):
     assert trust.host_parts(xml) == parts
+
+
+def with_option(owner: str, name: str, value: str) -> str:
+    option = f"<qmpvcpu:option of='{owner}' name='{name}' value='{value}'/>"
+    return added("<memory unit", MEMORY.format(option))
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        ("machine", "boot.splash", "secret.bmp"),
+        ("machine", "boot.splash", "1"),
+        ("machine", "boot-certs.0.path", "certs"),
+        ("machine", "shim", "shim.efi"),
+        ("machine", "no-such-option", "word"),
+        ("machine", "kernel-irqchip", "/dev/x"),
+        ("accel", "rapl-helper-socket", "name"),
+        ("accel", "fd", "3"),
+        ("cpu", "no-such-feature", "name"),
+    ],
+)
+def test_an_option_that_may_name_a_file_is_named(owner, name, value):
+    xml = with_option(owner, name, value)
+    assert trust.host_parts(xml) == [f"option {name} of -{owner}"]
+    assert trust.host_parts(xml, defined=PLAIN) == [f"option {name} of -{owner}"]
+    assert trust.host_parts(xml, defined=xml) == []
+
+
+@pytest.mark.parametrize(
+    ("owner", "name", "value"),
+    [
+        ("machine", "kernel-irqchip", "split"),
+        ("machine", "kernel_irqchip", "split"),
+        ("machine", "gic-version", "max"),
+        ("machine", "cap-cfpc", "fixed-ccd"),
+        ("machine", "nvdimm-persistence", "mem-ctrl"),
+        ("machine", "max-ram-below-4g", "2G"),
+        ("machine", "vmport", "auto"),
+        ("machine", "smp-cache.0.topology", "core"),
+        ("machine", "memory-backend", "pc.ram"),
+        ("accel", "thread", "single"),
+        ("accel", "tb-size", "64"),
+        ("cpu", "hv-spinlocks", "0x1fff"),
+        ("cpu", "tsc-frequency", "2500000000"),
+        ("cpu", "model-id", "Westmere E56xx/L56xx (IBRS)"),
+        ("cpu", "hv_vendor_id", "KVMKVMKVM"),
+    ],
+)
+def test_an_option_of_the_machine_is_taken(owner, name, value):
+    assert trust.host_parts(with_option(owner, name, value)) == []
+
+
+@pytest.mark.parametrize(
+    "option", ["name='host-nodes' value='0'", "name='policy' value='bind'", "name='prealloc-context' value='x'"]
+)
+def test_memory_on_nodes_of_the_host_is_named(option):
+    backend = f"<qmpvcpu:memory id='a'><qmpvcpu:option {option}/></qmpvcpu:memory>"
+    assert trust.host_parts(added("<memory unit", MEMORY.format(backend))) == ["memory in memory-backend-ram"]
 
 
 def test_with_a_definition_of_the_user_devices_are_of_that():
