@@ -159,8 +159,8 @@ async def _destination(
         )
         try:
             async with connect(qmp=runtime.qmp, agent=agent or runtime.agent, xml=_file(word)) as domain:
-                notes = await domain.place(cookie.xml) if place else []
-                messages = (*launched.messages, *notes)
+                notes = await domain.place(start.definable.xml) if place else []
+                messages = (*start.messages, *launched.messages, *notes)
                 place_there = _Place(
                     domain,
                     word,
@@ -607,6 +607,8 @@ async def restore(
         async with _destination(
             dest, cookie, mode, place=place, timeout=timeout, startable=_startable(cookie, known)
         ) as target:
+            # From here on, what is remembered of this destination is what may be defined.
+            cookie = target.cookie or cookie
             differences = await check_sides(cookie, target.domain)
             await target.domain.migrate_prepare(cookie, place=place, differences=differences)
 
@@ -619,7 +621,7 @@ async def restore(
             if saved.digest is None:
                 messages.append(f"'{file}' has no digest: whether it is what was saved could not be checked")
             try:
-                messages += _define_restored(target, target.cookie or cookie)
+                messages += _define_restored(target, cookie)
             except VcpuRefused as error:
                 messages.append(f"it is not defined: {error.message}")
             return Restored(target.name, target.qmp, state.enabled_ids, cookie.runs, tuple(messages))

@@ -1,8 +1,8 @@
 """What a destination is started of, where the guest's XML comes from a file: a saved guest, or a cookie.
 
 What the user has defined is trusted. A file supplies the machine, CPUs, memory and addresses, and never a program,
-a command line, a socket or a path: those are of the definition that the guest had when this user saved it, or that
-the user has of it now; else there must be none.
+a command line, a socket, a path or a place on the host: those are of the definition that the guest had when this
+user saved it, or that the user has of it now; else there must be none.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qmpvcpu.core.migration import Cookie
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.host.definitions import DefinitionFolder
 from qmpvcpu.xml.domain import read_domain
-from qmpvcpu.xml.foreign import host_parts, without_program
+from qmpvcpu.xml.foreign import host_parts, without_placing, without_program
 
 __all__ = ["Startable", "of_file", "of_user"]
 
@@ -24,15 +24,16 @@ __all__ = ["Startable", "of_file", "of_user"]
 @dataclass(frozen=True, slots=True)
 class Startable:
     """A cookie whose XML may be started, and defined. `devices` is the XML that has its program and devices; None:
-    the cookie's own.
+    the cookie's own. `messages` say what of a file was left out.
     """
 
     cookie: Cookie
     devices: bytes | None = None
+    messages: tuple[str, ...] = ()
 
     @property
     def definable(self) -> Cookie:
-        """The cookie whose XML may be defined."""
+        """The cookie whose XML may be defined, and says where on this host the guest's threads run."""
         return self.cookie if self.devices is None else replace(self.cookie, xml=self.devices)
 
 
@@ -47,7 +48,8 @@ async def of_file(cookie: Cookie, names: Iterable[str], kept: bytes | None) -> S
     Args:
         cookie: as it was read.
         names: under which the guest can be defined here, the first that is.
-        kept: its definition, where it is known that this user had it when this file was written.
+        kept: its definition, where it is known that this user had it when this file was written, and that every
+            byte of the cookie is as it was then.
 
     Raises:
         VcpuRefused: the file names what is of a host, and nothing that is trusted has it; every part.
@@ -62,12 +64,15 @@ async def of_file(cookie: Cookie, names: Iterable[str], kept: bytes | None) -> S
             f"`qmpvcpu define FILE` with the XML of '{cookie.name}', and try again: its devices are of that then"
         )
         raise VcpuRefused([Refusal("trust", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")])
+    xml, left_out = without_placing(cookie.xml)
     if trusted is not None:
-        return Startable(replace(cookie, persistent=None), trusted)
+        return Startable(replace(cookie, xml=xml, persistent=None), trusted)
     machine = read_domain(cookie.xml)[1]
     version = cookie.picture.version if cookie.picture is not None else None
     emulator = await find_emulator(qemu_arch(machine), version)
-    return Startable(replace(cookie, xml=without_program(cookie.xml, emulator), persistent=None))
+    messages = (f"{', '.join(left_out)}: left out: only the guest's definition says where on this host it runs",)
+    xml = without_program(xml, emulator)
+    return Startable(replace(cookie, xml=xml, persistent=None), None, messages if left_out else ())
 
 
 def _defined(cookie: Cookie, names: Iterable[str]) -> bytes | None:

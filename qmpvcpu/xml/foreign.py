@@ -14,13 +14,15 @@ from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.hardware import QEMU_NAMESPACE
 from qmpvcpu.xml.source import Document, Element
 
-__all__ = ["host_parts", "without_program"]
+__all__ = ["host_parts", "without_placing", "without_program"]
 
 #: QEMU's name of a machine type: nothing that begins another option of -machine.
 _WORD: Final = re.compile(r"[A-Za-z0-9_.+-]{1,100}\Z")
 _BOOT_FILES: Final = ("os/kernel", "os/initrd", "os/dtb", "os/loader", "os/nvram", "os/firmware")
 #: Memory backends without a file behind them.
 _ANONYMOUS: Final = frozenset({"memory-backend-ram", "memory-backend-memfd"})
+#: Elements that say where on its host a guest runs, and how much of it the guest gets.
+_TUNING: Final = ("cputune", "numatune", "memtune", "blkiotune", "resource")
 #: A value that cannot name anything: a switch, a number or a size.
 _VALUE: Final = re.compile(
     r"(?:on|off|yes|no|true|false|auto|0x[0-9a-f]{1,16}|-?[0-9]{1,20}(?:\.[0-9]{1,20})?[bkmgtpe]?)\Z",
@@ -101,6 +103,31 @@ def _of_devices(root: Element) -> Iterable[str]:
     for element in devices.children if devices is not None else ():
         if element.name == "disk" and element.child("source") is not None:
             yield "<disk>"
+
+
+def without_placing(xml: bytes) -> tuple[bytes, list[str]]:
+    """The same without host CPUs, schedulers, host NUMA nodes and shares of the host; and what was left out, each
+    by the element's name.
+
+    Args:
+        xml: of a domain.
+
+    Raises:
+        VcpuRefused: it is not a domain's XML.
+    """
+    document, _ = read_domain(xml)
+    root = document.root
+    found: dict[str, None] = {}
+    for element in root.children:
+        if element.name in _TUNING:
+            document.remove(element)
+            found[f"<{element.name}>"] = None
+    vcpu = root.child("vcpu")
+    for key in ("cpuset", "placement") if vcpu is not None else ():
+        if vcpu is not None and key in vcpu.attributes:
+            document.set_attribute(vcpu, key, None)
+            found[f"<vcpu {key}>"] = None
+    return document.to_bytes(), list(found)
 
 
 def without_program(xml: bytes, emulator: str | None) -> bytes:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from tests.qemu.test_migrate_real import SPARSE, names, started
@@ -112,3 +114,35 @@ async def test_devices_are_of_the_users_own_definition(saved, evil, tmp_path):
     run = await cli("restore", str(bad), "--json")
     assert run.code == 3 and "device virtio-rng-pci: none at the source, 1" in run.json["error"]["message"]
     assert await names() == {"one": False}
+
+
+async def scheduler(name) -> int:
+    """Of the thread of vCPU 0."""
+    async with connected(str(folder_of(name) / "qmp2")) as qmp:
+        return os.sched_getscheduler((await qmp.command("query-cpus-fast"))[0]["thread-id"])
+
+
+async def test_a_place_on_the_host_is_of_the_users_own_definition(saved, tmp_path):
+    tune = "<cputune><vcpusched vcpus='0' scheduler='{}'/></cputune>"
+    placed, defined = tmp_path / "placed", tmp_path / "one.xml"
+    with_devices(saved, placed, tune.format("idle"))
+    run = await cli("restore", str(placed), "--json")
+    assert run.code == 0 and any("<cputune>: left out" in text for text in run.json["messages"]), run.stdout
+    assert await scheduler("one") == os.SCHED_OTHER
+    assert "cputune" not in (await cli("dumpxml", "one", "--inactive")).stdout
+    assert (await cli("destroy", "one")).code == 0
+    defined.write_text(SPARSE.replace("</domain>", tune.format("batch") + "</domain>"))
+    assert (await cli("define", str(defined))).code == 0
+    run = await cli("restore", str(placed), "--json")
+    assert run.code == 0 and not any("left out" in text for text in run.json["messages"]), run.stdout
+    assert await scheduler("one") == os.SCHED_BATCH
+    assert (await cli("destroy", "one")).code == 0
+    # And as a cookie.
+    cookie = tmp_path / "cookie"
+    cookie.write_bytes(saving.content(placed)[0])
+    run = await cli("migrate-prepare", str(cookie), "one", "--json")
+    assert run.code == 0 and await scheduler("one") == os.SCHED_BATCH, run.stdout
+    assert (await cli("destroy", "one")).code == 0 and (await cli("undefine", "one")).code == 0
+    run = await cli("migrate-prepare", str(cookie), "one", "--json")
+    assert run.code == 0 and any("<cputune>: left out" in text for text in run.json["messages"]), run.stdout
+    assert await scheduler("one") == os.SCHED_OTHER

@@ -16,6 +16,12 @@ def without_program(xml: str, emulator: str | None) -> str:
     return foreign.without_program(xml.encode(), emulator).decode()
 
 
+def without_placing(xml: str) -> tuple[str, list[str]]:
+    """The same without a place on the host, and the elements that were left out."""
+    text, found = foreign.without_placing(xml.encode())
+    return text.decode(), found
+
+
 def program_and_agent(xml: str) -> tuple[str | None, str | None]:
     """The program and the agent's socket that a document names."""
     definition = read_domain(xml.encode())[1]

@@ -135,6 +135,18 @@ def test_memory_on_nodes_of_the_host_is_named(option):
     assert trust.host_parts(added("<memory unit", MEMORY.format(backend))) == ["memory in memory-backend-ram"]
 
 
+def test_a_place_on_the_host_is_left_out():
+    tuning = (
+        "<cputune><vcpupin vcpu='0' cpuset='1'/><vcpusched vcpus='0' scheduler='fifo' priority='99'/></cputune>"
+        "<numatune><memory mode='strict' nodeset='0'/></numatune><resource><partition>/m</partition></resource>"
+    )
+    placed = added("</vcpu>", f"</vcpu>{tuning}").replace("<vcpu ", "<vcpu placement='static' cpuset='0-1' ")
+    text, found = trust.without_placing(placed)
+    assert text == PLAIN
+    assert found == ["<cputune>", "<numatune>", "<resource>", "<vcpu cpuset>", "<vcpu placement>"]
+    assert trust.without_placing(PLAIN) == (PLAIN, [])
+
+
 def test_with_a_definition_of_the_user_devices_are_of_that():
     xml = added("</domain>", "<qemu:commandline><qemu:arg value='-S'/></qemu:commandline></domain>")
     assert trust.host_parts(xml, defined=PLAIN) == []
