@@ -156,10 +156,12 @@ def _head(state: int, length: int, offset: int) -> bytes:
     return _HEADER.pack(_MAGIC, _FORMAT, state, length, offset)
 
 
-def _digest(fd: int, head: bytes, given_up: threading.Event) -> bytes:
-    """Of a file whose first bytes are to be `head`. Raises OSError: it cannot be read, or it was given up."""
-    found = hashlib.sha256(head + bytes(_DIGEST_BYTES))
-    at = _HEAD_BYTES
+def _digest(fd: int, head: bytes, given_up: threading.Event, cookie: bytes = b"") -> bytes:
+    """Of a file whose first bytes are to be `head`; `cookie` is what was read of it behind them, and is not read
+    again. Raises OSError: it cannot be read, or it was given up.
+    """
+    found = hashlib.sha256(head + bytes(_DIGEST_BYTES) + cookie)
+    at = _HEAD_BYTES + len(cookie)
     while data := os.pread(fd, _CHUNK, at):
         if given_up.is_set():
             raise OSError(errno.ECANCELED, os.strerror(errno.ECANCELED))
@@ -245,13 +247,14 @@ def _checked(path: str, fd: int, given_up: threading.Event) -> SavedFile:
     start = _HEADER.size if file_format == _NO_DIGEST else _HEAD_BYTES
     if length > _MOST_COOKIE or offset < start + length or offset >= os.fstat(fd).st_size:
         raise _refused(f"'{path}' is damaged: its header does not fit it")
+    # The digest is of these very bytes: somebody might write to the file meanwhile.
+    cookie = _pread(fd, length, start)
     digest = None
     if file_format == _FORMAT:
         digest = head[_HEADER.size :].hex()
-        if _digest(fd, head[: _HEADER.size], given_up).hex() != digest:
+        if _digest(fd, head[: _HEADER.size], given_up, cookie).hex() != digest:
             text = f"'{path}' is damaged: it is not what was saved (its SHA-256 digest differs)"
             raise _refused(text, "take it from a copy of the file, if there is one")
-    cookie = _pread(fd, length, start)
     os.lseek(fd, offset, os.SEEK_SET)
     return SavedFile(cookie, fd, offset, digest)
 

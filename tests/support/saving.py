@@ -50,9 +50,23 @@ class File:
         self._saving.discard()
 
 
-def content(path: Path) -> tuple[bytes, bytes]:
-    """The cookie in a whole file, and the first kilobyte of what QEMU wrote."""
-    saved = open_saved(str(path))
+class _Meanwhile(threading.Event):
+    """Is looked at while the file is read."""
+
+    def __init__(self, act: Callable[[], object]) -> None:
+        super().__init__()
+        self._act = act
+
+    def is_set(self) -> bool:
+        self._act()
+        return False
+
+
+def content(path: Path, meanwhile: Callable[[], object] = lambda: None) -> tuple[bytes, bytes]:
+    """The cookie in a whole file, and the first kilobyte of what QEMU wrote; `meanwhile` is called once some of it
+    has been read.
+    """
+    saved = open_saved(str(path), _Meanwhile(meanwhile))
     try:
         return saved.cookie, os.read(saved.fd, 1024)
     finally:

@@ -81,6 +81,19 @@ def test_what_has_grown_is_refused(data, tmp_path):
     check_refused(tmp_path / "long", data + b"\0", "its SHA-256 digest differs")
 
 
+def test_the_cookie_is_the_one_whose_digest_was_checked(data, tmp_path):
+    path = tmp_path / "swapped"
+    path.write_bytes(data)
+
+    def swap():
+        with path.open("r+b") as file:
+            file.seek(72)
+            file.write(b"<" * len(COOKIE))
+
+    assert saving.content(path, swap)[0] == COOKIE
+    check_refused(path, path.read_bytes(), "its SHA-256 digest differs")
+
+
 def test_the_first_format_has_no_digest_and_is_read(data, tmp_path):
     path = tmp_path / "old"
     path.write_bytes(saving.of_the_first_format(data))
