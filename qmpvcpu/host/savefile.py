@@ -9,6 +9,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import os
+import re
 import stat
 import struct
 import threading
@@ -38,6 +39,8 @@ _PART, _WHOLE = 0, 1
 _ALIGNED: Final = 4096
 _MOST_COOKIE: Final = 17 * 1024 * 1024
 _MARK: Final = ".saving-"
+#: Bytes of a name that leave room for what stands around it meanwhile.
+_LONGEST: Final = 255 - len(f".{_MARK}") - 31
 #: Bytes that are read and hashed at once.
 _CHUNK: Final = 4 << 20
 
@@ -51,7 +54,8 @@ class Saving:
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(self._path.stat().st_mode):
                 raise OSError(errno.EINVAL, "it is there, and is no regular file", str(path))
-        self._temporary = self._path.with_name(f".{self._path.name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
+        self._prefix = _prefix(self._path.name)
+        self._temporary = self._path.with_name(f"{self._prefix}{os.getpid()}-{time.monotonic_ns()}")
         self.offset = -(-(_HEAD_BYTES + len(cookie)) // _ALIGNED) * _ALIGNED
         self._cookie = cookie
         self._given_up = threading.Event()
@@ -145,11 +149,21 @@ class Saving:
 
     def _sweep(self) -> None:
         """What others have left who were killed."""
+        made = re.compile(re.escape(self._prefix) + "([0-9]{1,10})-[0-9]{1,20}")
         with suppress(OSError):
-            for one in self._path.parent.glob(f".{self._path.name}{_MARK}*-*"):
-                pid = one.name.rpartition(_MARK)[2].partition("-")[0]
-                if pid.isdigit() and not os.access(f"/proc/{pid}", os.F_OK):
+            for one in self._path.parent.iterdir():
+                owner = made.fullmatch(one.name)
+                if owner is not None and not os.access(f"/proc/{owner[1]}", os.F_OK):
                     one.unlink()
+
+
+def _prefix(name: str) -> str:
+    """Of the names that a file of this name has while it is made."""
+    data = os.fsencode(name)
+    if len(data) > _LONGEST:
+        # NAME_MAX of Linux is 255 bytes.
+        name = f"{data[: _LONGEST - 33].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:32]}"
+    return f".{name}{_MARK}"
 
 
 def _head(state: int, length: int, offset: int) -> bytes:

@@ -41,6 +41,7 @@ class File:
         self._saving = Saving(path, cookie)
         self.fd = self._saving.fd
         self.offset = self._saving.offset
+        self.temporary = Path(self._saving.temporary)
 
     def finish(self) -> int:
         """It is whole; its size. Raises OSError: QEMU has written nothing."""

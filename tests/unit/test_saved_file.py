@@ -104,3 +104,44 @@ def test_a_fifo_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(VcpuRefused, match="is not a regular file"):
         saving.content(tmp_path / "fifo")
+
+
+#: Pids end at 4194304.
+NOBODY = "4999999-1"
+
+
+def left_by_nobody(made):
+    """The name that it has where the process that made it was killed."""
+    return made.temporary.with_name(f"{made.temporary.name.rpartition('-')[0].rpartition('-')[0]}-{NOBODY}")
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["guest[1]", "a*", "what?", "a\\b", "x" * 255, "x" + "\u00e4" * 127],
+    ids=["brackets", "star", "mark", "backslash", "long", "long-utf8"],
+)
+def test_what_a_killed_save_left_is_swept_whatever_its_name(name, tmp_path):
+    made = saving.File(tmp_path / name, COOKIE)
+    left = left_by_nobody(made)
+    made.discard()
+    left.touch()
+    made = saving.File(tmp_path / name, COOKIE)
+    os.write(made.fd, STREAM)
+    made.finish()
+    assert os.listdir(tmp_path) == [name]
+
+
+@pytest.mark.parametrize(
+    ("name", "other"),
+    [("a*", "ab"), ("a?", "ab"), ("[ab]", "a"), ("a", "a.saving-5"), ("x" * 255, "x" * 254), ("a", "A")],
+    ids=["star", "mark", "brackets", "made", "long", "case"],
+)
+def test_what_another_file_left_stays(name, other, tmp_path):
+    made = saving.File(tmp_path / other, COOKIE)
+    left = left_by_nobody(made)
+    made.discard()
+    left.touch()
+    plain = tmp_path / NOBODY
+    plain.touch()
+    saving.File(tmp_path / name, COOKIE).discard()
+    assert left.exists() and plain.exists()
