@@ -7,6 +7,7 @@ another name. So a file under the name that the user gave is a whole guest, or i
 from __future__ import annotations
 
 import errno
+import fcntl
 import hashlib
 import os
 import re
@@ -41,6 +42,8 @@ _MOST_COOKIE: Final = 17 * 1024 * 1024
 _MARK: Final = ".saving-"
 #: Bytes of a name that leave room for what stands around it meanwhile.
 _LONGEST: Final = 255 - len(f".{_MARK}") - 31
+#: `struct flock` of Linux on 64 bits: type, whence, start, length, pid.
+_FLOCK: Final = "hhqqi0q"
 #: Bytes that are read and hashed at once.
 _CHUNK: Final = 4 << 20
 
@@ -54,6 +57,9 @@ class Saving:
         with suppress(FileNotFoundError):
             if not stat.S_ISREG(self._path.stat().st_mode):
                 raise OSError(errno.EINVAL, "it is there, and is no regular file", str(path))
+            if _is_locked(self._path):
+                text = "another process has locked it, as QEMU does with the disks of a guest"
+                raise OSError(errno.EBUSY, text, str(path))
         self._prefix = _prefix(self._path.name)
         self._temporary = self._path.with_name(f"{self._prefix}{os.getpid()}-{time.monotonic_ns()}")
         self.offset = -(-(_HEAD_BYTES + len(cookie)) // _ALIGNED) * _ALIGNED
@@ -155,6 +161,21 @@ class Saving:
                 owner = made.fullmatch(one.name)
                 if owner is not None and not os.access(f"/proc/{owner[1]}", os.F_OK):
                     one.unlink()
+
+
+def _is_locked(path: Path) -> bool:
+    """Whether a part of the file has a lock of fcntl(2), which QEMU takes of every image (block/file-posix.c). A
+    file that cannot be read here counts as one without. Raises OSError.
+    """
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    except PermissionError:
+        return False
+    try:
+        whole = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
+        return int(struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, whole))[0]) != fcntl.F_UNLCK
+    finally:
+        os.close(fd)
 
 
 def _prefix(name: str) -> str:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
+import struct
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -104,6 +106,20 @@ def test_a_fifo_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo")
     with pytest.raises(VcpuRefused, match="is not a regular file"):
         saving.content(tmp_path / "fifo")
+
+
+def test_a_disk_that_a_guest_uses_is_not_replaced(tmp_path):
+    disk = tmp_path / "disk"
+    disk.write_bytes(b"disk")
+    with disk.open("rb") as used:
+        # QEMU's lock of an image that it writes to (block/file-posix.c).
+        lock = struct.pack("hhqqi0q", fcntl.F_RDLCK, os.SEEK_SET, 101, 1, 0)
+        fcntl.fcntl(used, fcntl.F_OFD_SETLK, lock)
+        with pytest.raises(OSError, match="another process has locked it"):
+            saving.File(disk, COOKIE)
+    assert os.listdir(tmp_path) == ["disk"] and disk.read_bytes() == b"disk"
+    # One that no guest uses any more can be replaced.
+    saving.File(disk, COOKIE).discard()
 
 
 #: Pids end at 4194304.
