@@ -13,6 +13,7 @@ from dataclasses import replace
 from types import TracebackType
 from typing import Any, Literal, TypedDict, Unpack
 
+from qmpvcpu import aio
 from qmpvcpu.core import checks
 from qmpvcpu.core.config import state_of
 from qmpvcpu.core.guest import GuestView
@@ -657,7 +658,11 @@ class Domain(MigrationCalls):
             else:
                 raise
             return
-        self._let_go_on = await self._after_killed_save(self._link)
+        try:
+            self._let_go_on = await self._after_killed_save(self._link)
+        except BaseException:
+            await aio.finish(self._close())
+            raise
         address = self._agent_address()
         if address is not None and self._agent_at is not None:
             self._guest = Guest(self._agent_at(address), self._link.monitor, self._hub.emit)
