@@ -138,10 +138,9 @@ QUIRKS: Final = (
     ),
     Quirk(
         "x86-tcg-single-thread-unplug",
-        "`qemu_thread_join` aborts QEMU at an unplug",
+        "`qemu_thread_join` aborts QEMU once the guest has ejected the CPU",
         _UNPLUG,
-        ("7.2", "10.0"),
-        fixed=QemuVersion(11, 1),
+        ("7.2", "10.0", "11.1"),
         arches=_X86,
         accel="tcg",
         facts=frozenset({Fact.SINGLE_THREAD}),

@@ -14,6 +14,7 @@ import pytest
 import qmpvcpu
 from qmpvcpu import VcpuFlag
 from tests.support.commands import cli, start_cli
+from tests.support.ejecting import ejecting
 from tests.support.qemus import VERSIONS, matrix, paused
 from tests.support.waiting import until
 
@@ -137,7 +138,7 @@ async def test_s390x_never_unplugs(arch, version):
 
 @pytest.mark.parametrize(
     ("version", "accel", "words"),
-    [("7.2", "tcg", "crashes"), ("7.2", "tcg,thread=single", "aborts"), ("10.0", "tcg,thread=single", "aborts")],
+    [("7.2", "tcg", "crashes"), *((version, "tcg,thread=single", "aborts") for version in VERSIONS)],
 )
 async def test_an_unplug_that_is_known_to_kill_qemu_is_refused(version, accel, words):
     async with paused("x86_64", version, "2,maxcpus=4", accel=accel) as qemu:
@@ -147,6 +148,18 @@ async def test_an_unplug_that_is_known_to_kill_qemu_is_refused(version, accel, w
     assert words in run.json["error"]["message"]
     assert "--force" in run.json["error"]["hint"]
     assert "KILLS QEMU" in doctor.stdout
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+async def test_a_forced_unplug_on_one_thread_ends_qemu_once_the_guest_ejects_the_cpu(version):
+    """A guest that never ejects shows nothing of it."""
+    async with ejecting("1,maxcpus=2", accel="tcg,thread=single", version=version) as qemu:
+        async with qmpvcpu.connect(qemu.qmp) as domain:
+            await domain.enable(1)
+            with pytest.raises(qmpvcpu.VcpuConnectionError):
+                await domain.disable(1, force=True)
+        await qemu.wait()
+        assert "qemu_thread_join" in qemu.stderr()
 
 
 async def test_apic_id_255_without_x2apic_is_refused_and_with_it_plugged():
