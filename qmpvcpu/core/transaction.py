@@ -109,6 +109,7 @@ class _On(Enum):
     EXPIRE = "expire"
     CANCEL = "cancel"
     LEAVE = "leave"
+    LOOKED = "looked"
     GIVE_UP = "give up"
     UNDO = "undo"
     REPEAT = "repeat"
@@ -202,6 +203,7 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.AWAITING, _On.REFUSED): S.KEPT,
     (S.AWAITING, _On.REPLACED): S.KEPT,
     (S.AWAITING, _On.EXPIRE): S.STILL_AWAITED,
+    (S.AWAITING, _On.LOOKED): S.STILL_AWAITED,
     (S.AWAITING, _On.CANCEL): S.STILL_AWAITED,
     (S.AWAITING, _On.GIVE_UP): S.STILL_AWAITED,
     (S.KEPT, _On.ABSENT): S.ADDING,
@@ -394,7 +396,8 @@ class Transaction:
         undo_forbidden: why plugs of this call must not be undone here, None if they may. What drives it sets this
             anew with each query, before the `Snapshot`.
         restore_forbidden: the same for bringing back what an atomic call removed.
-        wait: False ends as soon as QEMU took the unplugs (`--async`).
+        wait: False ends as soon as QEMU took the unplugs (`--async`), and a look has told which earlier ones have
+            ended.
         reset_drops_unplug: on x86 a reset drops what was asked.
         atomic: bring back what was removed if anything is rejected or fails.
         retries: how often an unplug that the guest refused is asked again.
@@ -451,6 +454,8 @@ class Transaction:
         if any(isinstance(effect, Add) for effect in self._effects):
             # QEMU answers in order, so this one query, sent along, sees the result of all plugs.
             self._query()
+        elif not self.wait and self._any(_BIT[S.AWAITING]):
+            self._query()
         return self._settle()
 
     def feed(self, happened: Input) -> list[Effect]:
@@ -473,6 +478,8 @@ class Transaction:
                 if any(self._items[first].state in WAITING for first in self._told):
                     self._look_again = True
                 self._told.clear()
+                if not self.wait and not self._look_again:
+                    self._all(_On.LOOKED)
                 if self._expired and not self._look_again:
                     self._all(_On.EXPIRE)
                 if self._cancelled and not self._look_again:
@@ -553,9 +560,9 @@ class Transaction:
         )
         failing = bool(failures) or self._cancelled
         remaining = self._ids(_LEFT_PLUGGED) if failing else ()
-        left = {S.PENDING, S.STILL_AWAITED}
-        asked = self._ids(left if self.wait else left | {S.ASKED})
-        pending = tuple(sorted({*asked, *self._ids({S.UNDO_PENDING, S.NOT_ASKED_AGAIN})}))
+        asked = self._ids({S.PENDING} if self.wait else {S.PENDING, S.ASKED})
+        awaited = self._ids({S.STILL_AWAITED})
+        pending = tuple(sorted({*asked, *awaited, *self._ids({S.UNDO_PENDING, S.NOT_ASKED_AGAIN})}))
         removed = self._ids(_LEFT_REMOVED)
         unasked = self._ids({S.UNASKED})
         # One whose unplug looked as if it had failed may have gone after others were brought back on its account.
@@ -567,7 +574,7 @@ class Transaction:
             outcome = OutcomeKind.FAILED
         elif rejections:
             outcome = OutcomeKind.REJECTED
-        elif asked and not self.wait and not unasked:
+        elif asked and not awaited and not self.wait and not unasked:
             outcome = OutcomeKind.REQUESTED
         elif pending:
             outcome = OutcomeKind.PENDING

@@ -674,6 +674,26 @@ def test_one_that_is_to_come_back_is_looked_at_as_soon_as_it_is_gone():
     assert engine.seen(0, 2) == [add(1)]
 
 
+def test_a_plug_that_does_not_wait_looks_once_at_the_pending_unplug():
+    engine = Engine(awaited=[1], wait=False)
+    assert engine.start() == [QUERY]
+    assert engine.seen(0, 1) == []
+    assert engine.end() == Report("pending", pending=(1,))
+
+
+def test_a_plug_that_does_not_wait_is_done_where_the_pending_unplug_has_ended():
+    engine = started(awaited=[1], wait=False)
+    assert engine.seen(0) == [add(1)]
+
+
+def test_an_unplug_asked_earlier_makes_nothing_requested():
+    engine = started(unplug=[2], awaited=[1], wait=False)
+    engine.replied(2)
+    engine.seen(0, 1, 2)
+    engine.seen(0, 1, 2)
+    assert engine.end() == Report("pending", pending=(1, 2))
+
+
 def test_a_pending_unplug_that_the_guest_then_refused_leaves_it_enabled():
     engine = started(awaited=[1])
     engine.refused(1)
@@ -1015,6 +1035,12 @@ class World(RuleBasedStateMachine):
         if self.engine.end().outcome == "applied":
             assert self.plugs <= self.slots
             assert not self.unplugs & self.slots
+
+    @precondition(lambda self: self.engine is not None and self.engine.ended)
+    @invariant()
+    def only_what_this_call_asked_is_called_requested(self):
+        end = self.engine.end()
+        assert end.outcome != "requested" or set(end.pending) <= self.unplugs
 
     @precondition(lambda self: self.engine is not None and self.engine.ended)
     @invariant()
