@@ -75,6 +75,7 @@ class ItemState(Enum):
     TO_READD = "to add after its unplug"
     AWAITING = "its earlier unplug awaited"
     KEPT = "its earlier unplug did not happen"
+    STAYED = "its earlier unplug did not happen, and no more is done"
     UNDOING = "undo: device_del sent"
     UNDO_ASKED = "undo: unplug asked"
     UNDONE = "undone"
@@ -207,8 +208,8 @@ TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.AWAITING, _On.CANCEL): S.STILL_AWAITED,
     (S.AWAITING, _On.GIVE_UP): S.STILL_AWAITED,
     (S.KEPT, _On.ABSENT): S.ADDING,
-    (S.KEPT, _On.CANCEL): S.DROPPED,
-    (S.KEPT, _On.GIVE_UP): S.DROPPED,
+    (S.KEPT, _On.CANCEL): S.STAYED,
+    (S.KEPT, _On.GIVE_UP): S.STAYED,
 }
 
 #: To be asked again after a pause.
@@ -589,7 +590,7 @@ class Transaction:
             pending=pending,
             undone=self._ids({S.UNDONE, S.RESTORED}),
             remaining=remaining,
-            kept=self._ids({S.KEPT}),
+            kept=self._ids({S.KEPT, S.STAYED}),
             failures=failures,
             rejections=rejections,
             lost=lost,

@@ -235,6 +235,39 @@ async def test_what_has_gone_is_changed_and_the_rest_is_pending(running):
 
 
 @asynccontextmanager
+async def one_refused_of_two(running):
+    """Two unplugs are pending, a call waits to plug both again, and then the guest refuses to let the first go."""
+    qemu = FakeQemu(plugged=(1, 2))
+    qemu.on_delete = {1: "silence", 2: "silence"}
+    async with running(qemu) as domain:
+        await domain.disable([1, 2], timeout=0)
+        task = asyncio.create_task(domain.enable([1, 2]))
+        await was_sent(qemu, "query-cpus-fast", len(qemu.sent("query-cpus-fast")) + 2)
+        qemu.refuse(1)
+        # The reply to the first of two more comes behind the event.
+        await was_sent(qemu, "query-cpus-fast", len(qemu.sent("query-cpus-fast")) + 2)
+        yield qemu, domain, task
+
+
+async def test_an_unplug_that_the_guest_has_refused_is_not_pending_after_a_cancel(running):
+    async with one_refused_of_two(running) as (_, domain, task):
+        task.cancel()
+        await cancelled(task)
+        assert domain.interrupted == Interrupted(pending=(2,))
+        assert domain.pending_ids == (2,)
+        assert (await domain.enable(1)).outcome == "applied"
+
+
+async def test_an_unplug_that_the_guest_has_refused_is_not_pending_after_the_failure_of_a_plug(running):
+    async with one_refused_of_two(running) as (qemu, domain, task):
+        qemu.add_errors = {2: "no"}
+        qemu.let_go(2)
+        with pytest.raises(qmpvcpu.VcpuFailed):
+            await task
+        assert domain.pending_ids == ()
+
+
+@asynccontextmanager
 async def gone_unseen(running, request, *plugged, slots=4):
     """A request that unplugs, cancelled after vCPU 1 has gone and before anybody has looked."""
     qemu = FakeQemu(slots, plugged=plugged)

@@ -701,6 +701,18 @@ def test_a_pending_unplug_that_the_guest_then_refused_leaves_it_enabled():
     assert engine.end() == Report("applied", kept=(1,))
 
 
+@pytest.mark.parametrize("stopped", ["cancelled", "failed"])
+def test_a_pending_unplug_that_the_guest_has_refused_is_over_whatever_stops_the_call(stopped):
+    engine = started(plug=[4], awaited=[2, 3])
+    engine.refused(2)
+    if stopped == "cancelled":
+        engine.cancelled()
+    else:
+        engine.failed(4, "no")
+    so_far = engine.so_far()
+    assert (so_far.kept, so_far.pending) == ((2,), (3,))
+
+
 # -- atomic ------------------------------------------------------------------------------------------
 
 
