@@ -216,6 +216,8 @@ class _Departure:
     number: int
     path: str
     time: float
+    #: The ACPI slot of a CPU that was named with this path.
+    slot: int | None = None
     #: The paths of the events about it: a second one of the same path is about the next departure.
     paths: set[str] = field(default_factory=set)
     #: Whether one of them was about something that only CPUs have.
@@ -228,6 +230,9 @@ class Departures:
     Give it each event (`hear`), note `heard` before a query is sent, and let it `decide` with the state that the
     query gave. QEMU empties a CPU's slot before it tells (7.2 to 11.1), so what that query still shows under the
     same path came later.
+
+    What has gone was a CPU if it had what only CPUs have, if an ACPI slot of a CPU was named with it, or if a
+    state showed its path as a CPU's. Its id alone does not tell: clients may call any device `vcpu2`.
     """
 
     def __init__(self) -> None:
@@ -241,8 +246,6 @@ class Departures:
         self._emptied: list[int] = []
         #: Path -> removals that states have shown, and no event has told of yet.
         self._owed: dict[str, int] = {}
-        #: Paths of devices that have what no CPU has.
-        self._others: set[str] = set()
 
     def hear(self, event: str, data: Mapping[str, Any], time: float, *, own: bool = True) -> None:
         """An event of QEMU's; `time` in seconds since 1970.
@@ -258,7 +261,8 @@ class Departures:
             if isinstance(path, str) and path:
                 self._hear_deleted(path, time, own)
             elif isinstance(device, str) and device:
-                self._hear_deleted(PERIPHERAL + device, time, own)
+                # No event of QEMU's is without a path. Of libvirt's aliases only those of CPUs look like ours.
+                self._hear_deleted(PERIPHERAL + device, time, own, is_cpu=bool(_OUR_ID.fullmatch(device)))
 
     def decide(self, before: DomainState, after: DomainState, heard: int) -> list[Event]:
         """The removals that the difference between two states does not show.
@@ -288,7 +292,7 @@ class Departures:
                 left.append(one)
                 continue
             entity = was.get(one.path) or now.get(one.path)
-            if (ids := self._ids(one, entity, after)) is not None:
+            if (ids := self._ids(one, entity, before, after)) is not None:
                 detail = f"device '{one.path.removeprefix(PERIPHERAL)}', plugged and removed between two queries"
                 found += [Event(one.time, EventKind.REMOVED, vcpus, detail) for vcpus in ids]
         self._undecided = left
@@ -297,26 +301,23 @@ class Departures:
 
     # -- inside -----------------------------------------------------------------------------------
 
-    def _hear_deleted(self, path: str, time: float, own: bool) -> None:
+    def _hear_deleted(self, path: str, time: float, own: bool, *, is_cpu: bool = False) -> None:
         match = _CHILD.fullmatch(path)
         cpu = match["cpu"] if match is not None else path
         device = _DEVICE.match(cpu)
         if device is not None and device[0] != cpu:
-            # A part of a device, and not of a CPU.
-            self._others.add(device[0])
-            _forget(self._others)
-            return
+            return  # a part of a device, and not of a CPU
         if cpu == path and not own:
             return
         one = self._last.get(cpu)
         if one is None or path in one.paths:
             self.heard += 1
-            one = self._last[cpu] = _Departure(self.heard, cpu, time)
+            one = self._last[cpu] = _Departure(self.heard, cpu, time, self._slots.pop(cpu, None))
             self._undecided.append(one)
             del self._undecided[:-_REMEMBERED]
             _forget(self._last)
         one.paths.add(path)
-        one.is_cpu |= cpu != path
+        one.is_cpu |= is_cpu or cpu != path
 
     def _hear_ost(self, info: object) -> None:
         if not isinstance(info, dict) or info.get("slot-type") != "CPU":
@@ -331,22 +332,27 @@ class Departures:
             self._emptied.append(int(slot))
             del self._emptied[:-_REMEMBERED]
 
-    def _ids(self, one: _Departure, entity: Entity | None, state: DomainState) -> list[tuple[int, ...]] | None:
+    def _ids(
+        self, one: _Departure, entity: Entity | None, before: DomainState, after: DomainState
+    ) -> list[tuple[int, ...]] | None:
         """The vCPUs that it was, one a row; an empty row where nothing tells; None where it may be no CPU."""
         if entity is None:
-            slot = self._slots.get(one.path)
-            ours = _OUR_ID.fullmatch(one.path.removeprefix(PERIPHERAL))
-            if slot is not None:
-                entity = state.by_id.get(slot)
-            elif ours is not None and len(ours[1]) <= 6:
-                entity = state.by_id.get(int(ours[1]))
-            elif one.is_cpu and len(set(self._emptied)) == 1:
-                entity = state.by_id.get(self._emptied[0])
-            if entity is None:
-                return [()] if one.is_cpu or slot is not None else None
-            if one.path in self._others and not one.is_cpu:
+            if not one.is_cpu and one.slot is None:
                 return None
-        return [(number,) for number in entity.ids]
+            entity = self._named(one, before, after)
+        return [()] if entity is None else [(number,) for number in entity.ids]
+
+    def _named(self, one: _Departure, before: DomainState, after: DomainState) -> Entity | None:
+        """The entity that a CPU was which neither state shows."""
+        if one.slot is not None:
+            return after.by_id.get(one.slot)
+        ours = _OUR_ID.fullmatch(one.path.removeprefix(PERIPHERAL))
+        if ours is not None and len(ours[1]) <= 6:
+            entity = after.by_id.get(int(ours[1]))
+            # One that has another path was not this: another client has given our id to a CPU in another slot.
+            if entity is not None and not entity.plugged and not before.by_id[entity.first].plugged:
+                return entity
+        return after.by_id.get(self._emptied[0]) if len(set(self._emptied)) == 1 else None
 
 
 def _left(before: DomainState, after: DomainState) -> list[str]:
@@ -364,11 +370,8 @@ def _by_path(state: DomainState) -> dict[str, Entity]:
     return {one.qom_path or PERIPHERAL + one.device_id: one for one in state.entities if one.plugged}
 
 
-def _forget(kept: dict[str, Any] | set[str]) -> None:
+def _forget(kept: dict[str, Any]) -> None:
     """Of too many, those that came first."""
     if len(kept) > _REMEMBERED:
         for path in list(kept)[: _REMEMBERED // 2]:
-            if isinstance(kept, dict):
-                del kept[path]
-            else:
-                kept.discard(path)
+            del kept[path]

@@ -237,16 +237,23 @@ async def test_cancelled_on_both_sides_it_tells_what_became_of_the_definition(tm
 # -- what another client plugs and removes within a second -------------------------------------------
 
 
+async def decided(domain):
+    """All that QEMU has told until now is heard when the first reply is there, and the second decides on it."""
+    for _ in range(2):
+        await domain.state()
+
+
 async def come_and_gone(qemu, first, name):
-    """Another client plugs that vCPU and removes it; what is told of it, and of a device that is no CPU."""
+    """Another client plugs that vCPU and removes it; what is told of it, and of a tablet with the id of a CPU."""
     async with qmpvcpu.connect(qemu.qmp) as domain, domain.events() as events:
         slot = (await domain.state()).by_id[first]
         await qemu.plug(slot.driver, name, slot.props)
         await qemu.execute("device_del", {"id": name})
         told = [await within(anext(events), "it is told")]
         # Whatever else there is to tell comes before what is done next.
-        await qemu.plug("usb-tablet", "tablet", {})
-        await qemu.execute("device_del", {"id": "tablet"})
+        await qemu.plug("usb-tablet", "vcpu2", {})
+        await qemu.remove("vcpu2")
+        await decided(domain)
         await domain.enable(1)
         while told[-1].event != "vcpu-added" or told[-1].vcpus != (1,):
             told.append(await within(anext(events), "vCPU 1 is told"))
@@ -303,6 +310,15 @@ async def test_a_plug_that_is_sure_to_abort_qemu_is_refused_by_any_process(arch,
         run = await cli("--json", "setvcpu", qemu.qmp, "1", "--enable")
         assert (run.code, qemu.has_exited) == (3, False)
         assert "at least 4 of 4 are used up" in run.json["error"]["message"]
+
+
+async def test_a_device_that_is_no_cpu_uses_up_no_context_whatever_its_id():
+    async with paused("ppc64", "10.0", "1,maxcpus=4", USB) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+        for name in ("vcpu2", "vcpu3"):
+            await qemu.plug("usb-tablet", name, {})
+            await qemu.remove(name)
+        await decided(domain)
+        assert (await domain.enable([2, 3])).changed_ids == (2, 3)
 
 
 async def test_a_plug_that_is_sure_to_abort_qemu_can_be_forced():

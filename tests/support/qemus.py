@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 
 from qmpvcpu.app.cache import cache_folder
-from qmpvcpu.ports import CommandError
+from qmpvcpu.ports import CommandError, MonitorEvent
 from qmpvcpu.qemu.process import QemuProcess, run_qemu
 from tests.support.monitor import QmpError
 from tests.support.soaking import is_long_run
+from tests.support.waiting import within
 
 VERSIONS = ("7.2", "10.0", "11.1")
 #: Tests may have a cache of their own, and still these QEMUs.
@@ -84,6 +86,20 @@ class Qemu:
     async def plug(self, driver: str, device: str, props: Mapping[str, Any]) -> None:
         """`device_add`, as another client does it."""
         await self.execute("device_add", {**props, "driver": driver, "id": device})
+
+    async def remove(self, device: str) -> None:
+        """`device_del`, as another client does it, until QEMU tells that the device is gone."""
+        gone = asyncio.Event()
+
+        def hear(event: MonitorEvent | Exception) -> None:
+            if not isinstance(event, MonitorEvent) or event.name != "DEVICE_DELETED":
+                return
+            if event.data.get("device") == device:
+                gone.set()
+
+        with self._process.monitor.listen(hear):
+            await self.execute("device_del", {"id": device})
+            await within(gone.wait(), f"'{device}' is gone")
 
     def kill(self) -> None:
         self._process.kill()

@@ -244,12 +244,13 @@ def ost(connection, slot, source, status, device=None):
     connection.event("ACPI_DEVICE_OST", info=info | ({} if device is None else {"device": device}))
 
 
-#: What QEMU says, and the vCPU that it means: by our id, by the parts that only a CPU has, by its ACPI slot.
+#: What is said, and the vCPU that it means: by our id, by the parts that only a CPU has, by its ACPI slot.
 UNSEEN = {
-    "by its id": (lambda c: deleted(c, "/machine/peripheral/vcpu2", "vcpu2"), (2,)),
+    "by its alias in libvirt": (lambda c: c.event("DEVICE_DELETED", device="vcpu2"), (2,)),
     "by the id of its lapic": (lambda c: deleted(c, "/machine/peripheral/vcpu2/lapic"), (2,)),
     "by an id beside another": (lambda c: deleted(c, "/machine/peripheral/vcpu2-1/lapic"), (2,)),
     "a lapic of nobody known": (lambda c: deleted(c, "/machine/peripheral/mine/lapic"), ()),
+    "our id on a CPU in another slot": (lambda c: deleted(c, "/machine/peripheral/vcpu0/lapic"), ()),
     "a thread of a core": (lambda c: deleted(c, "/machine/peripheral/mine/thread[0]"), ()),
     "what serves its interrupts": (lambda c: deleted(c, "/machine/peripheral/mine/thread[0]/icp"), ()),
     "a slot that was named with it": (
@@ -270,6 +271,16 @@ async def test_what_no_query_has_seen_is_told_once_it_goes(running, name):
         tell(connection)
         (event,) = await take(events, 1)
         assert told([event]) == [("vcpu-removed", ids)]
+
+
+async def test_the_slot_of_a_cpu_that_has_gone_is_not_that_of_the_next_device_with_its_id(running):
+    qemu = FakeQemu()
+    async with watching(running, qemu) as (connection, events):
+        ost(connection, 3, 3, 0x84, "mine")
+        for _ in range(2):
+            deleted(connection, "/machine/peripheral/mine", "mine")
+        qemu.fill(1)
+        assert told(await take(events, 2)) == [("vcpu-removed", (3,)), ("vcpu-added", (1,))]
 
 
 def test_a_line_of_watch_without_an_id():
@@ -341,8 +352,13 @@ async def test_a_late_event_of_a_cpu_itself_under_tcg_is_not_another_removal(run
         [("/machine/peripheral/disk0/virtio-backend", None), ("/machine/peripheral/disk0", "disk0")],
         [("/machine/peripheral/vcpu2/virtio-backend", None), ("/machine/peripheral/vcpu2", "vcpu2")],
         [("/machine/peripheral/vcpu99", "vcpu99")],
+        [("/machine/peripheral/vcpu2", "vcpu2")],
+        [("/machine/peripheral/vcpu0", "vcpu0")],
     ],
-    ids=["a disk", "a disk and its part", "another device with the id of a CPU", "an id that no CPU has"],
+    ids=[
+        *("a disk", "a disk and its part", "another device with the id of a CPU", "an id that no CPU has"),
+        *("no more than the id of a CPU", "the id of a CPU that is there"),
+    ],
 )
 async def test_of_what_is_no_cpu_nothing_is_told(running, parts):
     qemu = FakeQemu()
