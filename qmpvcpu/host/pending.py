@@ -34,6 +34,8 @@ _MAKE_TRIES: Final = 3
 _CONTEXTS: Final = ".contexts"
 _GONE: Final = ".gone"
 _LOCK_PAUSE: Final = 0.001
+#: What comes of a file that is not ours, or was not written by us.
+_UNREADABLE: Final = (OSError, ValueError, TypeError, KeyError, RecursionError)
 
 
 class PendingFolder:
@@ -89,14 +91,9 @@ class PendingFolder:
                     self._write(name, left)
 
     def gone(self) -> frozenset[int]:
-        """What `note_gone` was told last. Never raises."""
-        try:
-            # For every plug, and nearly never there.
-            fd = os.open(f"{self._folder}/{_GONE}", os.O_RDONLY | os.O_CLOEXEC)
-        except OSError:
-            return frozenset()
-        with suppress(OSError, ValueError, TypeError), open(fd, "rb") as file:  # noqa: PTH123
-            return frozenset(int(number) for number in json.loads(file.read(_LIMIT)))
+        """What `note_gone` was told last. A file that is not ours says nothing. Never raises."""
+        with suppress(*_UNREADABLE):
+            return frozenset(_number(number) for number in json.loads(_read_own(f"{self._folder}/{_GONE}")))
         return frozenset()
 
     def note_gone(self, ids: Collection[int]) -> None:
@@ -107,9 +104,7 @@ class PendingFolder:
                 return
             self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
             self._folder.mkdir(mode=0o700, exist_ok=True)
-            temporary = self._folder / f"{_GONE}-{os.getpid()}"
-            temporary.write_text(json.dumps(sorted(ids)))
-            temporary.rename(self._folder / _GONE)
+            self._replace(_GONE, json.dumps(sorted(ids)))
 
     def tidy(self) -> None:
         """Take the folder away if it is empty: not with each unplug, some file systems take milliseconds for it.
@@ -120,7 +115,7 @@ class PendingFolder:
 
     def contexts(self) -> UsedContexts:
         """What `note_contexts` was told of this QEMU. A file that is not ours says nothing. Never raises."""
-        with suppress(OSError, ValueError, TypeError, KeyError, RecursionError):
+        with suppress(*_UNREADABLE):
             found = json.loads(_read_own(f"{self._folder}/{_CONTEXTS}"))
             gone = frozenset((_number(number), _number(thread)) for number, thread in found["gone"])
             return UsedContexts(gone, found["reported"] is True)
@@ -146,11 +141,9 @@ class PendingFolder:
         with suppress(OSError):
             for name in os.listdir(self._folder):  # noqa: PTH208 - names are all we need
                 if not name.startswith("."):
-                    with (
-                        suppress(OSError, ValueError, TypeError, KeyError),
-                        (self._folder / name).open("rb") as file,
-                    ):
-                        found[name] = [_parse(row) for row in json.loads(file.read(_LIMIT))]
+                    with suppress(*_UNREADABLE):
+                        rows = json.loads(_read_own(f"{self._folder}/{name}"))
+                        found[name] = [_parse(row) for row in rows]
         return found
 
     def _write(self, name: str, unplugs: Iterable[PendingUnplug]) -> None:

@@ -52,39 +52,6 @@ def test_the_next_qemu_begins_from_zero(one, tmp_path):
     assert Store(tmp_path, start=2).contexts() == (set(), False)
 
 
-@pytest.mark.parametrize(
-    "content", [b"", b"{", b"5", b'{"gone": 5, "reported": true}', b'{"gone": [[1, "x"]], "reported": true}']
-)
-def test_a_count_that_cannot_be_read_says_nothing(one, content):
-    one.note_contexts((3, 103))
-    one.contexts_file.write_bytes(content)
-    assert one.contexts() == (set(), False)
-
-
-@pytest.mark.parametrize("mode", [0o620, 0o602, 0o777])
-def test_a_count_that_others_may_write_says_nothing(one, mode):
-    one.note_contexts((3, 103))
-    one.contexts_file.chmod(mode)
-    assert one.contexts() == (set(), False)
-
-
-@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
-def test_a_count_of_another_user_says_nothing(one):
-    one.note_contexts((3, 103))
-    os.chown(one.contexts_file, 12345, 12345)
-    assert one.contexts() == (set(), False)
-
-
-def test_a_count_that_is_a_link_or_a_pipe_says_nothing(one, tmp_path):
-    one.note_contexts((3, 103))
-    one.contexts_file.rename(tmp_path / "elsewhere")
-    one.contexts_file.symlink_to(tmp_path / "elsewhere")
-    assert one.contexts() == (set(), False)
-    one.contexts_file.unlink()
-    os.mkfifo(one.contexts_file)
-    assert one.contexts() == (set(), False)
-
-
 def test_a_vcpu_whose_thread_others_have_took_no_context_of_its_own():
     assert contexts_used({(1, 100), (2, 102), (3, 0)}, {100}) == 1
 
@@ -185,7 +152,7 @@ def test_nobody_else_may_read_it(one):
     assert [path.stat().st_mode & 0o77 for path in one.root.rglob("*")] == [0, 0]
 
 
-STRANGE = [b"", b"{", b"5", b'{"qom_path": 5}', b"\xff" * 9000, b'[["x", 1, 2, 3]]', b"[[1]]"]
+STRANGE = [b"", b"{", b"5", b'{"qom_path": 5}', b"\xff" * 9000, b'[["x", 1, 2, 3]]', b"[[1]]", b"[" * 200000]
 
 
 @pytest.fixture(params=STRANGE, ids=range(len(STRANGE)))
@@ -242,6 +209,94 @@ def test_folders_that_are_not_ours_are_removed(one):
 def test_two_qemus_know_nothing_of_each_other(tmp_path, one):
     one.ask(unplug(3))
     assert Store(tmp_path, start=2).known() == {}
+
+
+# -- files that are not ours --------------------------------------------------------------------------
+
+#: The three kinds of files: what each says, and what it says where it is not ours.
+KINDS = {
+    "unplugs": (lambda store: store.known(), {3: unplug(3)}, {}),
+    "gone": (lambda store: store.gone(), {3}, set()),
+    "contexts": (lambda store: store.contexts(), ({(3, 103)}, True), (set(), False)),
+}
+
+
+@pytest.fixture(params=KINDS)
+def kept(one, request):
+    """Its path, and what a process that reads it for the first time knows from it."""
+    read, whole, nothing = KINDS[request.param]
+    if request.param == "unplugs":
+        one.ask(unplug(3))
+    elif request.param == "gone":
+        one.note_gone(3)
+    else:
+        one.note_contexts((3, 103), reported=True)
+    (path,) = one.folder.iterdir()
+
+    def known():
+        found = read(Store(one.root.parent))
+        assert found in (whole, nothing)
+        return found == whole
+
+    return path, known
+
+
+def test_a_file_of_ours_is_believed(kept):
+    _, known = kept
+    assert known()
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"", b"{", b"5", b"[" * 200000, b"[-1]"),
+        *(b'{"gone": 5, "reported": true}', b'{"gone": [[1, "x"]], "reported": true}'),
+    ],
+    ids=range(7),
+)
+def test_a_file_that_cannot_be_read_says_nothing(kept, content):
+    path, known = kept
+    path.write_bytes(content)
+    assert not known()
+
+
+@pytest.mark.parametrize("mode", [0o620, 0o602, 0o777])
+def test_a_file_that_others_may_write_says_nothing(kept, mode):
+    path, known = kept
+    path.chmod(mode)
+    assert not known()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give a file away")
+def test_a_file_of_another_user_says_nothing(kept):
+    path, known = kept
+    os.chown(path, 12345, 12345)
+    assert not known()
+
+
+def test_a_file_that_is_a_link_says_nothing(kept, tmp_path):
+    path, known = kept
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    assert not known()
+
+
+def test_a_file_that_is_a_pipe_says_nothing(kept):
+    path, known = kept
+    path.unlink()
+    os.mkfifo(path)
+    assert not known()
+
+
+def test_nobody_else_may_write_a_file_of_ours_whatever_the_umask(one):
+    before = os.umask(0)
+    try:
+        one.ask(unplug(3))
+        one.note_gone(3)
+        one.note_contexts((3, 103))
+    finally:
+        os.umask(before)
+    assert {path.stat().st_mode & 0o77 for path in one.folder.iterdir()} == {0}
 
 
 # -- what is gone and nobody was told ----------------------------------------------------------------
