@@ -134,9 +134,11 @@ def _report_interrupt(interrupted: _Interrupted, as_json: bool) -> int:
     if note is not None:
         text += f"; {note}"
     has_changed = bool(left.changed_ids) or left.definition_written
+    # "failed" claims that all is as it was.
+    may_change = bool(left.pending or left.unsure_ids) or left.definition_unsure
     if as_json:
         document: dict[str, Any] = {
-            "outcome": "partial" if has_changed else "pending" if left.pending else "failed",
+            "outcome": "partial" if has_changed else "pending" if may_change else "failed",
             "changed": has_changed,
             **left.to_json(),
             "error": {

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import pickle
+import sys
 from contextlib import asynccontextmanager, suppress
 from dataclasses import FrozenInstanceError
 
@@ -12,6 +14,7 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import Interrupted
+from qmpvcpu.cli import commands, main
 from tests.support.disk import hung_disk
 from tests.support.fake_qemu import FakeQemu, error
 from tests.support.fake_qmp import serve
@@ -97,6 +100,28 @@ def test_its_json_has_the_keys_of_an_interrupted_command():
         "definition_unsure": True,
         "definition_written": False,
     }
+
+
+@pytest.mark.parametrize(
+    ("left", "outcome"),
+    [
+        (Interrupted(), "failed"),
+        (Interrupted(pending=(3,)), "pending"),
+        (Interrupted(unsure_ids=(4,)), "pending"),
+        (Interrupted(definition_unsure=True), "pending"),
+        (Interrupted(definition_written=True), "partial"),
+        (Interrupted(changed_ids=(1,), unsure_ids=(4,)), "partial"),
+    ],
+)
+def test_an_interrupted_command_has_failed_only_where_nothing_may_still_change(left, outcome, monkeypatch, capsys):
+    async def interrupted(session):
+        raise asyncio.CancelledError
+
+    monkeypatch.setattr(commands, "command", interrupted)
+    monkeypatch.setattr(commands.Session, "interrupted", lambda session: left)
+    monkeypatch.setattr(sys, "argv", ["qmpvcpu", "--json", "vcpuinfo", "d"])
+    assert main() == 130
+    assert json.loads(capsys.readouterr().out)["outcome"] == outcome
 
 
 # -- when it is told ---------------------------------------------------------------------------------
