@@ -149,6 +149,18 @@ QUIRKS: Final = (
         hint="start the guest with -accel tcg,thread=multi",
     ),
     Quirk(
+        "ppc64-tcg-single-thread-unplug",
+        "QEMU never answers the `device_del` of a core, nor anything after it; before the guest runs, too",
+        _UNPLUG,
+        ("7.2", "10.0", "11.1"),
+        arches=_PPC64,
+        accel="tcg",
+        facts=frozenset({Fact.SINGLE_THREAD}),
+        is_refused=True,
+        message="QEMU {version} with -accel tcg,thread=single hangs for good at the unplug of a core",
+        hint="start the guest with -accel tcg,thread=multi",
+    ),
+    Quirk(
         "tcg-contexts",
         "each vCPU plugged uses up one of maxcpus TCG contexts for good, boot CPUs included; when all are used,"
         " `tcg_register_thread` aborts QEMU. With 1 of maxcpus=2 that is the second round of plug and unplug; of"

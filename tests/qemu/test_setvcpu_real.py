@@ -162,6 +162,19 @@ async def test_a_forced_unplug_on_one_thread_ends_qemu_once_the_guest_ejects_the
         assert "qemu_thread_join" in qemu.stderr()
 
 
+@matrix(*(("ppc64", version) for version in VERSIONS))
+async def test_an_unplug_of_a_core_on_one_thread_is_refused_and_forced_hangs_qemu(arch, version):
+    async with paused(arch, version, "1,maxcpus=2", accel="tcg,thread=single") as qemu:
+        async with qmpvcpu.connect(qemu.qmp, command_timeout=1) as domain:
+            await domain.enable(1)
+            with pytest.raises(qmpvcpu.VcpuRefused, match="hangs for good"):
+                await domain.disable(1)
+            with pytest.raises(qmpvcpu.VcpuConnectionError, match="did not answer 'device_del'"):
+                await domain.disable(1, force=True)
+        assert not qemu.has_exited
+        qemu.kill()
+
+
 async def test_apic_id_255_without_x2apic_is_refused_and_with_it_plugged():
     smp = "1,sockets=300,cores=1,threads=1,maxcpus=300"
     async with paused("x86_64", "10.0", smp, ["-cpu", "qemu64,-x2apic"]) as qemu:
