@@ -264,15 +264,18 @@ class Departures:
                 # No event of QEMU's is without a path. Of libvirt's aliases only those of CPUs look like ours.
                 self._hear_deleted(PERIPHERAL + device, time, own, is_cpu=bool(_OUR_ID.fullmatch(device)))
 
-    def decide(self, before: DomainState, after: DomainState, heard: int) -> list[Event]:
+    def decide(
+        self, before: DomainState, after: DomainState, heard: int, *, has_removed: bool = True
+    ) -> list[Event]:
         """The removals that the difference between two states does not show.
 
         Args:
             before: the state until now.
             after: the state by a query.
             heard: `self.heard` when that query was sent.
+            has_removed: whether `changes` has found a removal between the two.
         """
-        for path in _left(before, after):
+        for path in _left(before, after) if has_removed else ():
             # What tells of it may come later than the query that shows it.
             self._owed[path] = self._owed.get(path, 0) + 1
             _forget(self._owed)

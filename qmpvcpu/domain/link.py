@@ -308,10 +308,10 @@ class Link:
             self._gone.update(number for event in removed for number in event.vcpus)
             added = [event for event in found if event.event is EventKind.ADDED]
             self.ledger.note_back([number for event in added for number in event.vcpus])
-            if unseen := self._departures.decide(before, state, heard):
+            if unseen := self._departures.decide(before, state, heard, has_removed=bool(removed)):
                 found = [*removed, *unseen, *added]
         else:
-            found = unseen = self._departures.decide(before, state, heard)
+            found = unseen = self._departures.decide(before, state, heard, has_removed=False)
         self.removals_seen += len(unseen)
         self._hub.emit(found)
         self.ledger.settle(state, self.driven)
