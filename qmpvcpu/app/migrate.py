@@ -18,7 +18,8 @@ from qmpvcpu.app.definitions import undefine
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.app.start import clean_up, launch_waiting
 from qmpvcpu.app.trust import Startable, of_file, of_user
-from qmpvcpu.app.twin import HINT, Checked, check_sides, compare_with_twin, read_back
+from qmpvcpu.app.twin import HINT, Checked, check_held, check_readable, check_sides, compare_with_twin, read_back
+from qmpvcpu.core.machine.comparison import temporary_disks
 from qmpvcpu.core.migration import Cookie, MigrationStatus, last_words
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.stream import StreamError, StreamTable, table_differences
@@ -146,6 +147,9 @@ async def _destination(
         start = await startable(word) if startable is not None else of_user(cookie)
         cookie = start.cookie
         place_there: _Place | None = None
+        source_runs = is_there(cookie, Side.SOURCE)
+        if source_runs and (refusals := await check_held(cookie, mode=mode)):
+            raise VcpuRefused(refusals)
         machine = cookie.machine.type if cookie.machine is not None else None
         launched = await launch_waiting(
             word,
@@ -154,7 +158,7 @@ async def _destination(
             mode=mode,
             timeout=timeout,
             place=place,
-            source_runs=is_there(cookie, Side.SOURCE),
+            source_runs=source_runs,
             devices=start.devices,
         )
         try:
@@ -301,7 +305,7 @@ async def migrate(
     with_agents = dest_agent is not None or _is_name(dest)
     cookie = await source.migrate_begin(persistent=persistent, wait=wait, force=force, with_agents=with_agents)
     async with _destination(dest, cookie, mode, place=place, timeout=start_timeout, agent=dest_agent) as target:
-        found = await check_sides(cookie, target.domain)
+        found = await check_sides(cookie, target.domain, with_disks=target.is_name)
         await target.domain.migrate_prepare(cookie, place=place, differences=found)
         messages: list[str] = []
 
@@ -352,7 +356,8 @@ async def migrate_prepare(
     """
     startable = _startable(cookie, kept_source(cookie))
     async with _destination(dest, cookie, mode, place=place, timeout=timeout, startable=startable) as target:
-        found = await check_sides(cookie, target.domain)
+        is_near = target.is_name and is_there(cookie, Side.SOURCE)
+        found = await check_sides(cookie, target.domain, with_disks=is_near)
         await target.domain.migrate_prepare(target.cookie or cookie, place=place, differences=found)
         host = _host_of(dest) if dest is not None else None
         # One that listens everywhere is reached by its host's name, as libvirt's are.
@@ -477,12 +482,14 @@ async def save(
     if verify and not is_defined:
         text = "the guest has no definition, of which a second QEMU could be started to read the file"
         raise VcpuRefused([Refusal("verify", text, (), "`qmpvcpu define NAME --qmp ADDR` makes one")])
-    checked = Checked([])
+    checked = Checked(temporary_disks(cookie.picture) if cookie.picture is not None else [])
     if machine is not None and is_defined:
         # Without a definition, who restores it names a QEMU of his own.
+        if verify and (refusals := await check_readable(cookie.xml, machine.type)):
+            raise VcpuRefused(refusals)
         checked = await compare_with_twin(source, cookie.xml, machine.type, with_table=True)
-        if checked.refusals:
-            raise VcpuRefused(checked.refusals)
+    if checked.refusals:
+        raise VcpuRefused(checked.refusals)
     written = write_cookie(cookie)
     # What cannot be read again is told before the guest is paused.
     read_cookie(written)

@@ -18,11 +18,27 @@ from qmpvcpu.app.boot import command_line
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.hardware import hardware_args
-from qmpvcpu.core.machine.comparison import differences, refusals_of
-from qmpvcpu.core.machine.devices import AGENT_CHARDEV, bound_to_host, hollow
+from qmpvcpu.core.machine.comparison import (
+    Picture,
+    differences,
+    image_name,
+    parse_disks,
+    refusals_of,
+    temporary_disks,
+)
+from qmpvcpu.core.machine.devices import (
+    AGENT_CHARDEV,
+    bound_to_host,
+    hollow,
+    images_of,
+    not_held,
+    unlike_any_other,
+    without_folder,
+)
 from qmpvcpu.core.migration import Cookie, check_machine, last_words, machine_of, parse_status
 from qmpvcpu.core.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
 from qmpvcpu.domain import Domain, connect
+from qmpvcpu.domain.picture import real_file
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.ports import CommandError
@@ -30,12 +46,24 @@ from qmpvcpu.qemu.process import QemuProcess, run_qemu
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.hardware import read_hardware
 
-__all__ = ["HINT", "Checked", "check_defined", "check_definition", "check_sides", "compare_with_twin", "read_back"]
+__all__ = [
+    "HINT",
+    "Checked",
+    "check_defined",
+    "check_definition",
+    "check_held",
+    "check_readable",
+    "check_sides",
+    "compare_with_twin",
+    "read_back",
+]
 
 #: What to do about a definition that is another machine.
 HINT: Final = "`qmpvcpu define NAME --qmp ADDR` makes a definition of the guest as it runs"
 _ELSEWHERE: Final = "in the definition"
 _PIPE: Final = "qmpvcpu-twin"
+#: Code of a refusal: what no definition made of the guest has.
+_NOT_HELD: Final = "not-held"
 #: Bytes that are read at once.
 _CHUNK: Final = 1 << 20
 #: Seconds for a QEMU that has closed its socket to end.
@@ -57,12 +85,13 @@ class Checked:
 async def check_definition(
     source: Domain, xml: bytes, machine: str | None, *, mode: ProbeMode = ProbeMode.AUTO
 ) -> list[Refusal]:
-    """As `compare_with_twin`, the differences alone.
+    """As `compare_with_twin`, but what is not in any definition of the guest: `describe_machine` has named it.
 
     Raises:
         VcpuConnectionError: the guest's QEMU is lost.
     """
-    return (await compare_with_twin(source, xml, machine, mode=mode)).refusals
+    checked = await compare_with_twin(source, xml, machine, mode=mode)
+    return [one for one in checked.refusals if one.code != _NOT_HELD]
 
 
 async def compare_with_twin(
@@ -87,10 +116,12 @@ async def compare_with_twin(
     """
     state, there = await source.state(VcpuFlag.LIVE), await source.picture()
     try:
-        async with _twin(xml, machine, mode) as (qemu, domain):
+        async with _twin(xml, machine, mode) as (qemu, domain, arguments):
             twin, now = await domain.state(VcpuFlag.LIVE), await domain.picture()
+            now = replace(now, disks=await _disks_of(qemu, arguments))
             found = [_in_definition(one) for one in check_machine(machine_of(state), machine_of(twin))]
             found += refusals_of(differences(there, now), _ELSEWHERE, HINT)
+            found += [*temporary_disks(there), *_unheld(there, arguments)]
             return Checked(found, await _table_of(qemu) if with_table and not found else None)
     except VcpuRefused as error:
         return Checked(list(error.refusals))
@@ -108,7 +139,65 @@ async def check_defined(source: Domain) -> list[Refusal]:
     if not source.has_definition:
         return []
     state = await source.state(VcpuFlag.LIVE)
-    return await check_definition(source, await source.dump_xml(), state.machine)
+    return (await compare_with_twin(source, await source.dump_xml(), state.machine)).refusals
+
+
+async def check_held(cookie: Cookie, *, mode: ProbeMode = ProbeMode.AUTO) -> list[Refusal]:
+    """What the guest of a cookie was started with and its XML does not hold; an old cookie does not tell of it.
+
+    Raises:
+        VcpuFailed: the XML names no QEMU that is here.
+    """
+    if cookie.picture is None:
+        return []
+    _, arguments = await _started_with(
+        cookie.xml, cookie.machine.type if cookie.machine is not None else None, mode
+    )
+    return [*temporary_disks(cookie.picture), *_unheld(cookie.picture, arguments)]
+
+
+def _unheld(picture: Picture, arguments: Sequence[str]) -> list[Refusal]:
+    texts = [
+        f"the definition does not hold '{text}', with which the guest was started"
+        for text in not_held(picture.beyond, arguments)
+    ]
+    texts += [f"the folder of the file in '{text}' is not known" for text in without_folder(arguments)]
+    hint = "start the guest without it, or write into the definition what stands for it"
+    return [Refusal(_NOT_HELD, text, (), hint, "VIR_ERR_OPERATION_INVALID") for text in texts]
+
+
+async def check_readable(xml: bytes, machine: str | None, *, mode: ProbeMode = ProbeMode.AUTO) -> list[Refusal]:
+    """Why a second QEMU could not read a saved guest, however good it is.
+
+    Raises:
+        VcpuFailed: the XML names no QEMU that is here.
+    """
+    _, arguments = await _started_with(xml, machine, mode)
+    return [
+        Refusal(
+            "verify",
+            f"a second QEMU cannot have the network of '{text}', and does not read the guest's state without it",
+            (),
+            "save without --verify",
+            "VIR_ERR_OPERATION_UNSUPPORTED",
+        )
+        for text in unlike_any_other(arguments)
+    ]
+
+
+async def _disks_of(qemu: QemuProcess, arguments: Sequence[str]) -> dict[str, tuple[str, ...]] | None:
+    """What a QEMU opens that is started with these arguments; `qemu` is its twin."""
+    try:
+        disks = parse_disks(await qemu.monitor.execute("query-block"))
+    except CommandError:
+        return None
+    if disks is None:
+        return None
+    images = images_of(arguments)
+    found = {key: images.get(one.node, (one.file, one.format)) for key, one in disks.items()}
+    names = [file for file, _ in found.values()]
+    real = await asyncio.to_thread(lambda: [real_file(image_name(file), None) for file in names])
+    return {key: (file, kind) for (key, (_, kind)), file in zip(found.items(), real, strict=True)}
 
 
 def _in_definition(refusal: Refusal) -> Refusal:
@@ -120,13 +209,29 @@ def _in_definition(refusal: Refusal) -> Refusal:
 @asynccontextmanager
 async def _twin(
     xml: bytes, machine: str | None, mode: ProbeMode, more: Sequence[str] = ()
-) -> AsyncIterator[tuple[QemuProcess, Domain]]:
-    """It stands until the end of the body; `more` are further arguments.
+) -> AsyncIterator[tuple[QemuProcess, Domain, list[str]]]:
+    """It stands until the end of the body, and comes with the arguments of the definition; `more` are further ones
+    of the twin.
 
     Raises:
         VcpuRefused: of such a definition there can be no twin.
         VcpuFailed, VcpuConnectionError: its QEMU exited, or does not answer.
     """
+    emulator, given = await _started_with(xml, machine, mode)
+    if bound := bound_to_host(given):
+        text = f"of what is the host's alone no second one can be made to compare: {', '.join(bound)}"
+        raise VcpuRefused(
+            [Refusal("twin", text, (), "take it out of the guest first", "VIR_ERR_OPERATION_INVALID")]
+        )
+    arguments = ["-S", *hollow(given), *more]
+    async with run_qemu(emulator, arguments, channels=(AGENT_CHARDEV,)) as qemu:
+        _end_first(qemu.pid)
+        async with connect(qmp=qemu.qmp) as domain:
+            yield qemu, domain, given
+
+
+async def _started_with(xml: bytes, machine: str | None, mode: ProbeMode) -> tuple[str, list[str]]:
+    """The QEMU of a definition, and its arguments. Raises VcpuRefused, VcpuFailed."""
     document, definition = read_domain(xml)
     if machine is not None:
         definition = replace(definition, machine=machine)
@@ -136,16 +241,7 @@ async def _twin(
     hardware = hardware_args(
         read_hardware(document), qemu_arch(definition), console="/dev/null", agent=AGENT_CHARDEV
     )
-    if bound := bound_to_host(hardware):
-        text = f"of what is the host's alone no second one can be made to compare: {', '.join(bound)}"
-        raise VcpuRefused(
-            [Refusal("twin", text, (), "take it out of the guest first", "VIR_ERR_OPERATION_INVALID")]
-        )
-    arguments = ["-S", *hollow([*line.args.arguments, *hardware]), *more]
-    async with run_qemu(line.probe.emulator, arguments, channels=(AGENT_CHARDEV,)) as qemu:
-        _end_first(qemu.pid)
-        async with connect(qmp=qemu.qmp) as domain:
-            yield qemu, domain
+    return line.probe.emulator, [*line.args.arguments, *hardware]
 
 
 def _end_first(pid: int) -> None:
@@ -213,7 +309,7 @@ async def read_back(
         VcpuFailed: it cannot be read; the message has QEMU's words.
     """
     try:
-        async with _twin(xml, machine, mode, ("-incoming", "defer")) as (qemu, domain):
+        async with _twin(xml, machine, mode, ("-incoming", "defer")) as (qemu, domain, _):
             try:
                 await domain.read_saved(file, offset)
             except VcpuConnectionError as error:
@@ -232,11 +328,17 @@ async def _has_ended(qemu: QemuProcess) -> None:
             await qemu.process.wait()
 
 
-async def check_sides(cookie: Cookie, destination: Domain) -> list[Refusal]:
+async def check_sides(cookie: Cookie, destination: Domain, *, with_disks: bool = False) -> list[Refusal]:
     """In what the guest of a cookie would not find its machine in a QEMU that waits for it; nothing is touched. An
     old cookie does not tell of it.
+
+    Args:
+        cookie: of the guest.
+        destination: connected.
+        with_disks: both run on this host, so that the names of their disks can be compared.
     """
     if cookie.picture is None:
         return []
-    found = differences(cookie.picture, await destination.picture())
+    source = cookie.picture if with_disks else replace(cookie.picture, disks=None)
+    found = differences(source, await destination.picture())
     return refusals_of(found, "at the destination", "start the destination as the source was started")

@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
 from collections.abc import Awaitable, Mapping
+from dataclasses import replace
 from typing import Any, Final
 
 from qmpvcpu.core.inventory import parse_version
 from qmpvcpu.core.machine.command_line import read_command_line
-from qmpvcpu.core.machine.comparison import Picture, child_type, parse_picture, with_command_line
+from qmpvcpu.core.machine.comparison import (
+    Picture,
+    child_type,
+    is_local,
+    parse_picture,
+    with_command_line,
+)
 from qmpvcpu.errors import VcpuConnectionError
-from qmpvcpu.host.process import Process, command_line_of
+from qmpvcpu.host.process import Process, command_line_of, folder_of
 from qmpvcpu.ports import Monitor
 
-__all__ = ["read_picture"]
+__all__ = ["read_picture", "real_file"]
 
 #: Where devices are: with an id, without one, and a machine's own.
 _ADDED: Final = ("/machine/peripheral", "/machine/peripheral-anon")
@@ -46,6 +54,7 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
         "ramblock": monitor.execute("x-query-ramblock"),
         "memdevs": monitor.execute("query-memdev"),
         "pci": monitor.execute("query-pci"),
+        "block": monitor.execute("query-block"),
         "mtree": monitor.human_monitor_command("info mtree -f"),
         "numa": monitor.human_monitor_command("info numa"),
         "cpus": monitor.query_cpus_fast(),
@@ -63,8 +72,27 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
     replies["added"] = [row for path in _ADDED for row in await _devices(monitor, path, replies.get(path))]
     replies["own"] = await _devices(monitor, _OWN, replies.get(_OWN))
     picture = parse_picture(parse_version(monitor.greeting), replies)
+    if process is not None and picture.disks is not None:
+        picture = replace(picture, disks=await asyncio.to_thread(_real_disks, picture.disks, process))
     words = await asyncio.to_thread(command_line_of, process) if process is not None else []
     return with_command_line(picture, read_command_line(words)) if words else picture
+
+
+def _real_disks(disks: Mapping[str, tuple[str, ...]], process: Process) -> dict[str, tuple[str, ...]]:
+    folder = folder_of(process)
+    return {key: (real_file(file, folder), *rest) for key, (file, *rest) in disks.items()}
+
+
+def real_file(file: str, folder: str | None) -> str:
+    """The name of an image without links, where it is a file of this host; the same where its folder is not known.
+
+    Args:
+        file: the name.
+        folder: where QEMU runs.
+    """
+    if not file or not is_local(file) or (folder is None and not file.startswith("/")):
+        return file
+    return os.path.realpath(os.path.join(folder or "/", file))  # noqa: PTH118 - names are all we need
 
 
 def _list(monitor: Monitor, path: str) -> Awaitable[object]:

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import shutil
+import signal
 from contextlib import AbstractAsyncContextManager
 from pathlib import Path
 from typing import Any
@@ -452,6 +454,108 @@ async def test_distances_in_a_definition_are_compared_with_the_guests(tmp_path):
         3,
         True,
     )
+
+
+async def save_and_move(name: str, file: Path, **options: Any) -> list[str]:
+    """Why neither is done."""
+    texts = []
+    async with qmpvcpu.connect(name) as domain:
+        for call in (saving.save(domain, file, **options), saving.move(domain, "e")):
+            with pytest.raises(qmpvcpu.VcpuRefused) as caught:
+                await call
+            texts.append(caught.value.message)
+    return texts
+
+
+async def test_other_disks_than_in_the_definition_are_neither_saved_nor_migrated(tmp_path):
+    """A snapshot, another medium, and a definition that was edited."""
+    for name in ("b.img", "n.img", "cd.iso", "linked"):
+        (tmp_path / name).write_bytes(bytes(1 << 20))
+    (tmp_path / "link").symlink_to("linked")
+    disks = [
+        *("-drive", f"file={tmp_path}/b.img,format=raw,if=virtio,id=vd0"),
+        *("-blockdev", f"driver=raw,node-name=n1,file.driver=file,file.filename={tmp_path}/n.img"),
+        *("-device", "virtio-blk-pci,drive=n1,id=vd1"),
+        *("-drive", f"file={tmp_path}/link,format=raw,if=virtio,id=vd2", "-cdrom", f"{tmp_path}/cd.iso"),
+    ]
+    async with paused("x86_64", "10.0", "1,maxcpus=2", ["-m", "64", *disks]) as qemu:
+        assert "note:" not in (await cli("define", "d", "--qmp", qemu.qmp)).stderr
+        overlay = {"device": "vd0", "snapshot-file": f"{tmp_path}/ov.qcow2", "format": "qcow2"}
+        await qemu.execute("blockdev-snapshot-sync", overlay)
+        await qemu.execute("eject", {"device": "ide2-cd0", "force": True})
+        file = tmp_path / "d.xml"
+        data = (await cli("dumpxml", "d", "--inactive")).stdout
+        file.write_text(data.replace(f"{tmp_path}/n.img", f"{tmp_path}/b.img").replace("/link,", "/linked,"))
+        await cli("define", str(file))
+        said = (await cli("--json", "doctor", "d")).json["differences"]
+        texts = await save_and_move("d", tmp_path / "saved")
+        status = await qemu.execute("query-status")
+    found = [
+        f"disk 'ide2-cd0': no medium at the source, {tmp_path}/cd.iso",
+        f"disk 'vd0': {tmp_path}/ov.qcow2 at the source, {tmp_path}/b.img",
+        f"disk 'vd1': {tmp_path}/n.img at the source, {tmp_path}/b.img",
+    ]
+    assert said == [f"{text} in the definition" for text in found]
+    assert [text for text in found if f"{text} in the definition" not in texts[0]] == []
+    assert (status["status"], (tmp_path / "saved").exists()) == ("prelaunch", False)
+
+
+@pytest.mark.parametrize("way", ["-snapshot", "snapshot=on"])
+async def test_temporary_overlays_are_neither_saved_nor_migrated(way, tmp_path):
+    (tmp_path / "disk").write_bytes(bytes(1 << 20))
+    file = tmp_path / "saved"
+    drive = f"file={tmp_path}/disk,format=raw,if=virtio,id=vd0"
+    more = ["-drive", f"{drive},snapshot=on"] if way == "snapshot=on" else ["-drive", drive, "-snapshot"]
+    async with paused("x86_64", "10.0", "1,maxcpus=2", ["-m", "64", *more]) as qemu:
+        async with qmpvcpu.connect(qmp=qemu.qmp) as domain:
+            with pytest.raises(qmpvcpu.VcpuRefused, match="disk 'vd0' is a temporary overlay"):
+                await saving.save(domain, file)
+        await cli("define", "d", "--qmp", qemu.qmp)
+        texts = await save_and_move("d", file)
+        status = await qemu.execute("query-status")
+    assert ["disk 'vd0' is a temporary overlay" in one for one in texts] == [True, True], texts
+    assert (status["status"], file.exists()) == ("prelaunch", False)
+
+
+async def test_disks_whose_folder_is_not_known_are_neither_saved_nor_migrated(tmp_path):
+    """A QEMU in the background has left the folder that it was started in."""
+    (tmp_path / "d.img").write_bytes(bytes(1 << 20))
+    words = ["-S", "-display", "none", "-nodefaults", "-m", "64", "-smp", "1,maxcpus=2", "-daemonize"]
+    words += [
+        "-drive",
+        "file=d.img,format=raw,if=virtio",
+        "-pidfile",
+        "pid",
+        "-qmp",
+        "unix:qmp,server=on,wait=off",
+    ]
+    process = await asyncio.create_subprocess_exec(qemu_binary("10.0", "x86_64"), *words, cwd=tmp_path)
+    assert await process.wait() == 0
+    try:
+        assert "the folder of the file in" in (await cli("define", "d", "--qmp", f"{tmp_path}/qmp")).stderr
+        texts = await save_and_move("d", tmp_path / "saved")
+        async with qmpvcpu.connect("d") as domain:
+            assert domain.run_state == "prelaunch"
+    finally:
+        os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
+    for text in texts:
+        assert "the folder of the file in '-drive file=d.img,format=raw,if=virtio' is not known" in text
+    assert not (tmp_path / "saved").exists()
+
+
+async def test_a_network_that_no_second_qemu_can_have_is_not_verified(tmp_path):
+    rest = ["-m", "64", "-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0"]
+    async with paused("x86_64", "10.0", "1,maxcpus=2", rest) as qemu:
+        assert (await cli("define", "d", "--qmp", qemu.qmp)).code == 0
+        file = tmp_path / "d.xml"
+        data = (await cli("dumpxml", "d", "--inactive")).stdout
+        file.write_text(data.replace("user,id=n0", "tap,id=n0,ifname=t0"))
+        await cli("define", str(file))
+        run = await cli("save", "d", str(tmp_path / "saved"), "--verify")
+        status = await qemu.execute("query-status")
+    assert (run.code, "save without --verify" in run.stderr) == (3, True), run.stderr
+    assert "cannot have the network of '-netdev tap,id=n0,ifname=t0'" in run.stderr
+    assert (status["status"], (tmp_path / "saved").exists()) == ("prelaunch", False)
 
 
 FIRMWARE = "/usr/share/OVMF/OVMF_CODE_4M.secboot.fd"

@@ -17,7 +17,16 @@ from qmpvcpu.core.machine.command_line import join_pairs, read_command_line, spl
 from qmpvcpu.core.machine.comparison import Picture, parse_picture, with_command_line
 from qmpvcpu.core.machine.comparison import differences as compare
 from qmpvcpu.core.machine.described import agrees, described, machine_facts
-from qmpvcpu.core.machine.devices import bound_to_host, hollow, shared_with_source
+from qmpvcpu.core.machine.devices import (
+    beyond_definitions,
+    bound_to_host,
+    hollow,
+    images_of,
+    not_held,
+    shared_with_source,
+    unlike_any_other,
+    without_folder,
+)
 from qmpvcpu.host.process import command_line_of, process_of
 from qmpvcpu.host.program import startable_program
 from qmpvcpu.xml.domain import minimal_domain, read_domain
@@ -177,6 +186,26 @@ def without_the_host(arguments: Sequence[str]) -> list[str]:
 def only_one_can_have(arguments: Sequence[str]) -> list[str]:
     """What a second QEMU cannot have while the first one runs."""
     return bound_to_host(arguments)
+
+
+def disks_behind(arguments: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """File and format of each disk that a twin has an empty one for, by the name of that."""
+    return images_of(arguments)
+
+
+def missed(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """What a guest was started with that QEMU would not have if it were started with these arguments."""
+    return not_held(beyond_definitions(read_command_line(argv)), arguments)
+
+
+def in_an_unknown_folder(arguments: Sequence[str]) -> list[str]:
+    """Disks whose files another QEMU would not find."""
+    return without_folder(arguments)
+
+
+def not_verifiable(arguments: Sequence[str]) -> list[str]:
+    """Networks whose state a twin does not read."""
+    return unlike_any_other(arguments)
 
 
 def shared_with_the_first(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

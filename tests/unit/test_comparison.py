@@ -9,7 +9,11 @@ from hypothesis import strategies as st
 from tests.support.claims import (
     claim,
     differences,
+    disks_behind,
+    in_an_unknown_folder,
     machine_of,
+    missed,
+    not_verifiable,
     only_one_can_have,
     shared_with_the_first,
     without_the_host,
@@ -118,6 +122,44 @@ def test_another_version_calls_its_own_devices_otherwise():
     ]
 
 
+def with_disks(**disks):
+    return {**ONE, "disks": disks}
+
+
+def test_disks_are_compared_by_their_drives():
+    there = with_disks(vd0=("/ov", "qcow2"), vd1=("/a", "raw"), cd=("", ""), same=("/s", "raw"), net=("nbd:x", ""))
+    here = with_disks(
+        vd0=("/b", "raw"), vd1=("/a", "qcow2"), cd=("/c", ""), same=("/s", ""), net=("nbd://x", "raw")
+    )
+    assert differences(there, here) == [
+        "disk 'cd': no medium at the source, /c here",
+        "disk 'vd0': /ov at the source, /b here",
+        "disk 'vd1': /a as raw at the source, /a as qcow2 here",
+    ]
+    assert differences(there, {**here, "disks": None}) == []
+
+
+def test_drives_of_other_names_are_compared_by_their_files():
+    here = with_disks(disk0=("/a", "raw"), disk1=("/other", "raw"), empty=("", ""))
+    assert differences(with_disks(a=("/a", "raw"), b=("/b", "raw")), here) == [
+        "disk 'b': /b at the source, none here",
+        "disk 'disk1': none at the source, /other here",
+    ]
+
+
+def test_drives_are_read_as_qemu_tells_of_them():
+    overlay = '{"driver": "qcow2", "backing": {"driver": "raw"}, "file": {"driver": "file", "filename": "/o"}}'
+    rows = [
+        {"device": "vd0", "inserted": {"file": f"json:{overlay}", "drv": "qcow2"}},
+        {"device": "", "qdev": "/machine/peripheral/d1/virtio-backend", "inserted": {"file": "/x", "drv": "raw"}},
+        {"device": "cd", "removable": True},
+        {"device": "odd", "inserted": {"file": "json:[", "drv": 1}},
+    ]
+    disks = {"vd0": ("/o", "qcow2"), "d1": ("/x", "raw"), "cd": ("", ""), "odd": ("json:[", "")}
+    assert machine_of({"block": rows})["disks"] == disks
+    assert machine_of({"block": None})["disks"] is None
+
+
 REPLY = st.recursive(
     st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)
 )
@@ -125,7 +167,7 @@ REPLY = st.recursive(
 
 @given(
     st.fixed_dictionaries(
-        dict.fromkeys(("memory", "ramblock", "memdevs", "mtree", "numa", "pci", "machine"), REPLY)
+        dict.fromkeys(("memory", "ramblock", "memdevs", "mtree", "numa", "pci", "machine", "block"), REPLY)
     )
 )
 def test_odd_replies_are_not_there(replies):
@@ -291,3 +333,62 @@ def test_what_one_qemu_alone_can_have_is_named():
         "-device scsi-block,drive=d",
         "-readconfig more.cfg",
     ]
+
+
+def test_a_twin_tells_which_disk_is_behind_which_drive():
+    words = [
+        *("-drive", "file=/d,,1,if=virtio,format=raw", "-hda", "/e", "-drive", "if=ide,media=cdrom"),
+        *("-blockdev", '{"driver":"file","filename":"/g","node-name":"below"}'),
+        *("-blockdev", "driver=qcow2,file=below,node-name=top", "-drive", "driver=null-co,if=none,id=n"),
+        *("-drive", "if=pflash,file=/f"),
+    ]
+    assert disks_behind(words) == {
+        "node0": ("/d,1", "raw"),
+        "node1": ("/e", ""),
+        "node2": ("", ""),
+        "below": ("/g", "file"),
+        "top": ("/g", "qcow2"),
+        "node5": ("null-co:", "null-co"),
+    }
+    made = without_the_host(words)
+    assert [f"node-name=node{number}" in " ".join(made) for number in (0, 1, 2, 5, 6)] == [True] * 4 + [False]
+
+
+@given(st.lists(st.sampled_from(["-blockdev", "-drive", "driver=raw,file=a,node-name=a", "file=", "{", "-hda"])))
+def test_anything_can_be_looked_at_for_disks(words):
+    assert isinstance(disks_behind(words), dict)
+    assert isinstance(missed(["qemu", *words], words), list)
+
+
+@pytest.mark.parametrize(
+    ("started", "defined", "found"),
+    [
+        (["-snapshot"], ["-snapshot"], ["-snapshot"]),
+        (["-readconfig", "x.cfg"], [], ["-readconfig x.cfg"]),
+        (["-readconfig", "x.cfg"], ["-readconfig", "x.cfg"], []),
+        (["-netdev", "tap,id=n,fd=3"], ["-netdev", "user,id=n"], ["-netdev tap,id=n,fd=3"]),
+        (["-netdev", "tap,id=n,fd=3"], ["-netdev", "tap,id=n,ifname=t"], []),
+        (["-machine", "q35,kernel=/k"], [], ["-machine kernel=/k"]),
+        (["-machine", "q35,kernel=/k"], ["-machine", "kernel=/k"], []),
+        (
+            ["-chardev", "socket,id=c,fd=3", "-vnc", ":1", "-loadvm", "x", "-display", "none", "-mem-prealloc"],
+            [],
+            [],
+        ),
+    ],
+)
+def test_what_the_guest_would_miss_of_its_command_line(started, defined, found):
+    assert missed(["qemu", *started], defined) == found
+
+
+def test_disks_without_a_whole_path_are_named():
+    words = ["-drive", "file=d.img,format=raw", "-hda", "/e", "-cdrom", "nbd:x", "-chardev", "file,id=c,path=log"]
+    assert in_an_unknown_folder(words) == ["-drive file=d.img,format=raw"]
+
+
+def test_networks_with_offloads_are_not_verified():
+    tap, net = ("-netdev", "tap,id=t"), "virtio-net-pci,netdev=t"
+    assert not_verifiable([*tap, "-device", net]) == ["-netdev tap,id=t"]
+    assert not_verifiable([*tap, "-device", "e1000,netdev=t", "-nic", "tap,model=e1000"]) == []
+    assert not_verifiable(["-netdev", "user,id=t", "-device", net]) == []
+    assert not_verifiable(["-nic", "tap,ifname=x"]) == ["-nic tap,ifname=x"]

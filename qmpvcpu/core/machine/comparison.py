@@ -6,24 +6,31 @@ neither are a machine type's own devices, which are on both sides.
 
 from __future__ import annotations
 
+import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Final
 
 from qmpvcpu.core.machine.command_line import QemuCommandLine
+from qmpvcpu.core.machine.devices import beyond_definitions
 from qmpvcpu.core.machine.versions import are_same
 from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.errors import Refusal
 
 __all__ = [
     "Difference",
+    "DiskImage",
     "Picture",
     "child_type",
     "differences",
+    "image_name",
+    "is_local",
+    "parse_disks",
     "parse_picture",
     "refusals_of",
+    "temporary_disks",
     "with_command_line",
 ]
 
@@ -33,6 +40,11 @@ _NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTIL
 _CHILD: Final = re.compile(r"child<(.+)>\Z")
 #: Blocks of firmware tables: QEMU gives them another size where it has to.
 _RESIZED: Final = "/rom@"
+#: A temporary overlay of -snapshot and of snapshot=on: block.c, `create_tmp_file`.
+_TEMPORARY: Final = re.compile(r"/vl\.[A-Za-z0-9]{6}\Z")
+#: Prefixes of QEMU's for files and devices of the host.
+_LOCAL: Final = ("file:", "host_device:", "host_cdrom:")
+_DEVICE: Final = re.compile(r"/machine/peripheral/([^/]+)\Z")
 #: QOM types that are no devices.
 _PARTS: Final = ("memory-region", "irq", "container", "-cpu", "-cpu-core", "object", "memory-backend")
 #: Properties of -machine that are of the host, or of the moment.
@@ -79,6 +91,9 @@ class Picture:
         distances: between two NUMA nodes, where they are not what QEMU takes by itself; None where the command
             line is not known, which alone tells them.
         attributes: of memory (ACPI's HMAT), as -numa has them; None as well.
+        disks: what is behind each drive: the name and the format of its file. The name is empty where the drive
+            has no medium, the format where it is not known. None: QEMU has not been asked.
+        beyond: options of the command line that no definition made of it can hold.
     """
 
     version: QemuVersion | None = None
@@ -93,6 +108,19 @@ class Picture:
     types: tuple[str, ...] = ()
     distances: Mapping[str, int] | None = None
     attributes: tuple[str, ...] | None = None
+    disks: Mapping[str, tuple[str, ...]] | None = None
+    beyond: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class DiskImage:
+    """What is behind a drive: the name and the format of its file, both empty where it has no medium, and the name
+    of its block node.
+    """
+
+    file: str = ""
+    format: str = ""
+    node: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -130,6 +158,8 @@ def differences(source: Picture, here: Picture) -> list[Difference]:
     found += _of_command_lines(source, here)
     found += _of_mapping("PCI device at {}", source.pci, here.pci)
     found += _of_devices(source, here, same)
+    if source.disks is not None and here.disks is not None:
+        found += _of_disks(source.disks, here.disks)
     if same:
         # Another version tells the same in other words.
         found += _of_mapping("-machine {}", *_common(source.machine, here.machine))
@@ -221,6 +251,75 @@ def _of_devices(source: Picture, here: Picture, same: bool) -> list[Difference]:
     ]
 
 
+_Disks = Mapping[str, tuple[str, ...]]
+
+
+def _of_disks(source: _Disks, here: _Disks) -> list[Difference]:
+    """By the names of the drives. A definition that somebody wrote calls them otherwise: then by their files."""
+    there, now = ({key: (*one, "", "")[:2] for key, one in side.items()} for side in (source, here))
+    found = []
+    for key in sorted(there.keys() & now.keys()):
+        one, other = there.pop(key), now.pop(key)
+        if not _is_same_image(one, other):
+            found.append(Difference(f"disk '{key}'", *_image_words(one, other)))
+    for key, one in sorted(there.items()):
+        match = next((name for name, other in now.items() if _is_same_image(one, other)), None)
+        if match is not None:
+            del now[match]
+        elif one[0]:
+            found.append(Difference(f"disk '{key}'", one[0], "none"))
+    return found + [Difference(f"disk '{key}'", "none", one[0]) for key, one in sorted(now.items()) if one[0]]
+
+
+def _is_same_image(one: Sequence[str], other: Sequence[str]) -> bool:
+    if one[0] and other[0] and not is_local(one[0]) and not is_local(other[0]):
+        # QEMU has several ways to write what is reached through a network.
+        return True
+    return one[0] == other[0] and (one[1] == other[1] or not one[1] or not other[1])
+
+
+def _image_words(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
+    if one[0] == other[0]:
+        return f"{one[0]} as {one[1]}", f"{other[0]} as {other[1]}"
+    return one[0] or "no medium", other[0] or "no medium"
+
+
+def is_local(file: str) -> bool:
+    """Whether the name of an image is that of a file or device of the host."""
+    return ":" not in file.partition("/")[0]
+
+
+def image_name(text: str) -> str:
+    """The name of a file, as QEMU or a command line writes it, without the words around it."""
+    if text.startswith("json:"):
+        try:
+            said = json.loads(text.removeprefix("json:"))
+        except (ValueError, RecursionError):
+            return text
+        while isinstance(said, dict):
+            if isinstance(said.get("filename"), str):
+                return image_name(said["filename"])
+            said = said.get("file")
+        return image_name(said) if isinstance(said, str) else text
+    prefix = next((prefix for prefix in _LOCAL if text.startswith(prefix)), "")
+    return text.removeprefix(prefix)
+
+
+def temporary_disks(picture: Picture) -> list[Refusal]:
+    """Why a guest cannot be started elsewhere whose disks are temporary overlays: they go with its QEMU."""
+    return [
+        Refusal(
+            "temporary",
+            f"disk '{key}' is a temporary overlay (-snapshot, or snapshot=on), which goes when QEMU ends",
+            (),
+            "start the guest without it",
+            "VIR_ERR_OPERATION_INVALID",
+        )
+        for key, one in sorted((picture.disks or {}).items())
+        if one and _TEMPORARY.search(one[0])
+    ]
+
+
 def _counts(what: str, there: Counter[str], now: Counter[str]) -> list[Difference]:
     return [
         Difference(what.format(key), str(there[key] or "none"), str(now[key] or "none"))
@@ -238,7 +337,7 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
     Args:
         version: QEMU's.
         replies: `memory` in bytes, `ramblock` and `mtree` and `numa` as texts, `memdevs`, `pci` as QMP's,
-            `machine` and `cpu` by property, `added` and `own` as lists of (type, place).
+            `machine` and `cpu` by property, `added` and `own` as lists of (type, place), `block` as QMP's.
     """
     memdevs = replies.get("memdevs")
     ids = {row.get("id") for row in memdevs if isinstance(row, dict)} if isinstance(memdevs, list) else set()
@@ -248,6 +347,7 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
             places[name] = min(int(address, 16), places.get(name, 1 << 64))
     memory, machine, cpu = replies.get("memory"), replies.get("machine"), replies.get("cpu")
     added, own = (_devices(replies.get(key)) for key in ("added", "own"))
+    disks = parse_disks(replies.get("block"))
     return Picture(
         version,
         memory if type(memory) is int else None,
@@ -259,7 +359,31 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
         dict(_pci(replies.get("pci"))),
         tuple(sorted(added)),
         tuple(sorted([*added, *own])),
+        disks={key: (one.file, one.format) for key, one in disks.items()} if disks is not None else None,
     )
+
+
+def parse_disks(reply: object) -> dict[str, DiskImage] | None:
+    """Of `query-block`, by the name of the drive, or else of its device; None where it is not of QEMU's form."""
+    if not isinstance(reply, list):
+        return None
+    found = {}
+    for row in reply:
+        if not isinstance(row, dict):
+            continue
+        device, qdev, inserted = (row.get(key) for key in ("device", "qdev", "inserted"))
+        path = qdev.removesuffix("/virtio-backend") if isinstance(qdev, str) else ""
+        match = _DEVICE.match(path)
+        key = device if isinstance(device, str) and device else match[1] if match is not None else path
+        if key:
+            words = inserted if isinstance(inserted, dict) else {}
+            file, kind, node = (_word_of(words.get(name)) for name in ("file", "drv", "node-name"))
+            found[key] = DiskImage(image_name(file), kind, node)
+    return found
+
+
+def _word_of(value: object) -> str:
+    return value if isinstance(value, str) else ""
 
 
 #: What QEMU takes for the distance of a node to itself, and to another one.
@@ -275,7 +399,12 @@ def with_command_line(picture: Picture, line: QemuCommandLine) -> Picture:
         for (one, other), value in both.items()
         if value != (_NEAR if one == other else _FAR)
     }
-    return replace(picture, distances=distances, attributes=line.memory_attributes)
+    return replace(
+        picture,
+        distances=distances,
+        attributes=line.memory_attributes,
+        beyond=tuple(beyond_definitions(line)),
+    )
 
 
 def _text(reply: object) -> str:

@@ -5,7 +5,7 @@ The host's side of a console, of a monitor and of the guest agent is replaced: `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -16,10 +16,15 @@ __all__ = [
     "AGENT_CHARDEV",
     "AGENT_PORT",
     "Devices",
+    "beyond_definitions",
     "bound_to_host",
     "devices_of",
     "hollow",
+    "images_of",
+    "not_held",
     "shared_with_source",
+    "unlike_any_other",
+    "without_folder",
 ]
 
 #: The chardev that `start` gives the guest agent's port, and the name of that port.
@@ -60,6 +65,20 @@ _ELSEWHERE: Final = frozenset(
         *("run-with", "gdb", "s", "only-migratable", "preconfig", "seed", "compat", "async-teardown", "perfmap"),
         *("jitdump", "one-insn-per-tb", "singlestep", "no-quit", "alt-grab", "ctrl-grab", "sdl", "gtk", "curses"),
         *("enable-sync-profile", "add-fd"),
+    )
+)
+#: Neither kept nor missed: what they do is done, or concerns the host alone.
+_NOT_MISSED: Final = frozenset(
+    (
+        *("loadvm", "portrait", "rotate", "show-cursor", "echr", "tb-size", "plugin", "qtest", "qtest-log"),
+        *("dump-vmstate", "writeconfig", "h", "help", "version", "tune"),
+    )
+)
+#: Options of -machine that a definition does not hold, and that the guest would miss.
+_MISSED_OF_MACHINE: Final = frozenset(
+    (
+        *("kernel", "initrd", "append", "dtb", "firmware"),
+        *("confidential-guest-support", "memory-encryption"),
     )
 )
 #: Backends of a chardev that need a terminal or a window.
@@ -128,6 +147,76 @@ def devices_of(
     for text in serials[1:]:
         words += ["-serial", "none" if text == "none" else "null"]
     return Devices(tuple(words), has_defaults, has_serial, tuple(left_out))
+
+
+def beyond_definitions(line: QemuCommandLine) -> list[str]:
+    """Options that a definition made of this command line does not hold, and that the guest would miss: unknown
+    ones, descriptors of the first process behind a disk or a network, temporary overlays. Each as it is written.
+    """
+    found = []
+    for option in line.options:
+        is_known = option.name in _KEPT or option.name in _ELSEWHERE or option.name in _NOT_MISSED
+        # A console without its host's side is silent, and no more.
+        if not is_known or (option.name != "chardev" and _has_descriptor(option)):
+            found.append(" ".join(option.words))
+    missed = [f"-machine {key}={value}" for key, value in line.machine_options if key in _MISSED_OF_MACHINE]
+    return found + missed
+
+
+def not_held(beyond: Sequence[str], arguments: Sequence[str]) -> list[str]:
+    """Those of `beyond_definitions` that a definition does not have in its own way.
+
+    Args:
+        beyond: of the running guest's command line.
+        arguments: that QEMU is started with of the definition.
+    """
+    line = read_command_line(["qemu", *arguments])
+    held = {" ".join(option.words) for option in line.options}
+    held |= {f"-machine {key}={value}" for key, value in line.machine_options}
+    networks = {option.get("id") for option in line.all("netdev") if option.get("type") != "user"}
+    found = []
+    for text in beyond:
+        option = next(iter(read_command_line(["qemu", *text.split(" ", 1)]).options), Option(""))
+        is_network = option.name == "netdev" and option.get("id") in networks
+        if option.name == "snapshot" or (text not in held and not is_network):
+            found.append(text)
+    return found
+
+
+def without_folder(arguments: Sequence[str]) -> list[str]:
+    """Disks whose files have no whole path: the next QEMU runs in another folder."""
+    return [
+        " ".join(option.words)
+        for option in read_command_line(["qemu", *arguments]).options
+        if (option.name in _FILE_OPTIONS or option.name in ("drive", "blockdev"))
+        and _in_folder(option, None) is None
+    ]
+
+
+#: By the beginning of a type: networks that hand the guest's offloads through, and that a twin cannot have.
+_OFFLOADING: Final = ("tap", "bridge", "vhost-", "netmap", "passt")
+
+
+def unlike_any_other(arguments: Sequence[str]) -> list[str]:
+    """Networks behind a virtio-net whose state no QEMU reads that has nothing of the host: `hollow` has no backend
+    that takes the guest's packets with virtio's own header (vnet_hdr).
+    """
+    line = read_command_line(["qemu", *arguments])
+    ends = {
+        option.get("netdev")
+        for option in line.all("device")
+        if (option.get("driver") or "").startswith("virtio-net")
+    }
+    return [
+        " ".join(option.words)
+        for option in line.all("netdev", "nic")
+        if (option.get("type") or "").startswith(_OFFLOADING)
+        and (option.get("id") in ends if option.name == "netdev" else _may_be_virtio(option.get("model")))
+    ]
+
+
+def _may_be_virtio(model: str | None) -> bool:
+    return model is None or model.startswith("virtio")
 
 
 def _is_agent(option: Option) -> bool:
@@ -306,6 +395,45 @@ def bound_to_host(arguments: Sequence[str]) -> list[str]:
     ]
 
 
+def images_of(arguments: Sequence[str]) -> dict[str, tuple[str, str]]:
+    """Name and format of the file of each disk that `hollow` has taken away, by the block node that it has put
+    there; empty where there is no medium, or nothing says the format.
+    """
+    line = read_command_line(["qemu", *arguments])
+    nodes = {option.get("node-name"): option for option in line.all("blockdev")}
+    found = {}
+    for number, option in enumerate(line.options):
+        if option.name in _DISKS:
+            found[_node(option, number)] = (option.text or "", "")
+        elif option.name in ("drive", "blockdev") and option.get("if") != "pflash":
+            kind = option.get("format") or option.get("driver") or ""
+            found[_node(option, number)] = (_image(option, nodes), kind)
+    return found
+
+
+#: By which key an image is named, the first that is there.
+_IMAGE_KEYS: Final = ("filename", "file.filename", "file.file.filename", "file")
+
+
+def _image(option: Option, nodes: Mapping[str | None, Option]) -> str:
+    seen = [option]
+    while True:
+        name = next((value for key in _IMAGE_KEYS if (value := option.get(key))), None)
+        if name is None:
+            # By its driver alone: nothing of the host's files.
+            driver = next((v for k, v in option.pairs if k.endswith("driver") or k == "format"), None)
+            return f"{driver}:" if driver is not None else ""
+        below = nodes.get(name) if option.name == "blockdev" and option.get("file") == name else None
+        if below is None or below in seen:
+            return name
+        option = below
+        seen.append(option)
+
+
+def _node(option: Option, number: int) -> str:
+    return option.get("node-name") or f"node{number}"
+
+
 def hollow(arguments: Sequence[str]) -> list[str]:
     """The same devices with nothing of the host behind them: no sockets, taps, disks or shared memory. A second
     QEMU with them does nothing to the guest that runs.
@@ -340,18 +468,18 @@ def _hollow(option: Option, number: int, flash: set[str]) -> Option | None:
     if name in ("serial", "parallel") and option.text != "none":
         return Option(name, "null")
     if name in _DISKS:
-        return _written(Option("drive"), (*_NOTHING, *_DISKS[name]))
+        return _written(Option("drive"), (*_NOTHING, ("node-name", _node(option, number)), *_DISKS[name]))
     if name == "pflash":
         return Option("drive", f"if=pflash,format=raw,readonly=on,file.locking=off,file={_escaped(option.text)}")
     if name == "drive":
         if option.get("if") == "pflash":
             kept = [pair for pair in option.pairs if pair[0] not in ("readonly", "read-only")]
             return _written(option, (*kept, ("readonly", "on"), ("file.locking", "off")))
-        return _written(option, (*_NOTHING, *_some(option, *_PLACES)))
+        return _written(option, (*_NOTHING, ("node-name", _node(option, number)), *_some(option, *_PLACES)))
     if name == "blockdev" and option.get("node-name") in flash:
         return _unlocked(option)
     if name == "blockdev":
-        node = [("node-name", option.get("node-name") or f"node{number}"), *_some(option, "read-only")]
+        node = [("node-name", _node(option, number)), *_some(option, "read-only")]
         return _written(option, (*_NOTHING, *node))
     if name == "netdev" and option.get("type") == "user":
         # It has state of its own in the guest's; restricted, it reaches nothing.
