@@ -148,7 +148,7 @@ async def _destination(
         cookie = start.cookie
         place_there: _Place | None = None
         source_runs = is_there(cookie, Side.SOURCE)
-        if source_runs and (refusals := await check_held(cookie, mode=mode)):
+        if source_runs and (refusals := check_held(cookie)):
             raise VcpuRefused(refusals)
         machine = cookie.machine.type if cookie.machine is not None else None
         launched = await launch_waiting(
@@ -485,7 +485,7 @@ async def save(
     checked = Checked(temporary_disks(cookie.picture) if cookie.picture is not None else [])
     if machine is not None and is_defined:
         # Without a definition, who restores it names a QEMU of his own.
-        if verify and (refusals := await check_readable(cookie.xml, machine.type)):
+        if verify and (refusals := check_readable(cookie.xml)):
             raise VcpuRefused(refusals)
         checked = await compare_with_twin(source, cookie.xml, machine.type, with_table=True)
     if checked.refusals:

@@ -17,6 +17,7 @@ from qmpvcpu.aio import finish
 from qmpvcpu.app.boot import command_line
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
+from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.hardware import hardware_args
 from qmpvcpu.core.machine.comparison import (
     Picture,
@@ -45,6 +46,7 @@ from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import QemuProcess, run_qemu
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.hardware import read_hardware
+from qmpvcpu.xml.source import Document
 
 __all__ = [
     "HINT",
@@ -142,18 +144,11 @@ async def check_defined(source: Domain) -> list[Refusal]:
     return (await compare_with_twin(source, await source.dump_xml(), state.machine)).refusals
 
 
-async def check_held(cookie: Cookie, *, mode: ProbeMode = ProbeMode.AUTO) -> list[Refusal]:
-    """What the guest of a cookie was started with and its XML does not hold; an old cookie does not tell of it.
-
-    Raises:
-        VcpuFailed: the XML names no QEMU that is here.
-    """
+def check_held(cookie: Cookie) -> list[Refusal]:
+    """What the guest of a cookie was started with and its XML does not hold; an old cookie does not tell of it."""
     if cookie.picture is None:
         return []
-    _, arguments = await _started_with(
-        cookie.xml, cookie.machine.type if cookie.machine is not None else None, mode
-    )
-    return [*temporary_disks(cookie.picture), *_unheld(cookie.picture, arguments)]
+    return [*temporary_disks(cookie.picture), *_unheld(cookie.picture, _hardware(*read_domain(cookie.xml)))]
 
 
 def _unheld(picture: Picture, arguments: Sequence[str]) -> list[Refusal]:
@@ -166,13 +161,8 @@ def _unheld(picture: Picture, arguments: Sequence[str]) -> list[Refusal]:
     return [Refusal(_NOT_HELD, text, (), hint, "VIR_ERR_OPERATION_INVALID") for text in texts]
 
 
-async def check_readable(xml: bytes, machine: str | None, *, mode: ProbeMode = ProbeMode.AUTO) -> list[Refusal]:
-    """Why a second QEMU could not read a saved guest, however good it is.
-
-    Raises:
-        VcpuFailed: the XML names no QEMU that is here.
-    """
-    _, arguments = await _started_with(xml, machine, mode)
+def check_readable(xml: bytes) -> list[Refusal]:
+    """Why a second QEMU could not read the saved guest of a definition, however good it is."""
     return [
         Refusal(
             "verify",
@@ -181,7 +171,7 @@ async def check_readable(xml: bytes, machine: str | None, *, mode: ProbeMode = P
             "save without --verify",
             "VIR_ERR_OPERATION_UNSUPPORTED",
         )
-        for text in unlike_any_other(arguments)
+        for text in unlike_any_other(_hardware(*read_domain(xml)))
     ]
 
 
@@ -238,10 +228,13 @@ async def _started_with(xml: bytes, machine: str | None, mode: ProbeMode) -> tup
     line = await command_line(definition, mode=mode)
     if line.probe.emulator is None:
         raise VcpuFailed("; ".join(line.probe.messages), hint="name an <emulator> that is here")
-    hardware = hardware_args(
-        read_hardware(document), qemu_arch(definition), console="/dev/null", agent=AGENT_CHARDEV
-    )
-    return line.probe.emulator, [*line.args.arguments, *hardware]
+    return line.probe.emulator, [*line.args.arguments, *_hardware(document, definition)]
+
+
+def _hardware(document: Document, definition: Definition) -> list[str]:
+    """What QEMU is started with besides its machine. Raises VcpuRefused."""
+    hardware = read_hardware(document)
+    return hardware_args(hardware, qemu_arch(definition), console="/dev/null", agent=AGENT_CHARDEV)
 
 
 def _end_first(pid: int) -> None:

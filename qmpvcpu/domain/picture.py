@@ -72,14 +72,14 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
     replies["added"] = [row for path in _ADDED for row in await _devices(monitor, path, replies.get(path))]
     replies["own"] = await _devices(monitor, _OWN, replies.get(_OWN))
     picture = parse_picture(parse_version(monitor.greeting), replies)
-    if process is not None and picture.disks is not None:
+    if picture.disks is not None:
         picture = replace(picture, disks=await asyncio.to_thread(_real_disks, picture.disks, process))
     words = await asyncio.to_thread(command_line_of, process) if process is not None else []
     return with_command_line(picture, read_command_line(words)) if words else picture
 
 
-def _real_disks(disks: Mapping[str, tuple[str, ...]], process: Process) -> dict[str, tuple[str, ...]]:
-    folder = folder_of(process)
+def _real_disks(disks: Mapping[str, tuple[str, ...]], process: Process | None) -> dict[str, tuple[str, ...]]:
+    folder = folder_of(process) if process is not None else None
     return {key: (real_file(file, folder), *rest) for key, (file, *rest) in disks.items()}
 
 
