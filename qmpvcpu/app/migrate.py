@@ -480,7 +480,7 @@ async def save(
     if refusals := _check_room(Path(file), memory + _REST_BYTES, second, verify=verify):
         raise VcpuRefused(refusals)
     if verify and not is_defined:
-        text = "the guest has no definition, of which a second QEMU could be started to read the file"
+        text = "the guest has no definition, and a second QEMU can be started only from one"
         raise VcpuRefused([Refusal("verify", text, (), "`qmpvcpu define NAME --qmp ADDR` makes one")])
     checked = Checked(temporary_disks(cookie.picture) if cookie.picture is not None else [])
     if machine is not None and is_defined:

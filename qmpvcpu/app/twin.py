@@ -268,7 +268,7 @@ async def _table_of(qemu: QemuProcess) -> StreamTable:
         status = parse_status(await qemu.monitor.query_migrate())
         raise VcpuFailed(f"its state cannot be read: {status.error or error}") from error
     finally:
-        # Nobody writes any more: the reader ends at once, whoever was cancelled.
+        # Once QEMU is gone, the reader comes to the end of the pipe, even if this task was cancelled.
         qemu.kill()
         await finish(reading)
 

@@ -31,7 +31,7 @@ class Ledger:
         self.seen_at = 0.0
         #: Where nothing outlives this process.
         self._contexts = UsedContexts()
-        #: Whether another process has asked for unplugs of which only a fresh query tells whether they are open.
+        #: Whether another process has asked for unplugs. Only a fresh query tells whether they have ended.
         self.undecided = False
         self.trouble: str | None = None
         if store is None:

@@ -469,8 +469,8 @@ async def perform_to_file(
 
 
 async def _switched_off(monitor: Monitor) -> dict[str, bool]:
-    """What somebody has switched on: a file of ours is what QEMU writes without any of it, since whoever restores
-    it does not know what was on.
+    """The capabilities that are on, each with False. A saved file must be readable without them, because the
+    process that restores it does not know which were on.
     """
     rows = await monitor.execute("query-migrate-capabilities")
     on = [row.get("capability") for row in rows if row.get("state") is True] if isinstance(rows, list) else []

@@ -1,5 +1,5 @@
-"""What `save` leaves in the state folder: which guest it has paused, for the process that comes after a crash of
-ours; and of which definition a saved file is, by the file's digest.
+"""What `save` leaves in the state folder. One record says which guest it has paused, so that the next process can
+settle that if this one is killed. Another keeps the definition of each saved guest, by the digest of its file.
 
 Nothing here raises: a full disk must not lose a guest.
 """

@@ -77,14 +77,14 @@ async def test_enable_ends_with_the_guest_running_on_it_and_guest_switches_it(ar
     ids, boot_ids = IDS[arch], await online_in(guest)
     code, found = await run(guest, "setvcpu", csv(ids), "--enable")
     assert (code, found["outcome"]) == (0, "applied")
-    lit = {*boot_ids, *ids}
-    assert len(await online_in(guest)) == len(lit)
+    running_on = {*boot_ids, *ids}
+    assert len(await online_in(guest)) == len(running_on)
     _, rows = await run(guest, "setvcpu", csv(ids))
     assert [row["online"] for row in rows["vcpus"]] == [True] * len(ids)
 
     code, off = await run(guest, "setvcpu", csv(ids), "--disable", "--guest")
     assert (code, off["mechanism"], off["changed_ids"]) == (0, "agent", ids)
-    assert len(await online_in(guest)) == len(lit) - len(ids)
+    assert len(await online_in(guest)) == len(running_on) - len(ids)
     code, info = await run(guest, "vcpuinfo")
     assert [(r["state"], r["online"]) for r in info["vcpus"] if r["id"] in ids] == [("enabled", False)] * len(ids)
 
@@ -93,16 +93,16 @@ async def test_enable_ends_with_the_guest_running_on_it_and_guest_switches_it(ar
     assert (code, back["mechanism"], back["changed_ids"]) == (0, "agent", ids)
     code, same = await run(guest, "setvcpu", csv(ids), "--enable")
     assert (code, same["changed"]) == (0, False)
-    assert len(await online_in(guest)) == len(lit)
+    assert len(await online_in(guest)) == len(running_on)
 
     code, gone = await run(guest, "setvcpu", csv(ids), "--disable")
     hotplug = arch in ("x86_64", "ppc64")
     assert (code, gone["mechanism"], gone["changed_ids"]) == (0, "hotplug" if hotplug else "agent", ids)
     assert any("still plugged" in message for message in gone["messages"]) is not hotplug
-    assert len(await online_in(guest)) == len(lit) - len(ids)
+    assert len(await online_in(guest)) == len(running_on) - len(ids)
 
     code, view = await run(guest, "guestvcpus")
-    assert sorted(cpu["vcpu"] for cpu in view["cpus"] if cpu["online"]) == sorted(lit - set(ids))
+    assert sorted(cpu["vcpu"] for cpu in view["cpus"] if cpu["online"]) == sorted(running_on - set(ids))
     if arch == "aarch64":
         await run(guest, "setvcpu", csv(ids), "--enable")
 
