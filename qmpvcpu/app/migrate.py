@@ -19,7 +19,7 @@ from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.app.start import clean_up, launch_waiting
 from qmpvcpu.app.trust import Startable, of_file, of_user
 from qmpvcpu.app.twin import HINT, Checked, check_held, check_readable, check_sides, compare_with_twin, read_back
-from qmpvcpu.core.machine.comparison import temporary_disks
+from qmpvcpu.core.machine.comparison import check_movable
 from qmpvcpu.core.migration import Cookie, MigrationStatus, last_words
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.stream import StreamError, StreamTable, table_differences
@@ -482,7 +482,7 @@ async def save(
     if verify and not is_defined:
         text = "the guest has no definition, and a second QEMU can be started only from one"
         raise VcpuRefused([Refusal("verify", text, (), "`qmpvcpu define NAME --qmp ADDR` makes one")])
-    checked = Checked(temporary_disks(cookie.picture) if cookie.picture is not None else [])
+    checked = Checked(check_movable(cookie.picture) if cookie.picture is not None else [])
     if machine is not None and is_defined:
         # Without a definition, who restores it names a QEMU of his own.
         if verify and (refusals := check_readable(cookie.xml)):

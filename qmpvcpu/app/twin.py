@@ -21,11 +21,11 @@ from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.hardware import hardware_args
 from qmpvcpu.core.machine.comparison import (
     Picture,
+    check_movable,
     differences,
     image_name,
     parse_disks,
     refusals_of,
-    temporary_disks,
 )
 from qmpvcpu.core.machine.devices import (
     AGENT_CHARDEV,
@@ -123,7 +123,7 @@ async def compare_with_twin(
             now = replace(now, disks=await _disks_of(qemu, arguments))
             found = [_in_definition(one) for one in check_machine(machine_of(state), machine_of(twin))]
             found += refusals_of(differences(there, now), _ELSEWHERE, HINT)
-            found += [*temporary_disks(there), *_unheld(there, arguments)]
+            found += [*check_movable(there), *_unheld(there, arguments)]
             return Checked(found, await _table_of(qemu) if with_table and not found else None)
     except VcpuRefused as error:
         return Checked(list(error.refusals))
@@ -148,7 +148,7 @@ def check_held(cookie: Cookie) -> list[Refusal]:
     """What the guest of a cookie was started with and its XML does not hold; an old cookie does not tell of it."""
     if cookie.picture is None:
         return []
-    return [*temporary_disks(cookie.picture), *_unheld(cookie.picture, _hardware(*read_domain(cookie.xml)))]
+    return [*check_movable(cookie.picture), *_unheld(cookie.picture, _hardware(*read_domain(cookie.xml)))]
 
 
 def _unheld(picture: Picture, arguments: Sequence[str]) -> list[Refusal]:

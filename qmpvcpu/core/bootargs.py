@@ -231,14 +231,19 @@ def _backend(backend: MemoryBackend | Dimm, size: int, name: str | None = None) 
 def _dimms(definition: Definition) -> list[str]:
     words = []
     for number, dimm in enumerate(definition.dimms):
-        name, memdev = dimm.id or f"dimm{number}", dimm.memdev or f"memdimm{number}"
+        memdev = dimm.memdev or f"memdimm{number}"
+        name = dimm.id or (f"dimm{number}" if dimm.memdev is None else None)
         words += _backend(dimm, dimm.size, memdev)
-        places = (("node", dimm.node), ("slot", dimm.slot), ("addr", dimm.address))
-        pairs = [(key, str(value)) for key, value in places if value is not None]
-        words += [
-            "-device",
-            join_pairs([("driver", "pc-dimm"), ("id", name), ("memdev", memdev), *pairs], "driver"),
-        ]
+        values = {
+            "driver": "pc-dimm",
+            "id": name,
+            "memdev": memdev,
+            "node": dimm.node,
+            "slot": dimm.slot,
+            "addr": dimm.address,
+        }
+        pairs = [(key, str(value)) for key, value in values.items() if value is not None]
+        words += ["-device", join_pairs(pairs, "driver")]
     return words
 
 

@@ -74,7 +74,7 @@ class MemoryBackend:
 @dataclass(frozen=True, slots=True)
 class Dimm:
     """One `<memory model='dimm'>`: `size` and `address` are in bytes. `id` and `memdev` are QEMU's ids of the
-    device and of its backend; None: they are free.
+    device and of its backend; None: they are free. A device that has a `memdev` and no `id` has none in QEMU.
     """
 
     size: int

@@ -53,6 +53,8 @@ class Fact(StrEnum):
     SMM = "smm"
     #: Nobody in the guest has left the legacy mode of the CPU hotplug block.
     LEGACY_HOTPLUG = "legacy-hotplug"
+    #: QEMU may not write to a memory backend (`readonly=on`, `rom` not off).
+    READ_ONLY_MEMORY = "read-only-memory"
 
 
 @dataclass(frozen=True, slots=True)
@@ -335,6 +337,18 @@ QUIRKS: Final = (
         ),
         hint="use QEMU 11.1 or KVM",
         code="unplugged",
+    ),
+    Quirk(
+        "read-only-memory",
+        "a memory backend with readonly=on (of an nvdimm) travels with the guest as all memory does, and the QEMU"
+        " that receives it dies of SIGSEGV as it writes there; pages that are all zero it leaves alone",
+        _MIGRATE,
+        ("7.2", "10.0", "11.1"),
+        facts=frozenset({Fact.READ_ONLY_MEMORY}),
+        is_refused=True,
+        message="the QEMU that receives this guest would die: it writes to memory that is read-only",
+        hint="start the guest with rom=off for that backend (QEMU 8.2), or without it",
+        code="read-only-memory",
     ),
     Quirk(
         "x86-plug-into-leaving",

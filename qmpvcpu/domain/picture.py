@@ -37,6 +37,8 @@ _PLACES: Final = {"-ccw": "dev_id", "virtserialport": "nr", "virtconsole": "nr",
 _BUS: Final = re.compile(r"/machine/peripheral/([^/]+)/")
 #: What tells the place on a bus: of PCI, of SCSI.
 _ADDRESSES: Final = ("addr", "scsi-id")
+#: Of a memory backend.
+_ACCESS: Final = ("readonly", "rom")
 
 
 async def read_picture(monitor: Monitor, process: Process | None = None) -> Picture:
@@ -69,6 +71,11 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
     first = cpus[0].get("qom-path") if isinstance(cpus, list) and cpus and isinstance(cpus[0], dict) else None
     if isinstance(first, str):
         replies["cpu"] = await _values(monitor, first, await _answer(_list(monitor, first)))
+    memdevs = replies.get("memdevs")
+    rows = [row for row in memdevs if isinstance(row, dict)] if isinstance(memdevs, list) else []
+    ids = [row["id"] for row in rows if isinstance(row.get("id"), str)]
+    access = {name: _all({key: monitor.qom_get(f"/objects/{name}", key) for key in _ACCESS}) for name in ids}
+    replies["backends"] = dict(zip(access, await asyncio.gather(*access.values()), strict=True))
     replies["added"] = [row for path in _ADDED for row in await _devices(monitor, path, replies.get(path))]
     replies["own"] = await _devices(monitor, _OWN, replies.get(_OWN))
     picture = parse_picture(parse_version(monitor.greeting), replies)

@@ -116,8 +116,9 @@ def option_lines(definition: Definition, devices: Devices | None) -> list[str]:
         cell = f" cell='{backend.cell}'" if backend.cell is not None else ""
         lines += _memory_lines("memory", f"id={quoteattr(backend.id)}{cell}", backend.driver, backend.options)
     for number, dimm in enumerate(definition.dimms):
-        if dimm.id is not None and dimm.memdev is not None:
-            ids = f"of='{number}' id={quoteattr(dimm.id)} memdev={quoteattr(dimm.memdev)}"
+        if dimm.memdev is not None:
+            name = f" id={quoteattr(dimm.id)}" if dimm.id is not None else ""
+            ids = f"of='{number}'{name} memdev={quoteattr(dimm.memdev)}"
             lines += _memory_lines(_DIMM, ids, dimm.driver, dimm.options)
     words = " blocks='one'" if options.is_one_block else ""
     if devices is not None:
@@ -188,11 +189,11 @@ def _dimm_ids(root: Element, wrong: Wrong) -> dict[int, Dimm]:
     ours = machine_element(root)
     found: dict[int, Dimm] = {}
     for element in ours[0].all(f"{ours[1]}{_DIMM}") if ours is not None else ():
-        rank, name = element.attributes.get("of", ""), element.attributes.get("id", "")
+        rank, name = element.attributes.get("of", ""), element.attributes.get("id")
         memdev, driver = (element.attributes.get(key, "") for key in ("memdev", "type"))
         ok = rank.isascii() and rank.isdigit() and len(rank) < 5 and _DRIVER.fullmatch(driver)
-        if not ok or not _ID.fullmatch(name) or not _ID.fullmatch(memdev):
-            wrong(element, f"<dimm id='{name[:40]}'> is not a memory device of QEMU")
+        if not ok or not _ID.fullmatch(memdev if name is None else name) or not _ID.fullmatch(memdev):
+            wrong(element, f"<dimm of='{rank[:40]}'> is not a memory device of QEMU")
             continue
         assert ours is not None
         options = _options(element, ours[1], wrong)

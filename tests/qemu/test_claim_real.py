@@ -90,6 +90,7 @@ MACHINES: dict[str, tuple[str, str, str, list[str]]] = {
         [
             *("-m", "64,slots=4,maxmem=1G", *ram("a", "64M"), *node(0, ",memdev=a,cpus=0-3")),
             *(*ram("d", "128M"), "-device", "pc-dimm,id=stick,memdev=d,slot=2"),
+            *(*ram("nameless", "128M"), "-device", "pc-dimm,memdev=nameless"),
         ],
     ),
     "slots-alone": ("x86_64", "11.1", "2,maxcpus=4", ["-machine", "q35", "-m", "128,slots=2,maxmem=1G"]),
@@ -170,8 +171,8 @@ USUAL: dict[str, tuple[str, str, list[str]]] = {
         *("x86_64", "11.1"),
         [
             *("-nodefaults", "-machine", "q35,nvdimm=on", "-m", "64,slots=2,maxmem=1G"),
-            *("-object", "memory-backend-file,id=nv,size=1M,mem-path=DISK,share=on,readonly=on"),
-            *("-device", "nvdimm,id=stick,memdev=nv,unarmed=on"),
+            *("-object", "memory-backend-file,id=nv,size=1M,mem-path=DISK,readonly=on,rom=off"),
+            *("-device", "nvdimm,memdev=nv,unarmed=on"),
         ],
     ),
     "virtio-mem": (
@@ -342,7 +343,7 @@ def launched(name: str, folder: Path) -> AbstractAsyncContextManager[Qemu]:
         machine = () if "-machine" in rest else ("-machine", "q35")
         return paused(arch, version, smp, rest, machine=machine or ("-machine", rest[1]))
     arch, version, words = USUAL[name]
-    (folder / "disk").write_bytes(bytes(1 << 20))
+    (folder / "disk").write_bytes(b"\xa5" * (1 << 20))
     (folder / "disk.vars").write_bytes(bytes(1 << 17))
     arguments = ["-S", "-display", "none", "-smp", "1,maxcpus=4"]
     arguments += [word.replace("DISK", str(folder / "disk")) for word in words]
@@ -371,7 +372,10 @@ async def check_arrived(name: str, before: dict[str, Any], put: dict[int, bytes]
 
 
 async def memory_names(qemu: Qemu) -> set[str]:
-    return {row["id"] for row in await qemu.execute("query-memdev")}
+    """Blocks that a guest which has not booted can use: not an nvdimm, nor what a driver has to plug first."""
+    devices = await qemu.execute("query-memory-devices")
+    others = {row["data"]["memdev"].removeprefix("/objects/") for row in devices if row["type"] != "dimm"}
+    return {row["id"] for row in await qemu.execute("query-memdev")} - others
 
 
 #: The first few in the suite, all with `scripts/soak claims`.
@@ -384,8 +388,9 @@ async def test_saved_restored_and_migrated_it_is_the_same_machine_with_its_memor
     async with launched(name, tmp_path) as qemu:
         hmp = qemu.human_monitor_command
         before = await facts(qemu)
-        put = memory.patterns(await memory.blocks(hmp, await memory_names(qemu)))
-        assert len(put) >= 2 * len(before["memdevs"])
+        names = await memory_names(qemu)
+        put = memory.patterns(await memory.blocks(hmp, names))
+        assert len(put) >= 2 * len(names) > 0
         await memory.write(hmp, qemu.folder, put)
         assert (await cli("define", "d", "--qmp", qemu.qmp)).code == 0
         async with qmpvcpu.connect("d") as domain:
@@ -514,6 +519,22 @@ async def test_temporary_overlays_are_neither_saved_nor_migrated(way, tmp_path):
         texts = await save_and_move("d", file)
         status = await qemu.execute("query-status")
     assert ["disk 'vd0' is a temporary overlay" in one for one in texts] == [True, True], texts
+    assert (status["status"], file.exists()) == ("prelaunch", False)
+
+
+async def test_memory_that_is_read_only_is_neither_saved_nor_migrated(tmp_path):
+    (tmp_path / "memory").write_bytes(b"\xa5" * (1 << 20))
+    file = tmp_path / "saved"
+    words = ["-m", "64,slots=1,maxmem=1G", "-device", "nvdimm,memdev=nv,unarmed=on", "-object"]
+    words += [f"memory-backend-file,id=nv,size=1M,mem-path={tmp_path}/memory,share=on,readonly=on"]
+    async with paused("x86_64", "10.0", "1,maxcpus=2", words, machine=("-machine", "q35,nvdimm=on")) as qemu:
+        async with qmpvcpu.connect(qmp=qemu.qmp) as domain:
+            with pytest.raises(qmpvcpu.VcpuRefused, match="memory that is read-only: nv"):
+                await saving.save(domain, file)
+        await cli("define", "d", "--qmp", qemu.qmp)
+        texts = await save_and_move("d", file)
+        status = await qemu.execute("query-status")
+    assert ["memory that is read-only: nv" in one for one in texts] == [True, True], texts
     assert (status["status"], file.exists()) == ("prelaunch", False)
 
 

@@ -118,6 +118,25 @@ def test_what_is_written_is_read_again():
     assert claimed_by(made.xml) == said
 
 
+def test_a_memory_device_without_an_id_keeps_its_backend():
+    replies = {
+        "query-memdev": [{"id": "d", "size": 128 * MIB}],
+        "query-memory-devices": [{"type": "dimm", "data": {"memdev": "/objects/d", "size": 128 * MIB, "slot": 0}}],
+        "query-memory-size-summary": {"base-memory": 64 * MIB},
+        "memory": {"max-size": 1 << 30, "slots": 4},
+    }
+    made = claim(["qemu", "-object", "memory-backend-ram,id=d,size=128M", "-device", "pc-dimm,memdev=d"], replies)
+    (dimm,) = made.definition["dimms"]
+    assert (dimm["id"], dimm["memdev"]) == (None, "d")
+    assert claimed_by(made.xml)["dimms"] == (dimm,)
+
+
+def test_another_memory_device_without_an_id_is_one_of_the_devices():
+    replies = {"query-memory-devices": [{"type": "nvdimm", "data": {"memdev": "/objects/m"}}]}
+    words = ["-object", "memory-backend-ram,id=m,size=1M", "-device", "nvdimm,memdev=m"]
+    assert claim(["qemu", *words], replies).left_out == ()
+
+
 def test_devices_that_are_written_are_started_again():
     words = ["-device", "virtio-rng-pci,id='<&>\"", "-serial", "none"]
     made = claim(["qemu", *words], {})

@@ -17,12 +17,14 @@ from qmpvcpu.core.machine.command_line import QemuCommandLine
 from qmpvcpu.core.machine.devices import beyond_definitions
 from qmpvcpu.core.machine.versions import are_same
 from qmpvcpu.core.model import QemuVersion
+from qmpvcpu.core.quirks import quirk
 from qmpvcpu.errors import Refusal
 
 __all__ = [
     "Difference",
     "DiskImage",
     "Picture",
+    "check_movable",
     "child_type",
     "differences",
     "image_name",
@@ -30,7 +32,6 @@ __all__ = [
     "parse_disks",
     "parse_picture",
     "refusals_of",
-    "temporary_disks",
     "with_command_line",
 ]
 
@@ -94,6 +95,7 @@ class Picture:
         disks: what is behind each drive: the name and the format of its file. The name is empty where the drive
             has no medium, the format where it is not known. None: QEMU has not been asked.
         beyond: options of the command line that no definition made of it can hold.
+        read_only: memory backends to which QEMU may not write.
     """
 
     version: QemuVersion | None = None
@@ -110,6 +112,7 @@ class Picture:
     attributes: tuple[str, ...] | None = None
     disks: Mapping[str, tuple[str, ...]] | None = None
     beyond: tuple[str, ...] = ()
+    read_only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -305,9 +308,11 @@ def image_name(text: str) -> str:
     return text.removeprefix(prefix)
 
 
-def temporary_disks(picture: Picture) -> list[Refusal]:
-    """Why a guest cannot be started elsewhere whose disks are temporary overlays: they go with its QEMU."""
-    return [
+def check_movable(picture: Picture) -> list[Refusal]:
+    """Why no other QEMU can take the guest, however like its own: temporary overlays of its disks go with the
+    first one, and memory that is read-only ends the second one.
+    """
+    found = [
         Refusal(
             "temporary",
             f"disk '{key}' is a temporary overlay (-snapshot, or snapshot=on), which goes when QEMU ends",
@@ -318,6 +323,11 @@ def temporary_disks(picture: Picture) -> list[Refusal]:
         for key, one in sorted((picture.disks or {}).items())
         if one and _TEMPORARY.search(one[0])
     ]
+    row = quirk("read-only-memory")
+    if picture.read_only and row.is_in(picture.version):
+        text = f"{row.message}: {', '.join(picture.read_only)}"
+        found.append(Refusal(row.code, text, (), row.hint, "VIR_ERR_OPERATION_INVALID"))
+    return found
 
 
 def _counts(what: str, there: Counter[str], now: Counter[str]) -> list[Difference]:
@@ -337,7 +347,8 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
     Args:
         version: QEMU's.
         replies: `memory` in bytes, `ramblock` and `mtree` and `numa` as texts, `memdevs`, `pci` as QMP's,
-            `machine` and `cpu` by property, `added` and `own` as lists of (type, place), `block` as QMP's.
+            `machine` and `cpu` by property, `added` and `own` as lists of (type, place), `block` as QMP's,
+            `backends` as properties of each memory backend by its id.
     """
     memdevs = replies.get("memdevs")
     ids = {row.get("id") for row in memdevs if isinstance(row, dict)} if isinstance(memdevs, list) else set()
@@ -360,7 +371,15 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
         tuple(sorted(added)),
         tuple(sorted([*added, *own])),
         disks={key: (one.file, one.format) for key, one in disks.items()} if disks is not None else None,
+        read_only=tuple(_read_only(replies.get("backends"))),
     )
+
+
+def _read_only(backends: object) -> Iterable[str]:
+    for name, values in backends.items() if isinstance(backends, dict) else ():
+        # `rom` came with 8.2.
+        if values.get("readonly") is True and values.get("rom") != "off":
+            yield name
 
 
 def parse_disks(reply: object) -> dict[str, DiskImage] | None:

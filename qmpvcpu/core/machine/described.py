@@ -48,7 +48,8 @@ class MachineFacts:
     """What QMP tells of a machine's memory and CPU model. Sizes in bytes.
 
     `memdevs` are sizes by id, `whole` the id of the block that all nodes share, None where each has its own.
-    `other_devices` are memory devices that are not DIMMs, by id, each as one text.
+    `other_devices` are memory devices that are not DIMMs, by id (of the backend where they have none), each as
+    one text.
     `texts` are HMP's `info numa` and `info mtree -f`, empty where QMP and the command line tell it all.
     `cpu_models` are names by QOM type.
     """
@@ -90,7 +91,8 @@ def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
         if row.get("type") == "dimm" and type(data.get("size")) is int:
             dimms.append(_dimm(data))
         else:
-            others[str(data.get("id", ""))] = f"{row.get('type')} '{data.get('id', '')}'"
+            name = data.get("id") or _memdev(data) or ""
+            others[str(name)] = f"{row.get('type')} '{name}'"
     models = {
         row["typename"]: row["name"]
         for row in _rows(replies.get("query-cpu-definitions"))
@@ -111,15 +113,20 @@ def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
 
 
 def _dimm(data: Mapping[str, Any]) -> Dimm:
-    memdev, name = data.get("memdev"), data.get("id")
+    name = data.get("id")
     return Dimm(
         data["size"],
         _size(data.get("node")),
         _size(data.get("slot")),
         _size(data.get("addr")),
         name if isinstance(name, str) else None,
-        memdev.removeprefix(_OBJECTS) if isinstance(memdev, str) else None,
+        _memdev(data),
     )
+
+
+def _memdev(data: Mapping[str, Any]) -> str | None:
+    path = data.get("memdev")
+    return path.removeprefix(_OBJECTS) if isinstance(path, str) else None
 
 
 def _rows(reply: object) -> list[dict[str, Any]]:
@@ -159,7 +166,8 @@ def described(
         folder: where QEMU runs, for the files that it names without one.
     """
     # What the command line has is among the devices.
-    given = {option.get("id") for option in line.all("device")} if line is not None else set()
+    devices = list(line.all("device")) if line is not None else []
+    given = {option.get("id") or option.get("memdev") for option in devices}
     left_out = [f"the memory device {text}" for name, text in facts.other_devices.items() if name not in given]
     if line is not None:
         cells, options, more = _of_line(found, facts, line)
@@ -185,8 +193,8 @@ def described(
         return Described(
             definition, (*left_out, "its devices: QEMU's command line cannot be read, or trusted, here")
         )
-    devices = devices_of(line, definition, (driver,) if driver is not None else (), folder)
-    return Described(definition, (*left_out, *devices.left_out), devices)
+    found_devices = devices_of(line, definition, (driver,) if driver is not None else (), folder)
+    return Described(definition, (*left_out, *found_devices.left_out), found_devices)
 
 
 def _of_line(
