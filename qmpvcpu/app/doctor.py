@@ -170,13 +170,11 @@ async def examine_domain(domain: Domain) -> DomainReport:
         unit = max(len(entity.ids) for entity in state.entities)
         grain = f", {unit} vCPUs (one core) at a time" if unit > 1 else ""
         _judge(f"plug vCPU {_all_ids(empty)}{grain}", plan.refusals, can, cannot, kills)
-        kills += plan.messages
     if state.can_unplug:
         if unpluggable:
             plan = await domain.plan_disable(unpluggable[-1].ids, live=True, fallback=False)
             what = f"unplug vCPU {_all_ids(unpluggable)}"
             _judge(what, plan.refusals, can, cannot, kills, condition=", if the guest's kernel lets go")
-            kills += plan.messages
         cannot += [f"unplug {entity.label}: it holds the boot CPU" for entity in fixed]
     elif state.can_plug:
         cannot.append(f"unplug: {state.machine} never unplugs a CPU")
@@ -184,6 +182,7 @@ async def examine_domain(domain: Domain) -> DomainReport:
         cannot.append("place vCPUs: all of them share one thread (-accel tcg,thread=single)")
     if (why := await domain.agent_refusal()) is not None:
         cannot.append(f"switch vCPUs in the guest: {why.message}")
+    kills += domain.plugs_left()
     return DomainReport(state, tuple(can), tuple(cannot), tuple(dict.fromkeys(kills)))
 
 

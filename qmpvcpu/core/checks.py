@@ -414,11 +414,18 @@ def warnings(
     state: DomainState, plugs: Sequence[Entity], unplugs: Sequence[Entity], known: Knowledge
 ) -> list[str]:
     """What is no reason to refuse, but the user should know."""
-    if known.contexts_reported or not (contexts_run_out(state) and (plugs or unplugs)):
+    if known.contexts_reported or not (plugs or unplugs):
+        return []
+    return plugs_left(state, known, plugs)
+
+
+def plugs_left(state: DomainState, known: Knowledge, plugs: Sequence[Entity] = ()) -> list[str]:
+    """How many plugs QEMU can take after these, as one text; none where they do not run out."""
+    if not contexts_run_out(state):
         return []
     left = max(state.maxcpus - len(state.enabled_ids) - known.contexts_lost - len(_ids(plugs)), 0)
     # A core of ppc64 is one plug, and uses as many as it has threads.
-    left //= len((*plugs, *unplugs)[0].ids)
+    left //= len(state.entities[0].ids)
     return [
         f"QEMU under TCG does not free what an unplugged vCPU has used: this QEMU can take {left} more"
         f" plug{'s' if left != 1 else ''} before it aborts, or fewer if another program has unplugged vCPUs"

@@ -533,6 +533,10 @@ class Domain(MigrationCalls):
                 return error
         return None
 
+    def plugs_left(self) -> list[str]:
+        """How many plugs this QEMU can take before it aborts, as one text; none where they do not run out."""
+        return checks.plugs_left(self._link.state, self._link.knowledge()) if self._link is not None else []
+
     @property
     def run_state(self) -> str | None:
         """QEMU's RunState ("running", "paused", "prelaunch" …) when it was asked last; None if not known."""

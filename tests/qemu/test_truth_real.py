@@ -114,6 +114,8 @@ async def test_doctor_says_what_a_migration_forbids():
         run = await cli("--json", "doctor", qemu.qmp)
     assert [text for text in run.json["can"] if "plug" in text] == []
     assert any(text.startswith("plug vCPU 2-3: ") and "migrat" in text for text in run.json["cannot"]), run.stdout
+    (kill,) = run.json["kills"]
+    assert "can take 2 more plugs before it aborts" in kill
 
 
 @matrix(("x86_64", "7.2"), ("x86_64", "10.0"), ("x86_64", "11.1"))
