@@ -27,6 +27,7 @@ __all__ = [
     "Identity",
     "architecture",
     "architecture_of_machine",
+    "architecture_of_program",
     "examined",
 ]
 
@@ -251,6 +252,12 @@ def architecture_of_machine(machine: str) -> Architecture | None:
     """The architecture of a machine type (`q35`, `pseries-10.0,cap-…`), where its name alone says so."""
     name = machine.partition(",")[0]
     return next((row for row in ROWS if any(_begins(name, word) for word in row.machine_names)), None)
+
+
+def architecture_of_program(path: str) -> Architecture | None:
+    """The architecture that a QEMU program is for, by its name (`/usr/bin/qemu-system-ppc64`)."""
+    name = path.rpartition("/")[2]
+    return _BY_NAME.get(name.removeprefix("qemu-system-")) if name.startswith("qemu-system-") else None
 
 
 def _begins(name: str, word: str) -> bool:

@@ -6,19 +6,19 @@ order, by `-device` or, paused, by `device_add` (libvirt's way).
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
 from qmpvcpu.core.arch import architecture, architecture_of_machine
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell
-from qmpvcpu.core.layout import MachineLayout, MachineSpec
+from qmpvcpu.core.layout import MachineLayout, MachineSpec, predict_layout
 from qmpvcpu.core.machine.command_line import join_pairs
-from qmpvcpu.core.model import Props, format_ids
+from qmpvcpu.core.model import DomainState, Props, format_ids
 from qmpvcpu.core.smp import LEVELS, NumaNode, Smp
 from qmpvcpu.errors import Refusal, VcpuRefused
 
-__all__ = ["BootArgs", "BootStyle", "boot_args", "machine_spec", "qemu_arch"]
+__all__ = ["BootArgs", "BootStyle", "boot_args", "located", "machine_spec", "qemu_arch"]
 
 
 class BootStyle(StrEnum):
@@ -59,6 +59,7 @@ def qemu_arch(definition: Definition) -> str:
     return row.name
 
 
+_MIB: Final = 1024 * 1024
 #: Options of -machine that name what stands elsewhere on the command line.
 _NAMING: Final = frozenset({"pflash0", "pflash1", "audiodev", "pcspk-audiodev"})
 
@@ -86,7 +87,23 @@ def machine_spec(definition: Definition) -> MachineSpec:
         smp,
         ",".join(filter(None, (definition.cpu, join_pairs(more.cpu)))) if definition.cpu else None,
         definition.accel or "tcg",
-        tuple(NumaNode(cell.id, cell.cpus) for cell in definition.cells),
+        tuple(NumaNode(cell.id, cell.cpus) for cell in definition.nodes),
+    )
+
+
+def located(definition: Definition, state: DomainState) -> DomainState:
+    """A definition's state with where each slot is, as far as that is known without a QEMU."""
+    try:
+        layout = predict_layout(machine_spec(definition), qemu_arch(definition), assume=True)
+    except VcpuRefused:
+        return state
+    if layout is None or layout.maxcpus != state.maxcpus:
+        return state
+    props = {number: slot.props for ids, slot in layout.entities() for number in ids}
+    return replace(
+        state,
+        entities=tuple(replace(entity, props=props[entity.first]) for entity in state.entities),
+        vcpus=tuple(replace(vcpu, props=props[vcpu.id]) for vcpu in state.vcpus),
     )
 
 
@@ -119,6 +136,12 @@ def boot_args(
     Raises:
         VcpuRefused: no such guest can be; every reason.
     """
+    messages = []
+    if not definition.options.is_exact:
+        given, definition = definition, definition.rounded
+        if definition != given:
+            unit = architecture(definition.arch).memory_alignment // _MIB
+            messages.append(f"memory is rounded up to multiples of {unit} MiB, as libvirt does")
     spec = machine_spec(definition)
     whole = definition.options.backend_of(None)
     naming = [pair for pair in definition.options.machine if pair[0] in _NAMING]
@@ -133,12 +156,6 @@ def boot_args(
     plugged, refusals = _plugged(definition, layout, len(run))
     if refusals:
         raise VcpuRefused(refusals)
-    stray = [vcpu.id for vcpu in definition.vcpus if vcpu.enabled and not vcpu.hotpluggable and vcpu.id not in run]
-    messages = []
-    if stray:
-        messages.append(
-            f"vCPU {format_ids(stray)}: hotpluggable='no', but -smp knows no gaps: plugged like the others"
-        )
     commands: list[dict[str, Any]] = []
     for ids, props in plugged:
         device = {"driver": layout.cpu_type, "id": f"vcpu{ids[0]}", **props}
@@ -196,7 +213,7 @@ def _numa(definition: Definition) -> list[str]:
             assert backend.cell is not None
             words += _backend(backend, sizes[backend.cell])
         memory = {cell: f"memdev={_escape(backend.id)}" for cell, backend in backends.items()}
-    for cell in definition.cells:
+    for cell in definition.nodes:
         named = [f"cpus={cpus}" for cpus in format_ids(cell.cpus).split(",") if cpus]
         more = [memory[cell.id]] if cell.id in memory else []
         words += ["-numa", ",".join(["node", f"nodeid={cell.id}", *named, *more])]

@@ -85,7 +85,10 @@ class ConfigPlan:
 
 
 def state_of(definition: Definition, name: str | None = None, *, active: bool = False) -> DomainState:
-    """The definition in the words of a state: what the guest would be like right after its next boot."""
+    """The definition in the words of a state: what the guest would be like right after its next boot.
+
+    An entity is hotpluggable where a request may change it, a vCPU where the XML says so.
+    """
     size = definition.granularity
     row = architecture(definition.arch)
     can_plug, can_unplug = row.can_plug, row.can_unplug
@@ -101,7 +104,7 @@ def state_of(definition: Definition, name: str | None = None, *, active: bool = 
                 Vcpu(
                     number,
                     config.enabled,
-                    hotpluggable,
+                    config.hotpluggable,
                     ids,
                     order=config.order if config.enabled else None,
                     node=definition.cell_of(number),
@@ -293,7 +296,12 @@ def _plan_maximum(definition: Definition, request: Request) -> ConfigPlan:
     vcpus += [VcpuConfig(number, enabled=False, hotpluggable=True) for number in range(len(vcpus), maximum)]
     gone = tuple(number for number in definition.enabled_ids if number >= maximum)
     notes = (f"vCPU {format_ids(gone)} was enabled in the definition, and is gone",) if gone else ()
-    new = replace(definition, vcpus=tuple(vcpus))
+    new = replace(
+        definition,
+        vcpus=tuple(vcpus),
+        pins={number: cpus for number, cpus in definition.pins.items() if number < maximum},
+        schedulers={number: word for number, word in definition.schedulers.items() if number < maximum},
+    )
     return ConfigPlan(definition, new, gone, gone, messages=notes)
 
 

@@ -93,6 +93,7 @@ class QemuOptions:
 
     `machine`, `accel` and `cpu` are further options of -machine, -accel and -cpu. `backends` stand in the order in
     which QEMU makes them. `is_one_block` is whether the nodes share one block of memory (`-numa node,mem=`).
+    `is_exact` is whether sizes of memory are those of a QEMU that ran, and so stay as they are.
     """
 
     machine: Pairs = ()
@@ -100,6 +101,7 @@ class QemuOptions:
     cpu: Pairs = ()
     backends: tuple[MemoryBackend, ...] = ()
     is_one_block: bool = False
+    is_exact: bool = False
 
     def backend_of(self, cell: int | None) -> MemoryBackend | None:
         """The backend of a node, or of the whole machine."""
@@ -153,6 +155,21 @@ class Definition:
         return None if self.memory is None else self.memory - sum(dimm.size for dimm in self.dimms)
 
     @property
+    def rounded(self) -> Definition:
+        """The same with sizes of memory that its machine takes, as libvirt rounds them up."""
+        unit = architecture(self.arch).memory_alignment
+        dimms = tuple(replace(dimm, size=_up(dimm.size, unit)) for dimm in self.dimms)
+        return replace(
+            self,
+            memory=_up(self.base_memory or 0, unit) + sum(dimm.size for dimm in dimms) if self.memory else None,
+            max_memory=_up(self.max_memory, unit) if self.max_memory else None,
+            dimms=dimms,
+            cells=tuple(
+                replace(cell, memory=_up(cell.memory, unit) if cell.memory else cell.memory) for cell in self.cells
+            ),
+        )
+
+    @property
     def maxcpus(self) -> int:
         """How many vCPU ids there are."""
         return len(self.vcpus)
@@ -167,9 +184,21 @@ class Definition:
         """How many vCPUs one `device_add` takes on that machine: a core on pseries, else one."""
         return architecture(self.arch).entity_size(self.topology.threads if self.topology is not None else 1)
 
+    @property
+    def nodes(self) -> tuple[NumaCell, ...]:
+        """The cells with all of their vCPUs: those that no cell names are in the first one, as libvirt has it."""
+        named = {number for cell in self.cells for number in cell.cpus}
+        rest = [number for number in range(self.maxcpus) if number not in named]
+        if not rest or not self.cells:
+            return self.cells
+        first = self.cells[0]
+        return (replace(first, cpus=tuple(sorted((*first.cpus, *rest)))), *self.cells[1:])
+
     def cell_of(self, vcpu_id: int) -> int | None:
-        """The NUMA node of a vCPU; None without NUMA, or where no cell names it."""
-        return next((cell.id for cell in self.cells if vcpu_id in cell.cpus), None)
+        """The NUMA node of a vCPU; None without NUMA."""
+        if not self.cells:
+            return None
+        return next((cell.id for cell in self.cells if vcpu_id in cell.cpus), self.cells[0].id)
 
     def mems_of(self, vcpu_id: int) -> tuple[int, ...] | None:
         """The host NUMA nodes that a vCPU's memory is bound to; None: wherever."""
@@ -186,6 +215,10 @@ class Definition:
                 for vcpu in self.vcpus
             ),
         )
+
+
+def _up(size: int, unit: int) -> int:
+    return -(-size // unit) * unit
 
 
 def definition_of(state: DomainState) -> Definition:

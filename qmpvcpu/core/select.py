@@ -102,7 +102,7 @@ def _select_of_node(
         groups = _cores_of_node(state, members, request, guest)
         unit = "core"
     else:
-        groups = [(vcpu.id,) for vcpu in members if _wanted(vcpu, request, guest)]
+        groups = [(vcpu.id,) for vcpu in members if _wanted(state, vcpu, request, guest)]
         unit = "vCPU"
     if request.disable:
         groups.reverse()
@@ -121,10 +121,10 @@ def _select_of_node(
     return tuple(sorted(number for group in groups[:count] for number in group)), []
 
 
-def _wanted(vcpu: Vcpu, request: Request, guest: GuestView | None) -> bool:
+def _wanted(state: DomainState, vcpu: Vcpu, request: Request, guest: GuestView | None) -> bool:
     """Whether there is something to switch."""
     if request.disable:
-        return vcpu.enabled and vcpu.hotpluggable
+        return vcpu.enabled and state.by_id[vcpu.id].hotpluggable
     # Plugged and offline in the guest is not enabled already.
     return not vcpu.enabled or vcpu.pending or (guest is not None and guest.online(vcpu.id) is False)
 
@@ -140,10 +140,10 @@ def _cores_of_node(
         if not on_node.issuperset(core):
             continue
         if request.enable:
-            is_wanted = any(_wanted(vcpu, request, guest) for vcpu in vcpus)
+            is_wanted = any(_wanted(state, vcpu, request, guest) for vcpu in vcpus)
         else:
             enabled = [vcpu for vcpu in vcpus if vcpu.enabled]
-            is_wanted = bool(enabled) and all(vcpu.hotpluggable for vcpu in enabled)
+            is_wanted = bool(enabled) and all(state.by_id[vcpu.id].hotpluggable for vcpu in enabled)
         if is_wanted:
             found.append(core)
     return found

@@ -719,8 +719,10 @@ class Domain(MigrationCalls):
         live, _ = self._sides(flags)
         if not live:
             assert self._persistent is not None
+            from qmpvcpu.core.bootargs import located
+
             definition = self._persistent.definition()
-            self._shown = state_of(definition, self.name, active=self.is_active)
+            self._shown = located(definition, state_of(definition, self.name, active=self.is_active))
             return self._shown
         link = self._connected()
         state = await self._lit(await link.read(), required=bool(flags & VcpuFlag.GUEST))

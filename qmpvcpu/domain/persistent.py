@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from threading import Event as Flag
 from typing import Any
 
@@ -81,8 +81,9 @@ class Persistent:
         self, make: Callable[[Definition], ConfigPlan], store: DefinitionStore | None = None
     ) -> ConfigChange:
         version = self._version(self._store.read())
-        plan = make(version.definition)
-        return ConfigChange(store or self._store, version.data, plan, self._again(make), self._off_the_loop)
+        plan, after = _made(version.data, make(version.definition))
+        change = (version.data, after, plan, self._again(make), self._off_the_loop)
+        return ConfigChange(store or self._store, *change)
 
     async def _off_the_loop(self, work: Callable[[], None], given_up: Flag) -> None:
         """A disk's time is not the loop's. Cancelled, what has begun is ended first: it is never left half done;
@@ -92,10 +93,10 @@ class Persistent:
 
     def _again(self, make: Callable[[Definition], ConfigPlan]) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
         def again(data: bytes) -> tuple[bytes, ConfigPlan]:
-            plan = make(self._version(data).definition)
+            plan, after = _made(data, make(self._version(data).definition))
             if plan.refusals:
                 raise VcpuRefused(plan.refusals, ids=plan.targets)
-            return written(data, plan), plan
+            return after, plan
 
         return again
 
@@ -112,14 +113,29 @@ class Persistent:
             raise VcpuRefused([_at(self.place, refusal) for refusal in error.refusals]) from error
 
 
-def written(data: bytes, plan: ConfigPlan) -> bytes:
-    """The document of `plan.old` with what `plan.new` says of vCPUs."""
+def _made(data: bytes, plan: ConfigPlan) -> tuple[ConfigPlan, bytes]:
+    """A plan, and the document of `plan.old` with what `plan.new` says of vCPUs.
+
+    What nobody could read any more is refused before it is written.
+    """
     from qmpvcpu.xml.domain import read_domain, write_vcpus
 
-    if not plan.writes:
-        return data
+    if plan.refusals or not plan.writes:
+        return plan, data
     document, _ = read_domain(data)
-    return write_vcpus(document, plan.old, plan.new)
+    after = write_vcpus(document, plan.old, plan.new)
+    try:
+        again = read_domain(after)[1]
+    except VcpuRefused as error:
+        return replace(plan, refusals=tuple(_unreadable(one) for one in error.refusals)), data
+    new = plan.new
+    assert (again.enabled_ids, again.maxcpus, again.pins) == (new.enabled_ids, new.maxcpus, new.pins)
+    return plan, after
+
+
+def _unreadable(refusal: Refusal) -> Refusal:
+    text = f"the changed definition could not be read: {refusal.message}"
+    return Refusal("unreadable", text, refusal.ids, "change that in the XML, and define it again", refusal.libvirt)
 
 
 class ConfigChange:
@@ -129,12 +145,15 @@ class ConfigChange:
         self,
         store: DefinitionStore,
         before: bytes,
+        after: bytes,
         plan: ConfigPlan,
         again: Callable[[bytes], tuple[bytes, ConfigPlan]],
         runs: Callable[[Callable[[], None], Flag], Awaitable[None]],
     ) -> None:
         self.plan = plan
         self.before = before
+        #: The document as it would be.
+        self.after = after
         self._store = store
         self._again = again
         self._runs = runs
@@ -147,11 +166,6 @@ class ConfigChange:
 
         before, after = (data.decode(errors="replace").splitlines() for data in (self.before, self.after))
         return tuple(unified_diff(before, after, "definition", "definition as asked", lineterm=""))
-
-    @property
-    def after(self) -> bytes:
-        """The document as it would be."""
-        return written(self.before, self.plan)
 
     async def stage(self) -> None:
         """Write it beside the old one, so that what stands against that shows now.

@@ -5,11 +5,14 @@ Element and attribute names are libvirt's (formatdomain); `<vcpus>` is read in l
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import replace
+from itertools import pairwise
 from typing import Final
 from xml.sax.saxutils import escape, quoteattr
 
+from qmpvcpu.core.arch import architecture_of_machine, architecture_of_program
 from qmpvcpu.core.definition import (
     MOST_VCPUS,
     Definition,
@@ -42,6 +45,7 @@ _UNITS: Final[Mapping[str, int]] = {"b": 1, "bytes": 1} | {
     for power, letter in enumerate("kmgtpe", 1)
     for word, base in ((letter, 1024), (f"{letter}ib", 1024), (f"{letter}b", 1000))
 }
+_MACHINE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _WITH_PRIORITY: Final = ("fifo", "rr")
 _SCHEDULERS: Final = ("fifo", "rr", "batch", "idle", "other")
 
@@ -69,7 +73,8 @@ def read_domain(data: bytes, *, running: bool = False) -> tuple[Document, Defini
     reader = _Reader(document.root, running=running)
     definition = reader.definition()
     found = reader.found
-    if not found and document.root.child("vcpus") is not None:
+    listed = document.root.child("vcpus")
+    if not found and listed is not None and listed.child("vcpu") is not None:
         from qmpvcpu.xml.schema import check_vcpus
 
         found = check_vcpus(document)
@@ -107,8 +112,8 @@ class _Reader:
             vcpus,
             accel=_ACCELS.get(root.attributes.get("type", "")),
             uuid=uuid.text.strip() if uuid is not None else None,
-            arch=machine.attributes.get("arch") if machine is not None else None,
-            machine=machine.attributes.get("machine") if machine is not None else None,
+            arch=_arch(machine, emulator),
+            machine=self._machine(machine),
             emulator=emulator.text.strip() if emulator is not None else None,
             dialect=dialect,
             cpuset=self._list(vcpu, "cpuset") if vcpu is not None else None,
@@ -138,6 +143,8 @@ class _Reader:
     def listed(self, maximum: int) -> tuple[tuple[VcpuConfig, ...], str | None]:
         """Of `<vcpus>` alone."""
         self.maximum = maximum
+        if self.root.child("vcpu") is None:
+            self._wrong(self.root, "<vcpus> lists no vCPU")
         return self._listed(self.root)
 
     # -- <vcpu> and <vcpus> -----------------------------------------------------------------------
@@ -145,13 +152,13 @@ class _Reader:
     def _vcpus(self, vcpu: Element | None) -> tuple[tuple[VcpuConfig, ...], str | None]:
         current = 1
         if vcpu is not None:
-            self.maximum = self._int(vcpu, vcpu.text.strip() or "1", "<vcpu>", 1, MOST_VCPUS) or 1
+            self.maximum = self._int(vcpu, vcpu.text or "1", "<vcpu>", 1, MOST_VCPUS) or 1
             current = self.maximum
             if "current" in vcpu.attributes:
                 text = vcpu.attributes["current"]
                 current = self._int(vcpu, text, "<vcpu current>", 1, self.maximum) or self.maximum
         listed = self.root.child("vcpus")
-        if listed is None:
+        if listed is None or listed.child("vcpu") is None:
             return default_vcpus(self.maximum, current), None
         return self._listed(listed)
 
@@ -160,8 +167,6 @@ class _Reader:
         dialects: dict[str, Element] = {}
         for row in listed.all("vcpu"):
             config = self._vcpu(row, dialects)
-            if config is not None and self._running and not config.enabled:
-                config = replace(config, order=None)
             if config is not None and config.id in found:
                 self._wrong(row, f"vCPU {config.id} stands twice in <vcpus>")
             elif config is not None:
@@ -183,8 +188,14 @@ class _Reader:
                 self._wrong(
                     listed, f"vCPU {config.id} is disabled and not hotpluggable: it could never be enabled"
                 )
-            if not config.enabled and config.order is not None:
-                self._wrong(listed, f"vCPU {config.id} is disabled and has an order")
+        behind = [
+            one.id
+            for before, one in pairwise(vcpus)
+            if before.hotpluggable and one.enabled and not one.hotpluggable
+        ]
+        if behind and not self._running:
+            text = f"vCPU {format_ids(behind)} is enabled and not hotpluggable, behind one that is hotpluggable"
+            self._wrong(listed, f"{text}: those that are not stand together from vCPU 0 on")
         return vcpus, dialect
 
     def _vcpu(self, row: Element, dialects: dict[str, Element]) -> VcpuConfig | None:
@@ -211,9 +222,17 @@ class _Reader:
             return None
         enabled = next(iter(words.values()), None) in ("yes", "enabled")
         # What is enabled and says nothing of it stays (libvirt's rule).
-        return VcpuConfig(number, enabled, not enabled if pluggable is None else pluggable, order)
+        pluggable = not enabled if pluggable is None else pluggable
+        # An order of what is disabled says nothing, to libvirt either.
+        return VcpuConfig(number, enabled, pluggable, order if enabled else None)
 
     # -- the rest -------------------------------------------------------------------------------
+
+    def _machine(self, element: Element | None) -> str | None:
+        name = element.attributes.get("machine") if element is not None else None
+        if element is not None and name and not _MACHINE.fullmatch(name):
+            self._wrong(element, f"<type machine='{name[:40]}'> is not the name of a machine type")
+        return name or None
 
     def _topology(self) -> Topology | None:
         element = self.root.find("cpu/topology")
@@ -277,10 +296,10 @@ class _Reader:
         return self._int(element, element.attributes["slots"], "<maxMemory slots>", 1, 1024)
 
     def _number_in(self, element: Element, what: str) -> int | None:
-        return self._int(element, element.text.strip(), what, 0, 1023)
+        return self._int(element, element.text, what, 0, 1023)
 
     def _memory(self, element: Element | None) -> int | None:
-        return self._bytes(element, element.text.strip()) if element is not None else None
+        return self._bytes(element, element.text.lstrip()) if element is not None else None
 
     def _bytes(self, element: Element, text: str | None) -> int | None:
         """A size with libvirt's units."""
@@ -366,11 +385,11 @@ class _Reader:
         element = next(iter(self._tuned("period")), None)
         if element is None or element.text.strip() == "0":
             return None
-        return self._int(element, element.text.strip(), "<period>", 1000, 1_000_000)
+        return self._int(element, element.text, "<period>", 1000, 1_000_000)
 
     def _shares(self) -> int | None:
         element = next(iter(self._tuned("shares")), None)
-        return self._int(element, element.text.strip(), "<shares>", 0, 10**9) if element is not None else None
+        return self._int(element, element.text, "<shares>", 0, 10**9) if element is not None else None
 
     def _quota(self) -> int | None:
         """libvirt: negative is no limit, and 0 says nothing."""
@@ -429,7 +448,8 @@ class _Reader:
         if text is None:
             self._wrong(element, f"{what} is missing")
             return None
-        text = text.strip()
+        # As strtoul reads it, in front of which libvirt skips white space, and behind which it takes none.
+        text = text.lstrip()
         if not (text.isascii() and text.isdigit() and len(text) < 10):
             self._wrong(element, f"{what} '{text[:40]}' is no number")
             return None
@@ -465,6 +485,17 @@ class _Reader:
 
     def _wrong(self, element: Element, text: str, libvirt: str = "VIR_ERR_XML_DETAIL") -> None:
         self.found.append(Refusal("xml", f"line {element.line}: {text}", (), "correct the domain's XML", libvirt))
+
+
+def _arch(machine: Element | None, emulator: Element | None) -> str:
+    """What is written; else that of the machine type, of the program, or of this host, as with libvirt."""
+    said = machine.attributes if machine is not None else {}
+    if said.get("arch"):
+        return said["arch"]
+    row = architecture_of_machine(said.get("machine", "")) or architecture_of_program(
+        emulator.text.strip() if emulator is not None else ""
+    )
+    return row.name if row is not None else os.uname().machine
 
 
 def _says(row: Element, key: str) -> bool:
@@ -508,11 +539,31 @@ def write_vcpus(
             document.insert_after(vcpu, lines)
     if listed is not None and dialect is not None:
         document.replace(listed, lines)
+    elif listed is not None and listed.child("vcpu") is None:
+        if lines:
+            document.replace(listed, lines)
     elif listed is not None and new.vcpus != old.vcpus:
         _update(document, listed, old, new, wanted)
-    if new.pins != old.pins:
+    if new.maxcpus < old.maxcpus:
+        _trim_tuning(document, new.maxcpus)
+    elif new.pins != old.pins:
         _update_pins(document, old, new)
     return document.to_bytes()
+
+
+def _trim_tuning(document: Document, maximum: int) -> None:
+    """Take out of `<cputune>` the vCPUs that there are no more: libvirt reads no scheduler of theirs."""
+    tune = document.root.child("cputune")
+    for row in tune.children if tune is not None else ():
+        key = {"vcpupin": "vcpu", "vcpusched": "vcpus"}.get(row.name)
+        if key is None:
+            continue
+        ids = parse_ids(row.attributes[key])
+        left = [number for number in ids if number < maximum]
+        if not left:
+            document.remove(row)
+        elif len(left) < len(ids):
+            document.set_attribute(row, key, format_ids(left))
 
 
 def _update_pins(document: Document, old: Definition, new: Definition) -> None:

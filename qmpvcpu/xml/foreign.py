@@ -16,7 +16,7 @@ from qmpvcpu.xml.source import Document, Element
 
 __all__ = ["host_parts", "without_placing", "without_program"]
 
-#: QEMU's name of a machine type: nothing that begins another option of -machine.
+#: Nothing that begins another option of -machine.
 _WORD: Final = re.compile(r"[A-Za-z0-9_.+-]{1,100}\Z")
 _BOOT_FILES: Final = ("os/kernel", "os/initrd", "os/dtb", "os/loader", "os/nvram", "os/firmware")
 #: Memory backends without a file behind them.
@@ -70,8 +70,6 @@ def _of_options(definition: Definition, trusted: Definition | None) -> Iterable[
         is_plain = backend.driver in _ANONYMOUS and all(_VALUE.match(value) for _, value in backend.options)
         if (not is_plain or any(_NAMES_HOST.match(key) for key, _ in backend.options)) and backend not in known:
             yield f"memory in {backend.driver}"
-    if definition.machine is not None and not _WORD.match(definition.machine):
-        yield "<os><type machine>"
     for owner in ("machine", "accel", "cpu"):
         accepted = getattr(trusted.options, owner) if trusted is not None else ()
         for key, value in getattr(definition.options, owner):

@@ -72,6 +72,7 @@ def read_options(root: Element, wrong: Wrong) -> QemuOptions:
         tuple(by_owner["cpu"]),
         tuple(backends),
         element.attributes.get("blocks") == "one",
+        element.attributes.get("sizes") == "exact",
     )
 
 
@@ -121,6 +122,7 @@ def option_lines(definition: Definition, devices: Devices | None) -> list[str]:
             ids = f"of='{number}'{name} memdev={quoteattr(dimm.memdev)}"
             lines += _memory_lines(_DIMM, ids, dimm.driver, dimm.options)
     words = " blocks='one'" if options.is_one_block else ""
+    words += " sizes='exact'" if options.is_exact else ""
     if devices is not None:
         defaults, serial = ("yes" if has else "no" for has in (devices.has_defaults, devices.has_serial))
         words += f" devices='commandline' defaults='{defaults}' serial='{serial}'"

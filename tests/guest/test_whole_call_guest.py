@@ -21,6 +21,14 @@ pytestmark = pytest.mark.guest
 GUESTS = [("x86_64", "11.1"), ("ppc64", "10.0")]
 MORE = [("x86_64", "10.0"), ("ppc64", "11.1")]
 
+
+def has_answer(log, command):
+    """Whether QEMU has answered that command, by the lines of --qmp-log."""
+    messages = [json.loads(line)["message"] for line in log.read_text().rpartition("\n")[0].splitlines()]
+    asked = [one["id"] for one in messages if one.get("execute") == command]
+    return any("return" in one and one.get("id") in asked for one in messages)
+
+
 EJECT = "/sys/firmware/acpi/hotplug/processor/enabled"
 
 
@@ -177,13 +185,16 @@ async def test_what_ended_while_nobody_listened_the_next_process_finds(arch, ver
 
 
 @matrix(GUESTS[0], more=MORE[:1])
-async def test_a_reset_of_the_stopped_guest_drops_the_request_and_that_is_told(arch, version, pool):
+async def test_a_reset_of_the_stopped_guest_drops_the_request_and_that_is_told(arch, version, pool, tmp_path):
     box = await pool.get(arch, version, plugs=1)
     await plug(box, [6])
     async with watch(box) as read:
         await box.guest.qemu.execute("stop")
-        waiting = await start_cli("--json", "setvcpu", box.qmp, "6", "--disable", "--timeout", "60")
+        log = tmp_path / "qmp"
+        words = ("--json", "--qmp-log", str(log), "setvcpu", box.qmp, "6", "--disable", "--timeout", "60")
+        waiting = await start_cli(*words)
         await read("unplug-requested")
+        await until(lambda: has_answer(log, "device_del"), "QEMU has taken the request")
         await box.guest.qemu.execute("system_reset")
         line = await read("vcpu-removal-failed")
         stdout, _ = await waiting.communicate()

@@ -61,7 +61,7 @@ PLAIN = b"<domain><name>n</name>\n  <vcpu>4</vcpu>\n</domain>"
 #: By hand: comments, white space, other namespaces, elements out of order.
 ODD = b"""<domain xmlns:x='urn:x'>
   <name>odd</name>
-  <vcpu current = "3" >  8  </vcpu  >
+  <vcpu current = "3" >  8</vcpu  >
   <vcpus  ><!-- <vcpu id='0'/> -->
      <vcpu  enabled = "yes" id="0"   hotpluggable='no'></vcpu>
      <vcpu id='5' hotpluggable='yes' enabled='yes' /> <?pi x?>

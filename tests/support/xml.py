@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qmpvcpu.core import definition as core
-from qmpvcpu.xml.domain import read_domain, write_vcpus
+from qmpvcpu.xml.domain import read_domain, read_listed, write_vcpus
 from qmpvcpu.xml.schema import check_domain, check_vcpus
 from qmpvcpu.xml.source import Element, parse_document
 
@@ -76,6 +76,11 @@ def read(data: bytes, *, running: bool = False) -> Said:
         found.agent,
         found.emulator,
     )
+
+
+def enabled_in_list(data: bytes, maximum: int) -> tuple[int, ...]:
+    """The ids that a document enables which may be `<vcpus>` alone."""
+    return tuple(vcpu.id for vcpu in read_listed(data, maximum)[0] if vcpu.enabled)
 
 
 def switched(

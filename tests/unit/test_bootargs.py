@@ -71,6 +71,42 @@ def test_a_plain_guest_needs_nothing_more():
     assert (found.commands, found.messages) == ((), ())
 
 
+def test_nodes_have_all_vcpus_the_first_one_those_that_no_cell_names():
+    numa = "<cpu><numa><cell id='0' cpus='1' memory='256'/><cell id='1' cpus='2' memory='256'/></numa></cpu>"
+    assert line(domain(more=numa)).values("-numa") == [
+        *("node,nodeid=0,cpus=0-1,cpus=3,memdev=ram-node0", "node,nodeid=1,cpus=2,memdev=ram-node1"),
+    ]
+
+
+# -- memory --------------------------------------------------------------------------------------------
+
+
+ODD_CELLS = (
+    "<cpu><numa><cell id='0' cpus='0-1' memory='150001' unit='KiB'/>"
+    "<cell id='1' cpus='2-3' memory='150001' unit='KiB'/></numa></cpu>"
+)
+READ = "<metadata><q:machine xmlns:q='urn:qmpvcpu:machine:1' sizes='exact'/></metadata>"
+
+
+@pytest.mark.parametrize(
+    ("xml", "size"),
+    [
+        (domain().replace(">512<", ">500<"), "size=512000k"),
+        (domain(arch="ppc64", machine="pseries").replace(">512<", ">500<"), "size=524288k"),
+        (domain(more=ODD_CELLS), "size=301056k"),
+        (domain(more=ODD_CELLS + READ), "size=300002k"),
+    ],
+)
+def test_memory_is_rounded_up_as_libvirt_does_unless_a_qemu_has_had_it(xml, size):
+    assert line(xml).values("-m") == [size]
+
+
+def test_that_memory_is_rounded_up_is_told():
+    assert line(domain(more=ODD_CELLS)).messages == (
+        "memory is rounded up to multiples of 1 MiB, as libvirt does",
+    )
+
+
 # -- some are plugged ----------------------------------------------------------------------------------
 
 
@@ -104,14 +140,6 @@ def test_vcpus_are_plugged_in_their_order_and_then_those_without_one(sparse):
 
 def test_a_sparse_guest_starts_with_those_that_are_plugged_too(sparse):
     assert sparse.started == (0, 1, 12, 5, 2)
-
-
-def test_what_is_behind_a_gap_is_plugged():
-    assert line(domain(listed(_3="no"))).started == (0, 3)
-
-
-def test_what_is_behind_a_gap_and_not_hotpluggable_is_told():
-    assert "vCPU 3" in line(domain(listed(_3="no"))).messages[0]
 
 
 SPARSE = domain(listed(_5="yes"))
@@ -263,11 +291,6 @@ def test_units_are_libvirts(unit, factor):
 
 
 # -- what cannot boot --------------------------------------------------------------------------------
-
-
-def test_a_domain_that_names_no_architecture_cannot_boot():
-    with pytest.raises(VcpuRefused, match="names no architecture"):
-        line("<domain><name>d</name></domain>")
 
 
 def test_half_a_core_cannot_boot_where_the_machine_says_that_it_is_one():

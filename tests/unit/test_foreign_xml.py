@@ -48,7 +48,6 @@ def added(before: str, text: str) -> str:
         (added("<os>", "<os><initrd>/boot/i</initrd><loader>/fw</loader>"), ["<os><initrd>", "<os><loader>"]),
         (added("<interface", "<disk><source file='/etc/shadow'/></disk><interface"), ["<disk>"]),
         (added("<interface", "<disk device='cdrom'/><interface"), []),
-        (added("pc-q35-10.0", "pc,firmware=/etc/shadow"), ["<os><type machine>"]),
         (added("<memory unit", MEMORY.format("<qmpvcpu:memory id='a' type='memory-backend-ram'/>")), []),
         (
             added("<memory unit", MEMORY.format("<qmpvcpu:memory id='a' type='memory-backend-file'/>")),

@@ -114,6 +114,7 @@ def test_what_is_written_is_read_again():
         "cpu": (("phys-bits", "40"),),
         "backends": (backend,),
         "is_one_block": False,
+        "is_exact": True,
     }
     assert claimed_by(made.xml) == said
 

@@ -167,7 +167,9 @@ def test_100_megabytes_are_refused_unread():
 
 NAMES = st.sampled_from(["a", "vcpu", "x:y", "ä"])
 TEXTS = st.text(
-    st.characters(codec="utf-8", exclude_characters="<&>\r", exclude_categories=["Cc", "Cs"]), max_size=8
+    # XML has no U+FFFE and no U+FFFF.
+    st.characters(codec="utf-8", exclude_characters="<&>\r\ufffe\uffff", exclude_categories=["Cc", "Cs"]),
+    max_size=8,
 )
 SPACES = st.sampled_from([" ", "\n  ", "\t", "  "])
 

@@ -189,6 +189,8 @@ def described(
         dimms=_dimms(facts, line),
         options=replace(options, cpu=properties),
     )
+    if definition.rounded != definition:
+        definition = replace(definition, options=replace(definition.options, is_exact=True))
     if line is None:
         return Described(
             definition, (*left_out, "its devices: QEMU's command line cannot be read, or trusted, here")
