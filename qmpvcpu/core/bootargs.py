@@ -231,12 +231,10 @@ def _distances(cells: tuple[NumaCell, ...]) -> list[str]:
     words = []
     for one in cells:
         for other in cells:
-            value = known.get((one.id, other.id))
-            if value is None and (other.id, one.id) not in known:
-                # QEMU wants all of them as soon as there is one.
-                value = _NEAR if one is other else _FAR
-            if value is not None:
-                words += ["-numa", f"dist,src={one.id},dst={other.id},val={value}"]
+            # As libvirt writes them: QEMU wants all as soon as one differs from the way back.
+            both = (one.id, other.id), (other.id, one.id)
+            value = next((known[pair] for pair in both if pair in known), _NEAR if one is other else _FAR)
+            words += ["-numa", f"dist,src={one.id},dst={other.id},val={value}"]
     return words
 
 

@@ -135,9 +135,9 @@ class _Reader:
             dimms=read_dimms(root, self._number_in, self._memory, self._wrong),
             options=read_options(root, self._wrong),
         )
-        if listed is not None and not self.found:
-            for text in [] if self._running else contradictions(definition):
-                self._wrong(listed, text)
+        if not self._running and not self.found:
+            for text in contradictions(definition):
+                self._wrong(listed or vcpu or root, text)
         return definition
 
     def listed(self, maximum: int) -> tuple[tuple[VcpuConfig, ...], str | None]:

@@ -17,7 +17,7 @@ QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 _HANDLED: Final = frozenset({"emulator", "disk", "serial", "console", "controller", "memballoon", "input"})
 _UNSTARTED: Final = (
     *("iothreads", "memoryBacking", "sysinfo", "cpu/maxphysaddr", "cpu/cache"),
-    *("os/bootmenu", "os/smbios", "os/dtb", "os/acpi"),
+    *("cpu/numa/interconnects", "os/bootmenu", "os/smbios", "os/dtb", "os/acpi"),
 )
 #: QEMU has these by itself; and SMM is passed on.
 _FEATURES: Final = ("acpi", "apic", "pae", "smm")
@@ -88,6 +88,9 @@ def _protected(root: Element) -> list[Refusal]:
 def _noticed(root: Element) -> list[str]:
     """Elements outside of `<devices>` that are not started, and that the guest would notice."""
     found = [path for path in _UNSTARTED if root.find(path) is not None]
+    numa = root.find("cpu/numa")
+    if numa is not None and any(cell.child("cache") is not None for cell in numa.all("cell")):
+        found.append("cpu/numa/cell/cache")
     os, clock, features = root.child("os"), root.child("clock"), root.child("features")
     nvram = os.child("nvram") if os is not None else None
     if nvram is not None and (_variables(nvram) is None or _flash(os) is None):
