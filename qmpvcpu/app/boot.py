@@ -7,14 +7,16 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from qmpvcpu.app.features import with_known_features
 from qmpvcpu.app.probes import Probe, ProbeMode, find_layout
+from qmpvcpu.app.qemus import find_binaries, path_of
 from qmpvcpu.core.bootargs import BootArgs, BootStyle, boot_args, machine_spec, qemu_arch
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.host.definitions import DefinitionFile, DefinitionFolder
 from qmpvcpu.xml.domain import read_domain
 
-__all__ = ["CommandLine", "command_line", "probe_domain", "read_definition"]
+__all__ = ["CommandLine", "check_program", "command_line", "is_listed", "probe_domain", "read_definition"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,22 +31,43 @@ class CommandLine:
         return self.args.to_json()
 
 
-def read_definition(word: str) -> tuple[Definition, DefinitionFile]:
-    """A domain by the name it is defined under, or by a file of its XML.
+def read_definition(word: str) -> tuple[Definition, tuple[str, ...]]:
+    """A domain by the name it is defined under, or by a file of its XML; then what of a file is not trusted.
+
+    A file does not supply a program: its <emulator> counts where it is a QEMU that `doctor` lists.
 
     Raises:
         VcpuRefused: there is neither, or the XML is wrong.
     """
     folder = DefinitionFolder()
     if "/" not in word and folder.is_defined(word):
-        file = folder.file(word)
-    elif os.path.lexists(word):
-        file = DefinitionFile(Path(word), keep=False)
-    else:
+        return read_domain(folder.file(word).read())[1], ()
+    if not os.path.lexists(word):
         text = f"there is no file '{word}'" + ("" if "/" in word else ", and no domain of that name")
         hint = "name a file with domain XML, or a domain that `qmpvcpu list` shows"
         raise VcpuRefused([Refusal("definition", text, (), hint, "VIR_ERR_NO_DOMAIN")])
-    return read_domain(file.read())[1], file
+    definition = read_domain(DefinitionFile(Path(word), keep=False).read())[1]
+    if definition.emulator is None or is_listed(definition):
+        return definition, ()
+    note = (
+        f"<emulator> '{definition.emulator}' is not started: a file does not say which program runs (--emulator)"
+    )
+    return replace(definition, emulator=None), (note,)
+
+
+def check_program(definition: Definition) -> None:
+    """Raises VcpuRefused where the program that a definition names is not here."""
+    if definition.emulator is not None and path_of(definition.emulator) is None:
+        text = f"<emulator> '{definition.emulator}' is not here"
+        hint = "write one into the definition that `qmpvcpu doctor` lists, or leave the element out"
+        raise VcpuRefused([Refusal("emulator", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+
+
+def is_listed(definition: Definition) -> bool:
+    """Whether its program is a QEMU that `doctor` lists, or that runs guests of its architecture."""
+    wanted = os.path.realpath(definition.emulator or "")
+    listed = [*find_binaries(), *find_binaries(qemu_arch(definition))]
+    return any(os.path.realpath(path) == wanted for path, _ in listed)
 
 
 async def probe_domain(
@@ -74,20 +97,38 @@ async def command_line(
 ) -> CommandLine:
     """QEMU's command line for it.
 
+    Args:
+        definition: the domain.
+        style: how vCPUs that -smp cannot say come in.
+        incoming: as of `boot_args`.
+        mode: when a throwaway QEMU may be asked.
+        refresh: ask again, whatever is known.
+        emulator: the QEMU program, in place of the definition's.
+
     Raises:
         VcpuRefused: no such guest can be; the text says why.
         VcpuFailed, VcpuConnectionError: as `find_layout`.
     """
+    arch = qemu_arch(definition)
+    notes: tuple[str, ...] = ()
+    if emulator is None and definition.emulator is not None:
+        emulator = path_of(definition.emulator)
+        notes = (f"<emulator> '{definition.emulator}' is not here",) if emulator is None else ()
+    if emulator is None:
+        emulator = next((path for path, _ in find_binaries(arch)), None)
+    if emulator is not None and mode is not ProbeMode.NEVER:
+        definition, unknown = await with_known_features(definition, emulator, arch)
+        notes += unknown
     # The driver's name matters only where -smp cannot say it all.
     enabled = definition.enabled_ids
     typed = enabled != tuple(range(len(enabled))) or any(definition.vcpus[n].hotpluggable for n in enabled)
     probe = await find_layout(
         machine_spec(definition),
-        arch=qemu_arch(definition),
-        emulator=emulator or definition.emulator,
+        arch=arch,
+        emulator=emulator,
         mode=mode,
         refresh=refresh,
         typed=typed,
     )
     args = boot_args(definition, probe.layout, style, incoming)
-    return CommandLine(args, replace(probe, started=args.started))
+    return CommandLine(args, replace(probe, started=args.started, messages=(*notes, *probe.messages)))

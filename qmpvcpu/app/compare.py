@@ -14,7 +14,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from qmpvcpu.app.boot import command_line
+from qmpvcpu.app.boot import check_program, command_line
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.definition import Definition
@@ -200,6 +200,7 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
             async with connect(str(file)) as domain:
                 yield OurSide(domain, sent)
             return
+        check_program(definition)
         line = await command_line(definition, mode=ProbeMode.AUTO)
         if line.probe.emulator is None:
             text = "; ".join(line.probe.messages)

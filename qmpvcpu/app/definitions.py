@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import shlex
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -117,6 +118,7 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
         if own != word:
             messages.append(f"'{xml}' calls the domain '{own}': it is defined as '{word}'")
             data = renamed(data, word)
+        messages += _trusted(data)
     elif addresses.qmp:
         async with connect(word, qmp=addresses.qmp, agent=addresses.agent) as domain:
             told = await domain.describe_machine()
@@ -148,7 +150,23 @@ async def _define_file(path: str, addresses: Addresses) -> Defined:
         # A new XML for a domain says nothing new of where it is reached.
         with suppress(VcpuRefused):
             addresses = DefinitionFolder().addresses(name)
-    return await asyncio.to_thread(_write, name, data, addresses, [])
+    return await asyncio.to_thread(_write, name, data, addresses, _trusted(data))
+
+
+def _trusted(data: bytes) -> list[str]:
+    """What a definition makes this host do that nobody expects of a domain's XML: it is said once."""
+    from qmpvcpu.app.boot import is_listed
+    from qmpvcpu.xml.hardware import command_line_of
+
+    document, definition = read_domain(data)
+    found = []
+    if definition.emulator is not None and not is_listed(definition):
+        found.append(
+            f"it is started with the program '{definition.emulator}', which `qmpvcpu doctor` does not list"
+        )
+    if words := command_line_of(document):
+        found.append(f"its QEMU gets, by <qemu:commandline>: {shlex.join(words)}")
+    return found
 
 
 def _write(name: str, data: bytes, addresses: Addresses, messages: Sequence[str]) -> Defined:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import shutil
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -13,8 +12,8 @@ from enum import StrEnum
 from typing import Any, Final
 
 from qmpvcpu.app.cache import cache_folder
-from qmpvcpu.app.qemus import find_binaries
-from qmpvcpu.core.arch import architecture_of_machine
+from qmpvcpu.app.qemus import find_binaries, path_of
+from qmpvcpu.core.arch import architecture_of_machine, architecture_of_program, programs_of
 from qmpvcpu.core.layout import (
     LayoutSource,
     MachineLayout,
@@ -107,6 +106,9 @@ async def find_layout(
     row = architecture_of_machine(spec.machine)
     target = arch or (row.name if row is not None else _arch_of_program(emulator) or os.uname().machine)
     found, messages = _program(emulator, target)
+    runs = architecture_of_program(found.path) if found is not None else None
+    if runs is not None and runs.name in programs_of(target):
+        target = runs.name
     look = _Look(spec, found, typed)
     layout = None
     if mode is not ProbeMode.ALWAYS and not refresh:
@@ -115,7 +117,7 @@ async def find_layout(
     if layout is None and not refresh:
         layout = look.cached()
     if layout is None and (mode is ProbeMode.NEVER or found is None):
-        raise _unknown(spec, target, emulator, never=mode is ProbeMode.NEVER)
+        raise _unknown(spec, target, never=mode is ProbeMode.NEVER)
     if layout is None:
         async with _held(look.cache, look.lock, began + timeout):
             # Another process may have asked the same meanwhile.
@@ -124,7 +126,7 @@ async def find_layout(
                 layout = look.cached()
             if layout is None:
                 layout = await look.ask(began + timeout)
-    if arch is not None and layout.arch != arch:
+    if arch is not None and layout.arch not in programs_of(arch):
         text = f"'{emulator}' is a QEMU for {layout.arch}, and {arch} is asked"
         raise VcpuRefused([Refusal("emulator", text, (), "name another one")])
     return Probe(layout, found.path if found is not None else None, tuple(messages), time.monotonic() - began)
@@ -200,19 +202,17 @@ def _cache() -> FileCache:
 
 def _program(emulator: str | None, arch: str) -> tuple[_Found | None, list[str]]:
     if emulator is not None:
-        path = emulator if "/" in emulator else shutil.which(emulator)
+        path = path_of(emulator)
+        if path is None:
+            text = f"there is no QEMU program '{emulator}'"
+            hint = "name one with its folder: `qmpvcpu doctor` lists those that are here"
+            raise VcpuRefused([Refusal("emulator", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+        return _Found(path, program_of(path)), []
+    for path, _ in find_binaries(arch):
         try:
-            if path is None:
-                raise FileNotFoundError(2, "it is not on the PATH")
             return _Found(path, program_of(path)), []
-        except OSError as error:
-            return None, [f"'{emulator}' is not here ({error.strerror}): the answer is what every QEMU would say"]
-    for path, target in find_binaries():
-        if target == arch:
-            try:
-                return _Found(path, program_of(path)), []
-            except OSError:
-                continue
+        except OSError:
+            continue
     return None, [f"no qemu-system-{arch} is here: the answer is what every version would say"]
 
 
@@ -221,11 +221,9 @@ def _arch_of_program(emulator: str | None) -> str | None:
     return name.removeprefix("qemu-system-") if name.startswith("qemu-system-") else None
 
 
-def _unknown(spec: MachineSpec, arch: str, emulator: str | None, *, never: bool) -> VcpuRefused:
+def _unknown(spec: MachineSpec, arch: str, *, never: bool) -> VcpuRefused:
     text = f"what '{spec.machine}' ({arch}) makes of '-smp {spec.smp}' cannot be known without starting QEMU"
     hint = "--probe auto starts one" if never else f"install qemu-system-{arch}, or name one with --emulator"
-    if not never and emulator is not None:
-        text += f", and '{emulator}' is not here"
     return VcpuRefused([Refusal("probe", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
 
 

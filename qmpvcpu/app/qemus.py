@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import os
 import re
-from collections.abc import Iterable
+import shutil
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from qmpvcpu.app.cache import cache_folder
-from qmpvcpu.core.arch import X86_64, examined
+from qmpvcpu.core.arch import X86_64, examined, programs_of
 from qmpvcpu.core.inventory import parse_version
 from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.core.quirks import quirk
@@ -26,6 +27,8 @@ __all__ = [
     "examine_all",
     "find_binaries",
     "find_emulator",
+    "is_program",
+    "path_of",
     "survives_unplug",
 ]
 
@@ -55,19 +58,38 @@ class QemuBinary:
         }
 
 
-def find_binaries() -> list[tuple[str, str]]:
-    """(path, arch) of every qemu-system-* of a known target; the PATH first, then the cache by version."""
+def find_binaries(arch: str | None = None) -> list[tuple[str, str]]:
+    """(path, target) of every qemu-system-* of the targets that `doctor` lists, or of those that run guests of an
+    architecture, its own first; of each target the PATH first, then the cache by version.
+    """
+    if arch is not None:
+        return [found for target in programs_of(arch) for found in _binaries((target,))]
+    return _binaries([row.name for row in examined()])
+
+
+def _binaries(targets: Sequence[str]) -> list[tuple[str, str]]:
     folders = [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
     fetched = (cache_folder() / "qemu").glob("[0-9]*/bin")
     folders += sorted(fetched, key=lambda folder: [int(n) for n in re.findall(r"\d+", folder.parent.name)])
     found: dict[str, tuple[str, str]] = {}
     for folder in folders:
-        for arch in (row.name for row in examined()):
-            path = folder / f"qemu-system-{arch}"
-            # Not Path.is_file(): that raises where a folder of the PATH may not be looked into.
-            if os.path.isfile(path) and os.access(path, os.X_OK):  # noqa: PTH113
-                found.setdefault(str(path.resolve()), (str(path), arch))
+        for target in targets:
+            path = folder / f"qemu-system-{target}"
+            if is_program(path):
+                found.setdefault(str(path.resolve()), (str(path), target))
     return list(found.values())
+
+
+def is_program(path: str | Path) -> bool:
+    """Whether it can be started."""
+    # Not Path.is_file(): that raises where a folder of the PATH may not be looked into.
+    return os.path.isfile(path) and os.access(path, os.X_OK)  # noqa: PTH113
+
+
+def path_of(emulator: str) -> str | None:
+    """Where a QEMU is that was named with or without its folder; None where none is."""
+    path = emulator if "/" in emulator else shutil.which(emulator)
+    return path if path is not None and is_program(path) else None
 
 
 async def examine(path: str, arch: str) -> QemuBinary:
@@ -88,7 +110,7 @@ async def find_emulator(arch: str, version: QemuVersion | None) -> str | None:
     """The QEMU of a target that is here, and that takes in a guest of this version: one of the same version, else
     the oldest that is newer. None where there is none.
     """
-    found = [one for one in find_binaries() if one[1] == arch]
+    found = find_binaries(arch)
     if version is None or len(found) < 2:
         return found[0][0] if found else None
     wanted = (version.major, version.minor)

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qmpvcpu.aio import finish
-from qmpvcpu.app.boot import CommandLine, command_line
+from qmpvcpu.app.boot import CommandLine, check_program, command_line
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend
@@ -236,6 +236,7 @@ async def _launch(
     await asyncio.to_thread(here.sweep)
     if place and (refusals := check_start(here, definition)):
         raise VcpuRefused(refusals)
+    check_program(definition)
     line = await command_line(definition, mode=mode, incoming=incoming)
     if line.probe.emulator is None:
         raise _refused("emulator", "; ".join(line.probe.messages), "name an <emulator> that is here")

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Final
 
 from qmpvcpu.aio import finish
-from qmpvcpu.app.boot import command_line
+from qmpvcpu.app.boot import check_program, command_line
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.definition import Definition
@@ -225,6 +225,7 @@ async def _started_with(xml: bytes, machine: str | None, mode: ProbeMode) -> tup
     document, definition = read_domain(xml)
     if machine is not None:
         definition = replace(definition, machine=machine)
+    check_program(definition)
     line = await command_line(definition, mode=mode)
     if line.probe.emulator is None:
         raise VcpuFailed("; ".join(line.probe.messages), hint="name an <emulator> that is here")

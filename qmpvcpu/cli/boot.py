@@ -34,7 +34,8 @@ async def _probe(session: Session) -> int:
             raise VcpuUsageError(
                 "a file is given, and a machine too", hint="probe FILE, or probe --machine … --smp …"
             )
-        definition, _ = read_definition(options.word)
+        definition, notes = read_definition(options.word)
+        session.warn(notes)
         async with waiting("asking QEMU"):
             found = await probe_domain(definition, mode, refresh=options.refresh, emulator=options.emulator)
     elif options.machine is not None and options.smp is not None:
@@ -59,7 +60,8 @@ async def _probe(session: Session) -> int:
 
 async def _boot_args(session: Session) -> int:
     options = session.options
-    definition, _ = read_definition(options.word)
+    definition, notes = read_definition(options.word)
+    session.warn(notes)
     async with waiting("asking QEMU"):
         found = await command_line(
             definition,

@@ -29,6 +29,7 @@ __all__ = [
     "architecture_of_machine",
     "architecture_of_program",
     "examined",
+    "programs_of",
 ]
 
 
@@ -67,6 +68,7 @@ class Architecture:
     Attributes:
         name: QEMU's name of the target, that of its program and of `query-target`.
         aliases: libvirt's names of guests that this target runs.
+        runs_on: other targets whose QEMU runs its guests.
         package: Debian's package of its QEMU, for those that qmpvcpu looks for on a host.
         entity: what one `device_add` creates.
         can_plug: whether its usual machines have CPU hotplug.
@@ -96,6 +98,7 @@ class Architecture:
 
     name: str
     aliases: tuple[str, ...] = ()
+    runs_on: tuple[str, ...] = ()
     package: str | None = None
     entity: EntityKind = EntityKind.THREAD
     can_plug: bool = False
@@ -154,8 +157,8 @@ I386: Final = replace(
     X86_64,
     name="i386",
     aliases=("i686",),
+    runs_on=("x86_64",),
     package=None,
-    computed_under_kvm=False,
     machine_names=(),
     default_cpu="qemu32",
     cpu_suffix="-i386-cpu",
@@ -226,7 +229,7 @@ ROWS: Final = (
         identity_file="of_node/reg",
         boots_on_first=False,
     ),
-    Architecture("arm", aliases=("armv6l", "armv7b", "armv7l")),
+    Architecture("arm", aliases=("armv6l", "armv7b", "armv7l"), runs_on=("aarch64",)),
     Architecture("hppa", aliases=("parisc", "parisc64")),
     Architecture("or1k", aliases=("or32",)),
     *(
@@ -258,6 +261,12 @@ def architecture_of_program(path: str) -> Architecture | None:
     """The architecture that a QEMU program is for, by its name (`/usr/bin/qemu-system-ppc64`)."""
     name = path.rpartition("/")[2]
     return _BY_NAME.get(name.removeprefix("qemu-system-")) if name.startswith("qemu-system-") else None
+
+
+def programs_of(arch: str) -> tuple[str, ...]:
+    """The targets whose QEMU runs guests of an architecture, its own first."""
+    row = architecture(arch)
+    return (row.name, *row.runs_on)
 
 
 def _begins(name: str, word: str) -> bool:

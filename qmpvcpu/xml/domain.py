@@ -45,6 +45,12 @@ _UNITS: Final[Mapping[str, int]] = {"b": 1, "bytes": 1} | {
     for power, letter in enumerate("kmgtpe", 1)
     for word, base in ((letter, 1024), (f"{letter}ib", 1024), (f"{letter}b", 1000))
 }
+#: A CPU model ("Haswell-noTSX", "power10_v2.0").
+_MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+#: A CPU feature, as QEMU and libvirt spell it.
+_FEATURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
+#: Bits that a guest's kernel sets, and that libvirt ignores.
+_OF_THE_GUEST: Final = frozenset({"osxsave", "ospke"})
 _MACHINE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _WITH_PRIORITY: Final = ("fifo", "rr")
 _SCHEDULERS: Final = ("fifo", "rr", "batch", "idle", "other")
@@ -324,7 +330,7 @@ class _Reader:
         mode = element.attributes.get("mode", "custom")
         if mode == "custom":
             name = model.text.strip() if model is not None else ""
-            if "," in name:
+            if name and not _MODEL.fullmatch(name):
                 assert model is not None
                 self._wrong(model, f"<model> '{name[:40]}' is no CPU model")
         else:
@@ -333,8 +339,10 @@ class _Reader:
         words = [name]
         for feature in element.all("feature") if name else ():
             key, policy = feature.attributes.get("name", ""), feature.attributes.get("policy", "require")
-            if not key or "," in key or "=" in key:
+            if not _FEATURE.fullmatch(key):
                 self._wrong(feature, f"<feature name='{key[:40]}'> is no CPU feature")
+            elif key in _OF_THE_GUEST:
+                continue
             elif policy in ("require", "force"):
                 words.append(f"{key}=on")
             elif policy in ("disable", "forbid"):

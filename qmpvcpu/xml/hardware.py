@@ -9,7 +9,7 @@ from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.machine import machine_element
 from qmpvcpu.xml.source import Document, Element
 
-__all__ = ["QEMU_NAMESPACE", "read_hardware"]
+__all__ = ["QEMU_NAMESPACE", "command_line_of", "read_hardware"]
 
 #: libvirt's, of `<qemu:commandline>`.
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -66,7 +66,7 @@ def read_hardware(document: Document) -> Hardware:
         _SWITCH.get(smm.attributes.get("state", "on")) if smm is not None else None,
         tuple(disks),
         networks,
-        _arguments(root),
+        command_line_of(document),
         tuple(left_out),
         _given(root),
     )
@@ -165,8 +165,9 @@ def _disk(element: Element, found: list[Refusal]) -> Disk | None:
     )
 
 
-def _arguments(root: Element) -> tuple[str, ...]:
-    """libvirt's way to hand arguments through."""
+def command_line_of(document: Document) -> tuple[str, ...]:
+    """`<qemu:commandline>`, libvirt's way to hand arguments through."""
+    root = document.root
     words = []
     for element in root.children:
         prefix, colon, name = element.name.rpartition(":")

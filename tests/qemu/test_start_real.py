@@ -137,7 +137,7 @@ async def test_the_text_is_for_a_shell_and_the_list_for_a_program(tmp_path):
     run = await cli("boot-args", str(tmp_path / "none.xml"), "--json")
     assert run.code == 3 and "there is no file" in run.json["error"]["message"]
     run = await cli("boot-args", str(file), "--probe", "never", "--emulator", "/nope")
-    assert run.code == 0 and "is not here" in run.stderr
+    assert run.code == 3 and "there is no QEMU program '/nope'" in run.stderr
 
 
 async def define(tmp_path, text):

@@ -1,0 +1,79 @@
+"""CPU features that a definition switches, against those that the QEMU has which is to start it."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from qmpvcpu.app.cache import cache_folder
+from qmpvcpu.core.arch import architecture, architecture_of_program
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.machine.command_line import split_cpu
+from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.host.cache import FileCache, key_of, program_of
+from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.process import run_qemu
+
+__all__ = ["with_known_features"]
+
+_MODEL: Final = "max"
+
+
+async def with_known_features(
+    definition: Definition, program: str, arch: str
+) -> tuple[Definition, tuple[str, ...]]:
+    """The definition without the features that are off and that this QEMU does not have, and a note of them.
+
+    Args:
+        definition: of the domain.
+        program: the QEMU that is to start it; it is started for a moment, once for each program file.
+        arch: QEMU's target of the guest.
+
+    Raises:
+        VcpuRefused: one that is on is not there.
+        VcpuFailed, VcpuConnectionError: the QEMU does not start, or does not answer.
+    """
+    model, features = split_cpu(definition.cpu) if definition.cpu is not None else ("", ())
+    switches = [pair for pair in features if pair[1] in ("on", "off")]
+    known = await _features_of(program, arch) if switches else None
+    if known is None:
+        return definition, ()
+    unknown = {key: value for key, value in switches if key.replace("_", "-") not in known}
+    lacking = [key for key, value in unknown.items() if value == "on"]
+    if lacking:
+        text = f"'{program}' has no CPU feature {', '.join(lacking)}"
+        hint = "take <feature> out of <cpu>, or start the guest with a newer QEMU"
+        raise VcpuRefused([Refusal("feature", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+    if not unknown:
+        return definition, ()
+    words = [f"{key}={value}" for key, value in features if key not in unknown]
+    note = f"this QEMU has no CPU feature {', '.join(unknown)}: not there, as the definition wants it"
+    return replace(definition, cpu=",".join([model, *words])), (note,)
+
+
+async def _features_of(program: str, arch: str) -> frozenset[str] | None:
+    """The names of the properties of a CPU that has every feature; None where this QEMU has no such CPU."""
+    row = architecture_of_program(program) or architecture(arch)
+    if row.cpu_suffix is None:
+        return None
+    cache = FileCache(cache_folder() / "probes")
+    try:
+        key = key_of("features", program_of(program).to_json())
+    except OSError:
+        return None
+    names = cache.get(key)
+    if not isinstance(names, list):
+        names = await _ask(program, _MODEL + row.cpu_suffix)
+        cache.put(key, names)
+    return frozenset(str(name) for name in names) or None
+
+
+async def _ask(program: str, model: str) -> list[str]:
+    arguments = ["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S"]
+    async with run_qemu(program, arguments) as qemu:
+        try:
+            rows = await qemu.monitor.execute("qom-list-properties", {"typename": model})
+        except CommandError:
+            return []
+    names = [row.get("name") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    return [name for name in names if isinstance(name, str)]

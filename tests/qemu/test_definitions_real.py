@@ -1,0 +1,101 @@
+"""Domain XML that others write, before its guest runs: which QEMU, which CPU features, and what a file may say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from tests.support.commands import cli
+from tests.support.qemus import qemu_binary
+
+pytestmark = pytest.mark.qemu
+
+PROGRAM = "#!/bin/sh\ntouch '{mark}'\n"
+
+
+def domain(inner: str, kind: str = "qemu", arch: str = " arch='x86_64' machine='q35'") -> str:
+    return (
+        f"<domain type='{kind}'><name>d</name><memory unit='MiB'>256</memory><vcpu>2</vcpu>"
+        f"<os><type{arch}>hvm</type></os>{inner}</domain>"
+    )
+
+
+def written(folder: Path, text: str) -> str:
+    file = folder / "d.xml"
+    file.write_text(text)
+    return str(file)
+
+
+def featured(policy: str, name: str) -> str:
+    feature = f"<feature policy='{policy}' name='{name}'/>"
+    return domain(f"<cpu mode='custom'><model>Nehalem</model>{feature}</cpu>")
+
+
+@pytest.mark.parametrize(
+    ("policy", "name", "cpu"),
+    [
+        ("require", "osxsave", "Nehalem"),
+        ("require", "x2apic", "Nehalem,x2apic=on"),
+        ("require", "lahf_lm", "Nehalem,lahf_lm=on"),
+        ("disable", "no-such", "Nehalem"),
+        ("forbid", "no-such", "Nehalem"),
+    ],
+)
+async def test_features_that_need_not_be_there(policy, name, cpu, tmp_path):
+    run = await cli("boot-args", written(tmp_path, featured(policy, name)), "--json")
+    words = run.json
+    assert words[words.index("-cpu") + 1] == cpu
+    assert ("no CPU feature no-such" in run.stderr) == (name == "no-such")
+
+
+async def test_a_feature_that_must_be_there(tmp_path):
+    run = await cli("boot-args", written(tmp_path, featured("require", "no-such")), "--json")
+    assert (run.code, "has no CPU feature no-such" in run.json["error"]["message"]) == (3, True)
+
+
+@pytest.mark.parametrize("command", ["probe", "boot-args"])
+async def test_a_file_does_not_say_which_program_runs(command, tmp_path):
+    mark, program = tmp_path / "mark", tmp_path / "program"
+    program.write_text(PROGRAM.format(mark=mark))
+    program.chmod(0o755)
+    text = domain(f"<devices><emulator>{program}</emulator></devices>", arch="")
+    run = await cli(command, written(tmp_path, text), "--probe", "always", "--json")
+    assert (run.code, mark.exists()) == (0, False), run.stdout
+    assert f"<emulator> '{program}' is not started" in run.stderr
+
+
+async def test_what_a_definition_may_start_is_said_once(tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
+    space = "xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'"
+    more = "<qemu:commandline><qemu:arg value='-s'/></qemu:commandline>"
+    text = domain(f"<devices><emulator>/bin/true</emulator></devices>{more}").replace(
+        "<domain", f"<domain {space}"
+    )
+    run = await cli("define", written(tmp_path, text))
+    assert ("'/bin/true'" in run.stderr, "<qemu:commandline>: -s" in run.stderr) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("arch", "program"),
+    [("i686", "x86_64"), ("armv7l", "aarch64"), ("ppc64le", "ppc64")],
+)
+async def test_a_guest_runs_on_another_targets_qemu(arch, program, tmp_path):
+    text = domain("", arch=f" arch='{arch}'")
+    emulator = qemu_binary("10.0", program)
+    run = await cli("probe", written(tmp_path, text), "--emulator", emulator, "--probe", "always", "--json")
+    assert (run.code, run.json.get("emulator")) == (0, emulator), run.stdout
+
+
+async def test_the_host_is_the_architecture_that_is_not_written(tmp_path):
+    run = await cli("probe", written(tmp_path, domain("", arch="")), "--json")
+    assert (run.json["arch"], run.json["machine"].partition("-")[0]) == ("x86_64", "pc")
+
+
+@pytest.mark.parametrize("name", ["virt,dumpdtb={mark}", "q35,firmware={mark}", "pc,accel=kvm:{mark}", "none -s"])
+async def test_a_machine_type_is_only_a_name(name, tmp_path):
+    mark = tmp_path / "mark"
+    text = domain("", arch=f" arch='aarch64' machine='{name.format(mark=mark)}'")
+    for command in ("probe", "boot-args", "define", "vcpuinfo"):
+        run = await cli(command, written(tmp_path, text))
+        assert (run.code, "is not the name of a machine type" in run.stderr, mark.exists()) == (3, True, False)
