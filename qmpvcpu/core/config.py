@@ -287,7 +287,7 @@ def _plan_maximum(definition: Definition, request: Request) -> ConfigPlan:
             "change <cpu><numa> in the XML, and define it again",
             "VIR_ERR_INVALID_ARG",
         )
-        for cell in definition.cells
+        for cell in definition.nodes
         if (lost := [number for number in cell.cpus if number >= maximum])
     ]
     if refusals or maximum == definition.maxcpus:

@@ -51,6 +51,8 @@ _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _FEATURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 #: Bits that a guest's kernel sets, and that libvirt ignores.
 _OF_THE_GUEST: Final = frozenset({"osxsave", "ospke"})
+#: QEMU's and ACPI's distance of a NUMA node to itself.
+_TO_ITSELF: Final = 10
 _MACHINE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _WITH_PRIORITY: Final = ("fifo", "rr")
 _SCHEDULERS: Final = ("fifo", "rr", "batch", "idle", "other")
@@ -267,6 +269,7 @@ class _Reader:
         numa = self.root.find("cpu/numa")
         cells: list[NumaCell] = []
         taken: dict[int, int] = {}
+        count = len(list(numa.all("cell"))) if numa is not None else 0
         for position, element in enumerate(numa.all("cell") if numa is not None else ()):
             text = element.attributes.get("id", str(position))
             number = self._int(element, text, "<cell id>", 0, 1023)
@@ -282,18 +285,26 @@ class _Reader:
             taken.update(dict.fromkeys(cpus, number))
             self._in_range(element, cpus, f"NUMA cell {number}")
             memory = self._bytes(element, element.attributes.get("memory"))
-            cells.append(NumaCell(number, cpus, memory, self._siblings(element)))
+            cells.append(NumaCell(number, cpus, memory, self._siblings(element, number, count)))
+        ids = sorted(cell.id for cell in cells)
+        if numa is not None and not self.found and ids != list(range(len(ids))):
+            self._wrong(numa, f"NUMA cells are {format_ids(ids)}, and QEMU counts them from 0 without a gap")
         return tuple(sorted(cells, key=lambda cell: cell.id))
 
-    def _siblings(self, cell: Element) -> tuple[tuple[int, int], ...]:
+    def _siblings(self, cell: Element, number: int, count: int) -> tuple[tuple[int, int], ...]:
         distances = cell.child("distances")
-        found = []
+        found: dict[int, int] = {}
         for sibling in distances.all("sibling") if distances is not None else ():
-            other = self._int(sibling, sibling.attributes.get("id"), "<sibling id>", 0, 1023)
+            other = self._int(sibling, sibling.attributes.get("id"), "<sibling id>", 0, count - 1)
             value = self._int(sibling, sibling.attributes.get("value"), "<sibling value>", 10, 255)
-            if other is not None and value is not None:
-                found.append((other, value))
-        return tuple(found)
+            if other is None or value is None:
+                continue
+            if other in found:
+                self._wrong(sibling, f"the distance of NUMA cell {number} to {other} stands twice")
+            if other == number and value != _TO_ITSELF:
+                self._wrong(sibling, f"the distance of NUMA cell {number} to itself is {value}, and must be 10")
+            found[other] = value
+        return tuple(found.items())
 
     def _memory_slots(self) -> int | None:
         element = self.root.child("maxMemory")

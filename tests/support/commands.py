@@ -6,7 +6,10 @@ import asyncio
 import json
 import sys
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
+
+from tests.support.zygote import Zygote
 
 
 @dataclass
@@ -33,11 +36,27 @@ async def start_cli(*arguments: str, **options: Any) -> asyncio.subprocess.Proce
     )
 
 
+@cache
+def _zygote() -> Zygote:
+    return Zygote()
+
+
+def end() -> None:
+    """End what is there for the commands to come."""
+    if _zygote.cache_info().currsize:
+        _zygote().close()
+        _zygote.cache_clear()
+
+
 async def cli(*arguments: str, **options: Any) -> Run:
-    """Run the command line as a user does; its exit code and output."""
-    process = await start_cli(*arguments, **options)
-    stdout, stderr = await process.communicate()
-    assert process.returncode is not None
-    run = Run(process.returncode, stdout.decode(), stderr.decode())
+    """Run the command line as a user does; its exit code and output. Without `options` it is forked."""
+    if options:
+        process = await start_cli(*arguments, **options)
+        stdout, stderr = await process.communicate()
+        assert process.returncode is not None
+        code = process.returncode
+    else:
+        code, stdout, stderr = await _zygote().run(arguments)
+    run = Run(code, stdout.decode(), stderr.decode())
     assert "Traceback" not in run.stderr, run.stderr
     return run

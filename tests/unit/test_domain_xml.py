@@ -253,6 +253,17 @@ def listed(*rows):
             listed("<vcpu id='2' enabled='yes'/>"),
             ["line 4: vCPU 2 is enabled and not hotpluggable, behind one that is hotpluggable"],
         ),
+        (
+            domain("<cpu><numa><cell id='0'/><cell id='2'/></numa></cpu>"),
+            ["line 4: NUMA cells are 0,2, and QEMU counts them from 0 without a gap"],
+        ),
+        (
+            domain(
+                "<cpu><numa><cell><distances><sibling id='0' value='11'/><sibling id='1' value='20'/>"
+                "</distances></cell></numa></cpu>"
+            ),
+            ["distance of NUMA cell 0 to itself is 11", "<sibling id> 1 is out of range: it can be 0 to 0"],
+        ),
         (domain("", "<vcpu>2 </vcpu>"), ["<vcpu> '2 ' is no number"]),
         (
             domain("<os><type machine='virt,dumpdtb=x'/></os>"),
