@@ -45,6 +45,8 @@ _UNITS: Final[Mapping[str, int]] = {"b": 1, "bytes": 1} | {
     for power, letter in enumerate("kmgtpe", 1)
     for word, base in ((letter, 1024), (f"{letter}ib", 1024), (f"{letter}b", 1000))
 }
+_UUID: Final = re.compile(r"[0-9a-fA-F]{32}")
+_ARCH: Final = re.compile(r"[A-Za-z0-9_]{1,30}")
 #: A CPU model ("Haswell-noTSX", "power10_v2.0").
 _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 #: A CPU feature, as QEMU and libvirt spell it.
@@ -119,8 +121,8 @@ class _Reader:
             name.text.strip() if name is not None else "",
             vcpus,
             accel=_ACCELS.get(root.attributes.get("type", "")),
-            uuid=uuid.text.strip() if uuid is not None else None,
-            arch=_arch(machine, emulator),
+            uuid=self._uuid(uuid),
+            arch=self._arch(machine, emulator),
             machine=self._machine(machine),
             emulator=emulator.text.strip() if emulator is not None else None,
             dialect=dialect,
@@ -235,6 +237,24 @@ class _Reader:
         return VcpuConfig(number, enabled, pluggable, order if enabled else None)
 
     # -- the rest -------------------------------------------------------------------------------
+
+    def _uuid(self, element: Element | None) -> str | None:
+        text = element.text.strip() if element is not None else ""
+        if element is not None and not _UUID.fullmatch(text.replace("-", "")):
+            self._wrong(element, f"<uuid> '{text[:40]}' is not one")
+        return text or None
+
+    def _arch(self, machine: Element | None, emulator: Element | None) -> str:
+        """What is written; else that of the machine type, of the program, or of this host, as with libvirt."""
+        said = machine.attributes if machine is not None else {}
+        name = said.get("arch")
+        if machine is not None and name:
+            if not _ARCH.fullmatch(name):
+                self._wrong(machine, f"<type arch='{name[:40]}'> is not the name of an architecture")
+            return name
+        program = emulator.text.strip() if emulator is not None else ""
+        row = architecture_of_machine(said.get("machine", "")) or architecture_of_program(program)
+        return row.name if row is not None else os.uname().machine
 
     def _machine(self, element: Element | None) -> str | None:
         name = element.attributes.get("machine") if element is not None else None
@@ -504,17 +524,6 @@ class _Reader:
 
     def _wrong(self, element: Element, text: str, libvirt: str = "VIR_ERR_XML_DETAIL") -> None:
         self.found.append(Refusal("xml", f"line {element.line}: {text}", (), "correct the domain's XML", libvirt))
-
-
-def _arch(machine: Element | None, emulator: Element | None) -> str:
-    """What is written; else that of the machine type, of the program, or of this host, as with libvirt."""
-    said = machine.attributes if machine is not None else {}
-    if said.get("arch"):
-        return said["arch"]
-    row = architecture_of_machine(said.get("machine", "")) or architecture_of_program(
-        emulator.text.strip() if emulator is not None else ""
-    )
-    return row.name if row is not None else os.uname().machine
 
 
 def _says(row: Element, key: str) -> bool:

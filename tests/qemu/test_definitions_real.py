@@ -92,10 +92,36 @@ async def test_the_host_is_the_architecture_that_is_not_written(tmp_path):
     assert (run.json["arch"], run.json["machine"].partition("-")[0]) == ("x86_64", "pc")
 
 
-@pytest.mark.parametrize("name", ["virt,dumpdtb={mark}", "q35,firmware={mark}", "pc,accel=kvm:{mark}", "none -s"])
-async def test_a_machine_type_is_only_a_name(name, tmp_path):
+META = "<metadata><q:machine xmlns:q='urn:qmpvcpu:machine:1'>{}</q:machine></metadata>"
+OPTION = META.format("<q:option of='{}' name='{}' value='{}'/>")
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        domain("", arch=" arch='aarch64' machine='virt,dumpdtb={mark}'"),
+        domain("", arch=" arch='x86_64' machine='q35,firmware={mark}'"),
+        domain("", arch=" arch='x86_64' machine='none -s'"),
+        domain("", arch=" arch='../../{mark}'"),
+        domain("<uuid>-qmp tcp:0:1</uuid>"),
+        domain("<cpu><model>max,dumpdtb={mark}</model></cpu>"),
+        domain("<cpu><model>max</model><feature name='x2apic=on,y' policy='require'/></cpu>"),
+        domain("<cpu><topology sockets='2,dumpdtb={mark}' cores='1' threads='1'/></cpu>"),
+        domain("<cpu><numa><cell cpus='0-1,memdev={mark}' memory='262144'/></numa></cpu>"),
+        domain("<cpu><numa><cell cpus='0-1' memory='1,mem-path={mark}'/></numa></cpu>"),
+        domain("<maxMemory slots='1,x={mark}'>9999999</maxMemory>"),
+        domain(OPTION.format("machine", "dumpdtb", "{mark}")),
+        domain(OPTION.format("machine", "hpet", "off,dumpdtb={mark}")),
+        domain(OPTION.format("accel", "x,y", "1")),
+        domain(OPTION.format("cpu", "a", "1,b={mark}")),
+        domain(META.format("<q:memory id='a,mem-path={mark}' cell='0'/>")),
+        domain(META.format("<q:memory id='a' cell='0' type='memory-backend-file,x=y'/>")),
+        domain(META.format("<q:dimm of='0' id='a' memdev='b,c={mark}' type='memory-backend-ram'/>")),
+    ],
+)
+async def test_no_text_of_a_file_begins_another_option(text, tmp_path):
     mark = tmp_path / "mark"
-    text = domain("", arch=f" arch='aarch64' machine='{name.format(mark=mark)}'")
-    for command in ("probe", "boot-args", "define", "vcpuinfo"):
-        run = await cli(command, written(tmp_path, text))
-        assert (run.code, "is not the name of a machine type" in run.stderr, mark.exists()) == (3, True, False)
+    file = written(tmp_path, text.replace("{mark}", str(mark)))
+    runs = [await cli(command, file) for command in ("probe", "boot-args", "define", "vcpuinfo")]
+    assert [run.code for run in runs] == [3, 3, 3, 3], [run.stderr for run in runs]
+    assert (mark.exists(), "hint: correct the domain's XML" in runs[0].stderr) == (False, True)
