@@ -203,7 +203,8 @@ class _Reader:
             for before, one in pairwise(vcpus)
             if before.hotpluggable and one.enabled and not one.hotpluggable
         ]
-        if behind and not self._running:
+        # A list alone says which are wanted, not what a guest starts with.
+        if behind and not self._running and listed is not self.root:
             text = f"vCPU {format_ids(behind)} is enabled and not hotpluggable, behind one that is hotpluggable"
             self._wrong(listed, f"{text}: those that are not stand together from vCPU 0 on")
         return vcpus, dialect

@@ -121,6 +121,13 @@ def test_a_list_alone_that_lists_nothing_is_refused():
         xml.enabled_in_list(b"<vcpus/>", 4)
 
 
+def test_a_list_alone_may_have_a_gap():
+    assert xml.enabled_in_list(b"<vcpus><vcpu id='0' enabled='yes'/><vcpu id='2' enabled='yes'/></vcpus>", 4) == (
+        0,
+        2,
+    )
+
+
 # -- writing it back ---------------------------------------------------------------------------------
 
 
