@@ -28,9 +28,10 @@ if TYPE_CHECKING:
         Topology,
         Vcpu,
     )
+    from qmpvcpu.core.numa import parse_numa
     from qmpvcpu.core.plan import Plan
     from qmpvcpu.core.request import Request, parse_ids
-    from qmpvcpu.core.smp import parse_numa, parse_smp
+    from qmpvcpu.core.smp import parse_smp
     from qmpvcpu.domain import Domain, Events, Options, connect
     from qmpvcpu.domain.interrupted import Interrupted
     from qmpvcpu.domain.migrate import Migrated
@@ -53,7 +54,8 @@ _HOMES = {
     "qmpvcpu.app.probes": ("Probe", "ProbeMode", "find_layout"),
     "qmpvcpu.app.start": ("destroy", "start"),
     "qmpvcpu.core.layout": ("MachineLayout", "MachineSpec"),
-    "qmpvcpu.core.smp": ("parse_numa", "parse_smp"),
+    "qmpvcpu.core.numa": ("parse_numa",),
+    "qmpvcpu.core.smp": ("parse_smp",),
     "qmpvcpu.core.model": (
         "DomainState",
         "Entity",

@@ -7,13 +7,13 @@ import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Any, Final
 
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.qemus import find_binaries, path_of
-from qmpvcpu.core.arch import architecture_of_machine, architecture_of_program, programs_of
+from qmpvcpu.core.arch import architecture, architecture_of_machine, architecture_of_program, programs_of
 from qmpvcpu.core.layout import (
     LayoutSource,
     MachineLayout,
@@ -24,7 +24,7 @@ from qmpvcpu.core.layout import (
     predict_layout,
 )
 from qmpvcpu.core.model import Vcpu
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.cache import FileCache, Program, key_of, program_of
 from qmpvcpu.host.files import FileLock
 from qmpvcpu.qemu.probe import probe_machine
@@ -105,6 +105,8 @@ async def find_layout(
     began = time.monotonic()
     row = architecture_of_machine(spec.machine)
     target = arch or (row.name if row is not None else _arch_of_program(emulator) or os.uname().machine)
+    if not spec.machine_type:
+        spec = _with_default_machine(spec, target)
     found, messages = _program(emulator, target)
     runs = architecture_of_program(found.path) if found is not None else None
     if runs is not None and runs.name in programs_of(target):
@@ -113,7 +115,9 @@ async def find_layout(
     layout = None
     if mode is not ProbeMode.ALWAYS and not refresh:
         assume = found is None or mode is ProbeMode.NEVER
-        layout = predict_layout(spec, target, look.facts, typed=typed, assume=assume)
+        layout = predict_layout(
+            spec, target, look.facts, typed=typed, assume=assume, unseen=found is not None and look.facts is None
+        )
     if layout is None and not refresh:
         layout = look.cached()
     if layout is None and (mode is ProbeMode.NEVER or found is None):
@@ -214,6 +218,16 @@ def _program(emulator: str | None, arch: str) -> tuple[_Found | None, list[str]]
         except OSError:
             continue
     return None, [f"no qemu-system-{arch} is here: the answer is what every version would say"]
+
+
+def _with_default_machine(spec: MachineSpec, arch: str) -> MachineSpec:
+    """QEMU's default machine, where it is one whose vCPUs can be hotplugged."""
+    row = architecture(arch)
+    if not row.computes(row.default_machine):
+        raise VcpuUsageError(
+            f"no machine type is named, and for {arch} none is the default", hint="--machine virt"
+        )
+    return replace(spec, machine=row.default_machine + spec.machine)
 
 
 def _arch_of_program(emulator: str | None) -> str | None:

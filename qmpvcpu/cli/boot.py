@@ -14,7 +14,8 @@ from qmpvcpu.cli.progress import waiting
 from qmpvcpu.core.bootargs import BootStyle
 from qmpvcpu.core.layout import MachineSpec
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.core.smp import parse_numa, parse_smp
+from qmpvcpu.core.numa import parse_numa
+from qmpvcpu.core.smp import parse_machine
 from qmpvcpu.errors import VcpuUsageError
 
 if TYPE_CHECKING:
@@ -25,7 +26,7 @@ __all__ = ["COMMANDS"]
 
 async def _probe(session: Session) -> int:
     options = session.options
-    by_machine = [options.machine, options.smp, options.cpu, options.accel, options.arch, *options.numa]
+    by_machine = [*options.words, options.cpu, options.accel, options.arch, *options.numa]
     mode = ProbeMode(options.probe)
     if options.refresh and mode is ProbeMode.NEVER:
         raise VcpuUsageError("--refresh asks QEMU, and --probe never does not", hint="leave one of them out")
@@ -38,11 +39,9 @@ async def _probe(session: Session) -> int:
         session.warn(notes)
         async with waiting("asking QEMU"):
             found = await probe_domain(definition, mode, refresh=options.refresh, emulator=options.emulator)
-    elif options.machine is not None and options.smp is not None:
-        nodes, cpus = parse_numa(options.numa)
-        spec = MachineSpec(
-            options.machine, parse_smp(options.smp), options.cpu, options.accel or "tcg", nodes, cpus
-        )
+    elif any(option == "machine" for option, _ in options.words):
+        machine, smp = parse_machine(options.words)
+        spec = MachineSpec(machine, smp, options.cpu, options.accel or "tcg", parse_numa(options.numa))
         async with waiting("asking QEMU"):
             found = await find_layout(
                 spec, arch=options.arch, emulator=options.emulator, mode=mode, refresh=options.refresh

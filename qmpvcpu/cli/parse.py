@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+from functools import partial
 from typing import NoReturn
 
 from qmpvcpu.errors import VcpuUsageError
@@ -90,6 +91,10 @@ def _no_place(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="leave new threads where the kernel puts them, whatever <cputune> says",
     )
+
+
+def _option(name: str, text: str) -> tuple[str, str]:
+    return name, text
 
 
 def _emulator(parser: argparse.ArgumentParser) -> None:
@@ -207,11 +212,23 @@ def build_parser() -> argparse.ArgumentParser:
     probe.add_argument(
         "word", metavar="FILE|NAME", nargs="?", help="its domain XML, or the name it is defined under"
     )
-    probe.add_argument("--machine", metavar="TYPE", help="as QEMU's -machine: q35, pseries …")
-    probe.add_argument("--smp", metavar="SMP", help="as QEMU's -smp: 4,maxcpus=16,sockets=2")
+    for name, metavar, text in (
+        ("machine", "TYPE", "as QEMU's -machine: q35, pseries …"),
+        ("smp", "SMP", "as QEMU's -smp: 4,maxcpus=16,sockets=2 (default 1)"),
+    ):
+        # QEMU merges both kinds, in their order.
+        probe.add_argument(
+            f"--{name}",
+            metavar=metavar,
+            dest="words",
+            action="append",
+            default=[],
+            type=partial(_option, name),
+            help=text,
+        )
     probe.add_argument("--cpu", metavar="MODEL", help="as QEMU's -cpu")
     probe.add_argument("--accel", choices=("tcg", "kvm"), help="as QEMU's -accel (default tcg)")
-    probe.add_argument("--numa", action="append", metavar="NUMA", default=[], help="as QEMU's -numa: node or cpu")
+    probe.add_argument("--numa", action="append", metavar="NUMA", default=[], help="as QEMU's -numa")
     probe.add_argument("--arch", metavar="ARCH", help="QEMU's target, where the machine does not say it")
     _emulator(probe)
     probe.add_argument("--refresh", action="store_true", help="ask QEMU anew; alone: forget all it has said")

@@ -84,6 +84,7 @@ class Architecture:
         cpu_suffix: a CPU model's name with this behind it is the `driver` of `device_add`; None where names stand
             for others ("POWER9"), and for which ones differs between versions.
         has_numa: whether its machines take -numa.
+        has_numa_mem: whether they all take `-numa node,mem=`; on others only old machine types do.
         has_node_always: whether a slot names node 0 on a machine without NUMA.
         memory_alignment: bytes; the size of a machine's memory, and of a node's, is a multiple of it.
         device_bus: the bus of virtio devices, as it ends their names.
@@ -113,6 +114,7 @@ class Architecture:
     default_cpu: str | None = None
     cpu_suffix: str | None = None
     has_numa: bool = True
+    has_numa_mem: bool = False
     has_node_always: bool = False
     memory_alignment: int = _MIB
     device_bus: str = "pci"
@@ -212,6 +214,7 @@ ROWS: Final = (
         hotplug_since=Feature.LOONGARCH64_HOTPLUG,
         most_computed=256,
         default_cpu="la464",
+        has_numa_mem=True,
         cpu_suffix="-loongarch-cpu",
         identity=Identity.ACPI_PATH,
         identity_file="firmware_node/path",

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
-from qmpvcpu.core.arch import Architecture, architecture
+from qmpvcpu.core.arch import Architecture, EntityKind, architecture
 from qmpvcpu.core.inventory import (
     entities_of_slots,
     entities_without_slots,
@@ -19,10 +19,12 @@ from qmpvcpu.core.inventory import (
     parse_topology,
     parse_version,
 )
-from qmpvcpu.core.machine.versions import enclosing, is_dropped, measured_with
+from qmpvcpu.core.machine.versions import MEASURED, enclosing, has_machine, measured_with, newest_type
+from qmpvcpu.core.machine.words import parse_switch, split_pairs
 from qmpvcpu.core.model import QemuVersion, Topology, Vcpu
-from qmpvcpu.core.smp import NumaCpu, NumaNode, Prediction, Slot, Smp, is_known, is_proven, predict
-from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
+from qmpvcpu.core.numa import NumaOption
+from qmpvcpu.core.smp import Prediction, Slot, Smp, is_known, is_proven, predict
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
 
 __all__ = [
     "LayoutSource",
@@ -47,15 +49,14 @@ class LayoutSource(StrEnum):
 @dataclass(frozen=True, slots=True)
 class MachineSpec:
     """What a QEMU is asked to be. `machine` and `cpu` are the arguments of -machine and -cpu, with their options;
-    `accel` is "kvm" or "tcg".
+    `accel` is "kvm" or "tcg", `numa` every -numa, in order.
     """
 
     machine: str
     smp: Smp
     cpu: str | None = None
     accel: str = "tcg"
-    nodes: tuple[NumaNode, ...] = ()
-    cpus: tuple[NumaCpu, ...] = ()
+    numa: tuple[NumaOption, ...] = ()
 
     @property
     def machine_type(self) -> str:
@@ -69,8 +70,7 @@ class MachineSpec:
             "smp": str(self.smp),
             "cpu": self.cpu,
             "accel": self.accel,
-            "nodes": [[node.id, list(node.cpus)] for node in self.nodes],
-            "cpus": [str(cpu) for cpu in self.cpus],
+            "numa": [str(option) for option in self.numa],
         }
 
 
@@ -258,12 +258,27 @@ def _malformed(command: str) -> VcpuConnectionError:
 
 # -- arithmetic -----------------------------------------------------------------------------------
 
-#: Options of a machine that leave its vCPUs alone.
-_HARMLESS: Final = ("usb", "smm", "vmport", "hpet", "kernel-irqchip", "graphics", "dump-guest-core", "mem-merge")
+#: Options of a machine that leave its vCPUs alone, and what they take; None is a truth value.
+_HARMLESS: Final[Mapping[str, Sequence[str] | None]] = {
+    "usb": None,
+    "graphics": None,
+    "dump-guest-core": None,
+    "mem-merge": None,
+    "kernel-irqchip": ("on", "off", "split"),
+}
+_HARMLESS_WITH_NUMA: Final = {"hmat": None}
+_HARMLESS_ON_PC: Final = {"hpet": None, "smm": ("on", "off", "auto"), "vmport": ("on", "off", "auto")}
+_HARMLESS_ON_PSERIES: Final = dict.fromkeys(("cap-cfpc", "cap-sbbc", "cap-ibs"), ("broken",))
 
 
 def predict_layout(
-    spec: MachineSpec, arch: str, facts: QemuFacts | None = None, *, typed: bool = False, assume: bool = False
+    spec: MachineSpec,
+    arch: str,
+    facts: QemuFacts | None = None,
+    *,
+    typed: bool = False,
+    assume: bool = False,
+    unseen: bool = False,
 ) -> MachineLayout | None:
     """The answer without a QEMU; None where arithmetic alone cannot be trusted.
 
@@ -272,26 +287,26 @@ def predict_layout(
         facts: of the program; without, the answer is one that every version gives.
         typed: whether `cpu_type` must be known.
         assume: take a CPU model for one that QEMU has.
+        unseen: there is a program, and its version is not known: only what every version has.
 
     Raises:
         VcpuRefused: QEMU would refuse it; the text says why.
     """
     machine = spec.machine_type
+    row = architecture(arch)
     known = facts.machines.get(machine) if facts is not None else None
     if known is not None:
         if not known.hotpluggable:
             return None
         machine = known.name
-    elif is_dropped(machine):
-        # Nobody has seen that this QEMU still has it.
+    elif not row.computes(machine) or not _has_machine(machine, arch, facts, unseen=unseen):
         return None
-    options = [option.partition("=")[0] for option in spec.machine.split(",")[1:]]
-    if not all(option in _HARMLESS or option.startswith("cap-") for option in options):
-        return None
-    row = architecture(arch)
     if spec.accel != "tcg" and not row.computed_under_kvm:
         return None
-    found = _agreed(spec, arch, machine, facts.version if facts is not None else None)
+    options = _options(spec, row)
+    if options is None:
+        return None
+    found = _agreed(spec, arch, machine, facts.version if facts is not None else None, options)
     if found is None or not found.is_certain:
         return None
     cpu_type = _cpu_type(spec.cpu, row, known, facts, assume)
@@ -312,7 +327,52 @@ def predict_layout(
     )
 
 
-def _agreed(spec: MachineSpec, arch: str, machine: str, version: QemuVersion | None) -> Prediction | None:
+def _has_machine(machine: str, arch: str, facts: QemuFacts | None, *, unseen: bool) -> bool:
+    """Whether this QEMU surely has the machine type; without facts, whether all have it, or any.
+
+    Raises:
+        VcpuRefused: it surely has not.
+    """
+    if facts is None:
+        found = [has_machine(version, machine) for version in MEASURED]
+        return all(found) if unseen else any(found)
+    answer = has_machine(facts.version, machine)
+    if answer is False:
+        text = f"QEMU {facts.version} for {arch} has no machine type '{machine}'"
+        newest = newest_type(facts.version, machine)
+        hint = f"the newest that it has of that family is {newest}" if newest else "name another machine type"
+        raise VcpuRefused([Refusal("machine", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+    return answer is True
+
+
+def _options(spec: MachineSpec, row: Architecture) -> dict[str, bool] | None:
+    """Whether each switch of the machine is on; None where there is an option that may change its vCPUs.
+
+    Raises:
+        VcpuRefused: a value that no machine takes.
+    """
+    harmless = dict(_HARMLESS)
+    harmless |= _HARMLESS_WITH_NUMA if row.has_numa else {}
+    harmless |= _HARMLESS_ON_PC if row.has_apic else {}
+    harmless |= _HARMLESS_ON_PSERIES if row.entity is EntityKind.CORE else {}
+    switches = {}
+    for key, value in split_pairs(spec.machine, "type")[1:]:
+        values = harmless.get(key, ())
+        if values is not None:
+            if value not in values:
+                return None
+            continue
+        switch = parse_switch(value)
+        if switch is None:
+            text = f"-machine {key}='{value[:40]}': QEMU expects 'on' or 'off'"
+            raise VcpuRefused([Refusal("machine", text, (), "correct it", "VIR_ERR_CONFIG_UNSUPPORTED")])
+        switches[key] = switch
+    return switches
+
+
+def _agreed(
+    spec: MachineSpec, arch: str, machine: str, version: QemuVersion | None, options: Mapping[str, bool]
+) -> Prediction | None:
     """What the versions say that enclose this one, if they say the same."""
     versions: Sequence[QemuVersion]
     if version is None:
@@ -327,7 +387,17 @@ def _agreed(spec: MachineSpec, arch: str, machine: str, version: QemuVersion | N
         if not is_known(arch, machine, each):
             return None
         try:
-            found.append(predict(arch, machine, each, spec.smp, spec.nodes, spec.cpus, accel=spec.accel))
+            found.append(
+                predict(
+                    arch,
+                    machine,
+                    each,
+                    spec.smp,
+                    spec.numa,
+                    accel=spec.accel,
+                    has_hmat=options.get("hmat", False),
+                )
+            )
         except VcpuRefused as error:
             refused.append(error)
     if refused and not found:

@@ -1,4 +1,4 @@
-"""What `query-hotpluggable-cpus` will say, without asking: QEMU's own arithmetic of -smp and -numa. Pure.
+"""What `query-hotpluggable-cpus` will say, without asking: QEMU's own arithmetic of -machine and -smp. Pure.
 
 Source: `machine_parse_smp_config` (hw/core/machine-smp.c), each machine's `possible_cpu_arch_ids` and
 `get_default_cpu_node_id`. Held against QEMU 7.2, 10.0 and 11.1 (tests/qemu/test_smp_real.py); what those do not
@@ -7,25 +7,27 @@ prove (`is_proven`, `Prediction.is_certain`) is to be probed.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from qmpvcpu.core.arch import Architecture, EntityKind, architecture
-from qmpvcpu.core.machine.versions import Feature, compat_version, has, is_measured, takes_machine
-from qmpvcpu.core.model import Props, QemuVersion, Topology, format_ids
+from qmpvcpu.core.machine.versions import Feature, compat_version, has, has_machine, is_measured
+from qmpvcpu.core.machine.words import join_pairs, parse_keyval, parse_number
+from qmpvcpu.core.model import Props, QemuVersion, Topology
+from qmpvcpu.core.numa import NumaMachine, NumaNode, NumaOption, nodes_of_slots
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 
 __all__ = [
     "LEVELS",
-    "NumaCpu",
     "NumaNode",
     "Prediction",
     "Slot",
     "Smp",
     "is_known",
     "is_proven",
-    "parse_numa",
+    "parse_machine",
     "parse_smp",
     "predict",
 ]
@@ -33,7 +35,9 @@ __all__ = [
 #: -smp's levels, outermost first.
 LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 #: More than any machine has.
-_MOST: Final = 65536
+_MOST: Final = 65535
+#: QEMU reads 64 bits, and computes with 32.
+_WORD: Final = 0xFFFFFFFF
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,25 +62,6 @@ class Smp:
             if value is not None:
                 words.append(f"{key}={value}")
         return ",".join(words)
-
-
-@dataclass(frozen=True, slots=True)
-class NumaNode:
-    """One `-numa node`: its id, and the CPU indexes that it names (`cpus=`)."""
-
-    id: int
-    cpus: tuple[int, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class NumaCpu:
-    """One `-numa cpu`: every slot that has these props is on that node."""
-
-    node: int
-    props: Props
-
-    def __str__(self) -> str:
-        return ",".join([f"cpu,node-id={self.node}", *(f"{key}={value}" for key, value in self.props.items())])
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,92 +108,54 @@ class _Machine:
         return self.row.entity_size(topology.threads)
 
 
+_MACHINE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
+
+
+def parse_machine(words: Iterable[tuple[str, str]]) -> tuple[str, Smp]:
+    """All -machine and -smp of a command line, merged: of a key that stands several times the last counts.
+
+    Args:
+        words: "machine" or "smp", and its argument, in order.
+
+    Returns:
+        The machine with its options (",smm=off" where no type is named), and -smp.
+
+    Raises:
+        VcpuUsageError: QEMU would not read it either.
+    """
+    merged: dict[str, str] = {}
+    for option, text in words:
+        if option == "smp":
+            merged |= {f"smp.{key}": value for key, value in parse_keyval(option, text, "cpus")}
+        else:
+            merged |= {key.replace("_", "-"): value for key, value in parse_keyval(option, text, "type")}
+    name = merged.pop("type", "")
+    if name and not _MACHINE_NAME.fullmatch(name):
+        raise VcpuUsageError(f"'{name[:40]}' is not a machine type", hint="write q35, pseries …")
+    counts = {key.removeprefix("smp."): merged.pop(key) for key in list(merged) if key.startswith("smp.")}
+    if "smp" in merged:
+        raise VcpuUsageError("-machine has smp=, which has keys of its own", hint="write -smp 4,maxcpus=8")
+    found: dict[str, int] = {}
+    for key, text in counts.items():
+        if key not in ("cpus", "maxcpus", *LEVELS):
+            raise VcpuUsageError(f"-smp has no '{key[:40]}'", hint=f"it has cpus, maxcpus, {', '.join(LEVELS)}")
+        value = parse_number(text)
+        if value is None:
+            raise VcpuUsageError(
+                f"-smp {key} '{text[:40]}' is not a number as QEMU reads it",
+                hint="write 8, 0x8 or, as C's octal, 010; 08 is none",
+            )
+        found[key] = value
+    return join_pairs((("type", name), *merged.items()), "type"), Smp(**found)
+
+
 def parse_smp(text: str) -> Smp:
     """`4,maxcpus=8,sockets=2`: the argument of -smp.
 
     Raises:
         VcpuUsageError: QEMU would not read it either.
     """
-    found: dict[str, int] = {}
-    for position, part in enumerate(text.split(",")):
-        key, equals, value = part.partition("=")
-        if not equals:
-            key, value = ("cpus", key) if position == 0 else (key, "")
-        if key not in ("cpus", "maxcpus", *LEVELS):
-            raise VcpuUsageError(f"-smp has no '{key}'", hint=f"it has cpus, maxcpus, {', '.join(LEVELS)}")
-        if not (value.isascii() and value.isdigit() and len(value) < 10):
-            raise VcpuUsageError(f"-smp {key} '{value[:40]}' is no number", hint="write 4,maxcpus=8,cores=8")
-        found[key] = int(value)
-    return Smp(**found)
-
-
-_NUMA_LIMIT: Final = 128
-_NUMA_PROPS: Final = (
-    "drawer-id",
-    "book-id",
-    "socket-id",
-    "die-id",
-    "cluster-id",
-    "module-id",
-    "core-id",
-    "thread-id",
-)
-#: What else -numa says does not move a vCPU.
-_NUMA_OTHERS: Final = ("dist", "hmat-lb", "hmat-cache")
-
-
-def parse_numa(options: Sequence[str]) -> tuple[tuple[NumaNode, ...], tuple[NumaCpu, ...]]:
-    """`node,nodeid=0,cpus=0-3` and `cpu,node-id=0,socket-id=1`: the arguments of -numa, in order.
-
-    Raises:
-        VcpuUsageError: QEMU would not read it either.
-    """
-    nodes: list[NumaNode] = []
-    cpus: list[NumaCpu] = []
-    for text in options:
-        kind, *parts = text.split(",")
-        kind = kind.removeprefix("type=")
-        pairs = [(key, value) for key, _, value in (part.partition("=") for part in parts)]
-        if kind == "node":
-            nodes.append(_node(text, pairs, len(nodes)))
-        elif kind == "cpu":
-            values = {key: _number(text, value) for key, value in pairs}
-            odd = [key for key in values if key not in (*_NUMA_PROPS, "node-id")]
-            if odd or "node-id" not in values or len(values) < 2:
-                raise _bad_numa(text)
-            cpus.append(NumaCpu(values.pop("node-id"), Props(values)))
-        elif kind not in _NUMA_OTHERS:
-            raise _bad_numa(text)
-    return tuple(nodes), tuple(cpus)
-
-
-def _node(text: str, pairs: Sequence[tuple[str, str]], position: int) -> NumaNode:
-    number = position
-    cpus: list[int] = []
-    for key, value in pairs:
-        if key == "nodeid":
-            number = _number(text, value)
-        elif key == "cpus":
-            low, _, high = value.partition("-")
-            first, last = _number(text, low), _number(text, high or low)
-            if not first <= last < _MOST:
-                raise _bad_numa(text)
-            cpus += range(first, last + 1)
-        elif key not in ("mem", "memdev", "initiator"):
-            raise _bad_numa(text)
-    return NumaNode(number, tuple(cpus))
-
-
-def _number(text: str, value: str) -> int:
-    if not (value.isascii() and value.isdigit() and len(value) < 7):
-        raise _bad_numa(text)
-    return int(value)
-
-
-def _bad_numa(text: str) -> VcpuUsageError:
-    return VcpuUsageError(
-        f"-numa '{text[:80]}' is not understood", hint="write node,nodeid=0,cpus=0-3 or cpu,node-id=0,socket-id=1"
-    )
+    return parse_machine([("smp", text)])[1]
 
 
 def is_known(arch: str, machine: str, version: QemuVersion) -> bool:
@@ -219,7 +166,7 @@ def is_known(arch: str, machine: str, version: QemuVersion) -> bool:
 
 def is_proven(arch: str, machine: str, version: QemuVersion) -> bool:
     """Whether they have been compared with real QEMUs of this version."""
-    return is_known(arch, machine, version) and takes_machine(version, machine) and is_measured(version)
+    return is_known(arch, machine, version) and has_machine(version, machine) is True and is_measured(version)
 
 
 def predict(
@@ -227,10 +174,10 @@ def predict(
     machine: str,
     version: QemuVersion,
     smp: Smp,
-    nodes: Sequence[NumaNode] = (),
-    cpus: Sequence[NumaCpu] = (),
+    numa: Sequence[NumaOption] = (),
     *,
     accel: str = "tcg",
+    has_hmat: bool = False,
 ) -> Prediction:
     """The slots of a machine.
 
@@ -239,9 +186,9 @@ def predict(
         machine: a machine type, versioned or not.
         version: QEMU's.
         smp: -smp as written.
-        nodes: -numa node, in order.
-        cpus: -numa cpu, in order.
+        numa: every -numa, in order.
         accel: "kvm" or "tcg".
+        has_hmat: `-machine hmat=on`.
 
     Raises:
         VcpuRefused: QEMU refuses it; the text says why.
@@ -250,7 +197,7 @@ def predict(
     topology, plugged = _complete(smp, facts)
     _check_machine(topology, plugged, facts, accel)
     units = _units(topology, facts)
-    placed = _nodes(units, topology, nodes, cpus, facts)
+    placed = _nodes(units, topology, numa, facts, has_hmat=has_hmat)
     size = facts.size(topology)
     slots = tuple(
         Slot(Props(props if node is None else {**props, "node-id": node}), size, number * size < plugged)
@@ -259,6 +206,8 @@ def predict(
     is_certain = topology.maxcpus <= facts.row.most_computed
     if facts.row.has_apic:
         is_certain &= _last_apic_id(topology) < _APIC_IDS
+    if facts.has_cores and accel == "tcg":
+        is_certain &= has(facts.compat, Feature.PSERIES_WITHOUT_HTM)
     return Prediction(topology, plugged, slots, is_certain)
 
 
@@ -302,16 +251,19 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
     for level in LEVELS:
         if given[level] is not None and level not in facts.known:
             raise _refused(f"this QEMU's -smp has no {level}", f"leave out {level}")
-    if has(facts.qemu, Feature.NO_ZERO_LEVELS) and 0 in given.values():
+    is_new = has(facts.qemu, Feature.NO_ZERO_LEVELS)
+    if is_new and 0 in given.values():
         raise _refused("CPU topology parameters must be greater than zero", "leave out what is 0")
+    counted = {key: (value or 0) & _WORD for key, value in given.items()}
     for level in LEVELS:
-        if (given[level] or 1) > 1 and level not in facts.levels:
+        is_old = level in ("drawers", "books") and not has(facts.compat, Feature.DRAWERS_AND_BOOKS)
+        if ((given[level] or 0) if is_new else counted[level]) > 1 and (is_old or level not in facts.levels):
             raise _refused(f"{level} > 1 is not supported by this machine's CPU topology", f"leave out {level}")
-    counts = {level: given[level] or 0 for level in LEVELS}
+    counts = {level: counted[level] for level in LEVELS}
     for level in LEVELS:
         if level not in ("sockets", "cores", "threads"):
             counts[level] = counts[level] or 1
-    cpus, maxcpus = given["cpus"] or 0, given["maxcpus"] or 0
+    cpus, maxcpus = counted["cpus"], counted["maxcpus"]
     if not cpus and not maxcpus:
         for level in ("sockets", "cores", "threads"):
             counts[level] = counts[level] or 1
@@ -323,11 +275,11 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
         if not counts[first]:
             counts[second] = counts[second] or 1
             counts["threads"] = counts["threads"] or 1
-            counts[first] = maxcpus // _product(counts, first)
+            counts[first] = _quotient(maxcpus, counts, first)
         elif not counts[second]:
             counts["threads"] = counts["threads"] or 1
-            counts[second] = maxcpus // _product(counts, second)
-        counts["threads"] = counts["threads"] or maxcpus // _product(counts, "threads")
+            counts[second] = _quotient(maxcpus, counts, second)
+        counts["threads"] = counts["threads"] or _quotient(maxcpus, counts, "threads")
     total = _product(counts)
     maxcpus = maxcpus or total
     cpus = cpus or maxcpus
@@ -342,14 +294,23 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
             f"maxcpus must be equal to or greater than smp: {words} == maxcpus ({maxcpus}) < smp_cpus ({cpus})",
             "raise maxcpus",
         )
+    if maxcpus > _MOST:
+        raise _refused(f"invalid SMP CPUs {maxcpus}: no machine has so many", "lower maxcpus")
     return Topology(maxcpus, **counts), cpus
+
+
+def _quotient(maxcpus: int, counts: Mapping[str, int], level: str) -> int:
+    rest = _product(counts, level)
+    if not rest:
+        raise _refused("the product of the levels is 0 in 32 bits: QEMU divides by it, and dies", "correct them")
+    return maxcpus // rest
 
 
 def _product(counts: Mapping[str, int], without: str = "") -> int:
     product = 1
     for level, count in counts.items():
         product *= count if level != without else 1
-    return product
+    return product & _WORD
 
 
 def _check_machine(topology: Topology, cpus: int, facts: _Machine, accel: str) -> None:
@@ -398,6 +359,7 @@ _PROPS: Final = {
     "books": "book-id",
     "sockets": "socket-id",
     "dies": "die-id",
+    "clusters": "cluster-id",
     "modules": "module-id",
     "cores": "core-id",
     "threads": "thread-id",
@@ -407,54 +369,27 @@ _PROPS: Final = {
 def _nodes(
     units: Sequence[Mapping[str, Any]],
     topology: Topology,
-    nodes: Sequence[NumaNode],
-    cpus: Sequence[NumaCpu],
+    numa: Sequence[NumaOption],
     facts: _Machine,
-) -> list[int | None]:
+    *,
+    has_hmat: bool,
+) -> Sequence[int | None]:
     """The NUMA node of every slot."""
-    if not nodes and not cpus:
+    if not numa:
         return [0 if facts.row.has_node_always else None] * len(units)
     if not facts.row.has_numa:
         raise _refused("NUMA is not supported by this machine type", "leave out -numa")
-    if sorted(node.id for node in nodes) != list(range(len(nodes))):
-        ids = format_ids(node.id for node in nodes)
-        raise _refused(f"NUMA node ids must run from 0 without a gap, each once: {ids}", "number them 0, 1, …")
-    if len(nodes) > _NUMA_LIMIT:
-        raise _refused(f"{len(nodes)} NUMA nodes are more than QEMU's {_NUMA_LIMIT}", "have fewer nodes")
-    size = facts.size(topology)
-    named: dict[int, int] = {}
 
-    def assign(slot: int, node: int, what: str) -> None:
-        if named.setdefault(slot, node) != node:
-            raise _refused(
-                f"{what} is already assigned to node-id: {named[slot]}",
-                "give each CPU, and the whole of a pseries core, to one node",
-            )
+    def defaults(nodes: int) -> list[int]:
+        if facts.has_cores:
+            return [number // topology.cores % nodes for number in range(len(units))]
+        return [props["socket-id"] % nodes for props in units]
 
-    for node in nodes:
-        for cpu in node.cpus:
-            if cpu >= topology.maxcpus:
-                raise _refused(
-                    f"CPU index ({cpu}) should be smaller than maxcpus ({topology.maxcpus})", "correct cpus="
-                )
-            assign(cpu // size, node.id, f"CPU {cpu}")
-    for given in cpus:
-        if given.node >= len(nodes):
-            raise _refused(f"node-id={given.node} is not defined with -numa node", "name a node that is there")
-        for key in given.props:
-            if key not in units[0]:
-                raise _refused(f"-numa {given}: {key} is not supported by this machine", f"leave out {key}")
-        found = [number for number, props in enumerate(units) if given.props.items() <= props.items()]
-        if not found:
-            raise _refused(f"-numa {given}: no vCPU is there", "correct its ids")
-        for number in found:
-            assign(number, given.node, f"-numa {given}: CPU {number * size}")
-    if named:
-        # What nobody names falls to node 0.
-        return [named.get(number, 0) for number in range(len(units))]
-    if facts.has_cores:
-        return [number // topology.cores % len(nodes) for number in range(len(units))]
-    return [props["socket-id"] % len(nodes) for props in units]
+    levels = {_PROPS[level] for level in facts.known}
+    takes_mem = facts.row.has_numa_mem or not has(facts.compat, Feature.NO_NUMA_MEM)
+    is_strict = has(facts.qemu, Feature.STRICT_SIZES)
+    machine = NumaMachine(units, facts.size(topology), defaults, levels, takes_mem, has_hmat, is_strict)
+    return nodes_of_slots(numa, machine)
 
 
 def _refused(message: str, hint: str) -> VcpuRefused:

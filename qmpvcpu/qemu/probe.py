@@ -12,6 +12,8 @@ from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
 from qmpvcpu.core.layout import MachineSpec
+from qmpvcpu.core.machine.words import parse_size
+from qmpvcpu.core.numa import NumaNode
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu
@@ -55,7 +57,9 @@ async def probe_machine(
         VcpuFailed: it cannot be started, or dies.
         VcpuConnectionError: it does not answer, or not as a QEMU does.
     """
-    arguments = [*_BARE, "-machine", spec.machine, "-accel", spec.accel, "-smp", str(spec.smp), *_memory(spec)]
+    arguments = [*_BARE, "-machine", spec.machine, "-accel", spec.accel, *_memory(spec)]
+    if str(spec.smp):
+        arguments += ["-smp", str(spec.smp)]
     if spec.cpu is not None:
         arguments += ["-cpu", spec.cpu]
     try:
@@ -83,19 +87,34 @@ async def probe_machine(
 
 
 def _memory(spec: MachineSpec) -> list[str]:
-    """As little as it takes; no page of it is ever touched."""
+    """As little as it takes, and -numa; no page of it is ever touched."""
     least = next((size for machine, size in _MEMORY if machine.match(spec.machine)), None)
-    if not spec.nodes:
+    if not spec.numa:
         return [] if least is None else ["-m", f"{least}M"]
     size = least or _NODE_MEMORY
-    words = ["-m", f"{size * len(spec.nodes)}M"]
-    for node in spec.nodes:
-        named = "".join(f",cpus={cpu}" for cpu in node.cpus)
-        words += ["-object", f"memory-backend-ram,id=ram-node{node.id},size={size * _MIB}"]
-        words += ["-numa", f"node,nodeid={node.id},memdev=ram-node{node.id}{named}"]
-    for cpu in spec.cpus:
-        words += ["-numa", str(cpu)]
-    return words
+    nodes = [option for option in spec.numa if isinstance(option, NumaNode)]
+    # Where no node says that it has memory, each has.
+    is_free = all(node.memdev is None and node.mem is None for node in nodes)
+    ids: dict[str, str] = {}
+    words: list[str] = []
+    total = 0
+    for option in spec.numa:
+        memory = None
+        if not isinstance(option, NumaNode):
+            words += ["-numa", str(option)]
+            continue
+        if option.mem is not None:
+            # Of a size that is none, or 0, QEMU says so.
+            has_some = bool(parse_size(option.mem))
+            total += has_some
+            memory = f"mem={size}M" if has_some else f"mem={option.mem}"
+        elif is_free or option.memdev is not None:
+            name = f"node{option.id}" if option.memdev is None else f"dev-{option.memdev}"
+            total += name not in ids
+            memory = f"memdev={ids.setdefault(name, f'ram{len(ids)}')}"
+        words += ["-numa", option.words(memory)]
+    backends = [f"memory-backend-ram,id={name},size={size * _MIB}" for name in ids.values()]
+    return ["-m", f"{size * (total or 1)}M", *(word for text in backends for word in ("-object", text)), *words]
 
 
 async def _ask(binary: str, arguments: Sequence[str], read: Callable[[Replies], Answer]) -> Answer:

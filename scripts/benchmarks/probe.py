@@ -18,8 +18,8 @@ from scripts.benchmarks.raw import RawQmp
 
 NUMA = parse_numa(["node,cpus=0-7", "node,cpus=8-15"])
 MACHINES = {
-    "x86_64": (MachineSpec("q35", parse_smp("4,sockets=2,cores=8,maxcpus=16"), nodes=NUMA[0]), 16),
-    "ppc64": (MachineSpec("pseries", parse_smp("8,cores=2,threads=8,maxcpus=16"), nodes=NUMA[0]), 256),
+    "x86_64": (MachineSpec("q35", parse_smp("4,sockets=2,cores=8,maxcpus=16"), numa=NUMA), 16),
+    "ppc64": (MachineSpec("pseries", parse_smp("8,cores=2,threads=8,maxcpus=16"), numa=NUMA), 256),
 }
 
 

@@ -1,7 +1,8 @@
-"""record-qmp ARCH VERSION... | all [--check]: tests/data/qmp/ARCH-VERSION/NAME.json, from the QEMUs of the cache.
+"""record-qmp ARCH VERSION... | all | smp [--check]: tests/data/qmp/ARCH-VERSION/NAME.json, from real QEMUs.
 
 Each machine of `MACHINES` is started paused, under TCG, and asked what qmpvcpu asks a QEMU that it connects to.
 Then one vCPU is plugged, plugged once more, and asked to leave. What differs between two runs is made the same.
+`smp` records tests/data/smp.jsonl.gz: generated -machine, -smp and -numa, and what each QEMU makes of them.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from qmpvcpu.app.cache import cache_folder
+from tests.support import smp_words
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "qmp"
 VERSIONS = ("7.2", "10.0", "11.1")
@@ -205,11 +207,17 @@ def _reply(reply: Any) -> str:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="record-qmp", description="record what real QEMUs answer")
-    parser.add_argument("arch", help="x86_64, ppc64 …, or all")
+    parser.add_argument("arch", help="x86_64, ppc64 …, all, or smp")
     parser.add_argument("version", nargs="*", help="7.2, 10.0, 11.1 (default: all)")
     parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a recording differs")
     options = parser.parse_args()
     differ = []
+    if options.arch == "smp":
+        text = smp_words.record(smp_words.RECORDED_COUNT, smp_words.RECORDED_SEED)
+        if not options.check:
+            smp_words.write_recorded(text)
+        elif smp_words.recorded() != text:
+            differ.append(smp_words.RECORDED.name)
     for machine in MACHINES:
         for version in machine.versions:
             if options.arch not in ("all", machine.arch) or (options.version and version not in options.version):

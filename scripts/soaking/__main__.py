@@ -51,10 +51,10 @@ SOAKS = {
         1000,
         tests("tests/app/test_kills.py::test_killed_at_random_moments"),
     ),
-    "layouts": Soak(
-        "COUNT random -smp and -numa for each architecture and version: our prediction against QEMU",
-        500,
-        tests("tests/qemu/test_smp_real.py"),
+    "smp": Soak(
+        "COUNT generated -machine, -smp and -numa: what we make of them against real QEMUs",
+        5000,
+        tests("tests/qemu/test_smp_real.py", "-s"),
         needs=("qemu",),
     ),
     "trips": Soak(

@@ -47,8 +47,7 @@ def counting(tmp_path, binary, name="counted", more=""):
 
 
 def spec(machine="q35", smp="2,maxcpus=4", numa=(), **more):
-    nodes, cpus = parse_numa(numa)
-    return MachineSpec(machine, parse_smp(smp), nodes=nodes, cpus=cpus, **more)
+    return MachineSpec(machine, parse_smp(smp), numa=parse_numa(numa), **more)
 
 
 MACHINES = {
@@ -276,6 +275,58 @@ async def test_programs_that_are_no_qemu(tmp_path):
         await find_layout(spec("none", "1"), arch="x86_64", emulator=qemu_binary("7.2", "s390x"), mode=ALWAYS)
 
 
+BOTH = ("--machine", "q35")
+CELL = ("--numa", "node,memdev=m0")
+
+
+@pytest.mark.parametrize(
+    ("words", "counts"),
+    [
+        (BOTH, (1, 1)),
+        ((*BOTH, "--smp", "010,maxcpus=020"), (8, 16)),
+        ((*BOTH, "--smp", "0x8"), (8, 8)),
+        ((*BOTH, "--smp", "2", "--smp", "maxcpus=4"), (2, 4)),
+        (("--smp", "2", "--machine", "pc", *BOTH, "--machine", "smp.maxcpus=4,smm=off"), (2, 4)),
+        (("--machine", "smm=off", "--arch", "x86_64", "--smp", "2"), (2, 2)),
+        ((*BOTH, "--smp", "4", *CELL, "--numa", "node,cpus=2-03"), (4, 4)),
+    ],
+)
+@pytest.mark.parametrize("mode", ProbeMode)
+async def test_words_mean_what_they_mean_to_qemu(words, counts, mode):
+    run = await cli("probe", *words, "--probe", mode, "--emulator", qemu_binary("10.0", "x86_64"), "--json")
+    assert (run.json["cpus"], run.json["maxcpus"]) == counts
+
+
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        ((*BOTH, "--smp", "08"), 2),
+        ((*BOTH, "--numa", "cpu,node-id=0,core-id=0", *CELL), 3),
+        ((*BOTH, "--numa", "node,cpus=0-"), 2),
+        ((*BOTH, *CELL, "--numa", "node,nodeid=0"), 3),
+        (("--machine", "pc-q35-9.9"), 3),
+        (("--machine", "pc-q35-10.1"), 3),
+    ],
+)
+@pytest.mark.parametrize("mode", ProbeMode)
+async def test_words_that_qemu_refuses_are_refused(words, code, mode):
+    run = await cli("probe", *words, "--probe", mode, "--emulator", qemu_binary("10.0", "x86_64"), "--json")
+    assert (run.code, bool(run.json["error"]["hint"])) == (code, True)
+
+
+async def test_a_machine_type_that_the_qemu_has_not_is_refused_without_a_start_once_it_is_known(tmp_path):
+    binary, starts = counting(tmp_path, qemu_binary("7.2", "x86_64"))
+    with pytest.raises(VcpuRefused, match="unsupported machine type"):
+        await find_layout(spec("pc-q35-8.0"), emulator=binary)
+    await find_layout(spec(), emulator=binary, mode=ALWAYS)
+    known = starts()
+    with pytest.raises(
+        VcpuRefused, match=r"QEMU 7\.2\.\d+ for x86_64 has no machine type 'pc-q35-8\.0'"
+    ) as caught:
+        await find_layout(spec("pc-q35-8.0"), emulator=binary)
+    assert ("pc-q35-7.2" in caught.value.hint, starts()) == (True, known)
+
+
 async def test_the_command_line(tmp_path, own_cache):
     binary, starts = counting(tmp_path, qemu_binary("10.0", "ppc64"))
     words = ("--machine", "pseries", "--smp", "8,cores=2,threads=8,maxcpus=16", "--emulator", binary)
@@ -297,7 +348,8 @@ async def test_the_command_line(tmp_path, own_cache):
     assert [row["state"] for row in run.json["vcpus"]] == ["enabled", "enabled", "disabled", "disabled"]
     for bad, code in (
         ((), 2),
-        (("--machine", "q35"), 2),
+        (("--smp", "2"), 2),
+        (("--machine", "q35,smm"), 2),
         ((str(xml), "--machine", "q35"), 2),
         (("--machine", "q35", "--smp", "x"), 2),
         (("--machine", "q35", "--smp", "2", "--numa", "x"), 2),

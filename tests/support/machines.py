@@ -8,11 +8,14 @@ from typing import Any
 
 from qmpvcpu import MachineLayout, MachineSpec, Probe, QemuVersion, Topology, parse_numa, parse_smp
 from qmpvcpu.app.boot import command_line
+from qmpvcpu.app.qemus import examine
 from qmpvcpu.core.bootargs import BootStyle, boot_args, machine_spec, qemu_arch
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.layout import LayoutSource, QemuFacts, facts_of, parse_layout, predict_layout
-from qmpvcpu.core.smp import is_proven, predict
+from qmpvcpu.core.machine.versions import has_machine
+from qmpvcpu.core.smp import is_proven, parse_machine, predict
 from qmpvcpu.xml.domain import read_domain
+from tests.support.qemus import qemu_binary
 
 Version = tuple[int, ...]
 
@@ -36,8 +39,7 @@ class Computed:
 
 def compute(arch: str, machine: str, version: Version, smp: str, numa: Sequence[str] = ()) -> Computed:
     """What QEMU would make of these arguments. Raises VcpuRefused: it would decline them; the text says why."""
-    nodes, cpus = parse_numa(numa)
-    found = predict(arch, machine, QemuVersion(*version), parse_smp(smp), nodes, cpus)
+    found = predict(arch, machine, QemuVersion(*version), parse_smp(smp), parse_numa(numa))
     return Computed(
         found.cpus,
         found.topology,
@@ -53,11 +55,23 @@ def is_measured(arch: str, machine: str, version: Version) -> bool:
     return is_proven(arch, machine, QemuVersion(*version))
 
 
+def has_machine_type(version: Version, machine: str) -> bool | None:
+    """Whether a QEMU has it; None where only it can tell."""
+    return has_machine(QemuVersion(*version), machine)
+
+
+async def machine_types(arch: str, version: str) -> tuple[str, ...]:
+    """Those of a real QEMU that have CPU hotplug."""
+    found = await examine(qemu_binary(version, arch), arch)
+    assert found.error is None
+    return found.hotplug
+
+
 # -- layouts -----------------------------------------------------------------------------------------
 
 
 def spec(machine: str, smp: str, *, cpu: str | None = None, numa: Sequence[str] = ()) -> MachineSpec:
-    return MachineSpec(machine, parse_smp(smp), cpu, "tcg", *parse_numa(numa))
+    return MachineSpec(machine, parse_smp(smp), cpu, "tcg", parse_numa(numa))
 
 
 def predicted(
@@ -67,14 +81,16 @@ def predicted(
     *,
     assume: bool = False,
     typed: bool = False,
+    unseen: bool = False,
 ) -> MachineLayout | None:
     """The layout as far as arithmetic knows it; None where a QEMU has to be asked.
 
     `known` is what was learned of that QEMU before (see `learned`); `assume`: its CPU model is one that QEMU has;
-    `typed`: the driver of `device_add` is wanted. Raises VcpuRefused: QEMU would decline it.
+    `typed`: the driver of `device_add` is wanted; `unseen`: it is of a QEMU whose version nobody knows. Raises
+    VcpuRefused: QEMU would decline it.
     """
     facts = None if known is None else QemuFacts.from_json(known)
-    return predict_layout(asked, arch, facts, assume=assume, typed=typed)
+    return predict_layout(asked, arch, facts, assume=assume, typed=typed, unseen=unseen)
 
 
 def answered(replies: Mapping[str, Any], *, source: str = "probed") -> MachineLayout:
@@ -93,6 +109,12 @@ def read_from_cache(kept: Any) -> dict[str, Any]:
     Raises ValueError, TypeError, KeyError or AttributeError: it is damaged.
     """
     return QemuFacts.from_json(kept).to_json()
+
+
+def merged(*words: tuple[str, str]) -> tuple[str, str]:
+    """-machine and -smp as their words make them together: both as QEMU takes them. Raises VcpuUsageError."""
+    machine, smp = parse_machine(words)
+    return machine, str(smp)
 
 
 # -- a guest that boots ------------------------------------------------------------------------------

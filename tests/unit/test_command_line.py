@@ -28,6 +28,11 @@ def read(*words):
         ("maxmem=0x4000000", 64 * MIB),
         ("size=7b", 7),
         ("maxmem=2t", 2 << 40),
+        ("maxmem= +2k", 2048),
+        ("maxmem=.5M", 1 << 19),
+        ("maxmem=0x1b", 27),
+        ("maxmem=0x10M", None),
+        ("maxmem=16e", None),
         ("maxmem=1.5b", None),
         ("maxmem=", None),
         ("maxmem=x", None),
@@ -70,7 +75,7 @@ def test_json_arguments_and_flags():
 
 def test_nodes_without_an_id_have_that_of_their_place():
     found = read(
-        "-numa", "node,memdev=m1,cpus=0-1", "-numa", "node,nodeid=1,mem=64", "-numa", "dist,src=0,dst=1,val=31"
+        "-numa", "node,memdev=m1,cpus=0-1", "-numa", "node,nodeid=01,mem=0x40", "-numa", "dist,src=0,dst=1,val=31"
     )
     assert found.nodes == ((0, "m1", None), (1, None, 64 * MIB))
     assert found.distances == ((0, 1, 31),)

@@ -114,7 +114,8 @@ def test_a_prediction_between_two_versions_is_of_the_qemu_that_was_asked_for():
     [
         (spec("microvm", "2,maxcpus=4"), "no hotplug"),
         (spec("isapc", "2,maxcpus=4"), "no rules for it"),
-        (spec("pc-q35-2.4", "2,maxcpus=4"), "perhaps it is gone by now"),
+        (spec("q35,smm=maybe", "2,maxcpus=4"), "a value that may be one"),
+        (spec("pc-q35-4.0.1", "2,maxcpus=4"), "a name of another kind"),
         (spec("q35,strange=on", "2,maxcpus=4"), "an option that may matter"),
         (q35(cpu="EPYC"), "a model that was not seen"),
         (q35("2,maxcpus=288"), "a size not every machine takes"),
@@ -122,6 +123,54 @@ def test_a_prediction_between_two_versions_is_of_the_qemu_that_was_asked_for():
 )
 def test_what_is_left_to_a_qemu(asked, why):
     assert predicted(asked, known=KNOWN) is None, why
+
+
+@pytest.mark.parametrize(
+    ("version", "machine", "newest"),
+    [
+        ([7, 2, 22], "pc-q35-9.9", "pc-q35-7.2"),
+        ([7, 2, 22], "pc-q35-8.0", "pc-q35-7.2"),
+        ([10, 0, 2], "pc-q35-10.1", "pc-q35-10.0"),
+        ([10, 0, 2], "pc-i440fx-2.3", "pc-i440fx-10.0"),
+        ([11, 1, 3], "pc-q35-5.1", "pc-q35-11.1"),
+        # Between two that were measured: not yet there, or gone already.
+        ([9, 2, 0], "pc-q35-10.0", None),
+        ([9, 2, 0], "pc-q35-9.3", None),
+    ],
+)
+def test_a_machine_type_that_this_qemu_has_not_is_refused(version, machine, newest):
+    with pytest.raises(
+        VcpuRefused, match=f"QEMU {version[0]}.{version[1]}.{version[2]} for x86_64 .*'{machine}'"
+    ) as caught:
+        predicted(spec(machine, "2,maxcpus=4"), known=KNOWN | {"version": version})
+    assert newest is None or newest in caught.value.hint
+
+
+@pytest.mark.parametrize(
+    ("version", "machine", "is_known"),
+    [
+        ([10, 0, 2], "pc-q35-2.4", True),
+        ([10, 0, 2], "pc-q35-10.0", True),
+        ([9, 2, 0], "pc-q35-9.2", True),
+        ([9, 2, 0], "pc-q35-5.2", True),
+        # QEMU drops old types, and nobody has seen when.
+        ([10, 1, 0], "pc-q35-4.2", False),
+        ([12, 0, 0], "pc-q35-11.1", False),
+    ],
+)
+def test_a_machine_type_is_predicted_where_it_is_surely_there(version, machine, is_known):
+    found = predicted(spec(machine, "2,cores=2,maxcpus=4"), known=KNOWN | {"version": version})
+    assert (found is not None) is is_known
+
+
+@pytest.mark.parametrize(("machine", "is_known"), [("pc-q35-7.0", True), ("pc-q35-8.0", False), ("q35", True)])
+def test_of_a_qemu_whose_version_is_not_known_only_what_all_have(machine, is_known):
+    assert (predicted(spec(machine, "2,maxcpus=4"), unseen=True) is not None) is is_known
+
+
+def test_a_switch_of_the_machine_takes_a_truth_value():
+    with pytest.raises(VcpuRefused, match="usb='perhaps'"):
+        predicted(spec("q35,usb=perhaps", "2,maxcpus=4"), known=KNOWN)
 
 
 @pytest.mark.parametrize(

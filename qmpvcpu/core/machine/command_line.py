@@ -12,10 +12,10 @@ import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from fractions import Fraction
 from typing import Any, Final
 
 from qmpvcpu.core.definition import Pairs
+from qmpvcpu.core.machine.words import join_pairs, parse_number, parse_size, split_pairs
 
 __all__ = [
     "IMPLIED",
@@ -24,10 +24,8 @@ __all__ = [
     "Option",
     "QemuCommandLine",
     "join_pairs",
-    "parse_size",
     "read_command_line",
     "split_cpu",
-    "split_pairs",
 ]
 
 #: Options without an argument, of QEMU 7.2 to 11.1 (qemu-options.def).
@@ -76,9 +74,7 @@ _PLAIN: Final = frozenset(
 )
 #: Options that take a list as a key that stands several times (QEMU's OptsVisitor), not with an index.
 _REPEATED: Final = frozenset({"object"})
-_SUFFIXES: Final = {letter: 1024**power for power, letter in enumerate("bkmgtpe")}
 _MIB: Final = 1024 * 1024
-_SIZE: Final = re.compile(r"([0-9]{1,20})(?:(\.[0-9]{0,20}))?([bkmgtpe]?)", re.IGNORECASE)
 #: Options of the dynamic linker that take a word, and those that do not (ld.so(8)).
 _LOADER_WORDS: Final = frozenset(("--argv0", "--library-path", "--inhibit-rpath", "--audit", "--preload"))
 _LOADER: Final = re.compile(r"ld(?:-[\w.-]+|64)?\.so(?:\.[0-9]+)*")
@@ -163,10 +159,10 @@ class QemuCommandLine:
     def memory(self) -> MemorySize:
         """Of all `-m` together."""
         merged = dict(pair for option in self.all("m") for pair in option.pairs)
-        slots = merged.get("slots", "")
+        slots = parse_number(merged.get("slots", ""))
         return MemorySize(
             parse_size(merged.get("size"), _MIB),
-            int(slots) if slots.isascii() and slots.isdigit() and len(slots) < 6 else None,
+            slots if slots is not None and 0 <= slots < 2**16 else None,
             parse_size(merged.get("maxmem")),
         )
 
@@ -183,9 +179,8 @@ class QemuCommandLine:
             if option.get("type") != "node":
                 continue
             number = _int(option.get("nodeid"), len(found))
-            memory = option.get("mem")
             # hw/core/numa.c: a number without a suffix is of MiB, here alone.
-            size = parse_size(memory, _MIB if memory and memory[-1].isdigit() else 1)
+            size = parse_size(option.get("mem"), _MIB)
             found[number] = CommandLineNode(number, option.get("memdev"), size)
         return tuple(found[number] for number in sorted(found))
 
@@ -281,50 +276,6 @@ def _flat(prefix: str, value: Any, *, has_indexes: bool) -> Iterable[tuple[str, 
         yield prefix, str(value)
 
 
-def split_pairs(text: str, implied: str | None = None) -> Pairs:
-    """`a,b=c,nod`: `,,` is a comma of the value, a bare word is "on", and the first one the value of `implied`."""
-    found: list[tuple[str, str]] = []
-    for position, part in enumerate(_split(text)):
-        key, equals, value = part.partition("=")
-        if equals:
-            found.append((key, value))
-        elif position == 0 and implied is not None:
-            found.append((implied, part))
-        elif part:
-            found.append((part, "on"))
-    return tuple(found)
-
-
-def _split(text: str) -> list[str]:
-    """At commas that stand alone; QEMU takes two for one that is meant."""
-    parts = [""]
-    position = 0
-    while position < len(text):
-        if text[position] != ",":
-            parts[-1] += text[position]
-        elif text[position : position + 2] == ",,":
-            parts[-1] += ","
-            position += 1
-        else:
-            parts.append("")
-        position += 1
-    return parts
-
-
-def join_pairs(pairs: Iterable[tuple[str, str]], implied: str | None = None) -> str:
-    """An argument that `split_pairs` reads so.
-
-    Args:
-        pairs: keys and values.
-        implied: the key that the first word does without.
-    """
-    words: list[str] = []
-    for key, value in pairs:
-        word = value.replace(",", ",,")
-        words.append(word if key == implied and not words else f"{key}={word}")
-    return ",".join(words)
-
-
 def split_cpu(text: str) -> tuple[str, Pairs]:
     """The model and the properties of -cpu's argument; what is plugged with `+` or `-` counts last, as in QEMU."""
     model, *rest = text.split(",")
@@ -339,33 +290,7 @@ def split_cpu(text: str) -> tuple[str, Pairs]:
     return model, tuple((found | last).items())
 
 
-def parse_size(text: str | None, unit: int = 1) -> int | None:
-    """Bytes of a size as QEMU reads it; None where it is none.
-
-    Args:
-        text: `64M`, `1.5G`, `0x4000000`, `128`.
-        unit: bytes of a number without a suffix.
-    """
-    if text is None:
-        return None
-    if re.fullmatch(r"0[xX][0-9a-fA-F]{1,16}", text):
-        return int(text, 16) * unit
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        return None
-    whole, fraction, suffix = match.groups()
-    factor = _SUFFIXES[suffix.lower()] if suffix else unit
-    value = Fraction(int(whole)) + (Fraction(f"0{fraction}0") if fraction else 0)
-    if factor == 1 and value.denominator != 1:
-        return None
-    return int(value * factor + Fraction(1, 2))
-
-
 def _int(text: str | None, default: int) -> int:
     """A number as C reads it: 010 is 8."""
-    if text is None:
-        return default
-    try:
-        return int(text[:20], 8 if re.fullmatch(r"0[0-7]+", text) else 0)
-    except ValueError:
-        return default
+    value = parse_number(text) if text is not None else None
+    return default if value is None else value

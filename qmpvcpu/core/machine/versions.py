@@ -20,11 +20,11 @@ __all__ = [
     "are_same",
     "enclosing",
     "has",
-    "is_dropped",
+    "has_machine",
     "is_measured",
     "measured_with",
+    "newest_type",
     "oldest_with",
-    "takes_machine",
 ]
 
 
@@ -35,7 +35,7 @@ class Feature(StrEnum):
     CORES_FIRST = "cores-first"
     #: -smp: 0 is refused for every level (before: it means "not written"), and 1 is taken for every level.
     NO_ZERO_LEVELS = "no-zero-levels"
-    #: -smp: drawers and books; s390x tells them in props.
+    #: -smp: drawers and books; s390x tells them in props. More than one of them, of the machine type.
     DRAWERS_AND_BOOKS = "drawers-and-books"
     #: -smp: modules.
     MODULES = "modules"
@@ -43,6 +43,12 @@ class Feature(StrEnum):
     S390X_ONE_THREAD = "s390x-one-thread"
     #: pseries under TCG: more than one thread in a core.
     PSERIES_TCG_THREADS = "pseries-tcg-threads"
+    #: `-numa node,mem=` is refused. Of the machine type.
+    NO_NUMA_MEM = "no-numa-mem"
+    #: Sizes: `0x10M` is refused, and `.5M` is taken (before: the other way round).
+    STRICT_SIZES = "strict-sizes"
+    #: pseries under TCG: no transactional memory is wanted, which TCG has not. Of the machine type.
+    PSERIES_WITHOUT_HTM = "pseries-without-htm"
     #: loongarch64 virt: CPU hotplug.
     LOONGARCH64_HOTPLUG = "loongarch64-hotplug"
     #: Migration to and from a `file:` URI.
@@ -50,8 +56,11 @@ class Feature(StrEnum):
 
 
 _SINCE: Final[Mapping[Feature, QemuVersion]] = {
+    Feature.PSERIES_WITHOUT_HTM: QemuVersion(2, 12),
+    Feature.NO_NUMA_MEM: QemuVersion(5, 1),
     Feature.CORES_FIRST: QemuVersion(6, 2),
     Feature.S390X_ONE_THREAD: QemuVersion(7, 2),
+    Feature.STRICT_SIZES: QemuVersion(8, 1),
     Feature.DRAWERS_AND_BOOKS: QemuVersion(8, 2),
     Feature.FILE_MIGRATION: QemuVersion(8, 2),
     Feature.PSERIES_TCG_THREADS: QemuVersion(8, 2),
@@ -62,8 +71,18 @@ _SINCE: Final[Mapping[Feature, QemuVersion]] = {
 
 #: The versions that the arithmetic of `core.smp` has been compared with (tests/qemu/test_smp_real.py).
 MEASURED: Final = (QemuVersion(7, 2), QemuVersion(10, 0), QemuVersion(11, 1))
-#: QEMU drops machine types after some years: those before this one are gone in the newest of `MEASURED`.
-_OLDEST_TYPE: Final = QemuVersion(6, 0)
+#: The oldest machine type of each family in each of `MEASURED` (`query-machines`); its newest is its own.
+#: QEMU drops types after some years. "virt" is loongarch64's: of aarch64's nothing is computed.
+_OLDEST_TYPES: Final[Mapping[str, Sequence[QemuVersion | None]]] = {
+    "pc-i440fx": (QemuVersion(1, 4), QemuVersion(2, 4), QemuVersion(5, 2)),
+    "pc-q35": (QemuVersion(2, 4), QemuVersion(2, 4), QemuVersion(5, 2)),
+    "pseries": (QemuVersion(2, 7), QemuVersion(3, 0), QemuVersion(5, 2)),
+    "s390-ccw-virtio": (QemuVersion(2, 4), QemuVersion(2, 9), QemuVersion(5, 2)),
+    "virt": (None, None, QemuVersion(11, 1)),
+}
+#: The last release of each major version; from 5 to 10 it is the same.
+_LAST_MINOR: Final = {1: 7, 2: 12, 3: 1} | dict.fromkeys(range(4, 11), 2)
+_TYPE: Final = re.compile(r"(.+)-((?:0|[1-9]\d?)\.(?:0|[1-9]\d?))")
 _TYPE_VERSION: Final = re.compile(r"-(\d{1,3})\.(\d{1,3})\Z")
 
 
@@ -94,19 +113,47 @@ def compat_version(machine: str, version: QemuVersion) -> QemuVersion:
     return _type_version(machine) or _minor(version)
 
 
-def takes_machine(version: QemuVersion, machine: str) -> bool:
-    """Whether a machine type is not newer than this QEMU."""
-    return compat_version(machine, version) <= version
+def has_machine(version: QemuVersion, machine: str) -> bool | None:
+    """Whether a QEMU of this version has a machine type; None where only it can tell.
+
+    Args:
+        version: QEMU's.
+        machine: of a machine whose rules are known; a name without a version is one of all QEMUs.
+    """
+    match = _TYPE.fullmatch(machine)
+    if match is None:
+        return True if "." not in machine else None
+    kind = _type_version(machine)
+    assert kind is not None
+    if match[1] not in _OLDEST_TYPES:
+        return None
+    if kind > _minor(version) or kind.minor > _LAST_MINOR.get(kind.major, kind.minor):
+        return False
+    oldest = dict(zip(MEASURED, _OLDEST_TYPES[match[1]], strict=True))
+    if is_measured(version):
+        first = oldest[_minor(version)]
+        return first is not None and first <= kind
+    around = [oldest[measured] for measured in enclosing(version)]
+    if len(around) == 2:
+        below, above = around
+        if above is not None and below is not None and above <= kind:
+            return True
+        if below is not None and kind < below:
+            return False
+    return None
 
 
 def measured_with(machine: str) -> Sequence[QemuVersion]:
-    """The measured versions that a machine type is not too new for."""
-    return [version for version in MEASURED if takes_machine(version, machine)]
+    """The measured versions that have a machine type."""
+    return [version for version in MEASURED if has_machine(version, machine)]
 
 
-def is_dropped(machine: str) -> bool:
-    """Whether a machine type is so old that a QEMU may not have it any more."""
-    return compat_version(machine, _OLDEST_TYPE) < _OLDEST_TYPE
+def newest_type(version: QemuVersion, machine: str) -> str | None:
+    """The newest machine type of the family of this one; None where that is not known."""
+    match = _TYPE.fullmatch(machine)
+    if match is None or has_machine(version, newest := f"{match[1]}-{version.major}.{version.minor}") is not True:
+        return None
+    return newest
 
 
 def oldest_with(machine: str) -> QemuVersion:

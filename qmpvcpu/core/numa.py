@@ -1,0 +1,470 @@
+"""-numa: its words, and the node that each slot is on. Pure.
+
+QEMU takes -numa in order: what is said of a node stands behind it. Sources: hw/core/numa.c, qapi/opts-visitor.c,
+`machine_set_cpu_numa_node` and `machine_numa_finish_cpu_init` (hw/core/machine.c). Held against QEMU 7.2, 10.0
+and 11.1 (tests/qemu/test_smp_real.py).
+
+The memory of nodes is not known here: a `memdev=` is taken to exist, and -m to be the sum of all nodes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from itertools import combinations, permutations
+from typing import Any, Final
+
+from qmpvcpu.core.machine.words import parse_number, parse_range, parse_size, parse_unsigned, split_pairs
+from qmpvcpu.core.model import Props, format_ids
+from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+
+__all__ = [
+    "NumaCache",
+    "NumaCpu",
+    "NumaDistance",
+    "NumaLatency",
+    "NumaMachine",
+    "NumaNode",
+    "NumaOption",
+    "nodes_of_slots",
+    "parse_numa",
+]
+
+_MOST_NODES: Final = 128
+_NEAREST: Final = 10
+_MIB: Final = 1024 * 1024
+_CACHE_LEVELS: Final = 3
+
+
+@dataclass(frozen=True, slots=True)
+class NumaNode:
+    """One `-numa node`: its id, and the CPU indexes that it names (`cpus=`); `mem` is a size as written."""
+
+    id: int
+    cpus: tuple[int, ...] = ()
+    memdev: str | None = None
+    mem: str | None = None
+    initiator: int | None = None
+
+    def words(self, memory: str | None) -> str:
+        """As QEMU takes it, with this `memdev=…` or `mem=…`."""
+        named = [f"cpus={ids}" for ids in format_ids(self.cpus).split(",") if ids]
+        more = [] if self.initiator is None else [f"initiator={self.initiator}"]
+        return ",".join(["node", f"nodeid={self.id}", *named, *more, *([memory] if memory is not None else [])])
+
+    def __str__(self) -> str:
+        if self.mem is not None:
+            return self.words(f"mem={self.mem}")
+        return self.words(None if self.memdev is None else f"memdev={self.memdev}")
+
+
+@dataclass(frozen=True, slots=True)
+class NumaCpu:
+    """One `-numa cpu`: every slot that has these props is on that node."""
+
+    node: int
+    props: Props
+
+    def __str__(self) -> str:
+        return ",".join([f"cpu,node-id={self.node}", *(f"{key}={value}" for key, value in self.props.items())])
+
+
+@dataclass(frozen=True, slots=True)
+class NumaDistance:
+    """One `-numa dist`."""
+
+    source: int
+    destination: int
+    value: int
+
+    def __str__(self) -> str:
+        return f"dist,src={self.source},dst={self.destination},val={self.value}"
+
+
+@dataclass(frozen=True, slots=True)
+class NumaLatency:
+    """One `-numa hmat-lb`: a latency or a bandwidth (a size as written) between two nodes."""
+
+    initiator: int
+    target: int
+    hierarchy: str
+    data_type: str
+    latency: int | None = None
+    bandwidth: str | None = None
+
+    def __str__(self) -> str:
+        words = f"hmat-lb,initiator={self.initiator},target={self.target},hierarchy={self.hierarchy}"
+        words += f",data-type={self.data_type}"
+        words += "" if self.latency is None else f",latency={self.latency}"
+        return words + ("" if self.bandwidth is None else f",bandwidth={self.bandwidth}")
+
+
+@dataclass(frozen=True, slots=True)
+class NumaCache:
+    """One `-numa hmat-cache`; `size` is as written."""
+
+    node: int
+    size: str
+    level: int
+    associativity: str
+    policy: str
+    line: int
+
+    def __str__(self) -> str:
+        words = f"hmat-cache,node-id={self.node},size={self.size},level={self.level}"
+        return f"{words},associativity={self.associativity},policy={self.policy},line={self.line}"
+
+
+NumaOption = NumaNode | NumaCpu | NumaDistance | NumaLatency | NumaCache
+
+# -- words -----------------------------------------------------------------------------------------
+
+
+def _one_of(*words: str) -> Callable[[str], str | None]:
+    return lambda text: text if text in words else None
+
+
+_U8, _U16, _U32 = (partial(parse_unsigned, bits=bits) for bits in (8, 16, 32))
+_LATENCIES: Final = ("access-latency", "read-latency", "write-latency")
+_BANDWIDTHS: Final = ("access-bandwidth", "read-bandwidth", "write-bandwidth")
+_PROPS: Final = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id")
+#: Keys of each type, and what reads their values.
+_KEYS: Final[Mapping[str, Mapping[str, Callable[[str], Any]]]] = {
+    "node": {"nodeid": _U16, "cpus": parse_range, "mem": str, "memdev": str, "initiator": _U16},
+    "cpu": dict.fromkeys(("node-id", *_PROPS), parse_number),
+    "dist": {"src": _U16, "dst": _U16, "val": _U8},
+    "hmat-lb": {
+        "initiator": _U16,
+        "target": _U16,
+        "hierarchy": _one_of("memory", "first-level", "second-level", "third-level"),
+        "data-type": _one_of(*_LATENCIES, *_BANDWIDTHS),
+        "latency": parse_unsigned,
+        "bandwidth": str,
+    },
+    "hmat-cache": {
+        "node-id": _U32,
+        "size": str,
+        "level": _U8,
+        "associativity": _one_of("none", "direct", "complex"),
+        "policy": _one_of("none", "write-back", "write-through"),
+        "line": _U16,
+    },
+}
+_OPTIONAL: Final = {"node": (*_KEYS["node"],), "cpu": _PROPS, "hmat-lb": ("latency", "bandwidth")}
+
+
+def parse_numa(options: Sequence[str]) -> tuple[NumaOption, ...]:
+    """`node,nodeid=0,cpus=0-3`, `cpu,node-id=0,socket-id=1`, `dist,…`: the arguments of -numa, in order.
+
+    Raises:
+        VcpuUsageError: QEMU would not read it either.
+    """
+    found: list[NumaOption] = []
+    for text in options:
+        found.append(_parse(text, sum(isinstance(option, NumaNode) for option in found)))
+    return tuple(found)
+
+
+def _parse(text: str, position: int) -> NumaOption:
+    pairs = split_pairs(text, "type")
+    # Of a key that stands several times the last counts; `cpus` is a list.
+    last = dict(pairs)
+    kind = last.pop("type", None)
+    if kind is None or kind not in _KEYS:
+        raise _bad(text, "its type is missing" if kind is None else f"there is no type '{kind[:40]}'")
+    values: dict[str, Any] = {}
+    for key, value in last.items():
+        read = _KEYS[kind].get(key)
+        if read is None:
+            raise _bad(text, f"invalid parameter '{key[:40]}'")
+        values[key] = read(value)
+        if values[key] is None:
+            raise _bad(text, f"parameter '{key}' does not accept value '{value[:40]}'")
+    if lacking := [key for key in _KEYS[kind] if key not in values and key not in _OPTIONAL.get(kind, ())]:
+        raise _bad(text, f"parameter '{lacking[0]}' is missing")
+    match kind:
+        case "node":
+            cpus = [parse_range(value) for key, value in pairs if key == "cpus"]
+            if None in cpus:
+                raise _bad(text, "parameter 'cpus' expects a number or a range")
+            named = tuple(cpu for ids in cpus if ids is not None for cpu in ids)
+            number = values.get("nodeid", position)
+            return NumaNode(number, named, values.get("memdev"), values.get("mem"), values.get("initiator"))
+        case "cpu":
+            return NumaCpu(values.pop("node-id"), Props(values))
+        case "dist":
+            return NumaDistance(values["src"], values["dst"], values["val"])
+        case "hmat-lb":
+            return NumaLatency(**{key.replace("-", "_"): value for key, value in values.items()})
+        case _:
+            return NumaCache(node=values.pop("node-id"), **values)
+
+
+def _bad(text: str, why: str) -> VcpuUsageError:
+    hint = "write node,nodeid=0,cpus=0-3 or cpu,node-id=0,socket-id=1; numbers are C's: 010 is 8"
+    return VcpuUsageError(f"-numa '{text[:80]}': {why}", hint=hint)
+
+
+# -- nodes -----------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class NumaMachine:
+    """What -numa is applied to.
+
+    Attributes:
+        units: the props of every slot but its node, in the order of vCPU ids.
+        size: vCPUs of one slot.
+        defaults: the node of every slot where nothing names one, by the number of nodes.
+        props: keys that this QEMU's `-numa cpu` takes.
+        takes_mem: whether it takes `-numa node,mem=`.
+        has_hmat: `-machine hmat=on`.
+        has_strict_sizes: see `parse_size`.
+    """
+
+    units: Sequence[Mapping[str, Any]]
+    size: int
+    defaults: Callable[[int], Sequence[int]]
+    props: Collection[str] = _PROPS
+    takes_mem: bool = False
+    has_hmat: bool = False
+    has_strict_sizes: bool = True
+
+
+@dataclass(slots=True)
+class _Table:
+    """Latencies or bandwidths of one kind (`HMAT_LB_Info`)."""
+
+    pairs: set[tuple[int, int]] = field(default_factory=set)
+    base: int = 0
+    bits: int = 0
+
+
+@dataclass(slots=True)
+class _State:
+    """What QEMU has read so far."""
+
+    machine: NumaMachine
+    nodes: dict[int, NumaNode] = field(default_factory=dict)
+    #: Slot -> node.
+    slots: dict[int, int] = field(default_factory=dict)
+    initiators: dict[int, int] = field(default_factory=dict)
+    distances: dict[tuple[int, int], int] = field(default_factory=dict)
+    tables: dict[tuple[str, str], _Table] = field(default_factory=dict)
+    #: (node, whether it is a bandwidth) -> known.
+    attributes: set[tuple[int, bool]] = field(default_factory=set)
+    #: (node, level) -> bytes.
+    caches: dict[tuple[int, int], int] = field(default_factory=dict)
+
+    def assign(self, slot: int, node: int, what: object) -> None:
+        if self.slots.setdefault(slot, node) != node:
+            raise _refused(
+                f"{what}: CPU {slot * self.machine.size} is already assigned to node-id: {self.slots[slot]}",
+                "give each CPU, and the whole of a pseries core, to one node",
+            )
+        if self.machine.has_hmat and self.initiators.setdefault(node, node) != node:
+            raise _refused(
+                f"the initiator of CPU NUMA node {node} should be itself (got {self.initiators[node]})",
+                "leave out initiator= of nodes with CPUs",
+            )
+
+    @property
+    def with_cpus(self) -> set[int]:
+        return set(self.slots.values())
+
+
+def nodes_of_slots(numa: Iterable[NumaOption], machine: NumaMachine) -> list[int]:
+    """The node of every slot.
+
+    Raises:
+        VcpuRefused: QEMU refuses it; the text says why.
+    """
+    state = _State(machine)
+    for option in numa:
+        if isinstance(option, NumaNode):
+            _add_node(state, option)
+        elif isinstance(option, NumaCpu):
+            _add_cpu(state, option)
+        elif isinstance(option, NumaDistance):
+            _add_distance(state, option)
+        elif not machine.has_hmat:
+            raise _refused(f"-numa {option}: HMAT is disabled", "write -machine …,hmat=on")
+        elif isinstance(option, NumaLatency):
+            _add_latency(state, option)
+        else:
+            _add_cache(state, option)
+    _check_nodes(state)
+    _check_distances(state)
+    # What nobody names falls to node 0 as soon as somebody names anything.
+    defaults = [0] * len(machine.units) if state.slots else machine.defaults(len(state.nodes))
+    for slot, default in enumerate(defaults):
+        if slot not in state.slots:
+            state.assign(slot, default, "-numa")
+    for node, initiator in state.initiators.items():
+        if initiator not in state.with_cpus:
+            raise _refused(f"the initiator of NUMA node {node}, {initiator}, has no CPUs", "name another one")
+    return [state.slots[slot] for slot in range(len(machine.units))]
+
+
+def _add_node(state: _State, node: NumaNode) -> None:
+    machine = state.machine
+    if node.id >= _MOST_NODES:
+        raise _refused(f"NUMA node {node.id} is more than QEMU's {_MOST_NODES - 1}", "have fewer nodes")
+    if node.id in state.nodes:
+        raise _refused(f"duplicate NUMA nodeid: {node.id}", "number them 0, 1, …")
+    if node.initiator is not None:
+        if not machine.has_hmat:
+            raise _refused(f"-numa {node}: HMAT is disabled", "write -machine …,hmat=on")
+        if node.initiator >= _MOST_NODES:
+            raise _refused(f"-numa {node}: initiator expects 0 to {_MOST_NODES - 1}", "name a node")
+        state.initiators[node.id] = node.initiator
+    for cpu in node.cpus:
+        maxcpus = len(machine.units) * machine.size
+        if cpu >= maxcpus:
+            raise _refused(f"CPU index ({cpu}) should be smaller than maxcpus ({maxcpus})", "correct cpus=")
+        state.assign(cpu // machine.size, node.id, f"-numa {node}")
+    if node.mem is not None:
+        if not machine.takes_mem:
+            raise _refused("this machine type does not take -numa node,mem=", "use memdev= instead")
+        # QEMU reads it twice: as bytes, and then, without a suffix, as MiB.
+        if parse_size(node.mem, is_strict=machine.has_strict_sizes) is None:
+            raise _refused(f"-numa {node}: mem expects a size", "write 512M")
+    known = (node, *state.nodes.values())
+    if any(one.mem is not None for one in known) and any(one.memdev is not None for one in known):
+        raise _refused("-numa with mem= and with memdev=: QEMU takes one or the other", "use memdev= only")
+    state.nodes[node.id] = node
+
+
+def _add_cpu(state: _State, cpu: NumaCpu) -> None:
+    units = state.machine.units
+    if cpu.node not in state.nodes:
+        raise _refused(f"-numa {cpu}: node {cpu.node} is not defined before it", "write -numa node,… first")
+    for key in cpu.props:
+        # QEMU takes these on every machine, and looks at them on none.
+        is_ignored = key in ("drawer-id", "book-id")
+        if key not in state.machine.props or not (is_ignored or key in units[0]):
+            raise _refused(f"-numa {cpu}: {key} is not supported by this machine", f"leave out {key}")
+    wanted = {key: value for key, value in cpu.props.items() if key in units[0]}
+    found = [slot for slot, props in enumerate(units) if wanted.items() <= props.items()]
+    if not found:
+        raise _refused(f"-numa {cpu}: no vCPU is there", "correct its ids")
+    for slot in found:
+        state.assign(slot, cpu.node, f"-numa {cpu}")
+
+
+def _add_distance(state: _State, distance: NumaDistance) -> None:
+    if not {distance.source, distance.destination} <= state.nodes.keys():
+        raise _refused(f"-numa {distance}: a node is not defined before it", "write -numa node,… first")
+    is_local = distance.source == distance.destination
+    if distance.value < _NEAREST or (is_local and distance.value != _NEAREST):
+        raise _refused(f"-numa {distance}: a distance is {_NEAREST} (to itself) or more", "correct val=")
+    state.distances[distance.source, distance.destination] = distance.value
+
+
+def _add_latency(state: _State, given: NumaLatency) -> None:
+    # `>` is QEMU's; a node that is one too many is not there, and has no CPUs.
+    if given.initiator not in state.with_cpus:
+        raise _refused(f"-numa {given}: initiator {given.initiator} has no CPUs so far", "name its CPUs before")
+    if given.target not in state.nodes:
+        raise _refused(f"-numa {given}: node {given.target} is not defined before it", "write -numa node,… first")
+    is_bandwidth = given.data_type in _BANDWIDTHS
+    has_one = (given.latency is None, given.bandwidth is None) == (is_bandwidth, not is_bandwidth)
+    if not has_one:
+        name = "bandwidth" if is_bandwidth else "latency"
+        raise _refused(f"-numa {given}: {given.data_type} takes {name}=, and nothing else", f"write {name}=…")
+    value = given.latency
+    if given.bandwidth is not None:
+        value = parse_size(given.bandwidth, is_strict=state.machine.has_strict_sizes)
+    if value is None or (is_bandwidth and value % _MIB):
+        raise _refused(f"-numa {given}: bandwidth expects a size in whole MiB", "write bandwidth=200M")
+    table = state.tables.setdefault((given.hierarchy, given.data_type), _Table())
+    if (given.initiator, given.target) in table.pairs:
+        raise _refused(f"-numa {given}: duplicate configuration", "leave one of them out")
+    table.pairs.add((given.initiator, given.target))
+    if value:
+        (_compress_bandwidth if is_bandwidth else _compress_latency)(table, value, given)
+        state.attributes.add((given.target, is_bandwidth))
+
+
+#: A compressed latency or bandwidth has 16 bits.
+_MOST_COMPRESSED: Final = 0xFFFF
+
+
+def _compress_latency(table: _Table, value: int, given: NumaLatency) -> None:
+    base = 1
+    while value % (base * 10) == 0:
+        base *= 10
+    # The quotient is by the base of before: so QEMU has it. The first has none, and passes.
+    most = max(table.bits, value // table.base) if table.base else 0
+    if most >= _MOST_COMPRESSED:
+        raise _too_different(given)
+    table.base, table.bits = min(table.base or base, base), most
+
+
+def _compress_bandwidth(table: _Table, value: int, given: NumaLatency) -> None:
+    bits = table.bits | value
+    base = bits & -bits
+    if bits.bit_length() - (base.bit_length() - 1) > 16 or value // base >= _MOST_COMPRESSED:
+        raise _too_different(given)
+    table.base, table.bits = base, bits
+
+
+def _too_different(given: NumaLatency) -> VcpuRefused:
+    return _refused(f"-numa {given}: it differs too much from those before", "correct it: ACPI has 16 bits for it")
+
+
+def _add_cache(state: _State, cache: NumaCache) -> None:
+    size = parse_size(cache.size, is_strict=state.machine.has_strict_sizes)
+    below, above = (state.caches.get((cache.node, cache.level + step)) for step in (-1, 1))
+    checks = (
+        (size is None, "size expects a size"),
+        (cache.node >= len(state.nodes), f"node {cache.node} is not defined before it"),
+        (
+            not {(cache.node, False), (cache.node, True)} <= state.attributes,
+            f"latency and bandwidth of node {cache.node} are not given before it",
+        ),
+        (not 1 <= cache.level <= _CACHE_LEVELS, f"level expects 1 to {_CACHE_LEVELS}"),
+        ((cache.node, cache.level) in state.caches, "duplicate configuration"),
+        (cache.level > 1 and below is None, f"level {cache.level - 1} is not given before it"),
+        (size is not None and below is not None and size <= below, "it is not larger than the level below"),
+        (size is not None and above is not None and size >= above, "it is not smaller than the level above"),
+    )
+    for is_wrong, why in checks:
+        if is_wrong:
+            raise _refused(f"-numa {cache}: {why}", "correct it, or leave it out")
+    assert size is not None
+    state.caches[cache.node, cache.level] = size
+
+
+def _check_nodes(state: _State) -> None:
+    ids = sorted(state.nodes)
+    if ids != list(range(len(ids))) or not ids:
+        raise _refused(f"NUMA node ids must run from 0 without a gap: {format_ids(ids)}", "number them 0, 1, …")
+    memdevs = [node.memdev for node in state.nodes.values() if node.memdev is not None]
+    if len(set(memdevs)) < len(memdevs):
+        raise _refused("a memdev= stands on two nodes", "give each node its own")
+    sizes = [parse_size(node.mem) for node in state.nodes.values() if node.mem is not None]
+    if sizes and not any(sizes):
+        raise _refused("the NUMA nodes have no memory", "correct mem=")
+
+
+def _check_distances(state: _State) -> None:
+    """One direction is enough, unless a pair has two that differ: then every pair needs both."""
+    known = state.distances
+    if not known:
+        return
+    for one, other in combinations(sorted(state.nodes), 2):
+        if not {(one, other), (other, one)} & known.keys():
+            raise _refused(f"the distance between node {one} and {other} is missing", "write -numa dist for it")
+    if any(known.get((other, one), value) != value for (one, other), value in known.items()) and any(
+        pair not in known for pair in permutations(state.nodes, 2)
+    ):
+        raise _refused(
+            "a pair of nodes has two distances that differ, and another pair has only one",
+            "write -numa dist for both directions of all",
+        )
+
+
+def _refused(message: str, hint: str) -> VcpuRefused:
+    return VcpuRefused([Refusal("smp", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
