@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import os
+import re
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -12,7 +13,7 @@ from enum import StrEnum
 from typing import Any, Final
 
 from qmpvcpu.app.cache import cache_folder
-from qmpvcpu.app.qemus import find_binaries, path_of
+from qmpvcpu.app.qemus import examine, find_binaries, path_of
 from qmpvcpu.core.arch import architecture, architecture_of_machine, architecture_of_program, programs_of
 from qmpvcpu.core.layout import (
     LayoutSource,
@@ -32,6 +33,8 @@ from qmpvcpu.qemu.probe import probe_machine
 __all__ = ["Probe", "ProbeMode", "find_layout", "forget_probes"]
 
 _PAUSE: Final = 0.005
+#: QEMU's words for a machine type that it has not, 7.2 to 11.1.
+_NO_MACHINE: Final = "unsupported machine type"
 #: QEMUs at once, of all our processes together.
 _AT_ONCE: Final = max(2, min(8, os.cpu_count() or 2))
 
@@ -91,7 +94,7 @@ async def find_layout(
 
     Args:
         spec: what QEMU is asked to be.
-        arch: QEMU's target; else the machine's, the program's or this host's.
+        arch: QEMU's target; else the program's, the machine's or this host's.
         emulator: the QEMU program; else the first of that target that is here.
         mode: when a throwaway QEMU is started.
         refresh: ask again, whatever is known.
@@ -103,8 +106,9 @@ async def find_layout(
         VcpuFailed, VcpuConnectionError: the throwaway QEMU dies, or does not answer.
     """
     began = time.monotonic()
-    row = architecture_of_machine(spec.machine)
-    target = arch or (row.name if row is not None else _arch_of_program(emulator) or os.uname().machine)
+    # A program runs the machines of its own architecture only, whatever the machine's name says.
+    row = architecture_of_program(emulator or "") or architecture_of_machine(spec.machine)
+    target = arch or (row.name if row is not None else os.uname().machine)
     if not spec.machine_type:
         spec = _with_default_machine(spec, target)
     found, messages = _program(emulator, target)
@@ -129,7 +133,10 @@ async def find_layout(
                 look.read_facts()
                 layout = look.cached()
             if layout is None:
-                layout = await look.ask(began + timeout)
+                try:
+                    layout = await look.ask(began + timeout)
+                except VcpuRefused as error:
+                    raise await look.explain(error) from error
     if arch is not None and layout.arch not in programs_of(arch):
         text = f"'{emulator}' is a QEMU for {layout.arch}, and {arch} is asked"
         raise VcpuRefused([Refusal("emulator", text, (), "name another one")])
@@ -181,6 +188,24 @@ class _Look:
             left = max(deadline - time.monotonic(), 0.001)
             return await probe_machine(self.program.path, self.spec, self._keep, timeout=left)
 
+    async def explain(self, error: VcpuRefused) -> VcpuRefused:
+        """Of a machine type that this QEMU has not: which QEMU that is, and the family's newest that it has."""
+        assert self.program is not None
+        if _NO_MACHINE not in error.message:
+            return error
+        found = await examine(self.program.path, "")
+        if found.version is None:
+            return error
+        machine = self.spec.machine_type
+        family = machine.rpartition("-")[0] + "-"
+        # As QEMU lists them: 10.0 behind 9.2.
+        newest = max((name for name in found.hotplug if name.startswith(family)), key=_by_version, default=None)
+        hint = f"the newest that it has of that family is {newest}"
+        if newest is None:
+            hint = f"{self.program.path} -machine help lists those that it has"
+        text = f"QEMU {found.version} ('{self.program.path}') has no machine type '{machine}' ({_NO_MACHINE})"
+        return VcpuRefused([Refusal("machine", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+
     def _keep(self, replies: dict[str, Any]) -> MachineLayout:
         layout = parse_layout(replies, self.spec.accel, LayoutSource.PROBED)
         # Others may have learned meanwhile. Another version: the same file, a script, starts what is there now.
@@ -230,9 +255,8 @@ def _with_default_machine(spec: MachineSpec, arch: str) -> MachineSpec:
     return replace(spec, machine=row.default_machine + spec.machine)
 
 
-def _arch_of_program(emulator: str | None) -> str | None:
-    name = (emulator or "").rpartition("/")[2]
-    return name.removeprefix("qemu-system-") if name.startswith("qemu-system-") else None
+def _by_version(machine: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", machine.rpartition("-")[2])]
 
 
 def _unknown(spec: MachineSpec, arch: str, *, never: bool) -> VcpuRefused:

@@ -13,6 +13,7 @@ from qmpvcpu.cli import render
 from qmpvcpu.cli.progress import waiting
 from qmpvcpu.core.bootargs import BootStyle
 from qmpvcpu.core.layout import MachineSpec
+from qmpvcpu.core.machine.words import join_pairs, split_pairs
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.numa import parse_numa
 from qmpvcpu.core.smp import parse_machine
@@ -41,7 +42,8 @@ async def _probe(session: Session) -> int:
             found = await probe_domain(definition, mode, refresh=options.refresh, emulator=options.emulator)
     elif any(option == "machine" for option, _ in options.words):
         machine, smp = parse_machine(options.words)
-        spec = MachineSpec(machine, smp, options.cpu, options.accel or "tcg", parse_numa(options.numa))
+        machine, accel = _without_accel(machine, options.accel)
+        spec = MachineSpec(machine, smp, options.cpu, accel, parse_numa(options.numa))
         async with waiting("asking QEMU"):
             found = await find_layout(
                 spec, arch=options.arch, emulator=options.emulator, mode=mode, refresh=options.refresh
@@ -55,6 +57,17 @@ async def _probe(session: Session) -> int:
     session.warn(found.messages)
     session.show(found.to_json(), _lines(found))
     return 0
+
+
+def _without_accel(machine: str, accel: str | None) -> tuple[str, str]:
+    """The machine, and what `accel=` in it or --accel says."""
+    pairs = dict(split_pairs(machine, "type"))
+    inner = pairs.pop("accel", None)
+    if inner is not None and accel is not None:
+        raise VcpuUsageError("--accel and accel= in --machine exclude each other", hint="leave one of them out")
+    if inner not in (None, "tcg", "kvm"):
+        raise VcpuUsageError(f"accel='{inner}' in --machine", hint="write tcg or kvm")
+    return join_pairs(pairs.items(), "type"), inner or accel or "tcg"
 
 
 async def _boot_args(session: Session) -> int:

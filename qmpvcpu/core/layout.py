@@ -268,7 +268,9 @@ _HARMLESS: Final[Mapping[str, Sequence[str] | None]] = {
 }
 _HARMLESS_WITH_NUMA: Final = {"hmat": None}
 _HARMLESS_ON_PC: Final = {"hpet": None, "smm": ("on", "off", "auto"), "vmport": ("on", "off", "auto")}
-_HARMLESS_ON_PSERIES: Final = dict.fromkeys(("cap-cfpc", "cap-sbbc", "cap-ibs"), ("broken",))
+_HARMLESS_ON_PSERIES: Final = dict.fromkeys(
+    ("cap-cfpc", "cap-sbbc", "cap-ibs"), ("broken", "workaround")
+) | dict.fromkeys(("cap-htm", "cap-nested-hv", "cap-large-decr", "cap-vsx", "cap-dfp", "cap-ccf-assist"), ("off",))
 
 
 def predict_layout(
@@ -292,6 +294,8 @@ def predict_layout(
     Raises:
         VcpuRefused: QEMU would refuse it; the text says why.
     """
+    if facts is not None and facts.arch != architecture(arch).name:
+        return None
     machine = spec.machine_type
     row = architecture(arch)
     known = facts.machines.get(machine) if facts is not None else None

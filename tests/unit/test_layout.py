@@ -156,6 +156,9 @@ def test_a_machine_type_that_this_qemu_has_not_is_refused(version, machine, newe
         # QEMU drops old types, and nobody has seen when.
         ([10, 1, 0], "pc-q35-4.2", False),
         ([12, 0, 0], "pc-q35-11.1", False),
+        # A developer's build on the way to 10.1.
+        ([10, 0, 50], "pc-q35-10.1", False),
+        ([10, 0, 50], "pc-q35-10.0", True),
     ],
 )
 def test_a_machine_type_is_predicted_where_it_is_surely_there(version, machine, is_known):

@@ -98,7 +98,7 @@ def are_same(one: QemuVersion | None, other: QemuVersion | None) -> bool:
 
 def is_measured(version: QemuVersion) -> bool:
     """Whether the arithmetic has been compared with a QEMU of this major and minor version."""
-    return _minor(version) in MEASURED
+    return _is_release(version) and _minor(version) in MEASURED
 
 
 def enclosing(version: QemuVersion) -> Sequence[QemuVersion]:
@@ -127,8 +127,10 @@ def has_machine(version: QemuVersion, machine: str) -> bool | None:
     assert kind is not None
     if match[1] not in _OLDEST_TYPES:
         return None
-    if kind > _minor(version) or kind.minor > _LAST_MINOR.get(kind.major, kind.minor):
+    if kind.minor > _LAST_MINOR.get(kind.major, kind.minor):
         return False
+    if kind > _minor(version):
+        return False if _is_release(version) else None
     oldest = dict(zip(MEASURED, _OLDEST_TYPES[match[1]], strict=True))
     if is_measured(version):
         first = oldest[_minor(version)]
@@ -164,6 +166,11 @@ def oldest_with(machine: str) -> QemuVersion:
 def _type_version(machine: str) -> QemuVersion | None:
     found = _TYPE_VERSION.search(machine)
     return QemuVersion(int(found[1]), int(found[2])) if found else None
+
+
+def _is_release(version: QemuVersion) -> bool:
+    """Whether it is not a build on the way to the next version, 10.0.50 to 10.0.94 on the way to 10.1."""
+    return version.micro < 50
 
 
 def _minor(version: QemuVersion) -> QemuVersion:
