@@ -444,7 +444,8 @@ def _check_nodes(state: _State) -> None:
     memdevs = [node.memdev for node in state.nodes.values() if node.memdev is not None]
     if len(set(memdevs)) < len(memdevs):
         raise _refused("a memdev= stands on two nodes", "give each node its own")
-    sizes = [parse_size(node.mem) for node in state.nodes.values() if node.mem is not None]
+    is_strict = state.machine.has_strict_sizes
+    sizes = [parse_size(node.mem, is_strict=is_strict) for node in state.nodes.values() if node.mem is not None]
     if sizes and not any(sizes):
         raise _refused("the NUMA nodes have no memory", "correct mem=")
 

@@ -104,17 +104,23 @@ def _memory(spec: MachineSpec) -> list[str]:
             words += ["-numa", str(option)]
             continue
         if option.mem is not None:
-            # Of a size that is none, or 0, QEMU says so.
-            has_some = bool(parse_size(option.mem))
-            total += has_some
-            memory = f"mem={size}M" if has_some else f"mem={option.mem}"
+            sizes = [parse_size(option.mem, is_strict=is_strict) for is_strict in (True, False)]
+            if all(sizes):
+                total += size
+                memory = f"mem={size}M"
+            else:
+                # What not every version reads, this one is to read.
+                total += (
+                    max(parse_size(option.mem, _MIB, is_strict=strict) or 0 for strict in (True, False)) // _MIB
+                )
+                memory = f"mem={option.mem}"
         elif is_free or option.memdev is not None:
             name = f"node{option.id}" if option.memdev is None else f"dev-{option.memdev}"
-            total += name not in ids
+            total += 0 if name in ids else size
             memory = f"memdev={ids.setdefault(name, f'ram{len(ids)}')}"
         words += ["-numa", option.words(memory)]
     backends = [f"memory-backend-ram,id={name},size={size * _MIB}" for name in ids.values()]
-    return ["-m", f"{size * (total or 1)}M", *(word for text in backends for word in ("-object", text)), *words]
+    return ["-m", f"{total or size}M", *(word for text in backends for word in ("-object", text)), *words]
 
 
 async def _ask(binary: str, arguments: Sequence[str], read: Callable[[Replies], Answer]) -> Answer:

@@ -28,7 +28,7 @@ pytestmark = pytest.mark.qemu
 #: More, and others: `scripts/soak smp`. 2,000 more are recorded (tests/unit/test_recorded_words.py).
 EXAMPLES = 60
 #: Every so many of them are also asked of a throwaway QEMU, in each mode.
-PROBED = 5
+PROBED = 10
 #: How often each level and form must be there, of so many cases.
 LEAST, MANY = 100, 5000
 
@@ -87,6 +87,14 @@ async def test_machine_types_are_those_that_qemu_has(arch, version):
             for minor in range(14):
                 name = f"{family}-{major}.{minor}"
                 assert has_machine_type(told, name) in (name in has, None), name
+
+
+@pytest.mark.parametrize("version", ["7.2", "10.0"])
+@pytest.mark.parametrize("mem", ["0x10M", ".015625G", "16", "0"])
+async def test_sizes_of_each_version_in_each_mode(mem, version, tmp_path, monkeypatch):
+    monkeypatch.setenv("QMPVCPU_CACHE", str(tmp_path))
+    case = Case("x86_64", version, (("machine", "pc-q35-5.0"), ("numa", f"node,mem={mem}")), 16)
+    assert not await differing_modes([case], ask_all([case]))
 
 
 @pytest.mark.parametrize("text", ["0b10", "0B11"])

@@ -212,6 +212,20 @@ def test_the_nodes_of_slots(smp, numa, nodes):
     assert [props["node-id"] for props in q35(smp, *numa).props] == nodes
 
 
+@pytest.mark.parametrize(("mem", "version"), [("0x10M", V72), (".5G", V100), ("016m", V72), ("16", V100)])
+def test_the_memory_of_a_node_is_read_as_its_version_does(mem, version):
+    found = q35("2", f"node,mem={mem}", version=version, machine="pc-q35-5.0")
+    assert [props["node-id"] for props in found.props] == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("mem", "version"), [("0x10M", V100), (".5G", V72), ("1.5", V72), ("0", V72), ("x", V100)]
+)
+def test_the_memory_of_a_node_that_this_version_does_not_read(mem, version):
+    with pytest.raises(VcpuRefused):
+        q35("2", f"node,mem={mem}", version=version, machine="pc-q35-5.0")
+
+
 @pytest.mark.parametrize(
     ("smp", "numa"),
     [
