@@ -313,7 +313,7 @@ def predict_layout(
     found = _agreed(spec, arch, machine, facts.version if facts is not None else None, options)
     if found is None or not found.is_certain:
         return None
-    cpu_type = _cpu_type(spec.cpu, row, known, facts, assume)
+    cpu_type = _cpu_type(spec, row, known, facts, assume)
     if cpu_type is None and (typed or (spec.cpu is not None and not assume)):
         return None
     return MachineLayout(
@@ -411,14 +411,21 @@ def _agreed(
     return found[0]
 
 
+#: CPU models that every QEMU has whose vCPUs are computed, without features, which not every one has.
+_EVERYWHERE: Final = ("max",)
+_UNDER_KVM: Final = ("max", "host")
+
+
 def _cpu_type(
-    cpu: str | None, row: Architecture, machine: MachineType | None, facts: QemuFacts | None, assume: bool
+    spec: MachineSpec, row: Architecture, machine: MachineType | None, facts: QemuFacts | None, assume: bool
 ) -> str | None:
+    cpu, accel = spec.cpu, spec.accel
     if cpu is not None:
         model = cpu.partition(",")[0]
         if facts is not None and model in facts.cpu_types:
             return facts.cpu_types[model]
-        return model + row.cpu_suffix if assume and row.cpu_suffix is not None else None
+        is_known = assume or cpu in (_EVERYWHERE if accel == "tcg" else _UNDER_KVM)
+        return model + row.cpu_suffix if is_known and row.cpu_suffix is not None else None
     if machine is not None and machine.cpu_type is not None:
         return machine.cpu_type
     return row.default_cpu + row.cpu_suffix if row.default_cpu and row.cpu_suffix else None

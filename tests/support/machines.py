@@ -70,8 +70,10 @@ async def machine_types(arch: str, version: str) -> tuple[str, ...]:
 # -- layouts -----------------------------------------------------------------------------------------
 
 
-def spec(machine: str, smp: str, *, cpu: str | None = None, numa: Sequence[str] = ()) -> MachineSpec:
-    return MachineSpec(machine, parse_smp(smp), cpu, "tcg", parse_numa(numa))
+def spec(
+    machine: str, smp: str, *, cpu: str | None = None, numa: Sequence[str] = (), accel: str = "tcg"
+) -> MachineSpec:
+    return MachineSpec(machine, parse_smp(smp), cpu, accel, parse_numa(numa))
 
 
 def predicted(

@@ -188,6 +188,21 @@ def test_the_driver_of_a_cpu_model(cpu, known, assume, driver):
     assert predicted(q35(cpu=cpu), known=known, assume=assume).cpu_type == driver
 
 
+@pytest.mark.parametrize(
+    ("cpu", "accel", "driver"),
+    [
+        ("max", "tcg", "max-x86_64-cpu"),
+        ("max", "kvm", "max-x86_64-cpu"),
+        ("host", "kvm", "host-x86_64-cpu"),
+        ("host", "tcg", None),
+        ("max,svm=on", "tcg", None),
+    ],
+)
+def test_models_that_every_qemu_has_need_not_be_asked_for(cpu, accel, driver):
+    found = predicted(q35(cpu=cpu, accel=accel))
+    assert (found and found.cpu_type) == driver
+
+
 def test_without_the_driver_of_a_cpu_model_the_slots_are_known():
     found = predicted(spec("pseries", "2,maxcpus=4", cpu="POWER9"), "ppc64", assume=True)
     assert (found.cpu_type, found.maxcpus) == (None, 4)
