@@ -15,7 +15,8 @@ from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell
 from qmpvcpu.core.layout import MachineLayout, MachineSpec, predict_layout
 from qmpvcpu.core.machine.command_line import join_pairs
 from qmpvcpu.core.model import DomainState, Props, format_ids
-from qmpvcpu.core.smp import LEVELS, NumaNode, Smp
+from qmpvcpu.core.numa import NumaNode
+from qmpvcpu.core.smp import LEVELS, Smp
 from qmpvcpu.errors import Refusal, VcpuRefused
 
 __all__ = ["BootArgs", "BootStyle", "boot_args", "located", "machine_spec", "qemu_arch"]

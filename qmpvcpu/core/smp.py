@@ -16,12 +16,11 @@ from qmpvcpu.core.arch import Architecture, EntityKind, architecture
 from qmpvcpu.core.machine.versions import Feature, compat_version, has, has_machine, is_measured
 from qmpvcpu.core.machine.words import join_pairs, parse_keyval, parse_number
 from qmpvcpu.core.model import Props, QemuVersion, Topology
-from qmpvcpu.core.numa import NumaMachine, NumaNode, NumaOption, nodes_of_slots
+from qmpvcpu.core.numa import NumaMachine, NumaOption, nodes_of_slots
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 
 __all__ = [
     "LEVELS",
-    "NumaNode",
     "Prediction",
     "Slot",
     "Smp",
