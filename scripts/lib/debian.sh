@@ -30,11 +30,13 @@ enter() { # enter LOCK-FILE WHAT
     flock -w 1800 9 || die "another run has been making $2 for half an hour: see who holds $1"
 }
 
-# apt_init DIR ARCH SUITE...: afterwards `apt_own COMMAND...` runs against these suites only. Fails where the mirror
-# cannot serve them now (a mirror in the middle of its sync answers with lists that do not match): try another suite.
+# apt_init DIR ARCH SUITE...: afterwards `apt_own COMMAND...` runs against these suites only; ARCH "source" means their
+# source packages. Fails where the mirror cannot serve them now (a mirror in the middle of its sync answers with lists
+# that do not match): try another suite.
 apt_init() {
-    local dir=$1 arch=$2 mirror suite keyring=/usr/share/keyrings/debian-archive-keyring.gpg
+    local dir=$1 arch=$2 kind=deb mirror suite keyring=/usr/share/keyrings/debian-archive-keyring.gpg
     shift 2
+    if [ "$arch" = source ]; then arch=$(dpkg --print-architecture) kind=deb-src; fi
     is_debian || die "this needs Debian's apt; on another system build or install QEMU and guests yourself"
     mirror=$(debian_mirror)
     [ -n "$mirror" ] || die "no Debian archive in this machine's apt sources"
@@ -44,7 +46,7 @@ apt_init() {
     mkdir -p "$dir"/{etc/parts,lists/partial,cache/archives/partial}
     : >"$dir/status"
     for suite; do
-        printf 'deb [signed-by=%s] %s %s main\n' "$keyring" "$mirror" "$suite"
+        printf '%s [signed-by=%s] %s %s main\n' "$kind" "$keyring" "$mirror" "$suite"
     done >"$dir/etc/sources.list"
     APT_OWN=(
         -o "Dir::Etc::sourcelist=$dir/etc/sources.list" -o "Dir::Etc::sourceparts=$dir/etc/parts"
