@@ -16,7 +16,7 @@ from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.host.definitions import DefinitionFile, DefinitionFolder
 from qmpvcpu.xml.domain import read_domain
 
-__all__ = ["CommandLine", "check_program", "command_line", "is_listed", "probe_domain", "read_definition"]
+__all__ = ["CommandLine", "check_program", "command_line", "listed_program", "probe_domain", "read_definition"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,8 +47,9 @@ def read_definition(word: str) -> tuple[Definition, tuple[str, ...]]:
         hint = "name a file with domain XML, or a domain that `qmpvcpu list` shows"
         raise VcpuRefused([Refusal("definition", text, (), hint, "VIR_ERR_NO_DOMAIN")])
     definition = read_domain(DefinitionFile(Path(word), keep=False).read())[1]
-    if definition.emulator is None or is_listed(definition):
-        return definition, ()
+    listed = listed_program(definition)
+    if definition.emulator is None or listed is not None:
+        return replace(definition, emulator=listed), ()
     note = (
         f"<emulator> '{definition.emulator}' is not started: a file does not say which program runs (--emulator)"
     )
@@ -63,11 +64,11 @@ def check_program(definition: Definition) -> None:
         raise VcpuRefused([Refusal("emulator", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
 
 
-def is_listed(definition: Definition) -> bool:
-    """Whether its program is a QEMU that `doctor` lists, or that runs guests of its architecture."""
+def listed_program(definition: Definition) -> str | None:
+    """Its program, where that is a QEMU that `doctor` lists or that runs guests of its architecture."""
     wanted = os.path.realpath(definition.emulator or "")
     listed = [*find_binaries(), *find_binaries(qemu_arch(definition))]
-    return any(os.path.realpath(path) == wanted for path, _ in listed)
+    return next((path for path, _ in listed if os.path.realpath(path) == wanted), None)
 
 
 async def probe_domain(

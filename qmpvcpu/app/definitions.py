@@ -155,12 +155,12 @@ async def _define_file(path: str, addresses: Addresses) -> Defined:
 
 def _trusted(data: bytes) -> list[str]:
     """What a definition makes this host do that nobody expects of a domain's XML: it is said once."""
-    from qmpvcpu.app.boot import is_listed
+    from qmpvcpu.app.boot import listed_program
     from qmpvcpu.xml.hardware import command_line_of
 
     document, definition = read_domain(data)
     found = []
-    if definition.emulator is not None and not is_listed(definition):
+    if definition.emulator is not None and listed_program(definition) is None:
         found.append(
             f"it is started with the program '{definition.emulator}', which `qmpvcpu doctor` does not list"
         )

@@ -113,8 +113,10 @@ async def find_layout(
         spec = _with_default_machine(spec, target)
     found, messages = _program(emulator, target)
     runs = architecture_of_program(found.path) if found is not None else None
-    if runs is not None and runs.name in programs_of(target):
-        target = runs.name
+    if runs is not None and runs.name not in programs_of(target):
+        text = f"'{emulator}' is a QEMU for {runs.name}, and {target} is asked"
+        raise VcpuRefused([Refusal("emulator", text, (), "name another one", "VIR_ERR_CONFIG_UNSUPPORTED")])
+    target = runs.name if runs is not None else target
     look = _Look(spec, found, typed)
     layout = None
     if mode is not ProbeMode.ALWAYS and not refresh:

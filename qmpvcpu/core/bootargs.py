@@ -178,6 +178,9 @@ def boot_args(
 def _memory(definition: Definition) -> list[str]:
     sizes = _cell_sizes(definition) if definition.cells else []
     size = sum(size for _, size in sizes) if sizes else definition.base_memory
+    if size is not None and size <= 0:
+        hint = "<memory> is that of the cells and of all memory devices"
+        raise _refused("no memory is left for the guest itself", hint)
     words = {} if size is None else {"size": _kib(size)}
     if definition.max_memory is not None:
         words |= {"slots": str(definition.memory_slots)} if definition.memory_slots else {}

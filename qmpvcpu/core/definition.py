@@ -224,7 +224,8 @@ def _up(size: int, unit: int) -> int:
 def definition_of(state: DomainState) -> Definition:
     """What a running guest's XML would say: its own vCPUs, topology and nodes.
 
-    `hotpluggable` is libvirt's: what has a device id can go, and every empty slot can be filled.
+    `hotpluggable` is libvirt's: what has a device id can go, and every empty slot can be filled. Behind such a one
+    libvirt takes none that cannot go.
     """
     vcpus = tuple(
         VcpuConfig(
@@ -235,6 +236,8 @@ def definition_of(state: DomainState) -> Definition:
         )
         for vcpu in state.vcpus
     )
+    first = next((vcpu.id for vcpu in vcpus if vcpu.hotpluggable), len(vcpus))
+    vcpus = tuple(replace(vcpu, hotpluggable=vcpu.id >= first) for vcpu in vcpus)
     cells = tuple(NumaCell(node, tuple(v.id for v in state.vcpus if v.node == node)) for node in state.nodes)
     topology = state.topology
     return Definition(

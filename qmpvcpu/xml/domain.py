@@ -25,10 +25,9 @@ from qmpvcpu.core.definition import (
 from qmpvcpu.core.machine.command_line import split_cpu
 from qmpvcpu.core.machine.devices import Devices
 from qmpvcpu.core.model import Topology, format_ids
-from qmpvcpu.core.request import parse_ids
-from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.hardware import QEMU_NAMESPACE
-from qmpvcpu.xml.machine import dimm_lines, option_lines, read_dimms, read_options
+from qmpvcpu.xml.machine import dimm_lines, machine_element, option_lines, read_dimms, read_options
 from qmpvcpu.xml.source import Document, Element, parse_document
 
 __all__ = ["Details", "minimal_domain", "read_domain", "read_listed", "renamed", "vcpus_lines", "write_vcpus"]
@@ -51,8 +50,8 @@ _ARCH: Final = re.compile(r"[A-Za-z0-9_]{1,30}")
 _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 #: A CPU feature, as QEMU and libvirt spell it.
 _FEATURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-#: Bits that a guest's kernel sets, and that libvirt ignores.
-_OF_THE_GUEST: Final = frozenset({"osxsave", "ospke"})
+#: What a guest's kernel sets, or is only the host's: libvirt gives it to no QEMU.
+_OF_THE_GUEST: Final = frozenset({"osxsave", "ospke", "cmt", "mbm_total", "mbm_local"})
 #: QEMU's and ACPI's distance of a NUMA node to itself.
 _TO_ITSELF: Final = 10
 _MACHINE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -60,7 +59,9 @@ _WITH_PRIORITY: Final = ("fifo", "rr")
 _SCHEDULERS: Final = ("fifo", "rr", "batch", "idle", "other")
 
 #: What the lists in attributes are of, where not of vCPU ids.
-_NOUNS: Final[Mapping[str, str]] = {"cpuset": "host CPU", "nodeset": "host NUMA node"}
+_NOUNS: Final[Mapping[str, str]] = {"cpuset": "host CPUs", "nodeset": "host NUMA nodes"}
+#: Above every vCPU id and host CPU.
+_MOST_IN_LIST: Final = 1 << 17
 #: libvirt's bound of `<quota>`, microseconds.
 _MOST_QUOTA: Final = 17592186044415
 #: Modes of `<numatune>`, and those that bind.
@@ -83,11 +84,6 @@ def read_domain(data: bytes, *, running: bool = False) -> tuple[Document, Defini
     reader = _Reader(document.root, running=running)
     definition = reader.definition()
     found = reader.found
-    listed = document.root.child("vcpus")
-    if not found and listed is not None and listed.child("vcpu") is not None:
-        from qmpvcpu.xml.schema import check_vcpus
-
-        found = check_vcpus(document)
     if found:
         raise VcpuRefused(found)
     return document, definition
@@ -124,7 +120,7 @@ class _Reader:
             uuid=self._uuid(uuid),
             arch=self._arch(machine, emulator),
             machine=self._machine(machine),
-            emulator=emulator.text.strip() if emulator is not None else None,
+            emulator=(emulator.text.strip() or None) if emulator is not None else None,
             dialect=dialect,
             cpuset=self._list(vcpu, "cpuset") if vcpu is not None else None,
             topology=self._topology(),
@@ -175,8 +171,11 @@ class _Reader:
     def _listed(self, listed: Element) -> tuple[tuple[VcpuConfig, ...], str | None]:
         found: dict[int, VcpuConfig] = {}
         dialects: dict[str, Element] = {}
+        said = set()
         for row in listed.all("vcpu"):
             config = self._vcpu(row, dialects)
+            if config is not None and "hotpluggable" in row.attributes:
+                said.add(config.id)
             if config is not None and config.id in found:
                 self._wrong(row, f"vCPU {config.id} stands twice in <vcpus>")
             elif config is not None:
@@ -187,7 +186,6 @@ class _Reader:
         vcpus = tuple(found.get(n, VcpuConfig(n, enabled=False, hotpluggable=True)) for n in range(self.maximum))
         dialect = next(iter(dialects), None)
         if dialect == "rfc":
-            said = {int(row.attributes["id"]) for row in listed.all("vcpu") if _says(row, "hotpluggable")}
             vcpus = started_with(vcpus, said)
         if not vcpus[0].enabled:
             self._wrong(listed, "vCPU 0 is not enabled: a guest cannot boot without it")
@@ -207,7 +205,21 @@ class _Reader:
         if behind and not self._running and listed is not self.root:
             text = f"vCPU {format_ids(behind)} is enabled and not hotpluggable, behind one that is hotpluggable"
             self._wrong(listed, f"{text}: those that are not stand together from vCPU 0 on")
+        elif not self._running and listed is not self.root and dialect == "libvirt":
+            self._check_orders(listed, vcpus)
         return vcpus, dialect
+
+    def _check_orders(self, listed: Element, vcpus: Sequence[VcpuConfig]) -> None:
+        """libvirt's rules: QEMU starts with what is not hotpluggable, in the order of the ids."""
+        on = [vcpu for vcpu in vcpus if vcpu.enabled]
+        if on[0].order not in (None, 1):
+            self._wrong(listed, "vCPU 0 must be the first in the order")
+        missing = [vcpu.id for vcpu in on if (vcpu.order is None) is not (on[0].order is None)]
+        if missing:
+            self._wrong(listed, f"vCPU {format_ids(missing)}: either all that are enabled have an order, or none")
+        run = [vcpu.order or 0 for vcpu in on if not vcpu.hotpluggable]
+        if run != sorted(run):
+            self._wrong(listed, "the order of those that are not hotpluggable must be that of their ids")
 
     def _vcpu(self, row: Element, dialects: dict[str, Element]) -> VcpuConfig | None:
         number = self._int(row, row.attributes.get("id"), "<vcpu id>", 0, self.maximum - 1)
@@ -225,7 +237,7 @@ class _Reader:
             self._wrong(row, "a <vcpu> of <vcpus> needs enabled='yes|no' or state='enabled|disabled'")
         order = None
         if "order" in row.attributes:
-            order = self._int(row, row.attributes["order"], "<vcpu order>", 1, MOST_VCPUS)
+            order = self._int(row, row.attributes["order"], "<vcpu order>", 0, MOST_VCPUS) or None
         pluggable = None
         if "hotpluggable" in row.attributes:
             pluggable = self._word(row, "hotpluggable", ("yes", "no")) == "yes"
@@ -241,7 +253,7 @@ class _Reader:
 
     def _uuid(self, element: Element | None) -> str | None:
         text = element.text.strip() if element is not None else ""
-        if element is not None and not _UUID.fullmatch(text.replace("-", "")):
+        if element is not None and text and not _UUID.fullmatch(text.replace("-", "")):
             self._wrong(element, f"<uuid> '{text[:40]}' is not one")
         return text or None
 
@@ -324,6 +336,11 @@ class _Reader:
                 self._wrong(sibling, f"the distance of NUMA cell {number} to {other} stands twice")
             if other == number and value != _TO_ITSELF:
                 self._wrong(sibling, f"the distance of NUMA cell {number} to itself is {value}, and must be 10")
+            elif other != number and value == _TO_ITSELF and machine_element(self.root) is None:
+                # QEMU takes it, and so it can be that of one that ran.
+                self._wrong(
+                    sibling, f"the distance of NUMA cell {number} to {other} is 10, which is that to itself"
+                )
             found[other] = value
         return tuple(found.items())
 
@@ -341,8 +358,9 @@ class _Reader:
 
     def _bytes(self, element: Element, text: str | None) -> int | None:
         """A size with libvirt's units."""
-        if text is None:
+        if not text:
             return None
+        text = text.removeprefix("+")
         unit = element.attributes.get("unit", "KiB")
         factor = _UNITS.get(unit.lower())
         if factor is None:
@@ -490,7 +508,8 @@ class _Reader:
             return None
         # As strtoul reads it, in front of which libvirt skips white space, and behind which it takes none.
         text = text.lstrip()
-        if not (text.isascii() and text.isdigit() and len(text) < 10):
+        digits = text.removeprefix("+")
+        if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
             self._wrong(element, f"{what} '{text[:40]}' is no number")
             return None
         if not low <= int(text) <= high:
@@ -512,11 +531,11 @@ class _Reader:
             if required:
                 self._wrong(element, f"<{element.name} {key}> is missing")
             return None
-        try:
-            return parse_ids(text, _NOUNS.get(key, "vCPU id"))
-        except VcpuUsageError as error:
-            self._wrong(element, f"<{element.name} {key}>: {error.message}")
-            return None
+        ids = _parse_bitmap(text)
+        if ids is None:
+            noun = _NOUNS.get(key, "vCPU ids")
+            self._wrong(element, f"<{element.name} {key}>: '{text[:40]}' is not a list of {noun}")
+        return ids
 
     def _in_range(self, element: Element, ids: Iterable[int], what: str) -> None:
         out = [number for number in ids if number >= self.maximum]
@@ -527,8 +546,29 @@ class _Reader:
         self.found.append(Refusal("xml", f"line {element.line}: {text}", (), "correct the domain's XML", libvirt))
 
 
-def _says(row: Element, key: str) -> bool:
-    return key in row.attributes and row.attributes.get("id", "").isdigit()
+_PART: Final = re.compile(r"\s*(?:(\^)([0-9]{1,7})|([0-9]{1,7})(?:\s*-\s*([0-9]{1,7}))?)\s*")
+
+
+def _parse_bitmap(text: str) -> tuple[int, ...] | None:
+    """A list of numbers as libvirt reads it (virBitmapParse): from left to right, `^` before one number takes it
+    out, a comma may end it. None: it is none.
+    """
+    found: set[int] = set()
+    parts = text.split(",")
+    if len(parts) > 1 and not parts[-1].strip():
+        parts.pop()
+    for part in parts:
+        match = _PART.fullmatch(part)
+        if match is None or not text.isascii():
+            return None
+        if match[1]:
+            found.discard(int(match[2]))
+            continue
+        first, last = int(match[3]), int(match[4] or match[3])
+        if last < first or last >= _MOST_IN_LIST:
+            return None
+        found.update(range(first, last + 1))
+    return tuple(sorted(found))
 
 
 def write_vcpus(
@@ -558,8 +598,9 @@ def write_vcpus(
         assert name is not None
         if new.maxcpus > 1 or lines:
             current = f" current='{enabled}'" if enabled != new.maxcpus else ""
-            lines = [f"<vcpu{current}>{new.maxcpus}</vcpu>", *(lines if listed is None else ())]
-            document.insert_after(name, lines)
+            document.insert_after(
+                name, [f"<vcpu{current}>{new.maxcpus}</vcpu>", *(lines if listed is None else ())]
+            )
     else:
         document.set_text(vcpu, str(new.maxcpus))
         if "current" in vcpu.attributes or enabled != new.maxcpus:
@@ -573,8 +614,9 @@ def write_vcpus(
             document.replace(listed, lines)
     elif listed is not None and new.vcpus != old.vcpus:
         _update(document, listed, old, new, wanted)
-    if new.maxcpus < old.maxcpus:
-        _trim_tuning(document, new.maxcpus)
+    if new.maxcpus != old.maxcpus:
+        # Rows of ids that there are not yet say nothing now, and would come to life.
+        _trim_tuning(document, min(old.maxcpus, new.maxcpus))
     elif new.pins != old.pins:
         _update_pins(document, old, new)
     return document.to_bytes()
@@ -587,7 +629,7 @@ def _trim_tuning(document: Document, maximum: int) -> None:
         key = {"vcpupin": "vcpu", "vcpusched": "vcpus"}.get(row.name)
         if key is None:
             continue
-        ids = parse_ids(row.attributes[key])
+        ids = _parse_bitmap(row.attributes[key]) or ()
         left = [number for number in ids if number < maximum]
         if not left:
             document.remove(row)

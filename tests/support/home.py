@@ -17,7 +17,7 @@ XML = b"""<domain type='kvm'>
   <!-- kept -->
   <vcpu current='1'>4</vcpu>
   <vcpus>
-    <vcpu id='0' enabled='yes' hotpluggable='no' order='1'/>
+    <vcpu id='0' enabled='yes' hotpluggable='no'/>
     <vcpu id='1' enabled='no' hotpluggable='yes'/>
     <vcpu id='2' enabled='no' hotpluggable='yes'/>
     <vcpu id='3' enabled='no' hotpluggable='yes'/>

@@ -128,6 +128,50 @@ def test_a_list_alone_may_have_a_gap():
     )
 
 
+@pytest.mark.parametrize(
+    ("text", "cpus"),
+    [("0-1,", (0, 1)), ("^1,0-3", (0, 1, 2, 3)), ("0-3,^2", (0, 1, 3)), (" 0 - 1 , 3 ", (0, 1, 3))],
+)
+def test_lists_are_read_as_libvirt_reads_them(text, cpus):
+    assert xml.read(PLAIN.replace(b"<vcpu>", f"<vcpu cpuset='{text}'>".encode())).cpuset == cpus
+
+
+@pytest.mark.parametrize("text", ["0-3,^1-2", "2-1", "0,,1", "x", "^"])
+def test_what_libvirt_reads_as_no_list_is_none(text):
+    with pytest.raises(VcpuRefused, match="is not a list of host CPUs"):
+        xml.read(PLAIN.replace(b"<vcpu>", f"<vcpu cpuset='{text}'>".encode()))
+
+
+@pytest.mark.parametrize(
+    "inner",
+    [
+        "<uuid/>",
+        "<maxMemory/>",
+        "<devices><emulator/></devices>",
+        "<vcpus f='1'><vcpu id='0' enabled='yes'/></vcpus>",
+    ],
+)
+def test_what_libvirt_ignores_is_ignored(inner):
+    assert xml.read(b"<domain><name>n</name>" + inner.encode() + b"</domain>").emulator is None
+
+
+def test_an_order_of_zero_says_nothing():
+    listed = b"<vcpus><vcpu id='0' enabled='yes' order='0'/></vcpus></domain>"
+    assert xml.read(b"<domain><name>n</name>" + listed).rows == (xml.Row(0, True, False),)
+
+
+@pytest.mark.parametrize("maximum", [2, 8])
+def test_a_pin_of_a_vcpu_that_is_not_there_does_not_come_to_life(maximum):
+    document = PLAIN.replace(b"</domain>", b"<cputune><vcpupin vcpu='5' cpuset='0'/></cputune></domain>")
+    assert xml.read(xml.resized(document, maximum)).pins == {}
+
+
+def test_without_vcpu_a_list_is_kept_in_its_place():
+    document = b"<domain><name>n</name><vcpus><vcpu id='0' enabled='yes'/></vcpus></domain>"
+    written = xml.switched(document, dialect="rfc")
+    assert (written.count(b"</vcpus>"), xml.read(written).dialect) == (1, "rfc")
+
+
 # -- writing it back ---------------------------------------------------------------------------------
 
 
@@ -271,12 +315,31 @@ def listed(*rows):
             ),
             ["distance of NUMA cell 0 to itself is 11", "<sibling id> 1 is out of range: it can be 0 to 0"],
         ),
+        (
+            listed("<vcpu id='1' enabled='yes' hotpluggable='yes' order='1'/>"),
+            ["line 4: vCPU 1: either all that are enabled have an order, or none"],
+        ),
+        (
+            domain("<vcpus><vcpu id='0' enabled='yes' order='2'/></vcpus>"),
+            ["line 4: vCPU 0 must be the first in the order"],
+        ),
+        (
+            domain(
+                "<vcpus><vcpu id='0' enabled='yes' order='1'/><vcpu id='1' enabled='yes' order='3'/>"
+                "<vcpu id='2' enabled='yes' order='2'/></vcpus>"
+            ),
+            ["the order of those that are not hotpluggable must be that of their ids"],
+        ),
+        (
+            domain("<vcpus><vcpu id='0' state='enabled'/><vcpu id='²' state='enabled' order='1'/></vcpus>"),
+            ["<vcpu id> '²' is no number"],
+        ),
         (domain("", "<vcpu>2 </vcpu>"), ["<vcpu> '2 ' is no number"]),
         (
             domain("<os><type machine='virt,dumpdtb=x'/></os>"),
             ["'virt,dumpdtb=x'> is not the name of a machine"],
         ),
-        (listed("<vcpu id='1' enabled='yes' order='0'/>"), ["<vcpu order> 0 is out of range"]),
+        (listed("<vcpu id='1' enabled='yes' order='-1'/>"), ["<vcpu order> '-1' is no number"]),
         (listed("<vcpu id='1' enabled='no' hotpluggable='no'/>"), ["vCPU 1 is disabled and not hotpluggable"]),
         (domain("<vcpus><vcpu id='1' enabled='yes'/></vcpus>"), ["vCPU 0 is not enabled"]),
         (

@@ -39,7 +39,7 @@ def test_what_the_schema_takes(rows):
         "<vcpu id='0'/>",
         "<vcpu id='-1' enabled='yes'/>",
         "<vcpu id='0' enabled='true'/>",
-        "<vcpu id='0' enabled='yes' order='0'/>",
+        "<vcpu id='0' enabled='yes' order='-1'/>",
         "<vcpu id='0' enabled='yes' more='1'/>",
         "<vcpu id='0' enabled='yes' state='enabled'/>",
         "<vcpu id='0' enabled='yes'/><vcpu id='1' state='enabled'/>",
