@@ -210,14 +210,14 @@ class _Reader:
         return vcpus, dialect
 
     def _check_orders(self, listed: Element, vcpus: Sequence[VcpuConfig]) -> None:
-        """libvirt's rules: QEMU starts with what is not hotpluggable, in the order of the ids."""
+        """QEMU starts with what is not hotpluggable, in the order of the ids.
+
+        libvirt's rules, but that here some may have an order and others none: these come behind.
+        """
         on = [vcpu for vcpu in vcpus if vcpu.enabled]
         if on[0].order not in (None, 1):
             self._wrong(listed, "vCPU 0 must be the first in the order")
-        missing = [vcpu.id for vcpu in on if (vcpu.order is None) is not (on[0].order is None)]
-        if missing:
-            self._wrong(listed, f"vCPU {format_ids(missing)}: either all that are enabled have an order, or none")
-        run = [vcpu.order or 0 for vcpu in on if not vcpu.hotpluggable]
+        run = [vcpu.order for vcpu in on if not vcpu.hotpluggable and vcpu.order is not None]
         if run != sorted(run):
             self._wrong(listed, "the order of those that are not hotpluggable must be that of their ids")
 
