@@ -506,7 +506,7 @@ class _Reader:
         if text is None:
             self._wrong(element, f"{what} is missing")
             return None
-        # As strtoul reads it, in front of which libvirt skips white space, and behind which it takes none.
+        # libvirt skips white space in front of a number (strtoul), and takes none behind it.
         text = text.lstrip()
         digits = text.removeprefix("+")
         if not (digits.isascii() and digits.isdigit() and len(digits) < 10):

@@ -35,7 +35,7 @@ def domain(vcpu="<vcpu>4</vcpu>", more="", arch="x86_64", machine="q35", kind="q
 
 
 def listed(first="", **enabled):
-    """`listed(_5="yes 2")`: vCPU 0, of which `first` says more, and 5 that is hotpluggable, of order 2."""
+    """`listed(_5="yes 2")`: vCPU 0, with `first` among its attributes, and 5 that is hotpluggable, of order 2."""
     out = [f"<vcpu id='0' enabled='yes' hotpluggable='no'{first}/>"]
     for key, value in enabled.items():
         pluggable, _, order = value.partition(" ")
