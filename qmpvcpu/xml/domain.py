@@ -568,7 +568,8 @@ def _parse_bitmap(text: str) -> tuple[int, ...] | None:
         if last < first or last >= _MOST_IN_LIST:
             return None
         found.update(range(first, last + 1))
-    return tuple(sorted(found))
+    # Where nothing is left, libvirt takes it for none as well.
+    return tuple(sorted(found)) or None
 
 
 def write_vcpus(

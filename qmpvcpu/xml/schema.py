@@ -1,4 +1,4 @@
-"""RELAX NG: the shipped schema of `<vcpus>`, and libvirt's own of a whole domain where that is installed."""
+"""libvirt's own RELAX NG schema of a domain, where that is installed."""
 
 from __future__ import annotations
 
@@ -8,27 +8,12 @@ from typing import Final
 
 from lxml import etree
 
-from qmpvcpu.errors import Refusal
 from qmpvcpu.xml.source import Document, parse_document
 
-__all__ = ["check_domain", "check_vcpus", "domain_schema", "errors_against"]
+__all__ = ["check_domain", "domain_schema", "errors_against"]
 
-_SHIPPED: Final = Path(__file__).with_name("vcpus.rng")
 #: Where libvirt keeps its schemas (libvirt-common, libvirt-clients).
 _LIBVIRTS: Final = Path("/usr/share/libvirt/schemas/domain.rng")
-
-
-def check_vcpus(document: Document) -> list[Refusal]:
-    """What the shipped schema has against the document's `<vcpus>`, with lines; nothing where it has none."""
-    # A prefix that stands for nothing is no error to libvirt.
-    listed = _tree(document, recover=True).find("vcpus")
-    if listed is None:
-        return []
-    return [_refusal(line, f"<vcpus>: {text}") for line, text in errors_against(_schema(_SHIPPED), listed)]
-
-
-def _refusal(line: int, text: str) -> Refusal:
-    return Refusal("xml", f"line {line}: {text}", (), "correct the domain's XML", "VIR_ERR_XML_INVALID_SCHEMA")
 
 
 def check_domain(data: bytes) -> list[str] | None:
@@ -60,7 +45,7 @@ def _schema(path: Path) -> etree.RelaxNG:
     return etree.RelaxNG(etree.parse(str(path)))
 
 
-def _tree(document: Document, *, recover: bool = False) -> etree._Element:
+def _tree(document: Document) -> etree._Element:
     # The source was read by then: no DOCTYPE, bounded in size and depth. It is UTF-8 whatever it declares.
     parser = etree.XMLParser(
         encoding="utf-8",
@@ -68,6 +53,5 @@ def _tree(document: Document, *, recover: bool = False) -> etree._Element:
         no_network=True,
         load_dtd=False,
         huge_tree=True,
-        recover=recover,
     )
     return etree.fromstring(document.source, parser)

@@ -136,7 +136,7 @@ def test_lists_are_read_as_libvirt_reads_them(text, cpus):
     assert xml.read(PLAIN.replace(b"<vcpu>", f"<vcpu cpuset='{text}'>".encode())).cpuset == cpus
 
 
-@pytest.mark.parametrize("text", ["0-3,^1-2", "2-1", "0,,1", "x", "^"])
+@pytest.mark.parametrize("text", ["0-3,^1-2", "2-1", "0,,1", "x", "^", "0,^0", ""])
 def test_what_libvirt_reads_as_no_list_is_none(text):
     with pytest.raises(VcpuRefused, match="is not a list of host CPUs"):
         xml.read(PLAIN.replace(b"<vcpu>", f"<vcpu cpuset='{text}'>".encode()))
