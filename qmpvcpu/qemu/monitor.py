@@ -261,6 +261,11 @@ class QmpMonitor(Monitor):
         return self._client.is_local()
 
     @property
+    def is_lost(self) -> bool:
+        """Whether the other side has closed the connection."""
+        return self._lost is not None
+
+    @property
     def run_id(self) -> object:
         """QMP has nothing of the kind."""
         return None

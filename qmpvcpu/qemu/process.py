@@ -96,8 +96,13 @@ async def run_qemu(
                             async with asyncio.timeout(_EXIT_SECONDS):
                                 await process.wait()
                     raise _start_error(command, process.returncode, folder, error) from error
+                qemu = QemuProcess(process, command, folder, monitor)
                 try:
-                    yield QemuProcess(process, command, folder, monitor)
+                    yield qemu
+                except Exception as error:
+                    if monitor.is_lost:
+                        error.add_note(await _last_words(qemu))
+                    raise
                 finally:
                     await monitor.close()
             finally:
@@ -106,6 +111,16 @@ async def run_qemu(
     finally:
         if process is not None:
             await _end(process)
+
+
+async def _last_words(qemu: QemuProcess) -> str:
+    """How a QEMU that has closed its monitor ended, and what it said."""
+    with suppress(TimeoutError):
+        async with asyncio.timeout(_EXIT_SECONDS):
+            await qemu.process.wait()
+    code = qemu.process.returncode
+    end = "closed its monitor and still runs" if code is None else f"exited with code {code}"
+    return f"{qemu.command[0]} {end}: {qemu.stderr() or 'nothing on stderr'}"
 
 
 def _start(

@@ -22,7 +22,7 @@ from qmpvcpu import (
     parse_numa,
     parse_smp,
 )
-from tests.support import machines, probes
+from tests.support import machines, probes, qemus
 from tests.support.commands import cli, start_cli
 from tests.support.qemus import VERSIONS, matrix, qemu_binary
 from tests.support.waiting import until, within
@@ -363,3 +363,14 @@ async def test_the_command_line(tmp_path, own_cache):
         run = await cli("probe", *bad, "--json")
         assert run.code == code, (bad, run.stdout)
         assert json.loads(run.stdout)["error"]["hint"]
+
+
+async def test_an_error_of_a_qemu_that_ended_says_how(tmp_path):
+    """A crash of QEMU while something is asked of it is told with its exit code and its last words."""
+    with pytest.raises(VcpuConnectionError) as caught:
+        async with qemus.paused("x86_64", "10.0", "2") as qemu:
+            qemu.kill()
+            await qemu.execute("query-status")
+    assert [note.partition(": ")[0] for note in caught.value.__notes__] == [
+        f"{qemu_binary('10.0', 'x86_64')} exited with code -9"
+    ]
