@@ -377,7 +377,7 @@ async def _continue(runtime: Runtime) -> None:
             f"QEMU cannot run the guest: {error}", qmp_text=error.text, hint=f"see {runtime.log}"
         ) from error
     finally:
-        await monitor.close()
+        await finish(monitor.close())
 
 
 def _gone(runtime: Runtime) -> VcpuFailed:

@@ -39,8 +39,8 @@ class Session:
         self._log: Any = None
         self._warned: set[str] = set()
 
-    def connect(self) -> Domain:
-        """The domain of the command line, to be entered."""
+    def connect(self, *, watch: bool = False) -> Domain:
+        """The domain of the command line, to be entered; `watch` as in `qmpvcpu.connect`."""
         options = self.options
         if options.qmp_log is not None and (options.connect is None or options.via == "monitor"):
             from qmpvcpu import QmpLog
@@ -61,6 +61,7 @@ class Session:
             agent=options.agent,
             qmp_log=self._log,
             config_only=config_only,
+            watch=watch,
             uri=options.connect,
             via=options.via or "api",
         )
@@ -404,7 +405,7 @@ async def _vcpupin(session: Session) -> int:
 
 
 async def _watch(session: Session) -> int:
-    async with session.connect() as domain, domain.events(steps=True) as events:
+    async with session.connect(watch=True) as domain, domain.events(steps=True) as events:
         state = domain.last_state
         pending = domain.pending_ids
         line: dict[str, Any] = {"time": time.time(), "event": "snapshot", "vcpus": list(state.enabled_ids)}

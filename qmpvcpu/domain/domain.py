@@ -24,12 +24,13 @@ from qmpvcpu.core.placement import with_threads
 from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.request import Listed, Request
 from qmpvcpu.core.select import select
+from qmpvcpu.domain.addresses import NOBODY_LISTENS, Opener
 from qmpvcpu.domain.change import change, plan_on
 from qmpvcpu.domain.config import change_both, change_config, with_config
 from qmpvcpu.domain.dump import DescribedXml, check_dump, describe, dump
 from qmpvcpu.domain.guest import Guest, with_online
 from qmpvcpu.domain.interrupted import Interrupted, left_by
-from qmpvcpu.domain.link import NOBODY_LISTENS, Link, Opener, open_link
+from qmpvcpu.domain.link import Link, open_link
 from qmpvcpu.domain.listen import Events, Hub
 from qmpvcpu.domain.locate import Place, locate
 from qmpvcpu.domain.migration import MigrationCalls
@@ -86,6 +87,7 @@ def connect(
     connect_timeout: float | None = None,
     command_timeout: float = 10.0,
     config_only: bool = False,
+    watch: bool = False,
     uri: str | None = None,
     via: Literal["api", "monitor"] = "api",
 ) -> Domain:
@@ -105,6 +107,8 @@ def connect(
         via: how a libvirt domain is reached: by libvirt's API, or with our own engine through its QEMU monitor.
         config_only: it is only the definition that is wanted: where another client holds the running guest's
             socket, that is no error and is not waited for.
+        watch: it is held for long, to listen to events: of several addresses the last that is free is taken, so
+            that others find the first one free.
 
     Raises (on entry):
         VcpuConnectionError: no address could be reached, or what answers is not QMP. Where nobody listens, a
@@ -128,6 +132,8 @@ def connect(
     patience = connect_timeout if connect_timeout is not None else _CONNECT_SECONDS
     if config_only:
         patience = min(patience, _HELD_SECONDS)
+    if watch:
+        place = replace(place, qmp=place.qmp[::-1])
 
     async def open_one(address: str) -> Monitor:
         # Loaded here: `qemu.qmp` is most of what importing qmpvcpu would cost.
@@ -167,7 +173,7 @@ class Domain(MigrationCalls):
         self._config_only = config_only
         self._persistent = Persistent(place.definition) if place.definition is not None else None
         self._guest: Guest | None = None
-        self._entered = False
+        self._loop: asyncio.AbstractEventLoop | None = None
         self._link: Link | None = None
         self._last: Link | None = None
         self._inactive = False
@@ -182,9 +188,9 @@ class Domain(MigrationCalls):
         return f"<Domain {self.name!r} {state}>"
 
     async def __aenter__(self) -> Domain:
-        if self._entered:
+        if self._loop is not None:
             raise VcpuUsageError("a Domain is entered once", hint="call connect() again")
-        self._entered = True
+        self._loop = asyncio.get_running_loop()
         await self._connect()
         return self
 
@@ -194,12 +200,14 @@ class Domain(MigrationCalls):
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
+        self._check_loop()
         self._hub.end(None)
-        await self._close()
+        await aio.finish(self._close())
 
     @asynccontextmanager
     async def _call(self) -> AsyncIterator[None]:
         """Operations on one domain queue. What one of them has left, cancelled, is known until the next begins."""
+        self._check_loop()
         async with self._queue:
             self._interrupted = None
             try:
@@ -207,6 +215,18 @@ class Domain(MigrationCalls):
             except asyncio.CancelledError as error:
                 self._interrupted = left_by(error).with_pending(self.pending_ids)
                 raise
+
+    def _check_loop(self) -> None:
+        """Raises VcpuUsageError if this is not the event loop in which the domain was entered."""
+        if self._loop is None:
+            raise VcpuUsageError(
+                f"the domain '{self.name}' is not entered", hint="use it inside `async with connect(…) as domain`"
+            )
+        if asyncio.get_running_loop() is not self._loop:
+            raise VcpuUsageError(
+                f"the domain '{self.name}' was entered in another event loop",
+                hint="call connect() in each event loop; from another thread: asyncio.run_coroutine_threadsafe()",
+            )
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -225,7 +245,7 @@ class Domain(MigrationCalls):
             VcpuConnectionError: as on entry.
         """
         async with self._call():
-            await self._close()
+            await aio.finish(self._close())
             await self._connect()
 
     # -- the call, and its exploded forms ---------------------------------------------------------
@@ -524,9 +544,9 @@ class Domain(MigrationCalls):
 
     async def agent_refusal(self) -> VcpuError | None:
         """Why the guest's agent cannot switch CPUs; None where it can, or where no agent is known."""
-        if self._guest is None:
-            return None
         async with self._turn():
+            if self._guest is None:
+                return None
             try:
                 await self._guest.check_switch()
             except VcpuError as error:
@@ -558,7 +578,7 @@ class Domain(MigrationCalls):
         """
         if limit < 1:
             raise VcpuUsageError(f"a limit of {limit} events makes no sense", hint="give 1 or more")
-        return Events(self._hub, lambda: self._connected().check(), steps=steps, limit=limit)
+        return Events(self._hub, lambda: self._connected().check(), self._check_loop, steps=steps, limit=limit)
 
     @property
     def last_state(self) -> DomainState:
@@ -670,7 +690,7 @@ class Domain(MigrationCalls):
         address = self._agent_address()
         if address is not None and self._agent_at is not None:
             self._guest = Guest(self._agent_at(address), self._link.monitor, self._hub.emit)
-            self._link.look_further = self._guest.try_view
+            self._link.guest = self._guest
 
     def _agent_address(self) -> str | None:
         if self._place.agent is not None or self._persistent is None:

@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 from types import TracebackType
 from typing import Any, Final, Literal
 
+from qmpvcpu import aio
 from qmpvcpu.core import checks
 from qmpvcpu.core.config import state_of
 from qmpvcpu.core.definition import Definition
@@ -155,13 +156,13 @@ class LibvirtDomain(Domain):
             with _answered():
                 live = await self._enter(self._connection)
         except BaseException:
-            await self._close()
+            await aio.finish(self._close())
             raise
         self._is_broken_off = False
         if live is not None and _AGENT_CHANNEL in live and self._link is not None and self._domain is not None:
             agent = ApiAgent(self._domain) if self._via == "api" else PassedAgent(self._domain)
             self._guest = Guest(agent, self._link.monitor, self._hub.emit)
-            self._link.look_further = self._guest.try_view
+            self._link.guest = self._guest
 
     async def __aexit__(
         self,
@@ -236,12 +237,12 @@ class LibvirtDomain(Domain):
     async def _connect_anew(self) -> None:
         """Unless the domain is left meanwhile."""
         leaves = self._leaves
-        await self._close()
+        await aio.finish(self._close())
         if leaves == self._leaves:
             await self._connect()
         if leaves != self._leaves:
             self._is_broken_off = False
-            await self._close()
+            await aio.finish(self._close())
             self._connected()
 
     # -- calls --------------------------------------------------------------------------------------

@@ -9,12 +9,15 @@ from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
+from qmpvcpu import aio
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.events import CPU_EVENTS, Departures, Names, SignalKind, changes, interpret
 from qmpvcpu.core.migration import MigrationStatus, check_cpu_operation, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 from qmpvcpu.core.pending import UsedContexts, mark
 from qmpvcpu.core.request import Knowledge
+from qmpvcpu.domain.addresses import Opener, first_free
+from qmpvcpu.domain.guest import Guest
 from qmpvcpu.domain.ledger import Ledger
 from qmpvcpu.domain.listen import Hub, Watcher
 from qmpvcpu.domain.read import StateReader, has_smm_firmware, is_hotplug_legacy, open_reader, run_state
@@ -25,17 +28,12 @@ from qmpvcpu.host.saves import is_here
 from qmpvcpu.host.threads import QemuThreads
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, PendingStore, Threads
 
-__all__ = ["NOBODY_LISTENS", "Link", "Opener", "open_link", "store_of"]
-
-#: Reasons of a `VcpuConnectionError` that say that there is no QEMU at an address.
-NOBODY_LISTENS: Final = frozenset({"missing", "refused"})
+__all__ = ["Link", "open_link", "store_of"]
 
 #: QAPI RunState of a guest that would not leave unheard.
 _AT_HOME: Final = frozenset({"running", "prelaunch"})
 _RUN_EVENTS: Final = frozenset({"STOP", "RESUME", "MIGRATION"})
 
-#: Opens a monitor at one address.
-Opener = Callable[[str], Awaitable[Monitor]]
 #: Makes what reads the state over a monitor, and its first state; given the domain's name.
 Reads = Callable[[Monitor, str], Awaitable[tuple[StateReader, DomainState]]]
 
@@ -66,8 +64,8 @@ class Link:
         self.driven: frozenset[int] = frozenset()
         #: What ended while nobody listened, as found on connecting.
         self.settled: tuple[Event, ...] = ()
-        #: What else there is to look at while somebody listens: the guest, through its agent.
-        self.look_further: Callable[[DomainState], Awaitable[object]] | None = None
+        #: Looked at too while somebody listens.
+        self.guest: Guest | None = None
         self._hub = hub
         self._queue = queue
         self._reader: StateReader | None = None
@@ -286,9 +284,12 @@ class Link:
         async with self._queue:
             self.learn()
             await self.look()
-        if self._hub.listening and self.look_further is not None:
+        if self._hub.listening and self.guest is not None:
             # Outside of the queue: an agent that is not there takes its time.
-            await self.look_further(self.state)
+            await self.guest.try_view(self.state)
+            if not self._queue.locked():
+                # Its socket takes one client at a time, and another process may want it before the next look.
+                await self.guest.close()
 
     def _keep(self, state: DomainState, heard: int = 0, asked_at: float = 0.0) -> DomainState:
         """`heard` is what `_departures` had heard of when the query was sent, at `asked_at`."""
@@ -382,19 +383,11 @@ async def open_link(
     Raises:
         VcpuConnectionError: none answers, or what answers is no QEMU.
     """
-    errors: list[VcpuConnectionError] = []
-    for address in addresses:
-        try:
-            link = Link(await opener(address), hub, queue, reads)
-            break
-        except VcpuConnectionError as error:
-            errors.append(error)
-    else:
-        raise errors[0] if len(errors) == 1 else _none_free(errors)
+    link = Link(await first_free(addresses, opener), hub, queue, reads)
     try:
         await link.open(name, before)
     except BaseException:
-        await link.close()
+        await aio.finish(link.close())
         raise
     return link
 
@@ -434,15 +427,3 @@ def _same_guest(one: Link, other: Link) -> bool:
         for state in states
     ]
     return machines[0] == machines[1]
-
-
-def _none_free(errors: Sequence[VcpuConnectionError]) -> VcpuConnectionError:
-    # One that is held by somebody tells more than one where nobody is.
-    worst = next((error for error in errors if error.reason not in NOBODY_LISTENS), errors[0])
-    return VcpuConnectionError(
-        "no QMP address answers: " + "; ".join(error.message for error in errors),
-        address=worst.address,
-        reason=worst.reason,
-        hint=worst.hint,
-        libvirt=worst.libvirt,
-    )

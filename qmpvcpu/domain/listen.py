@@ -64,9 +64,18 @@ class Events:
         VcpuOverflow: events came faster than they were read, and some are lost.
     """
 
-    def __init__(self, hub: Hub, check: Callable[[], None], *, steps: bool, limit: int) -> None:
+    def __init__(
+        self,
+        hub: Hub,
+        check: Callable[[], None],
+        check_loop: Callable[[], None],
+        *,
+        steps: bool,
+        limit: int,
+    ) -> None:
         self._hub = hub
         self._check = check
+        self._check_loop = check_loop
         self._steps = steps
         self._limit = limit
         self._waiting: deque[Event] = deque()
@@ -75,6 +84,7 @@ class Events:
         self._waker: asyncio.Future[None] | None = None
 
     async def __aenter__(self) -> Events:
+        self._check_loop()
         self._check()
         self._hub.add(self)
         return self
@@ -88,6 +98,7 @@ class Events:
         return self
 
     async def __anext__(self) -> Event:
+        self._check_loop()
         while not self._waiting:
             if self._error is not None:
                 raise self._error

@@ -444,7 +444,7 @@ class MigrationCalls:
         deadline = time.monotonic() + _BRING_BACK_SECONDS
         while link.process is not None and is_alive(link.process.key) and time.monotonic() < deadline:
             with suppress(VcpuError):
-                await self._close()
+                await aio.finish(self._close())
                 await self._connect()
                 await self._go_on(self._connected(), runs=runs)
                 return True

@@ -12,6 +12,7 @@ from functools import partial
 from typing import TYPE_CHECKING, Any, Final, TypeVar
 from urllib.parse import SplitResult, urlsplit
 
+from qmpvcpu.aio import finish
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused, VcpuUsageError
 from qmpvcpu.libvirt.errors import connection_error, lost, translated
@@ -691,4 +692,4 @@ async def open_connection(uri: str) -> AsyncIterator[Connection]:
         await connection.open()
         yield connection
     finally:
-        await connection.close()
+        await finish(connection.close())

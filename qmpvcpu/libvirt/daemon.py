@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import IO, Any, Final
 from urllib.parse import quote
 
+from qmpvcpu.aio import finish
 from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused, VcpuUsageError
 
 __all__ = ["Libvirtd", "run_libvirtd"]
@@ -214,7 +215,7 @@ async def run_libvirtd(*, log_qmp: bool = False) -> AsyncIterator[Libvirtd]:
         await daemon.start()
         yield daemon
     finally:
-        await supervisor.close()
+        await finish(supervisor.close())
 
 
 class _Link:

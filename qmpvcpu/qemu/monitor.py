@@ -28,6 +28,7 @@ from qemu.qmp import (
     Runstate,
 )
 
+from qmpvcpu.aio import finish
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
 
@@ -538,7 +539,7 @@ async def open_monitor(
     try:
         yield monitor
     finally:
-        await monitor.close()
+        await finish(monitor.close())
 
 
 async def connect_monitor(
@@ -580,7 +581,7 @@ async def connect_monitor(
     finally:
         if client.runstate is not Runstate.RUNNING:
             with suppress(Exception):
-                await client.disconnect()
+                await finish(client.disconnect())
             if isinstance(target, socket.socket):
                 target.close()
     logger.debug("connected to %s", address)

@@ -104,7 +104,7 @@ async def run_qemu(
                         error.add_note(await _last_words(qemu))
                     raise
                 finally:
-                    await monitor.close()
+                    await finish(monitor.close())
             finally:
                 # It dies while its folder goes.
                 process.kill()

@@ -11,7 +11,7 @@ import qmpvcpu
 from tests.support.commands import cli
 from tests.support.guests import Kind
 from tests.support.qemus import group
-from tests.support.waiting import until
+from tests.support.waiting import until, within
 
 pytestmark = pytest.mark.guest
 
@@ -70,6 +70,21 @@ async def test_without_fallback_it_is_refused_and_nothing_is_done(arch, guest):
     if arch == "s390x":
         code, never = await run(guest, "setvcpu", "5", "--enable", "--guest")
         assert (code, "not plugged" in never["error"]["message"]) == (3, True)
+
+
+@on("s390x")
+async def test_the_agent_of_a_guest_that_is_watched_answers_others_too(arch, pool):
+    """Its socket takes one client at a time; who listens lets it go between two looks."""
+    booted = await pool.get(arch, "10.0", plugs=0, kind=KINDS[arch])
+    guest = booted.guest
+    async with qmpvcpu.connect(booted.third, agent=guest.agent) as watcher, watcher.events() as events:
+        await watcher.state()
+        for online in (0, 1):
+            await guest.shell(f"echo {online} > /sys/devices/system/cpu/cpu1/online")
+            event = await within(anext(events), "the watcher has looked into the guest")
+            assert (event.event.value, event.vcpus) == ("vcpu-online" if online else "vcpu-offline", (1,))
+            code, info = await run(guest, "vcpuinfo")
+            assert (code, info["vcpus"][1]["online"]) == (0, bool(online))
 
 
 @EVERY

@@ -215,11 +215,6 @@ async def test_nobody_looks_when_nobody_listens(running):
         await until(lambda: asyncio.all_tasks() == tasks, "what looked has ended")
 
 
-async def test_there_are_no_events_outside_of_a_domain(tmp_path):
-    with pytest.raises(qmpvcpu.VcpuConnectionError):
-        await qmpvcpu.connect(str(tmp_path / "none")).events().__aenter__()
-
-
 def test_events_of_no_size_make_no_sense(tmp_path):
     with pytest.raises(qmpvcpu.VcpuUsageError):
         qmpvcpu.connect(str(tmp_path / "none")).events(limit=0)

@@ -1,0 +1,91 @@
+"""Finds the address of a guest that is free: of several QMP sockets, each takes one client at a time."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Final
+
+from qmpvcpu import aio
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.ports import Monitor
+
+__all__ = ["NOBODY_LISTENS", "Opener", "first_free"]
+
+#: Reasons of a `VcpuConnectionError` that say that there is no QEMU at an address.
+NOBODY_LISTENS: Final = frozenset({"missing", "refused"})
+
+#: QEMU greets within milliseconds where nobody holds the socket: after so many seconds the next one is tried too.
+_HEAD_START: Final = 0.05
+
+#: Opens a monitor at one address.
+Opener = Callable[[str], Awaitable[Monitor]]
+
+
+async def first_free(addresses: Sequence[str], opener: Opener) -> Monitor:
+    """Connect to the first of the addresses that greets; the attempts at the others are ended before it returns.
+
+    They are tried in order: the next one when the one before has failed, or has not greeted for 50 ms.
+
+    Raises:
+        VcpuConnectionError: none of them can be had.
+    """
+    if len(addresses) == 1:
+        return await opener(addresses[0])
+    attempts: list[asyncio.Future[Monitor]] = []
+    try:
+        found = await _race(addresses, opener, attempts)
+    except BaseException:
+        await aio.finish(_give_up(attempts))
+        raise
+    try:
+        await aio.finish(_give_up([attempt for attempt in attempts if attempt is not found]))
+    except BaseException:
+        await aio.finish(found.result().close())
+        raise
+    return found.result()
+
+
+async def _race(
+    addresses: Sequence[str], opener: Opener, attempts: list[asyncio.Future[Monitor]]
+) -> asyncio.Future[Monitor]:
+    """The attempt that has come first; all that were begun are in `attempts` then."""
+    while True:
+        if len(attempts) < len(addresses):
+            attempts.append(asyncio.ensure_future(opener(addresses[len(attempts)])))
+        under_way = [attempt for attempt in attempts if not attempt.done()]
+        if under_way:
+            head_start = _HEAD_START if len(attempts) < len(addresses) else None
+            await asyncio.wait(under_way, timeout=head_start, return_when=asyncio.FIRST_COMPLETED)
+        ended = [attempt for attempt in attempts if attempt.done()]
+        errors: list[VcpuConnectionError] = []
+        for attempt in ended:
+            error = attempt.exception()
+            if not isinstance(error, VcpuConnectionError):
+                # An error of another kind is about what was asked, and no other address mends it.
+                attempt.result()
+                return attempt
+            errors.append(error)
+        if len(errors) == len(addresses):
+            raise _none_free(errors)
+
+
+async def _give_up(attempts: Sequence[asyncio.Future[Monitor]]) -> None:
+    for attempt in attempts:
+        attempt.cancel()
+    for attempt in attempts:
+        await asyncio.wait((attempt,))
+        if not attempt.cancelled() and attempt.exception() is None:
+            await attempt.result().close()
+
+
+def _none_free(errors: Sequence[VcpuConnectionError]) -> VcpuConnectionError:
+    # One that is held by somebody tells more than one where nobody is.
+    worst = next((error for error in errors if error.reason not in NOBODY_LISTENS), errors[0])
+    return VcpuConnectionError(
+        "no QMP address answers: " + "; ".join(error.message for error in errors),
+        address=worst.address,
+        reason=worst.reason,
+        hint=worst.hint,
+        libvirt=worst.libvirt,
+    )
