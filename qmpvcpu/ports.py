@@ -240,6 +240,9 @@ class Agent(Protocol):
     def reads_files(self) -> bool:
         """Whether `read_files` can read any."""
 
+    def limit(self, seconds: float) -> AbstractContextManager[None]:
+        """What is asked in the body has so long in all, besides each command's own deadline; nests."""
+
     async def open(self) -> None:
         """Connect to its socket, if it is not; an agent need not listen yet. Raises VcpuConnectionError."""
 

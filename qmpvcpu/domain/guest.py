@@ -28,6 +28,10 @@ from qmpvcpu.ports import Agent, CommandError, Monitor
 
 __all__ = ["Arrival", "Guest", "with_online"]
 
+#: An agent has so long for all commands of one look, and of one switch, seconds: were each of them as slow as its
+#: own deadline lets it be, a call would take half a minute.
+_LOOK_SECONDS: Final = 5.0
+_SWITCH_SECONDS: Final = 10.0
 #: Seconds between two looks at a guest that has yet to bring a CPU up.
 _LOOK_FIRST: Final = 0.02
 _LOOK_MOST: Final = 0.5
@@ -95,7 +99,8 @@ class Guest:
                 self.trouble = error
                 raise
             try:
-                view = await self._view(state)
+                with self._agent.limit(_LOOK_SECONDS):
+                    view = await self._view(state)
             except VcpuConnectionError as error:
                 self.trouble = error
                 if error.reason in ("no-agent", "timeout"):
@@ -155,11 +160,12 @@ class Guest:
         """
         run = Switch(view, vcpus, online)
         effect = run.start()
-        while effect is not None:
-            if isinstance(effect, Look):
-                effect = run.feed(Seen(parse_guest_vcpus(await self._ask())))
-                continue
-            effect = run.feed(await self._set(effect, first=run.step is SwitchStep.SET))
+        with self._agent.limit(_SWITCH_SECONDS):
+            while effect is not None:
+                if isinstance(effect, Look):
+                    effect = run.feed(Seen(parse_guest_vcpus(await self._ask())))
+                    continue
+                effect = run.feed(await self._set(effect, first=run.step is SwitchStep.SET))
         return run
 
     async def check_switch(self) -> None:

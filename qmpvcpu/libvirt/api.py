@@ -6,7 +6,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Mapping
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from typing import Any, Final
 
 from qmpvcpu.core.request import parse_ids
@@ -207,6 +207,10 @@ class ApiAgent:
     def reads_files(self) -> bool:
         """libvirt's API cannot."""
         return False
+
+    def limit(self, seconds: float) -> AbstractContextManager[None]:
+        """libvirt has deadlines of its own, and each question is one call."""
+        return nullcontext()
 
     async def open(self) -> None:
         """libvirt is connected."""

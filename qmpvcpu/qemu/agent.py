@@ -16,8 +16,10 @@ import itertools
 import json
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from contextvars import ContextVar
+from math import inf
 from typing import Any, Final
 
 from qmpvcpu.errors import VcpuConnectionError
@@ -40,6 +42,9 @@ _CLOSE_SECONDS: Final = 1.0
 _WINDOW: Final = 16
 
 _SENTINEL: Final = b"\xff"
+
+#: When all that this task asks must be answered (the loop's clock), and how many seconds that was given.
+_LIMIT: Final[ContextVar[tuple[float, float]]] = ContextVar("qmpvcpu agent limit", default=(inf, inf))
 
 Command = tuple[str, Mapping[str, Any] | None]
 
@@ -75,6 +80,16 @@ class AgentClient:
         """It may, where its configuration lets it."""
         return True
 
+    @contextmanager
+    def limit(self, seconds: float) -> Iterator[None]:
+        """What this task asks in the body has so long in all, besides each command's own deadline; nests."""
+        end = asyncio.get_running_loop().time() + seconds
+        token = _LIMIT.set(min((end, seconds), _LIMIT.get()))
+        try:
+            yield
+        finally:
+            _LIMIT.reset(token)
+
     async def open(self) -> None:
         """Connect to the socket, if it is not; whether an agent listens behind it, the first command shows.
 
@@ -85,7 +100,7 @@ class AgentClient:
             return
         where = parse_address(self._address)
         try:
-            async with asyncio.timeout(AGENT_TIMEOUT):
+            async with asyncio.timeout(_left(AGENT_TIMEOUT)):
                 if isinstance(where, str):
                     opened = await asyncio.open_unix_connection(where, limit=LINE_LIMIT)
                 elif isinstance(where, tuple):
@@ -136,7 +151,7 @@ class AgentClient:
         """
         contents: list[bytes | None] = []
         paths = list(limits)
-        until = asyncio.get_running_loop().time() + self._timeout
+        until = asyncio.get_running_loop().time() + _left(self._timeout)
         try:
             for begin in range(0, len(paths), _WINDOW):
                 contents += await self._window(
@@ -221,7 +236,7 @@ class AgentClient:
             if self._writer is None:
                 await self.open()
             if not self._synced:
-                await self._sync(self._timeout)
+                await self._sync(_left(self._timeout))
             self._synced = False
             replies = await self._converse(commands)
             self._synced = True
@@ -242,7 +257,7 @@ class AgentClient:
             text += json.dumps(message).encode() + b"\n"
         replies: list[object] = []
         try:
-            async with asyncio.timeout(self._timeout):
+            async with asyncio.timeout(_left(self._timeout)):
                 writer.write(text)
                 await writer.drain()
                 for command, number in sent:
@@ -261,10 +276,16 @@ class AgentClient:
 
     async def _lost(self, command: str, cause: BaseException) -> VcpuConnectionError:
         """Why a command got no answer in time."""
+        if _left(inf) == 0:
+            return self._too_slow(command, cause)
         with suppress(VcpuConnectionError):
             await self._sync(min(self._timeout, 1.0))
             return self._error("agent-restarted", f"was restarted, or never answers '{command}'", cause)
         return self._error("no-agent", f"did not answer '{command}' within {self._timeout:g} s", cause)
+
+    def _too_slow(self, command: str, cause: BaseException) -> VcpuConnectionError:
+        text = f"is too slow: '{command}' was not answered when {_LIMIT.get()[1]:g} s were over"
+        return self._error("no-agent", text, cause)
 
     async def _sync(self, seconds: float) -> None:
         """`guest-sync-delimited`, with a sentinel in front that ends whatever an earlier client left half said."""
@@ -290,6 +311,8 @@ class AgentClient:
                             self._came_late(bytes(late))
                             return
         except TimeoutError as error:
+            if _left(inf) == 0:
+                raise self._too_slow("guest-sync-delimited", error) from error
             raise self._error("no-agent", f"did not answer within {seconds:g} s", error) from error
         except asyncio.IncompleteReadError as error:
             await self.close()
@@ -373,6 +396,11 @@ async def _skip_to_sentinel(reader: asyncio.StreamReader, keep: int) -> bytes:
             return kept + (await reader.readuntil(_SENTINEL))[: max(keep - len(kept), 0)]
         except asyncio.LimitOverrunError as error:
             kept += (await reader.readexactly(max(error.consumed, 1)))[: max(keep - len(kept), 0)]
+
+
+def _left(seconds: float) -> float:
+    """Of a command's own deadline, what the limit of all leaves."""
+    return max(min(seconds, _LIMIT.get()[0] - asyncio.get_running_loop().time()), 0.0)
 
 
 def _read(handle: int, count: int) -> Command:

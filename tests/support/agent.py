@@ -6,7 +6,7 @@ All of it raises `qmpvcpu.VcpuConnectionError` where no answer comes.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Awaitable, Mapping
-from contextlib import asynccontextmanager
+from contextlib import AbstractContextManager, asynccontextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -45,6 +45,10 @@ class Agent:
         """
         found: list[bytes | None] = await _answer(self._client.read_files(limits))
         return found
+
+    def limit(self, seconds: float) -> AbstractContextManager[None]:
+        """What is asked in the body has so long in all."""
+        return self._client.limit(seconds)
 
     async def command(self, name: str) -> Any:
         """Any other command. Raises AgentError."""

@@ -23,6 +23,8 @@ class FakeAgent:
         self.handles: dict[int, str] = {}
         self.before_sync = b""
         self.connections = 0
+        #: Seconds that each answer takes.
+        self.pause = 0.0
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.connections += 1
@@ -41,6 +43,8 @@ class FakeAgent:
         command = json.loads(rest)
         name, arguments = command["execute"], command.get("arguments", {})
         self.commands.append((name, arguments))
+        if self.pause:
+            await asyncio.sleep(self.pause)
         if name in self.answers:
             raw = self.answers[name](command)
         elif name == "guest-sync-delimited":

@@ -238,3 +238,14 @@ async def test_an_agent_that_never_answered_is_not_waited_for(with_guest):
         set_agent_deadline(domain, 1)
         outcome = await domain.enable(2)
     assert (outcome.outcome, outcome.pending_online) == ("applied", ())
+
+
+async def test_an_agent_that_is_slow_each_time_is_given_up_after_one_deadline(with_guest):
+    """Each of its answers comes within the agent's own deadline of 5 s: together they were half a minute."""
+    guest = FakeGuest(FakeQemu(plugged=(1,)))
+    guest.pause = 4.5
+    async with with_guest(guest) as domain:
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="too slow"):
+            async with asyncio.timeout(15):
+                await domain.set_guest_vcpus([1], False)
+    assert "guest-set-vcpus" not in [name for name, _ in guest.commands]
