@@ -16,7 +16,7 @@ from typing import Any, Final
 from qmpvcpu.aio import finish
 from qmpvcpu.app.definitions import undefine
 from qmpvcpu.app.probes import ProbeMode
-from qmpvcpu.app.start import clean_up, launch_waiting
+from qmpvcpu.app.start import clean_up, launch_waiting, remove_ended
 from qmpvcpu.app.trust import Startable, of_file, of_user
 from qmpvcpu.app.twin import HINT, Checked, check_held, check_readable, check_sides, compare_with_twin, read_back
 from qmpvcpu.core.machine.comparison import check_movable
@@ -318,27 +318,42 @@ async def migrate(
             if at_destination is not None:
                 at_destination()
 
-        done = await source.migrate(
-            target.domain,
-            cookie,
-            uri=uri,
-            host=_host_of(dest),
-            bandwidth=bandwidth,
-            timeout=timeout,
-            progress=progress,
-            force=force,
-            settled=settled,
-        )
+        async with _nothing_left_of(source, lambda: target.is_kept):
+            done = await source.migrate(
+                target.domain,
+                cookie,
+                uri=uri,
+                host=_host_of(dest),
+                bandwidth=bandwidth,
+                timeout=timeout,
+                progress=progress,
+                force=force,
+                settled=settled,
+            )
     # From here on the guest runs there, and nothing may look as if it did not.
     messages = [*target.messages, *done.messages, *messages]
-    if source.has_definition and check_name(source.name) is None:
-        await clean_up(source.name)
     try:
         if undefine_source:
             undefine(source.name)
     except VcpuRefused as error:
         messages.append(f"the source is still defined: {error.message}")
     return Migrated(done.vcpus, done.status, tuple(messages), done.seconds)
+
+
+@asynccontextmanager
+async def _nothing_left_of(source: Domain, has_left: Callable[[], bool]) -> AsyncIterator[None]:
+    """The body takes the guest away: its QEMU, folder and cgroups go then. If the body fails when the guest
+    `has_left`, they go where that QEMU has ended.
+    """
+    is_ours = source.has_definition and check_name(source.name) is None
+    try:
+        yield
+    except BaseException:
+        if is_ours:
+            await finish(asyncio.to_thread(remove_ended, source.name, is_ending=has_left()))
+        raise
+    if is_ours:
+        await clean_up(source.name)
 
 
 def _default_uri(place: _Place, host: str | None) -> str:
@@ -512,20 +527,19 @@ async def save(
             await finish(asyncio.to_thread(SavedDefinitions().keep, saving.digest, cookie.xml))
 
     try:
-        has_ended = await source.save(
-            cookie,
-            saving.fd,
-            saving.offset,
-            finished,
-            progress,
-            force=force,
-            check=check,
-            files=(saving.temporary, saving.path),
-        )
+        async with _nothing_left_of(source, lambda: size > 0):
+            has_ended = await source.save(
+                cookie,
+                saving.fd,
+                saving.offset,
+                finished,
+                progress,
+                force=force,
+                check=check,
+                files=(saving.temporary, saving.path),
+            )
     finally:
         saving.discard()
-    if source.has_definition and check_name(source.name) is None:
-        await clean_up(source.name)
     slots = machine.slots if machine is not None else ()
     vcpus = tuple(sorted(n for slot in slots if slot.plugged for n in slot.ids))
     messages = () if has_ended else ("QEMU was told to end, and may still be there, paused: do not let it run",)

@@ -36,7 +36,7 @@ from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.hardware import read_hardware
 from qmpvcpu.xml.source import Document
 
-__all__ = ["Destroyed", "Launched", "Started", "clean_up", "destroy", "launch_waiting", "start"]
+__all__ = ["Destroyed", "Launched", "Started", "clean_up", "destroy", "launch_waiting", "remove_ended", "start"]
 
 _PAUSE: Final = 0.02
 #: Seconds for another process that starts or ends the same guest.
@@ -279,6 +279,28 @@ async def clean_up(name: str) -> None:
     runtime = Runtime(name)
     with suppress(OSError):
         await finish(asyncio.to_thread(_end, runtime))
+
+
+def remove_ended(name: str, *, is_ending: bool) -> None:
+    """Remove what a QEMU that we have started has left, if it has ended. Blocks.
+
+    Args:
+        name: of the domain.
+        is_ending: it was told to end, and gets a second for that.
+    """
+    runtime = Runtime(name)
+    with suppress(OSError):
+        lock = runtime.try_lock()
+        if lock is None:
+            return  # somebody starts it again
+        try:
+            end = time.monotonic() + (1.0 if is_ending else 0.0)
+            while runtime.pid() is not None and time.monotonic() < end:
+                time.sleep(_PAUSE)
+            if runtime.pid() is None:
+                _end(runtime)
+        finally:
+            lock.release()
 
 
 async def destroy(name: str) -> Destroyed:

@@ -51,6 +51,12 @@ SOAKS = {
         1000,
         tests("tests/app/test_kills.py::test_killed_at_random_moments"),
     ),
+    "leaks": Soak(
+        "each command that starts or ends a QEMU, cancelled at COUNT of its awaits: nothing is left behind",
+        200,
+        tests("tests/qemu/test_nothing_left_real.py"),
+        needs=("qemu",),
+    ),
     "smp": Soak(
         "COUNT generated -machine, -smp and -numa: what we make of them against real QEMUs",
         5000,

@@ -13,16 +13,17 @@ class _Stepped:
     def __init__(self, work: Coroutine[Any, Any, Any], at: int) -> None:
         self._work = work
         self._at = at
+        self.awaits = 0
 
     def __await__(self) -> Generator[Any, Any, Any]:
-        step, given, awaits = self._work.send, None, 0
+        step, given = self._work.send, None
         while True:
             try:
                 waits_for = step(given)
             except StopIteration as end:
                 return end.value
-            awaits += 1
-            if awaits == self._at:
+            self.awaits += 1
+            if self.awaits == self._at:
                 task = asyncio.current_task()
                 assert task is not None
                 task.cancel()
@@ -38,6 +39,13 @@ async def cancelled_at(work: Coroutine[Any, Any, Any], number: int) -> Any:
     Raises CancelledError, and what the call raises.
     """
     return await asyncio.create_task(_run(_Stepped(work, number)))
+
+
+async def awaits_of(work: Coroutine[Any, Any, Any]) -> int:
+    """Carry it out; how many awaits it has."""
+    stepped = _Stepped(work, 0)
+    await asyncio.create_task(_run(stepped))
+    return stepped.awaits
 
 
 async def cancelled_after(work: Coroutine[Any, Any, Any], seconds: float) -> Any:
