@@ -302,6 +302,10 @@ class Departures:
         self._emptied.clear()
         return found
 
+    def forget(self, path: str | None) -> None:
+        """That one has left this QOM path is told already."""
+        self._undecided = [one for one in self._undecided if one.path != path]
+
     # -- inside -----------------------------------------------------------------------------------
 
     def _hear_deleted(self, path: str, time: float, own: bool, *, is_cpu: bool = False) -> None:

@@ -115,7 +115,7 @@ class Link:
             self._state = before.state
             self._keep(state)
         self.ledger.note_back(state.enabled_ids)
-        self.settled = tuple(event for event in self._learn() if not event.event.is_step)
+        self.settled = tuple(event for event in self._learn(is_first=True) if not event.event.is_step)
         self._state = mark(state, self.ledger.firsts)
         self._note_run(await run_state(self.monitor))
         self._watcher.start()
@@ -266,7 +266,7 @@ class Link:
     def _look_for_groups(self, ids: Iterable[int]) -> None:
         self._groupless = set(ids) if self.threads is not None and not self.threads.has_groups() else set()
 
-    def _learn(self) -> list[Event]:
+    def _learn(self, *, is_first: bool = False) -> list[Event]:
         opened, over = self.ledger.refresh(self.state)
         self.stale |= self.ledger.undecided
         found: list[Event] = []
@@ -275,9 +275,15 @@ class Link:
             found += _events(unplug.asked or time.time(), EventKind.UNPLUG_REQUESTED, [entity])
         for unplug in over:
             gone = self.state.by_id.get(unplug.first)
-            detail = "it was removed while nobody listened"
-            found += _events(time.time(), EventKind.REMOVED, [gone] if gone is not None else [], detail)
-            self._gone.update(gone.ids if gone is not None else ())
+            if gone is None:
+                continue
+            self._gone.update(gone.ids)
+            if is_first:
+                self._departures.forget(unplug.qom_path)
+            if is_first or not self.monitor.hears_all:
+                # Later on QEMU's own event tells of it.
+                detail = "it was removed while nobody listened"
+                found += _events(time.time(), EventKind.REMOVED, [gone], detail)
         return found
 
     async def _watch(self) -> None:

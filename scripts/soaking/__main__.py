@@ -33,6 +33,13 @@ SOAKS = {
         tests("tests/unit/test_count_sequences.py", "tests/qemu/test_counts_real.py"),
         needs=("qemu",),
     ),
+    "endurance": Soak(
+        "COUNT plugs and unplugs over one connection and a fifth as many connects, watched all the while: nothing"
+        " grows, and every event is told",
+        10_000,
+        tests("tests/qemu/test_endurance_real.py", "-s"),
+        needs=("qemu",),
+    ),
     "fight": Soak(
         "COUNT calls of two processes of ours and a bare QMP client that fight over the same vCPUs",
         500,
