@@ -28,7 +28,23 @@ _MOST_ELEMENTS: Final = 200_000
 _ATTRIBUTE: Final = re.compile(rb"""\s+([^\s=/<>'"]+)\s*=\s*("[^"]*"|'[^']*')""")
 _NAME: Final = re.compile(rb"<[^\s/>]+")
 _DECLARED: Final = re.compile(r"""\A<\?xml\s[^>]*?encoding\s*=\s*["']([A-Za-z0-9._-]+)["']""")
-_BOMS: Final = ((codecs.BOM_UTF8, "utf-8"), (codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"))
+#: The first bytes of a document that has a mark. UTF-32's begins as UTF-16's does.
+_BOMS: Final = (
+    (codecs.BOM_UTF8, "utf-8"),
+    (codecs.BOM_UTF32_LE, "utf-32-le"),
+    (codecs.BOM_UTF32_BE, "utf-32-be"),
+    (codecs.BOM_UTF16_LE, "utf-16-le"),
+    (codecs.BOM_UTF16_BE, "utf-16-be"),
+)
+#: Those of one without a mark: its `<`.
+_FIRST: Final = (
+    (b"<\0\0\0", "utf-32-le"),
+    (b"\0\0\0<", "utf-32-be"),
+    (b"<\0", "utf-16-le"),
+    (b"\0<", "utf-16-be"),
+)
+#: Python's names of what a document can be in. Others may take hours to decode, or give other bytes back.
+_KNOWN: Final = re.compile(r"utf-(?:8|8-sig|16|16-[lb]e|32|32-[lb]e)|ascii|iso8859-[0-9]+|cp125[0-8]")
 
 
 @dataclass(slots=True)
@@ -181,24 +197,28 @@ def parse_document(data: bytes) -> Document:
 def _decoded(data: bytes) -> tuple[str, str, bytes]:
     bom, encoding = next(((bom, name) for bom, name in _BOMS if data.startswith(bom)), (b"", ""))
     if not encoding:
-        # Without a mark UTF-16 shows by the zero in `<?`.
-        encoding = {b"<\0": "utf-16-le", b"\0<": "utf-16-be"}.get(data[:2], "")
+        encoding = next((name for first, name in _FIRST if data.startswith(first)), "")
     if not encoding:
         declared = _DECLARED.match(data[:200].decode("latin-1"))
         encoding = declared[1].lower() if declared else "utf-8"
     body = data[len(bom) :]
     try:
-        text = body.decode(encoding)
-        same = text.encode(encoding) == body
+        codec = codecs.lookup(encoding).name
     except LookupError:
         raise _refused(f"its encoding '{encoding}' is not known", 1) from None
+    if _KNOWN.fullmatch(codec) is None:
+        raise _refused(f"its encoding '{encoding}' cannot be kept: save it as UTF-8", 1)
+    try:
+        text = body.decode(codec)
+        same = text.encode(codec) == body
     except (UnicodeError, ValueError) as error:
         raise _refused(f"it is not {encoding}: {error}", None) from error
-    if not same or not encoding.startswith(
-        ("utf-8", "utf-16", "us-ascii", "ascii", "iso-8859", "latin", "windows-")
-    ):
+    if not same:
         raise _refused(f"its encoding '{encoding}' cannot be kept: save it as UTF-8", 1)
-    return text, "utf-8" if encoding in ("utf8", "utf-8") else encoding, bom
+    if "\0" in text:
+        # expat would take it for UTF-16.
+        raise _refused("not well-formed: it has a NUL character", text.count("\n", 0, text.index("\0")) + 1)
+    return text, codec, bom
 
 
 class _Reader:
