@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from qmpvcpu.app.features import with_known_features
@@ -13,7 +12,7 @@ from qmpvcpu.app.qemus import find_binaries, path_of
 from qmpvcpu.core.bootargs import BootArgs, BootStyle, boot_args, machine_spec, qemu_arch
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.errors import Refusal, VcpuRefused
-from qmpvcpu.host.definitions import DefinitionFile, DefinitionFolder
+from qmpvcpu.host.definitions import DefinitionFolder, read_document
 from qmpvcpu.xml.domain import read_domain
 
 __all__ = ["CommandLine", "check_program", "command_line", "listed_program", "probe_domain", "read_definition"]
@@ -46,7 +45,7 @@ def read_definition(word: str) -> tuple[Definition, tuple[str, ...]]:
         text = f"there is no file '{word}'" + ("" if "/" in word else ", and no domain of that name")
         hint = "name a file with domain XML, or a domain that `qmpvcpu list` shows"
         raise VcpuRefused([Refusal("definition", text, (), hint, "VIR_ERR_NO_DOMAIN")])
-    definition = read_domain(DefinitionFile(Path(word), keep=False).read())[1]
+    definition = read_domain(read_document(word))[1]
     listed = listed_program(definition)
     if definition.emulator is None or listed is not None:
         return replace(definition, emulator=listed), ()

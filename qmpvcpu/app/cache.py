@@ -5,11 +5,21 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from qmpvcpu.host.owners import trusted_folder
+
 __all__ = ["cache_folder"]
 
 
 def cache_folder() -> Path:
-    """The cache folder; it need not exist. The scripts in `scripts/` use the same rule."""
+    """The cache folder; it need not exist. The scripts in `scripts/` use the same rule.
+
+    Raises:
+        VcpuRefused: somebody else can write to it, and programs in it are run.
+    """
+    return trusted_folder(_cache_path(), "cache folder")
+
+
+def _cache_path() -> Path:
     if own := os.environ.get("QMPVCPU_CACHE"):
         return Path(own)
     base = os.environ.get("XDG_CACHE_HOME")

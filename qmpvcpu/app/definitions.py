@@ -13,7 +13,8 @@ from typing import Any, Final
 
 from qmpvcpu.domain import Domain, connect
 from qmpvcpu.errors import Refusal, VcpuError, VcpuRefused, VcpuUsageError
-from qmpvcpu.host.definitions import Addresses, DefinitionFile, DefinitionFolder, check_name
+from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
+from qmpvcpu.host.definitions import read_document as read_file_or_pipe
 from qmpvcpu.host.runtime import Runtime, running_names
 from qmpvcpu.xml.domain import read_domain, renamed
 
@@ -119,6 +120,7 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
             messages.append(f"'{xml}' calls the domain '{own}': it is defined as '{word}'")
             data = renamed(data, word)
         messages += _trusted(data)
+        addresses = _with_known(word, addresses)
     elif addresses.qmp:
         async with connect(word, qmp=addresses.qmp, agent=addresses.agent) as domain:
             told = await domain.describe_machine()
@@ -146,11 +148,16 @@ async def _define_file(path: str, addresses: Addresses) -> Defined:
     refusal = check_name(name)
     if refusal is not None:
         raise VcpuRefused([refusal])
-    if addresses == Addresses():
-        # A new XML for a domain says nothing new of where it is reached.
+    return await asyncio.to_thread(_write, name, data, _with_known(name, addresses), _trusted(data))
+
+
+def _with_known(name: str, addresses: Addresses) -> Addresses:
+    """A new XML for a domain says nothing new of where it is reached, and its QEMU may run there."""
+    known = Addresses()
+    if not addresses.qmp:
         with suppress(VcpuRefused):
-            addresses = DefinitionFolder().addresses(name)
-    return await asyncio.to_thread(_write, name, data, addresses, _trusted(data))
+            known = DefinitionFolder().addresses(name)
+    return Addresses(addresses.qmp or known.qmp, addresses.agent or known.agent)
 
 
 def _trusted(data: bytes) -> list[str]:
@@ -260,7 +267,7 @@ def read_document(path: str) -> bytes:
     if not os.path.lexists(path):
         hint = "name a file with domain XML"
         raise VcpuRefused([Refusal("definition", f"there is no file '{path}'", (), hint, "VIR_ERR_INVALID_ARG")])
-    return DefinitionFile(Path(path), keep=False).read()
+    return read_file_or_pipe(path)
 
 
 def _checked(data: bytes, path: str) -> str:

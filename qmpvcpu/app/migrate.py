@@ -28,7 +28,7 @@ from qmpvcpu.domain.handover import Side, is_there, kept_source
 from qmpvcpu.domain.migrate import Migrated, Progress
 from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
-from qmpvcpu.host.files import read_file
+from qmpvcpu.host.files import read_file, read_stream
 from qmpvcpu.host.process import pid_in
 from qmpvcpu.host.room import free_disk, free_memory
 from qmpvcpu.host.runtime import Runtime
@@ -105,12 +105,16 @@ def load_cookie(path: str) -> Cookie:
         VcpuRefused: it is not there, or is no cookie.
     """
     try:
-        data = sys.stdin.buffer.read(_LIMIT) if path == "-" else read_file(Path(path), _LIMIT)
-    except OSError as error:
-        text = f"'{path}' cannot be read: {error.strerror}"
+        data = read_stream(sys.stdin.fileno(), _LIMIT) if path == "-" else read_file(path, _LIMIT, with_pipes=True)
+    except (OSError, ValueError) as error:
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        text = f"'{path}' cannot be read: {why}"
         raise VcpuRefused(
             [Refusal("cookie", text, (), "name a file that migrate-begin was printed into")]
         ) from error
+    if len(data) > _LIMIT:
+        text = f"'{path}' is not a cookie: it has more than {_LIMIT} bytes"
+        raise VcpuRefused([Refusal("cookie", text, (), "name a file that migrate-begin was printed into")])
     return read_cookie(data)
 
 

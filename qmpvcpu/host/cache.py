@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from qmpvcpu.host.files import FileLock, read_file, stage_file, sweep, try_lock
+from qmpvcpu.host.files import FileLock, read_own, stage_file, sweep, try_lock
+from qmpvcpu.host.owners import make_folder
 
 __all__ = ["FileCache", "Program", "key_of", "program_of"]
 
@@ -62,7 +63,7 @@ class FileCache:
         """The answer; None where there is none, or where it is not what was written."""
         path = self.folder / key
         try:
-            check, _, body = read_file(path, _LIMIT).partition(b"\n")
+            check, _, body = read_own(path, _LIMIT).partition(b"\n")
             if check.decode() != hashlib.sha256(body).hexdigest():
                 return None
             # Who was used last goes last.
@@ -76,7 +77,7 @@ class FileCache:
         """Keep it."""
         body = json.dumps(answer, separators=(",", ":")).encode()
         with suppress(OSError):
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self.folder)
             data = hashlib.sha256(body).hexdigest().encode() + b"\n" + body
             stage_file(self.folder / key, data, sync=False).commit()
             self._prune()
@@ -100,7 +101,7 @@ class FileCache:
         try:
             return try_lock(path)
         except FileNotFoundError:
-            path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(path.parent)
             return try_lock(path)
 
     def _entries(self) -> list[os.DirEntry[str]]:

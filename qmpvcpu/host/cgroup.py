@@ -36,6 +36,7 @@ from qmpvcpu.host.hierarchy import (
     words,
     write,
 )
+from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, is_alive
 from qmpvcpu.host.widen import Widened, forget_dead, notes
 
@@ -336,7 +337,7 @@ class VcpuGroups:
         if not note.exists():
             if wanted <= (_effective(site.group, "mems") or frozenset()):
                 return None
-            note.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(note.parent)
             forget_dead(note.parent)
         lock = try_lock(note)
         if lock is None:

@@ -6,8 +6,11 @@ long as its XML is there.
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
+import unicodedata
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
@@ -20,17 +23,32 @@ from qmpvcpu.host.files import (
     StagedFile,
     locked_folder,
     read_file,
+    read_own,
     stage_file,
     state_folder,
     sync_folder,
 )
+from qmpvcpu.host.owners import NotOurs, make_folder, trusted_folder
 
-__all__ = ["Addresses", "DefinitionFile", "DefinitionFolder", "check_name", "not_written"]
+__all__ = [
+    "Addresses",
+    "DefinitionFile",
+    "DefinitionFolder",
+    "check_name",
+    "file_name",
+    "name_of_file",
+    "not_written",
+    "read_document",
+]
 
 #: What an XML may have; `xml.source` says it in words.
 _LIMIT: Final = 8 * 1024 * 1024
 _LOCK_SECONDS: Final = 5.0
-_LONGEST_NAME: Final = 200
+#: NAME_MAX of Linux is 255 bytes, and the longest that stands behind a name is `.console`.
+_LONGEST_NAME: Final = 247
+#: First characters of a domain's name that are written in another way in the names of its files: what begins with
+#: a dot is hidden, and ours; and then what looks like one that was written so.
+_WRITTEN: Final = {".": "%2E", "%": "%25"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +66,7 @@ class Addresses:
 class DefinitionFile:
     """The XML of one domain, a defined one's or any file of a user (`ports.DefinitionStore`).
 
-    `keep` is whether the version before is kept beside it.
+    `keep` is whether it is a defined one's: then the version before is kept, and only a file of ours is read.
     """
 
     def __init__(self, path: Path, *, keep: bool) -> None:
@@ -67,7 +85,7 @@ class DefinitionFile:
             VcpuRefused: it is not there, or cannot be read.
         """
         try:
-            return read_file(self.path, _LIMIT)
+            return read_own(self.path, _LIMIT) if self._keep else read_file(self.path, _LIMIT)
         except FileNotFoundError as error:
             raise _refused(
                 f"there is no definition '{self.path}'",
@@ -75,7 +93,7 @@ class DefinitionFile:
                 "VIR_ERR_NO_DOMAIN",
             ) from error
         except OSError as error:
-            raise _refused(f"'{self.path}' cannot be read: {error.strerror}", "check its rights") from error
+            raise _unreadable(self.path, error) from error
 
     def stage(self, data: bytes) -> StagedDefinition:
         """Write the next version beside it. Raises OSError."""
@@ -137,17 +155,19 @@ class DefinitionFolder:
             VcpuRefused: the folder is there and cannot be read.
         """
         try:
-            found = [path.name.removesuffix(".xml") for path in self.folder.iterdir() if path.suffix == ".xml"]
+            trusted_folder(self.folder, "folder of definitions")
+            found = [path.name for path in self.folder.iterdir()]
         except FileNotFoundError:
             return []
         except OSError as error:
             raise _refused(f"'{self.folder}' cannot be read: {error.strerror}", "check its rights") from error
-        return sorted(name for name in found if not name.startswith("."))
+        files = [name for name in found if name.endswith(".xml") and not name.startswith(".")]
+        return sorted(name_of_file(name.removesuffix(".xml")) for name in files)
 
     def is_defined(self, name: str) -> bool:
-        """Whether there is a domain of this name; false for what can be no name."""
+        """Whether there is a domain of this name, whatever kind of file its XML is."""
         try:
-            return check_name(name) is None and self._xml(name).is_file()
+            return check_name(name) is None and os.path.lexists(self._xml(name))
         except OSError:
             return False
 
@@ -163,9 +183,9 @@ class DefinitionFolder:
         """
         path = self._json(name)
         try:
-            rows = json.loads(read_file(path, _LIMIT))
+            rows = json.loads(read_own(path, _LIMIT))
             before = rows.get("before")
-            if before is not None and before["xml"] == _digest(read_file(self._xml(name), _LIMIT)):
+            if before is not None and before["xml"] == _digest(read_own(self._xml(name), _LIMIT)):
                 # A `define` that was killed: the XML it came with is not there yet.
                 rows = before
             return _parse(rows)
@@ -186,7 +206,7 @@ class DefinitionFolder:
         if (refusal := check_name(name)) is not None:
             raise VcpuRefused([refusal])
         try:
-            self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self.folder)
             staged = stage_file(self._xml(name), xml)
             try:
                 with locked_folder(self.folder, _LOCK_SECONDS):
@@ -199,7 +219,7 @@ class DefinitionFolder:
     def _replace(self, name: str, staged: StagedFile, addresses: Addresses) -> bool:
         path, old = self._xml(name), None
         with suppress(FileNotFoundError):
-            old = read_file(path, _LIMIT)
+            old = read_own(path, _LIMIT)
         rows = addresses.to_json()
         if old is None:
             stage_file(self._json(name), _bytes(rows)).commit()
@@ -243,24 +263,54 @@ class DefinitionFolder:
         return kept
 
     def _xml(self, name: str) -> Path:
-        return self.folder / f"{name}.xml"
+        return self.folder / f"{file_name(name)}.xml"
 
     def _json(self, name: str) -> Path:
-        return self.folder / f"{name}.json"
+        return self.folder / f"{file_name(name)}.json"
 
 
 def check_name(name: str) -> Refusal | None:
     """Why no domain can be called so, None if one can."""
     what = None
-    if not name or name.startswith("."):
-        what = "it is empty or begins with '.'"
-    elif "/" in name or any(ord(sign) < 32 or 0xD800 <= ord(sign) < 0xE000 for sign in name):
-        what = "it has '/' or a control character in it"
-    elif len(name.encode()) > _LONGEST_NAME:
+    if not name.strip():
+        what = "it is empty"
+    elif name in (".", ".."):
+        what = "it is the name of a folder"
+    elif "/" in name:
+        what = "it has a '/' in it"
+    elif any(unicodedata.category(sign) in ("Cc", "Cs") for sign in name):
+        what = "it has a control character in it"
+    elif len(os.fsencode(file_name(name))) > _LONGEST_NAME:
         what = f"it is longer than {_LONGEST_NAME} bytes"
     if what is None:
         return None
     return Refusal("name", f"no domain can be called {name[:60]!r}: {what}", (), "choose another name")
+
+
+def file_name(name: str) -> str:
+    """What the files of a domain are called, which is never a path, nor hidden."""
+    is_other = name.startswith((".", *_WRITTEN.values()))
+    return _WRITTEN[name[0]] + name[1:] if is_other else name
+
+
+def name_of_file(name: str) -> str:
+    """The domain whose files are called so."""
+    for sign, written in _WRITTEN.items():
+        if name.startswith(written):
+            return sign + name.removeprefix(written)
+    return name
+
+
+def read_document(path: str) -> bytes:
+    """A file that the user names, or what somebody writes to a pipe, such as a shell's `<(…)`.
+
+    Raises:
+        VcpuRefused: it cannot be read.
+    """
+    try:
+        return read_file(path, _LIMIT, with_pipes=True)
+    except (OSError, ValueError) as error:
+        raise _unreadable(path, error) from error
 
 
 def not_written(place: str, error: OSError) -> Refusal:
@@ -289,6 +339,12 @@ def _bytes(rows: object) -> bytes:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+def _unreadable(path: object, error: OSError | ValueError) -> VcpuRefused:
+    why = error.strerror if isinstance(error, OSError) else str(error)
+    hint = {errno.EINVAL: "name a file with domain XML"}.get(getattr(error, "errno", 0), "check its rights")
+    return _refused(f"'{path}' cannot be read: {why}", error.cure if isinstance(error, NotOurs) else hint)
 
 
 def _refused(message: str, hint: str, libvirt: str = "VIR_ERR_OPERATION_INVALID") -> VcpuRefused:

@@ -6,8 +6,11 @@ anything else is done. Committing it is one rename, under a lock of the folder.
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
+import select
+import signal
 import stat
 import time
 from collections.abc import Callable, Iterator
@@ -15,12 +18,17 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
+from qmpvcpu.host.owners import check_own, trusted_folder
+from qmpvcpu.kinds import is_pipe, look_at, open_file, reopen
+
 __all__ = [
     "FileLock",
     "LockTimeout",
     "StagedFile",
     "locked_folder",
     "read_file",
+    "read_own",
+    "read_stream",
     "stage_file",
     "state_folder",
     "sweep",
@@ -29,8 +37,16 @@ __all__ = [
 ]
 
 _PAUSE: Final = 0.005
+#: Bytes that are read at once.
+_CHUNK: Final = 1 << 20
+#: How long nothing may come from a pipe: a person may type a password before what is written to it begins.
+_SILENT_SECONDS: Final = 60.0
+_LOOK_MS: Final = 100
+_INTERRUPTS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
 #: Between the file's name and our process id in the name of what is staged.
 _MARK: Final = ".new-"
+#: Bytes of a name that leave room for what stands around it meanwhile.
+_LONGEST: Final = 200
 
 
 class LockTimeout(OSError):
@@ -41,7 +57,14 @@ def state_folder() -> Path:
     """Definitions and pending unplugs: `QMPVCPU_STATE`, else the system's (root) or the user's (XDG) folder.
 
     It need not exist.
+
+    Raises:
+        VcpuRefused: somebody else can write to it.
     """
+    return trusted_folder(_state_path(), "state folder")
+
+
+def _state_path() -> Path:
     if own := os.environ.get("QMPVCPU_STATE"):
         return Path(own)
     if os.geteuid() == 0:
@@ -50,18 +73,95 @@ def state_folder() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "qmpvcpu"
 
 
-def read_file(path: Path, limit: int) -> bytes:
+def read_file(path: str | os.PathLike[str], limit: int, *, with_pipes: bool = False) -> bytes:
     """A regular file, and of one that has more than `limit` bytes no more than that and one.
 
+    Args:
+        path: of a user.
+        limit: bytes.
+        with_pipes: also what somebody writes to a pipe without a name, such as a shell's `<(…)`.
+
     Raises:
-        OSError: it cannot be read, or is a socket, a device or the like.
+        OSError: it cannot be read, or is a FIFO, a device or the like.
     """
-    # Not blocking: a pipe that nobody writes to must not hold us.
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
-    with os.fdopen(fd, "rb") as file:
-        if not stat.S_ISREG(os.fstat(fd).st_mode):
-            raise OSError(22, "not a regular file", str(path))
-        return file.read(limit + 1)
+    found = look_at(path)
+    try:
+        if with_pipes and is_pipe(found):
+            fd = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        else:
+            fd = reopen(found, os.O_RDONLY, path)
+    finally:
+        os.close(found)
+    try:
+        return read_stream(fd, limit)
+    finally:
+        os.close(fd)
+
+
+def read_own(path: str | os.PathLike[str], limit: int) -> bytes:
+    """As `read_file`, a file in a folder of ours: nobody but this user and root can have written it.
+
+    Raises:
+        NotOurs: somebody else could.
+        OSError: it cannot be read, or is not a regular file: a link may lead to anything.
+    """
+    text = os.fspath(path)
+    folder = os.path.dirname(text)  # noqa: PTH120 - each unplug waits for this
+    check_own(folder, os.stat(folder or "."))  # noqa: PTH116
+    found = look_at(text, follow=False)
+    try:
+        check_own(text, os.fstat(found), with_group=False)
+        fd = reopen(found, os.O_RDONLY, text)
+    finally:
+        os.close(found)
+    try:
+        return read_stream(fd, limit)
+    finally:
+        os.close(fd)
+
+
+def read_stream(fd: int, limit: int, seconds: float = _SILENT_SECONDS) -> bytes:
+    """All that comes from a descriptor, and of more than `limit` bytes no more than that and one.
+
+    The event loop does not run meanwhile, so an interrupt ends this: the signal itself comes right after.
+
+    Args:
+        fd: open to be read.
+        limit: bytes.
+        seconds: how long nothing may come.
+
+    Raises:
+        OSError: it cannot be read, nothing came for so long, or it was interrupted.
+    """
+    data = bytearray()
+    with _held_signals():
+        while len(data) <= limit:
+            _wait_readable(fd, seconds)
+            part = os.read(fd, min(_CHUNK, limit + 1 - len(data)))
+            if not part:
+                break
+            data += part
+    return bytes(data)
+
+
+@contextmanager
+def _held_signals() -> Iterator[None]:
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, _INTERRUPTS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _wait_readable(fd: int, seconds: float) -> None:
+    poll = select.poll()
+    poll.register(fd, select.POLLIN)
+    deadline = time.monotonic() + seconds
+    while not poll.poll(_LOOK_MS):
+        if signal.sigpending() & _INTERRUPTS:
+            raise InterruptedError(errno.EINTR, "it was interrupted")
+        if time.monotonic() >= deadline:
+            raise TimeoutError(errno.ETIMEDOUT, f"nothing came for {seconds:g} s")
 
 
 class StagedFile:
@@ -108,11 +208,15 @@ def stage_file(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True)
     """
     # Where links lead to, so that a link stays one.
     path = Path(os.path.realpath(path))
-    temporary = path.with_name(f".{path.name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
+    # Whatever the name: NAME_MAX of Linux is 255 bytes.
+    name = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
+    temporary = path.with_name(f".{name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
     staged = StagedFile(path, temporary, sync=sync)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         with os.fdopen(fd, "wb") as file:
+            # The umask may have left less of it.
+            os.fchmod(fd, mode)
             with suppress(FileNotFoundError):
                 found = path.stat()
                 os.fchmod(fd, stat.S_IMODE(found.st_mode))
@@ -158,7 +262,12 @@ def try_lock(path: Path) -> FileLock | None:
     Raises:
         OSError: it can be neither opened nor made.
     """
-    fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+    try:
+        fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
+        # The umask may have left less of it.
+        os.fchmod(fd, 0o600)
+    except FileExistsError:
+        fd = open_file(path, os.O_RDWR, follow=False)
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -14,7 +14,8 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from qmpvcpu.host.files import read_file, stage_file, state_folder
+from qmpvcpu.host.files import read_own, stage_file, state_folder
+from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, boot_id, is_alive
 
 __all__ = ["Handovers", "Side"]
@@ -45,7 +46,7 @@ class Handovers:
         """
         path = self._folder / f"{process.key}.{side}.{number}"
         with suppress(OSError):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._folder)
             stage_file(path, cookie, sync=False).commit()
             for older in self._folder.glob(f"{process.key}.{side}.*"):
                 if older != path:
@@ -56,14 +57,14 @@ class Handovers:
         """The cookie of a QEMU that takes part in one as that side."""
         with suppress(OSError):
             for path in self._folder.glob(f"{process.key}.{side}.*"):
-                return read_file(path, _LIMIT)
+                return read_own(path, _LIMIT)
         return None
 
     def written(self, side: Side, number: str) -> list[bytes]:
         """The cookies that QEMUs keep which are that side of this migration."""
         found: list[bytes] = []
         with suppress(OSError):
-            found += [read_file(path, _LIMIT) for path in self._folder.glob(f"*.{side}.{number}")]
+            found += [read_own(path, _LIMIT) for path in self._folder.glob(f"*.{side}.{number}")]
         return found
 
     def forget(self, process: Process, side: Side | None = None) -> None:
@@ -87,7 +88,7 @@ class Handovers:
     def take(self, number: str, who: str) -> bool:
         """The guest is for `who`, unless another one has it; whether that is so now. The first wins."""
         with suppress(OSError):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._folder)
             try:
                 # Its whole content is where it leads to, so it is never half written.
                 (self._folder / f"{_TAKEN}.{number}").symlink_to(who)
@@ -100,7 +101,7 @@ class Handovers:
         path = self._folder / f"{_TAKEN}.{number}"
         other = path.with_name(f".{path.name}-{os.getpid()}")
         with suppress(OSError):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._folder)
             other.unlink(missing_ok=True)
             other.symlink_to(who)
             other.rename(path)

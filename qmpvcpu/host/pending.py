@@ -10,7 +10,6 @@ import fcntl
 import json
 import os
 import shutil
-import stat
 import time
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, suppress
@@ -19,7 +18,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from qmpvcpu.core.pending import PendingUnplug, UsedContexts
-from qmpvcpu.host.files import state_folder
+from qmpvcpu.host.files import read_own, state_folder
+from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, is_alive
 
 __all__ = ["PendingFolder"]
@@ -75,9 +75,9 @@ class PendingFolder:
             with suppress(FileNotFoundError):
                 self._write(name, rows)
                 return
-            self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._all)
             self._prune()
-            self._folder.mkdir(mode=0o700, exist_ok=True)
+            make_folder(self._folder)
         self._write(name, rows)
 
     def discard(self, firsts: Collection[int], until: float = inf) -> None:
@@ -93,7 +93,7 @@ class PendingFolder:
     def gone(self) -> frozenset[int]:
         """What `note_gone` was told last. A file that is not ours says nothing. Never raises."""
         with suppress(*_UNREADABLE):
-            return frozenset(_number(number) for number in json.loads(_read_own(f"{self._folder}/{_GONE}")))
+            return frozenset(_number(number) for number in json.loads(read_own(f"{self._folder}/{_GONE}", _LIMIT)))
         return frozenset()
 
     def note_gone(self, ids: Collection[int]) -> None:
@@ -102,8 +102,7 @@ class PendingFolder:
             if not ids:
                 (self._folder / _GONE).unlink(missing_ok=True)
                 return
-            self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
-            self._folder.mkdir(mode=0o700, exist_ok=True)
+            make_folder(self._folder)
             self._replace(_GONE, json.dumps(sorted(ids)))
 
     def tidy(self) -> None:
@@ -116,7 +115,7 @@ class PendingFolder:
     def contexts(self) -> UsedContexts:
         """What `note_contexts` was told of this QEMU. A file that is not ours says nothing. Never raises."""
         with suppress(*_UNREADABLE):
-            found = json.loads(_read_own(f"{self._folder}/{_CONTEXTS}"))
+            found = json.loads(read_own(f"{self._folder}/{_CONTEXTS}", _LIMIT))
             gone = frozenset((_number(number), _number(thread)) for number, thread in found["gone"])
             return UsedContexts(gone, found["reported"] is True)
         return UsedContexts()
@@ -124,10 +123,9 @@ class PendingFolder:
     def note_contexts(self, more: UsedContexts) -> None:
         """Remember this too. Never raises."""
         with suppress(OSError):
-            self._all.mkdir(mode=0o700, parents=True, exist_ok=True)
             if not self._folder.exists():
                 self._prune()
-            self._folder.mkdir(mode=0o700, exist_ok=True)
+            make_folder(self._folder)
             with self._locked():
                 before = self.contexts()
                 now = before | more
@@ -142,7 +140,7 @@ class PendingFolder:
             for name in os.listdir(self._folder):  # noqa: PTH208 - names are all we need
                 if not name.startswith("."):
                     with suppress(*_UNREADABLE):
-                        rows = json.loads(_read_own(f"{self._folder}/{name}"))
+                        rows = json.loads(read_own(f"{self._folder}/{name}", _LIMIT))
                         found[name] = [_parse(row) for row in rows]
         return found
 
@@ -159,6 +157,8 @@ class PendingFolder:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "wb") as file:  # noqa: PTH123
+                # The umask may have left less of it.
+                os.fchmod(fd, 0o600)
                 file.write(text.encode())
             os.rename(temporary, f"{self._folder}/{name}")  # noqa: PTH104
         except BaseException:
@@ -189,16 +189,6 @@ class PendingFolder:
             for folder in self._all.iterdir():
                 if not is_alive(folder.name):
                     shutil.rmtree(folder, ignore_errors=True)
-
-
-def _read_own(path: str) -> bytes:
-    """A regular file of this user's (or root's) that nobody else may write. Raises OSError."""
-    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW | os.O_NONBLOCK)
-    with open(fd, "rb") as file:  # noqa: PTH123
-        found = os.fstat(fd)
-        if not stat.S_ISREG(found.st_mode) or found.st_mode & 0o022 or found.st_uid not in (0, os.geteuid()):
-            raise PermissionError(1, "not ours", path)
-        return file.read(_LIMIT)
 
 
 def _number(value: Any) -> int:

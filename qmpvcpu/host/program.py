@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import grp
 import os
-import pwd
-import stat
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Final
 
 from qmpvcpu.core.machine.command_line import read_command_line
+from qmpvcpu.host.owners import check_folder, check_own
 from qmpvcpu.host.process import Process
 
 __all__ = ["startable_program"]
@@ -65,33 +63,11 @@ def _runs(path: str) -> bool:
     """Whether it can be executed, and nobody but us and root can put another program there. Never raises."""
     try:
         real = Path(path).resolve(strict=True)
-        nearest, *above = real.parents
-        owned = _is_ours(real) and _is_ours(nearest) and all(_is_ours(one, is_far=True) for one in above)
+        check_own(str(real), real.stat())
+        check_folder(real.parent)
     except (OSError, ValueError):
         return False
-    return owned and real.is_file() and os.access(real, os.X_OK)
-
-
-def _is_ours(path: Path, *, is_far: bool = False) -> bool:
-    """Whether nobody but us and root can change it; in a folder that is not the program's own the sticky bit is
-    enough: what is ours in it stays. Raises OSError.
-    """
-    found = path.stat()
-    if found.st_uid not in (0, os.geteuid()):
-        return False
-    if is_far and found.st_mode & stat.S_ISVTX:
-        return True
-    is_open = found.st_mode & stat.S_IWOTH or (found.st_mode & stat.S_IWGRP and not _is_alone_in(found.st_gid))
-    return not is_open
-
-
-def _is_alone_in(gid: int) -> bool:
-    """Whether a group is root's, or ours alone: where each user has one, it often owns the user's files."""
-    try:
-        name, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(gid)
-    except KeyError:
-        return False
-    return group.gr_name in ("root", name) and set(group.gr_mem) <= {"root", name}
+    return real.is_file() and os.access(real, os.X_OK)
 
 
 def _leads_to(script: Path, program: Path) -> bool:

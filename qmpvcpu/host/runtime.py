@@ -12,13 +12,15 @@ import os
 import select
 import shutil
 import signal
-import stat
 import tempfile
 from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
-from qmpvcpu.host.files import FileLock, state_folder, try_lock
+from qmpvcpu.host.definitions import file_name, name_of_file
+from qmpvcpu.host.files import FileLock, read_own, state_folder, try_lock
+from qmpvcpu.host.owners import NotOurs, check_folder, make_folder, trusted_folder
+from qmpvcpu.kinds import open_file
 
 __all__ = ["SOCKETS", "Runtime", "end_process", "running_names", "runtime_folder"]
 
@@ -26,10 +28,20 @@ __all__ = ["SOCKETS", "Runtime", "end_process", "running_names", "runtime_folder
 SOCKETS: Final = ("qmp", "qmp2", "agent")
 #: unix(7): sun_path has 108 bytes, one of them for the end.
 _LONGEST: Final = 107
+#: A number is all that it has.
+_PID_BYTES: Final = 32
 
 
 def runtime_folder() -> Path:
-    """Of all guests: below `QMPVCPU_STATE`, else the system's (root) or the user's (XDG). It need not exist."""
+    """Of all guests: below `QMPVCPU_STATE`, else the system's (root) or the user's (XDG). It need not exist.
+
+    Raises:
+        VcpuRefused: somebody else can write to it.
+    """
+    return trusted_folder(_runtime_path(), "runtime folder")
+
+
+def _runtime_path() -> Path:
     if own := os.environ.get("QMPVCPU_STATE"):
         return Path(own) / "run"
     if os.geteuid() == 0:
@@ -45,16 +57,18 @@ class Runtime:
     def __init__(self, name: str) -> None:
         self.name = name
         base = Path(os.path.abspath(runtime_folder()))  # noqa: PTH100 - a link stays what it is
-        self.folder = base / name
+        # Of no name is this another folder, or one of those above.
+        file = file_name(name)
+        self.folder = base / file
         if len(os.fsencode(self.folder)) + 1 + max(map(len, SOCKETS)) > _LONGEST:
             # The path of a socket is short: a folder of the same meaning elsewhere.
             digest = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
             self.folder = Path(tempfile.gettempdir()) / f"qmpvcpu-{os.geteuid()}-{digest}"
         logs = state_folder() / "log"
         #: What QEMU says on stderr, and what the guest says on its console.
-        self.log = logs / f"{name}.log"
-        self.console = logs / f"{name}.console"
-        self._lock = base / f".{name}.lock"
+        self.log = logs / f"{file}.log"
+        self.console = logs / f"{file}.console"
+        self._lock = base / f".{file}.lock"
 
     @property
     def qmp(self) -> tuple[str, ...]:
@@ -72,9 +86,14 @@ class Runtime:
         return self.folder / "pid"
 
     def pid(self) -> int | None:
-        """Of its QEMU; None if that does not run. Never raises."""
+        """Of its QEMU; None if that does not run.
+
+        Raises:
+            VcpuRefused: somebody else can write to the folder, and has made it for all we know.
+        """
+        trusted_folder(self.folder, "runtime folder")
         try:
-            pid = int(self.pidfile.read_text())
+            pid = int(read_own(self.pidfile, _PID_BYTES))
         except (OSError, ValueError):
             return None
         return pid if self.owns(pid) else None
@@ -89,7 +108,7 @@ class Runtime:
 
     def try_lock(self) -> FileLock | None:
         """Held by whoever starts or ends it. Raises OSError."""
-        self._lock.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self._lock.parent)
         return try_lock(self._lock)
 
     def prepare(self) -> None:
@@ -99,30 +118,32 @@ class Runtime:
             OSError: it cannot be made, or belongs to somebody else.
         """
         self.remove()
-        self.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        found = self.folder.lstat()
-        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
-            raise PermissionError(1, "it belongs to somebody else", str(self.folder))
-        self.folder.chmod(0o700)
-        self.log.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        make_folder(self.folder)
+        make_folder(self.log.parent)
 
     def remove(self) -> None:
-        """Take the folder away. Never raises."""
-        if not self.folder.is_symlink():
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Take the folder away, if it is ours. Never raises."""
+        with suppress(NotOurs):
+            check_folder(self.folder)
+            if not self.folder.is_symlink():
+                shutil.rmtree(self.folder, ignore_errors=True)
 
     def said(self, limit: int = 400) -> str:
         """The end of its log. Never raises."""
-        with suppress(OSError), self.log.open("rb") as file:
+        with suppress(OSError), os.fdopen(open_file(self.log), "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - limit))
             return file.read(limit).decode(errors="replace").strip()
         return ""
 
 
 def running_names() -> list[str]:
-    """Guests that we have started and that run. Never raises."""
+    """Guests that we have started and that run.
+
+    Raises:
+        VcpuRefused: somebody else can write to the folder of all, or of one of them.
+    """
     with suppress(OSError):
-        names = [path.name for path in runtime_folder().iterdir() if path.is_dir()]
+        names = [name_of_file(path.name) for path in runtime_folder().iterdir() if path.is_dir()]
         return [name for name in names if Runtime(name).pid() is not None]
     return []
 

@@ -24,6 +24,7 @@ from typing import Final
 from qmpvcpu.core.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.host.files import sync_folder
+from qmpvcpu.kinds import kind_of, open_file
 
 __all__ = ["SavedFile", "Saving", "open_saved"]
 
@@ -55,8 +56,9 @@ class Saving:
         """Begin. Raises OSError: it cannot be written there; nothing has changed."""
         self._path = Path(os.path.realpath(path))
         with suppress(FileNotFoundError):
-            if not stat.S_ISREG(self._path.stat().st_mode):
-                raise OSError(errno.EINVAL, "it is there, and is no regular file", str(path))
+            mode = self._path.stat().st_mode
+            if not stat.S_ISREG(mode):
+                raise OSError(errno.EINVAL, f"it is there, and is {kind_of(mode)}, not a regular file", str(path))
             if _is_locked(self._path):
                 text = "another process has locked it, as QEMU does with the disks of a guest"
                 raise OSError(errno.EBUSY, text, str(path))
@@ -72,6 +74,8 @@ class Saving:
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self.fd = os.open(self._temporary, flags, 0o600)
         try:
+            # The umask may have left less of it.
+            os.fchmod(self.fd, 0o600)
             self._write_head(_PART, bytes(_DIGEST_BYTES))
             os.lseek(self.fd, self.offset, os.SEEK_SET)
         except BaseException:
@@ -168,7 +172,7 @@ def _is_locked(path: Path) -> bool:
     file that cannot be read here counts as one without. Raises OSError.
     """
     try:
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_file(path)
     except PermissionError:
         return False
     try:
@@ -253,8 +257,7 @@ def open_saved(path: str, given_up: threading.Event | None = None) -> SavedFile:
         VcpuRefused: it is not there, or it is not a whole one.
     """
     try:
-        # Not blocking: a pipe that nobody writes to must not hold us.
-        fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+        fd = open_file(path)
     except OSError as error:
         raise _refused(f"'{path}' cannot be read: {error.strerror}") from error
     try:
@@ -268,10 +271,9 @@ def open_saved(path: str, given_up: threading.Event | None = None) -> SavedFile:
 
 
 def _checked(path: str, fd: int, given_up: threading.Event) -> SavedFile:
-    if not stat.S_ISREG(os.fstat(fd).st_mode):
-        raise _refused(f"'{path}' is not a regular file")
-    os.set_blocking(fd, True)
+    # Some files of the kernel would wait here, if they could.
     head = _pread(fd, _HEAD_BYTES, 0)
+    os.set_blocking(fd, True)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
         raise _refused(f"'{path}' is no saved guest")
     _, file_format, state, length, offset = _HEADER.unpack_from(head)

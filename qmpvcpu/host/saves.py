@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from qmpvcpu.host.files import read_file, stage_file, state_folder
+from qmpvcpu.host.files import read_own, stage_file, state_folder
+from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, is_alive, process_of
 
 __all__ = ["PausedGuest", "SavedDefinitions", "Saves", "is_here", "paused_by_us"]
@@ -105,7 +106,7 @@ class Saves:
             "inode": list(guest.inode),
         }
         with suppress(OSError):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._folder)
             stage_file(self._folder / process.key, json.dumps(data).encode(), sync=False).commit()
         self._prune()
 
@@ -120,7 +121,7 @@ class Saves:
     @staticmethod
     def _read(path: Path) -> PausedGuest | None:
         with suppress(OSError, ValueError, TypeError, KeyError):
-            data = json.loads(read_file(path, _LIMIT))
+            data = json.loads(read_own(path, _LIMIT))
             device, number = data["inode"]
             files = tuple(str(name) for name in data["files"])
             return PausedGuest(str(data["saver"]), data["runs"] is True, files, (int(device), int(number)))
@@ -159,7 +160,7 @@ class SavedDefinitions:
     def keep(self, digest: str, xml: bytes) -> None:
         """Remember the definition of the file that has this digest."""
         with suppress(OSError):
-            self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            make_folder(self._folder)
             stage_file(self._folder / f"{digest}.xml", xml).commit()
             paths = sorted(self._folder.glob("*.xml"), key=lambda path: path.stat().st_mtime)
             for path in paths[:-_KEPT]:
@@ -169,5 +170,5 @@ class SavedDefinitions:
         """The definition of the file that has this digest."""
         if digest is not None and _DIGEST.match(digest):
             with suppress(OSError):
-                return read_file(self._folder / f"{digest}.xml", _LIMIT)
+                return read_own(self._folder / f"{digest}.xml", _LIMIT)
         return None

@@ -31,6 +31,8 @@ def throwaway_folder() -> Iterator[Path]:
         base = Path("/tmp")  # noqa: S108 - a folder in it, made by mkdtemp
     _sweep(base)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=base) as name:
+        # The umask may have left less of it.
+        Path(name).chmod(0o700)
         fd = os.open(Path(name) / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
             fcntl.flock(fd, fcntl.LOCK_EX)

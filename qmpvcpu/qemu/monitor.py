@@ -30,6 +30,7 @@ from qemu.qmp import (
 
 from qmpvcpu.aio import finish
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
+from qmpvcpu.kinds import open_file
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
 
 __all__ = ["Address", "QmpLog", "QmpMonitor", "open_monitor", "parse_address"]
@@ -74,16 +75,23 @@ class QmpLog:
     """`--qmp-log`: every message of a connection as one JSON line, in a file only its owner can read."""
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the file, or make it.
+
+        Raises:
+            VcpuUsageError: it cannot be written, or is not a regular file: a FIFO could stop every command.
+        """
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
         try:
-            flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-            fd = os.open(path, flags, 0o600)
-            if stat.S_ISREG(os.fstat(fd).st_mode):
-                # The file may be older than we are, with a mode of its own.
-                os.fchmod(fd, 0o600)
+            try:
+                fd = open_file(path, flags)
+            except FileNotFoundError:
+                # Where a link leads to, so that nothing but a new file is opened.
+                fd = os.open(os.path.realpath(path), flags | os.O_CREAT | os.O_EXCL, 0o600)
+            # The file may be older than we are, and the umask anything.
+            os.fchmod(fd, 0o600)
         except OSError as error:
-            raise VcpuUsageError(
-                f"cannot write the QMP log '{os.fspath(path)}': {error.strerror}", hint="name another FILE"
-            ) from error
+            text = f"cannot write the QMP log '{os.fspath(path)}': {error.strerror}"
+            raise VcpuUsageError(text, hint="name a regular FILE; `tail -f FILE` shows what comes") from error
         self._file = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
 
     def write(self, direction: str, message: Mapping[str, Any]) -> None:

@@ -176,7 +176,12 @@ async def launch_qemu(
         # In the background stderr is /dev/null, unless there is a log to be written (7.2 to 11.1): then it is that
         # one, from early on. "strace" asks for a log, and logs nothing.
         command += [*arguments, "-daemonize", "-pidfile", str(folder / "pid")]
-        command += ["-D", str(log), "-d", "strace", "-msg", "timestamp=on"]
+        # By descriptor: in a name QEMU takes % for its own pid, or refuses it.
+        log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        ours.callback(os.close, log_fd)
+        os.fchmod(log_fd, 0o600)
+        descriptors.append(log_fd)
+        command += ["-D", f"/proc/self/fd/{log_fd}", "-d", "strace", "-msg", "timestamp=on"]
         stderr = ours.enter_context((folder / "command").open("ab"))
         stderr.write(f"{shlex.join(command)}\n".encode(errors="replace"))
         stderr.flush()

@@ -432,3 +432,13 @@ async def test_cancelled_again_while_its_qemu_ends_it_leaves_neither_qemu_nor_fo
     # And nobody holds the lock.
     assert (await cli("start", "d")).code == 0
     assert (await cli("destroy", "d")).code == 0
+
+
+@pytest.mark.parametrize("name", ["100%", "x%dy"])
+async def test_a_percent_sign_in_a_name_is_not_qemus(name, tmp_path, started):
+    started.append(name)
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE, name=name))
+    run = await cli("start", "--json", name)
+    assert run.code == 0, run.stderr
+    await cli("destroy", name)
+    assert "terminating on signal 15" in Path(run.json["log"]).read_text()

@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,6 +16,7 @@ from unittest.mock import patch
 
 from qmpvcpu.host.definitions import Addresses, DefinitionFile, DefinitionFolder, StagedDefinition, check_name
 from qmpvcpu.host.files import LockTimeout, locked_folder, state_folder
+from qmpvcpu.host.runtime import Runtime
 
 #: Where `tests` is imported from.
 ROOT = Path(__file__).resolve().parents[2]
@@ -49,6 +51,12 @@ class Definitions:
         """The QMP addresses, and the agent's."""
         found = self._folder.addresses(name)
         return found.qmp, found.agent
+
+
+def fallback_folder(name: str, state: Path, temporary: Path) -> Path:
+    """Where the sockets of a domain are, if their paths in the state folder would be too long."""
+    with patch.dict(os.environ, {"QMPVCPU_STATE": str(state)}), patch.object(tempfile, "tempdir", str(temporary)):
+        return Runtime(name).folder
 
 
 def why_not_a_name(name: str) -> str | None:

@@ -154,7 +154,8 @@ def test_what_is_not_defined_cannot_be_undefined(empty):
 
 # -- names -------------------------------------------------------------------------------------------
 
-BAD_NAMES = ["", ".hidden", "a/b", "..", "a\nb", "a\0b", "x" * 201, "\udcff"]
+BAD_NAMES = ["", "  ", ".", "a/b", "/", "..", "../x", "a\nb", "a\0b", "a\x9bb", "x" * 248, "\udcff"]
+GOOD_NAMES = ["web1", "a b", "ä.xml", "x" * 247, "ä" * 123, "-x", "a~", ".x", "...", "100%", "x%dy", "%2Ex", "%25"]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -174,7 +175,7 @@ def test_names_that_cannot_be(empty, name):
     assert [refusal.code for refusal in caught.value.refusals] == ["name"]
 
 
-@pytest.mark.parametrize("name", ["web1", "a b", "ä.xml", "x" * 200, "-x", "a~"])
+@pytest.mark.parametrize("name", GOOD_NAMES)
 def test_names_that_can(empty, name):
     empty.define(name, OLD)
     assert (empty.names(), empty.xml(name)) == ([name], OLD)

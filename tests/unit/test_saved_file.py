@@ -104,7 +104,7 @@ def test_the_first_format_has_no_digest_and_is_read(data, tmp_path):
 
 def test_a_fifo_is_refused_and_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "fifo")
-    with pytest.raises(VcpuRefused, match="is not a regular file"):
+    with pytest.raises(VcpuRefused, match="a FIFO, not a regular file"):
         saving.content(tmp_path / "fifo")
 
 

@@ -1,0 +1,111 @@
+"""Whose a file is: what is ours, nobody but this user and root can change or replace."""
+
+from __future__ import annotations
+
+import errno
+import grp
+import os
+import pwd
+import shlex
+import stat
+from pathlib import Path
+
+from qmpvcpu.errors import Refusal, VcpuRefused
+
+__all__ = ["NotOurs", "check_folder", "check_own", "make_folder", "trusted_folder"]
+
+
+class NotOurs(PermissionError):
+    """Another user owns it, or can write to it; `cure` says what to do."""
+
+    def __init__(self, path: str, why: str, cure: str) -> None:
+        super().__init__(errno.EPERM, f"'{path}' {why}", path)
+        self.cure = cure
+
+
+def check_own(path: str, found: os.stat_result, *, is_far: bool = False, with_group: bool = True) -> None:
+    """Raises NotOurs where somebody else can change the file or the folder of this `stat`.
+
+    Args:
+        path: its name.
+        found: what it is.
+        is_far: it is a folder somewhere above, where the sticky bit is enough: what is ours in it stays.
+        with_group: a group that has nobody else in it may write.
+    """
+    if found.st_uid not in (0, os.geteuid()):
+        raise NotOurs(path, f"belongs to another user ({_name(found.st_uid)})", "give it to the user that you are")
+    if stat.S_ISLNK(found.st_mode) or (is_far and found.st_mode & stat.S_ISVTX):
+        return
+    is_shared = found.st_mode & stat.S_IWGRP and not (with_group and _is_alone_in(found.st_gid))
+    if found.st_mode & stat.S_IWOTH or is_shared:
+        raise NotOurs(path, "can be written to by other users", f"`chmod go-w {shlex.quote(path)}`")
+
+
+def check_folder(folder: str | os.PathLike[str]) -> None:
+    """Look at a folder, which need not exist, and at all above it, links on the way too.
+
+    Raises:
+        NotOurs: somebody else can put another one there, or write to it.
+    """
+    # As it is named, then where that leads to.
+    for path in dict.fromkeys((os.path.abspath(folder), os.path.realpath(folder))):  # noqa: PTH100
+        for one in (path, *map(str, Path(path).parents)):
+            try:
+                found = os.lstat(one)
+            except (FileNotFoundError, NotADirectoryError, PermissionError):
+                # Nothing is there, or nothing that we could read or write.
+                continue
+            check_own(one, found, is_far=one != path)
+
+
+def trusted_folder(folder: Path, what: str) -> Path:
+    """The folder itself, if it is ours.
+
+    Raises:
+        VcpuRefused: it is not; `what` it is for is in the text.
+    """
+    try:
+        check_folder(folder)
+    except NotOurs as error:
+        text = f"nothing in the {what} '{folder}' is trusted: {error.strerror}"
+        raise VcpuRefused([Refusal("folder", text, (), error.cure, "VIR_ERR_OPERATION_DENIED")]) from error
+    return folder
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder that nobody else enters (0700), and those above it that are missing, whatever the umask. One
+    that is there is checked.
+
+    Raises:
+        NotOurs: it is somebody else's, or in a folder of somebody else.
+        OSError: it cannot be made.
+    """
+    check_folder(folder)
+    missing = []
+    for one in (folder, *folder.parents):
+        if os.path.lexists(one):
+            break
+        missing.append(one)
+    for one in reversed(missing):
+        try:
+            one.mkdir(mode=0o700)
+        except FileExistsError:
+            # Another process of ours was faster.
+            continue
+        one.chmod(0o700)
+
+
+def _is_alone_in(gid: int) -> bool:
+    """Whether a group is root's, or ours alone: where each user has one, it often owns the user's files."""
+    try:
+        name, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(gid)
+    except KeyError:
+        return False
+    return group.gr_name in ("root", name) and set(group.gr_mem) <= {"root", name}
+
+
+def _name(uid: int) -> str:
+    try:
+        return pwd.getpwuid(uid).pw_name
+    except KeyError:
+        return f"uid {uid}"
