@@ -327,7 +327,7 @@ async def test_only_a_regular_file_is_replaced(tmp_path):
     async with machine() as source:
         for path in (folder, fifo, link):
             run = await cli("save", source.qmp, str(path), "--json")
-            assert run.code == 3 and "no regular file" in run.json["error"]["message"], run.stdout
+            assert run.code == 3 and "not a regular file" in run.json["error"]["message"], run.stdout
         assert await runs(source) and sorted(os.listdir(tmp_path)) == ["fifo", "folder", "link"]
 
 

@@ -88,6 +88,8 @@ encodings = pytest.mark.parametrize(
         ("utf-16-le", codecs.BOM_UTF16_LE),
         ("utf-16-be", codecs.BOM_UTF16_BE),
         ("utf-16-le", b""),
+        ("utf-32-le", codecs.BOM_UTF32_LE),
+        ("utf-32-be", b""),
         ("iso-8859-1", b""),
         ("windows-1252", b""),
     ],
