@@ -1,7 +1,5 @@
 """`python -m qmpvcpu` is the command `qmpvcpu`."""
 
-import sys
+from qmpvcpu.cli import program
 
-from qmpvcpu.cli import main
-
-sys.exit(main())
+program()

@@ -38,13 +38,13 @@ async def _probe(session: Session) -> int:
             )
         definition, notes = read_definition(options.word)
         session.warn(notes)
-        async with waiting("asking QEMU"):
+        async with waiting(session.output, "asking QEMU"):
             found = await probe_domain(definition, mode, refresh=options.refresh, emulator=options.emulator)
     elif any(option == "machine" for option, _ in options.words):
         machine, smp = parse_machine(options.words)
         machine, accel = _without_accel(machine, options.accel)
         spec = MachineSpec(machine, smp, options.cpu, accel, parse_numa(options.numa))
-        async with waiting("asking QEMU"):
+        async with waiting(session.output, "asking QEMU"):
             found = await find_layout(
                 spec, arch=options.arch, emulator=options.emulator, mode=mode, refresh=options.refresh
             )
@@ -74,7 +74,7 @@ async def _boot_args(session: Session) -> int:
     options = session.options
     definition, notes = read_definition(options.word)
     session.warn(notes)
-    async with waiting("asking QEMU"):
+    async with waiting(session.output, "asking QEMU"):
         found = await command_line(
             definition,
             BootStyle(options.style),
@@ -83,12 +83,11 @@ async def _boot_args(session: Session) -> int:
             emulator=options.emulator,
         )
     session.warn((*found.probe.messages, *found.args.messages))
-    if options.json:
-        print(json.dumps(found.to_json()))
+    if session.output.is_json:
+        session.output.document(found.to_json())
         return 0
-    print(shlex.join(found.args.arguments))
-    for step in found.args.commands:
-        print(json.dumps(step))
+    lines = [shlex.join(found.args.arguments), *map(json.dumps, found.args.commands)]
+    session.output.data("".join(f"{line}\n" for line in lines).encode(errors="surrogateescape"))
     return 0
 
 
@@ -115,7 +114,7 @@ def _lines(found: Probe) -> list[str]:
 async def _start(session: Session) -> int:
     from qmpvcpu.app.start import start
 
-    async with waiting("starting QEMU"):
+    async with waiting(session.output, "starting QEMU"):
         options = session.options
         done = await start(
             options.word, mode=ProbeMode(options.probe), timeout=options.timeout, place=not options.no_place
@@ -130,7 +129,7 @@ async def _start(session: Session) -> int:
 async def _destroy(session: Session) -> int:
     from qmpvcpu.app.start import destroy
 
-    async with waiting("ending QEMU"):
+    async with waiting(session.output, "ending QEMU"):
         done = await destroy(session.options.word)
     how = "killed: it did not end by itself" if done.killed else "ended"
     session.show(done.to_json(), [f"{done.name}: QEMU {done.pid} {how}"])

@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
-import json
-import sys
+import asyncio
 import time
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Iterable
+from collections.abc import Awaitable, Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Final
 
 from qmpvcpu.cli import render
+from qmpvcpu.cli.output import Output, OutputLost
 from qmpvcpu.cli.progress import waiting
+from qmpvcpu.cli.words import in_options
 from qmpvcpu.core.checks import MAXIMUM_IS_CONFIG, check_range
 from qmpvcpu.core.model import DomainState, Outcome, format_ids
 from qmpvcpu.core.plan import Plan
@@ -30,8 +32,9 @@ BOOT_COMMANDS: Final = frozenset({"probe", "boot-args", "start", "destroy"})
 class Session:
     """What one run of the command line holds: its options, and the domain while it is open."""
 
-    def __init__(self, options: Namespace) -> None:
+    def __init__(self, options: Namespace, output: Output) -> None:
         self.options = options
+        self.output = output
         self.domain: Domain | None = None
         self.interrupted_note: str | None = None
         #: How the call that changes something has ended, once it has.
@@ -71,16 +74,11 @@ class Session:
         """What is left, this run being interrupted now."""
         if self.domain is None:
             return Interrupted()
-        if (end := self._end) is not None:
-            # It was interrupted after that, as the connection was closed.
-            written = isinstance(end, Outcome) and end.defined
-            found = Interrupted(changed_ids=_live_changes(end), definition_written=written)
-            return found.with_pending({*end.pending, *self.domain.pending_ids})
         # Between two calls, as in `watch`, it is what is pending.
         return self.domain.interrupted or Interrupted(pending=self.domain.pending_ids)
 
     async def finish(self, call: Awaitable[Outcome]) -> Outcome:
-        """The end of the call that changes something; an interrupt from then on tells it."""
+        """The end of the call that changes something; no interrupt from then on changes the exit code."""
         try:
             self._end = await call
         except VcpuError as error:
@@ -88,13 +86,36 @@ class Session:
             raise
         return self._end
 
+    @property
+    def has_ended(self) -> bool:
+        """Whether the call that changes something has ended."""
+        return self._end is not None
+
+    def tell_end(self) -> int | None:
+        """Show that end, where its command was interrupted before it could; the exit code, or None without one.
+
+        Raises:
+            VcpuError: the call ended so.
+        """
+        end = self._end
+        if isinstance(end, VcpuError):
+            raise end
+        if end is None or end.outcome is OutcomeKind.QUERIED:
+            return None
+        return self.show_outcome(end)
+
+    def show_outcome(self, end: Outcome) -> int:
+        """How a change ended; returns its exit code."""
+        self.warn(end.messages)
+        self.show(end.to_json(), render.outcome(end))
+        return end.outcome.exit_code
+
     def show(self, document: dict[str, Any], lines: Iterable[str]) -> None:
         """One JSON document, or lines for a person."""
-        if self.options.json:
-            print(json.dumps(document))
+        if self.output.is_json:
+            self.output.document(document)
         else:
-            for line in lines:
-                print(line)
+            self.output.lines(lines)
 
     def warn_of_agent(self, domain: Domain) -> None:
         """Say why `online` is not known, where an agent was named."""
@@ -110,14 +131,7 @@ class Session:
         for message in messages:
             if message not in self._warned:
                 self._warned.add(message)
-                print(f"note: {message}", file=sys.stderr)
-
-
-def _live_changes(end: Outcome | VcpuError) -> tuple[int, ...]:
-    """vCPU ids that were changed in the running guest."""
-    if isinstance(end, Outcome) and (end.live_changed_ids or end.config_changed_ids):
-        return end.live_changed_ids
-    return tuple(end.changed_ids)
+                self.output.say(f"note: {in_options(message)}")
 
 
 async def command(session: Session) -> int:
@@ -273,11 +287,9 @@ async def _apply(session: Session) -> int:
         }
         if options.dry_run:
             return _show_plan(session, await domain.plan_apply(xml, source=options.file, **given))
-        async with waiting("waiting for the guest", options.timeout or TIMEOUT):
+        async with waiting(session.output, "waiting for the guest", options.timeout or TIMEOUT):
             result = await session.finish(domain.apply(xml, source=options.file, **given))
-    session.warn(result.messages)
-    session.show(result.to_json(), render.outcome(result))
-    return result.outcome.exit_code
+    return session.show_outcome(result)
 
 
 def _show_plan(session: Session, planned: Plan) -> int:
@@ -327,9 +339,10 @@ async def _dumpxml(session: Session) -> int:
         errors = against_libvirts_schema(data)
         session.warn(f"libvirt's schema is against it: {error}" for error in errors or ())
     if options.json:
-        print(json.dumps({"domain": domain.name, "xml": data.decode(errors="replace"), "schema_errors": errors}))
+        document = {"domain": domain.name, "xml": data.decode(errors="replace"), "schema_errors": errors}
+        session.output.document(document)
     else:
-        sys.stdout.buffer.write(data if data.endswith(b"\n") else data + b"\n")
+        session.output.data(data if data.endswith(b"\n") else data + b"\n")
     return 0
 
 
@@ -339,17 +352,16 @@ async def _carry_out(session: Session, request: Request) -> int:
     async with session.connect() as domain:
         if options.dry_run and not request.is_query:
             return _show_plan(session, await domain.plan(request))
-        async with waiting("waiting for the guest", request.patience):
+        async with waiting(session.output, "waiting for the guest", request.patience):
             result = await session.finish(domain.request(request))
         if result.outcome is OutcomeKind.QUERIED:
             state = domain.last_state
             session.warn_of_agent(domain)
+    if result.outcome is not OutcomeKind.QUERIED:
+        return session.show_outcome(result)
     session.warn(result.messages)
-    if result.outcome is OutcomeKind.QUERIED:
-        document = state.to_json() | {"vcpus": [row.to_json() for row in result.rows]}
-        session.show(document, render.vcpu_table(state, result.rows))
-    else:
-        session.show(result.to_json(), render.outcome(result))
+    document = state.to_json() | {"vcpus": [row.to_json() for row in result.rows]}
+    session.show(document, render.vcpu_table(state, result.rows))
     return result.outcome.exit_code
 
 
@@ -363,7 +375,8 @@ async def _guestvcpus(session: Session) -> int:
         )
     async with session.connect() as domain:
         if options.cpulist is not None:
-            result = await domain.set_guest_vcpus(parse_ids(options.cpulist), options.enable)
+            ids = parse_ids(options.cpulist, "CPU of the guest")
+            result = await session.finish(domain.set_guest_vcpus(ids, options.enable))
             view = await domain.guest_vcpus()
             session.warn(result.messages)
             # `vcpus` and `changed_ids` are the guest's own ids here; `cpus` tells which vCPU each one is.
@@ -384,7 +397,7 @@ async def _vcpupin(session: Session) -> int:
         raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
     async with session.connect() as domain:
         if cpus is not None:
-            result = await domain.pin(number, None if cpus == "r" else cpus, flags)
+            result = await session.finish(domain.pin(number, None if cpus == "r" else cpus, flags))
         else:
             state = await domain.state(flags)
     if cpus is not None:
@@ -404,7 +417,37 @@ async def _vcpupin(session: Session) -> int:
     return 0
 
 
+@contextmanager
+def _while_read(output: Output) -> Iterator[None]:
+    """End the body with OutputLost once the reader of stdout has left, though nothing happens."""
+    loop, task, pipe = asyncio.get_running_loop(), asyncio.current_task(), output.pipe()
+    if task is None or pipe is None:
+        yield
+        return
+
+    def leave() -> None:
+        loop.remove_reader(pipe)
+        output.lose_reader()
+        task.cancel()
+
+    # Of the writing end of a pipe epoll(7) reports an error when there is no reader any more, and nothing else.
+    loop.add_reader(pipe, leave)
+    try:
+        yield
+    except asyncio.CancelledError:
+        if output.reader_left:
+            raise OutputLost from None
+        raise
+    finally:
+        loop.remove_reader(pipe)
+
+
 async def _watch(session: Session) -> int:
+    with _while_read(session.output):
+        return await _watch_on(session)
+
+
+async def _watch_on(session: Session) -> int:
     async with session.connect(watch=True) as domain, domain.events(steps=True) as events:
         state = domain.last_state
         pending = domain.pending_ids
@@ -422,7 +465,7 @@ async def _watch(session: Session) -> int:
 
 def _tell(session: Session, document: dict[str, Any], line: str) -> None:
     """One line of `watch`, at once."""
-    print(json.dumps(document) if session.options.json else line, flush=True)
+    session.output.stream(document, line)
 
 
 async def _doctor(session: Session) -> int:
@@ -454,12 +497,12 @@ async def _demo(session: Session) -> int:
 
     def tell(line: str) -> None:
         lines.append(line)
-        if not session.options.json:
-            print(line, flush=True)
+        if not session.output.is_json:
+            session.output.lines([line])
 
     report = await demo.run(tell, _info_lines)
-    if session.options.json:
-        print(json.dumps(report | {"lines": lines}))
+    if session.output.is_json:
+        session.output.document(report | {"lines": lines})
     return 0
 
 

@@ -22,7 +22,7 @@ async def compare(session: Session, request_of: Callable[[Any], Request]) -> int
     options = session.options
     asked = options.asked
     xml = read_document(options.file)
-    async with waiting("comparing with libvirt"):
+    async with waiting(session.output, "comparing with libvirt"):
         found = (await app.compare(xml, [request_of(asked)], start=not options.no_start))[0]
     session.show({"request": options.request, **found.to_json()}, lines_of(found))
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
@@ -17,6 +16,7 @@ from qmpvcpu.domain.migrate import Progress
 
 if TYPE_CHECKING:
     from qmpvcpu.cli.commands import Session
+    from qmpvcpu.cli.output import Output
 
 __all__ = ["COMMANDS"]
 
@@ -25,9 +25,9 @@ _TICK: Final = 0.2
 
 
 @contextmanager
-def _progress() -> Iterator[Progress | None]:
+def _progress(output: Output) -> Iterator[Progress | None]:
     """Bytes, percent and downtime on one line of a terminal, which is wiped at the end."""
-    if not sys.stderr.isatty():
+    if not output.shows_progress:
         yield None
         return
     last = 0.0
@@ -36,18 +36,18 @@ def _progress() -> Iterator[Progress | None]:
         nonlocal last
         if (now := time.monotonic()) >= last + _TICK:
             last = now
-            print(f"\r\x1b[Kmigrating: {app.describe_status(status)} ", end="", file=sys.stderr, flush=True)
+            output.progress(f"\r\x1b[Kmigrating: {app.describe_status(status)} ")
 
     try:
         yield show
     finally:
-        print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+        output.progress("\r\x1b[K")
 
 
 async def _migrate(session: Session) -> int:
     options = session.options
     async with session.connect() as source:
-        with _progress() as progress:
+        with _progress(session.output) as progress:
             done = await app.migrate(
                 source,
                 options.dest,
@@ -80,7 +80,7 @@ async def _migrate(session: Session) -> int:
 
 async def _begin(session: Session) -> int:
     options = session.options
-    async with session.connect() as source, waiting("waiting for pending unplugs", options.wait):
+    async with session.connect() as source, waiting(session.output, "waiting for pending unplugs", options.wait):
         cookie = await source.migrate_begin(
             persistent=options.persistent, wait=options.wait or 0.0, force=options.force
         )
@@ -100,7 +100,7 @@ async def _begin(session: Session) -> int:
 async def _prepare(session: Session) -> int:
     options = session.options
     cookie = app.load_cookie(options.cookie)
-    async with waiting("preparing the destination"):
+    async with waiting(session.output, "preparing the destination"):
         done = await app.migrate_prepare(
             cookie,
             options.dest,
@@ -118,7 +118,7 @@ async def _perform(session: Session) -> int:
     options = session.options
     cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
     async with session.connect() as source:
-        with _progress() as progress:
+        with _progress(session.output) as progress:
             status = await source.migrate_perform(
                 options.uri,
                 cookie=cookie,
@@ -158,7 +158,7 @@ async def _cancel(session: Session) -> int:
 async def _save(session: Session) -> int:
     options = session.options
     async with session.connect() as source:
-        with _progress() as progress:
+        with _progress(session.output) as progress:
             done = await app.save(
                 source,
                 options.file,
@@ -175,7 +175,7 @@ async def _save(session: Session) -> int:
 
 async def _restore(session: Session) -> int:
     options = session.options
-    async with waiting("restoring"):
+    async with waiting(session.output, "restoring"):
         done = await app.restore(
             options.file, options.dest, place=not options.no_place, mode=ProbeMode(options.probe)
         )

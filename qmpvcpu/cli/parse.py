@@ -8,7 +8,7 @@ from typing import NoReturn
 
 from qmpvcpu.errors import VcpuUsageError
 
-__all__ = ["build_parser", "parse", "parse_request"]
+__all__ = ["Help", "build_parser", "parse", "parse_request"]
 
 _EPILOG = """\
 DOMAIN is a name given to `define`, or with a / in it the path of a QMP socket or of a domain XML file;
@@ -20,11 +20,22 @@ exit codes: 0 done  2 usage  3 refused  4 the guest rejected it  5 pending  6 pa
 """
 
 
+class Help(Exception):
+    """What --help asked for, as text."""
+
+
 class _Parser(argparse.ArgumentParser):
-    """Errors as `VcpuUsageError`, so that --json renders them too."""
+    """Errors as `VcpuUsageError`, so that --json renders them too; help as `Help`, which its caller prints."""
 
     def error(self, message: str) -> NoReturn:
-        raise VcpuUsageError(message, hint=f"`{self.prog} --help` shows the words")
+        raise VcpuUsageError(message, hint=_help_of(self.prog))
+
+    def print_help(self, file: object = None) -> NoReturn:
+        raise Help(self.format_help())
+
+
+def _help_of(command: str) -> str:
+    return f"`{command} --help` shows what it takes"
 
 
 def _global_options() -> _Parser:
@@ -407,14 +418,15 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
     Raises:
         VcpuUsageError: the words are not of the grammar.
-        SystemExit: after --help.
+        Help: --help is among them.
     """
     parser = build_parser()
     found, more = parser.parse_known_args(arguments)
     if found.command == "vcpupin":
         more = _fill_in(found, more)
     if more:
-        parser.error(f"unrecognized arguments: {' '.join(more)}")
+        text = f"unrecognized arguments: {' '.join(more)}"
+        raise VcpuUsageError(text, hint=_help_of(f"{parser.prog} {found.command}"))
     if getattr(found, "current", False) and (found.live or found.config):
         word = "live" if found.live else "config"
         raise VcpuUsageError(f"--current and --{word} exclude each other", hint="leave out one of them")

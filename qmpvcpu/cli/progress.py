@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import asyncio
-import sys
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager, suppress
-from typing import Final
+from typing import TYPE_CHECKING, Final
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.output import Output
 
 __all__ = ["waiting"]
 
@@ -15,12 +17,12 @@ _PATIENCE: Final = 1.0
 
 
 @asynccontextmanager
-async def waiting(what: str, limit: float | None = None) -> AsyncIterator[None]:
+async def waiting(output: Output, what: str, limit: float | None = None) -> AsyncIterator[None]:
     """While the body takes more than a second, one line that counts the seconds of `limit`; then it is wiped."""
-    if not sys.stderr.isatty():
+    if not output.shows_progress:
         yield
         return
-    ticker = asyncio.create_task(_tick(what, limit))
+    ticker = asyncio.create_task(_tick(output, what, limit))
     try:
         yield
     finally:
@@ -29,14 +31,14 @@ async def waiting(what: str, limit: float | None = None) -> AsyncIterator[None]:
             await ticker
 
 
-async def _tick(what: str, limit: float | None) -> None:
+async def _tick(output: Output, what: str, limit: float | None) -> None:
     seconds = 0
     try:
         while True:
             await asyncio.sleep(_PATIENCE)
             seconds += 1
             text = f"{seconds} of {limit:g} s" if limit is not None else f"{seconds} s"
-            print(f"\r{what}: {text} ", end="", file=sys.stderr, flush=True)
+            output.progress(f"\r{what}: {text} ")
     finally:
         if seconds:
-            print("\r\x1b[K", end="", file=sys.stderr, flush=True)
+            output.progress("\r\x1b[K")

@@ -2,127 +2,157 @@
 
 from __future__ import annotations
 
-import json
-import os
-import sys
-from typing import TYPE_CHECKING, Any
+import signal
+from collections.abc import Callable
+from contextlib import suppress
+from typing import TYPE_CHECKING, Any, Final
 
-from qmpvcpu.cli.parse import parse
-from qmpvcpu.errors import VcpuError
+from qmpvcpu.cli.limits import check_descriptors, short_of
+from qmpvcpu.cli.output import OutputLost
+from qmpvcpu.cli.parse import Help, parse
+from qmpvcpu.cli.words import report
+from qmpvcpu.errors import VcpuError, VcpuUsageError
 
 if TYPE_CHECKING:
     import argparse
-    import asyncio
 
+    from qmpvcpu.cli.output import Output
+    from qmpvcpu.cli.signals import Signals
     from qmpvcpu.domain.interrupted import Interrupted
 
 __all__ = ["run"]
 
-_SIGPIPE_EXIT = 141
+_SIGPIPE_EXIT: Final = 141
+#: So long a connection may take to close when a signal comes after the command's end, seconds.
+_CLOSE_SECONDS: Final = 1.0
 
 
-def run(arguments: list[str]) -> int:
+def run(arguments: list[str], output: Output, signals: Signals) -> int:
     """Parse, call, render; returns the exit code of design.md's table."""
-    as_json = "--json" in arguments
     debug = "--debug" in arguments
-    try:
+
+    def body() -> int:
+        check_descriptors()
         options = parse(arguments)
         if debug:
-            _debug_log()
-        code = _call(options)
-        sys.stdout.flush()
-        return code
-    except BrokenPipeError:
-        # The reader left (`| head`): nothing is wrong with us, and nothing more can be said.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return _SIGPIPE_EXIT
-    except VcpuError as error:
-        if debug:
-            _traceback()
-        return _report(error, as_json)
+            _debug_log(output)
+        if options.command == "completion":
+            return _completion(options, output)
+        return _run_async(options, output, signals)
+
+    return output.end(_ended(body, output, debug=debug))
+
+
+def _ended(body: Callable[[], int], output: Output, *, debug: bool) -> int:
+    """The exit code of `body`, which tells its errors."""
+    try:
+        return body()
+    except Help as asked:
+        if output.is_json:
+            output.document({"help": str(asked)})
+        output.write("" if output.is_json else str(asked))
+        return 0
+    except OutputLost:
+        if output.reader_left:
+            # `| head` has had enough; nothing is wrong with us.
+            return _SIGPIPE_EXIT
+        hint = "write to a file system that has room, or to a terminal"
+        return report(VcpuUsageError("nothing that is watched can be told", hint=hint), output)
     except _Interrupted as interrupted:
-        # `watch` has no other end: its lines are all it has to say.
-        return _report_interrupt(interrupted, as_json and options.command != "watch")
-    except Exception as error:  # noqa: BLE001 - the last place that can say something useful
+        return _report_interrupt(interrupted, output)
+    except BaseException as error:  # noqa: BLE001 - the last place that can say something useful
         if debug:
-            _traceback()
-        text = f"internal error: {type(error).__name__}: {error}"
-        hint = "this is a bug of qmpvcpu: run it again with --debug and report what it prints"
-        if as_json:
-            document = {"type": type(error).__name__, "libvirt": "VIR_ERR_INTERNAL_ERROR"}
-            print(json.dumps({"outcome": "bug", "error": document | {"message": text, "hint": hint}}))
-        _say(f"qmpvcpu: {text}", f"  hint: {hint}")
-        return 1
+            _traceback(output)
+        known = error if isinstance(error, VcpuError) else short_of(error)
+        return _report_bug(error, output) if known is None else report(known, output)
+
+
+def _completion(options: argparse.Namespace, output: Output) -> int:
+    from qmpvcpu.cli.completion import completion
+
+    script = completion(options.shell)
+    if output.is_json:
+        output.document({"shell": options.shell, "script": script})
+    else:
+        output.write(script + "\n")
+    return 0
 
 
 class _Interrupted(Exception):
-    def __init__(self, number: int, left: Interrupted, note: str | None) -> None:
+    """`is_stream`: the command has no other end, and its lines are all that it has to say."""
+
+    def __init__(self, number: int, left: Interrupted, note: str | None, *, is_stream: bool) -> None:
         super().__init__(number)
         self.number = number
         self.left = left
         self.note = note
+        self.is_stream = is_stream
 
 
-def _call(options: argparse.Namespace) -> int:
-    if options.command == "completion":
-        from qmpvcpu.cli.completion import completion
-
-        print(completion(options.shell))
-        return 0
-    return _run_async(options)
-
-
-def _run_async(options: argparse.Namespace) -> int:
+def _run_async(options: argparse.Namespace, output: Output, signals: Signals) -> int:
     import asyncio
-    import signal
 
     from qmpvcpu.cli.commands import Session, command
 
-    session = Session(options)
-    caught: list[int] = []
-
-    def interrupt(number: int, task: asyncio.Task[int]) -> None:
-        caught.append(number)
-        task.cancel()
+    session = Session(options, output)
 
     async def body() -> int:
         loop = asyncio.get_running_loop()
         task = asyncio.current_task()
         assert task is not None
-        for number in (signal.SIGINT, signal.SIGTERM):
-            loop.add_signal_handler(number, interrupt, int(number), task)
+
+        def interrupt() -> None:
+            if session.has_ended:
+                loop.call_later(_CLOSE_SECONDS, task.cancel)
+            else:
+                task.cancel()
+
+        def react() -> None:
+            loop.call_soon_threadsafe(interrupt)
+
+        signals.react = react
+        if signals.number is not None:
+            interrupt()
         return await command(session)
 
-    try:
-        with asyncio.Runner() as runner:
+    runner = asyncio.Runner()
+
+    def run_it() -> int:
+        try:
             return runner.run(body())
-    except (asyncio.CancelledError, KeyboardInterrupt):
-        number = caught[0] if caught else signal.SIGINT
-        raise _Interrupted(number, session.interrupted(), session.interrupted_note) from None
+        except (asyncio.CancelledError, KeyboardInterrupt):
+            if (code := session.tell_end()) is not None:
+                return code
+            number = signals.number or int(signal.SIGINT)
+            left, note = session.interrupted(), session.interrupted_note
+            raise _Interrupted(number, left, note, is_stream=options.command == "watch") from None
+        finally:
+            signals.react = None
+
+    code = _ended(run_it, output, debug=options.debug)
+    # The outcome is told: nothing that is still to be closed changes it.
+    with signals.leaving(code), suppress(Exception):
+        runner.close()
+    return code
 
 
-def _say(*lines: str) -> None:
-    if lines:
-        print(*lines, sep="\n", file=sys.stderr)
+def _report_bug(error: BaseException, output: Output) -> int:
+    text = f"internal error: {type(error).__name__}: {error}"
+    hint = "this is a bug of qmpvcpu: run it again with --debug and report what it prints"
+    if output.is_json:
+        document = {"type": type(error).__name__, "libvirt": "VIR_ERR_INTERNAL_ERROR"}
+        output.document({"outcome": "bug", "error": document | {"message": text, "hint": hint}})
+    output.say(f"qmpvcpu: {text}", f"  hint: {hint}")
+    return 1
 
 
-def _report(error: VcpuError, as_json: bool) -> int:
-    if as_json:
-        print(json.dumps(error.to_json()))
-    _say(f"qmpvcpu: {error.outcome}: {error.message}")
-    if error.hint:
-        _say(f"  hint: {error.hint}")
-    _say(*(f"note: {message}" for message in error.messages))
-    return error.outcome.exit_code
-
-
-def _report_interrupt(interrupted: _Interrupted, as_json: bool) -> int:
+def _report_interrupt(interrupted: _Interrupted, output: Output) -> int:
     from qmpvcpu.core.model import format_ids
 
     left, note = interrupted.left, interrupted.note
     text = "interrupted"
     if left.pending:
-        text += f"; vCPU {format_ids(left.pending)}: unplug asked, and still pending"
+        text += f"; vCPU {format_ids(left.pending)}: unplug requested, and still pending"
     if left.changed_ids:
         text += f"; vCPU {format_ids(left.changed_ids)}: changed by this call in the running guest, and stays so"
     if left.unsure_ids:
@@ -136,7 +166,7 @@ def _report_interrupt(interrupted: _Interrupted, as_json: bool) -> int:
     has_changed = bool(left.changed_ids) or left.definition_written
     # "failed" claims that all is as it was.
     may_change = bool(left.pending or left.unsure_ids) or left.definition_unsure
-    if as_json:
+    if output.is_json and not interrupted.is_stream:
         document: dict[str, Any] = {
             "outcome": "partial" if has_changed else "pending" if may_change else "failed",
             "changed": has_changed,
@@ -148,19 +178,25 @@ def _report_interrupt(interrupted: _Interrupted, as_json: bool) -> int:
                 "hint": "`qmpvcpu vcpuinfo` shows what is",
             },
         }
-        print(json.dumps(document))
-    _say(f"qmpvcpu: {text}")
+        output.document(document)
+    output.say(f"qmpvcpu: {text}")
     return 128 + interrupted.number
 
 
-def _debug_log() -> None:
+def _debug_log(output: Output) -> None:
     import logging
 
-    logging.basicConfig(level=logging.DEBUG, stream=sys.stderr, format="%(name)s: %(message)s")
+    class Lines(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            output.say(*self.format(record).splitlines())
+
+    handler = Lines()
+    handler.setFormatter(logging.Formatter("%(name)s: %(message)s"))
+    logging.basicConfig(level=logging.DEBUG, handlers=[handler])
     logging.getLogger("asyncio").setLevel(logging.INFO)
 
 
-def _traceback() -> None:
+def _traceback(output: Output) -> None:
     import traceback
 
-    traceback.print_exc()
+    output.say(*traceback.format_exc().splitlines())

@@ -64,6 +64,11 @@ SOAKS = {
         tests("tests/qemu/test_nothing_left_real.py"),
         needs=("qemu",),
     ),
+    "signals": Soak(
+        "COUNT commands that are sent Ctrl-C or TERM at a random moment: one JSON document and a true exit code",
+        1000,
+        tests("tests/unit/test_signals.py", "-k", "any_moment"),
+    ),
     "smp": Soak(
         "COUNT generated -machine, -smp and -numa: what we make of them against real QEMUs",
         5000,

@@ -248,7 +248,8 @@ def version_lines():
     """What `python -m qmpvcpu --version` prints, and which of the heavy modules are loaded then."""
     heavy = ("asyncio", "lxml", "qemu.qmp", "importlib.metadata", "argparse", "json", "logging")
     code = (
-        "import runpy, sys\n"
+        "import os, runpy, sys\n"
+        "os._exit = sys.exit\n"
         "sys.argv = ['qmpvcpu', '--version']\n"
         "try: runpy.run_module('qmpvcpu', run_name='__main__')\n"
         "except SystemExit as end: assert not end.code, end.code\n"

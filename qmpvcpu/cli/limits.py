@@ -1,0 +1,56 @@
+"""What this process may use. A command that would run short in the middle is refused before its first effect."""
+
+from __future__ import annotations
+
+import errno
+import os
+from typing import Final
+
+from qmpvcpu.errors import Refusal, VcpuError, VcpuFailed, VcpuRefused
+
+__all__ = ["check_descriptors", "short_of"]
+
+#: Files that a command has open at once, at most: sockets, pipes to programs, locks, files under /proc.
+_NEEDED: Final = 24
+_SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+_HINT: Final = "raise the limit of open files: ulimit -n 1024"
+
+
+def check_descriptors() -> None:
+    """Whether as many files can be opened as a command needs.
+
+    Raises:
+        VcpuRefused: fewer can.
+    """
+    opened: list[int] = []
+    try:
+        while len(opened) < _NEEDED:
+            opened.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
+    except OSError as error:
+        text = f"only {len(opened)} more files can be opened, and a command needs {_NEEDED} ({error.strerror})"
+        raise VcpuRefused([Refusal("descriptors", text, (), _HINT, "VIR_ERR_SYSTEM_ERROR")]) from error
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def short_of(error: BaseException) -> VcpuError | None:
+    """The error to report where the host ran short of memory or descriptors; None where it is something else."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return _failed("there is no more memory", "end what else uses memory, or raise the limit: ulimit -v")
+        if isinstance(cause, OSError) and cause.errno in _SHORT:
+            return _failed(f"this host is short of something: {cause.strerror}", _HINT)
+        if isinstance(cause, ImportError) and os.strerror(errno.EMFILE) in str(cause):
+            return _failed(str(cause), _HINT)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _failed(text: str, hint: str) -> VcpuFailed:
+    return VcpuFailed(
+        f"{text}; what this command had begun by then is not known: `qmpvcpu vcpuinfo` shows what is",
+        hint=hint,
+        libvirt="VIR_ERR_SYSTEM_ERROR",
+    )
