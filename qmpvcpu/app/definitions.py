@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from qmpvcpu.core.address import parse_address
 from qmpvcpu.domain import Domain, connect
 from qmpvcpu.errors import Refusal, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
@@ -281,12 +282,11 @@ def _checked(data: bytes, path: str) -> str:
 
 def _absolute(address: str) -> str:
     """A definition is used from every folder, and has no descriptors."""
-    if address.startswith("fd:"):
+    where = parse_address(address)
+    if isinstance(where, int):
         raise VcpuUsageError(
             f"'{address}' cannot be kept: a descriptor is this process's", hint="give the socket's path"
         )
-    if not address:
-        raise VcpuUsageError("an address is empty", hint="give a path or host:port")
-    if "/" not in address and ":" in address:
+    if isinstance(where, tuple):
         return address
-    return os.path.abspath(address)  # noqa: PTH100 - a link stays what it is
+    return os.path.abspath(where)  # noqa: PTH100 - a link stays what it is

@@ -29,6 +29,9 @@ __all__ = ["Session", "command", "request_of"]
 BOOT_COMMANDS: Final = frozenset({"probe", "boot-args", "start", "destroy"})
 
 
+_MAXIMUM: Final = "--maximum changes the definition alone, from the next start"
+
+
 class Session:
     """What one run of the command line holds: its options, and the domain while it is open."""
 
@@ -257,7 +260,7 @@ def request_of(options: Namespace) -> Request:
             place=not options.no_place,
         )
     if options.maximum and not options.config:
-        raise VcpuRefused([MAXIMUM_IS_CONFIG])
+        raise VcpuRefused([replace(MAXIMUM_IS_CONFIG, message=_MAXIMUM, hint="add --config")])
     return Request(
         (),
         _flags(options),

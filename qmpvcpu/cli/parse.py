@@ -30,6 +30,15 @@ class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise VcpuUsageError(message, hint=_help_of(self.prog))
 
+    def _check_value(self, action: argparse.Action, value: str) -> None:
+        if action.dest == "command" and action.choices is not None and value not in action.choices:
+            from difflib import get_close_matches
+
+            near = get_close_matches(value, list(action.choices), 3)
+            hint = f"did you mean {' or '.join(near)}? " if near else ""
+            raise VcpuUsageError(f"there is no command '{value}'", hint=f"{hint}`{self.prog} --help` lists them")
+        super()._check_value(action, value)
+
     def print_help(self, file: object = None) -> NoReturn:
         raise Help(self.format_help())
 
@@ -83,7 +92,7 @@ def _impact(parser: argparse.ArgumentParser) -> None:
 
 
 def _change(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--dry-run", action="store_true", help="say what would be done, and do nothing")
+    parser.add_argument("--dry-run", action="store_true", help="show what would be done, and do nothing")
     parser.add_argument(
         "--async", dest="no_wait", action="store_true", help="do not wait for the end of an unplug"
     )
@@ -118,7 +127,7 @@ def _probe_mode(parser: argparse.ArgumentParser) -> None:
         "--probe",
         choices=("auto", "always", "never"),
         default="auto",
-        help="start a throwaway QEMU: where arithmetic cannot know (default), rather than that, never",
+        help="ask a throwaway QEMU: auto: only where it cannot be computed (default); always; never",
     )
 
 
@@ -144,7 +153,7 @@ def build_parser() -> argparse.ArgumentParser:
         made.add_argument("domain", metavar="DOMAIN", help="its name, the path of its QMP socket or of its XML")
         return made
 
-    define = command("define", "give a domain a home: define FILE, or define NAME with its sockets and XML")
+    define = command("define", "define a domain from an XML file, or from a running QEMU")
     define.add_argument("word", metavar="FILE|NAME", help="a file of domain XML, or a name")
     define.add_argument(
         "--qmp",
@@ -158,10 +167,10 @@ def build_parser() -> argparse.ArgumentParser:
     undefine = command("undefine", "forget a domain; its last XML is kept")
     undefine.add_argument("word", metavar="NAME")
 
-    command("list", "the domains that are defined, and whether they run")
+    command("list", "list the domains that are defined, and whether they run")
 
-    dump = domain_command("dumpxml", "the domain's XML, with its vCPUs as they are")
-    dump.add_argument("--inactive", action="store_true", help="its definition, though it runs")
+    dump = domain_command("dumpxml", "print the domain's XML, with its vCPUs as they are")
+    dump.add_argument("--inactive", action="store_true", help="its definition, even while it runs")
     dump.add_argument("--dialect", choices=("rfc", "libvirt"), help="how <vcpus> is written")
     dump.add_argument(
         "--detail", choices=("minimal", "cell", "full"), help="what the RFC's <vcpu> shows (default full)"
@@ -171,7 +180,7 @@ def build_parser() -> argparse.ArgumentParser:
     apply.add_argument("file", metavar="FILE", help="domain XML, or <vcpus> alone")
     _impact(apply)
     _change(apply)
-    apply.add_argument("--force", action="store_true", help="do what is known to kill QEMU")
+    apply.add_argument("--force", action="store_true", help="also do what is known to crash QEMU")
 
     info = domain_command("vcpuinfo", "show every vCPU: id, place, state")
     info.add_argument("--live", action="store_true", help="the running guest")
@@ -185,8 +194,8 @@ def build_parser() -> argparse.ArgumentParser:
 
     switch = domain_command("setvcpu", "enable, disable or query single vCPUs by id")
     switch.add_argument("ids", metavar="IDS", help="5, 1-3,7 or 0-7,^2; with --numa-node one node")
-    switch.add_argument("--enable", action="store_true")
-    switch.add_argument("--disable", action="store_true")
+    switch.add_argument("--enable", action="store_true", help="plug them")
+    switch.add_argument("--disable", action="store_true", help="unplug them")
     _impact(switch)
     switch.add_argument("--guest", action="store_true", help="through the guest agent: online and offline only")
     switch.add_argument("--numa-node", action="store_true", help="IDS is a node; take vCPUs of it")
@@ -202,7 +211,7 @@ def build_parser() -> argparse.ArgumentParser:
     switch.add_argument(
         "--no-fallback", action="store_true", help="never ask the guest agent for what hotplug cannot do"
     )
-    switch.add_argument("--force", action="store_true", help="do what is known to kill QEMU")
+    switch.add_argument("--force", action="store_true", help="also do what is known to crash QEMU")
 
     counts = domain_command("setvcpus", "have so many vCPUs enabled: the lowest are added, the highest removed")
     counts.add_argument("total", type=_positive, metavar="COUNT", help="how many")
@@ -214,12 +223,14 @@ def build_parser() -> argparse.ArgumentParser:
     )
     _change(counts)
 
-    guest = domain_command("guestvcpus", "the guest's own CPUs, by the guest's own ids, as virsh does")
+    guest = domain_command(
+        "guestvcpus", "show or switch the guest's own CPUs, by the guest's own ids, as virsh does"
+    )
     guest.add_argument("--cpulist", metavar="GUEST-IDS", help="which ones to switch: 1, 1-3,5")
     guest.add_argument("--enable", action="store_true", help="take them online")
     guest.add_argument("--disable", action="store_true", help="take them offline")
 
-    probe = command("probe", "what the vCPUs of a guest that does not run will be")
+    probe = command("probe", "show what the vCPUs of a guest that does not run will be")
     probe.add_argument(
         "word", metavar="FILE|NAME", nargs="?", help="its domain XML, or the name it is defined under"
     )
@@ -242,9 +253,11 @@ def build_parser() -> argparse.ArgumentParser:
     probe.add_argument("--numa", action="append", metavar="NUMA", default=[], help="as QEMU's -numa")
     probe.add_argument("--arch", metavar="ARCH", help="QEMU's target, where the machine does not say it")
     _emulator(probe)
-    probe.add_argument("--refresh", action="store_true", help="ask QEMU anew; alone: forget all it has said")
+    probe.add_argument(
+        "--refresh", action="store_true", help="ask QEMU afresh; alone: forget all that QEMUs have answered"
+    )
 
-    boot = command("boot-args", "QEMU's command line for a guest with the vCPUs of its XML")
+    boot = command("boot-args", "print QEMU's command line for a guest with the vCPUs of its XML")
     boot.add_argument("word", metavar="FILE|NAME", help="its domain XML, or the name it is defined under")
     boot.add_argument(
         "--style",
@@ -270,7 +283,7 @@ def build_parser() -> argparse.ArgumentParser:
         type=_seconds,
         default=30.0,
         metavar="S",
-        help="seconds for its machine to stand (default 30)",
+        help="how long to wait for its machine (default 30)",
     )
 
     destroy = command("destroy", "end the QEMU of a domain that `start` has started, at once")
@@ -283,7 +296,7 @@ def build_parser() -> argparse.ArgumentParser:
     _impact(pin)
 
     def force_option(made: argparse.ArgumentParser) -> None:
-        made.add_argument("--force", action="store_true", help="do what is known to hang")
+        made.add_argument("--force", action="store_true", help="also do what is known to hang a guest")
 
     def wait_option(made: argparse.ArgumentParser) -> None:
         made.add_argument("--persistent", action="store_true", help="its definition goes too")
@@ -303,7 +316,7 @@ def build_parser() -> argparse.ArgumentParser:
             "--timeout",
             type=_seconds,
             metavar="S",
-            help="pause the guest after S seconds, to get it over with",
+            help="pause the guest if it has not converged after S seconds",
         )
 
     def where_options(made: argparse.ArgumentParser) -> None:
@@ -363,7 +376,7 @@ def build_parser() -> argparse.ArgumentParser:
     _no_place(restore)
     _probe_mode(restore)
 
-    domain_command("watch", "tell what happens to the vCPUs, line by line, until interrupted")
+    domain_command("watch", "report what happens to the vCPUs, line by line, until interrupted")
 
     compare = command("compare", "run one request on a guest of ours and on the same under libvirt, side by side")
     compare.add_argument("file", metavar="DOMAIN-XML", help="the guest; its <emulator> is started twice")
@@ -371,7 +384,9 @@ def build_parser() -> argparse.ArgumentParser:
     words = "setvcpu and setvcpus as they are, without DOMAIN: setvcpu 5 --enable"
     compare.add_argument("request", metavar="REQUEST", nargs=argparse.REMAINDER, help=words)
 
-    doctor = command("doctor", "what is here: QEMUs, machines that can hotplug, KVM, rights, what is missing")
+    doctor = command(
+        "doctor", "check what is here: QEMUs, machines that can hotplug, KVM, rights, what is missing"
+    )
     doctor.add_argument("domain", metavar="DOMAIN", nargs="?", help="what this guest can and cannot do")
 
     command("demo", "boot a small guest, enable a vCPU in it, disable it again")

@@ -118,8 +118,9 @@ def _run_async(options: argparse.Namespace, output: Output, signals: Signals) ->
     runner = asyncio.Runner()
 
     def run_it() -> int:
+        work = body()
         try:
-            return runner.run(body())
+            return runner.run(work)
         except (asyncio.CancelledError, KeyboardInterrupt):
             if (code := session.tell_end()) is not None:
                 return code
@@ -128,6 +129,8 @@ def _run_async(options: argparse.Namespace, output: Output, signals: Signals) ->
             raise _Interrupted(number, left, note, is_stream=options.command == "watch") from None
         finally:
             signals.react = None
+            # Where no event loop could be made, it was never begun.
+            work.close()
 
     code = _ended(run_it, output, debug=options.debug)
     # The outcome is told: nothing that is still to be closed changes it.

@@ -133,7 +133,8 @@ class Knowledge:
 
 
 def parse_ids(text: str, noun: str = "vCPU id") -> tuple[int, ...]:
-    """`5`, `1-3,7`, `0-7,^2`: vCPU ids as virsh writes a CPU list, ascending, each once.
+    """`5`, `1-3,7`, `0-7,^2`: vCPU ids, ascending, each once. As virsh does, it reads the list from left to right:
+    `^1,0-1` is 0-1.
 
     Args:
         text: the list.
@@ -142,18 +143,21 @@ def parse_ids(text: str, noun: str = "vCPU id") -> tuple[int, ...]:
     Raises:
         VcpuUsageError: the text is not such a list, or leaves nothing.
     """
+    if not isinstance(text, str):
+        raise VcpuUsageError(f"{text!r} is not a list of {noun}s", hint="write a list as '5', '1-3,7' or '0-7,^2'")
     chosen: set[int] = set()
-    left_out: set[int] = set()
     for part in text.split(","):
         found = _RANGE.match(part.strip())
         if not found:
-            raise VcpuUsageError(f"'{part.strip()}' is no {noun}", hint="write a list as 5, 1-3,7 or 0-7,^2")
+            raise VcpuUsageError(f"'{part.strip()}' is not a {noun}", hint="write a list as 5, 1-3,7 or 0-7,^2")
         low = int(found[2])
         high = int(found[3]) if found[3] is not None else low
         if high < low:
             raise VcpuUsageError(f"the range '{part.strip()}' runs backwards", hint=f"write {high}-{low}")
-        (left_out if found[1] else chosen).update(range(low, high + 1))
-    ids = tuple(sorted(chosen - left_out))
-    if not ids:
-        raise VcpuUsageError(f"'{text}' leaves no {noun}", hint="^N takes N out of ids named beside it")
-    return ids
+        if found[1]:
+            chosen.difference_update(range(low, high + 1))
+        else:
+            chosen.update(range(low, high + 1))
+    if not chosen:
+        raise VcpuUsageError(f"'{text}' leaves no {noun}", hint="^N takes N out of the ids in front of it: 0-7,^2")
+    return tuple(sorted(chosen))

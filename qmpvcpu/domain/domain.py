@@ -32,7 +32,7 @@ from qmpvcpu.domain.guest import Guest, with_online
 from qmpvcpu.domain.interrupted import Interrupted, left_by
 from qmpvcpu.domain.link import Link, open_link
 from qmpvcpu.domain.listen import Events, Hub
-from qmpvcpu.domain.locate import Place, locate
+from qmpvcpu.domain.locate import Place, locate, unknown_domain
 from qmpvcpu.domain.migration import MigrationCalls
 from qmpvcpu.domain.persistent import NO_DEFINITION, Persistent
 from qmpvcpu.domain.pin import change_pin, check_pin
@@ -96,7 +96,8 @@ def connect(
     Args:
         domain: with a `/` in it, the path of a QMP socket or of a domain XML file; else a name given to `define`,
             else a file or an address.
-        qmp: QMP addresses instead: unix path, `host:port` or `fd:N`; of several the first that is free.
+        qmp: QMP addresses instead: unix path, `host:port`, `fd:N`, or QEMU's own `unix:PATH` and `tcp:HOST:PORT`;
+            of several the first that is free.
         agent: address of the guest agent's socket; it is opened when it is first needed.
         xml: path of its definition, for CONFIG.
         qmp_log: a `qmpvcpu.QmpLog` that keeps every message.
@@ -136,6 +137,8 @@ def connect(
         place = replace(place, qmp=place.qmp[::-1])
 
     async def open_one(address: str) -> Monitor:
+        if place.is_unknown:
+            raise unknown_domain(address)
         # Loaded here: `qemu.qmp` is most of what importing qmpvcpu would cost.
         from qmpvcpu.qemu.monitor import connect_monitor
 
@@ -148,7 +151,8 @@ def connect(
 
         return AgentClient(address)
 
-    return Domain(place, open_one, agent_at, config_only=config_only)
+    # Where nothing is, there is no definition either.
+    return Domain(place, open_one, agent_at, config_only=config_only and not place.is_unknown)
 
 
 class Domain(MigrationCalls):
@@ -792,7 +796,7 @@ class Domain(MigrationCalls):
         found: list[Refusal] = []
         live, config = self._sides(request.flags)
         if live and self._inactive:
-            found.append(self._not_running())
+            found.append(self._not_running(is_live=request.has(VcpuFlag.LIVE)))
         if config and self._persistent is None:
             found.append(NO_DEFINITION)
         if request.has(VcpuFlag.GUEST) and self._guest is None and self._link is not None:
@@ -801,8 +805,8 @@ class Domain(MigrationCalls):
             found.append(checks.MAXIMUM_IS_CONFIG)
         return found
 
-    def _not_running(self) -> Refusal:
-        hint = "leave out --live (LIVE) to change its definition, or start it"
+    def _not_running(self, *, is_live: bool = False) -> Refusal:
+        hint = "leave out --live (LIVE) to change its definition, or start it" if is_live else "start it first"
         return Refusal(
             "inactive", f"the domain '{self.name}' is not running", (), hint, "VIR_ERR_OPERATION_INVALID"
         )

@@ -6,23 +6,33 @@ import os
 import stat
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from difflib import get_close_matches
 from pathlib import Path
+from typing import Final
 
-from qmpvcpu.errors import VcpuUsageError
+from qmpvcpu.core.address import parse_address
+from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.host.definitions import DefinitionFile, DefinitionFolder, check_name
 from qmpvcpu.host.runtime import Runtime
 
-__all__ = ["Place", "locate"]
+__all__ = ["Place", "locate", "unknown_domain"]
+
+#: More names than this are not listed in an error.
+_MOST_NAMES: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
 class Place:
-    """Where a domain is: the QMP addresses of the running guest, its agent's, and its definition."""
+    """Where a domain is: the QMP addresses of the running guest, its agent's, and its definition.
+
+    `is_unknown`: it was named by a name or a path under which nothing is there.
+    """
 
     name: str
     qmp: tuple[str, ...] = ()
     agent: str | None = None
     definition: DefinitionFile | None = None
+    is_unknown: bool = False
 
 
 def locate(
@@ -42,7 +52,7 @@ def locate(
         )
     place = _named(domain) if domain is not None else Place(given[0] if given else str(xml))
     if given:
-        place = replace(place, qmp=given)
+        place = replace(place, qmp=given, is_unknown=False)
     if agent is not None:
         place = replace(place, agent=agent)
     if xml is not None:
@@ -63,7 +73,40 @@ def _named(domain: str) -> Place:
             return Place(domain, addresses.qmp, addresses.agent, folder.file(domain))
     if _is_file(domain):
         return Place(domain, definition=DefinitionFile(Path(domain), keep=False))
-    return Place(domain, (domain,))
+    where = parse_address(domain)
+    is_unknown = where == domain and not os.path.lexists(domain)
+    return Place(domain, (domain,), is_unknown=is_unknown)
+
+
+def unknown_domain(word: str) -> VcpuConnectionError:
+    """Nothing is there under this name or path: what is, and what was probably meant."""
+    if "/" in word:
+        return VcpuConnectionError(
+            f"there is no socket or file '{word}'",
+            address=word,
+            reason="missing",
+            hint="correct the path; or start QEMU with -qmp unix:PATH,server=on,wait=off",
+        )
+    known = DefinitionFolder().names()
+    near = get_close_matches(word, known, 3, 0.6)
+    what = ""
+    if len(known) > _MOST_NAMES:
+        what = f"; {len(known)} are defined"
+    elif known:
+        what = f"; defined are {', '.join(known)}"
+    if near:
+        hint = f"did you mean {' or '.join(repr(name) for name in near)}? `qmpvcpu list` shows what is defined"
+    elif known:
+        hint = "`qmpvcpu list` shows what is defined; the path of a socket or a file is written with a /"
+    else:
+        hint = "no domain is defined yet: name a socket or a file by its path, or `qmpvcpu define` one"
+    return VcpuConnectionError(
+        f"there is no domain, file or socket named '{word}'{what}",
+        address=word,
+        reason="unknown-domain",
+        libvirt="VIR_ERR_NO_DOMAIN",
+        hint=hint,
+    )
 
 
 def _is_file(path: str) -> bool:

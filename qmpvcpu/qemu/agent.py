@@ -22,9 +22,9 @@ from contextvars import ContextVar
 from math import inf
 from typing import Any, Final
 
+from qmpvcpu.core.address import parse_address
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError
-from qmpvcpu.qemu.monitor import parse_address
 
 __all__ = ["AgentClient", "open_agent"]
 

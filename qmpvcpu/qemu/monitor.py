@@ -11,7 +11,6 @@ import errno
 import json
 import logging
 import os
-import re
 import socket
 import stat
 import struct
@@ -29,11 +28,12 @@ from qemu.qmp import (
 )
 
 from qmpvcpu.aio import finish
+from qmpvcpu.core.address import parse_address
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.kinds import open_file
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
 
-__all__ = ["Address", "QmpLog", "QmpMonitor", "open_monitor", "parse_address"]
+__all__ = ["QmpLog", "QmpMonitor", "open_monitor"]
 
 logger = logging.getLogger("qmpvcpu.qemu.monitor")
 
@@ -45,30 +45,6 @@ MESSAGE_LIMIT: Final = 32 * 1024 * 1024
 
 #: Commands in one write, at most: QEMU is to begin before the last of many is made.
 _BATCH: Final = 32
-
-_FD = re.compile(r"fd:(\d{1,9})\Z")
-_TCP = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^:/\[\]]+):(\d{1,5})\Z")
-
-#: A unix path, a (host, port), or the number of an open file descriptor.
-Address = str | tuple[str, int] | int
-
-
-def parse_address(text: str) -> Address:
-    """ADDR of the command line: a unix socket path, `host:port` (`[v6]:port`), or `fd:N`.
-
-    Raises:
-        VcpuUsageError: the port is out of range.
-    """
-    if not text or "\0" in text:
-        raise VcpuUsageError(f"{text!r} is no address", hint="give a socket's path, host:port or fd:N")
-    if found := _FD.match(text):
-        return int(found[1])
-    if "/" not in text and (found := _TCP.match(text)):
-        port = int(found[2])
-        if not 0 < port < 65536:
-            raise VcpuUsageError(f"'{text}': there is no port {port}", hint="ports are 1 to 65535")
-        return found[1].strip("[]"), port
-    return text
 
 
 class QmpLog:

@@ -244,7 +244,7 @@ async def test_vcpupin(file):
             (("0", "x"), 2, "is no"),
             (("--cpulist", "0"), 2, "no vCPU is given"),
             (("0", "0", "--vcpu", "1"), 2, "unrecognized"),
-            (("0", "x"), 2, "'x' is no host CPU"),
+            (("0", "x"), 2, "'x' is not a host CPU"),
             (("x", "0"), 2, "'x' is not a number"),
             (("0", "0", "--live", "--current"), 2, "exclude each other"),
             (("--live", "--config"), 3, "exclude each other"),

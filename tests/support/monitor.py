@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qmpvcpu import VcpuConnectionError
+from qmpvcpu.core.address import parse_address
 from qmpvcpu.ports import CommandError, MonitorEvent
-from qmpvcpu.qemu.monitor import QmpMonitor, open_monitor, parse_address
+from qmpvcpu.qemu.monitor import QmpMonitor, open_monitor
 
 
 @dataclass

@@ -39,6 +39,13 @@ async def fails(address, reason, **options):
         ("[::1]:4444", ("::1", 4444)),
         ("fd:7", 7),
         ("./host:4444", "./host:4444"),
+        ("unix:/run/a.sock", "/run/a.sock"),
+        ("unix:a.sock,server=on,wait=off", "a.sock"),
+        ("unix:/run/a,b,server,nowait", "/run/a,b"),
+        ("unix:4444", "4444"),
+        ("tcp:host:4444", ("host", 4444)),
+        ("tcp:[::1]:4444,server=on", ("::1", 4444)),
+        ("tcp:4444", ("tcp", 4444)),
     ],
 )
 def test_addresses(text, address):
