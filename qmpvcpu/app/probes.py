@@ -15,6 +15,7 @@ from typing import Any, Final
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.qemus import examine, find_binaries, path_of
 from qmpvcpu.core.arch import architecture, architecture_of_machine, architecture_of_program, programs_of
+from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.layout import (
     LayoutSource,
     MachineLayout,
@@ -80,6 +81,7 @@ def forget_probes() -> int:
     return _cache().clear()
 
 
+@checked
 async def find_layout(
     spec: MachineSpec,
     *,

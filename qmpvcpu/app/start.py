@@ -14,6 +14,7 @@ from typing import Any, Final
 from qmpvcpu.aio import finish
 from qmpvcpu.app.boot import CommandLine, check_program, command_line
 from qmpvcpu.app.probes import ProbeMode
+from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend
 from qmpvcpu.core.hardware import hardware_args
@@ -93,6 +94,7 @@ class Destroyed:
         return {"outcome": "applied", "changed": True, "domain": self.name, "pid": self.pid, "killed": self.killed}
 
 
+@checked
 async def start(
     name: str, *, mode: ProbeMode = ProbeMode.AUTO, timeout: float = 30.0, place: bool = True
 ) -> Started:
@@ -303,6 +305,7 @@ def remove_ended(name: str, *, is_ending: bool) -> None:
             lock.release()
 
 
+@checked
 async def destroy(name: str) -> Destroyed:
     """End the QEMU of a domain that `start` has started, at once; the guest is not asked.
 

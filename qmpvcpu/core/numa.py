@@ -15,6 +15,7 @@ from functools import partial
 from itertools import combinations, permutations
 from typing import Any, Final
 
+from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.machine.words import parse_number, parse_range, parse_size, parse_unsigned, split_pairs
 from qmpvcpu.core.model import Props, format_ids
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
@@ -154,6 +155,7 @@ _KEYS: Final[Mapping[str, Mapping[str, Callable[[str], Any]]]] = {
 _OPTIONAL: Final = {"node": (*_KEYS["node"],), "cpu": _PROPS, "hmat-lb": ("latency", "bandwidth")}
 
 
+@checked
 def parse_numa(options: Sequence[str]) -> tuple[NumaOption, ...]:
     """`node,nodeid=0,cpus=0-3`, `cpu,node-id=0,socket-id=1`, `dist,…`: the arguments of -numa, in order.
 

@@ -6,6 +6,7 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
 
+from qmpvcpu.core.arguments import checked
 from qmpvcpu.errors import VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
@@ -108,6 +109,9 @@ class Request:
         return self.enable or self.listed is not None
 
 
+Request.__init__ = checked(Request.__init__)  # type: ignore[method-assign]
+
+
 @dataclass(frozen=True, slots=True)
 class Knowledge:
     """What the replies of the inventory do not say, and a check needs.
@@ -132,6 +136,7 @@ class Knowledge:
     legacy_hotplug: bool | None = None
 
 
+@checked
 def parse_ids(text: str, noun: str = "vCPU id") -> tuple[int, ...]:
     """`5`, `1-3,7`, `0-7,^2`: vCPU ids, ascending, each once. As virsh does, it reads the list from left to right:
     `^1,0-1` is 0-1.
@@ -143,8 +148,6 @@ def parse_ids(text: str, noun: str = "vCPU id") -> tuple[int, ...]:
     Raises:
         VcpuUsageError: the text is not such a list, or leaves nothing.
     """
-    if not isinstance(text, str):
-        raise VcpuUsageError(f"{text!r} is not a list of {noun}s", hint="write a list as '5', '1-3,7' or '0-7,^2'")
     chosen: set[int] = set()
     for part in text.split(","):
         found = _RANGE.match(part.strip())

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qmpvcpu.core.arch import Architecture, EntityKind, architecture
+from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.machine.versions import Feature, compat_version, has, has_machine, is_measured
 from qmpvcpu.core.machine.words import join_pairs, parse_keyval, parse_number
 from qmpvcpu.core.model import Props, QemuVersion, Topology
@@ -148,6 +149,7 @@ def parse_machine(words: Iterable[tuple[str, str]]) -> tuple[str, Smp]:
     return join_pairs((("type", name), *merged.items()), "type"), Smp(**found)
 
 
+@checked
 def parse_smp(text: str) -> Smp:
     """`4,maxcpus=8,sockets=2`: the argument of -smp.
 

@@ -6,6 +6,7 @@ Source: the RFC on libvirt's list, `int virDomainVcpu(virDomainPtr domain, unsig
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
@@ -15,6 +16,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from qmpvcpu import aio
 from qmpvcpu.core import checks
+from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.config import state_of
 from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.machine.comparison import Picture
@@ -48,6 +50,8 @@ __all__ = ["Domain", "Options", "connect"]
 _HELD_SECONDS = 0.3
 #: The same for one that runs.
 _CONNECT_SECONDS = 5.0
+#: No deadline is later.
+_LONGEST_SECONDS = 86400.0 * 365
 
 
 class Options(TypedDict, total=False):
@@ -77,12 +81,13 @@ class Options(TypedDict, total=False):
     place: bool
 
 
+@checked
 def connect(
-    domain: str | None = None,
+    domain: str | os.PathLike[str] | None = None,
     *,
-    qmp: str | Sequence[str] | None = None,
-    agent: str | None = None,
-    xml: str | None = None,
+    qmp: str | os.PathLike[str] | Sequence[str] | None = None,
+    agent: str | os.PathLike[str] | None = None,
+    xml: str | os.PathLike[str] | None = None,
     qmp_log: Any = None,
     connect_timeout: float | None = None,
     command_timeout: float = 10.0,
@@ -117,6 +122,13 @@ def connect(
         VcpuUsageError: nothing is named.
         VcpuRefused: what is known of the domain cannot be read.
     """
+    domain, agent, xml = (None if path is None else os.fspath(path) for path in (domain, agent, xml))
+    qmp = os.fspath(qmp) if isinstance(qmp, os.PathLike) else qmp
+    for name, seconds in (("connect_timeout", connect_timeout), ("command_timeout", command_timeout)):
+        if seconds is not None and not 0 <= seconds <= _LONGEST_SECONDS:
+            raise VcpuUsageError(f"{name}={seconds} makes no sense", hint="give seconds, 0 or more")
+    if qmp_log is not None and not hasattr(qmp_log, "write"):
+        raise VcpuUsageError(f"qmp_log={qmp_log!r:.60} is not a QmpLog", hint="give qmpvcpu.QmpLog(FILE)")
     if uri is not None:
         if domain is None or qmp is not None or agent is not None or xml is not None:
             text = "of a libvirt domain, its name and nothing else is given"
@@ -254,6 +266,7 @@ class Domain(MigrationCalls):
 
     # -- the call, and its exploded forms ---------------------------------------------------------
 
+    @checked
     async def vcpu(
         self,
         vcpu_id: int,
@@ -275,6 +288,7 @@ class Domain(MigrationCalls):
         """
         return await self.request(_request(vcpu_id, VcpuFlag(flags), options, count=count))
 
+    @checked
     async def request(self, request: Request) -> Outcome:
         """Carry out a `Request` made elsewhere; errors are those of `vcpu`."""
         if request.is_query:
@@ -305,14 +319,17 @@ class Domain(MigrationCalls):
         """Whether a definition of it is known."""
         return self._persistent is not None
 
+    @checked
     async def enable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Outcome:
         """Plug these vCPUs, all or none. Arguments and errors are those of `vcpu`."""
         return await self.request(_request(ids, VcpuFlag.ENABLE, options))
 
+    @checked
     async def disable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Outcome:
         """Unplug these vCPUs and wait for the guest's real answer. Arguments and errors are those of `vcpu`."""
         return await self.request(_request(ids, VcpuFlag.DISABLE, options))
 
+    @checked
     async def numa_node(
         self,
         node: int,
@@ -327,6 +344,7 @@ class Domain(MigrationCalls):
         """
         return await self.request(_request(node, VcpuFlag(flags) | VcpuFlag.NUMA_NODE, options, count=count))
 
+    @checked
     async def set_vcpus(
         self, count: int, *, maximum: bool = False, hotpluggable: bool = False, **options: Unpack[Options]
     ) -> Outcome:
@@ -343,6 +361,7 @@ class Domain(MigrationCalls):
         """
         return await self.request(_total(count, options, maximum=maximum, hotpluggable=hotpluggable))
 
+    @checked
     async def apply(self, xml: bytes, *, source: str = "the file", **options: Unpack[Options]) -> Outcome:
         """Make the running guest and/or the definition what `<vcpus>` in a document says, as one transaction.
 
@@ -356,6 +375,7 @@ class Domain(MigrationCalls):
         """
         return await self.request(await self._listed(xml, source, options))
 
+    @checked
     async def plan_apply(self, xml: bytes, *, source: str = "the file", **options: Unpack[Options]) -> Plan:
         """What `apply` would do."""
         return await self.plan(await self._listed(xml, source, options))
@@ -383,6 +403,7 @@ class Domain(MigrationCalls):
             _request((), VcpuFlag.CURRENT, given, total=0), total=None, listed=Listed(vcpus, exact, source)
         )
 
+    @checked
     async def dump_xml(
         self, *, inactive: bool = False, dialect: str | None = None, detail: str | None = None
     ) -> bytes:
@@ -457,6 +478,7 @@ class Domain(MigrationCalls):
             assert self._guest is not None
             return await self._guest.view(await link.read())
 
+    @checked
     async def set_guest_vcpus(self, logical_ids: int | Iterable[int], online: bool) -> Outcome:
         """Take CPUs of the guest online or offline, all or none, by the guest's own ids."""
         began = time.monotonic()
@@ -475,6 +497,7 @@ class Domain(MigrationCalls):
             raise end
         return end
 
+    @checked
     async def place(self, xml: bytes | None = None) -> list[str]:
         """Give every vCPU's thread, and the emulator's, what the definition says; what there is to say of it.
 
@@ -497,6 +520,7 @@ class Domain(MigrationCalls):
                 raise VcpuRefused([NO_DEFINITION])
             return place_all(link.threads, definition, await link.read())
 
+    @checked
     async def pin(
         self,
         vcpu_id: int,
@@ -525,12 +549,14 @@ class Domain(MigrationCalls):
             link = self._connected() if live else None
             return await change_pin(link, self._persistent if config else None, vcpu_id, wanted, here)
 
+    @checked
     async def vcpus(self, ids: Iterable[int] | None = None) -> tuple[Vcpu, ...]:
         """These vCPUs, or every one, by a fresh query."""
         if ids is None:
             return (await self.state()).vcpus
         return (await self.request(_request(ids, VcpuFlag.CURRENT, {}))).rows
 
+    @checked
     async def state(self, flags: VcpuFlag = VcpuFlag.CURRENT) -> DomainState:
         """Everything known of the domain, by a fresh query; `flags` may name the impact.
 
@@ -566,6 +592,7 @@ class Domain(MigrationCalls):
         """QEMU's RunState ("running", "paused", "prelaunch" …) when it was asked last; None if not known."""
         return self._link.seen_run_state if self._link is not None else None
 
+    @checked
     def events(self, *, steps: bool = False, limit: int = 1000) -> Events:
         """What happens to the vCPUs, whoever does it; subscribed on entry:
 
@@ -621,6 +648,7 @@ class Domain(MigrationCalls):
 
     # -- plans: what would be done, and every reason why not; nothing is touched --------------------
 
+    @checked
     async def plan(self, request: Request) -> Plan:
         """What `request` would do, and every reason why not; touches nothing."""
         async with self._turn():
@@ -639,26 +667,31 @@ class Domain(MigrationCalls):
                 plan = with_config(plan, self._persistent, live=live and self._link is not None)
             return plan.refused(here)
 
+    @checked
     async def plan_vcpu(
         self, vcpu_id: int, flags: VcpuFlag, *, count: int | None = None, **options: Unpack[Options]
     ) -> Plan:
         """What `vcpu` would do."""
         return await self.plan(_request(vcpu_id, VcpuFlag(flags), options, count=count))
 
+    @checked
     async def plan_enable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Plan:
         """What `enable` would do."""
         return await self.plan(_request(ids, VcpuFlag.ENABLE, options))
 
+    @checked
     async def plan_disable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Plan:
         """What `disable` would do."""
         return await self.plan(_request(ids, VcpuFlag.DISABLE, options))
 
+    @checked
     async def plan_numa_node(
         self, node: int, flags: VcpuFlag, *, count: int | None = None, **options: Unpack[Options]
     ) -> Plan:
         """What `numa_node` would do."""
         return await self.plan(_request(node, VcpuFlag(flags) | VcpuFlag.NUMA_NODE, options, count=count))
 
+    @checked
     async def plan_set_vcpus(
         self, count: int, *, maximum: bool = False, hotpluggable: bool = False, **options: Unpack[Options]
     ) -> Plan:
@@ -841,10 +874,7 @@ def _request(
     for name, flag in _FLAG_WORDS:
         if given.pop(name, False):
             flags |= flag
-    try:
-        return Request(_ids(ids) if total is None else (), flags, count, total=total, **given)
-    except TypeError as error:
-        raise TypeError(str(error).replace("Request.__init__()", "this call")) from None
+    return Request(_ids(ids) if total is None else (), flags, count, total=total, **given)
 
 
 def _flags_of(options: Options) -> VcpuFlag:
@@ -861,7 +891,7 @@ _FLAG_WORDS = (
 
 def _total(count: int, options: Options, *, maximum: bool, hotpluggable: bool) -> Request:
     if type(count) is not int:
-        raise VcpuUsageError(f"{count!r} is no number of vCPUs", hint="give an integer")
+        raise VcpuUsageError(f"{count!r} is not a number of vCPUs", hint="give an integer")
     if maximum and not options.get("config"):
         raise VcpuRefused([checks.MAXIMUM_IS_CONFIG])
     request = _request((), VcpuFlag.CURRENT, options, total=count)
@@ -874,5 +904,5 @@ def _ids(ids: object) -> tuple[int, ...]:
         raise VcpuUsageError("no vCPU id given", hint="name at least one")
     for number in chosen:
         if type(number) is not int:
-            raise VcpuUsageError(f"{number!r} is no vCPU id", hint="ids are integers")
+            raise VcpuUsageError(f"{number!r} is not a vCPU id", hint="ids are integers")
     return tuple(sorted(set(chosen)))

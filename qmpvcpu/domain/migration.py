@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING, Final
 
 from qmpvcpu import aio
+from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.change import change
@@ -69,6 +70,7 @@ class MigrationCalls:
 
         async def _close(self) -> None: ...
 
+    @checked
     async def migrate_begin(
         self,
         *,
@@ -133,6 +135,7 @@ class MigrationCalls:
         keep(link, Side.SOURCE, cookie)
         return cookie
 
+    @checked
     async def migrate_prepare(
         self, cookie: Cookie, *, place: bool = True, differences: Sequence[Refusal] = ()
     ) -> None:
@@ -161,6 +164,7 @@ class MigrationCalls:
             await prepare(link, cookie, plug, differences)
             keep(link, Side.DESTINATION, cookie)
 
+    @checked
     async def migrate_listen(
         self, uri: str | None = None, host: str | None = None, default: str | None = None
     ) -> str:
@@ -180,6 +184,7 @@ class MigrationCalls:
         async with self._call():
             return await listen_at(self._connected(), uri, host, default)
 
+    @checked
     async def migrate_perform(
         self,
         uri: str,
@@ -248,6 +253,7 @@ class MigrationCalls:
             raise VcpuRefused([Refusal("cookie", text, (), "give the cookie that migrate-begin has printed")])
         return cookie
 
+    @checked
     async def migrate_finish(
         self,
         cookie: Cookie,
@@ -319,6 +325,7 @@ class MigrationCalls:
         total = sum(size for size in sizes if type(size) is int)
         return min(total, used) if total and used is not None else total or used
 
+    @checked
     async def save(
         self,
         cookie: Cookie,
@@ -451,6 +458,7 @@ class MigrationCalls:
             await asyncio.sleep(_PENDING_LOOK)
         return False
 
+    @checked
     async def restore(
         self, cookie: Cookie, fd: int, offset: int, told: Callable[[bool], None] = lambda _: None
     ) -> DomainState:
@@ -483,6 +491,7 @@ class MigrationCalls:
             hint = "look at QEMU's log; the file is as it was"
             raise VcpuFailed("QEMU could not read the saved guest, and has ended", hint=hint) from error
 
+    @checked
     async def read_saved(self, fd: int, offset: int) -> None:
         """Read a saved guest into this QEMU, which waits for one, and do not let it run.
 
@@ -503,6 +512,7 @@ class MigrationCalls:
             if refusal is not None:
                 raise VcpuFailed(refusal.message, hint=refusal.hint)
 
+    @checked
     async def migrate_cancel(self, *, force: bool = False) -> str:
         """End what is under way: a source goes on, a destination that has not run ends. What was done, in words.
 
@@ -523,6 +533,7 @@ class MigrationCalls:
                 return stopped
             return await cancel(self._connected(), force=force)
 
+    @checked
     async def migrate(
         self,
         destination: MigrationCalls,

@@ -29,6 +29,7 @@ from qemu.qmp import (
 
 from qmpvcpu.aio import finish
 from qmpvcpu.core.address import parse_address
+from qmpvcpu.core.arguments import checked
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.kinds import open_file
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
@@ -50,6 +51,7 @@ _BATCH: Final = 32
 class QmpLog:
     """`--qmp-log`: every message of a connection as one JSON line, in a file only its owner can read."""
 
+    @checked
     def __init__(self, path: str | os.PathLike[str]) -> None:
         """Open the file, or make it.
 

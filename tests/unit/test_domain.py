@@ -103,9 +103,9 @@ async def test_the_same_call_by_flags_and_by_name_is_the_same_request(running, m
     assert made[0] == made[1]
 
 
-async def test_an_option_that_does_not_exist_is_a_type_error(running):
+async def test_an_option_that_does_not_exist_is_a_usage_error(running):
     async with running(FakeQemu()) as domain:
-        with pytest.raises(TypeError, match="unexpected keyword argument 'sooner'"):
+        with pytest.raises(qmpvcpu.VcpuUsageError, match="has no argument 'sooner'"):
             await domain.enable(5, sooner=True)
 
 

@@ -1,4 +1,4 @@
-"""What a word of the user names: a domain, or a socket in QEMU's words; and what is said where that is nothing."""
+"""What a word of the user names: a domain, or a socket in QEMU's words; what is said where it is nothing."""
 
 from __future__ import annotations
 
