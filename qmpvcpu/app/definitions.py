@@ -190,7 +190,7 @@ def undefine(name: str) -> Path:
         VcpuRefused: it is not defined, or cannot be removed.
     """
     if check_name(name) is None and (pid := Runtime(name).pid()) is not None:
-        text = f"'{name}' runs (QEMU {pid}): nobody would know it any more"
+        text = f"'{name}' runs (QEMU {pid}): undefining a running guest leaves no way to end it"
         raise VcpuRefused([Refusal("active", text, (), "destroy it first", "VIR_ERR_OPERATION_INVALID")])
     return DefinitionFolder().undefine(name)
 

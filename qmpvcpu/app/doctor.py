@@ -48,7 +48,9 @@ class HostReport:
             told = f"QEMU {qemu.version}" if qemu.version else f"does not run: {qemu.error}"
             lines.append(f"{qemu.path}: {told}")
             if qemu.version:
-                lines.append(f"    CPU hotplug on: {_families(qemu.hotplug) or 'no machine of it'}")
+                families = _families(qemu.hotplug)
+                none = "no machine type of this QEMU can hotplug CPUs"
+                lines.append(f"    CPU hotplug on: {families}" if families else f"    {none}")
         if not self.qemus:
             lines.append("no QEMU is here")
         lines.append(f"KVM: {'usable' if self.kvm else self.kvm_reason}")

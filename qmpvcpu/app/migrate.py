@@ -301,7 +301,7 @@ async def migrate(
     """
     _check_words(dest, persistent=persistent)
     if dest == source.name:
-        text = f"the destination is called as the source, '{dest}'"
+        text = f"source and destination have the same name, '{dest}'"
         raise VcpuRefused([Refusal("definition", text, (), "give the destination another name")])
     if undefine_source and not source.has_definition:
         text = "the source has no definition that could be forgotten"

@@ -273,9 +273,9 @@ def _plan_maximum(definition: Definition, request: Request) -> ConfigPlan:
         refusals.append(
             Refusal(
                 "maximum",
-                f"<cpu><topology> has room for {topology.maxcpus} vCPUs, not for {maximum}",
+                f"<cpu><topology> makes {topology.maxcpus} vCPUs, not {maximum}",
                 (),
-                "change <topology> and <vcpu> in the XML, and define it again",
+                "change <topology> and <vcpu> in the XML first, and define it again",
                 "VIR_ERR_INVALID_ARG",
             )
         )
@@ -321,8 +321,8 @@ def _check_followers(definition: Definition, changed: Sequence[int]) -> list[Ref
     return [
         Refusal(
             "config-order",
-            f"vCPU {format_ids(changed)} cannot change in the definition: vCPU {format_ids(behind)} behind it is"
-            " enabled and not hotpluggable, and those stand together from vCPU 0 on",
+            f"vCPU {format_ids(changed)} cannot change in the definition: vCPU {format_ids(behind)} is in the way,"
+            " which is enabled and not hotpluggable",
             tuple(changed),
             f"change {format_ids(behind)} with it, or give it hotpluggable='yes' in <vcpus>",
         )

@@ -294,7 +294,9 @@ _GROUP_SECONDS: Final = 1.0
 _GROUP_PAUSE: Final = 0.002
 
 #: Design: without an agent an enable is applied, `online` is null, and one line says so.
-_UNSEEN: Final = "no guest agent is known: whether the guest runs on it was not checked"
+_UNSEEN: Final = (
+    "no guest agent is known: whether the guest runs on it was not checked; --agent ADDR (agent=) names its socket"
+)
 
 
 _NO_ACPI: Final = "this machine has no ACPI (acpi=off): only firmware that drives CPU hotplug can answer"

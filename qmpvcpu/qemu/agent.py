@@ -112,9 +112,10 @@ class AgentClient:
         except TimeoutError as error:
             raise self._error("no-agent", "did not accept the connection", error) from error
         except OSError as error:
-            text = f"cannot connect to the agent's socket: {error.strerror or error}"
-            reason = "missing" if isinstance(error, FileNotFoundError) else "refused"
-            raise self._error(reason, text, error) from error
+            if isinstance(error, FileNotFoundError):
+                raise self._error("missing", None, error) from error
+            text = f"cannot be reached: {error.strerror or error}"
+            raise self._error("refused", text, error) from error
         self._reader, self._writer = opened
         self._writer.transport.set_write_buffer_limits(high=0)  # drain() waits until the peer has it all
         self._synced = self._repeats_ids = False
@@ -361,10 +362,13 @@ class AgentClient:
             raise self._error("malformed", f"answered '{command}' with an error that says nothing", None)
         return CommandError(command, str(answer.get("class"))[:100], _shortened(answer["desc"]))
 
-    def _error(self, reason: str, text: str, cause: BaseException | None) -> VcpuConnectionError:
+    def _error(self, reason: str, text: str | None, cause: BaseException | None) -> VcpuConnectionError:
+        """`text` is about the agent; without it there is no socket."""
         hint = _HINTS.get(reason, "look at the guest's agent: is it qemu-ga, and does it run?")
         error = VcpuConnectionError(
-            f"the guest agent at '{self._address}' {text}",
+            f"the guest agent at '{self._address}' {text}"
+            if text
+            else f"there is no agent socket '{self._address}'",
             address=self._address,
             reason=reason,
             hint=hint,

@@ -492,8 +492,16 @@ def _connect_error(address: str, error: ConnectError) -> VcpuConnectionError:
             reason="not-qmp",
             hint="is this socket QEMU's QMP monitor (-qmp …,server=on)?",
         )
+    if r"b'{\r\n'" in str(cause):
+        # The first line of its greeting (7.2 to 11.1).
+        return VcpuConnectionError(
+            f"'{address}' is a pretty-printed QMP socket, of which each message is many lines",
+            address=address,
+            reason="not-qmp",
+            hint="start QEMU with -qmp, not -qmp-pretty (-mon …,pretty=off)",
+        )
     return VcpuConnectionError(
-        f"'{address}' is no QMP server: {_first_line(cause)}",
+        f"'{address}' is not a QMP server: {_first_line(cause)}",
         address=address,
         reason="not-qmp",
         hint="name QEMU's QMP socket (-qmp …,server=on), not its HMP monitor, console or guest agent",

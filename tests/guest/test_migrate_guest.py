@@ -162,8 +162,8 @@ async def test_an_agent_that_cannot_do_it_is_a_reason_and_all_is_online_again(ar
         assert run.code == 3 and await box.guest.online() == "0-1", run.stdout
         return run.json["error"]["message"]
 
-    assert "cannot connect to the agent's socket" in await refused("/nowhere/agent", there)
-    assert "cannot connect to the agent's socket" in await refused(box.guest.agent, "/nowhere/agent")
+    assert "there is no agent socket '/nowhere/agent'" in await refused("/nowhere/agent", there)
+    assert "there is no agent socket '/nowhere/agent'" in await refused(box.guest.agent, "/nowhere/agent")
     await box.guest.shell(
         "echo $(sed -n 's/: sched:active//p' /sys/devices/system/cpu/hotplug/states)"
         " > /sys/devices/system/cpu/cpu1/hotplug/fail"

@@ -515,3 +515,13 @@ async def test_an_address_that_cannot_be_is_not_called_something_else_than_qmp(a
         async with connected(address):
             pass
     assert getattr(error.value, "reason", "") != "not-qmp"
+
+
+async def test_a_pretty_printed_socket_is_called_so(tmp_path):
+    async def pretty(connection):
+        connection.raw(json.dumps(GREETING, indent=4).replace("\n", "\r\n").encode() + b"\r\n")
+        await forever(connection)
+
+    async with serve(tmp_path, pretty) as path:
+        error = await fails(path, "not-qmp")
+    assert ("pretty-printed" in error.message, "-qmp, not -qmp-pretty" in error.hint) == (True, True)

@@ -103,6 +103,12 @@ def test_a_maximum_without_config_says_what_to_add(home):
     assert "hint: add --config\n" in run_main(["setvcpus", "web1", "2", "--maximum"]).stderr
 
 
+async def test_an_agent_that_is_not_there_is_a_socket_that_is_not_there(tmp_path):
+    async with serve(tmp_path, FakeQemu().script) as path, qmpvcpu.connect(path, agent="./nope") as domain:
+        with pytest.raises(VcpuConnectionError, match=r"^there is no agent socket './nope'$"):
+            await domain.guest_vcpus()
+
+
 # -- what was typed wrong ----------------------------------------------------------------------------
 
 

@@ -106,7 +106,7 @@ HOSTS = pytest.mark.parametrize(
         (Host(), []),
         (None, ["vCPU 0-3 cannot be placed: QEMU's process is not found"]),
         (Host(is_owner=False), ["vCPU 0-3 cannot be placed: QEMU is another user's"]),
-        (Host(online={0, 1}), ["vCPU 1 is pinned to host CPU 3: online is 0-1"]),
+        (Host(online={0, 1}), ["vCPU 1 is pinned to host CPU 3, which is not online (online: 0-1)"]),
         (Host(realtime=10), []),
         (Host(realtime=9), ["vCPU 1-2 shall be fifo:10, and CAP_SYS_NICE is missing"]),
         (Host(online={1}, realtime=0), ["vCPU 0,2-3 is", "vCPU 1 is pinned", "vCPU 1-2 shall"]),
@@ -133,7 +133,7 @@ def test_where_nothing_is_wished_nothing_stands_against_it():
 def test_every_reason_of_another_users_qemu_too():
     xml = tuned("<vcpupin vcpu='1' cpuset='3'/><period>5000</period>")
     found = [refusal.message for refusal in against(xml, [1], Host(is_owner=False, online={0, 1}))]
-    words = ["another user's", "online is 0-1", "cgroup"]
+    words = ["another user's", "online: 0-1", "cgroup"]
     assert [word in message for word, message in zip(words, found, strict=True)] == [True] * 3
 
 
