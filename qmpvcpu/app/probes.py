@@ -108,6 +108,7 @@ async def find_layout(
         VcpuFailed, VcpuConnectionError: the throwaway QEMU dies, or does not answer.
     """
     began = time.monotonic()
+    mode = ProbeMode(mode)
     # A program runs the machines of its own architecture only, whatever the machine's name says.
     row = architecture_of_program(emulator or "") or architecture_of_machine(spec.machine)
     target = arch or (row.name if row is not None else os.uname().machine)

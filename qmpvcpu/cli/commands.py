@@ -35,13 +35,16 @@ _MAXIMUM: Final = "--maximum changes the definition alone, from the next start"
 class Session:
     """What one run of the command line holds: its options, and the domain while it is open."""
 
-    def __init__(self, options: Namespace, output: Output) -> None:
+    def __init__(self, options: Namespace, output: Output, is_interrupted: Callable[[], bool]) -> None:
         self.options = options
         self.output = output
+        self._is_interrupted = is_interrupted
         self.domain: Domain | None = None
         self.interrupted_note: str | None = None
         #: How the call that changes something has ended, once it has.
         self._end: Outcome | VcpuError | None = None
+        #: Whether it has, before any signal came.
+        self.has_ended = False
         self._log: Any = None
         self._warned: set[str] = set()
 
@@ -77,22 +80,33 @@ class Session:
         """What is left, this run being interrupted now."""
         if self.domain is None:
             return Interrupted()
+        if (end := self._end) is not None:
+            # It had ended, and was not heard before the signal was.
+            written = isinstance(end, Outcome) and end.defined
+            found = Interrupted(changed_ids=_live_changes(end), definition_written=written)
+            return found.with_pending({*end.pending, *self.domain.pending_ids})
         # Between two calls, as in `watch`, it is what is pending.
         return self.domain.interrupted or Interrupted(pending=self.domain.pending_ids)
 
     async def finish(self, call: Awaitable[Outcome]) -> Outcome:
-        """The end of the call that changes something; no interrupt from then on changes the exit code."""
+        """The end of the call that changes something; no signal from then on changes the exit code.
+
+        Raises:
+            CancelledError: a signal came before the end.
+        """
         try:
             self._end = await call
         except VcpuError as error:
             self._end = error
+            self._check_signals()
             raise
+        self._check_signals()
         return self._end
 
-    @property
-    def has_ended(self) -> bool:
-        """Whether the call that changes something has ended."""
-        return self._end is not None
+    def _check_signals(self) -> None:
+        if self._is_interrupted():
+            raise asyncio.CancelledError
+        self.has_ended = True
 
     def tell_end(self) -> int | None:
         """Show that end, where its command was interrupted before it could; the exit code, or None without one.
@@ -100,7 +114,7 @@ class Session:
         Raises:
             VcpuError: the call ended so.
         """
-        end = self._end
+        end = self._end if self.has_ended else None
         if isinstance(end, VcpuError):
             raise end
         if end is None or end.outcome is OutcomeKind.QUERIED:
@@ -135,6 +149,13 @@ class Session:
             if message not in self._warned:
                 self._warned.add(message)
                 self.output.say(f"note: {in_options(message)}")
+
+
+def _live_changes(end: Outcome | VcpuError) -> tuple[int, ...]:
+    """vCPU ids that were changed in the running guest."""
+    if isinstance(end, Outcome) and (end.live_changed_ids or end.config_changed_ids):
+        return end.live_changed_ids
+    return tuple(end.changed_ids)
 
 
 async def command(session: Session) -> int:

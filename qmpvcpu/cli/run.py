@@ -94,7 +94,7 @@ def _run_async(options: argparse.Namespace, output: Output, signals: Signals) ->
 
     from qmpvcpu.cli.commands import Session, command
 
-    session = Session(options, output)
+    session = Session(options, output, lambda: signals.number is not None)
 
     async def body() -> int:
         loop = asyncio.get_running_loop()

@@ -6,7 +6,7 @@ import inspect
 import types
 from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
-from enum import Flag
+from enum import Flag, StrEnum
 from functools import cache, wraps
 from typing import Any, Final, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
@@ -105,6 +105,8 @@ def _fits(value: Any, hint: Any) -> bool:
         return value is None
     if hint is bool:
         return type(value) is bool
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return value in set(hint)
     if isinstance(hint, type) and issubclass(hint, Flag):
         return isinstance(value, int) and type(value) is not bool
     if hint in (int, float):
@@ -138,6 +140,8 @@ def _noun(hint: Any) -> str:
         return " or ".join(map(repr, inner))
     if origin is not None and inner and isinstance(origin, type) and issubclass(origin, Iterable):
         return f"a list ({_noun(inner[0])} each)"
+    if isinstance(hint, type) and issubclass(hint, StrEnum):
+        return " or ".join(map(repr, map(str, hint)))
     if getattr(origin, "__name__", "") == "PathLike":
         return "a path"
     return _NOUNS.get(hint) or f"a {getattr(hint, '__name__', hint)}"

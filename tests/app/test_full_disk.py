@@ -13,7 +13,7 @@ pytestmark = pytest.mark.scripts
 
 SCRIPT = """
 set -eu
-mount -t tmpfs -o size=32k none "$QMPVCPU_STATE"
+mount -t tmpfs -o size=32k,mode=700 none "$QMPVCPU_STATE"
 "$PYTHON" -m qmpvcpu define "$FILE" >&2
 cp "$QMPVCPU_STATE/definitions/d.xml" "$BEFORE"
 head -c 100000 /dev/zero >"$QMPVCPU_STATE/fill" 2>/dev/null || true

@@ -163,7 +163,7 @@ async def test_define_by_a_file_and_under_another_name(state, tmp_path):
         (("define", "nowhere"), 3),
         (("define", "three", "--agent", "/a"), 2),
         (("define", "a/b", "--xml", str(file)), 2),
-        (("define", ".x", "--xml", str(file)), 3),
+        (("define", "..", "--xml", str(file)), 3),
         (("define", "x", "--qmp", "fd:3"), 2),
         (("define", "x", "--qmp", str(tmp_path / "none")), 7),
     ):

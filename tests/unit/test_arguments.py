@@ -37,6 +37,7 @@ CALLS = {
     "a request with a truth value as id": lambda: Request((True,)),
     "a request that has no end": lambda: Request((1,), timeout=NAN),
     "smp as a number": lambda: qmpvcpu.parse_smp(3),
+    "a mode that there is not": lambda: qmpvcpu.find_layout(None, mode="sometimes").send(None),
     "numa as one text": lambda: qmpvcpu.parse_numa("node"),
 }
 
