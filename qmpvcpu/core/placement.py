@@ -245,13 +245,13 @@ def _within(
     element: str,
 ) -> list[Refusal]:
     """Whether these host CPUs or nodes are there, and may be had."""
-    for there, before, after in (
-        (online, ", which is not online (online: ", ")"),
-        (allowed, f": the cpuset of '{path}' has ", ""),
-    ):
+    for there, is_online in ((online, True), (allowed, False)):
         gone = [number for number in asked if there is not None and number not in there]
         if there is not None and gone:
-            text = f"vCPU {format_ids(ids)} is {how} {format_ids(gone)}{before}{format_ids(there)}{after}"
+            why = f"the cpuset of '{path}' has {format_ids(there)}"
+            if is_online:
+                why = f"host CPU {format_ids(gone)} is not online (online: {format_ids(there)})"
+            text = f"vCPU {format_ids(ids)} is {how} {format_ids(gone)}: {why}"
             return [Refusal("place", text, ids, f"correct {element}; {_HINT}")]
     return []
 

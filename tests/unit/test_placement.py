@@ -106,7 +106,7 @@ HOSTS = pytest.mark.parametrize(
         (Host(), []),
         (None, ["vCPU 0-3 cannot be placed: QEMU's process is not found"]),
         (Host(is_owner=False), ["vCPU 0-3 cannot be placed: QEMU is another user's"]),
-        (Host(online={0, 1}), ["vCPU 1 is pinned to host CPU 3, which is not online (online: 0-1)"]),
+        (Host(online={0, 1}), ["vCPU 1 is pinned to host CPU 3: host CPU 3 is not online (online: 0-1)"]),
         (Host(realtime=10), []),
         (Host(realtime=9), ["vCPU 1-2 shall be fifo:10, and CAP_SYS_NICE is missing"]),
         (Host(online={1}, realtime=0), ["vCPU 0,2-3 is", "vCPU 1 is pinned", "vCPU 1-2 shall"]),
