@@ -100,7 +100,8 @@ async def run_qemu(
                 try:
                     yield qemu
                 except Exception as error:
-                    if monitor.is_lost:
+                    # Another connection may have heard of it first.
+                    if monitor.is_lost or (isinstance(error, VcpuConnectionError) and error.reason == "closed"):
                         error.add_note(await _last_words(qemu))
                     raise
                 finally:

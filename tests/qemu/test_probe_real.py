@@ -18,6 +18,7 @@ from qmpvcpu import (
     VcpuConnectionError,
     VcpuFailed,
     VcpuRefused,
+    connect,
     find_layout,
     parse_numa,
     parse_smp,
@@ -365,12 +366,13 @@ async def test_the_command_line(tmp_path, own_cache):
         assert json.loads(run.stdout)["error"]["hint"]
 
 
-async def test_an_error_of_a_qemu_that_ended_says_how(tmp_path):
+@pytest.mark.parametrize("ours", [True, False])
+async def test_an_error_of_a_qemu_that_ended_says_how(ours):
     """A crash of QEMU while something is asked of it is told with its exit code and its last words."""
     with pytest.raises(VcpuConnectionError) as caught:
-        async with qemus.paused("x86_64", "10.0", "2") as qemu:
+        async with qemus.paused("x86_64", "10.0", "2") as qemu, connect(qemu.qmp) as domain:
             qemu.kill()
-            await qemu.execute("query-status")
+            await (domain.state() if ours else qemu.execute("query-status"))
     assert [note.partition(": ")[0] for note in caught.value.__notes__] == [
         f"{qemu_binary('10.0', 'x86_64')} exited with code -9"
     ]
