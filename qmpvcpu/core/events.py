@@ -267,7 +267,7 @@ class Departures:
     def decide(
         self, before: DomainState, after: DomainState, heard: int, *, has_removed: bool = True
     ) -> list[Event]:
-        """The removals that the difference between two states does not show.
+        """What came and went again between two states, which their difference does not show.
 
         Args:
             before: the state until now.
@@ -297,6 +297,8 @@ class Departures:
             entity = was.get(one.path) or now.get(one.path)
             if (ids := self._ids(one, entity, before, after)) is not None:
                 detail = f"device '{one.path.removeprefix(PERIPHERAL)}', plugged and removed between two queries"
+                # QEMU tells of no plug: what has gone had come.
+                found += [Event(one.time, EventKind.ADDED, vcpus, detail) for vcpus in ids if vcpus]
                 found += [Event(one.time, EventKind.REMOVED, vcpus, detail) for vcpus in ids]
         self._undecided = left
         self._emptied.clear()

@@ -319,7 +319,7 @@ class Link:
                 found = [*removed, *unseen, *added]
         else:
             found = unseen = self._departures.decide(before, state, heard, has_removed=False)
-        self.removals_seen += len(unseen)
+        self.removals_seen += sum(event.event is EventKind.REMOVED for event in unseen)
         self._hub.emit(found)
         self.ledger.settle(state, self.driven)
         self._state = state

@@ -88,5 +88,5 @@ async def test_nothing_grows_and_nothing_goes_untold(tmp_path, monkeypatch):
         await until(lambda: watch.has_ended or watch.told["vcpu-removed"] >= plugs, "every unplug was told")
         await within(watch.end(), "watch ends")
     print(f"{plugs} plugs and unplugs, {-(-plugs // CONNECT_EVERY)} connects: memory x {grown:.3f}, {watch.told}")
-    assert watch.told["vcpu-removed"] == plugs
+    assert (watch.told["vcpu-added"], watch.told["vcpu-removed"]) == (plugs, plugs)
     assert grown < GROWTH
