@@ -155,7 +155,11 @@ def connect(
         from qmpvcpu.qemu.monitor import connect_monitor
 
         return await connect_monitor(
-            address, log=qmp_log, connect_timeout=patience, command_timeout=command_timeout
+            address,
+            log=qmp_log,
+            connect_timeout=patience,
+            command_timeout=command_timeout,
+            qemu_log=place.qemu_log,
         )
 
     def agent_at(address: str) -> Agent:

@@ -25,7 +25,8 @@ _MOST_NAMES: Final = 12
 class Place:
     """Where a domain is: the QMP addresses of the running guest, its agent's, and its definition.
 
-    `is_unknown`: it was named by a name or a path under which nothing is there.
+    `is_unknown`: it was named by a name or a path under which nothing is there. `qemu_log`: where QEMU writes what
+    it has to say, of a guest that `start` has started.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Place:
     agent: str | None = None
     definition: DefinitionFile | None = None
     is_unknown: bool = False
+    qemu_log: str | None = None
 
 
 def locate(
@@ -67,7 +69,7 @@ def _named(domain: str) -> Place:
         if runtime.pid() is not None:
             # `start` has started it, or it waits for a migration.
             file = folder.file(domain) if folder.is_defined(domain) else None
-            return Place(domain, runtime.qmp, runtime.agent, file)
+            return Place(domain, runtime.qmp, runtime.agent, file, qemu_log=str(runtime.log))
         if folder.is_defined(domain):
             addresses = folder.addresses(domain)
             return Place(domain, addresses.qmp, addresses.agent, folder.file(domain))

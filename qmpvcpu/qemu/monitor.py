@@ -228,10 +228,11 @@ def _event(msg: Message) -> MonitorEvent:
 class QmpMonitor(Monitor):
     """An open QMP connection (`ports.Monitor`); made by `open_monitor`."""
 
-    def __init__(self, client: _Client, address: str, command_timeout: float) -> None:
+    def __init__(self, client: _Client, address: str, command_timeout: float, qemu_log: str | None) -> None:
         self._client = client
         self._address = address
         self._timeout = command_timeout
+        self._qemu_log = qemu_log
         self._closing = False
         self._lost: VcpuConnectionError | None = None
         self._timer: asyncio.TimerHandle | None = None
@@ -291,7 +292,7 @@ class QmpMonitor(Monitor):
         if self._closing:
             return
         cause = await self._disconnect()
-        self._lost = _closed(self._address, cause)
+        self._lost = _closed(self._address, cause, self._qemu_log)
         self._drop_replies()
         for sink in tuple(self._client.sinks):
             sink(self._lost)
@@ -362,7 +363,7 @@ class QmpMonitor(Monitor):
 
         def tell(_: object = None) -> None:
             if not result.done():
-                result.set_exception(self._lost or _closed(self._address, None))
+                result.set_exception(self._lost or _closed(self._address, None, self._qemu_log))
 
         if self._lost is not None or self._watcher.done():
             tell()
@@ -398,7 +399,7 @@ def _no_answer(address: str, command: str, seconds: float, cause: BaseException)
     return error
 
 
-def _closed(address: str, cause: BaseException | None) -> VcpuConnectionError:
+def _closed(address: str, cause: BaseException | None, qemu_log: str | None) -> VcpuConnectionError:
     if isinstance(cause, ValueError) and str(cause).startswith("Separator"):  # StreamReader.readline
         return VcpuConnectionError(
             f"'{address}' sent a message of more than {MESSAGE_LIMIT >> 20} MiB; the connection was closed",
@@ -413,7 +414,7 @@ def _closed(address: str, cause: BaseException | None) -> VcpuConnectionError:
         f"the connection to '{address}' was closed by the other side{why}",
         address=address,
         reason="closed",
-        hint="QEMU has exited, or closed this monitor: look at its log",
+        hint=f"QEMU has exited, or closed this monitor: look at {qemu_log or 'its log'}",
     )
     error.__cause__ = cause
     return error
@@ -445,7 +446,7 @@ _OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
         "nobody listens on '{}'",
         "QEMU is gone, or listens elsewhere; a socket file it left behind can be removed",
     ),
-    errno.ENOTSOCK: ("not-qmp", "'{}' is not a socket", "name QEMU's QMP socket"),
+    errno.ENOTSOCK: ("not-qmp", "'{}' is not a socket", "name QEMU's QMP socket, or a file of domain XML"),
     errno.EACCES: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
     errno.EPERM: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
     errno.EAGAIN: (
@@ -542,8 +543,9 @@ async def connect_monitor(
     log: QmpLog | None = None,
     connect_timeout: float = CONNECT_TIMEOUT,
     command_timeout: float = COMMAND_TIMEOUT,
+    qemu_log: str | None = None,
 ) -> QmpMonitor:
-    """`open_monitor` for who closes it himself."""
+    """`open_monitor` for who closes it himself. `qemu_log`: path of QEMU's own log, where it is known."""
     where = parse_address(address)
     client = _Client(address, log)
     if isinstance(where, str) and where:
@@ -571,7 +573,7 @@ async def connect_monitor(
         raise _os_error(address, error) from error
     except AssertionError as error:
         # qemu.qmp 0.0.6 asserts that the session still runs; one closed right after negotiation does not.
-        raise _closed(address, None) from error
+        raise _closed(address, None, qemu_log) from error
     finally:
         if client.runstate is not Runstate.RUNNING:
             with suppress(Exception):
@@ -579,4 +581,4 @@ async def connect_monitor(
             if isinstance(target, socket.socket):
                 target.close()
     logger.debug("connected to %s", address)
-    return QmpMonitor(client, address, command_timeout)
+    return QmpMonitor(client, address, command_timeout, qemu_log)

@@ -318,6 +318,16 @@ async def test_a_qemu_that_will_not_end_is_killed(tmp_path, started):
     assert pid_of("d") is None
 
 
+async def test_the_log_of_a_qemu_that_dies_is_named_where_we_started_it(tmp_path, started):
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE))
+    run = (await cli("start", "d", "--json")).json
+    watching = await start_cli("watch", "d")
+    await watching.stdout.readline()
+    os.kill(run["pid"], signal.SIGABRT)
+    _, stderr = await watching.communicate()
+    assert (watching.returncode, f"look at {run['log']}" in stderr.decode()) == (7, True), stderr
+
+
 async def test_a_machine_that_does_not_come_to_stand(tmp_path, started):
     wrapper = tmp_path / "qemu"
     wrapper.write_text(
