@@ -199,10 +199,15 @@ class Pool:
         return kept
 
     async def rest(self) -> None:
-        """Stop them until the next `get`."""
-        for kept in self.booted.values():
-            if not kept.guest.qemu.has_exited:
-                await kept.guest.qemu.execute("stop")
+        """Stop them until the next `get`. One that does not answer goes: no other test is to fail with it."""
+        for key, kept in list(self.booted.items()):
+            try:
+                if not kept.guest.qemu.has_exited:
+                    await kept.guest.qemu.execute("stop")
+            except qmpvcpu.VcpuConnectionError as error:
+                error.add_note(kept.guest.qemu.threads())
+                await self.drop(key)
+                raise
 
     async def drop(self, key: tuple[str, str]) -> None:
         await self.booted.pop(key).stack.aclose()

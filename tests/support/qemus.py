@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import shutil
+import subprocess
 from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -15,7 +17,7 @@ from qmpvcpu.ports import CommandError, MonitorEvent
 from qmpvcpu.qemu.process import QemuProcess, run_qemu
 from tests.support.monitor import QmpError
 from tests.support.soaking import is_long_run
-from tests.support.waiting import within
+from tests.support.waiting import DEADLINE, within
 
 VERSIONS = ("7.2", "10.0", "11.1")
 #: Tests may have a cache of their own, and still these QEMUs.
@@ -114,6 +116,17 @@ class Qemu:
 
     def stderr(self) -> str:
         return self._process.stderr()
+
+    def threads(self) -> str:
+        """What each of its threads does: for the report on a QEMU that does not answer."""
+        debugger = shutil.which("gdb")
+        if debugger is None:
+            tasks = Path(f"/proc/{self.pid}/task").iterdir()
+            return "\n".join(
+                f"{t.name} {(t / 'comm').read_text().strip()}: {(t / 'wchan').read_text()}" for t in tasks
+            )
+        words = [debugger, "-p", str(self.pid), "-batch", "-ex", "thread apply all backtrace 16"]
+        return subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE).stdout[-20_000:]
 
 
 @asynccontextmanager
