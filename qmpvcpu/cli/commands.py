@@ -15,6 +15,7 @@ from qmpvcpu.cli.output import Output, OutputLost
 from qmpvcpu.cli.progress import waiting
 from qmpvcpu.cli.words import in_options
 from qmpvcpu.core.checks import MAXIMUM_IS_CONFIG, check_range
+from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import DomainState, Outcome, format_ids
 from qmpvcpu.core.plan import Plan
 from qmpvcpu.core.request import TIMEOUT, Request, parse_ids
@@ -401,10 +402,16 @@ async def _guestvcpus(session: Session) -> int:
         if options.cpulist is not None:
             ids = parse_ids(options.cpulist, "CPU of the guest")
             result = await session.finish(domain.set_guest_vcpus(ids, options.enable))
-            view = await domain.guest_vcpus()
             session.warn(result.messages)
+            view = GuestView((), {})
+            try:
+                view = await domain.guest_vcpus()
+            except VcpuError as error:
+                # What was done is done, and verified.
+                session.warn([f"what the guest's CPUs are now is not known: {error.message}"])
             # `vcpus` and `changed_ids` are the guest's own ids here; `cpus` tells which vCPU each one is.
-            session.show(result.to_json() | view.to_json(), render.guest_outcome(result, view))
+            lines = render.guest_outcome(result, is_online=options.enable)
+            session.show(result.to_json() | view.to_json(), lines)
             return result.outcome.exit_code
         view = await domain.guest_vcpus()
     session.show(view.to_json() | {"domain": domain.name}, render.guest(view))

@@ -183,11 +183,10 @@ def _changed_to(row: Vcpu | None, mechanism: str | None) -> str:
     return f"{row.state} (hotplug)"
 
 
-def guest_outcome(result: Outcome, view: GuestView) -> list[str]:
+def guest_outcome(result: Outcome, *, is_online: bool) -> list[str]:
     """What `guestvcpus --cpulist` did."""
-    online = {cpu.logical_id: cpu.online for cpu in view.cpus}
     ids = result.changed_ids or result.ids
-    word = "online" if ids and online.get(ids[0]) else "offline"
+    word = "online" if is_online else "offline"
     return [f"the guest's CPU {format_ids(ids)}: {'' if result.changed_ids else 'already '}{word}"]
 
 

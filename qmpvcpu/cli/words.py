@@ -40,5 +40,6 @@ def report(error: VcpuError, output: Output) -> int:
         output.say(f"qmpvcpu: {error.outcome}: {error.message}")
         if hint:
             output.say(f"  hint: {hint}")
-    output.say(*(f"note: {message}" for message in error.messages))
+    # A note of an exception tells how the QEMU that it is about has ended.
+    output.say(*(f"note: {message}" for message in (*error.messages, *getattr(error, "__notes__", ()))))
     return error.outcome.exit_code

@@ -8,6 +8,8 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
+from tests.support.commands import cli
+from tests.support.fake_agent import serve_agent
 from tests.support.fake_guest import FakeGuest
 from tests.support.fake_qemu import FakeQemu
 from tests.support.fake_qmp import serve
@@ -249,3 +251,27 @@ async def test_an_agent_that_is_slow_each_time_is_given_up_after_one_deadline(wi
             async with asyncio.timeout(15):
                 await domain.set_guest_vcpus([1], False)
     assert "guest-set-vcpus" not in [name for name, _ in guest.commands]
+
+
+async def test_a_switch_that_was_verified_is_applied_though_the_agent_then_goes(tmp_path):
+    async def switch(fails_at):
+        """What was said, and how often `guest-get-vcpus` was asked, which from that time on is not answered."""
+        guest = FakeGuest(FakeQemu(plugged=(1,)))
+        looks, look = [], guest.look
+
+        def counted():
+            looks.append(True)
+            if len(looks) >= fails_at:
+                guest.silent.add("guest-get-vcpus")
+            look()
+
+        guest.look = counted
+        async with serve(tmp_path, guest.qemu.script) as qmp, serve_agent(tmp_path, guest) as agent:
+            words = ("guestvcpus", qmp, "--agent", agent, "--cpulist", "1", "--disable", "--json")
+            return await cli(*words), len(looks)
+
+    done, often = await switch(99)
+    assert (done.code, done.json["changed_ids"], len(done.json["cpus"])) == (0, [1], 2)
+    done, _ = await switch(often - 1)
+    assert (done.code, done.json["changed_ids"], done.json["cpus"]) == (0, [1], [])
+    assert "what the guest's CPUs are now is not known" in done.stderr
