@@ -6,11 +6,13 @@ import os
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from signal import SIGKILL
 
 import pytest
 
 from tests.support import commands, processes
+from tests.support.deadlock import QemuDeadlocked, deadlocked
 
 processes.mark()
 
@@ -33,6 +35,24 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     each = "".join(f"{folder} {seconds:.0f} s, " for folder, seconds in sorted(_SECONDS.items()))
     terminalreporter.write_line(f"time by folder: {each}in all {time.monotonic() - _BEGAN:.0f} s by the clock")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=QemuDeadlocked.__name__))
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call() -> Generator[None, object, object]:
+    """A test that failed with a QEMU that waits for itself is run once more, and the summary says so."""
+    try:
+        return (yield)
+    except BaseException as error:
+        if not (stuck := deadlocked()):
+            raise
+        for pid in stuck:
+            os.kill(pid, SIGKILL)
+        raise QemuDeadlocked(f"a thread of process {stuck} waited for another that does not end") from error
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -256,6 +256,17 @@ QUIRKS: Final = (
         hint="wait until the guest's kernel runs",
     ),
     Quirk(
+        "ppc64-tcg-unplug-deadlock",
+        "the guest and at last QEMU hang, about once in 500 unplugs on a busy host: the vCPU that releases a core"
+        " waits for the end of the core's thread (`pthread_join`), that one until a third vCPU's exclusive work is"
+        " done, and the third for the first. QEMU answers until the next `stop`; only KILL ends it",
+        _UNPLUG,
+        ("10.0",),
+        arches=_PPC64,
+        accel="tcg",
+        facts=frozenset({Fact.MULTI_THREAD}),
+    ),
+    Quirk(
         "ppc64-tcg-reset-after-unplug",
         "`system_reset` after any unplug aborts QEMU (`qemu_mutex_lock_impl`, `__pthread_tpp_change_priority`),"
         " with Linux running too; qmpvcpu never resets a guest",

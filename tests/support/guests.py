@@ -205,9 +205,12 @@ class Pool:
                 if not kept.guest.qemu.has_exited:
                     await kept.guest.qemu.execute("stop")
             except qmpvcpu.VcpuConnectionError as error:
-                error.add_note(kept.guest.qemu.threads())
+                hangs = error.reason == "timeout"
+                if hangs:
+                    error.add_note(kept.guest.qemu.threads())
                 await self.drop(key)
-                raise
+                if hangs:
+                    raise
 
     async def drop(self, key: tuple[str, str]) -> None:
         await self.booted.pop(key).stack.aclose()

@@ -17,12 +17,21 @@ def mark() -> None:
     os.environ[name] = value
 
 
-def survivors() -> list[str]:
+def of_this_run() -> list[Path]:
+    """Their folders in /proc."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
         if int(folder.name) == os.getpid():
             continue
         with suppress(OSError):
             if RUN_MARK.encode() in (folder / "environ").read_bytes().split(b"\0"):
-                found.append(f"{folder.name}: {(folder / 'cmdline').read_bytes()[:200]!r}")
+                found.append(folder)
+    return found
+
+
+def survivors() -> list[str]:
+    found = []
+    for folder in of_this_run():
+        with suppress(OSError):
+            found.append(f"{folder.name}: {(folder / 'cmdline').read_bytes()[:200]!r}")
     return found
