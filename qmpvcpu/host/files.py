@@ -123,7 +123,7 @@ def read_own(path: str | os.PathLike[str], limit: int) -> bytes:
 def read_stream(fd: int, limit: int, seconds: float = _SILENT_SECONDS) -> bytes:
     """All that comes from a descriptor, and of more than `limit` bytes no more than that and one.
 
-    The event loop does not run meanwhile, so an interrupt ends this: the signal itself comes right after.
+    The event loop does not run meanwhile, so a signal ends this.
 
     Args:
         fd: open to be read.
@@ -131,7 +131,8 @@ def read_stream(fd: int, limit: int, seconds: float = _SILENT_SECONDS) -> bytes:
         seconds: how long nothing may come.
 
     Raises:
-        OSError: it cannot be read, nothing came for so long, or it was interrupted.
+        OSError: it cannot be read, or nothing came for so long.
+        KeyboardInterrupt: SIGINT or SIGTERM came; its handler, if there is one, was called.
     """
     data = bytearray()
     with _held_signals():
@@ -159,7 +160,7 @@ def _wait_readable(fd: int, seconds: float) -> None:
     deadline = time.monotonic() + seconds
     while not poll.poll(_LOOK_MS):
         if signal.sigpending() & _INTERRUPTS:
-            raise InterruptedError(errno.EINTR, "it was interrupted")
+            raise KeyboardInterrupt
         if time.monotonic() >= deadline:
             raise TimeoutError(errno.ETIMEDOUT, f"nothing came for {seconds:g} s")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import socket
@@ -90,9 +91,12 @@ async def test_what_a_shell_writes_to_a_pipe_is_read(words, own):
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-async def test_a_pipe_that_nobody_writes_to_is_left_at_a_signal(number, own):
+@pytest.mark.parametrize(
+    "words", [("migrate-finish", "web1"), ("define", "web1", "--xml")], ids=lambda words: words[0]
+)
+async def test_a_pipe_that_nobody_writes_to_is_left_at_a_signal(words, number, own):
     end, begin = os.pipe()
-    process = await start_cli("migrate-finish", "web1", f"/dev/fd/{end}", pass_fds=[end])
+    process = await start_cli(*words, f"/dev/fd/{end}", "--json", pass_fds=[end])
     status = Path(f"/proc/{process.pid}/status")
     mask = 1 << (number - 1)
 
@@ -102,11 +106,11 @@ async def test_a_pipe_that_nobody_writes_to_is_left_at_a_signal(number, own):
     try:
         await until(is_reading, "it reads")
         process.send_signal(number)
-        _, stderr = await within(process.communicate(), "it ends")
+        stdout, stderr = await within(process.communicate(), "it ends")
     finally:
         os.close(begin)
         os.close(end)
-    assert (process.returncode, b"interrupted" in stderr) == (3, True), stderr
+    assert (process.returncode, json.loads(stdout)["outcome"]) == (128 + number, "failed"), stderr
 
 
 async def test_a_cookie_of_gigabytes_is_refused(own):
