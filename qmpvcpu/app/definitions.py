@@ -121,8 +121,10 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
             messages.append(f"'{xml}' calls the domain '{own}': it is defined as '{word}'")
             data = renamed(data, word)
         messages += _trusted(data)
+        messages += _left_behind(word, addresses)
         addresses = _with_known(word, addresses)
     elif addresses.qmp:
+        messages += _left_behind(word, addresses)
         async with connect(word, qmp=addresses.qmp, agent=addresses.agent) as domain:
             told = await domain.describe_machine()
             differs = await _differences(domain, told.xml) if told.has_devices else []
@@ -149,16 +151,30 @@ async def _define_file(path: str, addresses: Addresses) -> Defined:
     refusal = check_name(name)
     if refusal is not None:
         raise VcpuRefused([refusal])
-    return await asyncio.to_thread(_write, name, data, _with_known(name, addresses), _trusted(data))
+    messages = [*_trusted(data), *_left_behind(name, addresses)]
+    return await asyncio.to_thread(_write, name, data, _with_known(name, addresses), messages)
+
+
+def _left_behind(name: str, addresses: Addresses) -> list[str]:
+    """The sockets by which it was reached until now, if it is given others."""
+    known = _known(name)
+    if not addresses.qmp or not known.qmp or addresses.qmp == known.qmp:
+        return []
+    return [f"it was reached at {', '.join(known.qmp)} until now: a QEMU that runs there is not known any more"]
+
+
+def _known(name: str) -> Addresses:
+    with suppress(VcpuRefused):
+        return DefinitionFolder().addresses(name)
+    return Addresses()
 
 
 def _with_known(name: str, addresses: Addresses) -> Addresses:
     """A new XML for a domain says nothing new of where it is reached, and its QEMU may run there."""
-    known = Addresses()
-    if not addresses.qmp:
-        with suppress(VcpuRefused):
-            known = DefinitionFolder().addresses(name)
-    return Addresses(addresses.qmp or known.qmp, addresses.agent or known.agent)
+    if addresses.qmp:
+        return addresses
+    known = _known(name)
+    return Addresses(known.qmp, addresses.agent or known.agent)
 
 
 def _trusted(data: bytes) -> list[str]:

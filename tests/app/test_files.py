@@ -228,6 +228,8 @@ async def test_a_new_xml_keeps_the_addresses(by_name, given, qmp, agent, own):
     again = ["web1", "--xml", path] if by_name else [path]
     run = await cli("define", *again, *given, "--json")
     assert (run.json["qmp"], run.json["agent"]) == (qmp, agent)
+    is_told = "it was reached at /run/q1, /run/q2 until now" in run.stdout
+    assert is_told == ("--qmp" in given), run.stdout
 
 
 @pytest.mark.parametrize("encoding", ["utf-32", "utf-32-le", "utf-32-be", "utf-16", "utf-16-be", "utf-8-sig"])
