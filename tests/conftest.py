@@ -7,12 +7,11 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Generator, Iterator
-from signal import SIGKILL
 
 import pytest
 
 from tests.support import commands, processes
-from tests.support.deadlock import QemuDeadlocked, deadlocked
+from tests.support.known_ends import KnownEnd, known_end
 
 processes.mark()
 
@@ -39,20 +38,18 @@ def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
-        item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=QemuDeadlocked.__name__))
+        item.add_marker(pytest.mark.flaky(reruns=1, only_rerun=KnownEnd.__name__))
 
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
-    """A test that failed with a QEMU that waits for itself is run once more, and the summary says so."""
+    """A test that failed because its QEMU has a known defect is run once more, and the summary says so."""
     try:
         return (yield)
     except BaseException as error:
-        if not (stuck := deadlocked()):
+        if (end := known_end()) is None:
             raise
-        for pid in stuck:
-            os.kill(pid, SIGKILL)
-        raise QemuDeadlocked(f"a thread of process {stuck} waited for another that does not end") from error
+        raise KnownEnd(end) from error
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -15,6 +15,7 @@ import pytest
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.ports import CommandError, MonitorEvent
 from qmpvcpu.qemu.process import QemuProcess, run_qemu
+from tests.support import known_ends
 from tests.support.monitor import QmpError
 from tests.support.soaking import is_long_run
 from tests.support.waiting import DEADLINE, within
@@ -60,6 +61,9 @@ class Qemu:
         #: Gone when it has ended.
         self.folder: Path = process.folder
         self.command = process.command
+        #: As QEMU calls it.
+        self.arch = Path(self.command[0]).name.removeprefix("qemu-system-")
+        known_ends.note(self)
 
     @property
     def pid(self) -> int:
@@ -107,8 +111,13 @@ class Qemu:
         self._process.kill()
 
     @property
+    def exit_code(self) -> int | None:
+        """Of a signal minus its number; None while it runs."""
+        return self._process.process.returncode
+
+    @property
     def has_exited(self) -> bool:
-        return self._process.process.returncode is not None
+        return self.exit_code is not None
 
     async def wait(self) -> None:
         """Until it has exited."""

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
+import signal
 import subprocess
 import sys
 
 import pytest
 
-from tests.support.deadlock import deadlocked
+from tests.support.known_ends import deadlocked, known_end
+from tests.support.qemus import paused
 from tests.support.waiting import until
 
 THREAD = """
@@ -43,3 +46,13 @@ async def test_a_thread_that_waits_for_the_end_of_another_is_found(process):
 def test_threads_that_wait_for_something_else_are_not(process):
     process("time.sleep(999)")
     assert deadlocked() == []
+
+
+@pytest.mark.qemu
+@pytest.mark.parametrize(("arch", "is_known"), [("ppc64", True), ("s390x", False)])
+async def test_a_qemu_that_crashed_is_one_for_ppc64_alone(arch, is_known):
+    async with paused(arch, "10.0", "1,maxcpus=2") as qemu:
+        assert known_end() is None
+        os.kill(qemu.pid, signal.SIGSEGV)
+        await qemu.wait()
+        assert (known_end() is not None) == is_known
