@@ -2,6 +2,7 @@
 
 scripts/bench                 everything
 scripts/bench import enable   only these: import, probe, enable, pin, fill, drain, six, libvirt
+scripts/bench --against REF   this tree and an earlier commit, in turns
 """
 
 from __future__ import annotations
@@ -239,6 +240,11 @@ async def bench_six_linux(pairs: int) -> bool:
 
 def main() -> int:
     chosen = sys.argv[1:] or ["import", "probe", "enable", "pin", "fill", "drain", "six", "libvirt"]
+    if chosen[0] == "--against":
+        from scripts.benchmarks import against
+
+        pairs = int(os.environ.get("QMPVCPU_BENCH_PAIRS", against.PAIRS))
+        return 0 if asyncio.run(against.bench_against(chosen[1], pairs)) else 1
     pairs = int(os.environ.get("QMPVCPU_BENCH_PAIRS", PAIRS))
     good = True
     if "import" in chosen:
