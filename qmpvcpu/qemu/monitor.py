@@ -208,10 +208,18 @@ def _answer(address: str, command: str, result: asyncio.Future[object], message:
         return
     answer = message.get("error")
     if isinstance(answer, dict) and {"class", "desc"} <= answer.keys():
-        result.set_exception(CommandError(command, str(answer["class"]), str(answer["desc"])))
+        _fail(result, CommandError(command, str(answer["class"]), str(answer["desc"])))
     else:
         what = ValueError(f"a reply to '{command}' that is neither result nor error")
-        result.set_exception(_malformed(address, what))
+        _fail(result, _malformed(address, what))
+
+
+def _fail(result: asyncio.Future[object], error: Exception) -> None:
+    """Who has asked for several at once gives the others up with the first that fails: nobody looks at those then,
+    and asyncio would log each of them.
+    """
+    result.set_exception(error)
+    result.exception()
 
 
 def _event(msg: Message) -> MonitorEvent:
@@ -356,14 +364,14 @@ class QmpMonitor(Monitor):
         client.replies.clear()
         for command, result in replies:
             if not result.done():
-                result.set_exception(_no_answer(self._address, command, self._timeout, TimeoutError()))
+                _fail(result, _no_answer(self._address, command, self._timeout, TimeoutError()))
 
     def _end_with_loss(self, result: asyncio.Future[object]) -> None:
         """The connection is gone; the watcher knows why, at once or in a moment."""
 
         def tell(_: object = None) -> None:
             if not result.done():
-                result.set_exception(self._lost or _closed(self._address, None, self._qemu_log))
+                _fail(result, self._lost or _closed(self._address, None, self._qemu_log))
 
         if self._lost is not None or self._watcher.done():
             tell()

@@ -50,6 +50,10 @@ class Connection:
         except CommandError as error:
             raise QmpError(error.error_class, error.text) from None
 
+    def send(self, name: str) -> asyncio.Future[Any]:
+        """Send it; its reply, which need not be awaited."""
+        return self._monitor.execute(name)
+
     @contextmanager
     def listening(self, sink: Callable[[Heard], object]) -> Iterator[None]:
         """Give `sink` everything that is heard from now on."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import socket
@@ -525,3 +526,22 @@ async def test_a_pretty_printed_socket_is_called_so(tmp_path):
     async with serve(tmp_path, pretty) as path:
         error = await fails(path, "not-qmp")
     assert ("pretty-printed" in error.message, "-qmp, not -qmp-pretty" in error.hint) == (True, True)
+
+
+async def test_of_what_was_asked_at_once_the_first_error_is_enough(tmp_path):
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context["message"]))
+
+    async def script(connection):
+        await connection.greet()
+        await connection.receive()
+        connection.close()
+
+    async with serve(tmp_path, script) as path, connected(path) as monitor:
+        first, *others = [monitor.send("query-status") for _ in range(3)]
+        with pytest.raises(VcpuConnectionError):
+            await first
+        await asyncio.wait(others)
+        del first, others
+    gc.collect()
+    assert told == []
