@@ -423,11 +423,12 @@ def _same_guest(one: Link, other: Link) -> bool:
     """Whether the QEMU that listens now is the one that was lost; what was pending there is no business of
     another.
     """
+    states = one.state, other.state
     if one.process is not None and other.process is not None:
-        return one.process == other.process
+        ids = [[entity.ids for entity in state.entities] for state in states]
+        return one.process == other.process and ids[0] == ids[1]
     if one.monitor.run_id != other.monitor.run_id:
         return False
-    states = one.state, other.state
     machines = [
         (state.machine, state.version, [(entity.ids, entity.props) for entity in state.entities])
         for state in states

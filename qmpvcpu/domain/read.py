@@ -76,6 +76,8 @@ class Reader:
         self.thread_ids: frozenset[int] = frozenset()
         self.process: Process | None = None
         self._hotplug = hotplug
+        #: The vCPU ids of each entity, which are the same as long as QEMU runs.
+        self._ids: list[tuple[int, ...]] | None = None
         #: The last reply to `query-cpus-fast` alone, and the state that came of it.
         self._last: tuple[object, DomainState] | None = None
 
@@ -84,6 +86,7 @@ class Reader:
 
         Raises:
             InconsistentReplies: somebody keeps plugging and unplugging between the two.
+            VcpuConnectionError: the replies cannot be true, or have other slots than those before.
         """
         for attempt in range(_TRIES):
             try:
@@ -100,7 +103,7 @@ class Reader:
                     slots, cpus_reply = None, await self._monitor.query_cpus_fast()
                 cpus = parse_cpus_fast(cpus_reply, props=slots is None)
                 self.thread_ids = frozenset(cpu.thread_id for cpu in cpus)
-                return build_state(self.boot, slots, cpus, pending=pending)
+                return self._checked(build_state(self.boot, slots, cpus, pending=pending))
             except InconsistentReplies:
                 if attempt == _TRIES - 1:
                     raise
@@ -108,6 +111,15 @@ class Reader:
             except CommandError as error:
                 raise _unexpected(self._monitor, error) from error
         raise AssertionError("unreachable")
+
+    def _checked(self, state: DomainState) -> DomainState:
+        """Whatever holds an id of the state before finds it in this one."""
+        ids = [entity.ids for entity in state.entities]
+        if self._ids is not None and ids != self._ids:
+            before, now = (f"{len(found)} slots of {sum(map(len, found))} vCPUs" for found in (self._ids, ids))
+            raise _malformed(self._monitor, f"QEMU listed {before}, and lists {now} now, which no machine does")
+        self._ids = ids
+        return state
 
     async def fast(
         self,
@@ -179,7 +191,10 @@ async def open_reader(monitor: Monitor, name: str) -> tuple[Reader, DomainState]
         topology=parse_topology(topology),
     )
     if slots is not True:
-        await _confirm_no_hotplug(monitor, boot)
+        try:
+            await _confirm_no_hotplug(monitor, boot)
+        except CommandError as error:
+            raise _unexpected(monitor, error) from error
     reader = Reader(monitor, boot, hotplug=slots is True)
     return reader, await reader.full()
 

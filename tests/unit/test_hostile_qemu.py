@@ -1,0 +1,78 @@
+"""A QEMU that means harm: shapes that a person thinks of. `scripts/soak hostile` generates others."""
+
+from __future__ import annotations
+
+import pytest
+
+import qmpvcpu
+from tests.support.fake_qemu import FakeQemu, error
+
+
+def change_slots(qemu, slots):
+    """What it lists from now on."""
+    qemu.machine.slots = {n: slot for n, slot in enumerate(slots)}
+    qemu.paths = {n: path for n, path in qemu.paths.items() if n < len(slots)}
+
+
+def shrunk(slots):
+    return slots[:2]
+
+
+def grown(slots):
+    more = [slots[-1] | {"props": slots[-1]["props"] | {"socket-id": 40 + n}} for n in range(4)]
+    return [*slots, *more]
+
+
+@pytest.mark.parametrize("change", [shrunk, grown])
+@pytest.mark.parametrize("call", ["enable", "disable", "state", "set_vcpus", "reconnect"])
+async def test_a_slot_list_that_changes_between_two_queries(running, change, call):
+    qemu = FakeQemu(plugged=(1, 3))
+    work = {
+        "enable": lambda domain: domain.enable(2),
+        "disable": lambda domain: domain.disable(3, timeout=0.1),
+        "set_vcpus": lambda domain: domain.set_vcpus(2, timeout=0.1),
+    }
+    async with running(qemu) as domain:
+        change_slots(qemu, change(list(qemu.machine.slots.values())))
+        if call == "reconnect":
+            # It may be another QEMU by now.
+            await domain.reconnect()
+            return
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="slots of") as caught:
+            await domain.state()
+            await work[call](domain)
+    assert caught.value.reason == "malformed"
+
+
+@pytest.mark.parametrize("call", ["enable", "disable"])
+@pytest.mark.parametrize("change", [shrunk, grown])
+async def test_a_slot_list_that_changes_during_a_call(running, change, call):
+    qemu = FakeQemu(plugged=(1, 3))
+    qemu.on_delete[3] = "gone-silently"
+
+    def hook(connection, command):
+        if command["execute"] in ("device_add", "device_del"):
+            change_slots(qemu, change(list(qemu.machine.slots.values())))
+            qemu.fill(1, "other")  # so that a look at the CPUs alone is not enough
+        return False
+
+    qemu.hook = hook
+    async with running(qemu) as domain:
+        with pytest.raises(qmpvcpu.VcpuError) as caught:
+            await (domain.enable(2) if call == "enable" else domain.disable(3, timeout=0.2))
+    assert isinstance(caught.value, qmpvcpu.VcpuConnectionError | qmpvcpu.VcpuFailed)
+
+
+async def test_a_machine_that_lists_its_machine_types_with_an_error(running):
+    qemu = FakeQemu()
+
+    def hook(connection, command):
+        if command["execute"] in ("query-hotpluggable-cpus", "query-machines"):
+            error(connection, command, "no", "CommandNotFound")
+            return True
+        return False
+
+    qemu.hook = hook
+    with pytest.raises(qmpvcpu.VcpuConnectionError, match="query-machines: no"):
+        async with running(qemu):
+            pass
