@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 
@@ -123,7 +123,7 @@ def interpret(event: str, data: Mapping[str, Any], names: Names) -> Signal | Non
             return None
         # libvirt's words, where it is libvirt that tells.
         text = data.get("text")
-        reason = text if isinstance(text, str) and text else "the guest could not release it"
+        reason = text[:_LONGEST] if isinstance(text, str) and text else "the guest could not release it"
         return Signal(SignalKind.GUEST_REFUSED, entity.first, reason)
     if event == "ACPI_DEVICE_OST":
         return _ost(data.get("info"), names)
@@ -207,6 +207,14 @@ _OUR_ID: Final = re.compile(r"vcpu(\d+)(?:-\d+)?")
 _DEVICE: Final = re.compile(r"/machine/(?:peripheral|peripheral-anon|unattached)/[^/]+")
 #: So many devices, and departures that no query has decided on, are remembered.
 _REMEMBERED: Final = 1024
+#: Paths of one of them that are: a core of ppc64 has 8 threads, each with an interrupt controller.
+_PATHS: Final = 64
+#: Characters of a path or id that can be a CPU's, and of a reason.
+_LONGEST: Final = 1000
+
+
+def _is_name(value: object) -> TypeGuard[str]:
+    return isinstance(value, str) and 0 < len(value) <= _LONGEST
 
 
 @dataclass(slots=True)
@@ -258,9 +266,9 @@ class Departures:
         # One with a text is libvirt's answer to a call of ours, and not news.
         elif event == "DEVICE_DELETED" and "text" not in data:
             path, device = data.get("path"), data.get("device")
-            if isinstance(path, str) and path:
+            if _is_name(path):
                 self._hear_deleted(path, time, own)
-            elif isinstance(device, str) and device:
+            elif _is_name(device):
                 # No event of QEMU's is without a path. Of libvirt's aliases only those of CPUs look like ours.
                 self._hear_deleted(PERIPHERAL + device, time, own, is_cpu=bool(_OUR_ID.fullmatch(device)))
 
@@ -325,7 +333,8 @@ class Departures:
             self._undecided.append(one)
             del self._undecided[:-_REMEMBERED]
             _forget(self._last)
-        one.paths.add(path)
+        if len(one.paths) < _PATHS:
+            one.paths.add(path)
         one.is_cpu |= is_cpu or cpu != path
 
     def _hear_ost(self, info: object) -> None:
@@ -334,10 +343,11 @@ class Departures:
         slot, device = info.get("slot"), info.get("device")
         if not isinstance(slot, str) or not slot.isascii() or not slot.isdigit() or len(slot) > 6:
             return
-        if isinstance(device, str):
+        source, status = info.get("source"), info.get("status")
+        if _is_name(device):
             self._slots[PERIPHERAL + device] = int(slot)
             _forget(self._slots)
-        elif info.get("source") in _EJECT_SOURCES and info.get("status") == 0:
+        elif type(source) is int and source in _EJECT_SOURCES and status == 0:
             self._emptied.append(int(slot))
             del self._emptied[:-_REMEMBERED]
 

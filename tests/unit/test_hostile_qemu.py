@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+import gc
+import tracemalloc
+
 import pytest
 
 import qmpvcpu
@@ -10,7 +14,7 @@ from tests.support.fake_qemu import FakeQemu, error
 
 def change_slots(qemu, slots):
     """What it lists from now on."""
-    qemu.machine.slots = {n: slot for n, slot in enumerate(slots)}
+    qemu.machine.slots = dict(enumerate(slots))
     qemu.paths = {n: path for n, path in qemu.paths.items() if n < len(slots)}
 
 
@@ -76,3 +80,49 @@ async def test_a_machine_that_lists_its_machine_types_with_an_error(running):
     with pytest.raises(qmpvcpu.VcpuConnectionError, match="query-machines: no"):
         async with running(qemu):
             pass
+
+
+def ost(**info):
+    return {"slot-type": "CPU", "slot": "1", "source": 3, "status": 0, "device": "vcpu1"} | info
+
+
+@pytest.mark.parametrize("wrong", [{"source": []}, {"status": {}}, {"slot": [], "device": {}}, {"slot-type": []}])
+async def test_an_event_of_a_wrong_shape_upsets_no_listener(running, wrong):
+    told = []
+    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
+    qemu = FakeQemu(plugged=(1,))
+    async with running(qemu) as domain:
+        info = {key: value for key, value in ost(**wrong).items() if value != {}}
+        for each in (info, info | {"device": None}):
+            qemu.connections[0].event("ACPI_DEVICE_OST", info=each)
+        qemu.connections[0].event("ACPI_DEVICE_OST", info={"slot-type": "CPU", "slot": "1", **wrong})
+        await domain.state()
+    assert told == []
+
+
+async def test_events_without_end_take_no_memory(running):
+    """Of devices that are no CPU, of threads that no core has, and of names that are long."""
+    qemu = FakeQemu(plugged=(1,), kvm=True)
+
+    async def burst(domain):
+        for number in range(500):
+            qemu.connections[0].event("DEVICE_DELETED", path=f"/machine/peripheral/vcpu1/thread[{number}]")
+        for number in range(4):
+            path = f"/machine/peripheral/{number}{'x' * 100_000}"
+            qemu.connections[0].event("DEVICE_DELETED", path=path, device=path)
+            qemu.connections[0].event("ACPI_DEVICE_OST", info=ost(device=path))
+            qemu.connections[0].event("DEVICE_UNPLUG_GUEST_ERROR", device="vcpu1", path=path, text=path)
+        await domain.state()
+
+    async with running(qemu) as domain, domain.events(limit=100_000):
+        await burst(domain)
+        tracemalloc.start()
+        try:
+            for _ in range(3):
+                await burst(domain)
+            gc.collect()
+            now, _ = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    # 8 MB of names and reasons, and 150 KB of paths, were sent.
+    assert now < 250_000
