@@ -545,3 +545,46 @@ async def test_of_what_was_asked_at_once_the_first_error_is_enough(tmp_path):
         del first, others
     gc.collect()
     assert told == []
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b'{"return": [' + b"[]," * 1_100_000 + b"1]}\n", b"[" + b"1," * 900_000 + b"1]\n", b"x" * 8_000_000 + b"\n"],
+    ids=["empty lists", "a list", "no JSON"],
+)
+async def test_what_is_large_and_not_understood_takes_little_memory(tmp_path, said):
+    def answer(connection, command):
+        connection.raw(said)
+
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        tracemalloc.start()
+        try:
+            (end,) = await ends(monitor, 1)
+            _, peak = tracemalloc.get_traced_memory()
+        finally:
+            tracemalloc.stop()
+    assert (end.reason, len(str(end)) < 500) == ("malformed", True)
+    # What the server has yet to send, the buffer, the line as bytes and text, and a list of numbers that are one object.
+    assert peak < 12 * len(said)
+
+
+@pytest.mark.parametrize(
+    "said", [{"return": {}, "id": "x"}, {"id": ["qmpvcpu#0"]}, {"return": 1}, {"error": 3, "id": 3}]
+)
+async def test_a_reply_to_nothing_is_dropped(tmp_path, said):
+    def answer(connection, command):
+        connection.send(said)
+        return "mine"
+
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        assert await monitor.command("query-status") == "mine"
+
+
+async def test_the_words_of_an_error_are_bounded(tmp_path):
+    def answer(connection, command):
+        connection.send({"error": {"class": ["x" * 100_000], "desc": "y" * 100_000}, "id": command["id"]})
+
+    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+        with pytest.raises(QmpError) as error:
+            await monitor.command("query-status")
+    assert len(error.value.error_class + error.value.desc) < 5000
