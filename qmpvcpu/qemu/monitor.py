@@ -43,6 +43,9 @@ logger = logging.getLogger("qmpvcpu.qemu.monitor")
 CONNECT_TIMEOUT: Final = 5.0
 COMMAND_TIMEOUT: Final = 10.0
 
+#: So long a server may take to read what it was sent, when the connection is closed, seconds.
+_CLOSE_SECONDS: Final = 1.0
+
 #: Largest single message, bytes. 65536 vCPUs fit; an endless line ends here.
 MESSAGE_LIMIT: Final = 32 * 1024 * 1024
 
@@ -135,8 +138,8 @@ class _Client(QMPClient):
         return msg
 
     async def _do_recv(self) -> Message:
-        # qemu.qmp 0.0.6 puts what it does not understand into its errors, whole and pretty-printed: of a message of
-        # 30 MB that takes seconds and 1 GB.
+        # qemu.qmp 0.0.6 puts what it does not understand into its errors, whole and pretty-printed: of 30 MB that
+        # takes seconds and 1 GB.
         self._received += 1
         if not self._received % _TURN:
             await asyncio.sleep(0)
@@ -169,6 +172,11 @@ class _Client(QMPClient):
         _answer(self.name or "", *asked, msg)
         self._answered += 1
         loop.call_soon(self._note_seen)
+
+    def abort(self) -> None:
+        """Close the socket, whatever is still to be written: asyncio would wait until the other side has read it."""
+        if self._writer is not None:
+            self._writer.transport.abort()
 
     def is_local(self) -> bool:
         """A unix socket, or TCP between two ends of one address."""
@@ -357,10 +365,13 @@ class QmpMonitor(Monitor):
             self._end_with_loss(result)
 
     async def _disconnect(self) -> BaseException | None:
+        timer = asyncio.get_running_loop().call_later(_CLOSE_SECONDS, self._client.abort)
         try:
             await self._client.disconnect()
         except Exception as error:  # noqa: BLE001 - whatever ended the reader is the cause we report
             return error
+        finally:
+            timer.cancel()
         return None
 
     async def close(self) -> None:

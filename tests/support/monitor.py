@@ -65,6 +65,12 @@ class Connection:
         with self._monitor.listen(plain):
             yield
 
+    @property
+    def unsent_bytes(self) -> int:
+        """What waits in this process, because the server does not read."""
+        writer = self._monitor._client._writer
+        return 0 if writer is None else writer.transport.get_write_buffer_size()
+
     async def close(self) -> None:
         await self._monitor.close()
 

@@ -15,7 +15,7 @@ import pytest
 from qmpvcpu import QmpLog, VcpuConnectionError, VcpuUsageError
 from tests.support.fake_qmp import GREETING, Connection, answering, serve
 from tests.support.monitor import Event, QmpError, connected, ends, meaning
-from tests.support.waiting import within
+from tests.support.waiting import deadline, until, within
 
 
 async def forever(connection):
@@ -564,7 +564,7 @@ async def test_what_is_large_and_not_understood_takes_little_memory(tmp_path, sa
         finally:
             tracemalloc.stop()
     assert (end.reason, len(str(end)) < 500) == ("malformed", True)
-    # What the server has yet to send, the buffer, the line as bytes and text, and a list of numbers that are one object.
+    # What the server has yet to send, the buffer, the line as bytes and text, and a list of one number.
     assert peak < 12 * len(said)
 
 
@@ -588,3 +588,27 @@ async def test_the_words_of_an_error_are_bounded(tmp_path):
         with pytest.raises(QmpError) as error:
             await monitor.command("query-status")
     assert len(error.value.error_class + error.value.desc) < 5000
+
+
+@pytest.mark.parametrize("last", [b"", b"garbage\n", None], ids=["nothing", "garbage", "its end"])
+async def test_closing_does_not_wait_for_a_server_that_does_not_read(tmp_path, last):
+    full = asyncio.Event()
+
+    async def script(connection):
+        await connection.greet()
+        await full.wait()
+        if last is None:
+            connection.writer.write_eof()
+        else:
+            connection.raw(last)
+        await forever(connection)
+
+    async with serve(tmp_path, script) as path:
+        async with connected(path, command_timeout=2) as monitor:
+            coming = asyncio.ensure_future(ends(monitor, 20_000))
+            await until(lambda: monitor.unsent_bytes, "the server has no room for more")
+            full.set()
+            found = await coming
+            async with deadline("closing", 5):
+                await monitor.close()
+    assert {end.reason for end in found} == {"malformed" if last else "timeout" if last == b"" else "closed"}
