@@ -30,6 +30,7 @@ __all__ = [
     "parse_topology",
     "parse_version",
     "refresh_state",
+    "short",
 ]
 
 #: Levels of a slot's address from the outside in: the order in which vCPU ids are numbered.
@@ -86,8 +87,10 @@ class BootFacts:
     topology: Topology | None
 
 
-def _short(value: object) -> str:
+def short(value: object) -> str:
     """A value for a message, however large it is."""
+    if isinstance(value, str):
+        value = value[:60]
     text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
     return text if len(text) <= 60 else text[:57] + "..."
 
@@ -115,25 +118,25 @@ def _rows(command: str, reply: object) -> list[Mapping[str, Any]]:
 def _integer(command: str, row: Mapping[str, Any], key: str, low: int = 0) -> int:
     value = row.get(key)
     if type(value) is not int or value < low:
-        raise _malformed(command, f"'{key}' is {_short(value)}, not a number of at least {low}")
+        raise _malformed(command, f"'{key}' is {short(value)}, not a number of at least {low}")
     return value
 
 
 def _string(command: str, row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not value:
-        raise _malformed(command, f"'{key}' is {_short(value)}, not a text")
+        raise _malformed(command, f"'{key}' is {short(value)}, not a text")
     return value
 
 
 def _props(command: str, value: object) -> Props:
     if not isinstance(value, dict):
-        raise _malformed(command, f"'props' is {_short(value)}, not an object")
+        raise _malformed(command, f"'props' is {short(value)}, not an object")
     # Unknown keys are QEMU's future: any scalar is kept and passed back as it came.
     for key, item in value.items():
         is_place = key in LEVELS or key == "node-id"
         if not isinstance(item, int | str) or (is_place and (type(item) is not int or item < 0)):
-            raise _malformed(command, f"'props' has {_short(key)}: {_short(item)}")
+            raise _malformed(command, f"'props' has {short(key)}: {short(item)}")
     return Props(value)
 
 
@@ -145,7 +148,7 @@ def parse_hotpluggable_cpus(reply: object) -> tuple[HotpluggableCpu, ...]:
     for row in _rows(command, reply):
         path = row.get("qom-path")
         if path is not None and (not isinstance(path, str) or not path):
-            raise _malformed(command, f"'qom-path' is {_short(path)}")
+            raise _malformed(command, f"'qom-path' is {short(path)}")
         slot = HotpluggableCpu(
             type=_string(command, row, "type"),
             vcpus_count=_integer(command, row, "vcpus-count", 1),
@@ -203,11 +206,11 @@ def parse_topology(reply: object) -> Topology | None:
         return None
     levels = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
     command = "qom-get /machine smp"
-    counts = {key: _integer(command, reply, key, 1) for key in levels if key in reply}
-    maxcpus = _integer(command, reply, "maxcpus", 1)
-    if maxcpus > MAX_VCPUS:
-        raise _malformed(command, f"maxcpus {maxcpus} is more than any machine has")
-    return Topology(maxcpus=maxcpus, **counts)
+    counts = {key: _integer(command, reply, key, 1) for key in ("maxcpus", *levels) if key in reply}
+    for key, count in counts.items():
+        if count > MAX_VCPUS:
+            raise _malformed(command, f"{key} {short(count)} is more than any machine has")
+    return Topology(**counts)
 
 
 def _address(props: Props | None) -> tuple[int, ...]:
@@ -236,7 +239,7 @@ class _Plugged:
             members = self.by_path.setdefault(key, {})
             number = int(found[1]) if found else 0
             if number in members:
-                raise _malformed("query-cpus-fast", f"two CPUs at {cpu.qom_path}")
+                raise _malformed("query-cpus-fast", f"two CPUs at {short(cpu.qom_path)}")
             members[number] = cpu
             self.order.setdefault(key, len(self.order) + 1)
         threads = {cpu.thread_id for cpu in cpus}
@@ -253,7 +256,7 @@ def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tup
         address = _address(slot.props)
         if address == previous:
             raise _malformed(
-                "query-hotpluggable-cpus", f"two slots have the address {_short(str(dict(slot.props)))}"
+                "query-hotpluggable-cpus", f"two slots have the address {short(str(dict(slot.props)))}"
             )
         previous = address
         # The boot CPU is the first slot on every machine that can unplug: "Boot CPU is unpluggable" (x86),
@@ -375,9 +378,9 @@ def _assemble(
     """`known` is what the vCPUs were; those that have not changed are taken over as they are."""
     paths = {entity.qom_path for entity in entities if entity.qom_path is not None}
     if paths != plugged.by_path.keys():
-        odd = sorted(paths ^ plugged.by_path.keys())
+        odd = sorted(paths ^ plugged.by_path.keys())[:4]
         raise InconsistentReplies(
-            f"query-hotpluggable-cpus and query-cpus-fast do not agree on {', '.join(odd[:4])}",
+            f"query-hotpluggable-cpus and query-cpus-fast do not agree on {', '.join(path[:200] for path in odd)}",
             reason="malformed",
             hint="another client plugs or unplugs vCPUs right now; try again",
         )
@@ -390,7 +393,7 @@ def _assemble(
             continue
         members = plugged.by_path[at] if at is not None else {}
         if members and max(members) >= len(ids):
-            raise _malformed("query-cpus-fast", f"{max(members) + 1} CPUs at {at}")
+            raise _malformed("query-cpus-fast", f"{max(members) + 1} CPUs at {short(at)}")
         order = plugged.order[at] if at is not None else None
         is_pending = at is not None and ids[0] in pending
         for number, vcpu_id in enumerate(ids):

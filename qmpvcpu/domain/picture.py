@@ -72,7 +72,7 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
     if isinstance(first, str):
         replies["cpu"] = await _values(monitor, first, await _answer(_list(monitor, first)))
     memdevs = replies.get("memdevs")
-    rows = [row for row in memdevs if isinstance(row, dict)] if isinstance(memdevs, list) else []
+    rows = [row for row in _rows(memdevs) if isinstance(row, dict)]
     ids = [row["id"] for row in rows if isinstance(row.get("id"), str)]
     access = {name: _all({key: monitor.qom_get(f"/objects/{name}", key) for key in _ACCESS}) for name in ids}
     replies["backends"] = dict(zip(access, await asyncio.gather(*access.values()), strict=True))
@@ -119,13 +119,30 @@ async def _all(asked: Mapping[str, Awaitable[object]]) -> dict[str, object]:
     return found
 
 
+def _rows(listed: object) -> list[Any]:
+    """Of each of them something is asked."""
+    if not isinstance(listed, list):
+        return []
+    if len(listed) > _MOST_ROWS:
+        raise VcpuConnectionError(
+            f"QEMU lists {len(listed)} objects or properties in one place, and no machine has that many",
+            reason="malformed",
+            hint="is this socket really QEMU's? --qmp-log FILE keeps what it says",
+        )
+    return listed
+
+
+#: A CPU of x86 has 500 properties (11.1).
+_MOST_ROWS: Final = 5000
+
+
 async def _answer(asked: Awaitable[object]) -> object:
     return (await _all({"": asked}))[""]
 
 
 async def _values(monitor: Monitor, path: str, listed: object) -> dict[str, Any]:
     """Every plain property of an object."""
-    rows = [row for row in listed if isinstance(row, dict)] if isinstance(listed, list) else []
+    rows = [row for row in _rows(listed) if isinstance(row, dict)]
     names = [str(row.get("name")) for row in rows if row.get("type") in _VALUES]
     return await _all({name: monitor.qom_get(path, name) for name in names})
 
@@ -133,7 +150,7 @@ async def _values(monitor: Monitor, path: str, listed: object) -> dict[str, Any]
 async def _devices(monitor: Monitor, path: str, listed: object) -> list[tuple[str, str]]:
     """Type and place of each child."""
     found: list[tuple[str, str]] = []
-    for row in listed if isinstance(listed, list) else []:
+    for row in _rows(listed):
         kind = child_type(row)
         if kind is None:
             continue

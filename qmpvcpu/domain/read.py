@@ -17,6 +17,7 @@ from qmpvcpu.core.inventory import (
     parse_topology,
     parse_version,
     refresh_state,
+    short,
 )
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.errors import VcpuConnectionError
@@ -232,7 +233,11 @@ async def run_state(monitor: Monitor) -> str | None:
         status = await monitor.query_status()
     except CommandError:
         return None
-    return str(status.get("status")) if isinstance(status, dict) else None
+    found = status.get("status") if isinstance(status, dict) else None
+    return found[:_LONGEST_STATE] if isinstance(found, str) else None
+
+
+_LONGEST_STATE: Final = 40
 
 
 async def has_x2apic(monitor: Monitor, state: DomainState) -> bool | None:
@@ -311,7 +316,7 @@ def _good(replies: tuple[object, ...]) -> tuple[object, ...]:
 
 def _text(monitor: Monitor, command: str, value: object) -> str:
     if not isinstance(value, str) or not value:
-        raise _malformed(monitor, f"{command} answers {value!r}")
+        raise _malformed(monitor, f"{command} answers {short(value)}")
     return value
 
 

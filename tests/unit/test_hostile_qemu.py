@@ -126,3 +126,55 @@ async def test_events_without_end_take_no_memory(running):
             tracemalloc.stop()
     # 8 MB of names and reasons, and 150 KB of paths, were sent.
     assert now < 250_000
+
+
+def answering_with(values):
+    """Answers to these commands, whatever they are about."""
+
+    def hook(connection, command):
+        if command["execute"] in values:
+            connection.reply(command, values[command["execute"]])
+            return True
+        return False
+
+    return hook
+
+
+async def fails(running, qemu):
+    with pytest.raises(qmpvcpu.VcpuConnectionError) as caught:
+        async with running(qemu) as domain:
+            await domain.picture()
+    assert (caught.value.reason, len(caught.value.message) < 1500) == ("malformed", True)
+
+
+@pytest.mark.parametrize("key", ["sockets", "cores", "threads", "maxcpus"])
+async def test_a_topology_of_numbers_of_thousands_of_digits(running, key):
+    qemu = FakeQemu()
+    qemu.machine.topology[key] = 10**4200
+    await fails(running, qemu)
+
+
+LONG = [
+    {"query-target": {"arch": ["x" * 100_000]}},
+    {"query-cpus-fast": [{"cpu-index": 0, "thread-id": 1, "qom-path": "x" * 100_000}]},
+    {"query-cpus-fast": [{"cpu-index": "9" * 100_000, "thread-id": 1, "qom-path": "x"}]},
+    {"qom-list": [{"name": str(n), "type": "int"} for n in range(20_000)]},
+]
+
+
+@pytest.mark.parametrize("values", LONG, ids=["a text", "a path", "a number", "properties"])
+async def test_what_is_long_is_cut_in_the_message(running, values):
+    qemu = FakeQemu()
+    qemu.hook = answering_with(values)
+    await fails(running, qemu)
+
+
+@pytest.mark.parametrize("status", [{"status": "x" * 100_000}, {"status": ["running"]}, {}, "running"])
+async def test_a_run_state_that_is_none(running, status):
+    qemu = FakeQemu(plugged=(1,))
+    qemu.on_delete[1] = "silence"
+    qemu.hook = answering_with({"query-status": status})
+    async with running(qemu) as domain:
+        outcome = await domain.disable(1, timeout=0.1)
+        assert len(domain.run_state or "") < 100
+    assert (outcome.outcome, len("".join(outcome.messages)) < 1500) == ("pending", True)
