@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from contextvars import ContextVar
 from math import inf
-from typing import Any, Final
+from typing import Any, Final, TypeGuard
 
 from qmpvcpu.core.address import parse_address
 from qmpvcpu.errors import VcpuConnectionError
@@ -42,6 +42,13 @@ _CLOSE_SECONDS: Final = 1.0
 _WINDOW: Final = 16
 
 _SENTINEL: Final = b"\xff"
+
+#: Bytes of the answer to `guest-sync-delimited`, at most.
+_ANSWER: Final = 200
+#: After so many lines everything else has its turn: a flood of them must not hold up a deadline.
+_TURN: Final = 64
+#: Files of the guest that may be open at once; an agent that never closes any is no reason to keep more in mind.
+_MOST_HANDLES: Final = 256
 
 #: When all that this task asks must be answered (the loop's clock), and how many seconds that was given.
 _LIMIT: Final[ContextVar[tuple[float, float]]] = ContextVar("qmpvcpu agent limit", default=(inf, inf))
@@ -171,7 +178,7 @@ class AgentClient:
             for reply in opened:
                 if isinstance(reply, CommandError) and reply.error_class == "CommandNotFound":
                     raise reply
-            handles = {n: handle for n, handle in enumerate(opened) if type(handle) is int}
+            handles = {n: handle for n, handle in enumerate(opened) if _is_handle(handle)}
             counts = {n: min(files[n][1], _CHUNK) for n in handles}
             replies = await self._all([_read(handle, counts[n]) for n, handle in handles.items()], until)
             for (number, handle), reply in zip(handles.items(), replies, strict=True):
@@ -185,10 +192,12 @@ class AgentClient:
         handles = sorted(self._handles)
         for begin in range(0, len(handles), _WINDOW):
             part = handles[begin : begin + _WINDOW]
-            with suppress(VcpuConnectionError, TimeoutError):
+            try:
                 async with asyncio.timeout(min(self._timeout, _CLOSE_SECONDS)):
                     await self._all([("guest-file-close", {"handle": handle}) for handle in part])
-                self._handles.difference_update(part)
+            except (VcpuConnectionError, TimeoutError):
+                return
+            self._handles.difference_update(part)
 
     async def _rest(self, handle: int, reply: object, limit: int, until: float) -> bytes | None:
         """What a file holds, from the reply to its first read on."""
@@ -292,25 +301,13 @@ class AgentClient:
         """`guest-sync-delimited`, with a sentinel in front that ends whatever an earlier client left half said."""
         reader, writer = self._connection()
         number = next(self._numbers)
-        late = bytearray()
         request = json.dumps({"execute": "guest-sync-delimited", "arguments": {"id": number}}).encode()
         try:
             async with asyncio.timeout(seconds):
                 await writer.drain()  # nothing more for a peer that does not read
                 writer.write(_SENTINEL + request + b"\n")
                 await writer.drain()
-                while True:
-                    late += await _skip_to_sentinel(reader, LINE_LIMIT - len(late) if self._opening else 0)
-                    try:
-                        line = await reader.readuntil(b"\n")
-                    except asyncio.LimitOverrunError:
-                        continue
-                    with suppress(ValueError, RecursionError):
-                        reply = json.loads(line)
-                        if isinstance(reply, dict) and _is_number(reply.get("return"), number):
-                            self._synced = True
-                            self._came_late(bytes(late))
-                            return
+                late = await _read_to_sync(reader, number, LINE_LIMIT if self._opening else 0)
         except TimeoutError as error:
             if _left(inf) == 0:
                 raise self._too_slow("guest-sync-delimited", error) from error
@@ -321,6 +318,8 @@ class AgentClient:
         except OSError as error:
             await self.close()
             raise self._error("closed", f"is gone: {error.strerror or error}", error) from error
+        self._synced = True
+        self._came_late(late)
 
     def _came_late(self, text: bytes) -> None:
         """Files that were opened by commands whose answers nobody waited for any more."""
@@ -333,7 +332,7 @@ class AgentClient:
 
     def _opened(self, number: str, handle: object) -> None:
         self._opening.discard(number)
-        if type(handle) is int:
+        if _is_handle(handle) and len(self._handles) < _MOST_HANDLES:
             self._handles.add(handle)
 
     def _connection(self) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -392,14 +391,27 @@ def _shortened(text: str) -> str:
     return clean if len(clean) <= 300 else clean[:297] + "..."
 
 
-async def _skip_to_sentinel(reader: asyncio.StreamReader, keep: int) -> bytes:
-    """Read on to behind the next sentinel; the first `keep` bytes of what was in front of it."""
-    kept = b""
-    while True:
+async def _read_to_sync(reader: asyncio.StreamReader, number: int, keep: int) -> bytes:
+    """Read on to behind the answer to our sync; the first `keep` bytes of what was in front of it."""
+    late, begun = bytearray(), b""
+    for count in itertools.count(1):
+        if not count % _TURN:
+            await asyncio.sleep(0)
         try:
-            return kept + (await reader.readuntil(_SENTINEL))[: max(keep - len(kept), 0)]
+            line = begun + await reader.readuntil(b"\n")
+            begun = b""
         except asyncio.LimitOverrunError as error:
-            kept += (await reader.readexactly(max(error.consumed, 1)))[: max(keep - len(kept), 0)]
+            line = begun + await reader.readexactly(max(error.consumed, 1))
+            # Whatever it is, the answer may be the end of it.
+            line, begun = line[:-_ANSWER], line[-_ANSWER:]
+        before, sentinel, answer = line.rpartition(_SENTINEL)
+        late += (before if sentinel else line)[: max(keep - len(late), 0)]
+        if sentinel and len(answer) <= _ANSWER:
+            with suppress(ValueError, RecursionError):
+                reply = json.loads(answer)
+                if isinstance(reply, dict) and _is_number(reply.get("return"), number):
+                    break
+    return bytes(late)
 
 
 def _left(seconds: float) -> float:
@@ -409,6 +421,10 @@ def _left(seconds: float) -> float:
 
 def _read(handle: int, count: int) -> Command:
     return "guest-file-read", {"handle": handle, "count": count}
+
+
+def _is_handle(value: object) -> TypeGuard[int]:
+    return type(value) is int and abs(value) < 1 << 63
 
 
 def _is_number(value: object, number: int) -> bool:

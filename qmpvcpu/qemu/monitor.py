@@ -174,7 +174,7 @@ class _Client(QMPClient):
         loop.call_soon(self._note_seen)
 
     def abort(self) -> None:
-        """Close the socket, whatever is still to be written: asyncio would wait until the other side has read it."""
+        """Close the socket, with what is still to be written: asyncio would wait until that is read."""
         if self._writer is not None:
             self._writer.transport.abort()
 

@@ -60,6 +60,11 @@ class Agent:
         writer = self._client._writer
         return 0 if writer is None else writer.transport.get_write_buffer_size()
 
+    @property
+    def open_files(self) -> int:
+        """Files of the guest that are still to be closed."""
+        return len(self._client._handles)
+
     async def close(self) -> None:
         await self._client.close()
 
