@@ -53,6 +53,12 @@ SOAKS = {
         tests("tests/guest/test_whole_call_guest.py", "tests/guest/test_unplug_real.py"),
         needs=("qemu", "guests"),
     ),
+    "hostile": Soak(
+        "COUNT answers of a hostile QEMU, as many of a hostile guest agent, and shapes that a person thinks of:"
+        " each call ends in time and memory, and claims nothing that was not said",
+        200_000,
+        tests("tests/unit/test_hostile.py", "tests/unit/test_hostile_shapes.py", "-s"),
+    ),
     "kills": Soak(
         "a process killed at COUNT random moments while it writes a definition",
         1000,

@@ -74,11 +74,14 @@ class FakeAgent:
                 self.handles[handle] = arguments["path"]
                 return {"return": handle}
             case "guest-file-read":
+                if arguments["handle"] not in self.handles:
+                    return error(f"handle '{arguments['handle']}' has not been found")
                 data = self.files[self.handles[arguments["handle"]]]
                 text = base64.b64encode(data).decode()
                 return {"return": {"count": len(data), "buf-b64": text, "eof": True}}
             case "guest-file-close":
-                del self.handles[arguments["handle"]]
+                if self.handles.pop(arguments["handle"], None) is None:
+                    return error(f"handle '{arguments['handle']}' has not been found")
                 return {"return": {}}
         return error(f"The command {name} has not been found", "CommandNotFound")
 

@@ -61,14 +61,19 @@ Script = Callable[[Connection], Awaitable[None]]
 
 @asynccontextmanager
 async def serve(
-    folder: Path, script: Script, on_listen: Callable[[int], None] = lambda listening: None
+    folder: Path,
+    script: Script,
+    on_listen: Callable[[int], None] = lambda listening: None,
+    kind: type[Connection] = Connection,
 ) -> AsyncIterator[str]:
-    """Run `script` for every client; yields the socket's path. `on_listen` is given its descriptor."""
+    """Run `script` for every client; yields the socket's path. `on_listen` is given its descriptor, `kind` is what
+    the script is given.
+    """
     tasks: set[asyncio.Task[None]] = set()
     connections: list[Connection] = []
 
     async def client(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        connections.append(Connection(reader, writer))
+        connections.append(kind(reader, writer))
         task = asyncio.ensure_future(script(connections[-1]))
         tasks.add(task)
         await asyncio.wait([task])

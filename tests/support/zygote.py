@@ -16,6 +16,8 @@ import struct
 import sys
 from contextlib import suppress
 
+from tests.support.measured import measured
+
 _LENGTH = struct.Struct("!I")
 #: What most commands load.
 _MODULES = (
@@ -121,7 +123,8 @@ def _command(stdout: int, stderr: int, words: list[str], environment: dict[str, 
     try:
         from qmpvcpu.cli import main
 
-        code = main()
+        with measured():
+            code = main()
     except SystemExit as error:
         code = error.code
     except BaseException:
