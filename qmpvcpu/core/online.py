@@ -139,10 +139,11 @@ class Switch:
         else:
             self.changed = tuple(followed)
             untried = self._left[1:] if self.failures else []
+            # What was so already may be so no longer: the call claims it of all of them.
             self.failures = {
                 vcpu: _NOT_TRIED if vcpu in untried else self.failures.get(vcpu, _NOT_DONE)
-                for vcpu in self._todo
-                if vcpu not in followed
+                for vcpu in self.vcpus
+                if now.get(self._logical(vcpu)) is not self.online
             }
             if self.failures and self.changed:
                 self.step = SwitchStep.UNDO

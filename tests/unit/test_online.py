@@ -99,6 +99,18 @@ def test_an_agent_that_says_yes_and_does_nothing_is_not_believed():
     assert Agent(FOUR, liars=(2,)).switch((1, 2), False) == Switched((), (1,), (), {2: NOT_SAID}, {})
 
 
+def test_what_was_so_already_and_is_no_longer_is_a_failure():
+    """A guest that means harm, or that does it by itself meanwhile."""
+
+    class Fickle(Agent):
+        def set(self, wanted):
+            self.online[12] = False
+            return super().set(wanted)
+
+    end = Fickle(FOUR | {1: False}).switch((1, 2), True)
+    assert end == Switched((), (1,), (), {2: NOT_SAID}, {})
+
+
 def test_what_cannot_be_undone_is_named():
     end = Agent(FOUR, liars=(2,), stuck=True).switch((1, 2), False)
     assert end == Switched((1,), (), (1,), {2: NOT_SAID}, {1: BUSY})
