@@ -44,7 +44,7 @@ from qmpvcpu.core.inventory import parse_cpus_fast, parse_hotpluggable_cpus
 from tests.support.measured import peak
 from tests.support.recordings import address
 
-CONNECT, COMMAND, GUEST = 0.25, 0.08, 0.08
+CONNECT, COMMAND, GUEST = 3.0, 0.7, 0.3
 #: Sessions at once.
 JUDGES = 24
 #: MiB of this process: all sessions together, of which a few hold a large answer.
