@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import time
+import tracemalloc
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -272,3 +275,24 @@ def test_what_came_is_told_from_what_was_there(before, now, lists_all, numbers):
 def test_a_count_by_the_guests_own_numbers(total, ids, online, refused):
     found = to_reach(cpus(0, 1, offline=(2, 3)), total)
     assert (found[0], found[1], bool(found[2])) == (ids, online, refused)
+
+
+LONG = {
+    "short lines": b"ab\n" * 2_700_000,
+    "a name and spaces": b"processor" + b" " * 8_000_000,
+    "names and spaces": (b"processor" + b" \t" * 20) * 160_000,
+    "long numbers": b"processor\t: " + b"9" * 8_000_000,
+}
+
+
+@pytest.mark.parametrize("text", LONG.values(), ids=LONG)
+def test_eight_mebibytes_of_cpuinfo_take_no_time_and_no_memory(text):
+    tracemalloc.start()
+    try:
+        began = time.process_time()
+        view = look(BIG, BIG_GUEST, {"/proc/cpuinfo": text})
+        seconds = time.process_time() - began
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert (view.assumed, peak < 1_000_000, seconds < 2) == (True, True, True), (peak, seconds)
