@@ -18,6 +18,7 @@ from qmpvcpu.core.model import DomainState, Entity, Props, QemuVersion, Topology
 from qmpvcpu.errors import VcpuConnectionError
 
 __all__ = [
+    "LONGEST_TEXT",
     "BootFacts",
     "CpuInfoFast",
     "HotpluggableCpu",
@@ -47,6 +48,8 @@ LEVELS: Final = (
 
 #: More vCPUs than any QEMU machine takes (pseries: 2048 in 10.0); beyond it a reply is nonsense.
 MAX_VCPUS: Final = 65536
+#: Longer than any path, type or address that QEMU gives, characters.
+LONGEST_TEXT: Final = 4096
 
 _THREAD = re.compile(r"/thread\[(\d{1,6})\]\Z")
 
@@ -124,8 +127,8 @@ def _integer(command: str, row: Mapping[str, Any], key: str, low: int = 0) -> in
 
 def _string(command: str, row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
-    if not isinstance(value, str) or not value:
-        raise _malformed(command, f"'{key}' is {short(value)}, not a text")
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_TEXT:
+        raise _malformed(command, f"'{key}' is {short(value)}, not a text of at most {LONGEST_TEXT} characters")
     return value
 
 
@@ -135,7 +138,8 @@ def _props(command: str, value: object) -> Props:
     # Unknown keys are QEMU's future: any scalar is kept and passed back as it came.
     for key, item in value.items():
         is_place = key in LEVELS or key == "node-id"
-        if not isinstance(item, int | str) or (is_place and (type(item) is not int or item < 0)):
+        is_long = len(key) > LONGEST_TEXT or (isinstance(item, str) and len(item) > LONGEST_TEXT)
+        if not isinstance(item, int | str) or is_long or (is_place and (type(item) is not int or item < 0)):
             raise _malformed(command, f"'props' has {short(key)}: {short(item)}")
     return Props(value)
 
@@ -147,7 +151,7 @@ def parse_hotpluggable_cpus(reply: object) -> tuple[HotpluggableCpu, ...]:
     total = 0
     for row in _rows(command, reply):
         path = row.get("qom-path")
-        if path is not None and (not isinstance(path, str) or not path):
+        if path is not None and (not isinstance(path, str) or not 0 < len(path) <= LONGEST_TEXT):
             raise _malformed(command, f"'qom-path' is {short(path)}")
         slot = HotpluggableCpu(
             type=_string(command, row, "type"),
@@ -182,7 +186,8 @@ def parse_cpus_fast(reply: object, *, props: bool = True) -> tuple[CpuInfoFast, 
 def _cpu(row: Mapping[str, Any], props: bool) -> CpuInfoFast:
     command = "query-cpus-fast"
     index, path, thread_id = row.get("cpu-index"), row.get("qom-path"), row.get("thread-id")
-    if not (type(index) is type(thread_id) is int and type(path) is str and path and index >= 0 <= thread_id):
+    is_path = type(path) is str and 0 < len(path) <= LONGEST_TEXT
+    if not (is_path and type(index) is type(thread_id) is int and index >= 0 <= thread_id):
         # Which of them it is; this is asked after every plug, so the good case takes the short way.
         _integer(command, row, "cpu-index")
         _string(command, row, "qom-path")

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import re
+import time
 from collections.abc import Callable, Collection, Iterable
 from contextlib import suppress
 from typing import Final, Protocol
 
 from qmpvcpu.core.inventory import (
+    LONGEST_TEXT,
     BootFacts,
     InconsistentReplies,
     build_state,
@@ -37,6 +39,8 @@ __all__ = [
 ]
 
 _TRIES: Final = 30
+#: So long it is tried anew, seconds: each answer may take as long as a command may.
+_TRY_SECONDS: Final = 10.0
 #: Seconds before the second try, doubled each time, and at most. Where the host is busy, a CPU that has left its
 #: slot is listed until its thread has ended (10.0, KVM).
 _TRY_AGAIN: Final = 0.002
@@ -89,6 +93,7 @@ class Reader:
             InconsistentReplies: somebody keeps plugging and unplugging between the two.
             VcpuConnectionError: the replies cannot be true, or have other slots than those before.
         """
+        until = time.monotonic() + _TRY_SECONDS
         for attempt in range(_TRIES):
             try:
                 if self._hotplug:
@@ -106,7 +111,7 @@ class Reader:
                 self.thread_ids = frozenset(cpu.thread_id for cpu in cpus)
                 return self._checked(build_state(self.boot, slots, cpus, pending=pending))
             except InconsistentReplies:
-                if attempt == _TRIES - 1:
+                if attempt == _TRIES - 1 or time.monotonic() >= until:
                     raise
                 await asyncio.sleep(min(_TRY_AGAIN * 2**attempt, _TRY_MOST))
             except CommandError as error:
@@ -315,7 +320,7 @@ def _good(replies: tuple[object, ...]) -> tuple[object, ...]:
 
 
 def _text(monitor: Monitor, command: str, value: object) -> str:
-    if not isinstance(value, str) or not value:
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_TEXT:
         raise _malformed(monitor, f"{command} answers {short(value)}")
     return value
 

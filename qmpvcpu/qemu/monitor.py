@@ -280,9 +280,10 @@ def _event(msg: Message) -> MonitorEvent:
     stamp = msg.get("timestamp")
     seconds = 0.0
     if isinstance(stamp, dict):
-        numbers = (stamp.get("seconds"), stamp.get("microseconds"))
-        if all(type(number) is int and abs(number) < 1 << 62 for number in numbers):
-            seconds = numbers[0] + numbers[1] / 1e6  # type: ignore[operator]
+        whole, micro = stamp.get("seconds"), stamp.get("microseconds")
+        # QEMU writes -1 where the host's clock fails. What is later than the year 2514 no clock can show.
+        if type(whole) is type(micro) is int and 0 <= whole < 1 << 34 and 0 <= micro < 1_000_000:
+            seconds = whole + micro / 1e6
     return MonitorEvent(str(msg.get("event")), data if isinstance(data, dict) else {}, seconds)
 
 

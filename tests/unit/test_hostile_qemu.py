@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import time
 import tracemalloc
 
 import pytest
 
 import qmpvcpu
+from qmpvcpu.cli import render
 from tests.support.fake_qemu import FakeQemu, error
 
 
@@ -178,3 +180,47 @@ async def test_a_run_state_that_is_none(running, status):
         outcome = await domain.disable(1, timeout=0.1)
         assert len(domain.run_state or "") < 100
     assert (outcome.outcome, len("".join(outcome.messages)) < 1500) == ("pending", True)
+
+
+async def test_replies_that_never_agree_and_come_late_have_one_deadline(running, monkeypatch):
+    """Each of 30 tries could take as long as a command may."""
+    monkeypatch.setattr("qmpvcpu.domain.read._TRY_SECONDS", 0.2)
+    qemu, answered = FakeQemu(plugged=(1,)), []
+
+    def hook(connection, command):
+        if command["execute"] != "query-cpus-fast":
+            return False
+        answered.append(command)
+        asyncio.get_running_loop().call_later(0.1, connection.reply, command, [])
+        return True
+
+    async with running(qemu) as domain:
+        qemu.hook = hook
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="do not agree"):
+            await domain.state()
+    assert len(answered) < 5
+
+
+@pytest.mark.parametrize("seconds", [1 << 34, 1 << 61, -1, -(1 << 61)])
+async def test_the_time_of_an_event_can_be_shown(running, seconds):
+    qemu = FakeQemu(plugged=(1,))
+    async with running(qemu) as domain, domain.events() as events:
+        stamp = {"seconds": seconds, "microseconds": 0}
+        data = {"device": "vcpu1", "path": qemu.paths[1]}
+        qemu.connections[0].send({"event": "DEVICE_UNPLUG_GUEST_ERROR", "data": data, "timestamp": stamp})
+        event = await anext(events)
+    assert abs(event.time - time.time()) < 3600
+    assert "vCPU 1" in render.event(event)
+
+
+ROW = {"type": "t", "vcpus-count": 1, "props": {"socket-id": 0}, "qom-path": "/x"}
+TEXT = "x" * 5000
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"type": TEXT}, {"qom-path": TEXT}, {"props": {"x": TEXT}}, {"props": {TEXT: 1}}]
+)
+async def test_a_text_longer_than_any_of_qemus_is_malformed(running, wrong):
+    qemu = FakeQemu()
+    qemu.hook = answering_with({"query-hotpluggable-cpus": [ROW | wrong]})
+    await fails(running, qemu)

@@ -124,8 +124,8 @@ def a_million_cpus_of_the_guest(machine):
 
 
 def a_byte_at_a_time(machine):
-    machine.after("query-kvm", lambda connection, command: connection.raw(b'{"return": '))
-    machine.besides(lambda connection: slowly(connection, b" " * 1000))
+    machine.qemu.hook = lambda connection, command: True
+    machine.besides(lambda connection: slowly(connection, b'{"return": ' + b" " * 1000))
 
 
 def a_greeting_a_byte_at_a_time(machine):
@@ -223,6 +223,12 @@ def a_line_without_end(machine):
     machine.besides(lambda connection: endless(connection, count=LINE >> 20))
 
 
+def a_text_of_wide_characters(machine):
+    """Just within the limit; one that is wide makes all of them four times as large in memory."""
+    text = b"\\ud83d\\ude00" + b"x" * ((32 << 20) - 1000)
+    machine.answers("query-target", b'{"return": {"arch": "' + text + b'"}, "id": "ID"}')
+
+
 def a_line_of_the_agent_without_end(machine):
     async def serve(reader, writer):
         for _ in range(LINE >> 20):
@@ -296,6 +302,7 @@ SHAPES = {
     a_slot_list_that_shrinks_during_enable: {"connection", "failed"},
     a_slot_list_that_shrinks_during_disable: {"connection"},
     a_line_without_end: {"connection"},
+    a_text_of_wide_characters: {"connection"},
     a_line_of_the_agent_without_end: {"applied", "pending"},
     a_greeting_that_never_comes: {"connection"},
     a_greeting_without_end: {"connection"},
