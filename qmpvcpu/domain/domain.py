@@ -744,11 +744,14 @@ class Domain(MigrationCalls):
     async def _close(self) -> None:
         link, self._link = self._link, None
         guest, self._guest = self._guest, None
-        if guest is not None:
-            await guest.close()
-        if link is not None:
-            self._last = link
-            await link.close()
+        try:
+            if link is not None:
+                self._last = link
+                await link.close()
+        finally:
+            # Only now: the link's watcher asks the agent too, and would open its socket anew.
+            if guest is not None:
+                await guest.close()
 
     def _connected(self) -> Link:
         if self._link is None and self._inactive:

@@ -48,7 +48,7 @@ CONNECT, COMMAND, GUEST = 3.0, 0.7, 0.3
 #: Sessions at once.
 JUDGES = 24
 #: MiB of this process: all sessions together, of which a few hold a large answer.
-MEMORY = 200
+MEMORY = 150
 #: Most characters of an error or a message.
 LONGEST = 20_000
 LISTED = b"""<domain><name>d</name><vcpu>4</vcpu><vcpus><vcpu id='0' enabled='yes'/><vcpu id='1' enabled='yes'/>

@@ -8,9 +8,14 @@ import time
 
 import pytest
 
+import qmpvcpu
 from qmpvcpu import VcpuConnectionError
 from tests.support.agent import LONGEST_LINE, connected
 from tests.support.fake_agent import FakeAgent, serve_agent
+from tests.support.fake_guest import FakeGuest
+from tests.support.fake_qemu import FakeQemu
+from tests.support.fake_qmp import serve
+from tests.support.waiting import until
 
 #: Of one command, seconds; and what more a busy machine may need.
 TIMEOUT, BUSY = 0.3, 4.0
@@ -101,3 +106,32 @@ async def test_a_handle_that_is_no_number_of_64_bits_is_no_file(tmp_path, handle
     async with serve_agent(tmp_path, agent) as path, connected(path) as client:
         assert (await client.read_files({"/f": 10}), client.open_files) == ([None], 0)
     assert "guest-file-read" not in [name for name, _ in agent.commands]
+
+
+class Counting(FakeGuest):
+    """How many clients it has."""
+
+    clients = 0
+
+    async def serve(self, reader, writer):
+        self.clients += 1
+        try:
+            await super().serve(reader, writer)
+        finally:
+            self.clients -= 1
+
+
+async def test_leaving_while_somebody_listens_closes_the_agents_socket(tmp_path):
+    """The watcher asks the agent too, and may be anywhere in that."""
+    left = []
+    qemu = FakeQemu(plugged=(1,))
+    guest = Counting(qemu)
+    async with serve(tmp_path, qemu.script) as qmp, serve_agent(tmp_path, guest) as agent:
+        for turns in range(60):
+            async with qmpvcpu.connect(qmp, agent=agent) as domain, domain.events():
+                qemu.connections[-1].event("RESET")
+                for _ in range(turns):
+                    await asyncio.sleep(0)
+            left.append(domain)
+        await until(lambda: guest.clients == 0, "the agent has no client any more")
+    assert "closed" in repr(left[0])
