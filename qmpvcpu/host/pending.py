@@ -109,8 +109,14 @@ class PendingFolder:
         """Take the folder away if it is empty: not with each unplug, some file systems take milliseconds for it.
         Never raises.
         """
-        with suppress(OSError):
+        try:
             self._folder.rmdir()
+        except FileNotFoundError:
+            pass
+        except OSError:
+            self._sweep()
+            with suppress(OSError):
+                self._folder.rmdir()
 
     def contexts(self) -> UsedContexts:
         """What `note_contexts` was told of this QEMU. A file that is not ours says nothing. Never raises."""
@@ -182,6 +188,14 @@ class PendingFolder:
             yield
         finally:
             os.close(fd)
+
+    def _sweep(self) -> None:
+        """What a process was writing when it was killed. Never raises."""
+        with suppress(OSError):
+            for path in self._folder.glob(".*-*"):
+                pid = path.name.rpartition("-")[2]
+                if pid.isdigit() and not Path(f"/proc/{pid}").exists():
+                    path.unlink(missing_ok=True)
 
     def _prune(self) -> None:
         """QEMUs that are gone have nothing pending."""

@@ -17,6 +17,10 @@ from tests.support.store import where_state_is
 from tests.support.waiting import until
 
 
+#: No process has such a number: more than PID_MAX_LIMIT.
+NOBODY = 1 << 23
+
+
 def unplug(first, asked=5.5):
     return Unplug(first, f"/machine/peripheral/vcpu{first}", 100 + first, asked)
 
@@ -129,6 +133,16 @@ def test_tidied_when_all_has_ended_nothing_is_left(one):
     one.end(5)
     one.tidy()
     assert left(one) == []
+
+
+def test_what_a_process_was_writing_when_it_was_killed_is_tidied_away(one):
+    one.ask(unplug(5))
+    (one.folder / f".1795855112764353621-{NOBODY}-{NOBODY}").write_text("[[5, ")
+    ours = one.folder / f".1795855112764353622-{os.getpid()}-{os.getpid()}"
+    ours.write_text("[[6, ")
+    one.tidy()
+    assert set(one.known()) == {5}
+    assert [path.name for path in one.folder.glob(".*")] == [ours.name]
 
 
 def test_what_another_process_tidied_away_is_made_again(one, other):
