@@ -30,6 +30,7 @@ __all__ = [
     "read_own",
     "read_stream",
     "stage_file",
+    "staged_name",
     "state_folder",
     "sweep",
     "sync_folder",
@@ -199,6 +200,13 @@ class StagedFile:
                 temporary.unlink()
 
 
+def staged_name(path: Path) -> Path:
+    """The name of what is to become `path`, by which `sweep` knows whether its process still runs."""
+    # Whatever the name: NAME_MAX of Linux is 255 bytes.
+    name = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
+    return path.with_name(f".{name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
+
+
 def stage_file(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True) -> StagedFile:
     """Write and sync a new version beside `path`; what is there keeps its owner and mode.
 
@@ -209,9 +217,7 @@ def stage_file(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True)
     """
     # Where links lead to, so that a link stays one.
     path = Path(os.path.realpath(path))
-    # Whatever the name: NAME_MAX of Linux is 255 bytes.
-    name = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
-    temporary = path.with_name(f".{name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
+    temporary = staged_name(path)
     staged = StagedFile(path, temporary, sync=sync)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)

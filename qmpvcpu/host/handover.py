@@ -14,7 +14,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Final
 
-from qmpvcpu.host.files import read_own, stage_file, state_folder
+from qmpvcpu.host.files import read_own, stage_file, staged_name, state_folder, sweep
 from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, boot_id, is_alive
 
@@ -99,10 +99,9 @@ class Handovers:
     def give(self, number: str, who: str) -> None:
         """The guest is for `who`, whoever had it."""
         path = self._folder / f"{_TAKEN}.{number}"
-        other = path.with_name(f".{path.name}-{os.getpid()}")
+        other = staged_name(path)
         with suppress(OSError):
             make_folder(self._folder)
-            other.unlink(missing_ok=True)
             other.symlink_to(who)
             other.rename(path)
 
@@ -116,6 +115,7 @@ class Handovers:
         """Of QEMUs that are gone, and of migrations none of whose sides is known any more. What has been left by
         another host that shares this folder, only when it is old.
         """
+        sweep(self._folder)
         with suppress(OSError):
             files = [path for path in self._folder.iterdir() if not path.name.startswith(".")]
             sides = [path for path in files if not path.name.startswith(f"{_TAKEN}.")]

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from qmpvcpu.host.files import read_own, stage_file, state_folder
+from qmpvcpu.host.files import read_own, stage_file, state_folder, sweep
 from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, is_alive, process_of
 
@@ -143,6 +143,7 @@ class Saves:
             (self._folder / process.key).unlink(missing_ok=True)
 
     def _prune(self) -> None:
+        sweep(self._folder)
         with suppress(OSError):
             for path in self._folder.iterdir():
                 if not path.name.startswith(".") and not is_alive(path.name):
@@ -161,6 +162,7 @@ class SavedDefinitions:
         """Remember the definition of the file that has this digest."""
         with suppress(OSError):
             make_folder(self._folder)
+            sweep(self._folder)
             stage_file(self._folder / f"{digest}.xml", xml).commit()
             paths = sorted(self._folder.glob("*.xml"), key=lambda path: path.stat().st_mtime)
             for path in paths[:-_KEPT]:

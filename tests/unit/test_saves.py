@@ -83,6 +83,17 @@ def test_of_another_digest_nothing_is_known(records, digest):
     assert records.definition(digest) is None
 
 
+def test_what_a_process_was_writing_when_it_was_killed_goes_with_the_next_one(records, made, tmp_path):
+    records.pause(made, runs=True)
+    records.keep_definition(DIGEST, b"<domain/>")
+    halves = [tmp_path / "state" / folder / f".name.new-{1 << 23}-1" for folder in ("saving", "saved")]
+    for half in halves:
+        half.write_text("<dom")
+    records.pause(made, runs=True)
+    records.keep_definition(DIGEST, b"<domain/>")
+    assert not [half for half in halves if half.exists()]
+
+
 def test_where_nothing_can_be_written_nothing_is_known(tmp_path, made):
     (tmp_path / "state").write_text("a file")
     records = saving.Records(tmp_path / "state")
