@@ -25,6 +25,7 @@ from qmpvcpu.domain import connect
 from qmpvcpu.domain.place import check_start
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
+from qmpvcpu.host import runtime as host
 from qmpvcpu.host.cgroup import VcpuGroups, remove_trees
 from qmpvcpu.host.definitions import DefinitionFolder, check_name
 from qmpvcpu.host.process import process_of
@@ -320,8 +321,9 @@ async def destroy(name: str) -> Destroyed:
     async with _alone(runtime):
         pid = runtime.pid()
         if pid is None:
-            # One that ended by itself has left its cgroups.
+            # One that ended by itself has left its cgroups, and its folder.
             await asyncio.to_thread(QemuThreads(process_of(os.getpid())).sweep)
+            await asyncio.to_thread(runtime.remove)
             if DefinitionFolder().is_defined(name) and await _answers(name):
                 raise _refused(
                     "destroy", f"'{name}' runs, and qmpvcpu has not started it", "end it where it is at home"
@@ -426,6 +428,7 @@ async def _alone(runtime: Runtime) -> AsyncIterator[None]:
         text = f"'{runtime.folder.parent}' cannot be used: {error.strerror}"
         raise _refused("runtime", text, "look at its rights, or set QMPVCPU_STATE") from error
     try:
+        await asyncio.to_thread(host.remove_ended, runtime.name)
         yield
     finally:
         lock.release()

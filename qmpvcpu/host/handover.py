@@ -7,7 +7,6 @@ first, and the others cannot. All need one state folder: between two hosts the p
 
 from __future__ import annotations
 
-import os
 import time
 from contextlib import suppress
 from enum import StrEnum

@@ -17,12 +17,13 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
+from qmpvcpu.errors import VcpuRefused
 from qmpvcpu.host.definitions import file_name, name_of_file
 from qmpvcpu.host.files import FileLock, read_own, state_folder, try_lock
 from qmpvcpu.host.owners import NotOurs, check_folder, make_folder, trusted_folder
 from qmpvcpu.kinds import open_file
 
-__all__ = ["SOCKETS", "Runtime", "end_process", "running_names", "runtime_folder"]
+__all__ = ["SOCKETS", "Runtime", "end_process", "remove_ended", "running_names", "runtime_folder"]
 
 #: Two monitors, since one socket takes one client, and the guest agent's.
 SOCKETS: Final = ("qmp", "qmp2", "agent")
@@ -146,6 +147,29 @@ def running_names() -> list[str]:
         names = [name_of_file(path.name) for path in runtime_folder().iterdir() if path.is_dir()]
         return [name for name in names if Runtime(name).pid() is not None]
     return []
+
+
+def remove_ended(but: str) -> None:
+    """Remove the folders of guests whose QEMU has ended, unless another process starts or ends that guest. Blocks.
+    Never raises.
+
+    Args:
+        but: the guest that this process has locked.
+    """
+    with suppress(OSError, VcpuRefused):
+        for path in runtime_folder().iterdir():
+            name = name_of_file(path.name)
+            if name == but or not path.is_dir():
+                continue
+            with suppress(OSError, VcpuRefused):
+                runtime = Runtime(name)
+                if runtime.pid() is None and (lock := runtime.try_lock()) is not None:
+                    try:
+                        # It may have been started since.
+                        if runtime.pid() is None:
+                            runtime.remove()
+                    finally:
+                        lock.release()
 
 
 def end_process(pid: int, number: signal.Signals, seconds: float, runtime: Runtime) -> bool:

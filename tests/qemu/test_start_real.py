@@ -352,6 +352,26 @@ async def test_a_long_path_is_no_hindrance(tmp_path, monkeypatch, started):
     assert not folder.exists()
 
 
+async def test_what_a_qemu_that_was_killed_has_left_goes_with_the_next_start_or_end(tmp_path, started):
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE))
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE).replace("<name>d<", "<name>other<"))
+    started.append("other")
+    for end in ("destroy", "start"):
+        assert (await cli("start", "d")).code == 0
+        folder = folder_of("d")
+        os.kill(pid_of("d"), signal.SIGKILL)
+        await until(lambda: pid_of("d") is None, "it has ended")
+        assert folder.exists()
+        # A guest that runs keeps its folder.
+        run = await cli(end, {"destroy": "d", "start": "other"}[end])
+        assert run.code == {"destroy": 3, "start": 0}[end], run
+        assert not folder.exists()
+    assert pid_of("other") is not None
+    assert (await cli("vcpuinfo", "other")).code == 0
+    assert (await cli("destroy", "d")).code == 3
+    assert (await cli("destroy", "other")).code == 0
+
+
 async def test_killed_or_interrupted_in_the_middle(tmp_path, started):
     """No QEMU that nobody knows: none, or one that `list` shows and `destroy` ends."""
     await define(tmp_path, xml("x86_64", "10.0", SPARSE))
