@@ -60,9 +60,11 @@ SOAKS = {
         tests("tests/unit/test_hostile.py", "tests/unit/test_hostile_shapes.py", "-s"),
     ),
     "kills": Soak(
-        "a process killed at COUNT random moments while it writes a definition",
+        "a process killed at COUNT random moments while it writes a definition; each command that changes"
+        " something, killed at each of its effects and at COUNT/5 moments; its QEMU killed at COUNT*3/10",
         1000,
-        tests("tests/app/test_kills.py::test_killed_at_random_moments"),
+        tests("tests/app/test_kills.py::test_killed_at_random_moments", "tests/qemu/test_kills_real.py", "-s"),
+        needs=("qemu",),
     ),
     "leaks": Soak(
         "each command that starts or ends a QEMU, cancelled at COUNT of its awaits: nothing is left behind",
@@ -79,6 +81,12 @@ SOAKS = {
         "COUNT generated -machine, -smp and -numa: what we make of them against real QEMUs",
         5000,
         tests("tests/qemu/test_smp_real.py", "-s"),
+        needs=("qemu",),
+    ),
+    "stops": Soak(
+        "QEMU stopped at COUNT effects of commands, libvirtd at as many: each command ends by its deadline",
+        100,
+        tests("tests/qemu/test_stops_real.py", "-s"),
         needs=("qemu",),
     ),
     "trips": Soak(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -57,6 +58,15 @@ async def cli(*arguments: str, **options: Any) -> Run:
         code = process.returncode
     else:
         code, stdout, stderr = await _zygote().run(arguments)
+    return _checked(code, stdout, stderr)
+
+
+async def cli_in(environment: Mapping[str, str], *arguments: str) -> Run:
+    """`cli` with these variables in its environment too."""
+    return _checked(*await _zygote().run(arguments, environment))
+
+
+def _checked(code: int, stdout: bytes, stderr: bytes) -> Run:
     run = Run(code, stdout.decode(), stderr.decode())
     assert "Traceback" not in run.stderr, run.stderr
     return run

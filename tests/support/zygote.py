@@ -14,8 +14,10 @@ import signal
 import socket
 import struct
 import sys
+from collections.abc import Mapping
 from contextlib import suppress
 
+from tests.support import effects
 from tests.support.measured import measured
 
 _LENGTH = struct.Struct("!I")
@@ -47,10 +49,12 @@ class Zygote:
         with suppress(ChildProcessError):
             os.waitpid(self._pid, 0)
 
-    async def run(self, words: tuple[str, ...]) -> tuple[int, bytes, bytes]:
-        """One command: its exit code (negative: the signal that ended it), stdout and stderr."""
+    async def run(self, words: tuple[str, ...], more: Mapping[str, str] | None = None) -> tuple[int, bytes, bytes]:
+        """One command: its exit code (negative: the signal that ended it), stdout and stderr. `more` is for its
+        environment.
+        """
         pipes = [os.pipe() for _ in range(3)]
-        request = json.dumps([list(words), dict(os.environ), os.getcwd()]).encode()
+        request = json.dumps([list(words), {**os.environ, **(more or {})}, os.getcwd()]).encode()
         try:
             socket.send_fds(self._socket, [_LENGTH.pack(len(request))], [write for _, write in pipes])
             self._socket.sendall(request)
@@ -103,7 +107,12 @@ def _watch(fds: list[int], words: list[str], environment: dict[str, str], folder
         _command(stdout, stderr, words, environment, folder)
     os.close(stdout)
     os.close(stderr)
+    plan = effects.read_plan(environment)
+    if plan is not None and plan.after is not None:
+        signal.signal(signal.SIGALRM, lambda *_: effects.act(plan, own=pid))
+        signal.setitimer(signal.ITIMER_REAL, plan.after)
     _, how = os.waitpid(pid, 0)
+    signal.setitimer(signal.ITIMER_REAL, 0)
     os.write(status, str(os.waitstatus_to_exitcode(how)).encode())
     os._exit(0)
 
@@ -118,6 +127,7 @@ def _command(stdout: int, stderr: int, words: list[str], environment: dict[str, 
     os.environ.clear()
     os.environ.update(environment)
     os.chdir(folder)
+    effects.install_planned()
     sys.argv = ["qmpvcpu", *words]
     code: object = 1
     try:

@@ -16,7 +16,6 @@ from tests.support.slots import Slot
 from tests.support.store import where_state_is
 from tests.support.waiting import until
 
-
 #: No process has such a number: more than PID_MAX_LIMIT.
 NOBODY = 1 << 23
 

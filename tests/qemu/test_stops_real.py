@@ -1,0 +1,219 @@
+"""QEMU, or libvirtd, is stopped (SIGSTOP) while a command runs: that ends by its deadline, with a clear error."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from random import Random
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.qemu.libvirt_guests import EJECTING, numa
+from tests.support import soaking, xml
+from tests.support.ejecting import firmware
+from tests.support.hosts import why_no_kvm
+from tests.support.houses import CODES, MOVES, House, Met, Started, house, started
+from tests.support.lanes import meet_all
+from tests.support.libvirtds import Libvirtd, Managed, daemon_of_our_own, managed
+from tests.support.plugged import TALKING, Plugged, plugged
+from tests.support.waiting import until
+
+pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
+
+#: Nothing computes meanwhile.
+LANES = 6
+#: In the suite an answer may take a second, in place of ten.
+PATIENCE = None if soaking.is_long_run() else 1.0
+#: Seconds that a command may take from the stop on: a QMP command has 10, an undo 5, what waits for the guest
+#: `--timeout`.
+CHANGE_SECONDS = 20.0
+#: It asks two QEMUs, ends one, and takes back what it began.
+MOVE_SECONDS = 60.0
+#: libvirt has 10 s for a query, and its connection is given up after 15 s without a sign of life.
+LIBVIRT_SECONDS = 40.0
+CLEAR = re.compile(
+    r"did not answer|did not greet|does not come to stand|within|not known|closed|does not end|no guest agent"
+)
+
+
+class Point(NamedTuple):
+    """A command, and at which part of its effects; `whom`: the QEMU of that guest, or the last child."""
+
+    words: str
+    part: float
+    whom: str = ""
+
+
+longest: dict[str, float] = {}
+
+
+def note(kind: str, point: Point, met: Met, most: float) -> None:
+    seconds = met.seconds or 0.0
+    longest[kind] = max(longest.get(kind, 0.0), seconds)
+    if soaking.is_long_run():
+        told = met.run.json if met.run.stdout else {}
+        message = (told.get("error") or {}).get("message")
+        print(f"{kind}: {point} ({met.log.effects[-1:]}): {seconds:.1f} s, {met.run.code}: {message}", flush=True)
+    assert seconds < most, (seconds, point, met)
+    assert met.run.code in CODES, met
+    if met.run.code not in (0, 5):
+        assert met.run.json["error"]["message"], met
+
+
+@contextmanager
+def going_on(*pids: int) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGCONT)
+
+
+def effect(point: Point, effects: int) -> int:
+    return 1 + int(point.part * effects)
+
+
+# -- a change of a guest -----------------------------------------------------------------------------
+
+
+async def stop_change(guest: Plugged, point: Point) -> None:
+    await guest.reset()
+    given = point.words + ("" if point.words.startswith(("vcpupin", "guestvcpus")) else " --timeout 2")
+    whole = await guest.house.meet(given)
+    at, last = effect(point, len(whole.log.effects)), whole.log.last_message
+    await guest.reset()
+    with going_on(guest.qemu.pid):
+        met = await guest.house.meet(given, at=at, number=signal.SIGSTOP, pid=guest.qemu.pid, patience=PATIENCE)
+    note("change", point, met, CHANGE_SECONDS)
+    if met.log.acted is not None and at <= last:
+        assert met.run.code != 0, (at, last, met)
+    await guest.says_what_is(may_pend=True)
+
+
+async def test_a_qemu_that_is_stopped_holds_no_change_up():
+    random = Random(soaking.seed(29))
+    points = [Point(random.choice(TALKING), random.random()) for _ in range(soaking.count(2) // 2)]
+    await meet_all(points, plugged, stop_change, lanes=LANES)
+    print(longest)
+
+
+# -- a start, an end, a move of a guest --------------------------------------------------------------
+
+
+async def stop_move(guest: Started, point: Point) -> None:
+    before, _ = MOVES[point.words]
+    await guest.begin(before)
+    at = effect(point, 150)
+    whom: dict[str, Any] = (
+        {"child": True} if point.whom == "child" else {"pidfile": str(guest.house.runtime(point.whom) / "pid")}
+    )
+    met = await guest.house.meet(point.words, at=at, number=signal.SIGSTOP, patience=PATIENCE, **whom)
+    with going_on(*guest.house.qemus()):
+        pass
+    note("move", point, met, MOVE_SECONDS)
+    await guest.says_what_is()
+    if point.words.startswith(("save", "migrate")):
+        assert await guest.has_one() is not None, met
+    await guest.nothing_left()
+
+
+async def test_a_qemu_that_is_stopped_holds_no_move_up():
+    random = Random(soaking.seed(30))
+    points = []
+    for _ in range(soaking.count(2) // 2):
+        words = random.choice(sorted(MOVES))
+        whom = random.choice(["one", "two", "child"] if "two" in words else ["one", "child"])
+        points.append(Point(words, random.random(), whom))
+    await meet_all(points, started, stop_move, lanes=LANES, keeps=False)
+    print(longest)
+
+
+# -- libvirtd ----------------------------------------------------------------------------------------
+
+LIBVIRTS = (
+    "setvcpu web1 9,10 --enable",
+    "setvcpu web1 9,10 --enable --live --config",
+    "setvcpu web1 6,7 --disable",
+    "setvcpu web1 6,7 --disable --live --config",
+    "setvcpus web1 10 --live --config",
+    "setvcpus web1 6 --live --config",
+    "vcpupin web1 1 0 --live --config",
+    "vcpuinfo web1",
+    "list",
+)
+
+
+@dataclass
+class Under:
+    """A guest of a libvirtd."""
+
+    house: House
+    daemon: Libvirtd
+    guest: Managed
+
+    async def reset(self) -> None:
+        words = ("setvcpus", "web1", "8", "--live", "--config")
+        await until(lambda: self._is_done(*words), "its vCPUs are as they were")
+
+    async def _is_done(self, *words: str) -> bool:
+        return (await self.house.cli("-c", self.daemon.uri, *words)).code == 0
+
+    async def says_what_is(self) -> None:
+        told: Any = None
+
+        async def same() -> bool:
+            nonlocal told
+            before = await self.guest.sides()
+            told = [
+                await self.house.cli("--json", "-c", self.daemon.uri, "vcpuinfo", "web1", word)
+                for word in ("--live", "--config")
+            ]
+            if before != await self.guest.sides() or any(run.code for run in told):
+                return False
+            for run, text in zip(told, before, strict=True):
+                assert text is not None
+                enabled = {row["id"] for row in run.json["vcpus"] if row["state"] == "enabled"}
+                assert enabled == set(xml.read(text).enabled_ids), (run, text)
+            return True
+
+        await until(same, "libvirt and we say the same")
+
+
+@asynccontextmanager
+async def under_libvirt() -> AsyncIterator[Under]:
+    kind = "kvm" if why_no_kvm() is None else "qemu"
+    async with house() as made, daemon_of_our_own() as daemon:
+        # libvirt's QEMU may run as another user.
+        image = Path(firmware(daemon.folder))
+        image.chmod(0o644)
+        async with managed(daemon, numa(kind, str(image), EJECTING)) as guest:
+            yield Under(made, daemon, guest)
+
+
+async def stop_libvirtd(one: Under, point: Point) -> None:
+    await one.reset()
+    given = f"-c {one.daemon.uri} {point.words}"
+    whole = await one.house.meet(given)
+    await one.reset()
+    at = effect(point, len(whole.log.effects))
+    with going_on(one.daemon.pid):
+        met = await one.house.meet(given, at=at, number=signal.SIGSTOP, pid=one.daemon.pid, patience=PATIENCE)
+    note("libvirtd", point, met, LIBVIRT_SECONDS)
+    await one.says_what_is()
+
+
+async def test_a_libvirtd_that_is_stopped_holds_nobody_up():
+    random = Random(soaking.seed(31))
+    wanted = soaking.count(1)
+    points = [Point(random.choice(LIBVIRTS), random.random()) for _ in range(wanted)]
+    if not soaking.is_long_run():
+        points = [Point("vcpuinfo web1", 0.5)]
+    await meet_all(points, under_libvirt, stop_libvirtd, lanes=4)
+    print(longest)
