@@ -500,6 +500,12 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
+#: A QEMU that is killed while a client connects to it.
+_CLOSED_EARLY: Final = (
+    "closed",
+    "'{}' closed the connection before the handshake was done",
+    "QEMU has exited, or closed this monitor: look at its log",
+)
 _OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
     errno.ENOENT: (
         "missing",
@@ -514,6 +520,8 @@ _OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
     errno.ENOTSOCK: ("not-qmp", "'{}' is not a socket", "name QEMU's QMP socket, or a file of domain XML"),
     errno.EACCES: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
     errno.EPERM: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
+    errno.ECONNRESET: _CLOSED_EARLY,
+    errno.EPIPE: _CLOSED_EARLY,
     errno.EAGAIN: (
         "no-greeting",
         "'{}' takes no more connections",

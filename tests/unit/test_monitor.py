@@ -233,6 +233,29 @@ async def test_a_listener_that_comes_late_is_told_of_the_loss_too(lost):
     assert late is loss
 
 
+async def test_a_server_that_is_killed_in_the_middle_of_the_handshake(tmp_path):
+    """With what it was sent unread, the connection is reset."""
+    loop = asyncio.get_running_loop()
+    with socket.socket(socket.AF_UNIX) as server:
+        server.bind(str(tmp_path / "qmp"))
+        server.listen()
+        server.setblocking(False)
+
+        async def die():
+            sock, _ = await loop.sock_accept(server)
+            await loop.sock_sendall(sock, json.dumps(GREETING).encode() + b"\n")
+            asked = asyncio.Event()
+            loop.add_reader(sock, asked.set)
+            await asked.wait()
+            loop.remove_reader(sock)
+            sock.close()
+
+        death = asyncio.create_task(die())
+        error = await within(fails(str(tmp_path / "qmp"), "closed"), "it fails")
+        await death
+    assert "closed the connection before the handshake was done" in str(error)
+
+
 async def test_a_server_that_closes_right_after_negotiation(tmp_path):
     async def script(connection):
         await connection.greet()
