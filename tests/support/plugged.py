@@ -7,6 +7,7 @@ import re
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from qmpvcpu.core.model import format_ids
@@ -42,6 +43,7 @@ CHANGES = (
     "define {files}/other.xml --qmp {files}/no-socket",
     "define web1 --xml {files}/other.xml --agent {files}/no-socket",
     "define fresh --xml {files}/other.xml",
+    "define fresh --qmp {qmp}",
     "undefine web1",
 )
 #: Commands that tell QEMU something.
@@ -97,7 +99,11 @@ class Plugged:
         self.qemu = await self._stack.enter_async_context(
             ejecting(f"1,maxcpus={SLOTS}", monitors=("qmp", "qmp2"), **kind)
         )
+        self.house.places |= {"agent": Path(self.agent_address), "qmp": self.qemu.folder / "qmp2"}
         self._plugs = 0
+        # Its guest never rests: it must not take a CPU from whoever has something to do.
+        for row in await self.qemu.execute("query-cpus-fast"):
+            os.sched_setscheduler(row["thread-id"], os.SCHED_IDLE, os.sched_param(0))
 
     # -- truth
 
@@ -145,7 +151,10 @@ class Plugged:
             await self.qemu.plug(row["type"], f"vcpu{number}", row["props"])
         self._plugs += 2 * len(PLUGGED)
         self.agent.online = dict.fromkeys((0, *PLUGGED), True)
-        self.agent.files = {_PATH.format(number): b"\\_SB_.CPUS.C%03X\n" % number for number in range(SLOTS)}
+        files = {_PATH.format(number): b"\\_SB_.CPUS.C%03X\n" % number for number in range(SLOTS)}
+        # Of one socket, the number of the APIC is that of the core.
+        rows = "".join(f"processor: {number}\napicid: {number}\n\n" for number in (0, *PLUGGED))
+        self.agent.files = {**files, "/proc/cpuinfo": rows.encode()}
         definitions = DefinitionFolder(self.house.state)
         for name in self.NAMES:
             for path in definitions.folder.glob(f"{name}.*"):
