@@ -176,11 +176,13 @@ class DefinitionFolder:
         return DefinitionFile(self._xml(name), keep=True)
 
     def addresses(self, name: str) -> Addresses:
-        """Its sockets.
+        """Its sockets; those of a domain that was undefined, by a process that was killed then, do not count.
 
         Raises:
             VcpuRefused: they cannot be read.
         """
+        if not self.is_defined(name):
+            return Addresses()
         path = self._json(name)
         try:
             rows = json.loads(read_own(path, _LIMIT))
@@ -248,11 +250,15 @@ class DefinitionFolder:
         path = self._xml(name)
         kept = path.with_name(path.name + "~")
         try:
-            if not self.is_defined(name):
+            if check_name(name) is not None:
                 raise FileNotFoundError
             with locked_folder(self.folder, _LOCK_SECONDS):
-                path.rename(kept)
-                self._json(name).unlink(missing_ok=True)
+                try:
+                    path.rename(kept)
+                finally:
+                    # A process that was killed here has left it.
+                    if not self.is_defined(name):
+                        self._json(name).unlink(missing_ok=True)
                 sync_folder(self.folder)
         except FileNotFoundError as error:
             raise _refused(

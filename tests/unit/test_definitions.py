@@ -146,6 +146,23 @@ def test_what_is_undefined_is_no_longer_listed(store):
     assert store.names() == []
 
 
+@pytest.fixture
+def half_undefined(store):
+    """As a process has left it that was killed when it had taken the XML away."""
+    (store.folder / "web1.xml").rename(store.folder / "web1.xml~")
+    return store
+
+
+def test_the_sockets_of_what_is_half_undefined_do_not_count(half_undefined):
+    assert half_undefined.sockets("web1") == NO_SOCKETS
+
+
+def test_what_is_half_undefined_is_undefined_once_more(half_undefined):
+    with pytest.raises(VcpuRefused, match="no domain 'web1' is defined"):
+        half_undefined.undefine("web1")
+    assert os.listdir(half_undefined.folder) == ["web1.xml~"]
+
+
 def test_what_is_not_defined_cannot_be_undefined(empty):
     with pytest.raises(VcpuRefused, match="no domain 'web1' is defined") as caught:
         empty.undefine("web1")
