@@ -13,9 +13,18 @@ from qmpvcpu.core.request import Request, parse_ids
 from qmpvcpu.domain.interrupted import Interrupted, leaving
 from qmpvcpu.domain.link import Link
 from qmpvcpu.domain.persistent import ConfigChange, Persistent, half_done
-from qmpvcpu.errors import OutcomeKind, Refusal, VcpuError, VcpuFailed, VcpuRefused, VcpuUsageError
+from qmpvcpu.errors import (
+    OutcomeKind,
+    Refusal,
+    VcpuConnectionError,
+    VcpuError,
+    VcpuFailed,
+    VcpuRefused,
+    VcpuUsageError,
+)
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.definitions import not_written
+from qmpvcpu.host.process import is_alive
 
 __all__ = ["change_pin", "check_pin"]
 
@@ -140,6 +149,9 @@ def _pin(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | N
     threads, thread_id = link.threads, state.vcpus[vcpu_id].thread_id
     before = threads.look([thread_id]).get(thread_id) if threads is not None and thread_id is not None else None
     if threads is None or thread_id is None or before is None:
+        if link.process is not None and not is_alive(link.process.key):
+            text = f"QEMU (process {link.process.pid}) has exited"
+            raise VcpuConnectionError(text, reason="closed", hint="look at its log")
         raise VcpuFailed(f"vCPU {vcpu_id} has no thread any more", hint="look again: vcpuinfo", ids=(vcpu_id,))
     placement = Placement(cpus if cpus is not None else ())
     try:
