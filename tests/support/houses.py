@@ -213,8 +213,10 @@ async def house() -> AsyncIterator[House]:
 
 XML = """<domain type='{kind}'><name>{name}</name><uuid>c7a5fdbd-edaf-9455-926a-d65c16db1809</uuid>
 <memory unit='MiB'>32</memory><vcpu current='2'>4</vcpu>
-<os><type arch='x86_64' machine='q35'>hvm</type></os></domain>
+<os><type arch='x86_64' machine='q35'>hvm</type><loader readonly='yes' type='rom'>{firmware}</loader></os></domain>
 """
+#: A guest that rests: nothing but `hlt`, also where an x86 begins.
+RESTS = b"\xf4" * (64 << 10)
 
 
 class Started:
@@ -225,7 +227,9 @@ class Started:
         self.file = house.files / "saved"
 
     async def define(self) -> None:
-        xml = XML.format(kind="kvm" if why_no_kvm() is None else "qemu", name="one")
+        firmware = self.house.files / "rests.bin"
+        firmware.write_bytes(RESTS)
+        xml = XML.format(kind="kvm" if why_no_kvm() is None else "qemu", name="one", firmware=firmware)
         (self.house.files / "one.xml").write_text(xml)
         await self.house.json("define", str(self.house.files / "one.xml"))
 
