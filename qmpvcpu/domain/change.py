@@ -137,6 +137,9 @@ async def change(
     if placing is not None and not plan.refusals:
         plan = placing.prepare(plan)
     if plan.refusals:
+        if any(one.code == "place" for one in plan.refusals):
+            # A QEMU that has exited since it was asked has no process: that is an error of the connection.
+            await link.look()
         raise VcpuRefused(
             plan.refusals,
             ids=plan.targets,

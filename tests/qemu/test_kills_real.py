@@ -298,12 +298,16 @@ async def test_qemu_is_killed_while_a_command_runs():
     print(dict(counted), flush=True)
 
 
-async def test_qemu_is_killed_between_its_last_answer_and_a_pin():
-    words = "vcpupin web1 1 0 --live --config"
+@pytest.mark.parametrize(
+    ("words", "before"),
+    [("vcpupin web1 1 0 --live --config", r"open .*\.new-"), ("setvcpu web1 3 --enable", "send device_add")],
+    ids=["a pin", "a plug with a place"],
+)
+async def test_qemu_is_killed_between_its_last_answer_and(words, before):
     async with plugged() as guest:
         whole = await whole_change(guest, words)
-        staged = next(n for n, what in enumerate(whole.effects, 1) if what.startswith("open ") and ".new-" in what)
+        at = next(n for n, what in enumerate(whole.effects, 1) if re.match(before, what))
         await guest.reset()
-        met = await guest.house.meet(words, at=staged, pid=guest.qemu.pid)
+        met = await guest.house.meet(words, at=at, pid=guest.qemu.pid)
         assert (met.run.code, met.run.json["outcome"]) == (7, "connection"), met
-        assert "has exited" in met.run.json["error"]["message"], met
+        assert LOST.search(met.run.json["error"]["message"]), met
