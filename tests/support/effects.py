@@ -102,7 +102,8 @@ def act(plan: Plan, log: _Log | None = None, own: int | None = None) -> None:
     log = log or _Log(plan.log)
     if pid is None:
         log.write(f"acted {time.monotonic()}")
-        os.kill(own or os.getpid(), plan.number)
+        with suppress(ProcessLookupError):  # it has just ended
+            os.kill(own or os.getpid(), plan.number)
         return
     with suppress(ProcessLookupError):
         fd = os.pidfd_open(pid)
