@@ -15,6 +15,7 @@ from qmpvcpu import VcpuFlag
 from tests.support.commands import cli, start_cli
 from tests.support.hosts import qemu_of
 from tests.support.qemus import group, paused
+from tests.support.waiting import until, within
 
 pytestmark = pytest.mark.qemu
 
@@ -153,17 +154,13 @@ async def test_a_qemu_killed_between_any_two_messages_ends_the_call_at_the_close
 
 @pytest.mark.parametrize("after", ["qmp_capabilities", "query-hotpluggable-cpus", "device_add"])
 async def test_the_command_line_exits_7_when_qemu_is_killed(after, tmp_path):
-    log = tmp_path / "fifo"
-    os.mkfifo(log)
+    log = tmp_path / "log"
+    log.touch()
     async with paused("x86_64", "10.0", "1,maxcpus=240") as qemu:
         process = await start_cli("--json", "--qmp-log", str(log), "setvcpu", qemu.qmp, "1-239", "--enable")
-        with await asyncio.to_thread(log.open) as lines:
-            while f'"{after}"' not in await asyncio.to_thread(lines.readline):
-                pass
-            os.kill(qemu.pid, signal.SIGKILL)
-            drain = asyncio.create_task(asyncio.to_thread(lines.read))
-            stdout, _ = await process.communicate()
-            await drain
+        await until(lambda: f'"{after}"' in log.read_text(), "it has sent that", every=0.001)
+        os.kill(qemu.pid, signal.SIGKILL)
+        stdout, _ = await within(process.communicate(), "it ends")
     assert process.returncode == 7
     assert json.loads(stdout)["outcome"] == "connection"
 
