@@ -16,7 +16,7 @@ from qmpvcpu.domain import Domain, connect
 from qmpvcpu.errors import Refusal, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.definitions import read_document as read_file_or_pipe
-from qmpvcpu.host.runtime import Runtime, running_names
+from qmpvcpu.host.runtime import Runtime, remove_folder, running_names
 from qmpvcpu.xml.domain import read_domain, renamed
 
 __all__ = [
@@ -113,6 +113,7 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
     refusal = check_name(word)
     if refusal is not None:
         raise VcpuRefused([refusal])
+    _check_not_ours(word, addresses)
     messages = []
     if xml is not None:
         data = read_document(xml)
@@ -125,10 +126,11 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
         addresses = _with_known(word, addresses)
     elif addresses.qmp:
         messages += _left_behind(word, addresses)
-        async with connect(word, qmp=addresses.qmp, agent=addresses.agent) as domain:
+        # Not by its name: a definition that is there says nothing of this guest.
+        async with connect(qmp=addresses.qmp, agent=addresses.agent) as domain:
             told = await domain.describe_machine()
             differs = await _differences(domain, told.xml) if told.has_devices else []
-        data = told.xml
+        data = renamed(told.xml, word)
         messages += [f"the definition does not hold {text}" for text in told.left_out]
         messages += [f"the guest differs from what the definition starts: {text}" for text in differs]
     else:
@@ -151,8 +153,22 @@ async def _define_file(path: str, addresses: Addresses) -> Defined:
     refusal = check_name(name)
     if refusal is not None:
         raise VcpuRefused([refusal])
+    _check_not_ours(name, addresses)
     messages = [*_trusted(data), *_left_behind(name, addresses)]
     return await asyncio.to_thread(_write, name, data, _with_known(name, addresses), messages)
+
+
+def _check_not_ours(name: str, addresses: Addresses) -> None:
+    """A guest that `start` has started keeps its name and its sockets while it runs.
+
+    Raises:
+        VcpuRefused: other sockets are given for it.
+    """
+    runtime = Runtime(name)
+    if not set(addresses.qmp) <= set(runtime.qmp) and (pid := runtime.pid()) is not None:
+        text = f"'{name}' runs (QEMU {pid}), and that QEMU has other sockets"
+        hint = "destroy it first, or define the other guest under another name"
+        raise VcpuRefused([Refusal("active", text, (), hint, "VIR_ERR_OPERATION_INVALID")])
 
 
 def _left_behind(name: str, addresses: Addresses) -> list[str]:
@@ -160,7 +176,7 @@ def _left_behind(name: str, addresses: Addresses) -> list[str]:
     known = _known(name)
     if not addresses.qmp or not known.qmp or addresses.qmp == known.qmp:
         return []
-    return [f"it was reached at {', '.join(known.qmp)} until now: a QEMU that runs there is not known any more"]
+    return [f"it was reached at {', '.join(known.qmp)} until now"]
 
 
 def _known(name: str) -> Addresses:
@@ -208,7 +224,9 @@ def undefine(name: str) -> Path:
     if check_name(name) is None and (pid := Runtime(name).pid()) is not None:
         text = f"'{name}' runs (QEMU {pid}): undefining a running guest leaves no way to end it"
         raise VcpuRefused([Refusal("active", text, (), "destroy it first", "VIR_ERR_OPERATION_INVALID")])
-    return DefinitionFolder().undefine(name)
+    kept = DefinitionFolder().undefine(name)
+    remove_folder(name)
+    return kept
 
 
 async def list_domains() -> list[Listed]:
@@ -264,6 +282,7 @@ async def _look(folder: DefinitionFolder, name: str) -> Listed:
     except VcpuError as error:
         # Somebody listens, and holds it.
         active = True if getattr(error, "reason", None) == "no-greeting" else None
+        current = None
         trouble = trouble or error.message
     return Listed(name, active, addresses, current, maximum, trouble, pid, run_state)
 

@@ -40,18 +40,22 @@ def program() -> "NoReturn":
 def _handled() -> "Signals":
     interrupted = False
     while True:
+        # Before there is a handler. The command has its one way of saying so.
         try:
-            from qmpvcpu.cli.signals import Signals
+            try:
+                from qmpvcpu.cli.signals import Signals
 
-            signals = Signals()
-            signals.install()
+                signals = Signals()
+                signals.install()
+                break
+            except KeyboardInterrupt:
+                interrupted = True
         except KeyboardInterrupt:
-            # Before there was a handler. The command has its one way of saying so.
+            # One more, while the first was noted.
             interrupted = True
-            continue
-        if interrupted:
-            signals.interrupt()
-        return signals
+    if interrupted:
+        signals.interrupt()
+    return signals
 
 
 def _fill_standard_streams() -> None:

@@ -131,6 +131,8 @@ class Session:
     def show(self, document: dict[str, Any], lines: Iterable[str]) -> None:
         """One JSON document, or lines for a person."""
         if self.output.is_json:
+            if "messages" in document:
+                document = document | {"messages": [in_options(text) for text in document["messages"]]}
             self.output.document(document)
         else:
             self.output.lines(lines)

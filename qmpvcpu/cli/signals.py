@@ -44,9 +44,8 @@ class Signals:
         """What a signal does."""
         if self.number is None:
             self.number = number
-        if self._leaves and self.owns_process:
-            signal.signal(signal.SIGALRM, self._leave)
-            signal.setitimer(signal.ITIMER_REAL, _GRACE)
+        if self._leaves:
+            self._end_soon()
         if self.react is not None:
             self.react()
 
@@ -57,12 +56,20 @@ class Signals:
         """
         before = self._leaves, self._code
         self._leaves, self._code = True, code
+        if self.number is not None:
+            # It came before: what blocks now does not know.
+            self._end_soon()
         try:
             yield
         finally:
             self._leaves, self._code = before
             if self.owns_process and not self._leaves:
                 signal.setitimer(signal.ITIMER_REAL, 0)
+
+    def _end_soon(self) -> None:
+        if self.owns_process:
+            signal.signal(signal.SIGALRM, self._leave)
+            signal.setitimer(signal.ITIMER_REAL, _GRACE)
 
     def _handle(self, number: int, frame: FrameType | None) -> None:
         self.interrupt(number)

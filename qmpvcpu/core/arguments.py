@@ -28,6 +28,8 @@ _NOUNS: Final[dict[Any, str]] = {
 }
 #: Characters of a wrong value that an error shows.
 _MOST: Final = 60
+#: Items of a list, at most: no machine has so many vCPUs.
+_MOST_ITEMS: Final = 65536
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
@@ -124,7 +126,7 @@ def _is_collection(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
     if issubclass(origin, Mapping) or not issubclass(origin, Iterable) or not isinstance(value, Collection):
         # An iterator can be read once only.
         return True
-    return not inner or all(_fits(item, inner[0]) for item in value)
+    return not inner or (len(value) <= _MOST_ITEMS and all(_fits(item, inner[0]) for item in value))
 
 
 def _wrong(name: str, value: Any, hint: Any) -> VcpuUsageError:

@@ -73,7 +73,7 @@ def check_flags(flags: VcpuFlag, *, is_query: bool | None = None) -> list[Refusa
     if unknown:
         exclusive(f"unknown flags: {unknown:#x}", "VcpuFlag names those there are")
     if flags & VcpuFlag.ENABLE and flags & VcpuFlag.DISABLE:
-        exclusive("ENABLE and DISABLE exclude each other", "ask for one of the two")
+        exclusive("--enable (ENABLE) and --disable (DISABLE) exclude each other", "ask for one of the two")
     if flags & VcpuFlag.GUEST:
         for flag, why in (
             (VcpuFlag.NUMA_NODE, "the agent does not tell a CPU's NUMA node"),

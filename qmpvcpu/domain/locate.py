@@ -54,7 +54,8 @@ def locate(
         )
     place = _named(domain) if domain is not None else Place(given[0] if given else str(xml))
     if given:
-        place = replace(place, qmp=given, is_unknown=False)
+        # An agent that was found is that of the QEMU there.
+        place = replace(place, qmp=given, agent=None, is_unknown=False)
     if agent is not None:
         place = replace(place, agent=agent)
     if xml is not None:

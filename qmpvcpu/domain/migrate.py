@@ -196,11 +196,7 @@ async def prepare(
     if runs != "inmigrate":
         text = f"the destination '{state.name}' does not wait for a migration"
         text += ": it runs already" if runs == "running" else f" (it is '{runs}')"
-        hint = (
-            "destroy it first, or name another destination"
-            if runs == "running"
-            else "start it with -incoming defer"
-        )
+        hint = "destroy it first, or name another destination; one that waits is started with -incoming defer"
         refusals.append(Refusal("run-state", text, (), hint, "VIR_ERR_OPERATION_INVALID"))
     refusals += _check_uuid(cookie, await link.monitor.query_uuid())
     source = cookie.machine

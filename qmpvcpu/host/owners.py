@@ -8,11 +8,17 @@ import os
 import pwd
 import shlex
 import stat
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Final
 
 from qmpvcpu.errors import Refusal, VcpuRefused
 
 __all__ = ["NotOurs", "check_folder", "check_own", "make_folder", "trusted_folder"]
+
+
+#: The kernel follows no more in one path (path_resolution(7)).
+_MOST_LINKS: Final = 40
 
 
 class NotOurs(PermissionError):
@@ -47,15 +53,41 @@ def check_folder(folder: str | os.PathLike[str]) -> None:
     Raises:
         NotOurs: somebody else can put another one there, or write to it.
     """
-    # As it is named, then where that leads to.
-    for path in dict.fromkeys((os.path.abspath(folder), os.path.realpath(folder))):  # noqa: PTH100
-        for one in (path, *map(str, Path(path).parents)):
-            try:
-                found = os.lstat(one)
-            except (FileNotFoundError, NotADirectoryError, PermissionError):
-                # Nothing is there, or nothing that we could read or write.
-                continue
-            check_own(one, found, is_far=one != path)
+    # As it is named, and where that leads to.
+    near = (os.path.abspath(folder), os.path.realpath(folder))  # noqa: PTH100
+    for one in _way_to(near[0]):
+        try:
+            found = os.lstat(one)
+        except (FileNotFoundError, NotADirectoryError, PermissionError):
+            # Nothing is there, or nothing that we could read or write.
+            continue
+        check_own(one, found, is_far=one not in near)
+
+
+def _way_to(path: str) -> Iterator[str]:
+    """Every folder and link that the kernel goes through to a path, and the path."""
+    at, left, links = "/", path.split("/")[::-1], 0
+    yield at
+    while left:
+        name = left.pop()
+        if name in ("", "."):
+            continue
+        if name == "..":
+            at = os.path.dirname(at)  # noqa: PTH120
+            continue
+        one = os.path.join(at, name)  # noqa: PTH118
+        yield one
+        try:
+            target = os.readlink(one)  # noqa: PTH115
+        except OSError:
+            at = one
+            continue
+        links += 1
+        if links > _MOST_LINKS:
+            return
+        left += target.split("/")[::-1]
+        if target.startswith("/"):
+            at = "/"
 
 
 def trusted_folder(folder: Path, what: str) -> Path:

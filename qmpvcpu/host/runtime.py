@@ -23,7 +23,7 @@ from qmpvcpu.host.files import FileLock, read_own, state_folder, try_lock
 from qmpvcpu.host.owners import NotOurs, check_folder, make_folder, trusted_folder
 from qmpvcpu.kinds import open_file
 
-__all__ = ["SOCKETS", "Runtime", "end_process", "remove_ended", "running_names", "runtime_folder"]
+__all__ = ["SOCKETS", "Runtime", "end_process", "remove_ended", "remove_folder", "running_names", "runtime_folder"]
 
 #: Two monitors, since one socket takes one client, and the guest agent's.
 SOCKETS: Final = ("qmp", "qmp2", "agent")
@@ -161,15 +161,22 @@ def remove_ended(but: str) -> None:
             name = name_of_file(path.name)
             if name == but or not path.is_dir():
                 continue
-            with suppress(OSError, VcpuRefused):
-                runtime = Runtime(name)
-                if runtime.pid() is None and (lock := runtime.try_lock()) is not None:
-                    try:
-                        # It may have been started since.
-                        if runtime.pid() is None:
-                            runtime.remove()
-                    finally:
-                        lock.release()
+            remove_folder(name)
+
+
+def remove_folder(name: str) -> None:
+    """Remove the folder of a guest whose QEMU has ended, unless another process starts or ends it. Blocks. Never
+    raises.
+    """
+    with suppress(OSError, VcpuRefused):
+        runtime = Runtime(name)
+        if runtime.pid() is None and (lock := runtime.try_lock()) is not None:
+            try:
+                # It may have been started since.
+                if runtime.pid() is None:
+                    runtime.remove()
+            finally:
+                lock.release()
 
 
 def end_process(pid: int, number: signal.Signals, seconds: float, runtime: Runtime) -> bool:

@@ -295,7 +295,8 @@ class AgentClient:
 
     def _too_slow(self, command: str, cause: BaseException) -> VcpuConnectionError:
         text = f"is too slow: '{command}' was not answered when {_LIMIT.get()[1]:g} s were over"
-        return self._error("no-agent", text, cause)
+        hint = "the guest is busy: try again, or look at what keeps qemu-ga in it"
+        return self._error("no-agent", text, cause, hint)
 
     async def _sync(self, seconds: float) -> None:
         """`guest-sync-delimited`, with a sentinel in front that ends whatever an earlier client left half said."""
@@ -361,9 +362,11 @@ class AgentClient:
             raise self._error("malformed", f"answered '{command}' with an error that says nothing", None)
         return CommandError(command, str(answer.get("class"))[:100], _shortened(answer["desc"]))
 
-    def _error(self, reason: str, text: str | None, cause: BaseException | None) -> VcpuConnectionError:
+    def _error(
+        self, reason: str, text: str | None, cause: BaseException | None, hint: str | None = None
+    ) -> VcpuConnectionError:
         """`text` is about the agent; without it there is no socket."""
-        hint = _HINTS.get(reason, "look at the guest's agent: is it qemu-ga, and does it run?")
+        hint = hint or _HINTS.get(reason, "look at the guest's agent: is it qemu-ga, and does it run?")
         error = VcpuConnectionError(
             f"the guest agent at '{self._address}' {text}"
             if text

@@ -79,8 +79,9 @@ class QmpLog:
                 fd = os.open(os.path.realpath(path), flags | os.O_CREAT | os.O_EXCL, 0o600)
             # The file may be older than we are, and the umask anything.
             os.fchmod(fd, 0o600)
-        except OSError as error:
-            text = f"cannot write the QMP log '{os.fspath(path)}': {error.strerror}"
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            text = f"cannot write the QMP log {os.fspath(path)!r}: {why}"
             raise VcpuUsageError(text, hint="name a regular FILE; `tail -f FILE` shows what comes") from error
         self._file = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
 
@@ -110,6 +111,8 @@ class _Client(QMPClient):
         #: Replies that were delivered, and that who waits for them has not seen yet.
         self._answered = 0
         self._received = 0
+        #: Whether the other side has taken the connection.
+        self.was_open = False
         #: When the oldest could begin: as it was sent, or as the one before was answered (the loop's clock).
         self.began = 0.0
 
@@ -136,6 +139,10 @@ class _Client(QMPClient):
         while self.runstate is Runstate.CONNECTING and "event" in msg:
             msg = await super()._recv()
         return msg
+
+    async def _establish_session(self) -> None:
+        self.was_open = True
+        await super()._establish_session()
 
     async def _do_recv(self) -> Message:
         # qemu.qmp 0.0.6 puts what it does not understand into its errors, whole and pretty-printed: of 30 MB that
@@ -500,6 +507,12 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
+#: As many clients wait as the socket keeps.
+_CROWDED: Final = (
+    "no-greeting",
+    "'{}' takes no more connections",
+    "a QMP socket takes one client at a time: close the other one, or give QEMU a second -qmp",
+)
 #: A QEMU that is killed while a client connects to it.
 _CLOSED_EARLY: Final = (
     "closed",
@@ -522,11 +535,9 @@ _OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
     errno.EPERM: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
     errno.ECONNRESET: _CLOSED_EARLY,
     errno.EPIPE: _CLOSED_EARLY,
-    errno.EAGAIN: (
-        "no-greeting",
-        "'{}' takes no more connections",
-        "a QMP socket takes one client at a time: close the other one, or give QEMU a second -qmp",
-    ),
+    errno.EAGAIN: _CROWDED,
+    # asyncio (3.11 to 3.14) takes EAGAIN of a unix socket for a connection under way, and asks it for its peer.
+    errno.EINVAL: _CROWDED,
 }
 
 
@@ -631,6 +642,12 @@ async def connect_monitor(
         async with asyncio.timeout(connect_timeout):
             await client.connect(target)
     except TimeoutError as error:
+        if not client.was_open:
+            text = f"no connection to '{address}' was made within {connect_timeout:g} s"
+            hint = "check the host's name, and whether a firewall drops what is sent to it"
+            raise VcpuConnectionError(
+                text, address=address, reason="timeout", libvirt="VIR_ERR_OPERATION_TIMEOUT", hint=hint
+            ) from error
         greeted = "greeted and did not finish the handshake" if client.greeting is not None else "did not greet"
         raise VcpuConnectionError(
             f"'{address}' accepted the connection and {greeted} within {connect_timeout:g} s",

@@ -184,6 +184,7 @@ async def launch_qemu(
         descriptors.append(log_fd)
         command += ["-D", f"/proc/self/fd/{log_fd}", "-d", "strace", "-msg", "timestamp=on"]
         stderr = ours.enter_context((folder / "command").open("ab"))
+        os.fchmod(stderr.fileno(), 0o600)
         stderr.write(f"{shlex.join(command)}\n".encode(errors="replace"))
         stderr.flush()
         early = stderr.tell()

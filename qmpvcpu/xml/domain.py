@@ -114,7 +114,7 @@ class _Reader:
         vcpu, listed = root.child("vcpu"), root.child("vcpus")
         vcpus, dialect = self._vcpus(vcpu)
         definition = Definition(
-            name.text.strip() if name is not None else "",
+            name.text if name is not None else "",
             vcpus,
             accel=_ACCELS.get(root.attributes.get("type", "")),
             uuid=self._uuid(uuid),

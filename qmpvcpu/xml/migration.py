@@ -121,7 +121,7 @@ def read_cookie(data: bytes) -> Cookie:
     uuid, handover = root.child("uuid"), root.child("handover")
     number = handover.attributes.get("id", "") if handover is not None else ""
     cookie = Cookie(
-        name.text.strip(),
+        name.text,
         uuid.text.strip() if uuid is not None else None,
         _source(document, running),
         _source(document, inactive[0]) if inactive else None,

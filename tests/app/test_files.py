@@ -160,6 +160,18 @@ async def test_a_state_folder_of_others_is_refused(where, spoil, words, own):
         assert (run.code, words in run.stderr + run.stdout) == (3, True), run
 
 
+async def test_a_state_folder_behind_a_link_of_others_is_refused(own, monkeypatch):
+    """The one that is named is ours, and so is where it leads."""
+    (own / "theirs").mkdir()
+    (own / "theirs" / "link").symlink_to(own / "state")
+    (own / "ours").symlink_to(own / "theirs" / "link")
+    monkeypatch.setenv("QMPVCPU_STATE", str(own / "ours"))
+    assert (await cli("list")).code == 0
+    give_away(own / "theirs")
+    run = await cli("list")
+    assert (run.code, f"'{own / 'theirs'}' belongs to another user" in run.stderr) == (3, True), run
+
+
 @pytest.mark.parametrize("spoil", [give_away, let_all_write])
 async def test_a_cache_of_others_is_refused(spoil, own, monkeypatch):
     monkeypatch.setenv("QMPVCPU_CACHE", str(own / "cache"))

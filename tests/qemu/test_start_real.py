@@ -318,6 +318,29 @@ async def test_a_qemu_that_will_not_end_is_killed(tmp_path, started):
     assert pid_of("d") is None
 
 
+async def test_other_sockets_are_not_given_to_a_guest_that_was_started(tmp_path, started):
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE))
+    assert (await cli("start", "d")).code == 0
+    for words in (("d",), (str(tmp_path / "file.xml"),), ("d", "--xml", str(tmp_path / "file.xml"))):
+        run = await cli("define", *words, "--qmp", str(tmp_path / "other"))
+        assert (run.code, "that QEMU has other sockets" in run.stderr) == (3, True), run
+    assert (await cli("destroy", "d")).code == 0
+
+
+async def test_undefining_takes_away_what_a_killed_qemu_has_left_elsewhere(tmp_path, started):
+    name = "n" * 150
+    started.append(name)
+    await define(tmp_path, xml("x86_64", "10.0", SPARSE, name=name))
+    run = (await cli("start", name, "--json")).json
+    folder = folder_of(name)
+    assert stat.S_IMODE((folder / "command").stat().st_mode) == 0o600
+    os.kill(run["pid"], signal.SIGKILL)
+    await until(lambda: pid_of(name) is None, "QEMU has ended")
+    assert folder.is_dir()
+    assert (await cli("undefine", name)).code == 0
+    assert not folder.exists()
+
+
 async def test_the_log_of_a_qemu_that_dies_is_named_where_we_started_it(tmp_path, started):
     await define(tmp_path, xml("x86_64", "10.0", SPARSE))
     run = (await cli("start", "d", "--json")).json

@@ -75,7 +75,7 @@ SCENARIOS: Final = {
             "setvcpu {qmp} 6 --enable --timeout 0",
             "setvcpu {qmp} 3 --disable --async --force",
             "vcpuinfo {qmp}",
-            "setvcpus {qmp} 7",
+            "setvcpus {qmp} 7 --timeout 1",
             "setvcpus {qmp} 9",
             "setvcpus {qmp} 1 --dry-run",
             "setvcpus {qmp} 8 --maximum",

@@ -68,6 +68,7 @@ METHODS = {
     "a document as text": lambda domain: domain.apply("<vcpus/>"),
     "a request that is none": lambda domain: domain.request(5),
     "a dialect that is a number": lambda domain: domain.dump_xml(dialect=5),
+    "more ids than any machine has": lambda domain: domain.enable(range(10**9)),
     "online as text": lambda domain: domain.set_guest_vcpus(1, "yes"),
     "vCPUs as text": lambda domain: domain.vcpus("1"),
     "a place as text": lambda domain: domain.place("<domain/>"),
