@@ -349,6 +349,7 @@ class Link:
         self.stale = True
         if self._state is None:
             return
+        known = self.ledger.firsts
         if self._hub.listening:
             # Who asked has written it down, and may cross it out as soon as it has seen this event itself.
             self.learn()
@@ -368,7 +369,8 @@ class Link:
             self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, refused, signal.reason))
         elif signal.kind is SignalKind.RESET and architecture(self._state.arch).reset_drops_unplug:
             self.ledger.end(pending - self.driven)
-            dropped = [by_id[first] for first in sorted(pending)]
+            # What has been crossed out since the last look was crossed out for this reset.
+            dropped = [by_id[first] for first in sorted(known | pending)]
             self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, dropped, signal.reason))
         elif signal.kind is SignalKind.EJECTING and signal.first is not None:
             self._hub.emit(_events(when, EventKind.EJECTING, [by_id[signal.first]]))

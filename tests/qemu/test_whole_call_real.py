@@ -15,7 +15,7 @@ from qmpvcpu import VcpuFlag
 from tests.support.commands import cli, start_cli
 from tests.support.hosts import qemu_of
 from tests.support.qemus import group, paused
-from tests.support.waiting import until, within
+from tests.support.waiting import deadline, until, within
 
 pytestmark = pytest.mark.qemu
 
@@ -225,3 +225,21 @@ async def test_the_process_of_a_real_guest_is_found_by_its_threads(strangers):
     async with paused("x86_64", "10.0", "3,maxcpus=4") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
         threads = [vcpu.thread_id for vcpu in await domain.vcpus() if vcpu.enabled]
         assert qemu_of([*threads, *strangers]) == (None if strangers else qemu.pid)
+
+
+async def test_a_reset_is_told_also_where_who_asked_has_crossed_the_unplug_out(tmp_path, monkeypatch):
+    """Two processes hear of it at the same time, and the first one to see it removes the record of both."""
+    monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
+    async with paused("x86_64", "11.1", "1,maxcpus=4") as qemu:
+        async with qmpvcpu.connect(qemu.qmp) as domain, domain.events(steps=True) as events:
+            await domain.enable(2)
+            outcome = await domain.disable(2, timeout=0, force=True)
+            assert outcome.pending == (2,)
+            for path in (tmp_path / "pending").rglob("*"):
+                if path.is_file():
+                    path.unlink()
+            await qemu.execute("system_reset")
+            async with deadline("it is told"):
+                while (event := await anext(events)).event != "vcpu-removal-failed":
+                    pass
+    assert (event.vcpus, "reset" in event.detail) == ((2,), True)
