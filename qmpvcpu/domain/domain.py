@@ -749,7 +749,7 @@ class Domain(MigrationCalls):
                 self._last = link
                 await link.close()
         finally:
-            # Only now: the link's watcher asks the agent too, and would open its socket anew.
+            # Only now: the link's watcher asks the agent too, and would open its socket again.
             if guest is not None:
                 await guest.close()
 

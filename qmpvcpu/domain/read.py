@@ -39,7 +39,7 @@ __all__ = [
 ]
 
 _TRIES: Final = 30
-#: So long it is tried anew, seconds: each answer may take as long as a command may.
+#: How long to ask again, seconds; each single answer may take as long as a command.
 _TRY_SECONDS: Final = 10.0
 #: Seconds before the second try, doubled each time, and at most. Where the host is busy, a CPU that has left its
 #: slot is listed until its thread has ended (10.0, KVM).

@@ -151,7 +151,7 @@ def keeps_its_guest(words: str) -> bool:
 
 
 async def check_end(guest: Started, met: Met) -> None:
-    """All can be ended, and used again, and nothing is left: whoever writes to a folder sweeps it."""
+    """Every guest can be ended and used again, and nothing is left: the next writer sweeps the folder."""
     await guest.nothing_left()
     await guest.define()
     if guest.file.exists():

@@ -47,7 +47,7 @@ from tests.support.recordings import address
 CONNECT, COMMAND, GUEST = 3.0, 0.7, 0.3
 #: Sessions at once.
 JUDGES = 24
-#: MiB of this process: all sessions together, of which a few hold a large answer.
+#: MiB of this process, for all sessions together; a few of them keep a large answer.
 MEMORY = 150
 #: Most characters of an error or a message.
 LONGEST = 20_000
@@ -140,7 +140,7 @@ class Said:
         found: dict[int, bool] = {}
         for slot in sorted(self.slots, key=address):
             first = len(found)
-            # An empty slot is full when its device is there, whoever made it.
+            # An empty slot is full once its device is there, no matter which client added it.
             known = self.added.get(_key(slot["props"]), set()) | {f"/machine/peripheral/vcpu{first}"}
             known = known - claimed | _paths([slot])
             for number in range(slot["vcpus-count"]):

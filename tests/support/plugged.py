@@ -101,7 +101,7 @@ class Plugged:
         )
         self.house.places |= {"agent": Path(self.agent_address), "qmp": self.qemu.folder / "qmp2"}
         self._plugs = 0
-        # Its guest never rests: it must not take a CPU from whoever has something to do.
+        # Its guest is never idle: it must not take the CPU from the commands that are tested.
         for row in await self.qemu.execute("query-cpus-fast"):
             os.setpriority(os.PRIO_PROCESS, row["thread-id"], 19)
 
