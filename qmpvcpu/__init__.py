@@ -15,8 +15,10 @@ TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qmpvcpu.app.probes import Probe, ProbeMode, find_layout
     from qmpvcpu.app.start import destroy, start
-    from qmpvcpu.core.layout import MachineLayout, MachineSpec
-    from qmpvcpu.core.migration import Cookie, MigrationStatus
+    from qmpvcpu.core.machine.layout import MachineLayout, MachineSpec
+    from qmpvcpu.core.machine.numa import parse_numa
+    from qmpvcpu.core.machine.smp import parse_smp
+    from qmpvcpu.core.migration.machines import Cookie, MigrationStatus
     from qmpvcpu.core.model import (
         DomainState,
         Entity,
@@ -28,13 +30,11 @@ if TYPE_CHECKING:
         Topology,
         Vcpu,
     )
-    from qmpvcpu.core.numa import parse_numa
-    from qmpvcpu.core.plan import Plan
+    from qmpvcpu.core.planning.live import Plan
     from qmpvcpu.core.request import Request, parse_ids
-    from qmpvcpu.core.smp import parse_smp
     from qmpvcpu.domain import Domain, Events, Options, connect
     from qmpvcpu.domain.interrupted import Interrupted
-    from qmpvcpu.domain.migrate import Migrated
+    from qmpvcpu.domain.migration.phases import Migrated
     from qmpvcpu.errors import (
         OutcomeKind,
         Refusal,
@@ -53,9 +53,9 @@ if TYPE_CHECKING:
 _HOMES = {
     "qmpvcpu.app.probes": ("Probe", "ProbeMode", "find_layout"),
     "qmpvcpu.app.start": ("destroy", "start"),
-    "qmpvcpu.core.layout": ("MachineLayout", "MachineSpec"),
-    "qmpvcpu.core.numa": ("parse_numa",),
-    "qmpvcpu.core.smp": ("parse_smp",),
+    "qmpvcpu.core.machine.layout": ("MachineLayout", "MachineSpec"),
+    "qmpvcpu.core.machine.numa": ("parse_numa",),
+    "qmpvcpu.core.machine.smp": ("parse_smp",),
     "qmpvcpu.core.model": (
         "DomainState",
         "Entity",
@@ -67,12 +67,12 @@ _HOMES = {
         "Topology",
         "Vcpu",
     ),
-    "qmpvcpu.core.migration": ("Cookie", "MigrationStatus"),
-    "qmpvcpu.core.plan": ("Plan",),
+    "qmpvcpu.core.migration.machines": ("Cookie", "MigrationStatus"),
+    "qmpvcpu.core.planning.live": ("Plan",),
     "qmpvcpu.core.request": ("Request", "parse_ids"),
     "qmpvcpu.domain": ("Domain", "Events", "Options", "connect"),
     "qmpvcpu.domain.interrupted": ("Interrupted",),
-    "qmpvcpu.domain.migrate": ("Migrated",),
+    "qmpvcpu.domain.migration.phases": ("Migrated",),
     "qmpvcpu.errors": (
         "OutcomeKind",
         "Refusal",

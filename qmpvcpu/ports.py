@@ -9,8 +9,8 @@ from dataclasses import dataclass, field
 from math import inf
 from typing import Any, Protocol
 
-from qmpvcpu.core.pending import PendingUnplug, UsedContexts
-from qmpvcpu.core.placement import HostFacts, Placement, ThreadState
+from qmpvcpu.core.rules.placement import HostFacts, Placement, ThreadState
+from qmpvcpu.core.state.pending import PendingUnplug, UsedContexts
 from qmpvcpu.errors import VcpuConnectionError
 
 __all__ = [

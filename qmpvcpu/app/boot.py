@@ -9,8 +9,8 @@ from typing import Any
 from qmpvcpu.app.features import with_known_features
 from qmpvcpu.app.probes import Probe, ProbeMode, find_layout
 from qmpvcpu.app.qemus import find_binaries, path_of
-from qmpvcpu.core.bootargs import BootArgs, BootStyle, boot_args, machine_spec, qemu_arch
 from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.machine.boot_arguments import BootArgs, BootStyle, boot_args, machine_spec, qemu_arch
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.host.definitions import DefinitionFolder, read_document
 from qmpvcpu.xml.domain import read_domain

@@ -242,7 +242,7 @@ async def list_libvirt(uri: str) -> list[Listed]:
     Raises:
         VcpuConnectionError: it cannot be reached.
     """
-    from qmpvcpu.domain.libvirt import list_domains as rows_of
+    from qmpvcpu.domain.backends.libvirt import list_domains as rows_of
 
     rows = []
     for row in await rows_of(uri):

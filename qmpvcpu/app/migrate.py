@@ -20,12 +20,12 @@ from qmpvcpu.app.start import clean_up, launch_waiting, remove_ended
 from qmpvcpu.app.trust import Startable, of_file, of_user
 from qmpvcpu.app.twin import HINT, Checked, check_held, check_readable, check_sides, compare_with_twin, read_back
 from qmpvcpu.core.machine.comparison import check_movable
-from qmpvcpu.core.migration import Cookie, MigrationStatus, last_words
+from qmpvcpu.core.migration.machines import Cookie, MigrationStatus, last_words
+from qmpvcpu.core.migration.stream import StreamError, StreamTable, table_differences
 from qmpvcpu.core.model import DomainState
-from qmpvcpu.core.stream import StreamError, StreamTable, table_differences
 from qmpvcpu.domain import Domain, connect
-from qmpvcpu.domain.handover import Side, is_there, kept_source
-from qmpvcpu.domain.migrate import Migrated, Progress
+from qmpvcpu.domain.migration.ownership import Side, is_there, kept_source
+from qmpvcpu.domain.migration.phases import Migrated, Progress
 from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.files import read_file, read_stream

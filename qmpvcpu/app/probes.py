@@ -16,7 +16,7 @@ from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.qemus import examine, find_binaries, path_of
 from qmpvcpu.core.arch import architecture, architecture_of_machine, architecture_of_program, programs_of
 from qmpvcpu.core.arguments import checked
-from qmpvcpu.core.layout import (
+from qmpvcpu.core.machine.layout import (
     LayoutSource,
     MachineLayout,
     MachineSpec,

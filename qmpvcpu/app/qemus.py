@@ -13,9 +13,9 @@ from typing import Any, Final
 
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.core.arch import X86_64, examined, programs_of
-from qmpvcpu.core.inventory import parse_version
 from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.core.quirks import quirk
+from qmpvcpu.core.state.inventory import parse_version
 from qmpvcpu.errors import VcpuError
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu

@@ -15,18 +15,18 @@ from qmpvcpu.aio import finish
 from qmpvcpu.app.boot import CommandLine, check_program, command_line
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.arguments import checked
-from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend
-from qmpvcpu.core.hardware import hardware_args
+from qmpvcpu.core.machine.boot_arguments import qemu_arch
 from qmpvcpu.core.machine.command_line import join_pairs
 from qmpvcpu.core.machine.devices import shared_with_source
+from qmpvcpu.core.machine.hardware import hardware_args
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain import connect
-from qmpvcpu.domain.place import check_start
+from qmpvcpu.domain.placement import check_start
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host import runtime as host
-from qmpvcpu.host.cgroup import VcpuGroups, remove_trees
+from qmpvcpu.host.cgroup.groups import VcpuGroups, remove_trees
 from qmpvcpu.host.definitions import DefinitionFolder, check_name
 from qmpvcpu.host.process import process_of
 from qmpvcpu.host.runtime import SOCKETS, Runtime, end_process

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
 from qmpvcpu.app.qemus import find_emulator
-from qmpvcpu.core.bootargs import qemu_arch
-from qmpvcpu.core.migration import Cookie
+from qmpvcpu.core.machine.boot_arguments import qemu_arch
+from qmpvcpu.core.migration.machines import Cookie
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.host.definitions import DefinitionFolder
 from qmpvcpu.xml.domain import read_domain

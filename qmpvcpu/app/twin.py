@@ -16,9 +16,8 @@ from typing import Final
 from qmpvcpu.aio import finish
 from qmpvcpu.app.boot import check_program, command_line
 from qmpvcpu.app.probes import ProbeMode
-from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.definition import Definition
-from qmpvcpu.core.hardware import hardware_args
+from qmpvcpu.core.machine.boot_arguments import qemu_arch
 from qmpvcpu.core.machine.comparison import (
     Picture,
     check_movable,
@@ -36,10 +35,11 @@ from qmpvcpu.core.machine.devices import (
     unlike_any_other,
     without_folder,
 )
-from qmpvcpu.core.migration import Cookie, check_machine, last_words, machine_of, parse_status
-from qmpvcpu.core.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
+from qmpvcpu.core.machine.hardware import hardware_args
+from qmpvcpu.core.migration.machines import Cookie, check_machine, last_words, machine_of, parse_status
+from qmpvcpu.core.migration.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
 from qmpvcpu.domain import Domain, connect
-from qmpvcpu.domain.picture import real_file
+from qmpvcpu.domain.migration.picture import real_file
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.ports import CommandError

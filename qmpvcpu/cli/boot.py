@@ -11,12 +11,12 @@ from qmpvcpu.app.boot import command_line, probe_domain, read_definition
 from qmpvcpu.app.probes import Probe, ProbeMode, find_layout, forget_probes
 from qmpvcpu.cli import render
 from qmpvcpu.cli.progress import waiting
-from qmpvcpu.core.bootargs import BootStyle
-from qmpvcpu.core.layout import MachineSpec
+from qmpvcpu.core.machine.boot_arguments import BootStyle
+from qmpvcpu.core.machine.layout import MachineSpec
+from qmpvcpu.core.machine.numa import parse_numa
+from qmpvcpu.core.machine.smp import parse_machine
 from qmpvcpu.core.machine.words import join_pairs, split_pairs
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.core.numa import parse_numa
-from qmpvcpu.core.smp import parse_machine
 from qmpvcpu.errors import VcpuUsageError
 
 if TYPE_CHECKING:

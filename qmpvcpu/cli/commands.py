@@ -14,11 +14,11 @@ from qmpvcpu.cli import render
 from qmpvcpu.cli.output import Output, OutputLost
 from qmpvcpu.cli.progress import waiting
 from qmpvcpu.cli.words import in_options
-from qmpvcpu.core.checks import MAXIMUM_IS_CONFIG, check_range
-from qmpvcpu.core.guest import GuestView
 from qmpvcpu.core.model import DomainState, Outcome, format_ids
-from qmpvcpu.core.plan import Plan
+from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import TIMEOUT, Request, parse_ids
+from qmpvcpu.core.rules.checks import MAXIMUM_IS_CONFIG, check_range
+from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.domain import Domain, Options, connect
 from qmpvcpu.domain.interrupted import Interrupted
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuError, VcpuRefused, VcpuUsageError
@@ -60,7 +60,7 @@ class Session:
             text = "by libvirt's API no QMP message is ours to keep"
             raise VcpuUsageError(text, hint="leave out --qmp-log, or go --via monitor")
         if options.via == "monitor":
-            from qmpvcpu.domain.libvirt import TAINTED
+            from qmpvcpu.domain.backends.libvirt import TAINTED
 
             self.warn([TAINTED])
         config_only = getattr(options, "config", False) and not (
@@ -524,7 +524,7 @@ async def _compare(session: Session) -> int:
 
 
 async def _demo(session: Session) -> int:
-    from qmpvcpu.app import demo
+    from qmpvcpu.lab import demo
 
     lines: list[str] = []
 

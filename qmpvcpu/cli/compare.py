@@ -6,9 +6,9 @@ import json
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
-from qmpvcpu.app import compare as app
 from qmpvcpu.app.definitions import read_document
 from qmpvcpu.cli.progress import waiting
+from qmpvcpu.lab import compare as app
 
 if TYPE_CHECKING:
     from qmpvcpu.cli.commands import Session

@@ -7,16 +7,16 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from qmpvcpu.core.inventory import LEVELS
 from qmpvcpu.core.model import EventKind, Props, format_ids
-from qmpvcpu.core.select import core_of
+from qmpvcpu.core.rules.selection import core_of
+from qmpvcpu.core.state.inventory import LEVELS
 
 if TYPE_CHECKING:
     from qmpvcpu.app.definitions import Listed
-    from qmpvcpu.core.guest import GuestView
-    from qmpvcpu.core.layout import MachineLayout
+    from qmpvcpu.core.machine.layout import MachineLayout
     from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
-    from qmpvcpu.core.plan import Plan
+    from qmpvcpu.core.planning.live import Plan
+    from qmpvcpu.core.state.guest_view import GuestView
 
 __all__ = [
     "columns",

@@ -73,7 +73,7 @@ class Architecture:
         entity: what one `device_add` creates.
         can_plug: whether its usual machines have CPU hotplug.
         can_unplug: whether they ever give a CPU back.
-        hotplug_machines: a pattern of the machine types whose vCPUs `core.smp` can compute.
+        hotplug_machines: a pattern of the machine types whose vCPUs `core.machine.smp` can compute.
         hotplug_since: the feature without which a QEMU has no CPU hotplug on them.
         machine_names: names that only machine types of this architecture begin with.
         default_machine: what libvirt takes where the XML names none.
@@ -127,7 +127,7 @@ class Architecture:
     boots_on_first: bool = True
 
     def computes(self, machine: str) -> bool:
-        """Whether `core.smp` has the rules of this machine type."""
+        """Whether `core.machine.smp` has the rules of this machine type."""
         return self.hotplug_machines is not None and re.fullmatch(self.hotplug_machines, machine) is not None
 
     def entity_size(self, threads: int) -> int:

@@ -225,7 +225,7 @@ class Entity:
 
 @dataclass(frozen=True, slots=True)
 class DomainState:
-    """Everything known of one domain's vCPUs at one moment; `core.inventory` makes it from QMP replies.
+    """Everything known of one domain's vCPUs at one moment; `core.state.inventory` makes it from QMP replies.
 
     `accel` is "kvm" or "tcg" (QEMU tells only whether KVM is on). `machine` is the versioned machine name.
     `threads_shared` is None while one vCPU alone cannot tell. `version` is None where it was read from a

@@ -12,7 +12,7 @@ from qmpvcpu.flags import VcpuFlag
 
 if TYPE_CHECKING:
     from qmpvcpu.core.definition import VcpuConfig
-    from qmpvcpu.core.guest import GuestView
+    from qmpvcpu.core.state.guest_view import GuestView
 
 __all__ = ["TIMEOUT", "Knowledge", "Listed", "Request", "parse_ids"]
 

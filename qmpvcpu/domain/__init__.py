@@ -3,7 +3,7 @@
 import logging
 
 from qmpvcpu.domain.domain import Domain, Options, connect
-from qmpvcpu.domain.listen import Events
+from qmpvcpu.domain.event_bus import Events
 
 # What a library says is for those who ask for it.
 logging.getLogger("qmpvcpu").addHandler(logging.NullHandler())

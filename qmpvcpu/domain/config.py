@@ -7,17 +7,17 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 
-from qmpvcpu.core import checks
-from qmpvcpu.core.config import ConfigPlan, state_of
 from qmpvcpu.core.model import Outcome, format_ids
-from qmpvcpu.core.plan import Plan
+from qmpvcpu.core.planning.config import ConfigPlan, state_of
+from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Request
-from qmpvcpu.domain.change import change
-from qmpvcpu.domain.guest import Guest
+from qmpvcpu.core.rules import checks
+from qmpvcpu.domain.agent import Guest
+from qmpvcpu.domain.definition import ConfigChange, Persistent, half_done
 from qmpvcpu.domain.interrupted import Interrupted, leaving
-from qmpvcpu.domain.link import Link
-from qmpvcpu.domain.persistent import ConfigChange, Persistent, half_done
-from qmpvcpu.domain.place import Placing
+from qmpvcpu.domain.placement import Placing
+from qmpvcpu.domain.run import change
+from qmpvcpu.domain.session import Link
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuError, VcpuPartial, VcpuRefused
 from qmpvcpu.host.definitions import not_written
 

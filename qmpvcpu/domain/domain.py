@@ -15,30 +15,30 @@ from types import TracebackType
 from typing import Any, Literal, TypedDict, Unpack
 
 from qmpvcpu import aio
-from qmpvcpu.core import checks
 from qmpvcpu.core.arguments import checked
-from qmpvcpu.core.config import state_of
-from qmpvcpu.core.guest import GuestView
+from qmpvcpu.core.engine.report import queried, switched_ids
 from qmpvcpu.core.machine.comparison import Picture
 from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
-from qmpvcpu.core.outcome import queried, switched_ids
-from qmpvcpu.core.placement import with_threads
-from qmpvcpu.core.plan import Plan
+from qmpvcpu.core.planning.config import state_of
+from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Listed, Request
-from qmpvcpu.core.select import select
+from qmpvcpu.core.rules import checks
+from qmpvcpu.core.rules.placement import with_threads
+from qmpvcpu.core.rules.selection import select
+from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.domain.addresses import NOBODY_LISTENS, Opener
-from qmpvcpu.domain.change import change, plan_on
+from qmpvcpu.domain.agent import Guest, with_online
 from qmpvcpu.domain.config import change_both, change_config, with_config
+from qmpvcpu.domain.definition import NO_DEFINITION, Persistent
 from qmpvcpu.domain.dump import DescribedXml, check_dump, describe, dump
-from qmpvcpu.domain.guest import Guest, with_online
+from qmpvcpu.domain.event_bus import Events, Hub
 from qmpvcpu.domain.interrupted import Interrupted, left_by
-from qmpvcpu.domain.link import Link, open_link
-from qmpvcpu.domain.listen import Events, Hub
-from qmpvcpu.domain.locate import Place, locate, unknown_domain
-from qmpvcpu.domain.migration import MigrationCalls
-from qmpvcpu.domain.persistent import NO_DEFINITION, Persistent
+from qmpvcpu.domain.migration.calls import MigrationCalls
 from qmpvcpu.domain.pin import change_pin, check_pin
-from qmpvcpu.domain.place import Placing, place_all
+from qmpvcpu.domain.placement import Placing, place_all
+from qmpvcpu.domain.resolve import Place, locate, unknown_domain
+from qmpvcpu.domain.run import change, plan_on
+from qmpvcpu.domain.session import Link, open_link
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.ports import Agent, Monitor
@@ -136,7 +136,7 @@ def connect(
         if qmp_log is not None and via == "api":
             text = "by libvirt's API no QMP message is ours to keep"
             raise VcpuUsageError(text, hint="leave out --qmp-log (qmp_log=), or go --via monitor")
-        from qmpvcpu.domain.libvirt import LibvirtDomain
+        from qmpvcpu.domain.backends.libvirt import LibvirtDomain
 
         return LibvirtDomain(domain, uri, via, qmp_log, connect_timeout, command_timeout)
     if via != "api":
@@ -456,7 +456,7 @@ class Domain(MigrationCalls):
             VcpuRefused: it does not run.
             VcpuConnectionError: QEMU is lost.
         """
-        from qmpvcpu.domain.picture import read_picture
+        from qmpvcpu.domain.migration.picture import read_picture
 
         async with self._turn():
             link = self._connected()
@@ -783,7 +783,7 @@ class Domain(MigrationCalls):
         live, _ = self._sides(flags)
         if not live:
             assert self._persistent is not None
-            from qmpvcpu.core.bootargs import located
+            from qmpvcpu.core.machine.boot_arguments import located
 
             definition = self._persistent.definition()
             self._shown = located(definition, state_of(definition, self.name, active=self.is_active))

@@ -1,4 +1,4 @@
-"""Drives one `core.transaction` over a monitor: performs effects, feeds what happens, keeps the deadlines."""
+"""Drives one transaction over a monitor: performs effects, feeds what happens, keeps the deadlines."""
 
 from __future__ import annotations
 
@@ -8,10 +8,7 @@ from dataclasses import replace
 from typing import Final, Protocol
 
 from qmpvcpu.aio import wind_up
-from qmpvcpu.core.events import Names, interpret, is_taken, replugged
-from qmpvcpu.core.model import DomainState, Entity
-from qmpvcpu.core.plan import unplug_name
-from qmpvcpu.core.transaction import (
+from qmpvcpu.core.engine.transaction import (
     Add,
     Again,
     Cancelled,
@@ -28,6 +25,9 @@ from qmpvcpu.core.transaction import (
     Transaction,
     Unsent,
 )
+from qmpvcpu.core.model import DomainState, Entity
+from qmpvcpu.core.planning.live import unplug_name
+from qmpvcpu.core.state.events import Names, interpret, is_taken, replugged
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
 

@@ -8,11 +8,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 
 from qmpvcpu.core.model import DomainState, Outcome
-from qmpvcpu.core.placement import Placement, check_placements, with_threads
 from qmpvcpu.core.request import Request, parse_ids
+from qmpvcpu.core.rules.placement import Placement, check_placements, with_threads
+from qmpvcpu.domain.definition import ConfigChange, Persistent, half_done
 from qmpvcpu.domain.interrupted import Interrupted, leaving
-from qmpvcpu.domain.link import Link
-from qmpvcpu.domain.persistent import ConfigChange, Persistent, half_done
+from qmpvcpu.domain.session import Link
 from qmpvcpu.errors import (
     OutcomeKind,
     Refusal,
@@ -121,7 +121,7 @@ async def change_pin(
 
 
 def _against(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> list[Refusal]:
-    from qmpvcpu.core import checks
+    from qmpvcpu.core.rules import checks
 
     found = checks.check_range(state, (vcpu_id,))
     if found:

@@ -8,7 +8,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from qmpvcpu.host.hierarchy import hierarchies
+from qmpvcpu.host.cgroup.hierarchy import hierarchies
 
 __all__ = ["kvm_state", "may_place", "may_schedule", "rights"]
 

@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Final
 
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.core.placement import Control, HostFacts, Placement, ThreadState
-from qmpvcpu.host.cgroup import VcpuGroups
-from qmpvcpu.host.hierarchy import cpu_list, read_text
+from qmpvcpu.core.rules.placement import Control, HostFacts, Placement, ThreadState
+from qmpvcpu.host.cgroup.groups import VcpuGroups
+from qmpvcpu.host.cgroup.hierarchy import cpu_list, read_text
+from qmpvcpu.host.cgroup.widen import Widened
 from qmpvcpu.host.process import Process, is_alive
 from qmpvcpu.host.rights import may_place, may_schedule
-from qmpvcpu.host.widen import Widened
 
 __all__ = ["QemuThreads", "check_thread", "look", "online_cpus", "other_threads", "place_thread"]
 

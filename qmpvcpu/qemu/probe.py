@@ -11,9 +11,9 @@ import re
 from collections.abc import Callable, Sequence
 from typing import Any, Final, TypeVar
 
-from qmpvcpu.core.layout import MachineSpec
+from qmpvcpu.core.machine.layout import MachineSpec
+from qmpvcpu.core.machine.numa import NumaNode
 from qmpvcpu.core.machine.words import parse_size
-from qmpvcpu.core.numa import NumaNode
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu
@@ -33,7 +33,7 @@ _NODE_MEMORY: Final = 16
 _HOST: Final = re.compile(r"KVM kernel module|/dev/kvm|failed to initialize kvm|cannot set up guest memory", re.I)
 
 
-#: Replies by command, for `core.layout`.
+#: Replies by command, for `core.machine.layout`.
 Replies = dict[str, Any]
 
 

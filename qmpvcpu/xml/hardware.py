@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from qmpvcpu.core.hardware import Disk, Flash, GivenDevices, Hardware
+from qmpvcpu.core.machine.hardware import Disk, Flash, GivenDevices, Hardware
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.machine import machine_element
 from qmpvcpu.xml.source import Document, Element

@@ -19,8 +19,8 @@ from pathlib import Path
 
 import qmpvcpu
 from qmpvcpu.app.cache import cache_folder
-from qmpvcpu.app.guest import boot, find_image
 from qmpvcpu.host.rights import kvm_state
+from qmpvcpu.lab.guest import boot, find_image
 from scripts.benchmarks.against_libvirt import bench_libvirt
 from scripts.benchmarks.machines import eject_firmware, machine, slots_of
 from scripts.benchmarks.probe import bench_probe

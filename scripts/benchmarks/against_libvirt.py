@@ -10,8 +10,8 @@ from pathlib import Path
 
 import qmpvcpu
 from qmpvcpu.app.cache import cache_folder
-from qmpvcpu.app.compare import LibvirtSide, our_side
-from qmpvcpu.libvirt.daemon import run_libvirtd
+from qmpvcpu.lab.compare import LibvirtSide, our_side
+from qmpvcpu.lab.libvirtd import run_libvirtd
 from scripts.benchmarks.machines import machine, slots_of
 from scripts.benchmarks.raw import RawQmp
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.probes import ProbeMode, find_layout, forget_probes
-from qmpvcpu.core.layout import LayoutSource, MachineSpec
-from qmpvcpu.core.numa import parse_numa
-from qmpvcpu.core.smp import parse_smp
+from qmpvcpu.core.machine.layout import LayoutSource, MachineSpec
+from qmpvcpu.core.machine.numa import parse_numa
+from qmpvcpu.core.machine.smp import parse_smp
 from scripts.benchmarks.raw import RawQmp
 
 NUMA = parse_numa(["node,cpus=0-7", "node,cpus=8-15"])

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from qmpvcpu.app.cache import cache_folder
-from qmpvcpu.libvirt.daemon import run_libvirtd
+from qmpvcpu.lab.libvirtd import run_libvirtd
 from scripts.corpus_run.files import DomainFile, domain_files
 from scripts.corpus_run.finding import Finding
 from scripts.corpus_run.reasons import LIST, Reason, explain, read_reasons

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from hypothesis import strategies as st
 
-from qmpvcpu.core.config import plan_config, state_of
+from qmpvcpu.core.planning.config import plan_config, state_of
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.dump import dump
 from qmpvcpu.flags import VcpuFlag

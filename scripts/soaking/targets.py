@@ -11,9 +11,10 @@ from typing import Any
 
 from hypothesis import strategies as st
 
-from qmpvcpu.core.events import CPU_EVENTS, Names, interpret
-from qmpvcpu.core.guest import identify, identity_files, parse_guest_vcpus
-from qmpvcpu.core.inventory import (
+from qmpvcpu.core.model import QemuVersion
+from qmpvcpu.core.state.events import CPU_EVENTS, Names, interpret
+from qmpvcpu.core.state.guest_view import identify, identity_files, parse_guest_vcpus
+from qmpvcpu.core.state.inventory import (
     BootFacts,
     build_state,
     parse_cpus_fast,
@@ -21,7 +22,6 @@ from qmpvcpu.core.inventory import (
     parse_topology,
     parse_version,
 )
-from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.errors import VcpuError
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.agent import LINE_LIMIT, AgentClient

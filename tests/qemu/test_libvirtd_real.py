@@ -172,7 +172,7 @@ async def test_an_ordinary_users_session():
     words = ("setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups")
     text = (
         "import asyncio\n"
-        "from qmpvcpu.libvirt.daemon import run_libvirtd\n"
+        "from qmpvcpu.lab.libvirtd import run_libvirtd\n"
         "async def main():\n"
         "    async with run_libvirtd() as daemon:\n"
         "        process = await asyncio.create_subprocess_exec('virsh', '-q', '-c', daemon.uri, 'uri')\n"

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qmpvcpu.core.guest import GuestCpu, GuestView
-from qmpvcpu.core.online import Answered, Look, Seen, Switch, SwitchStep
+from qmpvcpu.core.engine.agent_switch import Answered, Look, Seen, Switch, SwitchStep
+from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 
 #: More commands than any switch of a few CPUs takes.
 _MOST = 100

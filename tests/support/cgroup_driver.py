@@ -13,8 +13,8 @@ import sys
 import threading
 from pathlib import Path
 
-from qmpvcpu.core.placement import Placement, check_placements
-from qmpvcpu.host import hierarchy
+from qmpvcpu.core.rules.placement import Placement, check_placements
+from qmpvcpu.host.cgroup.groups import hierarchy
 from qmpvcpu.host.process import find_process
 from qmpvcpu.host.threads import QemuThreads
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from qmpvcpu.host.hierarchy import V2, find_groups, groups_of, hierarchies
+from qmpvcpu.host.cgroup.hierarchy import V2, find_groups, groups_of, hierarchies
 
 
 def of_thread(pid: int, thread_id: int) -> dict[str, str]:

@@ -10,9 +10,8 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from qmpvcpu import QemuVersion
-from qmpvcpu.core.bootargs import qemu_arch
 from qmpvcpu.core.definition import Definition, NumaCell, default_vcpus
-from qmpvcpu.core.hardware import hardware_args
+from qmpvcpu.core.machine.boot_arguments import qemu_arch
 from qmpvcpu.core.machine.command_line import join_pairs, read_command_line, split_cpu
 from qmpvcpu.core.machine.comparison import Picture, parse_picture, with_command_line
 from qmpvcpu.core.machine.comparison import differences as compare
@@ -27,6 +26,7 @@ from qmpvcpu.core.machine.devices import (
     unlike_any_other,
     without_folder,
 )
+from qmpvcpu.core.machine.hardware import hardware_args
 from qmpvcpu.host.process import command_line_of, process_of
 from qmpvcpu.host.program import startable_program
 from qmpvcpu.xml.domain import minimal_domain, read_domain

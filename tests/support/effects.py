@@ -186,7 +186,7 @@ def install(plan: Plan) -> None:
 
 
 def _hurry(seconds: float) -> None:
-    from qmpvcpu.libvirt.connection import Connection
+    from qmpvcpu.libvirt.calls import Connection
     from qmpvcpu.qemu.monitor import QmpMonitor
 
     monitor, connection = QmpMonitor.__init__, Connection.__init__

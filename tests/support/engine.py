@@ -12,8 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmpvcpu import Entity, Props
-from qmpvcpu.core.events import Names, Signal, SignalKind, interpret
-from qmpvcpu.core.transaction import (
+from qmpvcpu.core.engine.transaction import (
     Add,
     Again,
     Cancelled,
@@ -29,6 +28,7 @@ from qmpvcpu.core.transaction import (
     Transaction,
     Unsent,
 )
+from qmpvcpu.core.state.events import Names, Signal, SignalKind, interpret
 
 QUERY = ("query",)
 

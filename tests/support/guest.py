@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmpvcpu import DomainState, Refusal
-from qmpvcpu.core.guest import (
+from qmpvcpu.core.rules.selection import guest_total
+from qmpvcpu.core.state.guest_view import (
     GuestCpu,
     GuestView,
     identify,
@@ -17,7 +18,6 @@ from qmpvcpu.core.guest import (
     newcomers,
     parse_guest_vcpus,
 )
-from qmpvcpu.core.select import guest_total
 
 Row = dict[str, Any]
 

@@ -14,7 +14,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 import qmpvcpu
-from qmpvcpu.app import guest as lab
+from qmpvcpu.lab import guest as lab
 from tests.support.qemus import Qemu, qemu_binary, running
 from tests.support.waiting import DEADLINE, until
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qmpvcpu import DomainState, QemuVersion, Topology
-from qmpvcpu.core.inventory import (
+from qmpvcpu.core.state.inventory import (
     BootFacts,
     build_state,
     parse_cpus_fast,

@@ -30,17 +30,17 @@ from pathlib import Path
 from typing import Any
 
 import qmpvcpu
-import qmpvcpu.domain.change
+import qmpvcpu.domain.agent
 import qmpvcpu.domain.domain
 import qmpvcpu.domain.drive
-import qmpvcpu.domain.guest
-import qmpvcpu.domain.listen
+import qmpvcpu.domain.event_bus
+import qmpvcpu.domain.run
 import qmpvcpu.qemu.agent
 import qmpvcpu.qemu.monitor
 from qmpvcpu import OutcomeKind, VcpuError, VcpuFlag
 from qmpvcpu.cli import render
-from qmpvcpu.core.guest import parse_guest_vcpus
-from qmpvcpu.core.inventory import parse_cpus_fast, parse_hotpluggable_cpus
+from qmpvcpu.core.state.guest_view import parse_guest_vcpus
+from qmpvcpu.core.state.inventory import parse_cpus_fast, parse_hotpluggable_cpus
 from tests.support.measured import peak
 from tests.support.recordings import address
 
@@ -58,12 +58,12 @@ LISTED = b"""<domain><name>d</name><vcpu>4</vcpu><vcpus><vcpu id='0' enabled='ye
 def hasten() -> None:
     """Deadlines that are no option of `connect` are made short too."""
     qmpvcpu.domain.drive.UNDO_SECONDS = GUEST  # type: ignore[misc]
-    qmpvcpu.domain.change.UNDO_SECONDS = GUEST  # type: ignore[misc]
-    qmpvcpu.domain.listen._LOOK_EVERY = 0.05  # type: ignore[misc]
-    qmpvcpu.domain.guest._LOOK_SECONDS = GUEST  # type: ignore[misc]
-    qmpvcpu.domain.guest._SWITCH_SECONDS = GUEST  # type: ignore[misc]
-    qmpvcpu.domain.guest._SULK = 0.0  # type: ignore[misc]
-    qmpvcpu.domain.guest._GRACE = 0.1  # type: ignore[misc]
+    qmpvcpu.domain.run.UNDO_SECONDS = GUEST  # type: ignore[misc]
+    qmpvcpu.domain.event_bus._LOOK_EVERY = 0.05  # type: ignore[misc]
+    qmpvcpu.domain.agent._LOOK_SECONDS = GUEST  # type: ignore[misc]
+    qmpvcpu.domain.agent._SWITCH_SECONDS = GUEST  # type: ignore[misc]
+    qmpvcpu.domain.agent._SULK = 0.0  # type: ignore[misc]
+    qmpvcpu.domain.agent._GRACE = 0.1  # type: ignore[misc]
     qmpvcpu.qemu.agent._CLOSE_SECONDS = 0.1  # type: ignore[misc]
     client = qmpvcpu.qemu.agent.AgentClient
     client.__init__.__defaults__ = (COMMAND,)  # type: ignore[misc]

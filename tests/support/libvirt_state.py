@@ -6,9 +6,9 @@ from collections.abc import Iterable
 
 from qmpvcpu import DomainState, Refusal, Request, VcpuFlag
 from qmpvcpu.core.machine.versions import oldest_with
-from qmpvcpu.core.plan import make_plan
+from qmpvcpu.core.planning.live import make_plan
 from qmpvcpu.core.request import Knowledge
-from qmpvcpu.core.running import running_state
+from qmpvcpu.core.state.from_live_xml import running_state
 from qmpvcpu.xml.domain import read_domain
 
 

@@ -10,12 +10,12 @@ from typing import Any
 from unittest.mock import patch
 
 import qmpvcpu
-from qmpvcpu.app.compare import Comparison, LibvirtSide, OurSide, Side, our_side
 from qmpvcpu.cli.commands import request_of
 from qmpvcpu.cli.parse import parse_request
-from qmpvcpu.libvirt import daemon as module
-from qmpvcpu.libvirt.daemon import Libvirtd as _Daemon
-from qmpvcpu.libvirt.daemon import run_libvirtd
+from qmpvcpu.lab import libvirtd as module
+from qmpvcpu.lab.compare import Comparison, LibvirtSide, OurSide, Side, our_side
+from qmpvcpu.lab.libvirtd import Libvirtd as _Daemon
+from qmpvcpu.lab.libvirtd import run_libvirtd
 
 
 class Libvirtd:

@@ -9,11 +9,11 @@ from typing import Any
 from qmpvcpu import MachineLayout, MachineSpec, Probe, QemuVersion, Topology, parse_numa, parse_smp
 from qmpvcpu.app.boot import command_line
 from qmpvcpu.app.qemus import examine
-from qmpvcpu.core.bootargs import BootStyle, boot_args, machine_spec, qemu_arch
 from qmpvcpu.core.definition import Definition
-from qmpvcpu.core.layout import LayoutSource, QemuFacts, facts_of, parse_layout, predict_layout
+from qmpvcpu.core.machine.boot_arguments import BootStyle, boot_args, machine_spec, qemu_arch
+from qmpvcpu.core.machine.layout import LayoutSource, QemuFacts, facts_of, parse_layout, predict_layout
+from qmpvcpu.core.machine.smp import is_proven, parse_machine, predict
 from qmpvcpu.core.machine.versions import has_machine
-from qmpvcpu.core.smp import is_proven, parse_machine, predict
 from qmpvcpu.xml.domain import read_domain
 from tests.support.qemus import qemu_binary
 

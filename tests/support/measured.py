@@ -34,7 +34,7 @@ def measured() -> Iterator[None]:
 
 def hasten(seconds: float) -> None:
     """Deadlines are no options of the command line."""
-    import qmpvcpu.domain.guest
+    import qmpvcpu.domain.agent
     import qmpvcpu.qemu.agent
     import qmpvcpu.qemu.monitor as monitor
 
@@ -47,5 +47,5 @@ def hasten(seconds: float) -> None:
 
     monitor.connect_monitor = connect_monitor  # type: ignore[assignment]
     qmpvcpu.qemu.agent.AgentClient.__init__.__defaults__ = (seconds,)  # type: ignore[misc]
-    qmpvcpu.domain.guest._LOOK_SECONDS = seconds  # type: ignore[misc]
-    qmpvcpu.domain.guest._SWITCH_SECONDS = seconds  # type: ignore[misc]
+    qmpvcpu.domain.agent._LOOK_SECONDS = seconds  # type: ignore[misc]
+    qmpvcpu.domain.agent._SWITCH_SECONDS = seconds  # type: ignore[misc]

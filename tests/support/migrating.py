@@ -7,10 +7,9 @@ from dataclasses import replace
 from typing import Any, Final
 
 from qmpvcpu import Cookie, DomainState, MigrationStatus, Refusal
-from qmpvcpu.core import migration
-from qmpvcpu.core.guest import GuestCpu, GuestView
 from qmpvcpu.core.machine.comparison import Picture
-from qmpvcpu.core.migration import (
+from qmpvcpu.core.migration import machines as migration
+from qmpvcpu.core.migration.machines import (
     CPU_HOTPLUG,
     Destination,
     Source,
@@ -29,6 +28,7 @@ from qmpvcpu.core.migration import (
     next_step,
     parse_status,
 )
+from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.migration import read_cookie, write_cookie
 

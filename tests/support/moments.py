@@ -13,8 +13,11 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
-from qmpvcpu.domain import change, migrate, persistent, place
-from qmpvcpu.domain.migration import MigrationCalls
+from qmpvcpu.domain import definition as persistent
+from qmpvcpu.domain import placement as place
+from qmpvcpu.domain import run as change
+from qmpvcpu.domain.migration.calls import MigrationCalls
+from qmpvcpu.domain.migration.calls import phases as migrate
 from qmpvcpu.host.savefile import Saving
 from qmpvcpu.host.threads import QemuThreads
 

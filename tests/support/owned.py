@@ -8,7 +8,7 @@ from pathlib import Path
 
 from qmpvcpu import ProbeMode, find_layout, parse_smp
 from qmpvcpu.app import start as commands
-from qmpvcpu.core.layout import MachineSpec
+from qmpvcpu.core.machine.layout import MachineSpec
 from qmpvcpu.host.runtime import Runtime, runtime_folder
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from qmpvcpu.core.pending import PendingUnplug, UsedContexts, is_open, mark
-from qmpvcpu.domain import link
+from qmpvcpu.core.state.pending import PendingUnplug, UsedContexts, is_open, mark
+from qmpvcpu.domain import session as link
 from qmpvcpu.host import pending as host
 from qmpvcpu.host.process import Process
 from tests.support.slots import Slot, state_of

@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmpvcpu import DomainState, Outcome, OutcomeKind, Plan, Refusal, Request, VcpuError
-from qmpvcpu.core.placement import (
+from qmpvcpu.core.planning.live import make_plan
+from qmpvcpu.core.rules.placement import (
     HostFacts,
     Placement,
     ThreadState,
@@ -19,8 +20,7 @@ from qmpvcpu.core.placement import (
     placements,
     with_threads,
 )
-from qmpvcpu.core.plan import make_plan
-from qmpvcpu.domain.place import Placing, place_all
+from qmpvcpu.domain.placement import Placing, place_all
 from qmpvcpu.xml.domain import read_domain
 
 Wish = dict[str, Any]

@@ -11,12 +11,12 @@ from typing import Any
 from unittest.mock import patch
 
 from qmpvcpu import Outcome, Request, VcpuFlag
-from qmpvcpu.domain.change import change
-from qmpvcpu.domain.libvirt import XmlReader
-from qmpvcpu.domain.link import Link, open_link
-from qmpvcpu.domain.listen import Hub
-from qmpvcpu.libvirt.api import ApiMonitor
-from qmpvcpu.libvirt.connection import Connection
+from qmpvcpu.domain.backends.libvirt import XmlReader
+from qmpvcpu.domain.event_bus import Hub
+from qmpvcpu.domain.run import change
+from qmpvcpu.domain.session import Link, open_link
+from qmpvcpu.libvirt.calls import Connection
+from qmpvcpu.libvirt.monitor import ApiMonitor
 from qmpvcpu.ports import CommandError
 
 SO = "invalid argument: vcpu '{}' is already in requested state"

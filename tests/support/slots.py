@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import NamedTuple
 
 from qmpvcpu import DomainState, Entity, Props, QemuVersion, Vcpu
-from qmpvcpu.core.events import changes
+from qmpvcpu.core.state.events import changes
 
 
 class Slot(NamedTuple):

@@ -21,8 +21,8 @@ from hypothesis import seed as seeded
 from hypothesis import strategies as st
 
 from qmpvcpu import MachineLayout, MachineSpec, QemuVersion, VcpuError, parse_numa
-from qmpvcpu.core.layout import QemuFacts, predict_layout
-from qmpvcpu.core.smp import LEVELS, parse_machine
+from qmpvcpu.core.machine.layout import QemuFacts, predict_layout
+from qmpvcpu.core.machine.smp import LEVELS, parse_machine
 from tests.support.qemus import qemu_binary
 
 #: QEMUs at once.

@@ -9,14 +9,14 @@ from collections.abc import Collection, Iterable
 from typing import Any
 
 from qmpvcpu import DomainState, Plan, Props, QemuVersion, Request, Topology, VcpuFlag
-from qmpvcpu.core.config import plan_config
 from qmpvcpu.core.definition import Definition, VcpuConfig
-from qmpvcpu.core.guest import GuestCpu, GuestView
-from qmpvcpu.core.inventory import BootFacts, CpuInfoFast, HotpluggableCpu, build_state
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.core.pending import mark
-from qmpvcpu.core.plan import make_plan
+from qmpvcpu.core.planning.config import plan_config
+from qmpvcpu.core.planning.live import make_plan
 from qmpvcpu.core.request import Knowledge, Listed
+from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
+from qmpvcpu.core.state.inventory import BootFacts, CpuInfoFast, HotpluggableCpu, build_state
+from qmpvcpu.core.state.pending import mark
 
 __all__ = [
     "change_definition",

@@ -7,7 +7,7 @@ import struct
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from qmpvcpu.core.stream import StreamError, StreamTable, parse_stream, table_differences
+from qmpvcpu.core.migration.stream import StreamError, StreamTable, parse_stream, table_differences
 
 Section = tuple[str, int]
 __all__ = ["Section", "StreamError", "StreamTable", "differences", "read", "table", "written"]

@@ -24,7 +24,7 @@ _LENGTH = struct.Struct("!I")
 #: What most commands load.
 _MODULES = (
     *("qmpvcpu.cli.run", "qmpvcpu.cli.commands", "qmpvcpu.cli.boot", "qmpvcpu.cli.migrate"),
-    *("qmpvcpu.domain.libvirt", "qmpvcpu.domain.pin", "qmpvcpu.qemu.monitor", "qmpvcpu.qemu.agent"),
+    *("qmpvcpu.domain.backends.libvirt", "qmpvcpu.domain.pin", "qmpvcpu.qemu.monitor", "qmpvcpu.qemu.agent"),
     *("qmpvcpu.app.start", "qmpvcpu.app.migrate", "qmpvcpu.app.definitions", "qmpvcpu.app.doctor"),
     "qmpvcpu.xml.schema",
 )

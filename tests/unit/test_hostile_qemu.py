@@ -184,7 +184,7 @@ async def test_a_run_state_that_is_none(running, status):
 
 async def test_replies_that_never_agree_and_come_late_have_one_deadline(running, monkeypatch):
     """Each of 30 tries could take as long as a command may."""
-    monkeypatch.setattr("qmpvcpu.domain.read._TRY_SECONDS", 0.2)
+    monkeypatch.setattr("qmpvcpu.domain.reader._TRY_SECONDS", 0.2)
     qemu, answered = FakeQemu(plugged=(1,)), []
 
     def hook(connection, command):

@@ -1,7 +1,7 @@
 """Two QEMUs side by side: in what a guest of the one would not find its machine in the other. Pure.
 
-Both were asked the same (`domain.picture`). QOM paths differ between versions and are no ground for a difference;
-neither are a machine type's own devices, which are on both sides.
+Both were asked the same (`domain.migration.picture`). QOM paths differ between versions and are no ground for a
+difference; neither are a machine type's own devices, which are on both sides.
 """
 
 from __future__ import annotations

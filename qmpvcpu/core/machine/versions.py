@@ -69,7 +69,7 @@ _SINCE: Final[Mapping[Feature, QemuVersion]] = {
     Feature.LOONGARCH64_HOTPLUG: QemuVersion(10, 0),
 }
 
-#: The versions that the arithmetic of `core.smp` has been compared with (tests/qemu/test_smp_real.py).
+#: The versions that the arithmetic of `core.machine.smp` has been compared with (tests/qemu/test_smp_real.py).
 MEASURED: Final = (QemuVersion(7, 2), QemuVersion(10, 0), QemuVersion(11, 1))
 #: The oldest machine type of each family in each of `MEASURED` (`query-machines`); its newest is its own.
 #: QEMU drops types after some years. "virt" is loongarch64's: of aarch64's nothing is computed.

@@ -1,0 +1,159 @@
+"""CPUs of the guest taken online or offline through its agent, as one transaction. Pure.
+
+`guest-set-vcpus` stops at the first CPU that fails, keeps what it did, and says only how many that were: so the
+one that failed is asked again alone, which gives the reason. What counts in the end is the guest's own list, asked
+anew; if one did not follow, those that did are put back, and that is looked at too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import Final
+
+from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
+
+__all__ = ["Answered", "Look", "Seen", "SetCpus", "Switch", "SwitchStep"]
+
+
+class SwitchStep(Enum):
+    """What is waited for."""
+
+    SET = "guest-set-vcpus"
+    WHY = "guest-set-vcpus of the one that failed"
+    CHECK = "guest-get-vcpus"
+    UNDO = "undo: guest-set-vcpus"
+    CHECK_UNDO = "undo: guest-get-vcpus"
+    DONE = "done"
+
+
+@dataclass(frozen=True, slots=True)
+class SetCpus:
+    """Effect: `guest-set-vcpus`, logical id -> online, in this order."""
+
+    wanted: Mapping[int, bool]
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """Effect: `guest-get-vcpus`, to be answered with `Seen`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """Input: how many CPUs the agent says it set, or the error it gave."""
+
+    count: object = 0
+    error: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """Input: the guest's CPUs now."""
+
+    cpus: Sequence[GuestCpu]
+
+
+Effect = SetCpus | Look
+_NOT_TRIED: Final = "not tried, since another one failed"
+_NOT_DONE: Final = "the guest says nothing of why it did not follow"
+
+
+@dataclass(slots=True)
+class Switch:
+    """The transaction: `start()`, then `feed()` until `step` is DONE.
+
+    Args:
+        view: the guest as it is; every one of `vcpus` is known in it.
+        vcpus: vCPU ids, in the order they are switched.
+        online: to what.
+
+    `changed`, `undone` and `remaining` are vCPU ids at the end; `failures` maps those that did not follow to the
+    guest's reason, `undo_failures` those that could not be put back, where it gave one.
+    """
+
+    view: GuestView
+    vcpus: Sequence[int]
+    online: bool
+    step: SwitchStep = SwitchStep.SET
+    changed: tuple[int, ...] = ()
+    undone: tuple[int, ...] = ()
+    remaining: tuple[int, ...] = ()
+    failures: dict[int, str] = field(default_factory=dict)
+    undo_failures: dict[int, str] = field(default_factory=dict)
+    _left: list[int] = field(default_factory=list)
+    _todo: tuple[int, ...] = ()
+
+    def start(self) -> Effect | None:
+        """The first effect; None if all is so already."""
+        self._todo = tuple(vcpu for vcpu in self.vcpus if self.view.by_vcpu[vcpu].online is not self.online)
+        self._left = list(self._todo)
+        if not self._todo:
+            self.step = SwitchStep.DONE
+            return None
+        return self._set(self._left, self.online)
+
+    def feed(self, happened: Answered | Seen) -> Effect | None:
+        """What happened -> what to do next; None at the end."""
+        if isinstance(happened, Seen):
+            return self._seen({cpu.logical_id: cpu.online for cpu in happened.cpus})
+        if self.step is SwitchStep.UNDO:
+            return self._undone(happened)
+        return self._answered(happened)
+
+    def _undone(self, answer: Answered) -> Effect:
+        """One that cannot be put back does not keep the next from it."""
+        count = answer.count if type(answer.count) is int and 0 <= answer.count <= len(self._left) else 0
+        if answer.error is not None:
+            self.undo_failures[self._left[0]] = answer.error
+        del self._left[: 1 if answer.error is not None else count + 1]
+        if self._left:
+            return self._set(self._left, not self.online)
+        self.step = SwitchStep.CHECK_UNDO
+        return Look()
+
+    def _answered(self, answer: Answered) -> Effect:
+        why = self.step is SwitchStep.WHY
+        asked = 1 if why else len(self._left)
+        count = answer.count if type(answer.count) is int and 0 <= answer.count <= asked else 0
+        if answer.error is not None:
+            self.failures[self._left[0]] = answer.error
+        elif count < asked and not why:
+            del self._left[:count]
+            self.step = SwitchStep.WHY
+            return SetCpus({self._logical(self._left[0]): self.online})
+        elif why and count == 1 and len(self._left) > 1:
+            del self._left[0]
+            self.step = SwitchStep.SET
+            return self._set(self._left, self.online)
+        self.step = SwitchStep.CHECK
+        return Look()
+
+    def _seen(self, now: Mapping[int, bool]) -> Effect | None:
+        followed = [vcpu for vcpu in self._todo if now.get(self._logical(vcpu)) is self.online]
+        if self.step is SwitchStep.CHECK_UNDO:
+            self.remaining = tuple(followed)
+            self.undone = tuple(vcpu for vcpu in self.changed if vcpu not in followed)
+            self.changed = self.remaining
+        else:
+            self.changed = tuple(followed)
+            untried = self._left[1:] if self.failures else []
+            # What was so already may be so no longer: the call claims it of all of them.
+            self.failures = {
+                vcpu: _NOT_TRIED if vcpu in untried else self.failures.get(vcpu, _NOT_DONE)
+                for vcpu in self.vcpus
+                if now.get(self._logical(vcpu)) is not self.online
+            }
+            if self.failures and self.changed:
+                self.step = SwitchStep.UNDO
+                self._left = list(self.changed)
+                return self._set(self._left, not self.online)
+        self.step = SwitchStep.DONE
+        return None
+
+    def _logical(self, vcpu: int) -> int:
+        return self.view.by_vcpu[vcpu].logical_id
+
+    def _set(self, vcpus: Sequence[int], online: bool) -> SetCpus:
+        return SetCpus({self._logical(vcpu): online for vcpu in vcpus})

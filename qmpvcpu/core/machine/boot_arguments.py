@@ -1,0 +1,332 @@
+"""QEMU's command line for a guest that boots with exactly the vCPUs its XML says. Pure.
+
+vCPUs that are not hotpluggable are those of -smp, from 0 on; the others that are enabled are plugged in their
+order, by `-device` or, paused, by `device_add` (libvirt's way).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from enum import StrEnum
+from typing import Any, Final
+
+from qmpvcpu.core.arch import architecture, architecture_of_machine
+from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell
+from qmpvcpu.core.machine.command_line import join_pairs
+from qmpvcpu.core.machine.layout import MachineLayout, MachineSpec, predict_layout
+from qmpvcpu.core.machine.numa import NumaNode
+from qmpvcpu.core.machine.smp import LEVELS, Smp
+from qmpvcpu.core.model import DomainState, Props, format_ids
+from qmpvcpu.errors import Refusal, VcpuRefused
+
+__all__ = ["BootArgs", "BootStyle", "boot_args", "located", "machine_spec", "qemu_arch"]
+
+
+class BootStyle(StrEnum):
+    """How vCPUs that -smp cannot say come in."""
+
+    DEVICE = "device"
+    QMP = "qmp"
+
+
+@dataclass(frozen=True, slots=True)
+class BootArgs:
+    """`arguments` of QEMU, and the QMP `commands` to be sent then, in order.
+
+    `started` are the first vCPU ids of the entities that the guest boots with, in the order in which they come.
+    """
+
+    arguments: tuple[str, ...]
+    started: tuple[int, ...] = ()
+    commands: tuple[dict[str, Any], ...] = ()
+    messages: tuple[str, ...] = ()
+
+    def to_json(self) -> list[Any]:
+        """The list of `boot-args --json`: texts are arguments, objects QMP commands."""
+        return [*self.arguments, *self.commands]
+
+
+def qemu_arch(definition: Definition) -> str:
+    """QEMU's target for a domain.
+
+    Raises:
+        VcpuRefused: nothing in it says so.
+    """
+    if definition.arch:
+        return architecture(definition.arch).name
+    row = architecture_of_machine(definition.machine or "")
+    if row is None:
+        raise _refused("the domain's XML names no architecture", "write <os><type arch='…'>hvm</type></os>")
+    return row.name
+
+
+_MIB: Final = 1024 * 1024
+#: Options of -machine that name what stands elsewhere on the command line.
+_NAMING: Final = frozenset({"pflash0", "pflash1", "audiodev", "pcspk-audiodev"})
+
+
+def machine_spec(definition: Definition) -> MachineSpec:
+    """What QEMU is asked to be.
+
+    Raises:
+        VcpuRefused: no QEMU could be that; the text says why.
+    """
+    arch = qemu_arch(definition)
+    topology = definition.topology
+    levels = {"sockets": definition.maxcpus, "cores": 1, "threads": 1}
+    if topology is not None:
+        levels = {
+            level: getattr(topology, level)
+            for level in LEVELS
+            if getattr(topology, level) > 1 or level in ("sockets", "cores", "threads")
+        }
+    smp = Smp(len(_run(definition)), definition.maxcpus, **levels)
+    more = definition.options
+    machine = definition.machine or architecture(arch).default_machine
+    return MachineSpec(
+        ",".join(filter(None, (machine, join_pairs(pair for pair in more.machine if pair[0] not in _NAMING)))),
+        smp,
+        ",".join(filter(None, (definition.cpu, join_pairs(more.cpu)))) if definition.cpu else None,
+        definition.accel or "tcg",
+        tuple(NumaNode(cell.id, cell.cpus) for cell in definition.nodes),
+    )
+
+
+def located(definition: Definition, state: DomainState) -> DomainState:
+    """A definition's state with where each slot is, as far as that is known without a QEMU."""
+    try:
+        layout = predict_layout(machine_spec(definition), qemu_arch(definition), assume=True)
+    except VcpuRefused:
+        return state
+    if layout is None or layout.maxcpus != state.maxcpus:
+        return state
+    props = {number: slot.props for ids, slot in layout.entities() for number in ids}
+    return replace(
+        state,
+        entities=tuple(replace(entity, props=props[entity.first]) for entity in state.entities),
+        vcpus=tuple(replace(vcpu, props=props[vcpu.id]) for vcpu in state.vcpus),
+    )
+
+
+def _run(definition: Definition) -> tuple[int, ...]:
+    """The vCPUs that -smp says: from 0 on, as long as they are there and stay."""
+    found = []
+    for vcpu in definition.vcpus:
+        if not vcpu.enabled or vcpu.hotpluggable:
+            break
+        found.append(vcpu.id)
+    if not found:
+        raise _refused("vCPU 0 must be enabled and not hotpluggable", "a guest cannot boot without it")
+    return tuple(found)
+
+
+def boot_args(
+    definition: Definition,
+    layout: MachineLayout,
+    style: BootStyle = BootStyle.DEVICE,
+    incoming: str | None = None,
+) -> BootArgs:
+    """The command line.
+
+    Args:
+        definition: the domain.
+        layout: of `machine_spec(definition)`.
+        style: how vCPUs that -smp cannot say come in.
+        incoming: -incoming's argument ("defer", a URI), for a guest that migrates here.
+
+    Raises:
+        VcpuRefused: no such guest can be; every reason.
+    """
+    messages = []
+    if not definition.options.is_exact:
+        given, definition = definition, definition.rounded
+        if definition != given:
+            unit = architecture(definition.arch).memory_alignment // _MIB
+            messages.append(f"memory is rounded up to multiples of {unit} MiB, as libvirt does")
+    spec = machine_spec(definition)
+    whole = definition.options.backend_of(None)
+    naming = [pair for pair in definition.options.machine if pair[0] in _NAMING]
+    naming += [("memory-backend", whole.id)] if whole is not None else []
+    machine = ",".join(filter(None, (spec.machine, join_pairs(naming))))
+    accel = ",".join(filter(None, (spec.accel, join_pairs(definition.options.accel))))
+    arguments = ["-machine", machine, "-accel", accel]
+    if spec.cpu is not None:
+        arguments += ["-cpu", spec.cpu]
+    arguments += [*_memory(definition), "-smp", str(spec.smp), *_numa(definition), *_dimms(definition)]
+    run = _run(definition)
+    plugged, refusals = _plugged(definition, layout, len(run))
+    if refusals:
+        raise VcpuRefused(refusals)
+    commands: list[dict[str, Any]] = []
+    for ids, props in plugged:
+        device = {"driver": layout.cpu_type, "id": f"vcpu{ids[0]}", **props}
+        if style is BootStyle.QMP:
+            commands.append({"execute": "device_add", "arguments": device})
+        else:
+            words = [f"{key}={_escape(str(value))}" for key, value in device.items() if key != "driver"]
+            arguments += ["-device", ",".join([_escape(str(layout.cpu_type)), *words])]
+    if incoming is not None:
+        arguments += ["-incoming", incoming]
+    elif style is BootStyle.QMP:
+        # With -incoming QEMU waits by itself.
+        arguments.append("-S")
+        commands.append({"execute": "cont"})
+    started = [ids[0] for ids, _ in layout.entities() if ids[-1] < len(run)] + [ids[0] for ids, _ in plugged]
+    return BootArgs(tuple(arguments), tuple(started), tuple(commands), tuple(messages))
+
+
+def _memory(definition: Definition) -> list[str]:
+    sizes = _cell_sizes(definition) if definition.cells else []
+    size = sum(size for _, size in sizes) if sizes else definition.base_memory
+    if size is not None and size <= 0:
+        hint = "<memory> is that of the cells and of all memory devices"
+        raise _refused("no memory is left for the guest itself", hint)
+    words = {} if size is None else {"size": _kib(size)}
+    if definition.max_memory is not None:
+        words |= {"slots": str(definition.memory_slots)} if definition.memory_slots else {}
+        words |= {"maxmem": _kib(definition.max_memory)}
+    return ["-m", join_pairs(words.items())] if words else []
+
+
+def _kib(size: int) -> str:
+    return f"{size // 1024}k" if size % 1024 == 0 else f"{size}b"
+
+
+def _numa(definition: Definition) -> list[str]:
+    options = definition.options
+    if not definition.cells:
+        whole = options.backend_of(None)
+        size = definition.base_memory
+        return _backend(whole, size) if whole is not None and size is not None else []
+    sizes = {definition.cells[position].id: size for position, size in _cell_sizes(definition)}
+    words = []
+    if options.is_one_block:
+        whole = options.backend_of(None)
+        words += _backend(whole, sum(sizes.values())) if whole is not None else []
+        memory = {cell: f"mem={size}b" for cell, size in sizes.items()}
+    else:
+        # A node without memory has no backend: QEMU refuses one of size 0.
+        backends = {
+            cell: options.backend_of(cell) or MemoryBackend(f"ram-node{cell}", cell)
+            for cell, size in sizes.items()
+            if size
+        }
+        made = [backend for backend in options.backends if backend.cell in backends]
+        made += [backend for backend in backends.values() if backend not in made]
+        for backend in made:
+            assert backend.cell is not None
+            words += _backend(backend, sizes[backend.cell])
+        memory = {cell: f"memdev={_escape(backend.id)}" for cell, backend in backends.items()}
+    for cell in definition.nodes:
+        named = [f"cpus={cpus}" for cpus in format_ids(cell.cpus).split(",") if cpus]
+        more = [memory[cell.id]] if cell.id in memory else []
+        words += ["-numa", ",".join(["node", f"nodeid={cell.id}", *named, *more])]
+    return words + _distances(definition.cells)
+
+
+#: What QEMU and libvirt take where nothing is written: to itself, and to another node.
+_NEAR, _FAR = 10, 20
+
+
+def _distances(cells: tuple[NumaCell, ...]) -> list[str]:
+    known = {(cell.id, other): value for cell in cells for other, value in cell.distances}
+    if not known:
+        return []
+    words = []
+    for one in cells:
+        for other in cells:
+            # As libvirt writes them: QEMU wants all as soon as one differs from the way back.
+            both = (one.id, other.id), (other.id, one.id)
+            value = next((known[pair] for pair in both if pair in known), _NEAR if one is other else _FAR)
+            words += ["-numa", f"dist,src={one.id},dst={other.id},val={value}"]
+    return words
+
+
+def _backend(backend: MemoryBackend | Dimm, size: int, name: str | None = None) -> list[str]:
+    pairs = [("qom-type", backend.driver), ("id", name or backend.id or ""), ("size", str(size))]
+    return ["-object", join_pairs([*pairs, *backend.options], "qom-type")]
+
+
+def _dimms(definition: Definition) -> list[str]:
+    words = []
+    for number, dimm in enumerate(definition.dimms):
+        memdev = dimm.memdev or f"memdimm{number}"
+        name = dimm.id or (f"dimm{number}" if dimm.memdev is None else None)
+        words += _backend(dimm, dimm.size, memdev)
+        values = {
+            "driver": "pc-dimm",
+            "id": name,
+            "memdev": memdev,
+            "node": dimm.node,
+            "slot": dimm.slot,
+            "addr": dimm.address,
+        }
+        pairs = [(key, str(value)) for key, value in values.items() if value is not None]
+        words += ["-device", join_pairs(pairs, "driver")]
+    return words
+
+
+def _cell_sizes(definition: Definition) -> list[tuple[int, int]]:
+    """Position and bytes of each cell's memory; <memory> in equal parts where no cell says."""
+    cells = definition.cells
+    if all(cell.memory is not None for cell in cells):
+        return [(position, cell.memory or 0) for position, cell in enumerate(cells)]
+    missing = format_ids(cell.id for cell in cells if cell.memory is None)
+    memory = definition.base_memory
+    if memory is None or any(cell.memory is not None for cell in cells):
+        raise _refused(f"NUMA cell {missing} has no memory", "write <cell … memory='262144' unit='KiB'/>")
+    alignment = architecture(qemu_arch(definition)).memory_alignment
+    part = memory // len(cells) // alignment * alignment
+    if not part:
+        raise _refused(f"NUMA cell {missing} has no memory", "write <cell … memory='262144' unit='KiB'/>")
+    return [(position, part) for position in range(len(cells))]
+
+
+def _plugged(
+    definition: Definition, layout: MachineLayout, run: int
+) -> tuple[list[tuple[tuple[int, ...], Props]], list[Refusal]]:
+    """Ids and props of what -smp cannot say, in the order of plugging; and why that cannot be."""
+    refusals: list[Refusal] = []
+    if layout.maxcpus != definition.maxcpus:
+        text = f"the machine has room for {layout.maxcpus} vCPUs, and <vcpu> says {definition.maxcpus}"
+        return [], [Refusal("topology", text, (), "correct <topology>", "VIR_ERR_CONFIG_UNSUPPORTED")]
+    wanted = []
+    for ids, slot in layout.entities():
+        on = [number for number in ids if definition.vcpus[number].enabled]
+        if not on or ids[-1] < run:
+            continue
+        if len(on) < len(ids) or ids[0] < run:
+            refusals.append(
+                Refusal(
+                    "entity",
+                    f"vCPUs {format_ids(ids)} are one core: some are enabled, or hotpluggable, and some are not",
+                    ids,
+                    "write the same for each of them",
+                    "VIR_ERR_CONFIG_UNSUPPORTED",
+                )
+            )
+        else:
+            order = definition.vcpus[ids[0]].order
+            wanted.append((order is None, order or 0, ids, slot.props or Props()))
+    if wanted and (not layout.can_plug or layout.cpu_type is None):
+        ids = tuple(number for _, _, group, _ in wanted for number in group)
+        refusals.append(
+            Refusal(
+                "no-hotplug",
+                f"{layout.machine} ({layout.arch}) has no CPU hotplug: it cannot boot with vCPU {format_ids(ids)} "
+                f"and without one below",
+                ids,
+                "enable vCPUs from 0 on, without a gap",
+                "VIR_ERR_CONFIG_UNSUPPORTED",
+            )
+        )
+    return [(ids, props) for _, _, ids, props in sorted(wanted, key=lambda row: row[:3])], refusals
+
+
+def _escape(text: str) -> str:
+    """A comma in a value of an option is doubled."""
+    return text.replace(",", ",,")
+
+
+def _refused(message: str, hint: str) -> VcpuRefused:
+    return VcpuRefused([Refusal("boot", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])

@@ -1,0 +1,329 @@
+"""CONFIG: what a request makes of a definition, and every reason why not. Pure.
+
+The rules are those of libvirt's qemu driver (`qemuDomainSetVcpuConfig`, `qemuDomainSetVcpusConfig`,
+`qemuDomainVcpuValidateConfig`), but for what is already so: that is a success here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Final
+
+from qmpvcpu.core.arch import architecture
+from qmpvcpu.core.definition import MOST_VCPUS, Definition, VcpuConfig
+from qmpvcpu.core.model import DomainState, Entity, Vcpu, format_ids
+from qmpvcpu.core.request import Request
+from qmpvcpu.core.rules import checks
+from qmpvcpu.core.rules.selection import select, select_listed
+from qmpvcpu.errors import Refusal
+
+__all__ = ["ConfigPlan", "plan_config", "plan_pin", "state_of"]
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigPlan:
+    """The definition as it is and as it would be.
+
+    `targets` is every vCPU id the request is about, `changed` those that it switches, `unchanged` those that are
+    as asked already.
+    """
+
+    old: Definition
+    new: Definition
+    targets: tuple[int, ...] = ()
+    changed: tuple[int, ...] = ()
+    unchanged: tuple[int, ...] = ()
+    refusals: tuple[Refusal, ...] = ()
+    messages: tuple[str, ...] = ()
+    #: The document before and after, as a unified diff, where that was asked for.
+    diff: tuple[str, ...] = ()
+
+    @property
+    def writes(self) -> bool:
+        """Whether there is anything to write."""
+        return self.new != self.old
+
+    @property
+    def steps(self) -> list[dict[str, Any]]:
+        """The steps as JSON data."""
+        if not self.writes or self.refusals:
+            return []
+        steps: list[dict[str, Any]] = []
+        if self.new.maxcpus != self.old.maxcpus:
+            steps.append({"step": "set-maximum", "vcpus": [], "maximum": self.new.maxcpus})
+        steps += [
+            {"step": "define", "vcpus": [n for n in self.changed if n in on], "state": word}
+            for word, on in self._sides
+            if on.intersection(self.changed)
+        ]
+        return steps or [{"step": "define", "vcpus": []}]
+
+    def describe(self) -> list[str]:
+        """The steps as lines a person reads."""
+        lines = []
+        if self.new.maxcpus != self.old.maxcpus:
+            lines.append(f"in the definition: at most {self.new.maxcpus} vCPUs, not {self.old.maxcpus}")
+        for word, on in self._sides:
+            if ids := on.intersection(self.changed):
+                lines.append(f"in the definition: vCPU {format_ids(ids)} {word}")
+        if self.new.pins != self.old.pins:
+            for number in self.changed:
+                cpus = self.new.pins.get(number)
+                word = f"pinned to host CPU {format_ids(cpus)}" if cpus is not None else "not pinned"
+                lines.append(f"in the definition: vCPU {number} {word}")
+        if self.writes and not lines:
+            lines.append("in the definition: order and hotpluggable of vCPUs")
+        if self.unchanged and not self.writes:
+            lines.append(f"in the definition: vCPU {format_ids(self.unchanged)} already so")
+        return lines
+
+    @property
+    def _sides(self) -> tuple[tuple[str, set[int]], ...]:
+        on = set(self.new.enabled_ids)
+        return ("enabled", on), ("disabled", set(range(max(self.old.maxcpus, self.new.maxcpus))) - on)
+
+
+def state_of(definition: Definition, name: str | None = None, *, active: bool = False) -> DomainState:
+    """The definition in the words of a state: what the guest would be like right after its next boot.
+
+    An entity is hotpluggable where a request may change it, a vCPU where the XML says so.
+    """
+    size = definition.granularity
+    row = architecture(definition.arch)
+    can_plug, can_unplug = row.can_plug, row.can_unplug
+    entities, vcpus = [], []
+    for first in range(0, definition.maxcpus, size):
+        ids = tuple(range(first, min(first + size, definition.maxcpus)))
+        hotpluggable = first != 0
+        entities.append(Entity(ids, None, None, None, definition.cell_of(first), hotpluggable))
+        for number in ids:
+            config = definition.vcpus[number]
+            pin = definition.pins.get(number, definition.cpuset)
+            vcpus.append(
+                Vcpu(
+                    number,
+                    config.enabled,
+                    config.hotpluggable,
+                    ids,
+                    order=config.order if config.enabled else None,
+                    node=definition.cell_of(number),
+                    pin=format_ids(pin) if pin else None,
+                    scheduler=definition.schedulers.get(number),
+                )
+            )
+    return DomainState(
+        name or definition.name,
+        definition.arch or "",
+        definition.machine or "",
+        definition.accel,
+        active=active,
+        version=None,
+        topology=definition.topology,
+        can_plug=can_plug,
+        can_unplug=can_unplug,
+        threads_shared=None,
+        entities=tuple(entities),
+        vcpus=tuple(vcpus),
+    )
+
+
+def plan_config(definition: Definition, request: Request, ids: Sequence[int] | None = None) -> ConfigPlan:
+    """What `request` makes of the definition.
+
+    Args:
+        definition: as it is.
+        request: what is asked; LIVE in it is somebody else's.
+        ids: the vCPU ids it means, where the running guest has decided that.
+    """
+    if request.maximum:
+        return _plan_maximum(definition, request)
+    if request.listed is not None:
+        return _plan_listed(definition, request)
+    if request.total is not None:
+        return _plan_total(definition, request)
+    state = state_of(definition)
+    refusals: list[Refusal] = []
+    if ids is None:
+        ids, refusals = select(state, request)
+    else:
+        refusals = checks.check_range(state, ids)
+    known = [number for number in ids if number in state.by_id]
+    changed = tuple(number for number in known if definition.vcpus[number].enabled is not request.enable)
+    refusals += checks.check_whole_entities(state, changed, request.flags)
+    if request.disable and 0 in changed:
+        refusals.append(_VCPU_0)
+    else:
+        refusals += _check_followers(definition, changed)
+    return ConfigPlan(
+        definition,
+        definition.switched(changed, request.enable) if changed and not refusals else definition,
+        tuple(ids),
+        changed,
+        tuple(number for number in known if number not in changed),
+        tuple(refusals),
+    )
+
+
+_VCPU_0: Final = Refusal(
+    "config-vcpu-0",
+    "vCPU 0 must be enabled in a definition",
+    (0,),
+    "leave 0 out: 1-3 or ^0",
+    "VIR_ERR_INVALID_ARG",
+)
+
+
+def _plan_total(definition: Definition, request: Request) -> ConfigPlan:
+    """So many vCPUs: the lowest disabled are added, the highest enabled removed, whole cores."""
+    total = request.total
+    assert total is not None
+    refusals = _check_total(definition, total)
+    if refusals:
+        return ConfigPlan(definition, definition, refusals=tuple(refusals))
+    size = definition.granularity
+    now = len(definition.enabled_ids)
+    cores = [definition.vcpus[first : first + size] for first in range(0, definition.maxcpus, size)]
+    chosen: list[int] = []
+    enable = total > now
+    for core in cores if enable else reversed(cores):
+        if now == total:
+            break
+        ids = [vcpu.id for vcpu in core if vcpu.enabled is not enable]
+        if (now + len(ids) > total) if enable else (now - len(ids) < total):
+            low, high = (now, now + len(ids)) if enable else (now - len(ids), now)
+            message = f"{total} vCPUs cannot be reached in the definition: they come and go in cores of {size}"
+            hint = f"ask for {low} or {high}"
+            refusal = Refusal("count", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")
+            return ConfigPlan(definition, definition, refusals=(refusal,))
+        chosen += ids
+        now += len(ids) if enable else -len(ids)
+    if not chosen:
+        return ConfigPlan(definition, definition)
+    vcpus = [replace(vcpu, order=None) for vcpu in definition.vcpus]
+    # What cannot be unplugged stands together from vCPU 0 on: behind one that can be, the rest must be so too.
+    pluggable = request.hotpluggable
+    for number, vcpu in enumerate(definition.vcpus):
+        if number in chosen:
+            vcpus[number] = VcpuConfig(number, enable, hotpluggable=pluggable or not enable)
+        elif vcpu.enabled and vcpu.hotpluggable and enable:
+            pluggable = True
+    changed = tuple(sorted(chosen))
+    return ConfigPlan(definition, replace(definition, vcpus=tuple(vcpus)), changed, changed)
+
+
+def _plan_listed(definition: Definition, request: Request) -> ConfigPlan:
+    """What a file says of every vCPU; of its order and hotpluggable as much as both documents have."""
+    assert request.listed is not None
+    state = state_of(definition)
+    targets, refusals = select_listed(state, request)
+    if refusals:
+        return ConfigPlan(definition, definition, targets, refusals=tuple(refusals))
+    listed = request.listed.vcpus
+    changed = tuple(n for n in targets if definition.vcpus[n].enabled is not listed[n].enabled)
+    if request.listed.exact and definition.dialect != "rfc":
+        new = replace(definition, vcpus=listed)
+    else:
+        new = definition
+        for on in (False, True):
+            ids = tuple(number for number in changed if listed[number].enabled is on)
+            new = new.switched(ids, on) if ids else new
+    if not listed[0].enabled:
+        refusals.append(_VCPU_0)
+    unchanged = tuple(number for number in targets if number not in changed)
+    return ConfigPlan(definition, definition if refusals else new, targets, changed, unchanged, tuple(refusals))
+
+
+def plan_pin(definition: Definition, vcpu_id: int, cpus: tuple[int, ...] | None) -> ConfigPlan:
+    """`<vcpupin>` of one vCPU; None takes it away."""
+    refusals = checks.check_range(state_of(definition), (vcpu_id,))
+    pins = {number: pin for number, pin in definition.pins.items() if number != vcpu_id}
+    if cpus is not None:
+        pins[vcpu_id] = cpus
+    new = definition if refusals else replace(definition, pins=dict(sorted(pins.items())))
+    changed = (vcpu_id,) if new != definition else ()
+    unchanged = () if changed or refusals else (vcpu_id,)
+    return ConfigPlan(definition, new, (vcpu_id,), changed, unchanged, tuple(refusals))
+
+
+def _check_total(definition: Definition, total: int) -> list[Refusal]:
+    if 1 <= total <= definition.maxcpus:
+        return []
+    return [
+        Refusal(
+            "count",
+            f"{total} vCPUs asked, and the definition can have 1 to {definition.maxcpus}",
+            (),
+            "--maximum --config changes how many there can be",
+        )
+    ]
+
+
+def _plan_maximum(definition: Definition, request: Request) -> ConfigPlan:
+    """Another number of vCPU ids (`qemuDomainSetVcpusMax`)."""
+    maximum = request.total
+    assert maximum is not None
+    refusals = []
+    if not 1 <= maximum <= MOST_VCPUS:
+        refusals.append(
+            Refusal("maximum", f"a maximum of {maximum} vCPUs cannot be", (), f"give 1 to {MOST_VCPUS}")
+        )
+    topology = definition.topology
+    if topology is not None and maximum != definition.maxcpus:
+        refusals.append(
+            Refusal(
+                "maximum",
+                f"<cpu><topology> makes {topology.maxcpus} vCPUs, not {maximum}",
+                (),
+                "change <topology> and <vcpu> in the XML first, and define it again",
+                "VIR_ERR_INVALID_ARG",
+            )
+        )
+    refusals += [
+        Refusal(
+            "maximum",
+            f"NUMA cell {cell.id} has vCPU {format_ids(lost)}, which there would not be",
+            tuple(lost),
+            "change <cpu><numa> in the XML, and define it again",
+            "VIR_ERR_INVALID_ARG",
+        )
+        for cell in definition.nodes
+        if (lost := [number for number in cell.cpus if number >= maximum])
+    ]
+    if refusals or maximum == definition.maxcpus:
+        return ConfigPlan(definition, definition, refusals=tuple(refusals))
+    vcpus = [replace(vcpu, order=None) for vcpu in definition.vcpus[:maximum]]
+    vcpus += [VcpuConfig(number, enabled=False, hotpluggable=True) for number in range(len(vcpus), maximum)]
+    gone = tuple(number for number in definition.enabled_ids if number >= maximum)
+    notes = (f"vCPU {format_ids(gone)} was enabled in the definition, and is gone",) if gone else ()
+    new = replace(
+        definition,
+        vcpus=tuple(vcpus),
+        pins={number: cpus for number, cpus in definition.pins.items() if number < maximum},
+        schedulers={number: word for number, word in definition.schedulers.items() if number < maximum},
+    )
+    return ConfigPlan(definition, new, gone, gone, messages=notes)
+
+
+def _check_followers(definition: Definition, changed: Sequence[int]) -> list[Refusal]:
+    """QEMU starts with a run of vCPUs from 0 on: none of them can go while one behind it stays in that run."""
+    if not changed or definition.dialect == "rfc":
+        # There nothing says which ones are started with: it follows from which ones are enabled.
+        return []
+    asked = set(changed)
+    behind = [
+        vcpu.id
+        for vcpu in definition.vcpus[min(changed) + 1 :]
+        if vcpu.enabled and not vcpu.hotpluggable and vcpu.id not in asked
+    ]
+    if not behind:
+        return []
+    return [
+        Refusal(
+            "config-order",
+            f"vCPU {format_ids(changed)} cannot change in the definition: vCPU {format_ids(behind)} is in the way,"
+            " which is enabled and not hotpluggable",
+            tuple(changed),
+            f"change {format_ids(behind)} with it, or give it hotpluggable='yes' in <vcpus>",
+        )
+    ]

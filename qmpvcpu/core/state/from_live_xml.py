@@ -1,0 +1,98 @@
+"""A running guest as its live XML tells it, where nobody asks its QEMU. Pure.
+
+libvirt numbers vCPUs as we do: slot by slot, in the order of socket, core and thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any, Final
+
+from qmpvcpu.core.arch import EntityKind, architecture
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Props, QemuVersion, Topology
+from qmpvcpu.core.planning.config import state_of
+from qmpvcpu.core.state.events import PERIPHERAL
+
+__all__ = ["running_state"]
+
+#: Of a CPU that was there at the start libvirt tells no path.
+_UNNAMED: Final = "/machine/unattached/"
+
+
+def running_state(
+    definition: Definition,
+    name: str,
+    version: QemuVersion,
+    run_state: str | None,
+    gone: Iterable[int] = (),
+    pending: Iterable[int] = (),
+) -> DomainState:
+    """The state of a running guest.
+
+    Args:
+        definition: of its live XML.
+        name: what it is called.
+        version: of its QEMU, or the oldest that it may be.
+        run_state: QAPI RunState.
+        gone: vCPU ids that the XML lists as enabled, and whose threads are gone.
+        pending: first ids of entities whose unplug was asked and has not ended.
+    """
+    base = state_of(definition, name, active=True)
+    lost, asked = frozenset(gone), frozenset(pending)
+    entities, vcpus = [], []
+    for entity in base.entities:
+        config = definition.vcpus[entity.first]
+        plugged = config.enabled and entity.first not in lost
+        # What is gone unseen is taken for plugged, and so cannot be plugged.
+        pluggable = base.can_plug and entity.first not in lost
+        if plugged:
+            pluggable = base.can_unplug and config.hotpluggable
+        path = None
+        if plugged:
+            path = (PERIPHERAL if config.hotpluggable else _UNNAMED) + entity.device_id
+        props = _props(base, entity.first, entity.node)
+        driver = LIBVIRT_DRIVER if base.can_plug else None
+        entities.append(replace(entity, driver=driver, props=props, qom_path=path, hotpluggable=pluggable))
+        for number in entity.ids:
+            vcpu = base.vcpus[number]
+            vcpus.append(
+                replace(
+                    vcpu,
+                    enabled=plugged,
+                    hotpluggable=pluggable,
+                    props=props,
+                    order=vcpu.order if plugged else None,
+                    qom_path=path if plugged and config.hotpluggable else None,
+                    pending=entity.first in asked,
+                )
+            )
+    return replace(base, version=version, run_state=run_state, entities=tuple(entities), vcpus=tuple(vcpus))
+
+
+def _props(state: DomainState, first: int, node: int | None) -> Props:
+    """Where a slot is, as QEMU would say it."""
+    topology = state.topology or Topology(state.maxcpus, sockets=state.maxcpus)
+    found: Mapping[str, Any]
+    if architecture(state.arch).entity is EntityKind.THREAD:
+        found = _levels(topology, first)
+    else:
+        found = {"core-id": first}
+    return Props(found if node is None else {**found, "node-id": node})
+
+
+def _levels(topology: Topology, number: int) -> dict[str, int]:
+    levels = (
+        ("thread-id", topology.threads, True),
+        ("core-id", topology.cores, True),
+        ("module-id", topology.modules, topology.modules > 1),
+        ("die-id", topology.dies, topology.dies > 1),
+    )
+    found = {}
+    for name, count, told in levels:
+        number, rest = divmod(number, count)
+        if told:
+            found[name] = rest
+    found["socket-id"] = number
+    return dict(reversed(found.items()))

@@ -1,0 +1,347 @@
+"""The guest's side of one domain: its view through the agent, and switching its CPUs."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import time
+from collections.abc import Callable, Collection, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Final
+
+from qmpvcpu.core.arch import Identity, architecture
+from qmpvcpu.core.engine.agent_switch import Answered, Look, Seen, SetCpus, Switch, SwitchStep
+from qmpvcpu.core.model import DomainState, Event, EventKind
+from qmpvcpu.core.state.guest_view import (
+    GuestCpu,
+    GuestView,
+    identify,
+    identity_limits,
+    is_port_open,
+    most_guest_cpus,
+    newcomers,
+    parse_guest_vcpus,
+)
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
+from qmpvcpu.ports import Agent, CommandError, Monitor
+
+__all__ = ["Arrival", "Guest", "with_online"]
+
+#: An agent has so long for all commands of one look, and of one switch, seconds: were each of them as slow as its
+#: own deadline lets it be, a call would take half a minute.
+_LOOK_SECONDS: Final = 5.0
+_SWITCH_SECONDS: Final = 10.0
+#: Seconds between two looks at a guest that has yet to bring a CPU up.
+_LOOK_FIRST: Final = 0.02
+_LOOK_MOST: Final = 0.5
+#: An agent that did not answer is not asked again so soon where it need not be, seconds: each time would cost its
+#: whole deadline.
+_SULK: Final = 5.0
+#: A guest whose agent may not take CPUs online gets so long to do it by itself, seconds.
+_GRACE: Final = 2.0
+
+
+@dataclass(frozen=True, slots=True)
+class Arrival:
+    """How plugged vCPUs came to the guest: those it does not run on, those of which nobody can tell because its
+    CPUs cannot be told apart, what it said last, and its CPUs.
+    """
+
+    missing: frozenset[int]
+    unknown: frozenset[int]
+    said: str | None
+    view: GuestView
+
+
+class Guest:
+    """The agent of one domain."""
+
+    def __init__(self, agent: Agent, monitor: Monitor, tell: Callable[[list[Event]], None]) -> None:
+        self._agent = agent
+        self._tell = tell
+        self._lit: dict[int, bool] = {}
+        self._monitor = monitor
+        self._vsmt: int | None = None
+        self._vsmt_known = False
+        self._silent_until = 0.0
+        self._heard = False
+        #: Whether it has answered on this connection.
+        self.has_answered = False
+        #: Whether nothing told its CPUs apart when it was looked at last.
+        self._is_blind = not agent.reads_files
+        self._lock = asyncio.Lock()
+        #: Why the last view could not be had.
+        self.trouble: VcpuConnectionError | None = None
+
+    async def reach(self) -> None:
+        """See to it that its socket is there, whether or not the guest has arrived behind it.
+
+        Raises:
+            VcpuConnectionError: it is not.
+        """
+        await self._agent.open()
+
+    async def view(self, state: DomainState) -> GuestView:
+        """The guest's CPUs, and which vCPU each one is.
+
+        Raises:
+            VcpuConnectionError: no agent answers, or what it says cannot be.
+            VcpuRefused: the agent is not allowed to tell.
+        """
+        async with self._lock:
+            was_heard, self._heard = self._heard, False
+            try:
+                if not was_heard:
+                    await self._check_port()
+            except VcpuConnectionError as error:
+                # Asking again costs nothing.
+                self.trouble = error
+                raise
+            try:
+                with self._agent.limit(_LOOK_SECONDS):
+                    view = await self._view(state)
+            except VcpuConnectionError as error:
+                self.trouble = error
+                if error.reason in ("no-agent", "timeout"):
+                    self._silent_until = time.monotonic() + _SULK
+                raise
+            self.trouble = None
+            self._heard = self.has_answered = True
+            self._silent_until = 0.0
+            self._tell_of(view)
+            return view
+
+    def _tell_of(self, view: GuestView) -> None:
+        """vCPUs that came online or went offline since the last look."""
+        lit = {number: cpu.online for number, cpu in view.by_vcpu.items()}
+        before, self._lit = self._lit, lit
+        if not before:
+            return
+        # What is not in the guest is not online in it.
+        now = time.time()
+        changes = [(number, online) for number, online in lit.items() if before.get(number, False) is not online]
+        self._tell(
+            [Event(now, EventKind.ONLINE if on else EventKind.OFFLINE, (number,)) for number, on in changes]
+        )
+
+    async def try_view(self, state: DomainState) -> GuestView | None:
+        """`view`, or None, and `trouble` says why; an agent that was silent just now is left alone."""
+        if self.is_silent:
+            return None
+        try:
+            return await self.view(state)
+        except VcpuConnectionError:
+            return None
+        except VcpuRefused as refused:
+            self.trouble = VcpuConnectionError(refused.message, address=self._agent.address, hint=refused.hint)
+            return None
+
+    @property
+    def is_silent(self) -> bool:
+        """Whether it did not answer just now."""
+        return self.trouble is not None and time.monotonic() < self._silent_until
+
+    async def ask_once(self, state: DomainState) -> None:
+        """Learn whether the agent answers, if it has not yet; after a plug that tells silence from absence."""
+        if not self.has_answered:
+            await self.try_view(state)
+
+    async def before_plug(self, state: DomainState) -> GuestView | None:
+        """The guest before CPUs come to it, where only that tells which of them have come; else None."""
+        return await self.try_view(state) if self._is_blind else None
+
+    async def switch(self, view: GuestView, vcpus: Sequence[int], online: bool) -> Switch:
+        """Take these online or offline, all or none; each of them is known in `view`.
+
+        Raises:
+            VcpuConnectionError: the agent was lost on the way; what it had done is not known.
+            VcpuRefused: `guest-set-vcpus` is disabled in the agent.
+        """
+        run = Switch(view, vcpus, online)
+        effect = run.start()
+        with self._agent.limit(_SWITCH_SECONDS):
+            while effect is not None:
+                if isinstance(effect, Look):
+                    effect = run.feed(Seen(parse_guest_vcpus(await self._ask())))
+                    continue
+                effect = run.feed(await self._set(effect, first=run.step is SwitchStep.SET))
+        return run
+
+    async def check_switch(self) -> None:
+        """Find out whether the agent may switch CPUs; switches none.
+
+        Raises:
+            VcpuConnectionError: it does not answer.
+            VcpuRefused: `guest-set-vcpus` is disabled in it.
+        """
+        await self._check_port()
+        try:
+            await self._agent.set_vcpus({})
+        except CommandError as error:
+            if error.error_class == "CommandNotFound":
+                raise _disabled(error) from error
+
+    async def await_online(
+        self, state: DomainState, vcpus: Collection[int], seconds: float, before: GuestView | None = None
+    ) -> Arrival:
+        """Wait until the guest runs on these freshly plugged vCPUs, and take online what it leaves offline.
+
+        Args:
+            state: with them.
+            vcpus: their ids.
+            seconds: how long to wait.
+            before: the guest before they came, of `before_plug`.
+
+        Raises:
+            VcpuConnectionError: the agent was lost.
+            VcpuRefused: it may not tell.
+        """
+        began = time.monotonic()
+        deadline = began + seconds
+        missing, said, pause = set(vcpus), None, _LOOK_FIRST
+        tried: set[int] = set()
+        while True:
+            view = await self.view(state)
+            come: tuple[GuestCpu, ...] = ()
+            if before is not None and view.assumed:
+                come = newcomers(before, view, lists_all=architecture(state.arch).lists_possible_cpus)
+                if len(come) > len(vcpus):
+                    # Others have come too: nobody can say whose is whose.
+                    before = None
+                come = come if len(come) == len(vcpus) else ()
+            if come and all(cpu.online for cpu in come):
+                view = replace(view, all_online=view.all_online | frozenset(vcpus))
+            missing = {number for number in missing if view.online(number) is not True}
+            dark = sorted(number for number in missing if view.online(number) is False)
+            # What the kernel, or a rule of its own, brings up by itself needs a moment to.
+            if dark and (tried or time.monotonic() > began + _LOOK_FIRST):
+                try:
+                    run = await self.switch(view, dark, online=True)
+                except VcpuRefused as refused:
+                    said, deadline = refused.message, min(deadline, began + _GRACE)
+                else:
+                    missing -= set(run.changed)
+                    view = view.switched(run.changed, online=True)
+                    self._tell_of(view)
+                    said = next(iter(run.failures.values()), said)
+            elif any(not cpu.online for cpu in come) and time.monotonic() > began + _LOOK_FIRST:
+                said = await self._light(view, [cpu.logical_id for cpu in come if not cpu.online]) or said
+            tried |= missing
+            unnamed = {number for number in missing if view.online(number) is None}
+            if len(unnamed) > view.strays:
+                unnamed = set()
+            # Where nothing tells its CPUs apart, that does not change: no use to wait, once they are all there.
+            hopeless = view.assumed and missing == unnamed and len(view.cpus) >= len(state.enabled_ids)
+            if before is not None:
+                # Those that came since are they, and if they do not come, it is they that are missing.
+                hopeless, unnamed = False, set()
+            if not missing or hopeless or time.monotonic() >= deadline:
+                return Arrival(frozenset(missing - unnamed), frozenset(unnamed), said, view)
+            await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
+            pause = min(pause * 2, _LOOK_MOST)
+
+    async def _light(self, view: GuestView, numbers: Sequence[int]) -> str | None:
+        """Take these CPUs online, by the guest's own numbers; what it says of one that does not come."""
+        try:
+            run = await self.switch(view.own, numbers, online=True)
+        except VcpuRefused as refused:
+            return refused.message
+        return next(iter(run.failures.values()), None)
+
+    async def close(self) -> None:
+        """Close the connection."""
+        await self._agent.close()
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    async def _check_port(self) -> None:
+        """QEMU knows whether anybody in the guest has opened the agent's port: if not, nobody need be waited for.
+
+        Raises:
+            VcpuConnectionError: nobody has.
+        """
+        try:
+            chardevs = await self._monitor.query_chardev()
+        except CommandError:
+            return
+        if is_port_open(chardevs, os.path.realpath(self._agent.address)) is False:  # noqa: ASYNC240 - a few lstat(2)
+            raise VcpuConnectionError(
+                f"no guest agent listens at '{self._agent.address}': nothing in the guest has opened its port",
+                address=self._agent.address,
+                reason="no-agent",
+                hint="wait until the guest has booted; start qemu-ga in it",
+                libvirt="VIR_ERR_AGENT_UNRESPONSIVE",
+            )
+
+    async def _view(self, state: DomainState) -> GuestView:
+        cpus = parse_guest_vcpus(await self._ask(), most_guest_cpus(state))
+        wanted = identity_limits(state, cpus)
+        files: dict[str, bytes | None] = {}
+        if wanted:
+            # Where guest-file-open is blocked, the view says that it is assumed.
+            with suppress(CommandError):
+                files = dict(zip(wanted, await self._agent.read_files(wanted), strict=True))
+        view = identify(state, cpus, files, vsmt=await self._spacing(state))
+        self._is_blind = view.assumed
+        return view
+
+    async def _spacing(self, state: DomainState) -> int | None:
+        if architecture(state.arch).identity is Identity.PHYSICAL_ID and not self._vsmt_known:
+            try:
+                vsmt = await self._monitor.qom_get("/machine", "vsmt")
+            except CommandError:
+                vsmt = None
+            self._vsmt = vsmt if type(vsmt) is int and vsmt > 0 else None
+            self._vsmt_known = True
+        return self._vsmt
+
+    async def _ask(self) -> object:
+        try:
+            return await self._agent.get_vcpus()
+        except CommandError as error:
+            if error.error_class == "CommandNotFound":
+                raise _disabled(error) from error
+            raise VcpuConnectionError(
+                f"the guest agent at '{self._agent.address}' cannot list the guest's CPUs: {error.text}",
+                address=self._agent.address,
+                hint="look at the guest's agent and its log",
+                libvirt="VIR_ERR_AGENT_COMMAND_FAILED",
+            ) from error
+
+    async def _set(self, effect: SetCpus, *, first: bool) -> Answered:
+        try:
+            return Answered(await self._agent.set_vcpus(effect.wanted))
+        except CommandError as error:
+            if first and error.error_class == "CommandNotFound":
+                raise _disabled(error) from error
+            return Answered(error=error.text)
+
+
+def _disabled(error: CommandError) -> VcpuRefused:
+    return VcpuRefused(
+        [
+            Refusal(
+                "agent-disabled",
+                f"the guest agent does not carry out '{error.command}': {error.text}",
+                (),
+                f"allow {error.command} in the guest's qemu-ga configuration (block-rpcs, allow-rpcs)",
+                "VIR_ERR_OPERATION_UNSUPPORTED",
+            )
+        ]
+    )
+
+
+def with_online(state: DomainState, view: GuestView) -> DomainState:
+    """The state with what the guest says of each vCPU."""
+    return replace(
+        state,
+        vcpus=tuple(
+            replace(vcpu, online=cpu.online, logical_id=cpu.logical_id, can_offline=cpu.can_offline)
+            if (cpu := view.by_vcpu.get(vcpu.id)) is not None
+            else vcpu
+            if vcpu.online is view.online(vcpu.id)
+            else replace(vcpu, online=view.online(vcpu.id))
+            for vcpu in state.vcpus
+        ),
+    )

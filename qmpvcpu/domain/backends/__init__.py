@@ -1,0 +1,1 @@
+"""How a domain is reached: over QMP, or through libvirt."""

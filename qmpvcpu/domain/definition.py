@@ -1,0 +1,267 @@
+"""The persistent side of one domain: its definition, read, planned on and replaced whole."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, replace
+from threading import Event as Flag
+from typing import Any
+
+from qmpvcpu.aio import finish
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.planning.config import ConfigPlan, plan_config, plan_pin
+from qmpvcpu.core.request import Request
+from qmpvcpu.domain.drive import UNDO_SECONDS
+from qmpvcpu.domain.interrupted import Interrupted, leaving
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuPartial, VcpuRefused
+from qmpvcpu.host.definitions import not_written
+from qmpvcpu.ports import DefinitionStore, Staged
+
+__all__ = ["NO_DEFINITION", "ConfigChange", "Persistent", "half_done"]
+
+#: Does what blocks, off the loop.
+Runs = Callable[[Callable[[], None]], Awaitable[None]]
+
+NO_DEFINITION = Refusal(
+    "no-definition",
+    "no persistent definition of this domain is known",
+    (),
+    "leave out --config (CONFIG), or define it: `qmpvcpu define NAME --qmp ADDR`",
+    "VIR_ERR_OPERATION_INVALID",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class _Version:
+    """A document and what it says."""
+
+    data: bytes
+    definition: Definition
+
+
+class Persistent:
+    """The definition of one domain."""
+
+    def __init__(self, store: DefinitionStore, runs: Runs = asyncio.to_thread) -> None:
+        self._store = store
+        self._runs = runs
+        self._last: _Version | None = None
+
+    @property
+    def place(self) -> str:
+        """Where it is kept."""
+        return self._store.place
+
+    def read(self) -> bytes:
+        """The document. Raises VcpuRefused."""
+        return self._store.read()
+
+    def definition(self) -> Definition:
+        """What it says.
+
+        Raises:
+            VcpuRefused: it is not there, or contradicts itself: every reason, with its line.
+        """
+        return self._version(self._store.read()).definition
+
+    def plan(self, request: Request, ids: Sequence[int] | None = None) -> ConfigChange:
+        """What `request` makes of it; nothing is written."""
+        return self._change(lambda definition: plan_config(definition, request, ids), self._store_for(request))
+
+    def _store_for(self, request: Request) -> DefinitionStore:
+        """Where what `request` makes of it is written to."""
+        return self._store
+
+    def plan_pin(self, vcpu_id: int, cpus: tuple[int, ...] | None) -> ConfigChange:
+        """What pinning one vCPU makes of it; nothing is written."""
+        return self._change(lambda definition: plan_pin(definition, vcpu_id, cpus))
+
+    def _change(
+        self, make: Callable[[Definition], ConfigPlan], store: DefinitionStore | None = None
+    ) -> ConfigChange:
+        version = self._version(self._store.read())
+        plan, after = _made(version.data, make(version.definition))
+        change = (version.data, after, plan, self._again(make), self._off_the_loop)
+        return ConfigChange(store or self._store, *change)
+
+    async def _off_the_loop(self, work: Callable[[], None], given_up: Flag) -> None:
+        """A disk's time is not the loop's. Cancelled, what has begun is ended first: it is never left half done;
+        but nobody waits for that without end.
+        """
+        await finish(self._runs(work), within=UNDO_SECONDS, on_cancel=given_up.set)
+
+    def _again(self, make: Callable[[Definition], ConfigPlan]) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
+        def again(data: bytes) -> tuple[bytes, ConfigPlan]:
+            plan, after = _made(data, make(self._version(data).definition))
+            if plan.refusals:
+                raise VcpuRefused(plan.refusals, ids=plan.targets)
+            return after, plan
+
+        return again
+
+    def _version(self, data: bytes) -> _Version:
+        from qmpvcpu.xml.domain import read_domain
+
+        if self._last is not None and self._last.data == data:
+            return self._last
+        try:
+            self._last = _Version(data, read_domain(data)[1])
+            return self._last
+        except VcpuRefused as error:
+            # Whose line it is.
+            raise VcpuRefused([_at(self.place, refusal) for refusal in error.refusals]) from error
+
+
+def _made(data: bytes, plan: ConfigPlan) -> tuple[ConfigPlan, bytes]:
+    """A plan, and the document of `plan.old` with what `plan.new` says of vCPUs.
+
+    What nobody could read any more is refused before it is written.
+    """
+    from qmpvcpu.xml.domain import read_domain, write_vcpus
+
+    if plan.refusals or not plan.writes:
+        return plan, data
+    document, _ = read_domain(data)
+    after = write_vcpus(document, plan.old, plan.new)
+    try:
+        again = read_domain(after)[1]
+    except VcpuRefused as error:
+        return replace(plan, refusals=tuple(_unreadable(one) for one in error.refusals)), data
+    new = plan.new
+    assert (again.enabled_ids, again.maxcpus, again.pins) == (new.enabled_ids, new.maxcpus, new.pins)
+    return plan, after
+
+
+def _unreadable(refusal: Refusal) -> Refusal:
+    text = f"the changed definition could not be read: {refusal.message}"
+    return Refusal("unreadable", text, refusal.ids, "change that in the XML, and define it again", refusal.libvirt)
+
+
+class ConfigChange:
+    """One change of a definition: planned, then staged, then committed or discarded."""
+
+    def __init__(
+        self,
+        store: DefinitionStore,
+        before: bytes,
+        after: bytes,
+        plan: ConfigPlan,
+        again: Callable[[bytes], tuple[bytes, ConfigPlan]],
+        runs: Callable[[Callable[[], None], Flag], Awaitable[None]],
+    ) -> None:
+        self.plan = plan
+        self.before = before
+        #: The document as it would be.
+        self.after = after
+        self._store = store
+        self._again = again
+        self._runs = runs
+        self._staged: Staged | None = None
+
+    @property
+    def diff(self) -> tuple[str, ...]:
+        """The document before and after, as a unified diff."""
+        from difflib import unified_diff
+
+        before, after = (data.decode(errors="replace").splitlines() for data in (self.before, self.after))
+        return tuple(unified_diff(before, after, "definition", "definition as asked", lineterm=""))
+
+    async def stage(self) -> None:
+        """Write it beside the old one, so that what stands against that shows now.
+
+        Raises:
+            OSError: it cannot be written; nothing has changed.
+        """
+        if not self.plan.writes:
+            return
+        given_up = Flag()
+
+        def stage() -> None:
+            staged = self._store.stage(self.after)
+            if given_up.is_set():
+                staged.discard()
+            else:
+                self._staged = staged
+
+        await self._runs(stage, given_up)
+
+    async def commit(self) -> None:
+        """Put it in place. If another process has changed the definition meanwhile, both changes are in it.
+
+        Raises:
+            OSError: what was there stands.
+            VcpuRefused: what the other process has made of it does not allow it; what was there stands.
+            VcpuError: who keeps the definition failed; it says what became of it.
+        """
+        staged, self._staged = self._staged, None
+        if staged is None:
+            return
+        given_up, has_begun, is_written, has_ended = Flag(), Flag(), Flag(), Flag()
+
+        def again(data: bytes) -> bytes:
+            made, self.plan = self._again(data)
+            return made
+
+        def commit() -> None:
+            has_begun.set()
+            try:
+                staged.commit(self.before, again, given_up.is_set)
+                is_written.set()
+            finally:
+                has_ended.set()
+                staged.discard()
+
+        try:
+            await self._runs(commit, given_up)
+        except asyncio.CancelledError as error:
+            is_unsure = has_begun.is_set() and not has_ended.is_set()
+            left = Interrupted(definition_unsure=is_unsure, definition_written=is_written.is_set())
+            raise leaving(error, left) from error
+
+    def discard(self) -> None:
+        """Leave the definition as it is. Never raises."""
+        staged, self._staged = self._staged, None
+        if staged is not None:
+            staged.discard()
+
+
+def half_done(
+    error: OSError | VcpuError, place: str, what: str, changed: Sequence[int], **facts: Any
+) -> VcpuError:
+    """The guest's side is done, and the definition could not follow.
+
+    Args:
+        error: of `ConfigChange.commit`.
+        place: of the definition.
+        what: was done to the guest, in words.
+        changed: vCPU ids whose state that changed; if none, nothing was touched.
+        facts: of the call, as `VcpuError` has them.
+    """
+    if isinstance(error, VcpuError) and not isinstance(error, VcpuRefused):
+        if not changed:
+            return error
+        text, hint = f"live, {what} and stays so; {error.message}", "look at both: vcpuinfo, vcpuinfo --config"
+        facts = {**facts, "changed_ids": changed, "libvirt": error.libvirt}
+        if isinstance(error, VcpuConnectionError):
+            text += "; whether the definition was written is not known"
+            return VcpuConnectionError(text, address=error.address, reason=error.reason, hint=hint, **facts)
+        return VcpuPartial(text, remaining=changed, hint=hint, **facts)
+    refusals = error.refusals if isinstance(error, VcpuRefused) else (not_written(place, error),)
+    if not changed:
+        return VcpuRefused(refusals, ids=facts.get("ids", ()))
+    why = "; ".join(refusal.message for refusal in refusals)
+    text = f"live, {what} and stays so; {why}, and is as it was"
+    hint = "then ask again with --config (CONFIG) alone"
+    return VcpuPartial(text, remaining=changed, hint=hint, changed_ids=changed, **facts)
+
+
+def _at(place: str, refusal: Refusal) -> Refusal:
+    return Refusal(
+        refusal.code,
+        f"'{place}': {refusal.message}",
+        refusal.ids,
+        refusal.hint,
+        refusal.libvirt,
+        refusal.forceable,
+    )

@@ -1,0 +1,207 @@
+"""Who listens to a domain: bounded subscriptions, and the task that looks while somebody cares."""
+
+from __future__ import annotations
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Iterable
+from types import TracebackType
+from typing import Final
+
+from qmpvcpu.core.model import Event
+from qmpvcpu.core.state.inventory import InconsistentReplies
+from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuOverflow
+
+__all__ = ["Events", "Hub", "Watcher"]
+
+#: QEMU has no event for a plug, and on x86 under TCG none for the end of an unplug: seconds between two looks.
+_LOOK_EVERY: Final = 1.0
+#: So many looks in a row may fail; each may take as long as a query may, some 10 s.
+_PATIENCE: Final = 6
+
+
+class Hub:
+    """Hands events to all subscriptions of one domain."""
+
+    def __init__(self) -> None:
+        self._all: set[Events] = set()
+        #: Called when somebody begins to listen.
+        self.on_listener: Callable[[], None] = lambda: None
+
+    @property
+    def listening(self) -> bool:
+        """Whether anybody does."""
+        return bool(self._all)
+
+    def add(self, events: Events) -> None:
+        """Subscribe."""
+        self._all.add(events)
+        self.on_listener()
+
+    def remove(self, events: Events) -> None:
+        """Unsubscribe; may be called twice."""
+        self._all.discard(events)
+
+    def emit(self, found: Iterable[Event]) -> None:
+        """Give these to everyone."""
+        for event in found:
+            for listener in tuple(self._all):
+                listener.put(event)
+
+    def end(self, error: VcpuError | None) -> None:
+        """Nothing more comes: an error, or the domain was left."""
+        for listener in tuple(self._all):
+            listener.end(error)
+
+
+class Events:
+    """What happens to a domain's vCPUs, whoever does it: an async context manager to be iterated over.
+
+    Subscribed from entry on. At most `limit` events wait to be read.
+
+    Raises (on entry and from the iteration, after what had come before it):
+        VcpuConnectionError: the connection was lost.
+        VcpuOverflow: events came faster than they were read, and some are lost.
+    """
+
+    def __init__(
+        self,
+        hub: Hub,
+        check: Callable[[], None],
+        check_loop: Callable[[], None],
+        *,
+        steps: bool,
+        limit: int,
+    ) -> None:
+        self._hub = hub
+        self._check = check
+        self._check_loop = check_loop
+        self._steps = steps
+        self._limit = limit
+        self._waiting: deque[Event] = deque()
+        self._ended = False
+        self._error: VcpuError | None = None
+        self._waker: asyncio.Future[None] | None = None
+
+    async def __aenter__(self) -> Events:
+        self._check_loop()
+        self._check()
+        self._hub.add(self)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end(None)
+
+    def __aiter__(self) -> Events:
+        return self
+
+    async def __anext__(self) -> Event:
+        self._check_loop()
+        while not self._waiting:
+            if self._error is not None:
+                raise self._error
+            if self._ended:
+                raise StopAsyncIteration
+            self._waker = asyncio.get_running_loop().create_future()
+            try:
+                await self._waker
+            finally:
+                self._waker = None
+        return self._waiting.popleft()
+
+    def put(self, event: Event) -> None:
+        """Called by the hub."""
+        if self._ended or (event.event.is_step and not self._steps):
+            return
+        if len(self._waiting) >= self._limit:
+            self.end(
+                VcpuOverflow(
+                    f"{self._limit} events wait to be read, and more have come: some are lost",
+                    hint="subscribe again and read the state; read faster, or give events() a larger limit",
+                )
+            )
+            return
+        self._waiting.append(event)
+        self._wake()
+
+    def end(self, error: VcpuError | None) -> None:
+        """Called by the hub: nothing more comes."""
+        if not self._ended:
+            self._ended, self._error = True, error
+            self._hub.remove(self)
+            self._wake()
+
+    def _wake(self) -> None:
+        if self._waker is not None and not self._waker.done():
+            self._waker.set_result(None)
+
+
+class Watcher:
+    """A task that looks at the domain, as long as `wanted` says that somebody needs to know.
+
+    Args:
+        look: a fresh query that tells everyone what has changed.
+        wanted: whether anybody listens, or an unplug is pending.
+        failed: called with an error that does not pass; whoever listens must not wait for ever.
+    """
+
+    def __init__(
+        self,
+        look: Callable[[], Awaitable[object]],
+        wanted: Callable[[], bool],
+        failed: Callable[[VcpuError], None],
+    ) -> None:
+        self._look = look
+        self._wanted = wanted
+        self._failed = failed
+        self._poked = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        """Begin, if it is wanted and does not run yet."""
+        if self._task is None and self._wanted():
+            self._task = asyncio.create_task(self._run(), name="qmpvcpu watcher")
+
+    def poke(self) -> None:
+        """Look now: something has happened."""
+        self._poked.set()
+        self.start()
+
+    async def stop(self) -> None:
+        """End; it has ended when this returns."""
+        task, self._task = self._task, None
+        if task is not None:
+            task.cancel()
+            await asyncio.wait([task])
+
+    async def _run(self) -> None:
+        try:
+            await self._look_on()
+        finally:
+            if self._task is asyncio.current_task():
+                self._task = None
+
+    async def _look_on(self) -> None:
+        failures = 0
+        while self._wanted():
+            try:
+                async with asyncio.timeout(_LOOK_EVERY):
+                    await self._poked.wait()
+            except TimeoutError:
+                pass
+            self._poked.clear()
+            try:
+                await self._look()
+            except InconsistentReplies:
+                continue
+            except VcpuError as error:
+                # One that is busy, or stopped for a while, answers again.
+                failures += 1
+                is_lost = isinstance(error, VcpuConnectionError) and error.reason == "closed"
+                if is_lost or failures == _PATIENCE:
+                    self._failed(error)
+                    return
+            else:
+                failures = 0

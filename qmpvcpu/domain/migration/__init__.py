@@ -1,0 +1,1 @@
+"""Migration and saving, from the plan to the verified end."""

@@ -1,0 +1,129 @@
+"""A guest that has just its first CPU online while it migrates, where it would hang otherwise: its agent takes the
+others offline before the first byte, and online again where it runs then.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterable
+from typing import Final
+
+from qmpvcpu.core.migration.machines import check_one_cpu, cpus_but_first
+from qmpvcpu.core.model import DomainState, format_ids
+from qmpvcpu.domain.agent import Guest
+from qmpvcpu.errors import VcpuConnectionError, VcpuRefused, VcpuRejected
+
+__all__ = ["OneCpu", "why_not"]
+
+#: Seconds that the agent has to answer, and the guest to bring its CPUs up, where it has just arrived.
+_SECONDS: Final = 10.0
+_LOOK: Final = 0.1
+
+
+async def why_not(agent: Guest, state: DomainState, run_state: str | None) -> str | None:
+    """Why this guest cannot be left with just its first CPU; None where it can, as far as it tells."""
+    if run_state != "running":
+        return f"it is '{run_state}', and its agent cannot be asked"
+    try:
+        return check_one_cpu(await agent.view(state))
+    except (VcpuConnectionError, VcpuRefused) as error:
+        return error.message
+
+
+class OneCpu:
+    """The CPUs that are offline for one migration.
+
+    Args:
+        source: the guest's agent there.
+        destination: and where it goes.
+        state: of the source.
+    """
+
+    def __init__(self, source: Guest, destination: Guest, state: DomainState) -> None:
+        self._source = source
+        self._destination = destination
+        self._state = state
+        #: The guest's numbers: it keeps them on the way.
+        self._offline: list[int] = []
+        #: Of those whose vCPU is known.
+        self._vcpus: dict[int, int] = {}
+        self._has_ended = False
+
+    @property
+    def vcpus(self) -> tuple[int, ...]:
+        """vCPU ids of what is offline, as far as they are known."""
+        return tuple(sorted(self._vcpus[number] for number in self._offline if number in self._vcpus))
+
+    async def begin(self) -> None:
+        """Take them offline, each verified. `go_back` after an error, and after a cancellation.
+
+        Raises:
+            VcpuConnectionError: an agent does not answer.
+            VcpuRefused: it may not do it.
+            VcpuRejected: the guest cannot be left with its first CPU.
+        """
+        # An address that is wrong is told before anything is touched.
+        await self._destination.reach()
+        view = await self._source.view(self._state)
+        if (why := check_one_cpu(view)) is not None:
+            raise VcpuRejected(why)
+        self._vcpus = {cpu.logical_id: vcpu for vcpu, cpu in view.by_vcpu.items()}
+        for number in cpus_but_first(view):
+            self._offline.append(number)
+            # One by one: an agent that does not get through with all in its time has done no one knows what.
+            run = await self._source.switch(view.own, [number], online=False)
+            if number in run.failures:
+                raise VcpuRejected(f"{self._named([number])}: {run.failures[number]}")
+
+    async def arrive(self, state: DomainState) -> list[str]:
+        """Take exactly those online again at the destination, which runs; what is to be said of it."""
+        if not self._offline:
+            return []
+        taken = self._named(self._offline)
+        said = await self._bring_online(self._destination, state)
+        why = f"QEMU {self._state.version} under TCG would have made it hang"
+        return said or [f"{taken}: offline in the guest on the way, and online again, since {why}"]
+
+    async def go_back(self) -> list[str]:
+        """Take them online again at the source, unless the guest has left it; what is to be said of it."""
+        return [] if self._has_ended else await self._bring_online(self._source, self._state)
+
+    def leave(self) -> list[str]:
+        """Nobody knows where the guest is, or it is nowhere; what is to be said of it."""
+        self._has_ended = True
+        return [self._stayed("it cannot be asked")] if self._offline else []
+
+    async def _bring_online(self, agent: Guest, state: DomainState) -> list[str]:
+        self._has_ended = True
+        why = "no time was left"
+        deadline = time.monotonic() + _SECONDS
+        while self._offline:
+            try:
+                own = (await agent.view(state)).own
+                for number in [one for one in self._offline if one in own.by_vcpu]:
+                    run = await agent.switch(own, [number], online=True)
+                    if number in run.failures:
+                        why = run.failures[number]
+                    else:
+                        self._offline.remove(number)
+            except (VcpuConnectionError, VcpuRefused) as error:
+                why = error.message
+            if time.monotonic() >= deadline:
+                break
+            if self._offline:
+                await asyncio.sleep(_LOOK)
+        return [self._stayed(why)] if self._offline else []
+
+    def _stayed(self, why: str) -> str:
+        cpus = format_ids(self._offline)
+        return (
+            f"{self._named(self._offline)}: offline in the guest since then, because of '{why}':"
+            f" `guestvcpus --cpulist {cpus} --enable` takes them online"
+        )
+
+    def _named(self, numbers: Iterable[int]) -> str:
+        numbers = list(numbers)
+        if all(number in self._vcpus for number in numbers):
+            return f"vCPU {format_ids(sorted(self._vcpus[number] for number in numbers))}"
+        return f"the guest's CPU {format_ids(numbers)}"

@@ -1,0 +1,319 @@
+"""Gives the thread of a new vCPU its cgroup, host CPUs and scheduler: checked before the plug, done after it."""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import time
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from typing import Final
+
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.model import DomainState, Outcome, format_ids
+from qmpvcpu.core.planning.live import Plan
+from qmpvcpu.core.rules.placement import (
+    Placement,
+    ThreadState,
+    check_emulator,
+    check_placements,
+    emulator_placement,
+    is_left,
+    placements,
+    with_thread,
+)
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused
+from qmpvcpu.ports import Threads, Widened
+
+__all__ = ["Placing", "check_start", "noted", "place_all"]
+
+
+class Placing:
+    """Where vCPUs run, for one change of the running guest: `check`, `prepare`, then `room` around the plug,
+    `place`.
+    """
+
+    def __init__(self, threads: Threads | None, definition: Definition | None) -> None:
+        self._threads = threads
+        self._definition = definition
+        self._has_layout = False
+        #: What is to be plugged and where it belongs, as `check` found it.
+        self._plugged: dict[int, Placement] = {}
+
+    @property
+    def is_idle(self) -> bool:
+        """After `check`: nothing that is to be plugged has a place."""
+        return not self._plugged
+
+    def check(self, plan: Plan, state: DomainState) -> Plan:
+        """The plan, with what is placed: what it plugs, and what is enabled already and was never placed; and what
+        stands against it.
+        """
+        if not plan.request.place or not (plan.plugs or plan.awaited or (plan.unchanged and plan.request.enables)):
+            return plan
+        self._has_layout = self._threads is not None and self._threads.has_layout()
+        wanted = self._wanted(_plugged(plan))
+        if state.threads_shared:
+            return replace(plan, messages=(*plan.messages, _SHARED)) if wanted else plan
+        wanted |= self._left(plan, state)
+        if not wanted:
+            return plan
+        self._plugged = wanted
+        facts = self._threads.facts(wanted.values()) if self._threads is not None else None
+        return replace(plan, placed=wanted).refused(check_placements(wanted, facts))
+
+    def _left(self, plan: Plan, state: DomainState) -> dict[int, Placement]:
+        """Of what is enabled already, what was never placed."""
+        if self._threads is None or not plan.request.enables:
+            return {}
+        found = self._wanted(number for number in plan.unchanged if state.vcpus[number].enabled)
+        if not found:
+            return {}
+        main = self._threads.look([self._threads.main_id]).get(self._threads.main_id)
+        ids = {number: thread for number in found if (thread := state.vcpus[number].thread_id) is not None}
+        seen = self._threads.look(list(ids.values())) if ids else {}
+        return {
+            number: found[number]
+            for number, thread in ids.items()
+            if main is not None
+            and thread in seen
+            and (
+                is_left(found[number], seen[thread], main)
+                or not self._threads.is_in_group(thread, found[number], number)
+            )
+        }
+
+    def prepare(self, plan: Plan) -> Plan:
+        """Make the cgroups of what is to be plugged; what keeps them from being made stands against the plan."""
+        if self._threads is None or self.is_idle:
+            return plan
+        try:
+            self._threads.make_groups(self._plugged)
+        except OSError as error:
+            return plan.refused([_no_group(self._plugged, error)])
+        return plan
+
+    @asynccontextmanager
+    async def room(self, plan: Plan, trouble: list[str]) -> AsyncIterator[None]:
+        """QEMU may allocate where its new vCPUs shall be, while this lasts; why that was not put back.
+
+        Raises:
+            VcpuRefused: it cannot be given.
+        """
+        nodes = sorted({node for placement in self._plugged.values() for node in placement.mems or ()})
+        widened = None
+        if nodes and self._threads is not None:
+            try:
+                widened = await _widen(self._threads, nodes)
+            except OSError as error:
+                raise VcpuRefused([_no_group(self._plugged, error)], ids=plan.targets) from error
+        try:
+            yield
+        finally:
+            try:
+                if widened is not None:
+                    widened.end()
+            except OSError as error:
+                trouble.append(
+                    f"the emulator's cpuset.mems could not be put back ({_why(error)}): the next change tries it"
+                )
+
+    def place(
+        self, before: DomainState, now: DomainState, plan: Plan, end: Outcome | VcpuError
+    ) -> Outcome | VcpuError:
+        """Place what has come since `before`, and what never was; an end that says so, if it could not be."""
+        if not plan.request.place or (self.is_idle and not plan.unplugs):
+            return end
+        left = [number for number in plan.unchanged if number in self._plugged]
+        wanted = self._wanted([*_came(before, now, plan), *left])
+        if not wanted:
+            return end
+        if now.threads_shared:
+            # That shows only once there are two.
+            if self._threads is not None and self._plugged:
+                self._threads.remove_groups(self._plugged, now.enabled_ids)
+            if _SHARED not in end.messages:
+                end = noted(end, [_SHARED])
+            return end
+        placed, failed = self._place(wanted, now)
+        if failed and self._threads is not None and self._threads.facts(()) is None:
+            return VcpuConnectionError(
+                f"QEMU has ended after vCPU {format_ids(wanted)} was plugged",
+                reason="closed",
+                hint="look at its log",
+                ids=end.ids,
+                messages=end.messages,
+            )
+        if not failed:
+            late = tuple(number for number in left if number in placed)
+            return _late(_shown(placed, end), late)
+        text = "; ".join(f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in failed.items())
+        remaining = [number for ids in failed.values() for number in ids]
+        if isinstance(end, VcpuError):
+            return noted(end, [text])
+        return VcpuPartial(
+            f"{text}; it is plugged, and stays so",
+            remaining=remaining,
+            hint="asked again, it is placed only; --no-place (place=False) leaves it where the kernel puts it",
+            ids=end.ids,
+            changed_ids=end.changed_ids,
+            pending=end.pending,
+            undone=end.undone,
+            messages=end.messages,
+            mechanism=end.mechanism,
+        )
+
+    def _place(
+        self, wanted: Mapping[int, Placement], now: DomainState
+    ) -> tuple[dict[int, ThreadState], dict[str, list[int]]]:
+        """What they have then; and why some could not be given what they shall have."""
+        failed: dict[str, list[int]] = {}
+        placed: dict[int, ThreadState] = {}
+        taken_back = {number: wanted[number] for number in wanted if number not in self._plugged}
+        if taken_back and self._threads is not None:
+            try:
+                self._threads.make_groups(taken_back)
+            except OSError as error:
+                failed[f"its cgroup: {_why(error)}"] = list(taken_back)
+        for number, placement in wanted.items():
+            thread_id = now.vcpus[number].thread_id
+            try:
+                if thread_id is None or self._threads is None:
+                    raise ProcessLookupError(3, "its thread is not known")
+                placed[number] = self._threads.place(thread_id, placement, number)
+            except OSError as error:
+                failed.setdefault(f"{placement or 'its cgroup'}: {_why(error)}", []).append(number)
+        return placed, failed
+
+    def _wanted(self, ids: Iterable[int]) -> dict[int, Placement]:
+        """What these vCPUs shall have; where every one has a cgroup of its own, those without a wish too."""
+        numbers = list(ids)
+        found = dict.fromkeys(numbers, Placement()) if self._has_layout else {}
+        return found | placements(self._definition, numbers)
+
+
+def _late(end: Outcome | VcpuError, ids: tuple[int, ...]) -> Outcome | VcpuError:
+    """With what was enabled already, and is placed only now."""
+    if not ids or isinstance(end, VcpuError):
+        return end
+    text = f"vCPU {format_ids(ids)} was enabled already, and is placed now"
+    return noted(replace(end, changed_ids=tuple(sorted({*end.changed_ids, *ids}))), [text])
+
+
+def _shown(placed: Mapping[int, ThreadState], end: Outcome | VcpuError) -> Outcome | VcpuError:
+    """With what the threads of these vCPUs have in its rows."""
+    if isinstance(end, VcpuError):
+        return end
+    rows = [with_thread(row, placed[row.id]) if row.id in placed else row for row in end.rows]
+    return replace(end, rows=tuple(rows))
+
+
+def check_start(threads: Threads, definition: Definition) -> list[Refusal]:
+    """Why a guest that is to start here cannot be placed. `threads` are this process's: QEMU has its rights and
+    cgroups.
+    """
+    wanted = placements(definition, definition.enabled_ids)
+    emulator = emulator_placement(definition)
+    facts = threads.facts([*wanted.values(), emulator])
+    return check_placements(wanted, facts) + check_emulator(emulator, facts)
+
+
+def place_all(threads: Threads | None, definition: Definition, state: DomainState) -> list[str]:
+    """Place every vCPU that is there, and the emulator's threads; what there is to say of it.
+
+    Raises:
+        VcpuRefused: they cannot be placed; none is.
+        VcpuFailed: the kernel declines; the others are placed.
+    """
+    wanted = placements(definition, state.enabled_ids)
+    emulator = emulator_placement(definition)
+    messages = [_SHARED] if state.threads_shared and wanted else []
+    if state.threads_shared:
+        wanted = {}
+    if not wanted and not emulator:
+        return messages
+    facts = threads.facts([*wanted.values(), emulator]) if threads is not None else None
+    refusals = check_placements(wanted, facts) + check_emulator(emulator, facts)
+    if refusals or threads is None:
+        raise VcpuRefused(refusals)
+    own = {vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None}
+    try:
+        threads.lay_out(wanted.values(), emulator, own)
+        if threads.has_layout():
+            wanted = dict.fromkeys(state.enabled_ids, Placement()) | wanted
+        threads.make_groups(wanted)
+    except OSError as error:
+        raise VcpuRefused([_no_group(wanted, error)]) from error
+    failed = []
+    if emulator.cpus is not None:
+        try:
+            for thread in threads.others(own):
+                threads.place(thread, Placement(emulator.cpus))
+        except OSError as error:
+            failed.append(f"the emulator could not be given {emulator}: {_why(error)}")
+    for number, placement in wanted.items():
+        try:
+            thread_id = state.vcpus[number].thread_id
+            if thread_id is None:
+                raise ProcessLookupError(3, "its thread is not known")
+            threads.place(thread_id, placement, number)
+        except OSError as error:
+            failed.append(f"vCPU {number} could not be given {placement or 'its cgroup'}: {_why(error)}")
+    if failed:
+        raise VcpuFailed("; ".join(failed), hint="correct <cputune>, or the rights of this process")
+    return messages
+
+
+async def _widen(threads: Threads, nodes: Sequence[int]) -> Widened | None:
+    """Waits for another process that does the same. Raises OSError."""
+    deadline = time.monotonic() + _WIDEN_SECONDS
+    while True:
+        try:
+            return threads.widen(nodes)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise
+        await asyncio.sleep(_WIDEN_PAUSE)
+
+
+def _no_group(ids: Iterable[int], error: OSError) -> Refusal:
+    numbers = tuple(sorted(ids))
+    text = f"vCPU {format_ids(numbers)} cannot have its cgroup: {_why(error)}"
+    denied = error.errno in (errno.EACCES, errno.EPERM)
+    libvirt = "VIR_ERR_OPERATION_DENIED" if denied else "VIR_ERR_OPERATION_FAILED"
+    hint = "look at that group, or leave the thread where the kernel puts it: --no-place (place=False)"
+    return Refusal("cgroup", text, numbers, hint, libvirt)
+
+
+def _why(error: OSError) -> str:
+    text = error.strerror or str(error)
+    return f"{error.filename}: {text}" if error.filename else text
+
+
+def _plugged(plan: Plan) -> list[int]:
+    return [number for entity in (*plan.awaited, *plan.plugs) for number in entity.ids]
+
+
+#: Seconds for another process that plugs just now, and between two tries.
+_WIDEN_SECONDS: Final = 10.0
+_WIDEN_PAUSE: Final = 0.01
+#: Under single-threaded TCG.
+_SHARED = "nothing to place: QEMU runs every vCPU on one thread (-accel tcg,thread=single)"
+
+
+def _came(before: DomainState, now: DomainState, plan: Plan) -> Iterable[int]:
+    """vCPUs that have a new thread; of a plan's unplugs, those that were taken back."""
+    for entity in (*plan.awaited, *plan.plugs, *plan.unplugs):
+        for number in entity.ids:
+            then, vcpu = before.vcpus[number], now.vcpus[number]
+            if vcpu.enabled and not (then.enabled and then.thread_id == vcpu.thread_id):
+                yield number
+
+
+def noted(end: Outcome | VcpuError, messages: Sequence[str]) -> Outcome | VcpuError:
+    """The same end, with more to say of it."""
+    if isinstance(end, Outcome):
+        return replace(end, messages=(*end.messages, *messages))
+    end.messages += tuple(messages)
+    return end

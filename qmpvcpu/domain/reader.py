@@ -1,0 +1,343 @@
+"""Reads a domain's state over a monitor: facts of the boot once, the two CPU queries as often as needed."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import time
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
+from typing import Final, Protocol
+
+from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.state.inventory import (
+    LONGEST_TEXT,
+    BootFacts,
+    InconsistentReplies,
+    build_state,
+    parse_cpus_fast,
+    parse_hotpluggable_cpus,
+    parse_topology,
+    parse_version,
+    refresh_state,
+    short,
+)
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.host.process import Process
+from qmpvcpu.ports import CommandError, Monitor
+
+__all__ = [
+    "Reader",
+    "StateReader",
+    "firmware_runs",
+    "has_smm_firmware",
+    "has_x2apic",
+    "is_hotplug_legacy",
+    "lacks_acpi",
+    "open_reader",
+    "run_state",
+]
+
+_TRIES: Final = 30
+#: How long to ask again, seconds; each single answer may take as long as a command.
+_TRY_SECONDS: Final = 10.0
+#: Seconds before the second try, doubled each time, and at most. Where the host is busy, a CPU that has left its
+#: slot is listed until its thread has ended (10.0, KVM).
+_TRY_AGAIN: Final = 0.002
+_TRY_MOST: Final = 0.1
+
+
+class StateReader(Protocol):
+    """Reads a domain's state, as often as needed."""
+
+    thread_ids: frozenset[int]
+    #: QEMU's, where what is read tells it and the threads do not.
+    process: Process | None
+
+    async def full(self, pending: Iterable[int] = ()) -> DomainState:
+        """All of it; `pending` are first ids of entities whose unplug is asked and has not ended."""
+
+    async def fast(
+        self,
+        state: DomainState,
+        pending: Collection[int] = (),
+        expected: Collection[int] = (),
+        told: bool = False,
+        anew: Callable[[], None] = lambda: None,
+        declined: Collection[int] = (),
+    ) -> DomainState:
+        """What has changed since `state`; QEMU has told of what is gone, if `told`. `anew` is called before it is
+        asked once more.
+        """
+
+
+class Reader:
+    """What one connection knows about its QEMU; `open_reader` makes it."""
+
+    def __init__(self, monitor: Monitor, boot: BootFacts, hotplug: bool) -> None:
+        self._monitor = monitor
+        self.boot = boot
+        #: Linux thread ids of all vCPUs at the last `full`.
+        self.thread_ids: frozenset[int] = frozenset()
+        self.process: Process | None = None
+        self._hotplug = hotplug
+        #: The vCPU ids of each entity, which are the same as long as QEMU runs.
+        self._ids: list[tuple[int, ...]] | None = None
+        #: The last reply to `query-cpus-fast` alone, and the state that came of it.
+        self._last: tuple[object, DomainState] | None = None
+
+    async def full(self, pending: Iterable[int] = ()) -> DomainState:
+        """Both queries, sent together.
+
+        Raises:
+            InconsistentReplies: somebody keeps plugging and unplugging between the two.
+            VcpuConnectionError: the replies cannot be true, or have other slots than those before.
+        """
+        until = time.monotonic() + _TRY_SECONDS
+        for attempt in range(_TRIES):
+            try:
+                if self._hotplug:
+                    slots_reply, cpus_reply = _good(
+                        await asyncio.gather(
+                            self._monitor.query_hotpluggable_cpus(),
+                            self._monitor.query_cpus_fast(),
+                            return_exceptions=True,
+                        )
+                    )
+                    slots = parse_hotpluggable_cpus(slots_reply)
+                else:
+                    slots, cpus_reply = None, await self._monitor.query_cpus_fast()
+                cpus = parse_cpus_fast(cpus_reply, props=slots is None)
+                self.thread_ids = frozenset(cpu.thread_id for cpu in cpus)
+                return self._checked(build_state(self.boot, slots, cpus, pending=pending))
+            except InconsistentReplies:
+                if attempt == _TRIES - 1 or time.monotonic() >= until:
+                    raise
+                await asyncio.sleep(min(_TRY_AGAIN * 2**attempt, _TRY_MOST))
+            except CommandError as error:
+                raise _unexpected(self._monitor, error) from error
+        raise AssertionError("unreachable")
+
+    def _checked(self, state: DomainState) -> DomainState:
+        """Whatever holds an id of the state before finds it in this one."""
+        ids = [entity.ids for entity in state.entities]
+        if self._ids is not None and ids != self._ids:
+            before, now = (f"{len(found)} slots of {sum(map(len, found))} vCPUs" for found in (self._ids, ids))
+            raise _malformed(self._monitor, f"QEMU listed {before}, and lists {now} now, which no machine does")
+        self._ids = ids
+        return state
+
+    async def fast(
+        self,
+        state: DomainState,
+        pending: Collection[int] = (),
+        expected: Collection[int] = (),
+        told: bool = False,
+        anew: Callable[[], None] = lambda: None,
+        declined: Collection[int] = (),
+    ) -> DomainState:
+        """`query-cpus-fast` alone, and both queries where that is not enough.
+
+        A CPU that it does not list has left its slot: QEMU empties the slot first (x86, ppc64; 7.2 to 11.1). So
+        both are asked only where no DEVICE_DELETED has told it too, when the last of those in `pending` (first
+        ids) has gone; in between, more go while we ask. `expected` are the first ids of slots we fill ourselves:
+        only of these is a device id enough to know the slot, but for those whose plug QEMU has `declined`.
+        """
+        try:
+            reply = await self._monitor.query_cpus_fast()
+            if self._last is not None and self._last[1] is state and self._last[0] == reply:
+                return state
+            cpus = parse_cpus_fast(reply, props=False)
+            fresh = refresh_state(state, self.boot, cpus, pending=pending)
+        except InconsistentReplies:
+            anew()
+            return await self.full(pending)
+        except CommandError as error:
+            raise _unexpected(self._monitor, error) from error
+        came = gone = leaving = False
+        for before, after in zip(state.entities, fresh.entities, strict=True):
+            if before is not after:
+                came |= after.plugged and (before.first not in expected or before.first in declined)
+                gone |= before.plugged and not after.plugged
+            leaving |= after.plugged and after.first in pending
+        if came or (gone and not leaving and not told):
+            with suppress(InconsistentReplies):
+                anew()
+                return await self.full(pending)
+        self._last = reply, fresh
+        return fresh
+
+
+async def open_reader(monitor: Monitor, name: str) -> tuple[Reader, DomainState]:
+    """Ask everything once, all at the same time.
+
+    Raises:
+        VcpuConnectionError: QEMU answers what cannot be, or not at all.
+    """
+    version = parse_version(monitor.greeting)
+    try:
+        target, kvm, machine, topology, slots = _good(
+            await asyncio.gather(
+                monitor.query_target(),
+                monitor.query_kvm(),
+                monitor.qom_get("/machine", "type"),
+                _topology(monitor),
+                _slots(monitor),
+                return_exceptions=True,
+            )
+        )
+    except CommandError as error:
+        raise _unexpected(monitor, error) from error
+    boot = BootFacts(
+        name=name,
+        arch=_text(monitor, "query-target", target.get("arch") if isinstance(target, dict) else None),
+        machine=_text(monitor, "qom-get /machine type", machine).removesuffix("-machine"),
+        kvm=isinstance(kvm, dict) and kvm.get("enabled") is True,
+        version=version,
+        topology=parse_topology(topology),
+    )
+    if slots is not True:
+        try:
+            await _confirm_no_hotplug(monitor, boot)
+        except CommandError as error:
+            raise _unexpected(monitor, error) from error
+    reader = Reader(monitor, boot, hotplug=slots is True)
+    return reader, await reader.full()
+
+
+async def _slots(monitor: Monitor) -> bool:
+    try:
+        await monitor.query_hotpluggable_cpus()
+    except CommandError:
+        return False
+    return True
+
+
+async def _confirm_no_hotplug(monitor: Monitor, boot: BootFacts) -> None:
+    """The error's text differs from version to version; `query-machines` says it as data."""
+    machines = await monitor.query_machines()
+    if not isinstance(machines, list):
+        machines = []
+    for machine in machines:
+        if isinstance(machine, dict) and machine.get("name") == boot.machine:
+            if machine.get("hotpluggable-cpus") is True:
+                raise _malformed(monitor, "query-hotpluggable-cpus fails on a machine that has it")
+            return
+
+
+async def _topology(monitor: Monitor) -> object:
+    try:
+        return await monitor.qom_get("/machine", "smp")
+    except CommandError:
+        return None  # before QEMU 6.2
+
+
+async def run_state(monitor: Monitor) -> str | None:
+    """`query-status`: "running", "paused", "prelaunch" …; None if QEMU does not tell."""
+    try:
+        status = await monitor.query_status()
+    except CommandError:
+        return None
+    found = status.get("status") if isinstance(status, dict) else None
+    return found[:_LONGEST_STATE] if isinstance(found, str) else None
+
+
+_LONGEST_STATE: Final = 40
+
+
+async def has_x2apic(monitor: Monitor, state: DomainState) -> bool | None:
+    """Whether the guest's CPU model has x2apic, from a CPU that is there."""
+    path = next((vcpu.qom_path for vcpu in state.vcpus if vcpu.qom_path is not None), None)
+    if path is None:
+        return None
+    try:
+        return await monitor.qom_get(path, "x2apic") is True
+    except CommandError:
+        return None
+
+
+async def has_smm_firmware(monitor: Monitor) -> bool:
+    """Whether the firmware's flash can be written in SMM alone, as OVMF with SMM has it (7.2 to 11.1)."""
+    try:
+        return await monitor.qom_get("/machine/system.flash0", "secure") is True
+    except CommandError:
+        return False
+
+
+async def is_hotplug_legacy(monitor: Monitor) -> bool:
+    """Whether the CPU hotplug block is in legacy mode; False where QEMU has no such property (11.1)."""
+    try:
+        return await monitor.qom_get("/machine/acpi-device", "cpu-hotplug-legacy") is True
+    except CommandError:
+        return False
+
+
+async def lacks_acpi(monitor: Monitor) -> bool:
+    """Whether the machine was started without ACPI."""
+    try:
+        return await monitor.qom_get("/machine", "acpi") == "off"
+    except CommandError:
+        return False
+
+
+_MSR = re.compile(r"\bMSR ([0-9a-fA-F]{8,16})\b")
+
+
+async def firmware_runs(monitor: Monitor) -> bool | None:
+    """Whether a ppc64 guest still executes its firmware: None if QEMU does not tell.
+
+    QMP has no word for it. SLOF runs in real mode (MSR[IR] off, seen with 7.2: at the top of the first 512 MiB);
+    a kernel runs translated, and only for moments without. A guest that was never started executes nothing.
+    """
+    if await run_state(monitor) == "prelaunch":
+        return False
+    for _ in range(_FIRMWARE_SAMPLES):
+        try:
+            text = await monitor.human_monitor_command("info registers -a")
+        except CommandError:
+            return None
+        registers = _MSR.findall(text) if isinstance(text, str) else []
+        if not registers:
+            return None
+        # A CPU that the kernel took offline stays in real mode (RTAS stop-self): one that translates is enough.
+        if any(int(msr, 16) & _MSR_IR for msr in registers):
+            return False
+        await asyncio.sleep(_FIRMWARE_PAUSE)
+    return True
+
+
+_MSR_IR: Final = 0x20
+_FIRMWARE_SAMPLES: Final = 5
+_FIRMWARE_PAUSE: Final = 0.01
+
+
+def _good(replies: tuple[object, ...]) -> tuple[object, ...]:
+    """What `gather(…, return_exceptions=True)` gave, or the first error of it."""
+    for reply in replies:
+        if isinstance(reply, BaseException):
+            raise reply
+    return replies
+
+
+def _text(monitor: Monitor, command: str, value: object) -> str:
+    if not isinstance(value, str) or not 0 < len(value) <= LONGEST_TEXT:
+        raise _malformed(monitor, f"{command} answers {short(value)}")
+    return value
+
+
+def _malformed(monitor: Monitor, what: str) -> VcpuConnectionError:
+    return VcpuConnectionError(
+        f"'{monitor.address}': {what}",
+        address=monitor.address,
+        reason="malformed",
+        hint="is this socket really QEMU's? --qmp-log FILE keeps what it says",
+    )
+
+
+def _unexpected(monitor: Monitor, error: CommandError) -> VcpuConnectionError:
+    return VcpuConnectionError(
+        f"QEMU at '{monitor.address}' cannot answer {error}",
+        address=monitor.address,
+        reason="malformed",
+        hint="QEMU 6.2 or later is needed, past its -preconfig stage (x-exit-preconfig)",
+    )

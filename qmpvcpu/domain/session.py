@@ -1,0 +1,438 @@
+"""What one connection to a guest holds: monitor, state kept fresh by events, pending unplugs, who listens."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from typing import Any, Final
+
+from qmpvcpu import aio
+from qmpvcpu.core.arch import architecture
+from qmpvcpu.core.migration.machines import MigrationStatus, check_cpu_operation, parse_status
+from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
+from qmpvcpu.core.request import Knowledge
+from qmpvcpu.core.state.events import CPU_EVENTS, Departures, Names, SignalKind, changes, interpret
+from qmpvcpu.core.state.pending import UsedContexts, mark
+from qmpvcpu.domain.addresses import Opener, first_free
+from qmpvcpu.domain.agent import Guest
+from qmpvcpu.domain.event_bus import Hub, Watcher
+from qmpvcpu.domain.pending_unplugs import Ledger
+from qmpvcpu.domain.reader import StateReader, has_smm_firmware, is_hotplug_legacy, open_reader, run_state
+from qmpvcpu.errors import Refusal, VcpuConnectionError
+from qmpvcpu.host.pending import PendingFolder
+from qmpvcpu.host.process import Process, find_process
+from qmpvcpu.host.saves import is_here
+from qmpvcpu.host.threads import QemuThreads
+from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, PendingStore, Threads
+
+__all__ = ["Link", "open_link", "store_of"]
+
+#: QAPI RunState of a guest that would not leave unheard.
+_AT_HOME: Final = frozenset({"running", "prelaunch"})
+_RUN_EVENTS: Final = frozenset({"STOP", "RESUME", "MIGRATION"})
+
+#: Makes what reads the state over a monitor, and its first state; given the domain's name.
+Reads = Callable[[Monitor, str], Awaitable[tuple[StateReader, DomainState]]]
+
+
+class Link:
+    """An open connection, until `close()`; `open_link` makes it.
+
+    `queue` is held by whoever reads or changes. `driven` are the first ids of entities an operation has in its
+    hands: it alone decides what becomes of them.
+    """
+
+    def __init__(self, monitor: Monitor, hub: Hub, queue: asyncio.Lock, reads: Reads = open_reader) -> None:
+        self.monitor = monitor
+        self._reads = reads
+        self.stale = True
+        #: Whether the guest may have left, or be on its way: only `read_at_rest` tells.
+        self.may_be_away = True
+        self.removals_seen = 0
+        #: QAPI RunState when it was asked last, None after an event of a change.
+        self.seen_run_state: str | None = None
+        self._has_smm: bool | None = None
+        #: Whether the guest was seen to have left the legacy mode of its CPU hotplug block; a reset takes it back.
+        self._left_legacy = False
+        self.process: Process | None = None
+        #: Of QEMU, where it runs on this host.
+        self.threads: Threads | None = None
+        self.ledger = Ledger(None)
+        self.driven: frozenset[int] = frozenset()
+        #: What ended while nobody listened, as found on connecting.
+        self.settled: tuple[Event, ...] = ()
+        #: Looked at too while somebody listens.
+        self.guest: Guest | None = None
+        self._hub = hub
+        self._queue = queue
+        self._reader: StateReader | None = None
+        self._state: DomainState | None = None
+        self._lost: VcpuConnectionError | None = None
+        self._names: tuple[DomainState, Names] | None = None
+        self._departures = Departures()
+        self._listening: Any = None
+        #: vCPUs that are gone, and whose cgroups perhaps are not.
+        self._gone: set[int] = set()
+        #: vCPUs that are to go, and have none.
+        self._groupless: set[int] = set()
+        self._watcher = Watcher(
+            self._watch, lambda: hub.listening or bool(self.ledger.firsts) or bool(self._gone), hub.end
+        )
+        hub.on_listener = self._watcher.start
+
+    @property
+    def removals(self) -> int:
+        """vCPUs that were unplugged, as far as is known; at least one, if any was."""
+        return self.removals_seen or int(bool(self.ledger.contexts.gone))
+
+    @property
+    def state(self) -> DomainState:
+        """The state of the last query."""
+        assert self._state is not None
+        return self._state
+
+    async def open(self, name: str, before: Link | None) -> None:
+        """Read everything once. `before` is the lost connection that this one replaces."""
+        self.stale = self.may_be_away = False
+        self._listening = self.monitor.listen(self._sink)
+        self._listening.__enter__()
+        asked_at = time.time()
+        self._reader, state = await self._reads(self.monitor, name)
+        self._state = state
+        if self.monitor.is_local:
+            self.process = find_process(self._reader.thread_ids, self.monitor.peer)
+            self.threads = QemuThreads(self.process) if self.process is not None else None
+        if self.threads is not None:
+            self.threads.recover()
+        self.ledger = Ledger(store_of(self.process or self._reader.process))
+        self.ledger.seen_at = asked_at
+        if before is not None and _same_guest(before, self):
+            self.ledger.take_over(before.ledger)
+            self.removals_seen = before.removals_seen
+            self._state = before.state
+            self._keep(state)
+        self.ledger.note_back(state.enabled_ids)
+        self.settled = tuple(event for event in self._learn(is_first=True) if not event.event.is_step)
+        self._state = mark(state, self.ledger.firsts)
+        self._note_run(await run_state(self.monitor))
+        self._watcher.start()
+
+    async def close(self) -> None:
+        """Close. Never raises; may be called twice."""
+        await self._watcher.stop()
+        if self._listening is not None:
+            self._listening.__exit__(None, None, None)
+            self._listening = None
+        self.ledger.close()
+        await self.monitor.close()
+
+    # -- queries ----------------------------------------------------------------------------------
+
+    async def read(self) -> DomainState:
+        """Both queries."""
+        assert self._reader is not None
+        self.learn()
+        self.stale = False
+        heard, asked_at = self._departures.heard, time.time()
+        try:
+            state = await self._reader.full(self.ledger.firsts)
+        except BaseException:
+            self.stale = True
+            raise
+        return self._keep(state, heard, asked_at)
+
+    async def read_at_rest(self) -> tuple[DomainState, list[Refusal]]:
+        """`read`, and why no vCPU can be switched now: the guest is on its way elsewhere."""
+        self.may_be_away = False
+        try:
+            # What nothing was heard against only has to be confirmed.
+            state, run, reply = await asyncio.gather(
+                self.read() if self.stale else self.look(),
+                run_state(self.monitor),
+                _answer(self.monitor.query_migrate),
+                return_exceptions=True,
+            )
+            if isinstance(state, BaseException):
+                raise state
+            if isinstance(run, BaseException):
+                raise run
+            if isinstance(reply, BaseException) and not isinstance(reply, CommandError):
+                raise reply
+        except BaseException:
+            self.may_be_away = True
+            raise
+        status = MigrationStatus() if isinstance(reply, CommandError) else parse_status(reply)
+        if run == "postmigrate" and is_here(self.process):
+            run = "paused"
+        away = check_cpu_operation(run, status)
+        self._note_run(run)
+        self.may_be_away |= bool(away)
+        return state, away
+
+    async def look(
+        self,
+        *,
+        is_last: bool = False,
+        anew: Callable[[], None] = lambda: None,
+        declined: Collection[int] = (),
+    ) -> DomainState:
+        """`query-cpus-fast` alone, where that is enough: the query of a running operation.
+
+        Args:
+            is_last: QEMU has said of all that are to go that they are gone.
+            anew: called before anything is asked a second time.
+            declined: first ids of entities whose plug QEMU declined, looked at when the reply is there: a CPU with
+                their device id may be in any slot.
+        """
+        assert self._reader is not None
+        pending, heard, asked_at = self.ledger.firsts, self._departures.heard, time.time()
+        state = await self._reader.fast(self.state, pending, self.driven, is_last, anew, declined)
+        return self._keep(state, heard, asked_at)
+
+    def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
+        """What a plan needs besides the state."""
+        known = Knowledge(self.removals_seen, x2apic, firmware_runs, self.ledger.firsts)
+        if self.state.accel != "tcg":
+            return known
+        contexts = self.ledger.contexts
+        return replace(
+            known,
+            removals_seen=self.removals_seen or len(contexts.gone),
+            contexts_lost=max(self.removals_seen, contexts.count(_threads(self.state))),
+            contexts_reported=contexts.is_reported,
+        )
+
+    async def smm_has_run(self) -> bool:
+        """Whether OVMF with SMM has run in this guest. At an incoming migration it has not here."""
+        if self._has_smm is None:
+            self._has_smm = await has_smm_firmware(self.monitor)
+        return self._has_smm and await run_state(self.monitor) not in ("prelaunch", "inmigrate")
+
+    async def is_hotplug_legacy(self) -> bool:
+        """Whether nobody in the guest has left the legacy mode of its CPU hotplug block."""
+        if not self._left_legacy:
+            self._left_legacy = not await is_hotplug_legacy(self.monitor)
+        return not self._left_legacy
+
+    # -- pending unplugs --------------------------------------------------------------------------
+
+    def learn(self) -> None:
+        """What other processes have asked meanwhile, or have seen ended."""
+        self._hub.emit(self._learn())
+        self._state = mark(self.state, self.ledger.firsts)
+
+    def ask(self, entities: Sequence[Entity]) -> None:
+        """Called before `device_del` goes out."""
+        now = time.time()
+        self.ledger.ask(entities, self.state, now)
+        # While QEMU is at work there is time to see whether anything will be left behind. Two turns of the loop
+        # from now: in the next one `device_del` goes out.
+        loop = asyncio.get_running_loop()
+        loop.call_soon(loop.call_soon, self._look_for_groups, [n for one in entities for n in one.ids])
+        if self._hub.listening:
+            self._hub.emit(_events(now, EventKind.UNPLUG_REQUESTED, entities))
+
+    def check(self) -> None:
+        """Raises VcpuConnectionError if the connection is lost."""
+        if self._lost is not None:
+            raise self._lost
+
+    def watch(self) -> None:
+        """Begin to look by ourselves, as long as somebody listens or something is pending."""
+        self._watcher.start()
+
+    def drop_groups(self, ids: Iterable[int]) -> bool:
+        """Remove the cgroups of those of these vCPUs that are gone; whether they all are removed."""
+        self._gone.update(ids)
+        enabled = self.state.enabled_ids
+        self._gone.difference_update(enabled, self._groupless)
+        self._groupless.clear()
+        if self._gone and self.threads is not None:
+            self._gone = set(self.threads.remove_groups(self._gone, enabled))
+        return not self._gone or self.threads is None
+
+    # -- inside -----------------------------------------------------------------------------------
+
+    def _note_run(self, run: str | None) -> None:
+        """One that runs, or was never started, does not leave without an event; one that is paused does: there is
+        nothing to STOP. One that has left takes a device_add, and nobody ever sees it.
+        """
+        self.seen_run_state = run
+        self.may_be_away |= run not in _AT_HOME
+
+    def _look_for_groups(self, ids: Iterable[int]) -> None:
+        self._groupless = set(ids) if self.threads is not None and not self.threads.has_groups() else set()
+
+    def _learn(self, *, is_first: bool = False) -> list[Event]:
+        opened, over = self.ledger.refresh(self.state)
+        self.stale |= self.ledger.undecided
+        found: list[Event] = []
+        for unplug in opened:
+            entity = self.state.by_id[unplug.first]
+            found += _events(unplug.asked or time.time(), EventKind.UNPLUG_REQUESTED, [entity])
+        for unplug in over:
+            gone = self.state.by_id.get(unplug.first)
+            if gone is None:
+                continue
+            self._gone.update(gone.ids)
+            if is_first:
+                self._departures.forget(unplug.qom_path)
+            if is_first or not self.monitor.hears_all:
+                # Later on QEMU's own event tells of it.
+                detail = "it was removed while nobody listened"
+                found += _events(time.time(), EventKind.REMOVED, [gone], detail)
+        return found
+
+    async def _watch(self) -> None:
+        async with self._queue:
+            self.learn()
+            await self.look()
+        if self._hub.listening and self.guest is not None:
+            # Outside of the queue: an agent that is not there takes its time.
+            await self.guest.try_view(self.state)
+            if not self._queue.locked():
+                # Its socket takes one client at a time, and another process may want it before the next look.
+                await self.guest.close()
+
+    def _keep(self, state: DomainState, heard: int = 0, asked_at: float = 0.0) -> DomainState:
+        """`heard` is what `_departures` had heard of when the query was sent, at `asked_at`."""
+        before = self.state
+        self.ledger.seen_at = max(self.ledger.seen_at, asked_at)
+        if state.threads_shared is None:
+            # One vCPU alone does not show it; what was seen with two still holds.
+            state = replace(state, threads_shared=before.threads_shared)
+        if before is not state:
+            found = changes(before, state, time.time())
+            removed = [event for event in found if event.event is EventKind.REMOVED]
+            self.removals_seen += len(removed)
+            if removed and state.accel == "tcg":
+                # They have used up what QEMU has few of, and some QEMUs cannot be migrated then.
+                gone = [before.vcpus[number] for event in removed for number in event.vcpus]
+                self.ledger.note_contexts(UsedContexts(frozenset((v.id, v.thread_id or 0) for v in gone)))
+            self._gone.update(number for event in removed for number in event.vcpus)
+            added = [event for event in found if event.event is EventKind.ADDED]
+            self.ledger.note_back([number for event in added for number in event.vcpus])
+            if unseen := self._departures.decide(before, state, heard, has_removed=bool(removed)):
+                found = [*removed, *unseen, *added]
+        else:
+            found = unseen = self._departures.decide(before, state, heard, has_removed=False)
+        self.removals_seen += sum(event.event is EventKind.REMOVED for event in unseen)
+        self._hub.emit(found)
+        self.ledger.settle(state, self.driven)
+        self._state = state
+        if self.ledger.undecided:
+            self._hub.emit(self._learn())
+        self._state = mark(state, self.ledger.firsts)
+        if self._gone and not self.driven:
+            # While an operation has vCPUs in its hands, it makes groups of those that are to come.
+            self.drop_groups(())
+        return self._state
+
+    def _sink(self, event: MonitorEvent | VcpuConnectionError) -> None:
+        if isinstance(event, VcpuConnectionError):
+            self._lost = event
+            self._hub.end(event)
+            return
+        if event.name in _RUN_EVENTS:
+            # Perhaps it migrates: the next call looks.
+            self.stale = self.may_be_away = True
+            self.seen_run_state = None
+        if event.name == "RESET":
+            self._left_legacy = False
+        if event.name not in CPU_EVENTS:
+            return
+        own = self._state is None or self._state.accel != "tcg" or not architecture(self._state.arch).has_apic
+        self._departures.hear(event.name, event.data, event.time or time.time(), own=own)
+        self.stale = True
+        if self._state is None:
+            return
+        known = self.ledger.firsts
+        if self._hub.listening:
+            # Who asked has written it down, and may cross it out as soon as it has seen this event itself.
+            self.learn()
+        pending = self.ledger.firsts
+        if not self._hub.listening and self.driven >= pending:
+            return
+        if self._names is None or self._names[0] is not self._state:
+            self._names = self._state, Names(self._state.entities)
+        signal = interpret(event.name, event.data, self._names[1])
+        if signal is None:
+            return
+        by_id = self._state.by_id
+        when = event.time or time.time()
+        if signal.kind is SignalKind.GUEST_REFUSED and signal.first is not None:
+            self.ledger.end({signal.first} - self.driven)
+            refused = [by_id[signal.first]]
+            self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, refused, signal.reason))
+        elif signal.kind is SignalKind.RESET and architecture(self._state.arch).reset_drops_unplug:
+            self.ledger.end(pending - self.driven)
+            # What has been crossed out since the last look was crossed out for this reset.
+            dropped = [by_id[first] for first in sorted(known | pending)]
+            self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, dropped, signal.reason))
+        elif signal.kind is SignalKind.EJECTING and signal.first is not None:
+            self._hub.emit(_events(when, EventKind.EJECTING, [by_id[signal.first]]))
+        self._watcher.poke()
+
+
+async def open_link(
+    name: str,
+    addresses: Sequence[str],
+    opener: Opener,
+    hub: Hub,
+    queue: asyncio.Lock,
+    before: Link | None = None,
+    reads: Reads = open_reader,
+) -> Link:
+    """Connect to the first address that is free, and read everything once.
+
+    Raises:
+        VcpuConnectionError: none answers, or what answers is no QEMU.
+    """
+    link = Link(await first_free(addresses, opener), hub, queue, reads)
+    try:
+        await link.open(name, before)
+    except BaseException:
+        await aio.finish(link.close())
+        raise
+    return link
+
+
+async def _answer(query: Callable[[], Awaitable[object]]) -> object:
+    """Asks when its task runs: all that is asked at the same time goes out together."""
+    return await query()
+
+
+def _threads(state: DomainState) -> frozenset[int]:
+    return frozenset(vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None)
+
+
+def _events(when: float, kind: EventKind, entities: Iterable[Entity], detail: str | None = None) -> list[Event]:
+    return [Event(when, kind, (number,), detail) for entity in entities for number in entity.ids]
+
+
+def store_of(process: Process | None) -> PendingStore | None:
+    """Where what is pending is kept for the next process."""
+    if process is not None:
+        with suppress(RuntimeError):  # no home folder
+            return PendingFolder(process)
+    return None
+
+
+def _same_guest(one: Link, other: Link) -> bool:
+    """Whether the QEMU that listens now is the one that was lost; what was pending there is no business of
+    another.
+    """
+    states = one.state, other.state
+    if one.process is not None and other.process is not None:
+        ids = [[entity.ids for entity in state.entities] for state in states]
+        return one.process == other.process and ids[0] == ids[1]
+    if one.monitor.run_id != other.monitor.run_id:
+        return False
+    machines = [
+        (state.machine, state.version, [(entity.ids, entity.props) for entity in state.entities])
+        for state in states
+    ]
+    return machines[0] == machines[1]

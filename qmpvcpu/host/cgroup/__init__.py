@@ -1,0 +1,1 @@
+"""Groups for the threads of vCPUs, in this host's cgroup hierarchies."""

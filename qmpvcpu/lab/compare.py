@@ -1,0 +1,346 @@
+"""`compare`: one request on a guest of ours and on the same guest under libvirt, side by side.
+
+libvirt is a throwaway daemon of our own, asked by its API as virsh does; what it sends to QEMU is in its log.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Final
+
+from qmpvcpu.app.boot import check_program, command_line
+from qmpvcpu.app.probes import ProbeMode
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.machine.boot_arguments import qemu_arch
+from qmpvcpu.core.machine.hardware import hardware_args
+from qmpvcpu.core.model import format_ids
+from qmpvcpu.core.request import Request
+from qmpvcpu.domain import Domain, connect
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused
+from qmpvcpu.flags import VcpuFlag
+from qmpvcpu.lab.libvirtd import Libvirtd, run_libvirtd
+from qmpvcpu.libvirt.calls import Connection, Guest, open_connection
+from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.folder import throwaway_folder
+from qmpvcpu.qemu.monitor import QmpLog
+from qmpvcpu.qemu.process import run_qemu
+from qmpvcpu.xml.domain import read_domain, vcpus_lines
+from qmpvcpu.xml.hardware import read_hardware
+
+__all__ = ["Comparison", "LibvirtSide", "OurSide", "Side", "compare", "our_side"]
+
+#: Seconds for libvirt to start a guest: it asks a QEMU that it does not know first.
+_START_SECONDS: Final = 60.0
+_AGENT: Final = "agent"
+
+
+@dataclass(frozen=True, slots=True)
+class Side:
+    """How one request ended on one side.
+
+    `error` is a libvirt error's name, None where there was none; `seconds` the call's duration, `commands` the QMP
+    commands it sent. `live` and `config` are `<vcpus>` then, in libvirt's dialect and line by line, of the running
+    guest and of its definition; None where there is none.
+    """
+
+    outcome: str
+    error: str | None
+    message: str | None
+    seconds: float
+    commands: tuple[Mapping[str, Any], ...]
+    live: tuple[str, ...] | None
+    config: tuple[str, ...] | None
+    live_ids: tuple[int, ...] = ()
+    config_ids: tuple[int, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """As JSON data."""
+        return {
+            "outcome": self.outcome,
+            "error": self.error,
+            "message": self.message,
+            "seconds": round(self.seconds, 6),
+            "commands": list(self.commands),
+            "live": None if self.live is None else list(self.live),
+            "config": None if self.config is None else list(self.config),
+            "live_vcpus": list(self.live_ids),
+            "config_vcpus": list(self.config_ids),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class Comparison:
+    """Both sides; `differs` names what is not the same: "outcome" (where neither has an error), "error", "live",
+    "config".
+    """
+
+    ours: Side
+    libvirt: Side
+
+    @property
+    def differs(self) -> tuple[str, ...]:
+        """What is not the same."""
+        live, theirs = self.ours.live, self.libvirt.live
+        if live is not None and theirs is not None and not any("order=" in row for row in theirs):
+            # libvirt asks for the order with the first plug, and has none before it.
+            live = tuple(re.sub(r" order='\d+'", "", row) for row in live)
+        ends = (self.ours.outcome, self.libvirt.outcome)
+        if self.ours.error is not None or self.libvirt.error is not None:
+            ends = ("", "")
+        pairs = (
+            ("outcome", *ends),
+            ("error", self.ours.error, self.libvirt.error),
+            ("live", live, self.libvirt.live),
+            ("config", self.ours.config, self.libvirt.config),
+        )
+        return tuple(word for word, one, other in pairs if one != other)
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `compare --json`."""
+        return {
+            "outcome": "queried",
+            "ours": self.ours.to_json(),
+            "libvirt": self.libvirt.to_json(),
+            "differs": list(self.differs),
+        }
+
+
+def _shown(xml: bytes | None) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:
+    if xml is None:
+        return None, ()
+    definition = read_domain(xml, running=True)[1]
+    ids = definition.enabled_ids
+    head = f"<vcpu current='{len(ids)}'>{definition.maxcpus}</vcpu>"
+    return (head, *vcpus_lines(definition, "libvirt")), ids
+
+
+class OurSide:
+    """A guest of ours; `beside` is a second QMP socket of it, if it runs."""
+
+    def __init__(self, domain: Domain, log: Path, beside: str | None = None) -> None:
+        self.domain = domain
+        self.beside = beside
+        self._log = log
+
+    async def ask(self, request: Request) -> Side:
+        """Carry it out."""
+        mark = self._log.stat().st_size if self._log.exists() else 0
+        error: VcpuError | None = None
+        outcome = ""
+        messages: tuple[str, ...] = ()
+        began = time.monotonic()
+        try:
+            end = await self.domain.request(request)
+            outcome, messages = str(end.outcome), end.messages
+        except VcpuError as raised:
+            error = raised
+        seconds = time.monotonic() - began
+        commands = tuple(_sent(self._log, mark))
+        live, config = await self._sides()
+        shown_live, live_ids = _shown(live)
+        shown_config, config_ids = _shown(config)
+        return Side(
+            str(error.outcome) if error is not None else outcome,
+            None if error is None else error.libvirt,
+            error.message if error is not None else "; ".join(messages) or None,
+            seconds,
+            commands,
+            shown_live,
+            shown_config,
+            live_ids,
+            config_ids,
+        )
+
+    async def _sides(self) -> tuple[bytes | None, bytes | None]:
+        live = None
+        if self.domain.is_active:
+            live = await self.domain.dump_xml(dialect="libvirt")
+        return live, await self.domain.dump_xml(inactive=True, dialect="libvirt")
+
+
+def _sent(log: Path, mark: int) -> list[Mapping[str, Any]]:
+    found = []
+    with suppress(FileNotFoundError), log.open("rb") as file:
+        file.seek(mark)
+        for line in file:
+            row = json.loads(line)
+            if row["direction"] == "send" and "execute" in row["message"]:
+                found.append(_bare(row["message"]))
+    return found
+
+
+def _bare(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    return {key: value for key, value in message.items() if key in ("execute", "arguments")}
+
+
+@asynccontextmanager
+async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> AsyncIterator[OurSide]:
+    """A guest of ours with this XML; at the end it is gone.
+
+    Args:
+        xml: of the domain.
+        start: whether it is started.
+        log: whether what is sent to QEMU is kept.
+
+    Raises:
+        VcpuRefused: no such guest can be.
+        VcpuFailed, VcpuConnectionError: its QEMU does not start.
+    """
+    document, definition = read_domain(xml)
+    with throwaway_folder() as folder:
+        file, sent = folder / "domain.xml", folder / "qmp"
+        file.write_bytes(xml)
+        if not start:
+            async with connect(str(file)) as domain:
+                yield OurSide(domain, sent)
+            return
+        check_program(definition)
+        line = await command_line(definition, mode=ProbeMode.AUTO)
+        if line.probe.emulator is None:
+            text = "; ".join(line.probe.messages)
+            raise VcpuRefused([Refusal("emulator", text, (), "name an <emulator> that is here")])
+        words = ["-S", *line.args.arguments]
+        console = str(folder / "console")
+        words += hardware_args(read_hardware(document), qemu_arch(definition), console=console, agent=_AGENT)
+        async with run_qemu(line.probe.emulator, words, channels=(_AGENT,), monitors=("qmp", "beside")) as qemu:
+            await qemu.monitor.cont()
+            agent = str(qemu.folder / _AGENT) if definition.agent is not None else None
+            kept = QmpLog(sent) if log else None
+            try:
+                async with connect(qmp=qemu.qmp, agent=agent, xml=str(file), qmp_log=kept) as domain:
+                    yield OurSide(domain, sent, str(qemu.folder / "beside"))
+            finally:
+                if kept is not None:
+                    kept.close()
+
+
+class LibvirtSide:
+    """The same guest under libvirt, which is asked as virsh asks it."""
+
+    def __init__(self, daemon: Libvirtd | None, connection: Connection, guest: Guest) -> None:
+        self._daemon = daemon
+        self.connection = connection
+        self.guest = guest
+
+    @classmethod
+    @asynccontextmanager
+    async def run(
+        cls, daemon: Libvirtd, xml: bytes, *, start: bool = True, log: bool = True
+    ) -> AsyncIterator[LibvirtSide]:
+        """Define a domain and start it; at the end it is destroyed and undefined.
+
+        Args:
+            daemon: of `run_libvirtd`.
+            xml: of the domain.
+            start: whether it is started.
+            log: whether the daemon logs what it sends to QEMU.
+
+        Raises:
+            VcpuRefused: libvirt declines it.
+        """
+        async with open_connection(daemon.uri) as connection:
+            conn, library = connection.conn, connection.library
+
+            def begin() -> Any:
+                found = conn.defineXML(xml.decode())
+                try:
+                    if start:
+                        found.create()
+                except library.libvirtError:
+                    found.undefine()
+                    raise
+                return found
+
+            def end() -> None:
+                with suppress(library.libvirtError):
+                    if domain.isActive():
+                        domain.destroy()
+                with suppress(library.libvirtError):
+                    domain.undefine()
+
+            try:
+                domain = await connection.change("virDomainCreate", begin, _START_SECONDS)
+            except CommandError as error:
+                text = f"libvirt does not start it: {error.text}"
+                raise VcpuRefused([Refusal("libvirt", text, (), None, error.error_class)]) from error
+            try:
+                yield cls(daemon if log else None, connection, Guest(connection, domain))
+            finally:
+                with suppress(CommandError, VcpuConnectionError):
+                    await connection.change("virDomainDestroy", end)
+
+    async def ask(self, request: Request) -> Side:
+        """libvirt's own call for it."""
+        call = self.call_of(request)
+        mark = self._daemon.log_position() if self._daemon is not None else 0
+        error: CommandError | VcpuConnectionError | None = None
+        began = time.monotonic()
+        if call is not None:
+            try:
+                await self.connection.change("the call", call)
+            except (CommandError, VcpuConnectionError) as raised:
+                error = raised
+        seconds = time.monotonic() - began
+        commands = tuple(_bare(one) for one in self._daemon.qmp_commands(mark)) if self._daemon else ()
+        live, config = await self.guest.sides()
+        shown_live, live_ids = _shown(live)
+        shown_config, config_ids = _shown(config)
+        name = error.error_class if isinstance(error, CommandError) else error.libvirt if error else None
+        text = error.text if isinstance(error, CommandError) else error.message if error else None
+        if call is None:
+            text = "libvirt has no call for this"
+        outcome = "none" if call is None else "applied" if error is None else "failed"
+        return Side(outcome, name, text, seconds, commands, shown_live, shown_config, live_ids, config_ids)
+
+    def call_of(self, request: Request) -> Callable[[], object] | None:
+        """What virsh would call; None where libvirt has nothing."""
+        guest, library = self.guest, self.connection.library
+        if request.is_query or request.listed is not None:
+            return None
+        if request.has(VcpuFlag.NUMA_NODE) or request.has(VcpuFlag.CORE):
+            return None
+        impact = guest.flags(live=request.has(VcpuFlag.LIVE), config=request.has(VcpuFlag.CONFIG))
+        if request.total is not None:
+            more = library.VIR_DOMAIN_VCPU_GUEST if request.has(VcpuFlag.GUEST) else 0
+            more |= guest.count_flags(request.maximum, request.hotpluggable)
+            return guest.set_vcpus(request.total, impact | more)
+        if request.has(VcpuFlag.GUEST):
+            return lambda: guest.domain.setGuestVcpus(format_ids(request.ids), int(request.enable))
+        return guest.set_vcpu(request.ids, request.enable, impact)
+
+
+def _for_libvirt(xml: bytes, definition: Definition) -> bytes:
+    """libvirt takes no `<vcpus>` of the RFC's."""
+    if definition.dialect != "rfc":
+        return xml
+    from qmpvcpu.xml.domain import write_vcpus
+
+    document, old = read_domain(xml)
+    return write_vcpus(document, old, replace(old, dialect="libvirt"))
+
+
+async def compare(xml: bytes, requests: Sequence[Request], *, start: bool = True) -> list[Comparison]:
+    """Carry out requests, one after the other, on both.
+
+    Args:
+        xml: of the domain; its `<emulator>` is started twice.
+        requests: what is asked.
+        start: False leaves it shut off on both sides.
+
+    Raises:
+        VcpuRefused: one of them cannot be started; libvirt is not installed.
+        VcpuError: QEMU or libvirt does not start.
+    """
+    definition = read_domain(xml)[1]
+    async with (
+        our_side(xml, start=start) as ours,
+        run_libvirtd(log_qmp=True) as daemon,
+        LibvirtSide.run(daemon, _for_libvirt(xml, definition), start=start) as theirs,
+    ):
+        return [Comparison(await ours.ask(request), await theirs.ask(request)) for request in requests]

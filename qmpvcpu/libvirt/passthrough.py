@@ -1,0 +1,188 @@
+"""What stands for a QEMU monitor behind libvirt: QMP itself, passed on (`--via monitor`)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.libvirt.calls import Guest
+from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
+
+__all__ = ["Behind", "PassedMonitor"]
+
+
+class Behind(Monitor):
+    """What both ways have: who listens, and a guest that stops, or whose libvirt is lost."""
+
+    def __init__(self, guest: Guest) -> None:
+        self.guest = guest
+        self._sinks: list[Sink] = []
+        self._lost: VcpuConnectionError | None = None
+        self._end_watch: Callable[[], None] = lambda: None
+        self._end_loss = guest.connection.on_loss(self._lose)
+
+    @property
+    def address(self) -> str:
+        """libvirt's URI."""
+        return self.guest.connection.uri
+
+    @property
+    def is_local(self) -> bool:
+        """Whether QEMU's threads are for us to place."""
+        return False
+
+    @property
+    def run_id(self) -> object:
+        """libvirt counts its domains' runs."""
+        return self.guest.run_id
+
+    @property
+    def hears_all(self) -> bool:
+        """libvirt passes events on in its own time, and of unplugs by its other clients none."""
+        return False
+
+    @property
+    def peer(self) -> Peer:
+        """Nobody that the kernel tells."""
+        return Peer()
+
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """As QEMU would greet; empty where nothing of it is known."""
+        return {}
+
+    @property
+    def takes_descriptors(self) -> bool:
+        """Libvirt hands on none."""
+        return False
+
+    def add_fd(self, fd: int) -> asyncio.Future[object]:
+        """Never: see `takes_descriptors`."""
+        return self.execute("add-fd")
+
+    def getfd(self, name: str, fd: int) -> asyncio.Future[object]:
+        """Never: see `takes_descriptors`."""
+        return self.execute("getfd")
+
+    @contextmanager
+    def listen(self, sink: Sink) -> Iterator[None]:
+        """Give every event, and at the end a lost connection, to `sink` until the context is left."""
+        self._sinks.append(sink)
+        try:
+            if self._lost is not None:
+                sink(self._lost)
+            yield
+        finally:
+            self._sinks.remove(sink)
+
+    def _give(self, event: MonitorEvent | VcpuConnectionError) -> None:
+        for sink in tuple(self._sinks):
+            sink(event)
+
+    def _lose(self, error: VcpuConnectionError) -> None:
+        if self._lost is None:
+            self._lost = error
+            self._give(error)
+
+    def check(self) -> None:
+        """Raises VcpuConnectionError if the guest has stopped, or its libvirt is lost."""
+        if self._lost is not None:
+            raise self._lost
+
+    def stopped(self) -> VcpuConnectionError:
+        """The guest has stopped."""
+        self._told("stopped", "")
+        assert self._lost is not None
+        return self._lost
+
+    def _told(self, word: str, device: str) -> None:
+        """libvirt says that something has happened to the guest."""
+        if word == "stopped":
+            text = f"the domain '{self.guest.name}' has stopped"
+            hint = "start it, and try again (reconnect())"
+            self._lose(VcpuConnectionError(text, address=self.address, reason="closed", hint=hint))
+
+    async def close(self) -> None:
+        """End listening. Never raises; may be called twice."""
+        self._end_loss()
+        end, self._end_watch = self._end_watch, lambda: None
+        await self.guest.connection.quietly(end)
+
+
+class PassedMonitor(Behind):
+    """QEMU's monitor behind libvirt's `virDomainQemuMonitorCommand`."""
+
+    def __init__(self, guest: Guest, log: Any = None) -> None:
+        super().__init__(guest)
+        self._log = log
+        self._greeting: Mapping[str, Any] = {}
+
+    @property
+    def is_local(self) -> bool:
+        """Whether QEMU runs on this host."""
+        return self.guest.connection.is_local
+
+    @property
+    def greeting(self) -> Mapping[str, Any]:
+        """As QEMU would greet."""
+        return self._greeting
+
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Listen to QEMU's events, and ask its version. Blocks."""
+        self._end_watch = self.guest.watch(loop, self._told, self._event)
+        reply = json.loads(self.guest.monitor_command_now('{"execute": "query-version"}'))
+        found = reply.get("return") if isinstance(reply, dict) else None
+        self._greeting = {"version": found} if isinstance(found, dict) else {}
+
+    def _event(self, name: str, when: float, data: str) -> None:
+        try:
+            found = json.loads(data)
+        except (ValueError, RecursionError):
+            return
+        if self._log is not None:
+            self._log.write("receive", {"event": name, "data": found})
+        self._give(MonitorEvent(name, found if isinstance(found, dict) else {}, when))
+
+    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
+        """Any QMP command; sent in the order of the calls."""
+        message: dict[str, Any] = {"execute": command}
+        if arguments is not None:
+            message["arguments"] = dict(arguments)
+        if self._log is not None:
+            self._log.write("send", message)
+        sent = self.guest.begin_monitor_command(json.dumps(message))
+        result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
+
+        def ended(done: asyncio.Future[str]) -> None:
+            if result.done():
+                return
+            if done.cancelled():
+                result.cancel()
+            elif (error := done.exception()) is not None:
+                result.set_exception(error)
+            else:
+                self._answer(command, done.result(), result)
+
+        sent.add_done_callback(ended)
+        return result
+
+    def _answer(self, command: str, line: str, result: asyncio.Future[object]) -> None:
+        try:
+            reply = json.loads(line)
+        except (ValueError, RecursionError):
+            reply = None
+        if self._log is not None:
+            self._log.write("receive", reply if isinstance(reply, dict) else {"text": line})
+        if isinstance(reply, dict) and "return" in reply:
+            result.set_result(reply["return"])
+            return
+        answer = reply.get("error") if isinstance(reply, dict) else None
+        if isinstance(answer, dict):
+            result.set_exception(CommandError(command, str(answer.get("class")), str(answer.get("desc"))))
+            return
+        text = f"libvirt passed on a reply to '{command}' that is neither result nor error"
+        result.set_exception(VcpuConnectionError(text, address=self.address, reason="malformed"))
