@@ -1,0 +1,945 @@
+"""ONE ROW A REASON: every refusal's code, text, hint and libvirt error name, by topic. Pure.
+
+A refusal is made by calling its row: `catalogue.RANGE(ids, most=3)` gives the `Refusal`, and
+`catalogue.INACTIVE.error(name=name)` the `VcpuRefused` that says only this. `{ids}` is the list of the vCPUs that
+the refusal is about; every other field comes as an argument of its name, and a list of numbers is written as
+virsh writes CPU lists.
+
+To add a reason, add a row under its topic and call it from the rule of that topic (`core.rules`), or from where
+the environment fails (a file, a socket, a cgroup). A code belongs to one topic and is stable; several rows may
+share it. A document that is wrong has one row for all of its faults: its reader says `{what}` is wrong.
+The rows of QEMU's defects are in `core.quirks`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from functools import partial
+from typing import Any, Final, NamedTuple
+
+from qmpvcpu.core.model import format_ids
+from qmpvcpu.errors import Refusal, VcpuRefused
+
+_INVALID: Final = "VIR_ERR_OPERATION_INVALID"
+_DENIED: Final = "VIR_ERR_OPERATION_DENIED"
+_FAILED: Final = "VIR_ERR_OPERATION_FAILED"
+_UNSUPPORTED: Final = "VIR_ERR_OPERATION_UNSUPPORTED"
+_CONFIG: Final = "VIR_ERR_CONFIG_UNSUPPORTED"
+_AS_THE_SOURCE: Final = "start the destination as the source was started"
+
+
+class Reason(NamedTuple):
+    """Why a request can be refused; `text` and `hint` are `str.format` templates.
+
+    Attributes:
+        code: as `Refusal.code`.
+        text: what happened.
+        hint: something to type or to do.
+        libvirt: the libvirt error name.
+        forceable: whether `force=True` overrides it.
+    """
+
+    code: str
+    text: str
+    hint: str | None = None
+    libvirt: str = "VIR_ERR_INVALID_ARG"
+    forceable: bool = False
+
+    def __call__(self, ids: Iterable[int] = (), /, **facts: Any) -> Refusal:
+        """The refusal about these vCPUs; `facts` are the fields of the templates."""
+        about = tuple(ids)
+        words = {name: format_ids(it) if isinstance(it, list | tuple) else it for name, it in facts.items()}
+        words["ids"] = format_ids(about)
+        hint = self.hint.format_map(words) if self.hint is not None else None
+        return Refusal(self.code, self.text.format_map(words), about, hint, self.libvirt, self.forceable)
+
+    def error(self, ids: Iterable[int] = (), /, **facts: Any) -> VcpuRefused:
+        """The error that has this one refusal."""
+        return VcpuRefused([self(ids, **facts)])
+
+
+# -- Flags and options: flags
+
+UNKNOWN_FLAGS = Reason("flags", "unknown flags: {flags:#x}", "VcpuFlag names the flags that there are")
+ENABLE_AND_DISABLE = Reason(
+    "flags", "--enable (ENABLE) and --disable (DISABLE) exclude each other", "ask for one of the two"
+)
+GUEST_AND_ANOTHER = Reason("flags", "GUEST and {flag} exclude each other: {why}", "leave out {flag} or GUEST")
+QUERY_OF_BOTH = Reason("flags", "a query answers for LIVE or for CONFIG, not for both at once", "ask twice")
+LIVE_AND_CONFIG = Reason("flags", "--live and --config exclude each other in a query", "ask twice")
+MAXIMUM_AND_ACTIVE = Reason("flags", "--maximum and --active exclude each other", "ask twice")
+ATOMIC_AND_ASYNC = Reason(
+    "flags",
+    "--atomic and --async exclude each other: this call cannot undo what fails later",
+    "leave out one of the two",
+)
+
+# -- vCPU ids and how many: range, count, listed, maximum, maxcpus, vcpus
+
+RANGE = Reason(
+    "range", "vCPU {ids} is not in this domain: its ids are 0 to {most}", "`qmpvcpu vcpuinfo` lists the ids"
+)
+NEGATIVE_ID = Reason("range", "a vCPU id cannot be negative: {numbers}", "`qmpvcpu vcpuinfo` lists the ids")
+GUEST_RANGE = Reason("range", "the guest has no CPU {ids}", "`qmpvcpu guestvcpus` lists its CPUs")
+COUNT_WITHOUT_NODE = Reason("count", "a count goes with a NUMA node", "add --numa-node, or name the vCPU ids")
+NODE_COUNT = Reason("count", "a count of {count} makes no sense", "give 1 or more")
+NO_VCPUS = Reason("count", "a guest cannot have {total} vCPUs", "give 1 or more")
+OVER_MAXIMUM = Reason(
+    "count",
+    "{total} vCPUs asked, and this domain can have {most} (maxcpus)",
+    "the maximum can change only in the persistent definition: --maximum --config",
+)
+OVER_DEFINED_MAXIMUM = Reason(
+    "count",
+    "{total} vCPUs asked, and the definition can have 1 to {most}",
+    "--maximum --config changes how many there can be",
+)
+OVER_LIBVIRT_MAXIMUM = Reason("count", "{total} vCPUs, and the domain has at most {most}", "give 1 to {most}")
+WHOLE_CORES = Reason(
+    "count",
+    "{total} vCPUs cannot be reached: they come and go in cores of {size}",
+    "ask for {below} or {above}",
+    _CONFIG,
+)
+DEFINED_WHOLE_CORES = Reason(
+    "count",
+    "{total} vCPUs cannot be reached in the definition: they come and go in cores of {size}",
+    "ask for {below} or {above}",
+    _CONFIG,
+)
+FEWEST = Reason(
+    "count",
+    "{total} vCPUs cannot be reached: with what can be unplugged now, {fewest} is the fewest",
+    "`qmpvcpu vcpuinfo` shows which vCPUs are hotpluggable",
+    _CONFIG,
+)
+GUEST_TOTAL = Reason(
+    "count",
+    "{total} vCPUs online in the guest, and it has {most} that are plugged and known",
+    "give 1 to {most}, or plug more, without --guest",
+)
+GUEST_FEWEST = Reason(
+    "count",
+    "{total} vCPUs online cannot be reached: the guest can take only {loose} offline",
+    "`qmpvcpu guestvcpus` shows which",
+    _CONFIG,
+)
+GUEST_CPUS_TOTAL = Reason(
+    "count", "{total} CPUs online in the guest: it can have {least} to {most}", "`qmpvcpu guestvcpus` shows which"
+)
+LISTED = Reason(
+    "listed",
+    "{place} lists {count} vCPUs, and this domain has {maxcpus}",
+    "change only which of the vCPUs are enabled: their number stays",
+)
+MAXIMUM_IS_CONFIG = Reason(
+    "maximum",
+    "the maximum of vCPUs cannot change while the guest runs",
+    "--maximum goes with --config (config=True), without --live",
+)
+MAXIMUM = Reason("maximum", "a domain cannot have a maximum of {maximum} vCPUs", "give 1 to {most}")
+MAXIMUM_OF_TOPOLOGY = Reason(
+    "maximum",
+    "<cpu><topology> makes {made} vCPUs, not {maximum}",
+    "change <topology> and <vcpu> in the XML first, and define it again",
+)
+MAXIMUM_OF_CELL = Reason(
+    "maximum",
+    "NUMA cell {cell} has vCPU {ids}, which would not exist any more",
+    "change <cpu><numa> in the XML, and define it again",
+)
+
+OTHER_MAXCPUS = Reason(
+    "maxcpus", "maximum of vCPUs: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+)
+OTHER_MAXIMUM = Reason(
+    "vcpus", "maximum of vCPUs: {there} at the source, {now} at the destination", _AS_THE_SOURCE
+)
+OTHER_VCPUS = Reason("vcpus", "vCPUs: {there} at the source, {now} at the destination", _AS_THE_SOURCE)
+
+# -- Whole entities and cores: entity
+
+PART_OF_ENTITY = Reason(
+    "entity",
+    "vCPU {ids} is a part of {label}, which QEMU plugs and unplugs only together",
+    "{verb} {whole}, or give --core (CORE) for the whole core",
+)
+LISTED_PART = Reason(
+    "entity",
+    "{label} can only be enabled and disabled together, and {place} does not do so",
+    "give all of them the same state",
+)
+BOOT_PART = Reason(
+    "entity",
+    "vCPUs {ids} are one core: some are enabled, or hotpluggable, and some are not",
+    "write the same for each of them",
+    _CONFIG,
+)
+
+OTHER_ENTITY = Reason(
+    "entity",
+    "the entity of vCPU {ids}: {there} vCPUs at the source, {now} vCPUs at the destination",
+    _AS_THE_SOURCE,
+    _INVALID,
+)
+OTHER_DRIVER = Reason(
+    "entity", "the driver of vCPU {ids}: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+)
+
+# -- NUMA nodes: node
+
+ONE_NODE = Reason("node", "NUMA_NODE takes one node", "name one node")
+NO_NODES = Reason("node", "this machine has no NUMA nodes", "name vCPU ids instead")
+EMPTY_NODE = Reason(
+    "node", "no vCPU is on NUMA node {node}: nodes are {nodes}", "`qmpvcpu vcpuinfo` shows the node of each vCPU"
+)
+NODE_TOO_SMALL = Reason(
+    "node", "NUMA node {node} has {found} {kind}, {count} asked", "`qmpvcpu vcpuinfo` shows other nodes"
+)
+
+OTHER_NODE = Reason(
+    "node", "NUMA node of vCPU {ids}: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+)
+
+# -- Plugging and unplugging: no-hotplug, no-unplug, unseen, boot-cpu, not-hotpluggable
+
+NO_HOTPLUG = Reason(
+    "no-hotplug",
+    "this machine has no CPU hotplug: on {machine} ({arch}) no CPU can be {done} while the guest runs",
+    "change the number of CPUs it starts with (-smp), or its machine type",
+    _UNSUPPORTED,
+)
+NO_HOTPLUG_AT_BOOT = Reason(
+    "no-hotplug",
+    "{machine} ({arch}) has no CPU hotplug: it cannot boot with vCPU {ids} and without one below",
+    "enable vCPUs from 0 on, without a gap",
+    _CONFIG,
+)
+NO_UNPLUG = Reason(
+    "no-unplug",
+    "{machine} ({arch}) can plug CPUs, but never unplug one",
+    "the guest agent can take the CPU offline: --guest --disable",
+    _UNSUPPORTED,
+)
+UNSEEN = Reason(
+    "unseen",
+    "vCPU {ids} is unplugged, and libvirt takes it for plugged",
+    "its monitor plugs it: --via monitor (via='monitor')",
+    _INVALID,
+)
+BOOT_CPU = Reason(
+    "boot-cpu", "{label} {verb} the boot CPU, which QEMU never unplugs", "leave it enabled", _UNSUPPORTED
+)
+NOT_A_DEVICE = Reason(
+    "not-hotpluggable",
+    "{label}: libvirt has not plugged it as a device (hotpluggable='no'), and cannot unplug it",
+    "--via monitor can; hotpluggable='yes' in the definition makes it a device from the next boot on",
+    _UNSUPPORTED,
+)
+
+# -- The guest and its agent: not-plugged, guest-cpu, guest-fixed, guest-offline, no-agent, agent-disabled
+
+NOT_PLUGGED = Reason(
+    "not-plugged", "vCPU {ids} is not plugged, so the guest does not have it", "enable it first, without --guest"
+)
+GUEST_CPU = Reason(
+    "guest-cpu",
+    "which of the guest's CPUs is vCPU {ids} is not known",
+    "allow the agent guest-file-open, or use guestvcpus with the guest's own ids",
+    _UNSUPPORTED,
+)
+GUEST_CPUS_UNCOUNTED = Reason(
+    "guest-cpu",
+    "which vCPU {count} of the guest's online CPUs is, is not known, so they cannot be counted out",
+    "allow the agent guest-file-open, or use guestvcpus with the guest's own ids",
+    _UNSUPPORTED,
+)
+GUEST_FIXED = Reason("guest-fixed", "the guest cannot take vCPU {ids} offline", "leave it online")
+GUEST_CPU_FIXED = Reason("guest-fixed", "the guest cannot take its CPU {ids} offline", "leave it online")
+ONLY_THE_AGENT = Reason(
+    "guest-offline",
+    "vCPU {ids} is plugged and offline in the guest, which only the guest agent can change",
+    "leave out --no-fallback (fallback=False), or take it online in the guest",
+    _INVALID,
+)
+NO_AGENT = Reason(
+    "no-agent",
+    "no guest agent of this domain is known",
+    "name its socket: --agent ADDR (agent=), or leave out --guest (GUEST)",
+    "VIR_ERR_ARGUMENT_UNSUPPORTED",
+)
+AGENT_DISABLED = Reason(
+    "agent-disabled",
+    "the guest agent does not carry out '{command}': {said}",
+    "allow {command} in the guest's qemu-ga configuration (block-rpcs, allow-rpcs)",
+    _UNSUPPORTED,
+)
+
+# -- Whether the domain runs: inactive, active, destroy, locked, runtime
+
+INACTIVE = Reason("inactive", "the domain '{name}' is not running", "start it first", _INVALID)
+INACTIVE_LIVE = Reason(
+    "inactive",
+    "the domain '{name}' is not running",
+    "leave out --live (LIVE) to change its definition, or start it",
+    _INVALID,
+)
+NOTHING_TO_END = Reason("inactive", "'{name}' is not running", "`qmpvcpu list` shows what is running", _INVALID)
+ACTIVE = Reason("active", "'{name}' runs already (QEMU {pid})", "`qmpvcpu destroy` ends it", _INVALID)
+ACTIVE_ELSEWHERE = Reason(
+    "active",
+    "'{name}' runs already: its QMP socket answers",
+    "end it with the program that has started it",
+    _INVALID,
+)
+ACTIVE_WITH_OTHER_SOCKETS = Reason(
+    "active",
+    "'{name}' runs (QEMU {pid}), and that QEMU has other sockets",
+    "destroy it first, or define the other guest under another name",
+    _INVALID,
+)
+ACTIVE_DEFINITION = Reason(
+    "active",
+    "'{name}' runs (QEMU {pid}): undefining a running guest leaves no way to end it",
+    "destroy it first",
+    _INVALID,
+)
+NOT_STARTED_BY_US = Reason(
+    "destroy",
+    "'{name}' runs, and qmpvcpu has not started it",
+    "end it with the program that has started it",
+    _INVALID,
+)
+LOCKED = Reason("locked", "another process starts or ends this guest", "try again", _INVALID)
+RUNTIME_NOT_MADE = Reason(
+    "runtime", "'{folder}' cannot be made: {error.strerror}", "look at the rights of the folder above it", _INVALID
+)
+RUNTIME_NOT_USED = Reason(
+    "runtime", "'{folder}' cannot be used: {error.strerror}", "look at its rights, or set QMPVCPU_STATE", _INVALID
+)
+
+# -- Definitions: no-definition, config-vcpu-0, config-order, unreadable, definition, name, folder
+
+NO_DEFINITION = Reason(
+    "no-definition",
+    "no persistent definition of this domain is known",
+    "leave out --config (CONFIG), or define it: `qmpvcpu define NAME --qmp ADDR`",
+    _INVALID,
+)
+CONFIG_VCPU_0 = Reason("config-vcpu-0", "vCPU 0 must be enabled in a definition", "leave 0 out: 1-3 or ^0")
+CONFIG_ORDER = Reason(
+    "config-order",
+    "vCPU {ids} cannot change in the definition: vCPU {behind} is in the way, which is enabled and not"
+    " hotpluggable",
+    "change {behind} with it, or give it hotpluggable='yes' in <vcpus>",
+)
+UNREADABLE = Reason(
+    "unreadable", "the changed definition could not be read: {why}", "change that in the XML, and define it again"
+)
+NO_FILE = Reason("definition", "there is no file '{path}'", "name a file with domain XML")
+NO_FILE_OR_DOMAIN = Reason(
+    "definition",
+    "there is no file '{word}'{and_no_domain}",
+    "name a file with domain XML, or a domain that `qmpvcpu list` shows",
+    "VIR_ERR_NO_DOMAIN",
+)
+NOT_DEFINED = Reason(
+    "definition", "no domain '{name}' is defined", "`qmpvcpu list` shows what is defined", "VIR_ERR_NO_DOMAIN"
+)
+NOT_DEFINED_TO_START = Reason(
+    "definition", "no domain '{name}' is defined", "define FILE first", "VIR_ERR_NO_DOMAIN"
+)
+DEFINITION_GONE = Reason(
+    "definition", "there is no definition '{path}'", "`qmpvcpu list` shows what is defined", "VIR_ERR_NO_DOMAIN"
+)
+DEFINITION_NOT_READ = Reason("definition", "'{path}' cannot be read: {why}", "{cure}", _INVALID)
+SOCKETS_NOT_READ = Reason(
+    "definition",
+    "the sockets of '{name}' cannot be read from '{path}': {error}",
+    "define it again: define NAME --qmp …",
+    _INVALID,
+)
+DEFINITION_NOT_WRITTEN = Reason(
+    "definition",
+    "the definition '{place}' cannot be written: {why}",
+    "look at the free space and the rights of its folder",
+    _FAILED,
+)
+DEFINITION_LOCKED = Reason(
+    "definition", "the definition '{place}' cannot be written: another process is writing it", "try again", _FAILED
+)
+SOURCE_NOT_DESCRIBED = Reason(
+    "definition",
+    "the source has no definition, and QEMU does not tell all of its hardware",
+    "start '{name}' as the source was started, with -incoming defer, and name its QMP socket",
+    _UNSUPPORTED,
+)
+ANOTHER_DOMAIN = Reason(
+    "definition",
+    "'{name}' is defined, and is another domain: its uuid is {defined}, the guest's {uuid}",
+    "name another destination, or undefine that one",
+)
+SAME_NAME = Reason(
+    "definition", "source and destination have the same name, '{name}'", "give the destination another name"
+)
+NOTHING_TO_UNDEFINE = Reason(
+    "definition", "the source has no definition that could be forgotten", "leave out --undefine-source"
+)
+NAME = Reason("name", "no domain can be called {name!r}: {what}", "choose another name")
+FOLDER_NOT_OURS = Reason(
+    "folder", "nothing in the {what} '{folder}' is trusted: {error.strerror}", "{error.cure}", _DENIED
+)
+
+# -- Where threads run: place, cgroup, not-enabled, shared-thread
+
+_NO_PLACE: Final = "--no-place (place=False) leaves it where the kernel puts it"
+PLACE_ELSEWHERE = Reason(
+    "place", "vCPU {ids} cannot be placed: QEMU's process is not found on this host", _NO_PLACE, _UNSUPPORTED
+)
+PLACE_NOT_OWNER = Reason(
+    "place",
+    "vCPU {ids} cannot be placed: QEMU is another user's, or may do more than we, and CAP_SYS_NICE is missing",
+    f"be root, or QEMU's user; {_NO_PLACE}",
+    _DENIED,
+)
+PLACE_OFFLINE = Reason(
+    "place",
+    "vCPU {ids} is {how} {gone}: host CPU {gone} is not online (online: {there})",
+    f"correct {{element}}; {_NO_PLACE}",
+)
+PLACE_OUTSIDE = Reason(
+    "place", "vCPU {ids} is {how} {gone}: the cpuset of '{path}' has {there}", f"correct {{element}}; {_NO_PLACE}"
+)
+PRIORITY = Reason(
+    "place",
+    "vCPU {ids} should be {scheduler}: priorities are 1 to 99",
+    f"correct <vcpusched priority>; {_NO_PLACE}",
+)
+REAL_TIME_DENIED = Reason(
+    "place",
+    "vCPU {ids} should be {scheduler}, and CAP_SYS_NICE is missing",
+    f"be root, or raise QEMU's RLIMIT_RTPRIO (it is {{most}}); {_NO_PLACE}",
+    _DENIED,
+)
+NO_REAL_TIME = Reason(
+    "place",
+    "vCPU {ids} should be {scheduler}, and its cgroup '{path}' has no real-time budget",
+    f"give it time (cpu.rt_runtime_us); {_NO_PLACE}",
+    _DENIED,
+)
+REAL_TIME_SPLIT = Reason(
+    "place",
+    "vCPU {ids} should be {scheduler} and have <quota> or <shares>: on this kernel a cgroup of its own has no"
+    " real-time budget (cpu.rt_runtime_us)",
+    f"leave out one of them; {_NO_PLACE}",
+    _DENIED,
+)
+NO_CONTROLLER = Reason(
+    "cgroup",
+    "vCPU {ids} needs a cgroup for {element}: {trouble}",
+    f"have it mounted and enabled; {_NO_PLACE}",
+    _UNSUPPORTED,
+)
+CONTROLLER_DENIED = Reason(
+    "cgroup",
+    "vCPU {ids} needs a cgroup for {element}: {trouble}",
+    f"be root, or be given that group; {_NO_PLACE}",
+    _DENIED,
+)
+SHARES = Reason(
+    "cgroup",
+    "vCPU {ids}: <shares> {shares} is not from {least} to {most}, as cgroups want it",
+    f"correct <shares>; {_NO_PLACE}",
+)
+NO_CGROUP = Reason(
+    "cgroup",
+    "vCPU {ids} cannot have its cgroup: {why}",
+    "look at that group, or leave the thread where the kernel puts it: --no-place (place=False)",
+    _FAILED,
+)
+CGROUP_DENIED = Reason(
+    "cgroup",
+    "vCPU {ids} cannot have its cgroup: {why}",
+    "look at that group, or leave the thread where the kernel puts it: --no-place (place=False)",
+    _DENIED,
+)
+NO_THREAD = Reason(
+    "not-enabled",
+    "vCPU {ids} is not enabled: it has no thread",
+    "--config pins it for when it is plugged",
+    _INVALID,
+)
+SHARED_THREAD = Reason(
+    "shared-thread",
+    "vCPU {ids} has no thread of its own: QEMU runs every vCPU on one (-accel tcg,thread=single)",
+    "start QEMU with thread=multi, or KVM",
+)
+
+# -- Machines, QEMU programs and features: machine, topology, arch, emulator, probe, feature, boot
+
+NO_MACHINE_TYPE = Reason(
+    "machine", "QEMU {version} for {arch} has no machine type '{machine}'", "name another machine type", _CONFIG
+)
+OLD_MACHINE_TYPE = Reason(
+    "machine",
+    "QEMU {version} for {arch} has no machine type '{machine}'",
+    "the newest that it has of that family is {newest}",
+    _CONFIG,
+)
+NO_MACHINE_TYPE_HERE = Reason(
+    "machine",
+    "QEMU {version} ('{program}') has no machine type '{machine}' ({said})",
+    "{program} -machine help lists those that it has",
+    _CONFIG,
+)
+OLD_MACHINE_TYPE_HERE = Reason(
+    "machine",
+    "QEMU {version} ('{program}') has no machine type '{machine}' ({said})",
+    "the newest that it has of that family is {newest}",
+    _CONFIG,
+)
+MACHINE_SWITCH = Reason("machine", "-machine {key}='{value}': QEMU expects 'on' or 'off'", "correct it", _CONFIG)
+OTHER_MACHINE_TYPE = Reason(
+    "machine", "machine type: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+)
+TOPOLOGY = Reason(
+    "topology",
+    "the machine has room for {maxcpus} vCPUs, and <vcpu> says {defined}",
+    "correct <topology>",
+    _CONFIG,
+)
+OTHER_TOPOLOGY = Reason(
+    "topology", "topology: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+)
+OTHER_ARCH = Reason(
+    "arch", "architecture: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+)
+NO_EMULATOR = Reason(
+    "emulator",
+    "<emulator> '{emulator}' is not here",
+    "write one into the definition that `qmpvcpu doctor` lists, or leave the element out",
+    _CONFIG,
+)
+NO_PROGRAM = Reason(
+    "emulator",
+    "there is no QEMU program '{emulator}'",
+    "name one with its folder: `qmpvcpu doctor` lists those that are here",
+    _CONFIG,
+)
+NO_PROGRAM_TO_START = Reason("emulator", "{messages}", "name an <emulator> that is here", _INVALID)
+NO_PROGRAM_TO_COMPARE = Reason("emulator", "{messages}", "name an <emulator> that is here")
+PROGRAM_OF_ANOTHER_ARCH = Reason(
+    "emulator", "'{emulator}' is a QEMU for {runs}, and {arch} is asked", "name another one", _CONFIG
+)
+PROBED_ANOTHER_ARCH = Reason(
+    "emulator", "'{emulator}' is a QEMU for {runs}, and {arch} is asked", "name another one"
+)
+PROBE_NEVER = Reason(
+    "probe",
+    "what '{machine}' ({arch}) makes of '-smp {smp}' cannot be known without starting QEMU",
+    "--probe auto starts one",
+    _CONFIG,
+)
+NOTHING_TO_PROBE = Reason(
+    "probe",
+    "what '{machine}' ({arch}) makes of '-smp {smp}' cannot be known without starting QEMU",
+    "install qemu-system-{arch}, or name one with --emulator",
+    _CONFIG,
+)
+NO_CPU_FEATURE = Reason(
+    "feature",
+    "'{program}' has no CPU feature {features}",
+    "take <feature> out of <cpu>, or start the guest with a newer QEMU",
+    _CONFIG,
+)
+NO_ARCH = Reason(
+    "boot", "the domain's XML names no architecture", "write <os><type arch='…'>hvm</type></os>", _CONFIG
+)
+BOOT_VCPU_0 = Reason(
+    "boot",
+    "vCPU 0 must be enabled and not hotpluggable",
+    "correct it: a guest cannot boot without vCPU 0",
+    _CONFIG,
+)
+NO_MEMORY = Reason(
+    "boot",
+    "no memory is left for the guest itself",
+    "correct <memory>: it is that of the cells and of all memory devices together",
+    _CONFIG,
+)
+CELL_WITHOUT_MEMORY = Reason(
+    "boot", "NUMA cell {cells} has no memory", "write <cell … memory='262144' unit='KiB'/>", _CONFIG
+)
+
+# -- What QEMU says to -smp and -numa: smp
+
+_smp: Final = partial(Reason, "smp", libvirt=_CONFIG)
+SMP_SAID = _smp("QEMU refuses this machine: {said}", "correct the machine; it is '{binary}' that says so")
+SMP_UNKNOWN = _smp("what '{machine}' ({arch}) makes of -smp is not known", "probe it (--probe always)")
+SMP_NO_LEVEL = _smp("this QEMU's -smp has no {level}", "leave out {level}")
+SMP_ZERO = _smp("CPU topology parameters must be greater than zero", "leave out what is 0")
+SMP_LEVEL = _smp("{level} > 1 is not supported by this machine's CPU topology", "leave out {level}")
+SMP_PRODUCT = _smp(
+    "product of the hierarchy must match maxcpus: {product} != maxcpus ({maxcpus})",
+    "write levels whose product is maxcpus, or leave one out",
+)
+SMP_MAXCPUS = _smp(
+    "maxcpus must be equal to or greater than smp: {product} == maxcpus ({maxcpus}) < smp_cpus ({cpus})",
+    "raise maxcpus",
+)
+SMP_TOO_MANY = _smp("invalid SMP CPUs {maxcpus}: no machine has so many", "lower maxcpus")
+SMP_OVERFLOW = _smp(
+    "the product of the levels is 0 in 32 bits: QEMU divides by it, and dies", "correct the levels"
+)
+S390X_THREADS = _smp("S390 does not support more than 1 threads", "leave out threads")
+PSERIES_TCG_THREADS = _smp(
+    "TCG cannot support more than 1 thread/core on a pseries machine", "leave out threads, or use QEMU 8.2"
+)
+PSERIES_THREADS = _smp(
+    "pseries cannot have {threads} threads/core: it must be a power of 2, 8 at most", "take 1, 2, 4 or 8"
+)
+PSERIES_CPUS = _smp("smp_cpus ({cpus}) must be multiple of threads ({threads})", "start with whole cores")
+NO_NUMA = _smp("NUMA is not supported by this machine type", "leave out -numa")
+NUMA_ASSIGNED = _smp(
+    "{option}: CPU {cpu} is already assigned to node-id: {node}",
+    "give each CPU, and the whole of a pseries core, to one node",
+)
+NUMA_OWN_INITIATOR = _smp(
+    "the initiator of CPU NUMA node {node} should be itself (got {initiator})",
+    "leave out initiator= of nodes with CPUs",
+)
+NUMA_NO_HMAT = _smp("-numa {option}: HMAT is disabled", "write -machine …,hmat=on")
+NUMA_EMPTY_INITIATOR = _smp("the initiator of NUMA node {node}, {initiator}, has no CPUs", "name another one")
+NUMA_TOO_MANY = _smp("NUMA node {node} is more than QEMU's {most}", "have fewer nodes")
+NUMA_TWICE = _smp("duplicate NUMA nodeid: {node}", "number them 0, 1, …")
+NUMA_INITIATOR = _smp("-numa {option}: initiator expects 0 to {most}", "name a node")
+NUMA_CPU_INDEX = _smp("CPU index ({cpu}) should be smaller than maxcpus ({maxcpus})", "correct cpus=")
+NUMA_MEM = _smp("this machine type does not take -numa node,mem=", "use memdev= instead")
+NUMA_MEM_SIZE = _smp("-numa {option}: mem expects a size", "write 512M")
+NUMA_MEM_AND_MEMDEV = _smp("-numa with mem= and with memdev=: QEMU takes one or the other", "use memdev= only")
+NUMA_NODE_UNDEFINED = _smp("-numa {option}: node {node} is not defined before it", "write -numa node,… first")
+NUMA_PROPERTY = _smp("-numa {option}: {key} is not supported by this machine", "leave out {key}")
+NUMA_NO_CPU = _smp("-numa {option}: no vCPU is there", "correct its ids")
+NUMA_DISTANCE_UNDEFINED = _smp("-numa {option}: a node is not defined before it", "write -numa node,… first")
+NUMA_DISTANCE = _smp("-numa {option}: a distance is {nearest} (to itself) or more", "correct val=")
+NUMA_INITIATOR_EMPTY = _smp("-numa {option}: initiator {node} has no CPUs so far", "name its CPUs before")
+NUMA_DATA_TYPE = _smp("-numa {option}: {data_type} takes {name}=, and nothing else", "write {name}=…")
+NUMA_BANDWIDTH = _smp("-numa {option}: bandwidth expects a size in whole MiB", "write bandwidth=200M")
+NUMA_DUPLICATE = _smp("-numa {option}: duplicate configuration", "leave one of them out")
+NUMA_TOO_DIFFERENT = _smp(
+    "-numa {option}: it differs too much from those before", "correct it: ACPI has 16 bits for it"
+)
+NUMA_CACHE = _smp("-numa {option}: {why}", "correct it, or leave it out")
+NUMA_GAP = _smp("NUMA node ids must run from 0 without a gap: {nodes}", "number them 0, 1, …")
+NUMA_SHARED_MEMDEV = _smp("two nodes have the same memdev=", "give each node its own")
+NUMA_NO_MEMORY = _smp("the NUMA nodes have no memory", "correct mem=")
+NUMA_DISTANCE_MISSING = _smp("the distance between node {one} and {other} is missing", "write -numa dist for it")
+NUMA_DISTANCE_ONE_WAY = _smp(
+    "a pair of nodes has two distances that differ, and another pair has only one",
+    "write -numa dist for both directions of all",
+)
+
+# -- Domain XML: xml, protection, trust
+
+NOT_XML = Reason(
+    "xml", "{where}{what}", "give the XML of one domain, as `virsh dumpxml` writes it", "VIR_ERR_XML_ERROR"
+)
+XML = Reason("xml", "line {line}: {what}", "correct the domain's XML", "VIR_ERR_XML_DETAIL")
+XML_DISK = Reason(
+    "xml",
+    "line {line}: a <disk> needs <source file='…'/> or <source dev='…'/>, and must be disk or cdrom",
+    "take it out, or give it in <qemu:commandline>",
+)
+PROTECTION = Reason(
+    "protection",
+    "line {line}: <launchSecurity type='{kind}'>: qmpvcpu cannot protect a guest from its host",
+    "start it with libvirt, or take the element out",
+    _CONFIG,
+)
+TRUST = Reason(
+    "trust",
+    "{parts}: a file does not supply what is of a host",
+    "`qmpvcpu define FILE` with the XML of '{name}', and try again: its devices are of that then",
+    _UNSUPPORTED,
+)
+
+# -- Another QEMU as this machine: difference, not-held, twin, temporary, slot, place, extra, missing, uuid
+
+DIFFERENCE = Reason("difference", "{difference}", "{hint}", _INVALID)
+_DEFINE_IT: Final = "`qmpvcpu define NAME --qmp ADDR` makes a definition of the guest as it runs"
+NOT_HELD = Reason(
+    "not-held",
+    "the definition does not hold '{words}', with which the guest was started",
+    "start the guest without it, or write into the definition what stands for it",
+    _INVALID,
+)
+FOLDER_UNKNOWN = Reason(
+    "not-held",
+    "the folder of the file in '{words}' is not known",
+    "start the guest without it, or write into the definition what stands for it",
+    _INVALID,
+)
+TWIN_FAILED = Reason("twin", "no QEMU starts of its definition: {why}", _DEFINE_IT, _INVALID)
+NO_TWIN = Reason(
+    "twin",
+    "no second QEMU can be made to compare with, because this is the host's alone: {words}",
+    "take it out of the guest first",
+    _INVALID,
+)
+TEMPORARY = Reason(
+    "temporary",
+    "disk '{disk}' is a temporary overlay (-snapshot, or snapshot=on), which goes when QEMU ends",
+    "start the guest without it",
+    _INVALID,
+)
+NO_SUCH_SLOT = Reason("slot", "vCPU {ids}: the destination has no such slot", _AS_THE_SOURCE, _INVALID)
+OTHER_PLACE = Reason(
+    "place",
+    "vCPU {ids}: its slot is another one at the destination (socket, core or thread)",
+    _AS_THE_SOURCE,
+    _INVALID,
+)
+EXTRA = Reason(
+    "extra",
+    "vCPU {ids} is plugged at the destination, and not at the source",
+    "start the destination without it",
+    _INVALID,
+)
+MISSING = Reason(
+    "missing",
+    "vCPU {ids} is plugged at the source, and not at the destination",
+    "migrate-prepare plugs it",
+    _INVALID,
+)
+OTHER_UUID = Reason(
+    "uuid", "the guest's uuid is {uuid}, and the destination's {there}", "start it with -uuid", _INVALID
+)
+
+# -- Migration: pending, migrating, run-state, blocked, feature, uri, cookie, arrived, arrival, destination,
+# handed-over, shared
+
+PENDING = Reason(
+    "pending",
+    "vCPU {ids}: its unplug is pending, and would end on the way",
+    "wait for its end (--wait), or enable it again",
+    _INVALID,
+)
+UNDER_WAY = Reason("migrating", "a migration is under way ({status})", "migrate-cancel ends it", _INVALID)
+MIGRATING = Reason(
+    "migrating", "the guest is being migrated ({status})", "wait for its end, or migrate-cancel", _INVALID
+)
+MIGRATED = Reason(
+    "migrating",
+    "the guest has been migrated away",
+    "ask at its destination; migrate-cancel lets it go on here",
+    _INVALID,
+)
+NOTHING_UNDER_WAY = Reason("migrating", "no migration is under way", "`migrate-begin` begins one", _INVALID)
+RUN_STATE = Reason("run-state", "the guest is '{state}'", "look at it first", _INVALID)
+SHUT_DOWN = Reason(
+    "run-state",
+    "the guest is '{state}': it has shut down, and only a reset lets it run again",
+    "end its QEMU, or reset it first",
+    _INVALID,
+)
+PANICKED = Reason(
+    "run-state",
+    "the guest is '{state}': its kernel has ended, and would be so again",
+    "end its QEMU, or reset it first",
+    _INVALID,
+)
+INTERNAL_ERROR = Reason(
+    "run-state",
+    "the guest is '{state}': QEMU itself cannot go on with it",
+    "look at the log of its QEMU, and reset it",
+    _INVALID,
+)
+IO_ERROR = Reason(
+    "run-state",
+    "the guest is '{state}': a disk has failed, and it waits for that",
+    "correct the disk, and let the guest go on first",
+    _INVALID,
+)
+WAITS_FOR_A_GUEST = Reason(
+    "run-state", "the guest is '{state}': it waits for a guest", "migrate-cancel ends it", _INVALID
+)
+WAS_HANDED_OVER = Reason(
+    "run-state",
+    "the guest is '{state}': it has been handed over, or a save failed while it was paused, and QEMU takes it only"
+    " once it has run",
+    "migrate-cancel lets it go on here",
+    _INVALID,
+)
+RUNS_ALREADY = Reason(
+    "run-state",
+    "the destination '{name}' does not wait for a migration: it runs already",
+    "destroy it first, or name another destination; one that waits is started with -incoming defer",
+    _INVALID,
+)
+DOES_NOT_WAIT = Reason(
+    "run-state",
+    "the destination '{name}' does not wait for a migration (it is '{state}')",
+    "destroy it first, or name another destination; one that waits is started with -incoming defer",
+    _INVALID,
+)
+_BEGIN_AGAIN: Final = "begin again: migrate-begin, and migrate-prepare a destination with its cookie"
+RUNS_NO_MORE = Reason(
+    "run-state", "the guest was {was} when this was begun, and is not any more", _BEGIN_AGAIN, _INVALID
+)
+CHANGED_WHILE_SAVING = Reason("run-state", "the guest was {done} since this save began", "save again")
+BLOCKED = Reason("blocked", "QEMU cannot migrate it: {why}", "take out what blocks it", _INVALID)
+COOKIE_FEATURES = Reason(
+    "feature",
+    "the migration needs what this side does not know: {features}",
+    "bring this side up to date",
+    _UNSUPPORTED,
+)
+NO_WAY = Reason("uri", "'{uri}' is no way for a migration", "give unix:PATH or tcp:HOST:PORT", _INVALID)
+NO_URI = Reason(
+    "uri", "where the destination should listen is not said", "give --uri unix:PATH or tcp:HOST:PORT", _INVALID
+)
+LISTENS_ELSEWHERE = Reason("uri", "the destination listens at {there} already", "leave out --uri", _INVALID)
+COOKIE = Reason(
+    "cookie",
+    "line {line}: {what}",
+    "give what migrate-begin has printed, or what `save` has written",
+    "VIR_ERR_XML_DETAIL",
+)
+COOKIE_NOT_READ = Reason(
+    "cookie", "'{path}' cannot be read: {why}", "name a file that migrate-begin was printed into"
+)
+COOKIE_TOO_LONG = Reason(
+    "cookie",
+    "'{path}' is not a cookie: it has more than {most} bytes",
+    "name a file that migrate-begin was printed into",
+)
+COOKIE_UNKNOWN = Reason(
+    "cookie",
+    "what this destination was prepared with is not known here",
+    "give the cookie that migrate-begin has printed",
+)
+ARRIVED = Reason(
+    "arrived",
+    "the guest has arrived here, and was never let run",
+    "migrate-finish lets it run here, migrate-cancel ends it here",
+    _INVALID,
+)
+NOTHING_ARRIVED = Reason(
+    "arrival", "no guest has come here by a migration (it is '{state}')", "name the destination", _INVALID
+)
+NOT_ALL_ARRIVED = Reason("arrival", "{why}", "look at the log of the destination's QEMU", _INVALID)
+DESTINATION_LOST = Reason("destination", "{why}", "look at the log of the destination's QEMU", _INVALID)
+COOKIE_USED = Reason("handed-over", "this cookie has been used", _BEGIN_AGAIN, _INVALID)
+RUNS_AT_DESTINATION = Reason(
+    "handed-over",
+    "the guest was let run at the destination, and would run twice",
+    "end the source's QEMU; if the destination is gone for good, --force lets the guest go on here",
+    _INVALID,
+)
+RUNS_AT_SOURCE = Reason(
+    "handed-over",
+    "another side has taken the guest (the source goes on), and it would run twice",
+    "migrate-cancel ends this side; if no other one is there any more, --force lets it run",
+)
+SOURCE_UNKNOWN = Reason(
+    "handed-over",
+    "all of the guest is here, and whether the source still has it is not known",
+    "migrate-finish (--force) lets it run here; if the source goes on, --force ends it here",
+    _INVALID,
+)
+SHARED_MEMORY = Reason(
+    "shared",
+    "the destination would write to the memory of the guest that runs: {what}",
+    "start '{name}' yourself with other memory and -incoming defer, and name its QMP socket",
+    _UNSUPPORTED,
+)
+
+# -- Saving and restoring: saving, descriptor, verify, file, disk, memory, saved, still-here
+
+SAVING = Reason("saving", "process {pid} is saving this guest", "wait for it, or cancel it: migrate-cancel")
+NO_DESCRIPTOR = Reason(
+    "descriptor", "QEMU can be handed a file only over a unix socket", "connect to its QMP socket on its own host"
+)
+VERIFY_UNDEFINED = Reason(
+    "verify",
+    "the guest has no definition, and a second QEMU can be started only from one",
+    "`qmpvcpu define NAME --qmp ADDR` makes one",
+)
+VERIFY_NETWORK = Reason(
+    "verify",
+    "a second QEMU cannot have the network of '{device}', and does not read the guest's state without it",
+    "save without --verify",
+    _UNSUPPORTED,
+)
+FILE_NOT_WRITTEN = Reason(
+    "file", "'{file}' cannot be written: {error.strerror}", "name a file in a folder with room"
+)
+NO_DISK = Reason(
+    "disk",
+    "'{file}' may take {size} MiB, and its file system has {left} MiB left",
+    "name a file in a folder with room",
+    _FAILED,
+)
+NO_MEMORY_TO_COMPARE = Reason(
+    "memory",
+    "the second QEMU, which it is compared with, may take {size} MiB, and {left} MiB are free",
+    "end what else takes memory",
+    _FAILED,
+)
+NO_MEMORY_TO_VERIFY = Reason(
+    "memory",
+    "the second QEMU, which it is compared with, may take {size} MiB, and {left} MiB are free",
+    "save without --verify",
+    _FAILED,
+)
+NOT_SAVED = Reason("saved", "'{path}' {what}", "name a file that `save` has written")
+DAMAGED = Reason(
+    "saved",
+    "'{path}' is damaged: it is not what was saved (its SHA-256 digest differs)",
+    "take it from a copy of the file, if there is one",
+)
+STILL_HERE = Reason(
+    "still-here",
+    "the guest in '{file}' is still here, in QEMU (process {pid})",
+    "any command on that guest, such as vcpuinfo, ends it or lets it go on: restore the file then",
+)
+
+# -- libvirt: libvirt, counts-only
+
+LIBVIRT = Reason("libvirt", "{said}")
+LIBVIRT_DECLINED = Reason("libvirt", "{said}", "{hint}")
+LIBVIRT_NOT_STARTED = Reason("libvirt", "libvirt does not start it: {said}")
+NO_LIBVIRT = Reason(
+    "libvirt",
+    "libvirt-python is not installed: {error}",
+    "pip install 'qmpvcpu[libvirt]' (it is built against libvirt's headers: libvirt-dev, pkg-config, gcc)",
+    "VIR_ERR_NO_SUPPORT",
+)
+COUNTS_ONLY = Reason(
+    "counts-only",
+    "this driver of libvirt's knows only how many vCPUs there are",
+    "setvcpus DOMAIN COUNT (set_vcpus)",
+    "VIR_ERR_NO_SUPPORT",
+)
+
+# -- This host, and the lab's tools: descriptors, no-guest, no-qemu, libvirtd
+
+FEW_DESCRIPTORS = Reason(
+    "descriptors",
+    "only {more} more files can be opened, and a command needs {needed} ({error.strerror})",
+    "raise the limit of open files: ulimit -n 1024",
+    "VIR_ERR_SYSTEM_ERROR",
+)
+NO_GUEST = Reason("no-guest", "there is no {arch} guest in {folder}", "scripts/build-guest {arch}")
+NO_QEMU = Reason("no-qemu", "there is no qemu-system-{arch} here", "scripts/demo, or scripts/setup")
+NO_LIBVIRTD = Reason(
+    "libvirtd",
+    "the program 'libvirtd' is not installed",
+    "install libvirt-daemon, libvirt-daemon-driver-qemu and a QEMU (Debian: `apt-get install"
+    " --no-install-recommends libvirt-daemon libvirt-daemon-driver-qemu`)",
+)
+NO_MOUNTS = Reason(
+    "libvirtd",
+    "libvirtd cannot have folders of its own: {why}",
+    "root needs the right to mount (CAP_SYS_ADMIN); an ordinary user does not",
+)
