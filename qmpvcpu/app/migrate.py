@@ -23,6 +23,7 @@ from qmpvcpu.core.machine.comparison import check_movable
 from qmpvcpu.core.migration.machines import Cookie, MigrationStatus, last_words
 from qmpvcpu.core.migration.stream import StreamError, StreamTable, table_differences
 from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import Domain, connect
 from qmpvcpu.domain.migration.ownership import Side, is_there, kept_source
 from qmpvcpu.domain.migration.phases import Migrated, Progress
@@ -108,13 +109,9 @@ def load_cookie(path: str) -> Cookie:
         data = read_stream(sys.stdin.fileno(), _LIMIT) if path == "-" else read_file(path, _LIMIT, with_pipes=True)
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
-        text = f"'{path}' cannot be read: {why}"
-        raise VcpuRefused(
-            [Refusal("cookie", text, (), "name a file that migrate-begin was printed into")]
-        ) from error
+        raise catalogue.COOKIE_NOT_READ.error(path=path, why=why) from error
     if len(data) > _LIMIT:
-        text = f"'{path}' is not a cookie: it has more than {_LIMIT} bytes"
-        raise VcpuRefused([Refusal("cookie", text, (), "name a file that migrate-begin was printed into")])
+        raise catalogue.COOKIE_TOO_LONG.error(path=path, most=_LIMIT)
     return read_cookie(data)
 
 
@@ -145,9 +142,7 @@ async def _destination(
     runtime = Runtime(word)
     if runtime.pid() is None and not await _runs(word):
         if cookie.is_described:
-            text = "the source has no definition, and QEMU does not tell all of its hardware"
-            hint = f"start '{word}' as the source was started, with -incoming defer, and name its QMP socket"
-            raise VcpuRefused([Refusal("definition", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")])
+            raise catalogue.SOURCE_NOT_DESCRIBED.error(name=word)
         start = await startable(word) if startable is not None else of_user(cookie)
         cookie = start.cookie
         place_there: _Place | None = None
@@ -220,8 +215,7 @@ def _check_same(name: str, cookie: Cookie) -> None:
         return
     defined = read_domain(folder.file(name).read())[1]
     if defined.uuid != cookie.uuid:
-        text = f"'{name}' is defined, and is another domain: its uuid is {defined.uuid}, the guest's {cookie.uuid}"
-        raise VcpuRefused([Refusal("definition", text, (), "name another destination, or undefine that one")])
+        raise catalogue.ANOTHER_DOMAIN.error(name=name, defined=defined.uuid, uuid=cookie.uuid)
 
 
 def _file(name: str) -> str | None:
@@ -301,11 +295,9 @@ async def migrate(
     """
     _check_words(dest, persistent=persistent)
     if dest == source.name:
-        text = f"source and destination have the same name, '{dest}'"
-        raise VcpuRefused([Refusal("definition", text, (), "give the destination another name")])
+        raise catalogue.SAME_NAME.error(name=dest)
     if undefine_source and not source.has_definition:
-        text = "the source has no definition that could be forgotten"
-        raise VcpuRefused([Refusal("definition", text, (), "leave out --undefine-source")])
+        raise catalogue.NOTHING_TO_UNDEFINE.error()
     with_agents = dest_agent is not None or _is_name(dest)
     cookie = await source.migrate_begin(persistent=persistent, wait=wait, force=force, with_agents=with_agents)
     async with _destination(dest, cookie, mode, place=place, timeout=start_timeout, agent=dest_agent) as target:
@@ -499,8 +491,7 @@ async def save(
     if refusals := _check_room(Path(file), memory + _REST_BYTES, second, verify=verify):
         raise VcpuRefused(refusals)
     if verify and not is_defined:
-        text = "the guest has no definition, and a second QEMU can be started only from one"
-        raise VcpuRefused([Refusal("verify", text, (), "`qmpvcpu define NAME --qmp ADDR` makes one")])
+        raise catalogue.VERIFY_UNDEFINED.error()
     checked = Checked(check_movable(cookie.picture) if cookie.picture is not None else [])
     if machine is not None and is_defined:
         # Without a definition, who restores it names a QEMU of his own.
@@ -515,8 +506,7 @@ async def save(
     try:
         saving = await finish(asyncio.to_thread(Saving, Path(file), written), discard=Saving.discard)
     except OSError as error:
-        text = f"'{file}' cannot be written: {error.strerror}"
-        raise VcpuRefused([Refusal("file", text, (), "name a file in a folder with room")]) from error
+        raise catalogue.FILE_NOT_WRITTEN.error(file=file, error=error) from error
     size = 0
 
     def finished() -> None:
@@ -560,17 +550,11 @@ def _check_room(file: Path, size: int, second: int, *, verify: bool) -> list[Ref
     found = []
     disk, memory = free_disk(Path(os.path.realpath(file)).parent), free_memory()
     if disk is not None and disk < size:
-        text = f"'{file}' may take {_mib(size)}, and its file system has {_mib(disk)} left"
-        found.append(Refusal("disk", text, (), "name a file in a folder with room", "VIR_ERR_OPERATION_FAILED"))
+        found.append(catalogue.NO_DISK(file=file, size=size >> 20, left=disk >> 20))
     if memory is not None and memory < second:
-        text = f"the second QEMU, which it is compared with, may take {_mib(second)}, and {_mib(memory)} are free"
-        hint = "save without --verify" if verify else "end what else takes memory"
-        found.append(Refusal("memory", text, (), hint, "VIR_ERR_OPERATION_FAILED"))
+        reason = catalogue.NO_MEMORY_TO_VERIFY if verify else catalogue.NO_MEMORY_TO_COMPARE
+        found.append(reason(size=second >> 20, left=memory >> 20))
     return found
-
-
-def _mib(size: int) -> str:
-    return f"{size >> 20} MiB"
 
 
 async def _check_saved(saving: Saving, table: StreamTable | None) -> None:
@@ -624,9 +608,7 @@ async def restore(
     saved = await finish(reading, on_cancel=given_up.set, discard=SavedFile.close)
     try:
         if (still := Saves().into(saved.fd)) is not None:
-            text = f"the guest in '{file}' is still here, in QEMU (process {pid_in(still)})"
-            hint = "any command on that guest, such as vcpuinfo, ends it or lets it go on: restore the file then"
-            raise VcpuRefused([Refusal("still-here", text, (), hint)])
+            raise catalogue.STILL_HERE.error(file=file, pid=pid_in(still))
         cookie = read_cookie(saved.cookie)
         known = await finish(asyncio.to_thread(SavedDefinitions().kept, saved.digest))
         async with _destination(

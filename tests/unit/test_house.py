@@ -16,6 +16,7 @@ PUBLIC_MODULES = FACES | {"qmpvcpu"}
 #: Tests of a part by itself: the tables that a mend is a row of, and the ground that nothing public shows.
 PARTS = {
     "unit/test_aio.py": ("qmpvcpu.aio",),
+    "unit/test_catalogue.py": ("qmpvcpu.core.rules.catalogue",),
     "unit/test_tables.py": ("qmpvcpu.core.arch", "qmpvcpu.core.quirks", "qmpvcpu.core.machine"),
 }
 

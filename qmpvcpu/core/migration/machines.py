@@ -19,9 +19,10 @@ from typing import Any, Final
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.comparison import Picture
-from qmpvcpu.core.model import DomainState, Entity, Props, format_ids
+from qmpvcpu.core.model import DomainState, Entity, Props
 from qmpvcpu.core.quirks import Fact, Trigger, quirk
-from qmpvcpu.core.rules import checks
+from qmpvcpu.core.rules import catalogue, checks
+from qmpvcpu.core.rules.catalogue import Reason
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.errors import Refusal
 
@@ -62,19 +63,6 @@ _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
 _IDLE: Final = frozenset({*_ENDED, "none", ""})
 #: QAPI RunState: a source can be migrated from these.
 _MIGRATABLE: Final = frozenset({"running", "paused", "prelaunch", "suspended", "watchdog", "debug"})
-
-#: Those it cannot: what that means, and what to do.
-_RUN_STATES: Final = {
-    "shutdown": (": it has shut down, and only a reset lets it run again", "end its QEMU, or reset it first"),
-    "guest-panicked": (": its kernel has ended, and would be so again", "end its QEMU, or reset it first"),
-    "internal-error": (": QEMU itself cannot go on with it", "look at the log of its QEMU, and reset it"),
-    "io-error": (": a disk has failed, and it waits for that", "correct the disk, and let the guest go on first"),
-    "inmigrate": (": it waits for a guest", "migrate-cancel ends it"),
-    "postmigrate": (
-        ": it has been handed over, or a save failed while it was paused, and QEMU takes it only once it has run",
-        "migrate-cancel lets it go on here",
-    ),
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -195,10 +183,7 @@ def features_of(state: DomainState, persistent: Definition | None) -> frozenset[
 def check_features(cookie: Cookie) -> list[Refusal]:
     """Features that we do not know, by name."""
     unknown = sorted(cookie.features - _KNOWN)
-    if not unknown:
-        return []
-    text = f"the migration needs what this side does not know: {', '.join(unknown)}"
-    return [_refusal("feature", text, (), "bring this side up to date", "VIR_ERR_OPERATION_UNSUPPORTED")]
+    return [catalogue.COOKIE_FEATURES(features=", ".join(unknown))] if unknown else []
 
 
 def check_source(
@@ -215,18 +200,24 @@ def check_source(
     if is_paused and architecture(state.arch).saves_unplug:
         waiting = []
     if waiting:
-        text = f"vCPU {format_ids(waiting)}: its unplug is pending, and would end on the way"
-        hint = "wait for its end (--wait), or enable it again"
-        found.append(_refusal("pending", text, tuple(waiting), hint))
+        found.append(catalogue.PENDING(waiting))
     if status.is_active:
-        text = f"a migration is under way ({status.status})"
-        found.append(_refusal("migrating", text, (), "migrate-cancel ends it"))
+        found.append(catalogue.UNDER_WAY(status=status.status))
     elif run_state not in _MIGRATABLE:
-        why, hint = _RUN_STATES.get(run_state or "", ("", "look at it first"))
-        text = f"the guest is '{run_state or 'in no state that QEMU tells'}'{why}"
-        found.append(_refusal("run-state", text, (), hint))
-    hint = "take out what blocks it"
-    return found + [_refusal("blocked", f"QEMU cannot migrate it: {why}", (), hint) for why in status.blocked]
+        found.append(_of_run_state(run_state))
+    return found + [catalogue.BLOCKED(why=why) for why in status.blocked]
+
+
+def _of_run_state(run_state: str | None) -> Refusal:
+    reason = {
+        "shutdown": catalogue.SHUT_DOWN,
+        "guest-panicked": catalogue.PANICKED,
+        "internal-error": catalogue.INTERNAL_ERROR,
+        "io-error": catalogue.IO_ERROR,
+        "inmigrate": catalogue.WAITS_FOR_A_GUEST,
+        "postmigrate": catalogue.WAS_HANDED_OVER,
+    }.get(run_state or "", catalogue.RUN_STATE)
+    return reason(state=run_state or "in no state that QEMU tells")
 
 
 #: A defect that the agents of both sides can do something about (`needs_one_cpu`).
@@ -277,57 +268,41 @@ _FIRST_CPU: Final = 0
 def check_cpu_operation(run_state: str | None, status: MigrationStatus) -> list[Refusal]:
     """Why no vCPU can be switched now."""
     if status.is_active and run_state != "inmigrate":
-        text = f"the guest is being migrated ({status.status})"
-        hint = "wait for its end, or migrate-cancel"
-        return [_refusal("migrating", text, (), hint)]
+        return [catalogue.MIGRATING(status=status.status)]
     if run_state == "postmigrate":
-        text = "the guest has been migrated away"
-        return [_refusal("migrating", text, (), "ask at its destination; migrate-cancel lets it go on here")]
+        return [catalogue.MIGRATED()]
     return []
 
 
 def check_machine(source: Machine, here: Machine) -> list[Refusal]:
     """Everything in which the destination is another machine, together."""
-    found = []
-
-    def differs(code: str, what: str, there: object, now: object, ids: tuple[int, ...] = ()) -> None:
-        text = f"{what}: {there} at the source, {now} at the destination"
-        found.append(_refusal(code, text, ids, "start the destination as the source was started"))
-
-    for code, what, there, now in (
-        ("arch", "architecture", source.arch, here.arch),
-        ("machine", "machine type", source.type, here.type),
-        ("maxcpus", "maximum of vCPUs", source.maxcpus, here.maxcpus),
-        ("topology", "topology", source.topology or "flat", here.topology or "flat"),
-    ):
-        if there != now:
-            differs(code, what, there, now)
+    rows: tuple[tuple[Reason, object, object], ...] = (
+        (catalogue.OTHER_ARCH, source.arch, here.arch),
+        (catalogue.OTHER_MACHINE_TYPE, source.type, here.type),
+        (catalogue.OTHER_MAXCPUS, source.maxcpus, here.maxcpus),
+        (catalogue.OTHER_TOPOLOGY, source.topology or "flat", here.topology or "flat"),
+    )
+    found = [reason(there=there, now=now) for reason, there, now in rows if there != now]
     lacking: list[int] = []
     elsewhere: list[int] = []
-    others: dict[tuple[str, str, str, str], list[int]] = {}
+    others: dict[tuple[Reason, object, object], list[int]] = {}
     for slot in source.slots:
         other = here.by_first.get(slot.ids[0])
         if other is None:
             lacking += slot.ids
             continue
-        sizes = f"{len(slot.ids)} vCPUs", f"{len(other.ids)} vCPUs"
-        for code, what, there, now in (
-            ("entity", "one entity from vCPU {} on is", *sizes),
-            ("entity", "vCPU {} is a", slot.driver, other.driver),
-            ("node", "NUMA node of vCPU {}", _node(slot), _node(other)),
-        ):
+        rows = (
+            (catalogue.OTHER_ENTITY, len(slot.ids), len(other.ids)),
+            (catalogue.OTHER_DRIVER, slot.driver, other.driver),
+            (catalogue.OTHER_NODE, _node(slot), _node(other)),
+        )
+        for reason, there, now in rows:
             if there != now:
-                others.setdefault((code, what, there, now), []).extend(slot.ids)
+                others.setdefault((reason, there, now), []).extend(slot.ids)
         elsewhere += slot.ids if other.place != slot.place else ()
-    for (code, what, there, now), ids in others.items():
-        differs(code, what.format(format_ids(ids)), there, now, tuple(ids))
-    for code, ids, text in (
-        ("slot", lacking, "the destination has no such slot"),
-        ("place", elsewhere, "its slot is another one at the destination (socket, core or thread)"),
-    ):
-        if ids:
-            hint = "start the destination as the source was started"
-            found.append(_refusal(code, f"vCPU {format_ids(ids)}: {text}", tuple(ids), hint))
+    found += [reason(ids, there=there, now=now) for (reason, there, now), ids in others.items()]
+    found += [catalogue.NO_SUCH_SLOT(lacking)] if lacking else []
+    found += [catalogue.OTHER_PLACE(elsewhere)] if elsewhere else []
     return found + _check_extra(source, here)
 
 
@@ -339,11 +314,8 @@ def _check_extra(source: Machine, here: Machine) -> list[Refusal]:
     extra = sorted(
         n for slot in here.slots if slot.plugged and slot.ids[0] not in source.plugged for n in slot.ids
     )
-    if not extra:
-        return []
     # 7.2 to 11.1: QEMU takes it without a word, and the guest never sees it.
-    text = f"vCPU {format_ids(extra)} is plugged at the destination, and not at the source"
-    return [_refusal("extra", text, tuple(extra), "start the destination without it")]
+    return [catalogue.EXTRA(extra)] if extra else []
 
 
 def missing(source: Machine, here: Machine) -> list[Slot]:
@@ -355,17 +327,7 @@ def missing(source: Machine, here: Machine) -> list[Slot]:
 def check_arrived(source: Machine, here: Machine) -> list[Refusal]:
     """Why what has arrived is not the guest that left; also what must hold before the first byte."""
     lost = sorted(n for slot in missing(source, here) for n in slot.ids)
-    found = check_machine(source, here)
-    if lost:
-        text = f"vCPU {format_ids(lost)} is plugged at the source, and not at the destination"
-        found.append(_refusal("missing", text, tuple(lost), "migrate-prepare plugs it"))
-    return found
-
-
-def _refusal(
-    code: str, text: str, ids: tuple[int, ...], hint: str, libvirt: str = "VIR_ERR_OPERATION_INVALID"
-) -> Refusal:
-    return Refusal(code, text, ids, hint, libvirt)
+    return check_machine(source, here) + ([catalogue.MISSING(lost)] if lost else [])
 
 
 # -- what QEMU tells ------------------------------------------------------------------------------

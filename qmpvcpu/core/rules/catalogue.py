@@ -183,7 +183,7 @@ OTHER_ENTITY = Reason(
     _INVALID,
 )
 OTHER_DRIVER = Reason(
-    "entity", "the driver of vCPU {ids}: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+    "entity", "vCPU {ids} is a: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
 )
 
 # -- NUMA nodes: node

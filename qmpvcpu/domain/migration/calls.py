@@ -14,6 +14,7 @@ from qmpvcpu import aio
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.definition import NO_DEFINITION, Persistent
 from qmpvcpu.domain.dump import DescribedXml, describe, dump
@@ -249,8 +250,7 @@ class MigrationCalls:
         async with self._call():
             cookie = kept(self._connected(), Side.DESTINATION)
         if cookie is None:
-            text = "what this destination was prepared with is not known here"
-            raise VcpuRefused([Refusal("cookie", text, (), "give the cookie that migrate-begin has printed")])
+            raise catalogue.COOKIE_UNKNOWN.error()
         return cookie
 
     @checked
@@ -288,9 +288,7 @@ class MigrationCalls:
                 if force:
                     give(cookie, Side.DESTINATION, link)
                 elif not take(cookie, Side.DESTINATION, link):
-                    text = "another side has taken the guest (the source goes on), and it would run twice"
-                    where = "migrate-cancel ends this side; if no other one is there any more, --force lets it run"
-                    raise VcpuRefused([Refusal("handed-over", text, (), where)])
+                    raise catalogue.RUNS_AT_SOURCE.error()
                 told(True)
                 found, said = await start(link, cookie)
                 text = said or text
@@ -363,11 +361,9 @@ class MigrationCalls:
             link = self._connected()
             state, runs = await check_perform(link, cookie, force=force, is_paused=True)
             if not link.monitor.takes_descriptors:
-                text = "QEMU can be handed a file only over a unix socket"
-                raise VcpuRefused([Refusal("descriptor", text, (), "connect to its QMP socket on its own host")])
+                raise catalogue.NO_DESCRIPTOR.error()
             if cookie.runs is not runs:
-                text = f"the guest was {'let run' if runs else 'paused'} since this save began"
-                raise VcpuRefused([Refusal("run-state", text, (), "save again")])
+                raise catalogue.CHANGED_WHILE_SAVING.error(done="let run" if runs else "paused")
             is_written = False
 
             def finished() -> None:

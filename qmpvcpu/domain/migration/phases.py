@@ -36,6 +36,8 @@ from qmpvcpu.core.migration.machines import (
     parse_status,
 )
 from qmpvcpu.core.model import DomainState, QemuVersion
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.catalogue import Reason
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.migration import saving
 from qmpvcpu.domain.migration.one_cpu import OneCpu, why_not
@@ -150,8 +152,7 @@ async def check_begin(
     runs, status = await run_state(link.monitor), await status_of(link.monitor)
     refusals = check_source(state, runs, status, link.ledger.firsts, is_paused=is_paused)
     if runs == "paused" and status.is_incoming and kept(link, Side.DESTINATION) is not None:
-        hint = "migrate-finish lets it run here, migrate-cancel ends it here"
-        refusals.append(_refused("arrived", "the guest has arrived here, and was never let run", hint))
+        refusals.append(catalogue.ARRIVED())
     hangs = [] if force else check_hangs(state, link.removals)
     if agent is not None and any(one.code == ONE_CPU for one in hangs):
         hangs = _without_one_cpu(hangs, await why_not(agent, state, runs))
@@ -194,10 +195,11 @@ async def prepare(
     refusals = check_features(cookie)
     runs = await run_state(link.monitor)
     if runs != "inmigrate":
-        text = f"the destination '{state.name}' does not wait for a migration"
-        text += ": it runs already" if runs == "running" else f" (it is '{runs}')"
-        hint = "destroy it first, or name another destination; one that waits is started with -incoming defer"
-        refusals.append(Refusal("run-state", text, (), hint, "VIR_ERR_OPERATION_INVALID"))
+        refusals.append(
+            catalogue.RUNS_ALREADY(name=state.name)
+            if runs == "running"
+            else catalogue.DOES_NOT_WAIT(name=state.name, state=runs)
+        )
     refusals += _check_uuid(cookie, await link.monitor.query_uuid())
     source = cookie.machine
     refusals += check_machine(source, machine_of(state)) if source is not None else _check_count(cookie, state)
@@ -221,9 +223,7 @@ def _check_uuid(cookie: Cookie, reply: object) -> list[Refusal]:
     here = reply.get("UUID") if isinstance(reply, dict) else None
     if here in (None, _NO_UUID, cookie.uuid) or cookie.uuid is None:
         return []
-    return [
-        _refused("uuid", f"the guest's uuid is {cookie.uuid}, and the destination's {here}", "start it with -uuid")
-    ]
+    return [catalogue.OTHER_UUID(uuid=cookie.uuid, there=here)]
 
 
 def _check_count(cookie: Cookie, state: DomainState) -> list[Refusal]:
@@ -231,22 +231,17 @@ def _check_count(cookie: Cookie, state: DomainState) -> list[Refusal]:
     from qmpvcpu.xml.domain import read_domain
 
     definition = read_domain(cookie.xml)[1]
-    found = []
-    for what, there, now in (
-        ("maximum of vCPUs", definition.maxcpus, state.maxcpus),
-        ("vCPUs", definition.enabled_ids, state.enabled_ids),
-    ):
-        if there != now:
-            text = f"{what}: {there} at the source, {now} at the destination"
-            found.append(Refusal("vcpus", text, (), "start the destination as the source was started"))
-    return found
+    rows: tuple[tuple[Reason, object, object], ...] = (
+        (catalogue.OTHER_MAXIMUM, definition.maxcpus, state.maxcpus),
+        (catalogue.OTHER_VCPUS, definition.enabled_ids, state.enabled_ids),
+    )
+    return [reason(there=there, now=now) for reason, there, now in rows if there != now]
 
 
 def _check_uri(uri: str) -> None:
     """Whatever else QEMU knows has no way back, or runs a program."""
     if not uri.startswith(("unix:", "tcp:", "fd:")):
-        text = f"'{uri}' is no way for a migration"
-        raise VcpuRefused([_refused("uri", text, "give unix:PATH or tcp:HOST:PORT")])
+        raise catalogue.NO_WAY.error(uri=uri)
 
 
 async def listen_at(link: Link, uri: str | None, host: str | None, default: str | None = None) -> str:
@@ -267,12 +262,11 @@ async def listen_at(link: Link, uri: str | None, host: str | None, default: str 
     there = address_of(await status_of(link.monitor), host)
     if there is not None:
         if uri is not None and uri != there:
-            raise VcpuRefused([_refused("uri", f"the destination listens at {there} already", "leave out --uri")])
+            raise catalogue.LISTENS_ELSEWHERE.error(there=there)
         return there
     uri = uri or default
     if uri is None:
-        text = "where the destination shall listen is not said"
-        raise VcpuRefused([_refused("uri", text, "give --uri unix:PATH or tcp:HOST:PORT")])
+        raise catalogue.NO_URI.error()
     with _declined(f"listen at {uri}"):
         await link.monitor.migrate_incoming(uri)
     return address_of(await status_of(link.monitor), host) or uri
@@ -297,7 +291,7 @@ def check_same(cookie: Cookie | None, state: DomainState) -> None:
     refusals = check_arrived(source, machine_of(state)) if source is not None else []
     if refusals:
         hint = "begin again: the guest has changed since migrate-begin"
-        raise VcpuRefused([_refused(one.code, one.message, hint) for one in refusals])
+        raise VcpuRefused([replace(one, ids=(), hint=hint) for one in refusals])
 
 
 def take_for_perform(link: Link, begun: Cookie | None, *, runs: bool) -> None:
@@ -309,12 +303,10 @@ def take_for_perform(link: Link, begun: Cookie | None, *, runs: bool) -> None:
     saving.forget(link)
     if begun is None:
         return
-    hint = "begin again: migrate-begin, and migrate-prepare a destination with its cookie"
     if begun.runs != runs:
-        text = f"the guest was {'running' if begun.runs else 'paused'} when this was begun, and is not any more"
-        raise VcpuRefused([_refused("run-state", text, hint)])
+        raise catalogue.RUNS_NO_MORE.error(was="running" if begun.runs else "paused")
     if is_used(begun) or not take(begun, Side.SOURCE):
-        raise VcpuRefused([_refused("handed-over", "this cookie has been used", hint)])
+        raise catalogue.COOKIE_USED.error()
     keep(link, Side.SOURCE, begun)
 
 
@@ -341,11 +333,7 @@ async def perform(
         VcpuConnectionError: the source is lost.
         CancelledError: a migration that was not at its end is cancelled.
     """
-    if not uri.startswith(("unix:", "tcp:", "fd:")):
-        # Whatever else QEMU knows has no way back, or runs a program.
-        raise VcpuRefused(
-            [_refused("uri", f"'{uri}' is no way for a migration", "give unix:PATH or tcp:HOST:PORT")]
-        )
+    _check_uri(uri)
     async with _parameters(monitor, {} if bandwidth is None else {"max-bandwidth": bandwidth << 20}):
         with _declined("migrate"):
             await monitor.migrate_set_capabilities(_CAPABILITIES)
@@ -523,13 +511,11 @@ async def arrival(link: Link, moved: Callable[[], object] = lambda: None) -> Ref
         if runs != "inmigrate" and not status.is_active:
             if status.is_incoming:
                 return None
-            text = f"no guest has come here by a migration (it is '{runs}')"
-            return _refused("arrival", text, "name the destination")
+            return catalogue.NOTHING_ARRIVED(state=runs)
         if (now := moved()) != last:
             last, deadline = now, time.monotonic() + _ARRIVAL_SECONDS
         if status.status == "failed" or time.monotonic() >= deadline:
-            text = status.error or "not all of the guest has arrived"
-            return _refused("arrival", text, "look at the log of the destination's QEMU")
+            return catalogue.NOT_ALL_ARRIVED(why=status.error or "not all of the guest has arrived")
         await asyncio.sleep(pause)
         pause = min(pause * 2, _LOOK_MOST)
 
@@ -549,9 +535,7 @@ async def finish(
         refusals = check_arrived(source, here) if source is not None else []
         return (Destination.OTHER if refusals else Destination.WHOLE), refusals
     except VcpuConnectionError as error:
-        return Destination.GONE, [
-            _refused("destination", error.message, "look at the log of the destination's QEMU")
-        ]
+        return Destination.GONE, [catalogue.DESTINATION_LOST(why=error.message)]
 
 
 def keep_pending(link: Link, cookie: Cookie) -> None:
@@ -662,7 +646,7 @@ async def cancel(link: Link, *, force: bool = False) -> str:
         return f"the migration was cancelled, and the guest {'goes on' if ran else 'is paused, as it was'}"
     if runs == "postmigrate":
         return await _take_back(link, begun, force=force)
-    raise VcpuRefused([_refused("migrating", "no migration is under way", "`migrate-begin` begins one")])
+    raise catalogue.NOTHING_UNDER_WAY.error()
 
 
 async def _take_back(link: Link, begun: Cookie | None, *, force: bool) -> str:
@@ -670,9 +654,7 @@ async def _take_back(link: Link, begun: Cookie | None, *, force: bool) -> str:
     if begun is not None and force:
         give(begun, Side.SOURCE)
     elif begun is not None and not take(begun, Side.SOURCE):
-        text = "the guest was let run at the destination, and would run twice"
-        hint = "end the source's QEMU; if the destination is gone for good, --force lets the guest go on here"
-        raise VcpuRefused([_refused("handed-over", text, hint)])
+        raise catalogue.RUNS_AT_DESTINATION.error()
     runs = begun is None or begun.runs
     await go_on(link, runs=runs)
     said = "goes on here" if runs else "is here again, paused as it was"
@@ -684,9 +666,7 @@ async def _take_back(link: Link, begun: Cookie | None, *, force: bool) -> str:
 async def _end_arrived(link: Link, prepared: Cookie, *, force: bool) -> str:
     """A destination that has all of the guest, and has not been let run."""
     if not force and not (is_there(prepared, Side.SOURCE) and take(prepared, Side.SOURCE)):
-        text = "all of the guest is here, and whether the source still has it is not known"
-        hint = "migrate-finish (--force) lets it run here; if the source goes on, --force ends it here"
-        raise VcpuRefused([_refused("handed-over", text, hint)])
+        raise catalogue.SOURCE_UNKNOWN.error()
     await end(link)
     forget(link)
     return "the destination, which had not been let run, was ended"
@@ -942,7 +922,3 @@ def _declined(what: str) -> Iterator[None]:
     except CommandError as error:
         text = f"QEMU cannot {what}: {error.text}"
         raise VcpuFailed(text, qmp_class=error.error_class, qmp_text=error.text, hint="look at its log") from error
-
-
-def _refused(code: str, message: str, hint: str) -> Refusal:
-    return Refusal(code, message, (), hint, "VIR_ERR_OPERATION_INVALID")

@@ -9,9 +9,10 @@ import shlex
 from contextlib import suppress
 from typing import Final
 
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.reader import run_state
 from qmpvcpu.domain.session import Link
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused
+from qmpvcpu.errors import VcpuConnectionError, VcpuError
 from qmpvcpu.host.process import pid_in
 from qmpvcpu.host.saves import PausedGuest, Saves, paused_by_us
 from qmpvcpu.ports import CommandError, Monitor
@@ -40,8 +41,7 @@ def begin(link: Link, fd: int, files: tuple[str, ...], *, runs: bool) -> None:
         return
     other = saves.kept(link.process)
     if other is not None and not other.is_here and not other.is_left:
-        text = f"process {pid_in(other.saver)} is saving this guest"
-        raise VcpuRefused([Refusal("saving", text, (), "wait for it, or cancel it: migrate-cancel")])
+        raise catalogue.SAVING.error(pid=pid_in(other.saver))
     with suppress(OSError):
         saves.keep(link.process, paused_by_us(fd, files, runs=runs))
 
