@@ -25,6 +25,7 @@ from qmpvcpu.core.definition import (
 from qmpvcpu.core.machine.command_line import split_cpu
 from qmpvcpu.core.machine.devices import Devices
 from qmpvcpu.core.model import Topology, format_ids
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.hardware import QEMU_NAMESPACE
 from qmpvcpu.xml.machine import dimm_lines, machine_element, option_lines, read_dimms, read_options
@@ -101,14 +102,14 @@ class _Reader:
     def definition(self) -> Definition:
         root = self.root
         if root.name != "domain":
-            self._wrong(root, f"<{root.name}> is no <domain>", "VIR_ERR_XML_ERROR")
+            self.found.append(catalogue.XML_NOT_A_DOMAIN(line=root.line, element=root.name))
             return Definition("", default_vcpus(1, 1))
         for word in ("name", "vcpu", "vcpus"):
             for again in list(root.all(word))[1:]:
                 self._wrong(again, f"<{word}> stands twice")
         name = root.child("name")
         if name is None or not name.text.strip():
-            self._wrong(name or root, "the domain has no <name>", "VIR_ERR_NO_NAME")
+            self.found.append(catalogue.XML_NO_NAME(line=(name or root).line))
         uuid, machine = root.child("uuid"), root.find("os/type")
         emulator = root.find("devices/emulator")
         vcpu, listed = root.child("vcpu"), root.child("vcpus")
@@ -291,11 +292,7 @@ class _Reader:
         for count in counts.values():
             product *= count
         if product != self.maximum:
-            self._wrong(
-                element,
-                f"<topology> has room for {product} vCPUs, and <vcpu> says {self.maximum}",
-                "VIR_ERR_CONFIG_UNSUPPORTED",
-            )
+            self.found.append(catalogue.XML_TOPOLOGY(line=element.line, made=product, maximum=self.maximum))
         return Topology(self.maximum, **counts)
 
     def _cells(self) -> tuple[NumaCell, ...]:
@@ -542,8 +539,8 @@ class _Reader:
         if out:
             self._wrong(element, f"{what} has vCPU {format_ids(out)}, and ids end at {self.maximum - 1}")
 
-    def _wrong(self, element: Element, text: str, libvirt: str = "VIR_ERR_XML_DETAIL") -> None:
-        self.found.append(Refusal("xml", f"line {element.line}: {text}", (), "correct the domain's XML", libvirt))
+    def _wrong(self, element: Element, what: str) -> None:
+        self.found.append(catalogue.XML(line=element.line, what=what))
 
 
 _PART: Final = re.compile(r"\s*(?:(\^)([0-9]{1,7})|([0-9]{1,7})(?:\s*-\s*([0-9]{1,7}))?)\s*")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from qmpvcpu.core.machine.hardware import Disk, Flash, GivenDevices, Hardware
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.machine import machine_element
 from qmpvcpu.xml.source import Document, Element
@@ -78,11 +79,7 @@ def _protected(root: Element) -> list[Refusal]:
     if element is None:
         return []
     kind = element.attributes.get("type", "")
-    text = (
-        f"line {element.line}: <launchSecurity type='{kind[:40]}'>: qmpvcpu cannot protect a guest from its host"
-    )
-    hint = "start it with libvirt, or take the element out"
-    return [Refusal("protection", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")]
+    return [catalogue.PROTECTION(line=element.line, kind=kind[:40])]
 
 
 def _noticed(root: Element) -> list[str]:
@@ -153,8 +150,7 @@ def _disk(element: Element, found: list[Refusal]) -> Disk | None:
     if source is not None:
         path = source.attributes.get("file") or source.attributes.get("dev")
     if path is None or kind not in ("disk", "cdrom"):
-        text = f"line {element.line}: a <disk> needs <source file='…'/> or <source dev='…'/>, and be disk or cdrom"
-        found.append(Refusal("xml", text, (), "take it out, or give it in <qemu:commandline>"))
+        found.append(catalogue.XML_DISK(line=element.line))
         return None
     return Disk(
         path,

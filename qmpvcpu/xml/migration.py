@@ -20,6 +20,7 @@ from qmpvcpu.core.machine.comparison import Picture
 from qmpvcpu.core.migration.machines import Cookie, Machine, Slot
 from qmpvcpu.core.model import Props, QemuVersion, format_ids
 from qmpvcpu.core.request import parse_ids
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.source import Document, Element, parse_document
@@ -229,6 +230,5 @@ def _number(element: Element, key: str, most: int, found: list[Refusal]) -> int 
     return None
 
 
-def _wrong(element: Element, text: str) -> Refusal:
-    hint = "give what migrate-begin has printed, or what `save` has written"
-    return Refusal("cookie", f"line {element.line}: {text}", (), hint, "VIR_ERR_XML_DETAIL")
+def _wrong(element: Element, what: str) -> Refusal:
+    return catalogue.COOKIE(line=element.line, what=what)

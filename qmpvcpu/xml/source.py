@@ -16,7 +16,8 @@ from dataclasses import dataclass, field
 from typing import Final
 from xml.sax.saxutils import escape
 
-from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import VcpuRefused
 
 __all__ = ["MOST_BYTES", "Document", "Element", "parse_document"]
 
@@ -294,14 +295,4 @@ def _quoted(value: str, quote: str) -> bytes:
 
 def _refused(what: str, line: int | None) -> VcpuRefused:
     where = f"line {line}: " if line is not None else ""
-    return VcpuRefused(
-        [
-            Refusal(
-                "xml",
-                f"{where}{what}",
-                (),
-                "give the XML of one domain, as `virsh dumpxml` writes it",
-                "VIR_ERR_XML_ERROR",
-            )
-        ]
-    )
+    return catalogue.NOT_XML.error(where=where, what=what)

@@ -645,6 +645,16 @@ NOT_XML = Reason(
     "xml", "{where}{what}", "give the XML of one domain, as `virsh dumpxml` writes it", "VIR_ERR_XML_ERROR"
 )
 XML = Reason("xml", "line {line}: {what}", "correct the domain's XML", "VIR_ERR_XML_DETAIL")
+XML_NOT_A_DOMAIN = Reason(
+    "xml", "line {line}: <{element}> is no <domain>", "correct the domain's XML", "VIR_ERR_XML_ERROR"
+)
+XML_NO_NAME = Reason("xml", "line {line}: the domain has no <name>", "correct the domain's XML", "VIR_ERR_NO_NAME")
+XML_TOPOLOGY = Reason(
+    "xml",
+    "line {line}: <topology> has room for {made} vCPUs, and <vcpu> says {maximum}",
+    "correct the domain's XML",
+    _CONFIG,
+)
 XML_DISK = Reason(
     "xml",
     "line {line}: a <disk> needs <source file='…'/> or <source dev='…'/>, and must be disk or cdrom",
