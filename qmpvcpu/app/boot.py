@@ -11,7 +11,7 @@ from qmpvcpu.app.probes import Probe, ProbeMode, find_layout
 from qmpvcpu.app.qemus import find_binaries, path_of
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.boot_arguments import BootArgs, BootStyle, boot_args, machine_spec, qemu_arch
-from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.host.definitions import DefinitionFolder, read_document
 from qmpvcpu.xml.domain import read_domain
 
@@ -42,9 +42,8 @@ def read_definition(word: str) -> tuple[Definition, tuple[str, ...]]:
     if "/" not in word and folder.is_defined(word):
         return read_domain(folder.file(word).read())[1], ()
     if not os.path.lexists(word):
-        text = f"there is no file '{word}'" + ("" if "/" in word else ", and no domain of that name")
-        hint = "name a file with domain XML, or a domain that `qmpvcpu list` shows"
-        raise VcpuRefused([Refusal("definition", text, (), hint, "VIR_ERR_NO_DOMAIN")])
+        also = "" if "/" in word else ", and no domain of that name"
+        raise catalogue.NO_FILE_OR_DOMAIN.error(word=word, also=also)
     definition = read_domain(read_document(word))[1]
     listed = listed_program(definition)
     if definition.emulator is None or listed is not None:
@@ -58,9 +57,7 @@ def read_definition(word: str) -> tuple[Definition, tuple[str, ...]]:
 def check_program(definition: Definition) -> None:
     """Raises VcpuRefused where the program that a definition names is not here."""
     if definition.emulator is not None and path_of(definition.emulator) is None:
-        text = f"<emulator> '{definition.emulator}' is not here"
-        hint = "write one into the definition that `qmpvcpu doctor` lists, or leave the element out"
-        raise VcpuRefused([Refusal("emulator", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+        raise catalogue.NO_EMULATOR.error(emulator=definition.emulator)
 
 
 def listed_program(definition: Definition) -> str | None:

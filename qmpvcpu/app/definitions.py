@@ -7,13 +7,14 @@ import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from qmpvcpu.core.address import parse_address
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import Domain, connect
-from qmpvcpu.errors import Refusal, VcpuError, VcpuRefused, VcpuUsageError
+from qmpvcpu.errors import VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.definitions import read_document as read_file_or_pipe
 from qmpvcpu.host.runtime import Runtime, remove_folder, running_names
@@ -166,9 +167,7 @@ def _check_not_ours(name: str, addresses: Addresses) -> None:
     """
     runtime = Runtime(name)
     if not set(addresses.qmp) <= set(runtime.qmp) and (pid := runtime.pid()) is not None:
-        text = f"'{name}' runs (QEMU {pid}), and that QEMU has other sockets"
-        hint = "destroy it first, or define the other guest under another name"
-        raise VcpuRefused([Refusal("active", text, (), hint, "VIR_ERR_OPERATION_INVALID")])
+        raise catalogue.ACTIVE_WITH_OTHER_SOCKETS.error(name=name, pid=pid)
 
 
 def _left_behind(name: str, addresses: Addresses) -> list[str]:
@@ -222,8 +221,7 @@ def undefine(name: str) -> Path:
         VcpuRefused: it is not defined, or cannot be removed.
     """
     if check_name(name) is None and (pid := Runtime(name).pid()) is not None:
-        text = f"'{name}' runs (QEMU {pid}): undefining a running guest leaves no way to end it"
-        raise VcpuRefused([Refusal("active", text, (), "destroy it first", "VIR_ERR_OPERATION_INVALID")])
+        raise catalogue.ACTIVE_DEFINITION.error(name=name, pid=pid)
     kept = DefinitionFolder().undefine(name)
     remove_folder(name)
     return kept
@@ -301,8 +299,7 @@ def read_document(path: str) -> bytes:
         VcpuRefused: it is not there, or cannot be read.
     """
     if not os.path.lexists(path):
-        hint = "name a file with domain XML"
-        raise VcpuRefused([Refusal("definition", f"there is no file '{path}'", (), hint, "VIR_ERR_INVALID_ARG")])
+        raise catalogue.NO_FILE.error(path=path)
     return read_file_or_pipe(path)
 
 
@@ -311,8 +308,7 @@ def _checked(data: bytes, path: str) -> str:
     try:
         return read_domain(data)[1].name
     except VcpuRefused as error:
-        found = [Refusal(r.code, f"'{path}': {r.message}", r.ids, r.hint, r.libvirt) for r in error.refusals]
-        raise VcpuRefused(found) from error
+        raise VcpuRefused([replace(r, message=f"'{path}': {r.message}") for r in error.refusals]) from error
 
 
 def _absolute(address: str) -> str:

@@ -9,7 +9,7 @@ from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.core.arch import architecture, architecture_of_program
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.command_line import split_cpu
-from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.host.cache import FileCache, key_of, program_of
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu
@@ -41,9 +41,7 @@ async def with_known_features(
     unknown = {key: value for key, value in switches if key.replace("_", "-") not in known}
     lacking = [key for key, value in unknown.items() if value == "on"]
     if lacking:
-        text = f"'{program}' has no CPU feature {', '.join(lacking)}"
-        hint = "take <feature> out of <cpu>, or start the guest with a newer QEMU"
-        raise VcpuRefused([Refusal("feature", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+        raise catalogue.NO_CPU_FEATURE.error(program=program, features=", ".join(lacking))
     if not unknown:
         return definition, ()
     words = [f"{key}={value}" for key, value in features if key not in unknown]

@@ -26,7 +26,8 @@ from qmpvcpu.core.machine.layout import (
     predict_layout,
 )
 from qmpvcpu.core.model import Vcpu
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused, VcpuUsageError
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import VcpuConnectionError, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.cache import FileCache, Program, key_of, program_of
 from qmpvcpu.host.files import FileLock
 from qmpvcpu.qemu.probe import probe_machine
@@ -117,8 +118,7 @@ async def find_layout(
     found, messages = _program(emulator, target)
     runs = architecture_of_program(found.path) if found is not None else None
     if runs is not None and runs.name not in programs_of(target):
-        text = f"'{emulator}' is a QEMU for {runs.name}, and {target} is asked"
-        raise VcpuRefused([Refusal("emulator", text, (), "name another one", "VIR_ERR_CONFIG_UNSUPPORTED")])
+        raise catalogue.PROGRAM_OF_ANOTHER_ARCH.error(emulator=emulator, runs=runs.name, arch=target)
     target = runs.name if runs is not None else target
     look = _Look(spec, found, typed)
     layout = None
@@ -143,8 +143,7 @@ async def find_layout(
                 except VcpuRefused as error:
                     raise await look.explain(error) from error
     if arch is not None and layout.arch not in programs_of(arch):
-        text = f"'{emulator}' is a QEMU for {layout.arch}, and {arch} is asked"
-        raise VcpuRefused([Refusal("emulator", text, (), "name another one")])
+        raise catalogue.PROBED_ANOTHER_ARCH.error(emulator=emulator, runs=layout.arch, arch=arch)
     return Probe(layout, found.path if found is not None else None, tuple(messages), time.monotonic() - began)
 
 
@@ -205,11 +204,12 @@ class _Look:
         family = machine.rpartition("-")[0] + "-"
         # As QEMU lists them: 10.0 behind 9.2.
         newest = max((name for name in found.hotplug if name.startswith(family)), key=_by_version, default=None)
-        hint = f"the newest that it has of that family is {newest}"
+        version, program = found.version, self.program.path
         if newest is None:
-            hint = f"{self.program.path} -machine help lists those that it has"
-        text = f"QEMU {found.version} ('{self.program.path}') has no machine type '{machine}' ({_NO_MACHINE})"
-        return VcpuRefused([Refusal("machine", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+            return catalogue.NO_MACHINE_TYPE_HERE.error(version=version, program=program, machine=machine)
+        return catalogue.OLD_MACHINE_TYPE_HERE.error(
+            version=version, program=program, machine=machine, newest=newest
+        )
 
     def _keep(self, replies: dict[str, Any]) -> MachineLayout:
         layout = parse_layout(replies, self.spec.accel, LayoutSource.PROBED)
@@ -238,9 +238,7 @@ def _program(emulator: str | None, arch: str) -> tuple[_Found | None, list[str]]
     if emulator is not None:
         path = path_of(emulator)
         if path is None:
-            text = f"there is no QEMU program '{emulator}'"
-            hint = "name one with its folder: `qmpvcpu doctor` lists those that are here"
-            raise VcpuRefused([Refusal("emulator", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+            raise catalogue.NO_PROGRAM.error(emulator=emulator)
         return _Found(path, program_of(path)), []
     for path, _ in find_binaries(arch):
         try:
@@ -265,9 +263,8 @@ def _by_version(machine: str) -> list[int]:
 
 
 def _unknown(spec: MachineSpec, arch: str, *, never: bool) -> VcpuRefused:
-    text = f"what '{spec.machine}' ({arch}) makes of '-smp {spec.smp}' cannot be known without starting QEMU"
-    hint = "--probe auto starts one" if never else f"install qemu-system-{arch}, or name one with --emulator"
-    return VcpuRefused([Refusal("probe", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+    reason = catalogue.PROBE_NEVER if never else catalogue.NOTHING_TO_PROBE
+    return reason.error(machine=spec.machine, arch=arch, smp=spec.smp)
 
 
 @asynccontextmanager

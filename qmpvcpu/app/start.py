@@ -21,9 +21,10 @@ from qmpvcpu.core.machine.command_line import join_pairs
 from qmpvcpu.core.machine.devices import shared_with_source
 from qmpvcpu.core.machine.hardware import hardware_args
 from qmpvcpu.core.model import DomainState, format_ids
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import connect
 from qmpvcpu.domain.placement import check_start
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
+from qmpvcpu.errors import VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host import runtime as host
 from qmpvcpu.host.cgroup.groups import VcpuGroups, remove_trees
@@ -115,7 +116,7 @@ async def start(
     began = time.monotonic()
     folder = DefinitionFolder()
     if not folder.is_defined(name):
-        raise _refused("definition", f"no domain '{name}' is defined", "define FILE first", "VIR_ERR_NO_DOMAIN")
+        raise catalogue.NOT_DEFINED_TO_START.error(name=name)
     runtime = Runtime(name)
     async with _alone(runtime):
         await _check_inactive(name, runtime)
@@ -203,13 +204,7 @@ async def launch_waiting(
             definition = replace(definition, machine=machine)
         memory, chardevs = _shared(document, definition) if source_runs else ([], [])
         if memory:
-            texts = [
-                f"the destination would write to the memory of the guest that runs: {text}" for text in memory
-            ]
-            hint = f"start '{name}' yourself with other memory and -incoming defer, and name its QMP socket"
-            raise VcpuRefused(
-                [Refusal("shared", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED") for text in texts]
-            )
+            raise VcpuRefused([catalogue.SHARED_MEMORY(name=name, what=what) for what in memory])
         launched = await _launch(runtime, document, definition, mode, timeout, place=place, incoming="defer")
         taken = [f"the destination takes over '{text}' from the source" for text in chardevs]
         return replace(launched, messages=(*launched.messages, *taken))
@@ -242,7 +237,7 @@ async def _launch(
     check_program(definition)
     line = await command_line(definition, mode=mode, incoming=incoming)
     if line.probe.emulator is None:
-        raise _refused("emulator", "; ".join(line.probe.messages), "name an <emulator> that is here")
+        raise catalogue.NO_PROGRAM_TO_START.error(messages="; ".join(line.probe.messages))
     name = runtime.name.replace(",", ",,")
     arguments = ["-S", "-name", f"guest={name},debug-threads=on", *line.args.arguments]
     if definition.uuid is not None:
@@ -252,8 +247,7 @@ async def _launch(
     try:
         await finish(prepared)
     except OSError as error:
-        text = f"'{runtime.folder}' cannot be made: {error.strerror}"
-        raise _refused("runtime", text, "look at the rights of the folder above it") from error
+        raise catalogue.RUNTIME_NOT_MADE.error(folder=runtime.folder, error=error) from error
     except asyncio.CancelledError:
         if prepared.exception() is None:
             await finish(asyncio.to_thread(_end, runtime))
@@ -325,10 +319,8 @@ async def destroy(name: str) -> Destroyed:
             await asyncio.to_thread(QemuThreads(process_of(os.getpid())).sweep)
             await asyncio.to_thread(runtime.remove)
             if DefinitionFolder().is_defined(name) and await _answers(name):
-                raise _refused(
-                    "destroy", f"'{name}' runs, and qmpvcpu has not started it", "end it where it is at home"
-                )
-            raise _refused("inactive", f"'{name}' does not run", "`qmpvcpu list` shows what does")
+                raise catalogue.NOT_STARTED_BY_US.error(name=name)
+            raise catalogue.NOTHING_TO_END.error(name=name)
         try:
             killed = await finish(asyncio.to_thread(_end, runtime))
         except OSError as error:
@@ -361,10 +353,9 @@ def _end(runtime: Runtime) -> bool:
 async def _check_inactive(name: str, runtime: Runtime) -> None:
     pid = runtime.pid()
     if pid is not None:
-        hint = "`qmpvcpu destroy` ends it"
-        raise _refused("active", f"'{name}' runs already (QEMU {pid})", hint, "VIR_ERR_OPERATION_INVALID")
+        raise catalogue.ACTIVE.error(name=name, pid=pid)
     if DefinitionFolder().is_defined(name) and await _answers(name):
-        raise _refused("active", f"'{name}' runs already: its QMP socket answers", "end it where it is at home")
+        raise catalogue.ACTIVE_ELSEWHERE.error(name=name)
 
 
 async def _answers(name: str) -> bool:
@@ -422,17 +413,12 @@ async def _alone(runtime: Runtime) -> AsyncIterator[None]:
     try:
         while (lock := runtime.try_lock()) is None:
             if time.monotonic() >= deadline:
-                raise _refused("locked", "another process starts or ends this guest", "try again")
+                raise catalogue.LOCKED.error()
             await asyncio.sleep(_PAUSE)
     except OSError as error:
-        text = f"'{runtime.folder.parent}' cannot be used: {error.strerror}"
-        raise _refused("runtime", text, "look at its rights, or set QMPVCPU_STATE") from error
+        raise catalogue.RUNTIME_NOT_USED.error(folder=runtime.folder.parent, error=error) from error
     try:
         await asyncio.to_thread(host.remove_ended, runtime.name)
         yield
     finally:
         lock.release()
-
-
-def _refused(code: str, message: str, hint: str, libvirt: str = "VIR_ERR_OPERATION_INVALID") -> VcpuRefused:
-    return VcpuRefused([Refusal(code, message, (), hint, libvirt)])

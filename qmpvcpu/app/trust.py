@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from qmpvcpu.app.qemus import find_emulator
 from qmpvcpu.core.machine.boot_arguments import qemu_arch
 from qmpvcpu.core.migration.machines import Cookie
-from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.host.definitions import DefinitionFolder
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.foreign import host_parts, without_placing, without_program
@@ -59,11 +59,7 @@ async def of_file(cookie: Cookie, names: Iterable[str], kept: bytes | None) -> S
     trusted = _defined(cookie, names)
     definition = read_domain(trusted)[1] if trusted is not None else None
     if found := host_parts(cookie.xml, definition):
-        text = f"{', '.join(found)}: a file does not supply what is of a host"
-        hint = (
-            f"`qmpvcpu define FILE` with the XML of '{cookie.name}', and try again: its devices are of that then"
-        )
-        raise VcpuRefused([Refusal("trust", text, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")])
+        raise catalogue.TRUST.error(parts=", ".join(found), name=cookie.name)
     xml, left_out = without_placing(cookie.xml)
     if trusted is not None:
         return Startable(replace(cookie, xml=xml, persistent=None), trusted)

@@ -38,6 +38,7 @@ from qmpvcpu.core.machine.devices import (
 from qmpvcpu.core.machine.hardware import hardware_args
 from qmpvcpu.core.migration.machines import Cookie, check_machine, last_words, machine_of, parse_status
 from qmpvcpu.core.migration.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import Domain, connect
 from qmpvcpu.domain.migration.picture import real_file
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
@@ -61,11 +62,9 @@ __all__ = [
 ]
 
 #: What to do about a definition that is another machine.
-HINT: Final = "`qmpvcpu define NAME --qmp ADDR` makes a definition of the guest as it runs"
+HINT: Final = catalogue.DEFINE_IT
 _ELSEWHERE: Final = "in the definition"
 _PIPE: Final = "qmpvcpu-twin"
-#: Code of a refusal: what no definition made of the guest has.
-_NOT_HELD: Final = "not-held"
 #: Bytes that are read at once.
 _CHUNK: Final = 1 << 20
 #: Seconds for a QEMU that has closed its socket to end.
@@ -93,7 +92,7 @@ async def check_definition(
         VcpuConnectionError: the guest's QEMU is lost.
     """
     checked = await compare_with_twin(source, xml, machine, mode=mode)
-    return [one for one in checked.refusals if one.code != _NOT_HELD]
+    return [one for one in checked.refusals if one.code != catalogue.NOT_HELD.code]
 
 
 async def compare_with_twin(
@@ -128,8 +127,7 @@ async def compare_with_twin(
     except VcpuRefused as error:
         return Checked(list(error.refusals))
     except (VcpuFailed, VcpuConnectionError) as error:
-        text = f"no QEMU starts of its definition: {error.message}"
-        return Checked([Refusal("twin", text, (), HINT, "VIR_ERR_OPERATION_INVALID")])
+        return Checked([catalogue.TWIN_FAILED(why=error.message)])
 
 
 async def check_defined(source: Domain) -> list[Refusal]:
@@ -152,27 +150,15 @@ def check_held(cookie: Cookie) -> list[Refusal]:
 
 
 def _unheld(picture: Picture, arguments: Sequence[str]) -> list[Refusal]:
-    texts = [
-        f"the definition does not hold '{text}', with which the guest was started"
-        for text in not_held(picture.beyond, arguments)
+    return [
+        *(catalogue.NOT_HELD(words=words) for words in not_held(picture.beyond, arguments)),
+        *(catalogue.FOLDER_UNKNOWN(words=words) for words in without_folder(arguments)),
     ]
-    texts += [f"the folder of the file in '{text}' is not known" for text in without_folder(arguments)]
-    hint = "start the guest without it, or write into the definition what stands for it"
-    return [Refusal(_NOT_HELD, text, (), hint, "VIR_ERR_OPERATION_INVALID") for text in texts]
 
 
 def check_readable(xml: bytes) -> list[Refusal]:
     """Why a second QEMU could not read the saved guest of a definition, however good it is."""
-    return [
-        Refusal(
-            "verify",
-            f"a second QEMU cannot have the network of '{text}', and does not read the guest's state without it",
-            (),
-            "save without --verify",
-            "VIR_ERR_OPERATION_UNSUPPORTED",
-        )
-        for text in unlike_any_other(_hardware(*read_domain(xml)))
-    ]
+    return [catalogue.VERIFY_NETWORK(device=text) for text in unlike_any_other(_hardware(*read_domain(xml)))]
 
 
 async def _disks_of(qemu: QemuProcess, arguments: Sequence[str]) -> dict[str, tuple[str, ...]] | None:
@@ -209,10 +195,7 @@ async def _twin(
     """
     emulator, given = await _started_with(xml, machine, mode)
     if bound := bound_to_host(given):
-        text = f"of what is the host's alone no second one can be made to compare: {', '.join(bound)}"
-        raise VcpuRefused(
-            [Refusal("twin", text, (), "take it out of the guest first", "VIR_ERR_OPERATION_INVALID")]
-        )
+        raise catalogue.NO_TWIN.error(words=", ".join(bound))
     arguments = ["-S", *hollow(given), *more]
     async with run_qemu(emulator, arguments, channels=(AGENT_CHARDEV,)) as qemu:
         _end_first(qemu.pid)

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.host.files import (
     LockTimeout,
@@ -87,11 +88,7 @@ class DefinitionFile:
         try:
             return read_own(self.path, _LIMIT) if self._keep else read_file(self.path, _LIMIT)
         except FileNotFoundError as error:
-            raise _refused(
-                f"there is no definition '{self.path}'",
-                "`qmpvcpu list` shows what is defined",
-                "VIR_ERR_NO_DOMAIN",
-            ) from error
+            raise catalogue.DEFINITION_GONE.error(path=self.path) from error
         except OSError as error:
             raise _unreadable(self.path, error) from error
 
@@ -160,7 +157,9 @@ class DefinitionFolder:
         except FileNotFoundError:
             return []
         except OSError as error:
-            raise _refused(f"'{self.folder}' cannot be read: {error.strerror}", "check its rights") from error
+            raise catalogue.DEFINITION_NOT_READ.error(
+                path=self.folder, why=error.strerror, cure="check its rights"
+            ) from error
         files = [name for name in found if name.endswith(".xml") and not name.startswith(".")]
         return sorted(name_of_file(name.removesuffix(".xml")) for name in files)
 
@@ -194,10 +193,7 @@ class DefinitionFolder:
         except FileNotFoundError:
             return Addresses()
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-            raise _refused(
-                f"the sockets of '{name}' cannot be read from '{path}': {error}",
-                "define it again: define NAME --qmp …",
-            ) from error
+            raise catalogue.SOCKETS_NOT_READ.error(name=name, path=path, error=error) from error
 
     def define(self, name: str, xml: bytes, addresses: Addresses) -> bool:
         """Define a domain, or define it anew; both are written or neither is. Returns whether it was there.
@@ -261,9 +257,7 @@ class DefinitionFolder:
                         self._json(name).unlink(missing_ok=True)
                 sync_folder(self.folder)
         except FileNotFoundError as error:
-            raise _refused(
-                f"no domain '{name}' is defined", "`qmpvcpu list` shows what is defined", "VIR_ERR_NO_DOMAIN"
-            ) from error
+            raise catalogue.NOT_DEFINED.error(name=name) from error
         except OSError as error:
             raise VcpuRefused([not_written(str(path), error)]) from error
         return kept
@@ -290,7 +284,7 @@ def check_name(name: str) -> Refusal | None:
         what = f"it is longer than {_LONGEST_NAME} bytes"
     if what is None:
         return None
-    return Refusal("name", f"no domain can be called {name[:60]!r}: {what}", (), "choose another name")
+    return catalogue.NAME(name=name[:60], what=what)
 
 
 def file_name(name: str) -> str:
@@ -322,12 +316,8 @@ def read_document(path: str) -> bytes:
 def not_written(place: str, error: OSError) -> Refusal:
     """A definition that could not be written; what was there stands."""
     if isinstance(error, LockTimeout):
-        why, hint = "another process is writing it", "try again"
-    else:
-        why = error.strerror or str(error)
-        hint = "look at the free space and the rights of its folder"
-    text = f"the definition '{place}' cannot be written: {why}"
-    return Refusal("definition", text, (), hint, "VIR_ERR_OPERATION_FAILED")
+        return catalogue.DEFINITION_LOCKED(place=place)
+    return catalogue.DEFINITION_NOT_WRITTEN(place=place, why=error.strerror or str(error))
 
 
 def _parse(rows: Any) -> Addresses:
@@ -350,8 +340,5 @@ def _digest(data: bytes) -> str:
 def _unreadable(path: object, error: OSError | ValueError) -> VcpuRefused:
     why = error.strerror if isinstance(error, OSError) else str(error)
     hint = {errno.EINVAL: "name a file with domain XML"}.get(getattr(error, "errno", 0), "check its rights")
-    return _refused(f"'{path}' cannot be read: {why}", error.cure if isinstance(error, NotOurs) else hint)
-
-
-def _refused(message: str, hint: str, libvirt: str = "VIR_ERR_OPERATION_INVALID") -> VcpuRefused:
-    return VcpuRefused([Refusal("definition", message, (), hint, libvirt)])
+    cure = error.cure if isinstance(error, NotOurs) else hint
+    return catalogue.DEFINITION_NOT_READ.error(path=path, why=why, cure=cure)

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.core.rules import catalogue
 
 __all__ = ["NotOurs", "check_folder", "check_own", "make_folder", "trusted_folder"]
 
@@ -99,8 +99,7 @@ def trusted_folder(folder: Path, what: str) -> Path:
     try:
         check_folder(folder)
     except NotOurs as error:
-        text = f"nothing in the {what} '{folder}' is trusted: {error.strerror}"
-        raise VcpuRefused([Refusal("folder", text, (), error.cure, "VIR_ERR_OPERATION_DENIED")]) from error
+        raise catalogue.FOLDER_NOT_OURS.error(what=what, folder=folder, error=error) from error
     return folder
 
 

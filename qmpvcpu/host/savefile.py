@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from qmpvcpu.core.migration.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
-from qmpvcpu.errors import Refusal, VcpuRefused
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.host.files import sync_folder
 from qmpvcpu.kinds import kind_of, open_file
 
@@ -259,12 +259,12 @@ def open_saved(path: str, given_up: threading.Event | None = None) -> SavedFile:
     try:
         fd = open_file(path)
     except OSError as error:
-        raise _refused(f"'{path}' cannot be read: {error.strerror}") from error
+        raise catalogue.NOT_SAVED.error(path=path, what=f"cannot be read: {error.strerror}") from error
     try:
         return _checked(path, fd, given_up or threading.Event())
     except OSError as error:
         os.close(fd)
-        raise _refused(f"'{path}' cannot be read: {error.strerror}") from error
+        raise catalogue.NOT_SAVED.error(path=path, what=f"cannot be read: {error.strerror}") from error
     except BaseException:
         os.close(fd)
         raise
@@ -275,26 +275,22 @@ def _checked(path: str, fd: int, given_up: threading.Event) -> SavedFile:
     head = _pread(fd, _HEAD_BYTES, 0)
     os.set_blocking(fd, True)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-        raise _refused(f"'{path}' is no saved guest")
+        raise catalogue.NOT_SAVED.error(path=path, what="is no saved guest")
     _, file_format, state, length, offset = _HEADER.unpack_from(head)
     if file_format not in (_NO_DIGEST, _FORMAT):
-        raise _refused(f"'{path}' was saved in version {file_format} of the format, and this is {_FORMAT}")
+        what = f"was saved in version {file_format} of the format, and this is {_FORMAT}"
+        raise catalogue.NOT_SAVED.error(path=path, what=what)
     if state != _WHOLE:
-        raise _refused(f"'{path}' is not whole: saving it was interrupted")
+        raise catalogue.NOT_SAVED.error(path=path, what="is not whole: saving it was interrupted")
     start = _HEADER.size if file_format == _NO_DIGEST else _HEAD_BYTES
     if length > _MOST_COOKIE or offset < start + length or offset >= os.fstat(fd).st_size:
-        raise _refused(f"'{path}' is damaged: its header does not fit it")
+        raise catalogue.NOT_SAVED.error(path=path, what="is damaged: its header does not fit it")
     # The digest is of these very bytes: somebody might write to the file meanwhile.
     cookie = _pread(fd, length, start)
     digest = None
     if file_format == _FORMAT:
         digest = head[_HEADER.size :].hex()
         if _digest(fd, head[: _HEADER.size], given_up, cookie).hex() != digest:
-            text = f"'{path}' is damaged: it is not what was saved (its SHA-256 digest differs)"
-            raise _refused(text, "take it from a copy of the file, if there is one")
+            raise catalogue.DAMAGED.error(path=path)
     os.lseek(fd, offset, os.SEEK_SET)
     return SavedFile(cookie, fd, offset, digest)
-
-
-def _refused(text: str, hint: str = "name a file that `save` has written") -> VcpuRefused:
-    return VcpuRefused([Refusal("saved", text, (), hint, "VIR_ERR_INVALID_ARG")])

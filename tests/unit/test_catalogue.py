@@ -61,8 +61,14 @@ def uses(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
     functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
     calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
     direct = {called(call): call for call in calls if row_of(called(call))}
+    read = [
+        node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in Reason._fields
+    ]
     for node in ast.walk(tree):
         if not isinstance(node, ast.Attribute) or (name := row_of(node)) is None:
+            continue
+        if node in read:
+            yield name, None
             continue
         if node in direct:
             yield name, wrong(ROWS[name], direct[node])

@@ -339,7 +339,7 @@ UNREADABLE = Reason(
 NO_FILE = Reason("definition", "there is no file '{path}'", "name a file with domain XML")
 NO_FILE_OR_DOMAIN = Reason(
     "definition",
-    "there is no file '{word}'{and_no_domain}",
+    "there is no file '{word}'{also}",
     "name a file with domain XML, or a domain that `qmpvcpu list` shows",
     "VIR_ERR_NO_DOMAIN",
 )
@@ -488,13 +488,13 @@ OLD_MACHINE_TYPE = Reason(
 )
 NO_MACHINE_TYPE_HERE = Reason(
     "machine",
-    "QEMU {version} ('{program}') has no machine type '{machine}' ({said})",
+    "QEMU {version} ('{program}') has no machine type '{machine}' (unsupported machine type)",
     "{program} -machine help lists those that it has",
     _CONFIG,
 )
 OLD_MACHINE_TYPE_HERE = Reason(
     "machine",
-    "QEMU {version} ('{program}') has no machine type '{machine}' ({said})",
+    "QEMU {version} ('{program}') has no machine type '{machine}' (unsupported machine type)",
     "the newest that it has of that family is {newest}",
     _CONFIG,
 )
@@ -676,7 +676,8 @@ TRUST = Reason(
 # -- Another QEMU as this machine: difference, not-held, twin, temporary, slot, place, extra, missing, uuid
 
 DIFFERENCE = Reason("difference", "{difference}", "{hint}", _INVALID)
-_DEFINE_IT: Final = "`qmpvcpu define NAME --qmp ADDR` makes a definition of the guest as it runs"
+#: Also of other errors of a guest that has no definition, or one of another machine.
+DEFINE_IT: Final = "`qmpvcpu define NAME --qmp ADDR` makes a definition of the guest as it runs"
 NOT_HELD = Reason(
     "not-held",
     "the definition does not hold '{words}', with which the guest was started",
@@ -689,7 +690,7 @@ FOLDER_UNKNOWN = Reason(
     "start the guest without it, or write into the definition what stands for it",
     _INVALID,
 )
-TWIN_FAILED = Reason("twin", "no QEMU starts of its definition: {why}", _DEFINE_IT, _INVALID)
+TWIN_FAILED = Reason("twin", "no QEMU starts of its definition: {why}", DEFINE_IT, _INVALID)
 NO_TWIN = Reason(
     "twin",
     "no second QEMU can be made to compare with, because this is the host's alone: {words}",
