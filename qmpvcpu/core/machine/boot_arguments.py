@@ -17,6 +17,7 @@ from qmpvcpu.core.machine.layout import MachineLayout, MachineSpec, predict_layo
 from qmpvcpu.core.machine.numa import NumaNode
 from qmpvcpu.core.machine.smp import LEVELS, Smp
 from qmpvcpu.core.model import DomainState, Props, format_ids
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
 
 __all__ = ["BootArgs", "BootStyle", "boot_args", "located", "machine_spec", "qemu_arch"]
@@ -56,7 +57,7 @@ def qemu_arch(definition: Definition) -> str:
         return architecture(definition.arch).name
     row = architecture_of_machine(definition.machine or "")
     if row is None:
-        raise _refused("the domain's XML names no architecture", "write <os><type arch='…'>hvm</type></os>")
+        raise catalogue.NO_ARCH.error()
     return row.name
 
 
@@ -116,7 +117,7 @@ def _run(definition: Definition) -> tuple[int, ...]:
             break
         found.append(vcpu.id)
     if not found:
-        raise _refused("vCPU 0 must be enabled and not hotpluggable", "a guest cannot boot without it")
+        raise catalogue.BOOT_VCPU_0.error()
     return tuple(found)
 
 
@@ -179,8 +180,7 @@ def _memory(definition: Definition) -> list[str]:
     sizes = _cell_sizes(definition) if definition.cells else []
     size = sum(size for _, size in sizes) if sizes else definition.base_memory
     if size is not None and size <= 0:
-        hint = "<memory> is that of the cells and of all memory devices"
-        raise _refused("no memory is left for the guest itself", hint)
+        raise catalogue.NO_MEMORY.error()
     words = {} if size is None else {"size": _kib(size)}
     if definition.max_memory is not None:
         words |= {"slots": str(definition.memory_slots)} if definition.memory_slots else {}
@@ -271,14 +271,14 @@ def _cell_sizes(definition: Definition) -> list[tuple[int, int]]:
     cells = definition.cells
     if all(cell.memory is not None for cell in cells):
         return [(position, cell.memory or 0) for position, cell in enumerate(cells)]
-    missing = format_ids(cell.id for cell in cells if cell.memory is None)
+    missing = [cell.id for cell in cells if cell.memory is None]
     memory = definition.base_memory
     if memory is None or any(cell.memory is not None for cell in cells):
-        raise _refused(f"NUMA cell {missing} has no memory", "write <cell … memory='262144' unit='KiB'/>")
+        raise catalogue.CELL_WITHOUT_MEMORY.error(cells=missing)
     alignment = architecture(qemu_arch(definition)).memory_alignment
     part = memory // len(cells) // alignment * alignment
     if not part:
-        raise _refused(f"NUMA cell {missing} has no memory", "write <cell … memory='262144' unit='KiB'/>")
+        raise catalogue.CELL_WITHOUT_MEMORY.error(cells=missing)
     return [(position, part) for position in range(len(cells))]
 
 
@@ -288,45 +288,23 @@ def _plugged(
     """Ids and props of what -smp cannot say, in the order of plugging; and why that cannot be."""
     refusals: list[Refusal] = []
     if layout.maxcpus != definition.maxcpus:
-        text = f"the machine has room for {layout.maxcpus} vCPUs, and <vcpu> says {definition.maxcpus}"
-        return [], [Refusal("topology", text, (), "correct <topology>", "VIR_ERR_CONFIG_UNSUPPORTED")]
+        return [], [catalogue.TOPOLOGY(maxcpus=layout.maxcpus, defined=definition.maxcpus)]
     wanted = []
     for ids, slot in layout.entities():
         on = [number for number in ids if definition.vcpus[number].enabled]
         if not on or ids[-1] < run:
             continue
         if len(on) < len(ids) or ids[0] < run:
-            refusals.append(
-                Refusal(
-                    "entity",
-                    f"vCPUs {format_ids(ids)} are one core: some are enabled, or hotpluggable, and some are not",
-                    ids,
-                    "write the same for each of them",
-                    "VIR_ERR_CONFIG_UNSUPPORTED",
-                )
-            )
+            refusals.append(catalogue.BOOT_PART(ids))
         else:
             order = definition.vcpus[ids[0]].order
             wanted.append((order is None, order or 0, ids, slot.props or Props()))
     if wanted and (not layout.can_plug or layout.cpu_type is None):
         ids = tuple(number for _, _, group, _ in wanted for number in group)
-        refusals.append(
-            Refusal(
-                "no-hotplug",
-                f"{layout.machine} ({layout.arch}) has no CPU hotplug: it cannot boot with vCPU {format_ids(ids)} "
-                f"and without one below",
-                ids,
-                "enable vCPUs from 0 on, without a gap",
-                "VIR_ERR_CONFIG_UNSUPPORTED",
-            )
-        )
+        refusals.append(catalogue.NO_HOTPLUG_AT_BOOT(ids, machine=layout.machine, arch=layout.arch))
     return [(ids, props) for _, _, ids, props in sorted(wanted, key=lambda row: row[:3])], refusals
 
 
 def _escape(text: str) -> str:
     """A comma in a value of an option is doubled."""
     return text.replace(",", ",,")
-
-
-def _refused(message: str, hint: str) -> VcpuRefused:
-    return VcpuRefused([Refusal("boot", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])

@@ -18,6 +18,7 @@ from qmpvcpu.core.machine.devices import beyond_definitions
 from qmpvcpu.core.machine.versions import are_same
 from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.core.quirks import quirk
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal
 
 __all__ = [
@@ -147,7 +148,7 @@ def refusals_of(found: Iterable[Difference], here: str, hint: str) -> list[Refus
         here: words for the side that is not the source ("in the definition").
         hint: what to do.
     """
-    return [Refusal("difference", one.text(here), (), hint, "VIR_ERR_OPERATION_INVALID") for one in found]
+    return [catalogue.DIFFERENCE(difference=one.text(here), hint=hint) for one in found]
 
 
 def differences(source: Picture, here: Picture) -> list[Difference]:
@@ -313,20 +314,14 @@ def check_movable(picture: Picture) -> list[Refusal]:
     first one, and memory that is read-only ends the second one.
     """
     found = [
-        Refusal(
-            "temporary",
-            f"disk '{key}' is a temporary overlay (-snapshot, or snapshot=on), which goes when QEMU ends",
-            (),
-            "start the guest without it",
-            "VIR_ERR_OPERATION_INVALID",
-        )
+        catalogue.TEMPORARY(disk=key)
         for key, one in sorted((picture.disks or {}).items())
         if one and _TEMPORARY.search(one[0])
     ]
     row = quirk("read-only-memory")
     if picture.read_only and row.is_in(picture.version):
-        text = f"{row.message}: {', '.join(picture.read_only)}"
-        found.append(Refusal(row.code, text, (), row.hint, "VIR_ERR_OPERATION_INVALID"))
+        backends = ", ".join(picture.read_only)
+        found.append(catalogue.READ_ONLY_MEMORY(effect=row.message, backends=backends, hint=row.hint))
     return found
 
 

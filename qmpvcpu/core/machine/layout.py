@@ -16,6 +16,7 @@ from qmpvcpu.core.machine.smp import Prediction, Slot, Smp, is_known, is_proven,
 from qmpvcpu.core.machine.versions import MEASURED, enclosing, has_machine, measured_with, newest_type
 from qmpvcpu.core.machine.words import parse_switch, split_pairs
 from qmpvcpu.core.model import QemuVersion, Topology, Vcpu
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.state.inventory import (
     entities_of_slots,
     entities_without_slots,
@@ -24,7 +25,7 @@ from qmpvcpu.core.state.inventory import (
     parse_topology,
     parse_version,
 )
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
+from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
 
 __all__ = [
     "LayoutSource",
@@ -342,10 +343,10 @@ def _has_machine(machine: str, arch: str, facts: QemuFacts | None, *, unseen: bo
         return all(found) if unseen else any(found)
     answer = has_machine(facts.version, machine)
     if answer is False:
-        text = f"QEMU {facts.version} for {arch} has no machine type '{machine}'"
         newest = newest_type(facts.version, machine)
-        hint = f"the newest that it has of that family is {newest}" if newest else "name another machine type"
-        raise VcpuRefused([Refusal("machine", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+        if newest is None:
+            raise catalogue.NO_MACHINE_TYPE.error(version=facts.version, arch=arch, machine=machine)
+        raise catalogue.OLD_MACHINE_TYPE.error(version=facts.version, arch=arch, machine=machine, newest=newest)
     return answer is True
 
 
@@ -368,8 +369,7 @@ def _options(spec: MachineSpec, row: Architecture) -> dict[str, bool] | None:
             continue
         switch = parse_switch(value)
         if switch is None:
-            text = f"-machine {key}='{value[:40]}': QEMU expects 'on' or 'off'"
-            raise VcpuRefused([Refusal("machine", text, (), "correct it", "VIR_ERR_CONFIG_UNSUPPORTED")])
+            raise catalogue.MACHINE_SWITCH.error(key=key, value=value[:40])
         switches[key] = switch
     return switches
 

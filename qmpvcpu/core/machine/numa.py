@@ -18,7 +18,8 @@ from typing import Any, Final
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.machine.words import parse_number, parse_range, parse_size, parse_unsigned, split_pairs
 from qmpvcpu.core.model import Props, format_ids
-from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import VcpuUsageError
 
 __all__ = [
     "NumaCache",
@@ -261,15 +262,9 @@ class _State:
 
     def assign(self, slot: int, node: int, what: object) -> None:
         if self.slots.setdefault(slot, node) != node:
-            raise _refused(
-                f"{what}: CPU {slot * self.machine.size} is already assigned to node-id: {self.slots[slot]}",
-                "give each CPU, and the whole of a pseries core, to one node",
-            )
+            raise catalogue.NUMA_ASSIGNED.error(option=what, cpu=slot * self.machine.size, node=self.slots[slot])
         if self.machine.has_hmat and self.initiators.setdefault(node, node) != node:
-            raise _refused(
-                f"the initiator of CPU NUMA node {node} should be itself (got {self.initiators[node]})",
-                "leave out initiator= of nodes with CPUs",
-            )
+            raise catalogue.NUMA_OWN_INITIATOR.error(node=node, initiator=self.initiators[node])
 
     @property
     def with_cpus(self) -> set[int]:
@@ -291,7 +286,7 @@ def nodes_of_slots(numa: Iterable[NumaOption], machine: NumaMachine) -> list[int
         elif isinstance(option, NumaDistance):
             _add_distance(state, option)
         elif not machine.has_hmat:
-            raise _refused(f"-numa {option}: HMAT is disabled", "write -machine …,hmat=on")
+            raise catalogue.NUMA_NO_HMAT.error(option=option)
         elif isinstance(option, NumaLatency):
             _add_latency(state, option)
         else:
@@ -305,84 +300,84 @@ def nodes_of_slots(numa: Iterable[NumaOption], machine: NumaMachine) -> list[int
             state.assign(slot, default, "-numa")
     for node, initiator in state.initiators.items():
         if initiator not in state.with_cpus:
-            raise _refused(f"the initiator of NUMA node {node}, {initiator}, has no CPUs", "name another one")
+            raise catalogue.NUMA_EMPTY_INITIATOR.error(node=node, initiator=initiator)
     return [state.slots[slot] for slot in range(len(machine.units))]
 
 
 def _add_node(state: _State, node: NumaNode) -> None:
     machine = state.machine
     if node.id >= _MOST_NODES:
-        raise _refused(f"NUMA node {node.id} is more than QEMU's {_MOST_NODES - 1}", "have fewer nodes")
+        raise catalogue.NUMA_TOO_MANY.error(node=node.id, most=_MOST_NODES - 1)
     if node.id in state.nodes:
-        raise _refused(f"duplicate NUMA nodeid: {node.id}", "number them 0, 1, …")
+        raise catalogue.NUMA_TWICE.error(node=node.id)
     if node.initiator is not None:
         if not machine.has_hmat:
-            raise _refused(f"-numa {node}: HMAT is disabled", "write -machine …,hmat=on")
+            raise catalogue.NUMA_NO_HMAT.error(option=node)
         if node.initiator >= _MOST_NODES:
-            raise _refused(f"-numa {node}: initiator expects 0 to {_MOST_NODES - 1}", "name a node")
+            raise catalogue.NUMA_INITIATOR.error(option=node, most=_MOST_NODES - 1)
         state.initiators[node.id] = node.initiator
     for cpu in node.cpus:
         maxcpus = len(machine.units) * machine.size
         if cpu >= maxcpus:
-            raise _refused(f"CPU index ({cpu}) should be smaller than maxcpus ({maxcpus})", "correct cpus=")
+            raise catalogue.NUMA_CPU_INDEX.error(cpu=cpu, maxcpus=maxcpus)
         state.assign(cpu // machine.size, node.id, f"-numa {node}")
     if node.mem is not None:
         if not machine.takes_mem:
-            raise _refused("this machine type does not take -numa node,mem=", "use memdev= instead")
+            raise catalogue.NUMA_MEM.error()
         # QEMU reads it twice: as bytes, and then, without a suffix, as MiB.
         if parse_size(node.mem, is_strict=machine.has_strict_sizes) is None:
-            raise _refused(f"-numa {node}: mem expects a size", "write 512M")
+            raise catalogue.NUMA_MEM_SIZE.error(option=node)
     known = (node, *state.nodes.values())
     if any(one.mem is not None for one in known) and any(one.memdev is not None for one in known):
-        raise _refused("-numa with mem= and with memdev=: QEMU takes one or the other", "use memdev= only")
+        raise catalogue.NUMA_MEM_AND_MEMDEV.error()
     state.nodes[node.id] = node
 
 
 def _add_cpu(state: _State, cpu: NumaCpu) -> None:
     units = state.machine.units
     if cpu.node not in state.nodes:
-        raise _refused(f"-numa {cpu}: node {cpu.node} is not defined before it", "write -numa node,… first")
+        raise catalogue.NUMA_NODE_UNDEFINED.error(option=cpu, node=cpu.node)
     for key in cpu.props:
         # QEMU takes these on every machine, and looks at them on none.
         is_ignored = key in ("drawer-id", "book-id")
         if key not in state.machine.props or not (is_ignored or key in units[0]):
-            raise _refused(f"-numa {cpu}: {key} is not supported by this machine", f"leave out {key}")
+            raise catalogue.NUMA_PROPERTY.error(option=cpu, key=key)
     wanted = {key: value for key, value in cpu.props.items() if key in units[0]}
     found = [slot for slot, props in enumerate(units) if wanted.items() <= props.items()]
     if not found:
-        raise _refused(f"-numa {cpu}: no vCPU is there", "correct its ids")
+        raise catalogue.NUMA_NO_CPU.error(option=cpu)
     for slot in found:
         state.assign(slot, cpu.node, f"-numa {cpu}")
 
 
 def _add_distance(state: _State, distance: NumaDistance) -> None:
     if not {distance.source, distance.destination} <= state.nodes.keys():
-        raise _refused(f"-numa {distance}: a node is not defined before it", "write -numa node,… first")
+        raise catalogue.NUMA_DISTANCE_UNDEFINED.error(option=distance)
     is_local = distance.source == distance.destination
     if distance.value < _NEAREST or (is_local and distance.value != _NEAREST):
-        raise _refused(f"-numa {distance}: a distance is {_NEAREST} (to itself) or more", "correct val=")
+        raise catalogue.NUMA_DISTANCE.error(option=distance, nearest=_NEAREST)
     state.distances[distance.source, distance.destination] = distance.value
 
 
 def _add_latency(state: _State, given: NumaLatency) -> None:
     # `>` is QEMU's; a node that is one too many is not there, and has no CPUs.
     if given.initiator not in state.with_cpus:
-        raise _refused(f"-numa {given}: initiator {given.initiator} has no CPUs so far", "name its CPUs before")
+        raise catalogue.NUMA_INITIATOR_EMPTY.error(option=given, node=given.initiator)
     if given.target not in state.nodes:
-        raise _refused(f"-numa {given}: node {given.target} is not defined before it", "write -numa node,… first")
+        raise catalogue.NUMA_NODE_UNDEFINED.error(option=given, node=given.target)
     is_bandwidth = given.data_type in _BANDWIDTHS
     has_one = (given.latency is None, given.bandwidth is None) == (is_bandwidth, not is_bandwidth)
     if not has_one:
         name = "bandwidth" if is_bandwidth else "latency"
-        raise _refused(f"-numa {given}: {given.data_type} takes {name}=, and nothing else", f"write {name}=…")
+        raise catalogue.NUMA_DATA_TYPE.error(option=given, data_type=given.data_type, name=name)
     value = given.latency
     if given.bandwidth is not None:
         value = parse_size(given.bandwidth, is_strict=state.machine.has_strict_sizes)
     if value is None or (is_bandwidth and value % _MIB):
-        raise _refused(f"-numa {given}: bandwidth expects a size in whole MiB", "write bandwidth=200M")
+        raise catalogue.NUMA_BANDWIDTH.error(option=given)
     table = state.tables.setdefault((given.hierarchy, given.data_type), _Table())
     if (given.initiator, given.target) in table.pairs:
-        raise _refused(f"-numa {given}: duplicate configuration", "leave one of them out")
+        raise catalogue.NUMA_DUPLICATE.error(option=given)
     table.pairs.add((given.initiator, given.target))
     if value:
         (_compress_bandwidth if is_bandwidth else _compress_latency)(table, value, given)
@@ -400,7 +395,7 @@ def _compress_latency(table: _Table, value: int, given: NumaLatency) -> None:
     # The quotient is by the base of before: so QEMU has it. The first has none, and passes.
     most = max(table.bits, value // table.base) if table.base else 0
     if most >= _MOST_COMPRESSED:
-        raise _too_different(given)
+        raise catalogue.NUMA_TOO_DIFFERENT.error(option=given)
     table.base, table.bits = min(table.base or base, base), most
 
 
@@ -408,12 +403,8 @@ def _compress_bandwidth(table: _Table, value: int, given: NumaLatency) -> None:
     bits = table.bits | value
     base = bits & -bits
     if bits.bit_length() - (base.bit_length() - 1) > 16 or value // base >= _MOST_COMPRESSED:
-        raise _too_different(given)
+        raise catalogue.NUMA_TOO_DIFFERENT.error(option=given)
     table.base, table.bits = base, bits
-
-
-def _too_different(given: NumaLatency) -> VcpuRefused:
-    return _refused(f"-numa {given}: it differs too much from those before", "correct it: ACPI has 16 bits for it")
 
 
 def _add_cache(state: _State, cache: NumaCache) -> None:
@@ -434,7 +425,7 @@ def _add_cache(state: _State, cache: NumaCache) -> None:
     )
     for is_wrong, why in checks:
         if is_wrong:
-            raise _refused(f"-numa {cache}: {why}", "correct it, or leave it out")
+            raise catalogue.NUMA_CACHE.error(option=cache, why=why)
     assert size is not None
     state.caches[cache.node, cache.level] = size
 
@@ -442,14 +433,14 @@ def _add_cache(state: _State, cache: NumaCache) -> None:
 def _check_nodes(state: _State) -> None:
     ids = sorted(state.nodes)
     if ids != list(range(len(ids))) or not ids:
-        raise _refused(f"NUMA node ids must run from 0 without a gap: {format_ids(ids)}", "number them 0, 1, …")
+        raise catalogue.NUMA_GAP.error(nodes=ids)
     memdevs = [node.memdev for node in state.nodes.values() if node.memdev is not None]
     if len(set(memdevs)) < len(memdevs):
-        raise _refused("a memdev= stands on two nodes", "give each node its own")
+        raise catalogue.NUMA_SHARED_MEMDEV.error()
     is_strict = state.machine.has_strict_sizes
     sizes = [parse_size(node.mem, is_strict=is_strict) for node in state.nodes.values() if node.mem is not None]
     if sizes and not any(sizes):
-        raise _refused("the NUMA nodes have no memory", "correct mem=")
+        raise catalogue.NUMA_NO_MEMORY.error()
 
 
 def _check_distances(state: _State) -> None:
@@ -459,15 +450,8 @@ def _check_distances(state: _State) -> None:
         return
     for one, other in combinations(sorted(state.nodes), 2):
         if not {(one, other), (other, one)} & known.keys():
-            raise _refused(f"the distance between node {one} and {other} is missing", "write -numa dist for it")
+            raise catalogue.NUMA_DISTANCE_MISSING.error(one=one, other=other)
     if any(known.get((other, one), value) != value for (one, other), value in known.items()) and any(
         pair not in known for pair in permutations(state.nodes, 2)
     ):
-        raise _refused(
-            "a pair of nodes has two distances that differ, and another pair has only one",
-            "write -numa dist for both directions of all",
-        )
-
-
-def _refused(message: str, hint: str) -> VcpuRefused:
-    return VcpuRefused([Refusal("smp", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])
+        raise catalogue.NUMA_DISTANCE_ONE_WAY.error()

@@ -18,7 +18,8 @@ from qmpvcpu.core.machine.numa import NumaMachine, NumaOption, nodes_of_slots
 from qmpvcpu.core.machine.versions import Feature, compat_version, has, has_machine, is_measured
 from qmpvcpu.core.machine.words import join_pairs, parse_keyval, parse_number
 from qmpvcpu.core.model import Props, QemuVersion, Topology
-from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import VcpuUsageError
 
 __all__ = [
     "LEVELS",
@@ -232,7 +233,7 @@ def _last_apic_id(topology: Topology) -> int:
 def _facts(arch: str, machine: str, version: QemuVersion) -> _Machine:
     row = architecture(arch)
     if not row.computes(machine):
-        raise _refused(f"what '{machine}' ({arch}) makes of -smp is not known", "probe it (--probe always)")
+        raise catalogue.SMP_UNKNOWN.error(machine=machine, arch=arch)
     known = tuple(level for level in LEVELS if level not in _LEVEL_SINCE or has(version, _LEVEL_SINCE[level]))
     levels = tuple(level for level in row.levels if level in known)
     return _Machine(row, compat_version(machine, version), version, levels, known)
@@ -251,15 +252,15 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
     given = {key: getattr(smp, key) for key in ("cpus", "maxcpus", *LEVELS)}
     for level in LEVELS:
         if given[level] is not None and level not in facts.known:
-            raise _refused(f"this QEMU's -smp has no {level}", f"leave out {level}")
+            raise catalogue.SMP_NO_LEVEL.error(level=level)
     is_new = has(facts.qemu, Feature.NO_ZERO_LEVELS)
     if is_new and 0 in given.values():
-        raise _refused("CPU topology parameters must be greater than zero", "leave out what is 0")
+        raise catalogue.SMP_ZERO.error()
     counted = {key: (value or 0) & _WORD for key, value in given.items()}
     for level in LEVELS:
         is_old = level in ("drawers", "books") and not has(facts.compat, Feature.DRAWERS_AND_BOOKS)
         if ((given[level] or 0) if is_new else counted[level]) > 1 and (is_old or level not in facts.levels):
-            raise _refused(f"{level} > 1 is not supported by this machine's CPU topology", f"leave out {level}")
+            raise catalogue.SMP_LEVEL.error(level=level)
     counts = {level: counted[level] for level in LEVELS}
     for level in LEVELS:
         if level not in ("sockets", "cores", "threads"):
@@ -286,24 +287,18 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
     cpus = cpus or maxcpus
     words = " * ".join(f"{level} ({counts[level]})" for level in facts.levels)
     if total != maxcpus:
-        raise _refused(
-            f"product of the hierarchy must match maxcpus: {words} != maxcpus ({maxcpus})",
-            "write levels whose product is maxcpus, or leave one out",
-        )
+        raise catalogue.SMP_PRODUCT.error(product=words, maxcpus=maxcpus)
     if maxcpus < cpus:
-        raise _refused(
-            f"maxcpus must be equal to or greater than smp: {words} == maxcpus ({maxcpus}) < smp_cpus ({cpus})",
-            "raise maxcpus",
-        )
+        raise catalogue.SMP_MAXCPUS.error(product=words, maxcpus=maxcpus, cpus=cpus)
     if maxcpus > _MOST:
-        raise _refused(f"invalid SMP CPUs {maxcpus}: no machine has so many", "lower maxcpus")
+        raise catalogue.SMP_TOO_MANY.error(maxcpus=maxcpus)
     return Topology(maxcpus, **counts), cpus
 
 
 def _quotient(maxcpus: int, counts: Mapping[str, int], level: str) -> int:
     rest = _product(counts, level)
     if not rest:
-        raise _refused("the product of the levels is 0 in 32 bits: QEMU divides by it, and dies", "correct them")
+        raise catalogue.SMP_OVERFLOW.error()
     return maxcpus // rest
 
 
@@ -317,19 +312,15 @@ def _product(counts: Mapping[str, int], without: str = "") -> int:
 def _check_machine(topology: Topology, cpus: int, facts: _Machine, accel: str) -> None:
     threads = topology.threads
     if facts.row.entity is EntityKind.CPU and threads > 1 and has(facts.compat, Feature.S390X_ONE_THREAD):
-        raise _refused("S390 does not support more than 1 threads", "leave out threads")
+        raise catalogue.S390X_THREADS.error()
     if not facts.has_cores or threads == 1:
         return
     if accel == "tcg" and not has(facts.qemu, Feature.PSERIES_TCG_THREADS):
-        raise _refused(
-            "TCG cannot support more than 1 thread/core on a pseries machine", "leave out threads, or use QEMU 8.2"
-        )
+        raise catalogue.PSERIES_TCG_THREADS.error()
     if threads & (threads - 1) or threads > 8:
-        raise _refused(
-            f"pseries cannot have {threads} threads/core: it must be a power of 2, 8 at most", "take 1, 2, 4 or 8"
-        )
+        raise catalogue.PSERIES_THREADS.error(threads=threads)
     if cpus % threads:
-        raise _refused(f"smp_cpus ({cpus}) must be multiple of threads ({threads})", "start with whole cores")
+        raise catalogue.PSERIES_CPUS.error(cpus=cpus, threads=threads)
 
 
 def _units(topology: Topology, facts: _Machine) -> list[dict[str, Any]]:
@@ -379,7 +370,7 @@ def _nodes(
     if not numa:
         return [0 if facts.row.has_node_always else None] * len(units)
     if not facts.row.has_numa:
-        raise _refused("NUMA is not supported by this machine type", "leave out -numa")
+        raise catalogue.NO_NUMA.error()
 
     def defaults(nodes: int) -> list[int]:
         if facts.has_cores:
@@ -391,7 +382,3 @@ def _nodes(
     is_strict = has(facts.qemu, Feature.STRICT_SIZES)
     machine = NumaMachine(units, facts.size(topology), defaults, levels, takes_mem, has_hmat, is_strict)
     return nodes_of_slots(numa, machine)
-
-
-def _refused(message: str, hint: str) -> VcpuRefused:
-    return VcpuRefused([Refusal("smp", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")])

@@ -673,7 +673,8 @@ TRUST = Reason(
     _UNSUPPORTED,
 )
 
-# -- Another QEMU as this machine: difference, not-held, twin, temporary, slot, place, extra, missing, uuid
+# -- Another QEMU as this machine: difference, not-held, twin, temporary, read-only-memory, slot,
+# place, extra, missing, uuid
 
 DIFFERENCE = Reason("difference", "{difference}", "{hint}", _INVALID)
 #: Also of other errors of a guest that has no definition, or one of another machine.
@@ -703,6 +704,7 @@ TEMPORARY = Reason(
     "start the guest without it",
     _INVALID,
 )
+READ_ONLY_MEMORY = Reason("read-only-memory", "{effect}: {backends}", "{hint}", _INVALID)
 NO_SUCH_SLOT = Reason("slot", "vCPU {ids}: the destination has no such slot", _AS_THE_SOURCE, _INVALID)
 OTHER_PLACE = Reason(
     "place",
