@@ -17,20 +17,18 @@ from qmpvcpu.cli.words import in_options
 from qmpvcpu.core.model import DomainState, Outcome, format_ids
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import TIMEOUT, Request, parse_ids
-from qmpvcpu.core.rules.checks import MAXIMUM_IS_CONFIG, check_range
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.domain import Domain, Options, connect
 from qmpvcpu.domain.interrupted import Interrupted
-from qmpvcpu.errors import OutcomeKind, Refusal, VcpuError, VcpuRefused, VcpuUsageError
+from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
 __all__ = ["Session", "command", "request_of"]
 
 #: Of guests that do not run; nobody else pays for their imports.
 BOOT_COMMANDS: Final = frozenset({"probe", "boot-args", "start", "destroy"})
-
-
-_MAXIMUM: Final = "--maximum changes the definition alone, from the next start"
 
 
 class Session:
@@ -177,7 +175,7 @@ async def command(session: Session) -> int:
 
 async def _vcpuinfo(session: Session) -> int:
     if session.options.live and session.options.config:
-        raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
+        raise catalogue.LIVE_AND_CONFIG.error()
     flags = _flags(session.options)
     async with session.connect() as domain:
         state = await domain.state(flags)
@@ -204,9 +202,9 @@ def _info_lines(state: DomainState) -> list[str]:
 async def _vcpucount(session: Session) -> int:
     options = session.options
     if options.maximum and options.active:
-        raise VcpuRefused([Refusal("flags", "--maximum and --active exclude each other", (), "ask twice")])
+        raise catalogue.MAXIMUM_AND_ACTIVE.error()
     if options.live and options.config:
-        raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
+        raise catalogue.LIVE_AND_CONFIG.error()
     one = options.maximum or options.active or options.live or options.config or options.current
     states: dict[str, DomainState] = {}
     async with session.connect() as domain:
@@ -284,7 +282,7 @@ def request_of(options: Namespace) -> Request:
             place=not options.no_place,
         )
     if options.maximum and not options.config:
-        raise VcpuRefused([replace(MAXIMUM_IS_CONFIG, message=_MAXIMUM, hint="add --config")])
+        raise catalogue.MAXIMUM_WITHOUT_CONFIG.error()
     return Request(
         (),
         _flags(options),
@@ -427,7 +425,7 @@ async def _vcpupin(session: Session) -> int:
         raise VcpuUsageError("no vCPU is given", hint="vcpupin DOMAIN --vcpu N --cpulist CPUS")
     flags = _flags(options)
     if cpus is None and options.live and options.config:
-        raise VcpuRefused([Refusal("flags", "--live and --config exclude each other in a query", (), "ask twice")])
+        raise catalogue.LIVE_AND_CONFIG.error()
     async with session.connect() as domain:
         if cpus is not None:
             result = await session.finish(domain.pin(number, None if cpus == "r" else cpus, flags))

@@ -6,14 +6,15 @@ import errno
 import os
 from typing import Final
 
-from qmpvcpu.errors import Refusal, VcpuError, VcpuFailed, VcpuRefused
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import VcpuError, VcpuFailed
 
 __all__ = ["check_descriptors", "short_of"]
 
 #: Files that a command has open at once, at most: sockets, pipes to programs, locks, files under /proc.
 _NEEDED: Final = 24
 _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
-_HINT: Final = "raise the limit of open files: ulimit -n 1024"
+_HINT: Final = catalogue.FEW_DESCRIPTORS.hint
 
 
 def check_descriptors() -> None:
@@ -27,8 +28,7 @@ def check_descriptors() -> None:
         while len(opened) < _NEEDED:
             opened.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
     except OSError as error:
-        text = f"only {len(opened)} more files can be opened, and a command needs {_NEEDED} ({error.strerror})"
-        raise VcpuRefused([Refusal("descriptors", text, (), _HINT, "VIR_ERR_SYSTEM_ERROR")]) from error
+        raise catalogue.FEW_DESCRIPTORS.error(more=len(opened), needed=_NEEDED, error=error) from error
     finally:
         for fd in opened:
             os.close(fd)
@@ -48,7 +48,7 @@ def short_of(error: BaseException) -> VcpuError | None:
     return None
 
 
-def _failed(text: str, hint: str) -> VcpuFailed:
+def _failed(text: str, hint: str | None) -> VcpuFailed:
     return VcpuFailed(
         f"{text}; what this command had begun by then is not known: `qmpvcpu vcpuinfo` shows what is",
         hint=hint,

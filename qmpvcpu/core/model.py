@@ -229,7 +229,7 @@ class DomainState:
 
     `accel` is "kvm" or "tcg" (QEMU tells only whether KVM is on). `machine` is the versioned machine name.
     `threads_shared` is None while one vCPU alone cannot tell. `version` is None where it was read from a
-    definition (`core.config.state_of`), and so is all that only a QEMU tells.
+    definition (`core.planning.config.state_of`), and so is all that only a QEMU tells.
     """
 
     name: str
@@ -265,6 +265,28 @@ class DomainState:
     def enabled_ids(self) -> tuple[int, ...]:
         """Ids of the plugged vCPUs, ascending."""
         return tuple(vcpu.id for vcpu in self.vcpus if vcpu.enabled)
+
+    def entities_of(self, ids: Iterable[int]) -> list[Entity]:
+        """The entities that hold these ids, each once, ascending; an id that there is not has none."""
+        firsts = sorted({self.by_id[number].first for number in ids if number in self.by_id})
+        return [self.by_id[first] for first in firsts]
+
+    def x86_apic_id(self, entity: Entity) -> int | None:
+        """The APIC id of a slot, None where the topology is not known (QEMU: hw/i386/topology.h)."""
+        if self.topology is None or entity.props is None:
+            return None
+        thread_bits, core_bits, module_bits, die_bits = self.topology.x86_apic_widths
+        result: int = entity.props.get("thread-id", 0)
+        shift = thread_bits
+        for level, width in (
+            ("core-id", core_bits),
+            ("module-id", module_bits),
+            ("die-id", die_bits),
+            ("socket-id", 0),
+        ):
+            result |= entity.props.get(level, 0) << shift
+            shift += width
+        return result
 
     @property
     def nodes(self) -> tuple[int, ...]:

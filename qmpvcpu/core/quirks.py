@@ -1,6 +1,6 @@
 """One row for each known defect of QEMU: where it is, what sets it off, what it does, what to do instead. Pure.
 
-To add a defect, add a row: `core.rules.checks` and `core.migration.machines` refuse what a row with `is_refused`
+To add a defect, add a row: `core.rules.hotplug` and `core.migration.machines` refuse what a row with `is_refused`
 describes, unless the request is forced. The first table of docs/qemu-facts.md is printed from the rows
 (`scripts/quirks-table`). Versions are those in which the behaviour was measured. A version between one with a
 defect and one without counts as having it, and so does every version older than the oldest with it, unless `came`
@@ -11,15 +11,27 @@ QEMU versions are compared here and in `core.machine.versions` only.
 
 from __future__ import annotations
 
+from collections.abc import Set
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
 from typing import Final
 
 from qmpvcpu.core.arch import I386, PPC64, X86_64, Architecture, architecture
-from qmpvcpu.core.model import QemuVersion
+from qmpvcpu.core.model import DomainState, QemuVersion
 
-__all__ = ["QUIRKS", "Fact", "Quirk", "Trigger", "quirk", "refused_on"]
+__all__ = [
+    "QUIRKS",
+    "Fact",
+    "Quirk",
+    "Trigger",
+    "contexts_run_out",
+    "decides",
+    "facts_after_unplug",
+    "quirk",
+    "refused_on",
+    "set_off",
+]
 
 
 class Trigger(StrEnum):
@@ -405,3 +417,24 @@ def quirk(name: str) -> Quirk:
 def refused_on(arch: str, accel: str | None, version: QemuVersion | None) -> tuple[Quirk, ...]:
     """The defects that such a guest can meet and that are refused; remembered, because every plug asks."""
     return tuple(row for row in QUIRKS if row.is_refused and row.affects(arch, accel, version))
+
+
+def set_off(state: DomainState, trigger: Trigger, facts: Set[Fact]) -> list[Quirk]:
+    """The defects that this would set off on this guest, and that are refused."""
+    rows = refused_on(state.arch, state.accel, state.version)
+    return [row for row in rows if trigger in row.triggers and row.facts <= facts]
+
+
+def decides(state: DomainState, fact: Fact) -> bool:
+    """Whether this fact decides about a refusal on this guest, and so must be found out."""
+    return any(fact in row.facts for row in refused_on(state.arch, state.accel, state.version))
+
+
+def facts_after_unplug(removals_seen: int) -> set[Fact]:
+    """The fact that vCPUs were unplugged, if any were."""
+    return {Fact.AFTER_UNPLUG} if removals_seen else set()
+
+
+def contexts_run_out(state: DomainState) -> bool:
+    """Whether each vCPU that is plugged uses up one of maxcpus TCG contexts."""
+    return state.accel == "tcg" and state.can_unplug and state.threads_shared is not True

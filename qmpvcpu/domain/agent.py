@@ -13,6 +13,7 @@ from typing import Final
 from qmpvcpu.core.arch import Identity, architecture
 from qmpvcpu.core.engine.agent_switch import Answered, Look, Seen, SetCpus, Switch, SwitchStep
 from qmpvcpu.core.model import DomainState, Event, EventKind
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.state.guest_view import (
     GuestCpu,
     GuestView,
@@ -23,7 +24,7 @@ from qmpvcpu.core.state.guest_view import (
     newcomers,
     parse_guest_vcpus,
 )
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
+from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
 from qmpvcpu.ports import Agent, CommandError, Monitor
 
 __all__ = ["Arrival", "Guest", "with_online"]
@@ -319,17 +320,7 @@ class Guest:
 
 
 def _disabled(error: CommandError) -> VcpuRefused:
-    return VcpuRefused(
-        [
-            Refusal(
-                "agent-disabled",
-                f"the guest agent does not carry out '{error.command}': {error.text}",
-                (),
-                f"allow {error.command} in the guest's qemu-ga configuration (block-rpcs, allow-rpcs)",
-                "VIR_ERR_OPERATION_UNSUPPORTED",
-            )
-        ]
-    )
+    return catalogue.AGENT_DISABLED.error(command=error.command, said=error.text)
 
 
 def with_online(state: DomainState, view: GuestView) -> DomainState:

@@ -11,7 +11,7 @@ from qmpvcpu.core.model import Outcome, format_ids
 from qmpvcpu.core.planning.config import ConfigPlan, state_of
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Request
-from qmpvcpu.core.rules import checks
+from qmpvcpu.core.rules.request import check_request
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.definition import ConfigChange, Persistent, half_done
 from qmpvcpu.domain.interrupted import Interrupted, leaving
@@ -33,7 +33,7 @@ async def change_config(
         VcpuRefused: it is not to be done, or cannot be written; the definition is as it was.
     """
     began = time.monotonic()
-    found = [*here, *checks.check_flags(request.flags, is_query=request.is_query), *checks.check_options(request)]
+    found = [*here, *check_request(request)]
     if persistent is None:
         raise VcpuRefused(found, ids=request.ids)
     config = persistent.plan(request)
@@ -135,8 +135,7 @@ def with_config(plan: Plan, persistent: Persistent, *, live: bool) -> Plan:
         return replace(plan, config=replace(plan.config, diff=() if plan.refusals else config.diff))
     request = plan.request
     config = persistent.plan(request)
-    found = checks.check_flags(request.flags, is_query=request.is_query) + checks.check_options(request)
-    plan = plan.refused(found).with_config(config.plan, alone=True)
+    plan = plan.refused(check_request(request)).with_config(config.plan, alone=True)
     return replace(plan, config=replace(config.plan, diff=() if plan.refusals else config.diff))
 
 

@@ -12,24 +12,17 @@ from qmpvcpu.aio import finish
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.planning.config import ConfigPlan, plan_config, plan_pin
 from qmpvcpu.core.request import Request
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.drive import UNDO_SECONDS
 from qmpvcpu.domain.interrupted import Interrupted, leaving
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuPartial, VcpuRefused
 from qmpvcpu.host.definitions import not_written
 from qmpvcpu.ports import DefinitionStore, Staged
 
-__all__ = ["NO_DEFINITION", "ConfigChange", "Persistent", "half_done"]
+__all__ = ["ConfigChange", "Persistent", "half_done"]
 
 #: Does what blocks, off the loop.
 Runs = Callable[[Callable[[], None]], Awaitable[None]]
-
-NO_DEFINITION = Refusal(
-    "no-definition",
-    "no persistent definition of this domain is known",
-    (),
-    "leave out --config (CONFIG), or define it: `qmpvcpu define NAME --qmp ADDR`",
-    "VIR_ERR_OPERATION_INVALID",
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,8 +127,7 @@ def _made(data: bytes, plan: ConfigPlan) -> tuple[ConfigPlan, bytes]:
 
 
 def _unreadable(refusal: Refusal) -> Refusal:
-    text = f"the changed definition could not be read: {refusal.message}"
-    return Refusal("unreadable", text, refusal.ids, "change that in the XML, and define it again", refusal.libvirt)
+    return replace(catalogue.UNREADABLE(refusal.ids, why=refusal.message), libvirt=refusal.libvirt)
 
 
 class ConfigChange:
@@ -257,11 +249,4 @@ def half_done(
 
 
 def _at(place: str, refusal: Refusal) -> Refusal:
-    return Refusal(
-        refusal.code,
-        f"'{place}': {refusal.message}",
-        refusal.ids,
-        refusal.hint,
-        refusal.libvirt,
-        refusal.forceable,
-    )
+    return replace(refusal, message=f"'{place}': {refusal.message}")

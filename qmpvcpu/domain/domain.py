@@ -22,14 +22,17 @@ from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
 from qmpvcpu.core.planning.config import state_of
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Listed, Request
-from qmpvcpu.core.rules import checks
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.agent import check_guest_ids
+from qmpvcpu.core.rules.hotplug import plugs_left
 from qmpvcpu.core.rules.placement import with_threads
+from qmpvcpu.core.rules.request import check_flags, check_request, check_sides
 from qmpvcpu.core.rules.selection import select
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.domain.addresses import NOBODY_LISTENS, Opener
 from qmpvcpu.domain.agent import Guest, with_online
 from qmpvcpu.domain.config import change_both, change_config, with_config
-from qmpvcpu.domain.definition import NO_DEFINITION, Persistent
+from qmpvcpu.domain.definition import Persistent
 from qmpvcpu.domain.dump import DescribedXml, check_dump, describe, dump
 from qmpvcpu.domain.event_bus import Events, Hub
 from qmpvcpu.domain.interrupted import Interrupted, left_by
@@ -492,7 +495,7 @@ class Domain(MigrationCalls):
             link = self._connected()
             assert self._guest is not None
             view = await self._guest.view(await link.read())
-            refusals = checks.check_guest_ids(ids, view.own, online=online)
+            refusals = check_guest_ids(ids, view.own, online=online)
             if refusals:
                 raise VcpuRefused(refusals, ids=ids)
             run = await self._guest.switch(view.own, ids, online)
@@ -521,7 +524,7 @@ class Domain(MigrationCalls):
             elif self._persistent is not None:
                 definition = self._persistent.definition()
             else:
-                raise VcpuRefused([NO_DEFINITION])
+                raise catalogue.NO_DEFINITION.error()
             return place_all(link.threads, definition, await link.read())
 
     @checked
@@ -568,7 +571,7 @@ class Domain(MigrationCalls):
             VcpuRefused: there is no such side of this domain.
         """
         async with self._turn():
-            self._check_here(Request((), flags), checks.check_flags(flags))
+            self._check_here(Request((), flags), check_flags(flags))
             return await self._state(flags)
 
     @property
@@ -589,7 +592,7 @@ class Domain(MigrationCalls):
 
     def plugs_left(self) -> list[str]:
         """How many plugs this QEMU can take before it aborts, as one text; none where they do not run out."""
-        return checks.plugs_left(self._link.state, self._link.knowledge()) if self._link is not None else []
+        return plugs_left(self._link.state, self._link.knowledge()) if self._link is not None else []
 
     @property
     def run_state(self) -> str | None:
@@ -755,7 +758,7 @@ class Domain(MigrationCalls):
 
     def _connected(self) -> Link:
         if self._link is None and self._inactive:
-            raise VcpuRefused([self._not_running()])
+            raise catalogue.INACTIVE.error(name=self.name)
         if self._held is not None:
             raise self._held
         if self._link is None:
@@ -770,7 +773,7 @@ class Domain(MigrationCalls):
     async def _query(self, request: Request) -> Outcome:
         began = time.monotonic()
         async with self._turn():
-            self._check_here(request, checks.check_flags(request.flags, is_query=request.is_query))
+            self._check_here(request, check_flags(request.flags, is_query=request.is_query))
             state = await self._state(request.flags)
         ids, refusals = select(state, request)
         if refusals:
@@ -816,8 +819,7 @@ class Domain(MigrationCalls):
         """What the definition has against it."""
         if not config or self._persistent is None:
             return []
-        found = checks.check_flags(request.flags, is_query=request.is_query) + checks.check_options(request)
-        return found or list(self._persistent.plan(request).plan.refusals)
+        return check_request(request) or list(self._persistent.plan(request).plan.refusals)
 
     async def _lit(self, state: DomainState, *, required: bool) -> DomainState:
         """With the guest's own view of each vCPU, where an agent gives it."""
@@ -833,22 +835,15 @@ class Domain(MigrationCalls):
 
     def _not_here(self, request: Request) -> list[Refusal]:
         """What this connection cannot serve, whatever the state."""
-        found: list[Refusal] = []
         live, config = self._sides(request.flags)
-        if live and self._inactive:
-            found.append(self._not_running(is_live=request.has(VcpuFlag.LIVE)))
-        if config and self._persistent is None:
-            found.append(NO_DEFINITION)
-        if request.has(VcpuFlag.GUEST) and self._guest is None and self._link is not None:
-            found.append(_NO_AGENT)
-        if request.maximum and live:
-            found.append(checks.MAXIMUM_IS_CONFIG)
-        return found
-
-    def _not_running(self, *, is_live: bool = False) -> Refusal:
-        hint = "leave out --live (LIVE) to change its definition, or start it" if is_live else "start it first"
-        return Refusal(
-            "inactive", f"the domain '{self.name}' is not running", (), hint, "VIR_ERR_OPERATION_INVALID"
+        return check_sides(
+            request,
+            self.name,
+            live=live,
+            config=config,
+            is_active=not self._inactive,
+            has_definition=self._persistent is not None,
+            has_agent=self._guest is not None or self._link is None,
         )
 
 
@@ -858,15 +853,6 @@ def _with_threads(link: Link, state: DomainState) -> DomainState:
         return state
     ids = [vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None]
     return with_threads(state, link.threads.look(ids))
-
-
-_NO_AGENT = Refusal(
-    "no-agent",
-    "no guest agent of this domain is known",
-    (),
-    "name its socket: --agent ADDR (agent=), or leave out --guest (GUEST)",
-    "VIR_ERR_ARGUMENT_UNSUPPORTED",
-)
 
 
 def _request(
@@ -900,7 +886,7 @@ def _total(count: int, options: Options, *, maximum: bool, hotpluggable: bool) -
     if type(count) is not int:
         raise VcpuUsageError(f"{count!r} is not a number of vCPUs", hint="give an integer")
     if maximum and not options.get("config"):
-        raise VcpuRefused([checks.MAXIMUM_IS_CONFIG])
+        raise catalogue.MAXIMUM_IS_CONFIG.error()
     request = _request((), VcpuFlag.CURRENT, options, total=count)
     return replace(request, maximum=maximum, hotpluggable=hotpluggable)
 

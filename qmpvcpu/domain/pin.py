@@ -5,11 +5,10 @@ from __future__ import annotations
 import asyncio
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
 
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request, parse_ids
-from qmpvcpu.core.rules.placement import Placement, check_placements, with_threads
+from qmpvcpu.core.rules.placement import Placement, check_thread, check_thread_cpus, with_threads
 from qmpvcpu.domain.definition import ConfigChange, Persistent, half_done
 from qmpvcpu.domain.interrupted import Interrupted, leaving
 from qmpvcpu.domain.session import Link
@@ -121,27 +120,11 @@ async def change_pin(
 
 
 def _against(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> list[Refusal]:
-    from qmpvcpu.core.rules import checks
-
-    found = checks.check_range(state, (vcpu_id,))
-    if found:
+    if found := check_thread(state, vcpu_id):
         return found
-    vcpu = state.vcpus[vcpu_id]
-    if not vcpu.enabled:
-        return [checks.has_no_thread(vcpu_id)]
-    if state.threads_shared:
-        text = f"vCPU {vcpu_id} has no thread of its own: QEMU runs every vCPU on one (-accel tcg,thread=single)"
-        return [Refusal("shared-thread", text, (vcpu_id,), "start QEMU with thread=multi, or KVM")]
-    wanted = {vcpu_id: Placement(cpus if cpus is not None else ())}
-    facts = link.threads.facts(wanted.values()) if link.threads is not None else None
-    hint = "name CPUs that it may have; vcpupin --config keeps them for another host"
-    return [
-        replace(one, hint=hint if one.libvirt == _INVALID else one.hint) for one in check_placements(wanted, facts)
-    ]
-
-
-#: Of what the words themselves are to blame for.
-_INVALID = "VIR_ERR_INVALID_ARG"
+    wanted = Placement(cpus if cpus is not None else ())
+    facts = link.threads.facts((wanted,)) if link.threads is not None else None
+    return check_thread_cpus(vcpu_id, wanted, facts)
 
 
 def _pin(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> tuple[DomainState, bool]:

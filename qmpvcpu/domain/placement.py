@@ -13,6 +13,7 @@ from typing import Final
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.model import DomainState, Outcome, format_ids
 from qmpvcpu.core.planning.live import Plan
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.placement import (
     Placement,
     ThreadState,
@@ -278,12 +279,9 @@ async def _widen(threads: Threads, nodes: Sequence[int]) -> Widened | None:
 
 
 def _no_group(ids: Iterable[int], error: OSError) -> Refusal:
-    numbers = tuple(sorted(ids))
-    text = f"vCPU {format_ids(numbers)} cannot have its cgroup: {_why(error)}"
     denied = error.errno in (errno.EACCES, errno.EPERM)
-    libvirt = "VIR_ERR_OPERATION_DENIED" if denied else "VIR_ERR_OPERATION_FAILED"
-    hint = "look at that group, or leave the thread where the kernel puts it: --no-place (place=False)"
-    return Refusal("cgroup", text, numbers, hint, libvirt)
+    reason = catalogue.CGROUP_DENIED if denied else catalogue.NO_CGROUP
+    return reason(sorted(ids), why=_why(error))
 
 
 def _why(error: OSError) -> str:

@@ -23,8 +23,10 @@ from qmpvcpu.core.engine.report import (
 from qmpvcpu.core.engine.transaction import SETTLED, STILL_ASKED, ItemState, Result, Transaction
 from qmpvcpu.core.model import DomainState, Entity, Outcome, format_ids
 from qmpvcpu.core.planning.live import Plan, make_plan
+from qmpvcpu.core.quirks import Fact, contexts_run_out, decides
 from qmpvcpu.core.request import Knowledge, Request
-from qmpvcpu.core.rules import checks
+from qmpvcpu.core.rules import hotplug
+from qmpvcpu.core.rules.agent import check_guest
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.core.state.pending import UsedContexts
 from qmpvcpu.domain.agent import Arrival, Guest, with_online
@@ -61,16 +63,16 @@ async def plan_on(
     plan = make_plan(state, request, known)
     moved = [*plan.awaited, *plan.plugs]
     x2apic = firmware = smm = legacy = None
-    if checks.needs_x2apic(state, moved):
+    if hotplug.needs_x2apic(state, moved):
         x2apic = await has_x2apic(link.monitor, state)
     # An undo unplugs too.
-    if checks.needs_firmware_state(state) and (moved or plan.unplugs):
+    if decides(state, Fact.FIRMWARE) and (moved or plan.unplugs):
         firmware = await firmware_runs(link.monitor)
         if firmware is None and guest is not None and await guest.try_view(state) is not None:
             firmware = False
-    if moved and checks.needs_smm_state(state):
+    if moved and decides(state, Fact.SMM):
         smm = await link.smm_has_run()
-    if plan.unplugs and checks.needs_hotplug_mode(state):
+    if plan.unplugs and decides(state, Fact.LEGACY_HOTPLUG):
         legacy = await link.is_hotplug_legacy()
     if smm or legacy:
         plan = make_plan(state, request, replace(known, smm=smm, legacy_hotplug=legacy))
@@ -114,7 +116,7 @@ async def change(
     if not (link.stale or link.may_be_away or request.listed or request.has(VcpuFlag.GUEST)):
         # While it is being migrated QEMU itself declines: what is certainly to be done, and QEMU's alone, needs no
         # more than its vCPUs. A claim needs it all afresh.
-        asked = guest if checks.needs_firmware_state(held) else None
+        asked = guest if decides(held, Fact.FIRMWARE) else None
         on_held = _may_rest_on_held(link, request, atomic=beside is not None or request.atomic)
         if on_held:
             plan, known = await plan_on(link, held, request, asked)
@@ -146,7 +148,7 @@ async def change(
             messages=plan.messages,
             seconds=round(time.monotonic() - began, 6),
         )
-    if plan.moves_cpus and checks.contexts_run_out(held) and not known.contexts_reported:
+    if plan.moves_cpus and contexts_run_out(held) and not known.contexts_reported:
         link.ledger.note_contexts(UsedContexts(is_reported=True))
     end: Outcome | VcpuError
     before = None
@@ -352,7 +354,7 @@ async def _in_the_guest(
         # The guest kept what it was asked to let go; perhaps it takes it offline.
         kept = [number for first in rejected.reasons for number in link.state.by_id[first].ids]
         view = await guest.try_view(link.state)
-        if view is not None and not checks.check_guest(link.state, [*kept, *offlines], view, online=False):
+        if view is not None and not check_guest(link.state, [*kept, *offlines], view, online=False):
             offlines = sorted({*offlines, *kept})
             end = without_rejections(link.state, plan, rejected)
             note = f"hotplug could not: {rejected.message}"
@@ -499,11 +501,11 @@ async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledg
     )
 
     def prepare(fresh: DomainState) -> None:
-        transaction.undo_forbidden = checks.undo_forbidden(fresh, known)
+        transaction.undo_forbidden = hotplug.undo_forbidden(fresh, known)
         if request.atomic and not request.force:
             now = link.knowledge(known.x2apic, known.firmware_runs)
             gone = [fresh.by_id[e.first] for e in plan.unplugs if not fresh.by_id[e.first].plugged]
-            transaction.restore_forbidden = checks.restore_forbidden(fresh, gone, now)
+            transaction.restore_forbidden = hotplug.restore_forbidden(fresh, gone, now)
 
     entities = (*plan.awaited, *plan.plugs, *plan.unplugs)
     drive = Drive(transaction, link.monitor, link.look, await _patience(link, plan), state, prepare, link.ask)

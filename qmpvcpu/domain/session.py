@@ -11,9 +11,10 @@ from typing import Any, Final
 
 from qmpvcpu import aio
 from qmpvcpu.core.arch import architecture
-from qmpvcpu.core.migration.machines import MigrationStatus, check_cpu_operation, parse_status
+from qmpvcpu.core.migration.machines import MigrationStatus, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 from qmpvcpu.core.request import Knowledge
+from qmpvcpu.core.rules.request import check_at_rest
 from qmpvcpu.core.state.events import CPU_EVENTS, Departures, Names, SignalKind, changes, interpret
 from qmpvcpu.core.state.pending import UsedContexts, mark
 from qmpvcpu.domain.addresses import Opener, first_free
@@ -167,7 +168,7 @@ class Link:
         status = MigrationStatus() if isinstance(reply, CommandError) else parse_status(reply)
         if run == "postmigrate" and is_here(self.process):
             run = "paused"
-        away = check_cpu_operation(run, status)
+        away = check_at_rest(run, status.under_way)
         self._note_run(run)
         self.may_be_away |= bool(away)
         return state, away

@@ -21,8 +21,9 @@ from qmpvcpu.core.machine.boot_arguments import qemu_arch
 from qmpvcpu.core.machine.hardware import hardware_args
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.request import Request
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import Domain, connect
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused
+from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.lab.libvirtd import Libvirtd, run_libvirtd
 from qmpvcpu.libvirt.calls import Connection, Guest, open_connection
@@ -203,8 +204,7 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
         check_program(definition)
         line = await command_line(definition, mode=ProbeMode.AUTO)
         if line.probe.emulator is None:
-            text = "; ".join(line.probe.messages)
-            raise VcpuRefused([Refusal("emulator", text, (), "name an <emulator> that is here")])
+            raise catalogue.NO_PROGRAM_TO_COMPARE.error(messages="; ".join(line.probe.messages))
         words = ["-S", *line.args.arguments]
         console = str(folder / "console")
         words += hardware_args(read_hardware(document), qemu_arch(definition), console=console, agent=_AGENT)
@@ -267,8 +267,8 @@ class LibvirtSide:
             try:
                 domain = await connection.change("virDomainCreate", begin, _START_SECONDS)
             except CommandError as error:
-                text = f"libvirt does not start it: {error.text}"
-                raise VcpuRefused([Refusal("libvirt", text, (), None, error.error_class)]) from error
+                refusal = replace(catalogue.LIBVIRT_NOT_STARTED(said=error.text), libvirt=error.error_class)
+                raise VcpuRefused([refusal]) from error
             try:
                 yield cls(daemon if log else None, connection, Guest(connection, domain))
             finally:

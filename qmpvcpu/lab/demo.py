@@ -7,8 +7,9 @@ from typing import Any
 
 from qmpvcpu.app.qemus import DEMO_ARCH, examine_all, find_binaries, survives_unplug
 from qmpvcpu.core.model import DomainState, format_ids
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import connect
-from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused
+from qmpvcpu.errors import VcpuFailed, VcpuRefused
 from qmpvcpu.lab.guest import GuestImage, boot, find_image
 from qmpvcpu.qemu.process import run_qemu
 
@@ -38,9 +39,7 @@ async def run(tell: Tell, show: Show) -> dict[str, Any]:
     binaries = await examine_all([item for item in find_binaries() if item[1] == DEMO_ARCH])
     usable = [qemu for qemu in binaries if qemu.version is not None]
     if not usable:
-        text = f"there is no qemu-system-{DEMO_ARCH} here"
-        refusal = Refusal("no-qemu", text, (), "scripts/demo, or scripts/setup")
-        raise VcpuRefused([refusal])
+        raise catalogue.NO_QEMU.error(arch=DEMO_ARCH)
     missing: list[str] = []
     unplugging = [qemu for qemu in usable if survives_unplug(qemu)]
     if not unplugging:

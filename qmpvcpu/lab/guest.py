@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from qmpvcpu.app.cache import cache_folder
-from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import VcpuFailed
 from qmpvcpu.qemu.process import QemuProcess, run_qemu
 
 __all__ = ["CHANNELS", "Guest", "GuestImage", "attached", "boot", "find_image", "guest_arguments"]
@@ -46,9 +47,7 @@ def find_image(arch: str) -> GuestImage:
     try:
         facts = json.loads((folder / "guest.json").read_text())
     except (OSError, ValueError):
-        raise VcpuRefused(
-            [Refusal("no-guest", f"there is no {arch} guest in {folder}", (), f"scripts/build-guest {arch}")]
-        ) from None
+        raise catalogue.NO_GUEST.error(arch=arch, folder=folder) from None
     return GuestImage(folder, facts)
 
 

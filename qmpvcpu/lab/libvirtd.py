@@ -32,7 +32,8 @@ from typing import IO, Any, Final
 from urllib.parse import quote
 
 from qmpvcpu.aio import finish
-from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused, VcpuUsageError
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import VcpuFailed, VcpuUsageError
 
 __all__ = ["Libvirtd", "run_libvirtd"]
 
@@ -47,11 +48,6 @@ LOG_END: Final = 2000
 
 #: Debian has libvirtd where an ordinary user's PATH does not go.
 SBIN: Final = "/usr/local/sbin:/usr/sbin:/sbin"
-HINT: Final = (
-    "install libvirt-daemon, libvirt-daemon-driver-qemu and a QEMU (Debian: `apt-get install"
-    " --no-install-recommends libvirt-daemon libvirt-daemon-driver-qemu`)"
-)
-MOUNT_HINT: Final = "root needs the right to mount (CAP_SYS_ADMIN); an ordinary user does not"
 
 #: A call of the daemon's that every client may make, REMOTE_PROC_AUTH_LIST (libvirt's remote_protocol.x): length,
 #: program, version, procedure, type, serial, status. It is answered only when all drivers have started.
@@ -133,8 +129,7 @@ class Libvirtd:
         try:
             async with asyncio.timeout(START_SECONDS):
                 if reason := await asyncio.shield(self._supervisor.ready):
-                    text = f"libvirtd cannot have folders of its own: {reason}"
-                    raise VcpuRefused([Refusal("libvirtd", text, (), MOUNT_HINT)])
+                    raise catalogue.NO_MOUNTS.error(why=reason)
                 ended = self._supervisor.start()
                 while not await _answers(self._socket):
                     if ended.done():
@@ -190,7 +185,7 @@ class Libvirtd:
 
     def _failed(self, what: str, code: int | None = None) -> VcpuFailed:
         end = self.log_end()
-        return VcpuFailed(f"{what}: {end}" if end else what, exit_code=code, hint=HINT)
+        return VcpuFailed(f"{what}: {end}" if end else what, exit_code=code, hint=catalogue.NO_LIBVIRTD.hint)
 
 
 @asynccontextmanager
@@ -205,7 +200,7 @@ async def run_libvirtd(*, log_qmp: bool = False) -> AsyncIterator[Libvirtd]:
     """
     program = shutil.which("libvirtd", path=f"{os.environ.get('PATH', os.defpath)}:{SBIN}")
     if program is None:
-        raise VcpuRefused([Refusal("libvirtd", "the program 'libvirtd' is not installed", (), HINT)])
+        raise catalogue.NO_LIBVIRTD.error()
     # The supervisor makes it, so that a kill at any moment finds somebody who removes it.
     base = tempfile.gettempdir()
     folder = Path(base if len(os.fsencode(base)) < ROOM else "/tmp", f"qmpvcpu-{secrets.token_hex(4)}")  # noqa: S108

@@ -14,7 +14,8 @@ from urllib.parse import SplitResult, urlsplit
 
 from qmpvcpu.aio import finish
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused, VcpuUsageError
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.libvirt.errors import connection_error, lost, translated
 from qmpvcpu.libvirt.threads import Worker, start_events
 from qmpvcpu.ports import CommandError
@@ -71,11 +72,7 @@ def _module() -> Any:
     try:
         import libvirt
     except ImportError as error:
-        text = f"libvirt-python is not installed: {error}"
-        hint = (
-            "pip install 'qmpvcpu[libvirt]' (it is built against libvirt's headers: libvirt-dev, pkg-config, gcc)"
-        )
-        raise VcpuRefused([Refusal("libvirt", text, (), hint, "VIR_ERR_NO_SUPPORT")]) from error
+        raise catalogue.NO_LIBVIRT.error(error=error) from error
     return libvirt
 
 

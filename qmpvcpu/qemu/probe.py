@@ -14,7 +14,8 @@ from typing import Any, Final, TypeVar
 from qmpvcpu.core.machine.layout import MachineSpec
 from qmpvcpu.core.machine.numa import NumaNode
 from qmpvcpu.core.machine.words import parse_size
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import VcpuConnectionError, VcpuFailed
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu
 
@@ -81,9 +82,7 @@ async def probe_machine(
         said = error.qmp_text or ""
         if error.exit_code != 1 or not said or _HOST.search(said):
             raise
-        text = f"QEMU refuses this machine: {said}"
-        hint = f"correct the machine; it is '{binary}' that says so"
-        raise VcpuRefused([Refusal("smp", text, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")]) from error
+        raise catalogue.SMP_SAID.error(said=said, binary=binary) from error
 
 
 def _memory(spec: MachineSpec) -> list[str]:

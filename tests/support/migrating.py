@@ -15,7 +15,6 @@ from qmpvcpu.core.migration.machines import (
     Source,
     address_of,
     check_arrived,
-    check_cpu_operation,
     check_features,
     check_hangs,
     check_one_cpu,
@@ -28,6 +27,7 @@ from qmpvcpu.core.migration.machines import (
     next_step,
     parse_status,
 )
+from qmpvcpu.core.rules.request import check_at_rest
 from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.migration import read_cookie, write_cookie
@@ -73,7 +73,7 @@ def against_leaving(
 
 def against_hotplug(run_state: str, query_migrate: Any) -> list[Refusal]:
     """Why no vCPU can be switched now."""
-    return check_cpu_operation(run_state, parse_status(query_migrate))
+    return check_at_rest(run_state, parse_status(query_migrate).under_way)
 
 
 def against_trip(state: DomainState, removals_seen: int = 0) -> list[Refusal]:

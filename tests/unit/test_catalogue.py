@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ast
 import re
-from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 from string import Formatter
 from typing import Final
@@ -19,7 +19,7 @@ HOUSE: Final = Path(qmpvcpu.__file__).parent
 CATALOGUE: Final = HOUSE / "core/rules/catalogue.py"
 ROWS: Final = {name: row for name, row in vars(catalogue).items() if isinstance(row, Reason)}
 TREES: Final = {path: ast.parse(path.read_text()) for path in sorted(HOUSE.rglob("*.py"))}
-USERS: Final = {path: tree for path, tree in TREES.items() if path != CATALOGUE}
+USERS: Final = [path for path in TREES if path != CATALOGUE]
 #: Codes that had two meanings before there was a catalogue, and are stable.
 OF_TWO_TOPICS: Final = {"place", "feature"}
 
@@ -56,33 +56,51 @@ def wrong(row: Reason, call: ast.Call) -> str | None:
     return None
 
 
-def uses(tree: ast.AST) -> Iterator[tuple[str, str | None]]:
-    """Each use of a row, and what is wrong with it. A row in a table or a loop is called as `reason(…)` there."""
-    functions = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef)]
-    calls = [node for node in ast.walk(tree) if isinstance(node, ast.Call)]
+@cache
+def uses(path: Path) -> list[tuple[str, str | None]]:
+    """Each use of a row in a file, and what is wrong with it; a table or a loop calls its rows as `reason(…)`."""
+    found: list[tuple[str, str | None]] = []
+    nodes = list(ast.walk(TREES[path]))
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
     direct = {called(call): call for call in calls if row_of(called(call))}
-    read = [
-        node.value for node in ast.walk(tree) if isinstance(node, ast.Attribute) and node.attr in Reason._fields
-    ]
-    for node in ast.walk(tree):
+    read = {node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr in Reason._fields}
+    for node in nodes:
         if not isinstance(node, ast.Attribute) or (name := row_of(node)) is None:
             continue
-        if node in read:
-            yield name, None
+        if node in direct or node in read:
+            found.append((name, wrong(ROWS[name], direct[node]) if node in direct else None))
             continue
-        if node in direct:
-            yield name, wrong(ROWS[name], direct[node])
-            continue
-        around = [function for function in functions if node in ast.walk(function)]
-        inside = [call for call in ast.walk(around[-1] if around else tree) if isinstance(call, ast.Call)]
+        functions = [one for one in nodes if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
+        around = [one for one in functions if one.lineno <= node.lineno <= (one.end_lineno or 0)]
+        inside = [call for call in ast.walk(around[-1] if around else TREES[path]) if isinstance(call, ast.Call)]
         by_name = [call for call in inside if isinstance(at := called(call), ast.Name) and at.id == "reason"]
         fits = any(wrong(ROWS[name], call) is None for call in by_name)
-        yield name, None if fits else "is given to nobody who calls it as `reason(…)` with its fields"
+        found.append((name, None if fits else "is given to nobody who calls it as `reason(…)` with its fields"))
+    return found
 
 
 @pytest.mark.parametrize("path", USERS, ids=lambda path: str(path.relative_to(HOUSE)))
 def test_each_call_gives_the_fields_of_its_row(path: Path) -> None:
-    assert [(name, fault) for name, fault in uses(USERS[path]) if fault is not None] == []
+    assert [(name, fault) for name, fault in uses(path) if fault is not None] == []
+
+
+def test_every_row_is_used() -> None:
+    assert set(ROWS) - {name for path in USERS for name, _ in uses(path)} == set()
+
+
+def test_refusals_are_made_of_rows() -> None:
+    makers = {
+        (str(path.relative_to(HOUSE)), name)
+        for path, tree in TREES.items()
+        for call in ast.walk(tree)
+        if isinstance(call, ast.Call) and (name := ast.unparse(call.func).split(".")[-1]) in ("Refusal", "Reason")
+    }
+    assert makers == {
+        ("core/rules/catalogue.py", "Refusal"),
+        ("core/rules/catalogue.py", "Reason"),
+        # The rows of QEMU's defects.
+        ("core/rules/hotplug.py", "Reason"),
+    }
 
 
 def test_codes_have_one_topic() -> None:

@@ -20,9 +20,10 @@ from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.comparison import Picture
 from qmpvcpu.core.model import DomainState, Entity, Props
-from qmpvcpu.core.quirks import Fact, Trigger, quirk
-from qmpvcpu.core.rules import catalogue, checks
+from qmpvcpu.core.quirks import Fact, Trigger, facts_after_unplug, quirk, set_off
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.catalogue import Reason
+from qmpvcpu.core.rules.hotplug import refusal_of
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.errors import Refusal
 
@@ -38,7 +39,6 @@ __all__ = [
     "Step",
     "address_of",
     "check_arrived",
-    "check_cpu_operation",
     "check_features",
     "check_hangs",
     "check_machine",
@@ -232,10 +232,10 @@ def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
     """
     if state.version is None:
         return []
-    facts = checks.facts_after_unplug(removals_seen)
+    facts = facts_after_unplug(removals_seen)
     if len(state.enabled_ids) > 1:
         facts.add(Fact.SEVERAL_VCPUS)
-    return [checks.refusal_of(row, state) for row in checks.set_off(state, Trigger.MIGRATE, facts)]
+    return [refusal_of(row, state) for row in set_off(state, Trigger.MIGRATE, facts)]
 
 
 def needs_one_cpu(state: DomainState) -> bool:
@@ -263,15 +263,6 @@ def cpus_but_first(view: GuestView) -> tuple[int, ...]:
 
 #: Linux starts on it, and so does QEMU.
 _FIRST_CPU: Final = 0
-
-
-def check_cpu_operation(run_state: str | None, status: MigrationStatus) -> list[Refusal]:
-    """Why no vCPU can be switched now."""
-    if status.is_active and run_state != "inmigrate":
-        return [catalogue.MIGRATING(status=status.status)]
-    if run_state == "postmigrate":
-        return [catalogue.MIGRATED()]
-    return []
 
 
 def check_machine(source: Machine, here: Machine) -> list[Refusal]:
@@ -346,6 +337,11 @@ class MigrationStatus:
     error: str | None = None
     blocked: tuple[str, ...] = ()
     addresses: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+
+    @property
+    def under_way(self) -> str | None:
+        """The status of a migration that has begun and not ended."""
+        return self.status if self.is_active else None
 
     @property
     def is_active(self) -> bool:

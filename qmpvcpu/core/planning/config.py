@@ -8,13 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Final
+from typing import Any
 
 from qmpvcpu.core.arch import architecture
-from qmpvcpu.core.definition import MOST_VCPUS, Definition, VcpuConfig
+from qmpvcpu.core.definition import Definition, VcpuConfig
 from qmpvcpu.core.model import DomainState, Entity, Vcpu, format_ids
 from qmpvcpu.core.request import Request
-from qmpvcpu.core.rules import checks
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.config import check_maximum, check_order, check_total
+from qmpvcpu.core.rules.hotplug import check_whole_entities
+from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.core.rules.selection import select, select_listed
 from qmpvcpu.errors import Refusal
 
@@ -147,14 +150,14 @@ def plan_config(definition: Definition, request: Request, ids: Sequence[int] | N
     if ids is None:
         ids, refusals = select(state, request)
     else:
-        refusals = checks.check_range(state, ids)
+        refusals = check_range(state, ids)
     known = [number for number in ids if number in state.by_id]
     changed = tuple(number for number in known if definition.vcpus[number].enabled is not request.enable)
-    refusals += checks.check_whole_entities(state, changed, request.flags)
+    refusals += check_whole_entities(state, changed, request.flags)
     if request.disable and 0 in changed:
-        refusals.append(_VCPU_0)
+        refusals.append(catalogue.CONFIG_VCPU_0((0,)))
     else:
-        refusals += _check_followers(definition, changed)
+        refusals += check_order(definition, changed)
     return ConfigPlan(
         definition,
         definition.switched(changed, request.enable) if changed and not refusals else definition,
@@ -165,20 +168,11 @@ def plan_config(definition: Definition, request: Request, ids: Sequence[int] | N
     )
 
 
-_VCPU_0: Final = Refusal(
-    "config-vcpu-0",
-    "vCPU 0 must be enabled in a definition",
-    (0,),
-    "leave 0 out: 1-3 or ^0",
-    "VIR_ERR_INVALID_ARG",
-)
-
-
 def _plan_total(definition: Definition, request: Request) -> ConfigPlan:
     """So many vCPUs: the lowest disabled are added, the highest enabled removed, whole cores."""
     total = request.total
     assert total is not None
-    refusals = _check_total(definition, total)
+    refusals = check_total(definition, total)
     if refusals:
         return ConfigPlan(definition, definition, refusals=tuple(refusals))
     size = definition.granularity
@@ -192,9 +186,7 @@ def _plan_total(definition: Definition, request: Request) -> ConfigPlan:
         ids = [vcpu.id for vcpu in core if vcpu.enabled is not enable]
         if (now + len(ids) > total) if enable else (now - len(ids) < total):
             low, high = (now, now + len(ids)) if enable else (now - len(ids), now)
-            message = f"{total} vCPUs cannot be reached in the definition: they come and go in cores of {size}"
-            hint = f"ask for {low} or {high}"
-            refusal = Refusal("count", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")
+            refusal = catalogue.DEFINED_WHOLE_CORES(total=total, size=size, below=low, above=high)
             return ConfigPlan(definition, definition, refusals=(refusal,))
         chosen += ids
         now += len(ids) if enable else -len(ids)
@@ -229,14 +221,14 @@ def _plan_listed(definition: Definition, request: Request) -> ConfigPlan:
             ids = tuple(number for number in changed if listed[number].enabled is on)
             new = new.switched(ids, on) if ids else new
     if not listed[0].enabled:
-        refusals.append(_VCPU_0)
+        refusals.append(catalogue.CONFIG_VCPU_0((0,)))
     unchanged = tuple(number for number in targets if number not in changed)
     return ConfigPlan(definition, definition if refusals else new, targets, changed, unchanged, tuple(refusals))
 
 
 def plan_pin(definition: Definition, vcpu_id: int, cpus: tuple[int, ...] | None) -> ConfigPlan:
     """`<vcpupin>` of one vCPU; None takes it away."""
-    refusals = checks.check_range(state_of(definition), (vcpu_id,))
+    refusals = check_range(state_of(definition), (vcpu_id,))
     pins = {number: pin for number, pin in definition.pins.items() if number != vcpu_id}
     if cpus is not None:
         pins[vcpu_id] = cpus
@@ -246,50 +238,11 @@ def plan_pin(definition: Definition, vcpu_id: int, cpus: tuple[int, ...] | None)
     return ConfigPlan(definition, new, (vcpu_id,), changed, unchanged, tuple(refusals))
 
 
-def _check_total(definition: Definition, total: int) -> list[Refusal]:
-    if 1 <= total <= definition.maxcpus:
-        return []
-    return [
-        Refusal(
-            "count",
-            f"{total} vCPUs asked, and the definition can have 1 to {definition.maxcpus}",
-            (),
-            "--maximum --config changes how many there can be",
-        )
-    ]
-
-
 def _plan_maximum(definition: Definition, request: Request) -> ConfigPlan:
     """Another number of vCPU ids (`qemuDomainSetVcpusMax`)."""
     maximum = request.total
     assert maximum is not None
-    refusals = []
-    if not 1 <= maximum <= MOST_VCPUS:
-        refusals.append(
-            Refusal("maximum", f"a maximum of {maximum} vCPUs cannot be", (), f"give 1 to {MOST_VCPUS}")
-        )
-    topology = definition.topology
-    if topology is not None and maximum != definition.maxcpus:
-        refusals.append(
-            Refusal(
-                "maximum",
-                f"<cpu><topology> makes {topology.maxcpus} vCPUs, not {maximum}",
-                (),
-                "change <topology> and <vcpu> in the XML first, and define it again",
-                "VIR_ERR_INVALID_ARG",
-            )
-        )
-    refusals += [
-        Refusal(
-            "maximum",
-            f"NUMA cell {cell.id} has vCPU {format_ids(lost)}, which there would not be",
-            tuple(lost),
-            "change <cpu><numa> in the XML, and define it again",
-            "VIR_ERR_INVALID_ARG",
-        )
-        for cell in definition.nodes
-        if (lost := [number for number in cell.cpus if number >= maximum])
-    ]
+    refusals = check_maximum(definition, maximum)
     if refusals or maximum == definition.maxcpus:
         return ConfigPlan(definition, definition, refusals=tuple(refusals))
     vcpus = [replace(vcpu, order=None) for vcpu in definition.vcpus[:maximum]]
@@ -303,27 +256,3 @@ def _plan_maximum(definition: Definition, request: Request) -> ConfigPlan:
         schedulers={number: word for number, word in definition.schedulers.items() if number < maximum},
     )
     return ConfigPlan(definition, new, gone, gone, messages=notes)
-
-
-def _check_followers(definition: Definition, changed: Sequence[int]) -> list[Refusal]:
-    """QEMU starts with a run of vCPUs from 0 on: none of them can go while one behind it stays in that run."""
-    if not changed or definition.dialect == "rfc":
-        # There nothing says which ones are started with: it follows from which ones are enabled.
-        return []
-    asked = set(changed)
-    behind = [
-        vcpu.id
-        for vcpu in definition.vcpus[min(changed) + 1 :]
-        if vcpu.enabled and not vcpu.hotpluggable and vcpu.id not in asked
-    ]
-    if not behind:
-        return []
-    return [
-        Refusal(
-            "config-order",
-            f"vCPU {format_ids(changed)} cannot change in the definition: vCPU {format_ids(behind)} is in the way,"
-            " which is enabled and not hotpluggable",
-            tuple(changed),
-            f"change {format_ids(behind)} with it, or give it hotpluggable='yes' in <vcpus>",
-        )
-    ]

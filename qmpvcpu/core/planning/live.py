@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity, format_ids
 from qmpvcpu.core.planning.config import ConfigPlan
 from qmpvcpu.core.request import Knowledge, Request
-from qmpvcpu.core.rules import checks
+from qmpvcpu.core.rules import catalogue, hotplug
+from qmpvcpu.core.rules.agent import check_guest
 from qmpvcpu.core.rules.placement import Placement
+from qmpvcpu.core.rules.request import check_request
 from qmpvcpu.core.rules.selection import resolve_guest_total, resolve_total, select, select_listed
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.errors import Refusal
@@ -175,7 +177,7 @@ def unplug_name(entity: Entity) -> str:
 def make_plan(state: DomainState, request: Request, known: Knowledge | None = None) -> Plan:
     """Select the vCPUs, find what is to be done, and collect every reason not to do it."""
     known = known or Knowledge()
-    refusals = checks.check_flags(request.flags, is_query=request.is_query) + checks.check_options(request)
+    refusals = check_request(request)
     guest = known.guest
     wants: dict[int, bool]
     if request.listed is not None:
@@ -202,22 +204,22 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
         steps = replace(steps, unchanged=[])
         targets = tuple(sorted({*(n for e in steps.moved for n in e.ids), *steps.onlines}))
     if steps.onlines and not request.fallback and request.listed is None:
-        refusals.append(checks.only_the_agent(steps.onlines))
+        refusals.append(catalogue.ONLY_THE_AGENT(steps.onlines))
     touched = [number for number in targets if number in {n for entity in steps.moved for n in entity.ids}]
-    refusals += checks.check_whole_entities(state, touched, request.flags)
-    refusals += checks.check_plug(state, steps.plugs)
-    blocked = checks.check_unplug(state, steps.unplugs)
+    refusals += hotplug.check_whole_entities(state, touched, request.flags)
+    refusals += hotplug.check_plug(state, steps.plugs)
+    blocked = hotplug.check_unplug(state, steps.unplugs)
     if not request.force:
-        blocked += checks.check_hotplug_mode(state, steps.unplugs, known)
+        blocked += hotplug.check_hotplug_mode(state, steps.unplugs, known)
     asks_guest = bool(steps.plugged_already) or (bool(blocked) and request.fallback)
     asks_guest |= request.enable and request.has(VcpuFlag.NUMA_NODE)
     if blocked and guest is not None and request.fallback:
         steps, blocked = _fallen_back(state, steps, blocked, guest)
     refusals += blocked
-    kills = checks.check_kills_on_plug(state, [*steps.awaited, *steps.plugs], known)
-    kills += checks.check_kills_on_unplug(state, steps.unplugs, known)
+    kills = hotplug.check_kills_on_plug(state, [*steps.awaited, *steps.plugs], known)
+    kills += hotplug.check_kills_on_unplug(state, steps.unplugs, known)
     refusals += [] if request.force else kills
-    messages = checks.warnings(state, [*steps.awaited, *steps.plugs], steps.unplugs, known)
+    messages = hotplug.warnings(state, [*steps.awaited, *steps.plugs], steps.unplugs, known)
     messages += [f"forced: {kill.message}" for kill in kills if request.force]
     return Plan(
         request=request,
@@ -258,7 +260,7 @@ class _Steps:
 def _steps(state: DomainState, wants: Mapping[int, bool], known: Knowledge) -> _Steps:
     """What makes each vCPU what it is wanted to be, by what is plugged, pending and online now."""
     steps = _Steps()
-    for entity in _entities(state, wants):
+    for entity in state.entities_of(wants):
         meant = [number for number in entity.ids if number in wants]
         on = wants[meant[0]]
         if on and entity.first in known.pending and entity.plugged:
@@ -282,7 +284,7 @@ def _fallen_back(
     stuck = [entity for entity in steps.unplugs if hopeless.intersection(entity.ids)]
     ids = [number for entity in stuck for number in entity.ids]
     offline = [number for number in ids if guest.online(number) is False]
-    against = checks.check_guest(state, ids, guest, online=False)
+    against = check_guest(state, ids, guest, online=False)
     steps = replace(
         steps,
         unplugs=[entity for entity in steps.unplugs if entity not in stuck],
@@ -305,7 +307,7 @@ def _plan_guest(
     if guest is None or refusals or not wants:
         return Plan(request, targets, refusals=tuple(refusals), wants=wants)
     online = next(iter(wants.values()))
-    refusals = checks.check_guest(state, targets, guest, online=online)
+    refusals = check_guest(state, targets, guest, online=online)
     moved = tuple(number for number in targets if guest.online(number) is not online)
     return Plan(
         request,
@@ -316,8 +318,3 @@ def _plan_guest(
         refusals=tuple(refusals),
         wants=wants,
     )
-
-
-def _entities(state: DomainState, ids: Iterable[int]) -> list[Entity]:
-    firsts = sorted({state.by_id[number].first for number in ids if number in state.by_id})
-    return [state.by_id[first] for first in firsts]

@@ -137,6 +137,9 @@ MAXIMUM_IS_CONFIG = Reason(
     "the maximum of vCPUs cannot change while the guest runs",
     "--maximum goes with --config (config=True), without --live",
 )
+MAXIMUM_WITHOUT_CONFIG = Reason(
+    "maximum", "--maximum changes the definition alone, from the next start", "add --config"
+)
 MAXIMUM = Reason("maximum", "a domain cannot have a maximum of {maximum} vCPUs", "give 1 to {most}")
 MAXIMUM_OF_TOPOLOGY = Reason(
     "maximum",
@@ -284,7 +287,7 @@ INACTIVE_LIVE = Reason(
     "leave out --live (LIVE) to change its definition, or start it",
     _INVALID,
 )
-NOTHING_TO_END = Reason("inactive", "'{name}' is not running", "`qmpvcpu list` shows what is running", _INVALID)
+NOTHING_TO_END = Reason("inactive", "'{name}' does not run", "`qmpvcpu list` shows what does", _INVALID)
 ACTIVE = Reason("active", "'{name}' runs already (QEMU {pid})", "`qmpvcpu destroy` ends it", _INVALID)
 ACTIVE_ELSEWHERE = Reason(
     "active",
@@ -412,24 +415,24 @@ PLACE_OUTSIDE = Reason(
 )
 PRIORITY = Reason(
     "place",
-    "vCPU {ids} should be {scheduler}: priorities are 1 to 99",
+    "vCPU {ids} shall be {scheduler}: priorities are 1 to 99",
     f"correct <vcpusched priority>; {_NO_PLACE}",
 )
 REAL_TIME_DENIED = Reason(
     "place",
-    "vCPU {ids} should be {scheduler}, and CAP_SYS_NICE is missing",
+    "vCPU {ids} shall be {scheduler}, and CAP_SYS_NICE is missing",
     f"be root, or raise QEMU's RLIMIT_RTPRIO (it is {{most}}); {_NO_PLACE}",
     _DENIED,
 )
 NO_REAL_TIME = Reason(
     "place",
-    "vCPU {ids} should be {scheduler}, and its cgroup '{path}' has no real-time budget",
+    "vCPU {ids} shall be {scheduler}, and its cgroup '{path}' has no real-time budget",
     f"give it time (cpu.rt_runtime_us); {_NO_PLACE}",
     _DENIED,
 )
 REAL_TIME_SPLIT = Reason(
     "place",
-    "vCPU {ids} should be {scheduler} and have <quota> or <shares>: on this kernel a cgroup of its own has no"
+    "vCPU {ids} shall be {scheduler} and have <quota> or <shares>: on this kernel a cgroup of its own has no"
     " real-time budget (cpu.rt_runtime_us)",
     f"leave out one of them; {_NO_PLACE}",
     _DENIED,
@@ -920,7 +923,6 @@ STILL_HERE = Reason(
 # -- libvirt: libvirt, counts-only
 
 LIBVIRT = Reason("libvirt", "{said}")
-LIBVIRT_DECLINED = Reason("libvirt", "{said}", "{hint}")
 LIBVIRT_NOT_STARTED = Reason("libvirt", "libvirt does not start it: {said}")
 NO_LIBVIRT = Reason(
     "libvirt",

@@ -12,6 +12,8 @@ from typing import Any, Final, TypeVar
 
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.model import DomainState, Vcpu, format_ids
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.errors import Refusal
 
 __all__ = [
@@ -22,6 +24,8 @@ __all__ = [
     "ThreadState",
     "check_emulator",
     "check_placements",
+    "check_thread",
+    "check_thread_cpus",
     "emulator_placement",
     "is_left",
     "placements",
@@ -36,8 +40,8 @@ _V2: Final = 2
 _MOST_WEIGHT: Final = 10000
 #: v1's cpu.shares: what is outside, the kernel bends.
 _MOST_SHARES: Final = 262144
+_PIN: Final = "name CPUs that it may have; vcpupin --config keeps them for another host"
 T = TypeVar("T")
-_HINT: Final = "--no-place (place=False) leaves it where the kernel puts it"
 
 
 @dataclass(frozen=True, slots=True)
@@ -189,15 +193,11 @@ def check_placements(wanted: Mapping[int, Placement], facts: HostFacts | None) -
         return []
     ids = tuple(sorted(wanted))
     if facts is None:
-        text = f"vCPU {format_ids(ids)} cannot be placed: QEMU's process is not found on this host"
-        return [Refusal("place", text, ids, _HINT, "VIR_ERR_OPERATION_UNSUPPORTED")]
+        return [catalogue.PLACE_ELSEWHERE(ids)]
     found: list[Refusal] = []
     moved = {n: p for n, p in wanted.items() if p.cpus is not None or p.scheduler is not None}
     if moved and not facts.is_owner:
-        why = "QEMU is another user's, or may do more than we, and CAP_SYS_NICE is missing"
-        text = f"vCPU {format_ids(moved)} cannot be placed: {why}"
-        hint = f"be root, or QEMU's user; {_HINT}"
-        found.append(Refusal("place", text, tuple(moved), hint, "VIR_ERR_OPERATION_DENIED"))
+        found.append(catalogue.PLACE_NOT_OWNER(moved))
     cpuset = facts.controls.get("cpuset", Control())
     for cpus, ids in _groups(wanted, lambda p: p.cpus):
         found += _within(ids, cpus, "pinned to host CPU", facts.online, cpuset.cpus, cpuset.path, "<vcpupin>")
@@ -210,17 +210,31 @@ def check_placements(wanted: Mapping[int, Placement], facts: HostFacts | None) -
         )
         if ids and control.trouble is not None:
             word = "<numatune>" if name == "cpuset" else "<period>, <quota> or <shares>"
-            text = f"vCPU {format_ids(ids)} needs a cgroup for {word}: {control.trouble}"
-            libvirt = "VIR_ERR_OPERATION_DENIED" if control.denied else "VIR_ERR_OPERATION_UNSUPPORTED"
-            how = "be root, or be given that group" if control.denied else "have it mounted and enabled"
-            found.append(Refusal("cgroup", text, ids, f"{how}; {_HINT}", libvirt))
+            reason = catalogue.CONTROLLER_DENIED if control.denied else catalogue.NO_CONTROLLER
+            found.append(reason(ids, element=word, trouble=control.trouble))
     cpu = facts.controls.get("cpu", Control())
     least, most = (1, _MOST_WEIGHT) if cpu.version == _V2 else (2, _MOST_SHARES)
     for shares, ids in _groups(wanted, lambda p: p.shares):
         if not least <= shares <= most:
-            text = f"vCPU {format_ids(ids)}: <shares> {shares} is not from {least} to {most}, as cgroups want it"
-            found.append(Refusal("cgroup", text, ids, f"correct <shares>; {_HINT}"))
+            found.append(catalogue.SHARES(ids, shares=shares, least=least, most=most))
     return found + _real_time(wanted, facts, cpu)
+
+
+def check_thread(state: DomainState, vcpu_id: int) -> list[Refusal]:
+    """Why a vCPU has no thread of its own that could be pinned."""
+    if found := check_range(state, (vcpu_id,)):
+        return found
+    if not state.vcpus[vcpu_id].enabled:
+        return [catalogue.NO_THREAD((vcpu_id,))]
+    return [catalogue.SHARED_THREAD((vcpu_id,))] if state.threads_shared else []
+
+
+def check_thread_cpus(vcpu_id: int, wanted: Placement, facts: HostFacts | None) -> list[Refusal]:
+    """`check_placements` of a vCPU that is pinned by its user, and not by its XML."""
+    return [
+        replace(one, hint=_PIN) if one.libvirt == catalogue.PLACE_OFFLINE.libvirt else one
+        for one in check_placements({vcpu_id: wanted}, facts)
+    ]
 
 
 def _groups(
@@ -245,14 +259,12 @@ def _within(
     element: str,
 ) -> list[Refusal]:
     """Whether these host CPUs or nodes are there, and may be had."""
-    for there, is_online in ((online, True), (allowed, False)):
-        gone = [number for number in asked if there is not None and number not in there]
-        if there is not None and gone:
-            why = f"the cpuset of '{path}' has {format_ids(there)}"
-            if is_online:
-                why = f"host CPU {format_ids(gone)} is not online (online: {format_ids(there)})"
-            text = f"vCPU {format_ids(ids)} is {how} {format_ids(gone)}: {why}"
-            return [Refusal("place", text, ids, f"correct {element}; {_HINT}")]
+    if online is not None and (gone := [number for number in asked if number not in online]):
+        return [catalogue.PLACE_OFFLINE(ids, how=how, gone=gone, there=sorted(online), element=element)]
+    if allowed is not None and (gone := [number for number in asked if number not in allowed]):
+        return [
+            catalogue.PLACE_OUTSIDE(ids, how=how, gone=gone, path=path, there=sorted(allowed), element=element)
+        ]
     return []
 
 
@@ -262,25 +274,14 @@ def _real_time(wanted: Mapping[int, Placement], facts: HostFacts, cpu: Control) 
         one = Placement(scheduler=scheduler)
         if one.policy not in REAL_TIME:
             continue
-        text = None
         if not 1 <= one.priority <= 99:
-            text = f"vCPU {format_ids(ids)} shall be {scheduler}: priorities are 1 to 99"
-            found.append(Refusal("place", text, ids, f"correct <vcpusched priority>; {_HINT}"))
-            continue
-        if one.priority > facts.realtime:
-            text = f"vCPU {format_ids(ids)} shall be {scheduler}, and CAP_SYS_NICE is missing"
-            hint = f"be root, or raise QEMU's RLIMIT_RTPRIO (it is {facts.realtime}); {_HINT}"
+            found.append(catalogue.PRIORITY(ids, scheduler=scheduler))
+        elif one.priority > facts.realtime:
+            found.append(catalogue.REAL_TIME_DENIED(ids, scheduler=scheduler, most=facts.realtime))
         elif not cpu.gives_real_time:
-            text = (
-                f"vCPU {format_ids(ids)} shall be {scheduler}, and its cgroup '{cpu.path}' has no real-time budget"
-            )
-            hint = f"give it time (cpu.rt_runtime_us); {_HINT}"
+            found.append(catalogue.NO_REAL_TIME(ids, scheduler=scheduler, path=cpu.path))
         elif cpu.splits_real_time and any("cpu" in wanted[n].controllers for n in ids):
-            text = f"vCPU {format_ids(ids)} shall be {scheduler} and have <quota> or <shares>"
-            text += ": on this kernel a cgroup of its own has no real-time budget (cpu.rt_runtime_us)"
-            hint = f"leave out one of them; {_HINT}"
-        if text is not None:
-            found.append(Refusal("place", text, ids, hint, "VIR_ERR_OPERATION_DENIED"))
+            found.append(catalogue.REAL_TIME_SPLIT(ids, scheduler=scheduler))
     return found
 
 

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Final
 
-from qmpvcpu.core.model import DomainState, Entity, Vcpu, format_ids
+from qmpvcpu.core.model import DomainState, Entity, Vcpu
 from qmpvcpu.core.request import Knowledge, Request
-from qmpvcpu.core.rules import checks
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
@@ -28,10 +29,8 @@ def select(
     if request.has(VcpuFlag.NUMA_NODE):
         return _select_of_node(state, request, guest)
     if request.count is not None:
-        return request.ids, [
-            Refusal("count", "a count goes with a NUMA node", (), "add --numa-node, or name the vCPU ids")
-        ]
-    refusals = checks.check_range(state, request.ids)
+        return request.ids, [catalogue.COUNT_WITHOUT_NODE()]
+    refusals = check_range(state, request.ids)
     ids = [number for number in request.ids if number in state.by_id]
     if request.has(VcpuFlag.CORE):
         ids = sorted({number for vcpu_id in ids for number in core_of(state, vcpu_id)})
@@ -43,15 +42,10 @@ def select_listed(state: DomainState, request: Request) -> tuple[tuple[int, ...]
     assert request.listed is not None
     listed = request.listed.vcpus
     if len(listed) != state.maxcpus:
-        text = f"{request.listed.place} lists {len(listed)} vCPUs, and this domain has {state.maxcpus}"
-        return (), [Refusal("listed", text.strip(), (), "only which of them are enabled can be applied")]
+        place = request.listed.place or "the file"
+        return (), [catalogue.LISTED(place=place, count=len(listed), maxcpus=state.maxcpus)]
     mixed = [
-        Refusal(
-            "entity",
-            f"{entity.label} can only be enabled and disabled together, and {request.listed.place} does not",
-            entity.ids,
-            "give all of them the same state",
-        )
+        catalogue.LISTED_PART(entity.ids, label=entity.label, place=request.listed.place or "the file")
         for entity in state.entities
         if len({listed[number].enabled for number in entity.ids}) > 1
     ]
@@ -84,20 +78,18 @@ def _select_of_node(
     state: DomainState, request: Request, guest: GuestView | None
 ) -> tuple[tuple[int, ...], list[Refusal]]:
     if len(request.ids) != 1:
-        return (), [Refusal("node", "NUMA_NODE takes one node", (), "name one node")]
+        return (), [catalogue.ONE_NODE()]
     node = request.ids[0]
     members = [vcpu for vcpu in state.vcpus if vcpu.node == node]
     if not state.nodes:
-        refusal = Refusal("node", "this machine has no NUMA nodes", (), "name vCPU ids instead")
-        return (), [refusal]
+        return (), [catalogue.NO_NODES()]
     if not members:
-        known = format_ids(state.nodes)
-        return (), [Refusal("node", f"no vCPU is on NUMA node {node}: nodes are {known}", (), "see vcpuinfo")]
+        return (), [catalogue.EMPTY_NODE(node=node, nodes=state.nodes)]
     if request.is_query:
         return tuple(vcpu.id for vcpu in members), []
     count = 1 if request.count is None else request.count
     if count < 1:
-        return (), [Refusal("count", f"a count of {count} makes no sense", (), "give 1 or more")]
+        return (), [catalogue.NODE_COUNT(count=count)]
     if request.has(VcpuFlag.CORE):
         groups = _cores_of_node(state, members, request, guest)
         unit = "core"
@@ -110,14 +102,7 @@ def _select_of_node(
     groups.sort(key=lambda group: any(state.vcpus[number].pending for number in group) is request.enable)
     if len(groups) < count:
         kind = f"disabled {unit}s" if request.enable else f"enabled {unit}s that can be unplugged"
-        return (), [
-            Refusal(
-                "node",
-                f"NUMA node {node} has {len(groups)} {kind}, {count} asked",
-                (),
-                "see vcpuinfo for other nodes",
-            )
-        ]
+        return (), [catalogue.NODE_TOO_SMALL(node=node, found=len(groups), kind=kind, count=count)]
     return tuple(sorted(number for group in groups[:count] for number in group)), []
 
 
@@ -163,17 +148,9 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
     total = request.total
     assert total is not None
     if total < 1:
-        refusal = Refusal("count", f"a guest cannot have {total} vCPUs", (), "give 1 or more")
-        return {}, [refusal]
+        return {}, [catalogue.NO_VCPUS(total=total)]
     if total > state.maxcpus:
-        return {}, [
-            Refusal(
-                "count",
-                f"{total} vCPUs asked, and this domain can have {state.maxcpus} (maxcpus)",
-                (),
-                "the maximum can change only in the persistent definition: --maximum --config",
-            )
-        ]
+        return {}, [catalogue.OVER_MAXIMUM(total=total, most=state.maxcpus)]
     leaving = [e for e in state.entities if e.plugged and e.first in known.pending]
     staying = [e for e in state.entities if e.plugged and e.first not in known.pending]
     wants = {number: True for entity in staying for number in entity.ids}
@@ -197,7 +174,9 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
         now = after
     if now == total:
         return wants, []
-    return {}, [_unreachable(total, now, below, above, candidates)]
+    if candidates and below < total < above:
+        return {}, [catalogue.WHOLE_CORES(total=total, size=above - below, below=below, above=above)]
+    return {}, [catalogue.FEWEST(total=total, fewest=now)]
 
 
 def resolve_guest_total(
@@ -216,21 +195,15 @@ def resolve_guest_total(
     online = [number for number in mine if view.online(number)]
     nameless = sum(cpu.online for cpu in view.cpus) - len(online)
     if nameless:
-        message = (
-            f"which vCPU {nameless} of the guest's online CPUs is, is not known, so they cannot be counted out"
-        )
-        hint = "allow the agent guest-file-open, or use guestvcpus with the guest's own ids"
-        return {}, [Refusal("guest-cpu", message, (), hint, "VIR_ERR_OPERATION_UNSUPPORTED")]
+        return {}, [catalogue.GUEST_CPUS_UNCOUNTED(count=nameless)]
     if not 1 <= total <= len(mine):
-        message = f"{total} vCPUs online in the guest, and it has {len(mine)} that are plugged and known"
-        return {}, [Refusal("count", message, (), f"give 1 to {len(mine)}, or plug more, without --guest")]
+        return {}, [catalogue.GUEST_TOTAL(total=total, most=len(mine))]
     if total >= len(online):
         offline = [number for number in mine if not view.online(number)]
         return dict.fromkeys(offline[: total - len(online)], True), []
     loose = [number for number in online if view.by_vcpu[number].can_offline is not False]
     if len(online) - total > len(loose):
-        message = f"{total} vCPUs online cannot be reached: the guest can take only {len(loose)} offline"
-        return {}, [Refusal("count", message, (), "guestvcpus shows which", "VIR_ERR_CONFIG_UNSUPPORTED")]
+        return {}, [catalogue.GUEST_FEWEST(total=total, loose=len(loose))]
     return dict.fromkeys(sorted(loose[total - len(online) :]), False), []
 
 
@@ -246,17 +219,5 @@ def guest_total(view: GuestView, total: int) -> tuple[tuple[int, ...], bool, lis
     wanted = abs(total - len(lit))
     if total < 1 or wanted > len(some):
         least, most = len(lit) - sum(cpu.can_offline is not False for cpu in lit), len(view.cpus)
-        text = f"{total} CPUs online in the guest: it can have {max(least, 1)} to {most}"
-        return (), online, [Refusal("count", text, (), "guestvcpus shows which", "VIR_ERR_INVALID_ARG")]
+        return (), online, [catalogue.GUEST_CPUS_TOTAL(total=total, least=max(least, 1), most=most)]
     return tuple(sorted(cpu.logical_id for cpu in some[:wanted])), online, []
-
-
-def _unreachable(total: int, now: int, below: int, above: int, candidates: Sequence[Entity]) -> Refusal:
-    if candidates and below < total < above:
-        size = above - below
-        message = f"{total} vCPUs cannot be reached: they come and go in cores of {size}"
-        hint = f"ask for {below} or {above}"
-    else:
-        message = f"{total} vCPUs cannot be reached: with what can be unplugged now, {now} is the fewest"
-        hint = "vcpuinfo shows which vCPUs are hotpluggable"
-    return Refusal("count", message, (), hint, "VIR_ERR_CONFIG_UNSUPPORTED")

@@ -13,7 +13,6 @@ from typing import Any, Final
 
 from qmpvcpu.core.arch import Identity, architecture
 from qmpvcpu.core.model import DomainState
-from qmpvcpu.core.rules.checks import apic_id
 from qmpvcpu.errors import VcpuConnectionError
 
 __all__ = [
@@ -239,7 +238,7 @@ def _facts(
     """
     identity = architecture(state.arch).identity
     if identity is Identity.APIC_ID:
-        by_apic = {apic_id(state, entity): entity.first for entity in state.entities}
+        by_apic = {state.x86_apic_id(entity): entity.first for entity in state.entities}
         apics = _cpuinfo_apic_ids(files.get(CPUINFO) or b"")
         return {n: by_apic[apic] for n, apic in apics.items() if apic in by_apic} | _by_acpi_path(told)
     if identity is Identity.ACPI_PATH:

@@ -26,7 +26,8 @@ from qmpvcpu.core.planning.config import state_of
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.quirks import quirk
 from qmpvcpu.core.request import Request
-from qmpvcpu.core.rules import checks
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.request import check_count, check_flags, check_range
 from qmpvcpu.core.rules.selection import guest_total
 from qmpvcpu.core.state.from_live_xml import running_state
 from qmpvcpu.domain.agent import Guest
@@ -251,7 +252,7 @@ class LibvirtDomain(Domain):
         """Carry out a `Request` made elsewhere; errors are those of `vcpu`."""
         if self._counts_only and not request.is_query:
             if request.total is None:
-                raise VcpuRefused([_COUNTS_ONLY], ids=request.ids)
+                raise VcpuRefused([catalogue.COUNTS_ONLY()], ids=request.ids)
             return await self._count(request)
         try:
             end = await super().request(request)
@@ -270,7 +271,7 @@ class LibvirtDomain(Domain):
         """What `request` would do, and every reason why not; touches nothing."""
         if self._counts_only and not request.is_query:
             if request.total is None:
-                return Plan(request, request.ids, refusals=(_COUNTS_ONLY,))
+                return Plan(request, request.ids, refusals=(catalogue.COUNTS_ONLY(),))
             async with self._turn():
                 refusals = self._against_count(request)
             return Plan(
@@ -319,13 +320,11 @@ class LibvirtDomain(Domain):
 
     def _against_count(self, request: Request) -> list[Refusal]:
         """What stands against `_count`, as far as is known without doing it."""
-        found = [*self._not_here(request), *checks.check_flags(request.flags, is_query=request.is_query)]
+        found = [*self._not_here(request), *check_flags(request.flags, is_query=request.is_query)]
         live, _ = self._sides(request.flags)
-        most = self._connected().state.maxcpus if live and self._link is not None else request.total or 0
-        if not 1 <= (request.total or 0) <= max(most, 1):
-            text = f"{request.total} vCPUs, and the domain has at most {most}"
-            found.append(Refusal("count", text, (), f"give 1 to {most}", "VIR_ERR_INVALID_ARG"))
-        return found
+        total = request.total or 0
+        most = self._connected().state.maxcpus if live and self._link is not None else total
+        return found + check_count(total, most)
 
     async def _count(self, request: Request) -> Outcome:
         """`virDomainSetVcpusFlags`."""
@@ -377,9 +376,9 @@ class LibvirtDomain(Domain):
                 raise VcpuRefused(refusals, ids=request.ids)
             states = [await self._state(flag) for flag in _impacts(live, config)]
             for state in states:
-                refusals += [one for one in checks.check_range(state, request.ids) if one not in refusals]
+                refusals += [one for one in check_range(state, request.ids) if one not in refusals]
             if not refusals and live and not states[0].vcpus[vcpu_id].enabled:
-                refusals.append(checks.has_no_thread(vcpu_id))
+                refusals.append(catalogue.NO_THREAD((vcpu_id,)))
             if refusals:
                 raise VcpuRefused(refusals, ids=request.ids)
             everywhere = range(await self._domain.host_cpus()) if self._domain is not None else ()
@@ -424,15 +423,6 @@ def _impacts(live: bool, config: bool) -> list[VcpuFlag]:
     return [flag for flag, on in ((VcpuFlag.LIVE, live), (VcpuFlag.CONFIG, config)) if on]
 
 
-_COUNTS_ONLY: Final = Refusal(
-    "counts-only",
-    "this driver of libvirt's knows only how many vCPUs there are",
-    (),
-    "setvcpus DOMAIN COUNT (set_vcpus)",
-    "VIR_ERR_NO_SUPPORT",
-)
-
-
 async def list_domains(uri: str) -> Sequence[Row]:
     """Every domain at a URI.
 
@@ -472,7 +462,7 @@ def _answered() -> Iterator[None]:
 
 def _from_libvirt(error: CommandError) -> VcpuError:
     if error.error_class in _REFUSALS:
-        return VcpuRefused([Refusal("libvirt", error.text, (), None, error.error_class)])
+        return VcpuRefused([replace(catalogue.LIBVIRT(said=error.text), libvirt=error.error_class)])
     if error.error_class == "VIR_ERR_OPERATION_TIMEOUT":
         return VcpuConnectionError(
             error.text,
@@ -488,7 +478,7 @@ def _refused(error: VcpuFailed) -> VcpuError:
     touched = error.changed_ids or error.pending or error.undone
     if isinstance(error, VcpuPartial) or touched or error.libvirt not in _REFUSALS:
         return error
-    refusal = Refusal("libvirt", error.message, error.ids, error.hint, error.libvirt)
+    refusal = replace(catalogue.LIBVIRT(error.ids, said=error.message), hint=error.hint, libvirt=error.libvirt)
     return VcpuRefused([refusal], ids=error.ids, messages=error.messages, seconds=error.seconds)
 
 

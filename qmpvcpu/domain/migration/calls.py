@@ -16,7 +16,7 @@ from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.agent import Guest
-from qmpvcpu.domain.definition import NO_DEFINITION, Persistent
+from qmpvcpu.domain.definition import Persistent
 from qmpvcpu.domain.dump import DescribedXml, describe, dump
 from qmpvcpu.domain.migration.ownership import Side, begin_number, forget, give, keep, kept, release, take
 from qmpvcpu.domain.placement import Placing
@@ -101,7 +101,7 @@ class MigrationCalls:
             async with self._call():
                 link = self._connected()
                 if persistent and self._persistent is None:
-                    raise VcpuRefused([NO_DEFINITION])
+                    raise catalogue.NO_DEFINITION.error()
                 if not link.ledger.firsts or time.monotonic() >= deadline:
                     agent = self._guest if with_agents else None
                     state, runs = await check_begin(link, force=force, agent=agent, is_paused=is_paused)

@@ -1,0 +1,46 @@
+"""What a definition has against a request; the rules are those of libvirt's qemu driver."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from qmpvcpu.core.definition import MOST_VCPUS, Definition
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import Refusal
+
+__all__ = ["check_maximum", "check_order", "check_total"]
+
+
+def check_total(definition: Definition, total: int) -> list[Refusal]:
+    """A number of vCPUs that it has no room for."""
+    if 1 <= total <= definition.maxcpus:
+        return []
+    return [catalogue.OVER_DEFINED_MAXIMUM(total=total, most=definition.maxcpus)]
+
+
+def check_maximum(definition: Definition, maximum: int) -> list[Refusal]:
+    """A number of vCPU ids that it cannot have (`qemuDomainSetVcpusMax`)."""
+    found = []
+    if not 1 <= maximum <= MOST_VCPUS:
+        found.append(catalogue.MAXIMUM(maximum=maximum, most=MOST_VCPUS))
+    topology = definition.topology
+    if topology is not None and maximum != definition.maxcpus:
+        found.append(catalogue.MAXIMUM_OF_TOPOLOGY(made=topology.maxcpus, maximum=maximum))
+    return found + [
+        catalogue.MAXIMUM_OF_CELL(lost, cell=cell.id)
+        for cell in definition.nodes
+        if (lost := [number for number in cell.cpus if number >= maximum])
+    ]
+
+
+def check_order(definition: Definition, changed: Sequence[int]) -> list[Refusal]:
+    """QEMU starts with a run of vCPUs from 0 on: none of them can go while one behind it stays in that run."""
+    if not changed or definition.dialect == "rfc":
+        # There nothing says which ones are started with: it follows from which ones are enabled.
+        return []
+    behind = [
+        vcpu.id
+        for vcpu in definition.vcpus[min(changed) + 1 :]
+        if vcpu.enabled and not vcpu.hotpluggable and vcpu.id not in changed
+    ]
+    return [catalogue.CONFIG_ORDER(changed, behind=behind)] if behind else []

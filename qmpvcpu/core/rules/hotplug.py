@@ -1,0 +1,192 @@
+"""What stands against plugging and unplugging: parts of entities, what cannot be plugged, and what kills QEMU.
+
+What kills QEMU is in `core.quirks`, a row each.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from typing import Final
+
+from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity
+from qmpvcpu.core.quirks import Fact, Quirk, Trigger, contexts_run_out, decides, facts_after_unplug, set_off
+from qmpvcpu.core.request import Knowledge
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.catalogue import Reason
+from qmpvcpu.errors import Refusal
+from qmpvcpu.flags import VcpuFlag
+
+__all__ = [
+    "check_hotplug_mode",
+    "check_kills_on_plug",
+    "check_kills_on_unplug",
+    "check_plug",
+    "check_unplug",
+    "check_whole_entities",
+    "needs_x2apic",
+    "plugs_left",
+    "refusal_of",
+    "restore_forbidden",
+    "undo_forbidden",
+    "warnings",
+]
+
+_FORCE: Final = "--force (force=True) does it all the same"
+
+
+def check_whole_entities(state: DomainState, ids: Sequence[int], flags: VcpuFlag) -> list[Refusal]:
+    """Ids that are only a part of what one `device_add` or `device_del` moves."""
+    asked = set(ids)
+    verb = "enable" if flags & VcpuFlag.ENABLE else "disable"
+    return [
+        catalogue.PART_OF_ENTITY(
+            [number for number in entity.ids if number in asked], label=entity.label, verb=verb, whole=entity.ids
+        )
+        for entity in state.entities_of(ids)
+        if not asked.issuperset(entity.ids)
+    ]
+
+
+def check_plug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal]:
+    """What stands against plugging these empty slots."""
+    if not entities:
+        return []
+    if not state.can_plug:
+        return [catalogue.NO_HOTPLUG(_ids(entities), machine=state.machine, arch=state.arch, done="plugged")]
+    unseen = [entity for entity in entities if not entity.hotpluggable]
+    return [catalogue.UNSEEN(_ids(unseen))] if unseen else []
+
+
+def check_unplug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal]:
+    """What stands against unplugging these plugged entities."""
+    if not entities:
+        return []
+    if not state.can_plug:
+        return [catalogue.NO_HOTPLUG(_ids(entities), machine=state.machine, arch=state.arch, done="unplugged")]
+    if not state.can_unplug:
+        return [catalogue.NO_UNPLUG(_ids(entities), machine=state.machine, arch=state.arch)]
+    return [_never_unplugged(entity) for entity in entities if not entity.hotpluggable]
+
+
+def _never_unplugged(entity: Entity) -> Refusal:
+    if entity.first and entity.driver == LIBVIRT_DRIVER:
+        return catalogue.NOT_A_DEVICE(entity.ids, label=entity.label)
+    return catalogue.BOOT_CPU(entity.ids, label=entity.label, verb="hold" if len(entity.ids) > 1 else "is")
+
+
+def _big_apic_ids(state: DomainState, entities: Iterable[Entity]) -> list[Entity]:
+    """Those whose APIC id needs x2apic on a QEMU that does not check it."""
+    if state.topology is None or state.topology.x86_apic_limit <= 255 or not decides(state, Fact.APIC_255):
+        return []
+    return [entity for entity in entities if (state.x86_apic_id(entity) or 0) >= 255]
+
+
+def needs_x2apic(state: DomainState, entities: Iterable[Entity]) -> bool:
+    """Whether a plan to plug these needs `Knowledge.x2apic`."""
+    return bool(_big_apic_ids(state, entities))
+
+
+def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
+    """Plugs that are known to end QEMU."""
+    if not entities:
+        return []
+    facts = facts_after_unplug(known.removals_seen)
+    big = _big_apic_ids(state, entities) if known.x2apic is not True else []
+    if big:
+        facts.add(Fact.APIC_255)
+    if known.smm:
+        facts.add(Fact.SMM)
+    used = len(state.enabled_ids) + known.contexts_lost
+    if contexts_run_out(state):
+        facts.add(Fact.MULTI_THREAD)
+        # Nobody tells how many are used up; what was seen is a lower bound.
+        if known.contexts_lost and used + len(_ids(entities)) > state.maxcpus:
+            facts.add(Fact.NO_CONTEXTS)
+    return [
+        refusal_of(row, state, _ids(big if Fact.APIC_255 in row.facts else entities), used=used)
+        for row in set_off(state, Trigger.PLUG, facts)
+    ]
+
+
+def check_hotplug_mode(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
+    """Unplugs that QEMU rejects whatever the guest does next; the guest's agent may do instead."""
+    if not entities or not known.legacy_hotplug:
+        return []
+    rows = set_off(state, Trigger.UNPLUG, {Fact.LEGACY_HOTPLUG})
+    return [refusal_of(row, state, _ids(entities)) for row in rows if Fact.LEGACY_HOTPLUG in row.facts]
+
+
+def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
+    """Unplugs that are known to end QEMU."""
+    if not entities:
+        return []
+    facts = facts_after_unplug(known.removals_seen)
+    if state.threads_shared:
+        facts.add(Fact.SINGLE_THREAD)
+    by_libvirt = any(entity.driver == LIBVIRT_DRIVER for entity in entities)
+    if known.firmware_runs or (known.firmware_runs is None and by_libvirt):
+        facts.add(Fact.FIRMWARE)
+    found = []
+    for row in set_off(state, Trigger.UNPLUG, facts):
+        if Fact.FIRMWARE in row.facts and known.firmware_runs is None:
+            message = f"{row.message}, and libvirt's API does not tell whether it does"
+            row = replace(row, message=message, hint="a guest agent in its XML tells, or --via monitor")
+        found.append(refusal_of(row, state, _ids(entities)))
+    return found
+
+
+def refusal_of(row: Quirk, state: DomainState, ids: tuple[int, ...] = (), *, used: int = 0) -> Refusal:
+    """What a defect has against a request, which can be forced.
+
+    Args:
+        row: the defect.
+        state: of the guest.
+        ids: the vCPUs that would set it off.
+        used: TCG contexts that are surely used up.
+    """
+    reason = Reason(
+        row.code, row.message, f"{row.hint}; {_FORCE}", "VIR_ERR_OPERATION_UNSUPPORTED", forceable=True
+    )
+    return reason(ids, version=state.version, used=used, maxcpus=state.maxcpus)
+
+
+def warnings(
+    state: DomainState, plugs: Sequence[Entity], unplugs: Sequence[Entity], known: Knowledge
+) -> list[str]:
+    """What is no reason to refuse, but the user should know."""
+    if known.contexts_reported or not (plugs or unplugs):
+        return []
+    return plugs_left(state, known, plugs)
+
+
+def plugs_left(state: DomainState, known: Knowledge, plugs: Sequence[Entity] = ()) -> list[str]:
+    """How many plugs QEMU can take after these, as one text; none where they do not run out."""
+    if not contexts_run_out(state):
+        return []
+    left = max(state.maxcpus - len(state.enabled_ids) - known.contexts_lost - len(_ids(plugs)), 0)
+    # A core of ppc64 is one plug, and uses as many as it has threads.
+    left //= len(state.entities[0].ids)
+    return [
+        f"QEMU under TCG does not free what an unplugged vCPU has used: this QEMU can take {left} more"
+        f" plug{'s' if left != 1 else ''} before it aborts, or fewer if another program has unplugged vCPUs"
+    ]
+
+
+def _ids(entities: Iterable[Entity]) -> tuple[int, ...]:
+    return tuple(number for entity in entities for number in entity.ids)
+
+
+def restore_forbidden(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> str | None:
+    """Why what was removed must not be plugged again on this machine, None where it may be tried."""
+    kills = check_kills_on_plug(state, entities, known)
+    return kills[0].message if kills else None
+
+
+def undo_forbidden(state: DomainState, known: Knowledge) -> str | None:
+    """Why a plug must not be undone by an unplug on this machine, None where it may be tried."""
+    if not state.can_unplug:
+        return f"{state.machine} ({state.arch}) never unplugs a CPU"
+    sample = [entity for entity in state.entities if entity.first != 0][:1]
+    kills = check_kills_on_unplug(state, sample, known)
+    return kills[0].message if kills else None
