@@ -229,7 +229,7 @@ class DomainState:
 
     `accel` is "kvm" or "tcg" (QEMU tells only whether KVM is on). `machine` is the versioned machine name.
     `threads_shared` is None while one vCPU alone cannot tell. `version` is None where it was read from a
-    definition (`core.planning.config.state_of`), and so is all that only a QEMU tells.
+    definition (`core.state.from_definition`), and so is all that only a QEMU tells.
     """
 
     name: str

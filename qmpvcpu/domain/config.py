@@ -8,10 +8,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 
 from qmpvcpu.core.model import Outcome, format_ids
-from qmpvcpu.core.planning.config import ConfigPlan, state_of
+from qmpvcpu.core.planning.config import ConfigPlan
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules.request import check_request
+from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.definition import ConfigChange, Persistent, half_done
 from qmpvcpu.domain.interrupted import Interrupted, leaving

@@ -19,7 +19,6 @@ from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.engine.report import queried, switched_ids
 from qmpvcpu.core.machine.comparison import Picture
 from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
-from qmpvcpu.core.planning.config import state_of
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Listed, Request
 from qmpvcpu.core.rules import catalogue
@@ -28,6 +27,7 @@ from qmpvcpu.core.rules.hotplug import plugs_left
 from qmpvcpu.core.rules.placement import with_threads
 from qmpvcpu.core.rules.request import check_flags, check_request, check_sides
 from qmpvcpu.core.rules.selection import select
+from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.domain.addresses import NOBODY_LISTENS, Opener
 from qmpvcpu.domain.agent import Guest, with_online

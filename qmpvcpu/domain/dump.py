@@ -84,7 +84,7 @@ def dump(
         detail: what the RFC's dialect shows: "minimal", "cell" or, if None, "full".
         running: the document is libvirt's, of a running guest.
     """
-    from qmpvcpu.core.planning.config import state_of
+    from qmpvcpu.core.state.from_definition import state_of
     from qmpvcpu.xml.domain import read_domain, write_vcpus
 
     document, old = read_domain(data, running=running)

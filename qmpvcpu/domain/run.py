@@ -24,10 +24,11 @@ from qmpvcpu.core.engine.transaction import SETTLED, STILL_ASKED, ItemState, Res
 from qmpvcpu.core.model import DomainState, Entity, Outcome, format_ids
 from qmpvcpu.core.planning.live import Plan, make_plan
 from qmpvcpu.core.quirks import Fact, contexts_run_out, decides
-from qmpvcpu.core.request import Knowledge, Request
+from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import hotplug
 from qmpvcpu.core.rules.agent import check_guest
 from qmpvcpu.core.state.guest_view import GuestView
+from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.core.state.pending import UsedContexts
 from qmpvcpu.domain.agent import Arrival, Guest, with_online
 from qmpvcpu.domain.drive import UNDO_SECONDS, Drive

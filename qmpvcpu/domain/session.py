@@ -13,9 +13,9 @@ from qmpvcpu import aio
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.migration.machines import MigrationStatus, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
-from qmpvcpu.core.request import Knowledge
 from qmpvcpu.core.rules.request import check_at_rest
 from qmpvcpu.core.state.events import CPU_EVENTS, Departures, Names, SignalKind, changes, interpret
+from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.core.state.pending import UsedContexts, mark
 from qmpvcpu.domain.addresses import Opener, first_free
 from qmpvcpu.domain.agent import Guest

@@ -7,8 +7,8 @@ from collections.abc import Iterable
 from qmpvcpu import DomainState, Refusal, Request, VcpuFlag
 from qmpvcpu.core.machine.versions import oldest_with
 from qmpvcpu.core.planning.live import make_plan
-from qmpvcpu.core.request import Knowledge
 from qmpvcpu.core.state.from_live_xml import running_state
+from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.xml.domain import read_domain
 
 

@@ -13,9 +13,10 @@ from qmpvcpu.core.definition import Definition, VcpuConfig
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.planning.config import plan_config
 from qmpvcpu.core.planning.live import make_plan
-from qmpvcpu.core.request import Knowledge, Listed
+from qmpvcpu.core.request import Listed
 from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 from qmpvcpu.core.state.inventory import BootFacts, CpuInfoFast, HotpluggableCpu, build_state
+from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.core.state.pending import mark
 
 __all__ = [

@@ -10,18 +10,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.definition import Definition, VcpuConfig
-from qmpvcpu.core.model import DomainState, Entity, Vcpu, format_ids
+from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.config import check_maximum, check_order, check_total
 from qmpvcpu.core.rules.hotplug import check_whole_entities
 from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.core.rules.selection import select, select_listed
+from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.errors import Refusal
 
-__all__ = ["ConfigPlan", "plan_config", "plan_pin", "state_of"]
+__all__ = ["ConfigPlan", "plan_config", "plan_pin"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,50 +85,6 @@ class ConfigPlan:
     def _sides(self) -> tuple[tuple[str, set[int]], ...]:
         on = set(self.new.enabled_ids)
         return ("enabled", on), ("disabled", set(range(max(self.old.maxcpus, self.new.maxcpus))) - on)
-
-
-def state_of(definition: Definition, name: str | None = None, *, active: bool = False) -> DomainState:
-    """The definition in the words of a state: what the guest would be like right after its next boot.
-
-    An entity is hotpluggable where a request may change it, a vCPU where the XML says so.
-    """
-    size = definition.granularity
-    row = architecture(definition.arch)
-    can_plug, can_unplug = row.can_plug, row.can_unplug
-    entities, vcpus = [], []
-    for first in range(0, definition.maxcpus, size):
-        ids = tuple(range(first, min(first + size, definition.maxcpus)))
-        hotpluggable = first != 0
-        entities.append(Entity(ids, None, None, None, definition.cell_of(first), hotpluggable))
-        for number in ids:
-            config = definition.vcpus[number]
-            pin = definition.pins.get(number, definition.cpuset)
-            vcpus.append(
-                Vcpu(
-                    number,
-                    config.enabled,
-                    config.hotpluggable,
-                    ids,
-                    order=config.order if config.enabled else None,
-                    node=definition.cell_of(number),
-                    pin=format_ids(pin) if pin else None,
-                    scheduler=definition.schedulers.get(number),
-                )
-            )
-    return DomainState(
-        name or definition.name,
-        definition.arch or "",
-        definition.machine or "",
-        definition.accel,
-        active=active,
-        version=None,
-        topology=definition.topology,
-        can_plug=can_plug,
-        can_unplug=can_unplug,
-        threads_shared=None,
-        entities=tuple(entities),
-        vcpus=tuple(vcpus),
-    )
 
 
 def plan_config(definition: Definition, request: Request, ids: Sequence[int] | None = None) -> ConfigPlan:

@@ -8,13 +8,14 @@ from typing import Any
 
 from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity, format_ids
 from qmpvcpu.core.planning.config import ConfigPlan
-from qmpvcpu.core.request import Knowledge, Request
+from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import catalogue, hotplug
 from qmpvcpu.core.rules.agent import check_guest
 from qmpvcpu.core.rules.placement import Placement
 from qmpvcpu.core.rules.request import check_request
 from qmpvcpu.core.rules.selection import resolve_guest_total, resolve_total, select, select_listed
 from qmpvcpu.core.state.guest_view import GuestView
+from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 

@@ -11,9 +11,9 @@ from typing import Final
 
 from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity
 from qmpvcpu.core.quirks import Fact, Quirk, Trigger, contexts_run_out, decides, facts_after_unplug, set_off
-from qmpvcpu.core.request import Knowledge
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.catalogue import Reason
+from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from typing import Any, Final
 
 from qmpvcpu.core.model import DomainState, Entity, Vcpu
-from qmpvcpu.core.request import Knowledge, Request
+from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.core.state.guest_view import GuestView
+from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 

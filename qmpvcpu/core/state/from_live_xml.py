@@ -12,8 +12,8 @@ from typing import Any, Final
 from qmpvcpu.core.arch import EntityKind, architecture
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Props, QemuVersion, Topology
-from qmpvcpu.core.planning.config import state_of
 from qmpvcpu.core.state.events import PERIPHERAL
+from qmpvcpu.core.state.from_definition import state_of
 
 __all__ = ["running_state"]
 

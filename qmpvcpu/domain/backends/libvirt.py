@@ -22,13 +22,13 @@ from qmpvcpu import aio
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.versions import oldest_with
 from qmpvcpu.core.model import DomainState, Outcome, format_ids
-from qmpvcpu.core.planning.config import state_of
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.quirks import quirk
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.request import check_count, check_flags, check_range
 from qmpvcpu.core.rules.selection import guest_total
+from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.core.state.from_live_xml import running_state
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.definition import Persistent
