@@ -82,19 +82,21 @@ RANGE = Reason(
 NEGATIVE_ID = Reason("range", "a vCPU id cannot be negative: {numbers}", "`qmpvcpu vcpuinfo` lists the ids")
 GUEST_RANGE = Reason("range", "the guest has no CPU {ids}", "`qmpvcpu guestvcpus` lists its CPUs")
 COUNT_WITHOUT_NODE = Reason("count", "a count goes with a NUMA node", "add --numa-node, or name the vCPU ids")
-NODE_COUNT = Reason("count", "a count of {count} makes no sense", "give 1 or more")
+NODE_COUNT = Reason("count", "{count} is not a number of vCPUs or cores", "give 1 or more")
 NO_VCPUS = Reason("count", "a guest cannot have {total} vCPUs", "give 1 or more")
 OVER_MAXIMUM = Reason(
     "count",
-    "{total} vCPUs asked, and this domain can have {most} (maxcpus)",
+    "{total} vCPUs were requested, and this domain can have {most} (maxcpus)",
     "the maximum can change only in the persistent definition: --maximum --config",
 )
 OVER_DEFINED_MAXIMUM = Reason(
     "count",
-    "{total} vCPUs asked, and the definition can have 1 to {most}",
+    "{total} vCPUs were requested, and the definition can have 1 to {most}",
     "--maximum --config changes how many there can be",
 )
-OVER_LIBVIRT_MAXIMUM = Reason("count", "{total} vCPUs, and the domain has at most {most}", "give 1 to {most}")
+OVER_LIBVIRT_MAXIMUM = Reason(
+    "count", "{total} vCPUs were requested, and the domain has at most {most}", "give 1 to {most}"
+)
 WHOLE_CORES = Reason(
     "count",
     "{total} vCPUs cannot be reached: they come and go in cores of {size}",
@@ -115,7 +117,7 @@ FEWEST = Reason(
 )
 GUEST_TOTAL = Reason(
     "count",
-    "{total} vCPUs online in the guest, and it has {most} that are plugged and known",
+    "{total} vCPUs cannot be online in the guest: it has {most} that are plugged and known",
     "give 1 to {most}, or plug more, without --guest",
 )
 GUEST_FEWEST = Reason(
@@ -125,7 +127,9 @@ GUEST_FEWEST = Reason(
     _CONFIG,
 )
 GUEST_CPUS_TOTAL = Reason(
-    "count", "{total} CPUs online in the guest: it can have {least} to {most}", "`qmpvcpu guestvcpus` shows which"
+    "count",
+    "{total} CPUs cannot be online in the guest: it can have {least} to {most}",
+    "`qmpvcpu guestvcpus` shows which",
 )
 LISTED = Reason(
     "listed",
@@ -151,7 +155,6 @@ MAXIMUM_OF_CELL = Reason(
     "NUMA cell {cell} has vCPU {ids}, which would not exist any more",
     "change <cpu><numa> in the XML, and define it again",
 )
-
 OTHER_MAXCPUS = Reason(
     "maxcpus", "maximum of vCPUs: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
 )
@@ -174,11 +177,10 @@ LISTED_PART = Reason(
 )
 BOOT_PART = Reason(
     "entity",
-    "vCPUs {ids} are one core: some are enabled, or hotpluggable, and some are not",
+    "vCPUs {ids} are one core: some of them are enabled, or hotpluggable, and some are not",
     "write the same for each of them",
     _CONFIG,
 )
-
 OTHER_ENTITY = Reason(
     "entity",
     "the entity of vCPU {ids}: {there} vCPUs at the source, {now} vCPUs at the destination",
@@ -199,7 +201,6 @@ EMPTY_NODE = Reason(
 NODE_TOO_SMALL = Reason(
     "node", "NUMA node {node} has {found} {kind}, {count} asked", "`qmpvcpu vcpuinfo` shows other nodes"
 )
-
 OTHER_NODE = Reason(
     "node", "NUMA node of vCPU {ids}: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
 )
@@ -247,13 +248,13 @@ NOT_PLUGGED = Reason(
 )
 GUEST_CPU = Reason(
     "guest-cpu",
-    "which of the guest's CPUs is vCPU {ids} is not known",
+    "it is not known which of the guest's CPUs vCPU {ids} is",
     "allow the agent guest-file-open, or use guestvcpus with the guest's own ids",
     _UNSUPPORTED,
 )
 GUEST_CPUS_UNCOUNTED = Reason(
     "guest-cpu",
-    "which vCPU {count} of the guest's online CPUs is, is not known, so they cannot be counted out",
+    "it is not known which vCPUs {count} of the guest's online CPUs are, so they cannot be counted out",
     "allow the agent guest-file-open, or use guestvcpus with the guest's own ids",
     _UNSUPPORTED,
 )
@@ -401,7 +402,8 @@ PLACE_ELSEWHERE = Reason(
 )
 PLACE_NOT_OWNER = Reason(
     "place",
-    "vCPU {ids} cannot be placed: QEMU is another user's, or may do more than we, and CAP_SYS_NICE is missing",
+    "vCPU {ids} cannot be placed: QEMU is another user's, or has rights that qmpvcpu lacks, and CAP_SYS_NICE is"
+    " missing",
     f"be root, or QEMU's user; {_NO_PLACE}",
     _DENIED,
 )
@@ -672,7 +674,7 @@ PROTECTION = Reason(
 TRUST = Reason(
     "trust",
     "{parts}: a file does not supply what is of a host",
-    "`qmpvcpu define FILE` with the XML of '{name}', and try again: its devices are of that then",
+    "`qmpvcpu define FILE` with the XML of '{name}', and try again: its devices are then those of the definition",
     _UNSUPPORTED,
 )
 
@@ -760,7 +762,7 @@ SHUT_DOWN = Reason(
 )
 PANICKED = Reason(
     "run-state",
-    "the guest is '{state}': its kernel has ended, and would be so again",
+    "the guest is '{state}': its kernel has panicked, and would still be so at the destination",
     "end its QEMU, or reset it first",
     _INVALID,
 )
@@ -781,8 +783,8 @@ WAITS_FOR_A_GUEST = Reason(
 )
 WAS_HANDED_OVER = Reason(
     "run-state",
-    "the guest is '{state}': it has been handed over, or a save failed while it was paused, and QEMU takes it only"
-    " once it has run",
+    "the guest is '{state}': it has been handed over, or a save failed while it was paused: QEMU migrates it"
+    " only once it has run",
     "migrate-cancel lets it go on here",
     _INVALID,
 )
@@ -800,19 +802,22 @@ DOES_NOT_WAIT = Reason(
 )
 _BEGIN_AGAIN: Final = "begin again: migrate-begin, and migrate-prepare a destination with its cookie"
 RUNS_NO_MORE = Reason(
-    "run-state", "the guest was {was} when this was begun, and is not any more", _BEGIN_AGAIN, _INVALID
+    "run-state",
+    "the guest was {was} when the migration was begun, and is not {was} any more",
+    _BEGIN_AGAIN,
+    _INVALID,
 )
 CHANGED_WHILE_SAVING = Reason("run-state", "the guest was {done} since this save began", "save again")
 BLOCKED = Reason("blocked", "QEMU cannot migrate it: {why}", "take out what blocks it", _INVALID)
 COOKIE_FEATURES = Reason(
     "feature",
-    "the migration needs what this side does not know: {features}",
-    "bring this side up to date",
+    "the migration needs features that this side does not know: {features}",
+    "install a newer qmpvcpu on this side",
     _UNSUPPORTED,
 )
 NO_WAY = Reason("uri", "'{uri}' is no way for a migration", "give unix:PATH or tcp:HOST:PORT", _INVALID)
 NO_URI = Reason(
-    "uri", "where the destination should listen is not said", "give --uri unix:PATH or tcp:HOST:PORT", _INVALID
+    "uri", "nobody has said where the destination should listen", "give --uri unix:PATH or tcp:HOST:PORT", _INVALID
 )
 LISTENS_ELSEWHERE = Reason("uri", "the destination listens at {there} already", "leave out --uri", _INVALID)
 COOKIE = Reason(
@@ -859,7 +864,7 @@ RUNS_AT_SOURCE = Reason(
 )
 SOURCE_UNKNOWN = Reason(
     "handed-over",
-    "all of the guest is here, and whether the source still has it is not known",
+    "all of the guest is here, and it is not known whether the source still has it",
     "migrate-finish (--force) lets it run here; if the source goes on, --force ends it here",
     _INVALID,
 )
@@ -923,7 +928,7 @@ STILL_HERE = Reason(
 # -- libvirt: libvirt, counts-only
 
 LIBVIRT = Reason("libvirt", "{said}")
-LIBVIRT_NOT_STARTED = Reason("libvirt", "libvirt does not start it: {said}")
+LIBVIRT_NOT_STARTED = Reason("libvirt", "libvirt does not start the domain: {said}")
 NO_LIBVIRT = Reason(
     "libvirt",
     "libvirt-python is not installed: {error}",
