@@ -15,8 +15,6 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.host.definitions import DefinitionFolder, read_document
 from qmpvcpu.xml.domain import read_domain
 
-__all__ = ["CommandLine", "check_program", "command_line", "listed_program", "probe_domain", "read_definition"]
-
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from qmpvcpu.host.owners import trusted_folder
 
-__all__ = ["cache_folder"]
-
 
 def cache_folder() -> Path:
     """The cache folder; it need not exist. The scripts in `scripts/` use the same rule.

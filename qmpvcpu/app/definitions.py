@@ -20,17 +20,6 @@ from qmpvcpu.host.definitions import read_document as read_file_or_pipe
 from qmpvcpu.host.runtime import Runtime, remove_folder, running_names
 from qmpvcpu.xml.domain import read_domain, renamed
 
-__all__ = [
-    "Defined",
-    "Listed",
-    "against_libvirts_schema",
-    "define",
-    "list_domains",
-    "list_libvirt",
-    "read_document",
-    "undefine",
-]
-
 _LOOK_SECONDS: Final = 1.0
 
 

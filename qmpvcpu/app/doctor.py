@@ -17,8 +17,6 @@ from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.rights import kvm_state, rights
 
-__all__ = ["DomainReport", "HostReport", "examine_domain", "examine_host"]
-
 
 @dataclass(frozen=True, slots=True)
 class HostReport:

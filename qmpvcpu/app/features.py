@@ -14,8 +14,6 @@ from qmpvcpu.host.cache import FileCache, key_of, program_of
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu
 
-__all__ = ["with_known_features"]
-
 _MODEL: Final = "max"
 
 

@@ -32,8 +32,6 @@ from qmpvcpu.host.cache import FileCache, Program, key_of, program_of
 from qmpvcpu.host.files import FileLock
 from qmpvcpu.qemu.probe import probe_machine
 
-__all__ = ["Probe", "ProbeMode", "find_layout", "forget_probes"]
-
 _PAUSE: Final = 0.005
 #: QEMU's words for a machine type that it has not, 7.2 to 11.1.
 _NO_MACHINE: Final = "unsupported machine type"

@@ -20,18 +20,6 @@ from qmpvcpu.errors import VcpuError
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu
 
-__all__ = [
-    "DEMO_ARCH",
-    "QemuBinary",
-    "examine",
-    "examine_all",
-    "find_binaries",
-    "find_emulator",
-    "is_program",
-    "path_of",
-    "survives_unplug",
-]
-
 #: What the test guests of `qmpvcpu demo` run on.
 DEMO_ARCH: Final = X86_64.name
 _AT_ONCE: Final = 4

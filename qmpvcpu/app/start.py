@@ -17,9 +17,9 @@ from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend
 from qmpvcpu.core.machine.boot_arguments import qemu_arch
-from qmpvcpu.core.machine.command_line import join_pairs
 from qmpvcpu.core.machine.devices import shared_with_source
 from qmpvcpu.core.machine.hardware import hardware_args
+from qmpvcpu.core.machine.words import join_pairs
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import connect
@@ -38,8 +38,6 @@ from qmpvcpu.qemu.process import launch_qemu
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.hardware import read_hardware
 from qmpvcpu.xml.source import Document
-
-__all__ = ["Destroyed", "Launched", "Started", "clean_up", "destroy", "launch_waiting", "remove_ended", "start"]
 
 _PAUSE: Final = 0.02
 #: Seconds for another process that starts or ends the same guest.

@@ -18,8 +18,6 @@ from qmpvcpu.host.definitions import DefinitionFolder
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.foreign import host_parts, without_placing, without_program
 
-__all__ = ["Startable", "of_file", "of_user"]
-
 
 @dataclass(frozen=True, slots=True)
 class Startable:

@@ -8,8 +8,6 @@ from typing import NoReturn
 
 from qmpvcpu.errors import VcpuUsageError
 
-__all__ = ["Help", "build_parser", "parse", "parse_request"]
-
 _EPILOG = """\
 DOMAIN is a name given to `define`, or with a / in it the path of a QMP socket or of a domain XML file;
 else a file, host:port, or fd:N; with -c URI the name or UUID of a libvirt domain.

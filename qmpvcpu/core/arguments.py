@@ -13,8 +13,6 @@ from typing import Any, Final, Literal, ParamSpec, TypeVar, Union, cast, get_arg
 from qmpvcpu.core.text import clean
 from qmpvcpu.errors import VcpuUsageError
 
-__all__ = ["checked"]
-
 P = ParamSpec("P")
 R = TypeVar("R")
 

@@ -16,8 +16,6 @@ from typing import Any, Final
 from qmpvcpu.host.files import FileLock, read_own, stage_file, sweep, try_lock
 from qmpvcpu.host.owners import make_folder
 
-__all__ = ["FileCache", "Program", "key_of", "program_of"]
-
 _LIMIT: Final = 16 * 1024 * 1024
 _KEEP: Final = 512
 #: Raised when what is kept changes its form.

@@ -31,17 +31,6 @@ from qmpvcpu.host.files import (
 )
 from qmpvcpu.host.owners import NotOurs, make_folder, trusted_folder
 
-__all__ = [
-    "Addresses",
-    "DefinitionFile",
-    "DefinitionFolder",
-    "check_name",
-    "file_name",
-    "name_of_file",
-    "not_written",
-    "read_document",
-]
-
 #: What an XML may have; `xml.source` says it in words.
 _LIMIT: Final = 8 * 1024 * 1024
 _LOCK_SECONDS: Final = 5.0

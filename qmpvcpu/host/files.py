@@ -21,22 +21,6 @@ from typing import Final
 from qmpvcpu.host.owners import check_own, trusted_folder
 from qmpvcpu.kinds import is_pipe, look_at, open_file, reopen
 
-__all__ = [
-    "FileLock",
-    "LockTimeout",
-    "StagedFile",
-    "locked_folder",
-    "read_file",
-    "read_own",
-    "read_stream",
-    "stage_file",
-    "staged_name",
-    "state_folder",
-    "sweep",
-    "sync_folder",
-    "try_lock",
-]
-
 _PAUSE: Final = 0.005
 #: Bytes that are read at once.
 _CHUNK: Final = 1 << 20

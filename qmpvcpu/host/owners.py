@@ -14,9 +14,6 @@ from typing import Final
 
 from qmpvcpu.core.rules import catalogue
 
-__all__ = ["NotOurs", "check_folder", "check_own", "make_folder", "trusted_folder"]
-
-
 #: The kernel follows no more in one path (path_resolution(7)).
 _MOST_LINKS: Final = 40
 

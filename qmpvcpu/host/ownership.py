@@ -17,8 +17,6 @@ from qmpvcpu.host.files import read_own, stage_file, staged_name, state_folder, 
 from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, boot_id, is_alive
 
-__all__ = ["Handovers", "Side"]
-
 #: A cookie of two domain XMLs.
 _LIMIT: Final = 64 << 20
 _TAKEN: Final = "taken"

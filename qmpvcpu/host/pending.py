@@ -22,8 +22,6 @@ from qmpvcpu.host.files import read_own, state_folder
 from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, is_alive
 
-__all__ = ["PendingFolder"]
-
 #: A file of ours for 65536 vCPUs is smaller.
 _LIMIT: Final = 16 << 20
 #: Far more than a file system's clock takes to move on, nanoseconds.

@@ -16,8 +16,6 @@ from typing import Final
 
 from qmpvcpu.ports import Peer
 
-__all__ = ["Process", "command_line_of", "find_process", "folder_of", "is_alive", "pid_in", "process_of"]
-
 _PROC: Final = Path("/proc")
 #: include/uapi/linux/net.h, __SO_ACCEPTCON: it listens.
 _ACCEPTS: Final = 1 << 16

@@ -11,8 +11,6 @@ from qmpvcpu.core.machine.command_line import read_command_line
 from qmpvcpu.host.owners import check_folder, check_own
 from qmpvcpu.host.process import Process
 
-__all__ = ["startable_program"]
-
 #: Bytes of a script that are looked at.
 _SCRIPT_BYTES: Final = 64 * 1024
 #: How many folders above the program a script may be.

@@ -10,8 +10,6 @@ from typing import Any, Final
 
 from qmpvcpu.host.cgroup.hierarchy import hierarchies
 
-__all__ = ["kvm_state", "may_place", "may_schedule", "rights"]
-
 #: Bit of CAP_SYS_NICE in /proc/self/status (linux/capability.h).
 _CAP_SYS_NICE: Final = 23
 

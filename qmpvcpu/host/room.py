@@ -10,8 +10,6 @@ from typing import Final
 
 from qmpvcpu.host.process import Process
 
-__all__ = ["free_disk", "free_memory", "memory_in_use"]
-
 #: proc(5), /proc/PID/status, in KiB: memory of its own, of shared blocks, of huge pages, and what was swapped out.
 _OWN: Final = re.compile(rb"^(?:RssAnon|RssShmem|HugetlbPages|VmSwap):\s+([0-9]+) kB$", re.MULTILINE)
 _AVAILABLE: Final = re.compile(rb"^MemAvailable:\s+([0-9]+) kB$", re.MULTILINE)

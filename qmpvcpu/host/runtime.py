@@ -23,8 +23,6 @@ from qmpvcpu.host.files import FileLock, read_own, state_folder, try_lock
 from qmpvcpu.host.owners import NotOurs, check_folder, make_folder, trusted_folder
 from qmpvcpu.kinds import open_file
 
-__all__ = ["SOCKETS", "Runtime", "end_process", "remove_ended", "remove_folder", "running_names", "runtime_folder"]
-
 #: Two monitors, since one socket takes one client, and the guest agent's.
 SOCKETS: Final = ("qmp", "qmp2", "agent")
 #: unix(7): sun_path has 108 bytes, one of them for the end.

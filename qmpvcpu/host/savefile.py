@@ -26,8 +26,6 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.host.files import sync_folder
 from qmpvcpu.kinds import kind_of, open_file
 
-__all__ = ["SavedFile", "Saving", "open_saved"]
-
 #: Magic, version, whether the stream is whole, bytes of the cookie, where the stream begins.
 _HEADER: Final = struct.Struct(">16sIIQQ")
 #: Behind that: the digest of the whole file, in which the digest itself counts as zeros.

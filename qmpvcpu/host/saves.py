@@ -18,8 +18,6 @@ from qmpvcpu.host.files import read_own, stage_file, state_folder, sweep
 from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, is_alive, process_of
 
-__all__ = ["PausedGuest", "SavedDefinitions", "Saves", "is_here", "paused_by_us"]
-
 _LIMIT: Final = 64 << 20
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}\Z")
 #: Definitions that are kept, the newest.

@@ -21,8 +21,6 @@ from qmpvcpu.host.cgroup.widen import Widened
 from qmpvcpu.host.process import Process, is_alive
 from qmpvcpu.host.rights import may_place, may_schedule
 
-__all__ = ["QemuThreads", "check_thread", "look", "online_cpus", "other_threads", "place_thread"]
-
 _PROC: Final = Path("/proc")
 #: sched.h
 _POLICIES: Final = {

@@ -34,8 +34,6 @@ from qmpvcpu.qemu.process import run_qemu
 from qmpvcpu.xml.domain import read_domain, vcpus_lines
 from qmpvcpu.xml.hardware import read_hardware
 
-__all__ = ["Comparison", "LibvirtSide", "OurSide", "Side", "compare", "our_side"]
-
 #: Seconds for libvirt to start a guest: it asks a QEMU that it does not know first.
 _START_SECONDS: Final = 60.0
 _AGENT: Final = "agent"

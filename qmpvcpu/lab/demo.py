@@ -13,8 +13,6 @@ from qmpvcpu.errors import VcpuFailed, VcpuRefused
 from qmpvcpu.lab.guest import GuestImage, boot, find_image
 from qmpvcpu.qemu.process import run_qemu
 
-__all__ = ["run"]
-
 Tell = Callable[[str], None]
 #: Lines that show a state.
 Show = Callable[[DomainState], list[str]]

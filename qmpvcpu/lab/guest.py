@@ -19,8 +19,6 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuFailed
 from qmpvcpu.qemu.process import QemuProcess, run_qemu
 
-__all__ = ["CHANNELS", "Guest", "GuestImage", "attached", "boot", "find_image", "guest_arguments"]
-
 _EXIT = "QMPVCPU-EXIT "
 
 

@@ -35,8 +35,6 @@ from qmpvcpu.aio import finish
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuFailed, VcpuUsageError
 
-__all__ = ["Libvirtd", "run_libvirtd"]
-
 #: Longest wait for a daemon that starts, for one told to end, and for the supervisor to leave nothing behind.
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 20.0

@@ -23,8 +23,6 @@ from qmpvcpu.ports import CommandError
 if TYPE_CHECKING:
     import libvirt
 
-__all__ = ["Connection", "Guest", "Row", "open_connection"]
-
 T = TypeVar("T")
 
 #: Seconds to connect: to this host, and by way of ssh or TLS to another.

@@ -15,8 +15,6 @@ from qmpvcpu.ports import CommandError
 if TYPE_CHECKING:
     import libvirt
 
-__all__ = ["connection_error", "lost", "name_of", "translated"]
-
 #: virErrorLevel shares numbers, and the prefix, with virErrorNumber.
 _LEVELS: Final = frozenset({"VIR_ERR_NONE", "VIR_ERR_WARNING", "VIR_ERR_ERROR"})
 _CONNECTION: Final = frozenset(

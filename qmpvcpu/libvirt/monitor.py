@@ -15,8 +15,6 @@ from qmpvcpu.libvirt.calls import Guest
 from qmpvcpu.libvirt.passthrough import Behind
 from qmpvcpu.ports import CommandError, MonitorEvent
 
-__all__ = ["ApiAgent", "ApiMonitor"]
-
 logger = logging.getLogger("qmpvcpu.libvirt.monitor")
 
 #: After so long libvirt has asked QEMU for the unplug, and waits for the guest, seconds: what stands against it

@@ -12,8 +12,6 @@ from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.libvirt.calls import Guest
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
 
-__all__ = ["Behind", "PassedMonitor"]
-
 
 class Behind(Monitor):
     """What both ways have: who listens, and a guest that stops, or whose libvirt is lost."""

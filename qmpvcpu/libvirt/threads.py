@@ -12,8 +12,6 @@ from contextlib import suppress
 from queue import SimpleQueue
 from typing import Any, Final, TypeVar
 
-__all__ = ["Worker", "start_events"]
-
 T = TypeVar("T")
 
 _lock: Final = threading.Lock()

@@ -26,8 +26,6 @@ from qmpvcpu.core.address import parse_address
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError
 
-__all__ = ["AgentClient", "open_agent"]
-
 logger = logging.getLogger("qmpvcpu.qemu.agent")
 
 AGENT_TIMEOUT: Final = 5.0

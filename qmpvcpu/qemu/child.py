@@ -12,8 +12,6 @@ import subprocess
 from collections.abc import Sequence
 from typing import IO
 
-__all__ = ["Child"]
-
 
 class Child:
     """A running process, until `wait()` has returned."""

@@ -12,8 +12,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-__all__ = ["throwaway_folder"]
-
 _PREFIX: Final = "qmpvcpu-run-"
 #: Held as long as the folder is in use; the kernel lets go of it whatever becomes of us.
 _LOCK: Final = ".lock"

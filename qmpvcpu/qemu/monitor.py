@@ -36,8 +36,6 @@ from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.kinds import open_file
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
 
-__all__ = ["QmpLog", "QmpMonitor", "open_monitor"]
-
 logger = logging.getLogger("qmpvcpu.qemu.monitor")
 
 CONNECT_TIMEOUT: Final = 5.0

@@ -19,8 +19,6 @@ from qmpvcpu.errors import VcpuConnectionError, VcpuFailed
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.process import run_qemu
 
-__all__ = ["probe_machine"]
-
 Answer = TypeVar("Answer")
 
 _BARE: Final = ("-S", "-nodefaults", "-no-user-config", "-display", "none")

@@ -22,8 +22,6 @@ from qmpvcpu.qemu.child import Child
 from qmpvcpu.qemu.folder import throwaway_folder
 from qmpvcpu.qemu.monitor import QmpMonitor, connect_monitor
 
-__all__ = ["QemuProcess", "launch_qemu", "run_qemu"]
-
 #: What of QEMU's stderr an error keeps, bytes.
 _STDERR_KEPT: Final = 4000
 _EXIT_SECONDS: Final = 3.0

@@ -31,8 +31,6 @@ from qmpvcpu.xml.hardware import QEMU_NAMESPACE
 from qmpvcpu.xml.machine import dimm_lines, machine_element, option_lines, read_dimms, read_options
 from qmpvcpu.xml.source import Document, Element, parse_document
 
-__all__ = ["Details", "minimal_domain", "read_domain", "read_listed", "renamed", "vcpus_lines", "write_vcpus"]
-
 #: vCPU id -> further attributes, None for what is not known.
 Details = Mapping[int, Mapping[str, str | None]]
 

@@ -14,8 +14,6 @@ from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.hardware import QEMU_NAMESPACE
 from qmpvcpu.xml.source import Document, Element
 
-__all__ = ["host_parts", "without_placing", "without_program"]
-
 #: Nothing that begins another option of -machine.
 _WORD: Final = re.compile(r"[A-Za-z0-9_.+-]{1,100}\Z")
 _BOOT_FILES: Final = ("os/kernel", "os/initrd", "os/dtb", "os/loader", "os/nvram", "os/firmware")

@@ -10,8 +10,6 @@ from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.machine import machine_element
 from qmpvcpu.xml.source import Document, Element
 
-__all__ = ["QEMU_NAMESPACE", "command_line_of", "read_hardware"]
-
 #: libvirt's, of `<qemu:commandline>`.
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 #: What is there anyhow, or not worth a word.

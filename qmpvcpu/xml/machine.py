@@ -20,8 +20,6 @@ from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, Pairs, Qemu
 from qmpvcpu.core.machine.devices import Devices
 from qmpvcpu.xml.source import Element
 
-__all__ = ["NAMESPACE", "dimm_lines", "machine_element", "option_lines", "read_dimms", "read_options"]
-
 NAMESPACE: Final = "urn:qmpvcpu:machine:1"
 _OWNERS: Final = ("machine", "accel", "cpu")
 _KEY: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")

@@ -25,8 +25,6 @@ from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
 from qmpvcpu.xml.domain import read_domain
 from qmpvcpu.xml.source import Document, Element, parse_document
 
-__all__ = ["read_cookie", "write_cookie"]
-
 _NUMBER: Final = re.compile(r"[0-9a-f]{32}\Z")
 _WORD: Final = re.compile(r"[A-Za-z0-9_.,=+/-]{1,200}\Z")
 _NAME: Final = re.compile(r"[A-Za-z0-9_.-]{1,100}\Z")

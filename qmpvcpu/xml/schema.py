@@ -10,8 +10,6 @@ from lxml import etree
 
 from qmpvcpu.xml.source import Document, parse_document
 
-__all__ = ["check_domain", "domain_schema", "errors_against"]
-
 #: Where libvirt keeps its schemas (libvirt-common, libvirt-clients).
 _LIBVIRTS: Final = Path("/usr/share/libvirt/schemas/domain.rng")
 

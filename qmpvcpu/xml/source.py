@@ -19,8 +19,6 @@ from xml.sax.saxutils import escape
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuRefused
 
-__all__ = ["MOST_BYTES", "Document", "Element", "parse_document"]
-
 #: A domain of 4096 vCPUs, each pinned and listed, has under 1 MB.
 MOST_BYTES: Final = 8 * 1024 * 1024
 _MOST_DEPTH: Final = 200

@@ -12,7 +12,7 @@ from typing import Any
 from qmpvcpu import QemuVersion
 from qmpvcpu.core.definition import Definition, NumaCell, default_vcpus
 from qmpvcpu.core.machine.boot_arguments import qemu_arch
-from qmpvcpu.core.machine.command_line import join_pairs, read_command_line, split_cpu
+from qmpvcpu.core.machine.command_line import read_command_line, split_cpu
 from qmpvcpu.core.machine.comparison import Picture, parse_picture, with_command_line
 from qmpvcpu.core.machine.comparison import differences as compare
 from qmpvcpu.core.machine.described import agrees, described, machine_facts
@@ -27,6 +27,7 @@ from qmpvcpu.core.machine.devices import (
     without_folder,
 )
 from qmpvcpu.core.machine.hardware import hardware_args
+from qmpvcpu.core.machine.words import join_pairs
 from qmpvcpu.host.process import command_line_of, process_of
 from qmpvcpu.host.program import startable_program
 from qmpvcpu.xml.domain import minimal_domain, read_domain

@@ -12,15 +12,13 @@ from typing import Any, Final
 
 from qmpvcpu.core.arch import architecture, architecture_of_machine
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell
-from qmpvcpu.core.machine.command_line import join_pairs
 from qmpvcpu.core.machine.layout import MachineLayout, MachineSpec, predict_layout
 from qmpvcpu.core.machine.numa import NumaNode
 from qmpvcpu.core.machine.smp import LEVELS, Smp
+from qmpvcpu.core.machine.words import join_pairs
 from qmpvcpu.core.model import DomainState, Props, format_ids
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
-
-__all__ = ["BootArgs", "BootStyle", "boot_args", "located", "machine_spec", "qemu_arch"]
 
 
 class BootStyle(StrEnum):

@@ -15,18 +15,7 @@ from dataclasses import dataclass
 from typing import Any, Final
 
 from qmpvcpu.core.definition import Pairs
-from qmpvcpu.core.machine.words import join_pairs, parse_number, parse_size, split_pairs
-
-__all__ = [
-    "IMPLIED",
-    "CommandLineNode",
-    "MemorySize",
-    "Option",
-    "QemuCommandLine",
-    "join_pairs",
-    "read_command_line",
-    "split_cpu",
-]
+from qmpvcpu.core.machine.words import parse_number, parse_size, split_pairs
 
 #: Options without an argument, of QEMU 7.2 to 11.1 (qemu-options.def).
 _FLAGS: Final = frozenset(

@@ -21,21 +21,6 @@ from qmpvcpu.core.quirks import quirk
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal
 
-__all__ = [
-    "Difference",
-    "DiskImage",
-    "Picture",
-    "check_movable",
-    "child_type",
-    "differences",
-    "image_name",
-    "is_local",
-    "parse_disks",
-    "parse_picture",
-    "refusals_of",
-    "with_command_line",
-]
-
 _BLOCK: Final = re.compile(r"^ *(\S.*?) +\d+ \w?i?B +0x[0-9a-f]+ +0x[0-9a-f]+ +0x([0-9a-f]+)", re.MULTILINE)
 _MAPPED: Final = re.compile(r"^ +([0-9a-f]{16})-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE)
 _NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)

@@ -16,8 +16,6 @@ from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell, P
 from qmpvcpu.core.machine.command_line import Option, QemuCommandLine, split_cpu
 from qmpvcpu.core.machine.devices import Devices, devices_of
 
-__all__ = ["Described", "MachineFacts", "agrees", "described", "machine_facts"]
-
 _NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)
 _PLUGGED: Final = re.compile(r"^node ([0-9]{1,4}) plugged: ([0-9]{1,9}) MB", re.MULTILINE)
 _BLOCK: Final = re.compile(r"^ +[0-9a-f]{16}-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE)

@@ -10,22 +10,8 @@ from dataclasses import dataclass
 from typing import Final
 
 from qmpvcpu.core.definition import Definition
-from qmpvcpu.core.machine.command_line import IMPLIED, Option, QemuCommandLine, join_pairs, read_command_line
-
-__all__ = [
-    "AGENT_CHARDEV",
-    "AGENT_PORT",
-    "Devices",
-    "beyond_definitions",
-    "bound_to_host",
-    "devices_of",
-    "hollow",
-    "images_of",
-    "not_held",
-    "shared_with_source",
-    "unlike_any_other",
-    "without_folder",
-]
+from qmpvcpu.core.machine.command_line import IMPLIED, Option, QemuCommandLine, read_command_line
+from qmpvcpu.core.machine.words import join_pairs
 
 #: The chardev that `start` gives the guest agent's port, and the name of that port.
 AGENT_CHARDEV: Final = "agent"

@@ -10,8 +10,6 @@ from dataclasses import dataclass
 
 from qmpvcpu.core.arch import architecture
 
-__all__ = ["Disk", "Flash", "Hardware", "hardware_args"]
-
 
 @dataclass(frozen=True, slots=True)
 class Disk:

@@ -27,17 +27,6 @@ from qmpvcpu.core.state.inventory import (
 )
 from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
 
-__all__ = [
-    "LayoutSource",
-    "MachineLayout",
-    "MachineSpec",
-    "MachineType",
-    "QemuFacts",
-    "facts_of",
-    "parse_layout",
-    "predict_layout",
-]
-
 
 class LayoutSource(StrEnum):
     """Where an answer comes from."""

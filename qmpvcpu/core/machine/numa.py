@@ -21,18 +21,6 @@ from qmpvcpu.core.model import Props, format_ids
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuUsageError
 
-__all__ = [
-    "NumaCache",
-    "NumaCpu",
-    "NumaDistance",
-    "NumaLatency",
-    "NumaMachine",
-    "NumaNode",
-    "NumaOption",
-    "nodes_of_slots",
-    "parse_numa",
-]
-
 _MOST_NODES: Final = 128
 _NEAREST: Final = 10
 _MIB: Final = 1024 * 1024

@@ -21,18 +21,6 @@ from qmpvcpu.core.model import Props, QemuVersion, Topology
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuUsageError
 
-__all__ = [
-    "LEVELS",
-    "Prediction",
-    "Slot",
-    "Smp",
-    "is_known",
-    "is_proven",
-    "parse_machine",
-    "parse_smp",
-    "predict",
-]
-
 #: -smp's levels, outermost first.
 LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 #: More than any machine has.

@@ -13,20 +13,6 @@ from typing import Final
 
 from qmpvcpu.core.model import QemuVersion
 
-__all__ = [
-    "MEASURED",
-    "Feature",
-    "compat_version",
-    "are_same",
-    "enclosing",
-    "has",
-    "has_machine",
-    "is_measured",
-    "measured_with",
-    "newest_type",
-    "oldest_with",
-]
-
 
 class Feature(StrEnum):
     """What a QEMU has since some version; where it is a rule of the machine type, that type's version counts."""

@@ -15,17 +15,6 @@ from typing import Final
 from qmpvcpu.core.definition import Pairs
 from qmpvcpu.errors import VcpuUsageError
 
-__all__ = [
-    "join_pairs",
-    "parse_keyval",
-    "parse_number",
-    "parse_range",
-    "parse_size",
-    "parse_switch",
-    "parse_unsigned",
-    "split_pairs",
-]
-
 #: What C's isspace() takes, and a sign, may stand before a number; nothing may stand behind it. `0b11` is not one
 #: here: whether QEMU reads it depends on the C library that it was built with (the 11.1 of Debian sid does).
 _BEFORE: Final = r"[ \t\n\v\f\r]*"

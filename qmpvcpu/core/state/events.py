@@ -14,19 +14,6 @@ from typing import Any, Final, TypeGuard
 
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 
-__all__ = [
-    "CPU_EVENTS",
-    "Departures",
-    "Names",
-    "Signal",
-    "SignalKind",
-    "changes",
-    "interpret",
-    "is_taken",
-    "is_transient",
-    "replugged",
-]
-
 #: Events that say something about a CPU, or make what was read before doubtful.
 CPU_EVENTS: Final = frozenset(
     {"ACPI_DEVICE_OST", "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "RESET", "SHUTDOWN"}

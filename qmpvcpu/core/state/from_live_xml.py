@@ -15,8 +15,6 @@ from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Props, QemuVersion, 
 from qmpvcpu.core.state.events import PERIPHERAL
 from qmpvcpu.core.state.from_definition import state_of
 
-__all__ = ["running_state"]
-
 #: Of a CPU that was there at the start libvirt tells no path.
 _UNNAMED: Final = "/machine/unattached/"
 

@@ -15,18 +15,6 @@ from qmpvcpu.core.arch import Identity, architecture
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.errors import VcpuConnectionError
 
-__all__ = [
-    "GuestCpu",
-    "GuestView",
-    "identify",
-    "identity_files",
-    "identity_limits",
-    "is_port_open",
-    "most_guest_cpus",
-    "newcomers",
-    "parse_guest_vcpus",
-]
-
 #: More logical CPUs than any guest has (Linux: NR_CPUS is 8192 at most).
 _MOST: Final = 65536
 

@@ -17,23 +17,6 @@ from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.model import DomainState, Entity, Props, QemuVersion, Topology, Vcpu
 from qmpvcpu.errors import VcpuConnectionError
 
-__all__ = [
-    "LONGEST_TEXT",
-    "BootFacts",
-    "CpuInfoFast",
-    "HotpluggableCpu",
-    "InconsistentReplies",
-    "build_state",
-    "entities_of_slots",
-    "entities_without_slots",
-    "parse_cpus_fast",
-    "parse_hotpluggable_cpus",
-    "parse_topology",
-    "parse_version",
-    "refresh_state",
-    "short",
-]
-
 #: Levels of a slot's address from the outside in: the order in which vCPU ids are numbered.
 LEVELS: Final = (
     "drawer-id",

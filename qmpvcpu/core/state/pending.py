@@ -7,8 +7,6 @@ from dataclasses import dataclass, replace
 
 from qmpvcpu.core.model import DomainState, Entity
 
-__all__ = ["PendingUnplug", "UsedContexts", "is_open", "mark", "unplug_of"]
-
 
 @dataclass(frozen=True, slots=True)
 class PendingUnplug:

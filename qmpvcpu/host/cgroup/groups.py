@@ -40,8 +40,6 @@ from qmpvcpu.host.files import try_lock
 from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, is_alive
 
-__all__ = ["VcpuGroups", "remove_trees"]
-
 _PROC: Final = Path("/proc")
 _EMULATOR: Final = "emulator"
 _VCPU: Final = "vcpu"

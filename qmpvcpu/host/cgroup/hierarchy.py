@@ -12,22 +12,6 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Final
 
-__all__ = [
-    "CONTROLLERS",
-    "V1",
-    "V2",
-    "Group",
-    "Hierarchy",
-    "cpu_list",
-    "find_groups",
-    "groups_of",
-    "hierarchies",
-    "put",
-    "read_text",
-    "words",
-    "write",
-]
-
 V1: Final = 1
 V2: Final = 2
 #: That groups of vCPUs are made for. libvirt has cpuacct too, which counts and limits nothing.

@@ -13,8 +13,6 @@ from qmpvcpu.host.cgroup.hierarchy import cpu_list, put, write
 from qmpvcpu.host.files import state_folder
 from qmpvcpu.host.process import is_alive
 
-__all__ = ["Widened", "forget_dead", "notes"]
-
 
 class Widened:
     """An emulator's cpuset.mems with more nodes than it had, until `put_back`. `note` outlives us if we are
