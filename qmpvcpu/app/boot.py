@@ -12,8 +12,8 @@ from qmpvcpu.app.qemus import find_binaries, path_of
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.boot_arguments import BootArgs, BootStyle, boot_args, machine_spec, qemu_arch
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.host.definitions import DefinitionFolder, read_document
-from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.host.definition_files import DefinitionFolder, read_document
+from qmpvcpu.xml.document import read_domain
 
 
 @dataclass(frozen=True, slots=True)

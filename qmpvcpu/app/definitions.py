@@ -15,10 +15,10 @@ from qmpvcpu.core.address import parse_address
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import Domain, connect
 from qmpvcpu.errors import VcpuError, VcpuRefused, VcpuUsageError
-from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
-from qmpvcpu.host.definitions import read_document as read_file_or_pipe
+from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name
+from qmpvcpu.host.definition_files import read_document as read_file_or_pipe
 from qmpvcpu.host.runtime import Runtime, remove_folder, running_names
-from qmpvcpu.xml.domain import read_domain, renamed
+from qmpvcpu.xml.document import read_domain, renamed
 
 _LOOK_SECONDS: Final = 1.0
 
@@ -184,7 +184,7 @@ def _with_known(name: str, addresses: Addresses) -> Addresses:
 def _trusted(data: bytes) -> list[str]:
     """What a definition makes this host do that nobody expects of a domain's XML: it is said once."""
     from qmpvcpu.app.boot import listed_program
-    from qmpvcpu.xml.hardware import command_line_of
+    from qmpvcpu.xml.boot_devices import command_line_of
 
     document, definition = read_domain(data)
     found = []

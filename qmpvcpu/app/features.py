@@ -10,9 +10,9 @@ from qmpvcpu.core.arch import architecture, architecture_of_program
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.command_line import split_cpu
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.host.cache import FileCache, key_of, program_of
+from qmpvcpu.host.answers import FileCache, key_of, program_of
 from qmpvcpu.ports import CommandError
-from qmpvcpu.qemu.process import run_qemu
+from qmpvcpu.qemu.launch import run_qemu
 
 _MODEL: Final = "max"
 

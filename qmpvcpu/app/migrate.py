@@ -28,15 +28,15 @@ from qmpvcpu.domain import Domain, connect
 from qmpvcpu.domain.migration.ownership import Side, is_there, kept_source
 from qmpvcpu.domain.migration.phases import Migrated, Progress
 from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused, VcpuUsageError
-from qmpvcpu.host.definitions import Addresses, DefinitionFolder, check_name
+from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.files import read_file, read_stream
 from qmpvcpu.host.process import pid_in
 from qmpvcpu.host.room import free_disk, free_memory
 from qmpvcpu.host.runtime import Runtime
 from qmpvcpu.host.savefile import SavedFile, Saving, open_saved
 from qmpvcpu.host.saves import SavedDefinitions, Saves
-from qmpvcpu.xml.domain import read_domain, renamed
-from qmpvcpu.xml.migration import read_cookie, write_cookie
+from qmpvcpu.xml.cookie import read_cookie, write_cookie
+from qmpvcpu.xml.document import read_domain, renamed
 
 __all__ = [
     "Prepared",

@@ -28,7 +28,7 @@ from qmpvcpu.core.machine.layout import (
 from qmpvcpu.core.model import Vcpu
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuConnectionError, VcpuRefused, VcpuUsageError
-from qmpvcpu.host.cache import FileCache, Program, key_of, program_of
+from qmpvcpu.host.answers import FileCache, Program, key_of, program_of
 from qmpvcpu.host.files import FileLock
 from qmpvcpu.qemu.probe import probe_machine
 

@@ -18,7 +18,7 @@ from qmpvcpu.core.quirks import quirk
 from qmpvcpu.core.state.inventory import parse_version
 from qmpvcpu.errors import VcpuError
 from qmpvcpu.ports import CommandError
-from qmpvcpu.qemu.process import run_qemu
+from qmpvcpu.qemu.launch import run_qemu
 
 #: What the test guests of `qmpvcpu demo` run on.
 DEMO_ARCH: Final = X86_64.name

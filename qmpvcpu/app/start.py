@@ -27,16 +27,16 @@ from qmpvcpu.domain.placement import check_start
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host import runtime as host
+from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.cgroup.groups import VcpuGroups, remove_trees
-from qmpvcpu.host.definitions import DefinitionFolder, check_name
+from qmpvcpu.host.definition_files import DefinitionFolder, check_name
 from qmpvcpu.host.process import process_of
 from qmpvcpu.host.runtime import SOCKETS, Runtime, end_process
-from qmpvcpu.host.threads import QemuThreads
 from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.launch import launch_qemu
 from qmpvcpu.qemu.monitor import connect_monitor
-from qmpvcpu.qemu.process import launch_qemu
-from qmpvcpu.xml.domain import read_domain
-from qmpvcpu.xml.hardware import read_hardware
+from qmpvcpu.xml.boot_devices import read_hardware
+from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.source import Document
 
 _PAUSE: Final = 0.02

@@ -14,8 +14,8 @@ from qmpvcpu.app.qemus import find_emulator
 from qmpvcpu.core.machine.boot_arguments import qemu_arch
 from qmpvcpu.core.migration.machines import Cookie
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.host.definitions import DefinitionFolder
-from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.host.definition_files import DefinitionFolder
+from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.foreign import host_parts, without_placing, without_program
 
 

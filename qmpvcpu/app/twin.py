@@ -44,9 +44,9 @@ from qmpvcpu.domain.migration.picture import real_file
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.ports import CommandError
-from qmpvcpu.qemu.process import QemuProcess, run_qemu
-from qmpvcpu.xml.domain import read_domain
-from qmpvcpu.xml.hardware import read_hardware
+from qmpvcpu.qemu.launch import QemuProcess, run_qemu
+from qmpvcpu.xml.boot_devices import read_hardware
+from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.source import Document
 
 __all__ = [

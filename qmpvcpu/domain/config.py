@@ -20,7 +20,7 @@ from qmpvcpu.domain.placement import Placing
 from qmpvcpu.domain.run import change
 from qmpvcpu.domain.session import Link
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuError, VcpuPartial, VcpuRefused
-from qmpvcpu.host.definitions import not_written
+from qmpvcpu.host.definition_files import not_written
 
 __all__ = ["change_both", "change_config", "with_config"]
 

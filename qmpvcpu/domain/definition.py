@@ -16,7 +16,7 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.drive import UNDO_SECONDS
 from qmpvcpu.domain.interrupted import Interrupted, leaving
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuPartial, VcpuRefused
-from qmpvcpu.host.definitions import not_written
+from qmpvcpu.host.definition_files import not_written
 from qmpvcpu.ports import DefinitionStore, Staged
 
 __all__ = ["ConfigChange", "Persistent", "half_done"]
@@ -94,7 +94,7 @@ class Persistent:
         return again
 
     def _version(self, data: bytes) -> _Version:
-        from qmpvcpu.xml.domain import read_domain
+        from qmpvcpu.xml.document import read_domain
 
         if self._last is not None and self._last.data == data:
             return self._last
@@ -111,7 +111,7 @@ def _made(data: bytes, plan: ConfigPlan) -> tuple[ConfigPlan, bytes]:
 
     What nobody could read any more is refused before it is written.
     """
-    from qmpvcpu.xml.domain import read_domain, write_vcpus
+    from qmpvcpu.xml.document import read_domain, write_vcpus
 
     if plan.refusals or not plan.writes:
         return plan, data

@@ -388,7 +388,7 @@ class Domain(MigrationCalls):
         return await self.plan(await self._listed(xml, source, options))
 
     async def _listed(self, xml: bytes, source: str, options: Options) -> Request:
-        from qmpvcpu.xml.domain import read_listed
+        from qmpvcpu.xml.document import read_listed
 
         async with self._turn():
             live, _ = self._sides(_flags_of(options))
@@ -466,7 +466,7 @@ class Domain(MigrationCalls):
             return await read_picture(link.monitor, link.process)
 
     async def _described(self, state: DomainState) -> DescribedXml:
-        from qmpvcpu.xml.domain import minimal_domain
+        from qmpvcpu.xml.document import minimal_domain
 
         link = self._connected()
         told = await describe(link.monitor, state, link.process, self._place.agent)
@@ -518,7 +518,7 @@ class Domain(MigrationCalls):
         async with self._turn():
             link = self._connected()
             if xml is not None:
-                from qmpvcpu.xml.domain import read_domain
+                from qmpvcpu.xml.document import read_domain
 
                 definition = read_domain(xml)[1]
             elif self._persistent is not None:

@@ -22,7 +22,7 @@ from qmpvcpu.errors import (
     VcpuUsageError,
 )
 from qmpvcpu.flags import VcpuFlag
-from qmpvcpu.host.definitions import not_written
+from qmpvcpu.host.definition_files import not_written
 from qmpvcpu.host.process import is_alive
 
 __all__ = ["change_pin", "check_pin"]

@@ -12,7 +12,7 @@ from typing import Final
 
 from qmpvcpu.core.address import parse_address
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
-from qmpvcpu.host.definitions import DefinitionFile, DefinitionFolder, check_name
+from qmpvcpu.host.definition_files import DefinitionFile, DefinitionFolder, check_name
 from qmpvcpu.host.runtime import Runtime
 
 __all__ = ["Place", "locate", "unknown_domain"]

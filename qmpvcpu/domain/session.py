@@ -23,10 +23,10 @@ from qmpvcpu.domain.event_bus import Hub, Watcher
 from qmpvcpu.domain.pending_unplugs import Ledger
 from qmpvcpu.domain.reader import StateReader, has_smm_firmware, is_hotplug_legacy, open_reader, run_state
 from qmpvcpu.errors import Refusal, VcpuConnectionError
-from qmpvcpu.host.pending import PendingFolder
+from qmpvcpu.host.affinity import QemuThreads
+from qmpvcpu.host.pending_files import PendingFolder
 from qmpvcpu.host.process import Process, find_process
 from qmpvcpu.host.saves import is_here
-from qmpvcpu.host.threads import QemuThreads
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, PendingStore, Threads
 
 __all__ = ["Link", "open_link", "store_of"]

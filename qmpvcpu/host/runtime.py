@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from qmpvcpu.errors import VcpuRefused
-from qmpvcpu.host.definitions import file_name, name_of_file
+from qmpvcpu.host.definition_files import file_name, name_of_file
 from qmpvcpu.host.files import FileLock, read_own, state_folder, try_lock
 from qmpvcpu.host.owners import NotOurs, check_folder, make_folder, trusted_folder
 from qmpvcpu.kinds import open_file

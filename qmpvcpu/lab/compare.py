@@ -29,10 +29,10 @@ from qmpvcpu.lab.libvirtd import Libvirtd, run_libvirtd
 from qmpvcpu.libvirt.calls import Connection, Guest, open_connection
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.folder import throwaway_folder
+from qmpvcpu.qemu.launch import run_qemu
 from qmpvcpu.qemu.monitor import QmpLog
-from qmpvcpu.qemu.process import run_qemu
-from qmpvcpu.xml.domain import read_domain, vcpus_lines
-from qmpvcpu.xml.hardware import read_hardware
+from qmpvcpu.xml.boot_devices import read_hardware
+from qmpvcpu.xml.document import read_domain, vcpus_lines
 
 #: Seconds for libvirt to start a guest: it asks a QEMU that it does not know first.
 _START_SECONDS: Final = 60.0
@@ -317,7 +317,7 @@ def _for_libvirt(xml: bytes, definition: Definition) -> bytes:
     """libvirt takes no `<vcpus>` of the RFC's."""
     if definition.dialect != "rfc":
         return xml
-    from qmpvcpu.xml.domain import write_vcpus
+    from qmpvcpu.xml.document import write_vcpus
 
     document, old = read_domain(xml)
     return write_vcpus(document, old, replace(old, dialect="libvirt"))

@@ -11,7 +11,7 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import connect
 from qmpvcpu.errors import VcpuFailed, VcpuRefused
 from qmpvcpu.lab.guest import GuestImage, boot, find_image
-from qmpvcpu.qemu.process import run_qemu
+from qmpvcpu.qemu.launch import run_qemu
 
 Tell = Callable[[str], None]
 #: Lines that show a state.

@@ -17,7 +17,7 @@ from typing import Any, Final
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuFailed
-from qmpvcpu.qemu.process import QemuProcess, run_qemu
+from qmpvcpu.qemu.launch import QemuProcess, run_qemu
 
 _EXIT = "QMPVCPU-EXIT "
 

@@ -1,7 +1,7 @@
 """The throwaway QEMU: started paused to say what its vCPUs would be, and gone before the answer is given.
 
 It gets nothing it could touch: no devices, no configuration, no display, a seccomp sandbox, memory that is never
-used. Its folder is its own, it ends with us whatever ends us (`qemu.process`), and stderr is kept for the error.
+used. Its folder is its own, it ends with us whatever ends us (`qemu.launch`), and stderr is kept for the error.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from qmpvcpu.core.machine.words import parse_size
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed
 from qmpvcpu.ports import CommandError
-from qmpvcpu.qemu.process import run_qemu
+from qmpvcpu.qemu.launch import run_qemu
 
 Answer = TypeVar("Answer")
 

@@ -10,8 +10,8 @@ from typing import Final
 from xml.sax.saxutils import escape
 
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend
-from qmpvcpu.xml.domain import read_domain
-from qmpvcpu.xml.hardware import QEMU_NAMESPACE
+from qmpvcpu.xml.boot_devices import QEMU_NAMESPACE
+from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.source import Document, Element
 
 #: Nothing that begins another option of -machine.

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import qmpvcpu
 from qmpvcpu.app.cache import cache_folder
-from qmpvcpu.qemu.process import run_qemu
+from qmpvcpu.qemu.launch import run_qemu
 
 __all__ = ["eject_firmware", "machine", "slots_of"]
 

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from qmpvcpu.host.cache import FileCache, key_of, program_of
+from qmpvcpu.host.answers import FileCache, key_of, program_of
 
 
 class Cache:

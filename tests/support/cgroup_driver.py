@@ -14,9 +14,9 @@ import threading
 from pathlib import Path
 
 from qmpvcpu.core.rules.placement import Placement, check_placements
+from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.cgroup.groups import hierarchy
 from qmpvcpu.host.process import find_process
-from qmpvcpu.host.threads import QemuThreads
 
 VCPUS = (1, 2, 3)
 PLACED = {

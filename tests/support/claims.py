@@ -30,8 +30,8 @@ from qmpvcpu.core.machine.hardware import hardware_args
 from qmpvcpu.core.machine.words import join_pairs
 from qmpvcpu.host.process import command_line_of, process_of
 from qmpvcpu.host.program import startable_program
-from qmpvcpu.xml.domain import minimal_domain, read_domain
-from qmpvcpu.xml.hardware import read_hardware
+from qmpvcpu.xml.boot_devices import read_hardware
+from qmpvcpu.xml.document import minimal_domain, read_domain
 from tests.support.machines import boot_with
 from tests.support.qemus import Qemu, running
 

@@ -7,8 +7,8 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 
 import qmpvcpu
-from qmpvcpu.host.definitions import Addresses, DefinitionFolder
-from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.host.definition_files import Addresses, DefinitionFolder
+from qmpvcpu.xml.document import read_domain
 from tests.support.fake_qemu import FakeQemu
 from tests.support.fake_qmp import serve
 

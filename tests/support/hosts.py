@@ -8,9 +8,9 @@ from pathlib import Path
 
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.rules.placement import Placement
+from qmpvcpu.host.affinity import look, online_cpus, place_thread
 from qmpvcpu.host.process import Process, boot_id, find_process, is_alive
 from qmpvcpu.host.rights import kvm_state
-from qmpvcpu.host.threads import look, online_cpus, place_thread
 from qmpvcpu.ports import Peer
 
 

@@ -19,7 +19,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from qmpvcpu.qemu.monitor import open_monitor
-from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.document import read_domain
 from tests.support.commands import Run, cli_in
 from tests.support.effects import Log, Plan, read_log
 from tests.support.hosts import why_no_kvm

@@ -9,7 +9,7 @@ from qmpvcpu.core.machine.versions import oldest_with
 from qmpvcpu.core.planning.live import make_plan
 from qmpvcpu.core.state.from_live_xml import running_state
 from qmpvcpu.core.state.knowledge import Knowledge
-from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.document import read_domain
 
 
 def running(xml: str, *, gone: Iterable[int] = (), pending: Iterable[int] = ()) -> DomainState:

@@ -14,7 +14,7 @@ from qmpvcpu.core.machine.boot_arguments import BootStyle, boot_args, machine_sp
 from qmpvcpu.core.machine.layout import LayoutSource, QemuFacts, facts_of, parse_layout, predict_layout
 from qmpvcpu.core.machine.smp import is_proven, parse_machine, predict
 from qmpvcpu.core.machine.versions import has_machine
-from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.document import read_domain
 from tests.support.qemus import qemu_binary
 
 Version = tuple[int, ...]

@@ -29,8 +29,8 @@ from qmpvcpu.core.migration.machines import (
 )
 from qmpvcpu.core.rules.request import check_at_rest
 from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
-from qmpvcpu.xml.domain import read_domain
-from qmpvcpu.xml.migration import read_cookie, write_cookie
+from qmpvcpu.xml.cookie import read_cookie, write_cookie
+from qmpvcpu.xml.document import read_domain
 
 #: How the handing over can end at the source, and what can be at the destination.
 SOURCES: Final = tuple(str(source) for source in Source)

@@ -18,8 +18,8 @@ from qmpvcpu.domain import placement as place
 from qmpvcpu.domain import run as change
 from qmpvcpu.domain.migration.calls import MigrationCalls
 from qmpvcpu.domain.migration.calls import phases as migrate
+from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.savefile import Saving
-from qmpvcpu.host.threads import QemuThreads
 
 _MOMENTS: dict[str, tuple[Any, str]] = {
     "there is room for the groups": (place.Placing, "room"),

@@ -12,7 +12,7 @@ from unittest.mock import patch
 
 from qmpvcpu.core.state.pending import PendingUnplug, UsedContexts, is_open, mark
 from qmpvcpu.domain import session as link
-from qmpvcpu.host import pending as host
+from qmpvcpu.host import pending_files as host
 from qmpvcpu.host.process import Process
 from tests.support.slots import Slot, state_of
 

@@ -21,7 +21,7 @@ from qmpvcpu.core.rules.placement import (
     with_threads,
 )
 from qmpvcpu.domain.placement import Placing, place_all
-from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.document import read_domain
 
 Wish = dict[str, Any]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.host.definitions import Addresses, DefinitionFolder
+from qmpvcpu.host.definition_files import Addresses, DefinitionFolder
 from tests.support.ejecting import ejecting
 from tests.support.fake_agent import FakeAgent, serve_agent
 from tests.support.hosts import why_no_kvm

@@ -11,7 +11,7 @@ from unittest.mock import patch
 from qmpvcpu import MachineSpec
 from qmpvcpu.app.probes import forget_probes
 from qmpvcpu.qemu import probe
-from qmpvcpu.qemu.process import QemuProcess
+from qmpvcpu.qemu.launch import QemuProcess
 from tests.support.qemus import Qemu
 
 

@@ -14,7 +14,7 @@ import pytest
 
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.ports import CommandError, MonitorEvent
-from qmpvcpu.qemu.process import QemuProcess, run_qemu
+from qmpvcpu.qemu.launch import QemuProcess, run_qemu
 from tests.support import known_ends
 from tests.support.monitor import QmpError
 from tests.support.soaking import is_long_run

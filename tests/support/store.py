@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from qmpvcpu.host.definitions import Addresses, DefinitionFile, DefinitionFolder, StagedDefinition, check_name
+from qmpvcpu.host.definition_files import Addresses, DefinitionFile, DefinitionFolder, StagedDefinition, check_name
 from qmpvcpu.host.files import LockTimeout, locked_folder, state_folder
 from qmpvcpu.host.runtime import Runtime
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from qmpvcpu.xml import foreign
-from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.document import read_domain
 
 
 def host_parts(xml: str, defined: str | None = None) -> list[str]:

@@ -533,7 +533,7 @@ class _Staged:
 
     def commit(self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
         """Tell libvirt what is to be different; in words of its own where it has them."""
-        from qmpvcpu.xml.domain import read_domain
+        from qmpvcpu.xml.document import read_domain
 
         with _answered():
             now = self._store.fetch()
@@ -599,7 +599,7 @@ class XmlReader:
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
         """Its XML."""
-        from qmpvcpu.xml.domain import read_domain
+        from qmpvcpu.xml.document import read_domain
 
         asked = tuple(pending)
         guest = self._monitor.guest

@@ -49,7 +49,7 @@ def begin_number(link: Link) -> str:
 
 def keep(link: Link, side: Side, cookie: Cookie) -> None:
     """Remember that this guest is that side of it; where QEMU runs on this host."""
-    from qmpvcpu.xml.migration import write_cookie
+    from qmpvcpu.xml.cookie import write_cookie
 
     here = _handovers()
     if here is not None and link.process is not None and cookie.number is not None:
@@ -58,7 +58,7 @@ def keep(link: Link, side: Side, cookie: Cookie) -> None:
 
 def kept(link: Link, side: Side) -> Cookie | None:
     """What this guest is that side of."""
-    from qmpvcpu.xml.migration import read_cookie
+    from qmpvcpu.xml.cookie import read_cookie
 
     here = _handovers()
     data = here.kept(link.process, side) if here is not None and link.process is not None else None
@@ -70,7 +70,7 @@ def kept(link: Link, side: Side) -> Cookie | None:
 
 def kept_source(cookie: Cookie) -> bytes | None:
     """The guest's XML, where this cookie is word for word one that a source on this host was given."""
-    from qmpvcpu.xml.migration import write_cookie
+    from qmpvcpu.xml.cookie import write_cookie
 
     here = _handovers()
     if here is None or cookie.number is None:

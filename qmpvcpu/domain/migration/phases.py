@@ -228,7 +228,7 @@ def _check_uuid(cookie: Cookie, reply: object) -> list[Refusal]:
 
 def _check_count(cookie: Cookie, state: DomainState) -> list[Refusal]:
     """Of a cookie that another tool made, all that its XML says."""
-    from qmpvcpu.xml.domain import read_domain
+    from qmpvcpu.xml.document import read_domain
 
     definition = read_domain(cookie.xml)[1]
     rows: tuple[tuple[Reason, object, object], ...] = (

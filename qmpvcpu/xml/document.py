@@ -27,8 +27,8 @@ from qmpvcpu.core.machine.devices import Devices
 from qmpvcpu.core.model import Topology, format_ids
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
-from qmpvcpu.xml.hardware import QEMU_NAMESPACE
-from qmpvcpu.xml.machine import dimm_lines, machine_element, option_lines, read_dimms, read_options
+from qmpvcpu.xml.boot_devices import QEMU_NAMESPACE
+from qmpvcpu.xml.metadata import dimm_lines, machine_element, option_lines, read_dimms, read_options
 from qmpvcpu.xml.source import Document, Element, parse_document
 
 #: vCPU id -> further attributes, None for what is not known.

@@ -7,7 +7,7 @@ from typing import Final
 from qmpvcpu.core.machine.hardware import Disk, Flash, GivenDevices, Hardware
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
-from qmpvcpu.xml.machine import machine_element
+from qmpvcpu.xml.metadata import machine_element
 from qmpvcpu.xml.source import Document, Element
 
 #: libvirt's, of `<qemu:commandline>`.

@@ -22,7 +22,7 @@ from qmpvcpu.core.model import Props, QemuVersion, format_ids
 from qmpvcpu.core.request import parse_ids
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused, VcpuUsageError
-from qmpvcpu.xml.domain import read_domain
+from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.source import Document, Element, parse_document
 
 _NUMBER: Final = re.compile(r"[0-9a-f]{32}\Z")
