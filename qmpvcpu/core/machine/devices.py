@@ -5,7 +5,7 @@ The host's side of a console, of a monitor and of the guest agent is replaced: `
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
@@ -31,20 +31,8 @@ _KEPT: Final = frozenset(
 #: Kept elsewhere in the definition, or of the host alone.
 _ELSEWHERE: Final = frozenset(
     (
-        *(
-            "machine",
-            "accel",
-            "cpu",
-            "smp",
-            "m",
-            "numa",
-            "uuid",
-            "name",
-            "usb",
-            "no-acpi",
-            "no-hpet",
-            "enable-kvm",
-        ),
+        *("machine", "accel", "cpu", "smp", "m", "numa", "uuid", "name", "usb", "no-acpi"),
+        *("no-hpet", "enable-kvm"),
         *("nographic", "nodefaults", "no-user-config", "nouserconfig", "serial", "mem-path", "mem-prealloc"),
         *("S", "qmp", "qmp-pretty", "monitor", "mon", "daemonize", "pidfile", "D", "d", "dfilter", "trace", "msg"),
         *("L", "incoming", "display", "vnc", "spice", "k", "full-screen", "sandbox", "runas", "user", "chroot"),
@@ -312,32 +300,10 @@ _PLACES: Final = ("id", "if", "index", "bus", "unit", "media", "readonly", "read
 _OF_MACHINE: Final = frozenset(
     (
         *("machine", "accel", "cpu", "smp", "m", "numa", "uuid", "name", "nodefaults", "no-user-config", "L"),
-        *(
-            "usb",
-            "no-acpi",
-            "no-hpet",
-            "enable-kvm",
-            "device",
-            "global",
-            "set",
-            "vga",
-            "boot",
-            "rtc",
-            "option-rom",
-        ),
-        *(
-            "bios",
-            "kernel",
-            "initrd",
-            "append",
-            "dtb",
-            "fw_cfg",
-            "smbios",
-            "acpitable",
-            "watchdog",
-            "prom-env",
-            "g",
-        ),
+        *("usb", "no-acpi", "no-hpet", "enable-kvm", "device", "global", "set", "vga", "boot"),
+        *("rtc", "option-rom"),
+        *("bios", "kernel", "initrd", "append", "dtb", "fw_cfg", "smbios", "acpitable", "watchdog"),
+        *("prom-env", "g"),
         *("usbdevice", "no-fd-bootchk", "win2k-hack", "semihosting", "compat", "serial", "parallel", "nic", "net"),
     )
 )
@@ -432,55 +398,69 @@ def hollow(arguments: Sequence[str]) -> list[str]:
         if option.name == "blockdev" and option.get("node-name") in flash and (file := option.get("file")):
             flash.add(file)
     for number, option in enumerate(line.options):
-        made = _hollow(option, number, flash)
+        is_flash = option.name == "blockdev" and option.get("node-name") in flash
+        made = _unlocked(option) if is_flash else _hollow(option, number)
         words += made.words if made is not None else ()
     return words
 
 
-def _hollow(option: Option, number: int, flash: set[str]) -> Option | None:
-    name = option.name
-    if name == "display":
-        return Option(name, "none")
-    if name == "nographic":
-        return Option("machine", "graphics=off")
-    if name == "audiodev":
-        return Option(name, f"none,id={_escaped(option.get('id'))}")
-    if name == "audio":
-        return _written(option, (("driver", "none"), *_some(option, "id", "model")))
-    if name in ("fsdev", "virtfs"):
-        return _written(option, (("fsdriver", "synth"), *_some(option, "id", "mount_tag", "readonly")))
-    if name == "chardev" and option.get("id") is not None:
-        return _written(option, (("backend", "null"), ("id", option.get("id") or "")))
-    if name in ("serial", "parallel") and option.text != "none":
-        return Option(name, "null")
-    if name in _DISKS:
-        return _written(Option("drive"), (*_NOTHING, ("node-name", _node(option, number)), *_DISKS[name]))
-    if name == "pflash":
-        return Option("drive", f"if=pflash,format=raw,readonly=on,file.locking=off,file={_escaped(option.text)}")
-    if name == "drive":
-        if option.get("if") == "pflash":
-            kept = [pair for pair in option.pairs if pair[0] not in ("readonly", "read-only")]
-            return _written(option, (*kept, ("readonly", "on"), ("file.locking", "off")))
-        return _written(option, (*_NOTHING, ("node-name", _node(option, number)), *_some(option, *_PLACES)))
-    if name == "blockdev" and option.get("node-name") in flash:
-        return _unlocked(option)
-    if name == "blockdev":
-        node = [("node-name", _node(option, number)), *_some(option, "read-only")]
-        return _written(option, (*_NOTHING, *node))
-    if name == "netdev" and option.get("type") == "user":
+def _hollow(option: Option, number: int) -> Option | None:
+    """The option that a twin has in its place; None where it has none."""
+    replace = _HOLLOWED.get(option.name)
+    if replace is not None:
+        return replace(option, number)
+    return option if option.name in _OF_MACHINE else None
+
+
+def _synthetic(option: Option, _: int) -> Option:
+    return _written(option, (("fsdriver", "synth"), *_some(option, "id", "mount_tag", "readonly")))
+
+
+def _null_chardev(option: Option, _: int) -> Option | None:
+    name = option.get("id")
+    return _written(option, (("backend", "null"), ("id", name))) if name is not None else None
+
+
+def _null_port(option: Option, _: int) -> Option:
+    return option if option.text == "none" else Option(option.name, "null")
+
+
+def _empty_disk(option: Option, number: int) -> Option:
+    return _written(Option("drive"), (*_NOTHING, ("node-name", _node(option, number)), *_DISKS[option.name]))
+
+
+def _flash(option: Option, _: int) -> Option:
+    return Option("drive", f"if=pflash,format=raw,readonly=on,file.locking=off,file={_escaped(option.text)}")
+
+
+def _empty_drive(option: Option, number: int) -> Option:
+    if option.get("if") == "pflash":
+        kept = [pair for pair in option.pairs if pair[0] not in ("readonly", "read-only")]
+        return _written(option, (*kept, ("readonly", "on"), ("file.locking", "off")))
+    return _written(option, (*_NOTHING, ("node-name", _node(option, number)), *_some(option, *_PLACES)))
+
+
+def _empty_node(option: Option, number: int) -> Option:
+    return _written(option, (*_NOTHING, ("node-name", _node(option, number)), *_some(option, "read-only")))
+
+
+def _restricted_network(option: Option, number: int) -> Option:
+    name = ("id", option.get("id") or "")
+    if option.get("type") == "user":
         # It has state of its own in the guest's; restricted, it reaches nothing.
-        return _written(option, (("type", "user"), ("id", option.get("id") or ""), ("restrict", "on")))
-    if name == "netdev":
-        return _written(option, (("type", "hubport"), ("id", option.get("id") or ""), ("hubid", str(number))))
-    if name == "nic" and option.get("type") != "none":
-        return _written(option, (("type", "user"), *_some(option, "id", "model", "mac", "addr")))
-    if name == "net" and option.get("type") not in ("nic", "none"):
-        return Option("net", "user")
-    if name == "object":
-        return _harmless(option)
-    if name in ("device", "machine") and any(key in _WRITTEN for key, _ in option.pairs):
-        return _written(option, [pair for pair in option.pairs if pair[0] not in _WRITTEN])
-    return option if name in _OF_MACHINE else None
+        return _written(option, (("type", "user"), name, ("restrict", "on")))
+    return _written(option, (("type", "hubport"), name, ("hubid", str(number))))
+
+
+def _user_nic(option: Option, _: int) -> Option:
+    if option.get("type") == "none":
+        return option
+    return _written(option, (("type", "user"), *_some(option, "id", "model", "mac", "addr")))
+
+
+def _without_files(option: Option, _: int) -> Option:
+    kept = [pair for pair in option.pairs if pair[0] not in _WRITTEN]
+    return _written(option, kept) if len(kept) < len(option.pairs) else option
 
 
 def _unlocked(option: Option) -> Option:
@@ -491,7 +471,7 @@ def _unlocked(option: Option) -> Option:
     return _written(option, [*kept, ("read-only", "on"), *locking])
 
 
-def _harmless(option: Option) -> Option | None:
+def _harmless(option: Option, _: int) -> Option | None:
     """The same object without the host; None for one that has no use then."""
     kind, name = option.get("qom-type") or "", option.get("id") or ""
     if kind.startswith("memory-backend-"):
@@ -503,6 +483,30 @@ def _harmless(option: Option) -> Option | None:
     if kind in ("rng-random", "rng-egd"):
         return _written(option, (("qom-type", "rng-builtin"), ("id", name)))
     return option if kind in _HARMLESS_OBJECTS else None
+
+
+#: What a twin has in place of an option, by its name. The number is the option's place in the command line.
+_HOLLOWED: Final[Mapping[str, Callable[[Option, int], Option | None]]] = {
+    "display": lambda option, _: Option(option.name, "none"),
+    "nographic": lambda *_: Option("machine", "graphics=off"),
+    "audiodev": lambda option, _: Option(option.name, f"none,id={_escaped(option.get('id'))}"),
+    "audio": lambda option, _: _written(option, (("driver", "none"), *_some(option, "id", "model"))),
+    "fsdev": _synthetic,
+    "virtfs": _synthetic,
+    "chardev": _null_chardev,
+    "serial": _null_port,
+    "parallel": _null_port,
+    **dict.fromkeys(_DISKS, _empty_disk),
+    "pflash": _flash,
+    "drive": _empty_drive,
+    "blockdev": _empty_node,
+    "netdev": _restricted_network,
+    "nic": _user_nic,
+    "net": lambda option, _: option if option.get("type") in ("nic", "none") else Option("net", "user"),
+    "object": _harmless,
+    "device": _without_files,
+    "machine": _without_files,
+}
 
 
 def shared_with_source(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

@@ -164,32 +164,33 @@ def _parse(text: str, position: int) -> NumaOption:
     kind = last.pop("type", None)
     if kind is None or kind not in _KEYS:
         raise _bad(text, "its type is missing" if kind is None else f"there is no type '{kind[:40]}'")
-    values: dict[str, Any] = {}
-    for key, value in last.items():
-        read = _KEYS[kind].get(key)
-        if read is None:
-            raise _bad(text, f"invalid parameter '{key[:40]}'")
-        values[key] = read(value)
-        if values[key] is None:
-            raise _bad(text, f"parameter '{key}' does not accept value '{value[:40]}'")
+    values = {key: _value(text, kind, key, value) for key, value in last.items()}
     if lacking := [key for key in _KEYS[kind] if key not in values and key not in _OPTIONAL.get(kind, ())]:
         raise _bad(text, f"parameter '{lacking[0]}' is missing")
-    match kind:
-        case "node":
-            cpus = [parse_range(value) for key, value in pairs if key == "cpus"]
-            if None in cpus:
-                raise _bad(text, "parameter 'cpus' expects a number or a range")
-            named = tuple(cpu for ids in cpus if ids is not None for cpu in ids)
-            number = values.get("nodeid", position)
-            return NumaNode(number, named, values.get("memdev"), values.get("mem"), values.get("initiator"))
-        case "cpu":
-            return NumaCpu(values.pop("node-id"), Props(values))
-        case "dist":
-            return NumaDistance(values["src"], values["dst"], values["val"])
-        case "hmat-lb":
-            return NumaLatency(**{key.replace("-", "_"): value for key, value in values.items()})
-        case _:
-            return NumaCache(node=values.pop("node-id"), **values)
+    if kind == "node":
+        values.setdefault("nodeid", position)
+        values["cpus"] = [cpu for key, value in pairs if key == "cpus" for cpu in _value(text, kind, key, value)]
+    return _MAKE[kind](values)
+
+
+def _value(text: str, kind: str, key: str, value: str) -> Any:
+    read = _KEYS[kind].get(key)
+    if read is None:
+        raise _bad(text, f"invalid parameter '{key[:40]}'")
+    found = read(value)
+    if found is None:
+        raise _bad(text, f"parameter '{key}' does not accept value '{value[:40]}'")
+    return found
+
+
+#: By its type: the option with these values of its keys.
+_MAKE: Final[Mapping[str, Callable[[dict[str, Any]], NumaOption]]] = {
+    "node": lambda v: NumaNode(v["nodeid"], tuple(v["cpus"]), v.get("memdev"), v.get("mem"), v.get("initiator")),
+    "cpu": lambda v: NumaCpu(v.pop("node-id"), Props(v)),
+    "dist": lambda v: NumaDistance(v["src"], v["dst"], v["val"]),
+    "hmat-lb": lambda v: NumaLatency(**{key.replace("-", "_"): value for key, value in v.items()}),
+    "hmat-cache": lambda v: NumaCache(node=v.pop("node-id"), **v),
+}
 
 
 def _bad(text: str, why: str) -> VcpuUsageError:
@@ -267,18 +268,9 @@ def nodes_of_slots(numa: Iterable[NumaOption], machine: NumaMachine) -> list[int
     """
     state = _State(machine)
     for option in numa:
-        if isinstance(option, NumaNode):
-            _add_node(state, option)
-        elif isinstance(option, NumaCpu):
-            _add_cpu(state, option)
-        elif isinstance(option, NumaDistance):
-            _add_distance(state, option)
-        elif not machine.has_hmat:
+        if isinstance(option, NumaLatency | NumaCache) and not machine.has_hmat:
             raise catalogue.NUMA_NO_HMAT.error(option=option)
-        elif isinstance(option, NumaLatency):
-            _add_latency(state, option)
-        else:
-            _add_cache(state, option)
+        _ADD[type(option)](state, option)
     _check_nodes(state)
     _check_distances(state)
     # What nobody names falls to node 0 as soon as somebody names anything.
@@ -299,26 +291,35 @@ def _add_node(state: _State, node: NumaNode) -> None:
     if node.id in state.nodes:
         raise catalogue.NUMA_TWICE.error(node=node.id)
     if node.initiator is not None:
-        if not machine.has_hmat:
-            raise catalogue.NUMA_NO_HMAT.error(option=node)
-        if node.initiator >= _MOST_NODES:
-            raise catalogue.NUMA_INITIATOR.error(option=node, most=_MOST_NODES - 1)
+        _check_initiator(node, machine)
         state.initiators[node.id] = node.initiator
     for cpu in node.cpus:
         maxcpus = len(machine.units) * machine.size
         if cpu >= maxcpus:
             raise catalogue.NUMA_CPU_INDEX.error(cpu=cpu, maxcpus=maxcpus)
         state.assign(cpu // machine.size, node.id, f"-numa {node}")
-    if node.mem is not None:
-        if not machine.takes_mem:
-            raise catalogue.NUMA_MEM.error()
-        # QEMU reads it twice: as bytes, and then, without a suffix, as MiB.
-        if parse_size(node.mem, is_strict=machine.has_strict_sizes) is None:
-            raise catalogue.NUMA_MEM_SIZE.error(option=node)
-    known = (node, *state.nodes.values())
-    if any(one.mem is not None for one in known) and any(one.memdev is not None for one in known):
-        raise catalogue.NUMA_MEM_AND_MEMDEV.error()
+    _check_memory(node, machine)
     state.nodes[node.id] = node
+    nodes = state.nodes.values()
+    if any(one.mem is not None for one in nodes) and any(one.memdev is not None for one in nodes):
+        raise catalogue.NUMA_MEM_AND_MEMDEV.error()
+
+
+def _check_initiator(node: NumaNode, machine: NumaMachine) -> None:
+    if not machine.has_hmat:
+        raise catalogue.NUMA_NO_HMAT.error(option=node)
+    if node.initiator is not None and node.initiator >= _MOST_NODES:
+        raise catalogue.NUMA_INITIATOR.error(option=node, most=_MOST_NODES - 1)
+
+
+def _check_memory(node: NumaNode, machine: NumaMachine) -> None:
+    if node.mem is None:
+        return
+    if not machine.takes_mem:
+        raise catalogue.NUMA_MEM.error()
+    # QEMU reads it twice: as bytes, and then, without a suffix, as MiB.
+    if parse_size(node.mem, is_strict=machine.has_strict_sizes) is None:
+        raise catalogue.NUMA_MEM_SIZE.error(option=node)
 
 
 def _add_cpu(state: _State, cpu: NumaCpu) -> None:
@@ -416,6 +417,16 @@ def _add_cache(state: _State, cache: NumaCache) -> None:
             raise catalogue.NUMA_CACHE.error(option=cache, why=why)
     assert size is not None
     state.caches[cache.node, cache.level] = size
+
+
+#: What applies an option of each kind.
+_ADD: Final[Mapping[type, Callable[[_State, Any], None]]] = {
+    NumaNode: _add_node,
+    NumaCpu: _add_cpu,
+    NumaDistance: _add_distance,
+    NumaLatency: _add_latency,
+    NumaCache: _add_cache,
+}
 
 
 def _check_nodes(state: _State) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Final
 
 from qmpvcpu.core.arch import Architecture, EntityKind, architecture
@@ -208,13 +209,8 @@ _APIC_IDS: Final = 255
 def _last_apic_id(topology: Topology) -> int:
     threads, cores, modules, dies = topology.x86_apic_widths
     found = topology.sockets - 1
-    for bits, count in (
-        (dies, topology.dies),
-        (modules, topology.modules),
-        (cores, topology.cores),
-        (threads, topology.threads),
-    ):
-        found = (found << bits) + count - 1
+    for level, bits in (("dies", dies), ("modules", modules), ("cores", cores), ("threads", threads)):
+        found = (found << bits) + getattr(topology, level) - 1
     return found
 
 
@@ -238,41 +234,17 @@ _LEVEL_SINCE: Final = {
 def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
     """Fill in what is not written, and check the whole, as QEMU does."""
     given = {key: getattr(smp, key) for key in ("cpus", "maxcpus", *LEVELS)}
-    for level in LEVELS:
-        if given[level] is not None and level not in facts.known:
-            raise catalogue.SMP_NO_LEVEL.error(level=level)
-    is_new = has(facts.qemu, Feature.NO_ZERO_LEVELS)
-    if is_new and 0 in given.values():
-        raise catalogue.SMP_ZERO.error()
+    _check_levels(given, facts)
     counted = {key: (value or 0) & _WORD for key, value in given.items()}
-    for level in LEVELS:
-        is_old = level in ("drawers", "books") and not has(facts.compat, Feature.DRAWERS_AND_BOOKS)
-        if ((given[level] or 0) if is_new else counted[level]) > 1 and (is_old or level not in facts.levels):
-            raise catalogue.SMP_LEVEL.error(level=level)
-    counts = {level: counted[level] for level in LEVELS}
-    for level in LEVELS:
-        if level not in ("sockets", "cores", "threads"):
-            counts[level] = counts[level] or 1
-    cpus, maxcpus = counted["cpus"], counted["maxcpus"]
-    if not cpus and not maxcpus:
-        for level in ("sockets", "cores", "threads"):
-            counts[level] = counts[level] or 1
-    else:
-        maxcpus = maxcpus or cpus
-        first, second = "sockets", "cores"
-        if has(facts.compat, Feature.CORES_FIRST):
-            first, second = second, first
-        if not counts[first]:
-            counts[second] = counts[second] or 1
-            counts["threads"] = counts["threads"] or 1
-            counts[first] = _quotient(maxcpus, counts, first)
-        elif not counts[second]:
-            counts["threads"] = counts["threads"] or 1
-            counts[second] = _quotient(maxcpus, counts, second)
-        counts["threads"] = counts["threads"] or _quotient(maxcpus, counts, "threads")
+    counts = {level: counted[level] or 1 for level in LEVELS}
+    maxcpus = counted["maxcpus"] or counted["cpus"]
+    solved = ("cores", "sockets") if has(facts.compat, Feature.CORES_FIRST) else ("sockets", "cores")
+    unknown = next((level for level in (*solved, "threads") if not counted[level]), None)
+    if unknown is not None and maxcpus:
+        counts[unknown] = _quotient(maxcpus, counts, unknown)
     total = _product(counts)
     maxcpus = maxcpus or total
-    cpus = cpus or maxcpus
+    cpus = counted["cpus"] or maxcpus
     words = " * ".join(f"{level} ({counts[level]})" for level in facts.levels)
     if total != maxcpus:
         raise catalogue.SMP_PRODUCT.error(product=words, maxcpus=maxcpus)
@@ -283,6 +255,21 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
     return Topology(maxcpus, **counts), cpus
 
 
+def _check_levels(given: Mapping[str, int | None], facts: _Machine) -> None:
+    """Whether this QEMU knows the levels that are written, and this machine can have more than one of each."""
+    for level in LEVELS:
+        if given[level] is not None and level not in facts.known:
+            raise catalogue.SMP_NO_LEVEL.error(level=level)
+    is_new = has(facts.qemu, Feature.NO_ZERO_LEVELS)
+    if is_new and 0 in given.values():
+        raise catalogue.SMP_ZERO.error()
+    for level in LEVELS:
+        is_old = level in ("drawers", "books") and not has(facts.compat, Feature.DRAWERS_AND_BOOKS)
+        count = (given[level] or 0) & (~0 if is_new else _WORD)
+        if count > 1 and (is_old or level not in facts.levels):
+            raise catalogue.SMP_LEVEL.error(level=level)
+
+
 def _quotient(maxcpus: int, counts: Mapping[str, int], level: str) -> int:
     rest = _product(counts, level)
     if not rest:
@@ -291,10 +278,7 @@ def _quotient(maxcpus: int, counts: Mapping[str, int], level: str) -> int:
 
 
 def _product(counts: Mapping[str, int], without: str = "") -> int:
-    product = 1
-    for level, count in counts.items():
-        product *= count if level != without else 1
-    return product & _WORD
+    return prod(count for level, count in counts.items() if level != without) & _WORD
 
 
 def _check_machine(topology: Topology, cpus: int, facts: _Machine, accel: str) -> None:
@@ -334,16 +318,7 @@ def _units(topology: Topology, facts: _Machine) -> list[dict[str, Any]]:
     return units
 
 
-_PROPS: Final = {
-    "drawers": "drawer-id",
-    "books": "book-id",
-    "sockets": "socket-id",
-    "dies": "die-id",
-    "clusters": "cluster-id",
-    "modules": "module-id",
-    "cores": "core-id",
-    "threads": "thread-id",
-}
+_PROPS: Final = {level: f"{level.removesuffix('s')}-id" for level in LEVELS}
 
 
 def _nodes(
