@@ -119,27 +119,11 @@ async def find_layout(
         raise catalogue.PROGRAM_OF_ANOTHER_ARCH.error(emulator=emulator, runs=runs.name, arch=target)
     target = runs.name if runs is not None else target
     look = _Look(spec, found, typed)
-    layout = None
-    if mode is not ProbeMode.ALWAYS and not refresh:
-        assume = found is None or mode is ProbeMode.NEVER
-        layout = predict_layout(
-            spec, target, look.facts, typed=typed, assume=assume, unseen=found is not None and look.facts is None
-        )
-    if layout is None and not refresh:
-        layout = look.cached()
-    if layout is None and (mode is ProbeMode.NEVER or found is None):
-        raise _unknown(spec, target, never=mode is ProbeMode.NEVER)
+    layout = None if refresh else look.known(target, mode)
     if layout is None:
-        async with _held(look.cache, look.lock, began + timeout):
-            # Another process may have asked the same meanwhile.
-            if not refresh:
-                look.read_facts()
-                layout = look.cached()
-            if layout is None:
-                try:
-                    layout = await look.ask(began + timeout)
-                except VcpuRefused as error:
-                    raise await look.explain(error) from error
+        if mode is ProbeMode.NEVER or found is None:
+            raise _unknown(spec, target, never=mode is ProbeMode.NEVER)
+        layout = await look.find_out(began + timeout, refresh=refresh)
     if arch is not None and layout.arch not in programs_of(arch):
         raise catalogue.PROBED_ANOTHER_ARCH.error(emulator=emulator, runs=layout.arch, arch=arch)
     return Probe(layout, found.path if found is not None else None, tuple(messages), time.monotonic() - began)
@@ -151,12 +135,13 @@ class _Look:
     def __init__(self, spec: MachineSpec, program: _Found | None, typed: bool) -> None:
         self.spec = spec
         self.program = program
+        self.typed = typed
         self.cache = _cache()
         self.facts: QemuFacts | None = None
         identity = program.identity.to_json() if program is not None else None
         self._about = key_of("program", identity)
         self._question = [identity, spec.to_json()]
-        self.lock = key_of(self._question)[:2]
+        self._lock = key_of(self._question)[:2]
         self.read_facts()
 
     def read_facts(self) -> None:
@@ -183,14 +168,34 @@ class _Look:
         except (VcpuConnectionError, KeyError, TypeError):
             return None
 
-    async def ask(self, deadline: float) -> MachineLayout:
-        """Start a QEMU, and keep what it says."""
+    def known(self, target: str, mode: ProbeMode) -> MachineLayout | None:
+        """What arithmetic says, or a QEMU has said before."""
+        layout = None
+        if mode is not ProbeMode.ALWAYS:
+            assume = self.program is None or mode is ProbeMode.NEVER
+            unseen = self.program is not None and self.facts is None
+            layout = predict_layout(self.spec, target, self.facts, typed=self.typed, assume=assume, unseen=unseen)
+        return layout or self.cached()
+
+    async def find_out(self, deadline: float, *, refresh: bool) -> MachineLayout:
+        """Start a QEMU, and keep what it says, unless another process does so meanwhile."""
+        async with _held(self.cache, self._lock, deadline):
+            if not refresh:
+                self.read_facts()
+                if (layout := self.cached()) is not None:
+                    return layout
+            try:
+                return await self._ask(deadline)
+            except VcpuRefused as error:
+                raise await self._explain(error) from error
+
+    async def _ask(self, deadline: float) -> MachineLayout:
         assert self.program is not None
         async with _held(self.cache, "", deadline):
             left = max(deadline - time.monotonic(), 0.001)
             return await probe_machine(self.program.path, self.spec, self._keep, timeout=left)
 
-    async def explain(self, error: VcpuRefused) -> VcpuRefused:
+    async def _explain(self, error: VcpuRefused) -> VcpuRefused:
         """Of a machine type that this QEMU has not: which QEMU that is, and the family's newest that it has."""
         assert self.program is not None
         if _NO_MACHINE not in error.message:

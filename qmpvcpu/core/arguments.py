@@ -91,9 +91,26 @@ def _check_options(function: Callable[..., Any], hint: Any, options: Mapping[str
             raise _wrong(name, value, hints[name])
 
 
+def _is_integer(value: Any) -> bool:
+    return isinstance(value, int) and type(value) is not bool
+
+
+#: What a value must be for an annotation that is not a class of its own.
+_PLAIN: Final[Mapping[Any, Callable[[Any], bool]]] = {
+    Any: lambda _: True,
+    object: lambda _: True,
+    None: lambda value: value is None,
+    type(None): lambda value: value is None,
+    bool: lambda value: type(value) is bool,
+    int: _is_integer,
+    float: lambda value: _is_integer(value) or (isinstance(value, float) and value == value),
+}
+
+
 def _fits(value: Any, hint: Any) -> bool:
-    if hint in (Any, object):
-        return True
+    plain = _PLAIN.get(hint)
+    if plain is not None:
+        return plain(value)
     origin, inner = get_origin(hint), get_args(hint)
     if origin in (Union, types.UnionType):
         return any(_fits(value, one) for one in inner)
@@ -101,19 +118,11 @@ def _fits(value: Any, hint: Any) -> bool:
         return value in inner
     if origin is not None:
         return _is_collection(value, origin, inner)
-    if hint in (None, type(None)):
-        return value is None
-    if hint is bool:
-        return type(value) is bool
-    if isinstance(hint, type) and issubclass(hint, StrEnum):
-        return value in set(hint)
-    if isinstance(hint, type) and issubclass(hint, Flag):
-        return isinstance(value, int) and type(value) is not bool
-    if hint in (int, float):
-        return isinstance(value, int | hint) and type(value) is not bool and value == value
     if not isinstance(hint, type) or getattr(hint, "_is_protocol", False):
         return True
-    return isinstance(value, hint)
+    if issubclass(hint, StrEnum):
+        return value in set(hint)
+    return _is_integer(value) if issubclass(hint, Flag) else isinstance(value, hint)
 
 
 def _is_collection(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
