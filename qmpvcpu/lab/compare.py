@@ -26,7 +26,7 @@ from qmpvcpu.domain import Domain, connect
 from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.lab.libvirtd import Libvirtd, run_libvirtd
-from qmpvcpu.libvirt.calls import Connection, Guest, open_connection
+from qmpvcpu.libvirt.calls import Connection, LibvirtGuest, open_connection
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.folder import throwaway_folder
 from qmpvcpu.qemu.launch import run_qemu
@@ -40,7 +40,7 @@ _AGENT: Final = "agent"
 
 
 @dataclass(frozen=True, slots=True)
-class Side:
+class SideOutcome:
     """How one request ended on one side.
 
     `error` is a libvirt error's name, None where there was none; `seconds` the call's duration, `commands` the QMP
@@ -79,8 +79,8 @@ class Comparison:
     "config".
     """
 
-    ours: Side
-    libvirt: Side
+    ours: SideOutcome
+    libvirt: SideOutcome
 
     @property
     def differs(self) -> tuple[str, ...]:
@@ -127,7 +127,7 @@ class OurSide:
         self.beside = beside
         self._log = log
 
-    async def ask(self, request: Request) -> Side:
+    async def ask(self, request: Request) -> SideOutcome:
         """Carry it out."""
         mark = self._log.stat().st_size if self._log.exists() else 0
         error: VcpuError | None = None
@@ -144,7 +144,7 @@ class OurSide:
         live, config = await self._sides()
         shown_live, live_ids = _shown(live)
         shown_config, config_ids = _shown(config)
-        return Side(
+        return SideOutcome(
             str(error.outcome) if error is not None else outcome,
             None if error is None else error.libvirt,
             error.message if error is not None else "; ".join(messages) or None,
@@ -221,7 +221,7 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
 class LibvirtSide:
     """The same guest under libvirt, which is asked as virsh asks it."""
 
-    def __init__(self, daemon: Libvirtd | None, connection: Connection, guest: Guest) -> None:
+    def __init__(self, daemon: Libvirtd | None, connection: Connection, guest: LibvirtGuest) -> None:
         self._daemon = daemon
         self.connection = connection
         self.guest = guest
@@ -268,12 +268,12 @@ class LibvirtSide:
                 refusal = replace(catalogue.LIBVIRT_NOT_STARTED(said=error.text), libvirt=error.error_class)
                 raise VcpuRefused([refusal]) from error
             try:
-                yield cls(daemon if log else None, connection, Guest(connection, domain))
+                yield cls(daemon if log else None, connection, LibvirtGuest(connection, domain))
             finally:
                 with suppress(CommandError, VcpuConnectionError):
                     await connection.change("virDomainDestroy", end)
 
-    async def ask(self, request: Request) -> Side:
+    async def ask(self, request: Request) -> SideOutcome:
         """libvirt's own call for it."""
         call = self.call_of(request)
         mark = self._daemon.log_position() if self._daemon is not None else 0
@@ -294,7 +294,7 @@ class LibvirtSide:
         if call is None:
             text = "libvirt has no call for this"
         outcome = "none" if call is None else "applied" if error is None else "failed"
-        return Side(outcome, name, text, seconds, commands, shown_live, shown_config, live_ids, config_ids)
+        return SideOutcome(outcome, name, text, seconds, commands, shown_live, shown_config, live_ids, config_ids)
 
     def call_of(self, request: Request) -> Callable[[], object] | None:
         """What virsh would call; None where libvirt has nothing."""

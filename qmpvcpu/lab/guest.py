@@ -49,7 +49,7 @@ def find_image(arch: str) -> GuestImage:
     return GuestImage(folder, facts)
 
 
-class Guest:
+class BootedGuest:
     """A guest that has booted: `qemu`, its process, and `shell`."""
 
     def __init__(self, qemu: QemuProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -112,7 +112,7 @@ async def boot(
     *,
     append: str = "",
     timeout: float = 120.0,
-) -> AsyncIterator[Guest]:
+) -> AsyncIterator[BootedGuest]:
     """Boot the guest and wait until it is ready; at the end its QEMU is killed.
 
     Args:
@@ -157,7 +157,7 @@ def guest_arguments(image: GuestImage, append: str = "") -> list[str]:
 
 
 @asynccontextmanager
-async def attached(qemu: QemuProcess) -> AsyncIterator[Guest]:
+async def attached(qemu: QemuProcess) -> AsyncIterator[BootedGuest]:
     """A guest that runs already: it has migrated to this QEMU, which has its `CHANNELS`."""
     console, console_writer = await asyncio.open_unix_connection(qemu.folder / "console")
     try:
@@ -168,10 +168,10 @@ async def attached(qemu: QemuProcess) -> AsyncIterator[Guest]:
 
 
 @asynccontextmanager
-async def _shell(qemu: QemuProcess) -> AsyncIterator[Guest]:
+async def _shell(qemu: QemuProcess) -> AsyncIterator[BootedGuest]:
     reader, writer = await asyncio.open_unix_connection(qemu.folder / "shell")
     try:
-        yield Guest(qemu, reader, writer)
+        yield BootedGuest(qemu, reader, writer)
     finally:
         writer.close()
 

@@ -371,7 +371,7 @@ class Connection:
 
         return await self.query("virConnectListAllDomains", work, CALL_SECONDS)
 
-    async def guest(self, name: str) -> Guest:
+    async def guest(self, name: str) -> LibvirtGuest:
         """A domain by name, or by UUID as virsh takes it.
 
         Raises:
@@ -386,10 +386,10 @@ class Connection:
                     return self.conn.lookupByUUIDString(name)
                 raise
 
-        return Guest(self, await self.query("virDomainLookupByName", work))
+        return LibvirtGuest(self, await self.query("virDomainLookupByName", work))
 
 
-class Guest:
+class LibvirtGuest:
     """One domain of libvirt's; calls one to one.
 
     Each raises `CommandError` where libvirt answers with an error, and `VcpuConnectionError`.
@@ -591,68 +591,50 @@ class Guest:
         (seconds since the epoch) and data (JSON). What is returned ends it. Blocks, for two calls.
         """
         library, conn = self._library, self.connection.conn
-        ids: list[int] = []
-        own: list[int] = []
+        subscribed: list[Callable[[], object]] = []
 
         def end() -> None:
-            while ids:
+            while subscribed:
                 with suppress(library.libvirtError):
-                    conn.domainEventDeregisterAny(ids.pop())
-            while own:
-                import libvirt_qemu
-
-                with suppress(library.libvirtError):
-                    libvirt_qemu.qemuMonitorEventDeregister(conn, own.pop())
+                    subscribed.pop()()
 
         # Whoever subscribes may be cancelled in the middle; and what is subscribed to holds the connection.
         self.connection.at_close.append(end)
 
-        def say(word: str, device: str = "") -> None:
-            with suppress(RuntimeError):
-                loop.call_soon_threadsafe(told, word, device)
+        def tell(act: Callable[..., None], *words: object) -> None:
+            with suppress(RuntimeError):  # the loop is closed
+                loop.call_soon_threadsafe(act, *words)
 
-        def lifecycle(conn: object, domain: object, event: int, detail: int, opaque: object) -> None:
-            say("stopped" if event == library.VIR_DOMAIN_EVENT_STOPPED else "changed")
-
-        def other(*given: object) -> None:
-            say("changed")
-
-        def removed(conn: object, domain: object, device: str, opaque: object) -> None:
-            say("removed", device or "")
-
-        def kept(conn: object, domain: object, device: str, opaque: object) -> None:
-            say("removal-failed", device or "")
-
-        def agent(*given: object) -> None:
-            say("agent")
-
-        wanted = [
-            (library.VIR_DOMAIN_EVENT_ID_LIFECYCLE, lifecycle),
-            (library.VIR_DOMAIN_EVENT_ID_TUNABLE, other),
-            (library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED, removed),
-            (library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED, kept),
-            (library.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE, agent),
-        ]
         if monitor is not None:
             import libvirt_qemu
 
             def event(
                 conn: object, domain: object, name: str, seconds: int, micros: int, data: str, opaque: object
             ) -> None:
-                with suppress(RuntimeError):
-                    loop.call_soon_threadsafe(monitor, name, seconds + micros / 1e6, data or "{}")
+                tell(monitor, name, seconds + micros / 1e6, data or "{}")
 
-            own.append(
-                self.call(
-                    "virConnectDomainQemuMonitorEventRegister",
-                    lambda: libvirt_qemu.qemuMonitorEventRegister(conn, self.domain, None, event, None, 0),
-                )
-            )
-        for number, callback in wanted:
-            subscribe = partial(conn.domainEventRegisterAny, self.domain, number, callback, None)
+            register = partial(libvirt_qemu.qemuMonitorEventRegister, conn, self.domain, None, event, None, 0)
+            number = self.call("virConnectDomainQemuMonitorEventRegister", register)
+            subscribed.append(partial(libvirt_qemu.qemuMonitorEventDeregister, conn, number))
+        stopped = library.VIR_DOMAIN_EVENT_STOPPED
+        for kind, words in {
+            library.VIR_DOMAIN_EVENT_ID_LIFECYCLE: lambda event, *_: (
+                "stopped" if event == stopped else "changed",
+                "",
+            ),
+            library.VIR_DOMAIN_EVENT_ID_TUNABLE: lambda *_: ("changed", ""),
+            library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: lambda device, _: ("removed", device or ""),
+            library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED: lambda device, _: ("removal-failed", device or ""),
+            library.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE: lambda *_: ("agent", ""),
+        }.items():
+
+            def happened(conn: object, domain: object, *given: Any, words: Callable[..., Any] = words) -> None:
+                tell(told, *words(*given))
+
+            subscribe = partial(conn.domainEventRegisterAny, self.domain, kind, happened, None)
             with suppress(CommandError):  # a driver has not all of them
-                ids.append(self.call("virConnectDomainEventRegisterAny", subscribe))
-
+                number = self.call("virConnectDomainEventRegisterAny", subscribe)
+                subscribed.append(partial(conn.domainEventDeregisterAny, number))
         return end
 
 

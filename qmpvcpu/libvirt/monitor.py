@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from qmpvcpu.core.request import parse_ids
 from qmpvcpu.errors import VcpuUsageError
-from qmpvcpu.libvirt.calls import Guest
+from qmpvcpu.libvirt.calls import LibvirtGuest
 from qmpvcpu.libvirt.passthrough import Behind
 from qmpvcpu.ports import CommandError, MonitorEvent
 
@@ -33,10 +33,92 @@ def failed(error: CommandError) -> asyncio.Future[object]:
     return result
 
 
+class _Unplug:
+    """One `virDomainSetVcpu` that unplugs an entity. `answer` is that of `device_del`: libvirt has asked for it.
+    How that ends is an event.
+    """
+
+    def __init__(self, monitor: ApiMonitor, first: int) -> None:
+        self.first = first
+        self._monitor = monitor
+        self._loop = asyncio.get_running_loop()
+        self.answer: asyncio.Future[object] = self._loop.create_future()
+        #: Whether another client held the domain when libvirt was told; None before that.
+        self._was_held: bool | None = None
+        self._timer: asyncio.TimerHandle | None = None
+        guest = monitor.guest
+        self._call = guest.set_vcpu(monitor.entities[first], False, guest.flags(live=True))
+        self._asking = guest.connection.begin_change("virDomainSetVcpu", self._work, self._wait)
+        self._asking.add_done_callback(self._finish)
+
+    def drop(self) -> bool:
+        """Do not ask for it; whether it was not asked. Once libvirt waits for another client's job it cannot be
+        taken back, and will be asked, unless libvirt gives up first.
+        """
+        if self._monitor.guest.connection.drop(self._asking):
+            return True
+        if self._was_held:
+            self._answer()
+        return False
+
+    def stop(self) -> None:
+        """Look at it no more."""
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def _work(self) -> object:
+        self._was_held = self._monitor.guest.is_held_now()
+        return self._call()
+
+    def _wait(self) -> None:
+        self._timer = self._loop.call_later(_ASKED_SECONDS, self._asked_by_now)
+
+    def _asked_by_now(self) -> None:
+        if self._was_held is None:
+            # Its thread still connects.
+            self._wait()
+        elif not self._was_held:
+            self._answer()
+        # Else libvirt waits for another client's job first; when that ends nobody tells.
+
+    def _answer(self) -> None:
+        if not self.answer.done():
+            self.answer.set_result({})
+
+    def _finish(self, done: asyncio.Future[object]) -> None:
+        self.stop()
+        self._monitor.forget(self)
+        if done.cancelled():
+            self.answer.cancel()
+            return
+        error = done.exception()
+        if error is None:
+            self._end("DEVICE_DELETED")
+        elif isinstance(error, CommandError) and _has_given_up(error):
+            # libvirt has waited as long as it does. Its XML follows if an event comes, and else never.
+            logger.debug("vCPU %s: %s", self.first, error.text)
+            self._answer()
+        elif isinstance(error, CommandError) and (error.error_class == _NO_ERROR or "rejected" in error.text):
+            self._end("DEVICE_UNPLUG_GUEST_ERROR")
+        elif not self.answer.done():
+            self.answer.set_exception(error)
+        elif isinstance(error, CommandError):
+            # It was taken for asked, and that is over.
+            self._end("DEVICE_UNPLUG_GUEST_ERROR", error.text)
+
+    def _end(self, event: str, text: str | None = None) -> None:
+        self._answer()
+        self._monitor.give(MonitorEvent(event, {"device": f"vcpu{self.first}", "text": text}, time.time()))
+
+
+def _has_given_up(error: CommandError) -> bool:
+    return error.error_class == "VIR_ERR_OPERATION_TIMEOUT" and _LOCKED not in error.text
+
+
 class ApiMonitor(Behind):
     """libvirt's API in the place of a monitor: `device_add` and `device_del` are `virDomainSetVcpu`."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: LibvirtGuest) -> None:
         super().__init__(guest)
         #: By first vCPU id, the ids of each entity.
         self.entities: dict[int, tuple[int, ...]] = {}
@@ -44,13 +126,11 @@ class ApiMonitor(Behind):
         self.unseen: frozenset[int] = frozenset()
         #: Some of which may be.
         self.doubtful: tuple[int, ...] = ()
-        self._timers: set[asyncio.TimerHandle] = set()
         self._plugs: set[asyncio.Future[object]] = set()
         #: By first vCPU id, what libvirt has not been asked for yet: it takes one at a time.
         self._queued_plugs: dict[int, asyncio.Future[object]] = {}
-        self._queued: dict[int, asyncio.Future[object]] = {}
-        #: By first vCPU id, unplugs that libvirt was told of while another client held the domain.
-        self._held_up: dict[int, asyncio.Future[object]] = {}
+        #: Those that have not ended.
+        self._unplugs: set[_Unplug] = set()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Listen to libvirt. Blocks."""
@@ -61,7 +141,7 @@ class ApiMonitor(Behind):
         event = "DEVICE_UNPLUG_GUEST_ERROR" if word == "removal-failed" else "DEVICE_DELETED"
         # Of no device of ours: whoever listens looks again.
         about = {"device": device} if device else {"path": ""}
-        self._give(MonitorEvent(event, about, time.time()))
+        self.give(MonitorEvent(event, about, time.time()))
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
         """Of QMP there is nothing here."""
@@ -98,102 +178,34 @@ class ApiMonitor(Behind):
 
     def device_del(self, device: str) -> asyncio.Future[object]:
         """`virDomainSetVcpu` of one entity. It answers once libvirt has asked; the end is an event."""
-        loop = asyncio.get_running_loop()
-        first = int(device.rpartition("/")[2].removeprefix("vcpu"))
-        answer: asyncio.Future[object] = loop.create_future()
+        unplug = _Unplug(self, int(device.rpartition("/")[2].removeprefix("vcpu")))
+        self._unplugs.add(unplug)
+        return unplug.answer
 
-        was_held: list[bool] = []
-        timers: list[asyncio.TimerHandle] = []
-
-        def begun() -> None:
-            self._queued.pop(first, None)
-            wait()
-
-        def wait() -> None:
-            timers[:] = [loop.call_later(_ASKED_SECONDS, asked_by_now)]
-            self._timers.update(timers)
-
-        def asked_by_now() -> None:
-            self._timers.difference_update(timers)
-            if not was_held:
-                # Its thread still connects.
-                wait()
-            elif any(was_held):
-                # libvirt waits for another client's job first; when that ends nobody tells.
-                self._held_up[first] = answer
-            else:
-                asked()
-
-        def asked() -> None:
-            if not answer.done():
-                answer.set_result({})
-
-        def ended(done: asyncio.Future[object]) -> None:
-            self._queued.pop(first, None)
-            self._held_up.pop(first, None)
-            if done.cancelled():
-                answer.cancel()
-                return
-            error = done.exception()
-            event = text = None
-            if error is None:
-                event = "DEVICE_DELETED"
-            elif (
-                isinstance(error, CommandError)
-                and error.error_class == "VIR_ERR_OPERATION_TIMEOUT"
-                and _LOCKED not in error.text
-            ):
-                # libvirt has waited as long as it does. Its XML follows if an event comes, and else never.
-                logger.debug("vCPU %s: %s", first, error.text)
-            elif isinstance(error, CommandError) and (error.error_class == _NO_ERROR or "rejected" in error.text):
-                event = "DEVICE_UNPLUG_GUEST_ERROR"
-            elif not answer.done():
-                answer.set_exception(error)
-            elif isinstance(error, CommandError):
-                # It was taken for asked, and that is over.
-                event, text = "DEVICE_UNPLUG_GUEST_ERROR", error.text
-            asked()
-            if event is not None:
-                about = {"device": f"vcpu{first}", "text": text}
-                self._give(MonitorEvent(event, about, time.time()))
-
-        call = self.guest.set_vcpu(self.entities[first], False, self.guest.flags(live=True))
-
-        def work() -> object:
-            was_held.append(self.guest.is_held_now())
-            return call()
-
-        asking = self.guest.connection.begin_change("virDomainSetVcpu", work, begun)
-        self._queued[first] = asking
-        asking.add_done_callback(ended)
-        return answer
+    def forget(self, unplug: _Unplug) -> None:
+        """It has ended."""
+        self._unplugs.discard(unplug)
 
     def drop_queued(self, *, plugs: bool = True) -> frozenset[str]:
         """Do not ask for what libvirt has not been asked for yet."""
-        drop = self.guest.connection.drop
-        found: set[int] = set()
-        for queued in (self._queued, self._queued_plugs) if plugs else (self._queued,):
-            found.update(first for first, asking in queued.items() if drop(asking))
-            queued.clear()
-        for answer in tuple(self._held_up.values()):
-            # It cannot be taken back, and will be asked, unless libvirt gives up first.
-            if not answer.done():
-                answer.set_result({})
-        self._held_up.clear()
+        found = {unplug.first for unplug in tuple(self._unplugs) if unplug.drop()}
+        if plugs:
+            drop = self.guest.connection.drop
+            found.update(first for first, asking in self._queued_plugs.items() if drop(asking))
+            self._queued_plugs.clear()
         return frozenset(f"vcpu{first}" for first in found)
 
     async def close(self) -> None:
         """End listening. Never raises; may be called twice."""
-        for timer in self._timers:
-            timer.cancel()
-        self._timers.clear()
+        for unplug in self._unplugs:
+            unplug.stop()
         await super().close()
 
 
 class ApiAgent:
     """The guest's agent by libvirt's API (`ports.Agent`). It reads no files: libvirt has no call for that."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: LibvirtGuest) -> None:
         self._guest = guest
 
     @property

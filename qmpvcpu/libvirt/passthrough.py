@@ -9,14 +9,14 @@ from contextlib import contextmanager
 from typing import Any
 
 from qmpvcpu.errors import VcpuConnectionError
-from qmpvcpu.libvirt.calls import Guest
+from qmpvcpu.libvirt.calls import LibvirtGuest
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
 
 
 class Behind(Monitor):
     """What both ways have: who listens, and a guest that stops, or whose libvirt is lost."""
 
-    def __init__(self, guest: Guest) -> None:
+    def __init__(self, guest: LibvirtGuest) -> None:
         self.guest = guest
         self._sinks: list[Sink] = []
         self._lost: VcpuConnectionError | None = None
@@ -77,14 +77,15 @@ class Behind(Monitor):
         finally:
             self._sinks.remove(sink)
 
-    def _give(self, event: MonitorEvent | VcpuConnectionError) -> None:
+    def give(self, event: MonitorEvent | VcpuConnectionError) -> None:
+        """To whoever listens."""
         for sink in tuple(self._sinks):
             sink(event)
 
     def _lose(self, error: VcpuConnectionError) -> None:
         if self._lost is None:
             self._lost = error
-            self._give(error)
+            self.give(error)
 
     def check(self) -> None:
         """Raises VcpuConnectionError if the guest has stopped, or its libvirt is lost."""
@@ -114,7 +115,7 @@ class Behind(Monitor):
 class PassedMonitor(Behind):
     """QEMU's monitor behind libvirt's `virDomainQemuMonitorCommand`."""
 
-    def __init__(self, guest: Guest, log: Any = None) -> None:
+    def __init__(self, guest: LibvirtGuest, log: Any = None) -> None:
         super().__init__(guest)
         self._log = log
         self._greeting: Mapping[str, Any] = {}
@@ -143,7 +144,7 @@ class PassedMonitor(Behind):
             return
         if self._log is not None:
             self._log.write("receive", {"event": name, "data": found})
-        self._give(MonitorEvent(name, found if isinstance(found, dict) else {}, when))
+        self.give(MonitorEvent(name, found if isinstance(found, dict) else {}, when))
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
         """Any QMP command; sent in the order of the calls."""

@@ -9,8 +9,9 @@ import asyncio
 import threading
 from collections.abc import Callable
 from contextlib import suppress
+from functools import partial
 from queue import SimpleQueue
-from typing import Any, Final, TypeVar
+from typing import Any, Final, Generic, TypeVar
 
 T = TypeVar("T")
 
@@ -40,18 +41,47 @@ def _run_events() -> None:
         libvirt.virEventRunDefaultImpl()
 
 
+class _Call(Generic[T]):
+    """One call, and `result`, its future in the loop of whoever asks for it."""
+
+    def __init__(self, function: Callable[[], T], begun: Callable[[], None]) -> None:
+        self._function = function
+        self._begun = begun
+        self._loop = asyncio.get_running_loop()
+        self.result: asyncio.Future[T] = self._loop.create_future()
+        # One that nobody awaits any more has nothing to say.
+        self.result.add_done_callback(lambda done: done.cancelled() or done.exception())
+
+    def make(self) -> Callable[[], None]:
+        """Make it, in the worker's thread; what is returned delivers what came of it."""
+        self._deliver(self._begun)
+        try:
+            settle = partial(self._settle, self.result.set_result, self._function())
+        except BaseException as error:  # noqa: BLE001 - raised where it is awaited
+            settle = partial(self._settle, self.result.set_exception, error)
+        return partial(self._deliver, settle)
+
+    def _deliver(self, act: Callable[[], None]) -> None:
+        with suppress(RuntimeError):  # the loop is closed: nobody waits any more
+            self._loop.call_soon_threadsafe(act)
+
+    def _settle(self, settle: Callable[[Any], None], outcome: object) -> None:
+        if not self.result.done():
+            settle(outcome)
+
+
 class Worker:
     """One thread that makes calls in the order in which they are given; a daemon, since a call may never end."""
 
     def __init__(self, name: str) -> None:
-        self._jobs: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
+        self._calls: SimpleQueue[_Call[Any] | None] = SimpleQueue()
         #: What waits for its turn; guarded by the lock, so that whoever takes it away knows that it did not begin.
         self._waiting: set[asyncio.Future[Any]] = set()
         self._lock = threading.Lock()
         self._running: asyncio.Future[Any] | None = None
-        #: Why nothing gets a turn: a call that was given up has not come back.
+        #: Why nothing gets a turn: a call that was given up has not come back, or this has ended.
         self._stuck: Callable[[], Exception] | None = None
-        self._is_finished = False
+        self._ended: Callable[[], Exception] | None = None
         self._thread = threading.Thread(target=self._run, name=f"qmpvcpu libvirt {name}", daemon=True)
         self._thread.start()
 
@@ -67,51 +97,16 @@ class Worker:
             function: called in the thread.
             begun: called in the loop when it is its turn.
         """
-        loop = asyncio.get_running_loop()
-        result: asyncio.Future[T] = loop.create_future()
-        # One that nobody awaits any more has nothing to say.
-        result.add_done_callback(lambda done: done.cancelled() or done.exception())
-        if self._is_finished:
-            result.set_exception(self._ended())
-            return result
-        if self._stuck is not None:
-            result.set_exception(self._stuck())
-            return result
-
-        def deliver(act: Callable[[], None]) -> None:
-            with suppress(RuntimeError):  # the loop is closed: nobody waits any more
-                loop.call_soon_threadsafe(act)
-
-        def give(value: T) -> None:
-            if not result.done():
-                result.set_result(value)
-
-        def fail(error: BaseException) -> None:
-            if not result.done():
-                result.set_exception(error)
-
-        def job() -> None:
-            with self._lock:
-                if result not in self._waiting or result.done():
-                    return
-                self._waiting.discard(result)
-                self._running = result
-            deliver(begun)
-            try:
-                value = function()
-            except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-                failure = error
-                self._come_back()
-                deliver(lambda: fail(failure))
-            else:
-                self._come_back()
-                deliver(lambda: give(value))
-
+        call = _Call(function, begun)
+        why = self._ended or self._stuck
+        if why is not None:
+            call.result.set_exception(why())
+            return call.result
         with self._lock:
-            self._waiting.add(result)
-        result.add_done_callback(self._take_away)
-        self._jobs.put(job)
-        return result
+            self._waiting.add(call.result)
+        call.result.add_done_callback(self._take_away)
+        self._calls.put(call)
+        return call.result
 
     def drop(self, result: asyncio.Future[Any]) -> bool:
         """Cancel a call; whether it had not begun, and will not."""
@@ -135,8 +130,8 @@ class Worker:
         self._fail_waiting(ended)
         self._stuck = None
         done = self.call(last)
-        self._ended, self._is_finished = ended, True
-        self._jobs.put(None)
+        self._ended = ended
+        self._calls.put(None)
         return done
 
     def _fail_waiting(self, error: Callable[[], Exception]) -> None:
@@ -146,16 +141,24 @@ class Worker:
             if not result.done():
                 result.set_exception(error())
 
-    def _come_back(self) -> None:
-        with self._lock:
-            self._running = self._stuck = None
-
     def _take_away(self, result: asyncio.Future[Any]) -> bool:
         with self._lock:
             is_there = result in self._waiting
             self._waiting.discard(result)
             return is_there
 
+    def _begins(self, result: asyncio.Future[Any]) -> bool:
+        with self._lock:
+            if result not in self._waiting or result.done():
+                return False
+            self._waiting.discard(result)
+            self._running = result
+            return True
+
     def _run(self) -> None:
-        while (job := self._jobs.get()) is not None:
-            job()
+        while (call := self._calls.get()) is not None:
+            if self._begins(call.result):
+                deliver = call.make()
+                with self._lock:
+                    self._running = self._stuck = None
+                deliver()

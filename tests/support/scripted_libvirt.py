@@ -35,7 +35,7 @@ async def libvirt_of_our_own() -> AsyncIterator[Connection]:
 
 
 class ScriptedGuest:
-    """`libvirt.connection.Guest` of 16 vCPUs: one call at a time, as libvirtd has it."""
+    """`libvirt.calls.LibvirtGuest` of 16 vCPUs: one call at a time, as libvirtd has it."""
 
     name = "web1"
     uuid = "00000000-0000-0000-0000-000000000001"

@@ -49,8 +49,7 @@ from qmpvcpu.errors import (
 )
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.process import find_by_uuid
-from qmpvcpu.libvirt.calls import QUERY_SECONDS, Connection, Row, open_connection
-from qmpvcpu.libvirt.calls import Guest as LibvirtGuest
+from qmpvcpu.libvirt.calls import QUERY_SECONDS, Connection, LibvirtGuest, Row, open_connection
 from qmpvcpu.libvirt.monitor import ApiAgent, ApiMonitor
 from qmpvcpu.libvirt.passthrough import PassedMonitor
 from qmpvcpu.ports import CommandError, DefinitionStore, Monitor
