@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 from asyncio import Future
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from math import inf
 from typing import Any, Protocol
 
-from qmpvcpu.core.rules.placement import HostFacts, Placement, ThreadState
-from qmpvcpu.core.state.pending import PendingUnplug, UsedContexts
 from qmpvcpu.errors import VcpuConnectionError
 
 __all__ = [
@@ -20,11 +17,8 @@ __all__ = [
     "Monitor",
     "MonitorEvent",
     "Peer",
-    "PendingStore",
     "Sink",
     "Staged",
-    "Threads",
-    "Widened",
 ]
 
 
@@ -257,91 +251,6 @@ class Agent(Protocol):
 
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""
-
-
-class PendingStore(Protocol):
-    """What outlives this process: unplugs of one QEMU that were asked and have not ended, by first vCPU id."""
-
-    def load(self) -> Mapping[int, PendingUnplug]:
-        """What is pending as far as anybody has told; cheap."""
-
-    def add(self, unplugs: Iterable[PendingUnplug]) -> None:
-        """Remember these. Raises OSError."""
-
-    def discard(self, firsts: Collection[int], until: float = inf) -> None:
-        """Forget these, where they were asked before `until` (seconds since the epoch). Never raises."""
-
-    def contexts(self) -> UsedContexts:
-        """What `note_contexts` was told of this QEMU. Never raises."""
-
-    def note_contexts(self, more: UsedContexts) -> None:
-        """Remember this too. Never raises."""
-
-    def gone(self) -> frozenset[int]:
-        """What `note_gone` was told last. Never raises."""
-
-    def note_gone(self, ids: Collection[int]) -> None:
-        """These vCPUs are gone, and who manages the guest does not know. Never raises."""
-
-    def tidy(self) -> None:
-        """Leave nothing that says nothing; called at the end of a connection. Never raises."""
-
-
-class Threads(Protocol):
-    """The threads of one QEMU that runs on this host."""
-
-    def facts(self, wanted: Iterable[Placement]) -> HostFacts | None:
-        """What of this may be done with them; None if QEMU is gone."""
-
-    def look(self, thread_ids: Collection[int]) -> Mapping[int, ThreadState]:
-        """These threads as they are, of those that are there. Never raises."""
-
-    def others(self, thread_ids: Collection[int]) -> Collection[int]:
-        """QEMU's threads but these. Never raises."""
-
-    def place(self, thread_id: int, placement: Placement, vcpu_id: int | None = None) -> ThreadState:
-        """Give one its cgroups (those made for `vcpu_id`), CPUs and scheduler; as read back. Raises OSError; no
-        other process is ever touched.
-        """
-
-    @property
-    def main_id(self) -> int:
-        """Thread id of QEMU's main thread."""
-
-    def is_in_group(self, thread_id: int, placement: Placement, vcpu_id: int) -> bool:
-        """Whether it is in every cgroup that a vCPU which shall be placed so gets. Never raises."""
-
-    def has_layout(self) -> bool:
-        """Whether every vCPU of this QEMU has a cgroup of its own. Cheap. Never raises."""
-
-    def make_groups(self, wanted: Mapping[int, Placement]) -> None:
-        """Make the cgroups that these vCPUs need, before they have threads. Raises OSError: none is made."""
-
-    def has_groups(self) -> bool:
-        """Whether any vCPU has cgroups of its own. Never raises."""
-
-    def remove_groups(self, gone: Collection[int], enabled: Collection[int]) -> Collection[int]:
-        """Remove those of vCPUs that are gone; which of them still hold a thread that ends. Never raises."""
-
-    def lay_out(self, wanted: Iterable[Placement], emulator: Placement, thread_ids: Collection[int]) -> None:
-        """Put all threads but these (the vCPUs') into a cgroup `emulator`, where one of the placements needs a
-        controller. Raises OSError.
-        """
-
-    def widen(self, mems: Iterable[int]) -> Widened | None:
-        """Let QEMU allocate on these host nodes for a while; None where it may already. Raises OSError, and
-        BlockingIOError while another process does so.
-        """
-
-    def recover(self) -> None:
-        """Put back what a process that was killed had widened. Never raises."""
-
-
-class Widened(Protocol):
-    """What was widened for a while."""
-
-    def end(self) -> None:
-        """Put it back. Raises OSError: it will be tried again by the next process."""
 
 
 class Staged(Protocol):

@@ -49,7 +49,7 @@ _RUN_STATES: Final = {"suspended": "pmsuspended", "guest-panicked": "crashed", "
 
 
 @dataclass(frozen=True, slots=True)
-class Listed:
+class ListedDomain:
     """One row of `list`. `active` is None where nobody can tell, and `trouble` says why."""
 
     name: str
@@ -216,14 +216,14 @@ def undefine(name: str) -> Path:
     return kept
 
 
-async def list_domains() -> list[Listed]:
+async def list_domains() -> list[ListedDomain]:
     """Every domain that is defined, or that we have started, and whether somebody listens at its sockets."""
     folder = DefinitionFolder()
     names = sorted({*folder.names(), *running_names()})
     return list(await asyncio.gather(*(_look(folder, name) for name in names)))
 
 
-async def list_libvirt(uri: str) -> list[Listed]:
+async def list_libvirt(uri: str) -> list[ListedDomain]:
     """Every domain of libvirt's at a URI.
 
     Raises:
@@ -239,17 +239,17 @@ async def list_libvirt(uri: str) -> list[Listed]:
             current, maximum = len(definition.enabled_ids), definition.maxcpus
         except VcpuRefused as error:
             trouble = error.message
-        rows.append(Listed(row.name, row.active, Addresses(), current, maximum, trouble))
+        rows.append(ListedDomain(row.name, row.active, Addresses(), current, maximum, trouble))
     return rows
 
 
-async def _look(folder: DefinitionFolder, name: str) -> Listed:
+async def _look(folder: DefinitionFolder, name: str) -> ListedDomain:
     try:
         runtime = Runtime(name)
         pid = runtime.pid()
         addresses = folder.addresses(name) if pid is None else Addresses(runtime.qmp, runtime.agent)
     except VcpuRefused as error:
-        return Listed(name, None, Addresses(), trouble=error.message)
+        return ListedDomain(name, None, Addresses(), trouble=error.message)
     current = maximum = None
     trouble = None
     try:
@@ -271,7 +271,7 @@ async def _look(folder: DefinitionFolder, name: str) -> Listed:
         active = True if getattr(error, "reason", None) == "no-greeting" else None
         current = None
         trouble = trouble or error.message
-    return Listed(name, active, addresses, current, maximum, trouble, pid, run_state)
+    return ListedDomain(name, active, addresses, current, maximum, trouble, pid, run_state)
 
 
 def against_libvirts_schema(data: bytes) -> list[str] | None:

@@ -82,7 +82,7 @@ def _number(text: str) -> int:
     return int(text)
 
 
-class Option:
+class Argument:
     """One option or word of a command, as `add_argument` takes it."""
 
     def __init__(self, *names: str, **words: Any) -> None:
@@ -90,15 +90,15 @@ class Option:
         self.words = words
 
 
-def _flag(name: str, text: str, **words: Any) -> Option:
-    return Option(name, action="store_true", help=text, **words)
+def _flag(name: str, text: str, **words: Any) -> Argument:
+    return Argument(name, action="store_true", help=text, **words)
 
 
-def _value(name: str, metavar: str, text: str, **words: Any) -> Option:
-    return Option(name, metavar=metavar, help=text, **words)
+def _value(name: str, metavar: str, text: str, **words: Any) -> Argument:
+    return Argument(name, metavar=metavar, help=text, **words)
 
 
-def _machine_word(name: str, metavar: str, text: str) -> Option:
+def _machine_word(name: str, metavar: str, text: str) -> Argument:
     """QEMU merges -machine and -smp, in their order."""
 
     def named(value: str) -> tuple[str, str]:
@@ -112,7 +112,7 @@ class Command(NamedTuple):
 
     name: str
     text: str
-    options: tuple[Option, ...] = ()
+    options: tuple[Argument, ...] = ()
     usage: str | None = None
 
 
@@ -134,7 +134,7 @@ _CHANGE = (
     ),
     _NO_PLACE,
 )
-_PROBE_MODE = Option(
+_PROBE_MODE = Argument(
     "--probe",
     choices=("auto", "always", "never"),
     default="auto",
@@ -176,7 +176,7 @@ COMMANDS = (
             _value("--xml", "FILE", "its domain XML; else it is made of what QEMU tells"),
         ),
     ),
-    Command("undefine", "forget a domain; its last XML is kept", (Option("word", metavar="NAME"),)),
+    Command("undefine", "forget a domain; its last XML is kept", (Argument("word", metavar="NAME"),)),
     Command("list", "list the domains that are defined, and whether they run"),
     Command(
         "dumpxml",
@@ -184,8 +184,8 @@ COMMANDS = (
         (
             _DOMAIN,
             _flag("--inactive", "its definition, even while it runs"),
-            Option("--dialect", choices=("rfc", "libvirt"), help="how <vcpus> is written"),
-            Option(
+            Argument("--dialect", choices=("rfc", "libvirt"), help="how <vcpus> is written"),
+            Argument(
                 "--detail",
                 choices=("minimal", "cell", "full"),
                 help="what the RFC's <vcpu> shows (default full)",
@@ -264,7 +264,7 @@ COMMANDS = (
             _machine_word("machine", "TYPE", "as QEMU's -machine: q35, pseries …"),
             _machine_word("smp", "SMP", "as QEMU's -smp: 4,maxcpus=16,sockets=2 (default 1)"),
             _value("--cpu", "MODEL", "as QEMU's -cpu"),
-            Option("--accel", choices=("tcg", "kvm"), help="as QEMU's -accel (default tcg)"),
+            Argument("--accel", choices=("tcg", "kvm"), help="as QEMU's -accel (default tcg)"),
             _value("--numa", "NUMA", "as QEMU's -numa", action="append", default=[]),
             _value("--arch", "ARCH", "QEMU's target, where the machine does not say it"),
             *_EMULATOR,
@@ -276,7 +276,7 @@ COMMANDS = (
         "print QEMU's command line for a guest with the vCPUs of its XML",
         (
             _value("word", "FILE|NAME", _WORD_OF_GUEST),
-            Option(
+            Argument(
                 "--style",
                 choices=("device", "qmp"),
                 default="device",
@@ -408,7 +408,7 @@ COMMANDS = (
     Command(
         "completion",
         "print a completion script for a shell",
-        (Option("shell", choices=("bash", "zsh", "fish")),),
+        (Argument("shell", choices=("bash", "zsh", "fish")),),
     ),
 )
 

@@ -12,7 +12,7 @@ from qmpvcpu.core.rules.selection import core_of
 from qmpvcpu.core.state.inventory import LEVELS
 
 if TYPE_CHECKING:
-    from qmpvcpu.app.definitions import Listed
+    from qmpvcpu.app.definitions import ListedDomain
     from qmpvcpu.core.machine.layout import MachineLayout
     from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
     from qmpvcpu.core.planning.live import Plan
@@ -166,7 +166,7 @@ def _defined(result: Outcome) -> list[str]:
     return [f"vCPU {format_ids(ids)}: {word} in the definition" for word, ids in words.items()]
 
 
-def domains(found: Sequence[Listed]) -> list[str]:
+def domains(found: Sequence[ListedDomain]) -> list[str]:
     """`list`, with virsh's words."""
     rows = [("NAME", "STATE", "VCPUS", "QMP")]
     for row in found:

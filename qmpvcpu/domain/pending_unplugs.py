@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 from qmpvcpu.core.model import DomainState, Entity
 from qmpvcpu.core.state.pending import PendingUnplug, UsedContexts, is_open, unplug_of
-from qmpvcpu.ports import PendingStore
+from qmpvcpu.host.pending_files import PendingFolder
 
 __all__ = ["Ledger"]
 
@@ -20,7 +20,7 @@ class Ledger:
     not learn of what is here.
     """
 
-    def __init__(self, store: PendingStore | None) -> None:
+    def __init__(self, store: PendingFolder | None) -> None:
         self._store = store
         self._unplugs: dict[int, PendingUnplug] = {}
         self._stored: set[int] = set()

@@ -25,7 +25,8 @@ from qmpvcpu.core.rules.placement import (
     with_thread,
 )
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused
-from qmpvcpu.ports import Threads, Widened
+from qmpvcpu.host.affinity import QemuThreads
+from qmpvcpu.host.cgroup.widen import Widened
 
 __all__ = ["Placing", "check_start", "noted", "place_all"]
 
@@ -35,7 +36,7 @@ class Placing:
     `place`.
     """
 
-    def __init__(self, threads: Threads | None, definition: Definition | None) -> None:
+    def __init__(self, threads: QemuThreads | None, definition: Definition | None) -> None:
         self._threads = threads
         self._definition = definition
         self._has_layout = False
@@ -210,7 +211,7 @@ def _shown(placed: Mapping[int, ThreadState], end: Outcome | VcpuError) -> Outco
     return replace(end, rows=tuple(rows))
 
 
-def check_start(threads: Threads, definition: Definition) -> list[Refusal]:
+def check_start(threads: QemuThreads, definition: Definition) -> list[Refusal]:
     """Why a guest that is to start here cannot be placed. `threads` are this process's: QEMU has its rights and
     cgroups.
     """
@@ -220,7 +221,7 @@ def check_start(threads: Threads, definition: Definition) -> list[Refusal]:
     return check_placements(wanted, facts) + check_emulator(emulator, facts)
 
 
-def place_all(threads: Threads | None, definition: Definition, state: DomainState) -> list[str]:
+def place_all(threads: QemuThreads | None, definition: Definition, state: DomainState) -> list[str]:
     """Place every vCPU that is there, and the emulator's threads; what there is to say of it.
 
     Raises:
@@ -266,7 +267,7 @@ def place_all(threads: Threads | None, definition: Definition, state: DomainStat
     return messages
 
 
-async def _widen(threads: Threads, nodes: Sequence[int]) -> Widened | None:
+async def _widen(threads: QemuThreads, nodes: Sequence[int]) -> Widened | None:
     """Waits for another process that does the same. Raises OSError."""
     deadline = time.monotonic() + _WIDEN_SECONDS
     while True:

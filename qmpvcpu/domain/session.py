@@ -27,7 +27,7 @@ from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.pending_files import PendingFolder
 from qmpvcpu.host.process import Process, find_process
 from qmpvcpu.host.saves import is_here
-from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, PendingStore, Threads
+from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
 
 __all__ = ["Link", "open_link", "store_of"]
 
@@ -60,7 +60,7 @@ class Link:
         self._left_legacy = False
         self.process: Process | None = None
         #: Of QEMU, where it runs on this host.
-        self.threads: Threads | None = None
+        self.threads: QemuThreads | None = None
         self.ledger = Ledger(None)
         self.driven: frozenset[int] = frozenset()
         #: What ended while nobody listened, as found on connecting.
@@ -414,7 +414,7 @@ def _events(when: float, kind: EventKind, entities: Iterable[Entity], detail: st
     return [Event(when, kind, (number,), detail) for entity in entities for number in entity.ids]
 
 
-def store_of(process: Process | None) -> PendingStore | None:
+def store_of(process: Process | None) -> PendingFolder | None:
     """Where what is pending is kept for the next process."""
     if process is not None:
         with suppress(RuntimeError):  # no home folder

@@ -112,7 +112,7 @@ def check_thread(process: Process, thread_id: int) -> None:
 
 
 class QemuThreads:
-    """The threads of one QEMU on this host, and their cgroups (`ports.Threads`)."""
+    """The threads of one QEMU on this host, and their cgroups."""
 
     def __init__(self, process: Process) -> None:
         self._process = process

@@ -37,7 +37,7 @@ _UNREADABLE: Final = (OSError, ValueError, TypeError, KeyError, RecursionError)
 
 
 class PendingFolder:
-    """The pending unplugs of one QEMU process (`ports.PendingStore`)."""
+    """The pending unplugs of one QEMU process: what outlives this process."""
 
     def __init__(self, process: Process, root: Path | None = None) -> None:
         self._all = (root or state_folder()) / "pending"

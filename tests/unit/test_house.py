@@ -1,8 +1,9 @@
-"""Rules of this suite, held by its syntax trees: tests judge what qmpvcpu does by its public names."""
+"""Rules of the house and of this suite, held by their syntax trees."""
 
 from __future__ import annotations
 
 import ast
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -44,3 +45,18 @@ FILES = {
 def test_a_test_imports_public_names_and_those_of_support(name):
     parts = PARTS.get(name, ())
     assert [found for found in sorted(private_imports(FILES[name])) if not found.startswith(parts or "-")] == []
+
+
+PRODUCT = Path(qmpvcpu.__file__).parent
+#: Names that two public classes still share.
+SHARED = {"Look"}
+
+
+def public_classes() -> Counter[str]:
+    """How many public classes have each name, those inside of other classes and of functions too."""
+    nodes = (node for path in PRODUCT.rglob("*.py") for node in ast.walk(ast.parse(path.read_text())))
+    return Counter(n.name for n in nodes if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))
+
+
+def test_one_name_means_one_class():
+    assert {name for name, count in public_classes().items() if count > 1} == SHARED

@@ -12,7 +12,7 @@ from typing import Any, Final
 
 from qmpvcpu.core.arch import Architecture, EntityKind, architecture
 from qmpvcpu.core.machine.numa import NumaOption
-from qmpvcpu.core.machine.smp import Prediction, Slot, Smp, is_known, is_proven, predict
+from qmpvcpu.core.machine.smp import MachineSlot, Prediction, Smp, is_known, is_proven, predict
 from qmpvcpu.core.machine.versions import MEASURED, enclosing, has_machine, measured_with, newest_type
 from qmpvcpu.core.machine.words import parse_switch, split_pairs
 from qmpvcpu.core.model import QemuVersion, Topology, Vcpu
@@ -130,7 +130,7 @@ class MachineLayout:
     cpu_type: str | None
     topology: Topology | None
     cpus: int
-    slots: tuple[Slot, ...]
+    slots: tuple[MachineSlot, ...]
     source: LayoutSource
 
     @property
@@ -138,7 +138,7 @@ class MachineLayout:
         """How many vCPU ids there are."""
         return sum(slot.vcpus_count for slot in self.slots)
 
-    def entities(self) -> list[tuple[tuple[int, ...], Slot]]:
+    def entities(self) -> list[tuple[tuple[int, ...], MachineSlot]]:
         """Each slot with its vCPU ids."""
         found = []
         first = 0
@@ -235,7 +235,7 @@ def parse_layout(replies: Mapping[str, Any], accel: str, source: LayoutSource) -
         entities[0].driver if entities else None,
         topology,
         sum(len(entity.ids) for entity in entities if entity.plugged),
-        tuple(Slot(entity.props, len(entity.ids), entity.plugged) for entity in entities),
+        tuple(MachineSlot(entity.props, len(entity.ids), entity.plugged) for entity in entities),
         source,
     )
 

@@ -55,7 +55,7 @@ class Smp:
 
 
 @dataclass(frozen=True, slots=True)
-class Slot:
+class MachineSlot:
     """One entry of `query-hotpluggable-cpus`; `plugged` is whether QEMU starts with it.
 
     `props` is None where a machine without CPU hotplug has room and says nothing of it.
@@ -75,7 +75,7 @@ class Prediction:
 
     topology: Topology
     cpus: int
-    slots: tuple[Slot, ...]
+    slots: tuple[MachineSlot, ...]
     is_certain: bool
 
 
@@ -191,7 +191,7 @@ def predict(
     placed = _nodes(units, topology, numa, facts, has_hmat=has_hmat)
     size = facts.size(topology)
     slots = tuple(
-        Slot(Props(props if node is None else {**props, "node-id": node}), size, number * size < plugged)
+        MachineSlot(Props(props if node is None else {**props, "node-id": node}), size, number * size < plugged)
         for number, (props, node) in enumerate(zip(units, placed, strict=True))
     )
     is_certain = topology.maxcpus <= facts.row.most_computed
