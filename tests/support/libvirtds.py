@@ -13,7 +13,7 @@ import qmpvcpu
 from qmpvcpu.cli.commands import request_of
 from qmpvcpu.cli.parse import parse_request
 from qmpvcpu.lab import libvirtd as module
-from qmpvcpu.lab.compare import Comparison, LibvirtSide, OurSide, Side, our_side
+from qmpvcpu.lab.compare import Comparison, LibvirtSide, OurSide, SideOutcome, our_side
 from qmpvcpu.lab.libvirtd import Libvirtd as _Daemon
 from qmpvcpu.lab.libvirtd import run_libvirtd
 
@@ -131,8 +131,8 @@ class Answers:
     and in what of live, config and the like they differ.
     """
 
-    ours: Side
-    libvirt: Side
+    ours: SideOutcome
+    libvirt: SideOutcome
     differs: tuple[str, ...]
 
 
