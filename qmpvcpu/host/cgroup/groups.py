@@ -472,35 +472,41 @@ def _tune(site: _Site, group: Group, placement: Placement, made: list[Path]) -> 
         # One that was left over has what somebody else had in mind.
         group.folder.rmdir()
     _mkdir(group.folder, made)
-    if group.version == V2:
-        _thread_only(group.folder)
-        # An empty one has all that the group above it has.
-        given = (("cpus", placement.cpus), ("mems", placement.mems))
-        for what, numbers in given if "cpuset" in site.controllers else ():
-            if numbers:
-                put(group.folder / f"cpuset.{what}", format_ids(numbers))
-                has = _effective(group, what)
-                if has != frozenset(numbers):
-                    raise OSError(errno.EINVAL, f"it has {format_ids(has or ())}", f"{group.name} cpuset.{what}")
-        if "cpu" in site.controllers:
-            if placement.quota is not None or placement.period is not None:
-                quota = str(placement.quota) if placement.quota is not None and placement.quota > 0 else "max"
-                put(group.folder / "cpu.max", f"{quota} {placement.period or _PERIOD}")
-            if placement.shares is not None:
-                put(group.folder / "cpu.weight", str(placement.shares))
+    (_tune_v2 if group.version == V2 else _tune_v1)(site, group, placement)
+
+
+def _tune_v2(site: _Site, group: Group, placement: Placement) -> None:
+    _thread_only(group.folder)
+    # An empty one has all that the group above it has.
+    given = (("cpus", placement.cpus), ("mems", placement.mems)) if "cpuset" in site.controllers else ()
+    for what, numbers in given:
+        if numbers:
+            put(group.folder / f"cpuset.{what}", format_ids(numbers))
+            has = _effective(group, what)
+            if has != frozenset(numbers):
+                raise OSError(errno.EINVAL, f"it has {format_ids(has or ())}", f"{group.name} cpuset.{what}")
+    if "cpu" not in site.controllers:
         return
+    if placement.quota is not None or placement.period is not None:
+        quota = str(placement.quota) if placement.quota is not None and placement.quota > 0 else "max"
+        put(group.folder / "cpu.max", f"{quota} {placement.period or _PERIOD}")
+    if placement.shares is not None:
+        put(group.folder / "cpu.weight", str(placement.shares))
+
+
+def _tune_v1(site: _Site, group: Group, placement: Placement) -> None:
+    values: dict[str, object] = {}
     if "cpuset" in site.controllers:
         for what, numbers in (("cpus", placement.cpus), ("mems", placement.mems)):
             above = (site.base.folder / f"cpuset.{what}").read_text().strip()
-            put(group.folder / f"cpuset.{what}", format_ids(numbers) if numbers else above)
+            values[f"cpuset.{what}"] = format_ids(numbers) if numbers else above
     if "cpu" in site.controllers:
-        for name, value in (
-            ("cpu.cfs_period_us", placement.period),
-            ("cpu.cfs_quota_us", placement.quota),
-            ("cpu.shares", placement.shares),
-        ):
-            if value is not None:
-                put(group.folder / name, str(value))
+        values["cpu.cfs_period_us"] = placement.period
+        values["cpu.cfs_quota_us"] = placement.quota
+        values["cpu.shares"] = placement.shares
+    for name, value in values.items():
+        if value is not None:
+            put(group.folder / name, str(value))
 
 
 def _mkdir(folder: Path, made: list[Path]) -> None:
