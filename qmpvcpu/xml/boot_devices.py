@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from typing import Final
 
+from qmpvcpu.core.machine.devices import AGENT_PORT
 from qmpvcpu.core.machine.hardware import Disk, Flash, GivenDevices, Hardware
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.metadata import machine_element
-from qmpvcpu.xml.source import Document, Element
+from qmpvcpu.xml.source import Document, Element, namesake
 
 #: libvirt's, of `<qemu:commandline>`.
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
@@ -21,7 +22,6 @@ _UNSTARTED: Final = (
 #: QEMU has these by itself; and SMM is passed on.
 _FEATURES: Final = ("acpi", "apic", "pae", "smm")
 _SWITCH: Final = {"on": True, "off": False}
-_AGENT: Final = "org.qemu.guest_agent.0"
 
 
 def read_hardware(document: Document) -> Hardware:
@@ -31,7 +31,7 @@ def read_hardware(document: Document) -> Hardware:
         VcpuRefused: what is there cannot be started; every reason, each with its line.
     """
     root = document.root
-    os, devices = root.child("os"), root.child("devices")
+    devices = root.find("devices")
     found = _protected(root)
     disks = []
     left_out: dict[str, None] = dict.fromkeys(_noticed(root))
@@ -44,8 +44,7 @@ def read_hardware(document: Document) -> Hardware:
         elif element.name == "interface" and element.attributes.get("type") == "user":
             networks += 1
         elif element.name == "channel":
-            target = element.child("target")
-            if target is None or target.attributes.get("name") != _AGENT:
+            if element.value("target", "name") != AGENT_PORT:
                 left_out["channel"] = None
         elif element.name == "memory" and element.attributes.get("model") == "dimm":
             # The machine's: core.bootargs.
@@ -54,13 +53,13 @@ def read_hardware(document: Document) -> Hardware:
             left_out[element.name] = None
     if found:
         raise VcpuRefused(found)
-    flash = _flash(os)
+    flash = _flash(root)
     smm = root.find("features/smm")
     return Hardware(
-        _text(os, "kernel"),
-        _text(os, "initrd"),
-        _text(os, "cmdline"),
-        _text(os, "loader") if flash is None else None,
+        root.text_at("os/kernel") or None,
+        root.text_at("os/initrd") or None,
+        root.text_at("os/cmdline") or None,
+        (root.text_at("os/loader") or None) if flash is None else None,
         flash,
         _SWITCH.get(smm.attributes.get("state", "on")) if smm is not None else None,
         tuple(disks),
@@ -73,7 +72,7 @@ def read_hardware(document: Document) -> Hardware:
 
 def _protected(root: Element) -> list[Refusal]:
     """A guest that is to be protected from its host is not started without that."""
-    element = root.child("launchSecurity")
+    element = root.find("launchSecurity")
     if element is None:
         return []
     kind = element.attributes.get("type", "")
@@ -83,20 +82,19 @@ def _protected(root: Element) -> list[Refusal]:
 def _noticed(root: Element) -> list[str]:
     """Elements outside of `<devices>` that are not started, and that the guest would notice."""
     found = [path for path in _UNSTARTED if root.find(path) is not None]
-    numa = root.find("cpu/numa")
-    if numa is not None and any(cell.child("cache") is not None for cell in numa.all("cell")):
+    if any(cell.find("cache") is not None for cell in root.all("cpu/numa/cell")):
         found.append("cpu/numa/cell/cache")
-    os, clock, features = root.child("os"), root.child("clock"), root.child("features")
-    nvram = os.child("nvram") if os is not None else None
-    if nvram is not None and (_variables(nvram) is None or _flash(os) is None):
+    nvram, firmware, offset = root.find("os/nvram"), root.value("os", "firmware"), root.value("clock", "offset")
+    if nvram is not None and (_variables(nvram) is None or _flash(root) is None):
         # Where libvirt puts a guest's variables of its own is not known here.
         found.append("os/nvram")
     if nvram is not None and "template" in nvram.attributes:
         found.append("os/nvram template")
-    if os is not None and "firmware" in os.attributes and _text(os, "loader") is None:
-        found.append(f"os firmware='{os.attributes['firmware'][:40]}'")
-    if clock is not None and clock.attributes.get("offset", "utc") != "utc":
-        found.append(f"clock offset='{clock.attributes['offset'][:40]}'")
+    if firmware is not None and not root.text_at("os/loader"):
+        found.append(f"os firmware='{firmware[:40]}'")
+    if offset not in (None, "utc"):
+        found.append(f"clock offset='{offset[:40]}'")
+    features = root.find("features")
     children = features.children if features is not None else ()
     return found + [child.name for child in children if child.name not in _FEATURES]
 
@@ -109,65 +107,52 @@ def _given(root: Element) -> GivenDevices | None:
     return GivenDevices(attributes.get("defaults") == "yes", attributes.get("serial") == "yes")
 
 
-def _text(parent: Element | None, name: str) -> str | None:
-    element = parent.child(name) if parent is not None else None
-    return (element.text.strip() or None) if element is not None else None
-
-
-def _flash(os: Element | None) -> Flash | None:
+def _flash(root: Element) -> Flash | None:
     """`<loader type='pflash'>` with `<nvram>`."""
-    loader, nvram = (os.child(name) if os is not None else None for name in ("loader", "nvram"))
-    code = loader.text.strip() if loader is not None else ""
+    loader, nvram, code = root.find("os/loader"), root.find("os/nvram"), root.text_at("os/loader")
     if loader is None or not code or loader.attributes.get("type") != "pflash":
         return None
-    variables = _variables(nvram) if nvram is not None else None
     return Flash(
         code,
         loader.attributes.get("format", "raw"),
-        loader.attributes.get("readonly", "no") == "yes",
+        loader.attributes.get("readonly") == "yes",
         loader.attributes.get("secure") == "yes",
-        variables,
+        _variables(nvram) if nvram is not None else None,
         nvram.attributes.get("format", "raw") if nvram is not None else "raw",
     )
 
 
 def _variables(nvram: Element) -> str | None:
     """The file, in either form."""
-    source = nvram.child("source")
-    path = source.attributes.get("file") if source is not None else nvram.text.strip()
-    return path or None
+    has_source = nvram.find("source") is not None
+    return (nvram.value("source", "file") if has_source else nvram.text.strip()) or None
 
 
 def _disk(element: Element, found: list[Refusal]) -> Disk | None:
-    source, target, driver = (element.child(name) for name in ("source", "target", "driver"))
-    kind = element.attributes.get("device", "disk")
-    if source is None and kind == "cdrom":
-        # An empty drive.
-        return None
-    path = None
+    kind, path = element.attributes.get("device", "disk"), None
+    source = element.find("source")
     if source is not None:
         path = source.attributes.get("file") or source.attributes.get("dev")
+    elif kind == "cdrom":
+        # An empty drive.
+        return None
     if path is None or kind not in ("disk", "cdrom"):
         found.append(catalogue.XML_DISK(line=element.line))
         return None
     return Disk(
         path,
-        driver.attributes.get("type", "raw") if driver is not None else "raw",
-        target.attributes.get("bus", "virtio") if target is not None else "virtio",
+        element.value("driver", "type") or "raw",
+        element.value("target", "bus") or "virtio",
         is_cdrom=kind == "cdrom",
-        is_readonly=element.child("readonly") is not None,
+        is_readonly=element.find("readonly") is not None,
     )
 
 
 def command_line_of(document: Document) -> tuple[str, ...]:
     """`<qemu:commandline>`, libvirt's way to hand arguments through."""
-    root = document.root
-    words = []
-    for element in root.children:
-        prefix, colon, name = element.name.rpartition(":")
-        if name != "commandline" or not colon:
-            continue
-        space = element.attributes.get(f"xmlns:{prefix}", root.attributes.get(f"xmlns:{prefix}"))
-        if space == QEMU_NAMESPACE:
-            words += [arg.attributes.get("value", "") for arg in element.all(f"{prefix}:arg")]
-    return tuple(words)
+    return tuple(
+        argument.attributes.get("value", "")
+        for element in document.root.children
+        if (prefix := namesake(document.root, element, "commandline", QEMU_NAMESPACE))
+        for argument in element.all(f"{prefix}arg")
+    )

@@ -103,8 +103,8 @@ def read_cookie(data: bytes) -> Cookie:
     if root.name != "qemu-migration":
         raise VcpuRefused([_wrong(root, f"<{root.name}> is no <qemu-migration>")])
     found: list[Refusal] = []
-    live, name = root.child("live"), root.child("name")
-    running = live.child("domain") if live is not None else None
+    live, name = root.find("live"), root.find("name")
+    running = live.find("domain") if live is not None else None
     inactive = list(root.all("domain"))
     if name is None or not name.text.strip():
         found.append(_wrong(root, "<name> is missing"))
@@ -113,11 +113,11 @@ def read_cookie(data: bytes) -> Cookie:
     if len(inactive) > 1:
         found.append(_wrong(inactive[1], "<domain> stands twice"))
     features = frozenset(one.attributes.get("name", "") for one in root.all("feature"))
-    slots = root.child("slots")
+    slots = root.find("slots")
     machine = _machine(slots, found) if slots is not None else None
     if found or live is None or running is None or name is None:
         raise VcpuRefused(found)
-    uuid, handover = root.child("uuid"), root.child("handover")
+    uuid, handover = root.find("uuid"), root.find("handover")
     number = handover.attributes.get("id", "") if handover is not None else ""
     cookie = Cookie(
         name.text,
@@ -129,8 +129,8 @@ def read_cookie(data: bytes) -> Cookie:
         live.attributes.get("state") != "paused",
         live.attributes.get("described") == "yes",
         number if _NUMBER.match(number) else None,
-        _pending(root.child("pending"), found),
-        _picture(root.child("picture"), found),
+        _pending(root.find("pending"), found),
+        _picture(root.find("picture"), found),
     )
     if found:
         raise VcpuRefused(found)

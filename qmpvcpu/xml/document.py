@@ -9,6 +9,7 @@ import os
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
+from math import prod
 from typing import Final
 from xml.sax.saxutils import escape, quoteattr
 
@@ -23,12 +24,12 @@ from qmpvcpu.core.definition import (
     started_with,
 )
 from qmpvcpu.core.machine.command_line import split_cpu
-from qmpvcpu.core.machine.devices import Devices
+from qmpvcpu.core.machine.devices import AGENT_PORT, Devices
 from qmpvcpu.core.model import Topology, format_ids
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.boot_devices import QEMU_NAMESPACE
-from qmpvcpu.xml.metadata import dimm_lines, machine_element, option_lines, read_dimms, read_options
+from qmpvcpu.xml.metadata import dimm_lines, machine_element, option_lines, read_dimms, read_options, sized
 from qmpvcpu.xml.source import Document, Element, parse_document
 
 #: vCPU id -> further attributes, None for what is not known.
@@ -43,7 +44,7 @@ _UNITS: Final[Mapping[str, int]] = {"b": 1, "bytes": 1} | {
     for power, letter in enumerate("kmgtpe", 1)
     for word, base in ((letter, 1024), (f"{letter}ib", 1024), (f"{letter}b", 1000))
 }
-_UUID: Final = re.compile(r"[0-9a-fA-F]{32}")
+_UUID: Final = re.compile(r"-*(?:[0-9a-fA-F]-*){32}")
 _ARCH: Final = re.compile(r"[A-Za-z0-9_]{1,30}")
 #: A CPU model ("Haswell-noTSX", "power10_v2.0").
 _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
@@ -105,23 +106,25 @@ class _Reader:
         for word in ("name", "vcpu", "vcpus"):
             for again in list(root.all(word))[1:]:
                 self._wrong(again, f"<{word}> stands twice")
-        name = root.child("name")
-        if name is None or not name.text.strip():
+        name = root.find("name")
+        if not root.text_at("name"):
             self.found.append(catalogue.XML_NO_NAME(line=(name or root).line))
-        uuid, machine = root.child("uuid"), root.find("os/type")
-        emulator = root.find("devices/emulator")
-        vcpu, listed = root.child("vcpu"), root.child("vcpus")
-        vcpus, dialect = self._vcpus(vcpu)
+        vcpus, dialect = self._vcpus()
         definition = Definition(
             name.text if name is not None else "",
             vcpus,
             accel=_ACCELS.get(root.attributes.get("type", "")),
-            uuid=self._uuid(uuid),
-            arch=self._arch(machine, emulator),
-            machine=self._machine(machine),
-            emulator=(emulator.text.strip() or None) if emulator is not None else None,
+            uuid=self._spelled(root.find("uuid"), root.text_at("uuid"), _UUID, "<uuid> '{}' is not one"),
+            arch=self._arch(),
+            machine=self._spelled(
+                root.find("os/type"),
+                root.value("os/type", "machine"),
+                _MACHINE,
+                "<type machine='{}'> is not the name of a machine type",
+            ),
+            emulator=root.text_at("devices/emulator") or None,
             dialect=dialect,
-            cpuset=self._list(vcpu, "cpuset") if vcpu is not None else None,
+            cpuset=self._list(root.find("vcpu"), "cpuset"),
             topology=self._topology(),
             cells=self._cells(),
             pins=self._pins(),
@@ -129,41 +132,37 @@ class _Reader:
             emulator_pin=self._emulator_pin(),
             period=self._period(),
             quota=self._quota(),
-            shares=self._shares(),
-            mems=self._mems(),
+            shares=self._tuned("shares", 0, 10**9),
+            mems=self._nodes(root.find("numatune/memory")),
             cell_mems=self._cell_mems(),
             agent=self._agent(),
-            memory=self._memory(root.child("memory")),
+            memory=self._memory(root.find("memory")),
             cpu=self._cpu(),
-            max_memory=self._memory(root.child("maxMemory")),
-            memory_slots=self._memory_slots(),
+            max_memory=self._memory(root.find("maxMemory")),
+            memory_slots=self._optional(root.find("maxMemory"), "slots", 1, 1024),
             dimms=read_dimms(root, self._number_in, self._memory, self._wrong),
             options=read_options(root, self._wrong),
         )
         if not self._running and not self.found:
             for text in contradictions(definition):
-                self._wrong(listed or vcpu or root, text)
+                self._wrong(root.find("vcpus") or root.find("vcpu") or root, text)
         return definition
 
     def listed(self, maximum: int) -> tuple[tuple[VcpuConfig, ...], str | None]:
         """Of `<vcpus>` alone."""
         self.maximum = maximum
-        if self.root.child("vcpu") is None:
+        if self.root.find("vcpu") is None:
             self._wrong(self.root, "<vcpus> lists no vCPU")
         return self._listed(self.root)
 
     # -- <vcpu> and <vcpus> -----------------------------------------------------------------------
 
-    def _vcpus(self, vcpu: Element | None) -> tuple[tuple[VcpuConfig, ...], str | None]:
-        current = 1
+    def _vcpus(self) -> tuple[tuple[VcpuConfig, ...], str | None]:
+        vcpu, listed = self.root.find("vcpu"), self.root.find("vcpus")
         if vcpu is not None:
             self.maximum = self._int(vcpu, vcpu.text or "1", "<vcpu>", 1, MOST_VCPUS) or 1
-            current = self.maximum
-            if "current" in vcpu.attributes:
-                text = vcpu.attributes["current"]
-                current = self._int(vcpu, text, "<vcpu current>", 1, self.maximum) or self.maximum
-        listed = self.root.child("vcpus")
-        if listed is None or listed.child("vcpu") is None:
+        current = self._optional(vcpu, "current", 1, self.maximum) or self.maximum
+        if listed is None or listed.find("vcpu") is None:
             return default_vcpus(self.maximum, current), None
         return self._listed(listed)
 
@@ -173,12 +172,13 @@ class _Reader:
         said = set()
         for row in listed.all("vcpu"):
             config = self._vcpu(row, dialects)
-            if config is not None and "hotpluggable" in row.attributes:
+            if config is None:
+                continue
+            if "hotpluggable" in row.attributes:
                 said.add(config.id)
-            if config is not None and config.id in found:
+            if config.id in found:
                 self._wrong(row, f"vCPU {config.id} stands twice in <vcpus>")
-            elif config is not None:
-                found[config.id] = config
+            found.setdefault(config.id, config)
         if len(dialects) > 1:
             row = max(dialects.values(), key=lambda element: element.line)
             self._wrong(row, "<vcpus> mixes 'enabled' (libvirt's dialect) and 'state' (the RFC's)")
@@ -186,6 +186,13 @@ class _Reader:
         dialect = next(iter(dialects), None)
         if dialect == "rfc":
             vcpus = started_with(vcpus, said)
+        self._check_rows(listed, vcpus)
+        # A list alone says which are wanted, not what a guest starts with.
+        if not self._running and listed is not self.root:
+            self._check_start(listed, vcpus, has_orders=dialect == "libvirt")
+        return vcpus, dialect
+
+    def _check_rows(self, listed: Element, vcpus: Sequence[VcpuConfig]) -> None:
         if not vcpus[0].enabled:
             self._wrong(listed, "vCPU 0 is not enabled: a guest cannot boot without it")
         if vcpus[0].hotpluggable:
@@ -195,30 +202,27 @@ class _Reader:
                 self._wrong(
                     listed, f"vCPU {config.id} is disabled and not hotpluggable: it could never be enabled"
                 )
+
+    def _check_start(self, listed: Element, vcpus: Sequence[VcpuConfig], *, has_orders: bool) -> None:
+        """QEMU starts with what is not hotpluggable, in the order of the ids.
+
+        libvirt's rules, but that here some may have an order and others none: these come behind.
+        """
         behind = [
             one.id
             for before, one in pairwise(vcpus)
             if before.hotpluggable and one.enabled and not one.hotpluggable
         ]
-        # A list alone says which are wanted, not what a guest starts with.
-        if behind and not self._running and listed is not self.root:
+        if behind:
             text = f"vCPU {format_ids(behind)} is enabled and not hotpluggable, behind one that is hotpluggable"
             self._wrong(listed, f"{text}: those that are not stand together from vCPU 0 on")
-        elif not self._running and listed is not self.root and dialect == "libvirt":
-            self._check_orders(listed, vcpus)
-        return vcpus, dialect
-
-    def _check_orders(self, listed: Element, vcpus: Sequence[VcpuConfig]) -> None:
-        """QEMU starts with what is not hotpluggable, in the order of the ids.
-
-        libvirt's rules, but that here some may have an order and others none: these come behind.
-        """
-        on = [vcpu for vcpu in vcpus if vcpu.enabled]
-        if on[0].order not in (None, 1):
-            self._wrong(listed, "vCPU 0 must be the first in the order")
-        run = [vcpu.order for vcpu in on if not vcpu.hotpluggable and vcpu.order is not None]
-        if run != sorted(run):
-            self._wrong(listed, "the order of those that are not hotpluggable must be that of their ids")
+        elif has_orders:
+            on = [vcpu for vcpu in vcpus if vcpu.enabled]
+            if on[0].order not in (None, 1):
+                self._wrong(listed, "vCPU 0 must be the first in the order")
+            run = [vcpu.order for vcpu in on if not vcpu.hotpluggable and vcpu.order is not None]
+            if run != sorted(run):
+                self._wrong(listed, "the order of those that are not hotpluggable must be that of their ids")
 
     def _vcpu(self, row: Element, dialects: dict[str, Element]) -> VcpuConfig | None:
         number = self._int(row, row.attributes.get("id"), "<vcpu id>", 0, self.maximum - 1)
@@ -234,9 +238,7 @@ class _Reader:
             dialects.setdefault(dialect, row)
         if not words:
             self._wrong(row, "a <vcpu> of <vcpus> needs enabled='yes|no' or state='enabled|disabled'")
-        order = None
-        if "order" in row.attributes:
-            order = self._int(row, row.attributes["order"], "<vcpu order>", 0, MOST_VCPUS) or None
+        order = self._optional(row, "order", 0, MOST_VCPUS) or None
         pluggable = None
         if "hotpluggable" in row.attributes:
             pluggable = self._word(row, "hotpluggable", ("yes", "no")) == "yes"
@@ -250,29 +252,16 @@ class _Reader:
 
     # -- the rest -------------------------------------------------------------------------------
 
-    def _uuid(self, element: Element | None) -> str | None:
-        text = element.text.strip() if element is not None else ""
-        if element is not None and text and not _UUID.fullmatch(text.replace("-", "")):
-            self._wrong(element, f"<uuid> '{text[:40]}' is not one")
-        return text or None
-
-    def _arch(self, machine: Element | None, emulator: Element | None) -> str:
+    def _arch(self) -> str:
         """What is written; else that of the machine type, of the program, or of this host, as with libvirt."""
-        said = machine.attributes if machine is not None else {}
-        name = said.get("arch")
-        if machine is not None and name:
-            if not _ARCH.fullmatch(name):
-                self._wrong(machine, f"<type arch='{name[:40]}'> is not the name of an architecture")
+        root, element = self.root, self.root.find("os/type")
+        said = root.value("os/type", "arch")
+        name = self._spelled(element, said, _ARCH, "<type arch='{}'> is not the name of an architecture")
+        if name is not None:
             return name
-        program = emulator.text.strip() if emulator is not None else ""
-        row = architecture_of_machine(said.get("machine", "")) or architecture_of_program(program)
+        machine = root.value("os/type", "machine") or ""
+        row = architecture_of_machine(machine) or architecture_of_program(root.text_at("devices/emulator"))
         return row.name if row is not None else os.uname().machine
-
-    def _machine(self, element: Element | None) -> str | None:
-        name = element.attributes.get("machine") if element is not None else None
-        if element is not None and name and not _MACHINE.fullmatch(name):
-            self._wrong(element, f"<type machine='{name[:40]}'> is not the name of a machine type")
-        return name or None
 
     def _topology(self) -> Topology | None:
         element = self.root.find("cpu/topology")
@@ -286,19 +275,16 @@ class _Reader:
         for level in ("sockets", "cores", "threads"):
             if level not in counts:
                 self._wrong(element, f"<topology> has no {level}")
-        product = 1
-        for count in counts.values():
-            product *= count
+        product = prod(counts.values())
         if product != self.maximum:
             self.found.append(catalogue.XML_TOPOLOGY(line=element.line, made=product, maximum=self.maximum))
         return Topology(self.maximum, **counts)
 
     def _cells(self) -> tuple[NumaCell, ...]:
-        numa = self.root.find("cpu/numa")
         cells: list[NumaCell] = []
         taken: dict[int, int] = {}
-        count = len(list(numa.all("cell"))) if numa is not None else 0
-        for position, element in enumerate(numa.all("cell") if numa is not None else ()):
+        elements = list(self.root.all("cpu/numa/cell"))
+        for position, element in enumerate(elements):
             text = element.attributes.get("id", str(position))
             number = self._int(element, text, "<cell id>", 0, 1023)
             cpus = self._list(element, "cpus") or ()
@@ -313,16 +299,16 @@ class _Reader:
             taken.update(dict.fromkeys(cpus, number))
             self._in_range(element, cpus, f"NUMA cell {number}")
             memory = self._bytes(element, element.attributes.get("memory"))
-            cells.append(NumaCell(number, cpus, memory, self._siblings(element, number, count)))
+            cells.append(NumaCell(number, cpus, memory, self._siblings(element, number, len(elements))))
         ids = sorted(cell.id for cell in cells)
-        if numa is not None and not self.found and ids != list(range(len(ids))):
-            self._wrong(numa, f"NUMA cells are {format_ids(ids)}, and QEMU counts them from 0 without a gap")
+        if not self.found and ids != list(range(len(ids))):
+            text = f"NUMA cells are {format_ids(ids)}, and QEMU counts them from 0 without a gap"
+            self._wrong(self.root.find("cpu/numa") or self.root, text)
         return tuple(sorted(cells, key=lambda cell: cell.id))
 
     def _siblings(self, cell: Element, number: int, count: int) -> tuple[tuple[int, int], ...]:
-        distances = cell.child("distances")
         found: dict[int, int] = {}
-        for sibling in distances.all("sibling") if distances is not None else ():
+        for sibling in cell.all("distances/sibling"):
             other = self._int(sibling, sibling.attributes.get("id"), "<sibling id>", 0, count - 1)
             value = self._int(sibling, sibling.attributes.get("value"), "<sibling value>", 10, 255)
             if other is None or value is None:
@@ -338,12 +324,6 @@ class _Reader:
                 )
             found[other] = value
         return tuple(found.items())
-
-    def _memory_slots(self) -> int | None:
-        element = self.root.child("maxMemory")
-        if element is None or "slots" not in element.attributes:
-            return None
-        return self._int(element, element.attributes["slots"], "<maxMemory slots>", 1, 1024)
 
     def _number_in(self, element: Element, what: str) -> int | None:
         return self._int(element, element.text, what, 0, 1023)
@@ -368,21 +348,20 @@ class _Reader:
 
     def _cpu(self) -> str | None:
         """`<cpu>` as QEMU's -cpu; what libvirt would compute of the host (host-model) is the host's own here."""
-        element = self.root.child("cpu")
+        element = self.root.find("cpu")
         if element is None:
             return None
-        model = element.child("model")
         mode = element.attributes.get("mode", "custom")
         if mode == "custom":
-            name = model.text.strip() if model is not None else ""
-            if name and not _MODEL.fullmatch(name):
-                assert model is not None
-                self._wrong(model, f"<model> '{name[:40]}' is no CPU model")
+            model = element.find("model")
+            name = self._spelled(model, element.text_at("model"), _MODEL, "<model> '{}' is no CPU model")
         else:
             kvm = self.root.attributes.get("type") == "kvm"
             name = "max" if mode == "maximum" or not kvm else "host"
+        if name is None:
+            return None
         words = [name]
-        for feature in element.all("feature") if name else ():
+        for feature in element.all("feature"):
             key, policy = feature.attributes.get("name", ""), feature.attributes.get("policy", "require")
             if not _FEATURE.fullmatch(key):
                 self._wrong(feature, f"<feature name='{key[:40]}'> is no CPU feature")
@@ -392,11 +371,11 @@ class _Reader:
                 words.append(f"{key}=on")
             elif policy in ("disable", "forbid"):
                 words.append(f"{key}=off")
-        return ",".join(words) if name else None
+        return ",".join(words)
 
     def _pins(self) -> dict[int, tuple[int, ...]]:
         pins: dict[int, tuple[int, ...]] = {}
-        for element in self._tuned("vcpupin"):
+        for element in self.root.all("cputune/vcpupin"):
             number = self._int(element, element.attributes.get("vcpu"), "<vcpupin vcpu>", 0, MOST_VCPUS)
             cpus = self._list(element, "cpuset", required=True)
             if number is None or cpus is None:
@@ -409,7 +388,7 @@ class _Reader:
 
     def _schedulers(self) -> dict[int, str]:
         schedulers: dict[int, str] = {}
-        for element in self._tuned("vcpusched"):
+        for element in self.root.all("cputune/vcpusched"):
             ids = self._list(element, "vcpus", required=True) or ()
             name = self._word(element, "scheduler", _SCHEDULERS)
             priority = element.attributes.get("priority")
@@ -427,27 +406,17 @@ class _Reader:
         return {number: name for number, name in sorted(schedulers.items()) if number < self.maximum}
 
     def _emulator_pin(self) -> tuple[int, ...] | None:
-        found = self._tuned("emulatorpin")
-        for other in found[1:]:
+        for other in list(self.root.all("cputune/emulatorpin"))[1:]:
             self._wrong(other, "<emulatorpin> stands twice")
-        element = next(iter(found), None)
-        return self._list(element, "cpuset", required=True) if element is not None else None
+        return self._list(self.root.find("cputune/emulatorpin"), "cpuset", required=True)
 
     def _period(self) -> int | None:
         """libvirt: 0 says nothing."""
-        element = next(iter(self._tuned("period")), None)
-        if element is None or element.text.strip() == "0":
-            return None
-        return self._int(element, element.text, "<period>", 1000, 1_000_000)
-
-    def _shares(self) -> int | None:
-        element = next(iter(self._tuned("shares")), None)
-        return self._int(element, element.text, "<shares>", 0, 10**9) if element is not None else None
+        return None if self.root.text_at("cputune/period") == "0" else self._tuned("period", 1000, 1_000_000)
 
     def _quota(self) -> int | None:
         """libvirt: negative is no limit, and 0 says nothing."""
-        element = next(iter(self._tuned("quota")), None)
-        text = element.text.strip() if element is not None else ""
+        element, text = self.root.find("cputune/quota"), self.root.text_at("cputune/quota")
         if element is None or text == "0":
             return None
         if text.startswith("-") and text[1:].isascii() and text[1:].isdigit():
@@ -457,15 +426,9 @@ class _Reader:
         self._wrong(element, f"<quota> '{text[:40]}' is none: it can be 1000 to {_MOST_QUOTA}, or negative")
         return None
 
-    def _mems(self) -> tuple[int, ...] | None:
-        tune = self.root.child("numatune")
-        element = tune.child("memory") if tune is not None else None
-        return self._nodes(element) if element is not None else None
-
     def _cell_mems(self) -> dict[int, tuple[int, ...]]:
-        tune = self.root.child("numatune")
         found: dict[int, tuple[int, ...]] = {}
-        for element in tune.all("memnode") if tune is not None else ():
+        for element in self.root.all("numatune/memnode"):
             cell = self._int(element, element.attributes.get("cellid"), "<memnode cellid>", 0, MOST_VCPUS)
             nodes = self._nodes(element, required=True)
             if cell is None:
@@ -476,26 +439,40 @@ class _Reader:
                 found[cell] = nodes
         return found
 
-    def _nodes(self, element: Element, *, required: bool = False) -> tuple[int, ...] | None:
+    def _nodes(self, element: Element | None, *, required: bool = False) -> tuple[int, ...] | None:
         """Host NUMA nodes, where the mode binds to them; else they are but a wish."""
         nodes = self._list(element, "nodeset", required=required)
-        if "mode" in element.attributes and self._word(element, "mode", _MODES) not in _BINDING:
+        has_mode = element is not None and "mode" in element.attributes
+        if element is not None and has_mode and self._word(element, "mode", _MODES) not in _BINDING:
             return None
         return nodes
 
     def _agent(self) -> str | None:
-        devices = self.root.child("devices")
-        for channel in devices.all("channel") if devices is not None else ():
-            target, source = channel.child("target"), channel.child("source")
-            if target is not None and target.attributes.get("name") == "org.qemu.guest_agent.0":
-                return source.attributes.get("path") if source is not None else None
+        for channel in self.root.all("devices/channel"):
+            if channel.value("target", "name") == AGENT_PORT:
+                return channel.value("source", "path")
         return None
 
-    def _tuned(self, name: str) -> list[Element]:
-        tune = self.root.child("cputune")
-        return list(tune.all(name)) if tune is not None else []
-
     # -- values ---------------------------------------------------------------------------------
+
+    def _spelled(
+        self, element: Element | None, text: str | None, pattern: re.Pattern[str], wrong: str
+    ) -> str | None:
+        """A word, None where there is none; `wrong` is what to say of one that the pattern does not match."""
+        if element is not None and text and not pattern.fullmatch(text):
+            self._wrong(element, wrong.format(text[:40]))
+        return text or None
+
+    def _tuned(self, name: str, low: int, high: int) -> int | None:
+        """The number in an element of `<cputune>`."""
+        element = self.root.find(f"cputune/{name}")
+        return self._int(element, element.text, f"<{name}>", low, high) if element is not None else None
+
+    def _optional(self, element: Element | None, key: str, low: int, high: int) -> int | None:
+        """An attribute that may be missing."""
+        if element is None or key not in element.attributes:
+            return None
+        return self._int(element, element.attributes[key], f"<{element.name} {key}>", low, high)
 
     def _int(self, element: Element, text: str | None, what: str, low: int, high: int) -> int | None:
         if text is None:
@@ -520,10 +497,10 @@ class _Reader:
         self._wrong(element, f"<{element.name} {key}> must be {wanted}")
         return None
 
-    def _list(self, element: Element, key: str, *, required: bool = False) -> tuple[int, ...] | None:
-        text = element.attributes.get(key)
-        if text is None:
-            if required:
+    def _list(self, element: Element | None, key: str, *, required: bool = False) -> tuple[int, ...] | None:
+        text = element.attributes.get(key) if element is not None else None
+        if element is None or text is None:
+            if element is not None and required:
                 self._wrong(element, f"<{element.name} {key}> is missing")
             return None
         ids = _parse_bitmap(text)
@@ -581,34 +558,14 @@ def write_vcpus(
             None.
         details: further attributes by vCPU id, in the RFC's dialect.
     """
-    root = document.root
     wanted = dialect or old.dialect or "libvirt"
-    enabled = len(new.enabled_ids)
-    listed = root.child("vcpus")
-    is_plain = dialect is None and new.vcpus == default_vcpus(new.maxcpus, enabled)
+    is_plain = dialect is None and new.vcpus == default_vcpus(new.maxcpus, len(new.enabled_ids))
     lines = [] if is_plain else vcpus_lines(new, wanted, details)
-    vcpu = root.child("vcpu")
-    if vcpu is None:
-        # libvirt's default is one.
-        name = root.child("name")
-        assert name is not None
-        if new.maxcpus > 1 or lines:
-            current = f" current='{enabled}'" if enabled != new.maxcpus else ""
-            document.insert_after(
-                name, [f"<vcpu{current}>{new.maxcpus}</vcpu>", *(lines if listed is None else ())]
-            )
-    else:
-        document.set_text(vcpu, str(new.maxcpus))
-        if "current" in vcpu.attributes or enabled != new.maxcpus:
-            document.set_attribute(vcpu, "current", str(enabled))
-        if listed is None and lines:
-            document.insert_after(vcpu, lines)
-    if listed is not None and dialect is not None:
+    listed = document.root.find("vcpus")
+    _write_count(document, new, lines)
+    if listed is not None and (dialect is not None or (lines and listed.find("vcpu") is None)):
         document.replace(listed, lines)
-    elif listed is not None and listed.child("vcpu") is None:
-        if lines:
-            document.replace(listed, lines)
-    elif listed is not None and new.vcpus != old.vcpus:
+    elif listed is not None and listed.find("vcpu") is not None and new.vcpus != old.vcpus:
         _update(document, listed, old, new, wanted)
     if new.maxcpus != old.maxcpus:
         # Rows of ids that there are not yet say nothing now, and would come to life.
@@ -618,9 +575,27 @@ def write_vcpus(
     return document.to_bytes()
 
 
+def _write_count(document: Document, new: Definition, lines: list[str]) -> None:
+    """`<vcpu>`, and behind it these lines of `<vcpus>`, where there is none."""
+    vcpu, enabled = document.root.find("vcpu"), len(new.enabled_ids)
+    behind = lines if document.root.find("vcpus") is None else []
+    if vcpu is not None:
+        document.set_text(vcpu, str(new.maxcpus))
+        if "current" in vcpu.attributes or enabled != new.maxcpus:
+            document.set_attribute(vcpu, "current", str(enabled))
+        if behind:
+            document.insert_after(vcpu, behind)
+    elif new.maxcpus > 1 or lines:
+        # libvirt's default is one.
+        name = document.root.find("name")
+        assert name is not None
+        current = f" current='{enabled}'" if enabled != new.maxcpus else ""
+        document.insert_after(name, [f"<vcpu{current}>{new.maxcpus}</vcpu>", *behind])
+
+
 def _trim_tuning(document: Document, maximum: int) -> None:
     """Take out of `<cputune>` the vCPUs that there are no more: libvirt reads no scheduler of theirs."""
-    tune = document.root.child("cputune")
+    tune = document.root.find("cputune")
     for row in tune.children if tune is not None else ():
         key = {"vcpupin": "vcpu", "vcpusched": "vcpus"}.get(row.name)
         if key is None:
@@ -636,8 +611,8 @@ def _trim_tuning(document: Document, maximum: int) -> None:
 def _update_pins(document: Document, old: Definition, new: Definition) -> None:
     """`<vcpupin>` by `<vcpupin>`; a `<cputune>` that it empties stays."""
     root = document.root
-    tune = root.child("cputune")
-    rows = {int(row.attributes["vcpu"]): row for row in tune.all("vcpupin")} if tune is not None else {}
+    tune = root.find("cputune")
+    rows = {int(row.attributes["vcpu"]): row for row in root.all("cputune/vcpupin")}
     added = []
     for number in sorted({*old.pins, *new.pins}):
         cpus = new.pins.get(number)
@@ -656,7 +631,7 @@ def _update_pins(document: Document, old: Definition, new: Definition) -> None:
     elif tune is not None:
         document.insert_first(tune, added)
     else:
-        behind = next(found for word in ("vcpus", "vcpu", "name") if (found := root.child(word)) is not None)
+        behind = next(found for word in ("vcpus", "vcpu", "name") if (found := root.find(word)) is not None)
         document.insert_after(behind, ["<cputune>", *(f"  {line}" for line in added), "</cputune>"])
 
 
@@ -729,7 +704,7 @@ def read_listed(data: bytes, maximum: int) -> tuple[tuple[VcpuConfig, ...], bool
 def renamed(data: bytes, name: str) -> bytes:
     """The same domain under another name."""
     document, definition = read_domain(data)
-    element = document.root.child("name")
+    element = document.root.find("name")
     assert element is not None
     if definition.name != name:
         document.set_text(element, name)
@@ -751,10 +726,10 @@ def minimal_domain(definition: Definition, devices: Devices | None = None) -> by
     lines += option_lines(definition, devices)
     if definition.max_memory is not None:
         slots = f" slots='{definition.memory_slots}'" if definition.memory_slots else ""
-        size, unit = _sized(definition.max_memory)
+        size, unit = sized(definition.max_memory)
         lines.append(f"  <maxMemory{slots} unit='{unit}'>{size}</maxMemory>")
     if definition.memory is not None:
-        size, unit = _sized(definition.memory)
+        size, unit = sized(definition.memory)
         lines.append(f"  <memory unit='{unit}'>{size}</memory>")
     lines.append(f"  <vcpu>{definition.maxcpus}</vcpu>")
     machine = f" machine={quoteattr(definition.machine)}" if definition.machine else ""
@@ -777,11 +752,6 @@ def minimal_domain(definition: Definition, devices: Devices | None = None) -> by
         lines += ["  <qemu:commandline>", *words, "  </qemu:commandline>"]
     document, old = read_domain("\n".join([*lines, "</domain>", ""]).encode())
     return write_vcpus(document, old, definition)
-
-
-def _sized(size: int) -> tuple[int, str]:
-    """Never rounded: what is written is started."""
-    return (size // 1024, "KiB") if size % 1024 == 0 else (size, "b")
 
 
 def _cpu_lines(definition: Definition) -> list[str]:
@@ -812,7 +782,7 @@ def _cpu_lines(definition: Definition) -> list[str]:
 
 def _cell_lines(cell: NumaCell) -> list[str]:
     cpus = f" cpus='{format_ids(cell.cpus)}'" if cell.cpus else ""
-    size, unit = _sized(cell.memory or 0)
+    size, unit = sized(cell.memory or 0)
     head = f"      <cell id='{cell.id}'{cpus} memory='{size}' unit='{unit}'"
     if not cell.distances:
         return [f"{head}/>"]

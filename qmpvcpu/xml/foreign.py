@@ -12,7 +12,7 @@ from xml.sax.saxutils import escape
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend
 from qmpvcpu.xml.boot_devices import QEMU_NAMESPACE
 from qmpvcpu.xml.document import read_domain
-from qmpvcpu.xml.source import Document, Element
+from qmpvcpu.xml.source import Document, Element, namesake
 
 #: Nothing that begins another option of -machine.
 _WORD: Final = re.compile(r"[A-Za-z0-9_.+-]{1,100}\Z")
@@ -88,16 +88,13 @@ def _is_plain(owner: str, key: str, value: str) -> bool:
 
 def _of_devices(root: Element) -> Iterable[str]:
     for element in root.children:
-        prefix, colon, name = element.name.rpartition(":")
-        space = element.attributes.get(f"xmlns:{prefix}", root.attributes.get(f"xmlns:{prefix}"))
-        if name == "commandline" and colon and space == QEMU_NAMESPACE and element.children:
+        if namesake(root, element, "commandline", QEMU_NAMESPACE) and element.children:
             yield f"<{element.name}>"
     for path in _BOOT_FILES:
         if root.find(path) is not None:
             yield "".join(f"<{word}>" for word in path.split("/"))
-    devices = root.child("devices")
-    for element in devices.children if devices is not None else ():
-        if element.name == "disk" and element.child("source") is not None:
+    for element in root.all("devices/disk"):
+        if element.find("source") is not None:
             yield "<disk>"
 
 
@@ -118,8 +115,8 @@ def without_placing(xml: bytes) -> tuple[bytes, list[str]]:
         if element.name in _TUNING:
             document.remove(element)
             found[f"<{element.name}>"] = None
-    vcpu = root.child("vcpu")
-    for key in ("cpuset", "placement") if vcpu is not None else ():
+    vcpu = root.find("vcpu")
+    for key in ("cpuset", "placement"):
         if vcpu is not None and key in vcpu.attributes:
             document.set_attribute(vcpu, key, None)
             found[f"<vcpu {key}>"] = None
@@ -137,7 +134,7 @@ def without_program(xml: bytes, emulator: str | None) -> bytes:
         VcpuRefused: it is not a domain's XML.
     """
     document, _ = read_domain(xml)
-    devices = document.root.child("devices")
+    devices = document.root.find("devices")
     if devices is None:
         return document.to_bytes()
     _give_program(document, devices, emulator)

@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable
+from dataclasses import replace
 from typing import Final
 from xml.sax.saxutils import quoteattr
 
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, Pairs, QemuOptions
 from qmpvcpu.core.machine.devices import Devices
-from qmpvcpu.xml.source import Element
+from qmpvcpu.xml.source import Element, namesake
 
 NAMESPACE: Final = "urn:qmpvcpu:machine:1"
 _OWNERS: Final = ("machine", "accel", "cpu")
@@ -37,12 +38,11 @@ Wrong = Callable[[Element, str], None]
 
 def machine_element(root: Element) -> tuple[Element, str] | None:
     """Our element of a domain, and its prefix with the colon."""
-    metadata = root.child("metadata")
+    metadata = root.find("metadata")
     for element in metadata.children if metadata is not None else ():
-        prefix, colon, name = element.name.rpartition(":")
-        key = f"xmlns:{prefix}" if colon else "xmlns"
-        if name == "machine" and element.attributes.get(key, root.attributes.get(key)) == NAMESPACE:
-            return element, prefix + colon
+        prefix = namesake(root, element, "machine", NAMESPACE)
+        if prefix is not None:
+            return element, prefix
     return None
 
 
@@ -59,18 +59,14 @@ def read_options(root: Element, wrong: Wrong) -> QemuOptions:
             wrong(option, f"<option of='{owner[:40]}'> is not one of {', '.join(_OWNERS)}")
         elif (pair := _pair(option, wrong)) is not None:
             by_owner[owner].append(pair)
-    backends = []
-    for memory in element.all(f"{prefix}memory"):
-        backend = _backend(memory, prefix, wrong)
-        if backend is not None:
-            backends.append(backend)
+    backends = [_backend(memory, prefix, wrong) for memory in element.all(f"{prefix}memory")]
     return QemuOptions(
         tuple(by_owner["machine"]),
         tuple(by_owner["accel"]),
         tuple(by_owner["cpu"]),
-        tuple(backends),
-        element.attributes.get("blocks") == "one",
-        element.attributes.get("sizes") == "exact",
+        backends=tuple(backend for backend in backends if backend is not None),
+        is_one_block=element.attributes.get("blocks") == "one",
+        is_exact=element.attributes.get("sizes") == "exact",
     )
 
 
@@ -157,29 +153,22 @@ def read_dimms(
         size: reads an element with a unit, as bytes.
         wrong: told what cannot be.
     """
-    devices = root.child("devices")
     ids = _dimm_ids(root, wrong)
     found: list[Dimm] = []
-    for element in devices.all("memory") if devices is not None else ():
+    for element in root.all("devices/memory"):
         if element.attributes.get("model") != _DIMM:
             continue
-        target, address = element.child("target"), element.child("address")
-        length = target.child("size") if target is not None else None
-        node = target.child("node") if target is not None else None
+        length, node = element.find("target/size"), element.find("target/node")
         if length is None:
             wrong(element, "<memory model='dimm'> needs <target><size>")
             continue
-        known = ids.get(len(found), Dimm(0))
         found.append(
-            Dimm(
-                size(length) or 0,
-                number(node, "<node>") if node is not None else None,
-                _integer(address, "slot"),
-                _integer(address, "base"),
-                known.id,
-                known.memdev,
-                known.driver,
-                known.options,
+            replace(
+                ids.get(len(found), Dimm(0)),
+                size=size(length) or 0,
+                node=number(node, "<node>") if node is not None else None,
+                slot=_integer(element.value("address", "slot")),
+                address=_integer(element.value("address", "base")),
             )
         )
     return tuple(found)
@@ -201,22 +190,26 @@ def _dimm_ids(root: Element, wrong: Wrong) -> dict[int, Dimm]:
     return found
 
 
-def _integer(address: Element | None, key: str) -> int | None:
-    text = address.attributes.get(key, "") if address is not None else ""
-    if not re.fullmatch(r"[0-9]{1,19}|0[xX][0-9a-fA-F]{1,16}", text):
+def _integer(text: str | None) -> int | None:
+    if text is None or not re.fullmatch(r"[0-9]{1,19}|0[xX][0-9a-fA-F]{1,16}", text):
         return None
     return int(text, 16 if text[:2].lower() == "0x" else 10)
+
+
+def sized(size: int) -> tuple[int, str]:
+    """A size in bytes, and its unit. Never rounded: what is written is started."""
+    return (size // 1024, "KiB") if size % 1024 == 0 else (size, "b")
 
 
 def dimm_lines(dimms: Iterable[Dimm]) -> list[str]:
     """Lines of `<devices>`."""
     lines = []
     for dimm in dimms:
-        size = (dimm.size // 1024, "KiB") if dimm.size % 1024 == 0 else (dimm.size, "b")
+        size, unit = sized(dimm.size)
         node = f"<node>{dimm.node}</node>" if dimm.node is not None else ""
         lines += [
             "    <memory model='dimm'>",
-            f"      <target><size unit='{size[1]}'>{size[0]}</size>{node}</target>",
+            f"      <target><size unit='{unit}'>{size}</size>{node}</target>",
         ]
         if dimm.slot is not None:
             base = f" base='{dimm.address:#x}'" if dimm.address is not None else ""

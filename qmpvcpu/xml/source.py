@@ -65,20 +65,33 @@ class Element:
     #: Its own character data, in one piece.
     text: str = ""
 
-    def child(self, name: str) -> Element | None:
-        """The first child of this name."""
-        return next(self.all(name), None)
-
-    def all(self, name: str) -> Iterator[Element]:
-        """The children of this name."""
-        return (child for child in self.children if child.name == name)
+    def all(self, path: str) -> Iterator[Element]:
+        """The elements at `a/b/c`: every c of the first b of the first a."""
+        above, _, name = path.rpartition("/")
+        parent = self.find(above) if above else self
+        return (child for child in (parent.children if parent is not None else ()) if child.name == name)
 
     def find(self, path: str) -> Element | None:
         """The first element at `a/b/c`."""
-        found: Element | None = self
-        for name in path.split("/"):
-            found = found.child(name) if found is not None else None
-        return found
+        return next(self.all(path), None)
+
+    def text_at(self, path: str) -> str:
+        """The text of that element, without white space around it; empty where there is none."""
+        found = self.find(path)
+        return found.text.strip() if found is not None else ""
+
+    def value(self, path: str, name: str) -> str | None:
+        """An attribute of that element; None where there is none."""
+        found = self.find(path)
+        return found.attributes.get(name) if found is not None else None
+
+
+def namesake(root: Element, element: Element, name: str, space: str) -> str | None:
+    """The prefix of an element of this name and XML namespace, with its colon; None where it is another one."""
+    prefix, colon, own = element.name.rpartition(":")
+    key = f"xmlns{colon}{prefix}"
+    is_it = own == name and element.attributes.get(key, root.attributes.get(key)) == space
+    return prefix + colon if is_it else None
 
 
 class Document:
