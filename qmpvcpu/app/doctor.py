@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from typing import Any
 
 from qmpvcpu.app.cache import cache_folder
@@ -101,9 +102,7 @@ def _missing(
         if reason is not None and reason.startswith("there is no"):
             cure = "modprobe kvm_intel (or kvm_amd), with virtualization on in the firmware; TCG works without"
         found.append((f"KVM: {reason}", cure))
-    try:
-        import shtab  # noqa: F401
-    except ImportError:
+    if find_spec("shtab") is None:
         found.append(("`qmpvcpu completion` needs shtab", "pip install 'qmpvcpu[cli]'"))
     return found
 

@@ -32,7 +32,7 @@ from qmpvcpu.qemu.folder import throwaway_folder
 from qmpvcpu.qemu.launch import run_qemu
 from qmpvcpu.qemu.monitor import QmpLog
 from qmpvcpu.xml.boot_devices import read_hardware
-from qmpvcpu.xml.document import read_domain, vcpus_lines
+from qmpvcpu.xml.document import read_domain, vcpus_lines, write_vcpus
 
 #: Seconds for libvirt to start a guest: it asks a QEMU that it does not know first.
 _START_SECONDS: Final = 60.0
@@ -317,8 +317,6 @@ def _for_libvirt(xml: bytes, definition: Definition) -> bytes:
     """libvirt takes no `<vcpus>` of the RFC's."""
     if definition.dialect != "rfc":
         return xml
-    from qmpvcpu.xml.document import write_vcpus
-
     document, old = read_domain(xml)
     return write_vcpus(document, old, replace(old, dialect="libvirt"))
 

@@ -14,9 +14,9 @@ from urllib.parse import SplitResult, urlsplit
 
 from qmpvcpu.aio import finish
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.libvirt.errors import connection_error, lost, translated
+from qmpvcpu.libvirt.library import libvirt_module, libvirt_qemu_module
 from qmpvcpu.libvirt.threads import Worker, start_events
 from qmpvcpu.ports import CommandError
 
@@ -66,14 +66,6 @@ class Row:
     xml: bytes
 
 
-def _module() -> Any:
-    try:
-        import libvirt
-    except ImportError as error:
-        raise catalogue.NO_LIBVIRT.error(error=error) from error
-    return libvirt
-
-
 class Connection:
     """An open connection to libvirt, until `close()`; `open_connection` makes it."""
 
@@ -83,7 +75,7 @@ class Connection:
         self.uri = uri
         self._connect_timeout = connect_timeout
         self.query_timeout = query_timeout
-        self.library = _module()
+        self.library = libvirt_module()
         self._changes = Worker("changes")
         self._queries = Worker("queries")
         self._agents: Worker | None = None
@@ -555,27 +547,25 @@ class LibvirtGuest:
 
     def monitor_command_now(self, line: str) -> str:
         """`virDomainQemuMonitorCommand`: a QMP command, and QEMU's reply, both as JSON. Blocks."""
-        import libvirt_qemu
-
-        reply: str = self.call(_MONITOR_COMMAND, lambda: libvirt_qemu.qemuMonitorCommand(self.domain, line, 0))
+        reply: str = self.call(
+            _MONITOR_COMMAND, lambda: libvirt_qemu_module().qemuMonitorCommand(self.domain, line, 0)
+        )
         return reply
 
     def begin_monitor_command(self, line: str) -> asyncio.Future[str]:
         """The same in a thread, in the order of the calls."""
-        import libvirt_qemu
-
         seconds = self.connection.query_timeout
         return self.connection.begin_change(
-            _MONITOR_COMMAND, lambda: libvirt_qemu.qemuMonitorCommand(self.domain, line, 0), seconds=seconds
+            _MONITOR_COMMAND,
+            lambda: libvirt_qemu_module().qemuMonitorCommand(self.domain, line, 0),
+            seconds=seconds,
         )
 
     async def agent_command(self, line: str, seconds: int) -> str:
         """`virDomainQemuAgentCommand`, likewise."""
-        import libvirt_qemu
-
         reply: str = await self.connection.ask_agent(
             "virDomainQemuAgentCommand",
-            lambda: libvirt_qemu.qemuAgentCommand(self.domain, line, seconds, 0),
+            lambda: libvirt_qemu_module().qemuAgentCommand(self.domain, line, seconds, 0),
             seconds + QUERY_SECONDS,
         )
         return reply
@@ -606,16 +596,17 @@ class LibvirtGuest:
                 loop.call_soon_threadsafe(act, *words)
 
         if monitor is not None:
-            import libvirt_qemu
 
             def event(
                 conn: object, domain: object, name: str, seconds: int, micros: int, data: str, opaque: object
             ) -> None:
                 tell(monitor, name, seconds + micros / 1e6, data or "{}")
 
-            register = partial(libvirt_qemu.qemuMonitorEventRegister, conn, self.domain, None, event, None, 0)
+            register = partial(
+                libvirt_qemu_module().qemuMonitorEventRegister, conn, self.domain, None, event, None, 0
+            )
             number = self.call("virConnectDomainQemuMonitorEventRegister", register)
-            subscribed.append(partial(libvirt_qemu.qemuMonitorEventDeregister, conn, number))
+            subscribed.append(partial(libvirt_qemu_module().qemuMonitorEventDeregister, conn, number))
         stopped = library.VIR_DOMAIN_EVENT_STOPPED
         for kind, words in {
             library.VIR_DOMAIN_EVENT_ID_LIFECYCLE: lambda event, *_: (

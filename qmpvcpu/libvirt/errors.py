@@ -10,6 +10,7 @@ from functools import cache
 from typing import TYPE_CHECKING, Final
 
 from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.libvirt.library import libvirt_module
 from qmpvcpu.ports import CommandError
 
 if TYPE_CHECKING:
@@ -41,11 +42,9 @@ _AGENT: Final = frozenset(
 
 @cache
 def _names() -> dict[int, str]:
-    import libvirt
-
     return {
         number: name
-        for name, number in vars(libvirt).items()
+        for name, number in vars(libvirt_module()).items()
         if name.startswith("VIR_ERR_") and name not in _LEVELS and isinstance(number, int)
     }
 
@@ -103,8 +102,6 @@ def translated(
         uri: of the connection.
         alive: whether the connection is there still.
     """
-    import libvirt
-
     name, text = name_of(error.get_error_code()), text_of(error)
     if name in _AGENT:
         found = VcpuConnectionError(
@@ -126,7 +123,7 @@ def translated(
         )
         found.__cause__ = error
         return found
-    if not alive or (name in _CONNECTION and error.get_error_domain() in (libvirt.VIR_FROM_RPC,)):
+    if not alive or (name in _CONNECTION and error.get_error_domain() == libvirt_module().VIR_FROM_RPC):
         return lost(uri, text, error, name)
     answer = CommandError(call, name, text)
     answer.__cause__ = error

@@ -13,6 +13,8 @@ from functools import partial
 from queue import SimpleQueue
 from typing import Any, Final, Generic, TypeVar
 
+from qmpvcpu.libvirt.library import libvirt_module
+
 T = TypeVar("T")
 
 _lock: Final = threading.Lock()
@@ -21,8 +23,7 @@ _running: list[threading.Thread] = []
 
 def start_events() -> None:
     """Run libvirt's event loop, once for this process; before the first connection is made."""
-    import libvirt
-
+    libvirt = libvirt_module()
     with _lock:
         if _running:
             return
@@ -30,13 +31,12 @@ def start_events() -> None:
         # Errors are raised; libvirt would print them too.
         libvirt.registerErrorHandler(lambda context, error: None, None)
         # A daemon thread: it holds nothing, and must not keep the process.
-        _running.append(threading.Thread(target=_run_events, name="qmpvcpu libvirt events", daemon=True))
+        run = partial(_run_events, libvirt)
+        _running.append(threading.Thread(target=run, name="qmpvcpu libvirt events", daemon=True))
         _running[0].start()
 
 
-def _run_events() -> None:
-    import libvirt
-
+def _run_events(libvirt: Any) -> None:
     while True:
         libvirt.virEventRunDefaultImpl()
 

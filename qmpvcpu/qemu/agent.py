@@ -25,6 +25,7 @@ from typing import Any, Final, TypeGuard
 from qmpvcpu.core.address import parse_address
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.descriptor import socket_of
 
 logger = logging.getLogger("qmpvcpu.qemu.agent")
 
@@ -111,9 +112,7 @@ class AgentClient:
                 elif isinstance(where, tuple):
                     opened = await asyncio.open_connection(*where, limit=LINE_LIMIT)
                 else:
-                    from qmpvcpu.qemu.monitor import _socket_of
-
-                    opened = await asyncio.open_connection(sock=_socket_of(self._address, where), limit=LINE_LIMIT)
+                    opened = await asyncio.open_connection(sock=socket_of(self._address, where), limit=LINE_LIMIT)
         except TimeoutError as error:
             raise self._error("no-agent", "did not accept the connection", error) from error
         except OSError as error:

@@ -35,6 +35,7 @@ from qmpvcpu.core.arguments import checked
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.kinds import open_file
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
+from qmpvcpu.qemu.descriptor import socket_of
 
 logger = logging.getLogger("qmpvcpu.qemu.monitor")
 
@@ -547,21 +548,6 @@ def _os_error(address: str, error: OSError) -> VcpuConnectionError:
     return VcpuConnectionError(text.format(address), address=address, reason=reason, hint=hint)
 
 
-def _socket_of(address: str, number: int) -> socket.socket:
-    """Our own duplicate of an inherited descriptor: closing it leaves the caller's open."""
-    try:
-        sock = socket.socket(fileno=os.dup(number))
-    except OSError as error:
-        raise VcpuConnectionError(
-            f"'{address}' is not an open socket: {error.strerror}",
-            address=address,
-            reason="missing" if error.errno == errno.EBADF else "not-qmp",
-            hint=f"hand the connected socket in as descriptor {number}",
-        ) from error
-    sock.setblocking(False)
-    return sock
-
-
 def _connect_error(address: str, error: ConnectError) -> VcpuConnectionError:
     cause = error.exc
     if isinstance(cause, UnicodeError) and not isinstance(cause, UnicodeDecodeError):
@@ -635,7 +621,7 @@ async def connect_monitor(
         with suppress(OSError):
             if not stat.S_ISSOCK(os.stat(where).st_mode):  # noqa: PTH116 - one stat(2)
                 raise _os_error(address, OSError(errno.ENOTSOCK, "not a socket"))
-    target = _socket_of(address, where) if isinstance(where, int) else where
+    target = socket_of(address, where) if isinstance(where, int) else where
     try:
         async with asyncio.timeout(connect_timeout):
             await client.connect(target)

@@ -1,0 +1,24 @@
+"""A socket that this process was started with, as an address (`fd:N`)."""
+
+from __future__ import annotations
+
+import errno
+import os
+import socket
+
+from qmpvcpu.errors import VcpuConnectionError
+
+
+def socket_of(address: str, number: int) -> socket.socket:
+    """Our own duplicate of an inherited descriptor: closing it leaves the caller's open."""
+    try:
+        sock = socket.socket(fileno=os.dup(number))
+    except OSError as error:
+        raise VcpuConnectionError(
+            f"'{address}' is not an open socket: {error.strerror}",
+            address=address,
+            reason="missing" if error.errno == errno.EBADF else "not-qmp",
+            hint=f"hand the connected socket in as descriptor {number}",
+        ) from error
+    sock.setblocking(False)
+    return sock
