@@ -111,7 +111,8 @@ def _made(data: bytes, plan: ConfigPlan) -> tuple[ConfigPlan, bytes]:
 
     What nobody could read any more is refused before it is written.
     """
-    from qmpvcpu.xml.document import read_domain, write_vcpus
+    from qmpvcpu.xml.document import read_domain
+    from qmpvcpu.xml.vcpus import write_vcpus
 
     if plan.refusals or not plan.writes:
         return plan, data

@@ -466,7 +466,7 @@ class Domain(MigrationCalls):
             return await read_picture(link.monitor, link.process)
 
     async def _described(self, state: DomainState) -> DescribedXml:
-        from qmpvcpu.xml.document import minimal_domain
+        from qmpvcpu.xml.minimal import minimal_domain
 
         link = self._connected()
         told = await describe(link.monitor, state, link.process, self._place.agent)

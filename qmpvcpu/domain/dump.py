@@ -85,7 +85,8 @@ def dump(
         running: the document is libvirt's, of a running guest.
     """
     from qmpvcpu.core.state.from_definition import state_of
-    from qmpvcpu.xml.document import read_domain, write_vcpus
+    from qmpvcpu.xml.document import read_domain
+    from qmpvcpu.xml.vcpus import write_vcpus
 
     document, old = read_domain(data, running=running)
     if dialect is None and detail is not None:

@@ -32,7 +32,8 @@ from qmpvcpu.qemu.folder import throwaway_folder
 from qmpvcpu.qemu.launch import run_qemu
 from qmpvcpu.qemu.monitor import QmpLog
 from qmpvcpu.xml.boot_devices import read_hardware
-from qmpvcpu.xml.document import read_domain, vcpus_lines, write_vcpus
+from qmpvcpu.xml.document import read_domain
+from qmpvcpu.xml.vcpus import vcpus_lines, write_vcpus
 
 #: Seconds for libvirt to start a guest: it asks a QEMU that it does not know first.
 _START_SECONDS: Final = 60.0

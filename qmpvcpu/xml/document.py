@@ -1,4 +1,4 @@
-"""libvirt's domain XML: what it says of vCPUs, with every inconsistency and its line, and writing that back.
+"""libvirt's domain XML: what it says of vCPUs, with every inconsistency and its line.
 
 Element and attribute names are libvirt's (formatdomain); `<vcpus>` is read in libvirt's dialect and in the RFC's.
 """
@@ -11,7 +11,6 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import pairwise
 from math import prod
 from typing import Final
-from xml.sax.saxutils import escape, quoteattr
 
 from qmpvcpu.core.arch import architecture_of_machine, architecture_of_program
 from qmpvcpu.core.definition import (
@@ -23,19 +22,14 @@ from qmpvcpu.core.definition import (
     default_vcpus,
     started_with,
 )
-from qmpvcpu.core.machine.command_line import split_cpu
-from qmpvcpu.core.machine.devices import AGENT_PORT, Devices
+from qmpvcpu.core.machine.devices import AGENT_PORT
 from qmpvcpu.core.model import Topology, format_ids
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
-from qmpvcpu.xml.boot_devices import QEMU_NAMESPACE
-from qmpvcpu.xml.metadata import dimm_lines, machine_element, option_lines, read_dimms, read_options, sized
+from qmpvcpu.xml.metadata import machine_element, read_dimms, read_options
 from qmpvcpu.xml.source import Document, Element, parse_document
 
-#: vCPU id -> further attributes, None for what is not known.
-Details = Mapping[int, Mapping[str, str | None]]
-
-_LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
+LEVELS_OF_TOPOLOGY: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 #: `<domain type>` and what we call it.
 _ACCELS: Final = {"kvm": "kvm", "qemu": "tcg"}
 #: virScaleInteger's.
@@ -269,7 +263,7 @@ class _Reader:
             return None
         counts = {
             level: self._int(element, element.attributes[level], f"<topology {level}>", 1, MOST_VCPUS) or 1
-            for level in _LEVELS
+            for level in LEVELS_OF_TOPOLOGY
             if level in element.attributes
         }
         for level in ("sockets", "cores", "threads"):
@@ -503,7 +497,7 @@ class _Reader:
             if element is not None and required:
                 self._wrong(element, f"<{element.name} {key}> is missing")
             return None
-        ids = _parse_bitmap(text)
+        ids = parse_bitmap(text)
         if ids is None:
             noun = _NOUNS.get(key, "vCPU ids")
             self._wrong(element, f"<{element.name} {key}>: '{text[:40]}' is not a list of {noun}")
@@ -521,7 +515,7 @@ class _Reader:
 _PART: Final = re.compile(r"\s*(?:(\^)([0-9]{1,7})|([0-9]{1,7})(?:\s*-\s*([0-9]{1,7}))?)\s*")
 
 
-def _parse_bitmap(text: str) -> tuple[int, ...] | None:
+def parse_bitmap(text: str) -> tuple[int, ...] | None:
     """A list of numbers as libvirt reads it (virBitmapParse): from left to right, `^` before one number takes it
     out, a comma may end it. None: it is none.
     """
@@ -542,142 +536,6 @@ def _parse_bitmap(text: str) -> tuple[int, ...] | None:
         found.update(range(first, last + 1))
     # Where nothing is left, libvirt takes it for none as well.
     return tuple(sorted(found)) or None
-
-
-def write_vcpus(
-    document: Document,
-    old: Definition,
-    new: Definition,
-    dialect: str | None = None,
-    details: Details | None = None,
-) -> bytes:
-    """The document with the vCPUs of `new`; what is as in `old` keeps every byte.
-
-    Args:
-        dialect: "rfc" or "libvirt", and then `<vcpus>` is written anew; that of the document, else libvirt's, if
-            None.
-        details: further attributes by vCPU id, in the RFC's dialect.
-    """
-    wanted = dialect or old.dialect or "libvirt"
-    is_plain = dialect is None and new.vcpus == default_vcpus(new.maxcpus, len(new.enabled_ids))
-    lines = [] if is_plain else vcpus_lines(new, wanted, details)
-    listed = document.root.find("vcpus")
-    _write_count(document, new, lines)
-    if listed is not None and (dialect is not None or (lines and listed.find("vcpu") is None)):
-        document.replace(listed, lines)
-    elif listed is not None and listed.find("vcpu") is not None and new.vcpus != old.vcpus:
-        _update(document, listed, old, new, wanted)
-    if new.maxcpus != old.maxcpus:
-        # Rows of ids that there are not yet say nothing now, and would come to life.
-        _trim_tuning(document, min(old.maxcpus, new.maxcpus))
-    elif new.pins != old.pins:
-        _update_pins(document, old, new)
-    return document.to_bytes()
-
-
-def _write_count(document: Document, new: Definition, lines: list[str]) -> None:
-    """`<vcpu>`, and behind it these lines of `<vcpus>`, where there is none."""
-    vcpu, enabled = document.root.find("vcpu"), len(new.enabled_ids)
-    behind = lines if document.root.find("vcpus") is None else []
-    if vcpu is not None:
-        document.set_text(vcpu, str(new.maxcpus))
-        if "current" in vcpu.attributes or enabled != new.maxcpus:
-            document.set_attribute(vcpu, "current", str(enabled))
-        if behind:
-            document.insert_after(vcpu, behind)
-    elif new.maxcpus > 1 or lines:
-        # libvirt's default is one.
-        name = document.root.find("name")
-        assert name is not None
-        current = f" current='{enabled}'" if enabled != new.maxcpus else ""
-        document.insert_after(name, [f"<vcpu{current}>{new.maxcpus}</vcpu>", *behind])
-
-
-def _trim_tuning(document: Document, maximum: int) -> None:
-    """Take out of `<cputune>` the vCPUs that there are no more: libvirt reads no scheduler of theirs."""
-    tune = document.root.find("cputune")
-    for row in tune.children if tune is not None else ():
-        key = {"vcpupin": "vcpu", "vcpusched": "vcpus"}.get(row.name)
-        if key is None:
-            continue
-        ids = _parse_bitmap(row.attributes[key]) or ()
-        left = [number for number in ids if number < maximum]
-        if not left:
-            document.remove(row)
-        elif len(left) < len(ids):
-            document.set_attribute(row, key, format_ids(left))
-
-
-def _update_pins(document: Document, old: Definition, new: Definition) -> None:
-    """`<vcpupin>` by `<vcpupin>`; a `<cputune>` that it empties stays."""
-    root = document.root
-    tune = root.find("cputune")
-    rows = {int(row.attributes["vcpu"]): row for row in root.all("cputune/vcpupin")}
-    added = []
-    for number in sorted({*old.pins, *new.pins}):
-        cpus = new.pins.get(number)
-        if cpus == old.pins.get(number):
-            continue
-        if cpus is None:
-            document.remove(rows[number])
-        elif number in rows:
-            document.set_attribute(rows[number], "cpuset", format_ids(cpus))
-        else:
-            added.append(f"<vcpupin vcpu='{number}' cpuset='{format_ids(cpus)}'/>")
-    if not added:
-        return
-    if tune is not None and rows:
-        document.insert_after(rows[max(rows)], added)
-    elif tune is not None:
-        document.insert_first(tune, added)
-    else:
-        behind = next(found for word in ("vcpus", "vcpu", "name") if (found := root.find(word)) is not None)
-        document.insert_after(behind, ["<cputune>", *(f"  {line}" for line in added), "</cputune>"])
-
-
-def _update(document: Document, listed: Element, old: Definition, new: Definition, dialect: str) -> None:
-    """Row by row. What was not listed stays so where it is disabled, unless every vCPU was listed."""
-    rows = {int(row.attributes["id"]): row for row in listed.all("vcpu")}
-    is_complete = len(rows) == old.maxcpus
-    for number, row in rows.items():
-        if number >= new.maxcpus:
-            document.remove(row)
-        elif new.vcpus[number] != old.vcpus[number]:
-            for key, value in _attributes(new.vcpus[number], dialect).items():
-                document.set_attribute(row, key, value)
-    added: dict[int, list[str]] = {}
-    for config in new.vcpus:
-        if config.id not in rows and (config.enabled or is_complete):
-            # vCPU 0 is always listed.
-            behind = max(number for number in rows if number < config.id)
-            added.setdefault(behind, []).append(_row(config, dialect))
-    for number, lines in added.items():
-        document.insert_after(rows[number], lines)
-
-
-def vcpus_lines(definition: Definition, dialect: str, details: Details | None = None) -> list[str]:
-    """`<vcpus>` as lines; in the RFC's dialect id and state, and what `details` has."""
-    lines = ["<vcpus>"]
-    for config in definition.vcpus:
-        more = details.get(config.id, {}) if dialect == "rfc" and details is not None else {}
-        lines.append("  " + _row(config, dialect, more))
-    return [*lines, "</vcpus>"]
-
-
-def _row(config: VcpuConfig, dialect: str, more: Mapping[str, str | None] | None = None) -> str:
-    attributes = {"id": str(config.id), **_attributes(config, dialect), **(more or {})}
-    words = "".join(f" {key}='{value}'" for key, value in attributes.items() if value is not None)
-    return f"<vcpu{words}/>"
-
-
-def _attributes(config: VcpuConfig, dialect: str) -> dict[str, str | None]:
-    if dialect == "rfc":
-        return {"state": "enabled" if config.enabled else "disabled"}
-    return {
-        "enabled": "yes" if config.enabled else "no",
-        "hotpluggable": "yes" if config.hotpluggable else "no",
-        "order": None if config.order is None else str(config.order),
-    }
 
 
 def read_listed(data: bytes, maximum: int) -> tuple[tuple[VcpuConfig, ...], bool]:
@@ -709,82 +567,3 @@ def renamed(data: bytes, name: str) -> bytes:
     if definition.name != name:
         document.set_text(element, name)
     return document.to_bytes()
-
-
-def minimal_domain(definition: Definition, devices: Devices | None = None) -> bytes:
-    """A document of its own for a guest that has none: what QEMU tells of it, and nothing else.
-
-    Args:
-        definition: of the guest.
-        devices: its devices, where they are known.
-    """
-    kind = {"kvm": "kvm", "tcg": "qemu"}.get(definition.accel or "", "qemu")
-    space = f" xmlns:qemu='{QEMU_NAMESPACE}'" if devices is not None and devices.arguments else ""
-    lines = [f"<domain type='{kind}'{space}>", f"  <name>{escape(definition.name)}</name>"]
-    if definition.uuid is not None:
-        lines.append(f"  <uuid>{escape(definition.uuid)}</uuid>")
-    lines += option_lines(definition, devices)
-    if definition.max_memory is not None:
-        slots = f" slots='{definition.memory_slots}'" if definition.memory_slots else ""
-        size, unit = sized(definition.max_memory)
-        lines.append(f"  <maxMemory{slots} unit='{unit}'>{size}</maxMemory>")
-    if definition.memory is not None:
-        size, unit = sized(definition.memory)
-        lines.append(f"  <memory unit='{unit}'>{size}</memory>")
-    lines.append(f"  <vcpu>{definition.maxcpus}</vcpu>")
-    machine = f" machine={quoteattr(definition.machine)}" if definition.machine else ""
-    lines.append(f"  <os><type arch={quoteattr(definition.arch or '')}{machine}>hvm</type></os>")
-    lines += _cpu_lines(definition)
-    rows = dimm_lines(definition.dimms)
-    if definition.emulator is not None:
-        rows.append(f"    <emulator>{escape(definition.emulator)}</emulator>")
-    if definition.agent is not None:
-        rows += [
-            "    <channel type='unix'>",
-            f"      <source mode='bind' path={quoteattr(definition.agent)}/>",
-            "      <target type='virtio' name='org.qemu.guest_agent.0'/>",
-            "    </channel>",
-        ]
-    if rows:
-        lines += ["  <devices>", *rows, "  </devices>"]
-    if devices is not None and devices.arguments:
-        words = [f"    <qemu:arg value={quoteattr(word)}/>" for word in devices.arguments]
-        lines += ["  <qemu:commandline>", *words, "  </qemu:commandline>"]
-    document, old = read_domain("\n".join([*lines, "</domain>", ""]).encode())
-    return write_vcpus(document, old, definition)
-
-
-def _cpu_lines(definition: Definition) -> list[str]:
-    lines = []
-    model, features = split_cpu(definition.cpu) if definition.cpu is not None else ("", ())
-    mode = {"host": "host-passthrough", "max": "maximum"}.get(model, "custom")
-    if model and mode == "custom":
-        lines.append(f"    <model fallback='forbid'>{escape(model)}</model>")
-    topology = definition.topology
-    if topology is not None:
-        counts = {level: getattr(topology, level) for level in _LEVELS}
-        words = "".join(
-            f" {level}='{count}'"
-            for level, count in counts.items()
-            if count > 1 or level in ("sockets", "cores", "threads")
-        )
-        lines.append(f"    <topology{words}/>")
-    lines += [
-        f"    <feature policy='{'require' if value == 'on' else 'disable'}' name={quoteattr(name)}/>"
-        for name, value in features
-    ]
-    if definition.cells and all(cell.memory is not None for cell in definition.cells):
-        lines += ["    <numa>", *(line for cell in definition.cells for line in _cell_lines(cell)), "    </numa>"]
-    match = " match='exact'" if mode == "custom" else ""
-    head = f"  <cpu mode='{mode}'{match}>" if model else "  <cpu>"
-    return [head, *lines, "  </cpu>"] if lines or model else []
-
-
-def _cell_lines(cell: NumaCell) -> list[str]:
-    cpus = f" cpus='{format_ids(cell.cpus)}'" if cell.cpus else ""
-    size, unit = sized(cell.memory or 0)
-    head = f"      <cell id='{cell.id}'{cpus} memory='{size}' unit='{unit}'"
-    if not cell.distances:
-        return [f"{head}/>"]
-    rows = [f"          <sibling id='{other}' value='{value}'/>" for other, value in cell.distances]
-    return [f"{head}>", "        <distances>", *rows, "        </distances>", "      </cell>"]

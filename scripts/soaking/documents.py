@@ -10,7 +10,8 @@ from qmpvcpu.core.planning.config import plan_config, state_of
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.dump import dump
 from qmpvcpu.flags import VcpuFlag
-from qmpvcpu.xml.document import read_domain, write_vcpus
+from qmpvcpu.xml.document import read_domain
+from qmpvcpu.xml.vcpus import write_vcpus
 
 SEEDS = [
     b"""<domain type='kvm' xmlns:x='urn:x'>

@@ -31,7 +31,8 @@ from qmpvcpu.core.machine.words import join_pairs
 from qmpvcpu.host.process import command_line_of, process_of
 from qmpvcpu.host.program import startable_program
 from qmpvcpu.xml.boot_devices import read_hardware
-from qmpvcpu.xml.document import minimal_domain, read_domain
+from qmpvcpu.xml.document import read_domain
+from qmpvcpu.xml.minimal import minimal_domain
 from tests.support.machines import boot_with
 from tests.support.qemus import Qemu, running
 

@@ -13,9 +13,10 @@ from typing import Any
 from lxml import etree
 
 from qmpvcpu.core import definition as core
-from qmpvcpu.xml.document import read_domain, read_listed, write_vcpus
+from qmpvcpu.xml.document import read_domain, read_listed
 from qmpvcpu.xml.schema import check_domain, errors_against
 from qmpvcpu.xml.source import Element, parse_document
+from qmpvcpu.xml.vcpus import write_vcpus
 
 
 @dataclass(frozen=True)
