@@ -324,10 +324,10 @@ def _show_plan(session: Session, planned: Plan) -> int:
 
 
 async def _define(session: Session) -> int:
-    from qmpvcpu.app import definitions
+    from qmpvcpu.app.define import define
 
     options = session.options
-    done = await definitions.define(options.word, options.qmp, options.agent, options.xml)
+    done = await define(options.word, options.qmp, options.agent, options.xml)
     session.warn(done.messages)
     how = "defined anew" if done.replaced else "defined"
     session.show(done.to_json(), [f"{done.name}: {how} ({done.path})"])
@@ -344,10 +344,15 @@ async def _undefine(session: Session) -> int:
 
 
 async def _list(session: Session) -> int:
-    from qmpvcpu.app import definitions
-
     uri = session.options.connect
-    found = await (definitions.list_domains() if uri is None else definitions.list_libvirt(uri))
+    if uri is None:
+        from qmpvcpu.app.definitions import list_domains
+
+        found = await list_domains()
+    else:
+        from qmpvcpu.app.libvirt_domains import list_libvirt
+
+        found = await list_libvirt(uri)
     session.show({"domains": [row.to_json() for row in found]}, render.domains(found))
     return 0
 
@@ -359,7 +364,7 @@ async def _dumpxml(session: Session) -> int:
         data = await domain.dump_xml(inactive=options.inactive, dialect=options.dialect, detail=options.detail)
     errors = None
     if options.dialect == "libvirt":
-        from qmpvcpu.app.definitions import against_libvirts_schema
+        from qmpvcpu.app.libvirt_schema import against_libvirts_schema
 
         errors = against_libvirts_schema(data)
         session.warn(f"libvirt's schema is against it: {error}" for error in errors or ())

@@ -25,8 +25,8 @@ _LENGTH = struct.Struct("!I")
 _MODULES = (
     *("qmpvcpu.cli.run", "qmpvcpu.cli.commands", "qmpvcpu.cli.boot", "qmpvcpu.cli.migrate"),
     *("qmpvcpu.domain.backends.libvirt", "qmpvcpu.domain.pin", "qmpvcpu.qemu.monitor", "qmpvcpu.qemu.agent"),
-    *("qmpvcpu.app.start", "qmpvcpu.app.migrate", "qmpvcpu.app.definitions", "qmpvcpu.app.doctor"),
-    "qmpvcpu.xml.schema",
+    *("qmpvcpu.app.start", "qmpvcpu.app.migrate", "qmpvcpu.app.definitions", "qmpvcpu.app.define"),
+    *("qmpvcpu.app.doctor", "qmpvcpu.xml.schema"),
 )
 
 

@@ -1,0 +1,174 @@
+"""`define`: a domain gets a home here."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import shlex
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qmpvcpu.app.boot import listed_program
+from qmpvcpu.app.definitions import read_document
+from qmpvcpu.app.twin import check_definition
+from qmpvcpu.core.address import parse_address
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.domain import connect
+from qmpvcpu.errors import VcpuRefused, VcpuUsageError
+from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name
+from qmpvcpu.host.runtime import Runtime
+from qmpvcpu.xml.boot_devices import command_line_of
+from qmpvcpu.xml.document import read_domain, renamed
+
+
+@dataclass(frozen=True, slots=True)
+class Defined:
+    """What `define` did."""
+
+    name: str
+    path: str
+    replaced: bool
+    addresses: Addresses
+    messages: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """The document of `define --json`."""
+        return {
+            "domain": self.name,
+            "path": self.path,
+            "replaced": self.replaced,
+            **self.addresses.to_json(),
+            "messages": list(self.messages),
+        }
+
+
+async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, xml: str | None = None) -> Defined:
+    """Define a domain: by a file of domain XML, or under a name with its sockets.
+
+    Without `xml`, the definition is made of what the running QEMU tells.
+
+    Raises:
+        VcpuRefused: the name, the XML or the folder does not allow it; nothing is changed.
+        VcpuConnectionError: its QEMU was to be asked, and does not answer.
+    """
+    addresses = Addresses(tuple(_absolute(address) for address in qmp), _absolute(agent) if agent else None)
+    if "/" in word or (xml is None and not qmp and agent is None):
+        if xml is not None:
+            raise VcpuUsageError(
+                f"two files are given, '{word}' and '{xml}'", hint="define FILE, or define NAME --xml FILE"
+            )
+        return await _define_file(word, addresses)
+    refusal = check_name(word)
+    if refusal is not None:
+        raise VcpuRefused([refusal])
+    _check_not_ours(word, addresses)
+    messages = []
+    if xml is not None:
+        data = read_document(xml)
+        own = _checked(data, xml)
+        if own != word:
+            messages.append(f"'{xml}' calls the domain '{own}': it is defined as '{word}'")
+            data = renamed(data, word)
+        messages += _trusted(data)
+        messages += _left_behind(word, addresses)
+        addresses = _with_known(word, addresses)
+    elif addresses.qmp:
+        messages += _left_behind(word, addresses)
+        # Not by its name: a definition that is there says nothing of this guest.
+        async with connect(qmp=addresses.qmp, agent=addresses.agent) as domain:
+            told = await domain.describe_machine()
+            # What was plugged since QEMU was started, and whatever else its command line does not tell.
+            differs = await check_definition(domain, told.xml, None) if told.has_devices else []
+        data = renamed(told.xml, word)
+        messages += [f"the definition does not hold {text}" for text in told.left_out]
+        messages += [f"the guest differs from what the definition starts: {one.message}" for one in differs]
+    else:
+        raise VcpuUsageError(
+            "neither its QMP socket nor its XML is given", hint="define NAME --qmp ADDR, or --xml FILE"
+        )
+    return await asyncio.to_thread(_write, word, data, addresses, messages)
+
+
+async def _define_file(path: str, addresses: Addresses) -> Defined:
+    data = read_document(path)
+    name = _checked(data, path)
+    refusal = check_name(name)
+    if refusal is not None:
+        raise VcpuRefused([refusal])
+    _check_not_ours(name, addresses)
+    messages = [*_trusted(data), *_left_behind(name, addresses)]
+    return await asyncio.to_thread(_write, name, data, _with_known(name, addresses), messages)
+
+
+def _check_not_ours(name: str, addresses: Addresses) -> None:
+    """A guest that `start` has started keeps its name and its sockets while it runs.
+
+    Raises:
+        VcpuRefused: other sockets are given for it.
+    """
+    runtime = Runtime(name)
+    if not set(addresses.qmp) <= set(runtime.qmp) and (pid := runtime.pid()) is not None:
+        raise catalogue.ACTIVE_WITH_OTHER_SOCKETS.error(name=name, pid=pid)
+
+
+def _left_behind(name: str, addresses: Addresses) -> list[str]:
+    """The sockets by which it was reached until now, if it is given others."""
+    known = _known(name)
+    if not addresses.qmp or not known.qmp or addresses.qmp == known.qmp:
+        return []
+    return [f"it was reached at {', '.join(known.qmp)} until now"]
+
+
+def _known(name: str) -> Addresses:
+    with suppress(VcpuRefused):
+        return DefinitionFolder().addresses(name)
+    return Addresses()
+
+
+def _with_known(name: str, addresses: Addresses) -> Addresses:
+    """A new XML for a domain says nothing new of where it is reached, and its QEMU may run there."""
+    if addresses.qmp:
+        return addresses
+    known = _known(name)
+    return Addresses(known.qmp, addresses.agent or known.agent)
+
+
+def _trusted(data: bytes) -> list[str]:
+    """What a definition makes this host do that nobody expects of a domain's XML: it is said once."""
+    document, definition = read_domain(data)
+    found = []
+    if definition.emulator is not None and listed_program(definition) is None:
+        found.append(
+            f"it is started with the program '{definition.emulator}', which `qmpvcpu doctor` does not list"
+        )
+    if words := command_line_of(document):
+        found.append(f"its QEMU gets, by <qemu:commandline>: {shlex.join(words)}")
+    return found
+
+
+def _write(name: str, data: bytes, addresses: Addresses, messages: Sequence[str]) -> Defined:
+    folder = DefinitionFolder()
+    replaced = folder.define(name, data, addresses)
+    return Defined(name, folder.file(name).place, replaced, addresses, tuple(messages))
+
+
+def _checked(data: bytes, path: str) -> str:
+    """The name in a document that holds."""
+    try:
+        return read_domain(data)[1].name
+    except VcpuRefused as error:
+        raise VcpuRefused([replace(r, message=f"'{path}': {r.message}") for r in error.refusals]) from error
+
+
+def _absolute(address: str) -> str:
+    """A definition is used from every folder, and has no descriptors."""
+    where = parse_address(address)
+    if isinstance(where, int):
+        raise VcpuUsageError(
+            f"'{address}' cannot be kept: a descriptor is this process's", hint="give the socket's path"
+        )
+    if isinstance(where, tuple):
+        return address
+    return os.path.abspath(where)  # noqa: PTH100 - a link stays what it is
