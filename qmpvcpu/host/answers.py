@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import astuple, dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -34,7 +34,7 @@ class Program:
 
     def to_json(self) -> list[Any]:
         """As plain JSON data."""
-        return [self.path, self.device, self.inode, self.size, self.mtime_ns]
+        return list(astuple(self))
 
 
 def program_of(path: str) -> Program:

@@ -58,6 +58,15 @@ def _state_path() -> Path:
     return (Path(base) if base else Path.home() / ".local" / "state") / "qmpvcpu"
 
 
+@contextmanager
+def closing(fd: int) -> Iterator[int]:
+    """A descriptor, closed at the end."""
+    try:
+        yield fd
+    finally:
+        os.close(fd)
+
+
 def read_file(path: str | os.PathLike[str], limit: int, *, with_pipes: bool = False) -> bytes:
     """A regular file, and of one that has more than `limit` bytes no more than that and one.
 
@@ -69,18 +78,13 @@ def read_file(path: str | os.PathLike[str], limit: int, *, with_pipes: bool = Fa
     Raises:
         OSError: it cannot be read, or is a FIFO, a device or the like.
     """
-    found = look_at(path)
-    try:
+    with closing(look_at(path)) as found:
         if with_pipes and is_pipe(found):
             fd = os.open(f"/proc/self/fd/{found}", os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
         else:
             fd = reopen(found, os.O_RDONLY, path)
-    finally:
-        os.close(found)
-    try:
+    with closing(fd):
         return read_stream(fd, limit)
-    finally:
-        os.close(fd)
 
 
 def read_own(path: str | os.PathLike[str], limit: int) -> bytes:
@@ -93,16 +97,11 @@ def read_own(path: str | os.PathLike[str], limit: int) -> bytes:
     text = os.fspath(path)
     folder = os.path.dirname(text)  # noqa: PTH120 - each unplug waits for this
     check_own(folder, os.stat(folder or "."))  # noqa: PTH116
-    found = look_at(text, follow=False)
-    try:
+    with closing(look_at(text, follow=False)) as found:
         check_own(text, os.fstat(found), with_group=False)
         fd = reopen(found, os.O_RDONLY, text)
-    finally:
-        os.close(found)
-    try:
+    with closing(fd):
         return read_stream(fd, limit)
-    finally:
-        os.close(fd)
 
 
 def read_stream(fd: int, limit: int, seconds: float = _SILENT_SECONDS) -> bytes:
@@ -226,12 +225,12 @@ def stage_file(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True)
 
 def sync_folder(folder: Path) -> None:
     """Make renames and removals in it last. Some file systems cannot, and need not."""
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        with suppress(OSError):
-            os.fsync(fd)
-    finally:
-        os.close(fd)
+    with closing(_open_folder(folder)) as fd, suppress(OSError):
+        os.fsync(fd)
+
+
+def _open_folder(folder: Path) -> int:
+    return os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
 
 
 class FileLock:
@@ -283,8 +282,7 @@ def locked_folder(folder: Path, seconds: float, *, given_up: Callable[[], bool] 
         LockTimeout: it was not to be had in that time.
         OSError: there is no such folder.
     """
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
+    with closing(_open_folder(folder)) as fd:
         deadline = time.monotonic() + seconds
         while True:
             try:
@@ -296,8 +294,6 @@ def locked_folder(folder: Path, seconds: float, *, given_up: Callable[[], bool] 
                 time.sleep(_PAUSE)
         sweep(folder)
         yield
-    finally:
-        os.close(fd)
 
 
 def sweep(folder: Path) -> None:

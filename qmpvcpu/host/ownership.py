@@ -73,7 +73,7 @@ class Handovers:
     def is_there(self, side: Side, number: str) -> bool:
         """Whether that side of a migration is a QEMU that lives."""
         with suppress(OSError):
-            return any(is_alive(path.name.split(".")[0]) for path in self._folder.glob(f"*.{side}.{number}"))
+            return not all(_is_dead(path) for path in self._folder.glob(f"*.{side}.{number}"))
         return False
 
     def holder(self, number: str) -> str | None:
@@ -132,5 +132,5 @@ def _is_dead(path: Path) -> bool:
 
 def _is_old(path: Path) -> bool:
     with suppress(OSError):
-        return time.time() - path.lstat().st_mtime > _OLD and not is_alive(path.name.split(".")[0])
+        return time.time() - path.lstat().st_mtime > _OLD and _is_dead(path)
     return False

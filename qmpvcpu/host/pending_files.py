@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qmpvcpu.core.state.pending import PendingUnplug, UsedContexts
-from qmpvcpu.host.files import read_own, state_folder
+from qmpvcpu.host.files import closing, read_own, state_folder
 from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, is_alive
 
@@ -175,8 +175,7 @@ class PendingFolder:
         """Against another process that rewrites a file of several unplugs; given up after 50 ms, it may be
         stopped.
         """
-        fd = os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-        try:
+        with closing(os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
             for _ in range(_LOCK_TRIES):
                 try:
                     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -184,8 +183,6 @@ class PendingFolder:
                 except BlockingIOError:
                     time.sleep(_LOCK_PAUSE)
             yield
-        finally:
-            os.close(fd)
 
     def _sweep(self) -> None:
         """What a process was writing when it was killed. Never raises."""

@@ -19,7 +19,7 @@ from typing import Final
 
 from qmpvcpu.errors import VcpuRefused
 from qmpvcpu.host.definition_files import file_name, name_of_file
-from qmpvcpu.host.files import FileLock, read_own, state_folder, try_lock
+from qmpvcpu.host.files import FileLock, closing, read_own, state_folder, try_lock
 from qmpvcpu.host.owners import NotOurs, check_folder, make_folder, trusted_folder
 from qmpvcpu.kinds import open_file
 
@@ -187,15 +187,11 @@ def end_process(pid: int, number: signal.Signals, seconds: float, runtime: Runti
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
-    try:
-        # From here on `fd` is this process and no later one of the same number.
-        if not runtime.owns(pid):
-            return True
-        signal.pidfd_send_signal(fd, number)
-        poll = select.poll()
-        poll.register(fd, select.POLLIN)
-        return bool(poll.poll(seconds * 1000))
-    except ProcessLookupError:
-        return True
-    finally:
-        os.close(fd)
+    # From here on `fd` is this process and no later one of the same number.
+    with closing(fd), suppress(ProcessLookupError):
+        if runtime.owns(pid):
+            signal.pidfd_send_signal(fd, number)
+            poll = select.poll()
+            poll.register(fd, select.POLLIN)
+            return bool(poll.poll(seconds * 1000))
+    return True

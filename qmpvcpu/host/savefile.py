@@ -23,7 +23,7 @@ from typing import Final
 
 from qmpvcpu.core.migration.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.host.files import sync_folder
+from qmpvcpu.host.files import closing, sync_folder
 from qmpvcpu.kinds import kind_of, open_file
 
 #: Magic, version, whether the stream is whole, bytes of the cookie, where the stream begins.
@@ -131,11 +131,8 @@ class Saving:
     @contextmanager
     def opened(self) -> Iterator[int]:
         """A descriptor to read it, standing at its beginning. Raises OSError."""
-        fd = os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)
-        try:
+        with closing(os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)) as fd:
             yield fd
-        finally:
-            os.close(fd)
 
     def give_up(self) -> None:
         """`seal` in another thread raises OSError as soon as it can."""
@@ -173,11 +170,9 @@ def _is_locked(path: Path) -> bool:
         fd = open_file(path)
     except PermissionError:
         return False
-    try:
+    with closing(fd):
         whole = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
         return int(struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, whole))[0]) != fcntl.F_UNLCK
-    finally:
-        os.close(fd)
 
 
 def _prefix(name: str) -> str:

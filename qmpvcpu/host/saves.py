@@ -10,7 +10,7 @@ import json
 import os
 import re
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final
 
@@ -97,15 +97,10 @@ class Saves:
 
     def keep(self, process: Process, guest: PausedGuest) -> None:
         """Remember it, before it is paused."""
-        data = {
-            "saver": guest.saver,
-            "runs": guest.runs,
-            "files": list(guest.files),
-            "inode": list(guest.inode),
-        }
         with suppress(OSError):
             make_folder(self._folder)
-            stage_file(self._folder / process.key, json.dumps(data).encode(), sync=False).commit()
+            data = json.dumps(asdict(guest)).encode()
+            stage_file(self._folder / process.key, data, sync=False).commit()
         self._prune()
 
     def keep_here(self, process: Process) -> None:

@@ -63,7 +63,7 @@ def connection_error(error: libvirt.libvirtError, uri: str) -> VcpuConnectionErr
     """Of an attempt to connect."""
     name, text = name_of(error.get_error_code()), text_of(error)
     missing = "No such file or directory" in text or "Connection refused" in text
-    found = VcpuConnectionError(
+    return VcpuConnectionError(
         f"libvirt at '{uri}' cannot be reached: {text}",
         address=uri,
         reason="missing" if missing else "denied" if "AUTH" in name or "denied" in text.lower() else "other",
@@ -72,23 +72,17 @@ def connection_error(error: libvirt.libvirtError, uri: str) -> VcpuConnectionErr
         if missing
         else "`virsh -c URI version` asks it the same",
     )
-    found.__cause__ = error
-    return found
 
 
-def lost(
-    uri: str, why: str, cause: BaseException | None = None, libvirt: str | None = None
-) -> VcpuConnectionError:
+def lost(uri: str, why: str, libvirt: str | None = None) -> VcpuConnectionError:
     """Of a connection that was there."""
-    error = VcpuConnectionError(
+    return VcpuConnectionError(
         f"the connection to libvirt at '{uri}' is lost: {why}",
         address=uri,
         reason="closed",
         hint="the guests go on without its daemon: try again (reconnect()) when it is back",
         libvirt=libvirt,
     )
-    error.__cause__ = cause
-    return error
 
 
 def translated(
@@ -97,34 +91,28 @@ def translated(
     """Of one call.
 
     Args:
-        error: as it was raised.
+        error: as it was raised; whoever raises what this returns does so from it.
         call: libvirt's name of the function.
         uri: of the connection.
         alive: whether the connection is there still.
     """
     name, text = name_of(error.get_error_code()), text_of(error)
     if name in _AGENT:
-        found = VcpuConnectionError(
+        return VcpuConnectionError(
             f"the guest agent does not answer: {text}",
             address=uri,
             reason="timeout" if "timeout" in text.lower() or "TIMEOUT" in name else "no-agent",
             libvirt=name,
             hint="look at the guest's agent",
         )
-        found.__cause__ = error
-        return found
     if name == "VIR_ERR_NO_DOMAIN":
-        found = VcpuConnectionError(
+        return VcpuConnectionError(
             f"libvirt at '{uri}' has no such domain: {text}",
             address=uri,
             reason="unknown-domain",
             libvirt=name,
             hint="`qmpvcpu -c URI list` shows its domains",
         )
-        found.__cause__ = error
-        return found
     if not alive or (name in _CONNECTION and error.get_error_domain() == libvirt_module().VIR_FROM_RPC):
-        return lost(uri, text, error, name)
-    answer = CommandError(call, name, text)
-    answer.__cause__ = error
-    return answer
+        return lost(uri, text, name)
+    return CommandError(call, name, text)

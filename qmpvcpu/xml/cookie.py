@@ -103,22 +103,20 @@ def read_cookie(data: bytes) -> Cookie:
     if root.name != "qemu-migration":
         raise VcpuRefused([_wrong(root, f"<{root.name}> is no <qemu-migration>")])
     found: list[Refusal] = []
-    live, name = root.find("live"), root.find("name")
-    running = live.find("domain") if live is not None else None
+    name, running = root.find("name"), root.find("live/domain")
     inactive = list(root.all("domain"))
-    if name is None or not name.text.strip():
+    if not root.text_at("name"):
         found.append(_wrong(root, "<name> is missing"))
-    if live is None or running is None:
+    if running is None:
         found.append(_wrong(root, "the running guest's XML, <live><domain>, is missing"))
     if len(inactive) > 1:
         found.append(_wrong(inactive[1], "<domain> stands twice"))
     features = frozenset(one.attributes.get("name", "") for one in root.all("feature"))
     slots = root.find("slots")
     machine = _machine(slots, found) if slots is not None else None
-    if found or live is None or running is None or name is None:
+    if found or running is None or name is None:
         raise VcpuRefused(found)
-    uuid, handover = root.find("uuid"), root.find("handover")
-    number = handover.attributes.get("id", "") if handover is not None else ""
+    uuid, number = root.find("uuid"), root.value("handover", "id") or ""
     cookie = Cookie(
         name.text,
         uuid.text.strip() if uuid is not None else None,
@@ -126,8 +124,8 @@ def read_cookie(data: bytes) -> Cookie:
         _source(document, inactive[0]) if inactive else None,
         features,
         machine,
-        live.attributes.get("state") != "paused",
-        live.attributes.get("described") == "yes",
+        root.value("live", "state") != "paused",
+        root.value("live", "described") == "yes",
         number if _NUMBER.match(number) else None,
         _pending(root.find("pending"), found),
         _picture(root.find("picture"), found),

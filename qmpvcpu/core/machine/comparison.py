@@ -140,7 +140,7 @@ def differences(source: Picture, here: Picture) -> list[Difference]:
     """Everything in which the two are not the same machine for a guest."""
     found: list[Difference] = []
     if source.memory != here.memory:
-        found.append(Difference("memory", _kib(source.memory), _kib(here.memory)))
+        found.append(Difference("memory", *(_kib(side.memory, "unknown") for side in (source, here))))
     same = are_same(source.version, here.version)
     found += _of_blocks(source, here, same)
     found += _of_mapping("memory of NUMA node {}", source.nodes, here.nodes, "MiB")
@@ -178,8 +178,8 @@ def _of_cpu(there: Mapping[str, object], now: Mapping[str, object]) -> list[Diff
     return found + [Difference(f"CPU property {key}", str(there[key]), str(now[key])) for key in others]
 
 
-def _kib(size: int | None) -> str:
-    return "unknown" if size is None else f"{size // 1024} KiB"
+def _kib(size: int | None, missing: str) -> str:
+    return missing if size is None else f"{size // 1024} KiB"
 
 
 def _of_blocks(source: Picture, here: Picture, same: bool) -> list[Difference]:
@@ -188,7 +188,7 @@ def _of_blocks(source: Picture, here: Picture, same: bool) -> list[Difference]:
 
     there, now = own(source), own(here)
     found = [
-        Difference(f"RAM block '{name}'", *(_block(side.get(name)) for side in (there, now)))
+        Difference(f"RAM block '{name}'", *(_kib(side.get(name), "none") for side in (there, now)))
         for name in sorted(there.keys() | now.keys())
         if there.get(name) != now.get(name)
     ]
@@ -197,10 +197,6 @@ def _of_blocks(source: Picture, here: Picture, same: bool) -> list[Difference]:
             sides = (f"{picture.places[name]:#x}" for picture in (source, here))
             found.append(Difference(f"address of the RAM block '{name}'", *sides))
     return found
-
-
-def _block(size: int | None) -> str:
-    return "none" if size is None else f"{size // 1024} KiB"
 
 
 def _of_mapping(
