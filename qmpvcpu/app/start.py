@@ -19,7 +19,7 @@ from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend
 from qmpvcpu.core.machine.boot_arguments import qemu_arch
 from qmpvcpu.core.machine.devices import shared_with_source
 from qmpvcpu.core.machine.hardware import hardware_args
-from qmpvcpu.core.machine.words import join_pairs
+from qmpvcpu.core.machine.words import escaped, join_pairs
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import connect
@@ -236,8 +236,7 @@ async def _launch(
     line = await command_line(definition, mode=mode, incoming=incoming)
     if line.probe.emulator is None:
         raise catalogue.NO_PROGRAM_TO_START.error(messages="; ".join(line.probe.messages))
-    name = runtime.name.replace(",", ",,")
-    arguments = ["-S", "-name", f"guest={name},debug-threads=on", *line.args.arguments]
+    arguments = ["-S", "-name", f"guest={escaped(runtime.name)},debug-threads=on", *line.args.arguments]
     if definition.uuid is not None:
         arguments += ["-uuid", definition.uuid]
     arguments += hardware_args(hardware, qemu_arch(definition), console=str(runtime.console), agent=SOCKETS[2])

@@ -15,8 +15,8 @@ from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell
 from qmpvcpu.core.machine.layout import MachineLayout, MachineSpec, predict_layout
 from qmpvcpu.core.machine.numa import NumaNode
 from qmpvcpu.core.machine.smp import LEVELS, Smp
-from qmpvcpu.core.machine.words import join_pairs
-from qmpvcpu.core.model import DomainState, Props, format_ids
+from qmpvcpu.core.machine.words import escaped, join_pairs
+from qmpvcpu.core.model import DomainState, Props
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
 
@@ -162,8 +162,8 @@ def boot_args(
         if style is BootStyle.QMP:
             commands.append({"execute": "device_add", "arguments": device})
         else:
-            words = [f"{key}={_escape(str(value))}" for key, value in device.items() if key != "driver"]
-            arguments += ["-device", ",".join([_escape(str(layout.cpu_type)), *words])]
+            words = [f"{key}={escaped(str(value))}" for key, value in device.items() if key != "driver"]
+            arguments += ["-device", ",".join([escaped(str(layout.cpu_type)), *words])]
     if incoming is not None:
         arguments += ["-incoming", incoming]
     elif style is BootStyle.QMP:
@@ -214,11 +214,9 @@ def _numa(definition: Definition) -> list[str]:
         for backend in made:
             assert backend.cell is not None
             words += _backend(backend, sizes[backend.cell])
-        memory = {cell: f"memdev={_escape(backend.id)}" for cell, backend in backends.items()}
+        memory = {cell: f"memdev={escaped(backend.id)}" for cell, backend in backends.items()}
     for cell in definition.nodes:
-        named = [f"cpus={cpus}" for cpus in format_ids(cell.cpus).split(",") if cpus]
-        more = [memory[cell.id]] if cell.id in memory else []
-        words += ["-numa", ",".join(["node", f"nodeid={cell.id}", *named, *more])]
+        words += ["-numa", NumaNode(cell.id, cell.cpus).words(memory.get(cell.id))]
     return words + _distances(definition.cells)
 
 
@@ -301,8 +299,3 @@ def _plugged(
         ids = tuple(number for _, _, group, _ in wanted for number in group)
         refusals.append(catalogue.NO_HOTPLUG_AT_BOOT(ids, machine=layout.machine, arch=layout.arch))
     return [(ids, props) for _, _, ids, props in sorted(wanted, key=lambda row: row[:3])], refusals
-
-
-def _escape(text: str) -> str:
-    """A comma in a value of an option is doubled."""
-    return text.replace(",", ",,")

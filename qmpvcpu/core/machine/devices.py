@@ -11,7 +11,7 @@ from typing import Final
 
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.command_line import IMPLIED, Option, QemuCommandLine, read_command_line
-from qmpvcpu.core.machine.words import join_pairs
+from qmpvcpu.core.machine.words import escaped, join_pairs
 
 #: The chardev that `start` gives the guest agent's port, and the name of that port.
 AGENT_CHARDEV: Final = "agent"
@@ -430,7 +430,7 @@ def _empty_disk(option: Option, number: int) -> Option:
 
 
 def _flash(option: Option, _: int) -> Option:
-    return Option("drive", f"if=pflash,format=raw,readonly=on,file.locking=off,file={_escaped(option.text)}")
+    return Option("drive", f"if=pflash,format=raw,readonly=on,file.locking=off,file={escaped(option.text or '')}")
 
 
 def _empty_drive(option: Option, number: int) -> Option:
@@ -489,7 +489,7 @@ def _harmless(option: Option, _: int) -> Option | None:
 _HOLLOWED: Final[Mapping[str, Callable[[Option, int], Option | None]]] = {
     "display": lambda option, _: Option(option.name, "none"),
     "nographic": lambda *_: Option("machine", "graphics=off"),
-    "audiodev": lambda option, _: Option(option.name, f"none,id={_escaped(option.get('id'))}"),
+    "audiodev": lambda option, _: Option(option.name, f"none,id={escaped(option.get('id') or '')}"),
     "audio": lambda option, _: _written(option, (("driver", "none"), *_some(option, "id", "model"))),
     "fsdev": _synthetic,
     "virtfs": _synthetic,
@@ -524,7 +524,3 @@ def shared_with_source(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
         elif option.name == "chardev" and option.get("backend") in ("socket", "file", "pipe"):
             chardevs += [words] if option.get("path") is not None else []
     return memory, chardevs
-
-
-def _escaped(text: str | None) -> str:
-    return (text or "").replace(",", ",,")

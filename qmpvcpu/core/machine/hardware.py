@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from qmpvcpu.core.arch import architecture
+from qmpvcpu.core.machine.devices import AGENT_PORT
+from qmpvcpu.core.machine.words import escaped
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,9 +43,9 @@ class Flash:
         """QEMU's, as libvirt up to 5.10 wrote them."""
         readonly = ",readonly=on" if self.is_readonly else ""
         words = ["-global", "driver=cfi.pflash01,property=secure,value=on"] if self.is_secure else []
-        words += ["-drive", f"if=pflash,unit=0,file={_value(self.code)},format={_value(self.format)}{readonly}"]
+        words += ["-drive", f"if=pflash,unit=0,file={escaped(self.code)},format={escaped(self.format)}{readonly}"]
         if self.variables is not None:
-            file = f"file={_value(self.variables)},format={_value(self.variables_format)}"
+            file = f"file={escaped(self.variables)},format={escaped(self.variables_format)}"
             words += ["-drive", f"if=pflash,unit=1,{file}"]
         return words
 
@@ -94,7 +96,7 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
     words = ["-no-user-config", "-display", "none"]
     words += ["-nodefaults"] if given is None or not given.has_defaults else []
     if given is None or given.has_serial:
-        words += ["-chardev", f"file,id=console,path={_value(console)}", "-serial", "chardev:console"]
+        words += ["-chardev", f"file,id=console,path={escaped(console)}", "-serial", "chardev:console"]
     if given is not None:
         return [*words, *hardware.arguments]
     for option, value in (
@@ -109,7 +111,7 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
     words += hardware.flash.arguments if hardware.flash is not None else []
     bus = architecture(arch).device_bus
     for number, disk in enumerate(hardware.disks):
-        drive = f"file={_value(disk.path)},format={_value(disk.format)}"
+        drive = f"file={escaped(disk.path)},format={escaped(disk.format)}"
         drive += ",readonly=on" if disk.is_readonly or disk.is_cdrom else ""
         if disk.bus == "virtio":
             words += [
@@ -124,9 +126,5 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
             words += ["-drive", f"{drive},if={where}{',media=cdrom' if disk.is_cdrom else ''}"]
     words += [word for _ in range(hardware.user_networks) for word in ("-nic", f"user,model=virtio-net-{bus}")]
     words += ["-device", f"virtio-serial-{bus},id=qmpvcpu-serial"]
-    words += ["-device", f"virtserialport,bus=qmpvcpu-serial.0,chardev={agent},name=org.qemu.guest_agent.0"]
+    words += ["-device", f"virtserialport,bus=qmpvcpu-serial.0,chardev={agent},name={AGENT_PORT}"]
     return [*words, *hardware.arguments]
-
-
-def _value(text: str) -> str:
-    return text.replace(",", ",,")

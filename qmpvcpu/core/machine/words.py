@@ -158,6 +158,11 @@ def _value(text: str) -> tuple[str, str]:
     return match[0].replace(",,", ","), text[match.end() + 1 :]
 
 
+def escaped(text: str) -> str:
+    """A comma in a value of an option is doubled."""
+    return text.replace(",", ",,")
+
+
 def join_pairs(pairs: Iterable[tuple[str, str]], implied: str | None = None) -> str:
     """An argument that `split_pairs` reads so.
 
@@ -165,8 +170,7 @@ def join_pairs(pairs: Iterable[tuple[str, str]], implied: str | None = None) -> 
         pairs: keys and values.
         implied: the key that the first word does without.
     """
-    words: list[str] = []
-    for key, value in pairs:
-        word = value.replace(",", ",,")
-        words.append(word if key == implied and not words else f"{key}={word}")
-    return ",".join(words)
+    return ",".join(
+        escaped(value) if key == implied and not position else f"{key}={escaped(value)}"
+        for position, (key, value) in enumerate(pairs)
+    )
