@@ -142,17 +142,15 @@ class OurSide:
             error = raised
         seconds = time.monotonic() - began
         commands = tuple(_sent(self._log, mark))
-        live, config = await self._sides()
-        shown_live, live_ids = _shown(live)
-        shown_config, config_ids = _shown(config)
+        (live, live_ids), (config, config_ids) = map(_shown, await self._sides())
         return SideOutcome(
             str(error.outcome) if error is not None else outcome,
             None if error is None else error.libvirt,
             error.message if error is not None else "; ".join(messages) or None,
             seconds,
             commands,
-            shown_live,
-            shown_config,
+            live,
+            config,
             live_ids,
             config_ids,
         )
@@ -287,15 +285,13 @@ class LibvirtSide:
                 error = raised
         seconds = time.monotonic() - began
         commands = tuple(_bare(one) for one in self._daemon.qmp_commands(mark)) if self._daemon else ()
-        live, config = await self.guest.sides()
-        shown_live, live_ids = _shown(live)
-        shown_config, config_ids = _shown(config)
+        (live, live_ids), (config, config_ids) = map(_shown, await self.guest.sides())
         name = error.error_class if isinstance(error, CommandError) else error.libvirt if error else None
         text = error.text if isinstance(error, CommandError) else error.message if error else None
         if call is None:
             text = "libvirt has no call for this"
         outcome = "none" if call is None else "applied" if error is None else "failed"
-        return SideOutcome(outcome, name, text, seconds, commands, shown_live, shown_config, live_ids, config_ids)
+        return SideOutcome(outcome, name, text, seconds, commands, live, config, live_ids, config_ids)
 
     def call_of(self, request: Request) -> Callable[[], object] | None:
         """What virsh would call; None where libvirt has nothing."""
