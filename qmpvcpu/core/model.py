@@ -218,6 +218,11 @@ class Entity:
         return f"vcpu{self.ids[0]}-{self.suffix}" if self.suffix else f"vcpu{self.ids[0]}"
 
     @property
+    def unplug_name(self) -> str:
+        """What `device_del` calls it: the device id, or the QOM path of a CPU that was there at the start."""
+        return (self.qom_path or "").removeprefix("/machine/peripheral/")
+
+    @property
     def label(self) -> str:
         """How a message names it: `vCPU 3`, `vCPUs 8-15`."""
         return f"vCPU{'s' if len(self.ids) > 1 else ''} {format_ids(self.ids)}"

@@ -10,10 +10,10 @@ from typing import Any
 
 from qmpvcpu.aio import finish
 from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.engine.timers import UNDO_SECONDS
 from qmpvcpu.core.planning.config import ConfigPlan, plan_config, plan_pin
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.domain.drive import UNDO_SECONDS
 from qmpvcpu.domain.interrupted import Interrupted, leaving
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuPartial, VcpuRefused
 from qmpvcpu.host.definition_files import not_written

@@ -63,7 +63,7 @@ class StateReader(Protocol):
         pending: Collection[int] = (),
         expected: Collection[int] = (),
         told: bool = False,
-        anew: Callable[[], None] = lambda: None,
+        anew: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
         """What has changed since `state`; QEMU has told of what is gone, if `told`. `anew` is called before it is
@@ -133,7 +133,7 @@ class Reader:
         pending: Collection[int] = (),
         expected: Collection[int] = (),
         told: bool = False,
-        anew: Callable[[], None] = lambda: None,
+        anew: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
         """`query-cpus-fast` alone, and both queries where that is not enough.

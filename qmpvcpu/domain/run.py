@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Iterable, Sequence
 from dataclasses import replace
 from typing import Final
 
 from qmpvcpu.aio import wind_up
 from qmpvcpu.core.arch import architecture
+from qmpvcpu.core.engine.messages import Moves, Result, Snapshot, Terms
 from qmpvcpu.core.engine.report import (
     conclude,
     interrupted,
@@ -20,8 +21,9 @@ from qmpvcpu.core.engine.report import (
     went_on,
     without_rejections,
 )
-from qmpvcpu.core.engine.transaction import SETTLED, STILL_ASKED, ItemState, Result, Transaction
-from qmpvcpu.core.model import DomainState, Entity, Outcome, format_ids
+from qmpvcpu.core.engine.timers import UNDO_SECONDS
+from qmpvcpu.core.engine.transaction import Transaction
+from qmpvcpu.core.model import DomainState, Outcome, format_ids
 from qmpvcpu.core.planning.live import Plan, make_plan
 from qmpvcpu.core.quirks import Fact, contexts_run_out, decides
 from qmpvcpu.core.request import Request
@@ -31,7 +33,7 @@ from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.core.state.pending import UsedContexts
 from qmpvcpu.domain.agent import Arrival, Guest, with_online
-from qmpvcpu.domain.drive import UNDO_SECONDS, Drive
+from qmpvcpu.domain.drive import Drive
 from qmpvcpu.domain.interrupted import Interrupted, leaves, leaving
 from qmpvcpu.domain.placement import Placing, noted
 from qmpvcpu.domain.reader import firmware_runs, has_x2apic, lacks_acpi, run_state
@@ -490,59 +492,56 @@ async def _lit(link: Link, guest: Guest) -> DomainState:
 async def _carry_out(link: Link, state: DomainState, plan: Plan, known: Knowledge) -> tuple[Result, str | None]:
     """Its end and, if the guest has yet to answer, what QEMU says of its run state."""
     request = plan.request
-    transaction = Transaction(
-        plan.plugs,
-        plan.unplugs,
-        plan.awaited,
+    moves = Moves(plan.plugs, plan.unplugs, plan.awaited, link.ledger.firsts)
+    terms = Terms(
+        await _patience(link, plan),
         wait=request.wait,
-        reset_drops_unplug=architecture(state.arch).reset_drops_unplug,
         atomic=request.atomic,
         retries=request.retry,
-        doubted=link.ledger.firsts,
+        reset_drops_unplug=architecture(state.arch).reset_drops_unplug,
     )
 
-    def prepare(fresh: DomainState) -> None:
-        transaction.undo_forbidden = hotplug.undo_forbidden(fresh, known)
+    async def look(*, is_last: bool, resent: Callable[[], object], declined: Collection[int]) -> Snapshot:
+        fresh = await link.look(is_last=is_last, anew=resent, declined=declined)
+        restore_forbidden = None
         if request.atomic and not request.force:
             now = link.knowledge(known.x2apic, known.firmware_runs)
             gone = [fresh.by_id[e.first] for e in plan.unplugs if not fresh.by_id[e.first].plugged]
-            transaction.restore_forbidden = hotplug.restore_forbidden(fresh, gone, now)
+            restore_forbidden = hotplug.restore_forbidden(fresh, gone, now)
+        return Snapshot.of(fresh, state, moves, hotplug.undo_forbidden(fresh, known), restore_forbidden)
 
-    entities = (*plan.awaited, *plan.plugs, *plan.unplugs)
-    drive = Drive(transaction, link.monitor, link.look, await _patience(link, plan), state, prepare, link.ask)
-    link.driven = frozenset(entity.first for entity in entities)
+    drive = Drive(Transaction(moves, terms), link.monitor, look, link.ask)
+    link.driven = frozenset(entity.first for entity in moves.entities)
     try:
-        result = await drive.run(entities)
+        await drive.run()
     except VcpuConnectionError as error:
-        raise _lost_on_the_way(error, plan, transaction) from error
+        raise _lost_on_the_way(error, plan, drive.result) from error
     except asyncio.CancelledError as error:
-        raise leaving(error, _left(transaction.result(), transaction.unsure)) from error
+        raise leaving(error, _left(drive.result)) from error
     finally:
         link.driven = frozenset()
-        _record(link, transaction, entities)
+        _record(link, drive.result)
+    result = drive.result
     try:
         # It is in nobody's hands any more: an answer of the guest's that comes now ends it.
         with leaves(lambda: _left(result)):
             return result, await run_state(link.monitor) if result.pending else None
     except VcpuConnectionError as error:
-        raise _lost_on_the_way(error, plan, transaction) from error
+        raise _lost_on_the_way(error, plan, result) from error
 
 
-def _left(result: Result, unsure: tuple[int, ...] = ()) -> Interrupted:
+def _left(result: Result) -> Interrupted:
     """What a transaction has left, cancelled as it stands; what is pending, the link's ledger tells."""
-    return Interrupted(changed_ids=tuple(sorted({*result.plugged, *result.removed})), unsure_ids=unsure)
+    return Interrupted(changed_ids=result.changed, unsure_ids=result.unsure)
 
 
-def _record(link: Link, transaction: Transaction, entities: Sequence[Entity]) -> None:
+def _record(link: Link, result: Result) -> None:
     """What the next call, and the next process, must know of unplugs that have not ended."""
-    states = transaction.states
     pending = link.ledger.firsts
-    open_still = [e for e in entities if states[e.first] in STILL_ASKED and e.first not in pending]
-    if open_still:
+    if open_still := [entity for entity in result.still_asked if entity.first not in pending]:
         link.ledger.ask(open_still, link.state, time.time())
-    gone = [first for first, state in states.items() if state is ItemState.REMOVED]
-    link.ledger.end(gone, gone=True)
-    link.ledger.end([first for first, state in states.items() if state in SETTLED])
+    link.ledger.end(result.gone, gone=True)
+    link.ledger.end(result.finished)
     # What is pending for a cancelled call may have gone at its last look.
     link.ledger.settle(link.state)
     link.watch()
@@ -566,13 +565,9 @@ def _notes(link: Link, result: Result, since: dict[int, float | None]) -> list[s
     return notes
 
 
-def _lost_on_the_way(error: VcpuConnectionError, plan: Plan, transaction: Transaction) -> VcpuConnectionError:
+def _lost_on_the_way(error: VcpuConnectionError, plan: Plan, result: Result) -> VcpuConnectionError:
     """The same error, with what was under way."""
-    states: dict[str, list[int]] = {}
-    for entity in (*plan.awaited, *plan.plugs, *plan.unplugs):
-        states.setdefault(transaction.states[entity.first].value, []).extend(entity.ids)
-    way = "; ".join(f"vCPU {format_ids(ids)}: {what}" for what, ids in states.items())
-    result = transaction.result()
+    way = "; ".join(f"vCPU {format_ids(ids)}: {what}" for what, ids in result.stages.items())
     return VcpuConnectionError(
         f"{error.message}. When it was lost: {way}",
         address=error.address,
@@ -580,8 +575,8 @@ def _lost_on_the_way(error: VcpuConnectionError, plan: Plan, transaction: Transa
         hint=error.hint,
         libvirt=error.libvirt,
         ids=plan.targets,
-        changed_ids=sorted({*result.plugged, *result.removed}),
-        pending=transaction.still_asked,
+        changed_ids=result.changed,
+        pending=result.pending,
         undone=result.undone,
         messages=plan.messages,
         mechanism="hotplug",

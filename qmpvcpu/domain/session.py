@@ -177,7 +177,7 @@ class Link:
         self,
         *,
         is_last: bool = False,
-        anew: Callable[[], None] = lambda: None,
+        anew: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
         """`query-cpus-fast` alone, where that is enough: the query of a running operation.

@@ -72,6 +72,11 @@ SOAKS = {
         tests("tests/qemu/test_nothing_left_real.py"),
         needs=("qemu",),
     ),
+    "oracle": Soak(
+        "COUNT generated requests, answers and moments: the transaction does what that of `house-0` did",
+        20_000,
+        tests("tests/unit/test_oracle.py"),
+    ),
     "signals": Soak(
         "COUNT commands that are sent Ctrl-C or TERM at a random moment: one JSON document and a true exit code",
         1000,

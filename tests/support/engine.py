@@ -12,23 +12,31 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmpvcpu import Entity, Props
-from qmpvcpu.core.engine.transaction import (
+from qmpvcpu.core.engine.messages import (
     Add,
-    Again,
     Cancelled,
     Delete,
     Effect,
-    Expired,
     Failure,
+    Finished,
+    Heard,
     Input,
-    Phase,
-    Poll,
+    Look,
+    Moves,
+    Query,
+    QuerySent,
     Replied,
     Snapshot,
-    Transaction,
+    Terms,
     Unsent,
+    Woke,
 )
-from qmpvcpu.core.state.events import Names, Signal, SignalKind, interpret
+from qmpvcpu.core.engine.transaction import Transaction
+from qmpvcpu.core.state.events import Names, SignalKind, interpret
+
+#: Seconds of a call that nothing but `expired` ends; more than any poll, pause or undo takes.
+_TIMEOUT = 1000.0
+_PAUSE = 3.0
 
 QUERY = ("query",)
 
@@ -95,22 +103,22 @@ class Engine:
         def entities(firsts: Iterable[int], plugged: bool) -> list[Entity]:
             return [_entity(ids.get(first, (first,)), plugged) for first in firsts]
 
+        self._now = 0.0
+        self._ended = False
+        self._forbidden = undo_forbidden, restore_forbidden
         self._transaction = Transaction(
-            entities(plug, False),
-            entities(unplug, True),
-            entities(awaited, True),
-            doubted=frozenset(doubted),
-            wait=wait,
-            atomic=atomic,
-            retries=retries,
-            undo_forbidden=undo_forbidden,
-            restore_forbidden=restore_forbidden,
-            reset_drops_unplug=reset_drops_unplug,
+            Moves(
+                tuple(entities(plug, False)),
+                tuple(entities(unplug, True)),
+                tuple(entities(awaited, True)),
+                frozenset(doubted),
+            ),
+            Terms(_TIMEOUT, wait=wait, atomic=atomic, retries=retries, reset_drops_unplug=reset_drops_unplug),
         )
 
     def start(self) -> list[tuple[Any, ...]]:
         """The first effects. Every call below gives the next ones."""
-        return _plain(self._transaction.start())
+        return self._plain(self._transaction.start(self._now))
 
     # -- QEMU's answers ---------------------------------------------------------------------------
 
@@ -128,49 +136,55 @@ class Engine:
 
     def query_goes_out(self) -> bool:
         """The query is sent, or sent once more; whether it has only to confirm that all is gone."""
-        confirms = self._transaction.seems_over
-        self._transaction.asked()
-        return confirms
+        look = self._transaction.feed(QuerySent(), self._now)[0]
+        assert isinstance(look, Look)
+        return look.confirms
 
     def seen(self, *plugged: int, replaced: Iterable[int] = ()) -> list[tuple[Any, ...]]:
         """The answer to the query: what is plugged, and what of it another client has plugged meanwhile."""
-        return self._feed(Snapshot(frozenset(plugged), frozenset(replaced)))
+        return self._feed(Snapshot(frozenset(plugged), frozenset(replaced), *self._forbidden))
 
     # -- events -----------------------------------------------------------------------------------
 
     def gone(self, first: int) -> list[tuple[Any, ...]]:
         """DEVICE_DELETED."""
-        return self._feed(Signal(SignalKind.DELETED, first))
+        return self._feed(Heard("DEVICE_DELETED", {"path": _path(first)}))
 
     def refused(self, first: int, reason: str = "no") -> list[tuple[Any, ...]]:
         """The guest does not let it go."""
-        return self._feed(Signal(SignalKind.GUEST_REFUSED, first, reason))
+        return self._feed(Heard("DEVICE_UNPLUG_GUEST_ERROR", {"path": _path(first), "text": reason}))
 
     def ejecting(self, first: int) -> list[tuple[Any, ...]]:
         """The guest is about to let it go."""
-        return self._feed(Signal(SignalKind.EJECTING, first))
+        info = {"slot-type": "CPU", "slot": str(first), "source": 3, "status": 0x84}
+        return self._feed(Heard("ACPI_DEVICE_OST", {"info": info}))
 
     def something_changed(self) -> list[tuple[Any, ...]]:
         """An event that does not name its vCPU."""
-        return self._feed(Signal(SignalKind.LOOK_AGAIN))
+        return self._feed(Heard("DEVICE_DELETED", {"path": "/machine/unattached/device[9]"}))
 
     def machine_is_reset(self) -> list[tuple[Any, ...]]:
         """RESET."""
-        return self._feed(Signal(SignalKind.RESET, None, "the machine was reset"))
+        return self._feed(Heard("RESET"))
 
     # -- time and the caller ----------------------------------------------------------------------
 
     def poll(self) -> list[tuple[Any, ...]]:
         """Some time went by without an event."""
-        return self._feed(Poll())
+        timers = self._transaction._timers
+        return self._at(timers.soon or timers.poll or self._now)
 
     def pause_is_over(self) -> list[tuple[Any, ...]]:
         """What was refused may be asked again."""
-        return self._feed(Again())
+        return self._at(self._now + _PAUSE)
 
     def expired(self) -> list[tuple[Any, ...]]:
         """The deadline: the call's, or that of the undo where one has begun."""
-        return self._feed(Expired())
+        return self._at(self._now + _TIMEOUT)
+
+    def _at(self, moment: float) -> list[tuple[Any, ...]]:
+        self._now = max(self._now, moment)
+        return self._feed(Woke())
 
     def cancelled(self) -> list[tuple[Any, ...]]:
         """The caller does not want it any more."""
@@ -180,15 +194,24 @@ class Engine:
 
     @property
     def ended(self) -> bool:
-        return self._transaction.phase is Phase.DONE
+        return self._ended
+
+    @property
+    def has_deadline(self) -> bool:
+        """Whether the deadline may come: the guest's time begins once QEMU has done what is its own."""
+        return self._transaction._timers.deadline is not None
 
     @property
     def wakes(self) -> frozenset[str]:
         """What it wants to be called for: `guest` (its next step is the guest's: `poll`), `soon` (so, before
         long), `retry` (`pause_is_over`).
         """
-        transaction = self._transaction
-        words = {"guest": transaction.waiting, "soon": transaction.to_look_soon, "retry": transaction.to_retry}
+        timers = self._transaction._timers
+        words = {
+            "guest": self._transaction._waiting,
+            "soon": timers.soon is not None,
+            "retry": timers.retry is not None,
+        }
         return frozenset(word for word, is_so in words.items() if is_so)
 
     def end(self) -> Report:
@@ -197,7 +220,7 @@ class Engine:
 
     def so_far(self) -> Report:
         """What is reported if the connection is lost now; `pending` is all that QEMU may still carry out."""
-        return self._report(pending=self._transaction.still_asked)
+        return self._report()
 
     def _report(self, **other: Any) -> Report:
         result = self._transaction.result()
@@ -210,7 +233,21 @@ class Engine:
         )
 
     def _feed(self, happened: Input) -> list[tuple[Any, ...]]:
-        return _plain(self._transaction.feed(happened))
+        return self._plain(self._transaction.feed(happened, self._now))
+
+    def _plain(self, effects: Iterable[Effect]) -> list[tuple[Any, ...]]:
+        found: list[tuple[Any, ...]] = []
+        for effect in effects:
+            match effect:
+                case Add():
+                    found.append(add(effect.entity.first))
+                case Delete():
+                    found.append((undo if effect.undo else delete)(effect.entity.first))
+                case Query():
+                    found.append(QUERY)
+                case Finished():
+                    self._ended = True
+        return found
 
 
 def meaning(
@@ -241,22 +278,13 @@ def meaning(
             return ("something changed",)
 
 
+def _path(first: int) -> str:
+    return f"/machine/peripheral/vcpu{first}"
+
+
 def _entity(ids: tuple[int, ...], plugged: bool, path: str | None = None) -> Entity:
-    path = f"/machine/peripheral/vcpu{ids[0]}" if plugged else path
+    path = _path(ids[0]) if plugged else path
     return Entity(ids, "t", Props({"core-id": ids[0]}), path, None, True)
-
-
-def _plain(effects: Iterable[Effect]) -> list[tuple[Any, ...]]:
-    found: list[tuple[Any, ...]] = []
-    for effect in effects:
-        match effect:
-            case Add():
-                found.append(add(effect.entity.first))
-            case Delete():
-                found.append((undo if effect.undo else delete)(effect.entity.first))
-            case _:
-                found.append(QUERY)
-    return found
 
 
 def _told(failures: Iterable[Failure]) -> dict[tuple[int, ...], str]:

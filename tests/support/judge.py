@@ -30,9 +30,9 @@ from pathlib import Path
 from typing import Any
 
 import qmpvcpu
+import qmpvcpu.core.engine.timers
 import qmpvcpu.domain.agent
 import qmpvcpu.domain.domain
-import qmpvcpu.domain.drive
 import qmpvcpu.domain.event_bus
 import qmpvcpu.domain.run
 import qmpvcpu.qemu.agent
@@ -57,7 +57,7 @@ LISTED = b"""<domain><name>d</name><vcpu>4</vcpu><vcpus><vcpu id='0' enabled='ye
 
 def hasten() -> None:
     """Deadlines that are no option of `connect` are made short too."""
-    qmpvcpu.domain.drive.UNDO_SECONDS = GUEST  # type: ignore[misc]
+    qmpvcpu.core.engine.timers.UNDO_SECONDS = GUEST  # type: ignore[misc]
     qmpvcpu.domain.run.UNDO_SECONDS = GUEST  # type: ignore[misc]
     qmpvcpu.domain.event_bus._LOOK_EVERY = 0.05  # type: ignore[misc]
     qmpvcpu.domain.agent._LOOK_SECONDS = GUEST  # type: ignore[misc]

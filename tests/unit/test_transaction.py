@@ -917,7 +917,7 @@ class World(RuleBasedStateMachine):
 
     @property
     def may_expire(self):
-        return not (self.undo_expired if self.undoing else self.expired)
+        return self.engine.has_deadline and not (self.undo_expired if self.undoing else self.expired)
 
     @precondition(lambda self: self.open and self.in_flight)
     @rule(succeeds=st.booleans())

@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.engine.agent_switch import Switch
-from qmpvcpu.core.engine.transaction import Failure, Result
+from qmpvcpu.core.engine.messages import Failure, Result
 from qmpvcpu.core.model import DomainState, Outcome, Vcpu, format_ids
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused, VcpuRejected
@@ -207,7 +207,7 @@ def conclude(
     `state` is fresh; `stopped` is the run state while the guest does not run, `notes` what else is to be
     said.
     """
-    changed = tuple(sorted({*result.plugged, *result.removed}))
+    changed = result.changed
     messages = list(plan.messages)
     if result.kept:
         messages.append(

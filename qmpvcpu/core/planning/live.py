@@ -19,7 +19,7 @@ from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = ["Plan", "make_plan", "unplug_name"]
+__all__ = ["Plan", "make_plan"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,7 @@ class Plan:
             {
                 "step": "device_del",
                 "vcpus": list(entity.ids),
-                "arguments": {"id": unplug_name(entity)},
+                "arguments": {"id": entity.unplug_name},
             }
             for entity in self.unplugs
         ]
@@ -165,14 +165,7 @@ def _plug_words(entity: Entity) -> str:
 def _unplug_words(entity: Entity) -> str:
     if entity.driver == LIBVIRT_DRIVER:
         return f"{entity.driver} {format_ids(entity.ids)}, 0"
-    return f"device_del {unplug_name(entity)}"
-
-
-def unplug_name(entity: Entity) -> str:
-    """What `device_del` calls it: the device id, or the QOM path of a CPU that was there at the start."""
-    path = entity.qom_path or ""
-    prefix = "/machine/peripheral/"
-    return path[len(prefix) :] if path.startswith(prefix) else path
+    return f"device_del {entity.unplug_name}"
 
 
 def make_plan(state: DomainState, request: Request, known: Knowledge | None = None) -> Plan:

@@ -645,7 +645,7 @@ class XmlReader:
         pending: Collection[int] = (),
         expected: Collection[int] = (),
         told: bool = False,
-        anew: Callable[[], None] = lambda: None,
+        anew: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
         """The same."""

@@ -1,0 +1,218 @@
+"""One entity on its way, all of them together, and how they ended. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+from qmpvcpu.core.engine.messages import Failure, Moves, Result, Terms
+from qmpvcpu.core.engine.stages import (
+    FAILED,
+    FIRST,
+    NOT_BEGUN,
+    PLUG_FAILED,
+    REJECTED,
+    STILL_ASKED,
+    UNDO_FAILED,
+    UNDOING,
+    On,
+    Stage,
+)
+from qmpvcpu.core.model import Entity
+from qmpvcpu.errors import OutcomeKind
+
+#: Tries, with a growing pause, for an id that QEMU frees a moment after the slot. Another device may have it, too.
+_READDS: Final = 4
+
+_UNDOABLE: Final = frozenset({Stage.ADDED, Stage.PLUGGED})
+_RESTORED: Final = frozenset({Stage.PLUGGED, Stage.OTHERS})
+
+#: What to say of a failure that QEMU gave no words for.
+_WORDS: Final = {
+    Stage.VANISHED: "QEMU accepted device_add, but the vCPU is not there",
+    Stage.RETURNED: "it was removed, and another client plugged it again",
+}
+
+
+@dataclass(slots=True)
+class Item:
+    """One entity.
+
+    Attributes:
+        is_plug: whether the request plugs it; else the request removes it.
+        is_undo: whether what the request did to it is being undone.
+        retries: how often an unplug may still be requested again.
+        doubt: an earlier unplug may still be answered.
+        repeat: an answer came that may be to that earlier one.
+        repeated: it was requested once more, and the first time is not answered either.
+        readds: how often it may be added again while its device id is taken.
+        taken: how often its device id was taken.
+        note: what QEMU or the guest said last.
+    """
+
+    entity: Entity
+    stage: Stage
+    is_plug: bool
+    retries: int = 0
+    doubt: bool = False
+    is_undo: bool = False
+    repeat: bool = False
+    repeated: bool = False
+    readds: int = _READDS
+    taken: int = 0
+    note: Failure | None = None
+
+    def begin_undo(self) -> Stage:
+        """What was done is taken back: the stage of the command for it."""
+        self.is_undo, self.doubt, self.repeat, self.repeated = True, False, False, False
+        self.retries = self.readds = 0
+        return Stage.DELETING if self.is_plug else Stage.ADDING
+
+    @property
+    def words(self) -> str:
+        """Where it stands, for a message."""
+        return f"undo: {self.stage.value}" if self.is_undo else self.stage.value
+
+
+class Items:
+    """All entities of a transaction, by id. With hundreds of them each message asks what stages there are, so they
+    are counted.
+    """
+
+    __slots__ = ("_by_first", "_first", "_undo")
+
+    def __init__(self, moves: Moves, terms: Terms) -> None:
+        self._by_first: dict[int, Item] = {}
+        self._first = dict.fromkeys(Stage, 0)
+        self._undo = dict.fromkeys(Stage, 0)
+        retries = terms.retries if terms.wait else 0
+        for entities, stage in (
+            (moves.awaited, Stage.READY_TO_REPLACE),
+            (moves.plugs, Stage.READY_TO_ADD),
+            (moves.unplugs, Stage.READY_TO_REMOVE),
+        ):
+            is_plug = stage is not Stage.READY_TO_REMOVE
+            for entity in entities:
+                doubt = not is_plug and entity.first in moves.doubted
+                self._by_first[entity.first] = Item(entity, stage, is_plug, retries, doubt)
+                self._first[stage] += 1
+
+    def __iter__(self) -> Iterator[Item]:
+        return iter(self._by_first.values())
+
+    def __getitem__(self, first: int) -> Item:
+        return self._by_first[first]
+
+    def get(self, first: int | None) -> Item | None:
+        """The entity of that id, if it is one of these."""
+        return None if first is None else self._by_first.get(first)
+
+    def target(self, item: Item, what: On) -> Stage | None:
+        """Where this leads, None if it changes nothing."""
+        return (UNDOING if item.is_undo else FIRST).get((item.stage, what))
+
+    def put(self, item: Item, stage: Stage, *, undo: bool = False) -> None:
+        """Move it there; `undo`: and begin to undo it."""
+        (self._undo if item.is_undo else self._first)[item.stage] -= 1
+        if undo:
+            stage = item.begin_undo()
+        (self._undo if item.is_undo else self._first)[stage] += 1
+        item.stage = stage
+
+    def any(self, stages: Iterable[Stage]) -> bool:
+        """Whether any is in one of these stages."""
+        first, undo = self._first, self._undo
+        return any(first[stage] or undo[stage] for stage in stages)
+
+    def any_first(self, stages: Iterable[Stage]) -> bool:
+        """Whether any is in one of these stages, and not being undone."""
+        first = self._first
+        return any(first[stage] for stage in stages)
+
+    def any_undo(self, stage: Stage) -> bool:
+        """Whether any that is being undone is in this stage."""
+        return self._undo[stage] != 0
+
+    def ids(
+        self,
+        first: Collection[Stage] = (),
+        *,
+        unplugging: Collection[Stage] = (),
+        restoring: Collection[Stage] = (),
+    ) -> tuple[int, ...]:
+        """vCPU ids in the stages of `first`; of plugs that are undone, in `unplugging`; of removals, in
+        `restoring`.
+        """
+
+        def is_meant(item: Item) -> bool:
+            if not item.is_undo:
+                return item.stage in first
+            return item.stage in (unplugging if item.is_plug else restoring)
+
+        return tuple(sorted(number for item in self if is_meant(item) for number in item.entity.ids))
+
+    def notes(self, stages: Collection[Stage], default: str | None = None) -> tuple[Failure, ...]:
+        """What was said of those in these stages."""
+        return tuple(
+            item.note or Failure(item.entity, default or _WORDS.get(item.stage, item.stage.value))
+            for item in self
+            if not item.is_undo and item.stage in stages
+        )
+
+
+def result_of(
+    items: Items, terms: Terms, *, cancelled: bool, undo_forbidden: str | None, restore_forbidden: str | None
+) -> Result:
+    """How it ended, or how it stands."""
+    failures = items.notes(FAILED)
+    rejections = items.notes(REJECTED, "the guest refused")
+    failing = bool(failures) or cancelled
+    plugged = items.ids(_UNDOABLE, unplugging=UNDO_FAILED)
+    remaining = plugged if failing else ()
+    asked = items.ids({Stage.PENDING} if terms.wait else {Stage.PENDING, Stage.ASKED})
+    awaited = items.ids({Stage.STILL_AWAITED})
+    pending = items.ids(STILL_ASKED, unplugging=STILL_ASKED)
+    removed = items.ids({Stage.REMOVED}, restoring=PLUG_FAILED)
+    unasked = items.ids({Stage.UNASKED})
+    # One whose unplug looked as if it had failed may have gone after others were brought back on its account.
+    returned = items.ids(restoring=_RESTORED)
+    lost = removed if terms.atomic and (failures or rejections or unasked or returned) else ()
+    if lost or (failing and (remaining or (failures and removed))):
+        outcome = OutcomeKind.PARTIAL
+    elif failures:
+        outcome = OutcomeKind.FAILED
+    elif rejections:
+        outcome = OutcomeKind.REJECTED
+    elif asked and not (awaited or terms.wait or unasked):
+        outcome = OutcomeKind.REQUESTED
+    elif pending:
+        outcome = OutcomeKind.PENDING
+    elif unasked or returned:
+        outcome = OutcomeKind.PARTIAL if removed or items.any_first(_UNDOABLE) else OutcomeKind.FAILED
+    else:
+        outcome = OutcomeKind.APPLIED
+    stages: dict[str, tuple[int, ...]] = {}
+    for item in items:
+        stages[item.words] = (*stages.get(item.words, ()), *item.entity.ids)
+    return Result(
+        outcome=outcome,
+        plugged=plugged,
+        removed=removed,
+        pending=pending,
+        undone=items.ids(unplugging={Stage.REMOVED}, restoring=_RESTORED),
+        remaining=remaining,
+        kept=items.ids({Stage.KEPT, Stage.STAYED}),
+        failures=failures,
+        rejections=rejections,
+        lost=lost,
+        unasked=unasked,
+        undo_forbidden=(undo_forbidden if remaining else None) or (restore_forbidden if lost else None),
+        still_asked=tuple(item.entity for item in items if item.stage in STILL_ASKED),
+        unsure=items.ids({Stage.ADDING}, restoring={Stage.ADDING}),
+        gone=tuple(item.entity.first for item in items if item.stage is Stage.REMOVED and not item.is_undo),
+        finished=tuple(
+            item.entity.first for item in items if item.stage not in STILL_ASKED and item.stage not in NOT_BEGUN
+        ),
+        stages=stages,
+    )

@@ -1,0 +1,197 @@
+"""Where the `device_add` or `device_del` of one entity stands, and what moves it on: four small tables. Pure.
+
+Rules of the tables
+- Only a fresh query (PRESENT, ABSENT) makes an entity PLUGGED or REMOVED. A reply or an event says at most that it
+  is time for a query. So nothing is ever reported that the slot does not confirm.
+- A pair (stage, happening) that is in no table changes nothing: a late or doubled message is harmless.
+- A stage in `WAITING` ends by the deadline at the latest. A stage in `IN_FLIGHT` ends by QEMU's reply.
+- Entering ADDING sends `device_add`, entering DELETING sends `device_del`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import Enum
+from typing import Final
+
+
+class Stage(Enum):
+    """Where one entity stands; the value is how a message says it."""
+
+    #: Enum's own is a Python function, and every message looks several members up.
+    __hash__ = object.__hash__
+
+    READY_TO_ADD = "to add"
+    ADDING = "device_add sent"
+    ADDED = "device_add accepted"
+    PLUGGED = "plugged"
+    NOT_ADDED = "device_add failed"
+    VANISHED = "accepted, and not there"
+    ADD_PAUSED = "its id is still taken, to be added again"
+    FOUND = "plugged by another client"
+    OTHERS = "plugged by another client, and there"
+
+    READY_TO_REMOVE = "to remove"
+    DELETING = "device_del sent"
+    ASKED = "unplug asked"
+    REMOVED = "removed"
+    REJECTED = "rejected by the guest"
+    REJECTED_PAUSED = "rejected, to be asked again"
+    NOT_ASKED = "device_del failed"
+    NOT_ASKED_PAUSED = "device_del failed, to be asked again"
+    NOT_ASKED_AGAIN = "device_del failed, an earlier unplug is open"
+    UNASKED = "never asked for"
+    PENDING = "unplug pending"
+    RETURNED = "removed, and plugged by another client"
+
+    READY_TO_REPLACE = "to add after its unplug"
+    AWAITING = "its earlier unplug awaited"
+    STILL_AWAITED = "its earlier unplug pending"
+    KEPT = "its earlier unplug did not happen"
+    STAYED = "its earlier unplug did not happen, and no more is done"
+
+    DROPPED = "never begun"
+
+
+class On(Enum):
+    """What can happen to an entity."""
+
+    __hash__ = object.__hash__
+
+    START = "the transaction starts"
+    OK = "QEMU accepted the command"
+    ERROR = "QEMU declined the command"
+    SO = "QEMU says that the slot is full already"
+    UNSENT = "the command was taken back before it was sent"
+    PRESENT = "a query shows it"
+    ABSENT = "a query does not show it"
+    REPLACED = "a query shows another one in its place"
+    REFUSED = "the guest refused"
+    RETRY = "the command is worth another try"
+    AGAIN = "the pause before another try is over"
+    REPEAT = "the answer was to an earlier unplug: ask once more"
+    DOUBT = "an earlier unplug may still be carried out"
+    EXPIRE = "the deadline has passed"
+    LOOKED = "a query was made, and nobody waits longer"
+    LEAVE = "the last query of a cancelled call was made"
+    CANCEL = "the call was cancelled"
+    GIVE_UP = "another plug of the call has failed"
+
+
+_Table = Mapping[tuple[Stage, On], Stage]
+_S = Stage
+
+#: An empty slot is filled.
+PLUG: Final[_Table] = {
+    (_S.READY_TO_ADD, On.START): _S.ADDING,
+    (_S.READY_TO_ADD, On.CANCEL): _S.DROPPED,
+    (_S.ADDING, On.OK): _S.ADDED,
+    (_S.ADDING, On.UNSENT): _S.DROPPED,
+    (_S.ADDING, On.ERROR): _S.NOT_ADDED,
+    (_S.ADDING, On.SO): _S.FOUND,
+    (_S.ADDED, On.PRESENT): _S.PLUGGED,
+    (_S.ADDED, On.ABSENT): _S.VANISHED,
+    (_S.PLUGGED, On.ABSENT): _S.VANISHED,
+    (_S.FOUND, On.PRESENT): _S.OTHERS,
+    (_S.FOUND, On.ABSENT): _S.VANISHED,
+    (_S.OTHERS, On.ABSENT): _S.VANISHED,
+    (_S.NOT_ADDED, On.RETRY): _S.ADD_PAUSED,
+    (_S.ADD_PAUSED, On.AGAIN): _S.ADDING,
+    (_S.ADD_PAUSED, On.PRESENT): _S.OTHERS,
+    (_S.ADD_PAUSED, On.EXPIRE): _S.NOT_ADDED,
+    (_S.ADD_PAUSED, On.CANCEL): _S.NOT_ADDED,
+    (_S.ADD_PAUSED, On.GIVE_UP): _S.NOT_ADDED,
+}
+
+#: A plugged entity is removed.
+UNPLUG: Final[_Table] = {
+    (_S.READY_TO_REMOVE, On.START): _S.DELETING,
+    (_S.READY_TO_REMOVE, On.CANCEL): _S.DROPPED,
+    (_S.DELETING, On.OK): _S.ASKED,
+    (_S.DELETING, On.UNSENT): _S.UNASKED,
+    (_S.DELETING, On.ERROR): _S.NOT_ASKED,
+    (_S.DELETING, On.REFUSED): _S.REJECTED,
+    (_S.ASKED, On.ABSENT): _S.REMOVED,
+    (_S.ASKED, On.REFUSED): _S.REJECTED,
+    (_S.ASKED, On.REPEAT): _S.DELETING,
+    (_S.ASKED, On.REPLACED): _S.RETURNED,
+    (_S.ASKED, On.EXPIRE): _S.PENDING,
+    (_S.ASKED, On.LEAVE): _S.PENDING,
+    (_S.PENDING, On.ABSENT): _S.REMOVED,
+    (_S.REJECTED, On.ABSENT): _S.REMOVED,
+    (_S.REJECTED, On.RETRY): _S.REJECTED_PAUSED,
+    (_S.REJECTED_PAUSED, On.AGAIN): _S.DELETING,
+    (_S.REJECTED_PAUSED, On.ABSENT): _S.REMOVED,
+    (_S.REJECTED_PAUSED, On.EXPIRE): _S.REJECTED,
+    (_S.REJECTED_PAUSED, On.CANCEL): _S.REJECTED,
+    (_S.REJECTED_PAUSED, On.GIVE_UP): _S.REJECTED,
+    (_S.NOT_ASKED, On.ABSENT): _S.REMOVED,
+    (_S.NOT_ASKED, On.RETRY): _S.NOT_ASKED_PAUSED,
+    (_S.NOT_ASKED, On.DOUBT): _S.NOT_ASKED_AGAIN,
+    (_S.NOT_ASKED_PAUSED, On.AGAIN): _S.DELETING,
+    (_S.NOT_ASKED_PAUSED, On.ABSENT): _S.REMOVED,
+    (_S.NOT_ASKED_PAUSED, On.EXPIRE): _S.NOT_ASKED,
+    (_S.NOT_ASKED_PAUSED, On.CANCEL): _S.NOT_ASKED,
+    (_S.NOT_ASKED_PAUSED, On.GIVE_UP): _S.NOT_ASKED,
+    (_S.NOT_ASKED_AGAIN, On.ABSENT): _S.REMOVED,
+    (_S.NOT_ASKED_AGAIN, On.REFUSED): _S.NOT_ASKED,
+    (_S.UNASKED, On.ABSENT): _S.REMOVED,
+    (_S.UNASKED, On.REFUSED): _S.REJECTED,
+    (_S.UNASKED, On.ERROR): _S.NOT_ASKED,
+    (_S.UNASKED, On.DOUBT): _S.NOT_ASKED_AGAIN,
+}
+
+#: An entity whose earlier unplug is pending is plugged again: that unplug is awaited first.
+REPLACE: Final[_Table] = {
+    (_S.READY_TO_REPLACE, On.START): _S.AWAITING,
+    (_S.READY_TO_REPLACE, On.CANCEL): _S.DROPPED,
+    (_S.AWAITING, On.ABSENT): _S.ADDING,
+    (_S.AWAITING, On.REFUSED): _S.KEPT,
+    (_S.AWAITING, On.REPLACED): _S.KEPT,
+    (_S.AWAITING, On.EXPIRE): _S.STILL_AWAITED,
+    (_S.AWAITING, On.LOOKED): _S.STILL_AWAITED,
+    (_S.AWAITING, On.CANCEL): _S.STILL_AWAITED,
+    (_S.AWAITING, On.GIVE_UP): _S.STILL_AWAITED,
+    (_S.KEPT, On.ABSENT): _S.ADDING,
+    (_S.KEPT, On.CANCEL): _S.STAYED,
+    (_S.KEPT, On.GIVE_UP): _S.STAYED,
+}
+
+#: An undo runs the other table: UNPLUG undoes a plug, PLUG undoes a removal. These rows differ then.
+UNDO: Final[_Table] = {
+    (_S.ADDING, On.UNSENT): _S.NOT_ADDED,
+    (_S.NOT_ADDED, On.PRESENT): _S.PLUGGED,
+    (_S.VANISHED, On.PRESENT): _S.PLUGGED,
+}
+
+FIRST: Final[_Table] = {**PLUG, **UNPLUG, **REPLACE}
+#: What an undo removes is never the object that the request was planned on.
+UNDOING: Final[_Table] = {
+    pair: stage for pair, stage in {**PLUG, **UNPLUG, **UNDO}.items() if pair[1] is not On.REPLACED
+}
+
+#: The guest, or time, ends these.
+WAITING: Final = frozenset({_S.ASKED, _S.AWAITING, _S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_ASKED_PAUSED})
+#: Another try is made after a pause.
+PAUSED: Final = frozenset({_S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_ASKED_PAUSED})
+#: QEMU's reply ends these.
+IN_FLIGHT: Final = frozenset({_S.ADDING, _S.DELETING})
+#: A query ends these.
+UNVERIFIED: Final = frozenset({_S.ADDED, _S.FOUND})
+#: QEMU may still carry out an unplug that was asked for.
+STILL_ASKED: Final = frozenset(
+    {_S.DELETING, _S.ASKED, _S.PENDING, _S.NOT_ASKED_AGAIN, _S.AWAITING, _S.STILL_AWAITED}
+)
+NOT_BEGUN: Final = frozenset({_S.READY_TO_ADD, _S.READY_TO_REMOVE, _S.READY_TO_REPLACE, _S.DROPPED})
+
+PLUG_FAILED: Final = frozenset({_S.NOT_ADDED, _S.VANISHED})
+FAILED: Final = PLUG_FAILED | {
+    _S.ADD_PAUSED,
+    _S.NOT_ASKED,
+    _S.NOT_ASKED_AGAIN,
+    _S.NOT_ASKED_PAUSED,
+    _S.RETURNED,
+}
+REJECTED: Final = frozenset({_S.REJECTED, _S.REJECTED_PAUSED})
+#: An undo by `device_del` that did not succeed.
+UNDO_FAILED: Final = frozenset({_S.REJECTED, _S.NOT_ASKED, _S.UNASKED, _S.PENDING})
