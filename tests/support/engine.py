@@ -187,7 +187,8 @@ class Engine:
         return self._feed(Woke())
 
     def cancelled(self) -> list[tuple[Any, ...]]:
-        """The caller does not want it any more."""
+        """The caller does not want it any more; after the end: it is taken back."""
+        self._ended = False
         return self._feed(Cancelled())
 
     # -- what can be seen of it -------------------------------------------------------------------

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.support.engine import Engine, Report
+from tests.support.engine import Engine, Report, undo
 
 #: Every entity is two vCPUs.
 IDS = {n: (n, n + 100) for n in range(1, 4)}
@@ -233,9 +233,8 @@ def test_nothing_to_do_is_done_at_once():
         Engine.poll,
         lambda engine: engine.gone(1),
         lambda engine: engine.refused(1),
-        Engine.cancelled,
     ],
-    ids=["reply", "poll", "event", "refusal", "cancel"],
+    ids=["reply", "poll", "event", "refusal"],
 )
 def test_what_comes_after_the_end_changes_nothing(late):
     engine = Engine([1], ids=IDS)
@@ -244,3 +243,15 @@ def test_what_comes_after_the_end_changes_nothing(late):
     engine.seen(0, 1)
     assert late(engine) == []
     assert engine.end().plugged == (1, 101)
+
+
+def test_a_call_that_is_cancelled_after_its_end_takes_its_plug_back():
+    engine = Engine([1], ids=IDS)
+    engine.start()
+    engine.replied(1)
+    engine.seen(0, 1)
+    assert engine.cancelled() == [undo(1)]
+    engine.replied(1)
+    engine.gone(1)
+    engine.seen(0)
+    assert engine.end().undone == (1, 101)

@@ -11,10 +11,10 @@ from qmpvcpu.core.engine.stages import (
     FAILED,
     FIRST,
     NOT_BEGUN,
+    NOT_UNDONE,
     PLUG_FAILED,
     REJECTED,
     STILL_ASKED,
-    UNDO_FAILED,
     UNDOING,
     On,
     Stage,
@@ -168,7 +168,7 @@ def result_of(
     failures = items.notes(FAILED)
     rejections = items.notes(REJECTED, "the guest refused")
     failing = bool(failures) or cancelled
-    plugged = items.ids(_UNDOABLE, unplugging=UNDO_FAILED)
+    plugged = items.ids(_UNDOABLE, unplugging=NOT_UNDONE)
     remaining = plugged if failing else ()
     asked = items.ids({Stage.PENDING} if terms.wait else {Stage.PENDING, Stage.ASKED})
     awaited = items.ids({Stage.STILL_AWAITED})

@@ -193,5 +193,5 @@ FAILED: Final = PLUG_FAILED | {
     _S.RETURNED,
 }
 REJECTED: Final = frozenset({_S.REJECTED, _S.REJECTED_PAUSED})
-#: An undo by `device_del` that did not succeed.
-UNDO_FAILED: Final = frozenset({_S.REJECTED, _S.NOT_ASKED, _S.UNASKED, _S.PENDING})
+#: A plug whose undo is in one of these is still there.
+NOT_UNDONE: Final = frozenset({_S.DELETING, _S.ASKED, _S.PENDING, _S.REJECTED, _S.NOT_ASKED, _S.UNASKED})

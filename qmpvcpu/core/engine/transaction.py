@@ -364,7 +364,7 @@ class Transaction:
         return self._timed(now)
 
     def _advance(self, now: float) -> None:
-        if self._look_again and not self._querying and not self._effects:
+        if self._look_again and not self._querying:
             self._query()
         elif self._undo_is_due():
             if not self._querying:

@@ -12,7 +12,7 @@ from qmpvcpu.core.model import DomainState, Entity
 from qmpvcpu.core.state.events import Names, interpret, is_taken, replugged
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
-from tests.oracle.transaction import (
+from tests.support.house0.transaction import (
     Add,
     Again,
     Cancelled,
