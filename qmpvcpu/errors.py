@@ -16,7 +16,7 @@ error libvirt would give (`virErrorNumber` in libvirt's virterror.h).
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any
 
@@ -182,6 +182,10 @@ class VcpuRefused(VcpuError):
         if self.refusals:
             fields.setdefault("libvirt", self.refusals[0].libvirt)
         super().__init__("; ".join(refusal.message for refusal in self.refusals), **fields)
+
+    def at(self, place: str) -> VcpuRefused:
+        """The same, where each reason names the file or the domain that it is about."""
+        return VcpuRefused([replace(one, message=f"'{place}': {one.message}") for one in self.refusals])
 
     def _facts(self) -> dict[str, Any]:
         return {"refusals": [refusal.to_json() for refusal in self.refusals]}

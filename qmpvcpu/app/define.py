@@ -7,7 +7,7 @@ import os
 import shlex
 from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from qmpvcpu.app.boot import listed_program
@@ -159,7 +159,7 @@ def _checked(data: bytes, path: str) -> str:
     try:
         return read_domain(data)[1].name
     except VcpuRefused as error:
-        raise VcpuRefused([replace(r, message=f"'{path}': {r.message}") for r in error.refusals]) from error
+        raise error.at(path) from error
 
 
 def _absolute(address: str) -> str:

@@ -103,7 +103,7 @@ class Persistent:
             return self._last
         except VcpuRefused as error:
             # Whose line it is.
-            raise VcpuRefused([_at(self.place, refusal) for refusal in error.refusals]) from error
+            raise error.at(self.place) from error
 
 
 def _made(data: bytes, plan: ConfigPlan) -> tuple[ConfigPlan, bytes]:
@@ -247,7 +247,3 @@ def half_done(
     text = f"live, {what} and stays so; {why}, and is as it was"
     hint = "then ask again with --config (CONFIG) alone"
     return VcpuPartial(text, remaining=changed, hint=hint, changed_ids=changed, **facts)
-
-
-def _at(place: str, refusal: Refusal) -> Refusal:
-    return replace(refusal, message=f"'{place}': {refusal.message}")

@@ -402,9 +402,7 @@ class Domain(MigrationCalls):
         try:
             vcpus, exact = read_listed(xml, maximum)
         except VcpuRefused as error:
-            raise VcpuRefused(
-                [replace(one, message=f"'{source}': {one.message}") for one in error.refusals]
-            ) from error
+            raise error.at(source) from error
         given: Options = {"atomic": True, **options, "fallback": False}
         return replace(
             _request((), VcpuFlag.CURRENT, given, total=0), total=None, listed=Listed(vcpus, exact, source)
