@@ -762,7 +762,7 @@ SHUT_DOWN = Reason(
 )
 PANICKED = Reason(
     "run-state",
-    "the guest is '{state}': its kernel has panicked, and would still be so at the destination",
+    "the guest is '{state}': its kernel has ended, and would not run at the destination either",
     "end its QEMU, or reset it first",
     _INVALID,
 )
