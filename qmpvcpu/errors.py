@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Self, TypeVar
 
 __all__ = [
     "OutcomeKind",
@@ -88,6 +88,9 @@ class Refusal:
         return asdict(self) | {"ids": list(self.ids)}
 
 
+E = TypeVar("E", bound="VcpuError")
+
+
 class VcpuError(Exception):
     """Root of every error qmpvcpu raises.
 
@@ -127,6 +130,10 @@ class VcpuError(Exception):
         self.mechanism = mechanism
         self.seconds = seconds
 
+    def having(self, **facts: Any) -> Self:
+        """The same error with these fields; this one stays as it is."""
+        return _rebuild(type(self), self.message, {**self.__dict__, **facts})
+
     def __reduce__(self) -> tuple[Any, ...]:
         return _rebuild, (type(self), self.message, dict(self.__dict__))
 
@@ -156,7 +163,7 @@ class VcpuError(Exception):
         return {}
 
 
-def _rebuild(cls: type[VcpuError], message: str, fields: dict[str, Any]) -> VcpuError:
+def _rebuild(cls: type[E], message: str, fields: dict[str, Any]) -> E:
     error = cls.__new__(cls, message)
     error.__dict__.update(fields)
     return error

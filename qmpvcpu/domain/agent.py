@@ -27,7 +27,7 @@ from qmpvcpu.core.state.guest_view import (
 from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
 from qmpvcpu.ports import Agent, CommandError, Monitor
 
-__all__ = ["Arrival", "Guest", "with_online"]
+__all__ = ["Arrival", "Guest"]
 
 #: An agent has so long for all commands of one look, and of one switch, seconds: were each of them as slow as its
 #: own deadline lets it be, a call would take half a minute.
@@ -321,18 +321,3 @@ class Guest:
 
 def _disabled(error: CommandError) -> VcpuRefused:
     return catalogue.AGENT_DISABLED.error(command=error.command, said=error.text)
-
-
-def with_online(state: DomainState, view: GuestView) -> DomainState:
-    """The state with what the guest says of each vCPU."""
-    return replace(
-        state,
-        vcpus=tuple(
-            replace(vcpu, online=cpu.online, logical_id=cpu.logical_id, can_offline=cpu.can_offline)
-            if (cpu := view.by_vcpu.get(vcpu.id)) is not None
-            else vcpu
-            if vcpu.online is view.online(vcpu.id)
-            else replace(vcpu, online=view.online(vcpu.id))
-            for vcpu in state.vcpus
-        ),
-    )

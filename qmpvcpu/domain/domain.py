@@ -16,7 +16,7 @@ from typing import Any, Literal, TypedDict, Unpack
 
 from qmpvcpu import aio
 from qmpvcpu.core.arguments import checked
-from qmpvcpu.core.engine.report import queried, switched_ids
+from qmpvcpu.core.engine.report import Report, queried
 from qmpvcpu.core.machine.comparison import Picture
 from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
 from qmpvcpu.core.planning.live import Plan
@@ -28,10 +28,9 @@ from qmpvcpu.core.rules.placement import with_threads
 from qmpvcpu.core.rules.request import check_flags, check_request, check_sides
 from qmpvcpu.core.rules.selection import select
 from qmpvcpu.core.state.from_definition import state_of
-from qmpvcpu.core.state.guest_view import GuestView
+from qmpvcpu.core.state.guest_view import GuestView, with_online
 from qmpvcpu.domain.addresses import NOBODY_LISTENS, Opener
-from qmpvcpu.domain.agent import Guest, with_online
-from qmpvcpu.domain.config import change_both, change_config, with_config
+from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.definition import Persistent
 from qmpvcpu.domain.dump import DescribedXml, check_dump, describe, dump
 from qmpvcpu.domain.event_bus import Events, Hub
@@ -39,8 +38,9 @@ from qmpvcpu.domain.interrupted import Interrupted, left_by
 from qmpvcpu.domain.migration.calls import MigrationCalls
 from qmpvcpu.domain.pin import change_pin, check_pin
 from qmpvcpu.domain.placement import Placing, place_all
+from qmpvcpu.domain.planned import plan_on
 from qmpvcpu.domain.resolve import Place, locate, unknown_domain
-from qmpvcpu.domain.run import change, plan_on
+from qmpvcpu.domain.run import Reach, run, run_on_definition, with_config
 from qmpvcpu.domain.session import Link, open_link
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
@@ -305,16 +305,14 @@ class Domain(MigrationCalls):
             live, config = self._sides(request.flags)
             here = self._not_here(request)
             if config and not live:
-                return await change_config(self._persistent, request, here, self.name)
-            if config and self._link is not None:
-                placing, here = self._placing(request, here)
-                return await change_both(self._link, self._persistent, request, here, self._guest, placing)
+                return await run_on_definition(self._persistent, request, here, self.name)
             if here and self._link is None:
                 # Whatever else the definition has against it.
                 raise VcpuRefused([*here, *self._against(request, config)], ids=request.ids)
             link = self._connected()
             placing, here = self._placing(request, here)
-            return await change(link, request, here, self._guest, placing=placing)
+            definition = self._persistent if config else None
+            return await run(Reach(link, self._guest, placing, definition, tuple(here)), request)
 
     @property
     def is_active(self) -> bool:
@@ -496,11 +494,9 @@ class Domain(MigrationCalls):
             refusals = check_guest_ids(ids, view.own, online=online)
             if refusals:
                 raise VcpuRefused(refusals, ids=ids)
-            run = await self._guest.switch(view.own, ids, online)
-            end = switched_ids(ids, run, time.monotonic() - began)
-        if isinstance(end, VcpuError):
-            raise end
-        return end
+            report = Report(ids)
+            report.switched(await self._guest.switch(view.own, ids, online), "the guest's CPU")
+        return report.end(None, time.monotonic() - began)
 
     @checked
     async def place(self, xml: bytes | None = None) -> list[str]:

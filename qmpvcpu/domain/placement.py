@@ -11,7 +11,8 @@ from dataclasses import replace
 from typing import Final
 
 from qmpvcpu.core.definition import Definition
-from qmpvcpu.core.model import DomainState, Outcome, format_ids
+from qmpvcpu.core.engine.report import Report
+from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.placement import (
@@ -22,13 +23,12 @@ from qmpvcpu.core.rules.placement import (
     emulator_placement,
     is_left,
     placements,
-    with_thread,
 )
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.cgroup.widen import Widened
 
-__all__ = ["Placing", "check_start", "noted", "place_all"]
+__all__ = ["Placing", "check_start", "place_all"]
 
 
 class Placing:
@@ -121,50 +121,29 @@ class Placing:
                     f"the emulator's cpuset.mems could not be put back ({_why(error)}): the next change tries it"
                 )
 
-    def place(
-        self, before: DomainState, now: DomainState, plan: Plan, end: Outcome | VcpuError
-    ) -> Outcome | VcpuError:
-        """Place what has come since `before`, and what never was; an end that says so, if it could not be."""
+    def place(self, before: DomainState, now: DomainState, plan: Plan, report: Report) -> None:
+        """Place what has come since `before`, and what never was; the report says so, if it could not be."""
         if not plan.request.place or (self.is_idle and not plan.unplugs):
-            return end
+            return
         left = [number for number in plan.unchanged if number in self._plugged]
         wanted = self._wanted([*_came(before, now, plan), *left])
         if not wanted:
-            return end
+            return
         if now.threads_shared:
             # That shows only once there are two.
             if self._threads is not None and self._plugged:
                 self._threads.remove_groups(self._plugged, now.enabled_ids)
-            if _SHARED not in end.messages:
-                end = noted(end, [_SHARED])
-            return end
+            if _SHARED not in report.messages:
+                report.messages.append(_SHARED)
+            return
         placed, failed = self._place(wanted, now)
-        if failed and self._threads is not None and self._threads.facts(()) is None:
-            return VcpuConnectionError(
-                f"QEMU has ended after vCPU {format_ids(wanted)} was plugged",
-                reason="closed",
-                hint="look at its log",
-                ids=end.ids,
-                messages=end.messages,
-            )
         if not failed:
-            late = tuple(number for number in left if number in placed)
-            return _late(_shown(placed, end), late)
-        text = "; ".join(f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in failed.items())
-        remaining = [number for ids in failed.values() for number in ids]
-        if isinstance(end, VcpuError):
-            return noted(end, [text])
-        return VcpuPartial(
-            f"{text}; it is plugged, and stays so",
-            remaining=remaining,
-            hint="asked again, it is placed only; --no-place (place=False) leaves it where the kernel puts it",
-            ids=end.ids,
-            changed_ids=end.changed_ids,
-            pending=end.pending,
-            undone=end.undone,
-            messages=end.messages,
-            mechanism=end.mechanism,
-        )
+            report.placed(placed, [number for number in left if number in placed])
+        elif self._threads is not None and self._threads.facts(()) is None:
+            text = f"QEMU has ended after vCPU {format_ids(wanted)} was plugged"
+            report.failed(VcpuConnectionError(text, reason="closed", hint="look at its log"))
+        else:
+            report.not_placed(failed)
 
     def _place(
         self, wanted: Mapping[int, Placement], now: DomainState
@@ -193,22 +172,6 @@ class Placing:
         numbers = list(ids)
         found = dict.fromkeys(numbers, Placement()) if self._has_layout else {}
         return found | placements(self._definition, numbers)
-
-
-def _late(end: Outcome | VcpuError, ids: tuple[int, ...]) -> Outcome | VcpuError:
-    """With what was enabled already, and is placed only now."""
-    if not ids or isinstance(end, VcpuError):
-        return end
-    text = f"vCPU {format_ids(ids)} was enabled already, and is placed now"
-    return noted(replace(end, changed_ids=tuple(sorted({*end.changed_ids, *ids}))), [text])
-
-
-def _shown(placed: Mapping[int, ThreadState], end: Outcome | VcpuError) -> Outcome | VcpuError:
-    """With what the threads of these vCPUs have in its rows."""
-    if isinstance(end, VcpuError):
-        return end
-    rows = [with_thread(row, placed[row.id]) if row.id in placed else row for row in end.rows]
-    return replace(end, rows=tuple(rows))
 
 
 def check_start(threads: QemuThreads, definition: Definition) -> list[Refusal]:
@@ -308,11 +271,3 @@ def _came(before: DomainState, now: DomainState, plan: Plan) -> Iterable[int]:
             then, vcpu = before.vcpus[number], now.vcpus[number]
             if vcpu.enabled and not (then.enabled and then.thread_id == vcpu.thread_id):
                 yield number
-
-
-def noted(end: Outcome | VcpuError, messages: Sequence[str]) -> Outcome | VcpuError:
-    """The same end, with more to say of it."""
-    if isinstance(end, Outcome):
-        return replace(end, messages=(*end.messages, *messages))
-    end.messages += tuple(messages)
-    return end

@@ -34,7 +34,7 @@ import qmpvcpu.core.engine.timers
 import qmpvcpu.domain.agent
 import qmpvcpu.domain.domain
 import qmpvcpu.domain.event_bus
-import qmpvcpu.domain.run
+import qmpvcpu.domain.in_guest
 import qmpvcpu.qemu.agent
 import qmpvcpu.qemu.monitor
 from qmpvcpu import OutcomeKind, VcpuError, VcpuFlag
@@ -58,7 +58,7 @@ LISTED = b"""<domain><name>d</name><vcpu>4</vcpu><vcpus><vcpu id='0' enabled='ye
 def hasten() -> None:
     """Deadlines that are no option of `connect` are made short too."""
     qmpvcpu.core.engine.timers.UNDO_SECONDS = GUEST  # type: ignore[misc]
-    qmpvcpu.domain.run.UNDO_SECONDS = GUEST  # type: ignore[misc]
+    qmpvcpu.domain.in_guest.UNDO_SECONDS = GUEST  # type: ignore[misc]
     qmpvcpu.domain.event_bus._LOOK_EVERY = 0.05  # type: ignore[misc]
     qmpvcpu.domain.agent._LOOK_SECONDS = GUEST  # type: ignore[misc]
     qmpvcpu.domain.agent._SWITCH_SECONDS = GUEST  # type: ignore[misc]

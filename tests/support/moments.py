@@ -15,16 +15,17 @@ from unittest.mock import patch
 
 from qmpvcpu.domain import definition as persistent
 from qmpvcpu.domain import placement as place
-from qmpvcpu.domain import run as change
+from qmpvcpu.domain import run
+from qmpvcpu.domain.hotplug import Hotplug
+from qmpvcpu.domain.migration import phases as migrate
 from qmpvcpu.domain.migration.calls import MigrationCalls
-from qmpvcpu.domain.migration.calls import phases as migrate
 from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.savefile import Saving
 
 _MOMENTS: dict[str, tuple[Any, str]] = {
     "there is room for the groups": (place.Placing, "room"),
-    "QEMU plugs": (change, "_hotplug"),
-    "QEMU is done": (change, "_wait_groups_gone"),
+    "QEMU plugs": (Hotplug, "run"),
+    "QEMU is done": (run, "_wait_groups_gone"),
     "the definition is written": (persistent.ConfigChange, "commit"),
     "a thread is placed": (QemuThreads, "place"),
     "the guest goes into the file": (migrate, "perform_to_file"),

@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from qmpvcpu import DomainState, Outcome, OutcomeKind, Plan, Refusal, Request, VcpuError
+from qmpvcpu.core.engine.messages import Result
+from qmpvcpu.core.engine.report import Report
 from qmpvcpu.core.planning.live import make_plan
 from qmpvcpu.core.rules.placement import (
     HostFacts,
@@ -137,9 +139,11 @@ class Change:
     def finish(self, now: DomainState, error: VcpuError | None = None) -> Outcome:
         """QEMU has done it, or ended with `error`: what comes of it all. Raises VcpuError."""
         ids = self.plan.targets
-        rows = tuple(now.vcpus[number] for number in ids)
-        done = Outcome(OutcomeKind.APPLIED, ids, rows, ids, mechanism="hotplug")
-        end = self._placing.place(self._before, now, self.checked, done if error is None else error)
-        if isinstance(end, VcpuError):
-            raise end
-        return end
+        report = Report(ids, self.plan)
+        nothing: tuple[int, ...] = ()
+        done = Result(OutcomeKind.APPLIED, ids, nothing, nothing, nothing, nothing, nothing, (), ())
+        report.hotplugged(done, stopped=None, reset_drops=False)
+        if error is not None:
+            report.failed(error)
+        self._placing.place(self._before, now, self.checked, report)
+        return report.end(now, 0.0)

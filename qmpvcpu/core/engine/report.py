@@ -1,29 +1,27 @@
-"""What a finished transaction means: the `Outcome` to return, or the `VcpuError` to raise. Pure."""
+"""What a request has done so far, and the one place that makes its `Outcome` or raises its `VcpuError`. Pure."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Final
 
-from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.engine.agent_switch import Switch
 from qmpvcpu.core.engine.messages import Failure, Result
 from qmpvcpu.core.model import DomainState, Outcome, Vcpu, format_ids
 from qmpvcpu.core.planning.live import Plan
-from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused, VcpuRejected
+from qmpvcpu.core.rules.placement import ThreadState, with_thread
+from qmpvcpu.core.state.guest_view import GuestView, with_online
+from qmpvcpu.errors import (
+    OutcomeKind,
+    VcpuConnectionError,
+    VcpuError,
+    VcpuFailed,
+    VcpuPartial,
+    VcpuRefused,
+    VcpuRejected,
+)
 
-__all__ = [
-    "conclude",
-    "interrupted",
-    "queried",
-    "still_plugged",
-    "switched",
-    "switched_ids",
-    "unchanged",
-    "went_on",
-    "without_rejections",
-]
+_LOOK: Final = "`qmpvcpu vcpuinfo` shows what is"
 
 
 def queried(state: DomainState, ids: Sequence[int], seconds: float) -> Outcome:
@@ -31,222 +29,276 @@ def queried(state: DomainState, ids: Sequence[int], seconds: float) -> Outcome:
     return Outcome(OutcomeKind.QUERIED, tuple(ids), _rows(state, ids), seconds=seconds)
 
 
-def unchanged(state: DomainState, plan: Plan, seconds: float) -> Outcome:
-    """Everything was already as asked."""
-    return Outcome(
-        OutcomeKind.APPLIED,
-        plan.targets,
-        _rows(state, plan.targets),
-        messages=plan.messages,
-        seconds=seconds,
-        already=tuple(plan.already()),
-    )
+class Report:
+    """What one request has done so far: facts are added while it runs, and `end` makes of them the end.
+
+    Attributes:
+        ids: the vCPU ids that the request is about (those of the guest's own, where it names them by these).
+        changed: ids whose state is changed now.
+        pending: ids whose unplug was requested and has not ended.
+        undone: ids that were changed and put back.
+        pending_online: ids that are plugged, and that the guest is not known to run on.
+        messages: what else there is to say.
+        trouble: the error that the request will end in, without these facts.
+        view: the guest's own view of its CPUs, as it was seen last.
+        already: what was as asked before, as lines for a person.
+    """
+
+    def __init__(self, ids: Iterable[int], plan: Plan | None = None) -> None:
+        self.ids = tuple(ids)
+        self.changed: set[int] = set()
+        self.pending: tuple[int, ...] = ()
+        self.undone: set[int] = set()
+        self.pending_online: tuple[int, ...] = ()
+        self.messages: list[str] = [] if plan is None else [*plan.messages]
+        self.trouble: VcpuError | None = None
+        self._cause: BaseException | None = None
+        self.view: GuestView | None = None
+        self._outcome = OutcomeKind.APPLIED
+        self._mechanism: str | None = None
+        self.already: tuple[str, ...] = ()
+        self._threads: dict[int, ThreadState] = {}
+        self._later_rows: dict[int, Vcpu] = {}
+        self._config: dict[str, Any] = {}
+
+    # -- what is so -------------------------------------------------------------------------------
+
+    @property
+    def outcome(self) -> OutcomeKind:
+        """How it would end now."""
+        return self._outcome if self.trouble is None else self.trouble.outcome
+
+    def has_failed(self) -> bool:
+        """Whether it ends in an error."""
+        return self.trouble is not None
+
+    @property
+    def facts(self) -> dict[str, Any]:
+        """What every error says of the request."""
+        return {
+            "ids": self.ids,
+            "changed_ids": tuple(sorted(self.changed)),
+            "pending": self.pending,
+            "undone": tuple(sorted(self.undone)),
+            "messages": tuple(self.messages),
+            "mechanism": self._mechanism,
+        }
+
+    def end(self, state: DomainState | None, seconds: float) -> Outcome:
+        """What the caller gets.
+
+        Args:
+            state: the running guest's; None where the guest's CPUs are named by its own ids.
+            seconds: how long the call took.
+
+        Raises:
+            VcpuError: it ended in one.
+        """
+        seconds = round(seconds, 6)
+        if self.trouble is not None:
+            raise self.trouble.having(**self.facts, seconds=seconds) from self._cause
+        return Outcome(
+            self._outcome,
+            rows=self._rows(state) if state is not None else (),
+            pending_online=self.pending_online,
+            already=self.already,
+            seconds=seconds,
+            **self.facts,
+            **self._config,
+        )
+
+    def _rows(self, state: DomainState) -> tuple[Vcpu, ...]:
+        if self.view is not None:
+            state = with_online(state, self.view)
+        rows = {row.id: row for row in _rows(state, self.ids)}
+        rows |= {n: with_thread(rows[n], thread) for n, thread in self._threads.items() if n in rows}
+        return tuple((rows | self._later_rows).values())
+
+    # -- facts ------------------------------------------------------------------------------------
+
+    def found_so(self, plan: Plan) -> None:
+        """Everything was already as asked, by this plan."""
+        self.ids, self.messages = plan.targets, [*plan.messages]
+        self.changed, self.pending, self.undone = set(), (), set()
+        self.trouble = self._mechanism = None
+        self._outcome = OutcomeKind.APPLIED
+        self.already = tuple(plan.already())
+
+    def failed(self, error: VcpuError, cause: BaseException | None = None) -> None:
+        """The request ends in this error, which may name facts of its own."""
+        self.trouble, self._cause = error, cause or error
+        self.changed |= {*error.changed_ids}
+        self.messages += error.messages
+
+    def hotplugged(
+        self, result: Result, *, stopped: str | None, reset_drops: bool, notes: Sequence[str] = ()
+    ) -> None:
+        """The transaction in QEMU has ended.
+
+        Args:
+            result: how.
+            stopped: the run state while the guest does not run.
+            reset_drops: whether a reset drops what is pending.
+            notes: what else is to be said.
+        """
+        self._mechanism = "hotplug"
+        self._outcome = result.outcome
+        self.changed |= {*result.changed}
+        self.pending = result.pending
+        self.undone |= {*result.undone}
+        if result.kept:
+            self.messages.append(
+                f"vCPU {format_ids(result.kept)}: its pending unplug did not happen, or someone plugged it again:"
+                " it stays enabled"
+            )
+        self.messages += notes
+        if result.unasked:
+            self.messages.append(_unasked(result))
+        if result.pending and stopped:
+            self.messages.append(_stopped(stopped, drops=reset_drops))
+        if result.outcome in (OutcomeKind.PARTIAL, OutcomeKind.FAILED):
+            self.trouble = _failure(result)
+        elif result.outcome is OutcomeKind.REJECTED:
+            self.trouble = VcpuRejected(
+                _texts(result.rejections) + _also(result),
+                reasons={failure.entity.first: failure.text for failure in result.rejections},
+                hint="look at the guest's kernel log; some refusals pass, then a second try works",
+            )
+
+    def lost(self, error: VcpuConnectionError, result: Result) -> None:
+        """The connection was lost while the transaction in QEMU was under way."""
+        self._mechanism = "hotplug"
+        self.changed |= {*result.changed}
+        self.pending = result.pending
+        self.undone |= {*result.undone}
+        way = "; ".join(f"vCPU {format_ids(ids)}: {what}" for what, ids in result.stages.items())
+        self.trouble = VcpuConnectionError(
+            f"{error.message}. When it was lost: {way}",
+            address=error.address,
+            reason=error.reason,
+            hint=error.hint,
+            libvirt=error.libvirt,
+        )
+        self._cause = error
+
+    def placed(self, threads: Mapping[int, ThreadState], late: Sequence[int]) -> None:
+        """The threads of these vCPUs are placed; of `late`, which were enabled before, only now."""
+        self._threads.update(threads)
+        if late and self.trouble is None:
+            self.changed |= {*late}
+            self.messages.append(f"vCPU {format_ids(late)} was enabled already, and is placed now")
+
+    def not_placed(self, failed: Mapping[str, Sequence[int]]) -> None:
+        """These vCPUs are plugged, and could not be given what they should have: the reason -> ids."""
+        text = "; ".join(f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in failed.items())
+        if self.trouble is not None:
+            self.messages.append(text)
+            return
+        self.trouble = VcpuPartial(
+            f"{text}; it is plugged, and stays so",
+            remaining=[number for ids in failed.values() for number in ids],
+            hint="asked again, it is placed only; --no-place (place=False) leaves it where the kernel puts it",
+        )
+
+    # -- the guest agent --------------------------------------------------------------------------
+
+    def tries_the_agent(self) -> None:
+        """What the guest refused to let go is to be taken offline instead."""
+        assert self.trouble is not None
+        self.messages.append(f"hotplug could not: {self.trouble.message}")
+        self.trouble = None
+        self._outcome = OutcomeKind.PENDING if self.pending else OutcomeKind.APPLIED
+
+    def switched(self, run: Switch, name: str = "vCPU") -> None:
+        """The guest agent has switched CPUs, or has not; `name` is what the ids of `run` are."""
+        before = bool(self.changed)
+        self.changed |= {*run.changed}
+        self.undone |= {*run.undone}
+        if not run.failures:
+            if run.changed or not before:
+                self._mechanism = "agent"
+            return
+        self._mechanism = "agent"
+        text = "; ".join(f"{name} {number}: {reason}" for number, reason in run.failures.items())
+        if run.undone:
+            text += f"; undone: {name} {format_ids(run.undone)}"
+        if self.changed:
+            text += f"; {name} {format_ids(sorted(self.changed))} stays changed"
+            text += "".join(f" ({name} {number}: {reason})" for number, reason in run.undo_failures.items())
+            self.trouble = VcpuPartial(text, remaining=sorted(self.changed), hint=_LOOK)
+        else:
+            self.trouble = VcpuRejected(text, reasons=dict(run.failures), hint="look at the guest's kernel log")
+
+    def agent_did_not_either(self, rejected: VcpuRejected, messages: Sequence[str]) -> None:
+        """What the guest refused to let go could not be taken offline; `messages` are those from before that."""
+        assert self.trouble is not None
+        self.messages = [*messages, f"nor did the guest agent: {self.trouble.message}"]
+        self.trouble = self._cause = rejected
+        self._mechanism = "hotplug"
+
+    def agent_failed(self, ids: Sequence[int], error: VcpuError) -> None:
+        """The guest agent could not be asked to switch these, or its answer was lost."""
+        self.messages += error.messages
+        self.trouble = self._cause = error
+        if isinstance(error, VcpuRefused) and not (self.changed or self.pending):
+            return
+        self._mechanism = "agent"
+        if not isinstance(error, VcpuRefused):
+            self.messages.append(f"what became of vCPU {format_ids(ids)} in the guest is not known")
+            return
+        text = f"vCPU {format_ids(ids)}: {error.message}"
+        told: dict[str, Any] = {"hint": error.hint, "libvirt": error.libvirt}
+        if not self.changed:
+            self.trouble = VcpuRejected(text, reasons=dict.fromkeys(ids, error.message), **told)
+        else:
+            text += f"; vCPU {format_ids(sorted(self.changed))} stays changed"
+            self.trouble = VcpuPartial(text, remaining=sorted(self.changed), **told)
+
+    def is_not_online(self, ids: Iterable[int]) -> None:
+        """These are plugged, and nobody knows that the guest runs on them."""
+        self._outcome, self.pending_online = OutcomeKind.PENDING, tuple(sorted(ids))
+
+    # -- the definition, and a second run ---------------------------------------------------------
+
+    def defined(self, targets: Iterable[int], changed: tuple[int, ...], *, written: bool) -> None:
+        """The definition has taken effect."""
+        live = tuple(sorted(self.changed))
+        self._config = {"live_changed_ids": live, "config_changed_ids": changed, "defined": written}
+        self.ids = tuple(sorted({*self.ids, *targets}))
+        self.changed |= {*changed}
+
+    def goes_on(self, state: DomainState, after: Outcome | VcpuError) -> None:
+        """There was more to do than was known: `after` is how that ended. `state` is fresh."""
+        gone = {number for number in self.pending if not state.vcpus[number].enabled}
+        before = tuple(sorted(self.changed))
+        self.ids = tuple(sorted({*self.ids, *after.ids}))
+        self.changed |= {*gone, *after.changed_ids}
+        self.pending = tuple(sorted({*(set(self.pending) - gone), *after.pending}))
+        self.undone |= {*after.undone}
+        self.messages = list(dict.fromkeys((*self.messages, *after.messages)))
+        if isinstance(after, Outcome):
+            self._outcome = self._outcome if self.pending and not after.pending else after.outcome
+            self._mechanism = after.mechanism or self._mechanism
+            self.pending_online = after.pending_online
+            self.already = after.already
+            self._later_rows = {row.id: row for row in after.rows}
+            return
+        self.trouble = self._cause = after
+        if isinstance(after, VcpuPartial):
+            self.trouble = after.having(remaining=tuple(sorted({*before, *after.remaining})))
+        elif isinstance(after, VcpuRefused | VcpuFailed) and (self.changed or self.pending):
+            changed = tuple(sorted(self.changed))
+            text = after.message
+            text += f"; vCPU {format_ids(changed)} stays changed" if changed else ""
+            text += f"; the unplug of vCPU {format_ids(self.pending)} is pending" if self.pending else ""
+            self._mechanism = "hotplug"
+            self.trouble = VcpuPartial(text, remaining=changed, hint=after.hint, libvirt=after.libvirt)
 
 
 def still_plugged(ids: Sequence[int]) -> str:
     """What to say where the agent did what hotplug could not."""
     return (
         f"vCPU {format_ids(ids)} is offline in the guest and still plugged: the guest can bring it back by itself"
-    )
-
-
-def switched(
-    state: DomainState,
-    plan: Plan,
-    run: Switch,
-    seconds: float,
-    *,
-    before: Outcome,
-    messages: Sequence[str],
-) -> Outcome | VcpuError:
-    """Turn the end of a switch in the guest into what the caller gets.
-
-    `before` is what hotplug had done in the same call.
-    """
-    return _switched(_rows(state, plan.targets), run, seconds, before, messages, "vCPU")
-
-
-def switched_ids(ids: Sequence[int], run: Switch, seconds: float) -> Outcome | VcpuError:
-    """The same for CPUs named by the guest's own ids."""
-    return _switched((), run, seconds, Outcome(OutcomeKind.APPLIED, tuple(ids)), (), "the guest's CPU")
-
-
-def _switched(
-    rows: tuple[Vcpu, ...],
-    run: Switch,
-    seconds: float,
-    before: Outcome,
-    messages: Sequence[str],
-    name: str,
-) -> Outcome | VcpuError:
-    changed = tuple(sorted({*before.changed_ids, *run.changed}))
-    undone = tuple(sorted({*before.undone, *run.undone}))
-    if not run.failures:
-        return replace(
-            before,
-            rows=rows,
-            changed_ids=changed,
-            undone=undone,
-            mechanism="agent" if run.changed or not before.changed_ids else before.mechanism,
-            messages=tuple(messages),
-            seconds=seconds,
-        )
-    facts: dict[str, Any] = {
-        "ids": before.ids,
-        "changed_ids": changed,
-        "pending": before.pending,
-        "undone": undone,
-        "messages": messages,
-        "mechanism": "agent",
-        "seconds": round(seconds, 6),
-    }
-    text = "; ".join(f"{name} {number}: {reason}" for number, reason in run.failures.items())
-    if run.undone:
-        text += f"; undone: {name} {format_ids(run.undone)}"
-    if changed:
-        text += f"; {name} {format_ids(changed)} stays changed"
-        text += "".join(f" ({name} {number}: {reason})" for number, reason in run.undo_failures.items())
-        return VcpuPartial(text, remaining=changed, hint="`qmpvcpu vcpuinfo` shows what is", **facts)
-    return VcpuRejected(text, reasons=dict(run.failures), hint="look at the guest's kernel log", **facts)
-
-
-def without_rejections(state: DomainState, plan: Plan, end: VcpuRejected) -> Outcome:
-    """What hotplug did beside what the guest refused, which is to be done in another way."""
-    return Outcome(
-        OutcomeKind.PENDING if end.pending else OutcomeKind.APPLIED,
-        plan.targets,
-        _rows(state, plan.targets),
-        changed_ids=end.changed_ids,
-        pending=end.pending,
-        undone=end.undone,
-        mechanism="hotplug",
-        messages=end.messages,
-    )
-
-
-def interrupted(plan: Plan, ids: Sequence[int], before: Outcome, error: VcpuError) -> VcpuError:
-    """The agent failed at `ids`, after what hotplug had done in the same call."""
-    error.ids = plan.targets
-    if not before.changed_ids and not before.pending and isinstance(error, VcpuRefused):
-        return error
-    error.changed_ids, error.pending, error.undone = before.changed_ids, before.pending, before.undone
-    error.messages = (*before.messages, *error.messages)
-    error.mechanism = "agent"
-    if not isinstance(error, VcpuRefused):
-        error.messages += (f"what became of vCPU {format_ids(ids)} in the guest is not known",)
-        return error
-    facts: dict[str, Any] = {
-        name: getattr(error, name)
-        for name in ("hint", "libvirt", "ids", "changed_ids", "pending", "undone", "messages", "mechanism")
-    }
-    text = f"vCPU {format_ids(ids)}: {error.message}"
-    if not before.changed_ids:
-        return VcpuRejected(text, reasons=dict.fromkeys(ids, error.message), **facts)
-    text += f"; vCPU {format_ids(before.changed_ids)} stays changed"
-    return VcpuPartial(text, remaining=before.changed_ids, **facts)
-
-
-def went_on(state: DomainState, before: Outcome, after: Outcome | VcpuError) -> Outcome | VcpuError:
-    """A call that was done, and after which there was more to do than was known: both as one.
-
-    `state` is fresh: of what was pending then, it tells what has gone since.
-    """
-    gone = {number for number in before.pending if not state.vcpus[number].enabled}
-    changed = tuple(sorted({*before.changed_ids, *gone, *after.changed_ids}))
-    pending = tuple(sorted({*(set(before.pending) - gone), *after.pending}))
-    undone = tuple(sorted({*before.undone, *after.undone}))
-    ids = tuple(sorted({*before.ids, *after.ids}))
-    messages = tuple(dict.fromkeys((*before.messages, *after.messages)))
-    if isinstance(after, Outcome):
-        rows = {row.id: row for row in (*_rows(state, ids), *after.rows)}
-        return replace(
-            after,
-            outcome=before.outcome if pending and not after.pending else after.outcome,
-            ids=ids,
-            rows=tuple(rows[number] for number in ids),
-            changed_ids=changed,
-            pending=pending,
-            undone=undone,
-            mechanism=after.mechanism or before.mechanism,
-            messages=messages,
-        )
-    after.ids, after.changed_ids, after.pending, after.messages = ids, changed, pending, messages
-    after.undone = undone
-    if isinstance(after, VcpuPartial):
-        after.remaining = tuple(sorted({*before.changed_ids, *after.remaining}))
-    elif isinstance(after, VcpuRefused | VcpuFailed) and (changed or pending):
-        text = after.message
-        text += f"; vCPU {format_ids(changed)} stays changed" if changed else ""
-        text += f"; the unplug of vCPU {format_ids(pending)} is pending" if pending else ""
-        return VcpuPartial(
-            text,
-            remaining=changed,
-            hint=after.hint,
-            libvirt=after.libvirt,
-            ids=ids,
-            changed_ids=changed,
-            pending=pending,
-            undone=undone,
-            messages=messages,
-            mechanism="hotplug",
-        )
-    return after
-
-
-def conclude(
-    state: DomainState,
-    plan: Plan,
-    result: Result,
-    seconds: float,
-    *,
-    stopped: str | None = None,
-    notes: Sequence[str] = (),
-) -> Outcome | VcpuError:
-    """Turn the end of a transaction into what the caller gets.
-
-    `state` is fresh; `stopped` is the run state while the guest does not run, `notes` what else is to be
-    said.
-    """
-    changed = result.changed
-    messages = list(plan.messages)
-    if result.kept:
-        messages.append(
-            f"vCPU {format_ids(result.kept)}: its pending unplug did not happen, or someone plugged it again:"
-            " it stays enabled"
-        )
-    messages += notes
-    if result.unasked:
-        messages.append(_unasked(result))
-    if result.pending and stopped:
-        messages.append(_stopped(stopped, drops=architecture(state.arch).reset_drops_unplug))
-    facts: dict[str, Any] = {
-        "ids": plan.targets,
-        "changed_ids": changed,
-        "pending": result.pending,
-        "undone": result.undone,
-        "messages": tuple(messages),
-        "mechanism": "hotplug",
-        "seconds": round(seconds, 6),
-    }
-    if result.outcome in (OutcomeKind.PARTIAL, OutcomeKind.FAILED):
-        return _failure(plan, result, facts)
-    if result.outcome is OutcomeKind.REJECTED:
-        return VcpuRejected(
-            _texts(result.rejections) + _also(result),
-            reasons={failure.entity.first: failure.text for failure in result.rejections},
-            hint="look at the guest's kernel log; some refusals pass, then a second try works",
-            **facts,
-        )
-    return Outcome(
-        result.outcome,
-        plan.targets,
-        _rows(state, plan.targets),
-        changed_ids=changed,
-        pending=result.pending,
-        undone=result.undone,
-        mechanism="hotplug",
-        messages=tuple(messages),
-        seconds=seconds,
     )
 
 
@@ -272,7 +324,7 @@ _LETS_IT_RUN: Final = {
 _NEEDS_RESET: Final = frozenset({"shutdown", "internal-error"})
 
 
-def _failure(plan: Plan, result: Result, facts: dict[str, Any]) -> VcpuError:
+def _failure(result: Result) -> VcpuError:
     first = next(iter(result.failures or result.rejections), None)
     text = _texts((*result.failures, *result.rejections))
     if not text:
@@ -290,7 +342,7 @@ def _failure(plan: Plan, result: Result, facts: dict[str, Any]) -> VcpuError:
     if result.undone:
         text += f"; undone: vCPU {format_ids(result.undone)}"
     if result.outcome is OutcomeKind.FAILED:
-        return VcpuFailed(text + _pending(result), hint=hint, **qmp, **facts)
+        return VcpuFailed(text + _pending(result), hint=hint, **qmp)
     left = []
     if result.remaining:
         left.append(f"vCPU {format_ids(result.remaining)} stays plugged")
@@ -302,9 +354,8 @@ def _failure(plan: Plan, result: Result, facts: dict[str, Any]) -> VcpuError:
     return VcpuPartial(
         "; ".join([text, *left]),
         remaining=sorted({*result.remaining, *result.removed}),
-        hint=hint or "`qmpvcpu vcpuinfo` shows what is",
+        hint=hint or _LOOK,
         **qmp,
-        **facts,
     )
 
 

@@ -317,3 +317,18 @@ def _assume(state: DomainState, cpus: Sequence[GuestCpu], there: Sequence[GuestC
     if tuple(numbers) != state.enabled_ids:
         return unknown
     return replace(unknown, by_vcpu={cpu.logical_id: cpu for cpu in there}, strays=0)
+
+
+def with_online(state: DomainState, view: GuestView) -> DomainState:
+    """The state with what the guest says of each vCPU."""
+    return replace(
+        state,
+        vcpus=tuple(
+            replace(vcpu, online=cpu.online, logical_id=cpu.logical_id, can_offline=cpu.can_offline)
+            if (cpu := view.by_vcpu.get(vcpu.id)) is not None
+            else vcpu
+            if vcpu.online is view.online(vcpu.id)
+            else replace(vcpu, online=view.online(vcpu.id))
+            for vcpu in state.vcpus
+        ),
+    )

@@ -21,7 +21,7 @@ from qmpvcpu.domain.dump import DescribedXml, describe, dump
 from qmpvcpu.domain.migration.ownership import Side, begin_number, forget, give, keep, kept, release, take
 from qmpvcpu.domain.placement import Placing
 from qmpvcpu.domain.resolve import Place
-from qmpvcpu.domain.run import change
+from qmpvcpu.domain.run import Reach, run
 from qmpvcpu.domain.session import Link
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
@@ -160,7 +160,7 @@ class MigrationCalls:
             async def plug(ids: Sequence[int]) -> Outcome:
                 request = Request(tuple(ids), VcpuFlag.ENABLE, fallback=False, place=place)
                 placing, here = self._placing(request, [])
-                return await change(link, request, here, placing=placing)
+                return await run(Reach(link, placing=placing, preconditions=tuple(here)), request)
 
             await prepare(link, cookie, plug, differences)
             keep(link, Side.DESTINATION, cookie)

@@ -1,0 +1,142 @@
+"""Carries out what `device_add` and `device_del` can do of a plan, and remembers what has not ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Collection, Coroutine
+from typing import Any, Final
+
+from qmpvcpu.aio import wind_up
+from qmpvcpu.core.arch import architecture
+from qmpvcpu.core.engine.messages import Moves, Result, Snapshot, Terms
+from qmpvcpu.core.engine.report import Report
+from qmpvcpu.core.engine.transaction import Transaction
+from qmpvcpu.core.model import format_ids
+from qmpvcpu.core.rules import hotplug
+from qmpvcpu.domain.drive import Drive
+from qmpvcpu.domain.interrupted import Interrupted, leaves, leaving
+from qmpvcpu.domain.planned import Planned
+from qmpvcpu.domain.reader import lacks_acpi, run_state
+from qmpvcpu.domain.session import Link
+from qmpvcpu.errors import VcpuConnectionError
+
+logger = logging.getLogger("qmpvcpu.domain.hotplug")
+
+_NO_ACPI: Final = "this machine has no ACPI (acpi=off): only firmware that drives CPU hotplug can answer"
+
+
+class Hotplug:
+    """The part of one request that QEMU does."""
+
+    def __init__(self, link: Link, planned: Planned, timeout: float) -> None:
+        self._link = link
+        self._planned = planned
+        plan, state = planned.plan, planned.state
+        self._moves = Moves(plan.plugs, plan.unplugs, plan.awaited, link.ledger.firsts)
+        #: When the unplugs that are awaited were requested, where that is known.
+        self._since = {entity.first: link.ledger.asked(entity.first) for entity in plan.awaited}
+        terms = Terms(
+            timeout,
+            wait=plan.request.wait,
+            atomic=plan.request.atomic,
+            retries=plan.request.retry,
+            reset_drops_unplug=architecture(state.arch).reset_drops_unplug,
+        )
+        self._drive = Drive(Transaction(self._moves, terms), link.monitor, self._look, link.ask)
+
+    @property
+    def plugs(self) -> frozenset[int]:
+        """vCPU ids that it plugs."""
+        return frozenset(number for entity in (*self._moves.awaited, *self._moves.plugs) for number in entity.ids)
+
+    async def run(self, report: Report) -> None:
+        """Do it, and add what became of it to the report."""
+        try:
+            await self._driven(self._drive.run)
+            result = self._drive.result
+            # It is no longer in flight: an answer of the guest's that comes now ends it.
+            with leaves(lambda: _left(result)):
+                stopped, notes = await self._why_pending(result)
+        except VcpuConnectionError as error:
+            report.lost(error, self._drive.result)
+        except asyncio.CancelledError as error:
+            raise leaving(error, _left(self._drive.result)) from error
+        else:
+            drops = architecture(self._planned.state.arch).reset_drops_unplug
+            report.hotplugged(result, stopped=stopped, reset_drops=drops, notes=notes)
+
+    async def take_back(self) -> Interrupted:
+        """The call was cancelled after its plugs were done: unplug them again. A second cancel ends that.
+
+        Returns:
+            What stays.
+        """
+        ids = sorted(self.plugs.intersection(self._drive.result.changed))
+        if not ids:
+            return Interrupted()
+        failure = await wind_up(self._driven(self._drive.take_back))
+        if isinstance(failure, Exception):
+            logger.warning("cancelled, and vCPU %s stays plugged: %s", format_ids(ids), failure)
+        self._link.drop_groups(ids)
+        vcpus = self._link.state.vcpus
+        return Interrupted(changed_ids=tuple(n for n in ids if vcpus[n].enabled and not vcpus[n].pending))
+
+    async def _driven(self, drive: Callable[[], Coroutine[Any, Any, None]]) -> None:
+        """While it is in flight, it alone decides what becomes of its entities."""
+        link = self._link
+        link.driven = frozenset(entity.first for entity in self._moves.entities)
+        try:
+            await drive()
+        finally:
+            link.driven = frozenset()
+            self._remember(self._drive.result)
+
+    def _remember(self, result: Result) -> None:
+        """What the next call, and the next process, must know of unplugs that have not ended."""
+        link = self._link
+        pending = link.ledger.firsts
+        if open_still := [entity for entity in result.still_asked if entity.first not in pending]:
+            link.ledger.ask(open_still, link.state, time.time())
+        link.ledger.end(result.gone, gone=True)
+        link.ledger.end(result.finished)
+        # What is pending for a cancelled call may have gone at its last look.
+        link.ledger.settle(link.state)
+        link.watch()
+
+    async def _look(self, *, is_last: bool, resent: Callable[[], object], declined: Collection[int]) -> Snapshot:
+        link, planned, known = self._link, self._planned, self._planned.known
+        request = planned.plan.request
+        now = await link.look(is_last=is_last, anew=resent, declined=declined)
+        restore_forbidden = None
+        if request.atomic and not request.force:
+            gone = [now.by_id[e.first] for e in self._moves.unplugs if not now.by_id[e.first].plugged]
+            knows = link.knowledge(known.x2apic, known.firmware_runs)
+            restore_forbidden = hotplug.restore_forbidden(now, gone, knows)
+        return Snapshot.of(now, planned.state, self._moves, hotplug.undo_forbidden(now, known), restore_forbidden)
+
+    async def _why_pending(self, result: Result) -> tuple[str | None, list[str]]:
+        """Of unplugs that are pending: the run state of a guest that is stopped, and what else is to be said."""
+        link = self._link
+        if not result.pending:
+            return None, []
+        status = await run_state(link.monitor)
+        notes = []
+        if earlier := [self._since[first] for first in self._since if first in result.pending]:
+            known = [asked for asked in earlier if asked is not None]
+            when = f" {time.time() - min(known):.0f} s ago" if known else " earlier"
+            notes.append(
+                f"the unplug was asked{when} and its end was not seen: if the guest refused it, or was reset,"
+                " while nobody listened, only asking again settles it (--disable)"
+            )
+        if link.ledger.trouble is not None:
+            notes.append(f"only this process knows that it is pending: {link.ledger.trouble}")
+        if architecture(self._planned.state.arch).has_apic and await lacks_acpi(link.monitor):
+            notes.append(_NO_ACPI)
+        return (None if status in (None, "running") else status), notes
+
+
+def _left(result: Result) -> Interrupted:
+    """What a transaction has left, cancelled as it stands; what is pending, the session tells."""
+    return Interrupted(changed_ids=result.changed, unsure_ids=result.unsure)
