@@ -17,7 +17,6 @@ from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.rules.placement import Control, HostFacts, Placement, ThreadState
 from qmpvcpu.host.cgroup.groups import VcpuGroups
 from qmpvcpu.host.cgroup.hierarchy import cpu_list, read_text
-from qmpvcpu.host.cgroup.widen import Widened
 from qmpvcpu.host.process import Process, is_alive
 from qmpvcpu.host.rights import may_place, may_schedule
 
@@ -111,17 +110,13 @@ def check_thread(process: Process, thread_id: int) -> None:
         raise ProcessLookupError(3, f"thread {thread_id} is not QEMU's")
 
 
-class QemuThreads:
+class QemuThreads(VcpuGroups):
     """The threads of one QEMU on this host, and their cgroups."""
-
-    def __init__(self, process: Process) -> None:
-        self._process = process
-        self._groups = VcpuGroups(process)
 
     def facts(self, wanted: Iterable[Placement]) -> HostFacts | None:
         """What of this may be done with them; None if QEMU is gone."""
         with suppress(OSError):
-            return _host_facts(self._process, self._groups.controls(wanted))
+            return _host_facts(self._process, self.controls(wanted))
         return None
 
     def look(self, thread_ids: Collection[int]) -> dict[int, ThreadState]:
@@ -138,10 +133,10 @@ class QemuThreads:
         if vcpu_id is None:
             check_thread(self._process, thread_id)
             if placement.cpus is not None:
-                self._groups.follow(thread_id, placement.cpus or online_cpus())
-        elif self._groups.has_made(vcpu_id):
+                self.follow(thread_id, placement.cpus or online_cpus())
+        elif self.has_made(vcpu_id):
             check_thread(self._process, thread_id)
-            self._groups.enter(vcpu_id, thread_id, placement)
+            self.enter(vcpu_id, thread_id, placement)
         return place_thread(self._process, thread_id, placement)
 
     @property
@@ -152,37 +147,5 @@ class QemuThreads:
     def is_in_group(self, thread_id: int, placement: Placement, vcpu_id: int) -> bool:
         """`VcpuGroups.is_in_place`; a thread that is gone lacks nothing."""
         with suppress(OSError):
-            return self._groups.is_in_place(vcpu_id, thread_id, placement)
+            return self.is_in_place(vcpu_id, thread_id, placement)
         return True
-
-    def has_layout(self) -> bool:
-        """`VcpuGroups.has_layout`."""
-        return self._groups.has_layout()
-
-    def make_groups(self, wanted: Mapping[int, Placement]) -> None:
-        """`VcpuGroups.make`."""
-        self._groups.make(wanted)
-
-    def has_groups(self) -> bool:
-        """`VcpuGroups.has_any`."""
-        return self._groups.has_any()
-
-    def remove_groups(self, gone: Collection[int], enabled: Collection[int]) -> list[int]:
-        """`VcpuGroups.remove`."""
-        return self._groups.remove(gone, enabled)
-
-    def lay_out(self, wanted: Iterable[Placement], emulator: Placement, thread_ids: Collection[int]) -> None:
-        """`VcpuGroups.lay_out`."""
-        self._groups.lay_out(wanted, emulator, thread_ids)
-
-    def widen(self, mems: Iterable[int]) -> Widened | None:
-        """`VcpuGroups.widen`."""
-        return self._groups.widen(mems)
-
-    def sweep(self) -> None:
-        """`VcpuGroups.sweep`."""
-        self._groups.sweep()
-
-    def recover(self) -> None:
-        """`VcpuGroups.recover`."""
-        self._groups.recover()

@@ -205,6 +205,8 @@ class ApiMonitor(Behind):
 class ApiAgent:
     """The guest's agent by libvirt's API (`ports.Agent`). It reads no files: libvirt has no call for that."""
 
+    reads_files = False
+
     def __init__(self, guest: LibvirtGuest) -> None:
         self._guest = guest
 
@@ -212,11 +214,6 @@ class ApiAgent:
     def address(self) -> str:
         """libvirt's URI."""
         return self._guest.connection.uri
-
-    @property
-    def reads_files(self) -> bool:
-        """libvirt's API cannot."""
-        return False
 
     def limit(self, seconds: float) -> AbstractContextManager[None]:
         """libvirt has deadlines of its own, and each question is one call."""

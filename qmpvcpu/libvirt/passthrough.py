@@ -16,6 +16,13 @@ from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
 class Behind(Monitor):
     """What both ways have: who listens, and a guest that stops, or whose libvirt is lost."""
 
+    #: libvirt passes events on in its own time, and of unplugs by its other clients none.
+    hears_all = False
+    #: Nobody that the kernel tells.
+    peer = Peer()
+    #: libvirt hands on none.
+    takes_descriptors = False
+
     def __init__(self, guest: LibvirtGuest) -> None:
         self.guest = guest
         self._sinks: list[Sink] = []
@@ -39,24 +46,9 @@ class Behind(Monitor):
         return self.guest.run_id
 
     @property
-    def hears_all(self) -> bool:
-        """libvirt passes events on in its own time, and of unplugs by its other clients none."""
-        return False
-
-    @property
-    def peer(self) -> Peer:
-        """Nobody that the kernel tells."""
-        return Peer()
-
-    @property
     def greeting(self) -> Mapping[str, Any]:
         """As QEMU would greet; empty where nothing of it is known."""
         return {}
-
-    @property
-    def takes_descriptors(self) -> bool:
-        """Libvirt hands on none."""
-        return False
 
     def add_fd(self, fd: int) -> asyncio.Future[object]:
         """Never: see `takes_descriptors`."""

@@ -61,6 +61,9 @@ class AgentClient:
     The first use, and the first after anything went wrong, begins with `guest-sync-delimited`.
     """
 
+    #: It may, where its configuration lets it.
+    reads_files = True
+
     def __init__(self, address: str, timeout: float = AGENT_TIMEOUT) -> None:
         self._address = address
         self._timeout = timeout
@@ -80,11 +83,6 @@ class AgentClient:
     def address(self) -> str:
         """What it is connected to, as the user wrote it."""
         return self._address
-
-    @property
-    def reads_files(self) -> bool:
-        """It may, where its configuration lets it."""
-        return True
 
     @contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
@@ -114,12 +112,12 @@ class AgentClient:
                 else:
                     opened = await asyncio.open_connection(sock=socket_of(self._address, where), limit=LINE_LIMIT)
         except TimeoutError as error:
-            raise self._error("no-agent", "did not accept the connection", error) from error
+            raise self._error("no-agent", "did not accept the connection") from error
         except OSError as error:
             if isinstance(error, FileNotFoundError):
-                raise self._error("missing", None, error) from error
+                raise self._error("missing", None) from error
             text = f"cannot be reached: {error.strerror or error}"
-            raise self._error("refused", text, error) from error
+            raise self._error("refused", text) from error
         self._reader, self._writer = opened
         self._writer.transport.set_write_buffer_limits(high=0)  # drain() waits until the peer has it all
         self._synced = self._repeats_ids = False
@@ -270,30 +268,26 @@ class AgentClient:
                 for command, number in sent:
                     replies.append(self._understood(command, number, await reader.readuntil(b"\n")))
         except TimeoutError as error:
-            raise await self._lost(sent[len(replies)][0], error) from error
-        except asyncio.IncompleteReadError as error:
-            await self.close()
-            raise self._error("closed", "closed its socket", error) from error
+            raise await self._lost(sent[len(replies)][0]) from error
         except asyncio.LimitOverrunError as error:
-            raise self._error("malformed", f"sent a line of more than {LINE_LIMIT >> 20} MiB", error) from error
-        except OSError as error:
-            await self.close()
-            raise self._error("closed", f"is gone: {error.strerror or error}", error) from error
+            raise self._error("malformed", f"sent a line of more than {LINE_LIMIT >> 20} MiB") from error
+        except (EOFError, OSError) as error:
+            raise await self._closed(error) from error
         return replies
 
-    async def _lost(self, command: str, cause: BaseException) -> VcpuConnectionError:
+    async def _lost(self, command: str) -> VcpuConnectionError:
         """Why a command got no answer in time."""
         if _left(inf) == 0:
-            return self._too_slow(command, cause)
+            return self._too_slow(command)
         with suppress(VcpuConnectionError):
             await self._sync(min(self._timeout, 1.0))
-            return self._error("agent-restarted", f"was restarted, or never answers '{command}'", cause)
-        return self._error("no-agent", f"did not answer '{command}' within {self._timeout:g} s", cause)
+            return self._error("agent-restarted", f"was restarted, or never answers '{command}'")
+        return self._error("no-agent", f"did not answer '{command}' within {self._timeout:g} s")
 
-    def _too_slow(self, command: str, cause: BaseException) -> VcpuConnectionError:
+    def _too_slow(self, command: str) -> VcpuConnectionError:
         text = f"is too slow: '{command}' was not answered when {_LIMIT.get()[1]:g} s were over"
         hint = "the guest is busy: try again, or look at what keeps qemu-ga in it"
-        return self._error("no-agent", text, cause, hint)
+        return self._error("no-agent", text, hint)
 
     async def _sync(self, seconds: float) -> None:
         """`guest-sync-delimited`, with a sentinel in front that ends whatever an earlier client left half said."""
@@ -308,14 +302,10 @@ class AgentClient:
                 late = await _read_to_sync(reader, number, LINE_LIMIT if self._opening else 0)
         except TimeoutError as error:
             if _left(inf) == 0:
-                raise self._too_slow("guest-sync-delimited", error) from error
-            raise self._error("no-agent", f"did not answer within {seconds:g} s", error) from error
-        except asyncio.IncompleteReadError as error:
-            await self.close()
-            raise self._error("closed", "closed its socket", error) from error
-        except OSError as error:
-            await self.close()
-            raise self._error("closed", f"is gone: {error.strerror or error}", error) from error
+                raise self._too_slow("guest-sync-delimited") from error
+            raise self._error("no-agent", f"did not answer within {seconds:g} s") from error
+        except (EOFError, OSError) as error:
+            raise await self._closed(error) from error
         self._synced = True
         self._came_late(late)
 
@@ -342,13 +332,13 @@ class AgentClient:
         try:
             reply = json.loads(line)
         except (ValueError, RecursionError) as error:
-            raise self._error("malformed", f"answered '{command}' with what is not JSON", error) from error
+            raise self._error("malformed", f"answered '{command}' with what is not JSON") from error
         if not isinstance(reply, dict) or ("return" in reply) == ("error" in reply):
-            raise self._error("malformed", f"answered '{command}' with neither a result nor an error", None)
+            raise self._error("malformed", f"answered '{command}' with neither a result nor an error")
         # Agents before 5.0 do not repeat the id; one that does has none only for what it could not read at all.
         self._repeats_ids = self._repeats_ids or "id" in reply
         if reply.get("id", None if self._repeats_ids else number) != number:
-            raise self._error("malformed", f"answered '{command}' with the answer to another command", None)
+            raise self._error("malformed", f"answered '{command}' with the answer to another command")
         if "return" in reply:
             if command == "guest-file-open":
                 self._opened(number, reply["return"])
@@ -356,25 +346,26 @@ class AgentClient:
         self._opening.discard(number)
         answer = reply["error"]
         if not isinstance(answer, dict) or not isinstance(answer.get("desc"), str):
-            raise self._error("malformed", f"answered '{command}' with an error that says nothing", None)
+            raise self._error("malformed", f"answered '{command}' with an error that says nothing")
         return CommandError(command, str(answer.get("class"))[:100], _shortened(answer["desc"]))
 
-    def _error(
-        self, reason: str, text: str | None, cause: BaseException | None, hint: str | None = None
-    ) -> VcpuConnectionError:
+    async def _closed(self, error: EOFError | OSError) -> VcpuConnectionError:
+        """The other side has closed the connection, and so do we."""
+        await self.close()
+        text = f"is gone: {error.strerror or error}" if isinstance(error, OSError) else "closed its socket"
+        return self._error("closed", text)
+
+    def _error(self, reason: str, text: str | None, hint: str | None = None) -> VcpuConnectionError:
         """`text` is about the agent; without it there is no socket."""
-        hint = hint or _HINTS.get(reason, "look at the guest's agent: is it qemu-ga, and does it run?")
-        error = VcpuConnectionError(
+        return VcpuConnectionError(
             f"the guest agent at '{self._address}' {text}"
             if text
             else f"there is no agent socket '{self._address}'",
             address=self._address,
             reason=reason,
-            hint=hint,
+            hint=hint or _HINTS.get(reason, "look at the guest's agent: is it qemu-ga, and does it run?"),
             libvirt="VIR_ERR_AGENT_UNRESPONSIVE",
         )
-        error.__cause__ = cause
-        return error
 
 
 _HINTS: Final = {

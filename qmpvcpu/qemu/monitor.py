@@ -296,6 +296,11 @@ def _event(msg: Message) -> MonitorEvent:
 class QmpMonitor(Monitor):
     """An open QMP connection (`ports.Monitor`); made by `open_monitor`."""
 
+    #: QMP has nothing of the kind.
+    run_id = None
+    #: It is QEMU's own.
+    hears_all = True
+
     def __init__(self, client: _Client, address: str, command_timeout: float, qemu_log: str | None) -> None:
         self._client = client
         self._address = address
@@ -320,16 +325,6 @@ class QmpMonitor(Monitor):
     def is_lost(self) -> bool:
         """Whether the other side has closed the connection."""
         return self._lost is not None
-
-    @property
-    def run_id(self) -> object:
-        """QMP has nothing of the kind."""
-        return None
-
-    @property
-    def hears_all(self) -> bool:
-        """It is QEMU's own."""
-        return True
 
     @property
     def peer(self) -> Peer:

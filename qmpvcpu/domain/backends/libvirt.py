@@ -679,7 +679,7 @@ class PassedAgent(AgentClient):
                 replies.append(CommandError(command, known, error.text))
                 continue
             except (ValueError, RecursionError) as error:
-                raise self._error("malformed", f"answered '{command}' with what is not JSON", error) from error
+                raise self._error("malformed", f"answered '{command}' with what is not JSON") from error
             found = reply.get("return") if isinstance(reply, dict) else None
             if command == "guest-file-open" and type(found) is int:
                 self._handles.add(found)

@@ -141,7 +141,7 @@ class VcpuGroups:
     def __init__(self, process: Process) -> None:
         self._process = process
         self._made: dict[int, list[Group]] = {}
-        #: As `controls` saw them: `make` is of the same moment.
+        #: As `controls` saw them: `make_groups` is of the same moment.
         self._seen: list[_Site] | None = None
         #: What `has_layout` has read, and when.
         self._told = "", 0.0
@@ -177,7 +177,7 @@ class VcpuGroups:
                     found[name] = Control(V2, site.top.name, text)
         return found
 
-    def make(self, wanted: Mapping[int, Placement]) -> None:
+    def make_groups(self, wanted: Mapping[int, Placement]) -> None:
         """Make and tune the groups of these vCPUs: before there is a thread to go into them.
 
         Raises:
@@ -202,11 +202,11 @@ class VcpuGroups:
             raise
 
     def has_made(self, vcpu_id: int) -> bool:
-        """Whether `make` has made groups for it."""
+        """Whether `make_groups` has made groups for it."""
         return bool(self._made.get(vcpu_id))
 
     def enter(self, vcpu_id: int, thread_id: int, placement: Placement) -> None:
-        """Move a thread of QEMU into the groups that `make` has made for it.
+        """Move a thread of QEMU into the groups that `make_groups` has made for it.
 
         Raises:
             OSError: the kernel declines, or the thread is elsewhere afterwards.
@@ -215,7 +215,7 @@ class VcpuGroups:
             self._move(vcpu_id, thread_id)
         except FileNotFoundError:
             # Another process took it for one that was left over.
-            self.make({vcpu_id: placement})
+            self.make_groups({vcpu_id: placement})
             self._move(vcpu_id, thread_id)
 
     def is_in_place(self, vcpu_id: int, thread_id: int, placement: Placement) -> bool:
@@ -244,15 +244,15 @@ class VcpuGroups:
                 if cpu_list(file.read_text()) != wanted:
                     put(file, format_ids(wanted))
 
-    def has_any(self) -> bool:
-        """Whether there is anything for `remove` to do. Never raises."""
+    def has_groups(self) -> bool:
+        """Whether there is anything for `remove_groups` to do. Never raises."""
         try:
             found = [(site, _vcpus_in(site.base.folder)) for site in self._sites()]
         except OSError:
             return True
         return any(vcpus or (vcpus is not None and site.is_ours) for site, vcpus in found)
 
-    def remove(self, gone: Collection[int], enabled: Collection[int]) -> list[int]:
+    def remove_groups(self, gone: Collection[int], enabled: Collection[int]) -> list[int]:
         """Remove the groups of vCPUs that are gone, and what of ours was left over; those that still hold a
         thread.
 
