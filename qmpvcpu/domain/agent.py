@@ -7,27 +7,23 @@ import os
 import time
 from collections.abc import Callable, Collection, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
 from typing import Final
 
 from qmpvcpu.core.arch import Identity, architecture
 from qmpvcpu.core.engine.agent_switch import Answered, Look, Seen, SetCpus, Switch, SwitchStep
+from qmpvcpu.core.engine.arrival import Arrival, Arriving
 from qmpvcpu.core.model import DomainState, Event, EventKind
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.state.guest_view import (
-    GuestCpu,
     GuestView,
     identify,
     identity_limits,
     is_port_open,
     most_guest_cpus,
-    newcomers,
     parse_guest_vcpus,
 )
 from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
 from qmpvcpu.ports import Agent, CommandError, Monitor
-
-__all__ = ["Arrival", "Guest"]
 
 #: An agent has so long for all commands of one look, and of one switch, seconds: were each of them as slow as its
 #: own deadline lets it be, a call would take half a minute.
@@ -41,18 +37,6 @@ _LOOK_MOST: Final = 0.5
 _SULK: Final = 5.0
 #: A guest whose agent may not take CPUs online gets so long to do it by itself, seconds.
 _GRACE: Final = 2.0
-
-
-@dataclass(frozen=True, slots=True)
-class Arrival:
-    """How plugged vCPUs came to the guest: those it does not run on, those of which nobody can tell because its
-    CPUs cannot be told apart, what it said last, and its CPUs.
-    """
-
-    missing: frozenset[int]
-    unknown: frozenset[int]
-    said: str | None
-    view: GuestView
 
 
 class Guest:
@@ -199,56 +183,35 @@ class Guest:
             VcpuRefused: it may not tell.
         """
         began = time.monotonic()
-        deadline = began + seconds
-        missing, said, pause = set(vcpus), None, _LOOK_FIRST
-        tried: set[int] = set()
+        deadline, pause = began + seconds, _LOOK_FIRST
+        arriving = Arriving(state, vcpus, before)
         while True:
-            view = await self.view(state)
-            come: tuple[GuestCpu, ...] = ()
-            if before is not None and view.assumed:
-                come = newcomers(before, view, lists_all=architecture(state.arch).lists_possible_cpus)
-                if len(come) > len(vcpus):
-                    # Others have come too: nobody can say whose is whose.
-                    before = None
-                come = come if len(come) == len(vcpus) else ()
-            if come and all(cpu.online for cpu in come):
-                view = replace(view, all_online=view.all_online | frozenset(vcpus))
-            missing = {number for number in missing if view.online(number) is not True}
-            dark = sorted(number for number in missing if view.online(number) is False)
+            view = arriving.seen(await self.view(state))
             # What the kernel, or a rule of its own, brings up by itself needs a moment to.
-            if dark and (tried or time.monotonic() > began + _LOOK_FIRST):
+            if arriving.was_missing or time.monotonic() > began + _LOOK_FIRST:
                 try:
-                    run = await self.switch(view, dark, online=True)
+                    view = await self._take_online(arriving, view)
                 except VcpuRefused as refused:
-                    said, deadline = refused.message, min(deadline, began + _GRACE)
-                else:
-                    missing -= set(run.changed)
-                    view = view.switched(run.changed, online=True)
-                    self._tell_of(view)
-                    said = next(iter(run.failures.values()), said)
-            elif any(not cpu.online for cpu in come) and time.monotonic() > began + _LOOK_FIRST:
-                said = await self._light(view, [cpu.logical_id for cpu in come if not cpu.online]) or said
-            tried |= missing
-            unnamed = {number for number in missing if view.online(number) is None}
-            if len(unnamed) > view.strays:
-                unnamed = set()
-            # Where nothing tells its CPUs apart, that does not change: no use to wait, once they are all there.
-            hopeless = view.assumed and missing == unnamed and len(view.cpus) >= len(state.enabled_ids)
-            if before is not None:
-                # Those that came since are they, and if they do not come, it is they that are missing.
-                hopeless, unnamed = False, set()
-            if not missing or hopeless or time.monotonic() >= deadline:
-                return Arrival(frozenset(missing - unnamed), frozenset(unnamed), said, view)
+                    arriving.last = refused.message
+                    if arriving.offline(view):
+                        deadline = min(deadline, began + _GRACE)
+            found = arriving.arrival(view)
+            if arriving.is_over(view) or time.monotonic() >= deadline:
+                return found
             await asyncio.sleep(min(pause, max(deadline - time.monotonic(), 0)))
             pause = min(pause * 2, _LOOK_MOST)
 
-    async def _light(self, view: GuestView, numbers: Sequence[int]) -> str | None:
-        """Take these CPUs online, by the guest's own numbers; what it says of one that does not come."""
-        try:
+    async def _take_online(self, arriving: Arriving, view: GuestView) -> GuestView:
+        """What the guest leaves offline; its view afterwards. Raises VcpuRefused."""
+        if offline := arriving.offline(view):
+            run = await self.switch(view, offline, online=True)
+            view = arriving.switched(run, view)
+            self._tell_of(view)
+        elif numbers := arriving.offline_newcomers():
+            # By the guest's own numbers.
             run = await self.switch(view.own, numbers, online=True)
-        except VcpuRefused as refused:
-            return refused.message
-        return next(iter(run.failures.values()), None)
+            arriving.last = next(iter(run.failures.values()), arriving.last)
+        return view
 
     async def close(self) -> None:
         """Close the connection."""

@@ -6,20 +6,19 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Event as Flag
-from typing import Any
 
 from qmpvcpu.aio import finish
 from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.engine.report import Report
 from qmpvcpu.core.engine.timers import UNDO_SECONDS
+from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.planning.config import ConfigPlan, plan_config, plan_pin
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.interrupted import Interrupted, leaving
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuPartial, VcpuRefused
+from qmpvcpu.errors import OutcomeKind, Refusal, VcpuConnectionError, VcpuError, VcpuPartial, VcpuRefused
 from qmpvcpu.host.definition_files import not_written
 from qmpvcpu.ports import DefinitionStore, Staged
-
-__all__ = ["ConfigChange", "Persistent", "half_done"]
 
 #: Does what blocks, off the loop.
 Runs = Callable[[Callable[[], None]], Awaitable[None]]
@@ -153,6 +152,11 @@ class ConfigChange:
         self._staged: Staged | None = None
 
     @property
+    def place(self) -> str:
+        """Where the definition is kept."""
+        return self._store.place
+
+    @property
     def diff(self) -> tuple[str, ...]:
         """The document before and after, as a unified diff."""
         from difflib import unified_diff
@@ -219,31 +223,52 @@ class ConfigChange:
             staged.discard()
 
 
-def half_done(
-    error: OSError | VcpuError, place: str, what: str, changed: Sequence[int], **facts: Any
-) -> VcpuError:
-    """The guest's side is done, and the definition could not follow.
+async def follow(change: ConfigChange, report: Report, what: str) -> None:
+    """The definition takes effect, if the guest's side has ended well.
 
     Args:
-        error: of `ConfigChange.commit`.
-        place: of the definition.
-        what: was done to the guest, in words.
-        changed: vCPU ids whose state that changed; if none, nothing was touched.
-        facts: of the call, as `VcpuError` has them.
+        change: staged.
+        report: of the guest's side; what becomes of the definition is added to it.
+        what: was done to the guest, in words; `{}` is the vCPU ids.
     """
+    if report.has_failed():
+        if change.plan.writes and report.outcome not in (OutcomeKind.REFUSED, OutcomeKind.PARTIAL):
+            report.messages.append("the definition is as it was")
+        return
+    # What is plugged stays, whether or not the guest has come to run on it.
+    if report.outcome is not OutcomeKind.APPLIED and not (report.pending_online and not report.pending):
+        if change.plan.writes:
+            report.messages.append(
+                f"the definition was not written, because the running guest's side is {report.outcome}: once that"
+                " has ended, ask for --config (CONFIG) alone"
+            )
+        return
+    live = tuple(sorted(report.changed))
+    try:
+        await change.commit()
+    except asyncio.CancelledError as error:
+        raise leaving(error, Interrupted(changed_ids=live)) from error
+    except (OSError, VcpuError) as error:
+        report.failed(_half_done(error, change.place, what.format(format_ids(live)), live), cause=error)
+    else:
+        report.defined(change.plan.targets, change.plan.changed, written=change.plan.writes)
+
+
+def _half_done(error: OSError | VcpuError, place: str, what: str, changed: tuple[int, ...]) -> VcpuError:
+    """The guest's side is done, and the definition could not follow. `changed`: if none, nothing was touched."""
     if isinstance(error, VcpuError) and not isinstance(error, VcpuRefused):
         if not changed:
             return error
         text, hint = f"live, {what} and stays so; {error.message}", "look at both: vcpuinfo, vcpuinfo --config"
-        facts = {**facts, "changed_ids": changed, "libvirt": error.libvirt}
         if isinstance(error, VcpuConnectionError):
             text += "; whether the definition was written is not known"
-            return VcpuConnectionError(text, address=error.address, reason=error.reason, hint=hint, **facts)
-        return VcpuPartial(text, remaining=changed, hint=hint, **facts)
+            return VcpuConnectionError(
+                text, address=error.address, reason=error.reason, hint=hint, libvirt=error.libvirt
+            )
+        return VcpuPartial(text, remaining=changed, hint=hint, libvirt=error.libvirt)
     refusals = error.refusals if isinstance(error, VcpuRefused) else (not_written(place, error),)
     if not changed:
-        return VcpuRefused(refusals, ids=facts.get("ids", ()))
+        return VcpuRefused(refusals)
     why = "; ".join(refusal.message for refusal in refusals)
     text = f"live, {what} and stays so; {why}, and is as it was"
-    hint = "then ask again with --config (CONFIG) alone"
-    return VcpuPartial(text, remaining=changed, hint=hint, changed_ids=changed, **facts)
+    return VcpuPartial(text, remaining=changed, hint="then ask again with --config (CONFIG) alone")

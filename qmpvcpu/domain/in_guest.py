@@ -8,13 +8,14 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from qmpvcpu.aio import wind_up
+from qmpvcpu.core.engine.arrival import Arrival
 from qmpvcpu.core.engine.report import Report, still_plugged
 from qmpvcpu.core.engine.timers import UNDO_SECONDS
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.rules.agent import check_guest
 from qmpvcpu.core.state.guest_view import GuestView
-from qmpvcpu.domain.agent import Arrival, Guest
+from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.interrupted import Interrupted, leaves, leaving
 from qmpvcpu.domain.session import Link
 from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuRejected
@@ -142,7 +143,7 @@ async def until_online(
     if arrival.unknown:
         report.messages.append(_nameless(arrival))
     if arrival.missing:
-        why = f": {arrival.said}" if arrival.said else ""
+        why = f": {arrival.last}" if arrival.last else ""
         ids = format_ids(sorted(arrival.missing))
         report.messages.append(f"vCPU {ids} is plugged, and the guest does not run on it{why}")
         report.is_not_online(arrival.missing)

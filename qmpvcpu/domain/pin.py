@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterable, Sequence
 
+from qmpvcpu.core.engine.report import Report
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request, parse_ids
 from qmpvcpu.core.rules.placement import Placement, check_thread, check_thread_cpus, with_threads
-from qmpvcpu.domain.definition import ConfigChange, Persistent, half_done
-from qmpvcpu.domain.interrupted import Interrupted, leaving
+from qmpvcpu.domain.definition import Persistent, follow
 from qmpvcpu.domain.session import Link
 from qmpvcpu.errors import (
-    OutcomeKind,
     Refusal,
     VcpuConnectionError,
-    VcpuError,
     VcpuFailed,
     VcpuRefused,
     VcpuUsageError,
@@ -55,19 +52,19 @@ def _host_cpus(cpus: str | Iterable[int]) -> tuple[int, ...]:
 
 async def change_pin(
     link: Link | None,
-    persistent: Persistent | None,
+    definition: Persistent | None,
     vcpu_id: int,
     cpus: tuple[int, ...] | None,
-    here: Sequence[Refusal] = (),
+    preconditions: Sequence[Refusal] = (),
 ) -> Outcome:
     """Pin a vCPU, or let it go everywhere; both sides are checked before either is touched.
 
     Args:
         link: the running guest, if that is asked.
-        persistent: the definition, if that is asked.
+        definition: the definition, if that is asked.
         vcpu_id: of the vCPU.
         cpus: host CPUs, ascending; None for all.
-        here: what stands against it whatever the state.
+        preconditions: what stands against it whatever the state.
 
     Raises:
         VcpuRefused: nothing was touched.
@@ -75,48 +72,31 @@ async def change_pin(
         VcpuPartial: the thread is pinned, and the definition could not be written.
     """
     began = time.monotonic()
-    refusals = list(here)
-    config: ConfigChange | None = None
-    if persistent is not None:
-        config = persistent.plan_pin(vcpu_id, cpus)
-        refusals += config.plan.refusals
+    report = Report((vcpu_id,))
+    config = definition.plan_pin(vcpu_id, cpus) if definition is not None else None
+    refusals = [*preconditions, *(config.plan.refusals if config is not None else ())]
     state = await link.read() if link is not None else None
     if link is not None and state is not None:
         refusals += [one for one in _against(link, state, vcpu_id, cpus) if one not in refusals]
     if refusals:
-        raise VcpuRefused(refusals, ids=(vcpu_id,))
+        raise VcpuRefused(refusals, ids=report.ids)
     try:
         if config is not None:
             try:
                 await config.stage()
             except OSError as error:
-                raise VcpuRefused([not_written(_place(persistent), error)], ids=(vcpu_id,)) from error
-        live_changed = False
+                raise VcpuRefused([not_written(config.place, error)], ids=report.ids) from error
         if link is not None and state is not None:
-            state, live_changed = _pin(link, state, vcpu_id, cpus)
-        if config is not None:
-            try:
-                await config.commit()
-            except asyncio.CancelledError as error:
-                raise leaving(error, Interrupted(changed_ids=(vcpu_id,) if live_changed else ())) from error
-            except (OSError, VcpuError) as error:
-                done, what = (vcpu_id,) if live_changed else (), f"vCPU {vcpu_id} is pinned"
-                raise half_done(error, _place(persistent), what, done, ids=(vcpu_id,)) from error
+            state, is_other = _pin(link, state, vcpu_id, cpus)
+            report.changed |= {vcpu_id} if is_other else set()
+        if config is None:
+            report.defined((), (), written=False)
+        else:
+            await follow(config, report, "vCPU {} is pinned")
+        return report.end(state, time.monotonic() - began)
     finally:
         if config is not None:
             config.discard()
-    live = (vcpu_id,) if live_changed else ()
-    written = config.plan.changed if config is not None else ()
-    return Outcome(
-        OutcomeKind.APPLIED,
-        (vcpu_id,),
-        (state.vcpus[vcpu_id],) if state is not None else (),
-        changed_ids=tuple(sorted({*live, *written})),
-        seconds=time.monotonic() - began,
-        live_changed_ids=live,
-        config_changed_ids=written,
-        defined=config is not None and config.plan.writes,
-    )
 
 
 def _against(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> list[Refusal]:
@@ -151,8 +131,3 @@ def _pin(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | N
             ids=(vcpu_id,),
         ) from error
     return with_threads(state, {thread_id: after}), after.cpus != before.cpus
-
-
-def _place(persistent: Persistent | None) -> str:
-    assert persistent is not None
-    return persistent.place

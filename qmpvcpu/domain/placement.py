@@ -150,22 +150,14 @@ class Placing:
     ) -> tuple[dict[int, ThreadState], dict[str, list[int]]]:
         """What they have then; and why some could not be given what they shall have."""
         failed: dict[str, list[int]] = {}
-        placed: dict[int, ThreadState] = {}
         taken_back = {number: wanted[number] for number in wanted if number not in self._plugged}
         if taken_back and self._threads is not None:
             try:
                 self._threads.make_groups(taken_back)
             except OSError as error:
                 failed[f"its cgroup: {_why(error)}"] = list(taken_back)
-        for number, placement in wanted.items():
-            thread_id = now.vcpus[number].thread_id
-            try:
-                if thread_id is None or self._threads is None:
-                    raise ProcessLookupError(3, "its thread is not known")
-                placed[number] = self._threads.place(thread_id, placement, number)
-            except OSError as error:
-                failed.setdefault(f"{placement or 'its cgroup'}: {_why(error)}", []).append(number)
-        return placed, failed
+        placed, declined = _place_threads(self._threads, wanted, now)
+        return placed, failed | declined
 
     def _wanted(self, ids: Iterable[int]) -> dict[int, Placement]:
         """What these vCPUs shall have; where every one has a cgroup of its own, those without a wish too."""
@@ -193,9 +185,9 @@ def place_all(threads: QemuThreads | None, definition: Definition, state: Domain
     """
     wanted = placements(definition, state.enabled_ids)
     emulator = emulator_placement(definition)
-    messages = [_SHARED] if state.threads_shared and wanted else []
-    if state.threads_shared:
-        wanted = {}
+    messages = []
+    if state.threads_shared and wanted:
+        wanted, messages = {}, [_SHARED]
     if not wanted and not emulator:
         return messages
     facts = threads.facts([*wanted.values(), emulator]) if threads is not None else None
@@ -211,23 +203,33 @@ def place_all(threads: QemuThreads | None, definition: Definition, state: Domain
     except OSError as error:
         raise VcpuRefused([_no_group(wanted, error)]) from error
     failed = []
-    if emulator.cpus is not None:
-        try:
-            for thread in threads.others(own):
-                threads.place(thread, Placement(emulator.cpus))
-        except OSError as error:
-            failed.append(f"the emulator could not be given {emulator}: {_why(error)}")
-    for number, placement in wanted.items():
-        try:
-            thread_id = state.vcpus[number].thread_id
-            if thread_id is None:
-                raise ProcessLookupError(3, "its thread is not known")
-            threads.place(thread_id, placement, number)
-        except OSError as error:
-            failed.append(f"vCPU {number} could not be given {placement or 'its cgroup'}: {_why(error)}")
+    try:
+        for thread in threads.others(own) if emulator.cpus is not None else ():
+            threads.place(thread, Placement(emulator.cpus))
+    except OSError as error:
+        failed.append(f"the emulator could not be given {emulator}: {_why(error)}")
+    _, declined = _place_threads(threads, wanted, state)
+    failed += [f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in declined.items()]
     if failed:
         raise VcpuFailed("; ".join(failed), hint="correct <cputune>, or the rights of this process")
     return messages
+
+
+def _place_threads(
+    threads: QemuThreads | None, wanted: Mapping[int, Placement], now: DomainState
+) -> tuple[dict[int, ThreadState], dict[str, list[int]]]:
+    """What the threads of these vCPUs have then; and why some could not be given what they should have."""
+    placed: dict[int, ThreadState] = {}
+    failed: dict[str, list[int]] = {}
+    for number, placement in wanted.items():
+        thread_id = now.vcpus[number].thread_id
+        try:
+            if thread_id is None or threads is None:
+                raise ProcessLookupError(3, "its thread is not known")
+            placed[number] = threads.place(thread_id, placement, number)
+        except OSError as error:
+            failed.setdefault(f"{placement or 'its cgroup'}: {_why(error)}", []).append(number)
+    return placed, failed
 
 
 async def _widen(threads: QemuThreads, nodes: Sequence[int]) -> Widened | None:

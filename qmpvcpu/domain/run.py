@@ -13,8 +13,7 @@ from dataclasses import dataclass, replace
 from typing import Final
 
 from qmpvcpu.core.engine.report import Report
-from qmpvcpu.core.model import Outcome, format_ids
-from qmpvcpu.core.planning.config import ConfigPlan
+from qmpvcpu.core.model import Outcome
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.quirks import contexts_run_out
 from qmpvcpu.core.request import Request
@@ -22,7 +21,7 @@ from qmpvcpu.core.rules.request import check_request
 from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.core.state.pending import UsedContexts
 from qmpvcpu.domain.agent import Guest
-from qmpvcpu.domain.definition import ConfigChange, Persistent, half_done
+from qmpvcpu.domain.definition import ConfigChange, Persistent, follow
 from qmpvcpu.domain.hotplug import Hotplug
 from qmpvcpu.domain.in_guest import switch_planned, until_online
 from qmpvcpu.domain.interrupted import Interrupted, leaves, leaving
@@ -90,8 +89,8 @@ async def run(reach: Reach, request: Request) -> Outcome:
             await _act(reach, replace(planned, plan=plan), report, began)
         except VcpuError as error:
             report.failed(error)
-        if config is not None and reach.definition is not None:
-            await _commit(reach.definition, config, report)
+        if config is not None:
+            await follow(config, report, "vCPU {} is changed")
         return report.end(reach.link.state, time.monotonic() - began)
     finally:
         if config is not None:
@@ -162,11 +161,11 @@ async def _prepared(reach: Reach, config: ConfigChange | None, plan: Plan) -> Pl
     """Write the next definition beside the old one and make cgroups: what stands against that shows before
     anything is done to the guest.
     """
-    if config is not None and reach.definition is not None and not plan.refusals:
+    if config is not None and not plan.refusals:
         try:
             await config.stage()
         except OSError as error:
-            plan = plan.refused([not_written(reach.definition.place, error)])
+            plan = plan.refused([not_written(config.place, error)])
     if reach.placing is not None and not plan.refusals:
         plan = reach.placing.prepare(plan)
     return plan
@@ -304,40 +303,3 @@ def _left(link: Link, plan: Plan, report: Report, but: frozenset[int] = frozense
     asked = {number for entity in plan.unplugs for number in entity.ids}
     gone = {number for number in asked.intersection(report.pending) if not link.state.vcpus[number].enabled}
     return Interrupted(changed_ids=tuple(sorted({*report.changed, *gone} - but)))
-
-
-# -- commit -------------------------------------------------------------------------------------------
-
-
-async def _commit(definition: Persistent, config: ConfigChange, report: Report) -> None:
-    """The definition takes effect, if the guest's side has ended well."""
-    plan = config.plan
-    if report.has_failed():
-        if plan.writes and not isinstance(report.trouble, VcpuRefused | VcpuPartial):
-            report.messages.append("the definition is as it was")
-        return
-    # What is plugged stays, whether or not the guest has come to run on it.
-    is_done = report.outcome is OutcomeKind.APPLIED or (report.pending_online and not report.pending)
-    if not is_done:
-        report.messages += _not_defined(plan, str(report.outcome))
-        return
-    live = tuple(sorted(report.changed))
-    try:
-        await config.commit()
-    except asyncio.CancelledError as error:
-        raise leaving(error, Interrupted(changed_ids=live)) from error
-    except (OSError, VcpuError) as error:
-        what = f"vCPU {format_ids(live)} is changed"
-        report.failed(half_done(error, definition.place, what, live), cause=error)
-    else:
-        plan = config.plan
-        report.defined(plan.targets, plan.changed, written=plan.writes)
-
-
-def _not_defined(plan: ConfigPlan, outcome: str) -> list[str]:
-    if not plan.writes:
-        return []
-    return [
-        f"the definition was not written, because the running guest's side is {outcome}: once that has ended, ask"
-        " for --config (CONFIG) alone"
-    ]

@@ -348,8 +348,11 @@ class Link:
         own = self._state is None or self._state.accel != "tcg" or not architecture(self._state.arch).has_apic
         self._departures.hear(event.name, event.data, event.time or time.time(), own=own)
         self.stale = True
-        if self._state is None:
-            return
+        if self._state is not None:
+            self._hear(event, self._state)
+
+    def _hear(self, event: MonitorEvent, state: DomainState) -> None:
+        """What an event of CPUs means for pending unplugs, and for those who listen."""
         known = self.ledger.firsts
         if self._hub.listening:
             # Who asked has written it down, and may cross it out as soon as it has seen this event itself.
@@ -357,18 +360,18 @@ class Link:
         pending = self.ledger.firsts
         if not self._hub.listening and self.driven >= pending:
             return
-        if self._names is None or self._names[0] is not self._state:
-            self._names = self._state, Names(self._state.entities)
+        if self._names is None or self._names[0] is not state:
+            self._names = state, Names(state.entities)
         signal = interpret(event.name, event.data, self._names[1])
         if signal is None:
             return
-        by_id = self._state.by_id
+        by_id = state.by_id
         when = event.time or time.time()
         if signal.kind is SignalKind.GUEST_REFUSED and signal.first is not None:
             self.ledger.end({signal.first} - self.driven)
             refused = [by_id[signal.first]]
             self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, refused, signal.reason))
-        elif signal.kind is SignalKind.RESET and architecture(self._state.arch).reset_drops_unplug:
+        elif signal.kind is SignalKind.RESET and architecture(state.arch).reset_drops_unplug:
             self.ledger.end(pending - self.driven)
             # What has been crossed out since the last look was crossed out for this reset.
             dropped = [by_id[first] for first in sorted(known | pending)]

@@ -13,7 +13,7 @@ from qmpvcpu.core.rules import catalogue, hotplug
 from qmpvcpu.core.rules.agent import check_guest
 from qmpvcpu.core.rules.placement import Placement
 from qmpvcpu.core.rules.request import check_request
-from qmpvcpu.core.rules.selection import resolve_guest_total, resolve_total, select, select_listed
+from qmpvcpu.core.rules.selection import choose
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.errors import Refusal
@@ -171,22 +171,9 @@ def _unplug_words(entity: Entity) -> str:
 def make_plan(state: DomainState, request: Request, known: Knowledge | None = None) -> Plan:
     """Select the vCPUs, find what is to be done, and collect every reason not to do it."""
     known = known or Knowledge()
-    refusals = check_request(request)
     guest = known.guest
-    wants: dict[int, bool]
-    if request.listed is not None:
-        targets, found = select_listed(state, request)
-        wants = {number: request.listed.vcpus[number].enabled for number in targets}
-    elif request.total is not None and request.has(VcpuFlag.GUEST):
-        wants, found = resolve_guest_total(request, state, guest)
-        targets = tuple(wants)
-    elif request.total is not None:
-        wants, found = resolve_total(state, request, known)
-        targets = tuple(wants)
-    else:
-        targets, found = select(state, request, guest)
-        wants = dict.fromkeys(targets, request.enable) if request.enable != request.disable else {}
-    refusals += found
+    targets, wants, found = choose(state, request, known)
+    refusals = check_request(request) + found
     if request.has(VcpuFlag.GUEST):
         return _plan_guest(state, request, guest, targets, wants, refusals)
     if not wants or not (request.has(VcpuFlag.LIVE) or not request.has(VcpuFlag.CONFIG)):
@@ -199,7 +186,8 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
         targets = tuple(sorted({*(n for e in steps.moved for n in e.ids), *steps.onlines}))
     if steps.onlines and not request.fallback and request.listed is None:
         refusals.append(catalogue.ONLY_THE_AGENT(steps.onlines))
-    touched = [number for number in targets if number in {n for entity in steps.moved for n in entity.ids}]
+    moved = {number for entity in steps.moved for number in entity.ids}
+    touched = [number for number in targets if number in moved]
     refusals += hotplug.check_whole_entities(state, touched, request.flags)
     refusals += hotplug.check_plug(state, steps.plugs)
     blocked = hotplug.check_unplug(state, steps.unplugs)

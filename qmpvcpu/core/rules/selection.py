@@ -17,6 +17,28 @@ from qmpvcpu.flags import VcpuFlag
 __all__ = ["core_of", "guest_total", "resolve_guest_total", "resolve_total", "select", "select_listed"]
 
 
+def choose(
+    state: DomainState, request: Request, known: Knowledge
+) -> tuple[tuple[int, ...], dict[int, bool], list[Refusal]]:
+    """What a request means on the running guest.
+
+    Returns:
+        The vCPU ids that it is about; each id that it decides on -> whether it is to be enabled (online, with
+        GUEST); and what is wrong with how it names them.
+    """
+    if request.listed is not None:
+        targets, found = select_listed(state, request)
+        return targets, {number: request.listed.vcpus[number].enabled for number in targets}, found
+    if request.total is not None:
+        if request.has(VcpuFlag.GUEST):
+            wants, found = resolve_guest_total(request, state, known.guest)
+        else:
+            wants, found = resolve_total(state, request, known)
+        return tuple(wants), wants, found
+    targets, found = select(state, request, known.guest)
+    return targets, dict.fromkeys(targets, request.enable) if request.enable != request.disable else {}, found
+
+
 def select(
     state: DomainState, request: Request, guest: GuestView | None = None
 ) -> tuple[tuple[int, ...], list[Refusal]]:
