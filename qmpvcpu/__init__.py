@@ -18,7 +18,8 @@ if TYPE_CHECKING:
     from qmpvcpu.core.machine.layout import MachineLayout, MachineSpec
     from qmpvcpu.core.machine.numa import parse_numa
     from qmpvcpu.core.machine.smp import parse_smp
-    from qmpvcpu.core.migration.machines import Cookie, MigrationStatus
+    from qmpvcpu.core.migration.cookie import Cookie
+    from qmpvcpu.core.migration.status import MigrationStatus
     from qmpvcpu.core.model import (
         DomainState,
         Entity,
@@ -67,7 +68,8 @@ _HOMES = {
         "Topology",
         "Vcpu",
     ),
-    "qmpvcpu.core.migration.machines": ("Cookie", "MigrationStatus"),
+    "qmpvcpu.core.migration.cookie": ("Cookie",),
+    "qmpvcpu.core.migration.status": ("MigrationStatus",),
     "qmpvcpu.core.planning.live": ("Plan",),
     "qmpvcpu.core.request": ("Request", "parse_ids"),
     "qmpvcpu.domain": ("Domain", "Events", "Options", "connect"),

@@ -20,7 +20,8 @@ from qmpvcpu.app.start import clean_up, launch_waiting, remove_ended
 from qmpvcpu.app.trust import Startable, of_file, of_user
 from qmpvcpu.app.twin import HINT, Checked, check_held, check_readable, check_sides, compare_with_twin, read_back
 from qmpvcpu.core.machine.comparison import check_movable
-from qmpvcpu.core.migration.machines import Cookie, MigrationStatus, last_words
+from qmpvcpu.core.migration.cookie import Cookie
+from qmpvcpu.core.migration.status import MigrationStatus, last_words
 from qmpvcpu.core.migration.stream import StreamError, StreamTable, table_differences
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.rules import catalogue

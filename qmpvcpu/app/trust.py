@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 
 from qmpvcpu.app.qemus import find_emulator
 from qmpvcpu.core.machine.boot_arguments import qemu_arch
-from qmpvcpu.core.migration.machines import Cookie
+from qmpvcpu.core.migration.cookie import Cookie
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.host.definition_files import DefinitionFolder
 from qmpvcpu.xml.document import read_domain

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Final
 from qmpvcpu.app import migrate as app
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.cli.progress import waiting
-from qmpvcpu.core.migration.machines import MigrationStatus
+from qmpvcpu.core.migration.status import MigrationStatus
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.domain.migration.phases import Progress
 

@@ -1,6 +1,6 @@
 """One row for each known defect of QEMU: where it is, what sets it off, what it does, what to do instead. Pure.
 
-To add a defect, add a row: `core.rules.hotplug` and `core.migration.machines` refuse what a row with `is_refused`
+To add a defect, add a row: `core.rules.hotplug` and `core.migration.leaving` refuse what a row with `is_refused`
 describes, unless the request is forced. The first table of docs/qemu-facts.md is printed from the rows
 (`scripts/quirks-table`). Versions are those in which the behaviour was measured. A version between one with a
 defect and one without counts as having it, and so does every version older than the oldest with it, unless `came`

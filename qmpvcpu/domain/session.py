@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from qmpvcpu import aio
 from qmpvcpu.core.arch import architecture
-from qmpvcpu.core.migration.machines import MigrationStatus, parse_status
+from qmpvcpu.core.migration.status import MigrationStatus, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 from qmpvcpu.core.rules.request import check_at_rest
 from qmpvcpu.core.state.events import CPU_EVENTS, Departures, Names, SignalKind, changes, interpret

@@ -17,7 +17,7 @@ from xml.sax.saxutils import escape
 
 from qmpvcpu.core.definition import MOST_VCPUS
 from qmpvcpu.core.machine.comparison import Picture
-from qmpvcpu.core.migration.machines import Cookie, Machine, Slot
+from qmpvcpu.core.migration.cookie import Cookie, Machine, Slot
 from qmpvcpu.core.model import Props, QemuVersion, format_ids
 from qmpvcpu.core.request import parse_ids
 from qmpvcpu.core.rules import catalogue

@@ -8,25 +8,18 @@ from typing import Any, Final
 
 from qmpvcpu import Cookie, DomainState, MigrationStatus, Refusal
 from qmpvcpu.core.machine.comparison import Picture
-from qmpvcpu.core.migration import machines as migration
-from qmpvcpu.core.migration.machines import (
-    CPU_HOTPLUG,
-    Destination,
-    Source,
-    address_of,
-    check_arrived,
-    check_features,
+from qmpvcpu.core.migration import status as reported
+from qmpvcpu.core.migration.cookie import CPU_HOTPLUG, check_features, features_of, machine_of
+from qmpvcpu.core.migration.leaving import (
     check_hangs,
     check_one_cpu,
     check_source,
     cpus_but_first,
-    features_of,
-    machine_of,
-    missing,
     needs_one_cpu,
-    next_step,
-    parse_status,
 )
+from qmpvcpu.core.migration.machines import check_arrived, missing
+from qmpvcpu.core.migration.status import address_of, parse_status
+from qmpvcpu.core.migration.who_runs import Destination, Source, next_step
 from qmpvcpu.core.rules.request import check_at_rest
 from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 from qmpvcpu.xml.cookie import read_cookie, write_cookie
@@ -128,7 +121,7 @@ def with_picture(what: Cookie, **told: Any) -> Cookie:
 
 def last_words(log: str) -> str:
     """What an error says of the log of a QEMU that failed."""
-    return migration.last_words(log)
+    return reported.last_words(log)
 
 
 def written(what: Cookie) -> bytes:

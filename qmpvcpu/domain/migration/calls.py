@@ -29,7 +29,8 @@ from qmpvcpu.host.process import is_alive
 from qmpvcpu.ports import CommandError
 
 if TYPE_CHECKING:
-    from qmpvcpu.core.migration.machines import Cookie, MigrationStatus
+    from qmpvcpu.core.migration.cookie import Cookie
+    from qmpvcpu.core.migration.status import MigrationStatus
     from qmpvcpu.domain.migration.phases import Migrated, Progress
 
 __all__ = ["MigrationCalls"]
@@ -110,7 +111,7 @@ class MigrationCalls:
             await asyncio.sleep(_PENDING_LOOK)
 
     async def _cookie(self, link: Link, state: DomainState, runs: bool, persistent: bool) -> Cookie:
-        from qmpvcpu.core.migration.machines import Cookie, features_of, machine_of
+        from qmpvcpu.core.migration.cookie import Cookie, features_of, machine_of
         from qmpvcpu.domain.migration.picture import read_picture
 
         described = (await describe(link.monitor, state, link.process, self._place.agent)).definition
@@ -277,7 +278,7 @@ class MigrationCalls:
             VcpuFailed: it has not; it does not run here, and can go on at the source (`migrate_cancel` there).
             VcpuConnectionError: QEMU is lost.
         """
-        from qmpvcpu.core.migration.machines import Destination
+        from qmpvcpu.core.migration.who_runs import Destination
         from qmpvcpu.domain.migration.phases import finish, keep_pending, start
 
         async with self._call():

@@ -9,7 +9,7 @@ import time
 from collections.abc import Iterable
 from typing import Final
 
-from qmpvcpu.core.migration.machines import check_one_cpu, cpus_but_first
+from qmpvcpu.core.migration.leaving import check_one_cpu, cpus_but_first
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.errors import VcpuConnectionError, VcpuRefused, VcpuRejected

@@ -5,7 +5,7 @@ from __future__ import annotations
 import secrets
 from contextlib import suppress
 
-from qmpvcpu.core.migration.machines import Cookie
+from qmpvcpu.core.migration.cookie import Cookie
 from qmpvcpu.domain.session import Link
 from qmpvcpu.errors import VcpuRefused
 from qmpvcpu.host.ownership import Handovers, Side

@@ -15,26 +15,11 @@ from typing import Any, Final
 
 from qmpvcpu import aio
 from qmpvcpu.core.machine.versions import Feature, has
-from qmpvcpu.core.migration.machines import (
-    ONE_CPU,
-    Cookie,
-    Destination,
-    Machine,
-    MigrationStatus,
-    Source,
-    Step,
-    address_of,
-    check_arrived,
-    check_features,
-    check_hangs,
-    check_machine,
-    check_source,
-    machine_of,
-    missing,
-    needs_one_cpu,
-    next_step,
-    parse_status,
-)
+from qmpvcpu.core.migration.cookie import Cookie, Machine, check_features, machine_of
+from qmpvcpu.core.migration.leaving import ONE_CPU, check_hangs, check_source, needs_one_cpu
+from qmpvcpu.core.migration.machines import check_arrived, check_machine, missing
+from qmpvcpu.core.migration.status import MigrationStatus, address_of, parse_status
+from qmpvcpu.core.migration.who_runs import Destination, Source, Step, next_step
 from qmpvcpu.core.model import DomainState, QemuVersion
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.catalogue import Reason

@@ -1,0 +1,111 @@
+"""What QEMU tells of a migration: `query-migrate`, and the end of its log. Pure."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+__all__ = ["MigrationStatus", "address_of", "last_words", "parse_status"]
+
+#: QAPI MigrationStatus: what goes on, and how it ends.
+_ENDED: Final = frozenset({"completed", "failed", "cancelled"})
+_IDLE: Final = frozenset({*_ENDED, "none", ""})
+
+
+@dataclass(frozen=True, slots=True)
+class MigrationStatus:
+    """`query-migrate`. Bytes, and milliseconds for `downtime` and `total_time`; None what is not told."""
+
+    status: str = "none"
+    transferred: int | None = None
+    remaining: int | None = None
+    total: int | None = None
+    downtime: int | None = None
+    total_time: int | None = None
+    error: str | None = None
+    blocked: tuple[str, ...] = ()
+    addresses: tuple[Mapping[str, Any], ...] = field(default=(), hash=False)
+
+    @property
+    def is_active(self) -> bool:
+        """Whether it goes on."""
+        return self.status not in _IDLE
+
+    @property
+    def under_way(self) -> str | None:
+        """The status of a migration that has begun and not ended."""
+        return self.status if self.is_active else None
+
+    @property
+    def is_incoming(self) -> bool:
+        """Whether this side has taken in a guest, all of it: only a source counts bytes."""
+        return self.status == "completed" and self.total is None
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether one has ended, in whatever way."""
+        return self.status in _ENDED
+
+    @property
+    def percent(self) -> int | None:
+        """How much of the memory has been there once, 0 to 100."""
+        if not self.total or self.remaining is None:
+            return None
+        return max(0, min(100, 100 - 100 * self.remaining // self.total))
+
+
+def parse_status(reply: object) -> MigrationStatus:
+    """A reply to `query-migrate`; what is not of its form is not told."""
+    if not isinstance(reply, dict):
+        return MigrationStatus()
+    memory = reply.get("ram")
+    ram: Mapping[str, Any] = memory if isinstance(memory, dict) else {}
+    addresses, blocked = reply.get("socket-address"), reply.get("blocked-reasons")
+    return MigrationStatus(
+        str(reply.get("status") or "none")[:40],
+        _count(ram.get("transferred")),
+        _count(ram.get("remaining")),
+        _count(ram.get("total")),
+        _count(reply.get("downtime", reply.get("expected-downtime"))),
+        _count(reply.get("total-time")),
+        str(reply["error-desc"])[:1000] if "error-desc" in reply else None,
+        tuple(str(why)[:1000] for why in blocked[:20]) if isinstance(blocked, list) else (),
+        tuple(one for one in addresses[:20] if isinstance(one, dict)) if isinstance(addresses, list) else (),
+    )
+
+
+def _count(value: object) -> int | None:
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
+
+
+def last_words(log: str, most: int = 400) -> str:
+    """The end of what a QEMU said on stderr or in its log, on one line and printable; "" where it said nothing."""
+    lines = [_TIME.sub("", line.strip()) for line in log.splitlines()]
+    said = [line for line in lines if line and _DAEMON not in line]
+    text = "; ".join(said[-_LAST_LINES:])
+    return "".join(char if char.isprintable() else " " for char in text)[-most:]
+
+
+#: How QEMU's log (-msg timestamp=on) and its traces begin a line, and its note of a signal.
+_TIME: Final = re.compile(r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z ")
+_DAEMON: Final = "terminating on signal"
+_LAST_LINES: Final = 4
+
+
+def address_of(status: MigrationStatus, host: str | None) -> str | None:
+    """Where a destination listens, as a URI for the source; None where it does not.
+
+    Args:
+        host: how the source reaches the destination, for one that listens everywhere.
+    """
+    for one in status.addresses:
+        if one.get("type") == "unix" and isinstance(one.get("path"), str):
+            return f"unix:{one['path']}"
+        if one.get("type") == "inet":
+            name, port = str(one.get("host", "")), str(one.get("port", ""))
+            if name in ("0.0.0.0", "::", ""):  # noqa: S104 - that is what we look for
+                name = host or "127.0.0.1"
+            return f"tcp:[{name}]:{port}" if ":" in name else f"tcp:{name}:{port}"
+    return None

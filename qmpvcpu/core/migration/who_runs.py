@@ -1,0 +1,94 @@
+"""Which side runs a guest that migrates. Pure.
+
+It is decided here and nowhere else: the destination never starts by itself (`stop` while it waits), so it runs
+only when we say `cont`, and we say that only when the source has handed everything over, or is dead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from enum import StrEnum
+from typing import Final
+
+__all__ = ["Destination", "Source", "Step", "next_step"]
+
+
+class Source(StrEnum):
+    """How the handing over ended at the source."""
+
+    COMPLETED = "completed"
+    #: It keeps the guest: failed, cancelled.
+    KEPT = "kept"
+    #: Its QEMU has ended.
+    DEAD = "dead"
+    #: It does not answer, and may run.
+    UNKNOWN = "unknown"
+
+
+class Destination(StrEnum):
+    """What is at the destination, which has not been told to run."""
+
+    #: All of the guest, paused, with the source's vCPUs.
+    WHOLE = "whole"
+    #: Not all of it.
+    BROKEN = "broken"
+    #: All of a guest, and not what left; or it cannot be let run.
+    OTHER = "other"
+    #: Its QEMU has ended, or cannot be reached; it does not run by itself.
+    GONE = "gone"
+    #: It was told to run, and does.
+    RUNNING = "running"
+    #: It was told to run, and did not answer; its QEMU has ended.
+    DIED = "died"
+    #: It was told to run, and did not answer; it may run.
+    UNKNOWN = "unknown"
+
+
+class Step(StrEnum):
+    """What to do next."""
+
+    START_DESTINATION = "start-destination"
+    #: End the destination, then let the source go on.
+    GO_BACK = "go-back"
+    #: End the source: the guest runs at the destination.
+    END_SOURCE = "end-source"
+    #: Touch neither: nobody can tell whether the other side runs.
+    LEAVE = "leave"
+    #: End the destination; there is no source that could go on.
+    GIVE_UP = "give-up"
+
+
+#: Every pair; what is not here cannot be.
+_STEPS: Final[Mapping[tuple[Source, Destination], Step]] = {
+    (Source.COMPLETED, Destination.WHOLE): Step.START_DESTINATION,
+    (Source.COMPLETED, Destination.BROKEN): Step.GO_BACK,
+    (Source.COMPLETED, Destination.OTHER): Step.GO_BACK,
+    (Source.COMPLETED, Destination.GONE): Step.GO_BACK,
+    (Source.COMPLETED, Destination.RUNNING): Step.END_SOURCE,
+    # libvirt resumes the source as well when the destination's start was not confirmed and it is gone.
+    (Source.COMPLETED, Destination.DIED): Step.GO_BACK,
+    (Source.COMPLETED, Destination.UNKNOWN): Step.LEAVE,
+    (Source.KEPT, Destination.WHOLE): Step.GO_BACK,
+    (Source.KEPT, Destination.BROKEN): Step.GO_BACK,
+    (Source.KEPT, Destination.OTHER): Step.GO_BACK,
+    (Source.KEPT, Destination.GONE): Step.GO_BACK,
+    (Source.DEAD, Destination.WHOLE): Step.START_DESTINATION,
+    (Source.DEAD, Destination.BROKEN): Step.GIVE_UP,
+    # It is the only copy.
+    (Source.DEAD, Destination.OTHER): Step.LEAVE,
+    (Source.DEAD, Destination.GONE): Step.GIVE_UP,
+    (Source.DEAD, Destination.RUNNING): Step.END_SOURCE,
+    (Source.DEAD, Destination.DIED): Step.GIVE_UP,
+    (Source.DEAD, Destination.UNKNOWN): Step.LEAVE,
+    (Source.UNKNOWN, Destination.WHOLE): Step.LEAVE,
+    (Source.UNKNOWN, Destination.BROKEN): Step.GIVE_UP,
+    (Source.UNKNOWN, Destination.OTHER): Step.LEAVE,
+    (Source.UNKNOWN, Destination.DIED): Step.GIVE_UP,
+    (Source.UNKNOWN, Destination.UNKNOWN): Step.LEAVE,
+    (Source.UNKNOWN, Destination.GONE): Step.GIVE_UP,
+}
+
+
+def next_step(source: Source, destination: Destination) -> Step:
+    """Which side is to run the guest, or what must happen first."""
+    return _STEPS[source, destination]
