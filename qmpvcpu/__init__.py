@@ -35,7 +35,7 @@ if TYPE_CHECKING:
     from qmpvcpu.core.request import Request, parse_ids
     from qmpvcpu.domain import Domain, Events, Options, connect
     from qmpvcpu.domain.interrupted import Interrupted
-    from qmpvcpu.domain.migration.phases import Migrated
+    from qmpvcpu.domain.migration.move import Migrated
     from qmpvcpu.errors import (
         OutcomeKind,
         Refusal,
@@ -74,7 +74,7 @@ _HOMES = {
     "qmpvcpu.core.request": ("Request", "parse_ids"),
     "qmpvcpu.domain": ("Domain", "Events", "Options", "connect"),
     "qmpvcpu.domain.interrupted": ("Interrupted",),
-    "qmpvcpu.domain.migration.phases": ("Migrated",),
+    "qmpvcpu.domain.migration.move": ("Migrated",),
     "qmpvcpu.errors": (
         "OutcomeKind",
         "Refusal",

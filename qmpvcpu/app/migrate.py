@@ -21,16 +21,17 @@ from qmpvcpu.app.trust import Startable, of_file, of_user
 from qmpvcpu.app.twin import HINT, Checked, check_held, check_readable, check_sides, compare_with_twin, read_back
 from qmpvcpu.core.machine.comparison import check_movable
 from qmpvcpu.core.migration.cookie import Cookie
-from qmpvcpu.core.migration.status import MigrationStatus, last_words
+from qmpvcpu.core.migration.status import MigrationStatus, Progress, last_words
 from qmpvcpu.core.migration.stream import StreamError, StreamTable, table_differences
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import Domain, connect
-from qmpvcpu.domain.migration.ownership import Side, is_there, kept_source
-from qmpvcpu.domain.migration.phases import Migrated, Progress
+from qmpvcpu.domain.migration.move import Migrated
+from qmpvcpu.domain.migration.ownership import is_present, recall_source
 from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.files import read_file, read_stream
+from qmpvcpu.host.ownership import Role
 from qmpvcpu.host.process import pid_in
 from qmpvcpu.host.room import free_disk, free_memory
 from qmpvcpu.host.runtime import Runtime
@@ -147,7 +148,7 @@ async def _destination(
         start = await startable(word) if startable is not None else of_user(cookie)
         cookie = start.cookie
         place_there: _Place | None = None
-        source_runs = is_there(cookie, Side.SOURCE)
+        source_runs = is_present(cookie, Role.SOURCE)
         if source_runs and (refusals := check_held(cookie)):
             raise VcpuRefused(refusals)
         machine = cookie.machine.type if cookie.machine is not None else None
@@ -303,7 +304,7 @@ async def migrate(
     cookie = await source.migrate_begin(persistent=persistent, wait=wait, force=force, with_agents=with_agents)
     async with _destination(dest, cookie, mode, place=place, timeout=start_timeout, agent=dest_agent) as target:
         found = await check_sides(cookie, target.domain, with_disks=target.is_name)
-        await target.domain.migrate_prepare(cookie, place=place, differences=found)
+        await target.domain.migration.prepare(cookie, place=place, differences=found)
         messages: list[str] = []
 
         def settled() -> None:
@@ -366,11 +367,11 @@ async def migrate_prepare(
     Raises:
         VcpuError: as `Domain.migrate_prepare`; a QEMU that was started for it is ended.
     """
-    startable = _startable(cookie, kept_source(cookie))
+    startable = _startable(cookie, recall_source(cookie))
     async with _destination(dest, cookie, mode, place=place, timeout=timeout, startable=startable) as target:
-        is_near = target.is_name and is_there(cookie, Side.SOURCE)
+        is_near = target.is_name and is_present(cookie, Role.SOURCE)
         found = await check_sides(cookie, target.domain, with_disks=is_near)
-        await target.domain.migrate_prepare(target.cookie or cookie, place=place, differences=found)
+        await target.domain.migration.prepare(target.cookie or cookie, place=place, differences=found)
         host = _host_of(dest) if dest is not None else None
         # One that listens everywhere is reached by its host's name, as libvirt's are.
         reached = host or socket.gethostname()
@@ -398,7 +399,7 @@ async def migrate_finish(dest: str, cookie: Cookie | None, *, force: bool = Fals
     place = _Place(domain, dest, is_name=is_name, is_ours=False, qmp=())
     with suppress(VcpuRefused):
         # What this destination was prepared with was looked at then.
-        may = of_user(cookie) if given is None else await _startable(cookie, kept_source(cookie))(dest)
+        may = of_user(cookie) if given is None else await _startable(cookie, recall_source(cookie))(dest)
         _define(place, may.definable, persistent=may.definable.persistent is not None)
     return state, cookie.runs
 
@@ -618,7 +619,7 @@ async def restore(
             # From here on, what is remembered of this destination is what may be defined.
             cookie = target.cookie or cookie
             differences = await check_sides(cookie, target.domain)
-            await target.domain.migrate_prepare(cookie, place=place, differences=differences)
+            await target.domain.migration.prepare(cookie, place=place, differences=differences)
 
             def told(runs: bool) -> None:
                 target.is_kept = runs

@@ -290,7 +290,7 @@ async def read_back(
     try:
         async with _twin(xml, machine, mode, ("-incoming", "defer")) as (qemu, domain, _):
             try:
-                await domain.read_saved(file, offset)
+                await domain.migration.read_saved(file, offset)
             except VcpuConnectionError as error:
                 await _has_ended(qemu)
                 raise VcpuFailed(f"it ended over it: {last_words(qemu.stderr()) or error.message}") from error

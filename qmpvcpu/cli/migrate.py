@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Final
 from qmpvcpu.app import migrate as app
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.cli.progress import waiting
-from qmpvcpu.core.migration.status import MigrationStatus
+from qmpvcpu.core.migration.status import MigrationStatus, Progress
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.domain.migration.phases import Progress
 
 if TYPE_CHECKING:
     from qmpvcpu.cli.commands import Session

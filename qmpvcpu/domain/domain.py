@@ -8,16 +8,17 @@ from __future__ import annotations
 import asyncio
 import os
 import time
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import replace
+from functools import cached_property
 from types import TracebackType
-from typing import Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
 
 from qmpvcpu import aio
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.engine.report import Report, queried
-from qmpvcpu.core.machine.comparison import Picture
+from qmpvcpu.core.migration.status import MigrationStatus, Progress
 from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Listed, Request
@@ -29,13 +30,13 @@ from qmpvcpu.core.rules.request import check_flags, check_request, check_sides
 from qmpvcpu.core.rules.selection import select
 from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.core.state.guest_view import GuestView, with_online
+from qmpvcpu.domain import migration as migrating
 from qmpvcpu.domain.addresses import NOBODY_LISTENS, Opener
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.definition import Persistent
 from qmpvcpu.domain.dump import DescribedXml, check_dump, describe, dump
 from qmpvcpu.domain.event_bus import Events, Hub
 from qmpvcpu.domain.interrupted import Interrupted, left_by
-from qmpvcpu.domain.migration.calls import MigrationCalls
 from qmpvcpu.domain.pin import change_pin, check_pin
 from qmpvcpu.domain.placement import Placing, place_all
 from qmpvcpu.domain.planned import plan_on
@@ -44,7 +45,15 @@ from qmpvcpu.domain.run import Reach, run, run_on_definition, with_config
 from qmpvcpu.domain.session import Link, open_link
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
+from qmpvcpu.host.saves import paused_guest
 from qmpvcpu.ports import Agent, Monitor
+
+if TYPE_CHECKING:
+    from qmpvcpu.core.machine.comparison import Picture
+    from qmpvcpu.core.machine.described import Described
+    from qmpvcpu.core.migration.cookie import Cookie
+    from qmpvcpu.domain.migration import Migration
+    from qmpvcpu.domain.migration.move import Migrated
 
 __all__ = ["Domain", "Options", "connect"]
 
@@ -82,6 +91,21 @@ class Options(TypedDict, total=False):
     force: bool
     #: False: leave the threads of what is plugged where the kernel puts them. Default True.
     place: bool
+
+
+class TransferOptions(TypedDict, total=False):
+    """Keywords of `Domain.migrate`: how the guest's memory goes to the destination."""
+
+    #: Where the destination should listen. Default (None): two QEMUs of this host get a socket of their own.
+    uri: str | None
+    #: How the source's host reaches the destination's.
+    host: str | None
+    #: MiB a second at most. Default (None): QEMU's own limit.
+    bandwidth: int | None
+    #: Seconds after which the guest is paused, so that the migration comes to an end. Default (None): never.
+    timeout: float | None
+    #: Called with each fresh status.
+    progress: Progress | None
 
 
 @checked
@@ -174,7 +198,7 @@ def connect(
     return Domain(place, open_one, agent_at, config_only=config_only and not place.is_unknown)
 
 
-class Domain(MigrationCalls):
+class Domain:
     """One guest. Enter it once (`async with`), call it from one event loop; operations queue.
 
     State is held between calls and kept fresh by events; a claim that something is already so is always made from
@@ -258,6 +282,12 @@ class Domain(MigrationCalls):
             await self._refresh()
             yield
 
+    @asynccontextmanager
+    async def _session(self) -> AsyncIterator[Link]:
+        """`_call`, with the open connection."""
+        async with self._call():
+            yield self._connected()
+
     async def _refresh(self) -> None:
         """Before each call: what is held of a domain that is kept elsewhere is read anew."""
 
@@ -268,8 +298,7 @@ class Domain(MigrationCalls):
             VcpuConnectionError: as on entry.
         """
         async with self._call():
-            await aio.finish(self._close())
-            await self._connect()
+            await self._reconnect()
 
     # -- the call, and its exploded forms ---------------------------------------------------------
 
@@ -455,18 +484,19 @@ class Domain(MigrationCalls):
             VcpuRefused: it does not run.
             VcpuConnectionError: QEMU is lost.
         """
-        from qmpvcpu.domain.migration.picture import read_picture
-
         async with self._turn():
             link = self._connected()
-            return await read_picture(link.monitor, link.process)
+            return await migrating.read_picture(link.monitor, link.process)
 
     async def _described(self, state: DomainState) -> DescribedXml:
         from qmpvcpu.xml.minimal import minimal_domain
 
-        link = self._connected()
-        told = await describe(link.monitor, state, link.process, self._place.agent)
+        told = await self._describe(state)
         return DescribedXml(minimal_domain(told.definition, told.devices), told.left_out, told.devices is not None)
+
+    async def _describe(self, state: DomainState) -> Described:
+        link = self._connected()
+        return await describe(link.monitor, state, link.process, self._place.agent)
 
     async def guest_vcpus(self) -> GuestView:
         """The guest's own CPUs, and which vCPU each one is.
@@ -699,6 +729,137 @@ class Domain(MigrationCalls):
         """What `set_vcpus` would do."""
         return await self.plan(_total(count, options, maximum=maximum, hotpluggable=hotpluggable))
 
+    # -- to another QEMU, or into a file -----------------------------------------------------------
+
+    @cached_property
+    def migration(self) -> Migration:
+        """Takes the guest to another QEMU, or into a file and back. Each `migrate_…` below is one of its calls."""
+        return migrating.Migration(
+            migrating.Access(
+                session=self._session,
+                agent=lambda: self._guest,
+                definition=lambda: self._persistent,
+                describe=self._describe,
+                describe_xml=self._described,
+                plug=self._plug,
+                reconnect=self._reconnect,
+            )
+        )
+
+    @checked
+    async def migrate_begin(
+        self,
+        *,
+        persistent: bool = False,
+        wait: float = 0.0,
+        force: bool = False,
+        with_agents: bool = False,
+        is_paused: bool = False,
+    ) -> Cookie:
+        """`migration.begin`."""
+        return await self.migration.begin(
+            persistent=persistent, wait=wait, force=force, with_agents=with_agents, is_paused=is_paused
+        )
+
+    @checked
+    async def migrate_prepare(
+        self, cookie: Cookie, *, place: bool = True, differences: Sequence[Refusal] = ()
+    ) -> None:
+        """`migration.prepare`."""
+        await self.migration.prepare(cookie, place=place, differences=differences)
+
+    @checked
+    async def migrate_listen(
+        self, uri: str | None = None, host: str | None = None, default: str | None = None
+    ) -> str:
+        """`migration.listen`."""
+        return await self.migration.listen(uri, host, default)
+
+    @checked
+    async def migrate_perform(
+        self,
+        uri: str,
+        *,
+        cookie: Cookie | None = None,
+        bandwidth: int | None = None,
+        timeout: float | None = None,
+        progress: Progress | None = None,
+        force: bool = False,
+    ) -> MigrationStatus:
+        """`migration.perform`."""
+        return await self.migration.perform(
+            uri, cookie=cookie, bandwidth=bandwidth, timeout=timeout, progress=progress, force=force
+        )
+
+    async def migrate_cookie(self) -> Cookie:
+        """`migration.cookie`."""
+        return await self.migration.cookie()
+
+    @checked
+    async def migrate_finish(
+        self,
+        cookie: Cookie,
+        *,
+        force: bool = False,
+        hint: str | None = None,
+        told: Callable[[bool], None] = lambda _: None,
+        moved: Callable[[], object] = lambda: None,
+    ) -> DomainState:
+        """`migration.finish`; `told` is its `reported`."""
+        return await self.migration.finish(cookie, force=force, hint=hint, reported=told, moved=moved)
+
+    @checked
+    async def migrate_cancel(self, *, force: bool = False) -> str:
+        """`migration.cancel`."""
+        return await self.migration.cancel(force=force)
+
+    @checked
+    async def migrate(
+        self,
+        destination: Domain,
+        cookie: Cookie,
+        *,
+        force: bool = False,
+        settled: Callable[[], None] = lambda: None,
+        **transfer: Unpack[TransferOptions],
+    ) -> Migrated:
+        """`migration.migrate`; `settled` is its `finished`."""
+        how = migrating.Transfer(**transfer)
+        return await self.migration.migrate(destination.migration, cookie, how, force=force, finished=settled)
+
+    async def memory_in_use(self) -> int | None:
+        """`migration.memory_in_use`."""
+        return await self.migration.memory_in_use()
+
+    @checked
+    async def save(
+        self,
+        cookie: Cookie,
+        fd: int,
+        offset: int,
+        finish: Callable[[], object],
+        progress: Progress | None = None,
+        *,
+        force: bool = False,
+        check: Callable[[], Awaitable[object]] | None = None,
+        files: tuple[str, ...] = (),
+    ) -> bool:
+        """`migration.save`, into a `SaveTarget` of these."""
+        file = migrating.SaveTarget(fd, offset, finish, check, files)
+        return await self.migration.save(cookie, file, progress, force=force)
+
+    @checked
+    async def restore(
+        self, cookie: Cookie, fd: int, offset: int, told: Callable[[bool], None] = lambda _: None
+    ) -> DomainState:
+        """`migration.restore`; `told` is its `reported`."""
+        return await self.migration.restore(cookie, fd, offset, told)
+
+    @checked
+    async def read_saved(self, fd: int, offset: int) -> None:
+        """`migration.read_saved`."""
+        await self.migration.read_saved(fd, offset)
+
     # -- inside -----------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
@@ -721,7 +882,9 @@ class Domain(MigrationCalls):
                 raise
             return
         try:
-            self._let_go_on = await self._after_killed_save(self._link)
+            paused = paused_guest(self._link.process)
+            if paused is not None and paused.is_left:
+                await self.migration.recover(self._link, paused)
         except BaseException:
             await aio.finish(self._close())
             raise
@@ -729,6 +892,11 @@ class Domain(MigrationCalls):
         if address is not None and self._agent_at is not None:
             self._guest = Guest(self._agent_at(address), self._link.monitor, self._hub.emit)
             self._link.guest = self._guest
+
+    async def _reconnect(self) -> Link:
+        await aio.finish(self._close())
+        await self._connect()
+        return self._connected()
 
     def _agent_address(self) -> str | None:
         if self._place.agent is not None or self._persistent is None:
@@ -800,6 +968,12 @@ class Domain(MigrationCalls):
             hint = "correct it, or leave threads where the kernel puts them: --no-place (place=False)"
             return Placing(threads, None), [*here, *(replace(refusal, hint=hint) for refusal in error.refusals)]
         return Placing(threads, definition), here
+
+    async def _plug(self, ids: Sequence[int], place: bool) -> Outcome:
+        """Plug what a destination lacks of the guest that comes."""
+        request = Request(tuple(ids), VcpuFlag.ENABLE, fallback=False, place=place)
+        placing, refusals = self._placing(request, [])
+        return await run(Reach(self._connected(), placing=placing, preconditions=tuple(refusals)), request)
 
     def _sides(self, flags: VcpuFlag) -> tuple[bool, bool]:
         """Whether LIVE, whether CONFIG; CURRENT is LIVE if it runs, else CONFIG."""

@@ -81,12 +81,17 @@ def paused_by_us(fd: int, files: tuple[str, ...], *, runs: bool) -> PausedGuest:
 _HERE: Final = PausedGuest("", False, (), (0, 0))
 
 
+def paused_guest(process: Process | None) -> PausedGuest | None:
+    """What is known of a save that has paused the guest of this QEMU. Never raises."""
+    with suppress(RuntimeError):  # no home folder
+        return Saves().kept(process) if process is not None else None
+    return None
+
+
 def is_here(process: Process | None) -> bool:
     """Whether a QEMU in "postmigrate" still has its guest, for all that we know. Never raises."""
-    with suppress(RuntimeError):  # no home folder
-        found = Saves().kept(process) if process is not None else None
-        return found is not None and found.is_here
-    return False
+    found = paused_guest(process)
+    return found is not None and found.is_here
 
 
 class Saves:

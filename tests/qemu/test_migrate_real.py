@@ -553,14 +553,15 @@ async def test_prepare_compares_the_cookie_with_the_destination(tmp_path):
         assert run.code == 0, run.stdout
 
 
-async def test_a_destination_that_was_started_is_gone_when_it_cannot_take_it(started, monkeypatch):
+async def test_a_destination_that_was_started_is_gone_when_it_cannot_take_it(started):
+    def refuses():
+        raise qmpvcpu.VcpuRefused([qmpvcpu.Refusal("x", "the test says no")])
+
     async with qmpvcpu.connect("one") as domain:
-
-        async def refuses(self, cookie, *, place, differences=()):
-            raise qmpvcpu.VcpuRefused([qmpvcpu.Refusal("x", "the test says no")])
-
-        monkeypatch.setattr(qmpvcpu.Domain, "migrate_prepare", refuses)
-        with pytest.raises(qmpvcpu.VcpuRefused, match="the test says no"):
+        with (
+            moments.before("the destination is prepared", refuses),
+            pytest.raises(qmpvcpu.VcpuRefused, match="the test says no"),
+        ):
             await saving.move(domain, "two")
     assert await names() == {"one": True}
     assert (await cli("destroy", "two", "--json")).json["error"]["message"] == "'two' does not run"

@@ -17,9 +17,9 @@ from qmpvcpu.core.migration.leaving import (
     cpus_but_first,
     needs_one_cpu,
 )
-from qmpvcpu.core.migration.machines import check_arrived, missing
-from qmpvcpu.core.migration.status import address_of, parse_status
-from qmpvcpu.core.migration.who_runs import Destination, Source, next_step
+from qmpvcpu.core.migration.machines import check_arrived, check_destination, missing
+from qmpvcpu.core.migration.status import Stillness, address_of, parse_status
+from qmpvcpu.core.migration.who_runs import Destination, Source, cancel_step, next_step
 from qmpvcpu.core.rules.request import check_at_rest
 from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 from qmpvcpu.xml.cookie import read_cookie, write_cookie
@@ -107,6 +107,25 @@ def step(source: str, destination: str) -> str | None:
         return str(next_step(Source(source), Destination(destination)))
     except KeyError:
         return None
+
+
+def to_cancel(run_state: str, query_migrate: Any = None, *, is_prepared: bool = False) -> str:
+    """What there is to cancel at a side in this state; `is_prepared`: it is known as a destination."""
+    return str(cancel_step(run_state, parse_status(query_migrate), is_prepared=is_prepared))
+
+
+def stands_still(looks: Iterable[tuple[float, Any]]) -> list[str | None]:
+    """Whether nothing has moved for too long, by the seconds and the reply of each look; the clock begins at 0."""
+    stillness = Stillness(0.0)
+    return [stillness.too_long(parse_status(reply), now) for now, reply in looks]
+
+
+def against_destination(
+    what: Cookie, there: DomainState, run_state: str = "inmigrate", uuid: Any = None
+) -> list[str]:
+    """Codes of what stands against a destination; `uuid` is the reply of query-uuid."""
+    definition = read_domain(what.xml)[1] if what.machine is None else None
+    return [one.code for one in check_destination(what, definition, there, run_state, uuid)]
 
 
 def cookie(state: DomainState, xml: bytes, *, name: str, runs: bool = True) -> Cookie:

@@ -13,12 +13,12 @@ from contextlib import contextmanager
 from typing import Any
 from unittest.mock import patch
 
+from qmpvcpu.core.migration.who_runs import Destination
 from qmpvcpu.domain import definition as persistent
 from qmpvcpu.domain import placement as place
 from qmpvcpu.domain import run
 from qmpvcpu.domain.hotplug import Hotplug
-from qmpvcpu.domain.migration import phases as migrate
-from qmpvcpu.domain.migration.calls import MigrationCalls
+from qmpvcpu.domain.migration import Migration, phases, sides
 from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.savefile import Saving
 
@@ -28,15 +28,16 @@ _MOMENTS: dict[str, tuple[Any, str]] = {
     "QEMU is done": (run, "_wait_groups_gone"),
     "the definition is written": (persistent.ConfigChange, "commit"),
     "a thread is placed": (QemuThreads, "place"),
-    "the guest goes into the file": (migrate, "perform_to_file"),
+    "the guest goes into the file": (sides, "send_to_file"),
     "the file is synced": (Saving, "sync"),
     "the file is sealed": (Saving, "seal"),
-    "a second QEMU reads the file": (MigrationCalls, "read_saved"),
+    "a second QEMU reads the file": (Migration, "read_saved"),
     "the file gets its name": (Saving, "finish"),
-    "the guest goes to the destination": (migrate, "perform"),
-    "the destination has all": (migrate, "finish"),
-    "the destination runs": (migrate, "start"),
-    "the source ends": (migrate, "end"),
+    "the destination is prepared": (Migration, "prepare"),
+    "the guest goes to the destination": (sides, "send"),
+    "the destination has all": (phases, "arrive"),
+    "the destination runs": (sides, "let_run"),
+    "the source ends": (sides, "end"),
 }
 Act = Callable[[], Any]
 
@@ -95,9 +96,9 @@ def destination_cannot_be_told() -> Iterator[None]:
 
     async def unknown(link: Any, cookie: Any) -> Any:
         await link.monitor.cont()
-        return migrate.Destination.UNKNOWN, "no answer"
+        return Destination.UNKNOWN, "no answer"
 
-    with patch.object(migrate, "start", unknown):
+    with patch.object(sides, "let_run", unknown):
         yield
 
 

@@ -16,17 +16,6 @@ from qmpvcpu.core.model import DomainState, Entity, Props
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal
 
-__all__ = [
-    "CPU_HOTPLUG",
-    "Cookie",
-    "Machine",
-    "Slot",
-    "check_features",
-    "features_of",
-    "is_in_order",
-    "machine_of",
-]
-
 #: libvirt's name of what a reader must know to take a sparse guest.
 CPU_HOTPLUG: Final = "cpu-hotplug"
 _KNOWN: Final = frozenset({CPU_HOTPLUG})
@@ -56,7 +45,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What of a QEMU both sides must agree on. `topology` is told as `sockets=2,cores=4,…`."""
+    """What of a QEMU both sides must agree on. `topology` reads `sockets=2,cores=4,…`."""
 
     arch: str
     type: str
@@ -82,9 +71,9 @@ class Cookie:
     `xml` is the running guest's domain XML, `persistent` its definition where that goes too. `features` are names
     that a reader must know. `machine` is None where another tool made it. `runs` is whether the guest ran, and
     `is_described` whether `xml` was made of what QEMU tells, and so does not say all of its hardware. `number` is
-    of this one handing over, 32 hexadecimal digits: by it the sides know which of them has the guest. `pending`
-    are the first vCPU ids of entities whose unplug was pending. `picture` is what the source's QEMU told of its
-    machine; None where it was not asked.
+    of this one migration, 32 hexadecimal digits: by it the sides know which of them has the guest. `pending` are
+    the first vCPU ids of entities whose unplug was pending. `picture` is what the source's QEMU reported of its
+    machine; None: nobody asked it.
     """
 
     name: str

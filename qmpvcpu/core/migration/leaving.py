@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Final
 
 from qmpvcpu.core.arch import architecture
@@ -14,17 +15,17 @@ from qmpvcpu.core.rules.hotplug import refusal_of
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.errors import Refusal
 
-__all__ = [
-    "ONE_CPU",
-    "check_hangs",
-    "check_one_cpu",
-    "check_source",
-    "cpus_but_first",
-    "needs_one_cpu",
-]
-
 #: QAPI RunState: a source can be migrated from these.
 _MIGRATABLE: Final = frozenset({"running", "paused", "prelaunch", "suspended", "watchdog", "debug"})
+#: Those it cannot, and why.
+_RUN_STATES: Final = {
+    "shutdown": catalogue.SHUT_DOWN,
+    "guest-panicked": catalogue.PANICKED,
+    "internal-error": catalogue.INTERNAL_ERROR,
+    "io-error": catalogue.IO_ERROR,
+    "inmigrate": catalogue.WAITS_FOR_A_GUEST,
+    "postmigrate": catalogue.WAS_HANDED_OVER,
+}
 
 
 def check_source(
@@ -45,20 +46,9 @@ def check_source(
     if status.is_active:
         found.append(catalogue.UNDER_WAY(status=status.status))
     elif run_state not in _MIGRATABLE:
-        found.append(_of_run_state(run_state))
+        reason = _RUN_STATES.get(run_state or "", catalogue.RUN_STATE)
+        found.append(reason(state=run_state or "in no state that QEMU tells"))
     return found + [catalogue.BLOCKED(why=why) for why in status.blocked]
-
-
-def _of_run_state(run_state: str | None) -> Refusal:
-    reason = {
-        "shutdown": catalogue.SHUT_DOWN,
-        "guest-panicked": catalogue.PANICKED,
-        "internal-error": catalogue.INTERNAL_ERROR,
-        "io-error": catalogue.IO_ERROR,
-        "inmigrate": catalogue.WAITS_FOR_A_GUEST,
-        "postmigrate": catalogue.WAS_HANDED_OVER,
-    }.get(run_state or "", catalogue.RUN_STATE)
-    return reason(state=run_state or "in no state that QEMU tells")
 
 
 #: A defect that the agents of both sides can do something about (`needs_one_cpu`).
@@ -85,6 +75,18 @@ def needs_one_cpu(state: DomainState) -> bool:
     QEMU does not migrate that RTAS started the others; a CPU that comes online is started afresh.
     """
     return any(refusal.code == ONE_CPU for refusal in check_hangs(state, 0))
+
+
+def without_one_cpu(hangs: list[Refusal], why: str | None) -> list[Refusal]:
+    """What hangs where the agent takes all CPUs but the first offline; or cannot, and `why`."""
+    if why is None:
+        return [one for one in hangs if one.code != ONE_CPU]
+    return [
+        replace(one, message=f"{one.message}; its other CPUs cannot be taken offline for it: {why}")
+        if one.code == ONE_CPU
+        else one
+        for one in hangs
+    ]
 
 
 def check_one_cpu(view: GuestView) -> str | None:

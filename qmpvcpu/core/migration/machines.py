@@ -2,65 +2,121 @@
 
 from __future__ import annotations
 
-from qmpvcpu.core.migration.cookie import Machine, Slot
+from dataclasses import replace
+from typing import Final
+
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.migration.cookie import Cookie, Machine, Slot, check_features, machine_of
+from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.catalogue import Reason
-from qmpvcpu.errors import Refusal
+from qmpvcpu.errors import Refusal, VcpuRefused
 
-__all__ = ["check_arrived", "check_machine", "missing"]
+_NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
+#: A reason, what is at the source, and what is at the destination.
+_Row = tuple[Reason, object, object]
 
 
-def check_machine(source: Machine, here: Machine) -> list[Refusal]:
+def check_machine(source: Machine, destination: Machine) -> list[Refusal]:
     """Everything in which the destination is another machine, together."""
-    rows: tuple[tuple[Reason, object, object], ...] = (
-        (catalogue.OTHER_ARCH, source.arch, here.arch),
-        (catalogue.OTHER_MACHINE_TYPE, source.type, here.type),
-        (catalogue.OTHER_MAXCPUS, source.maxcpus, here.maxcpus),
-        (catalogue.OTHER_TOPOLOGY, source.topology or "flat", here.topology or "flat"),
+    rows: tuple[_Row, ...] = (
+        (catalogue.OTHER_ARCH, source.arch, destination.arch),
+        (catalogue.OTHER_MACHINE_TYPE, source.type, destination.type),
+        (catalogue.OTHER_MAXCPUS, source.maxcpus, destination.maxcpus),
+        (catalogue.OTHER_TOPOLOGY, source.topology or "flat", destination.topology or "flat"),
     )
     found = [reason(there=there, now=now) for reason, there, now in rows if there != now]
+    return found + _check_slots(source, destination) + _check_extra(source, destination)
+
+
+def _check_slots(source: Machine, destination: Machine) -> list[Refusal]:
+    """vCPUs that differ in the same way are one refusal."""
     lacking: list[int] = []
     elsewhere: list[int] = []
-    others: dict[tuple[Reason, object, object], list[int]] = {}
+    others: dict[_Row, list[int]] = {}
     for slot in source.slots:
-        other = here.by_first.get(slot.ids[0])
+        other = destination.by_first.get(slot.ids[0])
         if other is None:
             lacking += slot.ids
             continue
-        rows = (
+        rows: tuple[_Row, ...] = (
             (catalogue.OTHER_ENTITY, len(slot.ids), len(other.ids)),
             (catalogue.OTHER_DRIVER, slot.driver, other.driver),
             (catalogue.OTHER_NODE, _node(slot), _node(other)),
         )
-        for reason, there, now in rows:
-            if there != now:
-                others.setdefault((reason, there, now), []).extend(slot.ids)
+        for row in rows:
+            if row[1] != row[2]:
+                others.setdefault(row, []).extend(slot.ids)
         elsewhere += slot.ids if other.place != slot.place else ()
-    found += [reason(ids, there=there, now=now) for (reason, there, now), ids in others.items()]
+    found = [reason(ids, there=there, now=now) for (reason, there, now), ids in others.items()]
     found += [catalogue.NO_SUCH_SLOT(lacking)] if lacking else []
-    found += [catalogue.OTHER_PLACE(elsewhere)] if elsewhere else []
-    return found + _check_extra(source, here)
+    return found + ([catalogue.OTHER_PLACE(elsewhere)] if elsewhere else [])
 
 
 def _node(slot: Slot) -> str:
     return "none" if slot.node is None else str(slot.node)
 
 
-def _check_extra(source: Machine, here: Machine) -> list[Refusal]:
+def _check_extra(source: Machine, destination: Machine) -> list[Refusal]:
     extra = sorted(
-        n for slot in here.slots if slot.plugged and slot.ids[0] not in source.plugged for n in slot.ids
+        n for slot in destination.slots if slot.plugged and slot.ids[0] not in source.plugged for n in slot.ids
     )
     # 7.2 to 11.1: QEMU takes it without a word, and the guest never sees it.
     return [catalogue.EXTRA(extra)] if extra else []
 
 
-def missing(source: Machine, here: Machine) -> list[Slot]:
-    """What is plugged at the source and not yet here, in the order in which it was plugged there."""
-    slots = [slot for slot in source.slots if slot.plugged and slot.ids[0] not in here.plugged]
+def check_uri(uri: str) -> None:
+    """Raises VcpuRefused: QEMU knows ways to a destination that lead nowhere back, or run a program."""
+    if not uri.startswith(("unix:", "tcp:", "fd:")):
+        raise catalogue.NO_WAY.error(uri=uri)
+
+
+def missing(source: Machine, destination: Machine) -> list[Slot]:
+    """What is plugged at the source and not yet at the destination, in the order in which it was plugged there."""
+    slots = [slot for slot in source.slots if slot.plugged and slot.ids[0] not in destination.plugged]
     return sorted(slots, key=lambda slot: (slot.order or 0, slot.ids))
 
 
-def check_arrived(source: Machine, here: Machine) -> list[Refusal]:
+def check_arrived(source: Machine, destination: Machine) -> list[Refusal]:
     """Why what has arrived is not the guest that left; also what must hold before the first byte."""
-    lost = sorted(n for slot in missing(source, here) for n in slot.ids)
-    return check_machine(source, here) + ([catalogue.MISSING(lost)] if lost else [])
+    lost = sorted(n for slot in missing(source, destination) for n in slot.ids)
+    return check_machine(source, destination) + ([catalogue.MISSING(lost)] if lost else [])
+
+
+def check_same(source: Machine | None, state: DomainState) -> None:
+    """Raises VcpuRefused: a guest is not what its cookie says any more."""
+    refusals = check_arrived(source, machine_of(state)) if source is not None else []
+    if refusals:
+        hint = "begin again: the guest has changed since migrate-begin"
+        raise VcpuRefused([replace(one, ids=(), hint=hint) for one in refusals])
+
+
+def check_destination(
+    cookie: Cookie, definition: Definition | None, state: DomainState, run_state: str | None, uuid: object
+) -> list[Refusal]:
+    """Everything that stands against a destination before it is prepared.
+
+    Args:
+        cookie: of the guest.
+        definition: the cookie's XML, which is all that there is where another tool made it.
+        state: of the destination.
+        run_state: of the destination, QAPI's RunState.
+        uuid: of the destination, the reply of `query-uuid`.
+    """
+    found = check_features(cookie)
+    if run_state == "running":
+        found.append(catalogue.RUNS_ALREADY(name=state.name))
+    elif run_state != "inmigrate":
+        found.append(catalogue.DOES_NOT_WAIT(name=state.name, state=run_state))
+    there = uuid.get("UUID") if isinstance(uuid, dict) else None
+    if cookie.uuid is not None and there not in (None, _NO_UUID, cookie.uuid):
+        found.append(catalogue.OTHER_UUID(uuid=cookie.uuid, there=there))
+    if cookie.machine is not None:
+        found += check_machine(cookie.machine, machine_of(state))
+    elif definition is not None:
+        rows: tuple[_Row, ...] = (
+            (catalogue.OTHER_MAXIMUM, definition.maxcpus, state.maxcpus),
+            (catalogue.OTHER_VCPUS, definition.enabled_ids, state.enabled_ids),
+        )
+        found += [reason(there=there, now=now) for reason, there, now in rows if there != now]
+    return found

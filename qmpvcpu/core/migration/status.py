@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
-
-__all__ = ["MigrationStatus", "address_of", "last_words", "parse_status"]
 
 #: QAPI MigrationStatus: what goes on, and how it ends.
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
 _IDLE: Final = frozenset({*_ENDED, "none", ""})
+#: Seconds in which nothing may move: while the sides connect, and later.
+_SETUP_SECONDS: Final = 10.0
+_STUCK_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationStatus:
-    """`query-migrate`. Bytes, and milliseconds for `downtime` and `total_time`; None what is not told."""
+    """`query-migrate`. Bytes, and milliseconds for `downtime` and `total_time`; None what QEMU does not report."""
 
     status: str = "none"
     transferred: int | None = None
@@ -56,8 +57,32 @@ class MigrationStatus:
         return max(0, min(100, 100 - 100 * self.remaining // self.total))
 
 
+#: Called with each fresh status while memory moves.
+Progress = Callable[[MigrationStatus], None]
+
+
+class Stillness:
+    """How long nothing has moved; `now` is in seconds of one clock."""
+
+    def __init__(self, now: float) -> None:
+        self._moved_at = now
+        self._last: tuple[int | None, int | None] = None, None
+
+    def too_long(self, status: MigrationStatus, now: float) -> str | None:
+        """That it has stood still for too long, as a text; None: it has not."""
+        if (status.transferred, status.remaining) != self._last:
+            self._last, self._moved_at = (status.transferred, status.remaining), now
+        is_setup = status.status == "setup"
+        patience = _SETUP_SECONDS if is_setup else _STUCK_SECONDS
+        if now <= self._moved_at + patience:
+            return None
+        text = f"nothing has moved for {patience:g} s ('{status.status}'): cancelled"
+        # 10.0, TCG: a grace period of RCU that never ends, once an x86 vCPU was unplugged.
+        return text + (" (QEMU 10.0 under TCG does so once an x86 vCPU was unplugged)" if is_setup else "")
+
+
 def parse_status(reply: object) -> MigrationStatus:
-    """A reply to `query-migrate`; what is not of its form is not told."""
+    """A reply to `query-migrate`; what is not of its form counts as not reported."""
     if not isinstance(reply, dict):
         return MigrationStatus()
     memory = reply.get("ram")
@@ -80,20 +105,6 @@ def _count(value: object) -> int | None:
     return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
-def last_words(log: str, most: int = 400) -> str:
-    """The end of what a QEMU said on stderr or in its log, on one line and printable; "" where it said nothing."""
-    lines = [_TIME.sub("", line.strip()) for line in log.splitlines()]
-    said = [line for line in lines if line and _DAEMON not in line]
-    text = "; ".join(said[-_LAST_LINES:])
-    return "".join(char if char.isprintable() else " " for char in text)[-most:]
-
-
-#: How QEMU's log (-msg timestamp=on) and its traces begin a line, and its note of a signal.
-_TIME: Final = re.compile(r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z ")
-_DAEMON: Final = "terminating on signal"
-_LAST_LINES: Final = 4
-
-
 def address_of(status: MigrationStatus, host: str | None) -> str | None:
     """Where a destination listens, as a URI for the source; None where it does not.
 
@@ -109,3 +120,17 @@ def address_of(status: MigrationStatus, host: str | None) -> str | None:
                 name = host or "127.0.0.1"
             return f"tcp:[{name}]:{port}" if ":" in name else f"tcp:{name}:{port}"
     return None
+
+
+def last_words(log: str, most: int = 400) -> str:
+    """The end of what a QEMU said on stderr or in its log, on one line and printable; "" where it said nothing."""
+    lines = [_TIME.sub("", line.strip()) for line in log.splitlines()]
+    lines = [line for line in lines if line and _DAEMON not in line]
+    text = "; ".join(lines[-_LAST_LINES:])
+    return "".join(char if char.isprintable() else " " for char in text)[-most:]
+
+
+#: How QEMU's log (-msg timestamp=on) and its traces begin a line, and its note of a signal.
+_TIME: Final = re.compile(r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z ")
+_DAEMON: Final = "terminating on signal"
+_LAST_LINES: Final = 4

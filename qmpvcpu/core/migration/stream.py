@@ -14,8 +14,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-__all__ = ["HEAD_BYTES", "TAIL_BYTES", "StreamError", "StreamTable", "parse_stream", "table_differences"]
-
 #: Bytes of the beginning and of the end that have the tables. One vCPU of x86_64 takes 10 KB at the end.
 HEAD_BYTES: Final = 1 << 20
 TAIL_BYTES: Final = 64 << 20

@@ -10,11 +10,11 @@ from collections.abc import Mapping
 from enum import StrEnum
 from typing import Final
 
-__all__ = ["Destination", "Source", "Step", "next_step"]
+from qmpvcpu.core.migration.status import MigrationStatus
 
 
 class Source(StrEnum):
-    """How the handing over ended at the source."""
+    """What became of the source."""
 
     COMPLETED = "completed"
     #: It keeps the guest: failed, cancelled.
@@ -26,7 +26,7 @@ class Source(StrEnum):
 
 
 class Destination(StrEnum):
-    """What is at the destination, which has not been told to run."""
+    """What is at the destination; it does not run unless it was let run."""
 
     #: All of the guest, paused, with the source's vCPUs.
     WHOLE = "whole"
@@ -36,11 +36,11 @@ class Destination(StrEnum):
     OTHER = "other"
     #: Its QEMU has ended, or cannot be reached; it does not run by itself.
     GONE = "gone"
-    #: It was told to run, and does.
+    #: It was let run, and does.
     RUNNING = "running"
-    #: It was told to run, and did not answer; its QEMU has ended.
+    #: It was let run, and did not answer; its QEMU has ended.
     DIED = "died"
-    #: It was told to run, and did not answer; it may run.
+    #: It was let run, and did not answer; it may run.
     UNKNOWN = "unknown"
 
 
@@ -92,3 +92,34 @@ _STEPS: Final[Mapping[tuple[Source, Destination], Step]] = {
 def next_step(source: Source, destination: Destination) -> Step:
     """Which side is to run the guest, or what must happen first."""
     return _STEPS[source, destination]
+
+
+class Cancel(StrEnum):
+    """What `cancel` does at one side."""
+
+    #: The destination waits for a guest: end it.
+    END_WAITING = "end-waiting"
+    #: The destination has all of a guest that was not let run: end it, if the source still has the guest.
+    END_ARRIVED = "end-arrived"
+    #: Memory moves: stop it.
+    STOP = "stop"
+    #: The source has handed its guest over: it takes the guest back.
+    TAKE_BACK = "take-back"
+    NOTHING = "nothing"
+
+
+def cancel_step(run_state: str | None, status: MigrationStatus, *, is_prepared: bool) -> Cancel:
+    """What there is to cancel at one side.
+
+    Args:
+        run_state: QAPI's RunState.
+        status: of `query-migrate`.
+        is_prepared: this host knows that it was prepared as a destination.
+    """
+    if run_state == "inmigrate":
+        return Cancel.END_WAITING
+    if run_state == "paused" and status.is_incoming and is_prepared:
+        return Cancel.END_ARRIVED
+    if status.is_active:
+        return Cancel.STOP
+    return Cancel.TAKE_BACK if run_state == "postmigrate" else Cancel.NOTHING

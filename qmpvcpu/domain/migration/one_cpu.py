@@ -14,8 +14,6 @@ from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.errors import VcpuConnectionError, VcpuRefused, VcpuRejected
 
-__all__ = ["OneCpu", "why_not"]
-
 #: Seconds that the agent has to answer, and the guest to bring its CPUs up, where it has just arrived.
 _SECONDS: Final = 10.0
 _LOOK: Final = 0.1
@@ -35,14 +33,12 @@ class OneCpu:
     """The CPUs that are offline for one migration.
 
     Args:
-        source: the guest's agent there.
-        destination: and where it goes.
+        agents: the guest's at the source and at the destination; None: all CPUs stay online.
         state: of the source.
     """
 
-    def __init__(self, source: Guest, destination: Guest, state: DomainState) -> None:
-        self._source = source
-        self._destination = destination
+    def __init__(self, agents: tuple[Guest, Guest] | None, state: DomainState) -> None:
+        self._agents = agents
         self._state = state
         #: The guest's numbers: it keeps them on the way.
         self._offline: list[int] = []
@@ -63,34 +59,39 @@ class OneCpu:
             VcpuRefused: it may not do it.
             VcpuRejected: the guest cannot be left with its first CPU.
         """
-        # An address that is wrong is told before anything is touched.
-        await self._destination.reach()
-        view = await self._source.view(self._state)
+        if self._agents is None:
+            return
+        source, destination = self._agents
+        # An address that is wrong is reported before anything is touched.
+        await destination.reach()
+        view = await source.view(self._state)
         if (why := check_one_cpu(view)) is not None:
             raise VcpuRejected(why)
         self._vcpus = {cpu.logical_id: vcpu for vcpu, cpu in view.by_vcpu.items()}
         for number in cpus_but_first(view):
             self._offline.append(number)
             # One by one: an agent that does not get through with all in its time has done no one knows what.
-            run = await self._source.switch(view.own, [number], online=False)
+            run = await source.switch(view.own, [number], online=False)
             if number in run.failures:
                 raise VcpuRejected(f"{self._named([number])}: {run.failures[number]}")
 
     async def arrive(self, state: DomainState) -> list[str]:
-        """Take exactly those online again at the destination, which runs; what is to be said of it."""
-        if not self._offline:
+        """Take exactly those online again at the destination, which runs; messages."""
+        if self._agents is None or not self._offline:
             return []
         taken = self._named(self._offline)
-        said = await self._bring_online(self._destination, state)
+        messages = await self._bring_online(self._agents[1], state)
         why = f"QEMU {self._state.version} under TCG would have made it hang"
-        return said or [f"{taken}: offline in the guest on the way, and online again, since {why}"]
+        return messages or [f"{taken}: offline in the guest on the way, and online again, since {why}"]
 
     async def go_back(self) -> list[str]:
-        """Take them online again at the source, unless the guest has left it; what is to be said of it."""
-        return [] if self._has_ended else await self._bring_online(self._source, self._state)
+        """Take them online again at the source, unless the guest has left it; messages."""
+        if self._agents is None or self._has_ended:
+            return []
+        return await self._bring_online(self._agents[0], self._state)
 
     def leave(self) -> list[str]:
-        """Nobody knows where the guest is, or it is nowhere; what is to be said of it."""
+        """Nobody knows where the guest is, or it is nowhere; messages."""
         self._has_ended = True
         return [self._stayed("it cannot be asked")] if self._offline else []
 

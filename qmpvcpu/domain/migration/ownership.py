@@ -1,4 +1,8 @@
-"""What this host remembers of a migration that a guest takes part in: its cookie, and which side has the guest."""
+"""Which side of a migration has the guest, and with which cookie, as this host remembers it.
+
+The source has the guest from before its first byte until all of it has been handed over, and releases it then. A
+side that is to run claims it first, in one step, and no other side can.
+"""
 
 from __future__ import annotations
 
@@ -8,118 +12,93 @@ from contextlib import suppress
 from qmpvcpu.core.migration.cookie import Cookie
 from qmpvcpu.domain.session import Link
 from qmpvcpu.errors import VcpuRefused
-from qmpvcpu.host.ownership import Handovers, Side
-
-__all__ = [
-    "Side",
-    "begin_number",
-    "forget",
-    "give",
-    "is_there",
-    "is_used",
-    "keep",
-    "kept",
-    "kept_source",
-    "new_number",
-    "release",
-    "take",
-]
-
-
-def new_number() -> str:
-    """Of one handing over; nobody guesses it."""
-    return secrets.token_hex(16)
-
-
-def _handovers() -> Handovers | None:
-    with suppress(RuntimeError):  # no home folder
-        return Handovers()
-    return None
+from qmpvcpu.host.ownership import Ownership, Role
+from qmpvcpu.xml.cookie import read_cookie, write_cookie
 
 
 def begin_number(link: Link) -> str:
-    """Of the handing over that this guest begins: one that was begun, and not used, goes on, so that there is one
-    number for all that is under way.
+    """Of the migration that this guest begins; nobody guesses it. One that was begun and not used goes on, so that
+    there is one number for all that is under way.
     """
-    begun = kept(link, Side.SOURCE)
+    begun = recall(link, Role.SOURCE)
     if begun is not None and begun.number is not None and not is_used(begun):
         return begun.number
-    return new_number()
+    return secrets.token_hex(16)
 
 
-def keep(link: Link, side: Side, cookie: Cookie) -> None:
-    """Remember that this guest is that side of it; where QEMU runs on this host."""
-    from qmpvcpu.xml.cookie import write_cookie
-
-    here = _handovers()
-    if here is not None and link.process is not None and cookie.number is not None:
-        here.keep(link.process, side, cookie.number, write_cookie(cookie))
+# -- the cookie of a QEMU that takes part ------------------------------------------------------------
 
 
-def kept(link: Link, side: Side) -> Cookie | None:
-    """What this guest is that side of."""
-    from qmpvcpu.xml.cookie import read_cookie
+def remember(link: Link, role: Role, cookie: Cookie) -> None:
+    """This guest has that role in the migration of this cookie; where its QEMU runs on this host."""
+    store = _store()
+    if store is not None and link.process is not None and cookie.number is not None:
+        store.remember(link.process, role, cookie.number, write_cookie(cookie))
 
-    here = _handovers()
-    data = here.kept(link.process, side) if here is not None and link.process is not None else None
+
+def recall(link: Link, role: Role) -> Cookie | None:
+    """The cookie of the migration in which this guest has that role."""
+    store = _store()
+    data = store.recall(link.process, role) if store is not None and link.process is not None else None
     if data is not None:
         with suppress(VcpuRefused):
             return read_cookie(data)
     return None
 
 
-def kept_source(cookie: Cookie) -> bytes | None:
+def recall_source(cookie: Cookie) -> bytes | None:
     """The guest's XML, where this cookie is word for word one that a source on this host was given."""
-    from qmpvcpu.xml.cookie import write_cookie
-
-    here = _handovers()
-    if here is None or cookie.number is None:
+    store = _store()
+    if store is None or cookie.number is None:
         return None
-    known = here.written(Side.SOURCE, cookie.number)
-    return cookie.xml if write_cookie(cookie) in known else None
+    return cookie.xml if write_cookie(cookie) in store.cookies(Role.SOURCE, cookie.number) else None
 
 
-def forget(link: Link, side: Side | None = None) -> None:
-    """It takes part in none any more, or not as that side."""
-    here = _handovers()
-    if here is not None and link.process is not None:
-        here.forget(link.process, side)
+def forget(link: Link) -> None:
+    """This guest takes part in no migration any more."""
+    store = _store()
+    if store is not None and link.process is not None:
+        store.forget(link.process)
 
 
-def is_there(cookie: Cookie, side: Side) -> bool:
-    """Whether that side is a QEMU that lives on this host."""
-    here = _handovers()
-    return here is not None and cookie.number is not None and here.is_there(side, cookie.number)
+def is_present(cookie: Cookie, role: Role) -> bool:
+    """Whether a QEMU that has that role in the migration of this cookie lives on this host."""
+    store = _store()
+    return store is not None and cookie.number is not None and store.is_present(role, cookie.number)
+
+
+# -- who has the guest of a cookie: anybody may have that of an unknown one --------------------------
+
+
+def claim(cookie: Cookie | None, role: Role, link: Link | None = None, *, force: bool = False) -> bool:
+    """Before that side (`link`, a destination) is let run: whether the guest is that side's now. It is not where
+    another side has claimed it, unless `force` takes it from that one.
+    """
+    store, number = _store(), cookie.number if cookie is not None else None
+    return store is None or number is None or store.claim(number, _who(role, link), force=force)
+
+
+def release(cookie: Cookie | None, role: Role, link: Link | None = None) -> None:
+    """That side does not have it any more: any side may claim it."""
+    store = _store()
+    if store is not None and cookie is not None and cookie.number is not None:
+        store.release(cookie.number, _who(role, link))
 
 
 def is_used(cookie: Cookie) -> bool:
-    """Whether somebody has taken the guest of it."""
-    here = _handovers()
-    return here is not None and cookie.number is not None and here.holder(cookie.number) is not None
+    """Whether a side has claimed the guest of it."""
+    store = _store()
+    return store is not None and cookie.number is not None and store.holder(cookie.number) is not None
 
 
-def _who(side: Side, link: Link | None) -> str:
+def _who(role: Role, link: Link | None) -> str:
     """There is one source, and there may be several destinations."""
-    if side is Side.SOURCE or link is None or link.process is None:
-        return side.value
-    return f"{side.value} {link.process.key}"
+    if role is Role.SOURCE or link is None or link.process is None:
+        return role.value
+    return f"{role.value} {link.process.key}"
 
 
-def take(cookie: Cookie, side: Side, link: Link | None = None) -> bool:
-    """Before that side (`link`, a destination) is let run; whether it may be: nobody else has taken the guest."""
-    here = _handovers()
-    return here is None or cookie.number is None or here.take(cookie.number, _who(side, link))
-
-
-def give(cookie: Cookie, side: Side, link: Link | None = None) -> None:
-    """The guest is that side's, whoever had taken it."""
-    here = _handovers()
-    if here is not None and cookie.number is not None:
-        here.give(cookie.number, _who(side, link))
-
-
-def release(cookie: Cookie, side: Side, link: Link | None = None) -> None:
-    """That side has it no longer: anybody may take it."""
-    here = _handovers()
-    if here is not None and cookie.number is not None:
-        here.release(cookie.number, _who(side, link))
+def _store() -> Ownership | None:
+    with suppress(RuntimeError):  # no home folder
+        return Ownership()
+    return None

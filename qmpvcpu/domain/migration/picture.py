@@ -22,8 +22,6 @@ from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.host.process import Process, command_line_of, folder_of
 from qmpvcpu.ports import Monitor
 
-__all__ = ["read_picture", "real_file"]
-
 #: Where devices are: with an id, without one, and a machine's own.
 _ADDED: Final = ("/machine/peripheral", "/machine/peripheral-anon")
 _OWN: Final = "/machine/unattached"

@@ -1,27 +1,174 @@
-"""A guest that is paused to be saved, and what becomes of it where the process that saves it is killed: the next
-one that connects to the guest lets it go on, or ends it where all of it is in the file.
+"""A guest goes into a file: it is paused, written, and its QEMU ends; or it goes on as it was.
+
+Where the process that saves it is killed, the next one that connects to the guest lets it go on, or ends its QEMU
+where all of the guest is in the file.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import shlex
+import time
+from collections.abc import Awaitable, Callable
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Final
 
+from qmpvcpu import aio
+from qmpvcpu.core.migration.cookie import Cookie
+from qmpvcpu.core.migration.machines import check_same
+from qmpvcpu.core.migration.status import Progress
 from qmpvcpu.core.rules import catalogue
+from qmpvcpu.domain.migration import sides
 from qmpvcpu.domain.reader import run_state
 from qmpvcpu.domain.session import Link
-from qmpvcpu.errors import VcpuConnectionError, VcpuError
-from qmpvcpu.host.process import pid_in
-from qmpvcpu.host.saves import PausedGuest, Saves, paused_by_us
+from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuFailed
+from qmpvcpu.host.process import is_alive, pid_in
+from qmpvcpu.host.saves import PausedGuest, Saves, paused_by_us, paused_guest
 from qmpvcpu.ports import CommandError, Monitor
-
-__all__ = ["begin", "cancel_save", "forget", "is_still_paused", "let_go_on", "settle"]
 
 _LOGGER: Final = logging.getLogger(__name__)
 #: QAPI RunState of a guest that was paused to be saved.
 _PAUSED: Final = frozenset({"paused", "postmigrate", "finish-migrate"})
+#: Seconds a QEMU that was lost while it saved has to come back, and between two looks.
+_BRING_BACK_SECONDS: Final = 60.0
+_LOOK: Final = 0.05
+
+
+@dataclass(frozen=True, slots=True)
+class SaveTarget:
+    """A file that a guest is saved in.
+
+    Attributes:
+        fd: opened to write, and standing at `offset`.
+        offset: bytes; where QEMU's stream begins.
+        finish: makes the file last, and raises OSError where it cannot; it may block.
+        check: awaited before `finish`, once all is written; raises OSError or VcpuFailed where it is not good.
+        names: that the file can have. Should this process be killed, the next one takes it away.
+    """
+
+    fd: int
+    offset: int
+    finish: Callable[[], object]
+    check: Callable[[], Awaitable[object]] | None = None
+    names: tuple[str, ...] = ()
+
+
+class Save:
+    """One guest on its way into a file. However it ends, the guest is in the file, or it goes on as it was.
+
+    Args:
+        link: of the guest.
+        cookie: of the guest, as it is now.
+        file: open.
+        reconnect: after a lost connection.
+    """
+
+    def __init__(
+        self, link: Link, cookie: Cookie, file: SaveTarget, reconnect: Callable[[], Awaitable[Link]]
+    ) -> None:
+        self._link = link
+        self._cookie = cookie
+        self._file = file
+        self._reconnect = reconnect
+        self._is_written = False
+
+    async def run(self, progress: Progress | None) -> bool:
+        """Whether QEMU has ended, as far as can be told; the guest is in the file in any case.
+
+        Raises:
+            VcpuRefused: another process saves it, or it has changed.
+            VcpuFailed: it could not be written.
+            VcpuConnectionError: QEMU is lost.
+        """
+        _begin(self._link, self._file, runs=self._cookie.runs)
+        try:
+            await self._write(progress)
+            if self._file.check is not None:
+                await self._file.check()
+            await self._check_paused()
+            await aio.finish(asyncio.to_thread(self._finish_file))
+        except BaseException as error:
+            if self._is_written:
+                await aio.finish(self._end())
+                raise
+            found = await aio.finish(self._keep_guest(error))
+            if found is error:
+                raise
+            raise found from error
+        return await aio.finish(self._end())
+
+    async def _write(self, progress: Progress | None) -> None:
+        monitor = self._link.monitor
+        await monitor.stop()
+        if self._link.ledger.firsts:
+            # What was pending may have ended until now.
+            check_same(self._cookie.machine, await self._link.read())
+        qemu, file = self._link.state.qemu, self._file
+        status = await sides.send_to_file(monitor, qemu, file.fd, file.offset, progress)
+        if status.status != "completed":
+            raise VcpuFailed(f"QEMU could not write it: {status.error or status.status}")
+
+    async def _check_paused(self) -> None:
+        try:
+            is_paused = await _is_still_paused(self._link.monitor)
+        except VcpuConnectionError:
+            if not await sides.has_ended(self._link):
+                raise
+            # All that there is of the guest is in the file.
+            return
+        if not is_paused:
+            raise VcpuFailed("somebody has let the guest run while it was being saved", hint="save again")
+
+    def _finish_file(self) -> None:
+        self._file.finish()
+        self._is_written = True
+
+    async def _end(self) -> bool:
+        """The guest is in the file: its QEMU ends; whether it has."""
+        has_ended = await sides.end(self._link)
+        if has_ended:
+            forget(self._link)
+        return has_ended
+
+    async def _keep_guest(self, error: BaseException) -> BaseException:
+        """The guest is not saved after all, and goes on; what its caller gets."""
+        state = "goes on" if self._cookie.runs else "is paused, as it was"
+        if isinstance(error, VcpuConnectionError):
+            if await self._bring_back():
+                text = f"{error.message}; the guest {state}"
+                return VcpuConnectionError(text, reason=error.reason, hint="save again")
+            return VcpuConnectionError(
+                error.message,
+                reason=error.reason,
+                hint="the guest may be there, and paused: migrate-cancel lets it go on",
+            )
+        await self._go_on(self._link)
+        if not isinstance(error, CommandError | OSError | VcpuFailed):
+            return error
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        hint = error.hint if isinstance(error, VcpuFailed) else None
+        return VcpuFailed(f"{why}; the guest {state}", hint=hint or "look at the disk, and save again")
+
+    async def _go_on(self, link: Link) -> None:
+        await sides.go_on(link, runs=self._cookie.runs)
+        await _finish_record(link)
+
+    async def _bring_back(self) -> bool:
+        """After QMP was lost: let the guest go on; whether it does. A QEMU that waits for a disk does not answer,
+        and will.
+        """
+        process, deadline = self._link.process, time.monotonic() + _BRING_BACK_SECONDS
+        while process is not None and is_alive(process.key) and time.monotonic() < deadline:
+            with suppress(VcpuError):
+                await self._go_on(await self._reconnect())
+                return True
+            await asyncio.sleep(_LOOK)
+        return False
+
+
+# -- the record of it, for the next process ------------------------------------------------------------
 
 
 def _saves() -> Saves | None:
@@ -30,20 +177,19 @@ def _saves() -> Saves | None:
     return None
 
 
-def begin(link: Link, fd: int, files: tuple[str, ...], *, runs: bool) -> None:
-    """Remember that this guest is about to be paused; `files` are the names that the file `fd` can have.
+def _begin(link: Link, file: SaveTarget, *, runs: bool) -> None:
+    """Remember that this guest is about to be paused.
 
     Raises:
         VcpuRefused: another process is saving it.
     """
-    saves = _saves()
+    saves, other = _saves(), paused_guest(link.process)
     if saves is None or link.process is None:
         return
-    other = saves.kept(link.process)
     if other is not None and not other.is_here and not other.is_left:
         raise catalogue.SAVING.error(pid=pid_in(other.saver))
     with suppress(OSError):
-        saves.keep(link.process, paused_by_us(fd, files, runs=runs))
+        saves.keep(link.process, paused_by_us(file.fd, file.names, runs=runs))
 
 
 def forget(link: Link) -> None:
@@ -53,7 +199,7 @@ def forget(link: Link) -> None:
         saves.forget(link.process)
 
 
-async def settle(link: Link) -> None:
+async def _finish_record(link: Link) -> None:
     """It is not being saved any more. One that was paused before, and is "postmigrate" now, stays here: only
     `cont` would change that state.
     """
@@ -66,58 +212,45 @@ async def settle(link: Link) -> None:
         saves.forget(link.process)
 
 
-def _saving(link: Link) -> PausedGuest | None:
-    """What is known of a save that has paused this guest."""
-    saves = _saves()
-    return saves.kept(link.process) if saves is not None and link.process is not None else None
+# -- by the next process -------------------------------------------------------------------------------
 
 
-async def is_still_paused(monitor: Monitor) -> bool:
-    """Whether nobody has let the guest run since it was paused."""
-    return await run_state(monitor) in _PAUSED
-
-
-async def let_go_on(link: Link) -> str | None:
-    """If a save was killed while it had this guest paused, the guest goes on as it was, and the file is taken
-    away. What was done, in words; None where there was nothing to do, or it could not be done.
+async def recover(link: Link, guest: PausedGuest) -> str | None:
+    """A save was killed while it had this guest paused: the guest goes on as it was, and the file is taken away.
+    What was done, in words; None where there was nothing to do, or it could not be done.
 
     Raises:
         VcpuConnectionError: all of the guest is in the file, and its QEMU was ended.
     """
-    found = _saving(link)
-    if found is None or not found.is_left:
-        return None
-    if found.is_here:
+    if guest.is_here:
         # It may have run since.
-        await settle(link)
+        await _finish_record(link)
         return None
-    if found.is_saved:
-        await _end(link, found)
+    if guest.is_saved:
+        await _end_saved(link, guest)
         return None
     try:
-        was_paused = await _resume(link, found)
+        was_paused = await _resume(link, guest)
     except (VcpuError, CommandError) as error:
         _LOGGER.info("a save was killed, and its guest cannot be let go on: %s", error)
         return None
-    found.remove_file()
-    await settle(link)
+    guest.remove_file()
+    await _finish_record(link)
     if not was_paused:
         return None
-    text = f"the guest, which a save that was killed had paused, {_done(found)}"
+    text = f"the guest, which a save that was killed had paused, {_done(guest)}"
     _LOGGER.info("%s", text)
     return text
 
 
-async def _end(link: Link, guest: PausedGuest) -> None:
+async def _end_saved(link: Link, guest: PausedGuest) -> None:
     """The save was made, but for the end of its QEMU."""
-    from qmpvcpu.domain.migration.phases import end
-
     try:
-        is_paused = await is_still_paused(link.monitor)
+        is_paused = await _is_still_paused(link.monitor)
     except (VcpuError, CommandError) as error:
         _LOGGER.info("a save was killed, and its guest cannot be asked: %s", error)
         return
-    if is_paused and not await end(link):
+    if is_paused and not await sides.end(link):
         return
     forget(link)
     if is_paused:
@@ -136,22 +269,24 @@ async def cancel_save(link: Link) -> str | None:
     Raises:
         VcpuError: it could not be done.
     """
-    found = _saving(link)
+    found = paused_guest(link.process)
     if found is None or found.is_here or not await _resume(link, found):
         return None
     return f"the save was cancelled, and the guest {_done(found)}"
 
 
+async def _is_still_paused(monitor: Monitor) -> bool:
+    """Whether nobody has let the guest run since it was paused."""
+    return await run_state(monitor) in _PAUSED
+
+
 async def _resume(link: Link, guest: PausedGuest) -> bool:
     """Whether it was paused."""
-    # Loaded here: every connection looks whether there is something to do, and there rarely is.
-    from qmpvcpu.domain.migration.phases import go_on, status_of, stop_moving
-
-    if (await status_of(link.monitor)).is_active:
-        await stop_moving(link.monitor)
-    was_paused = await is_still_paused(link.monitor)
+    if (await sides.status_of(link.monitor)).is_active:
+        await sides.stop_moving(link.monitor)
+    was_paused = await _is_still_paused(link.monitor)
     if was_paused:
-        await go_on(link, runs=guest.runs)
+        await sides.go_on(link, runs=guest.runs)
     return was_paused
 
 
