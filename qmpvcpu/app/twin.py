@@ -51,18 +51,6 @@ from qmpvcpu.xml.boot_devices import read_hardware
 from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.source import Document
 
-__all__ = [
-    "HINT",
-    "Checked",
-    "check_defined",
-    "check_definition",
-    "check_held",
-    "check_readable",
-    "check_sides",
-    "compare_with_twin",
-    "read_back",
-]
-
 #: What to do about a definition that is another machine.
 HINT: Final = catalogue.DEFINE_IT
 _ELSEWHERE: Final = "in the definition"
@@ -246,7 +234,7 @@ async def _table_of(qemu: QemuProcess) -> StreamTable:
         await qemu.monitor.migrate_set_parameters({"max-bandwidth": _AS_FAST_AS_IT_GETS})
         await qemu.monitor.migrate(f"fd:{_PIPE}")
         # It ends with the stream, or with the twin.
-        head, tail = await asyncio.shield(reading)
+        head, tail = await finish(reading, on_cancel=qemu.kill)
         return parse_stream(head, tail)
     except CommandError as error:
         raise VcpuFailed(f"its state cannot be written: {error.text}", qmp_text=error.text) from error

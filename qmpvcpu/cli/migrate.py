@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import time
+from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Final
 
 from qmpvcpu.app import migrate as app
+from qmpvcpu.app import saving
+from qmpvcpu.app.destination import Where
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.cli.progress import waiting
 from qmpvcpu.core.migration.status import MigrationStatus, Progress
 from qmpvcpu.core.model import format_ids
+from qmpvcpu.domain.migration.sides import Transfer
 
 if TYPE_CHECKING:
     from qmpvcpu.cli.commands import Session
@@ -43,23 +47,21 @@ def _progress(output: Output) -> Iterator[Progress | None]:
         output.progress("\r\x1b[K")
 
 
+def _where(options: Namespace, agent: str | None = None) -> Where:
+    return Where(options.dest, agent, place=not options.no_place, mode=ProbeMode(options.probe))
+
+
 async def _migrate(session: Session) -> int:
     options = session.options
     async with session.connect() as source:
         with _progress(session.output) as progress:
             done = await app.migrate(
                 source,
-                options.dest,
-                dest_agent=options.dest_agent,
+                _where(options, options.dest_agent),
+                Transfer(options.uri, None, options.bandwidth, options.timeout, progress),
                 persistent=options.persistent,
                 undefine_source=options.undefine_source,
                 wait=options.wait or 0.0,
-                uri=options.uri,
-                bandwidth=options.bandwidth,
-                timeout=options.timeout,
-                progress=progress,
-                place=not options.no_place,
-                mode=ProbeMode(options.probe),
                 force=options.force,
                 at_destination=lambda: session.warn_when_interrupted(
                     f"the guest is at {options.dest}: look there"
@@ -80,7 +82,7 @@ async def _migrate(session: Session) -> int:
 async def _begin(session: Session) -> int:
     options = session.options
     async with session.connect() as source, waiting(session.output, "waiting for pending unplugs", options.wait):
-        cookie = await source.migrate_begin(
+        cookie = await source.migration.begin(
             persistent=options.persistent, wait=options.wait or 0.0, force=options.force
         )
     text = app.cookie_text(cookie)
@@ -100,14 +102,7 @@ async def _prepare(session: Session) -> int:
     options = session.options
     cookie = app.load_cookie(options.cookie)
     async with waiting(session.output, "preparing the destination"):
-        done = await app.migrate_prepare(
-            cookie,
-            options.dest,
-            uri=options.uri,
-            place=not options.no_place,
-            mode=ProbeMode(options.probe),
-            timeout=30.0,
-        )
+        done = await app.migrate_prepare(cookie, _where(options), options.uri)
     session.warn(done.messages)
     session.show(done.to_json(), [done.uri])
     return 0
@@ -118,7 +113,7 @@ async def _perform(session: Session) -> int:
     cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
     async with session.connect() as source:
         with _progress(session.output) as progress:
-            status = await source.migrate_perform(
+            status = await source.migration.perform(
                 options.uri,
                 cookie=cookie,
                 bandwidth=options.bandwidth,
@@ -158,7 +153,7 @@ async def _save(session: Session) -> int:
     options = session.options
     async with session.connect() as source:
         with _progress(session.output) as progress:
-            done = await app.save(
+            done = await saving.save(
                 source,
                 options.file,
                 wait=options.wait or 0.0,
@@ -175,9 +170,7 @@ async def _save(session: Session) -> int:
 async def _restore(session: Session) -> int:
     options = session.options
     async with waiting(session.output, "restoring"):
-        done = await app.restore(
-            options.file, options.dest, place=not options.no_place, mode=ProbeMode(options.probe)
-        )
+        done = await saving.restore(options.file, _where(options))
     session.warn(done.messages)
     word = "runs" if done.runs else "is paused, as it was,"
     lines = [f"{done.name}: {word} with vCPU {format_ids(done.vcpus)}", *(f"QMP: {path}" for path in done.qmp)]

@@ -12,7 +12,10 @@ from typing import Any
 from unittest.mock import patch
 
 from qmpvcpu import Domain
-from qmpvcpu.app import migrate as commands
+from qmpvcpu.app import migrate as migrating
+from qmpvcpu.app import saving as commands
+from qmpvcpu.app.destination import Where
+from qmpvcpu.domain.migration import Transfer
 from qmpvcpu.host.process import process_of
 from qmpvcpu.host.savefile import Saving, open_saved
 from qmpvcpu.host.saves import SavedDefinitions, Saves, paused_by_us
@@ -26,12 +29,12 @@ async def save(domain: Domain, path: Path, **options: Any) -> None:
 
 async def restore(path: Path, name: str | None = None) -> None:
     """`restore`: under its own name, or another."""
-    await commands.restore(str(path), name)
+    await commands.restore(str(path), Where(name))
 
 
 async def move(domain: Domain, name: str, **options: Any) -> None:
     """`migrate`: to a domain of that name, which is started for it."""
-    await commands.migrate(domain, name, **options)
+    await migrating.migrate(domain, Where(name), Transfer(), **options)
 
 
 class File:

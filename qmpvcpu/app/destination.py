@@ -1,0 +1,215 @@
+"""A destination: a QEMU that waits for a guest, by name or by address; one that does not run is started for it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+
+from qmpvcpu.app.probes import ProbeMode
+from qmpvcpu.app.start import clean_up, launch_waiting
+from qmpvcpu.app.trust import Startable, of_file, of_user
+from qmpvcpu.app.twin import check_held, check_sides
+from qmpvcpu.core.migration.cookie import Cookie
+from qmpvcpu.core.migration.status import last_words
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.domain import Domain, connect
+from qmpvcpu.domain.migration import ownership
+from qmpvcpu.errors import VcpuFailed, VcpuRefused
+from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name
+from qmpvcpu.host.ownership import Role
+from qmpvcpu.host.runtime import Runtime
+from qmpvcpu.xml.document import read_domain, renamed
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """Where a guest goes, and how a QEMU is started there.
+
+    Attributes:
+        dest: a name, or a QMP address of a QEMU that waits; None: the guest's own name.
+        agent: address of the guest's agent there; one that is started here has its own.
+        place: False leaves the threads where the kernel puts them.
+        mode: when a throwaway QEMU may be asked for the topology.
+        timeout: seconds for the machine to stand.
+    """
+
+    dest: str | None = None
+    agent: str | None = None
+    place: bool = True
+    mode: ProbeMode = ProbeMode.AUTO
+    timeout: float = 30.0
+
+    @property
+    def is_name(self) -> bool:
+        """Whether it is a name; else it is an address."""
+        return self.dest is None or ("/" not in self.dest and ":" not in self.dest)
+
+    @property
+    def host(self) -> str | None:
+        """Of an address host:port."""
+        if self.dest is None or self.is_name or "/" in self.dest:
+            return None
+        return self.dest.rpartition(":")[0].strip("[]") or None
+
+
+@dataclass(slots=True)
+class Target:
+    """One that is connected.
+
+    Attributes:
+        domain: to connect to.
+        name: as it is known here, or its address.
+        is_name: it is known by that name.
+        qmp: addresses of its QMP sockets.
+        messages: of its start.
+        cookie: that of what was started, and may be defined; None: it ran already.
+        is_kept: it must not be ended any more.
+    """
+
+    domain: Domain
+    name: str
+    is_name: bool
+    qmp: tuple[str, ...]
+    messages: tuple[str, ...] = ()
+    cookie: Cookie | None = None
+    is_kept: bool = False
+
+    def default_uri(self, host: str | None) -> str:
+        """Where it listens if nobody says it: beside its QMP socket, which its QEMU can write to."""
+        return f"tcp:{host}:0" if host is not None else f"unix:{os.path.abspath(self.qmp[0])}.migrate"  # noqa: PTH100
+
+    async def prepare(self, cookie: Cookie, *, place: bool, with_disks: bool = False) -> None:
+        """It is the guest's machine, has its vCPUs, and waits.
+
+        Args:
+            cookie: of the guest.
+            place: False leaves its threads where the kernel puts them.
+            with_disks: both run on this host, so that the names of their disks can be compared.
+
+        Raises:
+            VcpuRefused: it cannot take the guest; every reason.
+            VcpuFailed: QEMU declines something.
+        """
+        differences = await check_sides(cookie, self.domain, with_disks=with_disks)
+        # What is remembered of this destination is what may be defined.
+        await self.domain.migration.prepare(self.cookie or cookie, place=place, differences=differences)
+
+    @property
+    def is_defined(self) -> bool:
+        """Whether there is a definition of that name."""
+        return self.is_name and DefinitionFolder().is_defined(self.name)
+
+    def define(self, cookie: Cookie, *, persistent: bool) -> list[str]:
+        """A destination by name is defined from now on; messages."""
+        if not self.is_name or (not persistent and self.is_defined):
+            return []
+        folder = DefinitionFolder()
+        try:
+            known = folder.addresses(self.name) if self.is_defined else Addresses()
+            xml = cookie.persistent if persistent and cookie.persistent is not None else cookie.xml
+            folder.define(self.name, renamed(xml, self.name), known)
+        except VcpuRefused as error:
+            return [f"the destination is not defined: {error.message}"]
+        return (
+            [] if persistent else [f"'{self.name}' is defined as it runs: its name would not be known otherwise"]
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class FromFile:
+    """A cookie that was read from a file; `definition` is the guest's as this user had it when the file was
+    written, where that is known.
+    """
+
+    definition: bytes | None
+
+
+async def startable(cookie: Cookie, name: str, file: FromFile | None) -> Startable:
+    """What a destination of that name is started of; `file`: the cookie does not come from its source.
+
+    Raises:
+        VcpuRefused: the file names what is of a host, and nothing that is trusted has it.
+    """
+    return of_user(cookie) if file is None else await of_file(cookie, (name, cookie.name), file.definition)
+
+
+@asynccontextmanager
+async def open_destination(where: Where, cookie: Cookie, file: FromFile | None = None) -> AsyncIterator[Target]:
+    """Connected until the end of the body. One that does not run is started, and ended if the body fails.
+
+    Args:
+        where: it is.
+        cookie: of the guest.
+        file: as of `startable`.
+
+    Raises:
+        VcpuRefused: there can be no such destination.
+        VcpuFailed, VcpuConnectionError: it exited, or does not answer.
+    """
+    name = where.dest if where.dest is not None else cookie.name
+    if where.is_name and not await _runs(name, cookie):
+        if cookie.is_described:
+            raise catalogue.SOURCE_NOT_DESCRIBED.error(name=name)
+        async with _started(where, name, await startable(cookie, name, file)) as target:
+            yield target
+        return
+    async with connect(name, agent=where.agent) as domain:
+        yield Target(domain, name, where.is_name, Runtime(name).qmp if where.is_name else (name,))
+
+
+async def _runs(name: str, cookie: Cookie) -> bool:
+    """Whether the QEMU of that name runs. Raises VcpuRefused: the name stands for another domain."""
+    if (refusal := check_name(name)) is not None:
+        raise VcpuRefused([refusal])
+    folder = DefinitionFolder()
+    if folder.is_defined(name):
+        defined = read_domain(folder.file(name).read())[1].uuid
+        if defined != cookie.uuid:
+            raise catalogue.ANOTHER_DOMAIN.error(name=name, defined=defined, uuid=cookie.uuid)
+    if Runtime(name).pid() is not None:
+        return True
+    if not folder.is_defined(name):
+        return False
+    async with connect(name) as domain:
+        return domain.is_active
+
+
+@asynccontextmanager
+async def _started(where: Where, name: str, start: Startable) -> AsyncIterator[Target]:
+    runtime, folder, cookie = Runtime(name), DefinitionFolder(), start.cookie
+    source_runs = ownership.is_present(cookie, Role.SOURCE)
+    if source_runs and (refusals := check_held(cookie)):
+        raise VcpuRefused(refusals)
+    launched = await launch_waiting(
+        name,
+        cookie.xml,
+        cookie.machine.type if cookie.machine is not None else None,
+        mode=where.mode,
+        timeout=where.timeout,
+        place=where.place,
+        source_runs=source_runs,
+        devices=start.devices,
+    )
+    target: Target | None = None
+    xml = folder.file(name).place if folder.is_defined(name) else None
+    try:
+        async with connect(qmp=runtime.qmp, agent=where.agent or runtime.agent, xml=xml) as domain:
+            notes = await domain.place(start.definable.xml) if where.place else []
+            messages = (*start.messages, *launched.messages, *notes)
+            target = Target(domain, name, True, runtime.qmp, messages, start.definable)
+            yield target
+    except BaseException as error:
+        if target is None or not target.is_kept:
+            await clean_up(name)
+        words = last_words(runtime.said(4000))
+        if isinstance(error, VcpuFailed) and words and error.qmp_text is None:
+            raise VcpuFailed(
+                f"{error.message}; the destination's QEMU said: {words}",
+                hint=error.hint,
+                qmp_class=error.qmp_class,
+                qmp_text=words,
+                messages=error.messages,
+            ) from error
+        raise
