@@ -114,13 +114,19 @@ async def test_a_path_is_as_good_as_its_text(tmp_path):
         assert (await domain.enable(iter([1]))).changed_ids == (1,)
 
 
-def public_calls():
-    for name, member in inspect.getmembers(Domain, inspect.iscoroutinefunction):
+def public_calls(kind):
+    for name, member in inspect.getmembers(kind, inspect.iscoroutinefunction):
         if not name.startswith("_") and len(inspect.signature(member).parameters) > 1:
             yield name
 
 
-@pytest.mark.parametrize("name", sorted(public_calls()))
+@pytest.mark.parametrize("name", sorted(public_calls(Domain)))
 async def test_every_call_of_a_domain_refuses_an_unknown_keyword_as_usage(name):
     with pytest.raises(VcpuUsageError, match="has no argument 'no_such'"):
         await getattr(connect("a"), name)(no_such=1)
+
+
+@pytest.mark.parametrize("name", sorted(public_calls(type(connect("a").migration))))
+async def test_every_call_of_a_migration_refuses_an_unknown_keyword_as_usage(name):
+    with pytest.raises(VcpuUsageError, match="has no argument 'no_such'"):
+        await getattr(connect("a").migration, name)(no_such=1)

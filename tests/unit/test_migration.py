@@ -13,6 +13,7 @@ from tests.support.migrating import (
     DESTINATIONS,
     SOURCES,
     address,
+    against_destination,
     against_hotplug,
     against_leaving,
     against_one_cpu,
@@ -23,8 +24,10 @@ from tests.support.migrating import (
     last_words,
     offline_on_the_way,
     read,
+    stands_still,
     status,
     step,
+    to_cancel,
     to_plug,
     travels_with_one_cpu,
     unknown_features,
@@ -281,6 +284,79 @@ def test_where_nobody_can_tell_whether_the_other_side_runs_neither_is_touched(so
 @pytest.mark.parametrize("source", ["dead", "unknown"])
 def test_what_may_be_the_only_copy_is_not_touched(source):
     assert step(source, "other") == "leave"
+
+
+# -- what there is to cancel, and when nothing moves any more ------------------------------------------
+
+MOVES = {"status": "active", "ram": {"transferred": 1, "remaining": 9, "total": 10}}
+ARRIVED = {"status": "completed"}
+LEFT = {"status": "completed", "ram": {"transferred": 10, "remaining": 0, "total": 10}}
+
+
+@pytest.mark.parametrize(
+    ("run_state", "reply", "is_prepared", "what"),
+    [
+        ("inmigrate", None, True, "end-waiting"),
+        ("inmigrate", MOVES, False, "end-waiting"),
+        ("paused", ARRIVED, True, "end-arrived"),
+        ("paused", ARRIVED, False, "nothing"),
+        ("paused", LEFT, True, "nothing"),
+        ("running", MOVES, False, "stop"),
+        ("paused", MOVES, False, "stop"),
+        ("postmigrate", LEFT, False, "take-back"),
+        ("running", None, False, "nothing"),
+        ("running", ARRIVED, True, "nothing"),
+    ],
+)
+def test_what_there_is_to_cancel(run_state, reply, is_prepared, what):
+    assert to_cancel(run_state, reply, is_prepared=is_prepared) == what
+
+
+def moves(transferred, word="active"):
+    return {"status": word, "ram": {"transferred": transferred, "remaining": 100 - transferred, "total": 100}}
+
+
+def test_memory_that_moves_has_no_end_of_its_time():
+    assert stands_still((29.0 * n, moves(n)) for n in range(1, 5)) == [None] * 4
+
+
+def test_memory_that_stands_still_for_30_s_is_stopped():
+    found = stands_still([(0.0, moves(1)), (30.0, moves(1)), (30.1, moves(1))])
+    assert found == [None, None, "nothing has moved for 30 s ('active'): cancelled"]
+
+
+def test_sides_that_do_not_connect_have_10_s():
+    found = stands_still([(0.0, moves(0, "setup")), (10.1, moves(0, "setup"))])
+    assert found[1].startswith("nothing has moved for 10 s ('setup'): cancelled (QEMU 10.0 under TCG")
+
+
+# -- what stands against a destination -----------------------------------------------------------------
+
+TWO_OF_8 = b"<domain type='kvm'><name>d</name><memory>1</memory><vcpu current='2'>8</vcpu></domain>"
+
+
+@pytest.mark.parametrize(
+    ("run_state", "uuid", "codes"),
+    [
+        ("inmigrate", {"UUID": "u-1"}, []),
+        ("inmigrate", {"UUID": "00000000-0000-0000-0000-000000000000"}, []),
+        ("inmigrate", None, []),
+        ("inmigrate", {"UUID": "u-2"}, ["uuid"]),
+        ("running", {"UUID": "u-2"}, ["run-state", "uuid"]),
+        ("prelaunch", None, ["run-state"]),
+        (None, None, ["run-state"]),
+    ],
+)
+def test_what_stands_against_a_destination_is_told_together(run_state, uuid, codes):
+    source = state(0, 1)
+    assert against_destination(cookie(source, TWO_OF_8, name="d"), source, run_state, uuid) == codes
+
+
+@pytest.mark.parametrize(
+    ("there", "codes"), [(state(0, 1), []), (state(0), ["vcpus"]), (state(0, maxcpus=4), ["vcpus", "vcpus"])]
+)
+def test_of_another_tools_cookie_its_xml_is_compared(there, codes):
+    assert against_destination(replace(cookie(there, TWO_OF_8, name="d"), machine=None), there) == codes
 
 
 # -- the cookie --------------------------------------------------------------------------------------

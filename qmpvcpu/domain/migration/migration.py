@@ -381,6 +381,7 @@ class Migration:
         if refusal is not None:
             raise VcpuFailed(refusal.message, hint=refusal.hint)
 
+    @checked
     async def recover(self, link: Link, paused: PausedGuest) -> None:
         """On connecting: a guest that a save, which was killed, has left `paused` goes on.
 
