@@ -33,7 +33,8 @@ if TYPE_CHECKING:
     )
     from qmpvcpu.core.planning.live import Plan
     from qmpvcpu.core.request import Request, parse_ids
-    from qmpvcpu.domain import Domain, Events, Options, connect
+    from qmpvcpu.domain import Domain, Events, Options
+    from qmpvcpu.domain.connect import connect
     from qmpvcpu.domain.interrupted import Interrupted
     from qmpvcpu.domain.migration.move import Migrated
     from qmpvcpu.errors import (
@@ -72,7 +73,8 @@ _HOMES = {
     "qmpvcpu.core.migration.status": ("MigrationStatus",),
     "qmpvcpu.core.planning.live": ("Plan",),
     "qmpvcpu.core.request": ("Request", "parse_ids"),
-    "qmpvcpu.domain": ("Domain", "Events", "Options", "connect"),
+    "qmpvcpu.domain": ("Domain", "Events", "Options"),
+    "qmpvcpu.domain.connect": ("connect",),
     "qmpvcpu.domain.interrupted": ("Interrupted",),
     "qmpvcpu.domain.migration.move": ("Migrated",),
     "qmpvcpu.errors": (

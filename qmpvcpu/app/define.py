@@ -15,7 +15,7 @@ from qmpvcpu.app.definitions import read_document
 from qmpvcpu.app.twin import check_definition
 from qmpvcpu.core.address import parse_address
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.domain import connect
+from qmpvcpu.domain.connect import connect
 from qmpvcpu.errors import VcpuRefused, VcpuUsageError
 from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.runtime import Runtime

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.domain import connect
+from qmpvcpu.domain.connect import connect
 from qmpvcpu.errors import VcpuError, VcpuRefused
 from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name
 from qmpvcpu.host.definition_files import read_document as read_file_or_pipe

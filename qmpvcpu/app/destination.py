@@ -14,7 +14,8 @@ from qmpvcpu.app.twin import check_held, check_sides
 from qmpvcpu.core.migration.cookie import Cookie
 from qmpvcpu.core.migration.status import last_words
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.domain import Domain, connect
+from qmpvcpu.domain import Domain
+from qmpvcpu.domain.connect import connect
 from qmpvcpu.domain.migration import ownership
 from qmpvcpu.errors import VcpuFailed, VcpuRefused
 from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name

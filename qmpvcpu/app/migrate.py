@@ -18,7 +18,8 @@ from qmpvcpu.core.migration.cookie import Cookie
 from qmpvcpu.core.migration.status import MigrationStatus
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.domain import Domain, connect
+from qmpvcpu.domain import Domain
+from qmpvcpu.domain.connect import connect
 from qmpvcpu.domain.migration import ownership
 from qmpvcpu.domain.migration.move import Migrated
 from qmpvcpu.domain.migration.sides import Transfer

@@ -22,7 +22,7 @@ from qmpvcpu.core.machine.hardware import hardware_args
 from qmpvcpu.core.machine.words import escaped, join_pairs
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.domain import connect
+from qmpvcpu.domain.connect import connect
 from qmpvcpu.domain.placement import check_start
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag

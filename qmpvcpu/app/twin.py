@@ -41,7 +41,8 @@ from qmpvcpu.core.migration.machines import check_machine
 from qmpvcpu.core.migration.status import last_words, parse_status
 from qmpvcpu.core.migration.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.domain import Domain, connect
+from qmpvcpu.domain import Domain
+from qmpvcpu.domain.connect import connect
 from qmpvcpu.domain.migration.picture import real_file
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag

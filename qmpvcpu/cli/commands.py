@@ -20,7 +20,8 @@ from qmpvcpu.core.request import TIMEOUT, Request, parse_ids
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.core.state.guest_view import GuestView
-from qmpvcpu.domain import Domain, Options, connect
+from qmpvcpu.domain import Domain, Options
+from qmpvcpu.domain.connect import connect
 from qmpvcpu.domain.interrupted import Interrupted
 from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag

@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import Final
 
 from qmpvcpu.core.arch import Identity, architecture
-from qmpvcpu.core.engine.agent_switch import Answered, Look, Seen, SetCpus, Switch, SwitchStep
+from qmpvcpu.core.engine.agent_switch import Answered, GetCpus, Seen, SetCpus, Switch, SwitchStep
 from qmpvcpu.core.engine.arrival import Arrival, Arriving
 from qmpvcpu.core.model import DomainState, Event, EventKind
 from qmpvcpu.core.rules import catalogue
@@ -147,7 +147,7 @@ class Guest:
         effect = run.start()
         with self._agent.limit(_SWITCH_SECONDS):
             while effect is not None:
-                if isinstance(effect, Look):
+                if isinstance(effect, GetCpus):
                     effect = run.feed(Seen(parse_guest_vcpus(await self._ask())))
                     continue
                 effect = run.feed(await self._set(effect, first=run.step is SwitchStep.SET))

@@ -6,64 +6,46 @@ Source: the RFC on libvirt's list, `int virDomainVcpu(virDomainPtr domain, unsig
 from __future__ import annotations
 
 import asyncio
-import os
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from functools import cached_property
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Literal, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from qmpvcpu import aio
 from qmpvcpu.core.arguments import checked
-from qmpvcpu.core.engine.report import Report, queried
+from qmpvcpu.core.engine.report import queried
 from qmpvcpu.core.migration.status import MigrationStatus, Progress
 from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Listed, Request
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.core.rules.agent import check_guest_ids
 from qmpvcpu.core.rules.hotplug import plugs_left
-from qmpvcpu.core.rules.placement import with_threads
-from qmpvcpu.core.rules.request import check_flags, check_request, check_sides
+from qmpvcpu.core.rules.request import check_flags
 from qmpvcpu.core.rules.selection import select
-from qmpvcpu.core.state.from_definition import state_of
-from qmpvcpu.core.state.guest_view import GuestView, with_online
+from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.domain import migration as migrating
-from qmpvcpu.domain.addresses import NOBODY_LISTENS, Opener
-from qmpvcpu.domain.agent import Guest
-from qmpvcpu.domain.definition import Persistent
-from qmpvcpu.domain.dump import DescribedXml, check_dump, describe, dump
+from qmpvcpu.domain.backends.backend import Backend
+from qmpvcpu.domain.dump import DescribedXml, check_dump
 from qmpvcpu.domain.event_bus import Events, Hub
 from qmpvcpu.domain.interrupted import Interrupted, left_by
-from qmpvcpu.domain.pin import change_pin, check_pin
-from qmpvcpu.domain.placement import Placing, place_all
-from qmpvcpu.domain.planned import plan_on
-from qmpvcpu.domain.resolve import Place, locate, unknown_domain
-from qmpvcpu.domain.run import Reach, run, run_on_definition, with_config
-from qmpvcpu.domain.session import Link, open_link
+from qmpvcpu.domain.pin import check_pin
+from qmpvcpu.domain.placement import place_all
+from qmpvcpu.domain.reached import Reached
+from qmpvcpu.domain.session import Link
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.saves import paused_guest
-from qmpvcpu.ports import Agent, Monitor
 
 if TYPE_CHECKING:
     from qmpvcpu.core.machine.comparison import Picture
-    from qmpvcpu.core.machine.described import Described
     from qmpvcpu.core.migration.cookie import Cookie
     from qmpvcpu.domain.migration import Migration
     from qmpvcpu.domain.migration.move import Migrated
 
-__all__ = ["Domain", "Options", "connect"]
-
-
-#: So long a socket may take to greet where it hardly matters, seconds.
-_HELD_SECONDS = 0.3
-#: The same for one that runs.
-_CONNECT_SECONDS = 5.0
-#: No deadline is later.
-_LONGEST_SECONDS = 86400.0 * 365
+__all__ = ["Domain", "Options"]
 
 
 class Options(TypedDict, total=False):
@@ -108,96 +90,6 @@ class TransferOptions(TypedDict, total=False):
     progress: Progress | None
 
 
-@checked
-def connect(
-    domain: str | os.PathLike[str] | None = None,
-    *,
-    qmp: str | os.PathLike[str] | Sequence[str] | None = None,
-    agent: str | os.PathLike[str] | None = None,
-    xml: str | os.PathLike[str] | None = None,
-    qmp_log: Any = None,
-    connect_timeout: float | None = None,
-    command_timeout: float = 10.0,
-    config_only: bool = False,
-    watch: bool = False,
-    uri: str | None = None,
-    via: Literal["api", "monitor"] = "api",
-) -> Domain:
-    """One domain, as a single-use async context manager.
-
-    Args:
-        domain: with a `/` in it, the path of a QMP socket or of a domain XML file; else a name given to `define`,
-            else a file or an address.
-        qmp: QMP addresses instead: unix path, `host:port`, `fd:N`, or QEMU's own `unix:PATH` and `tcp:HOST:PORT`;
-            of several the first that is free.
-        agent: address of the guest agent's socket; it is opened when it is first needed.
-        xml: path of its definition, for CONFIG.
-        qmp_log: a `qmpvcpu.QmpLog` that keeps every message.
-        connect_timeout: seconds for connection and greeting, per address; 5 if not given, to libvirt on another
-            host 30.
-        command_timeout: seconds for one QMP command, or one query of libvirt's.
-        uri: libvirt's: `domain` is one of its domains then, by name or UUID, and knows its own sockets.
-        via: how a libvirt domain is reached: by libvirt's API, or with our own engine through its QEMU monitor.
-        config_only: it is only the definition that is wanted: where another client holds the running guest's
-            socket, that is no error and is not waited for.
-        watch: it is held for long, to listen to events: of several addresses the last that is free is taken, so
-            that others find the first one free.
-
-    Raises (on entry):
-        VcpuConnectionError: no address could be reached, or what answers is not QMP. Where nobody listens, a
-            domain that has a definition is inactive.
-        VcpuUsageError: nothing is named.
-        VcpuRefused: what is known of the domain cannot be read.
-    """
-    domain, agent, xml = (None if path is None else os.fspath(path) for path in (domain, agent, xml))
-    qmp = os.fspath(qmp) if isinstance(qmp, os.PathLike) else qmp
-    for name, seconds in (("connect_timeout", connect_timeout), ("command_timeout", command_timeout)):
-        if seconds is not None and not 0 <= seconds <= _LONGEST_SECONDS:
-            raise VcpuUsageError(f"{name}={seconds} makes no sense", hint="give seconds, 0 or more")
-    if qmp_log is not None and not hasattr(qmp_log, "write"):
-        raise VcpuUsageError(f"qmp_log={qmp_log!r:.60} is not a QmpLog", hint="give qmpvcpu.QmpLog(FILE)")
-    if uri is not None:
-        if domain is None or qmp is not None or agent is not None or xml is not None:
-            text = "of a libvirt domain, its name and nothing else is given"
-            raise VcpuUsageError(text, hint="leave out its sockets and XML: libvirt knows them")
-        if qmp_log is not None and via == "api":
-            text = "by libvirt's API no QMP message is ours to keep"
-            raise VcpuUsageError(text, hint="leave out --qmp-log (qmp_log=), or go --via monitor")
-        from qmpvcpu.domain.backends.libvirt import LibvirtDomain
-
-        return LibvirtDomain(domain, uri, via, qmp_log, connect_timeout, command_timeout)
-    if via != "api":
-        raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI (uri=)")
-    place = locate(domain, qmp, agent, xml)
-    patience = connect_timeout if connect_timeout is not None else _CONNECT_SECONDS
-    if config_only:
-        patience = min(patience, _HELD_SECONDS)
-    if watch:
-        place = replace(place, qmp=place.qmp[::-1])
-
-    async def open_one(address: str) -> Monitor:
-        if place.is_unknown:
-            raise unknown_domain(address)
-        # Loaded here: `qemu.qmp` is most of what importing qmpvcpu would cost.
-        from qmpvcpu.qemu.monitor import connect_monitor
-
-        return await connect_monitor(
-            address,
-            log=qmp_log,
-            connect_timeout=patience,
-            command_timeout=command_timeout,
-            qemu_log=place.qemu_log,
-        )
-
-    def agent_at(address: str) -> Agent:
-        from qmpvcpu.qemu.agent import AgentClient
-
-        return AgentClient(address)
-
-    # Where nothing is, there is no definition either.
-    return Domain(place, open_one, agent_at, config_only=config_only and not place.is_unknown)
-
-
 class Domain:
     """One guest. Enter it once (`async with`), call it from one event loop; operations queue.
 
@@ -205,33 +97,24 @@ class Domain:
     a fresh query.
     """
 
-    def __init__(
-        self,
-        place: Place,
-        opener: Opener,
-        agent_at: Callable[[str], Agent] | None = None,
-        *,
-        config_only: bool = False,
-    ) -> None:
-        self.name = place.name
-        self._place = place
-        self._open = opener
-        self._agent_at = agent_at
-        self._config_only = config_only
-        self._persistent = Persistent(place.definition) if place.definition is not None else None
-        self._guest: Guest | None = None
+    def __init__(self, backend: Backend, reached: Reached) -> None:
+        self.name = reached.name
+        self._backend = backend
+        self._reached = reached
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._link: Link | None = None
         self._last: Link | None = None
-        self._inactive = False
-        self._held: VcpuConnectionError | None = None
         self._shown: DomainState | None = None
         self._hub = Hub()
         self._queue = asyncio.Lock()
         self._interrupted: Interrupted | None = None
+        #: Whether a call that was to connect again was cancelled in the middle.
+        self._is_broken_off = False
+        #: How often it was left.
+        self._leaves = 0
 
     def __repr__(self) -> str:
-        state = "connected" if self._link is not None else "inactive" if self._inactive else "closed"
+        reached = self._reached
+        state = "connected" if reached.link is not None else "inactive" if reached.is_inactive else "closed"
         return f"<Domain {self.name!r} {state}>"
 
     async def __aenter__(self) -> Domain:
@@ -248,6 +131,8 @@ class Domain:
         trace: TracebackType | None,
     ) -> None:
         self._check_loop()
+        self._is_broken_off = False
+        self._leaves += 1
         self._hub.end(None)
         await aio.finish(self._close())
 
@@ -276,20 +161,25 @@ class Domain:
             )
 
     @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """`_call`, with what is held of a domain that is kept elsewhere read anew."""
+    async def _turn(self) -> AsyncIterator[Reached]:
+        """`_call`, with the domain as it is now."""
         async with self._call():
-            await self._refresh()
-            yield
+            if self._is_broken_off:
+                await self._connect_again()
+            now = await self._backend.refresh(self._reached)
+            if now is None:
+                # It was started meanwhile.
+                self._is_broken_off = True
+                await self._connect_again()
+            else:
+                self._reached = now
+            yield self._reached
 
     @asynccontextmanager
     async def _session(self) -> AsyncIterator[Link]:
         """`_call`, with the open connection."""
         async with self._call():
-            yield self._connected()
-
-    async def _refresh(self) -> None:
-        """Before each call: what is held of a domain that is kept elsewhere is read anew."""
+            yield self._reached.connected()
 
     async def reconnect(self) -> None:
         """Connect again after a lost connection, and read the state anew.
@@ -329,29 +219,24 @@ class Domain:
         """Carry out a `Request` made elsewhere; errors are those of `vcpu`."""
         if request.is_query:
             return await self._query(request)
-        async with self._turn():
+        async with self._turn() as reached:
             self._shown = None
-            live, config = self._sides(request.flags)
-            here = self._not_here(request)
-            if config and not live:
-                return await run_on_definition(self._persistent, request, here, self.name)
-            if here and self._link is None:
-                # Whatever else the definition has against it.
-                raise VcpuRefused([*here, *self._against(request, config)], ids=request.ids)
-            link = self._connected()
-            placing, here = self._placing(request, here)
-            definition = self._persistent if config else None
-            return await run(Reach(link, self._guest, placing, definition, tuple(here)), request)
+            return await self._backend.change(reached, request)
 
     @property
     def is_active(self) -> bool:
         """Whether the guest runs, as far as this connection knows."""
-        return self._link is not None or self._held is not None
+        return self._reached.link is not None or self._reached.busy is not None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of the way to the guest."""
+        return self._backend.notes
 
     @property
     def has_definition(self) -> bool:
         """Whether a definition of it is known."""
-        return self._persistent is not None
+        return self._reached.definition is not None
 
     @checked
     async def enable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Outcome:
@@ -417,15 +302,12 @@ class Domain:
     async def _listed(self, xml: bytes, source: str, options: Options) -> Request:
         from qmpvcpu.xml.document import read_listed
 
-        async with self._turn():
-            live, _ = self._sides(_flags_of(options))
-            link, persistent = self._link, self._persistent
-            if live and link is not None:
-                maximum = link.state.maxcpus
-            elif persistent is not None:
-                maximum = persistent.definition().maxcpus
+        async with self._turn() as reached:
+            live, _ = reached.sides(_flags_of(options))
+            if reached.definition is not None and not (live and reached.link is not None):
+                maximum = reached.definition.definition().maxcpus
             else:
-                maximum = self._connected().state.maxcpus
+                maximum = reached.connected().state.maxcpus
         try:
             vcpus, exact = read_listed(xml, maximum)
         except VcpuRefused as error:
@@ -450,15 +332,9 @@ class Domain:
             VcpuRefused: there is no definition.
         """
         check_dump(dialect, detail)
-        async with self._turn():
+        async with self._turn() as reached:
             flags = VcpuFlag.CONFIG if inactive else VcpuFlag.CURRENT
-            self._check_here(Request((), flags))
-            live, _ = self._sides(flags)
-            state = _with_threads(link := self._connected(), await link.read()) if live else None
-            if self._persistent is not None:
-                return dump(self._persistent.read(), state, dialect, detail)
-            assert state is not None
-            return dump((await self._described(state)).xml, state, dialect, detail)
+            return await self._backend.dump_xml(reached, flags, dialect, detail)
 
     async def describe_xml(self) -> bytes:
         """A definition for the running guest, of what QEMU tells: name, machine, topology, memory, vCPUs.
@@ -474,8 +350,8 @@ class Domain:
         Raises:
             VcpuRefused: it does not run.
         """
-        async with self._turn():
-            return await self._described(await self._connected().read())
+        async with self._turn() as reached:
+            return await reached.describe_xml(await reached.connected().read())
 
     async def picture(self) -> Picture:
         """What QEMU tells of the running guest's machine: RAM blocks, nodes, devices, properties.
@@ -484,19 +360,9 @@ class Domain:
             VcpuRefused: it does not run.
             VcpuConnectionError: QEMU is lost.
         """
-        async with self._turn():
-            link = self._connected()
+        async with self._turn() as reached:
+            link = reached.connected()
             return await migrating.read_picture(link.monitor, link.process)
-
-    async def _described(self, state: DomainState) -> DescribedXml:
-        from qmpvcpu.xml.minimal import minimal_domain
-
-        told = await self._describe(state)
-        return DescribedXml(minimal_domain(told.definition, told.devices), told.left_out, told.devices is not None)
-
-    async def _describe(self, state: DomainState) -> Described:
-        link = self._connected()
-        return await describe(link.monitor, state, link.process, self._place.agent)
 
     async def guest_vcpus(self) -> GuestView:
         """The guest's own CPUs, and which vCPU each one is.
@@ -505,28 +371,15 @@ class Domain:
             VcpuRefused: no agent of this domain is known, or it is not allowed to tell.
             VcpuConnectionError: no agent answers, or what it says cannot be.
         """
-        async with self._turn():
-            self._check_here(Request((), VcpuFlag.GUEST))
-            link = self._connected()
-            assert self._guest is not None
-            return await self._guest.view(await link.read())
+        async with self._turn() as reached:
+            return await reached.guest_view()
 
     @checked
     async def set_guest_vcpus(self, logical_ids: int | Iterable[int], online: bool) -> Outcome:
         """Take CPUs of the guest online or offline, all or none, by the guest's own ids."""
-        began = time.monotonic()
         ids = _ids(logical_ids)
-        async with self._turn():
-            self._check_here(Request(ids, VcpuFlag.GUEST))
-            link = self._connected()
-            assert self._guest is not None
-            view = await self._guest.view(await link.read())
-            refusals = check_guest_ids(ids, view.own, online=online)
-            if refusals:
-                raise VcpuRefused(refusals, ids=ids)
-            report = Report(ids)
-            report.switched(await self._guest.switch(view.own, ids, online), "the guest's CPU")
-        return report.end(None, time.monotonic() - began)
+        async with self._turn() as reached:
+            return await reached.switch_guest(ids, online)
 
     @checked
     async def place(self, xml: bytes | None = None) -> list[str]:
@@ -539,14 +392,14 @@ class Domain:
             VcpuRefused: they cannot be placed, or there is no definition; none is.
             VcpuFailed: the kernel declines; the others are placed.
         """
-        async with self._turn():
-            link = self._connected()
+        async with self._turn() as reached:
+            link = reached.connected()
             if xml is not None:
                 from qmpvcpu.xml.document import read_domain
 
                 definition = read_domain(xml)[1]
-            elif self._persistent is not None:
-                definition = self._persistent.definition()
+            elif reached.definition is not None:
+                definition = reached.definition.definition()
             else:
                 raise catalogue.NO_DEFINITION.error()
             return place_all(link.threads, definition, await link.read())
@@ -571,14 +424,9 @@ class Domain:
             VcpuPartial: the thread is pinned, and the definition could not be written.
         """
         wanted, request = check_pin(vcpu_id, cpus, flags)
-        async with self._turn():
+        async with self._turn() as reached:
             self._shown = None
-            live, config = self._sides(request.flags)
-            here = self._not_here(request)
-            if (config and self._persistent is None) or (live and self._inactive):
-                raise VcpuRefused(here, ids=request.ids)
-            link = self._connected() if live else None
-            return await change_pin(link, self._persistent if config else None, vcpu_id, wanted, here)
+            return await self._backend.pin(reached, request, wanted)
 
     @checked
     async def vcpus(self, ids: Iterable[int] | None = None) -> tuple[Vcpu, ...]:
@@ -594,34 +442,35 @@ class Domain:
         Raises:
             VcpuRefused: there is no such side of this domain.
         """
-        async with self._turn():
-            self._check_here(Request((), flags), check_flags(flags))
-            return await self._state(flags)
+        async with self._turn() as reached:
+            reached.check(Request((), flags), check_flags(flags))
+            return await self._state(reached, flags)
 
     @property
     def agent_trouble(self) -> VcpuConnectionError | None:
         """Why the agent's view is missing from the last state; None where it is there, or no agent is known."""
-        return self._guest.trouble if self._guest is not None else None
+        return self._reached.guest.trouble if self._reached.guest is not None else None
 
     async def agent_refusal(self) -> VcpuError | None:
         """Why the guest's agent cannot switch CPUs; None where it can, or where no agent is known."""
-        async with self._turn():
-            if self._guest is None:
+        async with self._turn() as reached:
+            if reached.guest is None:
                 return None
             try:
-                await self._guest.check_switch()
+                await reached.guest.check_switch()
             except VcpuError as error:
                 return error
         return None
 
     def plugs_left(self) -> list[str]:
         """How many plugs this QEMU can take before it aborts, as one text; none where they do not run out."""
-        return plugs_left(self._link.state, self._link.knowledge()) if self._link is not None else []
+        link = self._reached.link
+        return plugs_left(link.state, link.knowledge()) if link is not None else []
 
     @property
     def run_state(self) -> str | None:
         """QEMU's RunState ("running", "paused", "prelaunch" …) when it was asked last; None if not known."""
-        return self._link.seen_run_state if self._link is not None else None
+        return self._reached.link.seen_run_state if self._reached.link is not None else None
 
     @checked
     def events(self, *, steps: bool = False, limit: int = 1000) -> Events:
@@ -640,7 +489,9 @@ class Domain:
         """
         if limit < 1:
             raise VcpuUsageError(f"a limit of {limit} events makes no sense", hint="give 1 or more")
-        return Events(self._hub, lambda: self._connected().check(), self._check_loop, steps=steps, limit=limit)
+        return Events(
+            self._hub, lambda: self._reached.connected().check(), self._check_loop, steps=steps, limit=limit
+        )
 
     @property
     def last_state(self) -> DomainState:
@@ -651,13 +502,13 @@ class Domain:
         """
         if self._shown is not None:
             return self._shown
-        link = self._link or self._last
-        return link.state if link is not None else self._connected().state
+        link = self._reached.link or self._last
+        return link.state if link is not None else self._reached.connected().state
 
     @property
     def pending_ids(self) -> tuple[int, ...]:
         """vCPU ids whose unplug was asked and has not ended, as far as is known."""
-        link = self._link or self._last
+        link = self._reached.link or self._last
         if link is None:
             return ()
         entities = link.state.by_id
@@ -675,28 +526,16 @@ class Domain:
     @property
     def settled(self) -> tuple[Event, ...]:
         """What had ended while nobody listened, as found when this connection was made."""
-        return self._link.settled if self._link is not None else ()
+        return self._reached.link.settled if self._reached.link is not None else ()
 
     # -- plans: what would be done, and every reason why not; nothing is touched --------------------
 
     @checked
     async def plan(self, request: Request) -> Plan:
         """What `request` would do, and every reason why not; touches nothing."""
-        async with self._turn():
+        async with self._turn() as reached:
             self._shown = None
-            live, config = self._sides(request.flags)
-            here = self._not_here(request)
-            plan = Plan(request, request.ids)
-            if live and self._link is not None:
-                state, away = await self._link.read_at_rest()
-                plan, _ = await plan_on(self._link, state, request, self._guest)
-                placing, here = self._placing(request, here)
-                plan = placing.check(plan, state).refused(away)
-            elif not here and not config:
-                self._connected()
-            if config and self._persistent is not None:
-                plan = with_config(plan, self._persistent, live=live and self._link is not None)
-            return plan.refused(here)
+            return await self._backend.plan(reached, request)
 
     @checked
     async def plan_vcpu(
@@ -737,11 +576,11 @@ class Domain:
         return migrating.Migration(
             migrating.Access(
                 session=self._session,
-                agent=lambda: self._guest,
-                definition=lambda: self._persistent,
-                describe=self._describe,
-                describe_xml=self._described,
-                plug=self._plug,
+                agent=lambda: self._reached.guest,
+                definition=lambda: self._reached.definition,
+                describe=lambda state: self._reached.describe(state),
+                describe_xml=lambda state: self._reached.describe_xml(state),
+                plug=lambda ids, place: self._reached.plug(ids, place),
                 reconnect=self._reconnect,
             )
         )
@@ -863,164 +702,66 @@ class Domain:
     # -- inside -----------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        self._inactive = False
-        self._held = None
-        if not self._place.qmp:
-            self._inactive = True
+        self._reached = await self._backend.reach(self._hub, self._queue, self._last)
+        self._is_broken_off = False
+        link = self._reached.link
+        if link is None:
             return
         try:
-            self._link = await open_link(
-                self.name, self._place.qmp, self._open, self._hub, self._queue, self._last
-            )
-        except VcpuConnectionError as error:
-            # Nobody listens: it does not run. Whatever else is wrong, it may.
-            if self._persistent is not None and error.reason in NOBODY_LISTENS:
-                self._inactive = True
-            elif self._config_only:
-                self._held = error
-            else:
-                raise
-            return
-        try:
-            paused = paused_guest(self._link.process)
+            paused = paused_guest(link.process)
             if paused is not None and paused.is_left:
-                await self.migration.recover(self._link, paused)
+                await self.migration.recover(link, paused)
         except BaseException:
             await aio.finish(self._close())
             raise
-        address = self._agent_address()
-        if address is not None and self._agent_at is not None:
-            self._guest = Guest(self._agent_at(address), self._link.monitor, self._hub.emit)
-            self._link.guest = self._guest
 
     async def _reconnect(self) -> Link:
         await aio.finish(self._close())
         await self._connect()
-        return self._connected()
+        return self._reached.connected()
 
-    def _agent_address(self) -> str | None:
-        if self._place.agent is not None or self._persistent is None:
-            return self._place.agent
-        # An XML that cannot be read is told where it is needed.
-        with suppress(VcpuRefused):
-            return self._persistent.definition().agent
-        return None
+    async def _connect_again(self) -> None:
+        """Unless the domain is left meanwhile."""
+        leaves = self._leaves
+        await aio.finish(self._close())
+        if leaves == self._leaves:
+            await self._connect()
+        if leaves != self._leaves:
+            self._is_broken_off = False
+            await aio.finish(self._close())
+            self._reached.connected()
 
     async def _close(self) -> None:
-        link, self._link = self._link, None
-        guest, self._guest = self._guest, None
+        reached, self._reached = self._reached, self._backend.closed(self._reached)
         try:
-            if link is not None:
-                self._last = link
-                await link.close()
+            if reached.link is not None:
+                self._last = reached.link
+                await reached.link.close()
         finally:
-            # Only now: the link's watcher asks the agent too, and would open its socket again.
-            if guest is not None:
-                await guest.close()
-
-    def _connected(self) -> Link:
-        if self._link is None and self._inactive:
-            raise catalogue.INACTIVE.error(name=self.name)
-        if self._held is not None:
-            raise self._held
-        if self._link is None:
-            raise VcpuConnectionError(
-                f"the domain '{self.name}' is not connected",
-                address=next(iter(self._place.qmp), None),
-                reason="closed",
-                hint="use it inside `async with connect(…)`, or await reconnect()",
-            )
-        return self._link
+            try:
+                # Only now: the link's watcher asks the agent too, and would open its socket again.
+                if reached.guest is not None:
+                    await reached.guest.close()
+            finally:
+                await self._backend.close()
 
     async def _query(self, request: Request) -> Outcome:
         began = time.monotonic()
-        async with self._turn():
-            self._check_here(request, check_flags(request.flags, is_query=request.is_query))
-            state = await self._state(request.flags)
+        async with self._turn() as reached:
+            reached.check(request, check_flags(request.flags, is_query=request.is_query))
+            state = await self._state(reached, request.flags)
         ids, refusals = select(state, request)
         if refusals:
             raise VcpuRefused(refusals, ids=ids)
         return queried(state, ids, time.monotonic() - began)
 
-    async def _state(self, flags: VcpuFlag) -> DomainState:
+    async def _state(self, reached: Reached, flags: VcpuFlag) -> DomainState:
         """Of the side that `flags` name."""
         self._shown = None
-        live, _ = self._sides(flags)
-        if not live:
-            assert self._persistent is not None
-            from qmpvcpu.core.machine.boot_arguments import located
-
-            definition = self._persistent.definition()
-            self._shown = located(definition, state_of(definition, self.name, active=self.is_active))
-            return self._shown
-        link = self._connected()
-        state = await self._lit(await link.read(), required=bool(flags & VcpuFlag.GUEST))
-        return _with_threads(link, state)
-
-    def _placing(self, request: Request, here: list[Refusal]) -> tuple[Placing, list[Refusal]]:
-        """Where the definition wants the threads of what is plugged; and what keeps it from being read."""
-        threads = self._connected().threads
-        if self._persistent is None or not request.place or not request.enables_more:
-            return Placing(threads, None), here
-        try:
-            definition = self._persistent.definition()
-        except VcpuRefused as error:
-            hint = "correct it, or leave threads where the kernel puts them: --no-place (place=False)"
-            return Placing(threads, None), [*here, *(replace(refusal, hint=hint) for refusal in error.refusals)]
-        return Placing(threads, definition), here
-
-    async def _plug(self, ids: Sequence[int], place: bool) -> Outcome:
-        """Plug what a destination lacks of the guest that comes."""
-        request = Request(tuple(ids), VcpuFlag.ENABLE, fallback=False, place=place)
-        placing, refusals = self._placing(request, [])
-        return await run(Reach(self._connected(), placing=placing, preconditions=tuple(refusals)), request)
-
-    def _sides(self, flags: VcpuFlag) -> tuple[bool, bool]:
-        """Whether LIVE, whether CONFIG; CURRENT is LIVE if it runs, else CONFIG."""
-        live, config = bool(flags & (VcpuFlag.LIVE | VcpuFlag.GUEST)), bool(flags & VcpuFlag.CONFIG)
-        if not live and not config:
-            config = self._inactive
-            live = not config
-        return live, config
-
-    def _against(self, request: Request, config: bool) -> list[Refusal]:
-        """What the definition has against it."""
-        if not config or self._persistent is None:
-            return []
-        return check_request(request) or list(self._persistent.plan(request).plan.refusals)
-
-    async def _lit(self, state: DomainState, *, required: bool) -> DomainState:
-        """With the guest's own view of each vCPU, where an agent gives it."""
-        if self._guest is None:
-            return state
-        view = await (self._guest.view(state) if required else self._guest.try_view(state))
-        return state if view is None else with_online(state, view)
-
-    def _check_here(self, request: Request, refusals: Sequence[Refusal] = ()) -> None:
-        found = [*refusals, *self._not_here(request)]
-        if found:
-            raise VcpuRefused(found, ids=request.ids)
-
-    def _not_here(self, request: Request) -> list[Refusal]:
-        """What this connection cannot serve, whatever the state."""
-        live, config = self._sides(request.flags)
-        return check_sides(
-            request,
-            self.name,
-            live=live,
-            config=config,
-            is_active=not self._inactive,
-            has_definition=self._persistent is not None,
-            has_agent=self._guest is not None or self._link is None,
-        )
-
-
-def _with_threads(link: Link, state: DomainState) -> DomainState:
-    """With what the vCPUs' threads are given, where they run on this host."""
-    if link.threads is None:
+        state = await reached.state(flags)
+        live, _ = reached.sides(flags)
+        self._shown = None if live else state
         return state
-    ids = [vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None]
-    return with_threads(state, link.threads.look(ids))
 
 
 def _request(

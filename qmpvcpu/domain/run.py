@@ -50,7 +50,7 @@ _GROUP_PAUSE: Final = 0.002
 
 
 @dataclass(frozen=True, slots=True)
-class Reach:
+class Scope:
     """What a request on the running guest may touch.
 
     Attributes:
@@ -68,30 +68,30 @@ class Reach:
     preconditions: tuple[Refusal, ...] = ()
 
 
-async def run(reach: Reach, request: Request) -> Outcome:
+async def run(scope: Scope, request: Request) -> Outcome:
     """Carry out a request on the running guest, and on its definition where that follows.
 
     Raises:
         VcpuError: every end that is no success, but pending and requested.
     """
     began = time.monotonic()
-    planned = await read_and_plan(reach.link, request, reach.guest, config=reach.definition is not None)
-    plan = planned.plan.refused(reach.preconditions)
-    if reach.placing is not None:
-        plan = reach.placing.check(plan, planned.state)
-    config, plan = _planned(reach.definition, plan) if reach.definition is not None else (None, plan)
+    planned = await read_and_plan(scope.link, request, scope.guest, config=scope.definition is not None)
+    plan = planned.plan.refused(scope.preconditions)
+    if scope.placing is not None:
+        plan = scope.placing.check(plan, planned.state)
+    config, plan = _planned(scope.definition, plan) if scope.definition is not None else (None, plan)
     try:
-        plan = await _prepared(reach, config, plan)
+        plan = await _prepared(scope, config, plan)
         if plan.refusals:
-            await _refuse(reach.link, plan, began)
+            await _refuse(scope.link, plan, began)
         report = Report(plan.targets, plan)
         try:
-            await _act(reach, replace(planned, plan=plan), report, began)
+            await _act(scope, replace(planned, plan=plan), report, began)
         except VcpuError as error:
             report.failed(error)
         if config is not None:
             await follow(config, report, "vCPU {} is changed")
-        return report.end(reach.link.state, time.monotonic() - began)
+        return report.end(scope.link.state, time.monotonic() - began)
     finally:
         if config is not None:
             config.discard()
@@ -157,7 +157,7 @@ def _planned(definition: Persistent, plan: Plan) -> tuple[ConfigChange, Plan]:
     return config, plan.with_config(config.plan, alone=False)
 
 
-async def _prepared(reach: Reach, config: ConfigChange | None, plan: Plan) -> Plan:
+async def _prepared(scope: Scope, config: ConfigChange | None, plan: Plan) -> Plan:
     """Write the next definition beside the old one and make cgroups: what stands against that shows before
     anything is done to the guest.
     """
@@ -166,8 +166,8 @@ async def _prepared(reach: Reach, config: ConfigChange | None, plan: Plan) -> Pl
             await config.stage()
         except OSError as error:
             plan = plan.refused([not_written(config.place, error)])
-    if reach.placing is not None and not plan.refusals:
-        plan = reach.placing.prepare(plan)
+    if scope.placing is not None and not plan.refusals:
+        plan = scope.placing.prepare(plan)
     return plan
 
 
@@ -182,9 +182,9 @@ async def _refuse(link: Link, plan: Plan, began: float) -> None:
 # -- act and verify -----------------------------------------------------------------------------------
 
 
-async def _act(reach: Reach, planned: Planned, report: Report, began: float) -> None:
+async def _act(scope: Scope, planned: Planned, report: Report, began: float) -> None:
     """What is done to the running guest: hotplug, threads, and CPUs in the guest."""
-    link, guest, plan = reach.link, reach.guest, planned.plan
+    link, guest, plan = scope.link, scope.guest, planned.plan
     if plan.moves_cpus and contexts_run_out(planned.state) and not planned.known.contexts_reported:
         link.ledger.note_contexts(UsedContexts(is_reported=True))
     before = None
@@ -193,13 +193,13 @@ async def _act(reach: Reach, planned: Planned, report: Report, began: float) -> 
         before = await guest.before_plug(planned.state)
     hotplug = Hotplug(link, planned, await _timeout(link, plan)) if plan.moves_cpus else None
     if hotplug is not None:
-        await _placed(reach, planned, hotplug, report)
+        await _placed(scope, planned, hotplug, report)
         with leaves(lambda: _left(link, plan, report)):
             await _look_into_failure(link, planned, report)
     else:
         report.found_so(plan)
-        if plan.placed and reach.placing is not None:
-            reach.placing.place(planned.state, link.state, plan, report)
+        if plan.placed and scope.placing is not None:
+            scope.placing.place(planned.state, link.state, plan, report)
     if guest is None:
         if (plan.plugs or plan.awaited) and not report.has_failed() and report.changed:
             report.messages.append(_UNSEEN)
@@ -215,7 +215,7 @@ async def _act(reach: Reach, planned: Planned, report: Report, began: float) -> 
             stays = await hotplug.take_back() if hotplug is not None else Interrupted()
             raise leaving(error, stays) from error
     if planned.is_cached and plan.request.total is not None and not report.has_failed():
-        await _count_again(reach, planned, report, began)
+        await _count_again(scope, planned, report, began)
 
 
 async def _timeout(link: Link, plan: Plan) -> float:
@@ -228,15 +228,15 @@ async def _timeout(link: Link, plan: Plan) -> float:
     return request.patience
 
 
-async def _placed(reach: Reach, planned: Planned, hotplug: Hotplug, report: Report) -> None:
+async def _placed(scope: Scope, planned: Planned, hotplug: Hotplug, report: Report) -> None:
     """Hotplug, with its threads where they belong; the cgroups of what is gone, or did not come, are removed."""
-    link, plan = reach.link, planned.plan
+    link, plan = scope.link, planned.plan
     ids = [number for entity in (*plan.awaited, *plan.plugs, *plan.unplugs) for number in entity.ids]
     try:
-        async with _room(reach.placing, plan, report):
+        async with _room(scope.placing, plan, report):
             await hotplug.run(report)
-        if reach.placing is not None and not isinstance(report.trouble, VcpuConnectionError):
-            reach.placing.place(planned.state, link.state, plan, report)
+        if scope.placing is not None and not isinstance(report.trouble, VcpuConnectionError):
+            scope.placing.place(planned.state, link.state, plan, report)
     except BaseException:
         link.drop_groups(ids)
         raise
@@ -281,9 +281,9 @@ async def _look_into_failure(link: Link, planned: Planned, report: Report) -> No
             report.found_so(now)
 
 
-async def _count_again(reach: Reach, planned: Planned, report: Report, began: float) -> None:
+async def _count_again(scope: Scope, planned: Planned, report: Report, began: float) -> None:
     """Re-plan from the fresh state until the count is reached, where others have plugged or unplugged too."""
-    link, request = reach.link, planned.plan.request
+    link, request = scope.link, planned.plan.request
     moved = set(link.state.enabled_ids).symmetric_difference(planned.state.enabled_ids)
     if moved.issubset(planned.plan.targets):
         return
@@ -292,7 +292,7 @@ async def _count_again(reach: Reach, planned: Planned, report: Report, began: fl
     more: Outcome | VcpuError
     try:
         with leaves(lambda: _left(link, planned.plan, report)):
-            more = await run(replace(reach, definition=None), replace(request, timeout=left))
+            more = await run(replace(scope, definition=None), replace(request, timeout=left))
     except VcpuError as error:
         more = error
     report.goes_on(link.state, more)

@@ -22,7 +22,8 @@ from qmpvcpu.core.machine.hardware import hardware_args
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.domain import Domain, connect
+from qmpvcpu.domain import Domain
+from qmpvcpu.domain.connect import connect
 from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.lab.libvirtd import Libvirtd, run_libvirtd

@@ -8,7 +8,7 @@ from typing import Any
 from qmpvcpu.app.qemus import DEMO_ARCH, examine_all, find_binaries, survives_unplug
 from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.core.rules import catalogue
-from qmpvcpu.domain import connect
+from qmpvcpu.domain.connect import connect
 from qmpvcpu.errors import VcpuFailed, VcpuRefused
 from qmpvcpu.lab.guest import GuestImage, boot, find_image
 from qmpvcpu.qemu.launch import run_qemu

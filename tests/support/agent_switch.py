@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from qmpvcpu.core.engine.agent_switch import Answered, Look, Seen, Switch, SwitchStep
+from qmpvcpu.core.engine.agent_switch import Answered, GetCpus, Seen, Switch, SwitchStep
 from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 
 #: More commands than any switch of a few CPUs takes.
@@ -47,7 +47,7 @@ def switch(numbers: Mapping[int, int], vcpus: Iterable[int], online: bool, agent
     for _ in range(_MOST):
         if effect is None:
             break
-        if isinstance(effect, Look):
+        if isinstance(effect, GetCpus):
             effect = machine.feed(Seen([GuestCpu(number, on) for number, on in agent.get().items()]))
         else:
             try:

@@ -301,7 +301,7 @@ class Judge:
             "reconnect": (domain.reconnect, CONNECT + 5 * COMMAND + 0.5),
         }
         often = ("enable", "disable", "enable", "disable", "state", "set_vcpus", "set_vcpus", "vcpus")
-        of_guest = ("guest_vcpus", "set_guest_vcpus") * 4 if domain._guest is not None else ()
+        of_guest = ("guest_vcpus", "set_guest_vcpus") * 4 if domain._reached.guest is not None else ()
         name = draw.choice((*calls, *often * 2, *of_guest))
         work, allowed = calls[name]
         if name == "reconnect":

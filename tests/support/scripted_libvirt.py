@@ -13,7 +13,7 @@ from unittest.mock import patch
 from qmpvcpu import Outcome, Request, VcpuFlag
 from qmpvcpu.domain.backends.libvirt import XmlReader
 from qmpvcpu.domain.event_bus import Hub
-from qmpvcpu.domain.run import Reach, run
+from qmpvcpu.domain.run import Scope, run
 from qmpvcpu.domain.session import Link, open_link
 from qmpvcpu.libvirt.calls import Connection
 from qmpvcpu.libvirt.monitor import ApiMonitor
@@ -106,10 +106,10 @@ class Client:
         self.link = link
 
     async def enable(self, *ids: int, **options: Any) -> Outcome:
-        return await run(Reach(self.link), Request(ids, VcpuFlag.ENABLE | VcpuFlag.LIVE, **options))
+        return await run(Scope(self.link), Request(ids, VcpuFlag.ENABLE | VcpuFlag.LIVE, **options))
 
     async def disable(self, *ids: int, **options: Any) -> Outcome:
-        return await run(Reach(self.link), Request(ids, VcpuFlag.DISABLE | VcpuFlag.LIVE, **options))
+        return await run(Scope(self.link), Request(ids, VcpuFlag.DISABLE | VcpuFlag.LIVE, **options))
 
     @property
     def pending_ids(self) -> frozenset[int]:

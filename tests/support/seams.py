@@ -7,4 +7,4 @@ from typing import Any
 
 def set_agent_deadline(domain: Any, seconds: float) -> None:
     """How long the guest agent has for one answer; it is 5 seconds, and no option of `connect`."""
-    domain._guest._agent._timeout = seconds
+    domain._reached.guest._agent._timeout = seconds

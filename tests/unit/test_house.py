@@ -48,8 +48,6 @@ def test_a_test_imports_public_names_and_those_of_support(name):
 
 
 PRODUCT = Path(qmpvcpu.__file__).parent
-#: Names that two public classes still share.
-SHARED = {"Look"}
 
 
 def public_classes() -> Counter[str]:
@@ -59,4 +57,4 @@ def public_classes() -> Counter[str]:
 
 
 def test_one_name_means_one_class():
-    assert {name for name, count in public_classes().items() if count > 1} == SHARED
+    assert {name for name, count in public_classes().items() if count > 1} == set()

@@ -14,7 +14,7 @@ from typing import Final
 
 from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 
-__all__ = ["Answered", "Look", "Seen", "SetCpus", "Switch", "SwitchStep"]
+__all__ = ["Answered", "GetCpus", "Seen", "SetCpus", "Switch", "SwitchStep"]
 
 
 class SwitchStep(Enum):
@@ -36,7 +36,7 @@ class SetCpus:
 
 
 @dataclass(frozen=True, slots=True)
-class Look:
+class GetCpus:
     """Effect: `guest-get-vcpus`, to be answered with `Seen`."""
 
 
@@ -55,7 +55,7 @@ class Seen:
     cpus: Sequence[GuestCpu]
 
 
-Effect = SetCpus | Look
+Effect = SetCpus | GetCpus
 _NOT_TRIED: Final = "not tried, since another one failed"
 _NOT_DONE: Final = "the guest says nothing of why it did not follow"
 
@@ -111,7 +111,7 @@ class Switch:
         if self._left:
             return self._set(self._left, not self.online)
         self.step = SwitchStep.CHECK_UNDO
-        return Look()
+        return GetCpus()
 
     def _answered(self, answer: Answered) -> Effect:
         why = self.step is SwitchStep.WHY
@@ -128,7 +128,7 @@ class Switch:
             self.step = SwitchStep.SET
             return self._set(self._left, self.online)
         self.step = SwitchStep.CHECK
-        return Look()
+        return GetCpus()
 
     def _seen(self, now: Mapping[int, bool]) -> Effect | None:
         followed = [vcpu for vcpu in self._todo if now.get(self._logical(vcpu)) is self.online]

@@ -1,0 +1,55 @@
+"""What reaches a domain, over QMP or through libvirt: one interface, two peers."""
+
+from __future__ import annotations
+
+import asyncio
+from typing import Protocol
+
+from qmpvcpu.core.model import Outcome
+from qmpvcpu.core.planning.live import Plan
+from qmpvcpu.core.request import Request
+from qmpvcpu.domain.event_bus import Hub
+from qmpvcpu.domain.reached import Reached
+from qmpvcpu.domain.session import Link
+from qmpvcpu.flags import VcpuFlag
+
+
+class Backend(Protocol):
+    """A way to one domain. The domain holds its queue while it calls anything but `closed` and `notes`."""
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What there is to say of this way to the guest."""
+
+    async def reach(self, hub: Hub, queue: asyncio.Lock, last: Link | None) -> Reached:
+        """Connect, and read everything once.
+
+        Args:
+            hub: who listens for events.
+            queue: held by whoever reads or changes.
+            last: the connection before, of which this one takes over what is pending.
+
+        Raises:
+            VcpuConnectionError: it cannot be reached.
+        """
+
+    async def refresh(self, reached: Reached) -> Reached | None:
+        """Before each call: the reached as it is now; None if it was started meanwhile (it is reached again)."""
+
+    def closed(self, reached: Reached) -> Reached:
+        """The reached once its connection is closed."""
+
+    async def close(self) -> None:
+        """Close what is the backend's own. May be called twice."""
+
+    async def change(self, reached: Reached, request: Request) -> Outcome:
+        """Carry out a request that changes something."""
+
+    async def plan(self, reached: Reached, request: Request) -> Plan:
+        """What `change` would do, and every reason why not; touches nothing."""
+
+    async def pin(self, reached: Reached, request: Request, cpus: tuple[int, ...] | None) -> Outcome:
+        """Pin the one vCPU of the request; None: to all host CPUs."""
+
+    async def dump_xml(self, reached: Reached, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
+        """The XML of the side that `flags` name."""

@@ -1,0 +1,118 @@
+"""The definition that libvirt keeps, changed by calls of libvirt's."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.request import Request
+from qmpvcpu.domain.backends.libvirt_answers import answered
+from qmpvcpu.domain.definition import Persistent
+from qmpvcpu.errors import VcpuPartial
+from qmpvcpu.flags import VcpuFlag
+from qmpvcpu.libvirt.calls import LibvirtGuest
+from qmpvcpu.ports import CommandError, DefinitionStore
+
+
+class LibvirtDefinition(Persistent):
+    """The definition that libvirt keeps."""
+
+    def __init__(self, store: DefinitionXml) -> None:
+        connection = store.guest.connection
+        super().__init__(store, lambda work: connection.change("the definition", work))
+        self._libvirts = store
+
+    def _store_for(self, request: Request) -> DefinitionStore:
+        # What is asked says how libvirt is told.
+        return replace(self._libvirts, request=request)
+
+
+@dataclass(slots=True)
+class DefinitionXml:
+    """`ports.DefinitionStore`: the XML that libvirt keeps, as it was when the call began; `request` is what is to
+    be done to it.
+    """
+
+    guest: LibvirtGuest
+    data: bytes
+    request: Request | None = None
+
+    @property
+    def place(self) -> str:
+        """What it is called in messages."""
+        return f"{self.guest.name} at {self.guest.connection.uri}"
+
+    def read(self) -> bytes:
+        """The document."""
+        return self.data
+
+    def fetch(self) -> bytes:
+        """As it is now. Blocks."""
+        return self.guest.read_definition()
+
+    def stage(self, data: bytes) -> _Staged:
+        """Nothing is written before it counts: libvirt knows one definition."""
+        return _Staged(self, data)
+
+
+class _Staged:
+    """A next version (`ports.Staged`)."""
+
+    def __init__(self, store: DefinitionXml, data: bytes) -> None:
+        self._store = store
+        self._guest = store.guest
+        self._data = data
+
+    def commit(self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
+        """Tell libvirt what is to be different; in words of its own where it has them."""
+        from qmpvcpu.xml.document import read_domain
+
+        with answered():
+            now = self._store.fetch()
+            if now != before:
+                self._data = again(now)
+            if self._data == now:
+                return
+            calls = self._calls(read_domain(now)[1], read_domain(self._data)[1])
+            if given_up():
+                raise OSError(errno.ECANCELED, "it was cancelled")
+            try:
+                if calls is None:
+                    # A definition is replaced whole: with the passwords that libvirt does not show.
+                    self._guest.define(again(self._guest.read_definition(secure=True)))
+                for call in calls or ():
+                    self._guest.call("the definition", call)
+            except CommandError as error:
+                # libvirt changes it in memory first (9.0), and keeps that if it cannot be written.
+                if self._store.fetch() == now:
+                    raise
+                text = f"libvirt has changed the definition, and cannot keep it: {error.text}"
+                hint = "look at libvirtd's log; it is lost when the daemon is restarted"
+                raise VcpuPartial(text, libvirt=error.error_class, hint=hint) from error
+
+    def _calls(self, old: Definition, new: Definition) -> list[Callable[[], object]] | None:
+        """Of libvirt's; None where it has none that say just this."""
+        request, guest = self._store.request, self._guest
+        config = guest.flags(config=True)
+        if request is not None and request.total is not None and not request.has(VcpuFlag.GUEST):
+            flags = config | guest.count_flags(request.maximum, request.hotpluggable)
+            return [guest.set_vcpus(request.total, flags)]
+        if replace(new, vcpus=old.vcpus, dialect=old.dialect) != old:
+            return None
+        if request is not None and request.listed is not None:
+            return None
+        found = []
+        for enable in (True, False):
+            ids = [
+                vcpu.id
+                for was, vcpu in zip(old.vcpus, new.vcpus, strict=False)
+                if vcpu.enabled is enable and was.enabled is not enable
+            ]
+            if ids:
+                found.append(guest.set_vcpu(ids, enable, config))
+        return found or None
+
+    def discard(self) -> None:
+        """There is nothing to take away."""

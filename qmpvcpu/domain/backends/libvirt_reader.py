@@ -1,0 +1,108 @@
+"""Reads a running guest's state from libvirt's XML."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Collection, Iterable
+
+from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.machine.versions import oldest_with
+from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.quirks import quirk
+from qmpvcpu.core.state.from_definition import state_of
+from qmpvcpu.core.state.from_live_xml import running_state
+from qmpvcpu.domain.backends.libvirt_answers import answered
+from qmpvcpu.domain.session import store_of
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.host.process import find_by_uuid
+from qmpvcpu.libvirt.monitor import ApiMonitor
+from qmpvcpu.ports import CommandError
+
+logger = logging.getLogger("qmpvcpu.domain.backends.libvirt_reader")
+
+
+class XmlReader:
+    """Reads a running guest's state from libvirt's XML (in the place of `domain.read.Reader`)."""
+
+    def __init__(self, monitor: ApiMonitor, name: str) -> None:
+        self._monitor = monitor
+        self._name = name
+        self.thread_ids: frozenset[int] = frozenset()
+        guest = monitor.guest
+        #: For what is pending; its threads are libvirt's to place.
+        self.process = find_by_uuid(guest.uuid) if guest.connection.is_local else None
+        self._store = store_of(self.process)
+        self._seen_gone: frozenset[int] = frozenset()
+
+    async def full(self, pending: Iterable[int] = ()) -> DomainState:
+        """Its XML."""
+        from qmpvcpu.xml.document import read_domain
+
+        asked = tuple(pending)
+        guest = self._monitor.guest
+        await self._monitor.plugs_done()
+        self._monitor.check()
+        with answered():
+            xml, run = await asyncio.gather(guest.live_xml(), guest.run_state())
+        if xml is None:
+            raise self._monitor.stopped()
+        definition = read_domain(xml, running=True)[1]
+        # libvirt tells the version of no running QEMU: it is at least that of its machine type.
+        version = oldest_with(definition.machine or "")
+        gone = await self._gone(definition)
+        state = running_state(definition, self._name, version, run, gone, asked)
+        self._monitor.entities = {entity.first: entity.ids for entity in state.entities}
+        self._monitor.unseen = gone
+        self._monitor.doubtful = _doubtful(definition, gone)
+        return state
+
+    async def _gone(self, definition: Definition) -> frozenset[int]:
+        """vCPUs that left QEMU without libvirt's knowledge: on x86 under TCG no event comes."""
+        plugged = [vcpu.id for vcpu in definition.vcpus if vcpu.enabled and vcpu.hotpluggable]
+        if not plugged or not _may_be_unseen(definition):
+            return frozenset()
+        # Once libvirt looks at its threads anew, as with every plug, it shows no more that one is gone.
+        known = self._store.gone() if self._store is not None else self._seen_gone
+        found: frozenset[int] = frozenset()
+        try:
+            found = await self._monitor.guest.without_threads(plugged)
+        except (CommandError, VcpuConnectionError) as error:
+            logger.debug("whether a vCPU is gone is not known: %s", error)
+            self._monitor.check()
+        gone = (found | known).intersection(plugged)
+        if self._store is None:
+            self._seen_gone = gone
+        elif gone != known:
+            # Whoever sees one back has struck it out there, also a moment ago.
+            self._store.note_gone((self._store.gone() | found).intersection(plugged))
+        return gone
+
+    async def fast(
+        self,
+        state: DomainState,
+        pending: Collection[int] = (),
+        expected: Collection[int] = (),
+        told: bool = False,
+        anew: Callable[[], object] = lambda: None,
+        declined: Collection[int] = (),
+    ) -> DomainState:
+        """The same."""
+        return await self.full(pending)
+
+
+def _may_be_unseen(definition: Definition) -> bool:
+    """Whether vCPUs may leave without an event."""
+    return quirk("x86-tcg-no-deleted-event").affects(definition.arch, definition.accel, None)
+
+
+def _doubtful(definition: Definition, gone: Collection[int]) -> tuple[int, ...]:
+    """vCPUs of one order, where each has its own: one of them is gone, and libvirt does not know (TCG)."""
+    by_order: dict[int, list[int]] = {}
+    if not _may_be_unseen(definition):
+        return ()
+    for entity in state_of(definition, "", active=True).entities:
+        order = definition.vcpus[entity.first].order
+        if entity.first not in gone and definition.vcpus[entity.first].enabled and order is not None:
+            by_order.setdefault(order, []).append(entity.first)
+    return tuple(first for firsts in by_order.values() if len(firsts) > 1 for first in firsts)

@@ -1,0 +1,114 @@
+"""A domain over QMP."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+from typing import Any
+
+from qmpvcpu.core.model import Outcome
+from qmpvcpu.core.planning.live import Plan
+from qmpvcpu.core.request import Request
+from qmpvcpu.domain.addresses import NOBODY_LISTENS
+from qmpvcpu.domain.agent import Guest
+from qmpvcpu.domain.definition import Persistent
+from qmpvcpu.domain.event_bus import Hub
+from qmpvcpu.domain.reached import Reached
+from qmpvcpu.domain.resolve import Place, unknown_domain
+from qmpvcpu.domain.session import Link, open_link
+from qmpvcpu.errors import VcpuConnectionError
+from qmpvcpu.flags import VcpuFlag
+from qmpvcpu.ports import Monitor
+
+
+@dataclass(slots=True)
+class QmpBackend:
+    """The way over QMP.
+
+    Attributes:
+        place: where the domain is.
+        log: a `qmpvcpu.QmpLog` that keeps every message, or None.
+        connect_timeout: seconds for connection and greeting, of each address.
+        command_timeout: seconds for one QMP command.
+        config_only: it is only the definition that is wanted: sockets that another client holds are no error.
+    """
+
+    place: Place
+    log: Any = None
+    connect_timeout: float = 5.0
+    command_timeout: float = 10.0
+    config_only: bool = False
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """Nothing."""
+        return ()
+
+    def unreached(self) -> Reached:
+        """What is known of the domain before it is reached."""
+        place = self.place
+        definition = Persistent(place.definition) if place.definition is not None else None
+        return Reached(place.name, definition=definition, addresses=place.qmp, agent_address=place.agent)
+
+    async def reach(self, hub: Hub, queue: asyncio.Lock, last: Link | None) -> Reached:
+        """See `Backend`."""
+        place, reached = self.place, self.unreached()
+        if not place.qmp:
+            return replace(reached, is_inactive=True)
+        try:
+            link = await open_link(place.name, place.qmp, self._open, hub, queue, last)
+        except VcpuConnectionError as error:
+            # Nobody listens: it does not run. Whatever else is wrong, it may.
+            if reached.definition is not None and error.reason in NOBODY_LISTENS:
+                return replace(reached, is_inactive=True)
+            # Where nothing is, there is no definition either.
+            if self.config_only and not place.is_unknown:
+                return replace(reached, busy=error)
+            raise
+        address = reached.defined_agent()
+        if address is not None:
+            from qmpvcpu.qemu.agent import AgentClient
+
+            link.guest = Guest(AgentClient(address), link.monitor, hub.emit)
+        return replace(reached, link=link, guest=link.guest)
+
+    async def _open(self, address: str) -> Monitor:
+        if self.place.is_unknown:
+            raise unknown_domain(address)
+        # Loaded here: `qemu.qmp` is most of what importing qmpvcpu would cost.
+        from qmpvcpu.qemu.monitor import connect_monitor
+
+        return await connect_monitor(
+            address,
+            log=self.log,
+            connect_timeout=self.connect_timeout,
+            command_timeout=self.command_timeout,
+            qemu_log=self.place.qemu_log,
+        )
+
+    async def refresh(self, reached: Reached) -> Reached:
+        """The connection's events keep it fresh."""
+        return reached
+
+    def closed(self, reached: Reached) -> Reached:
+        """See `Backend`."""
+        return replace(reached, link=None, guest=None)
+
+    async def close(self) -> None:
+        """Nothing is the backend's own."""
+
+    async def change(self, reached: Reached, request: Request) -> Outcome:
+        """See `Backend`."""
+        return await reached.change(request)
+
+    async def plan(self, reached: Reached, request: Request) -> Plan:
+        """See `Backend`."""
+        return await reached.plan(request)
+
+    async def pin(self, reached: Reached, request: Request, cpus: tuple[int, ...] | None) -> Outcome:
+        """See `Backend`."""
+        return await reached.pin(request, cpus)
+
+    async def dump_xml(self, reached: Reached, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
+        """See `Backend`."""
+        return await reached.dump_xml(flags, dialect, detail)

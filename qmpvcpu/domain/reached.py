@@ -1,0 +1,243 @@
+"""One domain as it was reached, and what can be done with its sides: the guest, its agent, its definition."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass, replace
+
+from qmpvcpu.core.engine.report import Report
+from qmpvcpu.core.machine.described import Described
+from qmpvcpu.core.model import DomainState, Outcome
+from qmpvcpu.core.planning.live import Plan
+from qmpvcpu.core.request import Request
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.agent import check_guest_ids
+from qmpvcpu.core.rules.placement import with_threads
+from qmpvcpu.core.rules.request import check_request, check_sides
+from qmpvcpu.core.state.from_definition import state_of
+from qmpvcpu.core.state.guest_view import GuestView, with_online
+from qmpvcpu.domain.agent import Guest
+from qmpvcpu.domain.definition import Persistent
+from qmpvcpu.domain.dump import DescribedXml, describe, dump
+from qmpvcpu.domain.pin import change_pin
+from qmpvcpu.domain.placement import Placing
+from qmpvcpu.domain.planned import plan_on
+from qmpvcpu.domain.run import Scope, run, run_on_definition, with_config
+from qmpvcpu.domain.session import Link
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
+from qmpvcpu.flags import VcpuFlag
+
+
+@dataclass(frozen=True, slots=True)
+class Reached:
+    """A domain as a backend has reached it. Its calls want the domain's queue held.
+
+    Attributes:
+        name: as the user has it.
+        link: the connection to the running guest.
+        guest: its agent.
+        definition: its definition.
+        is_inactive: it does not run.
+        busy: it runs, and another client holds its sockets.
+        addresses: at which it is reached.
+        agent_address: of the agent's socket, where the user named it.
+    """
+
+    name: str
+    link: Link | None = None
+    guest: Guest | None = None
+    definition: Persistent | None = None
+    is_inactive: bool = False
+    busy: VcpuConnectionError | None = None
+    addresses: tuple[str, ...] = ()
+    agent_address: str | None = None
+
+    def connected(self) -> Link:
+        """The connection.
+
+        Raises:
+            VcpuRefused: the domain does not run.
+            VcpuConnectionError: there is none.
+        """
+        if self.link is None and self.is_inactive:
+            raise catalogue.INACTIVE.error(name=self.name)
+        if self.busy is not None:
+            raise self.busy
+        if self.link is None:
+            raise VcpuConnectionError(
+                f"the domain '{self.name}' is not connected",
+                address=next(iter(self.addresses), None),
+                reason="closed",
+                hint="use it inside `async with connect(…)`, or await reconnect()",
+            )
+        return self.link
+
+    def agent(self) -> Guest:
+        """The guest's agent, of which `check` has said that it is known."""
+        assert self.guest is not None
+        return self.guest
+
+    def sides(self, flags: VcpuFlag) -> tuple[bool, bool]:
+        """Whether LIVE, whether CONFIG; CURRENT is LIVE if it runs, else CONFIG."""
+        live, config = bool(flags & (VcpuFlag.LIVE | VcpuFlag.GUEST)), bool(flags & VcpuFlag.CONFIG)
+        if not live and not config:
+            config = self.is_inactive
+            live = not config
+        return live, config
+
+    def preconditions(self, request: Request) -> list[Refusal]:
+        """What this domain cannot serve as it was reached, whatever the state."""
+        live, config = self.sides(request.flags)
+        return check_sides(
+            request,
+            self.name,
+            live=live,
+            config=config,
+            is_active=not self.is_inactive,
+            has_definition=self.definition is not None,
+            has_agent=self.guest is not None or self.link is None,
+        )
+
+    def check(self, request: Request, refusals: Sequence[Refusal] = ()) -> None:
+        """Raises VcpuRefused: these, and the preconditions that do not hold."""
+        if found := [*refusals, *self.preconditions(request)]:
+            raise VcpuRefused(found, ids=request.ids)
+
+    # -- queries ----------------------------------------------------------------------------------
+
+    async def state(self, flags: VcpuFlag) -> DomainState:
+        """Of the side that `flags` name."""
+        live, _ = self.sides(flags)
+        if not live:
+            assert self.definition is not None
+            from qmpvcpu.core.machine.boot_arguments import located
+
+            definition = self.definition.definition()
+            is_active = self.link is not None or self.busy is not None
+            return located(definition, state_of(definition, self.name, active=is_active))
+        link = self.connected()
+        state = await link.read()
+        if self.guest is not None:
+            ask = self.guest.view if flags & VcpuFlag.GUEST else self.guest.try_view
+            view = await ask(state)
+            state = state if view is None else with_online(state, view)
+        return with_its_threads(link, state)
+
+    async def guest_view(self) -> GuestView:
+        """The guest's own CPUs."""
+        self.check(Request((), VcpuFlag.GUEST))
+        return await self.agent().view(await self.connected().read())
+
+    async def dump_xml(self, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
+        """The XML of the side that `flags` name."""
+        self.check(Request((), flags))
+        live, _ = self.sides(flags)
+        state = with_its_threads(link := self.connected(), await link.read()) if live else None
+        if self.definition is not None:
+            return dump(self.definition.read(), state, dialect, detail)
+        assert state is not None
+        return dump((await self.describe_xml(state)).xml, state, dialect, detail)
+
+    async def describe(self, state: DomainState) -> Described:
+        """What QEMU tells of the running guest."""
+        link = self.connected()
+        return await describe(link.monitor, state, link.process, self.agent_address)
+
+    async def describe_xml(self, state: DomainState) -> DescribedXml:
+        """The same as a definition."""
+        from qmpvcpu.xml.minimal import minimal_domain
+
+        told = await self.describe(state)
+        return DescribedXml(minimal_domain(told.definition, told.devices), told.left_out, told.devices is not None)
+
+    # -- changes and plans ------------------------------------------------------------------------
+
+    async def change(self, request: Request) -> Outcome:
+        """Carry out a request that changes something."""
+        live, config = self.sides(request.flags)
+        found = self.preconditions(request)
+        if config and not live:
+            return await run_on_definition(self.definition, request, found, self.name)
+        if found and self.link is None:
+            if config and self.definition is not None:
+                # Whatever else the definition has against it.
+                found += check_request(request) or self.definition.plan(request).plan.refusals
+            raise VcpuRefused(found, ids=request.ids)
+        return await run(self._scope(request, found, self.definition if config else None), request)
+
+    async def plan(self, request: Request) -> Plan:
+        """What `change` would do, and every reason why not; touches nothing."""
+        live, config = self.sides(request.flags)
+        found = self.preconditions(request)
+        plan = Plan(request, request.ids)
+        if live and self.link is not None:
+            state, migrating = await self.link.read_at_rest()
+            plan, _ = await plan_on(self.link, state, request, self.guest)
+            scope = self._scope(request, found)
+            found = list(scope.preconditions)
+            if scope.placing is not None:
+                plan = scope.placing.check(plan, state)
+            plan = plan.refused(migrating)
+        elif not found and not config:
+            self.connected()
+        if config and self.definition is not None:
+            plan = with_config(plan, self.definition, live=live and self.link is not None)
+        return plan.refused(found)
+
+    def _scope(
+        self, request: Request, preconditions: Sequence[Refusal], definition: Persistent | None = None
+    ) -> Scope:
+        """What the request may touch, with where the definition wants the threads of what is plugged."""
+        link = self.connected()
+        found, wanted = [*preconditions], None
+        if self.definition is not None and request.place and request.enables_more:
+            try:
+                wanted = self.definition.definition()
+            except VcpuRefused as error:
+                hint = "correct it, or leave threads where the kernel puts them: --no-place (place=False)"
+                found += [replace(refusal, hint=hint) for refusal in error.refusals]
+        return Scope(link, self.guest, Placing(link.threads, wanted), definition, tuple(found))
+
+    async def plug(self, ids: Sequence[int], place: bool) -> Outcome:
+        """Plug what a destination lacks of the guest that comes."""
+        request = Request(tuple(ids), VcpuFlag.ENABLE, fallback=False, place=place)
+        return await run(replace(self._scope(request, ()), guest=None), request)
+
+    async def switch_guest(self, ids: tuple[int, ...], online: bool) -> Outcome:
+        """Take CPUs of the guest online or offline, by the guest's own ids."""
+        began = time.monotonic()
+        self.check(Request(ids, VcpuFlag.GUEST))
+        view = await self.agent().view(await self.connected().read())
+        if refusals := check_guest_ids(ids, view.own, online=online):
+            raise VcpuRefused(refusals, ids=ids)
+        report = Report(ids)
+        report.switched(await self.agent().switch(view.own, ids, online), "the guest's CPU")
+        return report.end(None, time.monotonic() - began)
+
+    async def pin(self, request: Request, cpus: tuple[int, ...] | None) -> Outcome:
+        """Pin the one vCPU of the request; None: to all host CPUs."""
+        live, config = self.sides(request.flags)
+        found = self.preconditions(request)
+        if (config and self.definition is None) or (live and self.is_inactive):
+            raise VcpuRefused(found, ids=request.ids)
+        link = self.connected() if live else None
+        return await change_pin(link, self.definition if config else None, request.ids[0], cpus, found)
+
+    def defined_agent(self) -> str | None:
+        """The address of the agent's socket, as the user named it, or as the definition has it."""
+        if self.agent_address is not None or self.definition is None:
+            return self.agent_address
+        # An XML that cannot be read is reported where it is needed.
+        with suppress(VcpuRefused):
+            return self.definition.definition().agent
+        return None
+
+
+def with_its_threads(link: Link, state: DomainState) -> DomainState:
+    """With what the vCPUs' threads are given, where they run on this host."""
+    if link.threads is None:
+        return state
+    ids = [vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None]
+    return with_threads(state, link.threads.look(ids))
