@@ -20,12 +20,12 @@ from qmpvcpu.core.model import format_ids
 from qmpvcpu.errors import VcpuUsageError
 
 if TYPE_CHECKING:
-    from qmpvcpu.cli.commands import Session
+    from qmpvcpu.cli.commands import CommandSession
 
 __all__ = ["COMMANDS"]
 
 
-async def _probe(session: Session) -> int:
+async def _probe(session: CommandSession) -> int:
     options = session.options
     by_machine = [*options.words, options.cpu, options.accel, options.arch, *options.numa]
     mode = ProbeMode(options.probe)
@@ -70,7 +70,7 @@ def _without_accel(machine: str, accel: str | None) -> tuple[str, str]:
     return join_pairs(pairs.items(), "type"), inner or accel or "tcg"
 
 
-async def _boot_args(session: Session) -> int:
+async def _boot_args(session: CommandSession) -> int:
     options = session.options
     definition, notes = read_definition(options.word)
     session.warn(notes)
@@ -111,7 +111,7 @@ def _lines(found: Probe) -> list[str]:
     return [*lines, "", *render.slots(layout, found.vcpus)]
 
 
-async def _start(session: Session) -> int:
+async def _start(session: CommandSession) -> int:
     from qmpvcpu.app.start import start
 
     async with waiting(session.output, "starting QEMU"):
@@ -126,7 +126,7 @@ async def _start(session: Session) -> int:
     return 0
 
 
-async def _destroy(session: Session) -> int:
+async def _destroy(session: CommandSession) -> int:
     from qmpvcpu.app.start import destroy
 
     async with waiting(session.output, "ending QEMU"):
@@ -136,7 +136,7 @@ async def _destroy(session: Session) -> int:
     return 0
 
 
-COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
+COMMANDS: Final[dict[str, Callable[[CommandSession], Awaitable[int]]]] = {
     "probe": _probe,
     "boot-args": _boot_args,
     "start": _start,

@@ -26,13 +26,13 @@ from qmpvcpu.domain.interrupted import Interrupted
 from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = ["Session", "command", "request_of"]
+__all__ = ["CommandSession", "command", "request_of"]
 
 #: Of guests that do not run; nobody else pays for their imports.
 BOOT_COMMANDS: Final = frozenset({"probe", "boot-args", "start", "destroy"})
 
 
-class Session:
+class CommandSession:
     """What one run of the command line holds: its options, and the domain while it is open."""
 
     def __init__(self, options: Namespace, output: Output, is_interrupted: Callable[[], bool]) -> None:
@@ -160,7 +160,7 @@ def _live_changes(end: Outcome | VcpuError) -> tuple[int, ...]:
     return tuple(end.changed_ids)
 
 
-async def command(session: Session) -> int:
+async def command(session: CommandSession) -> int:
     """Run the command that was parsed; returns the exit code."""
     name = session.options.command
     if name in BOOT_COMMANDS:
@@ -174,7 +174,7 @@ async def command(session: Session) -> int:
     return await _COMMANDS[name](session)
 
 
-async def _vcpuinfo(session: Session) -> int:
+async def _vcpuinfo(session: CommandSession) -> int:
     if session.options.live and session.options.config:
         raise catalogue.LIVE_AND_CONFIG.error()
     flags = _flags(session.options)
@@ -200,7 +200,7 @@ def _info_lines(state: DomainState) -> list[str]:
     return [head, *render.topology(state), "", *render.vcpu_table(state, state.vcpus)]
 
 
-async def _vcpucount(session: Session) -> int:
+async def _vcpucount(session: CommandSession) -> int:
     options = session.options
     if options.maximum and options.active:
         raise catalogue.MAXIMUM_AND_ACTIVE.error()
@@ -258,12 +258,12 @@ def _flags(options: Namespace) -> VcpuFlag:
     return flags
 
 
-async def _setvcpu(session: Session) -> int:
+async def _setvcpu(session: CommandSession) -> int:
     options = session.options
     return await _carry_out(session, request_of(options))
 
 
-async def _setvcpus(session: Session) -> int:
+async def _setvcpus(session: CommandSession) -> int:
     return await _carry_out(session, request_of(session.options))
 
 
@@ -296,7 +296,7 @@ def request_of(options: Namespace) -> Request:
     )
 
 
-async def _apply(session: Session) -> int:
+async def _apply(session: CommandSession) -> int:
     from qmpvcpu.app.definitions import read_document
 
     options = session.options
@@ -318,13 +318,13 @@ async def _apply(session: Session) -> int:
     return session.show_outcome(result)
 
 
-def _show_plan(session: Session, planned: Plan) -> int:
+def _show_plan(session: CommandSession, planned: Plan) -> int:
     session.warn(planned.messages)
     session.show(planned.to_json(), render.plan(planned))
     return OutcomeKind.REFUSED.exit_code if planned.refusals else 0
 
 
-async def _define(session: Session) -> int:
+async def _define(session: CommandSession) -> int:
     from qmpvcpu.app.define import define
 
     options = session.options
@@ -335,7 +335,7 @@ async def _define(session: Session) -> int:
     return 0
 
 
-async def _undefine(session: Session) -> int:
+async def _undefine(session: CommandSession) -> int:
     from qmpvcpu.app import definitions
 
     name = session.options.word
@@ -344,7 +344,7 @@ async def _undefine(session: Session) -> int:
     return 0
 
 
-async def _list(session: Session) -> int:
+async def _list(session: CommandSession) -> int:
     uri = session.options.connect
     if uri is None:
         from qmpvcpu.app.definitions import list_domains
@@ -358,7 +358,7 @@ async def _list(session: Session) -> int:
     return 0
 
 
-async def _dumpxml(session: Session) -> int:
+async def _dumpxml(session: CommandSession) -> int:
     options = session.options
     options.config = options.inactive
     async with session.connect() as domain:
@@ -377,7 +377,7 @@ async def _dumpxml(session: Session) -> int:
     return 0
 
 
-async def _carry_out(session: Session, request: Request) -> int:
+async def _carry_out(session: CommandSession, request: Request) -> int:
     """Do it, or say what would be done, and show the end."""
     options = session.options
     async with session.connect() as domain:
@@ -396,7 +396,7 @@ async def _carry_out(session: Session, request: Request) -> int:
     return result.outcome.exit_code
 
 
-async def _guestvcpus(session: Session) -> int:
+async def _guestvcpus(session: CommandSession) -> int:
     options = session.options
     if (options.enable or options.disable) != (options.cpulist is not None) or (
         options.enable and options.disable
@@ -424,7 +424,7 @@ async def _guestvcpus(session: Session) -> int:
     return 0
 
 
-async def _vcpupin(session: Session) -> int:
+async def _vcpupin(session: CommandSession) -> int:
     options = session.options
     number, cpus = options.vcpu, options.cpulist
     if cpus is not None and number is None:
@@ -479,12 +479,12 @@ def _while_read(output: Output) -> Iterator[None]:
         loop.remove_reader(pipe)
 
 
-async def _watch(session: Session) -> int:
+async def _watch(session: CommandSession) -> int:
     with _while_read(session.output):
         return await _watch_on(session)
 
 
-async def _watch_on(session: Session) -> int:
+async def _watch_on(session: CommandSession) -> int:
     async with session.connect(watch=True) as domain, domain.events(steps=True) as events:
         state = domain.last_state
         pending = domain.pending_ids
@@ -500,12 +500,12 @@ async def _watch_on(session: Session) -> int:
     return 0
 
 
-def _tell(session: Session, document: dict[str, Any], line: str) -> None:
+def _tell(session: CommandSession, document: dict[str, Any], line: str) -> None:
     """One line of `watch`, at once."""
     session.output.stream(document, line)
 
 
-async def _doctor(session: Session) -> int:
+async def _doctor(session: CommandSession) -> int:
     from qmpvcpu.app import doctor
     from qmpvcpu.app.twin import check_defined
 
@@ -521,13 +521,13 @@ async def _doctor(session: Session) -> int:
     return 0
 
 
-async def _compare(session: Session) -> int:
+async def _compare(session: CommandSession) -> int:
     from qmpvcpu.cli.compare import compare
 
     return await compare(session, request_of)
 
 
-async def _demo(session: Session) -> int:
+async def _demo(session: CommandSession) -> int:
     from qmpvcpu.lab import demo
 
     lines: list[str] = []
@@ -543,7 +543,7 @@ async def _demo(session: Session) -> int:
     return 0
 
 
-_COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
+_COMMANDS: Final[dict[str, Callable[[CommandSession], Awaitable[int]]]] = {
     "define": _define,
     "undefine": _undefine,
     "list": _list,

@@ -11,13 +11,13 @@ from qmpvcpu.cli.progress import waiting
 from qmpvcpu.lab import compare as app
 
 if TYPE_CHECKING:
-    from qmpvcpu.cli.commands import Session
+    from qmpvcpu.cli.commands import CommandSession
     from qmpvcpu.core.request import Request
 
 __all__ = ["compare"]
 
 
-async def compare(session: Session, request_of: Callable[[Any], Request]) -> int:
+async def compare(session: CommandSession, request_of: Callable[[Any], Request]) -> int:
     """Run one request on both, and show them."""
     options = session.options
     asked = options.asked

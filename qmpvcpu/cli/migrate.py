@@ -18,7 +18,7 @@ from qmpvcpu.core.model import format_ids
 from qmpvcpu.domain.migration.sides import Transfer
 
 if TYPE_CHECKING:
-    from qmpvcpu.cli.commands import Session
+    from qmpvcpu.cli.commands import CommandSession
     from qmpvcpu.cli.output import Output
 
 __all__ = ["COMMANDS"]
@@ -51,7 +51,7 @@ def _where(options: Namespace, agent: str | None = None) -> Where:
     return Where(options.dest, agent, place=not options.no_place, mode=ProbeMode(options.probe))
 
 
-async def _migrate(session: Session) -> int:
+async def _migrate(session: CommandSession) -> int:
     options = session.options
     async with session.connect() as source:
         with _progress(session.output) as progress:
@@ -79,7 +79,7 @@ async def _migrate(session: Session) -> int:
     return 0
 
 
-async def _begin(session: Session) -> int:
+async def _begin(session: CommandSession) -> int:
     options = session.options
     async with session.connect() as source, waiting(session.output, "waiting for pending unplugs", options.wait):
         cookie = await source.migration.begin(
@@ -98,7 +98,7 @@ async def _begin(session: Session) -> int:
     return 0
 
 
-async def _prepare(session: Session) -> int:
+async def _prepare(session: CommandSession) -> int:
     options = session.options
     cookie = app.load_cookie(options.cookie)
     async with waiting(session.output, "preparing the destination"):
@@ -108,7 +108,7 @@ async def _prepare(session: Session) -> int:
     return 0
 
 
-async def _perform(session: Session) -> int:
+async def _perform(session: CommandSession) -> int:
     options = session.options
     cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
     async with session.connect() as source:
@@ -133,7 +133,7 @@ async def _perform(session: Session) -> int:
     return 0
 
 
-async def _finish(session: Session) -> int:
+async def _finish(session: CommandSession) -> int:
     options = session.options
     cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
     state, runs = await app.migrate_finish(options.dest, cookie, force=options.force)
@@ -143,13 +143,13 @@ async def _finish(session: Session) -> int:
     return 0
 
 
-async def _cancel(session: Session) -> int:
+async def _cancel(session: CommandSession) -> int:
     done = await app.migrate_cancel(session.connect(), force=session.options.force)
     session.show({"outcome": "applied", "changed": True, "message": done}, [f"{session.options.domain}: {done}"])
     return 0
 
 
-async def _save(session: Session) -> int:
+async def _save(session: CommandSession) -> int:
     options = session.options
     async with session.connect() as source:
         with _progress(session.output) as progress:
@@ -167,7 +167,7 @@ async def _save(session: Session) -> int:
     return 0
 
 
-async def _restore(session: Session) -> int:
+async def _restore(session: CommandSession) -> int:
     options = session.options
     async with waiting(session.output, "restoring"):
         done = await saving.restore(options.file, _where(options))
@@ -178,7 +178,7 @@ async def _restore(session: Session) -> int:
     return 0
 
 
-COMMANDS: Final[dict[str, Callable[[Session], Awaitable[int]]]] = {
+COMMANDS: Final[dict[str, Callable[[CommandSession], Awaitable[int]]]] = {
     "migrate": _migrate,
     "migrate-begin": _begin,
     "migrate-prepare": _prepare,

@@ -92,9 +92,9 @@ class _Interrupted(Exception):
 def _run_async(options: argparse.Namespace, output: Output, signals: Signals) -> int:
     import asyncio
 
-    from qmpvcpu.cli.commands import Session, command
+    from qmpvcpu.cli.commands import CommandSession, command
 
-    session = Session(options, output, lambda: signals.number is not None)
+    session = CommandSession(options, output, lambda: signals.number is not None)
 
     async def body() -> int:
         loop = asyncio.get_running_loop()

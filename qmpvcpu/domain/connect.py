@@ -10,7 +10,7 @@ from typing import Any, Literal
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.domain.backends.qmp import QmpBackend
 from qmpvcpu.domain.domain import Domain
-from qmpvcpu.domain.resolve import locate
+from qmpvcpu.domain.resolve import resolve
 from qmpvcpu.errors import VcpuUsageError
 
 #: Seconds that a socket may take to greet where it hardly matters, and where the guest runs.
@@ -81,7 +81,7 @@ def connect(
         return Domain(libvirt, libvirt.unreached())
     if via != "api":
         raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI (uri=)")
-    place = locate(domain, qmp, agent, xml)
+    place = resolve(domain, qmp, agent, xml)
     if watch:
         place = replace(place, qmp=place.qmp[::-1])
     patience = _CONNECT_SECONDS if connect_timeout is None else connect_timeout

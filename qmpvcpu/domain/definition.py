@@ -32,7 +32,7 @@ class _Version:
     definition: Definition
 
 
-class Persistent:
+class DefinitionHandle:
     """The definition of one domain."""
 
     def __init__(self, store: DefinitionStore, runs: Runs = asyncio.to_thread) -> None:

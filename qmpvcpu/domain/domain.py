@@ -29,12 +29,12 @@ from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.domain import migration as migrating
 from qmpvcpu.domain.backends.backend import Backend
 from qmpvcpu.domain.dump import DescribedXml, check_dump
-from qmpvcpu.domain.event_bus import Events, Hub
+from qmpvcpu.domain.event_bus import EventBus, Events
 from qmpvcpu.domain.interrupted import Interrupted, left_by
 from qmpvcpu.domain.pin import check_pin
 from qmpvcpu.domain.placement import place_all
 from qmpvcpu.domain.reached import Reached
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.saves import paused_guest
@@ -102,9 +102,9 @@ class Domain:
         self._backend = backend
         self._reached = reached
         self._loop: asyncio.AbstractEventLoop | None = None
-        self._last: Link | None = None
+        self._last: Session | None = None
         self._shown: DomainState | None = None
-        self._hub = Hub()
+        self._bus = EventBus()
         self._queue = asyncio.Lock()
         self._interrupted: Interrupted | None = None
         #: Whether a call that was to connect again was cancelled in the middle.
@@ -114,7 +114,7 @@ class Domain:
 
     def __repr__(self) -> str:
         reached = self._reached
-        state = "connected" if reached.link is not None else "inactive" if reached.is_inactive else "closed"
+        state = "connected" if reached.session is not None else "inactive" if reached.is_inactive else "closed"
         return f"<Domain {self.name!r} {state}>"
 
     async def __aenter__(self) -> Domain:
@@ -133,7 +133,7 @@ class Domain:
         self._check_loop()
         self._is_broken_off = False
         self._leaves += 1
-        self._hub.end(None)
+        self._bus.end(None)
         await aio.finish(self._close())
 
     @asynccontextmanager
@@ -176,7 +176,7 @@ class Domain:
             yield self._reached
 
     @asynccontextmanager
-    async def _session(self) -> AsyncIterator[Link]:
+    async def _alone(self) -> AsyncIterator[Session]:
         """`_call`, with the open connection."""
         async with self._call():
             yield self._reached.connected()
@@ -226,7 +226,7 @@ class Domain:
     @property
     def is_active(self) -> bool:
         """Whether the guest runs, as far as this connection knows."""
-        return self._reached.link is not None or self._reached.busy is not None
+        return self._reached.session is not None or self._reached.busy is not None
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -304,7 +304,7 @@ class Domain:
 
         async with self._turn() as reached:
             live, _ = reached.sides(_flags_of(options))
-            if reached.definition is not None and not (live and reached.link is not None):
+            if reached.definition is not None and not (live and reached.session is not None):
                 maximum = reached.definition.definition().maxcpus
             else:
                 maximum = reached.connected().state.maxcpus
@@ -361,8 +361,8 @@ class Domain:
             VcpuConnectionError: QEMU is lost.
         """
         async with self._turn() as reached:
-            link = reached.connected()
-            return await migrating.read_picture(link.monitor, link.process)
+            session = reached.connected()
+            return await migrating.read_picture(session.monitor, session.process)
 
     async def guest_vcpus(self) -> GuestView:
         """The guest's own CPUs, and which vCPU each one is.
@@ -393,7 +393,7 @@ class Domain:
             VcpuFailed: the kernel declines; the others are placed.
         """
         async with self._turn() as reached:
-            link = reached.connected()
+            session = reached.connected()
             if xml is not None:
                 from qmpvcpu.xml.document import read_domain
 
@@ -402,7 +402,7 @@ class Domain:
                 definition = reached.definition.definition()
             else:
                 raise catalogue.NO_DEFINITION.error()
-            return place_all(link.threads, definition, await link.read())
+            return place_all(session.threads, definition, await session.read())
 
     @checked
     async def pin(
@@ -464,13 +464,13 @@ class Domain:
 
     def plugs_left(self) -> list[str]:
         """How many plugs this QEMU can take before it aborts, as one text; none where they do not run out."""
-        link = self._reached.link
-        return plugs_left(link.state, link.knowledge()) if link is not None else []
+        session = self._reached.session
+        return plugs_left(session.state, session.knowledge()) if session is not None else []
 
     @property
     def run_state(self) -> str | None:
         """QEMU's RunState ("running", "paused", "prelaunch" …) when it was asked last; None if not known."""
-        return self._reached.link.seen_run_state if self._reached.link is not None else None
+        return self._reached.session.seen_run_state if self._reached.session is not None else None
 
     @checked
     def events(self, *, steps: bool = False, limit: int = 1000) -> Events:
@@ -490,7 +490,7 @@ class Domain:
         if limit < 1:
             raise VcpuUsageError(f"a limit of {limit} events makes no sense", hint="give 1 or more")
         return Events(
-            self._hub, lambda: self._reached.connected().check(), self._check_loop, steps=steps, limit=limit
+            self._bus, lambda: self._reached.connected().check(), self._check_loop, steps=steps, limit=limit
         )
 
     @property
@@ -502,17 +502,19 @@ class Domain:
         """
         if self._shown is not None:
             return self._shown
-        link = self._reached.link or self._last
-        return link.state if link is not None else self._reached.connected().state
+        session = self._reached.session or self._last
+        return session.state if session is not None else self._reached.connected().state
 
     @property
     def pending_ids(self) -> tuple[int, ...]:
         """vCPU ids whose unplug was asked and has not ended, as far as is known."""
-        link = self._reached.link or self._last
-        if link is None:
+        session = self._reached.session or self._last
+        if session is None:
             return ()
-        entities = link.state.by_id
-        return tuple(sorted(n for first in link.ledger.firsts if first in entities for n in entities[first].ids))
+        entities = session.state.by_id
+        return tuple(
+            sorted(n for first in session.pending_unplugs.firsts if first in entities for n in entities[first].ids)
+        )
 
     @property
     def interrupted(self) -> Interrupted | None:
@@ -526,7 +528,7 @@ class Domain:
     @property
     def settled(self) -> tuple[Event, ...]:
         """What had ended while nobody listened, as found when this connection was made."""
-        return self._reached.link.settled if self._reached.link is not None else ()
+        return self._reached.session.settled if self._reached.session is not None else ()
 
     # -- plans: what would be done, and every reason why not; nothing is touched --------------------
 
@@ -575,7 +577,7 @@ class Domain:
         """Takes the guest to another QEMU, or into a file and back. Each `migrate_…` below is one of its calls."""
         return migrating.Migration(
             migrating.Access(
-                session=self._session,
+                connected=self._alone,
                 agent=lambda: self._reached.guest,
                 definition=lambda: self._reached.definition,
                 describe=lambda state: self._reached.describe(state),
@@ -702,20 +704,20 @@ class Domain:
     # -- inside -----------------------------------------------------------------------------------
 
     async def _connect(self) -> None:
-        self._reached = await self._backend.reach(self._hub, self._queue, self._last)
+        self._reached = await self._backend.reach(self._bus, self._queue, self._last)
         self._is_broken_off = False
-        link = self._reached.link
-        if link is None:
+        session = self._reached.session
+        if session is None:
             return
         try:
-            paused = paused_guest(link.process)
+            paused = paused_guest(session.process)
             if paused is not None and paused.is_left:
-                await self.migration.recover(link, paused)
+                await self.migration.recover(session, paused)
         except BaseException:
             await aio.finish(self._close())
             raise
 
-    async def _reconnect(self) -> Link:
+    async def _reconnect(self) -> Session:
         await aio.finish(self._close())
         await self._connect()
         return self._reached.connected()
@@ -734,12 +736,12 @@ class Domain:
     async def _close(self) -> None:
         reached, self._reached = self._reached, self._backend.closed(self._reached)
         try:
-            if reached.link is not None:
-                self._last = reached.link
-                await reached.link.close()
+            if reached.session is not None:
+                self._last = reached.session
+                await reached.session.close()
         finally:
             try:
-                # Only now: the link's watcher asks the agent too, and would open its socket again.
+                # Only now: the session's watcher asks the agent too, and would open its socket again.
                 if reached.guest is not None:
                     await reached.guest.close()
             finally:

@@ -12,7 +12,7 @@ from qmpvcpu.core.model import Event
 from qmpvcpu.core.state.inventory import InconsistentReplies
 from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuOverflow
 
-__all__ = ["Events", "Hub", "Watcher"]
+__all__ = ["Events", "EventBus", "Watcher"]
 
 #: QEMU has no event for a plug, and on x86 under TCG none for the end of an unplug: seconds between two looks.
 _LOOK_EVERY: Final = 1.0
@@ -20,7 +20,7 @@ _LOOK_EVERY: Final = 1.0
 _PATIENCE: Final = 6
 
 
-class Hub:
+class EventBus:
     """Hands events to all subscriptions of one domain."""
 
     def __init__(self) -> None:
@@ -66,14 +66,14 @@ class Events:
 
     def __init__(
         self,
-        hub: Hub,
+        bus: EventBus,
         check: Callable[[], None],
         check_loop: Callable[[], None],
         *,
         steps: bool,
         limit: int,
     ) -> None:
-        self._hub = hub
+        self._bus = bus
         self._check = check
         self._check_loop = check_loop
         self._steps = steps
@@ -86,7 +86,7 @@ class Events:
     async def __aenter__(self) -> Events:
         self._check_loop()
         self._check()
-        self._hub.add(self)
+        self._bus.add(self)
         return self
 
     async def __aexit__(
@@ -112,7 +112,7 @@ class Events:
         return self._waiting.popleft()
 
     def put(self, event: Event) -> None:
-        """Called by the hub."""
+        """Called by the bus."""
         if self._ended or (event.event.is_step and not self._steps):
             return
         if len(self._waiting) >= self._limit:
@@ -127,10 +127,10 @@ class Events:
         self._wake()
 
     def end(self, error: VcpuError | None) -> None:
-        """Called by the hub: nothing more comes."""
+        """Called by the bus: nothing more comes."""
         if not self._ended:
             self._ended, self._error = True, error
-            self._hub.remove(self)
+            self._bus.remove(self)
             self._wake()
 
     def _wake(self) -> None:

@@ -19,7 +19,7 @@ from qmpvcpu.domain.drive import Drive
 from qmpvcpu.domain.interrupted import Interrupted, leaves, leaving
 from qmpvcpu.domain.planned import Planned
 from qmpvcpu.domain.reader import lacks_acpi, run_state
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import VcpuConnectionError
 
 logger = logging.getLogger("qmpvcpu.domain.hotplug")
@@ -30,13 +30,13 @@ _NO_ACPI: Final = "this machine has no ACPI (acpi=off): only firmware that drive
 class Hotplug:
     """The part of one request that QEMU does."""
 
-    def __init__(self, link: Link, planned: Planned, timeout: float) -> None:
-        self._link = link
+    def __init__(self, session: Session, planned: Planned, timeout: float) -> None:
+        self._session = session
         self._planned = planned
         plan, state = planned.plan, planned.state
-        self._moves = Moves(plan.plugs, plan.unplugs, plan.awaited, link.ledger.firsts)
+        self._moves = Moves(plan.plugs, plan.unplugs, plan.awaited, session.pending_unplugs.firsts)
         #: When the unplugs that are awaited were requested, where that is known.
-        self._since = {entity.first: link.ledger.asked(entity.first) for entity in plan.awaited}
+        self._since = {entity.first: session.pending_unplugs.asked(entity.first) for entity in plan.awaited}
         terms = Terms(
             timeout,
             wait=plan.request.wait,
@@ -44,7 +44,7 @@ class Hotplug:
             retries=plan.request.retry,
             reset_drops_unplug=architecture(state.arch).reset_drops_unplug,
         )
-        self._drive = Drive(Transaction(self._moves, terms), link.monitor, self._look, link.ask)
+        self._drive = Drive(Transaction(self._moves, terms), session.monitor, self._look, session.ask)
 
     @property
     def plugs(self) -> frozenset[int]:
@@ -79,49 +79,49 @@ class Hotplug:
         failure = await wind_up(self._driven(self._drive.take_back))
         if isinstance(failure, Exception):
             logger.warning("cancelled, and vCPU %s stays plugged: %s", format_ids(ids), failure)
-        self._link.drop_groups(ids)
-        vcpus = self._link.state.vcpus
+        self._session.drop_groups(ids)
+        vcpus = self._session.state.vcpus
         return Interrupted(changed_ids=tuple(n for n in ids if vcpus[n].enabled and not vcpus[n].pending))
 
     async def _driven(self, drive: Callable[[], Coroutine[Any, Any, None]]) -> None:
         """While it is in flight, it alone decides what becomes of its entities."""
-        link = self._link
-        link.driven = frozenset(entity.first for entity in self._moves.entities)
+        session = self._session
+        session.in_flight = frozenset(entity.first for entity in self._moves.entities)
         try:
             await drive()
         finally:
-            link.driven = frozenset()
+            session.in_flight = frozenset()
             self._remember(self._drive.result)
 
     def _remember(self, result: Result) -> None:
         """What the next call, and the next process, must know of unplugs that have not ended."""
-        link = self._link
-        pending = link.ledger.firsts
+        session = self._session
+        pending = session.pending_unplugs.firsts
         if open_still := [entity for entity in result.still_asked if entity.first not in pending]:
-            link.ledger.ask(open_still, link.state, time.time())
-        link.ledger.end(result.gone, gone=True)
-        link.ledger.end(result.finished)
+            session.pending_unplugs.ask(open_still, session.state, time.time())
+        session.pending_unplugs.end(result.gone, gone=True)
+        session.pending_unplugs.end(result.finished)
         # What is pending for a cancelled call may have gone at its last look.
-        link.ledger.settle(link.state)
-        link.watch()
+        session.pending_unplugs.settle(session.state)
+        session.watch()
 
     async def _look(self, *, is_last: bool, resent: Callable[[], object], declined: Collection[int]) -> Snapshot:
-        link, planned, known = self._link, self._planned, self._planned.known
+        session, planned, known = self._session, self._planned, self._planned.known
         request = planned.plan.request
-        now = await link.look(is_last=is_last, anew=resent, declined=declined)
+        now = await session.look(is_last=is_last, anew=resent, declined=declined)
         restore_forbidden = None
         if request.atomic and not request.force:
             gone = [now.by_id[e.first] for e in self._moves.unplugs if not now.by_id[e.first].plugged]
-            knows = link.knowledge(known.x2apic, known.firmware_runs)
+            knows = session.knowledge(known.x2apic, known.firmware_runs)
             restore_forbidden = hotplug.restore_forbidden(now, gone, knows)
         return Snapshot.of(now, planned.state, self._moves, hotplug.undo_forbidden(now, known), restore_forbidden)
 
     async def _why_pending(self, result: Result) -> tuple[str | None, list[str]]:
         """Of unplugs that are pending: the run state of a guest that is stopped, and what else is to be said."""
-        link = self._link
+        session = self._session
         if not result.pending:
             return None, []
-        status = await run_state(link.monitor)
+        status = await run_state(session.monitor)
         notes = []
         if earlier := [self._since[first] for first in self._since if first in result.pending]:
             known = [asked for asked in earlier if asked is not None]
@@ -130,9 +130,9 @@ class Hotplug:
                 f"the unplug was asked{when} and its end was not seen: if the guest refused it, or was reset,"
                 " while nobody listened, only asking again settles it (--disable)"
             )
-        if link.ledger.trouble is not None:
-            notes.append(f"only this process knows that it is pending: {link.ledger.trouble}")
-        if architecture(self._planned.state.arch).has_apic and await lacks_acpi(link.monitor):
+        if session.pending_unplugs.trouble is not None:
+            notes.append(f"only this process knows that it is pending: {session.pending_unplugs.trouble}")
+        if architecture(self._planned.state.arch).has_apic and await lacks_acpi(session.monitor):
             notes.append(_NO_ACPI)
         return (None if status in (None, "running") else status), notes
 

@@ -17,7 +17,7 @@ from qmpvcpu.core.rules.agent import check_guest
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.interrupted import Interrupted, leaves, leaving
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuRejected
 from qmpvcpu.flags import VcpuFlag
 
@@ -30,11 +30,13 @@ _ASSUMED: Final = (
 )
 
 
-async def switch_planned(link: Link, guest: Guest, plan: Plan, view: GuestView | None, report: Report) -> None:
+async def switch_planned(
+    session: Session, guest: Guest, plan: Plan, view: GuestView | None, report: Report
+) -> None:
     """Take online and offline what the plan says, and offline what the guest refused to let go.
 
     Args:
-        link: the open connection.
+        session: the open connection.
         guest: the agent.
         plan: of the request; its hotplug is done.
         view: the guest's CPUs, as they were planned on.
@@ -44,9 +46,9 @@ async def switch_planned(link: Link, guest: Guest, plan: Plan, view: GuestView |
     rejected = report.trouble if isinstance(report.trouble, VcpuRejected) else None
     if rejected is not None and plan.request.fallback and not report.undone:
         # The guest kept what it was asked to let go; perhaps it takes it offline.
-        kept = [number for first in rejected.reasons for number in link.state.by_id[first].ids]
-        view = await guest.try_view(link.state)
-        if view is not None and not check_guest(link.state, [*kept, *offlines], view, online=False):
+        kept = [number for first in rejected.reasons for number in session.state.by_id[first].ids]
+        view = await guest.try_view(session.state)
+        if view is not None and not check_guest(session.state, [*kept, *offlines], view, online=False):
             offlines = sorted({*offlines, *kept})
             report.tries_the_agent()
     if report.has_failed():
@@ -54,8 +56,8 @@ async def switch_planned(link: Link, guest: Guest, plan: Plan, view: GuestView |
             report.messages.append(f"not tried after that: vCPU {format_ids(ids)} in the guest")
         return
     before = set(report.changed)
-    await _switch(link, guest, view, plan.onlines, report, online=True)
-    await _switch(link, guest, view, offlines, report, online=False)
+    await _switch(session, guest, view, plan.onlines, report, online=True)
+    await _switch(session, guest, view, offlines, report, online=False)
     if report.has_failed():
         is_known = not isinstance(report.trouble, VcpuConnectionError) and report.changed == before
         if rejected is not None and is_known:
@@ -68,7 +70,7 @@ async def switch_planned(link: Link, guest: Guest, plan: Plan, view: GuestView |
 
 
 async def _switch(
-    link: Link, guest: Guest, view: GuestView | None, ids: Sequence[int], report: Report, *, online: bool
+    session: Session, guest: Guest, view: GuestView | None, ids: Sequence[int], report: Report, *, online: bool
 ) -> None:
     """Take these online or offline in the guest, unless the request has failed."""
     if not ids or report.has_failed():
@@ -80,15 +82,15 @@ async def _switch(
         report.agent_failed(ids, error)
         return
     except asyncio.CancelledError as error:
-        raise leaving(error, await _half_switched(link, guest, view, ids)) from error
+        raise leaving(error, await _half_switched(session, guest, view, ids)) from error
     if view.assumed:
         report.messages.append(_ASSUMED)
     report.switched(run)
     with leaves(lambda: Interrupted(changed_ids=run.changed)):
-        report.view = await guest.try_view(link.state) or report.view
+        report.view = await guest.try_view(session.state) or report.view
 
 
-async def _half_switched(link: Link, guest: Guest, view: GuestView, ids: Sequence[int]) -> Interrupted:
+async def _half_switched(session: Session, guest: Guest, view: GuestView, ids: Sequence[int]) -> Interrupted:
     """Cancelled while the agent switched these: what the guest says of them now, compared with `view`. If it says
     nothing in time, or at a second cancel, they are unsure.
     """
@@ -97,7 +99,7 @@ async def _half_switched(link: Link, guest: Guest, view: GuestView, ids: Sequenc
     async def look() -> None:
         nonlocal found
         async with asyncio.timeout(UNDO_SECONDS):
-            now = await guest.view(link.state)
+            now = await guest.view(session.state)
         changed = tuple(number for number in ids if now.online(number) is not view.online(number))
         found = Interrupted(changed_ids=changed)
 
@@ -108,7 +110,7 @@ async def _half_switched(link: Link, guest: Guest, view: GuestView, ids: Sequenc
 
 
 async def until_online(
-    link: Link,
+    session: Session,
     guest: Guest,
     plugged: Collection[int],
     seconds: float,
@@ -118,20 +120,20 @@ async def until_online(
     """Wait until the guest runs on what was plugged: enabled is what the guest can run on.
 
     Args:
-        link: the open connection.
+        session: the open connection.
         guest: the agent.
         plugged: vCPU ids that the request has plugged, and that may have gone since.
         seconds: what is left for it.
         before: the guest before the plug, where only that tells which CPUs have come.
         report: what it leads to is added to it.
     """
-    fresh = sorted(n for n in plugged if n not in report.pending and link.state.vcpus[n].enabled)
+    fresh = sorted(n for n in plugged if n not in report.pending and session.state.vcpus[n].enabled)
     if not fresh:
         return
     trouble: VcpuError | None = guest.trouble if guest.is_silent else None
     if trouble is None:
         try:
-            arrival = await guest.await_online(link.state, fresh, seconds, before)
+            arrival = await guest.await_online(session.state, fresh, seconds, before)
         except VcpuError as error:
             trouble = error
     if trouble is not None:

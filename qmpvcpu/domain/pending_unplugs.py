@@ -10,10 +10,10 @@ from qmpvcpu.core.model import DomainState, Entity
 from qmpvcpu.core.state.pending import PendingUnplug, UsedContexts, is_open, unplug_of
 from qmpvcpu.host.pending_files import PendingFolder
 
-__all__ = ["Ledger"]
+__all__ = ["PendingUnplugs"]
 
 
-class Ledger:
+class PendingUnplugs:
     """What was asked and has not ended, by first vCPU id.
 
     `store` is None where the guest's process is not known on this host; `trouble` says why the next process would
@@ -64,7 +64,7 @@ class Ledger:
         if ids and self._store is not None and (gone := self._store.gone()) and not gone.isdisjoint(ids):
             self._store.note_gone(gone.difference(ids))
 
-    def take_over(self, other: Ledger) -> None:
+    def take_over(self, other: PendingUnplugs) -> None:
         """What an earlier connection to the same process knew."""
         self._unplugs.update(other._unplugs)
         self._stored |= other._stored

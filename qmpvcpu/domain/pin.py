@@ -9,8 +9,8 @@ from qmpvcpu.core.engine.report import Report
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.request import Request, parse_ids
 from qmpvcpu.core.rules.placement import Placement, check_thread, check_thread_cpus, with_threads
-from qmpvcpu.domain.definition import Persistent, follow
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.definition import DefinitionHandle, follow
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import (
     Refusal,
     VcpuConnectionError,
@@ -51,8 +51,8 @@ def _host_cpus(cpus: str | Iterable[int]) -> tuple[int, ...]:
 
 
 async def change_pin(
-    link: Link | None,
-    definition: Persistent | None,
+    session: Session | None,
+    definition: DefinitionHandle | None,
     vcpu_id: int,
     cpus: tuple[int, ...] | None,
     preconditions: Sequence[Refusal] = (),
@@ -60,7 +60,7 @@ async def change_pin(
     """Pin a vCPU, or let it go everywhere; both sides are checked before either is touched.
 
     Args:
-        link: the running guest, if that is asked.
+        session: the running guest, if that is asked.
         definition: the definition, if that is asked.
         vcpu_id: of the vCPU.
         cpus: host CPUs, ascending; None for all.
@@ -75,9 +75,9 @@ async def change_pin(
     report = Report((vcpu_id,))
     config = definition.plan_pin(vcpu_id, cpus) if definition is not None else None
     refusals = [*preconditions, *(config.plan.refusals if config is not None else ())]
-    state = await link.read() if link is not None else None
-    if link is not None and state is not None:
-        refusals += [one for one in _against(link, state, vcpu_id, cpus) if one not in refusals]
+    state = await session.read() if session is not None else None
+    if session is not None and state is not None:
+        refusals += [one for one in _against(session, state, vcpu_id, cpus) if one not in refusals]
     if refusals:
         raise VcpuRefused(refusals, ids=report.ids)
     try:
@@ -86,8 +86,8 @@ async def change_pin(
                 await config.stage()
             except OSError as error:
                 raise VcpuRefused([not_written(config.place, error)], ids=report.ids) from error
-        if link is not None and state is not None:
-            state, is_other = _pin(link, state, vcpu_id, cpus)
+        if session is not None and state is not None:
+            state, is_other = _pin(session, state, vcpu_id, cpus)
             report.changed |= {vcpu_id} if is_other else set()
         if config is None:
             report.defined((), (), written=False)
@@ -99,21 +99,23 @@ async def change_pin(
             config.discard()
 
 
-def _against(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> list[Refusal]:
+def _against(session: Session, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> list[Refusal]:
     if found := check_thread(state, vcpu_id):
         return found
     wanted = Placement(cpus if cpus is not None else ())
-    facts = link.threads.facts((wanted,)) if link.threads is not None else None
+    facts = session.threads.facts((wanted,)) if session.threads is not None else None
     return check_thread_cpus(vcpu_id, wanted, facts)
 
 
-def _pin(link: Link, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> tuple[DomainState, bool]:
+def _pin(
+    session: Session, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None
+) -> tuple[DomainState, bool]:
     """The state afterwards, and whether anything is different."""
-    threads, thread_id = link.threads, state.vcpus[vcpu_id].thread_id
+    threads, thread_id = session.threads, state.vcpus[vcpu_id].thread_id
     before = threads.look([thread_id]).get(thread_id) if threads is not None and thread_id is not None else None
     if threads is None or thread_id is None or before is None:
-        if link.process is not None and not is_alive(link.process.key):
-            text = f"QEMU (process {link.process.pid}) has exited"
+        if session.process is not None and not is_alive(session.process.key):
+            text = f"QEMU (process {session.process.pid}) has exited"
             raise VcpuConnectionError(text, reason="closed", hint="look at its log")
         raise VcpuFailed(f"vCPU {vcpu_id} has no thread any more", hint="look again: vcpuinfo", ids=(vcpu_id,))
     placement = Placement(cpus if cpus is not None else ())

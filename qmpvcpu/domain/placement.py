@@ -28,10 +28,10 @@ from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.cgroup.widen import Widened
 
-__all__ = ["Placing", "check_start", "place_all"]
+__all__ = ["ThreadPlacement", "check_start", "place_all"]
 
 
-class Placing:
+class ThreadPlacement:
     """Where vCPUs run, for one change of the running guest: `check`, `prepare`, then `room` around the plug,
     `place`.
     """

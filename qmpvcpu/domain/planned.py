@@ -13,7 +13,7 @@ from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.reader import firmware_runs, has_x2apic
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.flags import VcpuFlag
 
 
@@ -35,11 +35,11 @@ class Planned:
     is_cached: bool = False
 
 
-async def read_and_plan(link: Link, request: Request, guest: Guest | None, *, config: bool) -> Planned:
+async def read_and_plan(session: Session, request: Request, guest: Guest | None, *, config: bool) -> Planned:
     """Read as much as the request needs, and plan on it.
 
     Args:
-        link: the open connection.
+        session: the open connection.
         request: what is asked.
         guest: its agent, where one is known.
         config: whether the definition follows.
@@ -47,63 +47,65 @@ async def read_and_plan(link: Link, request: Request, guest: Guest | None, *, co
     Raises:
         VcpuConnectionError, VcpuRefused: only the agent could do it, and it does not answer or is not allowed to.
     """
-    link.learn()
-    found = await _without_claim(link, request, guest, config=config)
+    session.learn()
+    found = await _without_claim(session, request, guest, config=config)
     if found is not None:
         return found
-    state, migrating = await link.read_at_rest()
-    plan, known = await plan_on(link, state, request, guest)
+    state, migrating = await session.read_and_check_migration()
+    plan, known = await plan_on(session, state, request, guest)
     return Planned(plan.refused(migrating), state, known)
 
 
-async def _without_claim(link: Link, request: Request, guest: Guest | None, *, config: bool) -> Planned | None:
+async def _without_claim(
+    session: Session, request: Request, guest: Guest | None, *, config: bool
+) -> Planned | None:
     """A plan that needs no more than the vCPUs, if this request has one.
 
     While the guest is being migrated QEMU itself declines: so what is certainly to be done, and QEMU's alone,
     needs no more. A claim needs everything afresh.
     """
-    if link.stale or link.may_be_away or request.listed or request.has(VcpuFlag.GUEST):
+    if session.stale or session.may_be_migrating or request.listed or request.has(VcpuFlag.GUEST):
         return None
-    asked = guest if decides(link.state, Fact.FIRMWARE) else None
-    state, is_cached = link.state, _may_rest_on_cached(link, request, atomic=config or request.atomic)
+    asked = guest if decides(session.state, Fact.FIRMWARE) else None
+    state, is_cached = session.state, _may_rest_on_cached(session, request, atomic=config or request.atomic)
     if is_cached:
-        plan, known = await plan_on(link, state, request, asked)
+        plan, known = await plan_on(session, state, request, asked)
         is_cached = request.total is None or not plan.plugs
     if not is_cached:
-        state = await link.look()
-        plan, known = await plan_on(link, state, request, asked)
+        state = await session.look()
+        plan, known = await plan_on(session, state, request, asked)
     has_claim = plan.refusals or plan.unchanged or plan.awaited or (guest is not None and plan.asks_guest)
     if has_claim or not (plan.plugs or plan.unplugs):
         return None
     return Planned(plan, state, known, is_certain=True, is_cached=is_cached)
 
 
-def _may_rest_on_cached(link: Link, request: Request, *, atomic: bool) -> bool:
+def _may_rest_on_cached(session: Session, request: Request, *, atomic: bool) -> bool:
     """Whether the cached state is enough for a plan: what happened to it unheard cannot make that wrong.
 
     Unheard are plugs by other clients, and unplugs too under TCG (the last DEVICE_DELETED never comes on x86) and
     through libvirt. QEMU itself declines what is there already. Of a count, whether it was reached is seen
     afterwards.
     """
-    if request.has(VcpuFlag.NUMA_NODE) or link.ledger.firsts:
+    if request.has(VcpuFlag.NUMA_NODE) or session.pending_unplugs.firsts:
         return False
     if request.enable:
         return True
-    hears_unplugs = link.monitor.hears_all and link.state.accel == "kvm"
+    hears_unplugs = session.monitor.hears_all and session.state.accel == "kvm"
     return hears_unplugs and not (request.total is not None and atomic)
 
 
 async def plan_on(
-    link: Link, state: DomainState, request: Request, guest: Guest | None = None
+    session: Session, state: DomainState, request: Request, guest: Guest | None = None
 ) -> tuple[Plan, Knowledge]:
     """Plan, and ask QEMU and the guest what only some plans need to know.
 
     Raises:
         VcpuConnectionError, VcpuRefused: only the agent could do it, and it does not answer or is not allowed to.
     """
-    known = link.knowledge()
+    known = session.knowledge()
     plan = make_plan(state, request, known)
-    asked = await _asked_of_qemu(link, state, plan, guest, known)
+    asked = await _asked_of_qemu(session, state, plan, guest, known)
     if asked.smm or asked.legacy_hotplug:
         plan = make_plan(state, request, asked)
     view = await _asked_of_guest(guest, state, plan)
@@ -114,21 +116,21 @@ async def plan_on(
 
 
 async def _asked_of_qemu(
-    link: Link, state: DomainState, plan: Plan, guest: Guest | None, known: Knowledge
+    session: Session, state: DomainState, plan: Plan, guest: Guest | None, known: Knowledge
 ) -> Knowledge:
     moved = [*plan.awaited, *plan.plugs]
     if hotplug.needs_x2apic(state, moved):
-        known = replace(known, x2apic=await has_x2apic(link.monitor, state))
+        known = replace(known, x2apic=await has_x2apic(session.monitor, state))
     # An undo unplugs too.
     if decides(state, Fact.FIRMWARE) and (moved or plan.unplugs):
-        runs = await firmware_runs(link.monitor)
+        runs = await firmware_runs(session.monitor)
         if runs is None and guest is not None and await guest.try_view(state) is not None:
             runs = False
         known = replace(known, firmware_runs=runs)
     if moved and decides(state, Fact.SMM):
-        known = replace(known, smm=await link.smm_has_run())
+        known = replace(known, smm=await session.smm_has_run())
     if plan.unplugs and decides(state, Fact.LEGACY_HOTPLUG):
-        known = replace(known, legacy_hotplug=await link.is_hotplug_legacy())
+        known = replace(known, legacy_hotplug=await session.is_hotplug_legacy())
     return known
 
 

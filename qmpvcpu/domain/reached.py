@@ -19,13 +19,13 @@ from qmpvcpu.core.rules.request import check_request, check_sides
 from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.core.state.guest_view import GuestView, with_online
 from qmpvcpu.domain.agent import Guest
-from qmpvcpu.domain.definition import Persistent
+from qmpvcpu.domain.definition import DefinitionHandle
 from qmpvcpu.domain.dump import DescribedXml, describe, dump
 from qmpvcpu.domain.pin import change_pin
-from qmpvcpu.domain.placement import Placing
+from qmpvcpu.domain.placement import ThreadPlacement
 from qmpvcpu.domain.planned import plan_on
 from qmpvcpu.domain.run import Scope, run, run_on_definition, with_config
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 
@@ -36,7 +36,7 @@ class Reached:
 
     Attributes:
         name: as the user has it.
-        link: the connection to the running guest.
+        session: the connection to the running guest.
         guest: its agent.
         definition: its definition.
         is_inactive: it does not run.
@@ -46,33 +46,33 @@ class Reached:
     """
 
     name: str
-    link: Link | None = None
+    session: Session | None = None
     guest: Guest | None = None
-    definition: Persistent | None = None
+    definition: DefinitionHandle | None = None
     is_inactive: bool = False
     busy: VcpuConnectionError | None = None
     addresses: tuple[str, ...] = ()
     agent_address: str | None = None
 
-    def connected(self) -> Link:
+    def connected(self) -> Session:
         """The connection.
 
         Raises:
             VcpuRefused: the domain does not run.
             VcpuConnectionError: there is none.
         """
-        if self.link is None and self.is_inactive:
+        if self.session is None and self.is_inactive:
             raise catalogue.INACTIVE.error(name=self.name)
         if self.busy is not None:
             raise self.busy
-        if self.link is None:
+        if self.session is None:
             raise VcpuConnectionError(
                 f"the domain '{self.name}' is not connected",
                 address=next(iter(self.addresses), None),
                 reason="closed",
                 hint="use it inside `async with connect(…)`, or await reconnect()",
             )
-        return self.link
+        return self.session
 
     def agent(self) -> Guest:
         """The guest's agent, of which `check` has said that it is known."""
@@ -97,7 +97,7 @@ class Reached:
             config=config,
             is_active=not self.is_inactive,
             has_definition=self.definition is not None,
-            has_agent=self.guest is not None or self.link is None,
+            has_agent=self.guest is not None or self.session is None,
         )
 
     def check(self, request: Request, refusals: Sequence[Refusal] = ()) -> None:
@@ -115,15 +115,15 @@ class Reached:
             from qmpvcpu.core.machine.boot_arguments import located
 
             definition = self.definition.definition()
-            is_active = self.link is not None or self.busy is not None
+            is_active = self.session is not None or self.busy is not None
             return located(definition, state_of(definition, self.name, active=is_active))
-        link = self.connected()
-        state = await link.read()
+        session = self.connected()
+        state = await session.read()
         if self.guest is not None:
             ask = self.guest.view if flags & VcpuFlag.GUEST else self.guest.try_view
             view = await ask(state)
             state = state if view is None else with_online(state, view)
-        return with_its_threads(link, state)
+        return with_its_threads(session, state)
 
     async def guest_view(self) -> GuestView:
         """The guest's own CPUs."""
@@ -134,7 +134,7 @@ class Reached:
         """The XML of the side that `flags` name."""
         self.check(Request((), flags))
         live, _ = self.sides(flags)
-        state = with_its_threads(link := self.connected(), await link.read()) if live else None
+        state = with_its_threads(session := self.connected(), await session.read()) if live else None
         if self.definition is not None:
             return dump(self.definition.read(), state, dialect, detail)
         assert state is not None
@@ -142,8 +142,8 @@ class Reached:
 
     async def describe(self, state: DomainState) -> Described:
         """What QEMU tells of the running guest."""
-        link = self.connected()
-        return await describe(link.monitor, state, link.process, self.agent_address)
+        session = self.connected()
+        return await describe(session.monitor, state, session.process, self.agent_address)
 
     async def describe_xml(self, state: DomainState) -> DescribedXml:
         """The same as a definition."""
@@ -160,7 +160,7 @@ class Reached:
         found = self.preconditions(request)
         if config and not live:
             return await run_on_definition(self.definition, request, found, self.name)
-        if found and self.link is None:
+        if found and self.session is None:
             if config and self.definition is not None:
                 # Whatever else the definition has against it.
                 found += check_request(request) or self.definition.plan(request).plan.refusals
@@ -172,9 +172,9 @@ class Reached:
         live, config = self.sides(request.flags)
         found = self.preconditions(request)
         plan = Plan(request, request.ids)
-        if live and self.link is not None:
-            state, migrating = await self.link.read_at_rest()
-            plan, _ = await plan_on(self.link, state, request, self.guest)
+        if live and self.session is not None:
+            state, migrating = await self.session.read_and_check_migration()
+            plan, _ = await plan_on(self.session, state, request, self.guest)
             scope = self._scope(request, found)
             found = list(scope.preconditions)
             if scope.placing is not None:
@@ -183,14 +183,14 @@ class Reached:
         elif not found and not config:
             self.connected()
         if config and self.definition is not None:
-            plan = with_config(plan, self.definition, live=live and self.link is not None)
+            plan = with_config(plan, self.definition, live=live and self.session is not None)
         return plan.refused(found)
 
     def _scope(
-        self, request: Request, preconditions: Sequence[Refusal], definition: Persistent | None = None
+        self, request: Request, preconditions: Sequence[Refusal], definition: DefinitionHandle | None = None
     ) -> Scope:
         """What the request may touch, with where the definition wants the threads of what is plugged."""
-        link = self.connected()
+        session = self.connected()
         found, wanted = [*preconditions], None
         if self.definition is not None and request.place and request.enables_more:
             try:
@@ -198,7 +198,7 @@ class Reached:
             except VcpuRefused as error:
                 hint = "correct it, or leave threads where the kernel puts them: --no-place (place=False)"
                 found += [replace(refusal, hint=hint) for refusal in error.refusals]
-        return Scope(link, self.guest, Placing(link.threads, wanted), definition, tuple(found))
+        return Scope(session, self.guest, ThreadPlacement(session.threads, wanted), definition, tuple(found))
 
     async def plug(self, ids: Sequence[int], place: bool) -> Outcome:
         """Plug what a destination lacks of the guest that comes."""
@@ -222,8 +222,8 @@ class Reached:
         found = self.preconditions(request)
         if (config and self.definition is None) or (live and self.is_inactive):
             raise VcpuRefused(found, ids=request.ids)
-        link = self.connected() if live else None
-        return await change_pin(link, self.definition if config else None, request.ids[0], cpus, found)
+        session = self.connected() if live else None
+        return await change_pin(session, self.definition if config else None, request.ids[0], cpus, found)
 
     def defined_agent(self) -> str | None:
         """The address of the agent's socket, as the user named it, or as the definition has it."""
@@ -235,9 +235,9 @@ class Reached:
         return None
 
 
-def with_its_threads(link: Link, state: DomainState) -> DomainState:
+def with_its_threads(session: Session, state: DomainState) -> DomainState:
     """With what the vCPUs' threads are given, where they run on this host."""
-    if link.threads is None:
+    if session.threads is None:
         return state
     ids = [vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None]
-    return with_threads(state, link.threads.look(ids))
+    return with_threads(state, session.threads.look(ids))

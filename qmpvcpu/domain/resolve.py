@@ -15,14 +15,14 @@ from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.host.definition_files import DefinitionFile, DefinitionFolder, check_name
 from qmpvcpu.host.runtime import Runtime
 
-__all__ = ["Place", "locate", "unknown_domain"]
+__all__ = ["DomainAddress", "resolve", "unknown_domain"]
 
 #: More names than this are not listed in an error.
 _MOST_NAMES: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
-class Place:
+class DomainAddress:
     """Where a domain is: the QMP addresses of the running guest, its agent's, and its definition.
 
     `is_unknown`: it was named by a name or a path under which nothing is there. `qemu_log`: where QEMU writes what
@@ -37,9 +37,9 @@ class Place:
     qemu_log: str | None = None
 
 
-def locate(
+def resolve(
     domain: str | None, qmp: str | Sequence[str] | None = None, agent: str | None = None, xml: str | None = None
-) -> Place:
+) -> DomainAddress:
     """Find a domain. With a `/` in it, `domain` is a path: a QMP socket, else an XML file. Without, it is a name
     given to `define`, else a file or an address. What is given beside it counts more.
 
@@ -52,7 +52,7 @@ def locate(
         raise VcpuUsageError(
             "no domain given", hint="connect('NAME'), connect('/path/to/qmp.sock') or connect(qmp=…)"
         )
-    place = _named(domain) if domain is not None else Place(given[0] if given else str(xml))
+    place = _named(domain) if domain is not None else DomainAddress(given[0] if given else str(xml))
     if given:
         # An agent that was found is that of the QEMU there.
         place = replace(place, qmp=given, agent=None, is_unknown=False)
@@ -63,22 +63,22 @@ def locate(
     return place
 
 
-def _named(domain: str) -> Place:
+def _named(domain: str) -> DomainAddress:
     if "/" not in domain and check_name(domain) is None:
         folder = DefinitionFolder()
         runtime = Runtime(domain)
         if runtime.pid() is not None:
             # `start` has started it, or it waits for a migration.
             file = folder.file(domain) if folder.is_defined(domain) else None
-            return Place(domain, runtime.qmp, runtime.agent, file, qemu_log=str(runtime.log))
+            return DomainAddress(domain, runtime.qmp, runtime.agent, file, qemu_log=str(runtime.log))
         if folder.is_defined(domain):
             addresses = folder.addresses(domain)
-            return Place(domain, addresses.qmp, addresses.agent, folder.file(domain))
+            return DomainAddress(domain, addresses.qmp, addresses.agent, folder.file(domain))
     if _is_file(domain):
-        return Place(domain, definition=DefinitionFile(Path(domain), keep=False))
+        return DomainAddress(domain, definition=DefinitionFile(Path(domain), keep=False))
     where = parse_address(domain)
     is_unknown = where == domain and not os.path.lexists(domain)
-    return Place(domain, (domain,), is_unknown=is_unknown)
+    return DomainAddress(domain, (domain,), is_unknown=is_unknown)
 
 
 def unknown_domain(word: str) -> VcpuConnectionError:

@@ -21,14 +21,14 @@ from qmpvcpu.core.rules.request import check_request
 from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.core.state.pending import UsedContexts
 from qmpvcpu.domain.agent import Guest
-from qmpvcpu.domain.definition import ConfigChange, Persistent, follow
+from qmpvcpu.domain.definition import ConfigChange, DefinitionHandle, follow
 from qmpvcpu.domain.hotplug import Hotplug
 from qmpvcpu.domain.in_guest import switch_planned, until_online
 from qmpvcpu.domain.interrupted import Interrupted, leaves, leaving
-from qmpvcpu.domain.placement import Placing
+from qmpvcpu.domain.placement import ThreadPlacement
 from qmpvcpu.domain.planned import Planned, plan_on, read_and_plan
 from qmpvcpu.domain.reader import run_state
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import (
     OutcomeKind,
     Refusal,
@@ -54,17 +54,17 @@ class Scope:
     """What a request on the running guest may touch.
 
     Attributes:
-        link: the open connection; its queue is held.
+        session: the open connection; its queue is held.
         guest: its agent, where one is known.
         placing: where the threads of what is plugged belong; None leaves them alone.
         definition: what follows the guest; None where the running guest alone is meant.
         preconditions: what stands against the request whatever the state.
     """
 
-    link: Link
+    session: Session
     guest: Guest | None = None
-    placing: Placing | None = None
-    definition: Persistent | None = None
+    placing: ThreadPlacement | None = None
+    definition: DefinitionHandle | None = None
     preconditions: tuple[Refusal, ...] = ()
 
 
@@ -75,7 +75,7 @@ async def run(scope: Scope, request: Request) -> Outcome:
         VcpuError: every end that is no success, but pending and requested.
     """
     began = time.monotonic()
-    planned = await read_and_plan(scope.link, request, scope.guest, config=scope.definition is not None)
+    planned = await read_and_plan(scope.session, request, scope.guest, config=scope.definition is not None)
     plan = planned.plan.refused(scope.preconditions)
     if scope.placing is not None:
         plan = scope.placing.check(plan, planned.state)
@@ -83,7 +83,7 @@ async def run(scope: Scope, request: Request) -> Outcome:
     try:
         plan = await _prepared(scope, config, plan)
         if plan.refusals:
-            await _refuse(scope.link, plan, began)
+            await _refuse(scope.session, plan, began)
         report = Report(plan.targets, plan)
         try:
             await _act(scope, replace(planned, plan=plan), report, began)
@@ -91,14 +91,14 @@ async def run(scope: Scope, request: Request) -> Outcome:
             report.failed(error)
         if config is not None:
             await follow(config, report, "vCPU {} is changed")
-        return report.end(scope.link.state, time.monotonic() - began)
+        return report.end(scope.session.state, time.monotonic() - began)
     finally:
         if config is not None:
             config.discard()
 
 
 async def run_on_definition(
-    definition: Persistent | None, request: Request, preconditions: Sequence[Refusal], name: str
+    definition: DefinitionHandle | None, request: Request, preconditions: Sequence[Refusal], name: str
 ) -> Outcome:
     """Carry out a request on the definition alone.
 
@@ -133,7 +133,7 @@ async def run_on_definition(
     return report.end(state_of(plan.new, name), time.monotonic() - began)
 
 
-def with_config(plan: Plan, definition: Persistent, *, live: bool) -> Plan:
+def with_config(plan: Plan, definition: DefinitionHandle, *, live: bool) -> Plan:
     """A plan with what it makes of the definition."""
     if live:
         config, plan = _planned(definition, plan)
@@ -147,7 +147,7 @@ def with_config(plan: Plan, definition: Persistent, *, live: bool) -> Plan:
 # -- check and prepare --------------------------------------------------------------------------------
 
 
-def _planned(definition: Persistent, plan: Plan) -> tuple[ConfigChange, Plan]:
+def _planned(definition: DefinitionHandle, plan: Plan) -> tuple[ConfigChange, Plan]:
     # A count is reached on each side by itself; ids are those that the running guest has decided on.
     ids = None if plan.request.total is not None else plan.targets
     try:
@@ -171,10 +171,10 @@ async def _prepared(scope: Scope, config: ConfigChange | None, plan: Plan) -> Pl
     return plan
 
 
-async def _refuse(link: Link, plan: Plan, began: float) -> None:
+async def _refuse(session: Session, plan: Plan, began: float) -> None:
     if any(one.code == "place" for one in plan.refusals):
         # A QEMU that has exited since it was asked has no process: that is an error of the connection.
-        await link.look()
+        await session.look()
     seconds = round(time.monotonic() - began, 6)
     raise VcpuRefused(plan.refusals, ids=plan.targets, messages=plan.messages, seconds=seconds)
 
@@ -184,33 +184,33 @@ async def _refuse(link: Link, plan: Plan, began: float) -> None:
 
 async def _act(scope: Scope, planned: Planned, report: Report, began: float) -> None:
     """What is done to the running guest: hotplug, threads, and CPUs in the guest."""
-    link, guest, plan = scope.link, scope.guest, planned.plan
+    session, guest, plan = scope.session, scope.guest, planned.plan
     if plan.moves_cpus and contexts_run_out(planned.state) and not planned.known.contexts_reported:
-        link.ledger.note_contexts(UsedContexts(is_reported=True))
+        session.pending_unplugs.note_contexts(UsedContexts(is_reported=True))
     before = None
     if guest is not None and plan.request.wait and (plan.plugs or plan.awaited):
         await guest.ask_once(planned.state)
         before = await guest.before_plug(planned.state)
-    hotplug = Hotplug(link, planned, await _timeout(link, plan)) if plan.moves_cpus else None
+    hotplug = Hotplug(session, planned, await _timeout(session, plan)) if plan.moves_cpus else None
     if hotplug is not None:
         await _placed(scope, planned, hotplug, report)
-        with leaves(lambda: _left(link, plan, report)):
-            await _look_into_failure(link, planned, report)
+        with leaves(lambda: _left(session, plan, report)):
+            await _look_into_failure(session, planned, report)
     else:
         report.found_so(plan)
         if plan.placed and scope.placing is not None:
-            scope.placing.place(planned.state, link.state, plan, report)
+            scope.placing.place(planned.state, session.state, plan, report)
     if guest is None:
         if (plan.plugs or plan.awaited) and not report.has_failed() and report.changed:
             report.messages.append(_UNSEEN)
     else:
         plugs = hotplug.plugs if hotplug is not None else frozenset()
         try:
-            with leaves(lambda: _left(link, plan, report, but=plugs)):
-                await switch_planned(link, guest, plan, planned.known.guest, report)
+            with leaves(lambda: _left(session, plan, report, but=plugs)):
+                await switch_planned(session, guest, plan, planned.known.guest, report)
                 if plan.request.wait and not report.has_failed():
                     left = max(plan.request.patience - (time.monotonic() - began), 0.0)
-                    await until_online(link, guest, plugs, left, before, report)
+                    await until_online(session, guest, plugs, left, before, report)
         except asyncio.CancelledError as error:
             stays = await hotplug.take_back() if hotplug is not None else Interrupted()
             raise leaving(error, stays) from error
@@ -218,37 +218,37 @@ async def _act(scope: Scope, planned: Planned, report: Report, began: float) -> 
         await _count_again(scope, planned, report, began)
 
 
-async def _timeout(link: Link, plan: Plan) -> float:
+async def _timeout(session: Session, plan: Plan) -> float:
     """Seconds that the guest has. One that is stopped cannot answer before somebody lets it go on."""
     request = plan.request
     # libvirt passes on one unplug after the other, and each has to get as far as QEMU.
-    is_direct = request.wait and link.monitor.hears_all
-    if request.timeout is None and is_direct and plan.unplugs and link.seen_run_state != "running":
-        return request.patience if await run_state(link.monitor) == "running" else 0.0
+    is_direct = request.wait and session.monitor.hears_all
+    if request.timeout is None and is_direct and plan.unplugs and session.seen_run_state != "running":
+        return request.patience if await run_state(session.monitor) == "running" else 0.0
     return request.patience
 
 
 async def _placed(scope: Scope, planned: Planned, hotplug: Hotplug, report: Report) -> None:
     """Hotplug, with its threads where they belong; the cgroups of what is gone, or did not come, are removed."""
-    link, plan = scope.link, planned.plan
+    session, plan = scope.session, planned.plan
     ids = [number for entity in (*plan.awaited, *plan.plugs, *plan.unplugs) for number in entity.ids]
     try:
         async with _room(scope.placing, plan, report):
             await hotplug.run(report)
         if scope.placing is not None and not isinstance(report.trouble, VcpuConnectionError):
-            scope.placing.place(planned.state, link.state, plan, report)
+            scope.placing.place(planned.state, session.state, plan, report)
     except BaseException:
-        link.drop_groups(ids)
+        session.drop_groups(ids)
         raise
     if report.outcome is not OutcomeKind.APPLIED:
         # Whatever upset the plan may upset the cached state: the next call reads it afresh.
-        link.stale = True
-    with leaves(lambda: _left(link, plan, report)):
-        await _wait_groups_gone(link, ids)
+        session.stale = True
+    with leaves(lambda: _left(session, plan, report)):
+        await _wait_groups_gone(session, ids)
 
 
 @asynccontextmanager
-async def _room(placing: Placing | None, plan: Plan, report: Report) -> AsyncIterator[None]:
+async def _room(placing: ThreadPlacement | None, plan: Plan, report: Report) -> AsyncIterator[None]:
     if placing is None or placing.is_idle:
         yield
         return
@@ -256,50 +256,50 @@ async def _room(placing: Placing | None, plan: Plan, report: Report) -> AsyncIte
         yield
 
 
-async def _wait_groups_gone(link: Link, ids: Sequence[int]) -> None:
-    """What stays longer, the link tries again."""
+async def _wait_groups_gone(session: Session, ids: Sequence[int]) -> None:
+    """What stays longer, the session tries again."""
     deadline = time.monotonic() + _GROUP_SECONDS
     while True:
-        if link.drop_groups(ids) or time.monotonic() >= deadline:
+        if session.drop_groups(ids) or time.monotonic() >= deadline:
             return
         await asyncio.sleep(_GROUP_PAUSE)
 
 
-async def _look_into_failure(link: Link, planned: Planned, report: Report) -> None:
+async def _look_into_failure(session: Session, planned: Planned, report: Report) -> None:
     """QEMU has declined: perhaps the guest is migrating, or somebody else has done just what was asked."""
     if not isinstance(report.trouble, VcpuFailed):
         return
     if not report.changed:
         # "device_add not allowed while migrating": the cached state did not tell.
-        _, migrating = await link.read_at_rest()
+        _, migrating = await session.read_and_check_migration()
         if migrating:
             raise VcpuRefused(migrating, ids=planned.plan.targets) from report.trouble
     if planned.is_certain and report.outcome is OutcomeKind.FAILED:
         # The cached state was behind: another client had plugged just what was asked for.
-        now, _ = await plan_on(link, link.state, planned.plan.request)
+        now, _ = await plan_on(session, session.state, planned.plan.request)
         if now.unchanged == now.targets and not now.refusals:
             report.found_so(now)
 
 
 async def _count_again(scope: Scope, planned: Planned, report: Report, began: float) -> None:
     """Re-plan from the fresh state until the count is reached, where others have plugged or unplugged too."""
-    link, request = scope.link, planned.plan.request
-    moved = set(link.state.enabled_ids).symmetric_difference(planned.state.enabled_ids)
+    session, request = scope.session, planned.plan.request
+    moved = set(session.state.enabled_ids).symmetric_difference(planned.state.enabled_ids)
     if moved.issubset(planned.plan.targets):
         return
     left = max(request.patience - (time.monotonic() - began), 0.0)
-    link.stale = True
+    session.stale = True
     more: Outcome | VcpuError
     try:
-        with leaves(lambda: _left(link, planned.plan, report)):
+        with leaves(lambda: _left(session, planned.plan, report)):
             more = await run(replace(scope, definition=None), replace(request, timeout=left))
     except VcpuError as error:
         more = error
-    report.goes_on(link.state, more)
+    report.goes_on(session.state, more)
 
 
-def _left(link: Link, plan: Plan, report: Report, but: frozenset[int] = frozenset()) -> Interrupted:
+def _left(session: Session, plan: Plan, report: Report, but: frozenset[int] = frozenset()) -> Interrupted:
     """What a call has left that is cancelled now. Of vCPUs in `but` it says nothing."""
     asked = {number for entity in plan.unplugs for number in entity.ids}
-    gone = {number for number in asked.intersection(report.pending) if not link.state.vcpus[number].enabled}
+    gone = {number for number in asked.intersection(report.pending) if not session.state.vcpus[number].enabled}
     return Interrupted(changed_ids=tuple(sorted({*report.changed, *gone} - but)))

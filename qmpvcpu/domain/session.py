@@ -19,8 +19,8 @@ from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.core.state.pending import UsedContexts, mark
 from qmpvcpu.domain.addresses import Opener, first_free
 from qmpvcpu.domain.agent import Guest
-from qmpvcpu.domain.event_bus import Hub, Watcher
-from qmpvcpu.domain.pending_unplugs import Ledger
+from qmpvcpu.domain.event_bus import EventBus, Watcher
+from qmpvcpu.domain.pending_unplugs import PendingUnplugs
 from qmpvcpu.domain.reader import StateReader, has_smm_firmware, is_hotplug_legacy, open_reader, run_state
 from qmpvcpu.errors import Refusal, VcpuConnectionError
 from qmpvcpu.host.affinity import QemuThreads
@@ -29,7 +29,7 @@ from qmpvcpu.host.process import Process, find_process
 from qmpvcpu.host.saves import is_here
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
 
-__all__ = ["Link", "open_link", "store_of"]
+__all__ = ["Session", "open_session", "store_of"]
 
 #: QAPI RunState of a guest that would not leave unheard.
 _AT_HOME: Final = frozenset({"running", "prelaunch"})
@@ -39,19 +39,19 @@ _RUN_EVENTS: Final = frozenset({"STOP", "RESUME", "MIGRATION"})
 Reads = Callable[[Monitor, str], Awaitable[tuple[StateReader, DomainState]]]
 
 
-class Link:
-    """An open connection, until `close()`; `open_link` makes it.
+class Session:
+    """An open connection, until `close()`; `open_session` makes it.
 
-    `queue` is held by whoever reads or changes. `driven` are the first ids of entities an operation has in its
+    `queue` is held by whoever reads or changes. `in_flight` are the first ids of entities an operation has in its
     hands: it alone decides what becomes of them.
     """
 
-    def __init__(self, monitor: Monitor, hub: Hub, queue: asyncio.Lock, reads: Reads = open_reader) -> None:
+    def __init__(self, monitor: Monitor, bus: EventBus, queue: asyncio.Lock, reads: Reads = open_reader) -> None:
         self.monitor = monitor
         self._reads = reads
         self.stale = True
-        #: Whether the guest may have left, or be on its way: only `read_at_rest` tells.
-        self.may_be_away = True
+        #: Whether the guest may have left, or be on its way: only `read_and_check_migration` tells.
+        self.may_be_migrating = True
         self.removals_seen = 0
         #: QAPI RunState when it was asked last, None after an event of a change.
         self.seen_run_state: str | None = None
@@ -61,13 +61,13 @@ class Link:
         self.process: Process | None = None
         #: Of QEMU, where it runs on this host.
         self.threads: QemuThreads | None = None
-        self.ledger = Ledger(None)
-        self.driven: frozenset[int] = frozenset()
+        self.pending_unplugs = PendingUnplugs(None)
+        self.in_flight: frozenset[int] = frozenset()
         #: What ended while nobody listened, as found on connecting.
         self.settled: tuple[Event, ...] = ()
         #: Looked at too while somebody listens.
         self.guest: Guest | None = None
-        self._hub = hub
+        self._bus = bus
         self._queue = queue
         self._reader: StateReader | None = None
         self._state: DomainState | None = None
@@ -80,14 +80,14 @@ class Link:
         #: vCPUs that are to go, and have none.
         self._groupless: set[int] = set()
         self._watcher = Watcher(
-            self._watch, lambda: hub.listening or bool(self.ledger.firsts) or bool(self._gone), hub.end
+            self._watch, lambda: bus.listening or bool(self.pending_unplugs.firsts) or bool(self._gone), bus.end
         )
-        hub.on_listener = self._watcher.start
+        bus.on_listener = self._watcher.start
 
     @property
     def removals(self) -> int:
         """vCPUs that were unplugged, as far as is known; at least one, if any was."""
-        return self.removals_seen or int(bool(self.ledger.contexts.gone))
+        return self.removals_seen or int(bool(self.pending_unplugs.contexts.gone))
 
     @property
     def state(self) -> DomainState:
@@ -95,9 +95,9 @@ class Link:
         assert self._state is not None
         return self._state
 
-    async def open(self, name: str, before: Link | None) -> None:
+    async def open(self, name: str, before: Session | None) -> None:
         """Read everything once. `before` is the lost connection that this one replaces."""
-        self.stale = self.may_be_away = False
+        self.stale = self.may_be_migrating = False
         self._listening = self.monitor.listen(self._sink)
         self._listening.__enter__()
         asked_at = time.time()
@@ -108,16 +108,16 @@ class Link:
             self.threads = QemuThreads(self.process) if self.process is not None else None
         if self.threads is not None:
             self.threads.recover()
-        self.ledger = Ledger(store_of(self.process or self._reader.process))
-        self.ledger.seen_at = asked_at
+        self.pending_unplugs = PendingUnplugs(store_of(self.process or self._reader.process))
+        self.pending_unplugs.seen_at = asked_at
         if before is not None and _same_guest(before, self):
-            self.ledger.take_over(before.ledger)
+            self.pending_unplugs.take_over(before.pending_unplugs)
             self.removals_seen = before.removals_seen
             self._state = before.state
             self._keep(state)
-        self.ledger.note_back(state.enabled_ids)
+        self.pending_unplugs.note_back(state.enabled_ids)
         self.settled = tuple(event for event in self._learn(is_first=True) if not event.event.is_step)
-        self._state = mark(state, self.ledger.firsts)
+        self._state = mark(state, self.pending_unplugs.firsts)
         self._note_run(await run_state(self.monitor))
         self._watcher.start()
 
@@ -127,7 +127,7 @@ class Link:
         if self._listening is not None:
             self._listening.__exit__(None, None, None)
             self._listening = None
-        self.ledger.close()
+        self.pending_unplugs.close()
         await self.monitor.close()
 
     # -- queries ----------------------------------------------------------------------------------
@@ -139,15 +139,15 @@ class Link:
         self.stale = False
         heard, asked_at = self._departures.heard, time.time()
         try:
-            state = await self._reader.full(self.ledger.firsts)
+            state = await self._reader.full(self.pending_unplugs.firsts)
         except BaseException:
             self.stale = True
             raise
         return self._keep(state, heard, asked_at)
 
-    async def read_at_rest(self) -> tuple[DomainState, list[Refusal]]:
+    async def read_and_check_migration(self) -> tuple[DomainState, list[Refusal]]:
         """`read`, and why no vCPU can be switched now: the guest is on its way elsewhere."""
-        self.may_be_away = False
+        self.may_be_migrating = False
         try:
             # What nothing was heard against only has to be confirmed.
             state, run, reply = await asyncio.gather(
@@ -163,14 +163,14 @@ class Link:
             if isinstance(reply, BaseException) and not isinstance(reply, CommandError):
                 raise reply
         except BaseException:
-            self.may_be_away = True
+            self.may_be_migrating = True
             raise
         status = MigrationStatus() if isinstance(reply, CommandError) else parse_status(reply)
         if run == "postmigrate" and is_here(self.process):
             run = "paused"
         away = check_at_rest(run, status.under_way)
         self._note_run(run)
-        self.may_be_away |= bool(away)
+        self.may_be_migrating |= bool(away)
         return state, away
 
     async def look(
@@ -189,16 +189,16 @@ class Link:
                 their device id may be in any slot.
         """
         assert self._reader is not None
-        pending, heard, asked_at = self.ledger.firsts, self._departures.heard, time.time()
-        state = await self._reader.fast(self.state, pending, self.driven, is_last, anew, declined)
+        pending, heard, asked_at = self.pending_unplugs.firsts, self._departures.heard, time.time()
+        state = await self._reader.fast(self.state, pending, self.in_flight, is_last, anew, declined)
         return self._keep(state, heard, asked_at)
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """What a plan needs besides the state."""
-        known = Knowledge(self.removals_seen, x2apic, firmware_runs, self.ledger.firsts)
+        known = Knowledge(self.removals_seen, x2apic, firmware_runs, self.pending_unplugs.firsts)
         if self.state.accel != "tcg":
             return known
-        contexts = self.ledger.contexts
+        contexts = self.pending_unplugs.contexts
         return replace(
             known,
             removals_seen=self.removals_seen or len(contexts.gone),
@@ -222,19 +222,19 @@ class Link:
 
     def learn(self) -> None:
         """What other processes have asked meanwhile, or have seen ended."""
-        self._hub.emit(self._learn())
-        self._state = mark(self.state, self.ledger.firsts)
+        self._bus.emit(self._learn())
+        self._state = mark(self.state, self.pending_unplugs.firsts)
 
     def ask(self, entities: Sequence[Entity]) -> None:
         """Called before `device_del` goes out."""
         now = time.time()
-        self.ledger.ask(entities, self.state, now)
+        self.pending_unplugs.ask(entities, self.state, now)
         # While QEMU is at work there is time to see whether anything will be left behind. Two turns of the loop
         # from now: in the next one `device_del` goes out.
         loop = asyncio.get_running_loop()
         loop.call_soon(loop.call_soon, self._look_for_groups, [n for one in entities for n in one.ids])
-        if self._hub.listening:
-            self._hub.emit(_events(now, EventKind.UNPLUG_REQUESTED, entities))
+        if self._bus.listening:
+            self._bus.emit(_events(now, EventKind.UNPLUG_REQUESTED, entities))
 
     def check(self) -> None:
         """Raises VcpuConnectionError if the connection is lost."""
@@ -262,14 +262,14 @@ class Link:
         nothing to STOP. One that has left takes a device_add, and nobody ever sees it.
         """
         self.seen_run_state = run
-        self.may_be_away |= run not in _AT_HOME
+        self.may_be_migrating |= run not in _AT_HOME
 
     def _look_for_groups(self, ids: Iterable[int]) -> None:
         self._groupless = set(ids) if self.threads is not None and not self.threads.has_groups() else set()
 
     def _learn(self, *, is_first: bool = False) -> list[Event]:
-        opened, over = self.ledger.refresh(self.state)
-        self.stale |= self.ledger.undecided
+        opened, over = self.pending_unplugs.refresh(self.state)
+        self.stale |= self.pending_unplugs.undecided
         found: list[Event] = []
         for unplug in opened:
             entity = self.state.by_id[unplug.first]
@@ -291,7 +291,7 @@ class Link:
         async with self._queue:
             self.learn()
             await self.look()
-        if self._hub.listening and self.guest is not None:
+        if self._bus.listening and self.guest is not None:
             # Outside of the queue: an agent that is not there takes its time.
             await self.guest.try_view(self.state)
             if not self._queue.locked():
@@ -301,7 +301,7 @@ class Link:
     def _keep(self, state: DomainState, heard: int = 0, asked_at: float = 0.0) -> DomainState:
         """`heard` is what `_departures` had heard of when the query was sent, at `asked_at`."""
         before = self.state
-        self.ledger.seen_at = max(self.ledger.seen_at, asked_at)
+        self.pending_unplugs.seen_at = max(self.pending_unplugs.seen_at, asked_at)
         if state.threads_shared is None:
             # One vCPU alone does not show it; what was seen with two still holds.
             state = replace(state, threads_shared=before.threads_shared)
@@ -312,22 +312,22 @@ class Link:
             if removed and state.accel == "tcg":
                 # They have used up what QEMU has few of, and some QEMUs cannot be migrated then.
                 gone = [before.vcpus[number] for event in removed for number in event.vcpus]
-                self.ledger.note_contexts(UsedContexts(frozenset((v.id, v.thread_id or 0) for v in gone)))
+                self.pending_unplugs.note_contexts(UsedContexts(frozenset((v.id, v.thread_id or 0) for v in gone)))
             self._gone.update(number for event in removed for number in event.vcpus)
             added = [event for event in found if event.event is EventKind.ADDED]
-            self.ledger.note_back([number for event in added for number in event.vcpus])
+            self.pending_unplugs.note_back([number for event in added for number in event.vcpus])
             if unseen := self._departures.decide(before, state, heard, has_removed=bool(removed)):
                 found = [*removed, *unseen, *added]
         else:
             found = unseen = self._departures.decide(before, state, heard, has_removed=False)
         self.removals_seen += sum(event.event is EventKind.REMOVED for event in unseen)
-        self._hub.emit(found)
-        self.ledger.settle(state, self.driven)
+        self._bus.emit(found)
+        self.pending_unplugs.settle(state, self.in_flight)
         self._state = state
-        if self.ledger.undecided:
-            self._hub.emit(self._learn())
-        self._state = mark(state, self.ledger.firsts)
-        if self._gone and not self.driven:
+        if self.pending_unplugs.undecided:
+            self._bus.emit(self._learn())
+        self._state = mark(state, self.pending_unplugs.firsts)
+        if self._gone and not self.in_flight:
             # While an operation has vCPUs in its hands, it makes groups of those that are to come.
             self.drop_groups(())
         return self._state
@@ -335,11 +335,11 @@ class Link:
     def _sink(self, event: MonitorEvent | VcpuConnectionError) -> None:
         if isinstance(event, VcpuConnectionError):
             self._lost = event
-            self._hub.end(event)
+            self._bus.end(event)
             return
         if event.name in _RUN_EVENTS:
             # Perhaps it migrates: the next call looks.
-            self.stale = self.may_be_away = True
+            self.stale = self.may_be_migrating = True
             self.seen_run_state = None
         if event.name == "RESET":
             self._left_legacy = False
@@ -353,12 +353,12 @@ class Link:
 
     def _hear(self, event: MonitorEvent, state: DomainState) -> None:
         """What an event of CPUs means for pending unplugs, and for those who listen."""
-        known = self.ledger.firsts
-        if self._hub.listening:
+        known = self.pending_unplugs.firsts
+        if self._bus.listening:
             # Who asked has written it down, and may cross it out as soon as it has seen this event itself.
             self.learn()
-        pending = self.ledger.firsts
-        if not self._hub.listening and self.driven >= pending:
+        pending = self.pending_unplugs.firsts
+        if not self._bus.listening and self.in_flight >= pending:
             return
         if self._names is None or self._names[0] is not state:
             self._names = state, Names(state.entities)
@@ -368,40 +368,40 @@ class Link:
         by_id = state.by_id
         when = event.time or time.time()
         if signal.kind is SignalKind.GUEST_REFUSED and signal.first is not None:
-            self.ledger.end({signal.first} - self.driven)
+            self.pending_unplugs.end({signal.first} - self.in_flight)
             refused = [by_id[signal.first]]
-            self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, refused, signal.reason))
+            self._bus.emit(_events(when, EventKind.REMOVAL_FAILED, refused, signal.reason))
         elif signal.kind is SignalKind.RESET and architecture(state.arch).reset_drops_unplug:
-            self.ledger.end(pending - self.driven)
+            self.pending_unplugs.end(pending - self.in_flight)
             # What has been crossed out since the last look was crossed out for this reset.
             dropped = [by_id[first] for first in sorted(known | pending)]
-            self._hub.emit(_events(when, EventKind.REMOVAL_FAILED, dropped, signal.reason))
+            self._bus.emit(_events(when, EventKind.REMOVAL_FAILED, dropped, signal.reason))
         elif signal.kind is SignalKind.EJECTING and signal.first is not None:
-            self._hub.emit(_events(when, EventKind.EJECTING, [by_id[signal.first]]))
+            self._bus.emit(_events(when, EventKind.EJECTING, [by_id[signal.first]]))
         self._watcher.poke()
 
 
-async def open_link(
+async def open_session(
     name: str,
     addresses: Sequence[str],
     opener: Opener,
-    hub: Hub,
+    bus: EventBus,
     queue: asyncio.Lock,
-    before: Link | None = None,
+    before: Session | None = None,
     reads: Reads = open_reader,
-) -> Link:
+) -> Session:
     """Connect to the first address that is free, and read everything once.
 
     Raises:
         VcpuConnectionError: none answers, or what answers is no QEMU.
     """
-    link = Link(await first_free(addresses, opener), hub, queue, reads)
+    session = Session(await first_free(addresses, opener), bus, queue, reads)
     try:
-        await link.open(name, before)
+        await session.open(name, before)
     except BaseException:
-        await aio.finish(link.close())
+        await aio.finish(session.close())
         raise
-    return link
+    return session
 
 
 async def _answer(query: Callable[[], Awaitable[object]]) -> object:
@@ -425,7 +425,7 @@ def store_of(process: Process | None) -> PendingFolder | None:
     return None
 
 
-def _same_guest(one: Link, other: Link) -> bool:
+def _same_guest(one: Session, other: Session) -> bool:
     """Whether the QEMU that listens now is the one that was lost; what was pending there is no business of
     another.
     """

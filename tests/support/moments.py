@@ -23,7 +23,7 @@ from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.savefile import Saving
 
 _MOMENTS: dict[str, tuple[Any, str]] = {
-    "there is room for the groups": (place.Placing, "room"),
+    "there is room for the groups": (place.ThreadPlacement, "room"),
     "QEMU plugs": (Hotplug, "run"),
     "QEMU is done": (run, "_wait_groups_gone"),
     "the definition is written": (persistent.ConfigChange, "commit"),

@@ -22,7 +22,7 @@ from qmpvcpu.core.rules.placement import (
     placements,
     with_threads,
 )
-from qmpvcpu.domain.placement import Placing, place_all
+from qmpvcpu.domain.placement import ThreadPlacement, place_all
 from qmpvcpu.xml.document import read_domain
 
 Wish = dict[str, Any]
@@ -127,7 +127,7 @@ class Change:
     """One change of the running guest: planned and checked, prepared, and after the change finished."""
 
     def __init__(self, host: Host | None, xml: bytes | None, before: DomainState, request: Request) -> None:
-        self._placing = Placing(host, None if xml is None else read_domain(xml)[1])
+        self._placing = ThreadPlacement(host, None if xml is None else read_domain(xml)[1])
         self._before = before
         self.plan = make_plan(before, request)
         self.checked: Plan = self._placing.check(self.plan, before)

@@ -12,9 +12,9 @@ from unittest.mock import patch
 
 from qmpvcpu import Outcome, Request, VcpuFlag
 from qmpvcpu.domain.backends.libvirt import XmlReader
-from qmpvcpu.domain.event_bus import Hub
+from qmpvcpu.domain.event_bus import EventBus
 from qmpvcpu.domain.run import Scope, run
-from qmpvcpu.domain.session import Link, open_link
+from qmpvcpu.domain.session import Session, open_session
 from qmpvcpu.libvirt.calls import Connection
 from qmpvcpu.libvirt.monitor import ApiMonitor
 from qmpvcpu.ports import CommandError
@@ -102,18 +102,18 @@ class ScriptedGuest:
 class Client:
     """One that changes vCPUs of such a domain, by libvirt's API."""
 
-    def __init__(self, link: Link) -> None:
-        self.link = link
+    def __init__(self, link: Session) -> None:
+        self.session = link
 
     async def enable(self, *ids: int, **options: Any) -> Outcome:
-        return await run(Scope(self.link), Request(ids, VcpuFlag.ENABLE | VcpuFlag.LIVE, **options))
+        return await run(Scope(self.session), Request(ids, VcpuFlag.ENABLE | VcpuFlag.LIVE, **options))
 
     async def disable(self, *ids: int, **options: Any) -> Outcome:
-        return await run(Scope(self.link), Request(ids, VcpuFlag.DISABLE | VcpuFlag.LIVE, **options))
+        return await run(Scope(self.session), Request(ids, VcpuFlag.DISABLE | VcpuFlag.LIVE, **options))
 
     @property
     def pending_ids(self) -> frozenset[int]:
-        return self.link.ledger.firsts
+        return self.session.pending_unplugs.firsts
 
 
 @asynccontextmanager
@@ -130,7 +130,7 @@ async def client_of(guest: ScriptedGuest, before: Client | None = None) -> Async
         return reader, await reader.full()
 
     earlier = None if before is None else before.link
-    link = await open_link("web1", ["libvirt"], opener, Hub(), asyncio.Lock(), earlier, reads)
+    link = await open_session("web1", ["libvirt"], opener, EventBus(), asyncio.Lock(), earlier, reads)
     try:
         yield Client(link)
     finally:

@@ -8,9 +8,9 @@ from typing import Protocol
 from qmpvcpu.core.model import Outcome
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Request
-from qmpvcpu.domain.event_bus import Hub
+from qmpvcpu.domain.event_bus import EventBus
 from qmpvcpu.domain.reached import Reached
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.flags import VcpuFlag
 
 
@@ -21,11 +21,11 @@ class Backend(Protocol):
     def notes(self) -> tuple[str, ...]:
         """What there is to say of this way to the guest."""
 
-    async def reach(self, hub: Hub, queue: asyncio.Lock, last: Link | None) -> Reached:
+    async def reach(self, bus: EventBus, queue: asyncio.Lock, last: Session | None) -> Reached:
         """Connect, and read everything once.
 
         Args:
-            hub: who listens for events.
+            bus: who listens for events.
             queue: held by whoever reads or changes.
             last: the connection before, of which this one takes over what is pending.
 

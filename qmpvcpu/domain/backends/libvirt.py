@@ -26,10 +26,10 @@ from qmpvcpu.domain.backends.libvirt_answers import answered, as_refused
 from qmpvcpu.domain.backends.libvirt_definition import DefinitionXml, LibvirtDefinition
 from qmpvcpu.domain.backends.libvirt_reader import XmlReader
 from qmpvcpu.domain.dump import dump
-from qmpvcpu.domain.event_bus import Hub
+from qmpvcpu.domain.event_bus import EventBus
 from qmpvcpu.domain.reached import Reached
 from qmpvcpu.domain.reader import open_reader
-from qmpvcpu.domain.session import Link, open_link
+from qmpvcpu.domain.session import Session, open_session
 from qmpvcpu.errors import OutcomeKind, Refusal, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.libvirt.calls import QUERY_SECONDS, Connection, LibvirtGuest, Row, open_connection
@@ -103,20 +103,20 @@ class LibvirtBackend:
 
     # -- connecting ---------------------------------------------------------------------------------
 
-    async def reach(self, hub: Hub, queue: asyncio.Lock, last: Link | None) -> Reached:
+    async def reach(self, bus: EventBus, queue: asyncio.Lock, last: Session | None) -> Reached:
         """See `Backend`."""
         connection = Connection(self._uri, *self._timeouts)
         try:
             with answered():
                 await connection.open()
                 self._open = _Open(connection, await connection.guest(self._name))
-                return await self._reach(self._open, hub, queue, last)
+                return await self._reach(self._open, bus, queue, last)
         except BaseException:
             self._open = None
             await aio.finish(connection.close())
             raise
 
-    async def _reach(self, opened: _Open, hub: Hub, queue: asyncio.Lock, last: Link | None) -> Reached:
+    async def _reach(self, opened: _Open, bus: EventBus, queue: asyncio.Lock, last: Session | None) -> Reached:
         live, inactive = await opened.guest.sides()
         reached = replace(self.unreached(), definition=opened.definition(inactive), is_inactive=live is None)
         if live is None:
@@ -127,11 +127,11 @@ class LibvirtBackend:
             return opened.monitor
 
         reads = _read_xml if self._via == "api" else open_reader
-        link = await open_link(self._name, reached.addresses, monitor_of, hub, queue, last, reads)
+        session = await open_session(self._name, reached.addresses, monitor_of, bus, queue, last, reads)
         if _AGENT_CHANNEL in live:
             agent = ApiAgent(opened.guest) if self._via == "api" else PassedAgent(opened.guest)
-            link.guest = Guest(agent, link.monitor, hub.emit)
-        return replace(reached, link=link, guest=link.guest)
+            session.guest = Guest(agent, session.monitor, bus.emit)
+        return replace(reached, session=session, guest=session.guest)
 
     async def _monitor(self, opened: _Open) -> Monitor:
         loop = asyncio.get_running_loop()
@@ -150,11 +150,11 @@ class LibvirtBackend:
             reached.connected()
             return reached
         opened.connection.check()
-        if reached.link is not None:
-            reached.link.check()
+        if reached.session is not None:
+            reached.session.check()
         with answered():
             is_active, data = await opened.guest.now()
-        if is_active and reached.link is None:
+        if is_active and reached.session is None:
             return None
         return replace(reached, definition=opened.definition(data))
 
@@ -217,16 +217,16 @@ class LibvirtBackend:
 
     async def dump_xml(self, reached: Reached, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
         """See `Backend`; of a domain that runs it is libvirt's, but for its vCPUs."""
-        if flags & VcpuFlag.CONFIG or reached.link is None or self._open is None:
+        if flags & VcpuFlag.CONFIG or reached.session is None or self._open is None:
             return await reached.dump_xml(flags, dialect, detail)
-        state = await reached.link.read()
+        state = await reached.session.read()
         with answered():
             live = await self._open.guest.live_xml()
         return dump(live or b"", state, dialect, detail, running=True)
 
     def _counts_only(self, reached: Reached) -> bool:
         """Whether its driver switches vCPUs by number only (test:///)."""
-        return self._open is not None and self._open.connection.driver == "TEST" and reached.link is not None
+        return self._open is not None and self._open.connection.driver == "TEST" and reached.session is not None
 
     def _against_count(self, reached: Reached, request: Request) -> list[Refusal]:
         """What stands against `_count`, as far as is known without doing it."""
@@ -234,7 +234,7 @@ class LibvirtBackend:
             return [catalogue.COUNTS_ONLY()]
         found = [*reached.preconditions(request), *check_flags(request.flags, is_query=request.is_query)]
         live, _ = reached.sides(request.flags)
-        most = reached.link.state.maxcpus if live and reached.link is not None else request.total
+        most = reached.session.state.maxcpus if live and reached.session is not None else request.total
         return found + check_count(request.total, most)
 
     async def _count(self, reached: Reached, request: Request) -> Outcome:
@@ -305,7 +305,7 @@ class LibvirtBackend:
         """Of each side, of which none has anything against it."""
         live, config = reached.sides(request.flags)
         refusals = reached.preconditions(request)
-        if (config and reached.definition is None) or (live and reached.link is None):
+        if (config and reached.definition is None) or (live and reached.session is None):
             raise VcpuRefused(refusals, ids=request.ids)
         states = [await reached.state(flag) for flag in _impacts(live, config)]
         for state in states:

@@ -9,14 +9,14 @@ from dataclasses import dataclass, replace
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.backends.libvirt_answers import answered
-from qmpvcpu.domain.definition import Persistent
+from qmpvcpu.domain.definition import DefinitionHandle
 from qmpvcpu.errors import VcpuPartial
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.libvirt.calls import LibvirtGuest
 from qmpvcpu.ports import CommandError, DefinitionStore
 
 
-class LibvirtDefinition(Persistent):
+class LibvirtDefinition(DefinitionHandle):
     """The definition that libvirt keeps."""
 
     def __init__(self, store: DefinitionXml) -> None:

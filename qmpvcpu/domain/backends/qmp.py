@@ -11,11 +11,11 @@ from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Request
 from qmpvcpu.domain.addresses import NOBODY_LISTENS
 from qmpvcpu.domain.agent import Guest
-from qmpvcpu.domain.definition import Persistent
-from qmpvcpu.domain.event_bus import Hub
+from qmpvcpu.domain.definition import DefinitionHandle
+from qmpvcpu.domain.event_bus import EventBus
 from qmpvcpu.domain.reached import Reached
-from qmpvcpu.domain.resolve import Place, unknown_domain
-from qmpvcpu.domain.session import Link, open_link
+from qmpvcpu.domain.resolve import DomainAddress, unknown_domain
+from qmpvcpu.domain.session import Session, open_session
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.ports import Monitor
@@ -33,7 +33,7 @@ class QmpBackend:
         config_only: it is only the definition that is wanted: sockets that another client holds are no error.
     """
 
-    place: Place
+    place: DomainAddress
     log: Any = None
     connect_timeout: float = 5.0
     command_timeout: float = 10.0
@@ -47,16 +47,16 @@ class QmpBackend:
     def unreached(self) -> Reached:
         """What is known of the domain before it is reached."""
         place = self.place
-        definition = Persistent(place.definition) if place.definition is not None else None
+        definition = DefinitionHandle(place.definition) if place.definition is not None else None
         return Reached(place.name, definition=definition, addresses=place.qmp, agent_address=place.agent)
 
-    async def reach(self, hub: Hub, queue: asyncio.Lock, last: Link | None) -> Reached:
+    async def reach(self, bus: EventBus, queue: asyncio.Lock, last: Session | None) -> Reached:
         """See `Backend`."""
         place, reached = self.place, self.unreached()
         if not place.qmp:
             return replace(reached, is_inactive=True)
         try:
-            link = await open_link(place.name, place.qmp, self._open, hub, queue, last)
+            session = await open_session(place.name, place.qmp, self._open, bus, queue, last)
         except VcpuConnectionError as error:
             # Nobody listens: it does not run. Whatever else is wrong, it may.
             if reached.definition is not None and error.reason in NOBODY_LISTENS:
@@ -69,8 +69,8 @@ class QmpBackend:
         if address is not None:
             from qmpvcpu.qemu.agent import AgentClient
 
-            link.guest = Guest(AgentClient(address), link.monitor, hub.emit)
-        return replace(reached, link=link, guest=link.guest)
+            session.guest = Guest(AgentClient(address), session.monitor, bus.emit)
+        return replace(reached, session=session, guest=session.guest)
 
     async def _open(self, address: str) -> Monitor:
         if self.place.is_unknown:
@@ -92,7 +92,7 @@ class QmpBackend:
 
     def closed(self, reached: Reached) -> Reached:
         """See `Backend`."""
-        return replace(reached, link=None, guest=None)
+        return replace(reached, session=None, guest=None)
 
     async def close(self) -> None:
         """Nothing is the backend's own."""

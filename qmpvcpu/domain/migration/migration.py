@@ -18,13 +18,13 @@ from qmpvcpu.core.migration.who_runs import Destination
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.agent import Guest
-from qmpvcpu.domain.definition import Persistent
+from qmpvcpu.domain.definition import DefinitionHandle
 from qmpvcpu.domain.dump import DescribedXml, dump
 from qmpvcpu.domain.migration import ownership, phases, saving, sides
 from qmpvcpu.domain.migration.move import Migrated, Move
 from qmpvcpu.domain.migration.picture import read_picture
 from qmpvcpu.domain.migration.saving import Save, SaveTarget
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed
 from qmpvcpu.host.ownership import Role
 from qmpvcpu.host.process import is_alive
@@ -41,7 +41,7 @@ class Access:
     """What a migration needs of the domain that owns it. These are calls, since a domain connects again.
 
     Attributes:
-        session: the open connection, while nothing else happens to the domain; raises VcpuError without one.
+        connected: the open connection, while nothing else happens to the domain; raises VcpuError without one.
         agent: the guest's, where it is known.
         definition: the domain's, where it has one.
         describe: what QEMU tells of the guest.
@@ -50,13 +50,13 @@ class Access:
         reconnect: close, and connect again.
     """
 
-    session: Callable[[], AbstractAsyncContextManager[Link]]
+    connected: Callable[[], AbstractAsyncContextManager[Session]]
     agent: Callable[[], Guest | None]
-    definition: Callable[[], Persistent | None]
+    definition: Callable[[], DefinitionHandle | None]
     describe: Callable[[DomainState], Awaitable[Described]]
     describe_xml: Callable[[DomainState], Awaitable[DescribedXml]]
     plug: Callable[[Sequence[int], bool], Awaitable[object]]
-    reconnect: Callable[[], Awaitable[Link]]
+    reconnect: Callable[[], Awaitable[Session]]
 
 
 class Migration:
@@ -65,7 +65,7 @@ class Migration:
     def __init__(self, domain: Access) -> None:
         self._domain = domain
         #: What was done on connecting with a guest that a save, which was killed, had left paused.
-        self._recovered: tuple[Link, str] | None = None
+        self._recovered: tuple[Session, str] | None = None
 
     # -- the phases -------------------------------------------------------------------------------
 
@@ -94,19 +94,19 @@ class Migration:
         """
         deadline = time.monotonic() + wait
         while True:
-            async with self._domain.session() as link:
+            async with self._domain.connected() as session:
                 if persistent and self._domain.definition() is None:
                     raise catalogue.NO_DEFINITION.error()
-                if not link.ledger.firsts or time.monotonic() >= deadline:
+                if not session.pending_unplugs.firsts or time.monotonic() >= deadline:
                     agent = self._domain.agent() if with_agents else None
-                    state, runs = await phases.check_begin(link, force=force, agent=agent, is_paused=is_paused)
-                    cookie = await self._cookie(link, state, runs=runs, persistent=persistent)
-                    ownership.remember(link, Role.SOURCE, cookie)
+                    state, runs = await phases.check_begin(session, force=force, agent=agent, is_paused=is_paused)
+                    cookie = await self._cookie(session, state, runs=runs, persistent=persistent)
+                    ownership.remember(session, Role.SOURCE, cookie)
                     return cookie
-                await link.read()
+                await session.read()
             await asyncio.sleep(_PENDING_LOOK)
 
-    async def _cookie(self, link: Link, state: DomainState, *, runs: bool, persistent: bool) -> Cookie:
+    async def _cookie(self, session: Session, state: DomainState, *, runs: bool, persistent: bool) -> Cookie:
         described = (await self._domain.describe(state)).definition
         handle = self._domain.definition()
         definition = handle.definition() if handle is not None else None
@@ -120,9 +120,9 @@ class Migration:
             machine=machine_of(state),
             runs=runs,
             is_described=definition is None,
-            number=ownership.begin_number(link),
-            pending=tuple(sorted(link.ledger.firsts)),
-            picture=await read_picture(link.monitor, link.process),
+            number=ownership.begin_number(session),
+            pending=tuple(sorted(session.pending_unplugs.firsts)),
+            picture=await read_picture(session.monitor, session.process),
         )
 
     @checked
@@ -139,9 +139,9 @@ class Migration:
             VcpuRefused: it cannot take it; every reason.
             VcpuFailed: QEMU declines something.
         """
-        async with self._domain.session() as link:
-            await phases.prepare(link, cookie, lambda ids: self._domain.plug(ids, place), differences)
-            ownership.remember(link, Role.DESTINATION, cookie)
+        async with self._domain.connected() as session:
+            await phases.prepare(session, cookie, lambda ids: self._domain.plug(ids, place), differences)
+            ownership.remember(session, Role.DESTINATION, cookie)
 
     @checked
     async def listen(self, uri: str | None = None, host: str | None = None, default: str | None = None) -> str:
@@ -156,8 +156,8 @@ class Migration:
             VcpuRefused: it listens elsewhere, or nobody said where it should.
             VcpuFailed: it cannot listen there.
         """
-        async with self._domain.session() as link:
-            return await phases.listen(link, uri, host, default)
+        async with self._domain.connected() as session:
+            return await phases.listen(session, uri, host, default)
 
     @checked
     async def perform(
@@ -186,8 +186,8 @@ class Migration:
             VcpuConnectionError: QEMU is lost.
         """
         how = sides.Transfer(uri, None, bandwidth, timeout, progress)
-        async with self._domain.session() as link:
-            return await phases.perform(link, uri, cookie, how, force=force)
+        async with self._domain.connected() as session:
+            return await phases.perform(session, uri, cookie, how, force=force)
 
     async def cookie(self) -> Cookie:
         """What this destination was prepared with, on this host.
@@ -195,8 +195,8 @@ class Migration:
         Raises:
             VcpuRefused: that is not known.
         """
-        async with self._domain.session() as link:
-            cookie = ownership.recall(link, Role.DESTINATION)
+        async with self._domain.connected() as session:
+            cookie = ownership.recall(session, Role.DESTINATION)
         if cookie is None:
             raise catalogue.COOKIE_UNKNOWN.error()
         return cookie
@@ -225,10 +225,10 @@ class Migration:
             VcpuFailed: it has not; it does not run here, and can go on at the source (`cancel` there).
             VcpuConnectionError: QEMU is lost.
         """
-        async with self._domain.session() as link:
-            found, why = await phases.finish(link, cookie, force=force, reported=reported, moved=moved)
+        async with self._domain.connected() as session:
+            found, why = await phases.finish(session, cookie, force=force, reported=reported, moved=moved)
         if found is Destination.RUNNING:
-            return link.state
+            return session.state
         hint = hint or "migrate-cancel at the source lets the guest go on there"
         if found is Destination.UNKNOWN:
             hint = "migrate-finish again; if it is gone, migrate-cancel --force lets the source go on"
@@ -246,11 +246,11 @@ class Migration:
         Raises:
             VcpuRefused: there is nothing to cancel, or the other side has the guest.
         """
-        async with self._domain.session() as link:
-            if self._recovered is not None and self._recovered[0] is link:
+        async with self._domain.connected() as session:
+            if self._recovered is not None and self._recovered[0] is session:
                 (_, done), self._recovered = self._recovered, None
                 return done
-            return await saving.cancel_save(link) or await phases.cancel(link, force=force)
+            return await saving.cancel_save(session) or await phases.cancel(session, force=force)
 
     # -- all of them ------------------------------------------------------------------------------
 
@@ -283,7 +283,7 @@ class Migration:
             VcpuConnectionError: QEMU is lost.
         """
         here, there = self._domain, destination._domain
-        async with here.session() as source, there.session() as target:
+        async with here.connected() as source, there.connected() as target:
             move = Move(source, target, cookie, how or sides.Transfer(), finished)
             return await move.run(here.agent(), there.agent(), force=force)
 
@@ -296,10 +296,10 @@ class Migration:
             VcpuRefused: it does not run.
             VcpuConnectionError: QEMU is lost.
         """
-        async with self._domain.session() as link:
-            used = memory_in_use(link.process) if link.process is not None else None
+        async with self._domain.connected() as session:
+            used = memory_in_use(session.process) if session.process is not None else None
             try:
-                summary = await link.monitor.query_memory_size_summary()
+                summary = await session.monitor.query_memory_size_summary()
             except CommandError:
                 return used
         sizes = summary.values() if isinstance(summary, dict) else ()
@@ -325,13 +325,13 @@ class Migration:
             VcpuFailed: it could not be written; the guest goes on.
             VcpuConnectionError: QEMU is lost.
         """
-        async with self._domain.session() as link:
-            _, runs = await phases.check_perform(link, cookie, force=force, is_paused=True)
-            if not link.monitor.takes_descriptors:
+        async with self._domain.connected() as session:
+            _, runs = await phases.check_perform(session, cookie, force=force, is_paused=True)
+            if not session.monitor.takes_descriptors:
                 raise catalogue.NO_DESCRIPTOR.error()
             if cookie.runs is not runs:
                 raise catalogue.CHANGED_WHILE_SAVING.error(done="let run" if runs else "paused")
-            return await Save(link, cookie, file, self._domain.reconnect).run(progress)
+            return await Save(session, cookie, file, self._domain.reconnect).run(progress)
 
     @checked
     async def restore(
@@ -349,8 +349,8 @@ class Migration:
             VcpuFailed: it is not whole, or not of this machine, and QEMU may have ended over it; it does not run.
             VcpuConnectionError: QEMU is lost.
         """
-        async with self._domain.session() as link:
-            await sides.receive_file(link.monitor, link.state.qemu, fd, offset)
+        async with self._domain.connected() as session:
+            await sides.receive_file(session.monitor, session.state.qemu, fd, offset)
         # A file is good for as many guests as are made of it.
         once = replace(cookie, number=None)
         try:
@@ -358,7 +358,7 @@ class Migration:
                 once, hint="the file is as it was", reported=reported, moved=lambda: _position(fd)
             )
         except VcpuConnectionError as error:
-            if link.process is None or is_alive(link.process.key):
+            if session.process is None or is_alive(session.process.key):
                 raise
             hint = "look at QEMU's log; the file is as it was"
             raise VcpuFailed("QEMU could not read the saved guest, and has ended", hint=hint) from error
@@ -375,21 +375,21 @@ class Migration:
             VcpuFailed: it cannot be read.
             VcpuConnectionError: QEMU is lost, perhaps over it.
         """
-        async with self._domain.session() as link:
-            await sides.receive_file(link.monitor, link.state.qemu, fd, offset, only_reads=True)
-            refusal = await phases.arrival(link, lambda: _position(fd))
+        async with self._domain.connected() as session:
+            await sides.receive_file(session.monitor, session.state.qemu, fd, offset, only_reads=True)
+            refusal = await phases.arrival(session, lambda: _position(fd))
         if refusal is not None:
             raise VcpuFailed(refusal.message, hint=refusal.hint)
 
     @checked
-    async def recover(self, link: Link, paused: PausedGuest) -> None:
+    async def recover(self, session: Session, paused: PausedGuest) -> None:
         """On connecting: a guest that a save, which was killed, has left `paused` goes on.
 
         Raises:
             VcpuConnectionError: all of the guest is in the file, and its QEMU was ended.
         """
-        done = await saving.recover(link, paused)
-        self._recovered = None if done is None else (link, done)
+        done = await saving.recover(session, paused)
+        self._recovered = None if done is None else (session, done)
 
 
 def _position(fd: int) -> int:

@@ -22,7 +22,7 @@ from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.migration import ownership, phases, sides
 from qmpvcpu.domain.migration.one_cpu import OneCpu
 from qmpvcpu.domain.migration.phases import Departure
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import (
     OutcomeKind,
     VcpuConnectionError,
@@ -58,7 +58,7 @@ class Migrated:
 
 
 @asynccontextmanager
-async def _direct(source: Link, destination: Link, how: sides.Transfer) -> AsyncIterator[str]:
+async def _direct(source: Session, destination: Session, how: sides.Transfer) -> AsyncIterator[str]:
     """How the source reaches the destination: what it listens at, as requested, else a socket pair."""
     there = address_of(await sides.status_of(destination.monitor), how.host)
     if (
@@ -90,7 +90,12 @@ class Move:
     """
 
     def __init__(
-        self, source: Link, destination: Link, cookie: Cookie, how: sides.Transfer, finished: Callable[[], None]
+        self,
+        source: Session,
+        destination: Session,
+        cookie: Cookie,
+        how: sides.Transfer,
+        finished: Callable[[], None],
     ) -> None:
         self._source = source
         self._destination = destination

@@ -24,7 +24,7 @@ from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.migration import ownership, saving, sides
 from qmpvcpu.domain.migration.one_cpu import why_not
 from qmpvcpu.domain.reader import run_state
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuError, VcpuFailed, VcpuRefused
 from qmpvcpu.host.ownership import Role
 from qmpvcpu.xml.document import read_domain
@@ -39,12 +39,12 @@ _ARRIVAL_SECONDS: Final = 10.0
 
 
 async def check_begin(
-    link: Link, *, force: bool, agent: Guest | None = None, is_paused: bool = False
+    session: Session, *, force: bool, agent: Guest | None = None, is_paused: bool = False
 ) -> tuple[DomainState, bool]:
     """The source as it is, and whether it runs.
 
     Args:
-        link: of the source.
+        session: of the source.
         force: do what is known to hang.
         agent: of the guest, if it may take CPUs offline on the way.
         is_paused: the guest is paused on the way.
@@ -52,12 +52,12 @@ async def check_begin(
     Raises:
         VcpuRefused: it cannot be migrated now; every reason.
     """
-    state = await link.read()
-    runs, status = await run_state(link.monitor), await sides.status_of(link.monitor)
-    refusals = check_source(state, runs, status, link.ledger.firsts, is_paused=is_paused)
-    if runs == "paused" and status.is_incoming and ownership.recall(link, Role.DESTINATION) is not None:
+    state = await session.read()
+    runs, status = await run_state(session.monitor), await sides.status_of(session.monitor)
+    refusals = check_source(state, runs, status, session.pending_unplugs.firsts, is_paused=is_paused)
+    if runs == "paused" and status.is_incoming and ownership.recall(session, Role.DESTINATION) is not None:
         refusals.append(catalogue.ARRIVED())
-    hangs = [] if force else check_hangs(state, link.removals)
+    hangs = [] if force else check_hangs(state, session.removals)
     if agent is not None and any(one.code == ONE_CPU for one in hangs):
         hangs = without_one_cpu(hangs, await why_not(agent, state, runs))
     if refusals := refusals + hangs:
@@ -69,7 +69,7 @@ async def check_begin(
 
 
 async def prepare(
-    link: Link,
+    session: Session,
     cookie: Cookie,
     plug: Callable[[Sequence[int]], Awaitable[object]],
     differences: Sequence[Refusal] = (),
@@ -77,7 +77,7 @@ async def prepare(
     """Check a destination that waits, plug what it lacks, and see to it that it does not start by itself.
 
     Args:
-        link: the destination.
+        session: the destination.
         cookie: of the source.
         plug: enables vCPUs there.
         differences: in what it is known to be another machine.
@@ -86,29 +86,29 @@ async def prepare(
         VcpuRefused: it cannot take the guest; every reason. Nothing was touched.
         VcpuFailed: QEMU declines something.
     """
-    state = await link.read()
-    runs, uuid = await run_state(link.monitor), await link.monitor.query_uuid()
+    state = await session.read()
+    runs, uuid = await run_state(session.monitor), await session.monitor.query_uuid()
     source = cookie.machine
     # Of a cookie that another tool made, its XML is all that there is.
     definition = read_domain(cookie.xml)[1] if source is None else None
     if refusals := [*check_destination(cookie, definition, state, runs, uuid), *differences]:
         raise VcpuRefused(refusals)
     with sides.declined("prepare the destination"):
-        await link.monitor.stop()
-        await sides.set_capabilities(link.monitor)
+        await session.monitor.stop()
+        await sides.set_capabilities(session.monitor)
     if source is None:
         return
     for slot in missing(source, machine_of(state)):
         await plug(list(slot.ids))
-    if refusals := check_arrived(source, machine_of(await link.read())):
+    if refusals := check_arrived(source, machine_of(await session.read())):
         raise VcpuFailed("; ".join(one.message for one in refusals), hint="start the destination anew")
 
 
-async def listen(link: Link, uri: str | None, host: str | None, default: str | None = None) -> str:
+async def listen(session: Session, uri: str | None, host: str | None, default: str | None = None) -> str:
     """Where the destination listens from now on, as the source names it.
 
     Args:
-        link: of the destination.
+        session: of the destination.
         uri: where it should.
         host: how the source reaches it.
         default: as `uri`, if it does not listen yet.
@@ -119,7 +119,7 @@ async def listen(link: Link, uri: str | None, host: str | None, default: str | N
     """
     if uri is not None:
         check_uri(uri)
-    there = address_of(await sides.status_of(link.monitor), host)
+    there = address_of(await sides.status_of(session.monitor), host)
     if there is not None:
         if uri not in (None, there):
             raise catalogue.LISTENS_ELSEWHERE.error(there=there)
@@ -128,8 +128,8 @@ async def listen(link: Link, uri: str | None, host: str | None, default: str | N
     if uri is None:
         raise catalogue.NO_URI.error()
     with sides.declined(f"listen at {uri}"):
-        await link.monitor.migrate_incoming(uri)
-    return address_of(await sides.status_of(link.monitor), host) or uri
+        await session.monitor.migrate_incoming(uri)
+    return address_of(await sides.status_of(session.monitor), host) or uri
 
 
 # -- perform -----------------------------------------------------------------------------------------
@@ -162,42 +162,42 @@ class Departure:
 
 
 async def check_perform(
-    link: Link, cookie: Cookie | None, *, force: bool, agent: Guest | None = None, is_paused: bool = False
+    session: Session, cookie: Cookie | None, *, force: bool, agent: Guest | None = None, is_paused: bool = False
 ) -> tuple[DomainState, bool]:
     """The source still is what the cookie says; `check_begin`.
 
     Raises:
         VcpuRefused: it is not, or cannot be migrated now.
     """
-    state, runs = await check_begin(link, force=force, agent=agent, is_paused=is_paused)
+    state, runs = await check_begin(session, force=force, agent=agent, is_paused=is_paused)
     check_same(cookie.machine if cookie is not None else None, state)
     return state, runs
 
 
-def claim_source(link: Link, begun: Cookie | None, *, runs: bool) -> None:
+def claim_source(session: Session, begun: Cookie | None, *, runs: bool) -> None:
     """The source has the guest until all of it has been handed over; `begun` is the cookie of this, where known.
 
     Raises:
         VcpuRefused: it was used before, or the guest was paused or let run since.
     """
-    saving.forget(link)
+    saving.forget(session)
     if begun is None:
         return
     if begun.runs != runs:
         raise catalogue.RUNS_NO_MORE.error(was="running" if begun.runs else "paused")
     if ownership.is_used(begun) or not ownership.claim(begun, Role.SOURCE):
         raise catalogue.COOKIE_USED.error()
-    ownership.remember(link, Role.SOURCE, begun)
+    ownership.remember(session, Role.SOURCE, begun)
 
 
 async def depart(
-    link: Link, begun: Cookie | None, channel: AbstractAsyncContextManager[str], how: sides.Transfer
+    session: Session, begun: Cookie | None, channel: AbstractAsyncContextManager[str], how: sides.Transfer
 ) -> Departure:
     """Move the memory of a guest that the source has claimed. The claim is released where all has been handed
     over, and where nothing was sent.
 
     Args:
-        link: of the source.
+        session: of the source.
         begun: the cookie, where known.
         channel: gives the URI at which the destination is reached.
         how: it is moved.
@@ -207,7 +207,7 @@ async def depart(
     """
     try:
         async with channel as uri:
-            status = await sides.send(link.monitor, uri, how)
+            status = await sides.send(session.monitor, uri, how)
     except asyncio.CancelledError as error:
         # From here on it is brought to an end, whoever cancels how often.
         return Departure(Source.KEPT, cancelled=error)
@@ -241,12 +241,12 @@ async def bring_to_end(left: Departure, work: Awaitable[T]) -> T:
 
 
 async def perform(
-    link: Link, uri: str, cookie: Cookie | None, how: sides.Transfer, *, force: bool
+    session: Session, uri: str, cookie: Cookie | None, how: sides.Transfer, *, force: bool
 ) -> MigrationStatus:
     """Move the guest to where a destination listens; somebody else looks after that one.
 
     Args:
-        link: of the source.
+        session: of the source.
         uri: where the destination listens.
         cookie: of the guest, where it is given.
         how: it is moved.
@@ -257,26 +257,26 @@ async def perform(
         VcpuFailed: it was not handed over; the guest goes on at the source.
         VcpuConnectionError: the source is lost.
     """
-    _, runs = await check_perform(link, cookie, force=force)
-    begun = cookie or ownership.recall(link, Role.SOURCE)
-    claim_source(link, begun, runs=runs)
-    left = await depart(link, begun, nullcontext(uri), how)
-    await bring_to_end(left, _stay(link, begun, left, runs=runs))
+    _, runs = await check_perform(session, cookie, force=force)
+    begun = cookie or ownership.recall(session, Role.SOURCE)
+    claim_source(session, begun, runs=runs)
+    left = await depart(session, begun, nullcontext(uri), how)
+    await bring_to_end(left, _stay(session, begun, left, runs=runs))
     return left.status
 
 
-async def _stay(link: Link, begun: Cookie | None, left: Departure, *, runs: bool) -> None:
+async def _stay(session: Session, begun: Cookie | None, left: Departure, *, runs: bool) -> None:
     """A guest that has not left goes on at the source. Raises VcpuError: it has not left."""
     if left.lost is not None:
         raise left.lost
     if left.end is Source.COMPLETED:
         return
-    if left.cancelled is not None and (await sides.status_of(link.monitor)).status == "completed":
+    if left.cancelled is not None and (await sides.status_of(session.monitor)).status == "completed":
         # What has been handed over may be started there.
         ownership.release(begun, Role.SOURCE)
         return
     # The number is used up: whatever has arrived there is not let run any more.
-    await sides.go_on(link, runs=runs)
+    await sides.go_on(session, runs=runs)
     if left.cancelled is None:
         why = left.status.error or f"it was {left.status.status}"
         raise VcpuFailed(f"the migration failed: {why}; the guest goes on here", hint="see QEMU's logs")
@@ -285,11 +285,11 @@ async def _stay(link: Link, begun: Cookie | None, left: Departure, *, runs: bool
 # -- finish ------------------------------------------------------------------------------------------
 
 
-async def arrival(link: Link, moved: Callable[[], object] = lambda: None) -> Refusal | None:
+async def arrival(session: Session, moved: Callable[[], object] = lambda: None) -> Refusal | None:
     """Wait until all of a guest has come to a destination; why it has not.
 
     Args:
-        link: of the destination.
+        session: of the destination.
         moved: how far the guest has come; while that changes, there is time.
 
     Raises:
@@ -297,7 +297,7 @@ async def arrival(link: Link, moved: Callable[[], object] = lambda: None) -> Ref
     """
     pause, last, deadline = sides.LOOK_FIRST, moved(), time.monotonic() + _ARRIVAL_SECONDS
     while True:
-        status, runs = await sides.status_of(link.monitor), await run_state(link.monitor)
+        status, runs = await sides.status_of(session.monitor), await run_state(session.monitor)
         if runs != "inmigrate" and not status.is_active:
             return None if status.is_incoming else catalogue.NOTHING_ARRIVED(state=runs)
         if (now := moved()) != last:
@@ -309,16 +309,16 @@ async def arrival(link: Link, moved: Callable[[], object] = lambda: None) -> Ref
 
 
 async def arrive(
-    link: Link, cookie: Cookie, moved: Callable[[], object] = lambda: None
+    session: Session, cookie: Cookie, moved: Callable[[], object] = lambda: None
 ) -> tuple[Destination, list[Refusal]]:
     """Whether all has arrived at a destination (`moved` as of `arrival`), and is what left. Raises nothing of the
     connection.
     """
     try:
-        if (refusal := await arrival(link, moved)) is not None:
+        if (refusal := await arrival(session, moved)) is not None:
             return Destination.BROKEN, [refusal]
         source = cookie.machine
-        now = machine_of(await link.read())
+        now = machine_of(await session.read())
         refusals = check_arrived(source, now) if source is not None else []
         return (Destination.OTHER if refusals else Destination.WHOLE), refusals
     except VcpuConnectionError as error:
@@ -326,7 +326,7 @@ async def arrive(
 
 
 async def finish(
-    link: Link,
+    session: Session,
     cookie: Cookie,
     *,
     force: bool,
@@ -336,7 +336,7 @@ async def finish(
     """Let a destination run that has all of the guest; what became of it, and why it does not run.
 
     Args:
-        link: of the destination.
+        session: of the destination.
         cookie: of the guest.
         force: also where another side has claimed it.
         reported: called with True before it is let run, and with False if it was not.
@@ -345,79 +345,79 @@ async def finish(
     Raises:
         VcpuRefused: another side has claimed the guest.
     """
-    found, refusals = await arrive(link, cookie, moved)
+    found, refusals = await arrive(session, cookie, moved)
     if found is not Destination.WHOLE:
         return found, "; ".join(one.message for one in refusals)
-    if not ownership.claim(cookie, Role.DESTINATION, link, force=force):
+    if not ownership.claim(cookie, Role.DESTINATION, session, force=force):
         raise catalogue.RUNS_AT_SOURCE.error()
     reported(True)
-    found, why = await sides.let_run(link, cookie)
+    found, why = await sides.let_run(session, cookie)
     reported(found in (Destination.RUNNING, Destination.UNKNOWN))
     if found is Destination.RUNNING:
-        _keep_pending(link, cookie)
-        ownership.forget(link)
+        _keep_pending(session, cookie)
+        ownership.forget(session)
     return found, why or ""
 
 
-def _keep_pending(link: Link, cookie: Cookie) -> None:
+def _keep_pending(session: Session, cookie: Cookie) -> None:
     """The unplugs that were pending when the guest left are pending at this destination."""
-    state = link.state
+    state = session.state
     entities = [state.by_id[first] for first in cookie.pending if first < state.maxcpus]
     if entities := [entity for entity in entities if entity.plugged]:
-        link.ledger.ask(entities, state, time.time())
-        link.learn()
+        session.pending_unplugs.ask(entities, state, time.time())
+        session.learn()
 
 
 # -- cancel ------------------------------------------------------------------------------------------
 
 
-async def cancel(link: Link, *, force: bool = False) -> str:
+async def cancel(session: Session, *, force: bool = False) -> str:
     """End what is under way at one side: a source goes on, a destination that has not run ends. What was done, in
     words.
 
     Args:
-        link: of that side.
+        session: of that side.
         force: also what may make the guest run twice, or nowhere.
 
     Raises:
         VcpuRefused: there is nothing to cancel, or the other side has the guest.
         VcpuError: it could not be.
     """
-    status, runs = await sides.status_of(link.monitor), await run_state(link.monitor)
-    begun, prepared = ownership.recall(link, Role.SOURCE), ownership.recall(link, Role.DESTINATION)
+    status, runs = await sides.status_of(session.monitor), await run_state(session.monitor)
+    begun, prepared = ownership.recall(session, Role.SOURCE), ownership.recall(session, Role.DESTINATION)
     step = cancel_step(runs, status, is_prepared=prepared is not None)
     if step is Cancel.END_WAITING:
-        await sides.end(link)
+        await sides.end(session)
         return "the destination, which waited, was ended"
     if step is Cancel.END_ARRIVED and prepared is not None:
-        return await _end_arrived(link, prepared, force=force)
+        return await _end_arrived(session, prepared, force=force)
     if step is Cancel.STOP:
         ran = runs == "running" or (begun is not None and begun.runs)
-        if (await sides.stop_moving(link.monitor)).status != "completed":
-            await sides.go_on(link, runs=ran)
+        if (await sides.stop_moving(session.monitor)).status != "completed":
+            await sides.go_on(session, runs=ran)
             return f"the migration was cancelled, and the guest {'goes on' if ran else 'is paused, as it was'}"
     elif step is Cancel.NOTHING:
         raise catalogue.NOTHING_UNDER_WAY.error()
     # All of it has been handed over: the source has the guest only if it claims it.
-    return await _take_back(link, begun, force=force)
+    return await _take_back(session, begun, force=force)
 
 
-async def _take_back(link: Link, begun: Cookie | None, *, force: bool) -> str:
+async def _take_back(session: Session, begun: Cookie | None, *, force: bool) -> str:
     """A source that has handed its guest over goes on; `begun` is what is known of that at this side."""
     if not ownership.claim(begun, Role.SOURCE, force=force):
         raise catalogue.RUNS_AT_DESTINATION.error()
     runs = begun is None or begun.runs
-    await sides.go_on(link, runs=runs)
+    await sides.go_on(session, runs=runs)
     done = "goes on here" if runs else "is here again, paused as it was"
     if begun is None:
         return f"the guest, which had been handed over, {done}: see to it that the destination does not run it"
     return f"the guest, which had been handed over, {done}"
 
 
-async def _end_arrived(link: Link, prepared: Cookie, *, force: bool) -> str:
+async def _end_arrived(session: Session, prepared: Cookie, *, force: bool) -> str:
     """A destination that has all of the guest, and has not been let run."""
     if not force and not (ownership.is_present(prepared, Role.SOURCE) and ownership.claim(prepared, Role.SOURCE)):
         raise catalogue.SOURCE_UNKNOWN.error()
-    await sides.end(link)
-    ownership.forget(link)
+    await sides.end(session)
+    ownership.forget(session)
     return "the destination, which had not been let run, was ended"

@@ -22,7 +22,7 @@ from qmpvcpu.core.migration.status import Progress
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.migration import sides
 from qmpvcpu.domain.reader import run_state
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuFailed
 from qmpvcpu.host.process import is_alive, pid_in
 from qmpvcpu.host.saves import PausedGuest, Saves, paused_by_us, paused_guest
@@ -59,16 +59,16 @@ class Save:
     """One guest on its way into a file. However it ends, the guest is in the file, or it goes on as it was.
 
     Args:
-        link: of the guest.
+        session: of the guest.
         cookie: of the guest, as it is now.
         file: open.
         reconnect: after a lost connection.
     """
 
     def __init__(
-        self, link: Link, cookie: Cookie, file: SaveTarget, reconnect: Callable[[], Awaitable[Link]]
+        self, session: Session, cookie: Cookie, file: SaveTarget, reconnect: Callable[[], Awaitable[Session]]
     ) -> None:
-        self._link = link
+        self._session = session
         self._cookie = cookie
         self._file = file
         self._reconnect = reconnect
@@ -82,7 +82,7 @@ class Save:
             VcpuFailed: it could not be written.
             VcpuConnectionError: QEMU is lost.
         """
-        _begin(self._link, self._file, runs=self._cookie.runs)
+        _begin(self._session, self._file, runs=self._cookie.runs)
         try:
             await self._write(progress)
             if self._file.check is not None:
@@ -100,21 +100,21 @@ class Save:
         return await aio.finish(self._end())
 
     async def _write(self, progress: Progress | None) -> None:
-        monitor = self._link.monitor
+        monitor = self._session.monitor
         await monitor.stop()
-        if self._link.ledger.firsts:
+        if self._session.pending_unplugs.firsts:
             # What was pending may have ended until now.
-            check_same(self._cookie.machine, await self._link.read())
-        qemu, file = self._link.state.qemu, self._file
+            check_same(self._cookie.machine, await self._session.read())
+        qemu, file = self._session.state.qemu, self._file
         status = await sides.send_to_file(monitor, qemu, file.fd, file.offset, progress)
         if status.status != "completed":
             raise VcpuFailed(f"QEMU could not write it: {status.error or status.status}")
 
     async def _check_paused(self) -> None:
         try:
-            is_paused = await _is_still_paused(self._link.monitor)
+            is_paused = await _is_still_paused(self._session.monitor)
         except VcpuConnectionError:
-            if not await sides.has_ended(self._link):
+            if not await sides.has_ended(self._session):
                 raise
             # All that there is of the guest is in the file.
             return
@@ -127,9 +127,9 @@ class Save:
 
     async def _end(self) -> bool:
         """The guest is in the file: its QEMU ends; whether it has."""
-        has_ended = await sides.end(self._link)
+        has_ended = await sides.end(self._session)
         if has_ended:
-            forget(self._link)
+            forget(self._session)
         return has_ended
 
     async def _keep_guest(self, error: BaseException) -> BaseException:
@@ -144,22 +144,22 @@ class Save:
                 reason=error.reason,
                 hint="the guest may be there, and paused: migrate-cancel lets it go on",
             )
-        await self._go_on(self._link)
+        await self._go_on(self._session)
         if not isinstance(error, CommandError | OSError | VcpuFailed):
             return error
         why = error.strerror if isinstance(error, OSError) else str(error)
         hint = error.hint if isinstance(error, VcpuFailed) else None
         return VcpuFailed(f"{why}; the guest {state}", hint=hint or "look at the disk, and save again")
 
-    async def _go_on(self, link: Link) -> None:
-        await sides.go_on(link, runs=self._cookie.runs)
-        await _finish_record(link)
+    async def _go_on(self, session: Session) -> None:
+        await sides.go_on(session, runs=self._cookie.runs)
+        await _finish_record(session)
 
     async def _bring_back(self) -> bool:
         """After QMP was lost: let the guest go on; whether it does. A QEMU that waits for a disk does not answer,
         and will.
         """
-        process, deadline = self._link.process, time.monotonic() + _BRING_BACK_SECONDS
+        process, deadline = self._session.process, time.monotonic() + _BRING_BACK_SECONDS
         while process is not None and is_alive(process.key) and time.monotonic() < deadline:
             with suppress(VcpuError):
                 await self._go_on(await self._reconnect())
@@ -177,45 +177,45 @@ def _saves() -> Saves | None:
     return None
 
 
-def _begin(link: Link, file: SaveTarget, *, runs: bool) -> None:
+def _begin(session: Session, file: SaveTarget, *, runs: bool) -> None:
     """Remember that this guest is about to be paused.
 
     Raises:
         VcpuRefused: another process is saving it.
     """
-    saves, other = _saves(), paused_guest(link.process)
-    if saves is None or link.process is None:
+    saves, other = _saves(), paused_guest(session.process)
+    if saves is None or session.process is None:
         return
     if other is not None and not other.is_here and not other.is_left:
         raise catalogue.SAVING.error(pid=pid_in(other.saver))
     with suppress(OSError):
-        saves.keep(link.process, paused_by_us(file.fd, file.names, runs=runs))
+        saves.keep(session.process, paused_by_us(file.fd, file.names, runs=runs))
 
 
-def forget(link: Link) -> None:
+def forget(session: Session) -> None:
     """It is not being saved any more, and QEMU's run state says where it is."""
     saves = _saves()
-    if saves is not None and link.process is not None:
-        saves.forget(link.process)
+    if saves is not None and session.process is not None:
+        saves.forget(session.process)
 
 
-async def _finish_record(link: Link) -> None:
+async def _finish_record(session: Session) -> None:
     """It is not being saved any more. One that was paused before, and is "postmigrate" now, stays here: only
     `cont` would change that state.
     """
     saves = _saves()
-    if saves is None or link.process is None:
+    if saves is None or session.process is None:
         return
-    if await run_state(link.monitor) == "postmigrate":
-        saves.keep_here(link.process)
+    if await run_state(session.monitor) == "postmigrate":
+        saves.keep_here(session.process)
     else:
-        saves.forget(link.process)
+        saves.forget(session.process)
 
 
 # -- by the next process -------------------------------------------------------------------------------
 
 
-async def recover(link: Link, guest: PausedGuest) -> str | None:
+async def recover(session: Session, guest: PausedGuest) -> str | None:
     """A save was killed while it had this guest paused: the guest goes on as it was, and the file is taken away.
     What was done, in words; None where there was nothing to do, or it could not be done.
 
@@ -224,18 +224,18 @@ async def recover(link: Link, guest: PausedGuest) -> str | None:
     """
     if guest.is_here:
         # It may have run since.
-        await _finish_record(link)
+        await _finish_record(session)
         return None
     if guest.is_saved:
-        await _end_saved(link, guest)
+        await _end_saved(session, guest)
         return None
     try:
-        was_paused = await _resume(link, guest)
+        was_paused = await _resume(session, guest)
     except (VcpuError, CommandError) as error:
         _LOGGER.info("a save was killed, and its guest cannot be let go on: %s", error)
         return None
     guest.remove_file()
-    await _finish_record(link)
+    await _finish_record(session)
     if not was_paused:
         return None
     text = f"the guest, which a save that was killed had paused, {_done(guest)}"
@@ -243,16 +243,16 @@ async def recover(link: Link, guest: PausedGuest) -> str | None:
     return text
 
 
-async def _end_saved(link: Link, guest: PausedGuest) -> None:
+async def _end_saved(session: Session, guest: PausedGuest) -> None:
     """The save was made, but for the end of its QEMU."""
     try:
-        is_paused = await _is_still_paused(link.monitor)
+        is_paused = await _is_still_paused(session.monitor)
     except (VcpuError, CommandError) as error:
         _LOGGER.info("a save was killed, and its guest cannot be asked: %s", error)
         return
-    if is_paused and not await sides.end(link):
+    if is_paused and not await sides.end(session):
         return
-    forget(link)
+    forget(session)
     if is_paused:
         file = guest.files[-1]
         raise VcpuConnectionError(
@@ -262,15 +262,15 @@ async def _end_saved(link: Link, guest: PausedGuest) -> None:
         )
 
 
-async def cancel_save(link: Link) -> str | None:
+async def cancel_save(session: Session) -> str | None:
     """If a process that is there is saving this guest, the guest goes on as it was, and that save fails. What was
     done, in words; None where nobody saves it.
 
     Raises:
         VcpuError: it could not be done.
     """
-    found = paused_guest(link.process)
-    if found is None or found.is_here or not await _resume(link, found):
+    found = paused_guest(session.process)
+    if found is None or found.is_here or not await _resume(session, found):
         return None
     return f"the save was cancelled, and the guest {_done(found)}"
 
@@ -280,13 +280,13 @@ async def _is_still_paused(monitor: Monitor) -> bool:
     return await run_state(monitor) in _PAUSED
 
 
-async def _resume(link: Link, guest: PausedGuest) -> bool:
+async def _resume(session: Session, guest: PausedGuest) -> bool:
     """Whether it was paused."""
-    if (await sides.status_of(link.monitor)).is_active:
-        await sides.stop_moving(link.monitor)
-    was_paused = await _is_still_paused(link.monitor)
+    if (await sides.status_of(session.monitor)).is_active:
+        await sides.stop_moving(session.monitor)
+    was_paused = await _is_still_paused(session.monitor)
     if was_paused:
-        await sides.go_on(link, runs=guest.runs)
+        await sides.go_on(session, runs=guest.runs)
     return was_paused
 
 

@@ -19,7 +19,7 @@ from qmpvcpu.core.migration.status import MigrationStatus, Progress, Stillness, 
 from qmpvcpu.core.migration.who_runs import Destination, Source
 from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.domain.reader import run_state
-from qmpvcpu.domain.session import Link
+from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed, VcpuPartial
 from qmpvcpu.host.process import is_alive
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
@@ -255,17 +255,17 @@ async def _until_ended(monitor: Monitor, transfer: Transfer) -> MigrationStatus:
 # -- the guest goes on, or is let run, or its QEMU ends ------------------------------------------------
 
 
-async def go_on(link: Link, *, runs: bool) -> None:
+async def go_on(session: Session, *, runs: bool) -> None:
     """Let the source go on, if the guest ran.
 
     Raises:
         VcpuError: it does not.
     """
-    await stop_moving(link.monitor)
-    if runs and await run_state(link.monitor) != "running":
+    await stop_moving(session.monitor)
+    if runs and await run_state(session.monitor) != "running":
         with declined("let the guest go on at the source"):
-            await _cont(link.monitor)
-        if (now := await run_state(link.monitor)) != "running":
+            await _cont(session.monitor)
+        if (now := await run_state(session.monitor)) != "running":
             raise VcpuPartial(f"the guest is '{now}' at the source", hint="look at the log of its QEMU")
 
 
@@ -284,41 +284,41 @@ async def _cont(monitor: Monitor) -> None:
         await asyncio.sleep(LOOK_FIRST)
 
 
-async def let_run(link: Link, cookie: Cookie) -> tuple[Destination, str | None]:
+async def let_run(session: Session, cookie: Cookie) -> tuple[Destination, str | None]:
     """Let the destination run, if the guest ran; whether it does, and why not."""
     if not cookie.runs:
         return Destination.RUNNING, None
     try:
-        await link.monitor.cont()
-        if (runs := await run_state(link.monitor)) != "running":
+        await session.monitor.cont()
+        if (runs := await run_state(session.monitor)) != "running":
             return Destination.OTHER, f"the destination is '{runs}' after cont"
         return Destination.RUNNING, None
     except CommandError as error:
         return Destination.OTHER, f"the destination cannot run it: {error.text}"
     except VcpuConnectionError as error:
-        return (Destination.DIED if await has_ended(link) else Destination.UNKNOWN), error.message
+        return (Destination.DIED if await has_ended(session) else Destination.UNKNOWN), error.message
 
 
-async def end(link: Link) -> bool:
+async def end(session: Session) -> bool:
     """`quit`, and wait until QEMU has ended; whether it has, as far as can be told."""
     with suppress(CommandError, VcpuConnectionError):
-        await link.monitor.quit()
-    return await has_ended(link)
+        await session.monitor.quit()
+    return await has_ended(session)
 
 
-async def has_ended(link: Link) -> bool:
+async def has_ended(session: Session) -> bool:
     """Whether a QEMU that was asked to end, or does not answer, has ended; waits a moment for it."""
-    if link.process is None:
+    if session.process is None:
         return False
     deadline = time.monotonic() + _END_SECONDS
-    while is_alive(link.process.key):
+    while is_alive(session.process.key):
         if time.monotonic() >= deadline:
             return False
         await asyncio.sleep(LOOK_FIRST)
     return True
 
 
-async def lost(source: Link) -> Source | None:
+async def lost(source: Session) -> Source | None:
     """How a source is lost; None: it answers."""
     try:
         await run_state(source.monitor)
