@@ -104,7 +104,7 @@ class VcpuError(Exception):
     outcome: OutcomeKind = OutcomeKind.FAILED
     default_libvirt = "VIR_ERR_INTERNAL_ERROR"
 
-    def __init__(
+    def __init__(  # noqa: PLR0913 - each fact is a keyword of its own
         self,
         message: str,
         *,

@@ -21,7 +21,7 @@ _LONGEST_SECONDS = 86400.0 * 365
 
 
 @checked
-def connect(
+def connect(  # noqa: PLR0913 - each is a keyword of its own to those who call it
     domain: str | os.PathLike[str] | None = None,
     *,
     qmp: str | os.PathLike[str] | Sequence[str] | None = None,
