@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Any, Literal
 
 from qmpvcpu.core.arguments import checked
-from qmpvcpu.domain.backends.qmp import QmpBackend
+from qmpvcpu.domain import backends
 from qmpvcpu.domain.domain import Domain
 from qmpvcpu.domain.resolve import resolve
 from qmpvcpu.errors import VcpuUsageError
@@ -75,9 +75,7 @@ def connect(  # noqa: PLR0913 - each is a keyword of its own to those who call i
         if qmp_log is not None and via == "api":
             text = "by libvirt's API no QMP message is ours to keep"
             raise VcpuUsageError(text, hint="leave out --qmp-log (qmp_log=), or go --via monitor")
-        from qmpvcpu.domain.backends.libvirt import LibvirtBackend
-
-        libvirt = LibvirtBackend(domain, uri, via, qmp_log, connect_timeout, command_timeout)
+        libvirt = backends.LibvirtBackend(domain, uri, via, qmp_log, connect_timeout, command_timeout)
         return Domain(libvirt, libvirt.unreached())
     if via != "api":
         raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI (uri=)")
@@ -86,5 +84,5 @@ def connect(  # noqa: PLR0913 - each is a keyword of its own to those who call i
         place = replace(place, qmp=place.qmp[::-1])
     patience = _CONNECT_SECONDS if connect_timeout is None else connect_timeout
     patience = min(patience, _HELD_SECONDS) if config_only else patience
-    backend = QmpBackend(place, qmp_log, patience, command_timeout, config_only)
+    backend = backends.QmpBackend(place, qmp_log, patience, command_timeout, config_only)
     return Domain(backend, backend.unreached())

@@ -7,6 +7,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, replace
 from threading import Event as Flag
 
+from qmpvcpu import xml as documents
 from qmpvcpu.aio import finish
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.engine.report import Report
@@ -93,12 +94,10 @@ class DefinitionHandle:
         return again
 
     def _version(self, data: bytes) -> _Version:
-        from qmpvcpu.xml.document import read_domain
-
         if self._last is not None and self._last.data == data:
             return self._last
         try:
-            self._last = _Version(data, read_domain(data)[1])
+            self._last = _Version(data, documents.read_domain(data)[1])
             return self._last
         except VcpuRefused as error:
             # Whose line it is.
@@ -110,15 +109,12 @@ def _made(data: bytes, plan: ConfigPlan) -> tuple[ConfigPlan, bytes]:
 
     What nobody could read any more is refused before it is written.
     """
-    from qmpvcpu.xml.document import read_domain
-    from qmpvcpu.xml.vcpus import write_vcpus
-
     if plan.refusals or not plan.writes:
         return plan, data
-    document, _ = read_domain(data)
-    after = write_vcpus(document, plan.old, plan.new)
+    document, _ = documents.read_domain(data)
+    after = documents.write_vcpus(document, plan.old, plan.new)
     try:
-        again = read_domain(after)[1]
+        again = documents.read_domain(after)[1]
     except VcpuRefused as error:
         return replace(plan, refusals=tuple(_unreadable(one) for one in error.refusals)), data
     new = plan.new
@@ -159,10 +155,7 @@ class ConfigChange:
     @property
     def diff(self) -> tuple[str, ...]:
         """The document before and after, as a unified diff."""
-        from difflib import unified_diff
-
-        before, after = (data.decode(errors="replace").splitlines() for data in (self.before, self.after))
-        return tuple(unified_diff(before, after, "definition", "definition as asked", lineterm=""))
+        return documents.unified_diff(self.before, self.after, "definition")
 
     async def stage(self) -> None:
         """Write it beside the old one, so that what stands against that shows now.

@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from qmpvcpu import aio
+from qmpvcpu import xml as documents
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.engine.report import queried
 from qmpvcpu.core.migration.status import MigrationStatus, Progress
@@ -26,9 +27,9 @@ from qmpvcpu.core.rules.hotplug import plugs_left
 from qmpvcpu.core.rules.request import check_flags
 from qmpvcpu.core.rules.selection import select
 from qmpvcpu.core.state.guest_view import GuestView
+from qmpvcpu.domain import dump
 from qmpvcpu.domain import migration as migrating
 from qmpvcpu.domain.backends.backend import Backend
-from qmpvcpu.domain.dump import DescribedXml, check_dump
 from qmpvcpu.domain.event_bus import EventBus, Events
 from qmpvcpu.domain.interrupted import Interrupted, left_by
 from qmpvcpu.domain.pin import check_pin
@@ -42,6 +43,7 @@ from qmpvcpu.host.saves import paused_guest
 if TYPE_CHECKING:
     from qmpvcpu.core.machine.comparison import Picture
     from qmpvcpu.core.migration.cookie import Cookie
+    from qmpvcpu.domain.dump import DescribedXml
     from qmpvcpu.domain.migration import Migration
     from qmpvcpu.domain.migration.move import Migrated
 
@@ -300,8 +302,6 @@ class Domain:
         return await self.plan(await self._listed(xml, source, options))
 
     async def _listed(self, xml: bytes, source: str, options: Options) -> Request:
-        from qmpvcpu.xml.document import read_listed
-
         async with self._turn() as reached:
             live, _ = reached.sides(_flags_of(options))
             if reached.definition is not None and not (live and reached.session is not None):
@@ -309,7 +309,7 @@ class Domain:
             else:
                 maximum = reached.connected().state.maxcpus
         try:
-            vcpus, exact = read_listed(xml, maximum)
+            vcpus, exact = documents.read_listed(xml, maximum)
         except VcpuRefused as error:
             raise error.at(source) from error
         given: Options = {"atomic": True, **options, "fallback": False}
@@ -331,7 +331,7 @@ class Domain:
         Raises:
             VcpuRefused: there is no definition.
         """
-        check_dump(dialect, detail)
+        dump.check_dump(dialect, detail)
         async with self._turn() as reached:
             flags = VcpuFlag.CONFIG if inactive else VcpuFlag.CURRENT
             return await self._backend.dump_xml(reached, flags, dialect, detail)
@@ -395,9 +395,7 @@ class Domain:
         async with self._turn() as reached:
             session = reached.connected()
             if xml is not None:
-                from qmpvcpu.xml.document import read_domain
-
-                definition = read_domain(xml)[1]
+                definition = documents.read_domain(xml)[1]
             elif reached.definition is not None:
                 definition = reached.definition.definition()
             else:

@@ -6,9 +6,11 @@ import time
 from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
+from qmpvcpu import xml as documents
+from qmpvcpu.core import machine
 from qmpvcpu.core.engine.report import Report
-from qmpvcpu.core.machine.described import Described
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Request
@@ -18,9 +20,9 @@ from qmpvcpu.core.rules.placement import with_threads
 from qmpvcpu.core.rules.request import check_request, check_sides
 from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.core.state.guest_view import GuestView, with_online
+from qmpvcpu.domain import dump
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.definition import DefinitionHandle
-from qmpvcpu.domain.dump import DescribedXml, describe, dump
 from qmpvcpu.domain.pin import change_pin
 from qmpvcpu.domain.placement import ThreadPlacement
 from qmpvcpu.domain.planned import plan_on
@@ -28,6 +30,10 @@ from qmpvcpu.domain.run import Scope, run, run_on_definition, with_config
 from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
+
+if TYPE_CHECKING:
+    from qmpvcpu.core.machine.described import Described
+    from qmpvcpu.domain.dump import DescribedXml
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,11 +118,9 @@ class Reached:
         live, _ = self.sides(flags)
         if not live:
             assert self.definition is not None
-            from qmpvcpu.core.machine.boot_arguments import located
-
             definition = self.definition.definition()
             is_active = self.session is not None or self.busy is not None
-            return located(definition, state_of(definition, self.name, active=is_active))
+            return machine.located(definition, state_of(definition, self.name, active=is_active))
         session = self.connected()
         state = await session.read()
         if self.guest is not None:
@@ -136,21 +140,21 @@ class Reached:
         live, _ = self.sides(flags)
         state = with_its_threads(session := self.connected(), await session.read()) if live else None
         if self.definition is not None:
-            return dump(self.definition.read(), state, dialect, detail)
+            return dump.dump(self.definition.read(), state, dialect, detail)
         assert state is not None
-        return dump((await self.describe_xml(state)).xml, state, dialect, detail)
+        return dump.dump((await self.describe_xml(state)).xml, state, dialect, detail)
 
     async def describe(self, state: DomainState) -> Described:
         """What QEMU tells of the running guest."""
         session = self.connected()
-        return await describe(session.monitor, state, session.process, self.agent_address)
+        return await dump.describe(session.monitor, state, session.process, self.agent_address)
 
     async def describe_xml(self, state: DomainState) -> DescribedXml:
         """The same as a definition."""
-        from qmpvcpu.xml.minimal import minimal_domain
-
         told = await self.describe(state)
-        return DescribedXml(minimal_domain(told.definition, told.devices), told.left_out, told.devices is not None)
+        return dump.DescribedXml(
+            documents.minimal_domain(told.definition, told.devices), told.left_out, told.devices is not None
+        )
 
     # -- changes and plans ------------------------------------------------------------------------
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib import import_module
 from typing import Any
 
 from qmpvcpu.core.rules import catalogue
@@ -14,14 +15,11 @@ def libvirt_module() -> Any:
         VcpuRefused: it is not installed.
     """
     try:
-        import libvirt
+        return import_module("libvirt")
     except ImportError as error:
         raise catalogue.NO_LIBVIRT.error(error=error) from error
-    return libvirt
 
 
 def libvirt_qemu_module() -> Any:
     """The module `libvirt_qemu`, QEMU's monitor and agent behind libvirt."""
-    import libvirt_qemu
-
-    return libvirt_qemu
+    return import_module("libvirt_qemu")

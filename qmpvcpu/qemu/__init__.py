@@ -1,1 +1,19 @@
-"""The QEMU edge: monitor (QMP), processes we start. Imports `core` and `ports` only."""
+"""The QEMU edge: monitor (QMP), agent, processes we start. qemu.qmp is loaded with the first of them."""
+
+from qmpvcpu.lazy import lazy
+
+# Type checkers read this name as true.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qmpvcpu.qemu.agent import AgentClient
+    from qmpvcpu.qemu.monitor import connect_monitor
+
+__all__ = ["AgentClient", "connect_monitor"]
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "agent": ("AgentClient",),
+        "monitor": ("connect_monitor",),
+    },
+)

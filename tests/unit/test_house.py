@@ -58,3 +58,16 @@ def public_classes() -> Counter[str]:
 
 def test_one_name_means_one_class():
     assert {name for name, count in public_classes().items() if count > 1} == set()
+
+
+def function_imports(path: Path) -> list[str]:
+    """Imports inside of functions."""
+    nodes = list(ast.walk(ast.parse(path.read_text())))
+    functions = (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
+    return [ast.unparse(n) for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)]
+
+
+def test_only_the_command_line_and_the_face_import_inside_of_functions():
+    may = {PRODUCT / "__init__.py", *(PRODUCT / "cli").glob("*.py")}
+    found = {str(path): function_imports(path) for path in PRODUCT.rglob("*.py") if path not in may}
+    assert {name: imports for name, imports in found.items() if imports} == {}

@@ -1,1 +1,19 @@
 """How a domain is reached: over QMP, or through libvirt."""
+
+from qmpvcpu.lazy import lazy
+
+# Type checkers read this name as true.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qmpvcpu.domain.backends.libvirt import LibvirtBackend
+    from qmpvcpu.domain.backends.qmp import QmpBackend
+
+__all__ = ["LibvirtBackend", "QmpBackend"]
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "libvirt": ("LibvirtBackend",),
+        "qmp": ("QmpBackend",),
+    },
+)

@@ -14,6 +14,7 @@ from qmpvcpu.errors import VcpuPartial
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.libvirt.calls import LibvirtGuest
 from qmpvcpu.ports import CommandError, DefinitionStore
+from qmpvcpu.xml.document import read_domain
 
 
 class LibvirtDefinition(DefinitionHandle):
@@ -67,8 +68,6 @@ class _Staged:
 
     def commit(self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
         """Tell libvirt what is to be different; in words of its own where it has them."""
-        from qmpvcpu.xml.document import read_domain
-
         with answered():
             now = self._store.fetch()
             if now != before:

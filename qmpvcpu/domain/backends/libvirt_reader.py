@@ -18,6 +18,7 @@ from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.host.process import find_by_uuid
 from qmpvcpu.libvirt.monitor import ApiMonitor
 from qmpvcpu.ports import CommandError
+from qmpvcpu.xml.document import read_domain
 
 logger = logging.getLogger("qmpvcpu.domain.backends.libvirt_reader")
 
@@ -37,8 +38,6 @@ class XmlReader:
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
         """Its XML."""
-        from qmpvcpu.xml.document import read_domain
-
         asked = tuple(pending)
         guest = self._monitor.guest
         await self._monitor.plugs_done()

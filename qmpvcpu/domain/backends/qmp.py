@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, replace
 from typing import Any
 
+from qmpvcpu import qemu
 from qmpvcpu.core.model import Outcome
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Request
@@ -67,18 +68,13 @@ class QmpBackend:
             raise
         address = reached.defined_agent()
         if address is not None:
-            from qmpvcpu.qemu.agent import AgentClient
-
-            session.guest = Guest(AgentClient(address), session.monitor, bus.emit)
+            session.guest = Guest(qemu.AgentClient(address), session.monitor, bus.emit)
         return replace(reached, session=session, guest=session.guest)
 
     async def _open(self, address: str) -> Monitor:
         if self.place.is_unknown:
             raise unknown_domain(address)
-        # Loaded here: `qemu.qmp` is most of what importing qmpvcpu would cost.
-        from qmpvcpu.qemu.monitor import connect_monitor
-
-        return await connect_monitor(
+        return await qemu.connect_monitor(
             address,
             log=self.log,
             connect_timeout=self.connect_timeout,

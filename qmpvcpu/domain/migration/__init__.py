@@ -1,8 +1,6 @@
-"""The object behind `domain.migration`. Most commands never migrate: its parts are loaded when they are used."""
+"""The object behind `domain.migration`. Most commands never migrate."""
 
-from __future__ import annotations
-
-from importlib import import_module
+from qmpvcpu.lazy import lazy
 
 # Type checkers read this name as true.
 TYPE_CHECKING = False
@@ -14,16 +12,12 @@ if TYPE_CHECKING:
 
 __all__ = ["Access", "Migration", "SaveTarget", "Transfer", "read_picture"]
 
-_HOMES = {
-    "Access": "migration",
-    "Migration": "migration",
-    "SaveTarget": "saving",
-    "Transfer": "sides",
-    "read_picture": "picture",
-}
-
-
-def __getattr__(name: str) -> object:
-    if name not in _HOMES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+__getattr__ = lazy(
+    __name__,
+    {
+        "migration": ("Access", "Migration"),
+        "picture": ("read_picture",),
+        "saving": ("SaveTarget",),
+        "sides": ("Transfer",),
+    },
+)

@@ -1,4 +1,4 @@
-"""The XML of a domain: the running guest's own, or its definition with what the running guest is now."""
+"""A definition of a running guest, of what its QEMU tells."""
 
 from __future__ import annotations
 
@@ -12,16 +12,10 @@ from typing import Final
 from qmpvcpu.core.definition import definition_of
 from qmpvcpu.core.machine.command_line import QemuCommandLine, read_command_line
 from qmpvcpu.core.machine.described import Described, MachineFacts, agrees, described, machine_facts
-from qmpvcpu.core.model import DomainState, Vcpu
-from qmpvcpu.errors import VcpuUsageError
+from qmpvcpu.core.model import DomainState
 from qmpvcpu.host.process import Process, command_line_of, folder_of
 from qmpvcpu.host.program import startable_program
 from qmpvcpu.ports import CommandError, Monitor
-
-__all__ = ["DETAILS", "DIALECTS", "DescribedXml", "check_dump", "describe", "dump"]
-
-DIALECTS: Final = ("rfc", "libvirt")
-DETAILS: Final = ("minimal", "cell", "full")
 
 _NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
@@ -63,52 +57,6 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
         agent=agent if agent is not None and agent.startswith("/") else None,
     )
     return Described(definition, tuple(left_out), told.devices)
-
-
-def check_dump(dialect: str | None, detail: str | None) -> None:
-    """Raises VcpuUsageError for words that `dump` does not know."""
-    for word, words in ((dialect, DIALECTS), (detail, DETAILS)):
-        if word is not None and word not in words:
-            raise VcpuUsageError(f"'{word}' is none of {', '.join(words)}", hint="choose one of them")
-
-
-def dump(
-    data: bytes, state: DomainState | None, dialect: str | None, detail: str | None, *, running: bool = False
-) -> bytes:
-    """A document with the vCPUs of `state`, or with its own, in this dialect.
-
-    Args:
-        data: a domain's XML.
-        state: the running guest.
-        dialect: "rfc" or "libvirt", or None: its own.
-        detail: what the RFC's dialect shows: "minimal", "cell" or, if None, "full".
-        running: the document is libvirt's, of a running guest.
-    """
-    from qmpvcpu.core.state.from_definition import state_of
-    from qmpvcpu.xml.document import read_domain
-    from qmpvcpu.xml.vcpus import write_vcpus
-
-    document, old = read_domain(data, running=running)
-    if dialect is None and detail is not None:
-        dialect = "rfc"
-    if state is None and dialect is None:
-        return data
-    new = old if state is None else replace(old, vcpus=definition_of(state).vcpus)
-    defined = {vcpu.id: vcpu for vcpu in state_of(old).vcpus}
-    shown = detail or "full"
-    details = {vcpu.id: _details(vcpu, defined.get(vcpu.id), shown) for vcpu in (state or state_of(old)).vcpus}
-    return write_vcpus(document, old, new, dialect or old.dialect or "libvirt", details)
-
-
-def _details(vcpu: Vcpu, defined: Vcpu | None, detail: str) -> dict[str, str | None]:
-    found: dict[str, str | None] = {}
-    if detail in ("cell", "full"):
-        node = vcpu.node if vcpu.node is not None or defined is None else defined.node
-        found["cell"] = str(node) if node is not None else None
-    if detail == "full":
-        found["pin"] = vcpu.pin or (defined.pin if defined is not None else None)
-        found["scheduler"] = vcpu.scheduler or (defined.scheduler if defined is not None else None)
-    return found
 
 
 async def _name(monitor: Monitor, name: str) -> str:

@@ -1,0 +1,19 @@
+"""The XML of a domain: as it is defined, and made of what QEMU tells."""
+
+from qmpvcpu.lazy import lazy
+
+# Type checkers read this name as true.
+TYPE_CHECKING = False
+if TYPE_CHECKING:
+    from qmpvcpu.domain.dump.describe import DescribedXml, describe
+    from qmpvcpu.domain.dump.document import check_dump, dump
+
+__all__ = ["DescribedXml", "check_dump", "describe", "dump"]
+
+__getattr__ = lazy(
+    __name__,
+    {
+        "describe": ("DescribedXml", "describe"),
+        "document": ("check_dump", "dump"),
+    },
+)

@@ -1,0 +1,57 @@
+"""A document with what the vCPUs of the running guest are now, in either dialect."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import Final
+
+from qmpvcpu.core.definition import definition_of
+from qmpvcpu.core.model import DomainState, Vcpu
+from qmpvcpu.core.state.from_definition import state_of
+from qmpvcpu.errors import VcpuUsageError
+from qmpvcpu.xml import read_domain, write_vcpus
+
+DIALECTS: Final = ("rfc", "libvirt")
+DETAILS: Final = ("minimal", "cell", "full")
+
+
+def check_dump(dialect: str | None, detail: str | None) -> None:
+    """Raises VcpuUsageError for words that `dump` does not know."""
+    for word, words in ((dialect, DIALECTS), (detail, DETAILS)):
+        if word is not None and word not in words:
+            raise VcpuUsageError(f"'{word}' is none of {', '.join(words)}", hint="choose one of them")
+
+
+def dump(
+    data: bytes, state: DomainState | None, dialect: str | None, detail: str | None, *, running: bool = False
+) -> bytes:
+    """A document with the vCPUs of `state`, or with its own, in this dialect.
+
+    Args:
+        data: a domain's XML.
+        state: the running guest.
+        dialect: "rfc" or "libvirt", or None: its own.
+        detail: what the RFC's dialect shows: "minimal", "cell" or, if None, "full".
+        running: the document is libvirt's, of a running guest.
+    """
+    document, old = read_domain(data, running=running)
+    if dialect is None and detail is not None:
+        dialect = "rfc"
+    if state is None and dialect is None:
+        return data
+    new = old if state is None else replace(old, vcpus=definition_of(state).vcpus)
+    defined = {vcpu.id: vcpu for vcpu in state_of(old).vcpus}
+    shown = detail or "full"
+    details = {vcpu.id: _details(vcpu, defined.get(vcpu.id), shown) for vcpu in (state or state_of(old)).vcpus}
+    return write_vcpus(document, old, new, dialect or old.dialect or "libvirt", details)
+
+
+def _details(vcpu: Vcpu, defined: Vcpu | None, detail: str) -> dict[str, str | None]:
+    found: dict[str, str | None] = {}
+    if detail in ("cell", "full"):
+        node = vcpu.node if vcpu.node is not None or defined is None else defined.node
+        found["cell"] = str(node) if node is not None else None
+    if detail == "full":
+        found["pin"] = vcpu.pin or (defined.pin if defined is not None else None)
+        found["scheduler"] = vcpu.scheduler or (defined.scheduler if defined is not None else None)
+    return found
