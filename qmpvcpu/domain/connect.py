@@ -75,8 +75,7 @@ def connect(  # noqa: PLR0913 - each is a keyword of its own to those who call i
         if qmp_log is not None and via == "api":
             text = "by libvirt's API no QMP message is ours to keep"
             raise VcpuUsageError(text, hint="leave out --qmp-log (qmp_log=), or go --via monitor")
-        libvirt = backends.LibvirtBackend(domain, uri, via, qmp_log, connect_timeout, command_timeout)
-        return Domain(libvirt, libvirt.unreached())
+        return Domain(backends.LibvirtBackend(domain, uri, via, qmp_log, connect_timeout, command_timeout))
     if via != "api":
         raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI (uri=)")
     place = resolve(domain, qmp, agent, xml)
@@ -84,5 +83,4 @@ def connect(  # noqa: PLR0913 - each is a keyword of its own to those who call i
         place = replace(place, qmp=place.qmp[::-1])
     patience = _CONNECT_SECONDS if connect_timeout is None else connect_timeout
     patience = min(patience, _HELD_SECONDS) if config_only else patience
-    backend = backends.QmpBackend(place, qmp_log, patience, command_timeout, config_only)
-    return Domain(backend, backend.unreached())
+    return Domain(backends.QmpBackend(place, qmp_log, patience, command_timeout, config_only))

@@ -99,10 +99,10 @@ class Domain:
     a fresh query.
     """
 
-    def __init__(self, backend: Backend, reached: Reached) -> None:
-        self.name = reached.name
+    def __init__(self, backend: Backend) -> None:
         self._backend = backend
-        self._reached = reached
+        self._reached = backend.unreached()
+        self.name = self._reached.name
         self._loop: asyncio.AbstractEventLoop | None = None
         self._last: Session | None = None
         self._shown: DomainState | None = None

@@ -118,7 +118,7 @@ def test_an_interrupted_command_has_failed_only_where_nothing_may_still_change(l
         raise asyncio.CancelledError
 
     monkeypatch.setattr(commands, "command", interrupted)
-    monkeypatch.setattr(commands.Session, "interrupted", lambda session: left)
+    monkeypatch.setattr(commands.CommandSession, "interrupted", lambda session: left)
     monkeypatch.setattr(sys, "argv", ["qmpvcpu", "--json", "vcpuinfo", "d"])
     assert main() == 130
     assert json.loads(capsys.readouterr().out)["outcome"] == outcome

@@ -22,6 +22,7 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.request import check_count, check_flags, check_range
 from qmpvcpu.core.rules.selection import guest_total
 from qmpvcpu.domain.agent import Guest
+from qmpvcpu.domain.backends.backend import Backend
 from qmpvcpu.domain.backends.libvirt_answers import answered, as_refused
 from qmpvcpu.domain.backends.libvirt_definition import DefinitionXml, LibvirtDefinition
 from qmpvcpu.domain.backends.libvirt_reader import XmlReader
@@ -58,7 +59,7 @@ _LIBVIRT_PLACES: Final = "libvirt places threads itself, as its definition says,
 _BY_NUMBER: Final = "which vCPU is which in the guest is not known: these are the guest's own numbers"
 
 
-class LibvirtBackend:
+class LibvirtBackend(Backend):
     """The way through libvirt.
 
     Args:
@@ -218,7 +219,7 @@ class LibvirtBackend:
     async def dump_xml(self, reached: Reached, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
         """See `Backend`; of a domain that runs it is libvirt's, but for its vCPUs."""
         if flags & VcpuFlag.CONFIG or reached.session is None or self._open is None:
-            return await reached.dump_xml(flags, dialect, detail)
+            return await super().dump_xml(reached, flags, dialect, detail)
         state = await reached.session.read()
         with answered():
             live = await self._open.guest.live_xml()
@@ -270,7 +271,7 @@ class LibvirtBackend:
     async def pin(self, reached: Reached, request: Request, cpus: tuple[int, ...] | None) -> Outcome:
         """See `Backend`; by the API with `virDomainPinVcpuFlags`."""
         if self._via != "api":
-            return await reached.pin(request, cpus)
+            return await super().pin(reached, request, cpus)
         began = time.monotonic()
         (vcpu_id,) = ids = request.ids
         live, config = reached.sides(request.flags)

@@ -7,23 +7,20 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from qmpvcpu import qemu
-from qmpvcpu.core.model import Outcome
-from qmpvcpu.core.planning.live import Plan
-from qmpvcpu.core.request import Request
 from qmpvcpu.domain.addresses import NOBODY_LISTENS
 from qmpvcpu.domain.agent import Guest
+from qmpvcpu.domain.backends.backend import Backend
 from qmpvcpu.domain.definition import DefinitionHandle
 from qmpvcpu.domain.event_bus import EventBus
 from qmpvcpu.domain.reached import Reached
 from qmpvcpu.domain.resolve import DomainAddress, unknown_domain
 from qmpvcpu.domain.session import Session, open_session
 from qmpvcpu.errors import VcpuConnectionError
-from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.ports import Monitor
 
 
 @dataclass(slots=True)
-class QmpBackend:
+class QmpBackend(Backend):
     """The way over QMP.
 
     Attributes:
@@ -39,11 +36,6 @@ class QmpBackend:
     connect_timeout: float = 5.0
     command_timeout: float = 10.0
     config_only: bool = False
-
-    @property
-    def notes(self) -> tuple[str, ...]:
-        """Nothing."""
-        return ()
 
     def unreached(self) -> Reached:
         """What is known of the domain before it is reached."""
@@ -81,30 +73,3 @@ class QmpBackend:
             command_timeout=self.command_timeout,
             qemu_log=self.place.qemu_log,
         )
-
-    async def refresh(self, reached: Reached) -> Reached:
-        """The connection's events keep it fresh."""
-        return reached
-
-    def closed(self, reached: Reached) -> Reached:
-        """See `Backend`."""
-        return replace(reached, session=None, guest=None)
-
-    async def close(self) -> None:
-        """Nothing is the backend's own."""
-
-    async def change(self, reached: Reached, request: Request) -> Outcome:
-        """See `Backend`."""
-        return await reached.change(request)
-
-    async def plan(self, reached: Reached, request: Request) -> Plan:
-        """See `Backend`."""
-        return await reached.plan(request)
-
-    async def pin(self, reached: Reached, request: Request, cpus: tuple[int, ...] | None) -> Outcome:
-        """See `Backend`."""
-        return await reached.pin(request, cpus)
-
-    async def dump_xml(self, reached: Reached, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
-        """See `Backend`."""
-        return await reached.dump_xml(flags, dialect, detail)
