@@ -15,6 +15,8 @@ def lazy(package: str, homes: Mapping[str, tuple[str, ...]]) -> Callable[[str], 
         homes: each of its files -> the names that are loaded from it.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
+    # Loading a file puts it into the room under its own name.
+    assert not home_of.keys() & homes.keys(), package
 
     def load(name: str) -> object:
         if name not in home_of:

@@ -5,7 +5,7 @@ from qmpvcpu.lazy import lazy
 # Type checkers read this name as true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from qmpvcpu.domain.dump.describe import DescribedXml, describe
+    from qmpvcpu.domain.dump.from_qemu import DescribedXml, describe
     from qmpvcpu.domain.dump.document import check_dump, dump
 
 __all__ = ["DescribedXml", "check_dump", "describe", "dump"]
@@ -13,7 +13,7 @@ __all__ = ["DescribedXml", "check_dump", "describe", "dump"]
 __getattr__ = lazy(
     __name__,
     {
-        "describe": ("DescribedXml", "describe"),
+        "from_qemu": ("DescribedXml", "describe"),
         "document": ("check_dump", "dump"),
     },
 )
