@@ -5,8 +5,8 @@ from qmpvcpu.lazy import lazy
 # Type checkers read this name as true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
-    from qmpvcpu.domain.dump.from_qemu import DescribedXml, describe
     from qmpvcpu.domain.dump.document import check_dump, dump
+    from qmpvcpu.domain.dump.from_qemu import DescribedXml, describe
 
 __all__ = ["DescribedXml", "check_dump", "describe", "dump"]
 
