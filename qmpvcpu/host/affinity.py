@@ -1,7 +1,7 @@
-"""Affinity and scheduler of QEMU's threads: looked at, set, and read back.
+"""Read and set the affinity and scheduler of QEMU's threads, and read them back.
 
-A thread is touched only while it is one of that very process (pid and start time); the kernel hands out thread ids
-anew, to any process.
+A thread is changed only while it belongs to the same process (pid and start time): the kernel
+reuses thread ids for any process.
 """
 
 from __future__ import annotations
@@ -30,9 +30,10 @@ _POLICIES: Final = {
     "idle": os.SCHED_IDLE,
 }
 _NAMES: Final = {number: name for name, number in _POLICIES.items()}
-#: proc(5), stat: the 39th field, and the 37th after the name.
+#: proc(5), /proc/pid/stat: the 39th field, which is the 37th after the name.
 _LAST_CPU: Final = 36
-#: Or-ed to the policy of a thread whose children fall back (sched(7)).
+#: The kernel adds this flag to the policy of a thread whose children get the default one
+#: (sched(7)).
 _RESET_ON_FORK: Final = 0x40000000
 
 
@@ -44,7 +45,7 @@ def online_cpus() -> frozenset[int]:
 
 
 def _host_facts(process: Process, controls: Mapping[str, Control]) -> HostFacts | None:
-    """What we may do with the threads of this QEMU, which was there a moment ago; None if it is gone."""
+    """What we may do with the threads of this QEMU; None if it has ended since it was found."""
     try:
         is_owner, nice = may_place(process.pid), may_schedule()
         realtime = 99
@@ -59,7 +60,9 @@ def _host_facts(process: Process, controls: Mapping[str, Control]) -> HostFacts 
 
 
 def look(process: Process, thread_id: int) -> ThreadState | None:
-    """One thread as it is; None if it is none of this process, or may not be looked at."""
+    """The state of one thread; None if it does not belong to this process, or if we may not look at
+    it.
+    """
     try:
         stat = read_text(f"/proc/{process.pid}/task/{thread_id}/stat")
         cpus = tuple(sorted(os.sched_getaffinity(thread_id)))
@@ -74,7 +77,7 @@ def look(process: Process, thread_id: int) -> ThreadState | None:
 
 
 def other_threads(process: Process, thread_ids: Collection[int]) -> list[int]:
-    """Threads of QEMU that are no vCPU: what libvirt calls the emulator."""
+    """Threads of QEMU that do not run a vCPU; libvirt calls them the emulator."""
     with suppress(OSError):
         found = [int(name) for name in os.listdir(_PROC / str(process.pid) / "task")]  # noqa: PTH208
         return [number for number in found if number not in thread_ids]
@@ -82,10 +85,13 @@ def other_threads(process: Process, thread_ids: Collection[int]) -> list[int]:
 
 
 def place_thread(process: Process, thread_id: int, placement: Placement) -> ThreadState:
-    """Give one thread its CPUs (none named: all that it may have) and its scheduler; both as read back.
+    """Set the CPUs and the scheduler of one thread, and read both back.
+
+    An empty set of CPUs stands for all that are online.
 
     Raises:
-        OSError: it is none of this process any more, the kernel declines, or did something else.
+        OSError: the thread no longer belongs to this process, the kernel refused, or the values
+            read back differ.
     """
     check_thread(process, thread_id)
     if placement.cpus is not None:
@@ -103,7 +109,11 @@ def place_thread(process: Process, thread_id: int, placement: Placement) -> Thre
 
 
 def check_thread(process: Process, thread_id: int) -> None:
-    """The kernel hands thread ids out anew. Raises ProcessLookupError: it is none of this process any more."""
+    """Check that a thread belongs to this process, since the kernel reuses thread ids.
+
+    Raises:
+        ProcessLookupError: it does not belong to this process any more.
+    """
     if not is_alive(process.key):
         raise ProcessLookupError(3, f"QEMU's process {process.pid} has ended")
     if not os.access(f"/proc/{process.pid}/task/{thread_id}", os.F_OK):
@@ -114,22 +124,25 @@ class QemuThreads(VcpuGroups):
     """The threads of one QEMU on this host, and their cgroups."""
 
     def facts(self, wanted: Iterable[Placement]) -> HostFacts | None:
-        """What of this may be done with them; None if QEMU is gone."""
+        """Which of these placements we may do with the threads; None if QEMU has ended."""
         with suppress(OSError):
             return _host_facts(self._process, self.controls(wanted))
         return None
 
     def look(self, thread_ids: Collection[int]) -> dict[int, ThreadState]:
-        """These threads as they are, of those that are there."""
+        """The state of each of these threads that exists."""
         found = {number: look(self._process, number) for number in thread_ids}
         return {number: state for number, state in found.items() if state is not None}
 
     def others(self, thread_ids: Collection[int]) -> list[int]:
-        """`other_threads`."""
+        """Threads of this QEMU that do not run a vCPU (`other_threads`)."""
         return other_threads(self._process, thread_ids)
 
     def place(self, thread_id: int, placement: Placement, vcpu_id: int | None = None) -> ThreadState:
-        """Into the cgroups made for this vCPU (none: the group it is in follows), then `place_thread`."""
+        """Move the thread into the cgroups made for this vCPU, then call `place_thread`.
+
+        Without `vcpu_id`, the group that the thread is in gets the CPUs of the placement.
+        """
         if vcpu_id is None:
             check_thread(self._process, thread_id)
             if placement.cpus is not None:
@@ -145,7 +158,9 @@ class QemuThreads(VcpuGroups):
         return self._process.pid
 
     def is_in_group(self, thread_id: int, placement: Placement, vcpu_id: int) -> bool:
-        """`VcpuGroups.is_in_place`; a thread that is gone lacks nothing."""
+        """Whether the thread is in its groups (`VcpuGroups.is_in_place`); true if the thread has
+        ended.
+        """
         with suppress(OSError):
             return self.is_in_place(vcpu_id, thread_id, placement)
         return True

@@ -1,6 +1,8 @@
-"""Answers kept on disk: one small file each, checked when it is read, replaced whole, the longest unused go first.
+"""Cached answers on disk: each is one small file, which is checked when it is read.
 
-Nothing here is an error: what cannot be read is not there, and what cannot be written is not kept.
+A file is replaced as a whole. The files that were not used for the longest time are removed first.
+No failure is an error: an answer that cannot be read counts as missing, and one that cannot be
+written is not cached.
 """
 
 from __future__ import annotations
@@ -18,13 +20,13 @@ from qmpvcpu.host.owners import make_folder
 
 _LIMIT: Final = 16 * 1024 * 1024
 _KEEP: Final = 512
-#: Raised when what is kept changes its form.
+#: Increase this when the format of the answers changes.
 _FORM: Final = 1
 
 
 @dataclass(frozen=True, slots=True)
 class Program:
-    """One program file for good: it is another one when any of these is."""
+    """The identity of one program file: if one of these fields differs, it is another program."""
 
     path: str
     device: int
@@ -33,38 +35,38 @@ class Program:
     mtime_ns: int
 
     def to_json(self) -> list[Any]:
-        """As plain JSON data."""
+        """The fields as a JSON list."""
         return list(astuple(self))
 
 
 def program_of(path: str) -> Program:
-    """Which file a path leads to. Raises OSError."""
+    """The program file that a path leads to. Raises OSError."""
     real = os.path.realpath(path)
     found = os.stat(real)  # noqa: PTH116 - one stat(2)
     return Program(real, found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns)
 
 
 def key_of(*parts: Any) -> str:
-    """A name for what JSON data says."""
+    """A file name for JSON data: a hash of its content."""
     text = json.dumps([_FORM, *parts], sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:40]
 
 
 class FileCache:
-    """One folder of answers, for many processes at once."""
+    """One folder of cached answers, which many processes can use at once."""
 
     def __init__(self, folder: Path, keep: int = _KEEP) -> None:
         self.folder = folder
         self._keep = keep
 
     def get(self, key: str) -> Any:
-        """The answer; None where there is none, or where it is not what was written."""
+        """The cached answer; None if there is none, or if its checksum is wrong."""
         path = self.folder / key
         try:
             check, _, body = read_own(path, _LIMIT).partition(b"\n")
             if check.decode() != hashlib.sha256(body).hexdigest():
                 return None
-            # Who was used last goes last.
+            # Update the time stamp: the file that was used last is removed last.
             with suppress(OSError):
                 os.utime(path)
             return json.loads(body)
@@ -72,7 +74,7 @@ class FileCache:
             return None
 
     def put(self, key: str, answer: Any) -> None:
-        """Keep it."""
+        """Cache the answer. Never raises."""
         body = json.dumps(answer, separators=(",", ":")).encode()
         with suppress(OSError):
             make_folder(self.folder)
@@ -81,7 +83,7 @@ class FileCache:
             self._prune()
 
     def clear(self) -> int:
-        """Forget everything; how many there were."""
+        """Remove all answers. Returns how many there were."""
         gone = 0
         for entry in self._entries():
             with suppress(OSError):
@@ -90,10 +92,12 @@ class FileCache:
         return gone
 
     def try_lock(self, name: str) -> FileLock | None:
-        """A lock of that name; None while anybody else has it. Its file stays: to remove it would be a race.
+        """Take the lock of that name. Returns None while another process holds it.
+
+        The file of the lock is never removed, since that would be a race.
 
         Raises:
-            OSError: there can be no locks here.
+            OSError: no lock can be made in this folder.
         """
         path = self.folder / "locks" / name
         try:
@@ -118,7 +122,7 @@ class FileCache:
         for entry in entries:
             with suppress(OSError):
                 ages.append((entry.stat().st_mtime_ns, entry.path))
-        # Room for a while, so that not every answer has to look.
+        # Remove more than necessary, so that the next answers do not have to remove any.
         for _, path in sorted(ages)[: len(entries) - self._keep * 3 // 4]:
             with suppress(OSError):
                 os.unlink(path)  # noqa: PTH108

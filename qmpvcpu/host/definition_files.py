@@ -1,7 +1,8 @@
-"""Definitions on disk: `definitions/NAME.xml` in the state folder, and in `NAME.json` where its sockets are.
+"""Definitions on disk: `definitions/NAME.xml` in the state folder, and `NAME.json` with its
+sockets.
 
-A definition is replaced whole or not at all; the version before is kept in `NAME.xml~`. A domain is defined as
-long as its XML is there.
+A definition is replaced as a whole or not at all. The version before is kept in `NAME.xml~`. A
+domain is defined as long as its XML exists.
 """
 
 from __future__ import annotations
@@ -31,32 +32,36 @@ from qmpvcpu.host.files import (
 )
 from qmpvcpu.host.owners import NotOurs, make_folder, trusted_folder
 
-#: What an XML may have; `xml.source` says it in words.
+#: The size limit of an XML document in bytes; `xml.source` has the text for it.
 _LIMIT: Final = 8 * 1024 * 1024
 _LOCK_SECONDS: Final = 5.0
-#: NAME_MAX of Linux is 255 bytes, and the longest that stands behind a name is `.console`.
+#: NAME_MAX of Linux is 255 bytes, and the longest suffix is `.console`.
 _LONGEST_NAME: Final = 247
-#: First characters of a domain's name that are written in another way in the names of its files: what begins with
-#: a dot is hidden, and ours; and then what looks like one that was written so.
+#: How the first character of a domain's name is written in file names. A name with a leading dot
+#: would be a hidden file, and hidden files are our temporary ones. The percent sign is written in
+#: another way so that no name looks like one that was already changed.
 _WRITTEN: Final = {".": "%2E", "%": "%25"}
 
 
 @dataclass(frozen=True, slots=True)
 class Addresses:
-    """Where a domain is reached while it runs: QMP addresses, the first that is free counts, and its agent's."""
+    """The sockets of a domain while it runs: its QMP addresses, of which the first free one is
+    used, and the address of its guest agent.
+    """
 
     qmp: tuple[str, ...] = ()
     agent: str | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """As it is written."""
+        """The addresses as they are written to the file."""
         return {"qmp": list(self.qmp), "agent": self.agent}
 
 
 class DefinitionFile:
-    """The XML of one domain, a defined one's or any file of a user (`ports.DefinitionStore`).
+    """The XML of one domain: a defined domain, or any file of the user (`ports.DefinitionStore`).
 
-    `keep` is whether it is a defined one's: then the version before is kept, and only a file of ours is read.
+    `keep` is true for a defined domain: then the version before is kept, and the file is read only
+    if it is ours.
     """
 
     def __init__(self, path: Path, *, keep: bool) -> None:
@@ -65,14 +70,14 @@ class DefinitionFile:
 
     @property
     def place(self) -> str:
-        """What it is called in messages."""
+        """The name of this definition in messages."""
         return str(self.path)
 
     def read(self) -> bytes:
-        """The document.
+        """Read the document.
 
         Raises:
-            VcpuRefused: it is not there, or cannot be read.
+            VcpuRefused: it does not exist, or cannot be read.
         """
         try:
             return read_own(self.path, _LIMIT) if self._keep else read_file(self.path, _LIMIT)
@@ -82,12 +87,12 @@ class DefinitionFile:
             raise _unreadable(self.path, error) from error
 
     def stage(self, data: bytes) -> StagedDefinition:
-        """Write the next version beside it. Raises OSError."""
+        """Write the next version to a file next to it. Raises OSError."""
         return StagedDefinition(self, stage_file(self.path, data), keep=self._keep)
 
 
 class StagedDefinition:
-    """A next version that does not count yet (`ports.Staged`)."""
+    """A next version that is not in effect yet (`ports.Staged`)."""
 
     def __init__(self, file: DefinitionFile, staged: StagedFile, *, keep: bool) -> None:
         self._file = file
@@ -97,15 +102,18 @@ class StagedDefinition:
     def commit(
         self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool] = lambda: False
     ) -> None:
-        """Put it in place of `before`, if that is still what is there.
+        """Replace `before` with this version.
 
         Args:
-            before: what it was made of.
-            again: makes the next version of what another process has written meanwhile.
-            given_up: asked while another process holds the lock; true ends the wait.
+            before: the content that this version was made from.
+            again: makes the next version from the present content; called if another process has
+                changed it meanwhile.
+            given_up: called while another process holds the lock; the wait ends when it returns
+                true.
 
         Raises:
-            OSError: what was there stands; LockTimeout, if another process held it for 5 s.
+            OSError: the old content is unchanged; LockTimeout if another process held the lock for
+                5 s.
         """
         path = self._staged.path
         try:
@@ -124,7 +132,7 @@ class StagedDefinition:
             self.discard()
 
     def discard(self) -> None:
-        """Take it away, if it was not committed. Never raises."""
+        """Remove it, if it was not committed. Never raises."""
         self._staged.discard()
 
 
@@ -135,10 +143,10 @@ class DefinitionFolder:
         self.folder = (root or state_folder()) / "definitions"
 
     def names(self) -> list[str]:
-        """The names that are defined, sorted.
+        """The names of the defined domains, sorted.
 
         Raises:
-            VcpuRefused: the folder is there and cannot be read.
+            VcpuRefused: the folder exists and cannot be read.
         """
         try:
             trusted_folder(self.folder, "folder of definitions")
@@ -153,18 +161,20 @@ class DefinitionFolder:
         return sorted(name_of_file(name.removesuffix(".xml")) for name in files)
 
     def is_defined(self, name: str) -> bool:
-        """Whether there is a domain of this name, whatever kind of file its XML is."""
+        """Whether a domain of this name is defined, whatever kind of file its XML is."""
         try:
             return check_name(name) is None and os.path.lexists(self._xml(name))
         except OSError:
             return False
 
     def file(self, name: str) -> DefinitionFile:
-        """Its XML."""
+        """The XML of a domain."""
         return DefinitionFile(self._xml(name), keep=True)
 
     def addresses(self, name: str) -> Addresses:
-        """Its sockets; those of a domain that was undefined, by a process that was killed then, do not count.
+        """The sockets of a domain.
+
+        If the domain was undefined by a process that was then killed, its sockets are ignored.
 
         Raises:
             VcpuRefused: they cannot be read.
@@ -176,7 +186,7 @@ class DefinitionFolder:
             rows = json.loads(read_own(path, _LIMIT))
             before = rows.get("before")
             if before is not None and before["xml"] == _digest(read_own(self._xml(name), _LIMIT)):
-                # A `define` that was killed: the XML it came with is not there yet.
+                # A `define` was killed before it wrote the XML that the new sockets belong to.
                 rows = before
             return _parse(rows)
         except FileNotFoundError:
@@ -185,7 +195,9 @@ class DefinitionFolder:
             raise catalogue.SOCKETS_NOT_READ.error(name=name, path=path, error=error) from error
 
     def define(self, name: str, xml: bytes, addresses: Addresses) -> bool:
-        """Define a domain, or define it anew; both are written or neither is. Returns whether it was there.
+        """Define a domain, or redefine it. Both files are written, or neither.
+
+        Returns whether the domain was defined before.
 
         Raises:
             VcpuRefused: it cannot be written.
@@ -219,7 +231,7 @@ class DefinitionFolder:
         if known == addresses:
             staged.commit()
             return True
-        # Killed between the two files, the old XML still goes with the old sockets.
+        # If we are killed between the two files, the old XML still goes with the old sockets.
         before = {"xml": _digest(old), **(known or Addresses()).to_json()}
         stage_file(self._json(name), _bytes({**rows, "before": before})).commit()
         staged.commit()
@@ -227,7 +239,7 @@ class DefinitionFolder:
         return True
 
     def undefine(self, name: str) -> Path:
-        """Forget a domain; its last XML stays, and the path of that is returned.
+        """Remove a definition. Its last XML is kept; returns the path of that.
 
         Raises:
             VcpuRefused: it is not defined, or cannot be removed.
@@ -241,7 +253,7 @@ class DefinitionFolder:
                 try:
                     path.rename(kept)
                 finally:
-                    # A process that was killed here has left it.
+                    # A process that was killed after the rename may have left this file.
                     if not self.is_defined(name):
                         self._json(name).unlink(missing_ok=True)
                 sync_folder(self.folder)
@@ -259,7 +271,7 @@ class DefinitionFolder:
 
 
 def check_name(name: str) -> Refusal | None:
-    """Why no domain can be called so, None if one can."""
+    """Why a domain cannot have this name; None if it can."""
     what = None
     if not name.strip():
         what = "it is empty"
@@ -277,13 +289,13 @@ def check_name(name: str) -> Refusal | None:
 
 
 def file_name(name: str) -> str:
-    """What the files of a domain are called, which is never a path, nor hidden."""
+    """The name for the files of a domain. It is never a path, and never hidden."""
     is_other = name.startswith((".", *_WRITTEN.values()))
     return _WRITTEN[name[0]] + name[1:] if is_other else name
 
 
 def name_of_file(name: str) -> str:
-    """The domain whose files are called so."""
+    """The name of the domain whose files have this name: the inverse of `file_name`."""
     for sign, written in _WRITTEN.items():
         if name.startswith(written):
             return sign + name.removeprefix(written)
@@ -291,7 +303,7 @@ def name_of_file(name: str) -> str:
 
 
 def read_document(path: str) -> bytes:
-    """A file that the user names, or what somebody writes to a pipe, such as a shell's `<(…)`.
+    """Read a file that the user names, or a pipe, such as a shell's `<(…)`.
 
     Raises:
         VcpuRefused: it cannot be read.
@@ -303,7 +315,7 @@ def read_document(path: str) -> bytes:
 
 
 def not_written(place: str, error: OSError) -> Refusal:
-    """A definition that could not be written; what was there stands."""
+    """The refusal for a definition that could not be written; the old content is unchanged."""
     if isinstance(error, LockTimeout):
         return catalogue.DEFINITION_LOCKED(place=place)
     return catalogue.DEFINITION_NOT_WRITTEN(place=place, why=error.strerror or str(error))

@@ -1,7 +1,8 @@
-"""Where state is kept, and files that are replaced whole or not at all.
+"""The state folder, and files that are replaced as a whole or not at all.
 
-A new version is staged: written and synced beside the old one, so that a full disk or a missing right shows before
-anything else is done. Committing it is one rename, under a lock of the folder.
+A new version is staged: it is written and synced next to the old one, so that a full disk or a
+missing right is found before anything else is done. To commit it is one rename, under a lock of the
+folder.
 """
 
 from __future__ import annotations
@@ -22,29 +23,29 @@ from qmpvcpu.host.owners import check_own, trusted_folder
 from qmpvcpu.kinds import is_pipe, look_at, open_file, reopen
 
 _PAUSE: Final = 0.005
-#: Bytes that are read at once.
+#: Bytes that are read in one step.
 _CHUNK: Final = 1 << 20
-#: How long nothing may come from a pipe: a person may type a password before what is written to it begins.
+#: How long a pipe may be silent: a user may have to type a password before its writer begins.
 _SILENT_SECONDS: Final = 60.0
 _LOOK_MS: Final = 100
 _INTERRUPTS: Final = frozenset({signal.SIGINT, signal.SIGTERM})
-#: Between the file's name and our process id in the name of what is staged.
+#: In the name of a staged file, this stands between the name of the file and our process id.
 _MARK: Final = ".new-"
-#: Bytes of a name that leave room for what stands around it meanwhile.
+#: The longest name, in bytes, that leaves room for the prefix and suffix of the staged name.
 _LONGEST: Final = 200
 
 
 class LockTimeout(OSError):
-    """Another process held the lock of a folder for all the time there was."""
+    """Another process held the lock of a folder until the time was up."""
 
 
 def state_folder() -> Path:
-    """Definitions and pending unplugs: `QMPVCPU_STATE`, else the system's (root) or the user's (XDG) folder.
+    """The folder of definitions and pending unplugs. It need not exist.
 
-    It need not exist.
+    It is `QMPVCPU_STATE` if that is set, else the system's (root) or the user's (XDG) folder.
 
     Raises:
-        VcpuRefused: somebody else can write to it.
+        VcpuRefused: another user can write to it.
     """
     return trusted_folder(_state_path(), "state folder")
 
@@ -60,7 +61,7 @@ def _state_path() -> Path:
 
 @contextmanager
 def closing(fd: int) -> Iterator[int]:
-    """A descriptor, closed at the end."""
+    """Close a descriptor at the end of the block."""
     try:
         yield fd
     finally:
@@ -68,15 +69,15 @@ def closing(fd: int) -> Iterator[int]:
 
 
 def read_file(path: str | os.PathLike[str], limit: int, *, with_pipes: bool = False) -> bytes:
-    """A regular file, and of one that has more than `limit` bytes no more than that and one.
+    """Read a regular file, but at most `limit` + 1 bytes of it.
 
     Args:
-        path: of a user.
+        path: a file that the user named.
         limit: bytes.
-        with_pipes: also what somebody writes to a pipe without a name, such as a shell's `<(…)`.
+        with_pipes: also read from a pipe without a name, such as a shell's `<(…)`.
 
     Raises:
-        OSError: it cannot be read, or is a FIFO, a device or the like.
+        OSError: it cannot be read, or it is a FIFO, a device or another special file.
     """
     with closing(look_at(path)) as found:
         if with_pipes and is_pipe(found):
@@ -88,11 +89,13 @@ def read_file(path: str | os.PathLike[str], limit: int, *, with_pipes: bool = Fa
 
 
 def read_own(path: str | os.PathLike[str], limit: int) -> bytes:
-    """As `read_file`, a file in a folder of ours: nobody but this user and root can have written it.
+    """Read a file in a folder of ours, like `read_file`. Only this user and root can have written
+    it.
 
     Raises:
-        NotOurs: somebody else could.
-        OSError: it cannot be read, or is not a regular file: a link may lead to anything.
+        NotOurs: another user could have written it.
+        OSError: it cannot be read, or is not a regular file. Links are not followed: they may lead
+            to anything.
     """
     text = os.fspath(path)
     folder = os.path.dirname(text)  # noqa: PTH120 - each unplug waits for this
@@ -105,18 +108,18 @@ def read_own(path: str | os.PathLike[str], limit: int) -> bytes:
 
 
 def read_stream(fd: int, limit: int, seconds: float = _SILENT_SECONDS) -> bytes:
-    """All that comes from a descriptor, and of more than `limit` bytes no more than that and one.
+    """Read a descriptor to its end, but at most `limit` + 1 bytes.
 
-    The event loop does not run meanwhile, so a signal ends this.
+    The event loop does not run meanwhile, so a signal ends the read.
 
     Args:
-        fd: open to be read.
+        fd: a descriptor that is open for reading.
         limit: bytes.
-        seconds: how long nothing may come.
+        seconds: the longest time without any data.
 
     Raises:
-        OSError: it cannot be read, or nothing came for so long.
-        KeyboardInterrupt: SIGINT or SIGTERM came; its handler, if there is one, was called.
+        OSError: it cannot be read, or there was no data for `seconds`.
+        KeyboardInterrupt: SIGINT or SIGTERM came. Its handler, if there is one, was called.
     """
     data = bytearray()
     with _held_signals():
@@ -150,7 +153,7 @@ def _wait_readable(fd: int, seconds: float) -> None:
 
 
 class StagedFile:
-    """A new version that waits beside `path`: `commit()` or `discard()` it, once."""
+    """A new version of `path`, in a file next to it. Call `commit()` or `discard()`, once."""
 
     def __init__(self, path: Path, temporary: Path, *, sync: bool = True) -> None:
         self.path = path
@@ -158,10 +161,10 @@ class StagedFile:
         self._sync = sync
 
     def commit(self) -> None:
-        """Put it in the place of the old version, for good.
+        """Replace the old version with this one.
 
         Raises:
-            OSError: the old version stands, and this one is discarded.
+            OSError: the old version is unchanged, and this one is discarded.
         """
         assert self._temporary is not None
         try:
@@ -170,13 +173,13 @@ class StagedFile:
             self.discard()
             raise
         self._temporary = None
-        # What cannot be synced now is there all the same.
+        # The new version is in place even if the folder cannot be synced.
         if self._sync:
             with suppress(OSError):
                 sync_folder(self.path.parent)
 
     def discard(self) -> None:
-        """Take it away, if it was not committed. Never raises."""
+        """Remove it, if it was not committed. Never raises."""
         temporary, self._temporary = self._temporary, None
         if temporary is not None:
             with suppress(OSError):
@@ -184,28 +187,29 @@ class StagedFile:
 
 
 def staged_name(path: Path) -> Path:
-    """The name of what is to become `path`, by which `sweep` knows whether its process still runs."""
-    # Whatever the name: NAME_MAX of Linux is 255 bytes.
+    """The temporary name for a new version of `path`. `sweep` finds in it the process that made it."""
+    # Shorten any name so that it fits: NAME_MAX of Linux is 255 bytes.
     name = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
     return path.with_name(f".{name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
 
 
 def stage_file(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True) -> StagedFile:
-    """Write and sync a new version beside `path`; what is there keeps its owner and mode.
+    """Write a new version next to `path` and sync it. An existing file keeps its owner and mode.
 
-    Without `sync`, a crash of the host may leave a torn file: for what can be checked and made again.
+    Without `sync`, a crash of the host may leave a torn file. Use that for data that is checked
+    when it is read, and that can be made once more.
 
     Raises:
         OSError: it cannot be written there; nothing has changed.
     """
-    # Where links lead to, so that a link stays one.
+    # Replace the target of a link, so that the link remains.
     path = Path(os.path.realpath(path))
     temporary = staged_name(path)
     staged = StagedFile(path, temporary, sync=sync)
     try:
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
         with os.fdopen(fd, "wb") as file:
-            # The umask may have left less of it.
+            # The umask may have removed some of the mode bits.
             os.fchmod(fd, mode)
             with suppress(FileNotFoundError):
                 found = path.stat()
@@ -224,7 +228,9 @@ def stage_file(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True)
 
 
 def sync_folder(folder: Path) -> None:
-    """Make renames and removals in it last. Some file systems cannot, and need not."""
+    """Make renames and removals in a folder durable. Some file systems cannot do that, and need
+    not.
+    """
     with closing(_open_folder(folder)) as fd, suppress(OSError):
         os.fsync(fd)
 
@@ -234,27 +240,27 @@ def _open_folder(folder: Path) -> int:
 
 
 class FileLock:
-    """A lock that is held until `release()`, or until this process ends."""
+    """A lock that lasts until `release()`, or until this process ends."""
 
     def __init__(self, fd: int) -> None:
         self._fd: int | None = fd
 
     def release(self) -> None:
-        """Let go. May be called twice."""
+        """Release the lock. It may be called twice."""
         if self._fd is not None:
             os.close(self._fd)
             self._fd = None
 
 
 def try_lock(path: Path) -> FileLock | None:
-    """Hold a file that is there for that alone; None while anybody else holds it.
+    """Lock a file that exists only to be locked. Returns None while another process holds the lock.
 
     Raises:
-        OSError: it can be neither opened nor made.
+        OSError: the file cannot be opened or made.
     """
     try:
         fd = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
-        # The umask may have left less of it.
+        # The umask may have removed some of the mode bits.
         os.fchmod(fd, 0o600)
     except FileExistsError:
         fd = open_file(path, os.O_RDWR, follow=False)
@@ -271,15 +277,15 @@ def try_lock(path: Path) -> FileLock | None:
 
 @contextmanager
 def locked_folder(folder: Path, seconds: float, *, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Hold a folder against every other process, and thread, that does so too.
+    """Lock a folder against every other process and thread that calls this.
 
     Args:
         folder: a folder that exists.
         seconds: how long to wait.
-        given_up: asked while waiting; true ends it.
+        given_up: called while waiting; the wait ends when it returns true.
 
     Raises:
-        LockTimeout: it was not to be had in that time.
+        LockTimeout: another process held the lock all that time.
         OSError: there is no such folder.
     """
     with closing(_open_folder(folder)) as fd:
@@ -297,7 +303,7 @@ def locked_folder(folder: Path, seconds: float, *, given_up: Callable[[], bool] 
 
 
 def sweep(folder: Path) -> None:
-    """Remove what a process that was killed had staged. Never raises."""
+    """Remove the staged files of processes that were killed. Never raises."""
     with suppress(OSError):
         for name in os.listdir(folder):  # noqa: PTH208 - names are all we need
             if name.startswith(".") and _MARK in name:

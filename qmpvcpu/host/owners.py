@@ -1,4 +1,4 @@
-"""Whose a file is: what is ours, nobody but this user and root can change or replace."""
+"""Check who owns a file. A file is ours if only this user and root can change or replace it."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from typing import Final
 
 from qmpvcpu.core.rules import catalogue
 
-#: The kernel follows no more in one path (path_resolution(7)).
+#: The kernel follows at most this many links in one path (path_resolution(7)).
 _MOST_LINKS: Final = 40
 
 
 class NotOurs(PermissionError):
-    """Another user owns it, or can write to it; `cure` says what to do."""
+    """Another user owns the file or can write to it; `cure` says what to do."""
 
     def __init__(self, path: str, why: str, cure: str) -> None:
         super().__init__(errno.EPERM, f"'{path}' {why}", path)
@@ -27,13 +27,14 @@ class NotOurs(PermissionError):
 
 
 def check_own(path: str, found: os.stat_result, *, is_far: bool = False, with_group: bool = True) -> None:
-    """Raises NotOurs where somebody else can change the file or the folder of this `stat`.
+    """Raise NotOurs if another user can change the file or the folder of this `stat`.
 
     Args:
         path: its name.
-        found: what it is.
-        is_far: it is a folder somewhere above, where the sticky bit is enough: what is ours in it stays.
-        with_group: a group that has nobody else in it may write.
+        found: its `stat`.
+        is_far: it is a folder further up in the path. There, the sticky bit is enough: another user
+            cannot replace what we own in it.
+        with_group: a group may have write access if no other user is in it.
     """
     if found.st_uid not in (0, os.geteuid()):
         raise NotOurs(path, f"belongs to another user ({_name(found.st_uid)})", "give it to the user that you are")
@@ -45,24 +46,24 @@ def check_own(path: str, found: os.stat_result, *, is_far: bool = False, with_gr
 
 
 def check_folder(folder: str | os.PathLike[str]) -> None:
-    """Look at a folder, which need not exist, and at all above it, links on the way too.
+    """Check a folder and every folder and link on the way to it. The folder need not exist.
 
     Raises:
-        NotOurs: somebody else can put another one there, or write to it.
+        NotOurs: another user can write to it, or can put another folder in its place.
     """
-    # As it is named, and where that leads to.
+    # The path as it was given, and the path after all links are followed.
     near = (os.path.abspath(folder), os.path.realpath(folder))  # noqa: PTH100
     for one in _way_to(near[0]):
         try:
             found = os.lstat(one)
         except (FileNotFoundError, NotADirectoryError, PermissionError):
-            # Nothing is there, or nothing that we could read or write.
+            # Nothing is there, or we could not read or write it anyway.
             continue
         check_own(one, found, is_far=one not in near)
 
 
 def _way_to(path: str) -> Iterator[str]:
-    """Every folder and link that the kernel goes through to a path, and the path."""
+    """Every folder and link that the kernel visits on the way to a path, and the path itself."""
     at, left, links = "/", path.split("/")[::-1], 0
     yield at
     while left:
@@ -88,10 +89,10 @@ def _way_to(path: str) -> Iterator[str]:
 
 
 def trusted_folder(folder: Path, what: str) -> Path:
-    """The folder itself, if it is ours.
+    """Return the folder if it is ours.
 
     Raises:
-        VcpuRefused: it is not; `what` it is for is in the text.
+        VcpuRefused: it is not ours. The text names `what` the folder is for.
     """
     try:
         check_folder(folder)
@@ -101,11 +102,12 @@ def trusted_folder(folder: Path, what: str) -> Path:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder that nobody else enters (0700), and those above it that are missing, whatever the umask. One
-    that is there is checked.
+    """Make a folder with mode 0700, and the missing folders above it, whatever the umask is.
+
+    A folder that already exists is checked.
 
     Raises:
-        NotOurs: it is somebody else's, or in a folder of somebody else.
+        NotOurs: another user owns the folder, or one on the way to it.
         OSError: it cannot be made.
     """
     check_folder(folder)
@@ -118,13 +120,15 @@ def make_folder(folder: Path) -> None:
         try:
             one.mkdir(mode=0o700)
         except FileExistsError:
-            # Another process of ours was faster.
+            # Another process of ours has made it first.
             continue
         one.chmod(0o700)
 
 
 def _is_alone_in(gid: int) -> bool:
-    """Whether a group is root's, or ours alone: where each user has one, it often owns the user's files."""
+    """Whether a group is root's or has no other member than us. Where each user has a group of
+    their own, it often owns the user's files.
+    """
     try:
         name, group = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(gid)
     except KeyError:

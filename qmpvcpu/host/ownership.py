@@ -1,9 +1,11 @@
-"""Which side of a migration has the guest, for whoever comes after a crash: small files in the state folder.
+"""Which side of a migration owns the guest. Small files in the state folder keep this after a
+crash.
 
-Each QEMU that takes part keeps the cookie under its process. A number (the cookie's) stands for one migration: the
-source has claimed the guest from before its first byte until all of it has been handed over, and releases it then.
-Whoever lets a side run claims the guest first, and the others cannot. All need one state folder: between two hosts
-the phases trust their user.
+Each QEMU that takes part has the migration cookie in a file named after its process. The number in
+the cookie identifies one migration. The source claims the guest before it sends the first byte, and
+releases it when all of the guest has been sent. A process must claim the guest before it lets one
+side run, and then the other side cannot claim it. All processes must use one state folder: for a
+migration between two hosts, the phases rely on their user.
 """
 
 from __future__ import annotations
@@ -18,30 +20,34 @@ from qmpvcpu.host.files import read_own, stage_file, staged_name, state_folder, 
 from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, boot_id, is_alive
 
-#: A cookie of two domain XMLs.
+#: Enough for a cookie with two domain XMLs.
 _LIMIT: Final = 64 << 20
-#: The first word of a claim's name.
+#: The first word of the file name of a claim.
 _CLAIM: Final = "taken"
-#: Seconds after which what another boot, or another host, has left here is of no use any more.
+#: Seconds after which the files of another boot or of another host are removed.
 _OLD: Final = 30 * 86400
 
 
 class Role(StrEnum):
-    """What a QEMU is in a migration."""
+    """The role of a QEMU in a migration."""
 
     SOURCE = "source"
     DESTINATION = "destination"
 
 
 class Ownership:
-    """The migrations that this state folder knows. Nothing here raises: a full disk must not lose a guest."""
+    """The migrations that this state folder knows. No method raises: a full disk must not lose a
+    guest.
+    """
 
     def __init__(self, root: Path | None = None) -> None:
         self._folder = (root or state_folder()) / "migrations"
 
     def remember(self, process: Process, role: Role, number: str, cookie: bytes) -> None:
-        """Remember the cookie of a QEMU that takes part in a migration, in place of an earlier one in that role;
-        `number` is the cookie's own.
+        """Keep the cookie of a QEMU that takes part in a migration.
+
+        It replaces an earlier cookie of that QEMU in the same role. `number` is the number in the
+        cookie.
         """
         path = self._folder / f"{process.key}.{role}.{number}"
         with suppress(OSError):
@@ -53,45 +59,47 @@ class Ownership:
         self._prune()
 
     def recall(self, process: Process, role: Role) -> bytes | None:
-        """The cookie of a QEMU that takes part in a migration in that role."""
+        """Read the cookie of a QEMU that takes part in a migration in that role."""
         with suppress(OSError):
             for path in self._folder.glob(f"{process.key}.{role}.*"):
                 return read_own(path, _LIMIT)
         return None
 
     def cookies(self, role: Role, number: str) -> list[bytes]:
-        """The cookies of the QEMUs that have that role in this migration."""
+        """Read the cookies of all QEMUs that have that role in this migration."""
         found: list[bytes] = []
         with suppress(OSError):
             found += [read_own(path, _LIMIT) for path in self._folder.glob(f"*.{role}.{number}")]
         return found
 
     def forget(self, process: Process) -> None:
-        """It takes part in no migration any more."""
+        """Remove the files of a QEMU that no longer takes part in a migration."""
         with suppress(OSError):
             for path in self._folder.glob(f"{process.key}.*"):
                 path.unlink(missing_ok=True)
 
     def is_present(self, role: Role, number: str) -> bool:
-        """Whether a QEMU that has that role in this migration lives."""
+        """Whether a QEMU that has that role in this migration is alive."""
         with suppress(OSError):
             return not all(_is_dead(path) for path in self._folder.glob(f"*.{role}.{number}"))
         return False
 
     def holder(self, number: str) -> str | None:
-        """Who has claimed the guest; None: nobody."""
+        """The name under which the guest is claimed, or None if nobody has claimed it."""
         with suppress(OSError):
             return str((self._folder / f"{_CLAIM}.{number}").readlink())
         return None
 
     def claim(self, number: str, who: str, *, force: bool = False) -> bool:
-        """The guest is for `who`, unless another one has claimed it; whether that is so now. The first wins, but
-        where it is claimed by `force`.
+        """Claim the guest for `who`. Returns whether `who` has it now.
+
+        The first claim wins. With `force`, the new claim replaces any other.
         """
         path = self._folder / f"{_CLAIM}.{number}"
         with suppress(OSError):
             make_folder(self._folder)
-            # The whole content of a claim is where it leads to, so it is never half written.
+            # The target of the symbolic link is the whole content of a claim, so a claim is never
+            # half written.
             if force:
                 other = staged_name(path)
                 other.symlink_to(who)
@@ -104,14 +112,15 @@ class Ownership:
         return True
 
     def release(self, number: str, who: str) -> None:
-        """`who` does not have it any more: anybody may claim it."""
+        """Remove the claim of `who`, so that anybody can claim the guest."""
         with suppress(OSError):
             if self.holder(number) == who:
                 (self._folder / f"{_CLAIM}.{number}").unlink(missing_ok=True)
 
     def _prune(self) -> None:
-        """Of QEMUs that are gone, and of migrations none of whose sides is known any more. What has been left by
-        another host that shares this folder, only when it is old.
+        """Remove the files of QEMUs that have ended, and of migrations with no known side.
+
+        Another host may share this folder: its files are removed only when they are old.
         """
         sweep(self._folder)
         with suppress(OSError):

@@ -1,7 +1,8 @@
-"""Unplugs that were asked and have not ended, for the next process: small files in the state folder.
+"""Pending unplugs on disk, for the next process: small files in the state folder.
 
-Each call that unplugs makes one file before its `device_del` go out, and removes it when their ends are known. So
-whatever kills us in between, nothing that QEMU may still do is forgotten.
+Each call that unplugs writes one file before it sends `device_del`, and removes the file when the
+result of each unplug is known. So the next process knows what QEMU may still do, even if this
+process is killed in between.
 """
 
 from __future__ import annotations
@@ -22,22 +23,22 @@ from qmpvcpu.host.files import closing, read_own, state_folder
 from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, is_alive
 
-#: A file of ours for 65536 vCPUs is smaller.
+#: A file of ours for 65536 vCPUs is smaller than this.
 _LIMIT: Final = 16 << 20
-#: Far more than a file system's clock takes to move on, nanoseconds.
+#: Nanoseconds; much longer than one tick of a file system's clock.
 _TICK: Final = 100_000_000
 _LOCK_TRIES: Final = 50
 _MAKE_TRIES: Final = 3
-#: No files of unplugs.
+#: Files in the folder that do not contain unplugs.
 _CONTEXTS: Final = ".contexts"
 _GONE: Final = ".gone"
 _LOCK_PAUSE: Final = 0.001
-#: What comes of a file that is not ours, or was not written by us.
+#: Errors from a file that is not ours, or that we did not write.
 _UNREADABLE: Final = (OSError, ValueError, TypeError, KeyError, RecursionError)
 
 
 class PendingFolder:
-    """The pending unplugs of one QEMU process: what outlives this process."""
+    """The pending unplugs of one QEMU process, which outlive our own process."""
 
     def __init__(self, process: Process, root: Path | None = None) -> None:
         self._all = (root or state_folder()) / "pending"
@@ -46,7 +47,7 @@ class PendingFolder:
         self._known: dict[int, PendingUnplug] = {}
 
     def load(self) -> Mapping[int, PendingUnplug]:
-        """What is pending, by first vCPU id; asks the disk only if the folder has changed."""
+        """The pending unplugs by entity id. The files are read only if the folder has changed."""
         try:
             found = self._folder.stat()
         except OSError:
@@ -54,7 +55,8 @@ class PendingFolder:
             return self._known
         stamp = found.st_mtime_ns, found.st_ino
         if stamp != self._stamp:
-            # A change right after this one may get the same time: it is believed only once it is old enough.
+            # A second change right after the first may have the same time stamp, so the stamp is
+            # trusted only when it is old enough.
             settled = time.time_ns() - found.st_mtime_ns > _TICK
             files = self._files()
             self._known = {unplug.first: unplug for name in sorted(files) for unplug in files[name]}
@@ -62,14 +64,14 @@ class PendingFolder:
         return self._known
 
     def add(self, unplugs: Iterable[PendingUnplug]) -> None:
-        """Remember these, before they are asked.
+        """Remember these unplugs, before they are requested.
 
         Raises:
             OSError: the state folder cannot be written.
         """
         name, rows = f"{time.time_ns()}-{os.getpid()}", tuple(unplugs)
         for _ in range(_MAKE_TRIES):
-            # Another process may tidy the folder away as soon as it is made.
+            # Another process may remove the folder as soon as it is made.
             with suppress(FileNotFoundError):
                 self._write(name, rows)
                 return
@@ -79,7 +81,12 @@ class PendingFolder:
         self._write(name, rows)
 
     def discard(self, firsts: Collection[int], until: float = inf) -> None:
-        """Forget these, where they were asked before `until`: their end is known. Never raises."""
+        """Forget these unplugs, because their result is known. Never raises.
+
+        Args:
+            firsts: their entity ids.
+            until: an unplug that was requested after this time stays.
+        """
         with suppress(OSError), self._locked():
             for name, unplugs in self._files().items():
                 left = [one for one in unplugs if one.first not in firsts or (one.asked or 0.0) > until]
@@ -89,13 +96,17 @@ class PendingFolder:
                     self._write(name, left)
 
     def gone(self) -> frozenset[int]:
-        """What `note_gone` was told last. A file that is not ours says nothing. Never raises."""
+        """The ids that `note_gone` was last called with. A file that is not ours is ignored. Never
+        raises.
+        """
         with suppress(*_UNREADABLE):
             return frozenset(_number(number) for number in json.loads(read_own(f"{self._folder}/{_GONE}", _LIMIT)))
         return frozenset()
 
     def note_gone(self, ids: Collection[int]) -> None:
-        """These vCPUs are gone, and who manages the guest does not know. Never raises."""
+        """Remember vCPUs that were removed while the manager of the guest does not know it. Never
+        raises.
+        """
         with suppress(OSError):
             if not ids:
                 (self._folder / _GONE).unlink(missing_ok=True)
@@ -104,8 +115,9 @@ class PendingFolder:
             self._replace(_GONE, json.dumps(sorted(ids)))
 
     def tidy(self) -> None:
-        """Take the folder away if it is empty: not with each unplug, some file systems take milliseconds for it.
-        Never raises.
+        """Remove the folder if it is empty. Never raises.
+
+        It is not called for each unplug, because some file systems need milliseconds for it.
         """
         try:
             self._folder.rmdir()
@@ -117,7 +129,9 @@ class PendingFolder:
                 self._folder.rmdir()
 
     def contexts(self) -> UsedContexts:
-        """What `note_contexts` was told of this QEMU. A file that is not ours says nothing. Never raises."""
+        """All that `note_contexts` has stored for this QEMU. A file that is not ours is ignored.
+        Never raises.
+        """
         with suppress(*_UNREADABLE):
             found = json.loads(read_own(f"{self._folder}/{_CONTEXTS}", _LIMIT))
             gone = frozenset((_number(number), _number(thread)) for number, thread in found["gone"])
@@ -125,7 +139,7 @@ class PendingFolder:
         return UsedContexts()
 
     def note_contexts(self, more: UsedContexts) -> None:
-        """Remember this too. Never raises."""
+        """Add these contexts to the stored ones. Never raises."""
         with suppress(OSError):
             if not self._folder.exists():
                 self._prune()
@@ -138,7 +152,7 @@ class PendingFolder:
                     self._replace(_CONTEXTS, json.dumps(rows))
 
     def _files(self) -> dict[str, list[PendingUnplug]]:
-        """What each file says; what is no file of ours is left alone."""
+        """The unplugs in each file. A file that is not ours is ignored, and not removed."""
         found = {}
         with suppress(OSError):
             for name in os.listdir(self._folder):  # noqa: PTH208 - names are all we need
@@ -149,19 +163,21 @@ class PendingFolder:
         return found
 
     def _write(self, name: str, unplugs: Iterable[PendingUnplug]) -> None:
-        """In one step: a reader sees the old content or the new. Not synced: it means nothing once the host is
-        down.
+        """Replace the file in one step, so that a reader sees either the old or the new content.
+
+        It is not synced: after a crash of the host, it has no meaning.
         """
         rows = [[unplug.first, unplug.qom_path, unplug.thread_id, unplug.asked] for unplug in unplugs]
         self._replace(name, json.dumps(rows))
 
     def _replace(self, name: str, text: str) -> None:
-        # Every unplug waits for this: plain calls, `pathlib` takes as long as the disk.
+        # Every unplug waits for this. It uses plain calls, because `pathlib` takes as long as the
+        # disk.
         temporary = f"{self._folder}/.{name}-{os.getpid()}"
         fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC, 0o600)
         try:
             with open(fd, "wb") as file:  # noqa: PTH123
-                # The umask may have left less of it.
+                # The umask may have removed some of the mode bits.
                 os.fchmod(fd, 0o600)
                 file.write(text.encode())
             os.rename(temporary, f"{self._folder}/{name}")  # noqa: PTH104
@@ -172,8 +188,9 @@ class PendingFolder:
 
     @contextmanager
     def _locked(self) -> Iterator[None]:
-        """Against another process that rewrites a file of several unplugs; given up after 50 ms, it may be
-        stopped.
+        """Lock the folder against another process that rewrites a file of several unplugs.
+
+        After 50 ms it continues without the lock, because the other process may be stopped.
         """
         with closing(os.open(self._folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)) as fd:
             for _ in range(_LOCK_TRIES):
@@ -185,7 +202,7 @@ class PendingFolder:
             yield
 
     def _sweep(self) -> None:
-        """What a process was writing when it was killed. Never raises."""
+        """Remove the temporary files of processes that were killed. Never raises."""
         with suppress(OSError):
             for path in self._folder.glob(".*-*"):
                 pid = path.name.rpartition("-")[2]
@@ -193,7 +210,7 @@ class PendingFolder:
                     path.unlink(missing_ok=True)
 
     def _prune(self) -> None:
-        """QEMUs that are gone have nothing pending."""
+        """Remove the folders of QEMUs that have ended: they have no pending unplugs."""
         with suppress(OSError):
             for folder in self._all.iterdir():
                 if not is_alive(folder.name):

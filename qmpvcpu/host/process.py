@@ -1,7 +1,7 @@
-"""Which process a guest is: by the threads that QMP lists, checked in /proc.
+"""Find the process of a QEMU from the thread ids that QMP lists, and check them in /proc.
 
-A socket's peer credentials name who listened, not always QEMU (libvirt passes the socket in): then QEMU must hold
-the socket that listens.
+The peer credentials of a socket name the process that called listen(2), which is not always QEMU:
+libvirt passes the socket in. In that case, QEMU must have the listening socket open.
 """
 
 from __future__ import annotations
@@ -17,17 +17,23 @@ from typing import Final
 from qmpvcpu.ports import Peer
 
 _PROC: Final = Path("/proc")
-#: include/uapi/linux/net.h, __SO_ACCEPTCON: it listens.
+#: include/uapi/linux/net.h, __SO_ACCEPTCON: the socket listens.
 _ACCEPTS: Final = 1 << 16
-#: A zombie has its start time still.
+#: A zombie still has its start time.
 _DEAD: Final = (b"Z", b"X")
-#: proc(5), /proc/pid/stat: the 22nd field, and the 20th after the name.
+#: proc(5), /proc/pid/stat: the 22nd field, which is the 20th after the name.
 _START: Final = 19
 
 
 @dataclass(frozen=True, slots=True)
 class Process:
-    """One process for good: pids come again, but not with the same `start` (clock ticks since `boot`, an id)."""
+    """One process, identified for all time: the kernel reuses a pid, but not with the same `start`.
+
+    Attributes:
+        pid: the process id.
+        start: when it was started, in clock ticks since the boot.
+        boot: an id of that boot.
+    """
 
     pid: int
     start: int
@@ -35,24 +41,25 @@ class Process:
 
     @property
     def key(self) -> str:
-        """A file name."""
+        """The process as a file name."""
         return f"{self.boot}-{self.pid}-{self.start}"
 
 
 def pid_in(key: str) -> str:
-    """The process id in a `Process.key`, to be shown."""
+    """The process id in a `Process.key`, for messages."""
     return key.rpartition("-")[0].rpartition("-")[2]
 
 
 @cache
 def boot_id() -> str:
-    """The kernel's id of this boot, its first part; random(4)."""
+    """The first part of the kernel's id of this boot; random(4)."""
     return (_PROC / "sys/kernel/random/boot_id").read_text().split("-")[0].strip()
 
 
 def _start_of(pid: int, *, alive: bool = False) -> int:
-    # Of its first thread, which is the same: /proc/PID/stat adds up all threads. The name may hold spaces and
-    # brackets: what counts begins after the last one.
+    # Read the first thread's file: it has the same start time, and the kernel adds up all threads
+    # for /proc/PID/stat. The name may contain spaces and brackets, so the fields begin after the
+    # last bracket.
     fd = os.open(f"/proc/{pid}/task/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     try:
         fields = os.read(fd, 4096).rpartition(b")")[2].split()
@@ -64,11 +71,11 @@ def _start_of(pid: int, *, alive: bool = False) -> int:
 
 
 def _listens(pid: int, peer: Peer) -> bool:
-    """Whether the socket that a monitor is connected to is that process's: it listened itself, or was given the
-    socket that listens.
+    """Whether the socket that a monitor is connected to belongs to that process: either the process
+    called listen(2) itself, or it was given the listening socket.
     """
     if peer.path is None or peer.pid == pid:
-        # A socket pair, TCP: nothing tells.
+        # For a socket pair or TCP, nothing shows who listens.
         return True
     inodes = set()
     for line in (_PROC / "net/unix").read_bytes().splitlines()[1:]:
@@ -81,17 +88,19 @@ def _listens(pid: int, peer: Peer) -> bool:
                 if os.readlink(f"/proc/{pid}/fd/{name}") in inodes:  # noqa: PTH115
                     return True
     except PermissionError:
-        # Another user's: we could do nothing to it.
+        # It is another user's process, to which we cannot do anything.
         return True
     return False
 
 
 def find_process(thread_ids: Collection[int], peer: Peer | None = None) -> Process | None:
-    """The one QEMU on this host that owns all these threads; None where there is none, or it may not be looked at.
+    """Find the one QEMU on this host that owns all these threads.
+
+    Returns None if there is no such QEMU, or if we may not look at it.
 
     Args:
         thread_ids: Linux thread ids, as `query-cpus-fast` lists them.
-        peer: whom the monitor's socket leads to.
+        peer: the other end of the monitor's socket.
     """
     try:
         some = next(iter(thread_ids), None)
@@ -102,10 +111,11 @@ def find_process(thread_ids: Collection[int], peer: Peer | None = None) -> Proce
         folder = _PROC / str(pid)
         if not all((folder / "task" / str(thread)).exists() for thread in thread_ids):
             return None
-        # A thread of that number on another host, or in another container, is rarely a QEMU's.
+        # If QEMU is on another host or in another container, a thread with that number is rarely a
+        # QEMU's.
         if b"qemu" not in (folder / "cmdline").read_bytes().lower():
             return None
-        # A QEMU that a guest has taken over can name the threads of another one.
+        # A QEMU that its guest has taken control of can report the thread ids of another QEMU.
         if pid in thread_ids or (peer is not None and not _listens(pid, peer)):
             return None
         return process_of(pid)
@@ -114,8 +124,9 @@ def find_process(thread_ids: Collection[int], peer: Peer | None = None) -> Proce
 
 
 def find_by_uuid(uuid: str) -> Process | None:
-    """The one QEMU on this host that was started with this `-uuid`, as libvirt starts them; None where none or
-    several were.
+    """Find the one QEMU on this host that was started with this `-uuid`, as libvirt starts them.
+
+    Returns None if there is no such QEMU, or more than one.
     """
     found = []
     wanted = f"\0-uuid\0{uuid}\0".lower().encode()
@@ -135,12 +146,14 @@ def process_of(pid: int) -> Process:
 
 
 def command_line_of(process: Process) -> list[str]:
-    """The arguments that a process was started with, its program first; nothing where it has ended, may not be
-    looked at, or was started by another user (root apart): what that one says of itself would be started with our
+    """The arguments that a process was started with; the first one is its program.
+
+    Returns an empty list if the process has ended, if we may not look at it, or if a user other
+    than us and root started it: that user chose the arguments, and we would start them with our
     rights.
     """
     try:
-        # All of its ids: a program with the setuid bit has the arguments that its caller chose.
+        # Check all its user ids: the caller of a setuid program chooses its arguments.
         if not _uids(process.pid) <= {0, os.geteuid()}:
             return []
         data = (_PROC / str(process.pid) / "cmdline").read_bytes()
@@ -152,14 +165,16 @@ def command_line_of(process: Process) -> list[str]:
 
 
 def _uids(pid: int) -> set[int]:
-    """Real, effective, saved and file system's user ids. Raises OSError, ValueError."""
+    """The real, effective, saved and file system user ids. Raises OSError, ValueError."""
     text = (_PROC / str(pid) / "status").read_text()
     return {int(word) for word in text.partition("\nUid:")[2].split("\n", 1)[0].split()}
 
 
 def folder_of(process: Process) -> str | None:
-    """The folder that a process runs in; None for one that has gone into the background (it is in `/` then), or
-    that may not be looked at.
+    """The folder that a process runs in.
+
+    Returns None if we may not look at it, or if the folder is `/`: a process that has gone into the
+    background is there.
     """
     try:
         folder = os.readlink(f"/proc/{process.pid}/cwd")  # noqa: PTH115 - one readlink(2)

@@ -1,4 +1,6 @@
-"""Which program starts a QEMU that runs: the file itself, or the script that called the dynamic linker for it."""
+"""Find the program that starts a running QEMU: its own file, or the script that called the dynamic
+linker for it.
+"""
 
 from __future__ import annotations
 
@@ -11,21 +13,22 @@ from qmpvcpu.core.machine.command_line import read_command_line
 from qmpvcpu.host.owners import check_folder, check_own
 from qmpvcpu.host.process import Process
 
-#: Bytes of a script that are looked at.
+#: How many bytes of a script are searched for the name.
 _SCRIPT_BYTES: Final = 64 * 1024
-#: How many folders above the program a script may be.
+#: How many levels above the program a script may be.
 _LEVELS: Final = 6
 
 
 def startable_program(process: Process, words: Sequence[str]) -> str | None:
-    """The program that starts a QEMU such as this process; None where none can be found. Never raises.
+    """The program that starts the same QEMU as this process; None if it cannot be found. Never
+    raises.
 
-    A QEMU of a folder of its own (with its own libraries) is run by a dynamic linker that is called by name: the
-    file itself cannot run. What starts is a script above it which names that file. A program that somebody else
-    can replace is none.
+    A QEMU in a folder of its own, with its own libraries, is run through the dynamic linker: its
+    file cannot be executed directly. In that case, a script in a folder above starts it, and names
+    the file. A program that another user can replace is not accepted.
 
     Args:
-        process: of QEMU.
+        process: the process of QEMU.
         words: its command line.
     """
     line = read_command_line(words)
@@ -48,8 +51,8 @@ def _executable(process: Process) -> str | None:
     file = f"/proc/{process.pid}/exe"
     try:
         path = os.readlink(file)  # noqa: PTH115 - one readlink(2)
-        # A file that a package has replaced is there again under its name. Any other one of that name is not the
-        # program: the process may run in a container.
+        # A package may have replaced the file: the new one has the same name. Any other file of
+        # that name is not the program: the process may run in a container.
         is_it = path.endswith(_DELETED) or os.path.samefile(file, path.removesuffix(_DELETED))  # noqa: PTH121
     except OSError:
         return None
@@ -58,7 +61,7 @@ def _executable(process: Process) -> str | None:
 
 
 def _runs(path: str) -> bool:
-    """Whether it can be executed, and nobody but us and root can put another program there. Never raises."""
+    """Whether it can be executed, and only we and root can replace it. Never raises."""
     try:
         real = Path(path).resolve(strict=True)
         check_own(str(real), real.stat())
@@ -69,7 +72,7 @@ def _runs(path: str) -> bool:
 
 
 def _leads_to(script: Path, program: Path) -> bool:
-    """Whether it is a script that names this program, by the end of its path."""
+    """Whether it is a script that contains the last two parts of this program's path."""
     if not _runs(str(script)):
         return False
     try:

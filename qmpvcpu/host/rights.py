@@ -10,12 +10,12 @@ from typing import Any, Final
 
 from qmpvcpu.host.cgroup.hierarchy import hierarchies
 
-#: Bit of CAP_SYS_NICE in /proc/self/status (linux/capability.h).
+#: The bit of CAP_SYS_NICE in /proc/self/status (linux/capability.h).
 _CAP_SYS_NICE: Final = 23
 
 
 def kvm_state() -> tuple[bool, str | None]:
-    """Whether /dev/kvm can be used, and why not."""
+    """Whether /dev/kvm can be used; if it cannot, the reason."""
     try:
         os.close(os.open("/dev/kvm", os.O_RDWR | os.O_CLOEXEC))
     except FileNotFoundError:
@@ -26,7 +26,10 @@ def kvm_state() -> tuple[bool, str | None]:
 
 
 def may_schedule() -> bool:
-    """CAP_SYS_NICE: real-time schedulers, and other users' threads. Read once for each user that we are."""
+    """Whether we have CAP_SYS_NICE, for real-time schedulers and for threads of other users.
+
+    It is read once for each user id that this process takes.
+    """
     return _has_sys_nice(os.geteuid())
 
 
@@ -36,14 +39,16 @@ def _has_sys_nice(user: int) -> bool:
 
 
 def may_place(pid: int) -> bool:
-    """Whether affinity and scheduler of that process's threads are ours to set (sched_setaffinity(2)).
+    """Whether we may set the affinity and scheduler of that process's threads
+    (sched_setaffinity(2)).
 
     Raises:
         OSError: there is no such process.
     """
     if may_schedule():
         return True
-    # The same user; and nobody may touch who can do more (the kernel's cap_safe_nice).
+    # It must be the same user. Also, the kernel refuses if the other process has more capabilities
+    # than we have (its function cap_safe_nice).
     if Path(f"/proc/{pid}").stat().st_uid != os.geteuid():
         return False
     return not _capabilities(str(pid), "CapPrm") & ~_capabilities("self", "CapPrm")
@@ -58,12 +63,14 @@ def _capabilities(pid: str, which: str) -> int:
 
 
 def rights() -> dict[str, Any]:
-    """`root`, `sys_nice` (`may_schedule`), `cgroup` controllers that are mounted."""
+    """The rights of this process: `root`, `sys_nice` (`may_schedule`), and the `cgroup` controllers
+    that are mounted.
+    """
     return {"root": os.geteuid() == 0, "sys_nice": may_schedule(), "cgroup": _cgroups()}
 
 
 def _cgroups() -> dict[str, list[str]]:
-    """Controllers by cgroup version, from the mounts."""
+    """The mounted controllers by cgroup version."""
     found: dict[str, set[str]] = {"v1": set(), "v2": set()}
     for one in hierarchies():
         found[f"v{one.version}"].update(one.controllers)

@@ -1,4 +1,6 @@
-"""How much room there is on this host for a saved guest, and how much a guest takes. Nothing here raises."""
+"""How much disk and memory this host has for a saved guest, and how much a guest uses. No function
+raises.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from typing import Final
 
 from qmpvcpu.host.process import Process
 
-#: proc(5), /proc/PID/status, in KiB: memory of its own, of shared blocks, of huge pages, and what was swapped out.
+#: proc(5), /proc/PID/status, in KiB: anonymous memory, shared memory, huge pages, and swapped
+#: memory.
 _OWN: Final = re.compile(rb"^(?:RssAnon|RssShmem|HugetlbPages|VmSwap):\s+([0-9]+) kB$", re.MULTILINE)
 _AVAILABLE: Final = re.compile(rb"^MemAvailable:\s+([0-9]+) kB$", re.MULTILINE)
 
@@ -32,7 +35,7 @@ def free_memory() -> int | None:
 
 
 def memory_in_use(process: Process) -> int | None:
-    """Bytes of memory that a process has, files that it has mapped apart."""
+    """Bytes of memory that a process uses, without the files that it has mapped."""
     with suppress(OSError):
         found = _OWN.findall(Path(f"/proc/{process.pid}/status").read_bytes())
         return sum(map(int, found)) << 10 if found else None

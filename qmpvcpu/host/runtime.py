@@ -1,8 +1,8 @@
-"""Where a guest that we started has its sockets, and whether its QEMU runs.
+"""Where the sockets of a guest that we started are, and whether its QEMU runs.
 
-The folder is its owner's alone (0700). QEMU itself writes its pid there (`-pidfile`), before it does anything
-else, so that a QEMU is known whatever became of who started it; and it is told by its command line from a process
-that got the same pid later.
+Only the owner can enter the folder (0700). QEMU writes its pid there itself (`-pidfile`), before it
+does anything else. So we find the QEMU even if the process that started it was killed. Its command
+line distinguishes it from a process that got the same pid later.
 """
 
 from __future__ import annotations
@@ -23,19 +23,21 @@ from qmpvcpu.host.files import FileLock, closing, read_own, state_folder, try_lo
 from qmpvcpu.host.owners import NotOurs, check_folder, make_folder, trusted_folder
 from qmpvcpu.kinds import open_file
 
-#: Two monitors, since one socket takes one client, and the guest agent's.
+#: Two monitors, since one socket takes one client, and the guest agent.
 SOCKETS: Final = ("qmp", "qmp2", "agent")
-#: unix(7): sun_path has 108 bytes, one of them for the end.
+#: unix(7): sun_path has 108 bytes, one of them for the terminating zero.
 _LONGEST: Final = 107
-#: A number is all that it has.
+#: The file contains nothing but a number.
 _PID_BYTES: Final = 32
 
 
 def runtime_folder() -> Path:
-    """Of all guests: below `QMPVCPU_STATE`, else the system's (root) or the user's (XDG). It need not exist.
+    """The folder with the runtime folders of all guests. It need not exist.
+
+    It is in `QMPVCPU_STATE` if that is set, else the system's (root) or the user's (XDG) folder.
 
     Raises:
-        VcpuRefused: somebody else can write to it.
+        VcpuRefused: another user can write to it.
     """
     return trusted_folder(_runtime_path(), "runtime folder")
 
@@ -51,20 +53,20 @@ def _runtime_path() -> Path:
 
 
 class Runtime:
-    """One guest's folder; `name` is one that `check_name` takes."""
+    """The runtime folder of one guest; `name` must be one that `check_name` accepts."""
 
     def __init__(self, name: str) -> None:
         self.name = name
         base = Path(os.path.abspath(runtime_folder()))  # noqa: PTH100 - a link stays what it is
-        # Of no name is this another folder, or one of those above.
+        # `file_name` ensures that no name leads to another folder, such as the one above.
         file = file_name(name)
         self.folder = base / file
         if len(os.fsencode(self.folder)) + 1 + max(map(len, SOCKETS)) > _LONGEST:
-            # The path of a socket is short: a folder of the same meaning elsewhere.
+            # The path of a socket must be short, so use a folder in the system's temporary folder.
             digest = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
             self.folder = Path(tempfile.gettempdir()) / f"qmpvcpu-{os.geteuid()}-{digest}"
         logs = state_folder() / "log"
-        #: What QEMU says on stderr, and what the guest says on its console.
+        #: What QEMU writes to stderr, and what the guest writes to its console.
         self.log = logs / f"{file}.log"
         self.console = logs / f"{file}.console"
         self._lock = base / f".{file}.lock"
@@ -81,14 +83,14 @@ class Runtime:
 
     @property
     def pidfile(self) -> Path:
-        """Written and removed by QEMU."""
+        """The file that QEMU writes its pid to. QEMU also removes it."""
         return self.folder / "pid"
 
     def pid(self) -> int | None:
-        """Of its QEMU; None if that does not run.
+        """The pid of its QEMU; None if that does not run.
 
         Raises:
-            VcpuRefused: somebody else can write to the folder, and has made it for all we know.
+            VcpuRefused: another user can write to the folder, and may have made it.
         """
         trusted_folder(self.folder, "runtime folder")
         try:
@@ -98,7 +100,7 @@ class Runtime:
         return pid if self.owns(pid) else None
 
     def owns(self, pid: int) -> bool:
-        """Whether that process is its QEMU."""
+        """Whether that process is the QEMU of this guest."""
         try:
             words = Path(f"/proc/{pid}/cmdline").read_bytes().split(b"\0")
         except OSError:
@@ -106,22 +108,24 @@ class Runtime:
         return os.fsencode(self.pidfile) in words
 
     def try_lock(self) -> FileLock | None:
-        """Held by whoever starts or ends it. Raises OSError."""
+        """Lock the guest, to start or end it. Returns None if another process has locked it. Raises
+        OSError.
+        """
         make_folder(self._lock.parent)
         return try_lock(self._lock)
 
     def prepare(self) -> None:
-        """Make the folder, and empty it of what an earlier guest has left.
+        """Make the folder, and remove what an earlier guest has left in it.
 
         Raises:
-            OSError: it cannot be made, or belongs to somebody else.
+            OSError: it cannot be made, or belongs to another user.
         """
         self.remove()
         make_folder(self.folder)
         make_folder(self.log.parent)
 
     def remove(self) -> None:
-        """Take the folder away, if it is ours. Never raises."""
+        """Remove the folder if it is ours. Never raises."""
         with suppress(NotOurs):
             check_folder(self.folder)
             if not self.folder.is_symlink():
@@ -136,10 +140,10 @@ class Runtime:
 
 
 def running_names() -> list[str]:
-    """Guests that we have started and that run.
+    """The names of guests that we have started and that still run.
 
     Raises:
-        VcpuRefused: somebody else can write to the folder of all, or of one of them.
+        VcpuRefused: another user can write to the runtime folder of all guests, or of one of them.
     """
     with suppress(OSError):
         names = [name_of_file(path.name) for path in runtime_folder().iterdir() if path.is_dir()]
@@ -148,8 +152,8 @@ def running_names() -> list[str]:
 
 
 def remove_ended(but: str) -> None:
-    """Remove the folders of guests whose QEMU has ended, unless another process starts or ends that guest. Blocks.
-    Never raises.
+    """Remove the folders of guests whose QEMU has ended, unless another process is starting or
+    ending that guest. Blocks. Never raises.
 
     Args:
         but: the guest that this process has locked.
@@ -163,14 +167,14 @@ def remove_ended(but: str) -> None:
 
 
 def remove_folder(name: str) -> None:
-    """Remove the folder of a guest whose QEMU has ended, unless another process starts or ends it. Blocks. Never
-    raises.
+    """Remove the folder of a guest whose QEMU has ended, unless another process is starting or
+    ending that guest. Blocks. Never raises.
     """
     with suppress(OSError, VcpuRefused):
         runtime = Runtime(name)
         if runtime.pid() is None and (lock := runtime.try_lock()) is not None:
             try:
-                # It may have been started since.
+                # The guest may have been started before we had the lock.
                 if runtime.pid() is None:
                     runtime.remove()
             finally:
@@ -178,16 +182,17 @@ def remove_folder(name: str) -> None:
 
 
 def end_process(pid: int, number: signal.Signals, seconds: float, runtime: Runtime) -> bool:
-    """Send a signal to the QEMU of a runtime folder and wait for its end; whether it has ended. Blocks.
+    """Send a signal to the QEMU of a runtime folder, and wait for its end. Returns whether it has
+    ended. Blocks.
 
     Raises:
-        OSError: it is not ours to end.
+        OSError: we may not end it.
     """
     try:
         fd = os.pidfd_open(pid)
     except ProcessLookupError:
         return True
-    # From here on `fd` is this process and no later one of the same number.
+    # `fd` refers to this process only, never to a later one with the same pid.
     with closing(fd), suppress(ProcessLookupError):
         if runtime.owns(pid):
             signal.pidfd_send_signal(fd, number)

@@ -1,7 +1,8 @@
 """A saved guest on disk: a header, the cookie, then QEMU's migration stream.
 
-The header says whether the stream is whole, and has a digest of the whole file; until it is whole, the file has
-another name. So a file under the name that the user gave is a whole guest, or it is the one that was there before.
+The header says whether the stream is complete, and contains a digest of the whole file. The file
+has a temporary name until it is complete. So the file under the user's name is either a complete
+guest or the file that was there before.
 """
 
 from __future__ import annotations
@@ -26,32 +27,34 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.host.files import closing, sync_folder
 from qmpvcpu.kinds import kind_of, open_file
 
-#: Magic, version, whether the stream is whole, bytes of the cookie, where the stream begins.
+#: Magic, version, whether the stream is complete, length of the cookie, offset of the stream.
 _HEADER: Final = struct.Struct(">16sIIQQ")
-#: Behind that: the digest of the whole file, in which the digest itself counts as zeros.
+#: The digest of the whole file follows the header. For the digest, its own bytes count as zeros.
 _DIGEST_BYTES: Final = 32
 _HEAD_BYTES: Final = _HEADER.size + _DIGEST_BYTES
 _MAGIC: Final = b"qmpvcpu-save\0\0\0\0"
 #: The first version of the format had no digest.
 _NO_DIGEST, _FORMAT = 1, 2
 _PART, _WHOLE = 0, 1
-#: What QEMU's `file:` wants of an offset, and a direct write of a disk.
+#: The alignment that QEMU's `file:` needs for an offset, and a disk for a direct write.
 _ALIGNED: Final = 4096
 _MOST_COOKIE: Final = 17 * 1024 * 1024
 _MARK: Final = ".saving-"
-#: Bytes of a name that leave room for what stands around it meanwhile.
+#: The longest name, in bytes, that leaves room for the prefix and suffix of the temporary name.
 _LONGEST: Final = 255 - len(f".{_MARK}") - 31
 #: `struct flock` of Linux on 64 bits: type, whence, start, length, pid.
 _FLOCK: Final = "hhqqi0q"
-#: Bytes that are read and hashed at once.
+#: Bytes that are read and hashed in one step.
 _CHUNK: Final = 4 << 20
 
 
 class Saving:
-    """A guest that is being saved; `fd` is for QEMU to write to, from `offset` on."""
+    """A guest that is being saved. QEMU writes to `fd`, from `offset` on."""
 
     def __init__(self, path: Path, cookie: bytes) -> None:
-        """Begin. Raises OSError: it cannot be written there; nothing has changed."""
+        """Create the temporary file. Raises OSError: it cannot be written there; nothing has
+        changed.
+        """
         self._path = Path(os.path.realpath(path))
         with suppress(FileNotFoundError):
             mode = self._path.stat().st_mode
@@ -65,14 +68,14 @@ class Saving:
         self.offset = -(-(_HEAD_BYTES + len(cookie)) // _ALIGNED) * _ALIGNED
         self._cookie = cookie
         self._given_up = threading.Event()
-        #: Hexadecimal, once it is sealed.
+        #: Hexadecimal; None until the file is sealed.
         self.digest: str | None = None
         self._sweep()
-        # QEMU takes a descriptor that was opened to write, and nothing else (10.0).
+        # QEMU accepts only a descriptor that was opened for writing (10.0).
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
         self.fd = os.open(self._temporary, flags, 0o600)
         try:
-            # The umask may have left less of it.
+            # The umask may have removed some of the mode bits.
             os.fchmod(self.fd, 0o600)
             self._write_head(_PART, bytes(_DIGEST_BYTES))
             os.lseek(self.fd, self.offset, os.SEEK_SET)
@@ -82,32 +85,36 @@ class Saving:
 
     @property
     def path(self) -> str:
-        """The name that it is to have."""
+        """The final name of the file."""
         return str(self._path)
 
     @property
     def temporary(self) -> str:
-        """The name that it has until then."""
+        """The name of the file until it is finished."""
         return str(self._temporary)
 
     @property
     def size(self) -> int:
-        """Bytes that are there by now. Raises OSError."""
+        """The current size of the file in bytes. Raises OSError."""
         return os.fstat(self.fd).st_size
 
     def sync(self) -> None:
-        """What QEMU wrote is on the disk. Blocks. Raises OSError."""
+        """Sync what QEMU wrote to the disk. Blocks. Raises OSError."""
         if self.size <= self.offset:
             raise OSError(0, "QEMU has written nothing", str(self._temporary))
         os.fsync(self.fd)
 
     def table(self) -> StreamTable:
-        """What the stream lists. Blocks. Raises OSError, StreamError."""
+        """The RAM blocks and device states that the stream lists. Blocks. Raises OSError,
+        StreamError.
+        """
         with self.opened() as fd:
             return _read_table(fd, self.offset)
 
     def seal(self) -> None:
-        """Read it back, and give it its digest: it is whole then. Blocks. Raises OSError."""
+        """Read the file back and write its digest: from then on it is complete. Blocks. Raises
+        OSError.
+        """
         with self.opened() as fd:
             digest = _digest(fd, _head(_WHOLE, len(self._cookie), self.offset), self._given_up)
         self._write_head(_WHOLE, digest)
@@ -115,7 +122,10 @@ class Saving:
         self.digest = digest.hex()
 
     def finish(self) -> int:
-        """Give it its name, sealed before, where it was not; its size in bytes. Blocks. Raises OSError."""
+        """Rename the file to its final name, and seal it first if that was not done.
+
+        Returns its size in bytes. Blocks. Raises OSError.
+        """
         if self.digest is None:
             self.sync()
             self.seal()
@@ -123,23 +133,23 @@ class Saving:
         self._temporary.rename(self._path)
         os.close(self.fd)
         self.fd = -1
-        # From here on it is saved, whatever else fails.
+        # The guest is saved now, so no later failure counts.
         with suppress(OSError):
             sync_folder(self._path.parent)
         return size
 
     @contextmanager
     def opened(self) -> Iterator[int]:
-        """A descriptor to read it, standing at its beginning. Raises OSError."""
+        """A descriptor to read the file from its beginning. Raises OSError."""
         with closing(os.open(f"/proc/self/fd/{self.fd}", os.O_RDONLY | os.O_CLOEXEC)) as fd:
             yield fd
 
     def give_up(self) -> None:
-        """`seal` in another thread raises OSError as soon as it can."""
+        """Make `seal` in another thread raise OSError as soon as it can."""
         self._given_up.set()
 
     def discard(self) -> None:
-        """Take it away, unless it was finished. Never raises."""
+        """Remove the file, unless it was finished. Never raises."""
         if self.fd >= 0:
             with suppress(OSError):
                 os.close(self.fd)
@@ -153,7 +163,7 @@ class Saving:
             raise OSError(28, "No space left on device", str(self._temporary))
 
     def _sweep(self) -> None:
-        """What others have left who were killed."""
+        """Remove the temporary files of processes that were killed."""
         made = re.compile(re.escape(self._prefix) + "([0-9]{1,10})-[0-9]{1,20}")
         with suppress(OSError):
             for one in self._path.parent.iterdir():
@@ -163,8 +173,10 @@ class Saving:
 
 
 def _is_locked(path: Path) -> bool:
-    """Whether a part of the file has a lock of fcntl(2), which QEMU takes of every image (block/file-posix.c). A
-    file that cannot be read here counts as one without. Raises OSError.
+    """Whether a part of the file has a lock of fcntl(2), as QEMU locks every image
+    (block/file-posix.c).
+
+    A file that we cannot read counts as not locked. Raises OSError.
     """
     try:
         fd = open_file(path)
@@ -176,7 +188,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _prefix(name: str) -> str:
-    """Of the names that a file of this name has while it is made."""
+    """The first part of the temporary names for a file of this name."""
     data = os.fsencode(name)
     if len(data) > _LONGEST:
         # NAME_MAX of Linux is 255 bytes.
@@ -189,8 +201,10 @@ def _head(state: int, length: int, offset: int) -> bytes:
 
 
 def _digest(fd: int, head: bytes, given_up: threading.Event, cookie: bytes = b"") -> bytes:
-    """Of a file whose first bytes are to be `head`; `cookie` is what was read of it behind them, and is not read
-    again. Raises OSError: it cannot be read, or it was given up.
+    """The digest of a file whose first bytes will be `head`.
+
+    `cookie` is the part behind them that was already read, so it is not read again. Raises OSError:
+    the file cannot be read, or `given_up` was set.
     """
     found = hashlib.sha256(head + bytes(_DIGEST_BYTES) + cookie)
     at = _HEAD_BYTES + len(cookie)
@@ -209,7 +223,9 @@ def _read_table(fd: int, offset: int) -> StreamTable:
 
 
 def _pread(fd: int, length: int, at: int) -> bytes:
-    """One read of Linux gives 2 GiB at most, and fewer bytes where a signal comes."""
+    """Read up to `length` bytes. One read(2) of Linux returns at most 2 GiB, and fewer after a
+    signal.
+    """
     found = bytearray()
     while len(found) < length and (data := os.pread(fd, length - len(found), at + len(found))):
         found += data
@@ -218,8 +234,13 @@ def _pread(fd: int, length: int, at: int) -> bytes:
 
 @dataclass(frozen=True, slots=True)
 class SavedFile:
-    """A saved guest, open: `cookie`, and `fd`, which stands where the stream begins (`offset`). `digest` is
-    hexadecimal; None: the file is of a format that had none.
+    """A saved guest whose file is open.
+
+    Attributes:
+        cookie: the migration cookie.
+        fd: its position is where the stream begins.
+        offset: where the stream begins, in bytes.
+        digest: hexadecimal; None if the file has the first version of the format.
     """
 
     cookie: bytes
@@ -228,26 +249,29 @@ class SavedFile:
     digest: str | None = None
 
     def table(self) -> StreamTable | None:
-        """What its stream lists; None where that cannot be read. Blocks."""
+        """The RAM blocks and device states that the stream lists; None if they cannot be read.
+        Blocks.
+        """
         with suppress(OSError, StreamError):
             return _read_table(self.fd, self.offset)
         return None
 
     def close(self) -> None:
-        """Let it go. Never raises."""
+        """Close the file. Never raises."""
         with suppress(OSError):
             os.close(self.fd)
 
 
 def open_saved(path: str, given_up: threading.Event | None = None) -> SavedFile:
-    """Open a saved guest, and check its digest: all of it is read. Blocks.
+    """Open a saved guest, and check its digest. The whole file is read for that. Blocks.
 
     Args:
-        path: what `Saving` has written.
-        given_up: once it is set, from another thread, this ends as soon as it can, with VcpuRefused.
+        path: a file that `Saving` has written.
+        given_up: another thread sets this to end the check; then VcpuRefused is raised as soon as
+            possible.
 
     Raises:
-        VcpuRefused: it is not there, or it is not a whole one.
+        VcpuRefused: the file does not exist, or is not a complete saved guest.
     """
     try:
         fd = open_file(path)
@@ -264,7 +288,7 @@ def open_saved(path: str, given_up: threading.Event | None = None) -> SavedFile:
 
 
 def _checked(path: str, fd: int, given_up: threading.Event) -> SavedFile:
-    # Some files of the kernel would wait here, if they could.
+    # The first read is not blocking, because some kernel files would wait here.
     head = _pread(fd, _HEAD_BYTES, 0)
     os.set_blocking(fd, True)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
@@ -278,7 +302,7 @@ def _checked(path: str, fd: int, given_up: threading.Event) -> SavedFile:
     start = _HEADER.size if file_format == _NO_DIGEST else _HEAD_BYTES
     if length > _MOST_COOKIE or offset < start + length or offset >= os.fstat(fd).st_size:
         raise catalogue.NOT_SAVED.error(path=path, what="is damaged: its header does not fit it")
-    # The digest is of these very bytes: somebody might write to the file meanwhile.
+    # Hash the bytes that were read: another process might write to the file meanwhile.
     cookie = _pread(fd, length, start)
     digest = None
     if file_format == _FORMAT:

@@ -1,7 +1,8 @@
-"""What `save` leaves in the state folder. One record says which guest it has paused, so that the next process can
-settle that if this one is killed. Another keeps the definition of each saved guest, by the digest of its file.
+"""What `save` stores in the state folder.
 
-Nothing here raises: a full disk must not lose a guest.
+One record says which guest it has paused, so that the next process can resolve that if this one is
+killed. Another record keeps the definition of each saved guest, by the digest of its file. No
+function raises unless its docstring says so: a full disk must not lose a guest.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from qmpvcpu.host.process import Process, is_alive, process_of
 
 _LIMIT: Final = 64 << 20
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}\Z")
-#: Definitions that are kept, the newest.
+#: How many definitions are kept; the oldest are removed.
 _KEPT: Final = 1000
 
 
@@ -29,10 +30,10 @@ class PausedGuest:
     """A guest that a process of ours has paused to save it.
 
     Attributes:
-        saver: `Process.key` of that process.
-        runs: whether the guest ran.
-        files: names that the file can have: the one that it has while it is made, and its last one.
-        inode: device and number of the file.
+        saver: `Process.key` of that process; empty for a guest that stays in its QEMU (`is_here`).
+        runs: whether the guest ran before.
+        files: the names that the file can have: first the temporary name, then the final one.
+        inode: device and inode number of the file.
     """
 
     saver: str
@@ -42,8 +43,11 @@ class PausedGuest:
 
     @property
     def is_here(self) -> bool:
-        """Whether the save has failed after all was written, and the guest, which was paused before, is paused
-        here: QEMU calls that "postmigrate", as it does of one that has been handed over.
+        """Whether the guest is still in its QEMU, paused, after a save that failed once all was
+        written.
+
+        The guest was paused before the save. QEMU reports "postmigrate" for it, as it does for a
+        guest that has migrated.
         """
         return self.saver == ""
 
@@ -54,7 +58,9 @@ class PausedGuest:
 
     @property
     def is_saved(self) -> bool:
-        """Whether the file has its last name: it is whole then, and has all of the guest. Never raises."""
+        """Whether the file has its final name: it is then complete and has all of the guest. Never
+        raises.
+        """
         return any(self._is_at(name) for name in self.files[1:])
 
     def _is_at(self, name: str) -> bool:
@@ -64,7 +70,7 @@ class PausedGuest:
         return False
 
     def remove_file(self) -> None:
-        """Take the file away under whatever name it has. Never raises."""
+        """Remove the file, whichever of its names it has. Never raises."""
         for name in self.files:
             with suppress(OSError):
                 if self._is_at(name):
@@ -72,36 +78,38 @@ class PausedGuest:
 
 
 def paused_by_us(fd: int, files: tuple[str, ...], *, runs: bool) -> PausedGuest:
-    """The record of a guest that this process is about to pause; `fd` is of its file. Raises OSError."""
+    """The record of a guest that this process is about to pause; `fd` refers to its file. Raises
+    OSError.
+    """
     found = os.fstat(fd)
     return PausedGuest(process_of(os.getpid()).key, runs, files, (found.st_dev, found.st_ino))
 
 
-#: The record of a guest that stays.
+#: The record of a guest that stays in its QEMU.
 _HERE: Final = PausedGuest("", False, (), (0, 0))
 
 
 def paused_guest(process: Process | None) -> PausedGuest | None:
-    """What is known of a save that has paused the guest of this QEMU. Never raises."""
+    """The record of the save that has paused the guest of this QEMU, or None. Never raises."""
     with suppress(RuntimeError):  # no home folder
         return Saves().kept(process) if process is not None else None
     return None
 
 
 def is_here(process: Process | None) -> bool:
-    """Whether a QEMU in "postmigrate" still has its guest, for all that we know. Never raises."""
+    """Whether a QEMU in "postmigrate" still has its guest, according to our record. Never raises."""
     found = paused_guest(process)
     return found is not None and found.is_here
 
 
 class Saves:
-    """Guests that are being saved, by their QEMU's process."""
+    """The records of guests that are being saved, by the process of their QEMU."""
 
     def __init__(self, root: Path | None = None) -> None:
         self._folder = (root or state_folder()) / "saving"
 
     def keep(self, process: Process, guest: PausedGuest) -> None:
-        """Remember it, before it is paused."""
+        """Store the record of a guest before it is paused."""
         with suppress(OSError):
             make_folder(self._folder)
             data = json.dumps(asdict(guest)).encode()
@@ -109,11 +117,11 @@ class Saves:
         self._prune()
 
     def keep_here(self, process: Process) -> None:
-        """It is not being saved any more, and stays, paused."""
+        """Record that a guest is no longer being saved, and stays paused in its QEMU."""
         self.keep(process, _HERE)
 
     def kept(self, process: Process) -> PausedGuest | None:
-        """What is known of this QEMU."""
+        """The record of the guest of this QEMU, or None."""
         return self._read(self._folder / process.key)
 
     @staticmethod
@@ -126,7 +134,9 @@ class Saves:
         return None
 
     def into(self, fd: int) -> str | None:
-        """The `Process.key` of a QEMU that is still there, and whose guest was saved into this file."""
+        """The `Process.key` of a QEMU that still runs and whose guest was saved into this file, or
+        None.
+        """
         with suppress(OSError):
             file = os.fstat(fd)
             for path in self._folder.iterdir():
@@ -136,7 +146,7 @@ class Saves:
         return None
 
     def forget(self, process: Process) -> None:
-        """It is not being saved any more."""
+        """Remove the record of a guest that is not being saved any more."""
         with suppress(OSError):
             (self._folder / process.key).unlink(missing_ok=True)
 
@@ -149,15 +159,16 @@ class Saves:
 
 
 class SavedDefinitions:
-    """The definitions of saved guests as they were then. What is in a file is not trusted; what is in here has
-    been defined by the user.
+    """The definitions of saved guests at the time of the save.
+
+    A definition inside a saved file is not trusted; these definitions were defined by the user.
     """
 
     def __init__(self, root: Path | None = None) -> None:
         self._folder = (root or state_folder()) / "saved"
 
     def keep(self, digest: str, xml: bytes) -> None:
-        """Remember the definition of the file that has this digest."""
+        """Store the definition for the saved file with this digest."""
         with suppress(OSError):
             make_folder(self._folder)
             sweep(self._folder)
@@ -167,7 +178,7 @@ class SavedDefinitions:
                 path.unlink(missing_ok=True)
 
     def kept(self, digest: str | None) -> bytes | None:
-        """The definition of the file that has this digest."""
+        """The definition for the saved file with this digest, or None."""
         if digest is not None and _DIGEST.match(digest):
             with suppress(OSError):
                 return read_own(self._folder / f"{digest}.xml", _LIMIT)

@@ -1,12 +1,14 @@
-"""A cgroup for each vCPU, in libvirt's layout: `vcpuN` beside `emulator`, the group of QEMU's other threads.
+"""A cgroup for each vCPU, in libvirt's layout: `vcpuN` next to `emulator`, the group of QEMU's
+other threads.
 
-Where QEMU is in a group named `emulator`, every vCPU gets its group beside that one. Where it is alone in a
-group, every vCPU that the XML says something of gets one in there. Where it is in a group with others, they are
-made in a group of ours inside that, and only where a controller is wanted: affinity alone needs none, and the
-first move into any group takes the kernel some 7 ms (Linux 6.18: it waits for all CPUs; the moves right after it
-take 0.1 ms).
+If QEMU is in a group named `emulator`, every vCPU gets a group next to that one. If QEMU is alone
+in a group, every vCPU that has settings in the XML gets a group inside it. If QEMU shares a group
+with other processes, the groups are made in a group of ours inside it, but only for settings that
+need a controller. Affinity alone needs no controller, and the first move into any group takes the
+kernel some 7 ms (Linux 6.18: it waits for all CPUs; the moves right after it take 0.1 ms).
 
-cgroups(7), Documentation/admin-guide/cgroup-v1/cpusets.rst, cgroup-v2.rst. On v2 the groups are threaded.
+cgroups(7), Documentation/admin-guide/cgroup-v1/cpusets.rst, cgroup-v2.rst. On v2 the groups are
+threaded.
 """
 
 from __future__ import annotations
@@ -43,26 +45,26 @@ from qmpvcpu.host.process import Process, is_alive
 _PROC: Final = Path("/proc")
 _EMULATOR: Final = "emulator"
 _VCPU: Final = "vcpu"
-#: Of a group that we made: `qemu-PID-START.qmpvcpu`.
+#: The suffix of a group that we made: `qemu-PID-START.qmpvcpu`.
 _OURS: Final = ".qmpvcpu"
-#: That something can be asked of; cpuacct only counts.
+#: The controllers that have settings; cpuacct only counts.
 _ASKED: Final = ("cpuset", "cpu")
 #: cgroup-v2.rst, cpu.max; the kernel's default, microseconds.
 _PERIOD: Final = 100_000
-#: New threads may come while they are moved; each round finds fewer.
+#: QEMU may start threads while its threads are moved. Each round finds fewer of them.
 _ROUNDS: Final = 10
-#: Seconds for which what one question has read answers the next.
+#: Seconds for which the text of /proc/PID/cgroup is reused by the next call.
 _MOMENT: Final = 0.01
-#: Seconds after which it is looked anew what is mounted.
+#: Seconds after which the mounts are read once more.
 _MOUNTS_SECONDS: Final = 10.0
-#: Seconds between two tries to remove a group.
+#: Seconds between two attempts to remove a group.
 _REMOVE_PAUSE: Final = 0.002
 
 
 class _Site:
-    """Where the vCPUs of one QEMU have their groups in one hierarchy; what it tells is read when first asked.
+    """The groups of one QEMU's vCPUs in one hierarchy. Each property is read when it is first used.
 
-    `group` is that of QEMU's main thread, `base` the one that `vcpuN` are made in.
+    `group` is the group of QEMU's main thread; `base` is the group that contains `vcpuN`.
     """
 
     def __init__(self, group: Group, process: Process) -> None:
@@ -71,22 +73,24 @@ class _Site:
 
     @cached_property
     def is_layout(self) -> bool:
-        """Whether QEMU's other threads are in a group as libvirt makes it, and vCPUs belong beside that."""
+        """Whether QEMU's other threads are in an `emulator` group as libvirt makes it. Groups of
+        vCPUs then belong next to that group.
+        """
         if self.group.folder.name != _EMULATOR:
             return False
-        # Beside a group of whole processes no threaded one can be made.
+        # A threaded group cannot be made next to a group of whole processes.
         return self.group.version == V1 or words(self.group.folder / "cgroup.type") == ["threaded"]
 
     @cached_property
     def is_alone(self) -> bool:
-        """Whether the group is QEMU's own. The topmost one is nobody's."""
+        """Whether QEMU is alone in its group. The root group never counts."""
         if self.group.name == "/" or self.is_layout:
             return False
         return words(self.group.folder / "cgroup.procs") == [str(self._process.pid)]
 
     @cached_property
     def base(self) -> Group:
-        """The group that those of the vCPUs are in, or will be."""
+        """The group that contains the groups of the vCPUs, or will contain them."""
         if self.is_layout:
             return self.group.parent
         name = f"qemu-{self._process.pid}-{self._process.start}{_OURS}"
@@ -94,12 +98,12 @@ class _Site:
 
     @property
     def top(self) -> Group:
-        """The group that others have made for us to make ours in."""
+        """The existing group that ours are made in."""
         return self.base if self.is_layout else self.group
 
     @cached_property
     def controllers(self) -> tuple[str, ...]:
-        """That groups in here can have."""
+        """The controllers that groups in `base` can have."""
         if self.group.version == V1:
             return self.group.hierarchy.controllers
         has = words(self.top.folder / "cgroup.controllers")
@@ -107,21 +111,23 @@ class _Site:
 
     @cached_property
     def splits_real_time(self) -> bool:
-        """v1 with CONFIG_RT_GROUP_SCHED: a new group has no real-time budget."""
+        """Whether a new group has no real-time budget: v1 with CONFIG_RT_GROUP_SCHED."""
         return self.group.version == V1 and (self.group.folder / "cpu.rt_runtime_us").exists()
 
     @cached_property
     def trouble(self) -> tuple[str | None, bool]:
-        """Why no group can be made in `top`, and whether a right would help."""
+        """Why no group can be made in `top` (None if one can), and whether an additional right
+        would help.
+        """
         return _trouble(self.top, self._process)
 
     def takes(self, placement: Placement) -> bool:
-        """Whether a vCPU that shall be placed so gets a group here."""
+        """Whether a vCPU with this placement gets a group in this hierarchy."""
         if any(name in self.controllers for name in placement.controllers):
             return True
         if not self.is_layout and not (self.is_alone and placement):
             return False
-        # A group of its own has no real-time budget there.
+        # A new group there has no real-time budget.
         is_barred = placement.policy in REAL_TIME and self.splits_real_time
         return self.trouble[0] is None and not is_barred
 
@@ -131,25 +137,29 @@ class _Site:
         return self.base.folder.name.endswith(_OURS)
 
     def vcpu(self, vcpu_id: int) -> Group:
-        """A vCPU's group."""
+        """The group of a vCPU."""
         return self.base.child(f"{_VCPU}{vcpu_id}")
 
 
 class VcpuGroups:
-    """The groups of one QEMU's vCPUs. Where they are is looked up anew for every change: QEMU may be moved."""
+    """The groups of one QEMU's vCPUs. They are looked up for every change, because QEMU may be
+    moved.
+    """
 
     def __init__(self, process: Process) -> None:
         self._process = process
         self._made: dict[int, list[Group]] = {}
-        #: As `controls` saw them: `make_groups` is of the same moment.
+        #: The sites that `controls` found; `make_groups` uses the same ones.
         self._seen: list[_Site] | None = None
-        #: What `has_layout` has read, and when.
+        #: The text that `has_layout` has read, and the time.
         self._told = "", 0.0
-        #: QEMU's groups, by what the kernel told of them and when.
+        #: The text that the kernel reported, the time, and QEMU's groups according to it.
         self._found: tuple[str, float, list[Group]] = ("", 0.0, [])
 
     def has_layout(self) -> bool:
-        """Whether QEMU is in an `emulator` group, as libvirt makes it. Cheap. Never raises."""
+        """Whether QEMU is in an `emulator` group, as libvirt makes it. Reads one file. Never
+        raises.
+        """
         with suppress(OSError):
             text = read_text(f"/proc/{self._process.pid}/cgroup")
             self._told = text, time.monotonic()
@@ -157,10 +167,10 @@ class VcpuGroups:
         return False
 
     def controls(self, wanted: Iterable[Placement]) -> dict[str, Control]:
-        """What `cpuset` and `cpu` have for these vCPUs, of those that are there and matter to them.
+        """The state of the controllers `cpuset` and `cpu`, if these vCPUs need them.
 
         Raises:
-            OSError: QEMU is gone.
+            OSError: QEMU has ended.
         """
         asked = list(wanted)
         needed = {name for placement in asked for name in placement.controllers}
@@ -178,10 +188,10 @@ class VcpuGroups:
         return found
 
     def make_groups(self, wanted: Mapping[int, Placement]) -> None:
-        """Make and tune the groups of these vCPUs: before there is a thread to go into them.
+        """Make the groups of these vCPUs and write their settings, before the threads exist.
 
         Raises:
-            OSError: one could not be made; none is.
+            OSError: a group could not be made; the groups made by this call are removed.
         """
         made: list[Path] = []
         self._made |= {number: [] for number in wanted}
@@ -209,17 +219,19 @@ class VcpuGroups:
         """Move a thread of QEMU into the groups that `make_groups` has made for it.
 
         Raises:
-            OSError: the kernel declines, or the thread is elsewhere afterwards.
+            OSError: the kernel refused, or the thread is in another group afterwards.
         """
         try:
             self._move(vcpu_id, thread_id)
         except FileNotFoundError:
-            # Another process took it for one that was left over.
+            # Another process has removed the group, because it looked unused.
             self.make_groups({vcpu_id: placement})
             self._move(vcpu_id, thread_id)
 
     def is_in_place(self, vcpu_id: int, thread_id: int, placement: Placement) -> bool:
-        """Whether a thread is in every group that a vCPU which shall be placed so gets. Raises OSError."""
+        """Whether a thread is in every group that this placement needs for the vCPU. Raises
+        OSError.
+        """
         names = self._names(thread_id)
         return all(
             names.get(_key(site.group)) == site.vcpu(vcpu_id).name
@@ -228,10 +240,13 @@ class VcpuGroups:
         )
 
     def follow(self, thread_id: int, cpus: Collection[int]) -> None:
-        """Let the group of a vCPU, if it has its own, have these host CPUs too: its thread is pinned anew.
+        """Set the host CPUs of a vCPU's own group to these, before its thread is pinned to other
+        CPUs.
+
+        Without such a group, it does nothing.
 
         Raises:
-            OSError: the kernel declines.
+            OSError: the kernel refused.
         """
         text = read_text(self._thread(thread_id) / "cgroup")
         if f"/{_VCPU}" not in text:
@@ -245,7 +260,7 @@ class VcpuGroups:
                     put(file, format_ids(wanted))
 
     def has_groups(self) -> bool:
-        """Whether there is anything for `remove_groups` to do. Never raises."""
+        """Whether `remove_groups` would have anything to remove. Never raises."""
         try:
             found = [(site, _vcpus_in(site.base.folder)) for site in self._sites()]
         except OSError:
@@ -253,16 +268,20 @@ class VcpuGroups:
         return any(vcpus or (vcpus is not None and site.is_ours) for site, vcpus in found)
 
     def remove_groups(self, gone: Collection[int], enabled: Collection[int]) -> list[int]:
-        """Remove the groups of vCPUs that are gone, and what of ours was left over; those that still hold a
-        thread.
+        """Remove the groups of removed vCPUs, and unused groups of ours.
 
-        Never raises.
+        Returns the vCPU ids whose groups still contain a thread. Never raises.
+
+        Args:
+            gone: ids of vCPUs that were removed.
+            enabled: ids of vCPUs that the guest has; the others' groups inside a group of ours are
+                unused.
         """
         busy = set()
         try:
             sites = self._sites()
         except OSError:
-            # QEMU is gone, and with it all its threads.
+            # QEMU has ended, and with it all its threads.
             remove_trees([site.base.folder for site in self._seen or () if site.is_ours], 0.0)
             sites = [site for site in self._seen or () if not site.is_ours]
         with suppress(OSError):
@@ -279,10 +298,11 @@ class VcpuGroups:
         return sorted(busy)
 
     def lay_out(self, wanted: Iterable[Placement], emulator: Placement, vcpu_threads: Collection[int]) -> None:
-        """Put QEMU into libvirt's layout where these need a controller: its other threads go into `emulator`.
+        """Set up libvirt's layout if these placements need a controller: the other threads go into
+        `emulator`.
 
         Raises:
-            OSError: it could not be done, or not all of it.
+            OSError: it could not be done, or only a part of it.
         """
         needed = {name for placement in (*wanted, emulator) for name in placement.controllers}
         self._seen = None
@@ -307,23 +327,27 @@ class VcpuGroups:
                     break
 
     def sweep(self) -> None:
-        """Remove groups of ours, around this process, whose QEMU is gone. Never raises."""
+        """Remove groups of ours, next to this QEMU's, whose QEMU has ended. Never raises."""
         with suppress(OSError):
             for site in self._sites():
                 _sweep(site)
 
     def folders(self) -> list[Path]:
-        """Groups that we made around this QEMU, for whoever ends it to give to `remove_trees`. Never raises."""
+        """The groups that we made around this QEMU. A process that ends the QEMU passes them to
+        `remove_trees`. Never raises.
+        """
         with suppress(OSError):
             return [site.base.folder for site in self._sites() if site.is_ours and site.base.folder.exists()]
         return []
 
     def widen(self, mems: Iterable[int]) -> Widened | None:
-        """Let the emulator have memory of these host nodes too, while QEMU allocates there; None: it may already.
+        """Allow the emulator to use memory of these host nodes too, while QEMU allocates there.
+
+        Returns None if it may already use them.
 
         Raises:
-            BlockingIOError: another process does just that.
-            OSError: it could not be; nothing is changed.
+            BlockingIOError: another process is widening the same cpuset.
+            OSError: it could not be done; nothing has changed.
         """
         wanted = frozenset(mems)
         if not wanted or not self.has_layout():
@@ -354,7 +378,9 @@ class VcpuGroups:
         return widened
 
     def recover(self) -> None:
-        """Put back what a process that was killed had widened. Cheap where there is nothing. Never raises."""
+        """Restore what a process that was killed had widened. Reads one file if there is nothing to
+        restore. Never raises.
+        """
         with suppress(OSError):
             note = notes() / self._process.key
             if not note.exists() or note.stat().st_size == 0:
@@ -391,7 +417,7 @@ class VcpuGroups:
         return [_Site(group, self._process) for group in self._found[2]]
 
     def _base(self, site: _Site, made: list[Path]) -> None:
-        """The group that those of the vCPUs are in, with the controllers that they need."""
+        """Make the base group if necessary, and enable the controllers that the vCPUs need in it."""
         trouble, is_denied = site.trouble
         if trouble is not None:
             raise PermissionError(errno.EACCES if is_denied else errno.EPERM, trouble)
@@ -417,12 +443,14 @@ class VcpuGroups:
 
 
 def _trouble(top: Group, process: Process) -> tuple[str | None, bool]:
-    """Why no group can be made in this one, and whether a right would help."""
+    """Why no group can be made in this one (None if one can), and whether an additional right would
+    help.
+    """
     if not top.hierarchy.is_writable:
         return f"the cgroup file system at '{top.hierarchy.mount}' is mounted read-only", False
     files = [top.folder]
     if top.version == V2:
-        # Threads are moved by whoever may write to the common ancestor's.
+        # To move a thread, we need write access to cgroup.procs of the common ancestor.
         files.append(top.folder / "cgroup.procs")
         if words(top.folder / "cgroup.type") == ["domain", "invalid"]:
             return f"the cgroup '{top.name}' is invalid (cgroup.type)", False
@@ -434,8 +462,8 @@ def _trouble(top: Group, process: Process) -> tuple[str | None, bool]:
 
 
 def _control(site: _Site, name: str, *, is_needed: bool) -> Control:
-    """What one controller has for vCPUs."""
-    # Without a group of its own, a vCPU stays in that of QEMU.
+    """The state of one controller for vCPUs."""
+    # A vCPU that needs no group of its own stays in the group of QEMU.
     trouble, is_denied = site.trouble if is_needed or site.is_layout else (None, False)
     limit = site.top if trouble is None else site.group
     splits = name == "cpu" and site.splits_real_time
@@ -454,7 +482,9 @@ def _control(site: _Site, name: str, *, is_needed: bool) -> Control:
 
 
 def _effective(group: Group, what: str) -> frozenset[int] | None:
-    """Host CPUs or nodes that a cpuset really has; on v2 that of the nearest group which has one."""
+    """The host CPUs or nodes that a cpuset really has; on v2, those of the nearest group that has a
+    cpuset.
+    """
     folder = group.folder
     names = [f"cpuset.{what}.effective"] if group.version == V2 else [f"cpuset.effective_{what}", f"cpuset.{what}"]
     while True:
@@ -467,9 +497,9 @@ def _effective(group: Group, what: str) -> frozenset[int] | None:
 
 
 def _tune(site: _Site, group: Group, placement: Placement, made: list[Path]) -> None:
-    """Make one group, and give it what it is for."""
+    """Make one group, and write the settings of the placement to it."""
     with suppress(OSError):
-        # One that was left over has what somebody else had in mind.
+        # An existing group may have settings of an earlier vCPU.
         group.folder.rmdir()
     _mkdir(group.folder, made)
     (_tune_v2 if group.version == V2 else _tune_v1)(site, group, placement)
@@ -477,7 +507,7 @@ def _tune(site: _Site, group: Group, placement: Placement, made: list[Path]) -> 
 
 def _tune_v2(site: _Site, group: Group, placement: Placement) -> None:
     _thread_only(group.folder)
-    # An empty one has all that the group above it has.
+    # On v2, an empty cpuset stands for all that the group above has.
     given = (("cpus", placement.cpus), ("mems", placement.mems)) if "cpuset" in site.controllers else ()
     for what, numbers in given:
         if numbers:
@@ -516,19 +546,23 @@ def _mkdir(folder: Path, made: list[Path]) -> None:
 
 
 def _inherit(parent: Path, folder: Path, controllers: Collection[str]) -> None:
-    """v1: a new cpuset is empty, and takes no thread."""
+    """Copy CPUs and nodes to a new cpuset. On v1 it is empty at first, and cannot contain a thread."""
     for what in ("cpus", "mems") if "cpuset" in controllers else ():
         put(folder / f"cpuset.{what}", (parent / f"cpuset.{what}").read_text().strip())
 
 
 def _thread_only(folder: Path) -> None:
-    """v2: only a threaded group takes single threads; the one above it becomes the domain of their process."""
+    """Make a group threaded. On v2 only a threaded group can contain single threads, and the group
+    above it becomes the domain of their process.
+    """
     if words(folder / "cgroup.type") != ["threaded"]:
         write(folder / "cgroup.type", "threaded")
 
 
 def _enable(folder: Path, controllers: Collection[str]) -> None:
-    """v2: give the groups inside these controllers. They stay given: others may have come to need them."""
+    """Enable these controllers for the groups inside. On v2 they are never disabled, because other
+    groups may need them by then.
+    """
     has = words(folder / "cgroup.subtree_control")
     missing = [f"+{name}" for name in controllers if name not in has]
     if missing:
@@ -536,12 +570,12 @@ def _enable(folder: Path, controllers: Collection[str]) -> None:
 
 
 def _key(group: Group) -> str:
-    """By which `groups_of` tells its hierarchy."""
+    """The key of a group's hierarchy in the result of `groups_of`."""
     return "" if group.version == V2 else group.hierarchy.controllers[0]
 
 
 def _sweep(site: _Site) -> None:
-    """Groups of ours whose QEMU is gone. Never raises."""
+    """Remove groups of ours whose QEMU has ended. Never raises."""
     top = site.base.folder.parent if site.is_ours else site.base.folder
     with suppress(OSError):
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().split("-")[0]
@@ -553,7 +587,13 @@ def _sweep(site: _Site) -> None:
 
 
 def remove_trees(folders: Iterable[Path], seconds: float) -> None:
-    """Remove groups of ours with all that are in them, once their last thread has gone. Never raises. Blocks."""
+    """Remove groups of ours and the groups in them, as soon as their last thread has ended. Never
+    raises. Blocks.
+
+    Args:
+        folders: the folders of the groups.
+        seconds: how long to wait for the threads.
+    """
     deadline = time.monotonic() + seconds
     left = list(folders)
     while left := [folder for folder in left if not _removed_tree(folder)]:
@@ -571,7 +611,7 @@ def _removed_tree(folder: Path) -> bool:
 
 
 def _vcpus_in(folder: Path) -> set[int] | None:
-    """The vCPUs that have groups in one; None where it is not there."""
+    """The ids of vCPUs that have groups in this one; None if it does not exist."""
     with suppress(OSError):
         names = [name.removeprefix(_VCPU) for name in os.listdir(folder) if name.startswith(_VCPU)]  # noqa: PTH208
         return {int(name) for name in names if name.isdigit()}

@@ -1,4 +1,6 @@
-"""Which cgroup hierarchies there are, and in which of their groups a thread is: from the kernel, never assumed."""
+"""The mounted cgroup hierarchies, and the groups that a thread is in. The kernel is the only
+source.
+"""
 
 from __future__ import annotations
 
@@ -14,11 +16,12 @@ from typing import Final
 
 V1: Final = 1
 V2: Final = 2
-#: That groups of vCPUs are made for. libvirt has cpuacct too, which counts and limits nothing.
+#: The controllers that groups of vCPUs are made for. libvirt also makes groups for cpuacct, which
+#: counts and does not limit.
 CONTROLLERS: Final = ("cpuset", "cpu", "cpuacct")
 _MOUNTS: Final = "/proc/self/mountinfo"
 _CHUNK: Final = 1 << 16
-#: proc_pid_mountinfo(5): space, tab, newline and backslash are written in octal.
+#: proc_pid_mountinfo(5): space, tab, newline and backslash are written as octal numbers.
 _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 
 
@@ -26,8 +29,13 @@ _ESCAPED: Final = re.compile(r"\\([0-7]{3})")
 class Hierarchy:
     """One mount of a cgroup hierarchy.
 
-    `controllers` are those of `CONTROLLERS` that are bound to it (v1), or that its root had (v2). `root` is the
-    group that `mount` shows, as the kernel names groups to this process.
+    Attributes:
+        version: 1 or 2.
+        mount: the mount point.
+        root: the name of the group at the mount point, as the kernel names groups to this process.
+        controllers: those of `CONTROLLERS` that are bound to it (v1), or that its root group had
+            when the mounts were read (v2).
+        is_writable: whether it is mounted read-write.
     """
 
     version: int
@@ -37,11 +45,11 @@ class Hierarchy:
     is_writable: bool
 
     def folder(self, name: str) -> Path | None:
-        """Where the group of this name is; None where this mount does not show it."""
+        """The folder of the group with this name; None if it is not below this mount."""
         if name == self.root:
             return self.mount
         start = self.root.rstrip("/") + "/"
-        # "/.." is how the kernel names what is outside of our cgroup namespace.
+        # The kernel writes "/.." for a group that is outside of our cgroup namespace.
         if not name.startswith(start) or ".." in name.split("/"):
             return None
         return self.mount / name.removeprefix(start)
@@ -49,7 +57,7 @@ class Hierarchy:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """One group: its name as the kernel tells it, and its folder."""
+    """One group: its name as the kernel reports it, and its folder."""
 
     hierarchy: Hierarchy
     name: str
@@ -57,16 +65,16 @@ class Group:
 
     @property
     def version(self) -> int:
-        """Of cgroup: 1 or 2."""
+        """The cgroup version: 1 or 2."""
         return self.hierarchy.version
 
     @property
     def parent(self) -> Group:
-        """The group that it is in."""
+        """The group above this one."""
         return Group(self.hierarchy, self.name.rpartition("/")[0] or "/", self.folder.parent)
 
     def child(self, name: str) -> Group:
-        """A group in it, that need not exist."""
+        """A group inside this one. It need not exist."""
         return Group(self.hierarchy, f"{self.name.rstrip('/')}/{name}", self.folder / name)
 
 
@@ -96,22 +104,28 @@ def _parse_mounts(text: str) -> tuple[Hierarchy, ...]:
 
 
 def groups_of(text: str) -> dict[str, str]:
-    """The groups that /proc/PID/cgroup or /proc/PID/task/TID/cgroup tells, by controller; "" is that of v2."""
+    """Parse /proc/PID/cgroup or /proc/PID/task/TID/cgroup.
+
+    Returns the name of the group by controller; the key "" stands for the v2 hierarchy.
+    """
     found = {}
     for line in text.splitlines():
         number, _, rest = line.partition(":")
         names, _, group = rest.partition(":")
-        # A group that was removed while something was in it.
+        # The kernel adds this to the name of a group that was removed.
         group = group.removesuffix(" (deleted)")
         found.update(dict.fromkeys(names.split(",") if number != "0" else [""], group))
     return found
 
 
 def find_groups(text: str, mounts: Iterable[Hierarchy]) -> list[Group]:
-    """The groups that `groups_of` knows of: in each hierarchy that has one of `CONTROLLERS`, and in that of v2."""
+    """The groups in the output of `groups_of`: one for each v1 hierarchy that has one of
+    `CONTROLLERS`, and one for v2.
+    """
     names = groups_of(text)
     found: dict[str, Group] = {}
-    # The same hierarchy may be mounted twice; one that can be written is what we want. What v1 has, v2 has not.
+    # The same hierarchy may be mounted twice: prefer the writable mount. A controller that v1 has
+    # is not in v2.
     for mount in sorted(mounts, key=lambda one: (one.version, not one.is_writable)):
         key = "" if mount.version == V2 else next(iter(mount.controllers), None)
         name = names.get(key) if key is not None else None
@@ -122,7 +136,7 @@ def find_groups(text: str, mounts: Iterable[Hierarchy]) -> list[Group]:
 
 
 def cpu_list(text: str) -> frozenset[int]:
-    """The kernel's list format, `0-3,7`, of CPUs or nodes. Raises ValueError."""
+    """Parse the kernel's list format for CPUs or nodes, such as `0-3,7`. Raises ValueError."""
     found: set[int] = set()
     for part in text.strip().split(",") if text.strip() else ():
         low, _, high = part.partition("-")
@@ -131,7 +145,9 @@ def cpu_list(text: str) -> frozenset[int]:
 
 
 def read_text(path: Path | str) -> str:
-    """Of a file of the kernel's, whatever bytes are in it. On the way of every plug, hence no file object.
+    """Read a file of the kernel. Bytes that are not UTF-8 are kept as surrogates.
+
+    Every plug calls this, so it does not create a file object.
 
     Raises:
         OSError: it cannot be read.
@@ -148,14 +164,14 @@ def read_text(path: Path | str) -> str:
 
 
 def words(path: Path) -> list[str]:
-    """Of a control file; none where it is not there or may not be read."""
+    """The words in a control file; an empty list if it does not exist or cannot be read."""
     with suppress(OSError):
         return path.read_text().split()
     return []
 
 
 def put(path: Path, value: str) -> None:
-    """Write, and see that it is so."""
+    """Write a value to a control file, and check that the file has it. Raises OSError."""
     write(path, value)
     found = path.read_text().strip()
     if found == value:
@@ -167,7 +183,7 @@ def put(path: Path, value: str) -> None:
 
 
 def write(path: Path, value: str) -> None:
-    """Into a control file that is there: nothing is ever created."""
+    """Write to a control file that exists; a file is never created. Raises OSError."""
     try:
         fd = os.open(path, os.O_WRONLY | os.O_CLOEXEC)
         try:

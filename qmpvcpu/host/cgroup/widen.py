@@ -1,4 +1,6 @@
-"""An emulator's memory nodes, widened for the time of a plug, and put back whatever becomes of us."""
+"""Widen the memory nodes of the emulator for the time of a plug, and restore them even if we are
+killed.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,9 @@ from qmpvcpu.host.process import is_alive
 
 
 class Widened:
-    """An emulator's cpuset.mems with more nodes than it had, until `put_back`. `note` outlives us if we are
-    killed.
+    """A file cpuset.mems of the emulator that has more nodes than before, until `put_back`.
+
+    If we are killed, the file `note` remains, and the next process reads it.
     """
 
     def __init__(self, file: Path, note: Path, release: Callable[[], None]) -> None:
@@ -25,7 +28,7 @@ class Widened:
         self._release = release
 
     def do(self, nodes: Collection[int]) -> None:
-        """Write down what is, then change it. Raises OSError."""
+        """Write the present value to the note, then change it. Raises OSError."""
         was = self._file.read_text().strip()
         self._note.write_text(json.dumps({"was": was, "now": format_ids(nodes)}))
         try:
@@ -36,7 +39,10 @@ class Widened:
             raise
 
     def put_back(self) -> None:
-        """As it was, if it still is as we made it. Raises OSError: the note stays, and the next process tries."""
+        """Restore the value, if nobody else has changed it since.
+
+        Raises OSError: the note stays, and the next process tries once more.
+        """
         text = self._note.read_text()
         if text:
             with suppress(ValueError, KeyError, TypeError, AttributeError):
@@ -47,7 +53,7 @@ class Widened:
             self._note.write_text("")
 
     def end(self) -> None:
-        """`put_back`, and let others. Raises OSError."""
+        """Call `put_back`, and release the lock. Raises OSError."""
         try:
             self.put_back()
         finally:
@@ -55,7 +61,7 @@ class Widened:
 
 
 def notes() -> Path:
-    """Where it is written down what is widened, one file a QEMU. Raises OSError."""
+    """The folder of the notes about widened cpusets, one file for each QEMU. Raises OSError."""
     try:
         return state_folder() / "cgroup"
     except RuntimeError as error:
@@ -63,7 +69,7 @@ def notes() -> Path:
 
 
 def forget_dead(folder: Path) -> None:
-    """Notes of QEMUs that are gone have nothing to put back. Never raises."""
+    """Remove the notes of QEMUs that have ended: nothing can be restored. Never raises."""
     with suppress(OSError):
         for note in folder.iterdir():
             if not is_alive(note.name):
