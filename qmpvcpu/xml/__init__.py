@@ -1,4 +1,4 @@
-"""Domain XML: bytes in, bytes out. lxml is loaded with the first document."""
+"""Read and write domain XML as bytes. lxml is loaded with the first document."""
 
 from qmpvcpu.lazy import lazy
 

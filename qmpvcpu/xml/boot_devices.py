@@ -1,4 +1,6 @@
-"""What libvirt's domain XML says of booting: `<os>`, `<disk>`, `<interface>`, `<qemu:commandline>`."""
+"""Read what libvirt's domain XML says about booting: `<os>`, `<disk>`, `<interface>`,
+`<qemu:commandline>`.
+"""
 
 from __future__ import annotations
 
@@ -11,24 +13,25 @@ from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.metadata import machine_element
 from qmpvcpu.xml.source import Document, Element, namesake
 
-#: libvirt's, of `<qemu:commandline>`.
+#: libvirt's namespace of `<qemu:commandline>`.
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
-#: What is there anyhow, or not worth a word.
+#: Elements that are read elsewhere, that the machine has anyway, or that need no warning when they
+#: are left out.
 _HANDLED: Final = frozenset({"emulator", "disk", "serial", "console", "controller", "memballoon", "input"})
 _UNSTARTED: Final = (
     *("iothreads", "memoryBacking", "sysinfo", "cpu/maxphysaddr", "cpu/cache"),
     *("cpu/numa/interconnects", "os/bootmenu", "os/smbios", "os/dtb", "os/acpi"),
 )
-#: QEMU has these by itself; and SMM is passed on.
+#: QEMU has the first three by default; SMM is read and passed on.
 _FEATURES: Final = ("acpi", "apic", "pae", "smm")
 _SWITCH: Final = {"on": True, "off": False}
 
 
 def read_hardware(document: Document) -> Hardware:
-    """Read it.
+    """Read the boot devices from a domain's XML.
 
     Raises:
-        VcpuRefused: what is there cannot be started; every reason, each with its line.
+        VcpuRefused: a device cannot be started; every reason, each with its line.
     """
     root = document.root
     devices = root.find("devices")
@@ -47,7 +50,7 @@ def read_hardware(document: Document) -> Hardware:
             if element.value("target", "name") != AGENT_PORT:
                 left_out["channel"] = None
         elif element.name == "memory" and element.attributes.get("model") == "dimm":
-            # The machine's: core.bootargs.
+            # It belongs to the machine: see `core.machine.boot_arguments`.
             continue
         elif element.name not in _HANDLED:
             left_out[element.name] = None
@@ -71,7 +74,9 @@ def read_hardware(document: Document) -> Hardware:
 
 
 def _protected(root: Element) -> list[Refusal]:
-    """A guest that is to be protected from its host is not started without that."""
+    """Refuse a guest with `<launchSecurity>`: it must not be started without protection from its
+    host.
+    """
     element = root.find("launchSecurity")
     if element is None:
         return []
@@ -80,13 +85,15 @@ def _protected(root: Element) -> list[Refusal]:
 
 
 def _noticed(root: Element) -> list[str]:
-    """Elements outside of `<devices>` that are not started, and that the guest would notice."""
+    """Elements outside of `<devices>` that we do not start, and whose absence the guest would
+    notice.
+    """
     found = [path for path in _UNSTARTED if root.find(path) is not None]
     if any(cell.find("cache") is not None for cell in root.all("cpu/numa/cell")):
         found.append("cpu/numa/cell/cache")
     nvram, firmware, offset = root.find("os/nvram"), root.value("os", "firmware"), root.value("clock", "offset")
     if nvram is not None and (_variables(nvram) is None or _flash(root) is None):
-        # Where libvirt puts a guest's variables of its own is not known here.
+        # We do not know where libvirt stores the variables of this guest.
         found.append("os/nvram")
     if nvram is not None and "template" in nvram.attributes:
         found.append("os/nvram template")
@@ -108,7 +115,7 @@ def _given(root: Element) -> GivenDevices | None:
 
 
 def _flash(root: Element) -> Flash | None:
-    """`<loader type='pflash'>` with `<nvram>`."""
+    """`<loader type='pflash'>` with its `<nvram>`; None for any other firmware."""
     loader, nvram, code = root.find("os/loader"), root.find("os/nvram"), root.text_at("os/loader")
     if loader is None or not code or loader.attributes.get("type") != "pflash":
         return None
@@ -123,7 +130,7 @@ def _flash(root: Element) -> Flash | None:
 
 
 def _variables(nvram: Element) -> str | None:
-    """The file, in either form."""
+    """The file with the variables, in either form of `<nvram>`."""
     has_source = nvram.find("source") is not None
     return (nvram.value("source", "file") if has_source else nvram.text.strip()) or None
 
@@ -134,7 +141,7 @@ def _disk(element: Element, found: list[Refusal]) -> Disk | None:
     if source is not None:
         path = source.attributes.get("file") or source.attributes.get("dev")
     elif kind == "cdrom":
-        # An empty drive.
+        # The drive is empty.
         return None
     if path is None or kind not in ("disk", "cdrom"):
         found.append(catalogue.XML_DISK(line=element.line))
@@ -149,7 +156,7 @@ def _disk(element: Element, found: list[Refusal]) -> Disk | None:
 
 
 def command_line_of(document: Document) -> tuple[str, ...]:
-    """`<qemu:commandline>`, libvirt's way to hand arguments through."""
+    """The arguments in `<qemu:commandline>`, by which libvirt passes arguments on to QEMU."""
     return tuple(
         argument.attributes.get("value", "")
         for element in document.root.children

@@ -1,8 +1,8 @@
-"""The migration cookie: libvirt's `<qemu-migration>`, and in it the running guest's XML and its machine.
+"""The migration cookie: libvirt's `<qemu-migration>`, with the running guest's XML and its machine.
 
-libvirt hands the running guest's XML over beside its cookie; here it is in `<live>`. Its definition stands where
-libvirt has it, right below the root. `<slots>`, `<handover>`, `<pending>` and `<picture>` are ours: older readers
-ignore what they do not know.
+libvirt sends the running guest's XML next to its cookie; our cookie contains it in `<live>`. The
+guest's definition is where libvirt has it, as a child of the root. `<slots>`, `<handover>`,
+`<pending>` and `<picture>` are our own: older readers ignore elements that they do not know.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _PROP: Final = re.compile(r"[a-z][a-z0-9-]{0,30}\Z")
 
 
 def write_cookie(cookie: Cookie) -> bytes:
-    """As bytes of XML."""
+    """Write a cookie as XML."""
     lines = ["<qemu-migration>", f"  <name>{escape(cookie.name)}</name>"]
     if cookie.uuid is not None:
         lines.append(f"  <uuid>{escape(cookie.uuid)}</uuid>")
@@ -54,7 +54,9 @@ def write_cookie(cookie: Cookie) -> bytes:
 
 
 def _picture_text(picture: Picture) -> str:
-    """As JSON: mappings as lists of pairs, since not all of their keys are texts."""
+    """The picture as JSON. A mapping becomes a list of pairs, since some of its keys are not
+    strings.
+    """
 
     def plain(value: object) -> object:
         if isinstance(value, QemuVersion):
@@ -65,7 +67,7 @@ def _picture_text(picture: Picture) -> str:
 
 
 def _element_of(data: bytes) -> bytes:
-    """A document without what stands around its root."""
+    """The root element of a document, without what surrounds it."""
     document = parse_document(data)
     return _source(document, document.root)
 
@@ -93,10 +95,10 @@ def _quoted(text: str) -> str:
 
 
 def read_cookie(data: bytes) -> Cookie:
-    """Read one.
+    """Read a cookie.
 
     Raises:
-        VcpuRefused: it is no cookie, or what it says cannot be; every reason, with its line.
+        VcpuRefused: it is not a cookie, or it contradicts itself; every reason, with its line.
     """
     document = parse_document(data)
     root = document.root
@@ -150,7 +152,7 @@ def _pending(element: Element | None, found: list[Refusal]) -> tuple[int, ...]:
 
 
 def _picture(element: Element | None, found: list[Refusal]) -> Picture | None:
-    """None also where another version of ours has written it, which knows other things."""
+    """Read the picture. Returns None if another version of ours has written it, with other fields."""
     if element is None:
         return None
     try:
@@ -165,7 +167,7 @@ def _picture(element: Element | None, found: list[Refusal]) -> Picture | None:
 
 
 def _decoded(said: Any, hint: Any) -> Any:
-    """A part of a picture, of the type that it has there. Raises ValueError, TypeError."""
+    """Convert a JSON value to the type that it has in a picture. Raises ValueError, TypeError."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind is UnionType:
         return None if said is None else _decoded(said, inner[0])
@@ -205,7 +207,7 @@ def _slot(element: Element, found: list[Refusal]) -> Slot | None:
         if not _PROP.match(key) or not _WORD.match(value):
             found.append(_wrong(one, f"<prop name='{key[:40]}'> is no property of a CPU"))
         else:
-            # Integers since 9.2 must be integers.
+            # Since QEMU 9.2, integer properties must be given as integers.
             props[key] = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else value
     try:
         ids = parse_ids(element.attributes.get("vcpus", ""))

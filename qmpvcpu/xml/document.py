@@ -1,6 +1,7 @@
-"""libvirt's domain XML: what it says of vCPUs, with every inconsistency and its line.
+"""Read the vCPUs of libvirt's domain XML, and report every inconsistency with its line.
 
-Element and attribute names are libvirt's (formatdomain); `<vcpus>` is read in libvirt's dialect and in the RFC's.
+The names of elements and attributes are libvirt's (formatdomain). `<vcpus>` is read in libvirt's
+dialect and in the RFC's.
 """
 
 from __future__ import annotations
@@ -30,9 +31,9 @@ from qmpvcpu.xml.metadata import machine_element, read_dimms, read_options
 from qmpvcpu.xml.source import Document, Element, parse_document
 
 LEVELS_OF_TOPOLOGY: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
-#: `<domain type>` and what we call it.
+#: `<domain type>`, and our name for the accelerator.
 _ACCELS: Final = {"kvm": "kvm", "qemu": "tcg"}
-#: virScaleInteger's.
+#: The units of libvirt's virScaleInteger.
 _UNITS: Final[Mapping[str, int]] = {"b": 1, "bytes": 1} | {
     word: base**power
     for power, letter in enumerate("kmgtpe", 1)
@@ -42,23 +43,23 @@ _UUID: Final = re.compile(r"-*(?:[0-9a-fA-F]-*){32}")
 _ARCH: Final = re.compile(r"[A-Za-z0-9_]{1,30}")
 #: A CPU model ("Haswell-noTSX", "power10_v2.0").
 _MODEL: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
-#: A CPU feature, as QEMU and libvirt spell it.
+#: A CPU feature, as QEMU and libvirt write it.
 _FEATURE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
-#: What a guest's kernel sets, or is only the host's: libvirt gives it to no QEMU.
+#: Features that the guest's kernel sets, or that only the host has. libvirt passes them to no QEMU.
 _OF_THE_GUEST: Final = frozenset({"osxsave", "ospke", "cmt", "mbm_total", "mbm_local"})
-#: QEMU's and ACPI's distance of a NUMA node to itself.
+#: The distance of a NUMA node to itself, in QEMU and ACPI.
 _TO_ITSELF: Final = 10
 _MACHINE: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _WITH_PRIORITY: Final = ("fifo", "rr")
 _SCHEDULERS: Final = ("fifo", "rr", "batch", "idle", "other")
 
-#: What the lists in attributes are of, where not of vCPU ids.
+#: The nouns for attributes whose lists do not contain vCPU ids.
 _NOUNS: Final[Mapping[str, str]] = {"cpuset": "host CPUs", "nodeset": "host NUMA nodes"}
-#: Above every vCPU id and host CPU.
+#: Greater than every vCPU id and host CPU.
 _MOST_IN_LIST: Final = 1 << 17
-#: libvirt's bound of `<quota>`, microseconds.
+#: libvirt's upper limit of `<quota>`, in microseconds.
 _MOST_QUOTA: Final = 17592186044415
-#: Modes of `<numatune>`, and those that bind.
+#: The modes of `<numatune>`; the second list has those that bind memory to the nodes.
 _MODES: Final = ("strict", "preferred", "interleave", "restrictive")
 _BINDING: Final = ("strict", "restrictive")
 
@@ -68,11 +69,13 @@ def read_domain(data: bytes, *, running: bool = False) -> tuple[Document, Defini
 
     Args:
         data: the document.
-        running: it is libvirt's of a running guest: after an unplug that it gave up on, orders stand twice in it,
-            and with vCPUs that are gone (9.0).
+        running: it is libvirt's XML of a running guest. After an unplug that libvirt gave up
+            waiting for, the same order may occur twice in it, also for vCPUs that were removed
+            (9.0).
 
     Raises:
-        VcpuRefused: it is no domain XML, or contradicts itself; every reason, each with its line.
+        VcpuRefused: it is not a domain's XML, or it contradicts itself; every reason, each with its
+            line.
     """
     document = parse_document(data)
     reader = _Reader(document.root, running=running)
@@ -84,7 +87,7 @@ def read_domain(data: bytes, *, running: bool = False) -> tuple[Document, Defini
 
 
 class _Reader:
-    """Reads on whatever is wrong, and keeps each reason in `found`."""
+    """Reads all of a document even if a part of it is wrong, and collects the reasons in `found`."""
 
     def __init__(self, root: Element, *, running: bool = False) -> None:
         self.root = root
@@ -143,7 +146,7 @@ class _Reader:
         return definition
 
     def listed(self, maximum: int) -> tuple[tuple[VcpuConfig, ...], str | None]:
-        """Of `<vcpus>` alone."""
+        """Read a document that consists of `<vcpus>` only."""
         self.maximum = maximum
         if self.root.find("vcpu") is None:
             self._wrong(self.root, "<vcpus> lists no vCPU")
@@ -181,7 +184,8 @@ class _Reader:
         if dialect == "rfc":
             vcpus = started_with(vcpus, said)
         self._check_rows(listed, vcpus)
-        # A list alone says which are wanted, not what a guest starts with.
+        # A document with `<vcpus>` only says which vCPUs are wanted, not which ones a guest starts
+        # with.
         if not self._running and listed is not self.root:
             self._check_start(listed, vcpus, has_orders=dialect == "libvirt")
         return vcpus, dialect
@@ -198,9 +202,11 @@ class _Reader:
                 )
 
     def _check_start(self, listed: Element, vcpus: Sequence[VcpuConfig], *, has_orders: bool) -> None:
-        """QEMU starts with what is not hotpluggable, in the order of the ids.
+        """Check the vCPUs that QEMU starts with: those that are not hotpluggable, in the order of
+        their ids.
 
-        libvirt's rules, but that here some may have an order and others none: these come behind.
+        The rules are libvirt's, with one exception: some vCPUs may have an order and others not.
+        Those without one come last.
         """
         behind = [
             one.id
@@ -239,15 +245,17 @@ class _Reader:
         if number is None:
             return None
         enabled = next(iter(words.values()), None) in ("yes", "enabled")
-        # What is enabled and says nothing of it stays (libvirt's rule).
+        # libvirt's rule: an enabled vCPU is not hotpluggable unless the attribute says so.
         pluggable = not enabled if pluggable is None else pluggable
-        # An order of what is disabled says nothing, to libvirt either.
+        # libvirt also ignores the order of a disabled vCPU.
         return VcpuConfig(number, enabled, pluggable, order if enabled else None)
 
     # -- the rest -------------------------------------------------------------------------------
 
     def _arch(self) -> str:
-        """What is written; else that of the machine type, of the program, or of this host, as with libvirt."""
+        """The architecture in the XML; else, as in libvirt, that of the machine type, the program
+        or this host.
+        """
         root, element = self.root, self.root.find("os/type")
         said = root.value("os/type", "arch")
         name = self._spelled(element, said, _ARCH, "<type arch='{}'> is not the name of an architecture")
@@ -312,7 +320,7 @@ class _Reader:
             if other == number and value != _TO_ITSELF:
                 self._wrong(sibling, f"the distance of NUMA cell {number} to itself is {value}, and must be 10")
             elif other != number and value == _TO_ITSELF and machine_element(self.root) is None:
-                # QEMU takes it, and so it can be that of one that ran.
+                # QEMU accepts this distance, so the XML of a guest that we imported may contain it.
                 self._wrong(
                     sibling, f"the distance of NUMA cell {number} to {other} is 10, which is that to itself"
                 )
@@ -326,7 +334,7 @@ class _Reader:
         return self._bytes(element, element.text.lstrip()) if element is not None else None
 
     def _bytes(self, element: Element, text: str | None) -> int | None:
-        """A size with libvirt's units."""
+        """A size in bytes, read with libvirt's units."""
         if not text:
             return None
         text = text.removeprefix("+")
@@ -341,7 +349,9 @@ class _Reader:
         return int(text) * factor
 
     def _cpu(self) -> str | None:
-        """`<cpu>` as QEMU's -cpu; what libvirt would compute of the host (host-model) is the host's own here."""
+        """`<cpu>` as QEMU's -cpu. For host-model, libvirt would compute a model; we use the host's
+        CPU.
+        """
         element = self.root.find("cpu")
         if element is None:
             return None
@@ -377,7 +387,7 @@ class _Reader:
             if number in pins:
                 self._wrong(element, f"vCPU {number} is pinned twice")
             pins[number] = cpus
-        # libvirt drops what is out of range without a word.
+        # libvirt silently drops ids that are out of range.
         return {number: cpus for number, cpus in sorted(pins.items()) if number < self.maximum}
 
     def _schedulers(self) -> dict[int, str]:
@@ -389,7 +399,8 @@ class _Reader:
             if name is None:
                 continue
             if name in _WITH_PRIORITY:
-                # What cannot be is said when it shall be done, as libvirt does.
+                # Like libvirt, accept a priority that the scheduler cannot have. It is refused when
+                # it is set.
                 level = self._int(element, priority, "<vcpusched priority>", 0, 99)
                 name = f"{name}:{level}"
             twice = [number for number in ids if number in schedulers]
@@ -405,11 +416,11 @@ class _Reader:
         return self._list(self.root.find("cputune/emulatorpin"), "cpuset", required=True)
 
     def _period(self) -> int | None:
-        """libvirt: 0 says nothing."""
+        """`<period>`. For libvirt, 0 means that it is not set."""
         return None if self.root.text_at("cputune/period") == "0" else self._tuned("period", 1000, 1_000_000)
 
     def _quota(self) -> int | None:
-        """libvirt: negative is no limit, and 0 says nothing."""
+        """`<quota>`. For libvirt, a negative number means no limit, and 0 means that it is not set."""
         element, text = self.root.find("cputune/quota"), self.root.text_at("cputune/quota")
         if element is None or text == "0":
             return None
@@ -434,7 +445,9 @@ class _Reader:
         return found
 
     def _nodes(self, element: Element | None, *, required: bool = False) -> tuple[int, ...] | None:
-        """Host NUMA nodes, where the mode binds to them; else they are but a wish."""
+        """Host NUMA nodes, if the mode binds to them. With any other mode they are only a
+        preference.
+        """
         nodes = self._list(element, "nodeset", required=required)
         has_mode = element is not None and "mode" in element.attributes
         if element is not None and has_mode and self._word(element, "mode", _MODES) not in _BINDING:
@@ -452,18 +465,20 @@ class _Reader:
     def _spelled(
         self, element: Element | None, text: str | None, pattern: re.Pattern[str], wrong: str
     ) -> str | None:
-        """A word, None where there is none; `wrong` is what to say of one that the pattern does not match."""
+        """The text, or None if there is none. `wrong` is the message if the pattern does not match
+        it.
+        """
         if element is not None and text and not pattern.fullmatch(text):
             self._wrong(element, wrong.format(text[:40]))
         return text or None
 
     def _tuned(self, name: str, low: int, high: int) -> int | None:
-        """The number in an element of `<cputune>`."""
+        """The number in an element of `<cputune>`; None if there is no such element."""
         element = self.root.find(f"cputune/{name}")
         return self._int(element, element.text, f"<{name}>", low, high) if element is not None else None
 
     def _optional(self, element: Element | None, key: str, low: int, high: int) -> int | None:
-        """An attribute that may be missing."""
+        """The number in an attribute; None if the attribute is missing."""
         if element is None or key not in element.attributes:
             return None
         return self._int(element, element.attributes[key], f"<{element.name} {key}>", low, high)
@@ -472,7 +487,7 @@ class _Reader:
         if text is None:
             self._wrong(element, f"{what} is missing")
             return None
-        # libvirt skips white space in front of a number (strtoul), and takes none behind it.
+        # libvirt skips white space before a number (strtoul), and accepts none after it.
         text = text.lstrip()
         digits = text.removeprefix("+")
         if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
@@ -516,8 +531,10 @@ _PART: Final = re.compile(r"\s*(?:(\^)([0-9]{1,7})|([0-9]{1,7})(?:\s*-\s*([0-9]{
 
 
 def parse_bitmap(text: str) -> tuple[int, ...] | None:
-    """A list of numbers as libvirt reads it (virBitmapParse): from left to right, `^` before one number takes it
-    out, a comma may end it. None: it is none.
+    """Read a list of numbers like libvirt's virBitmapParse. Returns None if it is not a list.
+
+    The parts are read from left to right, `^` removes the number after it, and a comma at the end
+    is allowed.
     """
     found: set[int] = set()
     parts = text.split(",")
@@ -534,16 +551,17 @@ def parse_bitmap(text: str) -> tuple[int, ...] | None:
         if last < first or last >= _MOST_IN_LIST:
             return None
         found.update(range(first, last + 1))
-    # Where nothing is left, libvirt takes it for none as well.
+    # libvirt also rejects a list that is empty in the end.
     return tuple(sorted(found)) or None
 
 
 def read_listed(data: bytes, maximum: int) -> tuple[tuple[VcpuConfig, ...], bool]:
-    """What a document's `<vcpus>` says of every vCPU, and whether it says order and hotpluggable too.
+    """Read `<vcpus>` of a document: the state of every vCPU, and whether it also has order and
+    hotpluggable.
 
     Args:
         data: a domain's XML, or `<vcpus>` alone.
-        maximum: how many vCPUs there are, where the document has no `<vcpu>`.
+        maximum: the number of vCPUs if the document is `<vcpus>` alone.
 
     Raises:
         VcpuRefused: it contradicts itself; every reason, each with its line.
@@ -560,7 +578,7 @@ def read_listed(data: bytes, maximum: int) -> tuple[tuple[VcpuConfig, ...], bool
 
 
 def renamed(data: bytes, name: str) -> bytes:
-    """The same domain under another name."""
+    """The same domain with another name."""
     document, definition = read_domain(data)
     element = document.root.find("name")
     assert element is not None

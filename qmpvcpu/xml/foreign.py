@@ -1,5 +1,7 @@
-"""A domain's XML that comes in a file, and that nobody has defined here: of it a guest's machine, CPUs, memory and
-addresses are taken, and nothing of the host. Pure.
+"""Domain XML from a file that nobody has defined on this host. It may describe the guest's machine,
+CPUs, memory and addresses, but nothing of the host.
+
+The functions do no IO.
 """
 
 from __future__ import annotations
@@ -14,19 +16,20 @@ from qmpvcpu.xml.boot_devices import QEMU_NAMESPACE
 from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.source import Document, Element, namesake
 
-#: Nothing that begins another option of -machine.
+#: A value that cannot begin another option of -machine.
 _WORD: Final = re.compile(r"[A-Za-z0-9_.+-]{1,100}\Z")
 _BOOT_FILES: Final = ("os/kernel", "os/initrd", "os/dtb", "os/loader", "os/nvram", "os/firmware")
-#: Memory backends without a file behind them.
+#: Memory backends without a file.
 _ANONYMOUS: Final = frozenset({"memory-backend-ram", "memory-backend-memfd"})
-#: Elements that say where on its host a guest runs, and how much of it the guest gets.
+#: Elements that say where on its host a guest runs, and which share of the host it gets.
 _TUNING: Final = ("cputune", "numatune", "memtune", "blkiotune", "resource")
 #: A value that cannot name anything: a switch, a number or a size.
 _VALUE: Final = re.compile(
     r"(?:on|off|yes|no|true|false|auto|0x[0-9a-f]{1,16}|-?[0-9]{1,20}(?:\.[0-9]{1,20})?[bkmgtpe]?)\Z",
     re.IGNORECASE,
 )
-#: Keys whose value is a file, a socket, a descriptor or a host's NUMA node, also where it looks like a number.
+#: Keys whose value is a file, a socket, a descriptor or a host NUMA node, even if it looks like a
+#: number.
 _NAMES_HOST: Final = re.compile(
     r"host[-_]nodes|(?:.*[-._])?(?:path|file|filename|device|fd|rom|socket|splash|shim|certs?)\Z"
 )
@@ -42,12 +45,13 @@ _TEXTS: Final = frozenset({"vendor", "model-id", "hv-vendor-id"})
 
 
 def host_parts(xml: bytes, trusted: Definition | None = None) -> list[str]:
-    """What in a domain's XML is of its host: command lines and files, each by the element's or the option's name.
+    """The parts of a domain's XML that refer to its host, such as command lines and files. Each is
+    named after its element or option.
 
     Args:
-        xml: of the domain.
-        trusted: a definition of the same guest that its user has defined: what is in it too is not named, and
-            neither are devices, which are started of that one.
+        xml: the domain's XML.
+        trusted: a definition of the same guest by its user. Parts that are also in it are not
+            reported. Devices are not reported either, since they are started from this definition.
 
     Raises:
         VcpuRefused: it is not a domain's XML.
@@ -76,8 +80,10 @@ def _of_options(definition: Definition, trusted: Definition | None) -> Iterable[
 
 
 def _is_plain(owner: str, key: str, value: str) -> bool:
-    """Whether an option cannot name a file, a socket or a program. What is not known might."""
-    # QEMU takes both.
+    """Whether an option cannot name a file, a socket or a program. An unknown option might name
+    one.
+    """
+    # QEMU accepts a key with either sign.
     key = key.replace("_", "-")
     if _NAMES_HOST.match(key):
         return False
@@ -99,11 +105,12 @@ def _of_devices(root: Element) -> Iterable[str]:
 
 
 def without_placing(xml: bytes) -> tuple[bytes, list[str]]:
-    """The same without host CPUs, schedulers, host NUMA nodes and shares of the host; and what was left out, each
-    by the element's name.
+    """Remove host CPUs, schedulers, host NUMA nodes and shares of the host.
+
+    Returns the document, and the names of the elements that were removed.
 
     Args:
-        xml: of a domain.
+        xml: the domain's XML.
 
     Raises:
         VcpuRefused: it is not a domain's XML.
@@ -124,11 +131,12 @@ def without_placing(xml: bytes) -> tuple[bytes, list[str]]:
 
 
 def without_program(xml: bytes, emulator: str | None) -> bytes:
-    """The same with this program, and without the sockets and files behind its consoles and channels.
+    """Replace the program, and remove the sockets and files of consoles and channels.
 
     Args:
-        xml: of a domain that `host_parts` names nothing of.
-        emulator: path of a QEMU that is here; None: whichever is found.
+        xml: the XML of a domain for which `host_parts` reports nothing.
+        emulator: the path of a QEMU on this host; None removes the element, so that a QEMU is
+            searched.
 
     Raises:
         VcpuRefused: it is not a domain's XML.

@@ -1,5 +1,5 @@
-"""What of a QEMU libvirt's domain XML has no place for, in `<metadata>`: `core.definition.QemuOptions`, and
-the ids of memory devices.
+"""Properties of a QEMU for which libvirt's domain XML has no element. They are in `<metadata>`:
+`core.definition.QemuOptions`, and the ids of memory devices.
 
     <qmpvcpu:machine xmlns:qmpvcpu='urn:qmpvcpu:machine:1'>
       <qmpvcpu:option of='machine' name='cap-cfpc' value='broken'/>
@@ -26,18 +26,18 @@ _OWNERS: Final = ("machine", "accel", "cpu")
 _KEY: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _ID: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9._-]{0,127}")
 _DRIVER: Final = re.compile(r"memory-backend-[a-z0-9-]{1,40}")
-#: Options by which a machine reads or writes files.
+#: Options that make a machine read or write files.
 _WITH_FILES: Final = frozenset({"dumpdtb", "dtb", "kernel", "initrd", "append", "firmware", "shm-path"})
 _DIMM: Final = "dimm"
-#: PATH_MAX of Linux.
+#: PATH_MAX of Linux, in bytes.
 _LONGEST: Final = 4096
 
-#: Called with an element and what is wrong with it.
+#: A function that is called with an element and with the text that says what is wrong with it.
 Wrong = Callable[[Element, str], None]
 
 
 def machine_element(root: Element) -> tuple[Element, str] | None:
-    """Our element of a domain, and its prefix with the colon."""
+    """Our element in a domain's metadata, and its prefix with the colon; None if there is none."""
     metadata = root.find("metadata")
     for element in metadata.children if metadata is not None else ():
         prefix = namesake(root, element, "machine", NAMESPACE)
@@ -47,7 +47,7 @@ def machine_element(root: Element) -> tuple[Element, str] | None:
 
 
 def read_options(root: Element, wrong: Wrong) -> QemuOptions:
-    """Of a domain's root."""
+    """Read the options from our metadata in a domain."""
     found = machine_element(root)
     if found is None:
         return QemuOptions()
@@ -75,7 +75,7 @@ def _pair(option: Element, wrong: Wrong) -> tuple[str, str] | None:
     if not _KEY.fullmatch(key) or key in _WITH_FILES:
         wrong(option, f"<option name='{key[:40]}'> cannot be an option of QEMU here")
         return None
-    # Of -object, values may have commas: the paths of files.
+    # A value of an -object option may contain commas, since it may be a path.
     if len(value) > _LONGEST or not value.isprintable() or ("," in value and "of" in option.attributes):
         wrong(option, f"<option name='{key}'> has a value that cannot be one")
         return None
@@ -98,8 +98,9 @@ def _options(parent: Element, prefix: str, wrong: Wrong) -> Pairs:
 
 
 def option_lines(definition: Definition, devices: Devices | None) -> list[str]:
-    """`<metadata>` as lines, nothing where there is nothing to say. With `devices`, `<qemu:commandline>` has all
-    that there are.
+    """`<metadata>` as lines; an empty list if it would be empty.
+
+    If `devices` is given, the metadata says that `<qemu:commandline>` contains all devices.
     """
     options = definition.options
     lines = [
@@ -145,13 +146,13 @@ def read_dimms(
     size: Callable[[Element], int | None],
     wrong: Wrong,
 ) -> tuple[Dimm, ...]:
-    """`<memory model='dimm'>`, with the ids that our metadata has for them.
+    """Read `<memory model='dimm'>`, and the ids that our metadata has for these devices.
 
     Args:
-        root: of the domain.
-        number: reads the text of an element as a number; the second argument is the name that an error gives it.
-        size: reads an element with a unit, as bytes.
-        wrong: told what cannot be.
+        root: the domain's root element.
+        number: reads the text of an element as a number; the second argument is its name in errors.
+        size: reads an element with a unit; returns bytes.
+        wrong: called for each error.
     """
     ids = _dimm_ids(root, wrong)
     found: list[Dimm] = []
@@ -197,12 +198,14 @@ def _integer(text: str | None) -> int | None:
 
 
 def sized(size: int) -> tuple[int, str]:
-    """A size in bytes, and its unit. Never rounded: what is written is started."""
+    """A size as a number and its unit. It is never rounded, because QEMU is started with what is
+    written.
+    """
     return (size // 1024, "KiB") if size % 1024 == 0 else (size, "b")
 
 
 def dimm_lines(dimms: Iterable[Dimm]) -> list[str]:
-    """Lines of `<devices>`."""
+    """The memory devices as lines of `<devices>`."""
     lines = []
     for dimm in dimms:
         size, unit = sized(dimm.size)

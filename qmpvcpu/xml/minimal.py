@@ -1,4 +1,4 @@
-"""The XML of a guest that has none: what its QEMU tells of it."""
+"""Write the XML of a guest that has none, from what its QEMU reports."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from qmpvcpu.xml.vcpus import write_vcpus
 
 
 def minimal_domain(definition: Definition, devices: Devices | None = None) -> bytes:
-    """A document of its own for a guest that has none: what QEMU tells of it, and nothing else.
+    """A new document for a guest that has none. It contains only what QEMU reports.
 
     Args:
-        definition: of the guest.
-        devices: its devices, where they are known.
+        definition: the guest's definition.
+        devices: its devices, if they are known.
     """
     kind = {"kvm": "kvm", "tcg": "qemu"}.get(definition.accel or "", "qemu")
     space = f" xmlns:qemu='{QEMU_NAMESPACE}'" if devices is not None and devices.arguments else ""

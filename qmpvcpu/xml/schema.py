@@ -1,4 +1,4 @@
-"""libvirt's own RELAX NG schema of a domain, where that is installed."""
+"""Check a domain's XML against libvirt's own RELAX NG schema, if that is installed."""
 
 from __future__ import annotations
 
@@ -10,12 +10,14 @@ from lxml import etree
 
 from qmpvcpu.xml.source import Document, parse_document
 
-#: Where libvirt keeps its schemas (libvirt-common, libvirt-clients).
+#: Where libvirt installs its schema (libvirt-common, libvirt-clients).
 _LIBVIRTS: Final = Path("/usr/share/libvirt/schemas/domain.rng")
 
 
 def check_domain(data: bytes) -> list[str] | None:
-    """What libvirt's schema has against a domain's XML; None where that is not installed."""
+    """The errors that libvirt's schema finds in a domain's XML; None if the schema is not
+    installed.
+    """
     schema = domain_schema()
     if schema is None:
         return None
@@ -27,12 +29,12 @@ def check_domain(data: bytes) -> list[str] | None:
 
 
 def domain_schema() -> etree.RelaxNG | None:
-    """libvirt's schema of a domain; None where it is not installed."""
+    """libvirt's schema of a domain; None if it is not installed."""
     return _schema(_LIBVIRTS) if _LIBVIRTS.exists() else None
 
 
 def errors_against(schema: etree.RelaxNG, tree: etree._Element) -> list[tuple[int, str]]:
-    """Line and text of every error, each once."""
+    """The line and text of every error, without duplicates."""
     if schema.validate(tree):
         return []
     return list(dict.fromkeys((entry.line, entry.message) for entry in schema.error_log))
@@ -44,7 +46,8 @@ def _schema(path: Path) -> etree.RelaxNG:
 
 
 def _tree(document: Document) -> etree._Element:
-    # The source was read by then: no DOCTYPE, bounded in size and depth. It is UTF-8 whatever it declares.
+    # `parse_document` has checked the source: it has no DOCTYPE, and its size and depth are
+    # limited. The source is UTF-8, whatever its declaration says.
     parser = etree.XMLParser(
         encoding="utf-8",
         resolve_entities=False,

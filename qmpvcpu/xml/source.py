@@ -1,9 +1,12 @@
-"""An XML document as its bytes and where each element stands in them, so that an edit changes nothing else.
+"""An XML document as bytes, with the position of each element, so that an edit changes nothing
+else.
 
-Not lxml's tree: that knows lines, not bytes, and writing it back makes another document of the same meaning. expat
-(standard library) tells the byte of every tag; everything else is the source itself.
+This does not use lxml's tree, which knows lines but not bytes; writing it back would give another
+document with the same meaning. expat (standard library) reports the position of every tag, and
+everything else is copied from the source.
 
-Documents are not trusted: no DOCTYPE and so no entities of their own, bounded size, depth and number of elements.
+Documents are not trusted: there must be no DOCTYPE, and so no entity definitions, and size, depth
+and number of elements are limited.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from xml.sax.saxutils import escape
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuRefused
 
-#: A domain of 4096 vCPUs, each pinned and listed, has under 1 MB.
+#: A domain with 4096 vCPUs, each of them pinned and listed, is smaller than 1 MB.
 MOST_BYTES: Final = 8 * 1024 * 1024
 _MOST_DEPTH: Final = 200
 _MOST_ELEMENTS: Final = 200_000
@@ -27,7 +30,8 @@ _MOST_ELEMENTS: Final = 200_000
 _ATTRIBUTE: Final = re.compile(rb"""\s+([^\s=/<>'"]+)\s*=\s*("[^"]*"|'[^']*')""")
 _NAME: Final = re.compile(rb"<[^\s/>]+")
 _DECLARED: Final = re.compile(r"""\A<\?xml\s[^>]*?encoding\s*=\s*["']([A-Za-z0-9._-]+)["']""")
-#: The first bytes of a document that has a mark. UTF-32's begins as UTF-16's does.
+#: The first bytes of a document with a byte order mark. UTF-32 comes first, since its mark begins
+#: like UTF-16's.
 _BOMS: Final = (
     (codecs.BOM_UTF8, "utf-8"),
     (codecs.BOM_UTF32_LE, "utf-32-le"),
@@ -35,22 +39,24 @@ _BOMS: Final = (
     (codecs.BOM_UTF16_LE, "utf-16-le"),
     (codecs.BOM_UTF16_BE, "utf-16-be"),
 )
-#: Those of one without a mark: its `<`.
+#: The first bytes of a document without a byte order mark, which begins with `<`.
 _FIRST: Final = (
     (b"<\0\0\0", "utf-32-le"),
     (b"\0\0\0<", "utf-32-be"),
     (b"<\0", "utf-16-le"),
     (b"\0<", "utf-16-be"),
 )
-#: Python's names of what a document can be in. Others may take hours to decode, or give other bytes back.
+#: Python's names of the encodings that a document can have. Others may take hours to decode, or may
+#: not encode to the same bytes.
 _KNOWN: Final = re.compile(r"utf-(?:8|8-sig|16|16-[lb]e|32|32-[lb]e)|ascii|iso8859-[0-9]+|cp125[0-8]")
 
 
 @dataclass(slots=True)
 class Element:
-    """One element: `name` with its prefix, and spans of bytes in the document's UTF-8 text.
+    """One element: its `name` with the prefix, and its positions in the document's UTF-8 bytes.
 
-    `start` to `opened` is the start tag, `opened` to `closing` the content, up to `end` the end tag.
+    The start tag is from `start` to `opened`, the content from `opened` to `closing`, and the end
+    tag from `closing` to `end`.
     """
 
     name: str
@@ -62,32 +68,34 @@ class Element:
     end: int = 0
     parent: Element | None = field(default=None, repr=False)
     children: list[Element] = field(default_factory=list, repr=False)
-    #: Its own character data, in one piece.
+    #: The character data of the element itself, joined.
     text: str = ""
 
     def all(self, path: str) -> Iterator[Element]:
-        """The elements at `a/b/c`: every c of the first b of the first a."""
+        """All elements at the path `a/b/c`: every c in the first b in the first a."""
         above, _, name = path.rpartition("/")
         parent = self.find(above) if above else self
         return (child for child in (parent.children if parent is not None else ()) if child.name == name)
 
     def find(self, path: str) -> Element | None:
-        """The first element at `a/b/c`."""
+        """The first element at the path `a/b/c`; None if there is none."""
         return next(self.all(path), None)
 
     def text_at(self, path: str) -> str:
-        """The text of that element, without white space around it; empty where there is none."""
+        """The text of the element at the path, without surrounding white space; empty if there is
+        none.
+        """
         found = self.find(path)
         return found.text.strip() if found is not None else ""
 
     def value(self, path: str, name: str) -> str | None:
-        """An attribute of that element; None where there is none."""
+        """An attribute of the element at the path; None if there is none."""
         found = self.find(path)
         return found.attributes.get(name) if found is not None else None
 
 
 def namesake(root: Element, element: Element, name: str, space: str) -> str | None:
-    """The prefix of an element of this name and XML namespace, with its colon; None where it is another one."""
+    """The prefix, with its colon, of an element that has this name and XML namespace; else None."""
     prefix, colon, own = element.name.rpartition(":")
     key = f"xmlns{colon}{prefix}"
     is_it = own == name and element.attributes.get(key, root.attributes.get(key)) == space
@@ -95,10 +103,12 @@ def namesake(root: Element, element: Element, name: str, space: str) -> str | No
 
 
 class Document:
-    """A parsed document. `root` is its element; edits are collected, and `to_bytes()` gives what comes of them."""
+    """A parsed document with the element `root`. Edits are collected, and `to_bytes()` applies
+    them.
+    """
 
     def __init__(self, source: bytes, encoding: str, bom: bytes, root: Element) -> None:
-        #: The text in UTF-8, whatever the file has.
+        #: The text in UTF-8, whatever the encoding of the file.
         self.source = source
         self.root = root
         self._encoding = encoding
@@ -107,7 +117,7 @@ class Document:
         self.newline = b"\r\n" if b"\r\n" in source[:4096] else b"\n"
 
     def set_attribute(self, element: Element, name: str, value: str | None) -> None:
-        """Give an attribute this value, in the place and quotes it has; None takes it away."""
+        """Set an attribute, and keep its position and quotes. None removes it."""
         if element.attributes.get(name) == value:
             return
         head = _NAME.match(self.source, element.start)
@@ -126,11 +136,11 @@ class Document:
             self._replace(last, last, b" " + name.encode() + b"='" + _quoted(value, "'") + b"'")
 
     def set_text(self, element: Element, text: str) -> None:
-        """Give an element without children this text; white space around the old one stays."""
+        """Set the text of an element without children. White space around the old text stays."""
         if element.text.strip() == text:
             return
         if element.opened == element.end:
-            # <a/>
+            # The element has no end tag: `<a/>`.
             slash = self.source.rfind(b"/>", element.start, element.opened)
             end = f">{escape(text)}</{element.name}>"
             self._replace(slash, element.opened, end.encode())
@@ -141,16 +151,16 @@ class Document:
         self._replace(element.opened + lead, element.opened + max(trail, lead), escape(text).encode())
 
     def insert_after(self, element: Element, lines: Sequence[str]) -> None:
-        """Put these lines behind an element, each on a line of its own, as far in as it is."""
+        """Insert these lines after an element, with the same indentation."""
         indent = self.indent(element)
         self._replace(element.end, element.end, b"".join(self.newline + indent + line.encode() for line in lines))
 
     def insert_first(self, element: Element, lines: Sequence[str]) -> None:
-        """Put these lines first into an element, each on a line of its own, a step further in than it is."""
+        """Insert these lines at the beginning of an element, indented by two more spaces."""
         outer = self.newline + self.indent(element)
         text = b"".join(outer + b"  " + line.encode() for line in lines)
         if element.opened == element.end:
-            # <a/>
+            # The element has no end tag: `<a/>`.
             slash = self.source.rfind(b"/>", element.start, element.opened)
             self._replace(slash, element.opened, b">" + text + outer + f"</{element.name}>".encode())
             return
@@ -159,25 +169,25 @@ class Document:
         self._replace(element.opened, element.opened, text + tail)
 
     def remove(self, element: Element) -> None:
-        """Take an element away, with the white space in front of it."""
+        """Remove an element, and the white space before it."""
         start = element.start
         while start and self.source[start - 1 : start].isspace():
             start -= 1
         self._replace(start, element.end, b"")
 
     def replace(self, element: Element, lines: Sequence[str]) -> None:
-        """Put these lines in the place of an element."""
+        """Replace an element by these lines."""
         joint = self.newline + self.indent(element)
         self._replace(element.start, element.end, joint.join(line.encode() for line in lines))
 
     def indent(self, element: Element) -> bytes:
-        """The white space in front of it on its line."""
+        """The white space before an element on its line; empty if other text is there."""
         begin = self.source.rfind(b"\n", 0, element.start) + 1
         space = self.source[begin : element.start]
         return space if not space.strip() else b""
 
     def to_bytes(self) -> bytes:
-        """The document with every edit, in the encoding it came in."""
+        """The document with every edit, in its original encoding."""
         parts, last = [], 0
         for start, end, text in sorted(self._edits, key=lambda edit: edit[:2]):
             assert start >= last, "two edits of one place"
@@ -196,8 +206,8 @@ def parse_document(data: bytes) -> Document:
     """Read an XML document.
 
     Raises:
-        VcpuRefused: it is too large or too deep, has a DOCTYPE, is not well-formed, or not in the encoding that it
-            names.
+        VcpuRefused: it is too large or too deep, has a DOCTYPE, is not well-formed, or is not in
+            the encoding that it declares.
     """
     if len(data) > MOST_BYTES:
         raise _refused(f"it has more than {MOST_BYTES} bytes", None)
@@ -228,7 +238,7 @@ def _decoded(data: bytes) -> tuple[str, str, bytes]:
     if not same:
         raise _refused(f"its encoding '{encoding}' cannot be kept: save it as UTF-8", 1)
     if "\0" in text:
-        # expat would take it for UTF-16.
+        # expat would read it as UTF-16.
         raise _refused("not well-formed: it has a NUL character", text.count("\n", 0, text.index("\0")) + 1)
     return text, codec, bom
 

@@ -1,6 +1,6 @@
-"""What is written of vCPUs into a domain's XML: `<vcpu>`, `<vcpus>` and `<vcpupin>`; every other byte stays.
+"""Write vCPUs into a domain's XML: `<vcpu>`, `<vcpus>` and `<vcpupin>`. No other byte changes.
 
-Names are libvirt's (formatdomain); `<vcpus>` is written in libvirt's dialect or in the RFC's.
+The names are libvirt's (formatdomain). `<vcpus>` is written in libvirt's dialect or in the RFC's.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qmpvcpu.core.model import format_ids
 from qmpvcpu.xml.document import parse_bitmap
 from qmpvcpu.xml.source import Document, Element
 
-#: vCPU id -> further attributes, None for what is not known.
+#: Further attributes by vCPU id; the value of an unknown one is None.
 Details = Mapping[int, Mapping[str, str | None]]
 
 
@@ -27,11 +27,14 @@ def write_vcpus(
     dialect: str | None = None,
     details: Details | None = None,
 ) -> bytes:
-    """The document with the vCPUs of `new`; what is as in `old` keeps every byte.
+    """The document with the vCPUs of `new`. No byte changes for vCPUs that are the same in `old`.
 
     Args:
-        dialect: "rfc" or "libvirt", and then `<vcpus>` is written anew; that of the document, else libvirt's, if
-            None.
+        document: the document that `old` was read from.
+        old: its definition.
+        new: the definition to write.
+        dialect: "rfc" or "libvirt": rewrite `<vcpus>` in this dialect. None: use the document's
+            dialect, else libvirt's.
         details: further attributes by vCPU id, in the RFC's dialect.
     """
     wanted = dialect or old.dialect or "libvirt"
@@ -44,7 +47,8 @@ def write_vcpus(
     elif listed is not None and listed.find("vcpu") is not None and new.vcpus != old.vcpus:
         _update(document, listed, old, new, wanted)
     if new.maxcpus != old.maxcpus:
-        # Rows of ids that there are not yet say nothing now, and would come to life.
+        # A row for an id that does not exist has no effect now, but would have one if the maximum
+        # grew.
         _trim_tuning(document, min(old.maxcpus, new.maxcpus))
     elif new.pins != old.pins:
         _update_pins(document, old, new)
@@ -52,7 +56,7 @@ def write_vcpus(
 
 
 def _write_count(document: Document, new: Definition, lines: list[str]) -> None:
-    """`<vcpu>`, and behind it these lines of `<vcpus>`, where there is none."""
+    """Write `<vcpu>`. If there is no `<vcpus>`, add these lines of it after `<vcpu>`."""
     vcpu, enabled = document.root.find("vcpu"), len(new.enabled_ids)
     behind = lines if document.root.find("vcpus") is None else []
     if vcpu is not None:
@@ -62,7 +66,7 @@ def _write_count(document: Document, new: Definition, lines: list[str]) -> None:
         if behind:
             document.insert_after(vcpu, behind)
     elif new.maxcpus > 1 or lines:
-        # libvirt's default is one.
+        # Without `<vcpu>`, libvirt assumes one vCPU.
         name = document.root.find("name")
         assert name is not None
         current = f" current='{enabled}'" if enabled != new.maxcpus else ""
@@ -70,7 +74,9 @@ def _write_count(document: Document, new: Definition, lines: list[str]) -> None:
 
 
 def _trim_tuning(document: Document, maximum: int) -> None:
-    """Take out of `<cputune>` the vCPUs that there are no more: libvirt reads no scheduler of theirs."""
+    """Remove vCPUs that do not exist any more from `<cputune>`: libvirt refuses schedulers for
+    them.
+    """
     tune = document.root.find("cputune")
     for row in tune.children if tune is not None else ():
         key = {"vcpupin": "vcpu", "vcpusched": "vcpus"}.get(row.name)
@@ -85,7 +91,7 @@ def _trim_tuning(document: Document, maximum: int) -> None:
 
 
 def _update_pins(document: Document, old: Definition, new: Definition) -> None:
-    """`<vcpupin>` by `<vcpupin>`; a `<cputune>` that it empties stays."""
+    """Update each `<vcpupin>`. A `<cputune>` that becomes empty stays."""
     root = document.root
     tune = root.find("cputune")
     rows = {int(row.attributes["vcpu"]): row for row in root.all("cputune/vcpupin")}
@@ -112,7 +118,9 @@ def _update_pins(document: Document, old: Definition, new: Definition) -> None:
 
 
 def _update(document: Document, listed: Element, old: Definition, new: Definition, dialect: str) -> None:
-    """Row by row. What was not listed stays so where it is disabled, unless every vCPU was listed."""
+    """Update `<vcpus>` row by row. A disabled vCPU without a row gets one only if every vCPU had a
+    row.
+    """
     rows = {int(row.attributes["id"]): row for row in listed.all("vcpu")}
     is_complete = len(rows) == old.maxcpus
     for number, row in rows.items():
@@ -124,7 +132,7 @@ def _update(document: Document, listed: Element, old: Definition, new: Definitio
     added: dict[int, list[str]] = {}
     for config in new.vcpus:
         if config.id not in rows and (config.enabled or is_complete):
-            # vCPU 0 is always listed.
+            # vCPU 0 always has a row, so there is one with a lower id.
             behind = max(number for number in rows if number < config.id)
             added.setdefault(behind, []).append(_row(config, dialect))
     for number, lines in added.items():
@@ -132,7 +140,7 @@ def _update(document: Document, listed: Element, old: Definition, new: Definitio
 
 
 def vcpus_lines(definition: Definition, dialect: str, details: Details | None = None) -> list[str]:
-    """`<vcpus>` as lines; in the RFC's dialect id and state, and what `details` has."""
+    """`<vcpus>` as lines. A row in the RFC's dialect has id and state, and what `details` has."""
     lines = ["<vcpus>"]
     for config in definition.vcpus:
         more = details.get(config.id, {}) if dialect == "rfc" and details is not None else {}
