@@ -1,1 +1,1 @@
-"""libvirt's domains over libvirt-python; imported only where a libvirt URI is given."""
+"""libvirt's domains by libvirt-python. This package is imported only if a libvirt URI is given."""

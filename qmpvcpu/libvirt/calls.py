@@ -1,4 +1,6 @@
-"""A connection to libvirt, and one of its domains: calls one to one, none of them in the asyncio loop's way."""
+"""A connection to libvirt, and the calls of one of its domains. No call blocks the asyncio loop,
+unless its docstring says "Blocks".
+"""
 
 from __future__ import annotations
 
@@ -25,21 +27,21 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 
-#: Seconds to connect: to this host, and by way of ssh or TLS to another.
+#: Seconds to connect: to this host, and to another host over ssh or TLS.
 CONNECT_SECONDS: Final = 5.0
 FAR_CONNECT_SECONDS: Final = 30.0
-#: Seconds for a call that changes something: libvirt itself waits up to 30 for another one's job, up to 10 for an
-#: unplug, and up to 5 for the agent.
+#: Seconds for a call that changes something. libvirt itself waits up to 30 s for another client's
+#: job, up to 10 s for an unplug, and up to 5 s for the agent.
 CALL_SECONDS: Final = 60.0
 QUERY_SECONDS: Final = 10.0
-#: Seconds between two signs of life, and how many may be missing.
+#: Seconds between two keepalive messages, and how many of them may be missing.
 _KEEPALIVE: Final = (5, 2)
-#: Seconds for libvirt to take back what we have asked of it.
+#: Seconds for libvirt to cancel our subscriptions and to close.
 _CLOSE_SECONDS: Final = 1.0
 
-#: libvirt's names of what a domain is at, virDomainState, as QEMU has it (QAPI RunState).
+#: QEMU's name (QAPI RunState) for each virDomainState of libvirt.
 _RUN_STATES: Final = ("none", "running", "running", "paused", "shutdown", "shutdown", "crashed", "suspended")
-#: virConnectCloseReason, in words.
+#: virConnectCloseReason in words.
 _CLOSED: Final = (
     "its daemon or the way to it broke",
     "its daemon ended",
@@ -51,7 +53,7 @@ _MONITOR_COMMAND: Final = "virDomainQemuMonitorCommand"
 
 @dataclass(frozen=True, slots=True)
 class _Own:
-    """A thread's own connection, and what it has looked up by UUID."""
+    """The connection of one thread, and the domains that it has looked up, by UUID."""
 
     conn: libvirt.virConnect
     domains: dict[bytes, libvirt.virDomain]
@@ -59,7 +61,7 @@ class _Own:
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """A domain as `list` shows it."""
+    """A domain as a row of `list`."""
 
     name: str
     active: bool
@@ -67,7 +69,7 @@ class Row:
 
 
 class Connection:
-    """An open connection to libvirt, until `close()`; `open_connection` makes it."""
+    """A connection to libvirt, from `open()` to `close()`. `open_connection` does both."""
 
     def __init__(
         self, uri: str, connect_timeout: float | None = None, query_timeout: float = QUERY_SECONDS
@@ -80,15 +82,16 @@ class Connection:
         self._queries = Worker("queries")
         self._agents: Worker | None = None
         self._conn: libvirt.virConnect | None = None
-        #: By thread, where it has a connection of its own: see `conn_here`.
+        #: By thread id, for threads that have a connection of their own: see `domain_here`.
         self._own: dict[int, _Own] = {}
         self._lost: VcpuConnectionError | None = None
         self._loop = asyncio.get_running_loop()
         self._is_closed = False
-        #: What is to be taken back in libvirt before, in the thread of the queries.
+        #: Functions that cancel our subscriptions in libvirt. `close()` calls them in the thread of
+        #: the queries.
         self.at_close: list[Callable[[], None]] = []
         self._where = _split(uri)
-        #: Its driver, as libvirt calls it ("QEMU", "TEST").
+        #: The name that libvirt has for its driver ("QEMU", "TEST").
         self.driver = ""
         #: Called in the loop, once, when the connection is lost.
         self._listeners: list[Callable[[VcpuConnectionError], None]] = []
@@ -97,22 +100,22 @@ class Connection:
     def is_local(self) -> bool:
         """Whether its guests run on this host."""
         parts = self._where
-        # Without a scheme it is an alias of libvirt.conf's, for whatever.
+        # Without a scheme, the URI is an alias in libvirt.conf, which may stand for any host.
         return bool(parts.scheme) and not parts.hostname and parts.scheme.partition("+")[2] in ("", "unix")
 
     @property
     def conn(self) -> libvirt.virConnect:
-        """libvirt's own."""
+        """The connection of libvirt-python."""
         assert self._conn is not None
         return self._conn
 
     def domain_here(self, domain: libvirt.virDomain) -> libvirt.virDomain:
-        """The same domain, by the connection of the thread that calls. Blocks, the first time.
+        """The same domain, over the connection of the calling thread. Blocks in the first call.
 
-        What changes something, and the agent, take long; and where two threads call at once by one connection,
-        libvirt's client (9.0) sometimes misses that there is something to send until the other's answer comes. So
-        each of these threads has one of its own, from its first call on; but not to the test driver, which may
-        keep its domains by connection.
+        Changes and calls to the agent take long. If two threads call at once over one connection,
+        libvirt's client (9.0) sometimes does not notice a new request until the other's answer
+        comes. So each of these threads opens a connection of its own with its first call. The
+        exception is the test driver, which may keep its domains by connection.
         """
         own = self._own_here()
         if own is None:
@@ -123,7 +126,7 @@ class Connection:
         return own.domains[uuid]
 
     def conn_here(self) -> libvirt.virConnect:
-        """libvirt's own, of the thread that calls: see `domain_here`."""
+        """The connection of libvirt-python for the calling thread: see `domain_here`."""
         own = self._own_here()
         return self.conn if own is None else own.conn
 
@@ -141,7 +144,7 @@ class Connection:
         return self._own[thread]
 
     def _end_own(self) -> None:
-        """Close the connection of the thread that calls."""
+        """Close the connection of the calling thread, if it has one of its own."""
         own = self._own.pop(threading.get_ident(), None)
         if own is not None:
             own.domains.clear()
@@ -154,7 +157,7 @@ class Connection:
             raise self._lost
 
     def on_loss(self, listener: Callable[[VcpuConnectionError], None]) -> Callable[[], None]:
-        """Call this once if the connection is lost; what is returned ends that."""
+        """Call `listener` once if the connection is lost. The returned function cancels that."""
         self._listeners.append(listener)
 
         def end() -> None:
@@ -164,22 +167,22 @@ class Connection:
         return end
 
     async def open(self) -> None:
-        """Connect.
+        """Connect to libvirt.
 
         Raises:
-            VcpuConnectionError: it cannot be reached.
+            VcpuConnectionError: libvirt cannot be reached.
         """
         start_events()
         library = self.library
 
         def work() -> libvirt.virConnect:
-            # Kept in the thread that closes it: whoever waits for it may have left.
+            # Store it here, in the thread that also closes it: the caller may have stopped waiting.
             self._conn = conn = library.open(self.uri)
             if self._is_closed:
                 return conn
             self._where, self.driver = _split(conn.getURI()), conn.getType()
             with suppress(library.libvirtError):
-                conn.setKeepAlive(*_KEEPALIVE)  # of no use, and an error, without a daemon (test:///)
+                conn.setKeepAlive(*_KEEPALIVE)  # fails without a daemon (test:///), which needs no keepalive
             with suppress(library.libvirtError):
                 conn.registerCloseCallback(self._closed, None)
             return conn
@@ -220,7 +223,7 @@ class Connection:
         def ended() -> VcpuConnectionError:
             return lost(self.uri, "we closed it")
 
-        # Whoever still listens, or waits for an answer, must not wait for ever.
+        # Listeners and callers that wait for an answer must not wait for ever.
         self._lose(ended())
 
         def work() -> None:
@@ -234,13 +237,14 @@ class Connection:
             with suppress(self.library.libvirtError):
                 conn.close()
 
-        # Behind what is under way: libvirt's objects must not go while a call uses them.
+        # Close after the calls in flight: libvirt's objects must not be freed while a call uses
+        # them.
         ends = [one.finish(ended, self._end_own) for one in (self._changes, self._agents) if one is not None]
         ends.append(self._queries.finish(ended, work))
         await asyncio.wait(ends, timeout=_CLOSE_SECONDS)
 
     async def quietly(self, function: Callable[[], object]) -> None:
-        """Call it in a thread, also if the connection is lost; whatever it raises is of no interest."""
+        """Call the function in a thread, even if the connection is lost. Its errors are ignored."""
         if not self._is_closed:
             with suppress(TimeoutError, Exception):
                 await _within(self._queries.call(function), _CLOSE_SECONDS)
@@ -248,27 +252,34 @@ class Connection:
     # -- calls --------------------------------------------------------------------------------------
 
     async def query(self, name: str, function: Callable[[], T], seconds: float | None = None) -> T:
-        """A call that changes nothing. `name`: libvirt's, for messages.
+        """Make a call that changes nothing.
+
+        Args:
+            name: libvirt's name of the call, for messages.
+            function: makes the call; runs in a thread.
+            seconds: the deadline; None stands for `query_timeout`.
 
         Raises:
             CommandError: libvirt's answer is an error.
-            VcpuConnectionError: the connection is lost, or nothing came in time.
+            VcpuConnectionError: the connection is lost, or there was no answer in time.
         """
         result = self._queries.call(self.checked(name, function))
         return await self._await(self._queries, result, name, seconds or self.query_timeout)
 
     async def ask_agent(self, name: str, function: Callable[[], T], seconds: float = QUERY_SECONDS) -> T:
-        """As `query`, of the guest's agent: one that does not answer is in nobody else's way."""
+        """Make a call to the guest's agent, like `query`. An agent that does not answer blocks no
+        other calls.
+        """
         self.check()
         if self._agents is None:
             self._agents = Worker("agent")
         if not self.is_local:
-            # Its thread connects by itself, the first time.
+            # In its first call, this thread also connects.
             seconds += FAR_CONNECT_SECONDS
         return await self._await(self._agents, self._agents.call(self.checked(name, function)), name, seconds)
 
     async def change(self, name: str, function: Callable[[], T], seconds: float = CALL_SECONDS) -> T:
-        """As `query`, behind every `change` before it."""
+        """Make a call like `query`, after every earlier `change` has finished."""
         return await self._noted(self.begin_change(name, function, seconds=seconds))
 
     def begin_change(
@@ -278,8 +289,15 @@ class Connection:
         begun: Callable[[], None] = lambda: None,
         seconds: float = CALL_SECONDS,
     ) -> asyncio.Future[T]:
-        """As `change`, sent when this is called. `begun` is called when it is its turn, and the deadline begins.
-        Cancelled before that, it is not sent.
+        """Send a call like `change`, and return at once.
+
+        It is not sent if its future is cancelled before its turn.
+
+        Args:
+            name: libvirt's name of the call, for messages.
+            function: makes the call; runs in a thread.
+            begun: called at its turn, when the deadline begins.
+            seconds: the deadline.
         """
         timers: list[asyncio.TimerHandle] = []
 
@@ -303,7 +321,7 @@ class Connection:
         return result
 
     def drop(self, change: asyncio.Future[Any]) -> bool:
-        """Do not begin a change; whether it had not begun."""
+        """Cancel a change that has not begun. Returns whether it had not."""
         return self._changes.drop(change)
 
     def _silent(self, name: str, seconds: float) -> VcpuConnectionError:
@@ -316,7 +334,9 @@ class Connection:
         )
 
     def checked(self, name: str, function: Callable[[], T]) -> Callable[[], T]:
-        """A call with its errors translated: `CommandError` and `VcpuConnectionError`."""
+        """Wrap a call so that its errors are translated to `CommandError` and
+        `VcpuConnectionError`.
+        """
 
         def work() -> T:
             if self._lost is not None:
@@ -330,7 +350,7 @@ class Connection:
                 with suppress(self.library.libvirtError):
                     alive = conn is not None and conn.isAlive() != 0
                 if not alive:
-                    # The next call of this thread opens another.
+                    # The next call of this thread opens another connection.
                     self._end_own()
                 raise translated(error, name, self.uri, alive=alive) from error
 
@@ -352,22 +372,22 @@ class Connection:
             raise
 
     async def list(self) -> Sequence[Row]:
-        """Every domain."""
+        """All domains, sorted by name."""
 
         def work() -> list[Row]:
             rows = []
             for domain in self.conn.listAllDomains(0):
-                with suppress(self.library.libvirtError):  # undefined meanwhile
+                with suppress(self.library.libvirtError):  # it was undefined meanwhile
                     rows.append(Row(domain.name(), bool(domain.isActive()), domain.XMLDesc(0).encode()))
             return sorted(rows, key=lambda row: row.name)
 
         return await self.query("virConnectListAllDomains", work, CALL_SECONDS)
 
     async def guest(self, name: str) -> LibvirtGuest:
-        """A domain by name, or by UUID as virsh takes it.
+        """Find a domain by its name, or by its UUID, like virsh.
 
         Raises:
-            VcpuConnectionError: there is none (`reason` "unknown-domain").
+            VcpuConnectionError: there is no such domain (`reason` "unknown-domain").
         """
 
         def work() -> libvirt.virDomain:
@@ -382,9 +402,9 @@ class Connection:
 
 
 class LibvirtGuest:
-    """One domain of libvirt's; calls one to one.
+    """One domain of libvirt. Each method makes one call of libvirt's API.
 
-    Each raises `CommandError` where libvirt answers with an error, and `VcpuConnectionError`.
+    Each raises `CommandError` if libvirt's answer is an error, and `VcpuConnectionError`.
     """
 
     def __init__(self, connection: Connection, domain: libvirt.virDomain) -> None:
@@ -397,23 +417,23 @@ class LibvirtGuest:
 
     @property
     def run_id(self) -> tuple[str, int]:
-        """Another one each time that it is started."""
+        """An identifier that changes each time the domain is started."""
         return self.uuid, self._id
 
     @property
     def domain(self) -> libvirt.virDomain:
-        """libvirt's own, of the thread that calls."""
+        """The domain of libvirt-python, for the calling thread."""
         return self.connection.domain_here(self._domain)
 
     def flags(self, *, live: bool = False, config: bool = False) -> int:
-        """`virDomainModificationImpact`."""
+        """`virDomainModificationImpact` as a number."""
         library = self._library
         return (library.VIR_DOMAIN_AFFECT_LIVE if live else 0) | (
             library.VIR_DOMAIN_AFFECT_CONFIG if config else 0
         )
 
     async def sides(self) -> tuple[bytes | None, bytes | None]:
-        """The running domain's XML and its definition; None where there is none."""
+        """The running domain's XML and the XML of its definition; None for one that does not exist."""
 
         def work() -> tuple[bytes | None, bytes | None]:
             live = self.domain.XMLDesc(0).encode() if self.domain.isActive() else None
@@ -422,7 +442,7 @@ class LibvirtGuest:
         return await self.connection.query("virDomainGetXMLDesc", work)
 
     async def now(self) -> tuple[bool, bytes | None]:
-        """Whether it runs, and its definition, if it has one."""
+        """Whether the domain runs, and the XML of its definition; None if it has no definition."""
         return await self.connection.query(
             "virDomainGetXMLDesc", lambda: (bool(self.domain.isActive()), self._definition())
         )
@@ -432,7 +452,9 @@ class LibvirtGuest:
         return self.domain.XMLDesc(flags).encode() if self.domain.isPersistent() else None
 
     async def live_xml(self) -> bytes | None:
-        """The running domain's XML; None once that has stopped, also if it was started anew."""
+        """The running domain's XML; None if the domain has stopped, even if it was started once
+        more.
+        """
 
         def work() -> bytes | None:
             now = self.connection.conn.lookupByUUID(self.domain.UUID())
@@ -441,7 +463,7 @@ class LibvirtGuest:
         return await self.connection.query("virDomainGetXMLDesc", work)
 
     def read_definition(self, *, secure: bool = False) -> bytes:
-        """Its definition's XML, `secure` with its passwords. Blocks."""
+        """The XML of its definition; with `secure`, it contains the passwords. Blocks."""
         more = self._library.VIR_DOMAIN_XML_SECURE if secure else 0
         flags = self._library.VIR_DOMAIN_XML_INACTIVE | more
         text: str = self.call("virDomainGetXMLDesc", lambda: self.domain.XMLDesc(flags))
@@ -452,40 +474,44 @@ class LibvirtGuest:
         self.call("virDomainDefineXML", lambda: self.connection.conn_here().defineXML(xml.decode()))
 
     def call(self, name: str, function: Callable[[], T]) -> T:
-        """One call, with its errors translated. Blocks."""
+        """Make one call with its errors translated. Blocks."""
         return self.connection.checked(name, function)()
 
     def count_flags(self, maximum: bool, hotpluggable: bool) -> int:
-        """`virDomainVcpuFlags`."""
+        """`virDomainVcpuFlags` as a number."""
         library = self._library
         return (library.VIR_DOMAIN_VCPU_MAXIMUM if maximum else 0) | (
             library.VIR_DOMAIN_VCPU_HOTPLUGGABLE if hotpluggable else 0
         )
 
     async def run_state(self) -> str:
-        """As QEMU names it: "running", "paused", "shutdown" …"""
+        """The state under QEMU's name: "running", "paused", "shutdown" …"""
         number, _ = await self.connection.query("virDomainGetState", lambda: self.domain.state())
         return _RUN_STATES[number] if 0 <= number < len(_RUN_STATES) else "running"
 
     def is_held_now(self) -> bool:
-        """Whether a job holds the domain (`virDomainGetControlInfo`): what changes something waits for its end.
-        False where a driver does not tell. Blocks.
+        """Whether a job of any client holds the domain (`virDomainGetControlInfo`); a change waits
+        for its end.
+
+        Returns False if the driver does not support the call. Blocks.
         """
         with suppress(self._library.libvirtError):
             return bool(self.domain.controlInfo()[0] != self._library.VIR_DOMAIN_CONTROL_OK)
         return False
 
     def set_vcpu(self, ids: Iterable[int], enable: bool, flags: int) -> Callable[[], object]:
-        """`virDomainSetVcpu`, to be called in a thread."""
+        """`virDomainSetVcpu`, as a function to be called in a thread."""
         cpus = format_ids(ids)
         return lambda: self.domain.setVcpu(cpus, int(enable), flags)
 
     def set_vcpus(self, count: int, flags: int) -> Callable[[], object]:
-        """`virDomainSetVcpusFlags`, to be called in a thread."""
+        """`virDomainSetVcpusFlags`, as a function to be called in a thread."""
         return lambda: self.domain.setVcpusFlags(count, flags)
 
     def pin_vcpu(self, vcpu_id: int, cpus: Iterable[int] | None, flags: int) -> Callable[[], object]:
-        """`virDomainPinVcpuFlags`, to be called in a thread; None: every host CPU."""
+        """`virDomainPinVcpuFlags`, as a function to be called in a thread. None stands for every
+        host CPU.
+        """
 
         def work() -> object:
             count: int = self.connection.conn_here().getCPUMap(0)[0]
@@ -496,35 +522,38 @@ class LibvirtGuest:
         return work
 
     async def host_cpus(self) -> int:
-        """How many CPUs its host has."""
+        """The number of CPUs of its host."""
         count: int = (await self.connection.query("virNodeGetCPUMap", lambda: self.connection.conn.getCPUMap(0)))[
             0
         ]
         return count
 
     async def guest_vcpus(self) -> Mapping[str, Any]:
-        """`virDomainGetGuestVcpus`: cpusets by the words `vcpus`, `online`, `offlinable`."""
+        """`virDomainGetGuestVcpus`: CPU lists under the keys `vcpus`, `online`, `offlinable`."""
         name = "virDomainGetGuestVcpus"
 
         def work() -> Mapping[str, Any]:
             reply: Any = self.domain.guestVcpus()
             if reply is None:
-                # libvirt-python 9.0 raises nothing; the exception finds the error by itself.
+                # libvirt-python 9.0 does not raise it. The exception reads the error from libvirt
+                # itself.
                 raise self._library.libvirtError(f"{name}() failed")
             return dict(reply)
 
         return await self.connection.ask_agent(name, work)
 
     async def set_guest_vcpus(self, cpus: Iterable[int], online: bool) -> None:
-        """`virDomainSetGuestVcpus`, by the guest's own numbers."""
+        """`virDomainSetGuestVcpus`, with the guest's own CPU numbers."""
         words = format_ids(cpus)
         await self.connection.ask_agent(
             "virDomainSetGuestVcpus", lambda: self.domain.setGuestVcpus(words, int(online)), CALL_SECONDS
         )
 
     async def without_threads(self, ids: Iterable[int]) -> frozenset[int]:
-        """Which of these vCPUs, that libvirt takes for plugged, have no thread any more. Of a thread that is gone
-        virDomainGetVcpus fails, and virConnectGetAllDomainStats has no times (9.0).
+        """Which of these vCPUs, plugged according to libvirt, have no thread any more.
+
+        If a thread has ended, virDomainGetVcpus fails, and virConnectGetAllDomainStats has no times
+        for that vCPU (9.0).
         """
 
         def work() -> frozenset[int]:
@@ -534,7 +563,7 @@ class LibvirtGuest:
             except self._library.libvirtError as error:
                 if error.get_error_code() != self._library.VIR_ERR_SYSTEM_ERROR or error.get_int1() != errno.ESRCH:
                     raise
-            # Another call, ours or not, may hold the domain for long.
+            # Do not wait: another call, perhaps of another client, may hold the domain for long.
             nowait = self._library.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
             rows = self.connection.conn.domainListGetStats(
                 [self.domain], self._library.VIR_DOMAIN_STATS_VCPU, nowait
@@ -546,14 +575,16 @@ class LibvirtGuest:
         return await self.connection.query("virDomainGetVcpus", work)
 
     def monitor_command_now(self, line: str) -> str:
-        """`virDomainQemuMonitorCommand`: a QMP command, and QEMU's reply, both as JSON. Blocks."""
+        """`virDomainQemuMonitorCommand`: send a QMP command, and return QEMU's reply, both as JSON.
+        Blocks.
+        """
         reply: str = self.call(
             _MONITOR_COMMAND, lambda: libvirt_qemu_module().qemuMonitorCommand(self.domain, line, 0)
         )
         return reply
 
     def begin_monitor_command(self, line: str) -> asyncio.Future[str]:
-        """The same in a thread, in the order of the calls."""
+        """`monitor_command_now` in a thread, in the order of the calls."""
         seconds = self.connection.query_timeout
         return self.connection.begin_change(
             _MONITOR_COMMAND,
@@ -562,7 +593,9 @@ class LibvirtGuest:
         )
 
     async def agent_command(self, line: str, seconds: int) -> str:
-        """`virDomainQemuAgentCommand`, likewise."""
+        """`virDomainQemuAgentCommand`: send a command to the agent, and return its reply, both as
+        JSON.
+        """
         reply: str = await self.connection.ask_agent(
             "virDomainQemuAgentCommand",
             lambda: libvirt_qemu_module().qemuAgentCommand(self.domain, line, seconds, 0),
@@ -576,9 +609,17 @@ class LibvirtGuest:
         told: Callable[[str, str], None],
         monitor: Callable[[str, float, str], None] | None = None,
     ) -> Callable[[], None]:
-        """Call `told` in the loop when something happens to it: "stopped", "agent", "removed", "removal-failed" or
-        "changed", and a device's name where it is about one; and `monitor` with each QMP event's name, time
-        (seconds since the epoch) and data (JSON). What is returned ends it. Blocks, for two calls.
+        """Call `told` and `monitor` in the loop when something happens to the domain. Blocks for
+        some calls.
+
+        The returned function cancels the subscriptions.
+
+        Args:
+            loop: the loop of the callbacks.
+            told: called with "stopped", "agent", "removed", "removal-failed" or "changed", and with
+                the name of a device if the event is about one.
+            monitor: called with the name, time (seconds since the epoch) and data (JSON) of each
+                QMP event.
         """
         library, conn = self._library, self.connection.conn
         subscribed: list[Callable[[], object]] = []
@@ -588,7 +629,7 @@ class LibvirtGuest:
                 with suppress(library.libvirtError):
                     subscribed.pop()()
 
-        # Whoever subscribes may be cancelled in the middle; and what is subscribed to holds the connection.
+        # The caller may be cancelled half-way, and each subscription keeps the connection alive.
         self.connection.at_close.append(end)
 
         def tell(act: Callable[..., None], *words: object) -> None:
@@ -623,7 +664,7 @@ class LibvirtGuest:
                 tell(told, *words(*given))
 
             subscribe = partial(conn.domainEventRegisterAny, self.domain, kind, happened, None)
-            with suppress(CommandError):  # a driver has not all of them
+            with suppress(CommandError):  # not every driver has all of these events
                 number = self.call("virConnectDomainEventRegisterAny", subscribe)
                 subscribed.append(partial(conn.domainEventDeregisterAny, number))
         return end
@@ -639,20 +680,22 @@ def _split(uri: str) -> SplitResult:
 
 
 async def _within(result: Awaitable[T], seconds: float) -> T:
-    """Its result, or TimeoutError; a call that is under way cannot be ended, and its end is not waited for."""
+    """Await the result, or raise TimeoutError. A call in flight cannot be cancelled; its end is not
+    awaited.
+    """
     async with asyncio.timeout(seconds):
         return await result
 
 
 @asynccontextmanager
 async def open_connection(uri: str) -> AsyncIterator[Connection]:
-    """Connect to libvirt, and close at the end.
+    """Connect to libvirt, and close the connection at the end.
 
     Args:
-        uri: of libvirt's: `qemu:///system`, `qemu+ssh://host/system`, `test:///default` …
+        uri: a URI of libvirt: `qemu:///system`, `qemu+ssh://host/system`, `test:///default` …
 
     Raises:
-        VcpuConnectionError: it cannot be reached.
+        VcpuConnectionError: libvirt cannot be reached.
         VcpuRefused: libvirt-python is not installed.
     """
     connection = Connection(uri)

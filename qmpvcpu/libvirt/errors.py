@@ -1,7 +1,7 @@
-"""libvirt's errors as ours: the code's name and the text are kept.
+"""Translate libvirt's errors to ours. The name of the error code and the text are kept.
 
-A lost connection is a `VcpuConnectionError`; everything else is what libvirt answers to one call, a `CommandError`
-whose class is the code's name.
+A lost connection becomes a `VcpuConnectionError`. Any other error of a call becomes a
+`CommandError` whose class is the name of the code.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from qmpvcpu.ports import CommandError
 if TYPE_CHECKING:
     import libvirt
 
-#: virErrorLevel shares numbers, and the prefix, with virErrorNumber.
+#: virErrorLevel has the same prefix as virErrorNumber, and some of the same numbers.
 _LEVELS: Final = frozenset({"VIR_ERR_NONE", "VIR_ERR_WARNING", "VIR_ERR_ERROR"})
 _CONNECTION: Final = frozenset(
     {
@@ -34,7 +34,7 @@ _CONNECTION: Final = frozenset(
         "VIR_ERR_SYSTEM_ERROR",
     }
 )
-#: These are the guest's agent's, and say nothing against the connection to libvirt.
+#: Errors of the guest's agent: the connection to libvirt still works.
 _AGENT: Final = frozenset(
     {"VIR_ERR_AGENT_UNRESPONSIVE", "VIR_ERR_AGENT_UNSYNCED", "VIR_ERR_AGENT_COMMAND_TIMEOUT"}
 )
@@ -50,17 +50,17 @@ def _names() -> dict[int, str]:
 
 
 def name_of(code: int | None) -> str:
-    """The `virErrorNumber` of a code, as a word."""
+    """The name of an error code in `virErrorNumber`."""
     return _names().get(code or 0, "VIR_ERR_INTERNAL_ERROR")
 
 
 def text_of(error: libvirt.libvirtError) -> str:
-    """libvirt's message, without more."""
+    """libvirt's message alone."""
     return str(error.get_error_message() or error)
 
 
 def connection_error(error: libvirt.libvirtError, uri: str) -> VcpuConnectionError:
-    """Of an attempt to connect."""
+    """The error for an attempt to connect that failed."""
     name, text = name_of(error.get_error_code()), text_of(error)
     missing = "No such file or directory" in text or "Connection refused" in text
     return VcpuConnectionError(
@@ -75,7 +75,7 @@ def connection_error(error: libvirt.libvirtError, uri: str) -> VcpuConnectionErr
 
 
 def lost(uri: str, why: str, libvirt: str | None = None) -> VcpuConnectionError:
-    """Of a connection that was there."""
+    """The error for a connection that worked before."""
     return VcpuConnectionError(
         f"the connection to libvirt at '{uri}' is lost: {why}",
         address=uri,
@@ -88,13 +88,13 @@ def lost(uri: str, why: str, libvirt: str | None = None) -> VcpuConnectionError:
 def translated(
     error: libvirt.libvirtError, call: str, uri: str, *, alive: bool
 ) -> CommandError | VcpuConnectionError:
-    """Of one call.
+    """The error for one call.
 
     Args:
-        error: as it was raised; whoever raises what this returns does so from it.
+        error: the exception of libvirt-python. The caller raises the returned error from it.
         call: libvirt's name of the function.
-        uri: of the connection.
-        alive: whether the connection is there still.
+        uri: the URI of the connection.
+        alive: whether the connection still works.
     """
     name, text = name_of(error.get_error_code()), text_of(error)
     if name in _AGENT:

@@ -1,4 +1,6 @@
-"""libvirt-python, loaded when a libvirt domain is named: not everybody has it, and it takes a while."""
+"""Load libvirt-python only when a libvirt domain is named: it may not be installed, and it takes
+long to load.
+"""
 
 from __future__ import annotations
 
@@ -21,5 +23,5 @@ def libvirt_module() -> Any:
 
 
 def libvirt_qemu_module() -> Any:
-    """The module `libvirt_qemu`, QEMU's monitor and agent behind libvirt."""
+    """The module `libvirt_qemu`: QEMU's monitor and the guest's agent by libvirt."""
     return import_module("libvirt_qemu")

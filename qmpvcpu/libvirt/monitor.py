@@ -1,4 +1,4 @@
-"""libvirt's API in the place of a monitor and of the guest's agent (`--via api`)."""
+"""libvirt's API in place of a monitor and of the guest's agent (`--via api`)."""
 
 from __future__ import annotations
 
@@ -17,25 +17,30 @@ from qmpvcpu.ports import CommandError, MonitorEvent
 
 logger = logging.getLogger("qmpvcpu.libvirt.monitor")
 
-#: After so long libvirt has asked QEMU for the unplug, and waits for the guest, seconds: what stands against it
-#: shows at once. It gives the guest 5 s, on pseries 10 (qemu_hotplug.c), and does not look again by itself.
+#: Seconds after which libvirt must have sent the unplug to QEMU, and waits for the guest; an error
+#: comes earlier. libvirt waits 5 s for the guest, and 10 s on pseries (qemu_hotplug.c). It does not
+#: check once more by itself.
 _ASKED_SECONDS: Final = 0.5
-#: libvirt 9.0 fails without an error where the guest has rejected the unplug (qemuDomainHotplugDelVcpu).
+#: libvirt 9.0 fails without an error code if the guest has rejected the unplug
+#: (qemuDomainHotplugDelVcpu).
 _NO_ERROR: Final = "VIR_ERR_OK"
-#: Another call holds the domain: nothing was asked.
+#: In the text of the error if another call holds the domain, so that libvirt has sent nothing to
+#: QEMU.
 _LOCKED: Final = "state change lock"
 
 
 def failed(error: CommandError) -> asyncio.Future[object]:
-    """An answer that is there already."""
+    """A future that already has this error."""
     result: asyncio.Future[object] = asyncio.get_running_loop().create_future()
     result.set_exception(error)
     return result
 
 
 class _Unplug:
-    """One `virDomainSetVcpu` that unplugs an entity. `answer` is that of `device_del`: libvirt has asked for it.
-    How that ends is an event.
+    """One `virDomainSetVcpu` that unplugs an entity.
+
+    `answer` stands for the answer to `device_del`: libvirt has sent it to QEMU. The result of the
+    unplug is an event.
     """
 
     def __init__(self, monitor: ApiMonitor, first: int) -> None:
@@ -43,7 +48,7 @@ class _Unplug:
         self._monitor = monitor
         self._loop = asyncio.get_running_loop()
         self.answer: asyncio.Future[object] = self._loop.create_future()
-        #: Whether another client held the domain when libvirt was told; None before that.
+        #: Whether another client held the domain when libvirt was called; None before the call.
         self._was_held: bool | None = None
         self._timer: asyncio.TimerHandle | None = None
         guest = monitor.guest
@@ -52,8 +57,10 @@ class _Unplug:
         self._asking.add_done_callback(self._finish)
 
     def drop(self) -> bool:
-        """Do not ask for it; whether it was not asked. Once libvirt waits for another client's job it cannot be
-        taken back, and will be asked, unless libvirt gives up first.
+        """Cancel the unplug if it was not sent. Returns whether it was cancelled.
+
+        Once libvirt waits for another client's job, the call cannot be cancelled: libvirt sends the
+        unplug later, unless it gives up before.
         """
         if self._monitor.guest.connection.drop(self._asking):
             return True
@@ -62,7 +69,7 @@ class _Unplug:
         return False
 
     def stop(self) -> None:
-        """Look at it no more."""
+        """Stop the timer."""
         if self._timer is not None:
             self._timer.cancel()
 
@@ -75,11 +82,11 @@ class _Unplug:
 
     def _asked_by_now(self) -> None:
         if self._was_held is None:
-            # Its thread still connects.
+            # The worker's thread is still connecting.
             self._wait()
         elif not self._was_held:
             self._answer()
-        # Else libvirt waits for another client's job first; when that ends nobody tells.
+        # Otherwise libvirt waits for another client's job, and nothing reports the end of that.
 
     def _answer(self) -> None:
         if not self.answer.done():
@@ -95,7 +102,7 @@ class _Unplug:
         if error is None:
             self._end("DEVICE_DELETED")
         elif isinstance(error, CommandError) and _has_given_up(error):
-            # libvirt has waited as long as it does. Its XML follows if an event comes, and else never.
+            # libvirt waited for its full time. It updates its XML only if an event still comes.
             logger.debug("vCPU %s: %s", self.first, error.text)
             self._answer()
         elif isinstance(error, CommandError) and (error.error_class == _NO_ERROR or "rejected" in error.text):
@@ -103,7 +110,7 @@ class _Unplug:
         elif not self.answer.done():
             self.answer.set_exception(error)
         elif isinstance(error, CommandError):
-            # It was taken for asked, and that is over.
+            # We had reported it as sent before this error came, so the result is an event.
             self._end("DEVICE_UNPLUG_GUEST_ERROR", error.text)
 
     def _end(self, event: str, text: str | None = None) -> None:
@@ -116,35 +123,35 @@ def _has_given_up(error: CommandError) -> bool:
 
 
 class ApiMonitor(Behind):
-    """libvirt's API in the place of a monitor: `device_add` and `device_del` are `virDomainSetVcpu`."""
+    """libvirt's API in place of a monitor: `device_add` and `device_del` become `virDomainSetVcpu`."""
 
     def __init__(self, guest: LibvirtGuest) -> None:
         super().__init__(guest)
-        #: By first vCPU id, the ids of each entity.
+        #: The vCPU ids of each entity, by entity id.
         self.entities: dict[int, tuple[int, ...]] = {}
-        #: vCPU ids that libvirt takes for plugged, and that are gone.
+        #: Ids of vCPUs that were removed and that libvirt still has as plugged.
         self.unseen: frozenset[int] = frozenset()
-        #: Some of which may be.
+        #: Entity ids that share an order in libvirt's XML: one of each group was removed.
         self.doubtful: tuple[int, ...] = ()
         self._plugs: set[asyncio.Future[object]] = set()
-        #: By first vCPU id, what libvirt has not been asked for yet: it takes one at a time.
+        #: By entity id, the plugs that libvirt has not received yet: it takes one call at a time.
         self._queued_plugs: dict[int, asyncio.Future[object]] = {}
-        #: Those that have not ended.
+        #: The unplugs that have not finished.
         self._unplugs: set[_Unplug] = set()
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Listen to libvirt. Blocks."""
+        """Subscribe to libvirt's events. Blocks."""
         self._end_watch = self.guest.watch(loop, self._told)
 
     def _told(self, word: str, device: str) -> None:
         super()._told(word, device)
         event = "DEVICE_UNPLUG_GUEST_ERROR" if word == "removal-failed" else "DEVICE_DELETED"
-        # Of no device of ours: whoever listens looks again.
+        # If it is not about a device of ours, listeners read the state and compare.
         about = {"device": device} if device else {"path": ""}
         self.give(MonitorEvent(event, about, time.time()))
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
-        """Of QMP there is nothing here."""
+        """Fail: libvirt's API has no QMP commands."""
         return failed(CommandError(command, "CommandNotFound", "libvirt's API has nothing of this kind"))
 
     def query_status(self) -> asyncio.Future[object]:
@@ -155,7 +162,7 @@ class ApiMonitor(Behind):
         return {"status": await self.guest.run_state()}
 
     def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> asyncio.Future[object]:
-        """`virDomainSetVcpu` of one entity; `device_id` is libvirt's own, `vcpuN`."""
+        """`virDomainSetVcpu` for one entity; `device_id` is libvirt's own, `vcpuN`."""
         first = int(device_id.removeprefix("vcpu").partition("-")[0])
         if first in self.unseen:
             text = f"vCPU {first} is gone, and libvirt takes it for plugged: --via monitor plugs it"
@@ -172,22 +179,26 @@ class ApiMonitor(Behind):
         return result
 
     async def plugs_done(self) -> None:
-        """Wait until libvirt has answered every plug: a query is about what was asked before it, as QEMU's are."""
+        """Wait until libvirt has answered every plug. A query then includes them, as one to QEMU
+        does.
+        """
         if self._plugs:
             await asyncio.wait(tuple(self._plugs))
 
     def device_del(self, device: str) -> asyncio.Future[object]:
-        """`virDomainSetVcpu` of one entity. It answers once libvirt has asked; the end is an event."""
+        """`virDomainSetVcpu` for one entity. The answer comes once libvirt has sent it; the result
+        is an event.
+        """
         unplug = _Unplug(self, int(device.rpartition("/")[2].removeprefix("vcpu")))
         self._unplugs.add(unplug)
         return unplug.answer
 
     def forget(self, unplug: _Unplug) -> None:
-        """It has ended."""
+        """Remove an unplug that has finished."""
         self._unplugs.discard(unplug)
 
     def drop_queued(self, *, plugs: bool = True) -> frozenset[str]:
-        """Do not ask for what libvirt has not been asked for yet."""
+        """Cancel the changes that libvirt has not received yet. Returns their device ids."""
         found = {unplug.first for unplug in tuple(self._unplugs) if unplug.drop()}
         if plugs:
             drop = self.guest.connection.drop
@@ -196,14 +207,16 @@ class ApiMonitor(Behind):
         return frozenset(f"vcpu{first}" for first in found)
 
     async def close(self) -> None:
-        """End listening. Never raises; may be called twice."""
+        """Cancel the subscriptions. Never raises; may be called twice."""
         for unplug in self._unplugs:
             unplug.stop()
         await super().close()
 
 
 class ApiAgent:
-    """The guest's agent by libvirt's API (`ports.Agent`). It reads no files: libvirt has no call for that."""
+    """The guest's agent by libvirt's API (`ports.Agent`). It cannot read files: libvirt has no call
+    for that.
+    """
 
     reads_files = False
 
@@ -216,14 +229,14 @@ class ApiAgent:
         return self._guest.connection.uri
 
     def limit(self, seconds: float) -> AbstractContextManager[None]:
-        """libvirt has deadlines of its own, and each question is one call."""
+        """Do nothing: libvirt has deadlines of its own, and each request is one call."""
         return nullcontext()
 
     async def open(self) -> None:
-        """libvirt is connected."""
+        """Do nothing: libvirt is already connected."""
 
     async def get_vcpus(self) -> object:
-        """`virDomainGetGuestVcpus`, in the words of `guest-get-vcpus`."""
+        """`virDomainGetGuestVcpus`, converted to the reply of `guest-get-vcpus`."""
         reply = await self._guest.guest_vcpus()
         sets = {key: _cpus(reply.get(key)) for key in ("vcpus", "online", "offlinable")}
         return [
@@ -240,11 +253,11 @@ class ApiAgent:
         return len(wanted)
 
     async def read_files(self, limits: Mapping[str, int]) -> list[bytes | None]:
-        """None of them."""
+        """Return None for each file: libvirt cannot read them."""
         return [None] * len(limits)
 
     async def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: there is no connection of its own."""
 
 
 def _cpus(text: object) -> frozenset[int]:

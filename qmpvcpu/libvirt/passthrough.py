@@ -1,4 +1,4 @@
-"""What stands for a QEMU monitor behind libvirt: QMP itself, passed on (`--via monitor`)."""
+"""A QEMU monitor behind libvirt, which passes QMP on (`--via monitor`)."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
 
 
 class Behind(Monitor):
-    """What both ways have: who listens, and a guest that stops, or whose libvirt is lost."""
+    """The common part of both ways: the listeners, and the error if the guest stops or libvirt is
+    lost.
+    """
 
-    #: libvirt passes events on in its own time, and of unplugs by its other clients none.
+    #: libvirt delays events, and does not report unplugs by its other clients.
     hears_all = False
-    #: Nobody that the kernel tells.
+    #: The kernel does not report the process at the other end.
     peer = Peer()
-    #: libvirt hands on none.
+    #: libvirt passes no descriptors on.
     takes_descriptors = False
 
     def __init__(self, guest: LibvirtGuest) -> None:
@@ -37,30 +39,32 @@ class Behind(Monitor):
 
     @property
     def is_local(self) -> bool:
-        """Whether QEMU's threads are for us to place."""
+        """Whether we can place QEMU's threads."""
         return False
 
     @property
     def run_id(self) -> object:
-        """libvirt counts its domains' runs."""
+        """An identifier of this run of the domain, as libvirt counts them."""
         return self.guest.run_id
 
     @property
     def greeting(self) -> Mapping[str, Any]:
-        """As QEMU would greet; empty where nothing of it is known."""
+        """QEMU's greeting; empty if nothing is known."""
         return {}
 
     def add_fd(self, fd: int) -> asyncio.Future[object]:
-        """Never: see `takes_descriptors`."""
+        """Always fails: see `takes_descriptors`."""
         return self.execute("add-fd")
 
     def getfd(self, name: str, fd: int) -> asyncio.Future[object]:
-        """Never: see `takes_descriptors`."""
+        """Always fails: see `takes_descriptors`."""
         return self.execute("getfd")
 
     @contextmanager
     def listen(self, sink: Sink) -> Iterator[None]:
-        """Give every event, and at the end a lost connection, to `sink` until the context is left."""
+        """Pass every event to `sink` until the context is left, and also the error if the
+        connection is lost.
+        """
         self._sinks.append(sink)
         try:
             if self._lost is not None:
@@ -70,7 +74,7 @@ class Behind(Monitor):
             self._sinks.remove(sink)
 
     def give(self, event: MonitorEvent | VcpuConnectionError) -> None:
-        """To whoever listens."""
+        """Pass an event or an error to every listener."""
         for sink in tuple(self._sinks):
             sink(event)
 
@@ -80,25 +84,27 @@ class Behind(Monitor):
             self.give(error)
 
     def check(self) -> None:
-        """Raises VcpuConnectionError if the guest has stopped, or its libvirt is lost."""
+        """Check the connection. Raises VcpuConnectionError if the guest has stopped, or if libvirt
+        is lost.
+        """
         if self._lost is not None:
             raise self._lost
 
     def stopped(self) -> VcpuConnectionError:
-        """The guest has stopped."""
+        """Record that the guest has stopped, and return the error for that."""
         self._told("stopped", "")
         assert self._lost is not None
         return self._lost
 
     def _told(self, word: str, device: str) -> None:
-        """libvirt says that something has happened to the guest."""
+        """Handle an event of libvirt about the guest."""
         if word == "stopped":
             text = f"the domain '{self.guest.name}' has stopped"
             hint = "start it, and try again (reconnect())"
             self._lose(VcpuConnectionError(text, address=self.address, reason="closed", hint=hint))
 
     async def close(self) -> None:
-        """End listening. Never raises; may be called twice."""
+        """Cancel the subscriptions. Never raises; may be called twice."""
         self._end_loss()
         end, self._end_watch = self._end_watch, lambda: None
         await self.guest.connection.quietly(end)
@@ -119,11 +125,11 @@ class PassedMonitor(Behind):
 
     @property
     def greeting(self) -> Mapping[str, Any]:
-        """As QEMU would greet."""
+        """The greeting that QEMU would send."""
         return self._greeting
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
-        """Listen to QEMU's events, and ask its version. Blocks."""
+        """Subscribe to QEMU's events, and query its version. Blocks."""
         self._end_watch = self.guest.watch(loop, self._told, self._event)
         reply = json.loads(self.guest.monitor_command_now('{"execute": "query-version"}'))
         found = reply.get("return") if isinstance(reply, dict) else None
@@ -139,7 +145,7 @@ class PassedMonitor(Behind):
         self.give(MonitorEvent(name, found if isinstance(found, dict) else {}, when))
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
-        """Any QMP command; sent in the order of the calls."""
+        """Send any QMP command. Commands are sent in the order of the calls."""
         message: dict[str, Any] = {"execute": command}
         if arguments is not None:
             message["arguments"] = dict(arguments)

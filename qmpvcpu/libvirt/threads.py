@@ -1,6 +1,7 @@
-"""libvirt-python's calls block: they run in threads of ours. One more runs libvirt's event loop.
+"""Threads for the calls of libvirt-python, which block, and one thread for libvirt's event loop.
 
-Not `libvirtaio`: that is registered once for a process, with one asyncio loop, and a process may have many.
+`libvirtaio` is not used: it is registered once for a process, with one asyncio loop, and a process
+may have many loops.
 """
 
 from __future__ import annotations
@@ -22,15 +23,17 @@ _running: list[threading.Thread] = []
 
 
 def start_events() -> None:
-    """Run libvirt's event loop, once for this process; before the first connection is made."""
+    """Run libvirt's event loop, once for this process. It must run before the first connection is
+    made.
+    """
     libvirt = libvirt_module()
     with _lock:
         if _running:
             return
         libvirt.virEventRegisterDefaultImpl()
-        # Errors are raised; libvirt would print them too.
+        # libvirt-python raises errors; without this handler, libvirt would also print them.
         libvirt.registerErrorHandler(lambda context, error: None, None)
-        # A daemon thread: it holds nothing, and must not keep the process.
+        # It is a daemon thread: it has nothing to clean up, and must not keep the process alive.
         run = partial(_run_events, libvirt)
         _running.append(threading.Thread(target=run, name="qmpvcpu libvirt events", daemon=True))
         _running[0].start()
@@ -42,18 +45,18 @@ def _run_events(libvirt: Any) -> None:
 
 
 class _Call(Generic[T]):
-    """One call, and `result`, its future in the loop of whoever asks for it."""
+    """One call, and `result`, its future in the loop of the caller."""
 
     def __init__(self, function: Callable[[], T], begun: Callable[[], None]) -> None:
         self._function = function
         self._begun = begun
         self._loop = asyncio.get_running_loop()
         self.result: asyncio.Future[T] = self._loop.create_future()
-        # One that nobody awaits any more has nothing to say.
+        # Mark the exception as retrieved, in case nobody awaits the future any more.
         self.result.add_done_callback(lambda done: done.cancelled() or done.exception())
 
     def make(self) -> Callable[[], None]:
-        """Make it, in the worker's thread; what is returned delivers what came of it."""
+        """Make the call in the worker's thread. The returned function delivers the result."""
         self._deliver(self._begun)
         try:
             settle = partial(self._settle, self.result.set_result, self._function())
@@ -71,15 +74,19 @@ class _Call(Generic[T]):
 
 
 class Worker:
-    """One thread that makes calls in the order in which they are given; a daemon, since a call may never end."""
+    """One thread that makes calls in the order in which they come. It is a daemon thread, since a
+    call may never return.
+    """
 
     def __init__(self, name: str) -> None:
         self._calls: SimpleQueue[_Call[Any] | None] = SimpleQueue()
-        #: What waits for its turn; guarded by the lock, so that whoever takes it away knows that it did not begin.
+        #: The futures of calls that have not begun. The lock guards the set, so that removing a
+        #: future from it ensures that its call does not begin.
         self._waiting: set[asyncio.Future[Any]] = set()
         self._lock = threading.Lock()
         self._running: asyncio.Future[Any] | None = None
-        #: Why nothing gets a turn: a call that was given up has not come back, or this has ended.
+        #: The error for new calls: `_stuck` while a call that was given up has not returned, and
+        #: `_ended` after the end.
         self._stuck: Callable[[], Exception] | None = None
         self._ended: Callable[[], Exception] | None = None
         self._thread = threading.Thread(target=self._run, name=f"qmpvcpu libvirt {name}", daemon=True)
@@ -87,11 +94,13 @@ class Worker:
 
     @property
     def is_here(self) -> bool:
-        """Whether it is its thread that asks."""
+        """Whether the caller runs in this thread."""
         return threading.current_thread() is self._thread
 
     def call(self, function: Callable[[], T], begun: Callable[[], None] = lambda: None) -> asyncio.Future[T]:
-        """Call it; what it returns or raises. One whose future is done before its turn is not called.
+        """Call the function in the thread. Returns a future for its result or exception.
+
+        The function is not called if the future is done before its turn.
 
         Args:
             function: called in the thread.
@@ -109,12 +118,14 @@ class Worker:
         return call.result
 
     def drop(self, result: asyncio.Future[Any]) -> bool:
-        """Cancel a call; whether it had not begun, and will not."""
+        """Cancel a call that has not begun. Returns whether it was cancelled."""
         return self._take_away(result) and result.cancel()
 
     def give_up(self, result: asyncio.Future[Any], error: Callable[[], Exception]) -> None:
-        """A call has taken too long. If it is under way, everything else fails at once until it comes back; if it
-        still waits for its turn, it is not made.
+        """Give up a call that takes too long.
+
+        If it is in flight, all other calls fail at once until it returns. If it has not begun, it
+        is not made.
         """
         with self._lock:
             if self._running is not result:
@@ -126,7 +137,7 @@ class Worker:
     def finish(
         self, ended: Callable[[], Exception], last: Callable[[], None] = lambda: None
     ) -> asyncio.Future[None]:
-        """Call `last`, after what it does now, and end; what waits fails, and so does every later call."""
+        """Call `last` after the call in flight, and end. Waiting calls and all later calls fail."""
         self._fail_waiting(ended)
         self._stuck = None
         done = self.call(last)
