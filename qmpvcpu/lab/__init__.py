@@ -1,1 +1,3 @@
-"""What testers need: guests, QEMUs and a libvirtd of our own, the comparison with libvirt, the demonstration."""
+"""Tools for testers: guests, QEMUs and a libvirtd of our own, the comparison with libvirt, and the
+demonstration.
+"""

@@ -1,6 +1,8 @@
-"""`compare`: one request on a guest of ours and on the same guest under libvirt, side by side.
+"""`compare`: run one request on a guest of ours and on the same guest under libvirt, and compare
+the results.
 
-libvirt is a throwaway daemon of our own, asked by its API as virsh does; what it sends to QEMU is in its log.
+libvirt is a throwaway daemon of our own. It is called by its API, like virsh calls it. Its log
+shows what it sends to QEMU.
 """
 
 from __future__ import annotations
@@ -36,18 +38,27 @@ from qmpvcpu.xml.boot_devices import read_hardware
 from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.vcpus import vcpus_lines, write_vcpus
 
-#: Seconds for libvirt to start a guest: it asks a QEMU that it does not know first.
+#: Seconds for libvirt to start a guest: if it does not know the QEMU, it queries its capabilities
+#: first.
 _START_SECONDS: Final = 60.0
 _AGENT: Final = "agent"
 
 
 @dataclass(frozen=True, slots=True)
 class SideOutcome:
-    """How one request ended on one side.
+    """The result of one request on one side.
 
-    `error` is a libvirt error's name, None where there was none; `seconds` the call's duration, `commands` the QMP
-    commands it sent. `live` and `config` are `<vcpus>` then, in libvirt's dialect and line by line, of the running
-    guest and of its definition; None where there is none.
+    Attributes:
+        outcome: our outcome; for libvirt "applied", "failed", or "none" if it has no such call.
+        error: the name of a libvirt error; None without an error.
+        message: the text of the error, or other messages.
+        seconds: the duration of the call.
+        commands: the QMP commands that it sent.
+        live: the running guest's `<vcpu>` and `<vcpus>` afterwards, as lines in libvirt's dialect;
+            None if it does not run.
+        config: the same of its definition; None if there is none.
+        live_ids: ids of the enabled vCPUs in `live`.
+        config_ids: ids of the enabled vCPUs in `config`.
     """
 
     outcome: str
@@ -77,19 +88,19 @@ class SideOutcome:
 
 @dataclass(frozen=True, slots=True)
 class Comparison:
-    """Both sides; `differs` names what is not the same: "outcome" (where neither has an error), "error", "live",
-    "config".
-    """
+    """The results of one request on both sides."""
 
     ours: SideOutcome
     libvirt: SideOutcome
 
     @property
     def differs(self) -> tuple[str, ...]:
-        """What is not the same."""
+        """The names of the parts that differ: "outcome" (only without an error), "error", "live",
+        "config".
+        """
         live, theirs = self.ours.live, self.libvirt.live
         if live is not None and theirs is not None and not any("order=" in row for row in theirs):
-            # libvirt asks for the order with the first plug, and has none before it.
+            # libvirt queries the order with the first plug, and does not know it before.
             live = tuple(re.sub(r" order='\d+'", "", row) for row in live)
         ends = (self.ours.outcome, self.libvirt.outcome)
         if self.ours.error is not None or self.libvirt.error is not None:
@@ -122,7 +133,7 @@ def _shown(xml: bytes | None) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:
 
 
 class OurSide:
-    """A guest of ours; `beside` is a second QMP socket of it, if it runs."""
+    """A guest of ours; if it runs, `beside` is the path of a second QMP socket of it."""
 
     def __init__(self, domain: Domain, log: Path, beside: str | None = None) -> None:
         self.domain = domain
@@ -130,7 +141,7 @@ class OurSide:
         self._log = log
 
     async def ask(self, request: Request) -> SideOutcome:
-        """Carry it out."""
+        """Run a request."""
         mark = self._log.stat().st_size if self._log.exists() else 0
         error: VcpuError | None = None
         outcome = ""
@@ -180,15 +191,15 @@ def _bare(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 @asynccontextmanager
 async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> AsyncIterator[OurSide]:
-    """A guest of ours with this XML; at the end it is gone.
+    """Make a guest with this XML; at the end it is removed.
 
     Args:
-        xml: of the domain.
+        xml: the domain's XML.
         start: whether it is started.
-        log: whether what is sent to QEMU is kept.
+        log: whether the messages to QEMU are recorded.
 
     Raises:
-        VcpuRefused: no such guest can be.
+        VcpuRefused: such a guest cannot be started.
         VcpuFailed, VcpuConnectionError: its QEMU does not start.
     """
     document, definition = read_domain(xml)
@@ -219,7 +230,7 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
 
 
 class LibvirtSide:
-    """The same guest under libvirt, which is asked as virsh asks it."""
+    """The same guest under libvirt, which is called like virsh calls it."""
 
     def __init__(self, daemon: Libvirtd | None, connection: Connection, guest: LibvirtGuest) -> None:
         self._daemon = daemon
@@ -234,13 +245,13 @@ class LibvirtSide:
         """Define a domain and start it; at the end it is destroyed and undefined.
 
         Args:
-            daemon: of `run_libvirtd`.
-            xml: of the domain.
+            daemon: a daemon of `run_libvirtd`.
+            xml: the domain's XML.
             start: whether it is started.
-            log: whether the daemon logs what it sends to QEMU.
+            log: whether the QMP commands are read from the daemon's log.
 
         Raises:
-            VcpuRefused: libvirt declines it.
+            VcpuRefused: libvirt does not accept or start it.
         """
         async with open_connection(daemon.uri) as connection:
             conn, library = connection.conn, connection.library
@@ -274,7 +285,7 @@ class LibvirtSide:
                     await connection.change("virDomainDestroy", end)
 
     async def ask(self, request: Request) -> SideOutcome:
-        """libvirt's own call for it."""
+        """Run a request with libvirt's own call."""
         call = self.call_of(request)
         mark = self._daemon.log_position() if self._daemon is not None else 0
         error: CommandError | VcpuConnectionError | None = None
@@ -295,7 +306,7 @@ class LibvirtSide:
         return SideOutcome(outcome, name, text, seconds, commands, live, config, live_ids, config_ids)
 
     def call_of(self, request: Request) -> Callable[[], object] | None:
-        """What virsh would call; None where libvirt has nothing."""
+        """The call that virsh would make for a request; None if libvirt has no such call."""
         guest, library = self.guest, self.connection.library
         if request.is_query or request.listed is not None:
             return None
@@ -312,7 +323,7 @@ class LibvirtSide:
 
 
 def _for_libvirt(xml: bytes, definition: Definition) -> bytes:
-    """libvirt takes no `<vcpus>` of the RFC's."""
+    """Write `<vcpus>` in libvirt's dialect, because libvirt does not accept the RFC's."""
     if definition.dialect != "rfc":
         return xml
     document, old = read_domain(xml)
@@ -320,15 +331,15 @@ def _for_libvirt(xml: bytes, definition: Definition) -> bytes:
 
 
 async def compare(xml: bytes, requests: Sequence[Request], *, start: bool = True) -> list[Comparison]:
-    """Carry out requests, one after the other, on both.
+    """Run requests, one after the other, on both sides.
 
     Args:
-        xml: of the domain; its `<emulator>` is started twice.
-        requests: what is asked.
-        start: False leaves it shut off on both sides.
+        xml: the domain's XML; its `<emulator>` is started twice.
+        requests: the requests.
+        start: whether the guests are started; if not, they are shut off on both sides.
 
     Raises:
-        VcpuRefused: one of them cannot be started; libvirt is not installed.
+        VcpuRefused: one of the guests cannot be started, or libvirt is not installed.
         VcpuError: QEMU or libvirt does not start.
     """
     definition = read_domain(xml)[1]

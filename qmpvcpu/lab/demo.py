@@ -1,4 +1,4 @@
-"""`qmpvcpu demo`: the main job, shown on a guest of our own that is gone afterwards."""
+"""`qmpvcpu demo`: show the main task on a guest of our own, which is removed afterwards."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from qmpvcpu.lab.guest import GuestImage, boot, find_image
 from qmpvcpu.qemu.launch import run_qemu
 
 Tell = Callable[[str], None]
-#: Lines that show a state.
+#: Formats a state as lines.
 Show = Callable[[DomainState], list[str]]
 
-#: maxcpus is generous because TCG never gives back a CPU's context (docs/qemu-facts.md).
+#: maxcpus has room to spare, because TCG never releases the context of a CPU (docs/qemu-facts.md).
 _SMP = "4,sockets=2,cores=8,threads=1,maxcpus=16"
 _VCPU = 12
 _NUMA = [
@@ -28,11 +28,15 @@ _NUMA = [
 
 
 async def run(tell: Tell, show: Show) -> dict[str, Any]:
-    """Show it; returns what was seen as JSON data.
+    """Run the demonstration. Returns its results as JSON data.
+
+    Args:
+        tell: called with each line of the output.
+        show: formats a state as lines.
 
     Raises:
-        VcpuRefused: there is no QEMU at all.
-        VcpuFailed: the guest does not show what QEMU says.
+        VcpuRefused: no QEMU was found.
+        VcpuFailed: the guest's CPUs are not those that QEMU reports.
     """
     binaries = await examine_all([item for item in find_binaries() if item[1] == DEMO_ARCH])
     usable = [qemu for qemu in binaries if qemu.version is not None]

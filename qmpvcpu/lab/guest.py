@@ -1,7 +1,7 @@
-"""Boots the tiny Linux guest that `scripts/build-guest` makes, and talks to the shell in it.
+"""Boot the tiny Linux guest that `scripts/build-guest` makes, and run commands in its shell.
 
-The shell is a virtio port of that guest: one line is one command, its output comes back, then a line with its exit
-status. It shows what the guest itself sees, with no agent in between.
+The shell is connected to a virtio port of the guest. One line is one command; the shell sends its
+output, and then a line with its exit status. So we see the guest's own view, without an agent.
 """
 
 from __future__ import annotations
@@ -24,19 +24,21 @@ _EXIT = "QMPVCPU-EXIT "
 
 @dataclass(frozen=True, slots=True)
 class GuestImage:
-    """A built guest: `folder` with vmlinuz, initrd.cpio.gz and guest.json (`facts`)."""
+    """A built guest. `folder` contains vmlinuz, initrd.cpio.gz and guest.json, whose content is
+    `facts`.
+    """
 
     folder: Path
     facts: dict[str, Any] = field(hash=False)
 
     @property
     def qemu(self) -> str:
-        """Which QEMU program runs it, for example `qemu-system-x86_64`."""
+        """The name of the QEMU program that runs it, for example `qemu-system-x86_64`."""
         return str(self.facts["qemu"])
 
 
 def find_image(arch: str) -> GuestImage:
-    """The built guest of that architecture ("x86_64", "ppc64le").
+    """The built guest for an architecture ("x86_64", "ppc64le").
 
     Raises:
         VcpuRefused: it is not built.
@@ -50,7 +52,7 @@ def find_image(arch: str) -> GuestImage:
 
 
 class BootedGuest:
-    """A guest that has booted: `qemu`, its process, and `shell`."""
+    """A guest that has booted; `qemu` is its process."""
 
     def __init__(self, qemu: QemuProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         self.qemu = qemu
@@ -59,14 +61,15 @@ class BootedGuest:
 
     @property
     def agent(self) -> str:
-        """Path of the guest agent's socket; it takes one client at a time."""
+        """The path of the guest agent's socket. The socket takes one client at a time."""
         return str(self.qemu.folder / "agent")
 
     async def shell(self, command: str, *, timeout: float = 30.0) -> str:
-        """Run one line of shell in the guest; its output.
+        """Run one line of shell in the guest, and return its output.
 
         Raises:
-            VcpuFailed: its exit status is not 0, or the guest does not answer within `timeout` seconds.
+            VcpuFailed: its exit status is not 0, or the guest does not answer within `timeout`
+                seconds.
         """
         self._writer.write(command.encode() + b"\n")
         lines: list[str] = []
@@ -88,13 +91,13 @@ class BootedGuest:
         return output
 
     async def online(self) -> str:
-        """The guest's own /sys/devices/system/cpu/online, a CPU list of its logical ids."""
+        """The guest's own /sys/devices/system/cpu/online: a CPU list with its logical ids."""
         return await self.shell("cat /sys/devices/system/cpu/online")
 
     async def wait_online(self, count: int, *, timeout: float = 30.0) -> str:
-        """Wait until the guest has exactly `count` CPUs online; the CPU list it then shows.
+        """Wait until the guest has exactly `count` CPUs online, and return its CPU list.
 
-        The guest itself waits, so nothing is asked twice.
+        The loop runs in the guest, so we send one command only.
         """
         return await self.shell(
             f"n=0; while [ $(grep -c ^processor /proc/cpuinfo) != {count} ]; do n=$((n+1));"
@@ -113,16 +116,18 @@ async def boot(
     append: str = "",
     timeout: float = 120.0,
 ) -> AsyncIterator[BootedGuest]:
-    """Boot the guest and wait until it is ready; at the end its QEMU is killed.
+    """Boot the guest and wait until it is ready. At the end its QEMU is killed.
 
     Args:
+        image: the built guest.
         binary: the QEMU program.
         arguments: -smp, -m, -numa and the like.
         append: more words for the kernel's command line (`qmpvcpu.selfonline=0` …).
-        timeout: seconds to be ready in.
+        timeout: seconds for the guest to become ready.
 
     Raises:
-        VcpuFailed: QEMU exited, or the guest is not ready in time; the message ends with its console.
+        VcpuFailed: QEMU exited, or the guest was not ready in time; the message ends with its
+            console.
     """
     command = [*guest_arguments(image, append), *arguments]
     async with run_qemu(binary, [*command, "-S"], channels=CHANNELS) as qemu:
@@ -138,12 +143,14 @@ async def boot(
             console_writer.close()
 
 
-#: Sockets that a guest's QEMU has, by the names of their chardevs.
+#: The sockets of a guest's QEMU, by the names of their chardevs.
 CHANNELS: Final = ("console", "shell", "agent")
 
 
 def guest_arguments(image: GuestImage, append: str = "") -> list[str]:
-    """QEMU's arguments for a guest, but -smp and -m; `append` are more words for the kernel's command line."""
+    """QEMU's arguments for a guest, except -smp and -m; `append` has more words for the kernel's
+    command line.
+    """
     facts = image.facts
     command = ["-machine", facts["machine"], "-nodefaults", "-display", "none", "-no-user-config"]
     if facts["cpu"]:
@@ -158,7 +165,9 @@ def guest_arguments(image: GuestImage, append: str = "") -> list[str]:
 
 @asynccontextmanager
 async def attached(qemu: QemuProcess) -> AsyncIterator[BootedGuest]:
-    """A guest that runs already: it has migrated to this QEMU, which has its `CHANNELS`."""
+    """Attach to a guest that already runs, because it has migrated to this QEMU, which has its
+    `CHANNELS`.
+    """
     console, console_writer = await asyncio.open_unix_connection(qemu.folder / "console")
     try:
         async with _flowing(console, []), _shell(qemu) as guest:
@@ -178,7 +187,7 @@ async def _shell(qemu: QemuProcess) -> AsyncIterator[BootedGuest]:
 
 @asynccontextmanager
 async def _flowing(console: asyncio.StreamReader, said: list[str]) -> AsyncIterator[None]:
-    """Nobody's console blocks a guest."""
+    """Read the console all the time, since a guest blocks if nobody reads its console."""
     drain = asyncio.create_task(_drain(console, said))
     try:
         yield
@@ -202,7 +211,7 @@ async def _ready(console: asyncio.StreamReader, word: str, said: list[str], time
 
 
 async def _drain(console: asyncio.StreamReader, said: list[str]) -> None:
-    """Keep the console flowing, and its last lines."""
+    """Read the console, and keep its last 200 lines."""
     while line := await console.readline():
         said.append(line.decode(errors="replace").rstrip())
         del said[:-200]

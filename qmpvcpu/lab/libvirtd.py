@@ -1,9 +1,10 @@
 """A throwaway libvirtd of our own, for the tests, the benchmark and `qmpvcpu compare`.
 
-Two processes: a supervisor (`supervisor`) and the libvirtd it starts.
+There are two processes: a supervisor (`supervisor`) and the libvirtd that it starts.
 
-Of root's libvirtd the folders are fixed, so the supervisor has mounts of its own over them; an ordinary user's
-goes where XDG_* say. Nothing of the system's libvirt is seen or touched.
+The folders of root's libvirtd are fixed, so the supervisor mounts its own folders over them, in a
+mount namespace of its own. The folders of an ordinary user's libvirtd follow XDG_*. The system's
+libvirt is neither used nor changed.
 """
 
 from __future__ import annotations
@@ -29,20 +30,22 @@ from qmpvcpu.aio import finish
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuFailed, VcpuUsageError
 
-#: Longest wait for a daemon that starts, for one told to end, and for the supervisor to leave nothing behind.
+#: Seconds to wait for a daemon to start, for a daemon to end, and for the supervisor to clean up.
 START_SECONDS: Final = 20.0
 STOP_SECONDS: Final = 20.0
 CLOSE_SECONDS: Final = 20.0
-#: The longest folder for temporary files below which a guest's sockets have room for their names (108 bytes).
+#: The longest path of a folder for temporary files that leaves room for the names of a guest's
+#: sockets (108 bytes).
 ROOM: Final = 20
-#: How much of the daemon's log an error carries, in characters.
+#: How many characters of the daemon's log an error contains.
 LOG_END: Final = 2000
 
-#: Debian has libvirtd where an ordinary user's PATH does not go.
+#: Debian has libvirtd in a folder that is not in an ordinary user's PATH.
 SBIN: Final = "/usr/local/sbin:/usr/sbin:/sbin"
 
-#: A call of the daemon's that every client may make, REMOTE_PROC_AUTH_LIST (libvirt's remote_protocol.x): length,
-#: program, version, procedure, type, serial, status. It is answered only when all drivers have started.
+#: A call that every client may send to the daemon, REMOTE_PROC_AUTH_LIST (libvirt's
+#: remote_protocol.x): length, program, version, procedure, type, serial, status. The daemon answers
+#: only when all drivers have started.
 PING: Final = struct.pack(">7I", 28, 0x20008086, 1, 66, 0, 0, 0)
 
 SENT: Final = "QEMU_MONITOR_SEND_MSG: "
@@ -51,7 +54,10 @@ SENT: Final = "QEMU_MONITOR_SEND_MSG: "
 class Libvirtd:
     """A running daemon of our own.
 
-    `folder` holds all that is its; `uri` is for libvirt-python and virsh of the same user; `log` is its log file.
+    Attributes:
+        folder: contains all its files.
+        uri: the URI for libvirt-python and virsh of the same user.
+        log: its log file.
     """
 
     def __init__(self, folder: Path, *, log_qmp: bool, supervisor: _Link) -> None:
@@ -67,7 +73,7 @@ class Libvirtd:
 
     @property
     def pid(self) -> int:
-        """The daemon's process id, of the last one if none runs."""
+        """The daemon's process id; if none runs, that of the last one."""
         return self._supervisor.pid
 
     @property
@@ -76,10 +82,12 @@ class Libvirtd:
         return self._supervisor.ended is not None and not self._supervisor.ended.done()
 
     async def start(self) -> None:
-        """Start the daemon, on the state that is there, and wait until it answers.
+        """Start the daemon, with its existing state, and wait until it answers.
 
-        Raises VcpuFailed, with the end of its log, if it ends or does not answer in START_SECONDS; VcpuRefused if
-        it cannot have mounts of its own.
+        Raises:
+            VcpuFailed: it ended, or did not answer in START_SECONDS; the message has the end of its
+                log.
+            VcpuRefused: it cannot have a mount namespace of its own.
         """
         if self.running:
             raise VcpuUsageError("libvirtd runs already")
@@ -97,36 +105,43 @@ class Libvirtd:
             raise self._failed(f"libvirtd did not answer in {START_SECONDS:.0f} s") from None
 
     async def stop(self) -> None:
-        """SIGTERM the daemon and wait until it has ended; guests live on, and so does its state.
+        """Send SIGTERM to the daemon and wait until it has ended. Its guests continue to run, and
+        its state stays.
 
-        Raises VcpuFailed if it has not ended in STOP_SECONDS.
+        Raises:
+            VcpuFailed: it has not ended in STOP_SECONDS.
         """
         await self._end("term")
 
     async def kill(self) -> None:
-        """SIGKILL the daemon and wait until it has ended; guests live on, and so does its state."""
+        """Send SIGKILL to the daemon and wait until it has ended. Its guests continue to run, and
+        its state stays.
+        """
         await self._end("kill")
 
     async def restart(self, *, kill: bool = False) -> None:
-        """End the daemon (SIGTERM, or SIGKILL with `kill`) and start another on its state, until it answers."""
+        """End the daemon (SIGTERM, or SIGKILL with `kill`), start another one with its state, and
+        wait until that answers.
+        """
         await (self.kill() if kill else self.stop())
         await self.start()
 
     def log_position(self) -> int:
-        """Where the log ends now, in bytes: a `since` for `qmp_commands`."""
+        """The size of the log in bytes: a `since` for `qmp_commands`."""
         return self.log.stat().st_size if self.log.exists() else 0
 
     def qmp_commands(self, since: int = 0) -> list[dict[str, Any]]:
         """Every QMP command that libvirt sent to a monitor after log position `since`, in order.
 
-        Those of its throwaway QEMUs that it asks for capabilities are among them. Needs `log_qmp=True`.
+        They include the commands to QEMUs that it starts to query their capabilities. Needs
+        `log_qmp=True`.
         """
         if not self._log_qmp:
             raise VcpuUsageError("QMP commands are not in the log", hint="run_libvirtd(log_qmp=True)")
         return _sent_commands(_read_from(self.log, since))
 
     def log_end(self) -> str:
-        """The end of what the daemon wrote, to its log and to stderr."""
+        """The end of what the daemon wrote to its log and to stderr."""
         parts = self._supervisor.stderr_end(), _read_from(self.log, -LOG_END).strip()
         return "\n".join(part for part in parts if part)
 
@@ -147,18 +162,20 @@ class Libvirtd:
 
 @asynccontextmanager
 async def run_libvirtd(*, log_qmp: bool = False) -> AsyncIterator[Libvirtd]:
-    """Run a libvirtd that nobody else uses; afterwards it, its guests, mounts and files are gone.
+    """Run a libvirtd that nobody else uses. Afterwards, it and its guests, mounts and files are
+    removed.
 
-    As root it is a system daemon, else the user's session daemon. With `log_qmp` every QMP message is logged,
-    which costs libvirt some time.
+    As root it is a system daemon, else the user's session daemon. With `log_qmp`, libvirt logs
+    every QMP message, which makes it slower.
 
-    Raises VcpuRefused if libvirtd is not installed or cannot have mounts of its own, VcpuFailed if it does not
-    start.
+    Raises:
+        VcpuRefused: libvirtd is not installed, or cannot have a mount namespace of its own.
+        VcpuFailed: it does not start.
     """
     program = shutil.which("libvirtd", path=f"{os.environ.get('PATH', os.defpath)}:{SBIN}")
     if program is None:
         raise catalogue.NO_LIBVIRTD.error()
-    # The supervisor makes it, so that a kill at any moment finds somebody who removes it.
+    # The supervisor makes the folder, so that it also removes it if we are killed at any time.
     base = tempfile.gettempdir()
     folder = Path(base if len(os.fsencode(base)) < ROOM else "/tmp", f"qmpvcpu-{secrets.token_hex(4)}")  # noqa: S108
     supervisor = await _Link.open(folder, program, log_qmp)
@@ -171,7 +188,9 @@ async def run_libvirtd(*, log_qmp: bool = False) -> AsyncIterator[Libvirtd]:
 
 
 class _Link:
-    """Our side of the supervisor: words go to it (`start`, `term`, `kill`), the daemon's pid and end come back."""
+    """Our end of the socket to the supervisor. We send `start`, `term` and `kill`; it sends the
+    daemon's pid and exit code.
+    """
 
     def __init__(
         self,
@@ -182,11 +201,13 @@ class _Link:
         writer: asyncio.StreamWriter,
     ) -> None:
         self.pid = 0
-        #: Of the daemon started last: its exit code, None if the supervisor went away before it.
+        #: The exit code of the daemon that was started last; None if the supervisor ended before
+        #: it.
         self.ended: asyncio.Future[int | None] | None = None
-        #: Once: None if it is ready to start a daemon, else why it cannot.
+        #: Set once: None if the supervisor is ready to start a daemon, else the reason why it is
+        #: not.
         self.ready: asyncio.Future[str | None] = asyncio.get_running_loop().create_future()
-        #: Its mount namespace, as /proc names it; empty if it is ours.
+        #: The supervisor's mount namespace, as /proc names it; empty if it has none of its own.
         self.namespace = ""
         self._process = process
         self._stderr = stderr
@@ -210,7 +231,7 @@ class _Link:
         return cls(process, stderr, folder, reader, writer)
 
     def stderr_end(self) -> str:
-        """The end of what the supervisor and the daemon said on stderr."""
+        """The end of what the supervisor and the daemon wrote to stderr."""
         size = os.fstat(self._stderr.fileno()).st_size
         return os.pread(self._stderr.fileno(), LOG_END, max(0, size - LOG_END)).decode(errors="replace").strip()
 
@@ -227,7 +248,9 @@ class _Link:
         return self.ended
 
     async def close(self) -> None:
-        """Let the supervisor leave nothing behind. Raises VcpuFailed if it has not in CLOSE_SECONDS."""
+        """Make the supervisor clean up and end. Raises VcpuFailed if it has not ended in
+        CLOSE_SECONDS.
+        """
         try:
             async with asyncio.timeout(CLOSE_SECONDS):
                 if self._writer.can_write_eof() and not self._writer.is_closing():
@@ -240,7 +263,7 @@ class _Link:
         finally:
             self._writer.close()
             self._stderr.close()
-        if self._folder.exists():  # the supervisor was killed; the daemon went with it
+        if self._folder.exists():  # the supervisor was killed, and the kernel has killed the daemon with it
             _kill_strays(self._folder, self.namespace)
             shutil.rmtree(self._folder, ignore_errors=True)
 
@@ -275,12 +298,12 @@ def _spawn_supervisor(
         stdin=sock.fileno(),
         stdout=subprocess.DEVNULL,
         stderr=stderr,
-        start_new_session=True,  # Ctrl-C is for us
+        start_new_session=True,  # Ctrl-C must reach only us
     )
 
 
 async def _answers(path: Path) -> bool:
-    """Whether a libvirtd answers at this socket: it listens long before it does."""
+    """Whether a libvirtd answers at this socket; it listens long before it answers."""
     try:
         reader, writer = await asyncio.open_unix_connection(path)
     except OSError:
@@ -301,7 +324,9 @@ def _how(code: int | None) -> str:
 
 
 def _read_from(path: Path, position: int) -> str:
-    """The text of a file from a byte on, of the last bytes if below 0; nothing if it is not there."""
+    """The text of a file from a position in bytes; a negative one counts from the end. Empty if it
+    cannot be read.
+    """
     try:
         with path.open("rb") as file:
             size = file.seek(0, os.SEEK_END)
@@ -324,7 +349,9 @@ def _sent_commands(log: str) -> list[dict[str, Any]]:
 
 
 def _kill_strays(folder: Path, namespace: str) -> None:
-    """SIGKILL what still lives in that mount namespace; without one, the QEMUs with files in the folder."""
+    """Send SIGKILL to all processes in that mount namespace. Without one, to the QEMUs with files
+    in the folder.
+    """
     files = os.fsencode(folder / "etc" / "libvirt" / "qemu" / "lib") + b"/"
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):

@@ -1,7 +1,8 @@
-"""The process that a throwaway libvirtd of ours is a child of; run with `-m`, see `libvirtd`.
+"""The parent process of a throwaway libvirtd of ours; `libvirtd` starts it with `-m`.
 
-It adopts and reaps what the daemon leaves behind (libvirt takes a QEMU that PID 1 has not reaped yet for a living
-one), and when its socket closes, whatever became of us, it kills every descendant, removes the folder and ends.
+It adopts and reaps the processes that the daemon leaves behind: libvirt takes a QEMU that PID 1 has
+not reaped yet for a running one. When its socket closes, even because we were killed, it kills
+every descendant, removes the folder and ends.
 """
 
 from __future__ import annotations
@@ -35,8 +36,8 @@ auth_unix_rw = "none"
 unix_sock_rw_perms = "0700"
 log_level = 3
 """
-#: The guests run as we do, and nothing is asked of the host: no labels, no cgroups, no /dev of their own, no
-#: virtlogd, no folder in /dev/hugepages.
+#: The guests run as the same user, and use nothing of the host: no labels, no cgroups, no /dev of
+#: their own, no virtlogd, no folder in /dev/hugepages.
 QEMU_CONF: Final = """\
 dynamic_ownership = 0
 remember_owner = 0
@@ -52,7 +53,8 @@ ROOT_QEMU_CONF: Final = """\
 user = "root"
 group = "root"
 """
-#: The folders of root's libvirtd, and what of ours lies over them; a tmpfs over the first, as hosts have it.
+#: The folders of root's libvirtd, and the folders of ours that are mounted over them. A tmpfs is
+#: mounted over the first, because hosts have one there.
 FOLDERS: Final = {
     "/run/libvirt": None,
     "/etc/libvirt": "etc/libvirt",
@@ -60,14 +62,16 @@ FOLDERS: Final = {
     "/var/cache/libvirt": "cache",
     "/var/log/libvirt": "logs",
 }
-#: Where QEMU's driver is, below /usr.
+#: Paths of QEMU's driver below /usr.
 DRIVERS: Final = tuple(
     f"{lib}/libvirt/connection-driver/libvirt_driver_qemu.so" for lib in ("lib/*", "lib64", "lib", "local/lib*")
 )
 
 
 class _Supervisor:
-    """Words come through the socket on stdin (`start`, `term`, `kill`); the daemon's pid and end go back."""
+    """Receives words through the socket on stdin (`start`, `term`, `kill`), and sends the daemon's
+    pid and exit code.
+    """
 
     def __init__(self, folder: Path, program: str) -> None:
         self._folder = folder
@@ -89,7 +93,9 @@ class _Supervisor:
         self._asked_to_end = True
 
     def run(self, parent: int, *, log_qmp: bool) -> None:
-        """Serve until the socket closes, the parent ends or SIGTERM comes; then leave nothing behind."""
+        """Serve until the socket closes, the parent ends or SIGTERM comes; then clean everything
+        up.
+        """
         self._folder.mkdir(mode=0o700)
         try:
             alive = os.pidfd_open(parent)
@@ -103,7 +109,7 @@ class _Supervisor:
             shutil.rmtree(self._folder, ignore_errors=True)
 
     def _prepare(self, log_qmp: bool) -> bool:
-        """Make the folders; whether a daemon can be started on them."""
+        """Make the folders. Returns whether a daemon can be started with them."""
         _fill_folder(self._folder, log_qmp)
         namespace = ""
         if os.geteuid() == 0:
@@ -128,7 +134,7 @@ class _Supervisor:
                 return
 
     def _reap(self) -> None:
-        """Every child that has ended."""
+        """Reap every child that has ended, and report the daemon's end."""
         with suppress(BlockingIOError):
             os.read(self._wake, 4096)
         with suppress(ChildProcessError):
@@ -139,7 +145,7 @@ class _Supervisor:
                     self._tell(f"ended {os.waitstatus_to_exitcode(status)}")
 
     def _obey(self) -> bool:
-        """Do what the socket says; whether it is open still."""
+        """Obey the words that the socket has. Returns whether it is still open."""
         words = self._link.recv(4096).split()
         for word in words:
             if word == b"start":
@@ -150,12 +156,12 @@ class _Supervisor:
         return bool(words)
 
     def _tell(self, line: str) -> None:
-        with suppress(OSError):  # whoever listened is gone, and poll() will say so
+        with suppress(OSError):  # the other end has closed, which poll() reports too
             self._link.sendall(line.encode() + b"\n")
 
 
 def _fill_folder(folder: Path, log_qmp: bool) -> None:
-    """What a daemon needs on disk."""
+    """Make the files that a daemon needs."""
     for name in ("etc/libvirt", "lib", "cache", "logs", "run", "drivers"):
         (folder / name).mkdir(parents=True, mode=0o700)
     conf = LIBVIRTD_CONF + f'log_outputs = "1:file:{folder}/log"\nhost_uuid = "{uuid.uuid4()}"\n'
@@ -166,7 +172,7 @@ def _fill_folder(folder: Path, log_qmp: bool) -> None:
         conf += 'log_filters = "2:qemu.qemu_monitor"\n'
     (folder / "etc" / "libvirt" / "libvirtd.conf").write_text(conf)
     (folder / "etc" / "libvirt" / "qemu.conf").write_text(QEMU_CONF + (ROOT_QEMU_CONF if system else ""))
-    # Only QEMU's driver: the others would look at the host's devices, networks and firewall.
+    # Provide only QEMU's driver: the others would use the host's devices, networks and firewall.
     if driver := next((path for pattern in DRIVERS for path in Path("/usr").glob(pattern)), None):
         (folder / "drivers" / driver.name).symlink_to(driver)
 
@@ -181,7 +187,8 @@ def _start_daemon(libc: ctypes.CDLL, folder: Path, program: str) -> int:
     environment = {
         name: value
         for name, value in os.environ.items()
-        # Not ours to hand on: another's sockets, and what would override the files in `folder`.
+        # Leave out the sockets of other services, and variables that would override the files in
+        # `folder`.
         if not name.startswith(("LIBVIRT_", "LISTEN_", "XDG_", "NOTIFY_", "PYTHONPATH"))
     }
     if any((folder / "drivers").iterdir()):
@@ -205,7 +212,7 @@ def _start_daemon(libc: ctypes.CDLL, folder: Path, program: str) -> int:
 
 
 def _kill_children() -> None:
-    """SIGKILL all children until there are none: those of a child that ends become ours."""
+    """Kill all children until there are none: the children of one that ends become ours."""
     while True:
         try:
             while os.waitpid(-1, os.WNOHANG)[0]:
@@ -220,14 +227,16 @@ def _kill_children() -> None:
 
 
 def _mount_folders(libc: ctypes.CDLL, folder: Path) -> None:
-    """Give this process mounts of its own in which libvirt's folders, and its user, are ours. Raises OSError."""
+    """Give this process a mount namespace in which libvirt's folders and its default user are ours.
+    Raises OSError.
+    """
 
     def mount(source: Path | str, target: Path | str, kind: str, flags: int, data: str | None = None) -> None:
         words = [os.fsencode(source), os.fsencode(target), kind.encode()]
         _checked(libc.mount(*words, ctypes.c_ulong(flags), data and data.encode()), f"mount {target}")
 
     _checked(libc.unshare(CLONE_NEWNS), "unshare")
-    mount("none", "/", "", MS_REC | MS_SLAVE)  # what the host unmounts goes here too, nothing comes back
+    mount("none", "/", "", MS_REC | MS_SLAVE)  # the host's unmounts reach us; ours do not reach it
     for name, source in FOLDERS.items():
         target = Path(name)
         if not target.is_dir():
@@ -237,11 +246,12 @@ def _mount_folders(libc: ctypes.CDLL, folder: Path) -> None:
         else:
             mount("qmpvcpu", target, "tmpfs", 0, "mode=755")
     for modules in (*Path("/usr/lib").glob("*/qemu"), Path("/usr/lib64/qemu")):
-        if any(modules.glob("*.so")):  # and not ipxe's ROMs
-            # When libvirt asks a QEMU of another version (10.0, 11.1, run in place) for its types, it loads the
-            # modules that it finds here and ends. The system's own QEMU starts without, but for its TCG.
+        if any(modules.glob("*.so")):  # a folder may contain only ipxe's ROMs
+            # libvirt starts a QEMU to query its types. One of another version (10.0, 11.1, not
+            # installed in /usr) would load the modules of this folder and exit. The system's own
+            # QEMU starts without modules, except for its TCG.
             _cover(modules, folder / "stage", mount, lambda entry: entry.name.startswith("accel-"))
-    # libvirt looks its default user up before it reads that we want root.
+    # libvirt looks up its default user before it reads that we want root.
     for name, line in {"passwd": "libvirt-qemu:x:0:0::/:/bin/false\n", "group": "libvirt-qemu:x:0:\n"}.items():
         text = Path("/etc", name).read_text(errors="surrogateescape")
         if "libvirt-qemu:" not in text:
@@ -252,14 +262,16 @@ def _mount_folders(libc: ctypes.CDLL, folder: Path) -> None:
 
 
 def _make_mount_point(target: Path, stage: Path, mount: Callable[..., None]) -> None:
-    """Make a folder that only this mount namespace has, by covering the one above it."""
+    """Make a folder that only this mount namespace has, by mounting a tmpfs over a folder above it."""
     above = next(path for path in target.parents if path.is_dir()).resolve()
     _cover(above, stage, mount, lambda _entry: True)
     target.mkdir(parents=True)
 
 
 def _cover(folder: Path, stage: Path, mount: Callable[..., None], keep: Callable[[Path], bool]) -> None:
-    """Put a tmpfs over a folder, with what is to be kept of it bound in; `stage` is a path for use meanwhile."""
+    """Mount a tmpfs over a folder, and bind into it the entries to keep; `stage` is a temporary
+    path.
+    """
     stage.mkdir()
     mount("qmpvcpu", stage, "tmpfs", 0, f"mode={folder.stat().st_mode & 0o7777:o}")
     for entry in filter(keep, folder.iterdir()):
