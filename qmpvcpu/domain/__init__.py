@@ -1,11 +1,11 @@
-"""The public object: ask about the vCPUs of a domain, switch them."""
+"""The public object `Domain`: query the vCPUs of one guest and switch them."""
 
 import logging
 
 from qmpvcpu.domain.domain import Domain, Options
 from qmpvcpu.domain.event_bus import Events
 
-# What a library says is for those who ask for it.
+# A library logs only for applications that configure logging.
 logging.getLogger("qmpvcpu").addHandler(logging.NullHandler())
 
 __all__ = ["Domain", "Events", "Options"]

@@ -1,4 +1,6 @@
-"""Finds the address of a guest that is free: of several QMP sockets, each takes one client at a time."""
+"""Find a free QMP address of a guest. A guest may have several QMP sockets, and each takes one
+client at a time.
+"""
 
 from __future__ import annotations
 
@@ -12,10 +14,11 @@ from qmpvcpu.ports import Monitor
 
 __all__ = ["NOBODY_LISTENS", "Opener", "first_free"]
 
-#: Reasons of a `VcpuConnectionError` that say that there is no QEMU at an address.
+#: Reasons of a `VcpuConnectionError` which mean that no QEMU listens at the address.
 NOBODY_LISTENS: Final = frozenset({"missing", "refused"})
 
-#: QEMU greets within milliseconds where nobody holds the socket: after so many seconds the next one is tried too.
+#: Seconds to wait for a greeting before the next address is tried too. QEMU greets within
+#: milliseconds if no other client uses the socket.
 _HEAD_START: Final = 0.05
 
 #: Opens a monitor at one address.
@@ -23,12 +26,13 @@ Opener = Callable[[str], Awaitable[Monitor]]
 
 
 async def first_free(addresses: Sequence[str], opener: Opener) -> Monitor:
-    """Connect to the first of the addresses that greets; the attempts at the others are ended before it returns.
+    """Connect to the first address that greets. All other attempts have ended when this returns.
 
-    They are tried in order: the next one when the one before has failed, or has not greeted for 50 ms.
+    The addresses are tried in order. The next one is tried when the previous one has failed, or has
+    not greeted for 50 ms.
 
     Raises:
-        VcpuConnectionError: none of them can be had.
+        VcpuConnectionError: no address accepts a connection.
     """
     if len(addresses) == 1:
         return await opener(addresses[0])
@@ -49,7 +53,7 @@ async def first_free(addresses: Sequence[str], opener: Opener) -> Monitor:
 async def _race(
     addresses: Sequence[str], opener: Opener, attempts: list[asyncio.Future[Monitor]]
 ) -> asyncio.Future[Monitor]:
-    """The attempt that has come first; all that were begun are in `attempts` then."""
+    """Return the attempt that finished first. `attempts` then holds every attempt that was started."""
     while True:
         if len(attempts) < len(addresses):
             attempts.append(asyncio.ensure_future(opener(addresses[len(attempts)])))
@@ -62,7 +66,7 @@ async def _race(
         for attempt in ended:
             error = attempt.exception()
             if not isinstance(error, VcpuConnectionError):
-                # An error of another kind is about what was asked, and no other address mends it.
+                # An error of another kind is about the request, and another address would give the same one.
                 attempt.result()
                 return attempt
             errors.append(error)
@@ -80,7 +84,7 @@ async def _give_up(attempts: Sequence[asyncio.Future[Monitor]]) -> None:
 
 
 def _none_free(errors: Sequence[VcpuConnectionError]) -> VcpuConnectionError:
-    # One that is held by somebody tells more than one where nobody is.
+    # A socket that another client uses is a more useful error than an address without QEMU.
     worst = next((error for error in errors if error.reason not in NOBODY_LISTENS), errors[0])
     return VcpuConnectionError(
         "no QMP address answers: " + "; ".join(error.message for error in errors),

@@ -1,4 +1,4 @@
-"""The guest's side of one domain: its view through the agent, and switching its CPUs."""
+"""The guest's side of one domain: read its CPUs through the guest agent, and switch them."""
 
 from __future__ import annotations
 
@@ -25,17 +25,17 @@ from qmpvcpu.core.state.guest_view import (
 from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
 from qmpvcpu.ports import Agent, CommandError, Monitor
 
-#: An agent has so long for all commands of one look, and of one switch, seconds: were each of them as slow as its
-#: own deadline lets it be, a call would take half a minute.
+#: Seconds for all agent commands of one view and of one switch. If every command took its own whole
+#: deadline, one call would take half a minute.
 _LOOK_SECONDS: Final = 5.0
 _SWITCH_SECONDS: Final = 10.0
-#: Seconds between two looks at a guest that has yet to bring a CPU up.
+#: Seconds between two queries of a guest that has not yet brought a CPU online.
 _LOOK_FIRST: Final = 0.02
 _LOOK_MOST: Final = 0.5
-#: An agent that did not answer is not asked again so soon where it need not be, seconds: each time would cost its
-#: whole deadline.
+#: Seconds for which an agent that did not answer is not queried again by optional queries, because
+#: each query would cost its whole deadline.
 _SULK: Final = 5.0
-#: A guest whose agent may not take CPUs online gets so long to do it by itself, seconds.
+#: Seconds that a guest has to bring CPUs online by itself, if its agent is not allowed to.
 _GRACE: Final = 2.0
 
 
@@ -51,28 +51,28 @@ class Guest:
         self._vsmt_known = False
         self._silent_until = 0.0
         self._heard = False
-        #: Whether it has answered on this connection.
+        #: Whether the agent has answered on this connection.
         self.has_answered = False
-        #: Whether nothing told its CPUs apart when it was looked at last.
+        #: Whether the last view could not tell the guest's CPUs apart.
         self._is_blind = not agent.reads_files
         self._lock = asyncio.Lock()
-        #: Why the last view could not be had.
+        #: Why the last view failed.
         self.trouble: VcpuConnectionError | None = None
 
     async def reach(self) -> None:
-        """See to it that its socket is there, whether or not the guest has arrived behind it.
+        """Make sure that the agent's socket exists, whether or not the guest has opened its end.
 
         Raises:
-            VcpuConnectionError: it is not.
+            VcpuConnectionError: the socket does not exist.
         """
         await self._agent.open()
 
     async def view(self, state: DomainState) -> GuestView:
-        """The guest's CPUs, and which vCPU each one is.
+        """Return the guest's CPUs, and the vCPU that each one is.
 
         Raises:
-            VcpuConnectionError: no agent answers, or what it says cannot be.
-            VcpuRefused: the agent is not allowed to tell.
+            VcpuConnectionError: no agent answers, or its answer is impossible.
+            VcpuRefused: the agent is not allowed to list CPUs.
         """
         async with self._lock:
             was_heard, self._heard = self._heard, False
@@ -80,7 +80,7 @@ class Guest:
                 if not was_heard:
                     await self._check_port()
             except VcpuConnectionError as error:
-                # Asking again costs nothing.
+                # This check is cheap, so the agent does not count as silent.
                 self.trouble = error
                 raise
             try:
@@ -98,12 +98,12 @@ class Guest:
             return view
 
     def _tell_of(self, view: GuestView) -> None:
-        """vCPUs that came online or went offline since the last look."""
+        """Emit events for the vCPUs that came online or went offline since the last view."""
         lit = {number: cpu.online for number, cpu in view.by_vcpu.items()}
         before, self._lit = self._lit, lit
         if not before:
             return
-        # What is not in the guest is not online in it.
+        # A CPU that is missing from the guest is not online in it.
         now = time.time()
         changes = [(number, online) for number, online in lit.items() if before.get(number, False) is not online]
         self._tell(
@@ -111,7 +111,7 @@ class Guest:
         )
 
     async def try_view(self, state: DomainState) -> GuestView | None:
-        """`view`, or None, and `trouble` says why; an agent that was silent just now is left alone."""
+        """Return `view`, or None if it fails; `trouble` then says why. A silent agent is not queried."""
         if self.is_silent:
             return None
         try:
@@ -124,23 +124,26 @@ class Guest:
 
     @property
     def is_silent(self) -> bool:
-        """Whether it did not answer just now."""
+        """Whether the agent failed to answer a moment ago."""
         return self.trouble is not None and time.monotonic() < self._silent_until
 
     async def ask_once(self, state: DomainState) -> None:
-        """Learn whether the agent answers, if it has not yet; after a plug that tells silence from absence."""
+        """Query the agent if it has not answered yet. After a plug this distinguishes a silent
+        agent from a missing one.
+        """
         if not self.has_answered:
             await self.try_view(state)
 
     async def before_plug(self, state: DomainState) -> GuestView | None:
-        """The guest before CPUs come to it, where only that tells which of them have come; else None."""
+        """Return the guest's CPUs before a plug if only they show which CPUs have come, else None."""
         return await self.try_view(state) if self._is_blind else None
 
     async def switch(self, view: GuestView, vcpus: Sequence[int], online: bool) -> Switch:
-        """Take these online or offline, all or none; each of them is known in `view`.
+        """Take these vCPUs online or offline, all or none. `view` must know each of them.
 
         Raises:
-            VcpuConnectionError: the agent was lost on the way; what it had done is not known.
+            VcpuConnectionError: the connection broke during the switch; what the agent has done is
+                not known.
             VcpuRefused: `guest-set-vcpus` is disabled in the agent.
         """
         run = Switch(view, vcpus, online)
@@ -154,11 +157,11 @@ class Guest:
         return run
 
     async def check_switch(self) -> None:
-        """Find out whether the agent may switch CPUs; switches none.
+        """Check that the agent may switch CPUs, without switching any.
 
         Raises:
-            VcpuConnectionError: it does not answer.
-            VcpuRefused: `guest-set-vcpus` is disabled in it.
+            VcpuConnectionError: the agent does not answer.
+            VcpuRefused: `guest-set-vcpus` is disabled in the agent.
         """
         await self._check_port()
         try:
@@ -170,24 +173,24 @@ class Guest:
     async def await_online(
         self, state: DomainState, vcpus: Collection[int], seconds: float, before: GuestView | None = None
     ) -> Arrival:
-        """Wait until the guest runs on these freshly plugged vCPUs, and take online what it leaves offline.
+        """Wait until the guest runs on newly plugged vCPUs, and take those online that it leaves offline.
 
         Args:
-            state: with them.
-            vcpus: their ids.
+            state: the state after the plug.
+            vcpus: ids of the plugged vCPUs.
             seconds: how long to wait.
-            before: the guest before they came, of `before_plug`.
+            before: the guest's CPUs before the plug, as `before_plug` returned them.
 
         Raises:
-            VcpuConnectionError: the agent was lost.
-            VcpuRefused: it may not tell.
+            VcpuConnectionError: the connection to the agent broke.
+            VcpuRefused: the agent is not allowed to list CPUs.
         """
         began = time.monotonic()
         deadline, pause = began + seconds, _LOOK_FIRST
         arriving = Arriving(state, vcpus, before)
         while True:
             view = arriving.seen(await self.view(state))
-            # What the kernel, or a rule of its own, brings up by itself needs a moment to.
+            # The kernel or a udev rule may bring CPUs online by itself, which takes a moment.
             if arriving.was_missing or time.monotonic() > began + _LOOK_FIRST:
                 try:
                     view = await self._take_online(arriving, view)
@@ -202,13 +205,13 @@ class Guest:
             pause = min(pause * 2, _LOOK_MOST)
 
     async def _take_online(self, arriving: Arriving, view: GuestView) -> GuestView:
-        """What the guest leaves offline; its view afterwards. Raises VcpuRefused."""
+        """Take the remaining CPUs online, and return the view afterwards. Raises VcpuRefused."""
         if offline := arriving.offline(view):
             run = await self.switch(view, offline, online=True)
             view = arriving.switched(run, view)
             self._tell_of(view)
         elif numbers := arriving.offline_newcomers():
-            # By the guest's own numbers.
+            # The vCPU ids are not known, so the guest's own CPU numbers are used.
             run = await self.switch(view.own, numbers, online=True)
             arriving.last = next(iter(run.failures.values()), arriving.last)
         return view
@@ -220,10 +223,11 @@ class Guest:
     # -- inside -----------------------------------------------------------------------------------
 
     async def _check_port(self) -> None:
-        """QEMU knows whether anybody in the guest has opened the agent's port: if not, nobody need be waited for.
+        """Check that a process in the guest has opened the agent's port. QEMU knows this, which
+        saves the wait.
 
         Raises:
-            VcpuConnectionError: nobody has.
+            VcpuConnectionError: no process has opened it.
         """
         try:
             chardevs = await self._monitor.query_chardev()
@@ -243,7 +247,7 @@ class Guest:
         wanted = identity_limits(state, cpus)
         files: dict[str, bytes | None] = {}
         if wanted:
-            # Where guest-file-open is blocked, the view says that it is assumed.
+            # If guest-file-open is blocked, the view marks the CPU numbers as assumed.
             with suppress(CommandError):
                 files = dict(zip(wanted, await self._agent.read_files(wanted), strict=True))
         view = identify(state, cpus, files, vsmt=await self._spacing(state))

@@ -1,4 +1,4 @@
-"""`connect`: a domain by its name or its addresses."""
+"""`connect`: open a domain by its name or its addresses."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from qmpvcpu.domain.domain import Domain
 from qmpvcpu.domain.resolve import resolve
 from qmpvcpu.errors import VcpuUsageError
 
-#: Seconds that a socket may take to greet where it hardly matters, and where the guest runs.
+#: Seconds that a socket has to greet: the first if only the definition is needed, the second otherwise.
 _HELD_SECONDS = 0.3
 _CONNECT_SECONDS = 5.0
-#: No deadline is later, seconds.
+#: The longest deadline that is accepted, in seconds.
 _LONGEST_SECONDS = 86400.0 * 365
 
 
 @checked
-def connect(  # noqa: PLR0913 - each is a keyword of its own to those who call it
+def connect(  # noqa: PLR0913 - each argument is a keyword of the public API
     domain: str | os.PathLike[str] | None = None,
     *,
     qmp: str | os.PathLike[str] | Sequence[str] | None = None,
@@ -35,31 +35,33 @@ def connect(  # noqa: PLR0913 - each is a keyword of its own to those who call i
     uri: str | None = None,
     via: Literal["api", "monitor"] = "api",
 ) -> Domain:
-    """One domain, as a single-use async context manager.
+    """Return one domain as a single-use async context manager.
 
     Args:
-        domain: with a `/` in it, the path of a QMP socket or of a domain XML file; else a name given to `define`,
-            else a file or an address.
-        qmp: QMP addresses instead: unix path, `host:port`, `fd:N`, or QEMU's own `unix:PATH` and `tcp:HOST:PORT`;
-            of several the first that is free.
+        domain: if it contains `/`, the path of a QMP socket or of a domain XML file; otherwise a
+            name given to `define`, or else a file or an address.
+        qmp: QMP addresses instead: a unix path, `host:port`, `fd:N`, or QEMU's own `unix:PATH` and
+            `tcp:HOST:PORT`. Of several addresses the first free one is used.
         agent: address of the guest agent's socket; it is opened when it is first needed.
-        xml: path of its definition, for CONFIG.
-        qmp_log: a `qmpvcpu.QmpLog` that keeps every message.
-        connect_timeout: seconds for connection and greeting, per address; 5 if not given, to libvirt on another
-            host 30.
-        command_timeout: seconds for one QMP command, or one query of libvirt's.
-        uri: libvirt's: `domain` is one of its domains then, by name or UUID, and knows its own sockets.
-        via: how a libvirt domain is reached: by libvirt's API, or with our own engine through its QEMU monitor.
-        config_only: it is only the definition that is wanted: where another client holds the running guest's
-            socket, that is no error and is not waited for.
-        watch: it is held for long, to listen to events: of several addresses the last that is free is taken, so
-            that others find the first one free.
+        xml: path of the domain's definition, for CONFIG.
+        qmp_log: a `qmpvcpu.QmpLog` that records every message.
+        connect_timeout: seconds for connection and greeting, per address. The default is 5, or 30
+            for libvirt on another host.
+        command_timeout: seconds for one QMP command, or one libvirt query.
+        uri: a libvirt URI. `domain` is then the name or UUID of a libvirt domain, and libvirt knows
+            its sockets.
+        via: how to reach a libvirt domain: through libvirt's API, or with our own engine through
+            its QEMU monitor.
+        config_only: only the definition is needed. If another client uses the running guest's
+            socket, this is not an error, and there is no wait for it.
+        watch: the connection stays open for a long time to receive events. Of several addresses the
+            last free one is used, so that other clients find the first one free.
 
     Raises (on entry):
-        VcpuConnectionError: no address could be reached, or what answers is not QMP. Where nobody listens, a
-            domain that has a definition is inactive.
-        VcpuUsageError: nothing is named.
-        VcpuRefused: what is known of the domain cannot be read.
+        VcpuConnectionError: no address could be reached, or the answer is not QMP. A domain that
+            has a definition is inactive if no QEMU listens.
+        VcpuUsageError: no domain is named.
+        VcpuRefused: the domain's stored definition or addresses cannot be read.
     """
     domain, agent, xml = (None if path is None else os.fspath(path) for path in (domain, agent, xml))
     qmp = os.fspath(qmp) if isinstance(qmp, os.PathLike) else qmp

@@ -1,4 +1,4 @@
-"""The persistent side of one domain: its definition, read, planned on and replaced whole."""
+"""The persistent side of one domain: its definition is read, planned on, and replaced as a whole."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ from qmpvcpu.errors import OutcomeKind, Refusal, VcpuConnectionError, VcpuError,
 from qmpvcpu.host.definition_files import not_written
 from qmpvcpu.ports import DefinitionStore, Staged
 
-#: Does what blocks, off the loop.
+#: Runs a blocking function outside the event loop.
 Runs = Callable[[Callable[[], None]], Awaitable[None]]
 
 
 @dataclass(frozen=True, slots=True)
 class _Version:
-    """A document and what it says."""
+    """A document, and the definition parsed from it."""
 
     data: bytes
     definition: Definition
@@ -43,31 +43,31 @@ class DefinitionHandle:
 
     @property
     def place(self) -> str:
-        """Where it is kept."""
+        """Where the definition is stored."""
         return self._store.place
 
     def read(self) -> bytes:
-        """The document. Raises VcpuRefused."""
+        """Return the document. Raises VcpuRefused."""
         return self._store.read()
 
     def definition(self) -> Definition:
-        """What it says.
+        """Return the parsed definition.
 
         Raises:
-            VcpuRefused: it is not there, or contradicts itself: every reason, with its line.
+            VcpuRefused: it does not exist, or contradicts itself; every reason is listed with its line.
         """
         return self._version(self._store.read()).definition
 
     def plan(self, request: Request, ids: Sequence[int] | None = None) -> ConfigChange:
-        """What `request` makes of it; nothing is written."""
+        """Plan what `request` changes in the definition; nothing is written."""
         return self._change(lambda definition: plan_config(definition, request, ids), self._store_for(request))
 
     def _store_for(self, request: Request) -> DefinitionStore:
-        """Where what `request` makes of it is written to."""
+        """Return the store that the result of `request` is written to."""
         return self._store
 
     def plan_pin(self, vcpu_id: int, cpus: tuple[int, ...] | None) -> ConfigChange:
-        """What pinning one vCPU makes of it; nothing is written."""
+        """Plan how pinning one vCPU changes the definition; nothing is written."""
         return self._change(lambda definition: plan_pin(definition, vcpu_id, cpus))
 
     def _change(
@@ -79,8 +79,8 @@ class DefinitionHandle:
         return ConfigChange(store or self._store, *change)
 
     async def _off_the_loop(self, work: Callable[[], None], given_up: Flag) -> None:
-        """A disk's time is not the loop's. Cancelled, what has begun is ended first: it is never left half done;
-        but nobody waits for that without end.
+        """Keep slow disks away from the event loop. If the call is cancelled, work that has begun
+        is finished first, so that it is never left half done; but the wait for it is limited.
         """
         await finish(self._runs(work), within=UNDO_SECONDS, on_cancel=given_up.set)
 
@@ -100,14 +100,14 @@ class DefinitionHandle:
             self._last = _Version(data, documents.read_domain(data)[1])
             return self._last
         except VcpuRefused as error:
-            # Whose line it is.
+            # The error names the file that its line belongs to.
             raise error.at(self.place) from error
 
 
 def _made(data: bytes, plan: ConfigPlan) -> tuple[ConfigPlan, bytes]:
-    """A plan, and the document of `plan.old` with what `plan.new` says of vCPUs.
+    """Return a plan, and the document of `plan.old` with the vCPUs of `plan.new`.
 
-    What nobody could read any more is refused before it is written.
+    A result that could not be read back is refused before it is written.
     """
     if plan.refusals or not plan.writes:
         return plan, data
@@ -140,7 +140,7 @@ class ConfigChange:
     ) -> None:
         self.plan = plan
         self.before = before
-        #: The document as it would be.
+        #: The document after the change.
         self.after = after
         self._store = store
         self._again = again
@@ -149,7 +149,7 @@ class ConfigChange:
 
     @property
     def place(self) -> str:
-        """Where the definition is kept."""
+        """Where the definition is stored."""
         return self._store.place
 
     @property
@@ -158,7 +158,7 @@ class ConfigChange:
         return documents.unified_diff(self.before, self.after, "definition")
 
     async def stage(self) -> None:
-        """Write it beside the old one, so that what stands against that shows now.
+        """Write the new definition next to the old one, so that any obstacle shows before the change.
 
         Raises:
             OSError: it cannot be written; nothing has changed.
@@ -177,12 +177,14 @@ class ConfigChange:
         await self._runs(stage, given_up)
 
     async def commit(self) -> None:
-        """Put it in place. If another process has changed the definition meanwhile, both changes are in it.
+        """Put the new definition in place. If another process has changed the definition meanwhile,
+        the result contains both changes.
 
         Raises:
-            OSError: what was there stands.
-            VcpuRefused: what the other process has made of it does not allow it; what was there stands.
-            VcpuError: who keeps the definition failed; it says what became of it.
+            OSError: the definition could not be written and is unchanged.
+            VcpuRefused: the other process's change does not allow this one; the definition keeps
+                that change.
+            VcpuError: the store of the definition failed; the error says what became of the definition.
         """
         staged, self._staged = self._staged, None
         if staged is None:
@@ -217,18 +219,18 @@ class ConfigChange:
 
 
 async def follow(change: ConfigChange, report: Report, what: str) -> None:
-    """The definition takes effect, if the guest's side has ended well.
+    """Commit the definition, if the guest's side has succeeded.
 
     Args:
-        change: staged.
-        report: of the guest's side; what becomes of the definition is added to it.
-        what: was done to the guest, in words; `{}` is the vCPU ids.
+        change: a staged change.
+        report: the report of the guest's side; the result for the definition is added to it.
+        what: what was done to the guest, in words; `{}` stands for the vCPU ids.
     """
     if report.has_failed():
         if change.plan.writes and report.outcome not in (OutcomeKind.REFUSED, OutcomeKind.PARTIAL):
             report.messages.append("the definition is as it was")
         return
-    # What is plugged stays, whether or not the guest has come to run on it.
+    # Plugged vCPUs stay plugged, whether or not the guest already runs on them.
     if report.outcome is not OutcomeKind.APPLIED and not (report.pending_online and not report.pending):
         if change.plan.writes:
             report.messages.append(
@@ -248,7 +250,9 @@ async def follow(change: ConfigChange, report: Report, what: str) -> None:
 
 
 def _half_done(error: OSError | VcpuError, place: str, what: str, changed: tuple[int, ...]) -> VcpuError:
-    """The guest's side is done, and the definition could not follow. `changed`: if none, nothing was touched."""
+    """Return the error to report when the guest's side succeeded and the definition could not
+    follow. If `changed` is empty, the guest was not touched.
+    """
     if isinstance(error, VcpuError) and not isinstance(error, VcpuRefused):
         if not changed:
             return error

@@ -1,6 +1,7 @@
-"""`Domain`: one QEMU guest, and the RFC's one call on it.
+"""`Domain`: one QEMU guest, with the RFC's single call for its vCPUs.
 
-Source: the RFC on libvirt's list, `int virDomainVcpu(virDomainPtr domain, unsigned int id, unsigned int flags)`.
+Source: the RFC on libvirt's list,
+`int virDomainVcpu(virDomainPtr domain, unsigned int id, unsigned int flags)`.
 """
 
 from __future__ import annotations
@@ -51,52 +52,52 @@ __all__ = ["Domain", "Options"]
 
 
 class Options(TypedDict, total=False):
-    """Keywords of every call that changes something, and of its plan."""
+    """Keyword arguments of every call that changes something, and of its plan."""
 
-    #: The running guest (LIVE).
+    #: Change the running guest (LIVE).
     live: bool
-    #: The persistent definition (CONFIG).
+    #: Change the persistent definition (CONFIG).
     config: bool
-    #: Every vCPU of the cores that hold the ids (CORE).
+    #: Extend the ids to every vCPU of their cores (CORE).
     core: bool
-    #: Through the guest agent: online and offline only (GUEST).
+    #: Switch through the guest agent, online and offline only (GUEST).
     guest: bool
-    #: Seconds for what the guest must do; 0 does not wait. Default (None): 30, and 0 while the guest is stopped.
+    #: Seconds to wait for the guest; 0 does not wait. Default (None): 30, or 0 while the guest is stopped.
     timeout: float | None
-    #: False: return `requested` once QEMU took an unplug. Default True.
+    #: False: return `requested` as soon as QEMU has accepted an unplug. Default True.
     wait: bool
-    #: True: bring back what was removed, if the rest is rejected or fails.
+    #: True: plug removed vCPUs again, if the rest of the request is rejected or fails.
     atomic: bool
-    #: How often an unplug that the guest refused is asked again, within `timeout`.
+    #: How often an unplug that the guest refused is requested again, within `timeout`.
     retry: int
-    #: False: never ask the guest agent for what hotplug cannot do. Default True.
+    #: False: never use the guest agent for what hotplug cannot do. Default True.
     fallback: bool
-    #: True: do what is known to kill QEMU.
+    #: True: also do what is known to crash QEMU.
     force: bool
-    #: False: leave the threads of what is plugged where the kernel puts them. Default True.
+    #: False: do not place the threads of plugged vCPUs; the kernel places them. Default True.
     place: bool
 
 
 class TransferOptions(TypedDict, total=False):
-    """Keywords of `Domain.migrate`: how the guest's memory goes to the destination."""
+    """Keyword arguments of `Domain.migrate`: how the guest's memory is sent to the destination."""
 
-    #: Where the destination should listen. Default (None): two QEMUs of this host get a socket of their own.
+    #: Where the destination should listen. Default (None): two QEMUs on this host use a private socket.
     uri: str | None
-    #: How the source's host reaches the destination's.
+    #: The address by which the source's host reaches the destination's host.
     host: str | None
-    #: MiB a second at most. Default (None): QEMU's own limit.
+    #: Maximum MiB per second. Default (None): QEMU's own limit.
     bandwidth: int | None
-    #: Seconds after which the guest is paused, so that the migration comes to an end. Default (None): never.
+    #: Seconds after which the guest is paused, so that the migration can finish. Default (None): never.
     timeout: float | None
     #: Called with each fresh status.
     progress: Progress | None
 
 
 class Domain:
-    """One guest. Enter it once (`async with`), call it from one event loop; operations queue.
+    """One guest. Enter it once (`async with`) and call it from one event loop; operations queue.
 
-    State is held between calls and kept fresh by events; a claim that something is already so is always made from
-    a fresh query.
+    State is cached between calls, and events keep it fresh. Before a call reports that nothing is
+    left to do, it always makes a fresh query.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -109,9 +110,9 @@ class Domain:
         self._bus = EventBus()
         self._queue = asyncio.Lock()
         self._interrupted: Interrupted | None = None
-        #: Whether a call that was to connect again was cancelled in the middle.
+        #: Whether a call was cancelled while it was connecting again.
         self._is_broken_off = False
-        #: How often it was left.
+        #: How often the domain was left.
         self._leaves = 0
 
     def __repr__(self) -> str:
@@ -140,7 +141,7 @@ class Domain:
 
     @asynccontextmanager
     async def _call(self) -> AsyncIterator[None]:
-        """Operations on one domain queue. What one of them has left, cancelled, is known until the next begins."""
+        """Queue operations on the domain, and remember until the next one what a cancelled one has left."""
         self._check_loop()
         async with self._queue:
             self._interrupted = None
@@ -151,7 +152,7 @@ class Domain:
                 raise
 
     def _check_loop(self) -> None:
-        """Raises VcpuUsageError if this is not the event loop in which the domain was entered."""
+        """Raise VcpuUsageError if this is not the event loop in which the domain was entered."""
         if self._loop is None:
             raise VcpuUsageError(
                 f"the domain '{self.name}' is not entered", hint="use it inside `async with connect(…) as domain`"
@@ -164,13 +165,13 @@ class Domain:
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[Reached]:
-        """`_call`, with the domain as it is now."""
+        """`_call`, with the domain refreshed."""
         async with self._call():
             if self._is_broken_off:
                 await self._connect_again()
             now = await self._backend.refresh(self._reached)
             if now is None:
-                # It was started meanwhile.
+                # The guest was started meanwhile.
                 self._is_broken_off = True
                 await self._connect_again()
             else:
@@ -184,7 +185,7 @@ class Domain:
             yield self._reached.connected()
 
     async def reconnect(self) -> None:
-        """Connect again after a lost connection, and read the state anew.
+        """Connect again after the connection broke, and refresh the state.
 
         Raises:
             VcpuConnectionError: as on entry.
@@ -192,7 +193,7 @@ class Domain:
         async with self._call():
             await self._reconnect()
 
-    # -- the call, and its exploded forms ---------------------------------------------------------
+    # -- the call, and its separate forms ---------------------------------------------------------
 
     @checked
     async def vcpu(
@@ -206,9 +207,9 @@ class Domain:
         """Query, enable or disable one vCPU by id: the RFC's `virDomainVcpu`.
 
         Args:
-            vcpu_id: a vCPU id; with NUMA_NODE a node.
-            flags: neither ENABLE nor DISABLE is a query.
-            count: with NUMA_NODE, how many vCPUs (with CORE: cores) of the node.
+            vcpu_id: a vCPU id; with NUMA_NODE, a node id.
+            flags: a combination of `VcpuFlag`; without ENABLE and DISABLE the call is a query.
+            count: with NUMA_NODE, the number of vCPUs (with CORE: of cores) of the node.
             options: see `Options`.
 
         Raises:
@@ -218,7 +219,7 @@ class Domain:
 
     @checked
     async def request(self, request: Request) -> Outcome:
-        """Carry out a `Request` made elsewhere; errors are those of `vcpu`."""
+        """Carry out a `Request` that was made elsewhere. Errors are those of `vcpu`."""
         if request.is_query:
             return await self._query(request)
         async with self._turn() as reached:
@@ -232,12 +233,12 @@ class Domain:
 
     @property
     def notes(self) -> tuple[str, ...]:
-        """What there is to say of the way to the guest."""
+        """Messages about the connection to the guest."""
         return self._backend.notes
 
     @property
     def has_definition(self) -> bool:
-        """Whether a definition of it is known."""
+        """Whether a definition of the domain is known."""
         return self._reached.definition is not None
 
     @checked
@@ -247,7 +248,7 @@ class Domain:
 
     @checked
     async def disable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Outcome:
-        """Unplug these vCPUs and wait for the guest's real answer. Arguments and errors are those of `vcpu`."""
+        """Unplug these vCPUs and wait for the guest's answer. Arguments and errors are those of `vcpu`."""
         return await self.request(_request(ids, VcpuFlag.DISABLE, options))
 
     @checked
@@ -259,7 +260,8 @@ class Domain:
         count: int | None = None,
         **options: Unpack[Options],
     ) -> Outcome:
-        """The vCPUs of a NUMA node; with ENABLE its `count` (1) lowest disabled, with DISABLE its highest enabled.
+        """Query or switch the vCPUs of a NUMA node: ENABLE takes its `count` (1) lowest disabled
+        ones, DISABLE its highest enabled ones.
 
         Other arguments and errors are those of `vcpu`.
         """
@@ -269,36 +271,39 @@ class Domain:
     async def set_vcpus(
         self, count: int, *, maximum: bool = False, hotpluggable: bool = False, **options: Unpack[Options]
     ) -> Outcome:
-        """Have `count` vCPUs enabled: the lowest are added, the highest removed (`virDomainSetVcpusFlags`).
+        """Set the number of enabled vCPUs: the lowest are added, the highest removed
+        (`virDomainSetVcpusFlags`).
 
         Args:
-            count: how many.
-            maximum: change the maximum instead, which only a definition can (CONFIG).
-            hotpluggable: in a definition, make what is added hotpluggable; in a running guest it always is.
+            count: the number of vCPUs.
+            maximum: change the maximum instead, which is possible only in a definition (CONFIG).
+            hotpluggable: make added vCPUs hotpluggable in a definition; in a running guest they
+                always are.
             options: see `Options`.
 
         Raises:
-            VcpuRefused: also where the count cannot be reached with whole cores.
+            VcpuRefused: among other reasons, the count cannot be reached with whole cores.
         """
         return await self.request(_total(count, options, maximum=maximum, hotpluggable=hotpluggable))
 
     @checked
     async def apply(self, xml: bytes, *, source: str = "the file", **options: Unpack[Options]) -> Outcome:
-        """Make the running guest and/or the definition what `<vcpus>` in a document says, as one transaction.
+        """Change the running guest, the definition, or both, to match `<vcpus>` in a document, as
+        one transaction.
 
         Args:
             xml: a domain's XML, or `<vcpus>` alone.
-            source: what it is called in messages.
-            options: see `Options`; nothing is left to the guest agent.
+            source: the name of the document in messages.
+            options: see `Options`; the guest agent is not used.
 
         Raises:
-            VcpuRefused: also where the document cannot be this domain's.
+            VcpuRefused: among other reasons, the document cannot belong to this domain.
         """
         return await self.request(await self._listed(xml, source, options))
 
     @checked
     async def plan_apply(self, xml: bytes, *, source: str = "the file", **options: Unpack[Options]) -> Plan:
-        """What `apply` would do."""
+        """Return what `apply` would do."""
         return await self.plan(await self._listed(xml, source, options))
 
     async def _listed(self, xml: bytes, source: str, options: Options) -> Request:
@@ -321,12 +326,13 @@ class Domain:
     async def dump_xml(
         self, *, inactive: bool = False, dialect: str | None = None, detail: str | None = None
     ) -> bytes:
-        """The domain's XML: of the running guest, if it runs, else its definition.
+        """Return the domain's XML: of the running guest, or of its definition if the guest does not run.
 
         Args:
-            inactive: its definition in any case.
-            dialect: how `<vcpus>` is written, "rfc" or "libvirt"; None: as it is there, else libvirt's.
-            detail: what the RFC's dialect shows: "minimal" (id, state), "cell", or "full".
+            inactive: return the definition in any case.
+            dialect: how `<vcpus>` is written, "rfc" or "libvirt"; None keeps the document's
+                dialect, or uses libvirt's.
+            detail: what the RFC dialect shows: "minimal" (id, state), "cell", or "full".
 
         Raises:
             VcpuRefused: there is no definition.
@@ -337,39 +343,40 @@ class Domain:
             return await self._backend.dump_xml(reached, flags, dialect, detail)
 
     async def describe_xml(self) -> bytes:
-        """A definition for the running guest, of what QEMU tells: name, machine, topology, memory, vCPUs.
+        """Return a definition of the running guest from what QEMU reports: name, machine, topology,
+        memory, vCPUs.
 
         Raises:
-            VcpuRefused: it does not run.
+            VcpuRefused: the guest does not run.
         """
         return (await self.describe_machine()).xml
 
     async def describe_machine(self) -> DescribedXml:
-        """`describe_xml`, and what of the guest such a definition cannot hold.
+        """Return `describe_xml`, and the parts of the guest that such a definition cannot express.
 
         Raises:
-            VcpuRefused: it does not run.
+            VcpuRefused: the guest does not run.
         """
         async with self._turn() as reached:
             return await reached.describe_xml(await reached.connected().read())
 
     async def picture(self) -> Picture:
-        """What QEMU tells of the running guest's machine: RAM blocks, nodes, devices, properties.
+        """Return what QEMU reports about the running machine: RAM blocks, nodes, devices, properties.
 
         Raises:
-            VcpuRefused: it does not run.
-            VcpuConnectionError: QEMU is lost.
+            VcpuRefused: the guest does not run.
+            VcpuConnectionError: the connection to QEMU broke.
         """
         async with self._turn() as reached:
             session = reached.connected()
             return await migrating.read_picture(session.monitor, session.process)
 
     async def guest_vcpus(self) -> GuestView:
-        """The guest's own CPUs, and which vCPU each one is.
+        """Return the guest's own CPUs, and the vCPU that each one is.
 
         Raises:
-            VcpuRefused: no agent of this domain is known, or it is not allowed to tell.
-            VcpuConnectionError: no agent answers, or what it says cannot be.
+            VcpuRefused: no agent of this domain is known, or it is not allowed to list CPUs.
+            VcpuConnectionError: no agent answers, or its answer is impossible.
         """
         async with self._turn() as reached:
             return await reached.guest_view()
@@ -383,14 +390,14 @@ class Domain:
 
     @checked
     async def place(self, xml: bytes | None = None) -> list[str]:
-        """Give every vCPU's thread, and the emulator's, what the definition says; what there is to say of it.
+        """Place the threads of every vCPU and of the emulator as the definition says; return messages.
 
         Args:
             xml: a domain's XML instead of its definition.
 
         Raises:
-            VcpuRefused: they cannot be placed, or there is no definition; none is.
-            VcpuFailed: the kernel declines; the others are placed.
+            VcpuRefused: the threads cannot be placed, or there is no definition; no thread was placed.
+            VcpuFailed: the kernel declined for some threads; the others are placed.
         """
         async with self._turn() as reached:
             session = reached.connected()
@@ -409,16 +416,16 @@ class Domain:
         cpus: str | Iterable[int] | None,
         flags: VcpuFlag = VcpuFlag.CURRENT,
     ) -> Outcome:
-        """Pin a vCPU to host CPUs (`virDomainPinVcpuFlags`): its thread now, and/or in the definition.
+        """Pin a vCPU to host CPUs (`virDomainPinVcpuFlags`): its thread now, the definition, or both.
 
         Args:
-            vcpu_id: of the vCPU.
-            cpus: host CPUs, `0-3,^2` or numbers; None lets it go everywhere.
+            vcpu_id: the vCPU's id.
+            cpus: host CPUs, `0-3,^2` or numbers; None allows all host CPUs.
             flags: LIVE, CONFIG, both, or CURRENT.
 
         Raises:
             VcpuRefused: nothing was touched.
-            VcpuFailed: the kernel declines.
+            VcpuFailed: the kernel declined.
             VcpuPartial: the thread is pinned, and the definition could not be written.
         """
         wanted, request = check_pin(vcpu_id, cpus, flags)
@@ -428,17 +435,18 @@ class Domain:
 
     @checked
     async def vcpus(self, ids: Iterable[int] | None = None) -> tuple[Vcpu, ...]:
-        """These vCPUs, or every one, by a fresh query."""
+        """Return these vCPUs, or all of them, from a fresh query."""
         if ids is None:
             return (await self.state()).vcpus
         return (await self.request(_request(ids, VcpuFlag.CURRENT, {}))).rows
 
     @checked
     async def state(self, flags: VcpuFlag = VcpuFlag.CURRENT) -> DomainState:
-        """Everything known of the domain, by a fresh query; `flags` may name the impact.
+        """Return everything known of the domain, from a fresh query. `flags` may name the side,
+        LIVE or CONFIG.
 
         Raises:
-            VcpuRefused: there is no such side of this domain.
+            VcpuRefused: the domain does not have this side.
         """
         async with self._turn() as reached:
             reached.check(Request((), flags), check_flags(flags))
@@ -446,11 +454,11 @@ class Domain:
 
     @property
     def agent_trouble(self) -> VcpuConnectionError | None:
-        """Why the agent's view is missing from the last state; None where it is there, or no agent is known."""
+        """Why the last state lacks the agent's view; None if it has the view, or if no agent is known."""
         return self._reached.guest.trouble if self._reached.guest is not None else None
 
     async def agent_refusal(self) -> VcpuError | None:
-        """Why the guest's agent cannot switch CPUs; None where it can, or where no agent is known."""
+        """Return why the guest's agent cannot switch CPUs; None if it can, or if no agent is known."""
         async with self._turn() as reached:
             if reached.guest is None:
                 return None
@@ -461,28 +469,28 @@ class Domain:
         return None
 
     def plugs_left(self) -> list[str]:
-        """How many plugs this QEMU can take before it aborts, as one text; none where they do not run out."""
+        """Return how many plugs this QEMU can take before it aborts, as one text; empty if there is no limit."""
         session = self._reached.session
         return plugs_left(session.state, session.knowledge()) if session is not None else []
 
     @property
     def run_state(self) -> str | None:
-        """QEMU's RunState ("running", "paused", "prelaunch" …) when it was asked last; None if not known."""
+        """QEMU's RunState ("running", "paused", "prelaunch" …) at the last query; None if not known."""
         return self._reached.session.seen_run_state if self._reached.session is not None else None
 
     @checked
     def events(self, *, steps: bool = False, limit: int = 1000) -> Events:
-        """What happens to the vCPUs, whoever does it; subscribed on entry:
+        """What happens to the vCPUs, whoever causes it. The subscription begins on entry:
 
             async with domain.events() as events:
                 async for event in events: …
 
         Args:
-            steps: also what is only under way (`unplug-requested`, `guest-ejecting`).
+            steps: also report intermediate steps (`unplug-requested`, `guest-ejecting`).
             limit: how many events may wait to be read.
 
         Raises (on entry and from the iteration):
-            VcpuConnectionError: the connection is lost.
+            VcpuConnectionError: the connection broke.
             VcpuOverflow: more than `limit` events waited.
         """
         if limit < 1:
@@ -493,10 +501,10 @@ class Domain:
 
     @property
     def last_state(self) -> DomainState:
-        """The state of the last query, without asking again.
+        """The state of the last query, without a new one.
 
         Raises:
-            VcpuConnectionError: it was never connected.
+            VcpuConnectionError: the domain was never connected.
         """
         if self._shown is not None:
             return self._shown
@@ -505,7 +513,7 @@ class Domain:
 
     @property
     def pending_ids(self) -> tuple[int, ...]:
-        """vCPU ids whose unplug was asked and has not ended, as far as is known."""
+        """vCPU ids whose unplug was requested and has not finished, as far as known."""
         session = self._reached.session or self._last
         if session is None:
             return ()
@@ -516,23 +524,24 @@ class Domain:
 
     @property
     def interrupted(self) -> Interrupted | None:
-        """What the last call has left, if it was cancelled; None if it was not.
+        """What the last call has left, if it was cancelled, else None.
 
-        Each call, a query too, sets it back to None when its turn comes. One that is cancelled while it waits for
-        its turn has begun nothing, and leaves it alone. It stays readable after the domain is left.
+        Each call, including a query, resets this to None when its turn comes. A call that is
+        cancelled while it waits for its turn has begun nothing, and does not change this. It stays
+        readable after the domain is left.
         """
         return self._interrupted
 
     @property
     def settled(self) -> tuple[Event, ...]:
-        """What had ended while nobody listened, as found when this connection was made."""
+        """What had finished while nobody listened, as found when this connection was made."""
         return self._reached.session.settled if self._reached.session is not None else ()
 
-    # -- plans: what would be done, and every reason why not; nothing is touched --------------------
+    # -- plans: what a call would do, and every refusal; nothing is touched -------------------------
 
     @checked
     async def plan(self, request: Request) -> Plan:
-        """What `request` would do, and every reason why not; touches nothing."""
+        """Return what `request` would do, with every refusal; nothing is touched."""
         async with self._turn() as reached:
             self._shown = None
             return await self._backend.plan(reached, request)
@@ -541,38 +550,40 @@ class Domain:
     async def plan_vcpu(
         self, vcpu_id: int, flags: VcpuFlag, *, count: int | None = None, **options: Unpack[Options]
     ) -> Plan:
-        """What `vcpu` would do."""
+        """Return what `vcpu` would do."""
         return await self.plan(_request(vcpu_id, VcpuFlag(flags), options, count=count))
 
     @checked
     async def plan_enable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Plan:
-        """What `enable` would do."""
+        """Return what `enable` would do."""
         return await self.plan(_request(ids, VcpuFlag.ENABLE, options))
 
     @checked
     async def plan_disable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Plan:
-        """What `disable` would do."""
+        """Return what `disable` would do."""
         return await self.plan(_request(ids, VcpuFlag.DISABLE, options))
 
     @checked
     async def plan_numa_node(
         self, node: int, flags: VcpuFlag, *, count: int | None = None, **options: Unpack[Options]
     ) -> Plan:
-        """What `numa_node` would do."""
+        """Return what `numa_node` would do."""
         return await self.plan(_request(node, VcpuFlag(flags) | VcpuFlag.NUMA_NODE, options, count=count))
 
     @checked
     async def plan_set_vcpus(
         self, count: int, *, maximum: bool = False, hotpluggable: bool = False, **options: Unpack[Options]
     ) -> Plan:
-        """What `set_vcpus` would do."""
+        """Return what `set_vcpus` would do."""
         return await self.plan(_total(count, options, maximum=maximum, hotpluggable=hotpluggable))
 
     # -- to another QEMU, or into a file -----------------------------------------------------------
 
     @cached_property
     def migration(self) -> Migration:
-        """Takes the guest to another QEMU, or into a file and back. Each `migrate_…` below is one of its calls."""
+        """Moves the guest to another QEMU, or into a file and back. Each `migrate_…` below is one
+        of its calls.
+        """
         return migrating.Migration(
             migrating.Access(
                 connected=self._alone,
@@ -683,7 +694,7 @@ class Domain:
         check: Callable[[], Awaitable[object]] | None = None,
         files: tuple[str, ...] = (),
     ) -> bool:
-        """`migration.save`, into a `SaveTarget` of these."""
+        """`migration.save`, into a `SaveTarget` of these arguments."""
         file = migrating.SaveTarget(fd, offset, finish, check, files)
         return await self.migration.save(cookie, file, progress, force=force)
 
@@ -721,7 +732,7 @@ class Domain:
         return self._reached.connected()
 
     async def _connect_again(self) -> None:
-        """Unless the domain is left meanwhile."""
+        """Connect again, unless the domain is left meanwhile."""
         leaves = self._leaves
         await aio.finish(self._close())
         if leaves == self._leaves:
@@ -739,7 +750,8 @@ class Domain:
                 await reached.session.close()
         finally:
             try:
-                # Only now: the session's watcher asks the agent too, and would open its socket again.
+                # The agent is closed after the session, because the session's watcher queries it
+                # and would open its socket again.
                 if reached.guest is not None:
                     await reached.guest.close()
             finally:
@@ -756,7 +768,7 @@ class Domain:
         return queried(state, ids, time.monotonic() - began)
 
     async def _state(self, reached: Reached, flags: VcpuFlag) -> DomainState:
-        """Of the side that `flags` name."""
+        """Return the state of the side that `flags` name."""
         self._shown = None
         state = await reached.state(flags)
         live, _ = reached.sides(flags)

@@ -1,4 +1,4 @@
-"""Drives one transaction over a monitor: performs its effects, and feeds it what happens."""
+"""Drive one transaction over a monitor: perform its effects, and feed it what happens."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ from qmpvcpu.core.model import Entity
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
 
-#: Finished tasks are swept out when there are this many.
+#: Finished tasks are removed from the list when it is longer than this.
 _TASKS_KEPT: Final = 512
 
 
 class MakeQuery(Protocol):
-    """A fresh query."""
+    """Makes a fresh query of the vCPUs."""
 
     def __call__(
         self, *, is_last: bool, resent: Callable[[], object], declined: Collection[int]
     ) -> Awaitable[Snapshot]:
-        """Make it.
+        """Make the query.
 
         Args:
-            is_last: QEMU has said of all that is to leave that it is gone.
-            resent: called before anything is asked a second time.
-            declined: ids of entities that QEMU declined to plug, to be looked at when the reply is there.
+            is_last: QEMU has reported every vCPU that should leave as removed.
+            resent: called before a query is sent a second time.
+            declined: ids of entities that QEMU declined to plug; more may come until the reply
+                arrives, so it is read then.
         """
 
 
@@ -55,10 +56,10 @@ class Drive:
     """One run of a transaction.
 
     Args:
-        transaction: not yet started.
+        transaction: a transaction that has not started.
         monitor: the QMP connection.
         look: makes a fresh query.
-        asking: called with entities before their `device_del` goes out.
+        asking: called with the entities before their `device_del` is sent.
     """
 
     def __init__(
@@ -87,17 +88,17 @@ class Drive:
 
     @property
     def result(self) -> Result:
-        """How it ended, or how it stands."""
+        """The result of the transaction, or its present state if it has not finished."""
         return self._transaction.result()
 
     async def run(self) -> None:
-        """Carry the transaction to its end; `result` has it, however this ends.
+        """Run the transaction to its end. `result` then holds its result, even if this raises.
 
-        Cancelled: nothing new begins, plugs are undone within 5 s, requested unplugs stay pending, then
-        CancelledError goes on. A second cancel stops at once.
+        If the call is cancelled, nothing new begins, plugs are undone within 5 s, and requested
+        unplugs stay pending. Then CancelledError continues. A second cancel stops at once.
 
         Raises:
-            VcpuConnectionError: the connection was lost, or QEMU stopped answering.
+            VcpuConnectionError: the connection broke, or QEMU stopped answering.
         """
         with self._monitor.listen(self._sink):
             try:
@@ -108,10 +109,10 @@ class Drive:
                 await self._stop()
 
     async def take_back(self) -> None:
-        """Undo what a finished run has plugged, within 5 s.
+        """Undo the plugs of a finished run, within 5 s.
 
         Raises:
-            VcpuConnectionError: as `run`.
+            VcpuConnectionError: as in `run`.
         """
         self._is_finished = False
         with self._monitor.listen(self._sink):
@@ -125,12 +126,13 @@ class Drive:
         await self._to_the_end([])
 
     async def _to_the_end(self, effects: Sequence[Effect]) -> None:
-        """Perform these, and wait until the transaction has finished."""
+        """Perform these effects, and wait until the transaction has finished."""
         query = next((effect for effect in effects if isinstance(effect, Query)), None)
         self._perform([effect for effect in effects if effect is not query])
         if query is not None:
-            # A query behind plugs is awaited here: for nearly every plug it is the last word, and what is left
-            # out, a task and a turn of the loop, is a good part of what a plug costs in Python.
+            # A query after plugs is awaited here, because for nearly every plug it is the last
+            # step. This saves a task and a turn of the loop, a good part of what a plug costs in
+            # Python.
             try:
                 await self._query()
             except asyncio.CancelledError:
@@ -146,12 +148,12 @@ class Drive:
                 self._waker = None
 
     async def _stop(self) -> None:
-        """Nothing is sent or fed from here on."""
+        """Stop sending commands and feeding the transaction."""
         self._is_finished = True
         if self._timer is not None:
             self._timer.cancel()
         for first in self._dropped(plugs=True):
-            # Whatever that would lead to is not done any more.
+            # The effects of this input are not performed any more.
             self._transaction.feed(Unsent(first), self._now())
         unfinished = [task for task in self._tasks if not task.done()]
         for task in unfinished:
@@ -160,12 +162,14 @@ class Drive:
             await asyncio.wait(unfinished)
 
     def _feed(self, happened: Input) -> None:
-        """Feed the transaction at once, in the order in which things arrive, and do what it says."""
+        """Feed the transaction at once, in order of arrival, and perform the effects that it returns."""
         if self._failure is None:
             self._perform(self._transaction.feed(happened, self._now()))
 
     def _perform(self, effects: Sequence[Effect]) -> None:
-        """Do all of them now, in this order; QEMU answers in this order. What they lead to at once comes after."""
+        """Perform all effects now, in this order. QEMU answers in this order too. Effects that
+        result from them come after them.
+        """
         if self._is_finished:
             return
         try:
@@ -215,13 +219,13 @@ class Drive:
         reply.add_done_callback(lambda reply: self._replied(entity.first, reply))
 
     def _dropped(self, *, plugs: bool) -> list[int]:
-        """Nothing that has not been sent is sent any more: ids of the entities that this was about."""
+        """Drop the commands that were not sent yet, and return the ids of their entities."""
         found = self._monitor.drop_queued(plugs=plugs)
         return [first for first, device_id in self._sent.items() if device_id in found]
 
     def _replied(self, first: int, reply: asyncio.Future[object]) -> None:
         if reply.cancelled():
-            # `_drop` has fed it, unless somebody else has closed the way to it.
+            # `_dropped` has fed this, unless another caller closed the monitor's queue.
             self._feed(Unsent(first))
             return
         error = reply.exception()
@@ -242,7 +246,7 @@ class Drive:
             self._fail(error)
 
     def _asked(self) -> bool:
-        """The query goes out; whether it has only to confirm what QEMU has said."""
+        """Note that the query is sent, and return whether it only has to confirm what QEMU has reported."""
         look, *others = self._transaction.feed(QuerySent(), self._now())
         self._perform(others)
         assert isinstance(look, Look)

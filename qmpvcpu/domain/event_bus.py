@@ -1,4 +1,4 @@
-"""Who listens to a domain: bounded subscriptions, and the task that looks while somebody cares."""
+"""The listeners of one domain: bounded subscriptions, and a task that queries while there is a listener."""
 
 from __future__ import annotations
 
@@ -14,53 +14,54 @@ from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuOverflow
 
 __all__ = ["Events", "EventBus", "Watcher"]
 
-#: QEMU has no event for a plug, and on x86 under TCG none for the end of an unplug: seconds between two looks.
+#: Seconds between two queries. QEMU has no event for a plug, and under TCG on x86 none for the end
+#: of an unplug.
 _LOOK_EVERY: Final = 1.0
-#: So many looks in a row may fail; each may take as long as a query may, some 10 s.
+#: How many queries in a row may fail. Each may take as long as a query can, about 10 s.
 _PATIENCE: Final = 6
 
 
 class EventBus:
-    """Hands events to all subscriptions of one domain."""
+    """Passes events to all subscriptions of one domain."""
 
     def __init__(self) -> None:
         self._all: set[Events] = set()
-        #: Called when somebody begins to listen.
+        #: Called when a listener subscribes.
         self.on_listener: Callable[[], None] = lambda: None
 
     @property
     def listening(self) -> bool:
-        """Whether anybody does."""
+        """Whether there is a listener."""
         return bool(self._all)
 
     def add(self, events: Events) -> None:
-        """Subscribe."""
+        """Add a subscription."""
         self._all.add(events)
         self.on_listener()
 
     def remove(self, events: Events) -> None:
-        """Unsubscribe; may be called twice."""
+        """Remove a subscription; may be called twice."""
         self._all.discard(events)
 
     def emit(self, found: Iterable[Event]) -> None:
-        """Give these to everyone."""
+        """Pass these events to every subscription."""
         for event in found:
             for listener in tuple(self._all):
                 listener.put(event)
 
     def end(self, error: VcpuError | None) -> None:
-        """Nothing more comes: an error, or the domain was left."""
+        """End all subscriptions, because of an error or because the domain was left."""
         for listener in tuple(self._all):
             listener.end(error)
 
 
 class Events:
-    """What happens to a domain's vCPUs, whoever does it: an async context manager to be iterated over.
+    """The events of a domain's vCPUs, whoever causes them: an async context manager to iterate over.
 
-    Subscribed from entry on. At most `limit` events wait to be read.
+    The subscription begins on entry. At most `limit` events wait to be read.
 
-    Raises (on entry and from the iteration, after what had come before it):
-        VcpuConnectionError: the connection was lost.
+    Raises (on entry and from the iteration, after the events that arrived before):
+        VcpuConnectionError: the connection broke.
         VcpuOverflow: events came faster than they were read, and some are lost.
     """
 
@@ -112,7 +113,7 @@ class Events:
         return self._waiting.popleft()
 
     def put(self, event: Event) -> None:
-        """Called by the bus."""
+        """Add an event. Called by the bus."""
         if self._ended or (event.event.is_step and not self._steps):
             return
         if len(self._waiting) >= self._limit:
@@ -127,7 +128,7 @@ class Events:
         self._wake()
 
     def end(self, error: VcpuError | None) -> None:
-        """Called by the bus: nothing more comes."""
+        """End the subscription. Called by the bus."""
         if not self._ended:
             self._ended, self._error = True, error
             self._bus.remove(self)
@@ -139,12 +140,12 @@ class Events:
 
 
 class Watcher:
-    """A task that looks at the domain, as long as `wanted` says that somebody needs to know.
+    """A task that queries the domain as long as `wanted` returns true.
 
     Args:
-        look: a fresh query that tells everyone what has changed.
-        wanted: whether anybody listens, or an unplug is pending.
-        failed: called with an error that does not pass; whoever listens must not wait for ever.
+        look: makes a fresh query and emits what has changed.
+        wanted: whether there is a listener, or an unplug is pending.
+        failed: called with a permanent error, so that listeners do not wait for ever.
     """
 
     def __init__(
@@ -160,17 +161,17 @@ class Watcher:
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
-        """Begin, if it is wanted and does not run yet."""
+        """Start the task, if it is wanted and does not run yet."""
         if self._task is None and self._wanted():
             self._task = asyncio.create_task(self._run(), name="qmpvcpu watcher")
 
     def poke(self) -> None:
-        """Look now: something has happened."""
+        """Query now, because something has happened."""
         self._poked.set()
         self.start()
 
     async def stop(self) -> None:
-        """End; it has ended when this returns."""
+        """Stop the task. It has ended when this returns."""
         task, self._task = self._task, None
         if task is not None:
             task.cancel()
@@ -197,7 +198,7 @@ class Watcher:
             except InconsistentReplies:
                 continue
             except VcpuError as error:
-                # One that is busy, or stopped for a while, answers again.
+                # A QEMU that is busy or stopped for a while will answer again.
                 failures += 1
                 is_lost = isinstance(error, VcpuConnectionError) and error.reason == "closed"
                 if is_lost or failures == _PATIENCE:

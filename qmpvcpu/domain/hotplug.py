@@ -1,4 +1,4 @@
-"""Carries out what `device_add` and `device_del` can do of a plan, and remembers what has not ended."""
+"""Carry out the `device_add` and `device_del` part of a plan, and remember unplugs that have not finished."""
 
 from __future__ import annotations
 
@@ -28,14 +28,14 @@ _NO_ACPI: Final = "this machine has no ACPI (acpi=off): only firmware that drive
 
 
 class Hotplug:
-    """The part of one request that QEMU does."""
+    """The part of one request that QEMU carries out."""
 
     def __init__(self, session: Session, planned: Planned, timeout: float) -> None:
         self._session = session
         self._planned = planned
         plan, state = planned.plan, planned.state
         self._moves = Moves(plan.plugs, plan.unplugs, plan.awaited, session.pending_unplugs.firsts)
-        #: When the unplugs that are awaited were requested, where that is known.
+        #: When each awaited unplug was requested, if that is known.
         self._since = {entity.first: session.pending_unplugs.asked(entity.first) for entity in plan.awaited}
         terms = Terms(
             timeout,
@@ -48,15 +48,15 @@ class Hotplug:
 
     @property
     def plugs(self) -> frozenset[int]:
-        """vCPU ids that it plugs."""
+        """Ids of the vCPUs that this plugs."""
         return frozenset(number for entity in (*self._moves.awaited, *self._moves.plugs) for number in entity.ids)
 
     async def run(self, report: Report) -> None:
-        """Do it, and add what became of it to the report."""
+        """Carry out the plan, and add the results to the report."""
         try:
             await self._driven(self._drive.run)
             result = self._drive.result
-            # It is no longer in flight: an answer of the guest's that comes now ends it.
+            # The transaction is no longer in flight: a guest's answer that arrives now ends the unplug.
             with leaves(lambda: _left(result)):
                 stopped, notes = await self._why_pending(result)
         except VcpuConnectionError as error:
@@ -68,10 +68,10 @@ class Hotplug:
             report.hotplugged(result, stopped=stopped, reset_drops=drops, notes=notes)
 
     async def take_back(self) -> Interrupted:
-        """The call was cancelled after its plugs were done: unplug them again. A second cancel ends that.
+        """Unplug the vCPUs again that a cancelled call has plugged. A second cancel stops this.
 
         Returns:
-            What stays.
+            The changes that remain.
         """
         ids = sorted(self.plugs.intersection(self._drive.result.changed))
         if not ids:
@@ -84,7 +84,7 @@ class Hotplug:
         return Interrupted(changed_ids=tuple(n for n in ids if vcpus[n].enabled and not vcpus[n].pending))
 
     async def _driven(self, drive: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        """While it is in flight, it alone decides what becomes of its entities."""
+        """While the transaction is in flight, only it decides what becomes of its entities."""
         session = self._session
         session.in_flight = frozenset(entity.first for entity in self._moves.entities)
         try:
@@ -94,14 +94,14 @@ class Hotplug:
             self._remember(self._drive.result)
 
     def _remember(self, result: Result) -> None:
-        """What the next call, and the next process, must know of unplugs that have not ended."""
+        """Remember pending unplugs for the next call and the next process."""
         session = self._session
         pending = session.pending_unplugs.firsts
         if open_still := [entity for entity in result.still_asked if entity.first not in pending]:
             session.pending_unplugs.ask(open_still, session.state, time.time())
         session.pending_unplugs.end(result.gone, gone=True)
         session.pending_unplugs.end(result.finished)
-        # What is pending for a cancelled call may have gone at its last look.
+        # An unplug that a cancelled call left pending may have finished before its last query.
         session.pending_unplugs.settle(session.state)
         session.watch()
 
@@ -117,7 +117,7 @@ class Hotplug:
         return Snapshot.of(now, planned.state, self._moves, hotplug.undo_forbidden(now, known), restore_forbidden)
 
     async def _why_pending(self, result: Result) -> tuple[str | None, list[str]]:
-        """Of unplugs that are pending: the run state of a guest that is stopped, and what else is to be said."""
+        """Return the run state if the guest is stopped, and further messages about pending unplugs."""
         session = self._session
         if not result.pending:
             return None, []
@@ -138,5 +138,5 @@ class Hotplug:
 
 
 def _left(result: Result) -> Interrupted:
-    """What a transaction has left, cancelled as it stands; what is pending, the session tells."""
+    """What a cancelled transaction has left. The session adds the pending unplugs."""
     return Interrupted(changed_ids=result.changed, unsure_ids=result.unsure)

@@ -1,4 +1,4 @@
-"""The guest's side of a request: CPUs that its agent switches, and those that it must come to run on."""
+"""The guest's side of a request: CPUs that its agent switches, and plugged CPUs that it should run on."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from qmpvcpu.flags import VcpuFlag
 
 logger = logging.getLogger("qmpvcpu.domain.in_guest")
 
-#: Nothing in the guest told which CPU is which.
+#: Used if the agent could not read which CPU is which vCPU.
 _ASSUMED: Final = (
     "that the guest's CPU numbers are the vCPU ids is assumed: the agent could not read what tells them apart"
     " (guest-file-open)"
@@ -33,19 +33,19 @@ _ASSUMED: Final = (
 async def switch_planned(
     session: Session, guest: Guest, plan: Plan, view: GuestView | None, report: Report
 ) -> None:
-    """Take online and offline what the plan says, and offline what the guest refused to let go.
+    """Take vCPUs online and offline as planned, and take those offline that the guest refused to unplug.
 
     Args:
         session: the open connection.
         guest: the agent.
-        plan: of the request; its hotplug is done.
-        view: the guest's CPUs, as they were planned on.
-        report: what it leads to is added to it.
+        plan: the plan of the request; its hotplug part is done.
+        view: the guest's CPUs on which the plan was made.
+        report: the results are added to it.
     """
     offlines, messages = list(plan.offlines), [*report.messages]
     rejected = report.trouble if isinstance(report.trouble, VcpuRejected) else None
     if rejected is not None and plan.request.fallback and not report.undone:
-        # The guest kept what it was asked to let go; perhaps it takes it offline.
+        # The guest refused the unplug, but it may still take the CPUs offline.
         kept = [number for first in rejected.reasons for number in session.state.by_id[first].ids]
         view = await guest.try_view(session.state)
         if view is not None and not check_guest(session.state, [*kept, *offlines], view, online=False):
@@ -72,7 +72,7 @@ async def switch_planned(
 async def _switch(
     session: Session, guest: Guest, view: GuestView | None, ids: Sequence[int], report: Report, *, online: bool
 ) -> None:
-    """Take these online or offline in the guest, unless the request has failed."""
+    """Take these vCPUs online or offline in the guest, unless the request has failed."""
     if not ids or report.has_failed():
         return
     assert view is not None
@@ -91,8 +91,8 @@ async def _switch(
 
 
 async def _half_switched(session: Session, guest: Guest, view: GuestView, ids: Sequence[int]) -> Interrupted:
-    """Cancelled while the agent switched these: what the guest says of them now, compared with `view`. If it says
-    nothing in time, or at a second cancel, they are unsure.
+    """After a cancel during a switch, compare the guest's present CPUs with `view`. If the guest
+    does not answer in time, or after a second cancel, the ids are unsure.
     """
     found = Interrupted(unsure_ids=tuple(ids))
 
@@ -117,15 +117,15 @@ async def until_online(
     before: GuestView | None,
     report: Report,
 ) -> None:
-    """Wait until the guest runs on what was plugged: enabled is what the guest can run on.
+    """Wait until the guest runs on the plugged vCPUs. A vCPU is enabled when the guest can run on it.
 
     Args:
         session: the open connection.
         guest: the agent.
-        plugged: vCPU ids that the request has plugged, and that may have gone since.
-        seconds: what is left for it.
-        before: the guest before the plug, where only that tells which CPUs have come.
-        report: what it leads to is added to it.
+        plugged: vCPU ids that the request has plugged; some may have been removed since.
+        seconds: the time that is left.
+        before: the guest's CPUs before the plug, if only they show which CPUs have come.
+        report: the results are added to it.
     """
     fresh = sorted(n for n in plugged if n not in report.pending and session.state.vcpus[n].enabled)
     if not fresh:

@@ -1,7 +1,8 @@
-"""`Interrupted`: what a cancelled call has left, from the place where it was cancelled to `Domain.interrupted`.
+"""`Interrupted`: what a cancelled call has left, passed from the place of the cancel to
+`Domain.interrupted`.
 
-It travels in the CancelledError itself, whose class stays exactly that: in Python 3.11 `asyncio.timeout` and
-`asyncio.TaskGroup` do not take a subclass for a cancel.
+It travels inside the CancelledError, whose class must stay exactly CancelledError: in Python 3.11,
+`asyncio.timeout` and `asyncio.TaskGroup` do not accept a subclass as a cancel.
 """
 
 from __future__ import annotations
@@ -20,12 +21,13 @@ class Interrupted:
     """What a call has left when it was cancelled: `Domain.interrupted`.
 
     Attributes:
-        changed_ids: vCPU ids that the call has changed in the running guest, and could not put back.
-        pending: vCPU ids whose unplug was asked, by this call or before it, and has not ended.
-        unsure_ids: vCPU ids whose plug QEMU has not answered, or whose switch the guest agent has not: that may
-            still be done.
-        definition_unsure: whether the definition was being written, and that may still be done.
-        definition_written: whether the definition was written. If neither is true, it is as it was.
+        changed_ids: vCPU ids that the call has changed in the running guest and could not undo.
+        pending: vCPU ids whose unplug was requested, by this call or an earlier one, and has not
+            finished.
+        unsure_ids: vCPU ids whose plug QEMU has not answered, or whose switch the guest agent has
+            not answered; both may still happen.
+        definition_unsure: whether the definition was being written, which may still happen.
+        definition_written: whether the definition was written. If both are false, it is unchanged.
     """
 
     changed_ids: tuple[int, ...] = ()
@@ -35,7 +37,7 @@ class Interrupted:
     definition_written: bool = False
 
     def __or__(self, other: Interrupted) -> Interrupted:
-        """What both say."""
+        """Combine both."""
         return Interrupted(
             _ids(self.changed_ids, other.changed_ids),
             _ids(self.pending, other.pending),
@@ -45,13 +47,13 @@ class Interrupted:
         )
 
     def with_pending(self, ids: Iterable[int]) -> Interrupted:
-        """The same, with these unplugs pending: what is pending is not changed yet."""
+        """The same, with these unplugs pending. A pending vCPU does not count as changed."""
         pending = tuple(ids)
         changed = tuple(number for number in self.changed_ids if number not in pending)
         return replace(self, changed_ids=changed, pending=pending)
 
     def to_json(self) -> dict[str, Any]:
-        """Lists of vCPU ids, and what became of the definition."""
+        """Lists of vCPU ids, and the result for the definition."""
         return {
             "changed_ids": list(self.changed_ids),
             "pending": list(self.pending),
@@ -62,14 +64,14 @@ class Interrupted:
 
 
 def leaving(cancelled: CancelledError, found: Interrupted) -> CancelledError:
-    """The same cancel, which also tells what it has left; to be raised from `cancelled`."""
+    """Return the same cancel with `found` added; raise it from `cancelled`."""
     others = (one for one in cancelled.args if not isinstance(one, Interrupted))
     return CancelledError(*others, left_by(cancelled) | found)
 
 
 @contextmanager
 def leaves(found: Callable[[], Interrupted]) -> Iterator[None]:
-    """A cancel in the body also tells what `found` gives then."""
+    """Add the result of `found` to a cancel that leaves the body."""
     try:
         yield
     except CancelledError as error:
@@ -77,7 +79,7 @@ def leaves(found: Callable[[], Interrupted]) -> Iterator[None]:
 
 
 def left_by(cancelled: CancelledError) -> Interrupted:
-    """What this cancel has left, as far as it tells."""
+    """What this cancel says that its call has left."""
     return next((one for one in cancelled.args if isinstance(one, Interrupted)), Interrupted())
 
 

@@ -1,4 +1,4 @@
-"""The pending unplugs of one guest: in memory, and for the next process in a store."""
+"""The pending unplugs of one guest: in memory, and in a store for the next process."""
 
 from __future__ import annotations
 
@@ -14,24 +14,26 @@ __all__ = ["PendingUnplugs"]
 
 
 class PendingUnplugs:
-    """What was asked and has not ended, by first vCPU id.
+    """Unplugs that were requested and have not finished, by entity id.
 
-    `store` is None where the guest's process is not known on this host; `trouble` says why the next process would
-    not learn of what is here.
+    `store` is None if the guest's process is not known on this host. `trouble` says why the next
+    process would not learn of these unplugs.
     """
 
     def __init__(self, store: PendingFolder | None) -> None:
         self._store = store
         self._unplugs: dict[int, PendingUnplug] = {}
         self._stored: set[int] = set()
-        #: Of those in the store, what has ended and is to be taken out there; and until when it had.
+        #: Unplugs that have finished and must be removed from the store, with the time until which they had.
         self._over: dict[int, float] = {}
         self._known: Mapping[int, PendingUnplug] = {}
-        #: When the query of the last state was sent, in seconds since the epoch: it shows no later unplug.
+        #: When the query of the last state was sent, in seconds since the epoch. The state does not
+        #: show later unplugs.
         self.seen_at = 0.0
-        #: Where nothing outlives this process.
+        #: Used if nothing outlives this process.
         self._contexts = UsedContexts()
-        #: Whether another process has asked for unplugs. Only a fresh query tells whether they have ended.
+        #: Whether another process has requested unplugs of which only a fresh query shows whether
+        #: they have finished.
         self.undecided = False
         self.trouble: str | None = None
         if store is None:
@@ -39,39 +41,40 @@ class PendingUnplugs:
 
     @property
     def firsts(self) -> frozenset[int]:
-        """First ids of the entities whose unplug is pending."""
+        """Ids of the entities whose unplug is pending."""
         return frozenset(self._unplugs)
 
     def asked(self, first: int) -> float | None:
-        """When, in seconds since the epoch."""
+        """When the unplug was requested, in seconds since the epoch."""
         unplug = self._unplugs.get(first)
         return None if unplug is None else unplug.asked
 
     @property
     def contexts(self) -> UsedContexts:
-        """What unplugs of this QEMU have used up, as far as processes of ours have seen."""
+        """What unplugs of this QEMU have used up, as far as our processes have seen."""
         return self._contexts if self._store is None else self._store.contexts()
 
     def note_contexts(self, more: UsedContexts) -> None:
-        """Remember this too. Never raises."""
+        """Add to `contexts`. Never raises."""
         if self._store is not None:
             self._store.note_contexts(more)
         else:
             self._contexts |= more
 
     def note_back(self, ids: Collection[int]) -> None:
-        """These are plugged. Never raises."""
+        """Note that these vCPUs are plugged. Never raises."""
         if ids and self._store is not None and (gone := self._store.gone()) and not gone.isdisjoint(ids):
             self._store.note_gone(gone.difference(ids))
 
     def take_over(self, other: PendingUnplugs) -> None:
-        """What an earlier connection to the same process knew."""
+        """Add what an earlier connection to the same process knew."""
         self._unplugs.update(other._unplugs)
         self._stored |= other._stored
 
     def refresh(self, state: DomainState) -> tuple[list[PendingUnplug], list[PendingUnplug]]:
-        """Learn what other processes have asked or seen ended; returns what is new and open, and what is new and
-        over. What was asked after the query of this state is `undecided` if the state does not show it as open.
+        """Read what other processes have requested or seen finish. Return the new unplugs that are
+        open, and the new ones that have finished. `undecided` is set if an unplug was requested
+        after the query of this state, and the state does not show it as open.
         """
         if self._store is None:
             return [], []
@@ -81,7 +84,7 @@ class PendingUnplugs:
             return [], []
         self._known = known
         for first in self._stored - known.keys():
-            # Somebody else saw its end.
+            # Another process saw it finish.
             self._stored.discard(first)
             self._unplugs.pop(first, None)
         new = [unplug for unplug in known.values() if self._is_news(unplug)]
@@ -96,7 +99,7 @@ class PendingUnplugs:
         return opened, over
 
     def ask(self, entities: Iterable[Entity], state: DomainState, now: float) -> None:
-        """Remember these before they are asked."""
+        """Remember these unplugs before they are requested."""
         unplugs = [unplug_of(entity, state, now) for entity in entities]
         self._unplugs.update((unplug.first, unplug) for unplug in unplugs)
         if self._store is None:
@@ -109,8 +112,9 @@ class PendingUnplugs:
             self.trouble = f"the state folder cannot be written: {error}"
 
     def end(self, firsts: Iterable[int], *, gone: bool = False) -> None:
-        """Their end is known. Of what is `gone` the next process sees that by itself: the store forgets it in the
-        next turn of the loop, when who waits for it has the answer.
+        """Note that these unplugs have finished. If the entities are `gone`, the next process sees
+        that by itself; the store then forgets them in the next turn of the loop, when the waiting
+        caller has its answer.
         """
         ended = [first for first in firsts if first in self._unplugs]
         for first in ended:
@@ -126,7 +130,7 @@ class PendingUnplugs:
             self._cross_out()
 
     def close(self) -> None:
-        """The connection ends; what is pending stays known. Never raises."""
+        """Note that the connection ends; pending unplugs stay in the store. Never raises."""
         self._cross_out()
         if self._store is not None:
             self._store.tidy()
@@ -141,13 +145,13 @@ class PendingUnplugs:
             self._store.discard(ended, until)
 
     def _is_news(self, unplug: PendingUnplug) -> bool:
-        """Whether it is not the one that is known here."""
+        """Whether this unplug is newer than the known one."""
         ours = self._unplugs.get(unplug.first)
         return ours is None or (unplug.asked or 0.0) > (ours.asked or 0.0)
 
     def settle(self, state: DomainState, held: Collection[int] = ()) -> None:
-        """What this fresh state shows as ended, has ended. Those in `held` are ended by who has them in hands, all
-        at once: that costs the disk one write.
+        """End the unplugs that this fresh state shows as finished. The operation in flight ends
+        those in `held`, all at once, so that the disk has one write.
         """
         if self._unplugs.keys() - held:
             ended = [first for first, unplug in self._unplugs.items() if not is_open(unplug, state)]

@@ -1,4 +1,4 @@
-"""`vcpupin`: the host CPUs of one vCPU, of its thread and in the definition."""
+"""`vcpupin`: the host CPUs of one vCPU, for its thread and in the definition."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ __all__ = ["change_pin", "check_pin"]
 def check_pin(
     vcpu_id: int, cpus: str | Iterable[int] | None, flags: VcpuFlag
 ) -> tuple[tuple[int, ...] | None, Request]:
-    """What is asked, in order: host CPUs (None: all), and whose.
+    """Return the requested host CPUs (None: all), and the request.
 
     Raises:
-        VcpuUsageError: it makes no sense.
+        VcpuUsageError: the arguments make no sense.
     """
     wanted = None if cpus is None else _host_cpus(cpus)
     if VcpuFlag(flags) & ~(VcpuFlag.LIVE | VcpuFlag.CONFIG):
@@ -57,18 +57,18 @@ async def change_pin(
     cpus: tuple[int, ...] | None,
     preconditions: Sequence[Refusal] = (),
 ) -> Outcome:
-    """Pin a vCPU, or let it go everywhere; both sides are checked before either is touched.
+    """Pin a vCPU to host CPUs, or allow all of them. Both sides are checked before either is touched.
 
     Args:
-        session: the running guest, if that is asked.
-        definition: the definition, if that is asked.
-        vcpu_id: of the vCPU.
+        session: the connection to the running guest, if it is to change.
+        definition: the definition, if it is to change.
+        vcpu_id: the vCPU's id.
         cpus: host CPUs, ascending; None for all.
-        preconditions: what stands against it whatever the state.
+        preconditions: refusals that do not depend on the state.
 
     Raises:
         VcpuRefused: nothing was touched.
-        VcpuFailed: the kernel declines.
+        VcpuFailed: the kernel declined.
         VcpuPartial: the thread is pinned, and the definition could not be written.
     """
     began = time.monotonic()
@@ -110,7 +110,7 @@ def _against(session: Session, state: DomainState, vcpu_id: int, cpus: tuple[int
 def _pin(
     session: Session, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None
 ) -> tuple[DomainState, bool]:
-    """The state afterwards, and whether anything is different."""
+    """Return the state afterwards, and whether the pinning has changed."""
     threads, thread_id = session.threads, state.vcpus[vcpu_id].thread_id
     before = threads.look([thread_id]).get(thread_id) if threads is not None and thread_id is not None else None
     if threads is None or thread_id is None or before is None:
@@ -121,7 +121,8 @@ def _pin(
     placement = Placement(cpus if cpus is not None else ())
     try:
         if threads.has_layout() and not threads.is_in_group(thread_id, placement, vcpu_id):
-            # As one that QEMU started with, and nobody has laid out: the emulator's group may have other CPUs.
+            # A vCPU that QEMU started with and that was never placed is still in the emulator's
+            # group, which may have other CPUs.
             threads.make_groups({vcpu_id: placement})
             after = threads.place(thread_id, placement, vcpu_id)
         else:

@@ -1,4 +1,4 @@
-"""Gives the thread of a new vCPU its cgroup, host CPUs and scheduler: checked before the plug, done after it."""
+"""Give the thread of a new vCPU its cgroup, host CPUs and scheduler: check before the plug, place after it."""
 
 from __future__ import annotations
 
@@ -32,25 +32,25 @@ __all__ = ["ThreadPlacement", "check_start", "place_all"]
 
 
 class ThreadPlacement:
-    """Where vCPUs run, for one change of the running guest: `check`, `prepare`, then `room` around the plug,
-    `place`.
+    """Where vCPUs run, for one change of the running guest. Call `check`, `prepare`, `room` around
+    the plug, then `place`.
     """
 
     def __init__(self, threads: QemuThreads | None, definition: Definition | None) -> None:
         self._threads = threads
         self._definition = definition
         self._has_layout = False
-        #: What is to be plugged and where it belongs, as `check` found it.
+        #: The vCPUs to plug and their placements, as `check` found them.
         self._plugged: dict[int, Placement] = {}
 
     @property
     def is_idle(self) -> bool:
-        """After `check`: nothing that is to be plugged has a place."""
+        """After `check`: whether no vCPU to plug has a placement."""
         return not self._plugged
 
     def check(self, plan: Plan, state: DomainState) -> Plan:
-        """The plan, with what is placed: what it plugs, and what is enabled already and was never placed; and what
-        stands against it.
+        """Return the plan with the placements of the vCPUs that it plugs, and of enabled ones that
+        were never placed, and with every refusal of a placement.
         """
         if not plan.request.place or not (plan.plugs or plan.awaited or (plan.unchanged and plan.request.enables)):
             return plan
@@ -66,7 +66,7 @@ class ThreadPlacement:
         return replace(plan, placed=wanted).refused(check_placements(wanted, facts))
 
     def _left(self, plan: Plan, state: DomainState) -> dict[int, Placement]:
-        """Of what is enabled already, what was never placed."""
+        """Return the placements of vCPUs that are enabled already and were never placed."""
         if self._threads is None or not plan.request.enables:
             return {}
         found = self._wanted(number for number in plan.unchanged if state.vcpus[number].enabled)
@@ -87,7 +87,7 @@ class ThreadPlacement:
         }
 
     def prepare(self, plan: Plan) -> Plan:
-        """Make the cgroups of what is to be plugged; what keeps them from being made stands against the plan."""
+        """Make the cgroups of the vCPUs to plug. If a cgroup cannot be made, the plan is refused."""
         if self._threads is None or self.is_idle:
             return plan
         try:
@@ -98,10 +98,11 @@ class ThreadPlacement:
 
     @asynccontextmanager
     async def room(self, plan: Plan, trouble: list[str]) -> AsyncIterator[None]:
-        """QEMU may allocate where its new vCPUs shall be, while this lasts; why that was not put back.
+        """Allow QEMU to allocate on the host nodes of its new vCPUs, while the context lasts. If
+        this cannot be undone, the reason is added to `trouble`.
 
         Raises:
-            VcpuRefused: it cannot be given.
+            VcpuRefused: QEMU cannot be allowed to.
         """
         nodes = sorted({node for placement in self._plugged.values() for node in placement.mems or ()})
         widened = None
@@ -122,7 +123,9 @@ class ThreadPlacement:
                 )
 
     def place(self, before: DomainState, now: DomainState, plan: Plan, report: Report) -> None:
-        """Place what has come since `before`, and what never was; the report says so, if it could not be."""
+        """Place the vCPUs that have come since `before`, and those that were never placed. The
+        report lists failures.
+        """
         if not plan.request.place or (self.is_idle and not plan.unplugs):
             return
         left = [number for number in plan.unchanged if number in self._plugged]
@@ -130,7 +133,7 @@ class ThreadPlacement:
         if not wanted:
             return
         if now.threads_shared:
-            # That shows only once there are two.
+            # Only a second vCPU shows that threads are shared.
             if self._threads is not None and self._plugged:
                 self._threads.remove_groups(self._plugged, now.enabled_ids)
             if _SHARED not in report.messages:
@@ -148,7 +151,7 @@ class ThreadPlacement:
     def _place(
         self, wanted: Mapping[int, Placement], now: DomainState
     ) -> tuple[dict[int, ThreadState], dict[str, list[int]]]:
-        """What they have then; and why some could not be given what they shall have."""
+        """Return what the threads have afterwards, and why some could not be given their placement."""
         failed: dict[str, list[int]] = {}
         taken_back = {number: wanted[number] for number in wanted if number not in self._plugged}
         if taken_back and self._threads is not None:
@@ -160,15 +163,17 @@ class ThreadPlacement:
         return placed, failed | declined
 
     def _wanted(self, ids: Iterable[int]) -> dict[int, Placement]:
-        """What these vCPUs shall have; where every one has a cgroup of its own, those without a wish too."""
+        """Return the placements of these vCPUs. If every vCPU has a cgroup of its own, those
+        without a wish are included.
+        """
         numbers = list(ids)
         found = dict.fromkeys(numbers, Placement()) if self._has_layout else {}
         return found | placements(self._definition, numbers)
 
 
 def check_start(threads: QemuThreads, definition: Definition) -> list[Refusal]:
-    """Why a guest that is to start here cannot be placed. `threads` are this process's: QEMU has its rights and
-    cgroups.
+    """Return why a guest that should start here cannot be placed. `threads` are this process's own,
+    because QEMU inherits its rights and cgroups.
     """
     wanted = placements(definition, definition.enabled_ids)
     emulator = emulator_placement(definition)
@@ -177,11 +182,11 @@ def check_start(threads: QemuThreads, definition: Definition) -> list[Refusal]:
 
 
 def place_all(threads: QemuThreads | None, definition: Definition, state: DomainState) -> list[str]:
-    """Place every vCPU that is there, and the emulator's threads; what there is to say of it.
+    """Place every present vCPU and the emulator's threads; return messages.
 
     Raises:
-        VcpuRefused: they cannot be placed; none is.
-        VcpuFailed: the kernel declines; the others are placed.
+        VcpuRefused: the threads cannot be placed; none was.
+        VcpuFailed: the kernel declined for some threads; the others are placed.
     """
     wanted = placements(definition, state.enabled_ids)
     emulator = emulator_placement(definition)
@@ -218,7 +223,9 @@ def place_all(threads: QemuThreads | None, definition: Definition, state: Domain
 def _place_threads(
     threads: QemuThreads | None, wanted: Mapping[int, Placement], now: DomainState
 ) -> tuple[dict[int, ThreadState], dict[str, list[int]]]:
-    """What the threads of these vCPUs have then; and why some could not be given what they should have."""
+    """Return what the threads of these vCPUs have afterwards, and why some could not be given their
+    placement.
+    """
     placed: dict[int, ThreadState] = {}
     failed: dict[str, list[int]] = {}
     for number, placement in wanted.items():
@@ -233,7 +240,7 @@ def _place_threads(
 
 
 async def _widen(threads: QemuThreads, nodes: Sequence[int]) -> Widened | None:
-    """Waits for another process that does the same. Raises OSError."""
+    """Widen the emulator's cpuset.mems; wait for another process that does the same. Raises OSError."""
     deadline = time.monotonic() + _WIDEN_SECONDS
     while True:
         try:
@@ -259,15 +266,15 @@ def _plugged(plan: Plan) -> list[int]:
     return [number for entity in (*plan.awaited, *plan.plugs) for number in entity.ids]
 
 
-#: Seconds for another process that plugs just now, and between two tries.
+#: Seconds to wait for another process that plugs at the same time, and between two tries.
 _WIDEN_SECONDS: Final = 10.0
 _WIDEN_PAUSE: Final = 0.01
-#: Under single-threaded TCG.
+#: Reported under single-threaded TCG.
 _SHARED = "nothing to place: QEMU runs every vCPU on one thread (-accel tcg,thread=single)"
 
 
 def _came(before: DomainState, now: DomainState, plan: Plan) -> Iterable[int]:
-    """vCPUs that have a new thread; of a plan's unplugs, those that were taken back."""
+    """Yield the vCPUs that have a new thread, including those of the plan's unplugs that were undone."""
     for entity in (*plan.awaited, *plan.plugs, *plan.unplugs):
         for number in entity.ids:
             then, vcpu = before.vcpus[number], now.vcpus[number]

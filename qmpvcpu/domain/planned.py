@@ -1,4 +1,4 @@
-"""Reads the state that a request is planned on, and plans."""
+"""Read the state that a request is planned on, and plan."""
 
 from __future__ import annotations
 
@@ -19,12 +19,13 @@ from qmpvcpu.flags import VcpuFlag
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """A plan for the running guest, and what it rests on.
+    """A plan for the running guest, and what it is based on.
 
     Attributes:
-        state: the state that it was made on.
-        known: what else it took.
-        is_certain: it claims nothing of that state: all of it is to be done, and QEMU declines what is so already.
+        state: the state that the plan was made on.
+        known: the other facts that the plan needed.
+        is_certain: the plan does not claim that anything is already done. All of it will be sent,
+            and QEMU declines what is already so.
         is_cached: the state is the cached one.
     """
 
@@ -40,12 +41,13 @@ async def read_and_plan(session: Session, request: Request, guest: Guest | None,
 
     Args:
         session: the open connection.
-        request: what is asked.
-        guest: its agent, where one is known.
+        request: the request.
+        guest: the guest's agent, if one is known.
         config: whether the definition follows.
 
     Raises:
-        VcpuConnectionError, VcpuRefused: only the agent could do it, and it does not answer or is not allowed to.
+        VcpuConnectionError, VcpuRefused: only the agent could do it, and it does not answer or is
+            not allowed to.
     """
     session.learn()
     found = await _without_claim(session, request, guest, config=config)
@@ -59,10 +61,11 @@ async def read_and_plan(session: Session, request: Request, guest: Guest | None,
 async def _without_claim(
     session: Session, request: Request, guest: Guest | None, *, config: bool
 ) -> Planned | None:
-    """A plan that needs no more than the vCPUs, if this request has one.
+    """Return a plan that needs only the vCPUs, if this request has one.
 
-    While the guest is being migrated QEMU itself declines: so what is certainly to be done, and QEMU's alone,
-    needs no more. A claim needs everything afresh.
+    While the guest is migrating, QEMU itself declines. So a plan that is certain to be sent, and
+    only to QEMU, needs no other query. A plan that claims that something is already so needs a
+    refresh of everything.
     """
     if session.stale or session.may_be_migrating or request.listed or request.has(VcpuFlag.GUEST):
         return None
@@ -81,11 +84,11 @@ async def _without_claim(
 
 
 def _may_rest_on_cached(session: Session, request: Request, *, atomic: bool) -> bool:
-    """Whether the cached state is enough for a plan: what happened to it unheard cannot make that wrong.
+    """Whether the cached state is enough for a plan: changes without an event cannot make the plan wrong.
 
-    Unheard are plugs by other clients, and unplugs too under TCG (the last DEVICE_DELETED never comes on x86) and
-    through libvirt. QEMU itself declines what is there already. Of a count, whether it was reached is seen
-    afterwards.
+    Plugs by other clients have no event. Unplugs have none under TCG (the last DEVICE_DELETED never
+    comes on x86), nor through libvirt. QEMU itself declines to plug what is plugged already.
+    Whether a count was reached is checked afterwards.
     """
     if request.has(VcpuFlag.NUMA_NODE) or session.pending_unplugs.firsts:
         return False
@@ -98,10 +101,11 @@ def _may_rest_on_cached(session: Session, request: Request, *, atomic: bool) -> 
 async def plan_on(
     session: Session, state: DomainState, request: Request, guest: Guest | None = None
 ) -> tuple[Plan, Knowledge]:
-    """Plan, and ask QEMU and the guest what only some plans need to know.
+    """Plan, and query from QEMU and the guest what only some plans need.
 
     Raises:
-        VcpuConnectionError, VcpuRefused: only the agent could do it, and it does not answer or is not allowed to.
+        VcpuConnectionError, VcpuRefused: only the agent could do it, and it does not answer or is
+            not allowed to.
     """
     known = session.knowledge()
     plan = make_plan(state, request, known)
@@ -121,7 +125,7 @@ async def _asked_of_qemu(
     moved = [*plan.awaited, *plan.plugs]
     if hotplug.needs_x2apic(state, moved):
         known = replace(known, x2apic=await has_x2apic(session.monitor, state))
-    # An undo unplugs too.
+    # An undo of a plug is an unplug too.
     if decides(state, Fact.FIRMWARE) and (moved or plan.unplugs):
         runs = await firmware_runs(session.monitor)
         if runs is None and guest is not None and await guest.try_view(state) is not None:
@@ -138,6 +142,6 @@ async def _asked_of_guest(guest: Guest | None, state: DomainState, plan: Plan) -
     if guest is None:
         return None
     if plan.request.has(VcpuFlag.GUEST):
-        # What is refused whatever the guest says is refused without it.
+        # The agent is not queried for a plan that is refused in any case.
         return await guest.view(state) if not plan.refusals else None
     return await guest.try_view(state) if plan.asks_guest else None

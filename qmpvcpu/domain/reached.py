@@ -1,4 +1,4 @@
-"""One domain as it was reached, and what can be done with its sides: the guest, its agent, its definition."""
+"""One domain as a backend has reached it, and operations on its sides: the guest, its agent, its definition."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Reached:
-    """A domain as a backend has reached it. Its calls want the domain's queue held.
+    """A domain as a backend has reached it. Hold the domain's queue during its calls.
 
     Attributes:
-        name: as the user has it.
+        name: the name that the user gave.
         session: the connection to the running guest.
-        guest: its agent.
-        definition: its definition.
-        is_inactive: it does not run.
-        busy: it runs, and another client holds its sockets.
-        addresses: at which it is reached.
-        agent_address: of the agent's socket, where the user named it.
+        guest: the guest's agent.
+        definition: the domain's definition.
+        is_inactive: the domain does not run.
+        busy: the domain runs, and another client uses its sockets.
+        addresses: the addresses at which it is reached.
+        agent_address: the address of the agent's socket, if the user named it.
     """
 
     name: str
@@ -61,11 +61,11 @@ class Reached:
     agent_address: str | None = None
 
     def connected(self) -> Session:
-        """The connection.
+        """Return the connection to the running guest.
 
         Raises:
             VcpuRefused: the domain does not run.
-            VcpuConnectionError: there is none.
+            VcpuConnectionError: there is no connection.
         """
         if self.session is None and self.is_inactive:
             raise catalogue.INACTIVE.error(name=self.name)
@@ -81,12 +81,14 @@ class Reached:
         return self.session
 
     def agent(self) -> Guest:
-        """The guest's agent, of which `check` has said that it is known."""
+        """Return the guest's agent; `check` has made sure that it is known."""
         assert self.guest is not None
         return self.guest
 
     def sides(self, flags: VcpuFlag) -> tuple[bool, bool]:
-        """Whether LIVE, whether CONFIG; CURRENT is LIVE if it runs, else CONFIG."""
+        """Return whether the live and the config side are meant. CURRENT is LIVE if the domain
+        runs, else CONFIG.
+        """
         live, config = bool(flags & (VcpuFlag.LIVE | VcpuFlag.GUEST)), bool(flags & VcpuFlag.CONFIG)
         if not live and not config:
             config = self.is_inactive
@@ -94,7 +96,7 @@ class Reached:
         return live, config
 
     def preconditions(self, request: Request) -> list[Refusal]:
-        """What this domain cannot serve as it was reached, whatever the state."""
+        """Return the refusals that depend on how the domain was reached, not on its state."""
         live, config = self.sides(request.flags)
         return check_sides(
             request,
@@ -107,14 +109,14 @@ class Reached:
         )
 
     def check(self, request: Request, refusals: Sequence[Refusal] = ()) -> None:
-        """Raises VcpuRefused: these, and the preconditions that do not hold."""
+        """Raise VcpuRefused for these refusals and for preconditions that are not met."""
         if found := [*refusals, *self.preconditions(request)]:
             raise VcpuRefused(found, ids=request.ids)
 
     # -- queries ----------------------------------------------------------------------------------
 
     async def state(self, flags: VcpuFlag) -> DomainState:
-        """Of the side that `flags` name."""
+        """Return the state of the side that `flags` name."""
         live, _ = self.sides(flags)
         if not live:
             assert self.definition is not None
@@ -130,12 +132,12 @@ class Reached:
         return with_its_threads(session, state)
 
     async def guest_view(self) -> GuestView:
-        """The guest's own CPUs."""
+        """Return the guest's own CPUs."""
         self.check(Request((), VcpuFlag.GUEST))
         return await self.agent().view(await self.connected().read())
 
     async def dump_xml(self, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
-        """The XML of the side that `flags` name."""
+        """Return the XML of the side that `flags` name."""
         self.check(Request((), flags))
         live, _ = self.sides(flags)
         state = with_its_threads(session := self.connected(), await session.read()) if live else None
@@ -145,12 +147,12 @@ class Reached:
         return dump.dump((await self.describe_xml(state)).xml, state, dialect, detail)
 
     async def describe(self, state: DomainState) -> Described:
-        """What QEMU tells of the running guest."""
+        """Return what QEMU reports about the running guest."""
         session = self.connected()
         return await dump.describe(session.monitor, state, session.process, self.agent_address)
 
     async def describe_xml(self, state: DomainState) -> DescribedXml:
-        """The same as a definition."""
+        """Return `describe` as a definition."""
         told = await self.describe(state)
         return dump.DescribedXml(
             documents.minimal_domain(told.definition, told.devices), told.left_out, told.devices is not None
@@ -166,13 +168,13 @@ class Reached:
             return await run_on_definition(self.definition, request, found, self.name)
         if found and self.session is None:
             if config and self.definition is not None:
-                # Whatever else the definition has against it.
+                # Add the refusals that the definition has.
                 found += check_request(request) or self.definition.plan(request).plan.refusals
             raise VcpuRefused(found, ids=request.ids)
         return await run(self._scope(request, found, self.definition if config else None), request)
 
     async def plan(self, request: Request) -> Plan:
-        """What `change` would do, and every reason why not; touches nothing."""
+        """Return what `change` would do, with every refusal; nothing is touched."""
         live, config = self.sides(request.flags)
         found = self.preconditions(request)
         plan = Plan(request, request.ids)
@@ -193,7 +195,7 @@ class Reached:
     def _scope(
         self, request: Request, preconditions: Sequence[Refusal], definition: DefinitionHandle | None = None
     ) -> Scope:
-        """What the request may touch, with where the definition wants the threads of what is plugged."""
+        """Return what the request may touch, and where the definition wants the threads of plugged vCPUs."""
         session = self.connected()
         found, wanted = [*preconditions], None
         if self.definition is not None and request.place and request.enables_more:
@@ -205,7 +207,7 @@ class Reached:
         return Scope(session, self.guest, ThreadPlacement(session.threads, wanted), definition, tuple(found))
 
     async def plug(self, ids: Sequence[int], place: bool) -> Outcome:
-        """Plug what a destination lacks of the guest that comes."""
+        """Plug the vCPUs that a migration destination lacks for the incoming guest."""
         request = Request(tuple(ids), VcpuFlag.ENABLE, fallback=False, place=place)
         return await run(replace(self._scope(request, ()), guest=None), request)
 
@@ -221,7 +223,7 @@ class Reached:
         return report.end(None, time.monotonic() - began)
 
     async def pin(self, request: Request, cpus: tuple[int, ...] | None) -> Outcome:
-        """Pin the one vCPU of the request; None: to all host CPUs."""
+        """Pin the one vCPU of the request; None means all host CPUs."""
         live, config = self.sides(request.flags)
         found = self.preconditions(request)
         if (config and self.definition is None) or (live and self.is_inactive):
@@ -230,17 +232,17 @@ class Reached:
         return await change_pin(session, self.definition if config else None, request.ids[0], cpus, found)
 
     def defined_agent(self) -> str | None:
-        """The address of the agent's socket, as the user named it, or as the definition has it."""
+        """Return the address of the agent's socket: the one that the user named, else the definition's."""
         if self.agent_address is not None or self.definition is None:
             return self.agent_address
-        # An XML that cannot be read is reported where it is needed.
+        # An XML that cannot be read is reported by the calls that need it.
         with suppress(VcpuRefused):
             return self.definition.definition().agent
         return None
 
 
 def with_its_threads(session: Session, state: DomainState) -> DomainState:
-    """With what the vCPUs' threads are given, where they run on this host."""
+    """Add the placement of the vCPUs' threads, if they run on this host."""
     if session.threads is None:
         return state
     ids = [vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None]

@@ -1,4 +1,6 @@
-"""Reads a domain's state over a monitor: facts of the boot once, the two CPU queries as often as needed."""
+"""Read a domain's state over a monitor: the facts of the boot once, and the two CPU queries as
+often as needed.
+"""
 
 from __future__ import annotations
 
@@ -39,10 +41,10 @@ __all__ = [
 ]
 
 _TRIES: Final = 30
-#: How long to ask again, seconds; each single answer may take as long as a command.
+#: Seconds for repeated queries; each single answer may take as long as a command.
 _TRY_SECONDS: Final = 10.0
-#: Seconds before the second try, doubled each time, and at most. Where the host is busy, a CPU that has left its
-#: slot is listed until its thread has ended (10.0, KVM).
+#: Seconds before the second try, doubled for each further try, and the maximum. On a busy host, a
+#: CPU that has left its slot is listed until its thread has ended (10.0, KVM).
 _TRY_AGAIN: Final = 0.002
 _TRY_MOST: Final = 0.1
 
@@ -51,11 +53,13 @@ class StateReader(Protocol):
     """Reads a domain's state, as often as needed."""
 
     thread_ids: frozenset[int]
-    #: QEMU's, where what is read tells it and the threads do not.
+    #: The QEMU process, if the state names it and its threads do not.
     process: Process | None
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
-        """All of it; `pending` are first ids of entities whose unplug is asked and has not ended."""
+        """Read all of the state. `pending` are the ids of entities whose unplug was requested and
+        has not finished.
+        """
 
     async def fast(
         self,
@@ -66,13 +70,13 @@ class StateReader(Protocol):
         anew: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
-        """What has changed since `state`; QEMU has told of what is gone, if `told`. `anew` is called before it is
-        asked once more.
+        """Read what has changed since `state`. If `told`, QEMU has reported every vCPU that left.
+        `anew` is called before a second query.
         """
 
 
 class Reader:
-    """What one connection knows about its QEMU; `open_reader` makes it."""
+    """What one connection knows about its QEMU. Created by `open_reader`."""
 
     def __init__(self, monitor: Monitor, boot: BootFacts, hotplug: bool) -> None:
         self._monitor = monitor
@@ -81,17 +85,17 @@ class Reader:
         self.thread_ids: frozenset[int] = frozenset()
         self.process: Process | None = None
         self._hotplug = hotplug
-        #: The vCPU ids of each entity, which are the same as long as QEMU runs.
+        #: The vCPU ids of each entity. They do not change while QEMU runs.
         self._ids: list[tuple[int, ...]] | None = None
-        #: The last reply to `query-cpus-fast` alone, and the state that came of it.
+        #: The last reply to `query-cpus-fast` alone, and the state made from it.
         self._last: tuple[object, DomainState] | None = None
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
-        """Both queries, sent together.
+        """Send both queries together.
 
         Raises:
-            InconsistentReplies: somebody keeps plugging and unplugging between the two.
-            VcpuConnectionError: the replies cannot be true, or have other slots than those before.
+            InconsistentReplies: another client keeps plugging and unplugging between the two.
+            VcpuConnectionError: the replies are impossible, or have other slots than before.
         """
         until = time.monotonic() + _TRY_SECONDS
         for attempt in range(_TRIES):
@@ -119,7 +123,7 @@ class Reader:
         raise AssertionError("unreachable")
 
     def _checked(self, state: DomainState) -> DomainState:
-        """Whatever holds an id of the state before finds it in this one."""
+        """Make sure that every id of the previous state exists in this one."""
         ids = [entity.ids for entity in state.entities]
         if self._ids is not None and ids != self._ids:
             before, now = (f"{len(found)} slots of {sum(map(len, found))} vCPUs" for found in (self._ids, ids))
@@ -136,12 +140,13 @@ class Reader:
         anew: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
-        """`query-cpus-fast` alone, and both queries where that is not enough.
+        """Send `query-cpus-fast` alone, and both queries if that is not enough.
 
-        A CPU that it does not list has left its slot: QEMU empties the slot first (x86, ppc64; 7.2 to 11.1). So
-        both are asked only where no DEVICE_DELETED has told it too, when the last of those in `pending` (first
-        ids) has gone; in between, more go while we ask. `expected` are the first ids of slots we fill ourselves:
-        only of these is a device id enough to know the slot, but for those whose plug QEMU has `declined`.
+        A CPU that it does not list has left its slot: QEMU empties the slot first (x86, ppc64; 7.2
+        to 11.1). So both queries are needed only if no DEVICE_DELETED has reported that too, and
+        only once the last entity in `pending` (entity ids) is gone, because more may leave between
+        the queries. `expected` are the ids of the entities that we plug ourselves. Only for these
+        does the device id identify the slot, unless QEMU has `declined` their plug.
         """
         try:
             reply = await self._monitor.query_cpus_fast()
@@ -169,10 +174,10 @@ class Reader:
 
 
 async def open_reader(monitor: Monitor, name: str) -> tuple[Reader, DomainState]:
-    """Ask everything once, all at the same time.
+    """Query everything once, all at the same time.
 
     Raises:
-        VcpuConnectionError: QEMU answers what cannot be, or not at all.
+        VcpuConnectionError: QEMU's answer is impossible, or QEMU does not answer.
     """
     version = parse_version(monitor.greeting)
     try:
@@ -214,7 +219,7 @@ async def _slots(monitor: Monitor) -> bool:
 
 
 async def _confirm_no_hotplug(monitor: Monitor, boot: BootFacts) -> None:
-    """The error's text differs from version to version; `query-machines` says it as data."""
+    """Check `query-machines`, because the text of the error differs from version to version."""
     machines = await monitor.query_machines()
     if not isinstance(machines, list):
         machines = []
@@ -229,11 +234,13 @@ async def _topology(monitor: Monitor) -> object:
     try:
         return await monitor.qom_get("/machine", "smp")
     except CommandError:
-        return None  # before QEMU 6.2
+        return None  # QEMU before 6.2
 
 
 async def run_state(monitor: Monitor) -> str | None:
-    """`query-status`: "running", "paused", "prelaunch" …; None if QEMU does not tell."""
+    """Return the status of `query-status`: "running", "paused", "prelaunch" …; None if QEMU does
+    not report it.
+    """
     try:
         status = await monitor.query_status()
     except CommandError:
@@ -246,7 +253,7 @@ _LONGEST_STATE: Final = 40
 
 
 async def has_x2apic(monitor: Monitor, state: DomainState) -> bool | None:
-    """Whether the guest's CPU model has x2apic, from a CPU that is there."""
+    """Return whether the guest's CPU model has x2apic, read from a plugged CPU."""
     path = next((vcpu.qom_path for vcpu in state.vcpus if vcpu.qom_path is not None), None)
     if path is None:
         return None
@@ -257,7 +264,7 @@ async def has_x2apic(monitor: Monitor, state: DomainState) -> bool | None:
 
 
 async def has_smm_firmware(monitor: Monitor) -> bool:
-    """Whether the firmware's flash can be written in SMM alone, as OVMF with SMM has it (7.2 to 11.1)."""
+    """Return whether the firmware's flash is writable only in SMM, as with OVMF with SMM (7.2 to 11.1)."""
     try:
         return await monitor.qom_get("/machine/system.flash0", "secure") is True
     except CommandError:
@@ -265,7 +272,7 @@ async def has_smm_firmware(monitor: Monitor) -> bool:
 
 
 async def is_hotplug_legacy(monitor: Monitor) -> bool:
-    """Whether the CPU hotplug block is in legacy mode; False where QEMU has no such property (11.1)."""
+    """Return whether the CPU hotplug block is in legacy mode; False if QEMU lacks the property (11.1)."""
     try:
         return await monitor.qom_get("/machine/acpi-device", "cpu-hotplug-legacy") is True
     except CommandError:
@@ -273,7 +280,7 @@ async def is_hotplug_legacy(monitor: Monitor) -> bool:
 
 
 async def lacks_acpi(monitor: Monitor) -> bool:
-    """Whether the machine was started without ACPI."""
+    """Return whether the machine was started without ACPI."""
     try:
         return await monitor.qom_get("/machine", "acpi") == "off"
     except CommandError:
@@ -284,10 +291,11 @@ _MSR = re.compile(r"\bMSR ([0-9a-fA-F]{8,16})\b")
 
 
 async def firmware_runs(monitor: Monitor) -> bool | None:
-    """Whether a ppc64 guest still executes its firmware: None if QEMU does not tell.
+    """Return whether a ppc64 guest still executes its firmware; None if QEMU does not report it.
 
-    QMP has no word for it. SLOF runs in real mode (MSR[IR] off, seen with 7.2: at the top of the first 512 MiB);
-    a kernel runs translated, and only for moments without. A guest that was never started executes nothing.
+    QMP cannot report this. SLOF runs in real mode (MSR[IR] off, seen with 7.2: at the top of the
+    first 512 MiB). A kernel runs with translation on, except for moments. A guest that was never
+    started executes nothing.
     """
     if await run_state(monitor) == "prelaunch":
         return False
@@ -299,7 +307,8 @@ async def firmware_runs(monitor: Monitor) -> bool | None:
         registers = _MSR.findall(text) if isinstance(text, str) else []
         if not registers:
             return None
-        # A CPU that the kernel took offline stays in real mode (RTAS stop-self): one that translates is enough.
+        # A CPU that the kernel took offline stays in real mode (RTAS stop-self), so one translating
+        # CPU is enough.
         if any(int(msr, 16) & _MSR_IR for msr in registers):
             return False
         await asyncio.sleep(_FIRMWARE_PAUSE)
@@ -312,7 +321,7 @@ _FIRMWARE_PAUSE: Final = 0.01
 
 
 def _good(replies: tuple[object, ...]) -> tuple[object, ...]:
-    """What `gather(…, return_exceptions=True)` gave, or the first error of it."""
+    """Return the results of `gather(…, return_exceptions=True)`, or raise the first error among them."""
     for reply in replies:
         if isinstance(reply, BaseException):
             raise reply

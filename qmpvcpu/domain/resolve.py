@@ -1,4 +1,4 @@
-"""Which domain a word of the user means: a socket, an XML file, or a name given to `define`."""
+"""Find the domain that a word of the user names: a socket, an XML file, or a name given to `define`."""
 
 from __future__ import annotations
 
@@ -17,16 +17,17 @@ from qmpvcpu.host.runtime import Runtime
 
 __all__ = ["DomainAddress", "resolve", "unknown_domain"]
 
-#: More names than this are not listed in an error.
+#: If there are more names than this, an error does not list them.
 _MOST_NAMES: Final = 12
 
 
 @dataclass(frozen=True, slots=True)
 class DomainAddress:
-    """Where a domain is: the QMP addresses of the running guest, its agent's, and its definition.
+    """The addresses of a domain: the QMP addresses of the running guest, its agent's address, and
+    its definition.
 
-    `is_unknown`: it was named by a name or a path under which nothing is there. `qemu_log`: where QEMU writes what
-    it has to say, of a guest that `start` has started.
+    `is_unknown` is set if nothing exists under the given name or path. `qemu_log` is where QEMU
+    writes its messages, for a guest that `start` has started.
     """
 
     name: str
@@ -40,12 +41,13 @@ class DomainAddress:
 def resolve(
     domain: str | None, qmp: str | Sequence[str] | None = None, agent: str | None = None, xml: str | None = None
 ) -> DomainAddress:
-    """Find a domain. With a `/` in it, `domain` is a path: a QMP socket, else an XML file. Without, it is a name
-    given to `define`, else a file or an address. What is given beside it counts more.
+    """Find a domain. If `domain` contains a `/`, it is the path of a QMP socket or else of an XML
+    file. Otherwise it is a name given to `define`, or else a file or an address. The other
+    arguments take precedence over what `domain` names.
 
     Raises:
-        VcpuUsageError: nothing is named.
-        VcpuRefused: what is known of a defined domain cannot be read.
+        VcpuUsageError: no domain is named.
+        VcpuRefused: the stored definition or addresses of a domain cannot be read.
     """
     given = (qmp,) if isinstance(qmp, str) else tuple(qmp or ())
     if domain is None and not given and xml is None:
@@ -54,7 +56,7 @@ def resolve(
         )
     place = _named(domain) if domain is not None else DomainAddress(given[0] if given else str(xml))
     if given:
-        # An agent that was found is that of the QEMU there.
+        # An agent that was found by the name belongs to another QEMU.
         place = replace(place, qmp=given, agent=None, is_unknown=False)
     if agent is not None:
         place = replace(place, agent=agent)
@@ -68,7 +70,7 @@ def _named(domain: str) -> DomainAddress:
         folder = DefinitionFolder()
         runtime = Runtime(domain)
         if runtime.pid() is not None:
-            # `start` has started it, or it waits for a migration.
+            # `start` has started this QEMU, or it waits for a migration.
             file = folder.file(domain) if folder.is_defined(domain) else None
             return DomainAddress(domain, runtime.qmp, runtime.agent, file, qemu_log=str(runtime.log))
         if folder.is_defined(domain):
@@ -82,7 +84,7 @@ def _named(domain: str) -> DomainAddress:
 
 
 def unknown_domain(word: str) -> VcpuConnectionError:
-    """Nothing is there under this name or path: what is, and what was probably meant."""
+    """Return the error for a name or path under which nothing exists, with the known and the similar names."""
     if "/" in word:
         return VcpuConnectionError(
             f"there is no socket or file '{word}'",

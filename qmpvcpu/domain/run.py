@@ -1,4 +1,5 @@
-"""One request that changes something, from reading to its verified end: the sequence that every one goes through.
+"""Carry out one changing request, from the first query to the verified result. Every request has
+the same sequence:
 
 read, plan, check, prepare, act and verify, commit or discard, report
 """
@@ -40,11 +41,12 @@ from qmpvcpu.errors import (
 )
 from qmpvcpu.host.definition_files import not_written
 
-#: Design: without an agent an enable is applied, `online` is null, and one line says so.
+#: Design: without an agent an enable counts as applied, `online` is null, and one message says so.
 _UNSEEN: Final = (
     "no guest agent is known: whether the guest runs on it was not checked; --agent ADDR (agent=) names its socket"
 )
-#: A thread that QEMU has joined leaves its cgroup a moment later: seconds for that, and between two looks.
+#: Seconds to wait until an ended thread leaves its cgroup, which it does a moment after QEMU joins
+#: it; and seconds between two checks.
 _GROUP_SECONDS: Final = 1.0
 _GROUP_PAUSE: Final = 0.002
 
@@ -54,11 +56,11 @@ class Scope:
     """What a request on the running guest may touch.
 
     Attributes:
-        session: the open connection; its queue is held.
-        guest: its agent, where one is known.
-        placing: where the threads of what is plugged belong; None leaves them alone.
-        definition: what follows the guest; None where the running guest alone is meant.
-        preconditions: what stands against the request whatever the state.
+        session: the open connection; its queue is locked.
+        guest: the guest's agent, if one is known.
+        placing: where the threads of plugged vCPUs belong; None does not place them.
+        definition: the definition that follows the guest; None if only the running guest is meant.
+        preconditions: refusals that do not depend on the state.
     """
 
     session: Session
@@ -69,10 +71,10 @@ class Scope:
 
 
 async def run(scope: Scope, request: Request) -> Outcome:
-    """Carry out a request on the running guest, and on its definition where that follows.
+    """Carry out a request on the running guest, and on its definition if it follows.
 
     Raises:
-        VcpuError: every end that is no success, but pending and requested.
+        VcpuError: every outcome that is not a success, except pending and requested.
     """
     began = time.monotonic()
     planned = await read_and_plan(scope.session, request, scope.guest, config=scope.definition is not None)
@@ -103,7 +105,7 @@ async def run_on_definition(
     """Carry out a request on the definition alone.
 
     Raises:
-        VcpuRefused: it is not to be done, or cannot be written; the definition is as it was.
+        VcpuRefused: the request is refused, or the definition cannot be written; it is unchanged.
     """
     began = time.monotonic()
     found = [*preconditions, *check_request(request)]
@@ -134,7 +136,7 @@ async def run_on_definition(
 
 
 def with_config(plan: Plan, definition: DefinitionHandle, *, live: bool) -> Plan:
-    """A plan with what it makes of the definition."""
+    """Add to a plan what it changes in the definition."""
     if live:
         config, plan = _planned(definition, plan)
     else:
@@ -148,7 +150,7 @@ def with_config(plan: Plan, definition: DefinitionHandle, *, live: bool) -> Plan
 
 
 def _planned(definition: DefinitionHandle, plan: Plan) -> tuple[ConfigChange, Plan]:
-    # A count is reached on each side by itself; ids are those that the running guest has decided on.
+    # A count is reached on each side by itself. Ids are those that the plan for the running guest has chosen.
     ids = None if plan.request.total is not None else plan.targets
     try:
         config = definition.plan(plan.request, ids)
@@ -158,8 +160,8 @@ def _planned(definition: DefinitionHandle, plan: Plan) -> tuple[ConfigChange, Pl
 
 
 async def _prepared(scope: Scope, config: ConfigChange | None, plan: Plan) -> Plan:
-    """Write the next definition beside the old one and make cgroups: what stands against that shows before
-    anything is done to the guest.
+    """Write the next definition next to the old one and make cgroups, so that any obstacle shows
+    before the guest is touched.
     """
     if config is not None and not plan.refusals:
         try:
@@ -173,7 +175,7 @@ async def _prepared(scope: Scope, config: ConfigChange | None, plan: Plan) -> Pl
 
 async def _refuse(session: Session, plan: Plan, began: float) -> None:
     if any(one.code == "place" for one in plan.refusals):
-        # A QEMU that has exited since it was asked has no process: that is an error of the connection.
+        # If QEMU has exited since the query, it has no process to place. That is a connection error.
         await session.look()
     seconds = round(time.monotonic() - began, 6)
     raise VcpuRefused(plan.refusals, ids=plan.targets, messages=plan.messages, seconds=seconds)
@@ -183,7 +185,7 @@ async def _refuse(session: Session, plan: Plan, began: float) -> None:
 
 
 async def _act(scope: Scope, planned: Planned, report: Report, began: float) -> None:
-    """What is done to the running guest: hotplug, threads, and CPUs in the guest."""
+    """Change the running guest: hotplug, threads, and CPUs in the guest."""
     session, guest, plan = scope.session, scope.guest, planned.plan
     if plan.moves_cpus and contexts_run_out(planned.state) and not planned.known.contexts_reported:
         session.pending_unplugs.note_contexts(UsedContexts(is_reported=True))
@@ -219,9 +221,9 @@ async def _act(scope: Scope, planned: Planned, report: Report, began: float) -> 
 
 
 async def _timeout(session: Session, plan: Plan) -> float:
-    """Seconds that the guest has. One that is stopped cannot answer before somebody lets it go on."""
+    """Return the seconds that the guest has. A guest that is stopped cannot answer until it is resumed."""
     request = plan.request
-    # libvirt passes on one unplug after the other, and each has to get as far as QEMU.
+    # libvirt sends one unplug after the other, and each must first reach QEMU.
     is_direct = request.wait and session.monitor.hears_all
     if request.timeout is None and is_direct and plan.unplugs and session.seen_run_state != "running":
         return request.patience if await run_state(session.monitor) == "running" else 0.0
@@ -229,7 +231,7 @@ async def _timeout(session: Session, plan: Plan) -> float:
 
 
 async def _placed(scope: Scope, planned: Planned, hotplug: Hotplug, report: Report) -> None:
-    """Hotplug, with its threads where they belong; the cgroups of what is gone, or did not come, are removed."""
+    """Plug and unplug, and place the threads. The cgroups of vCPUs that left, or did not come, are removed."""
     session, plan = scope.session, planned.plan
     ids = [number for entity in (*plan.awaited, *plan.plugs, *plan.unplugs) for number in entity.ids]
     try:
@@ -241,7 +243,7 @@ async def _placed(scope: Scope, planned: Planned, hotplug: Hotplug, report: Repo
         session.drop_groups(ids)
         raise
     if report.outcome is not OutcomeKind.APPLIED:
-        # Whatever upset the plan may upset the cached state: the next call reads it afresh.
+        # The cause of the failure may also have changed the cached state, so the next call refreshes it.
         session.stale = True
     with leaves(lambda: _left(session, plan, report)):
         await _wait_groups_gone(session, ids)
@@ -257,7 +259,7 @@ async def _room(placing: ThreadPlacement | None, plan: Plan, report: Report) -> 
 
 
 async def _wait_groups_gone(session: Session, ids: Sequence[int]) -> None:
-    """What stays longer, the session tries again."""
+    """Wait until the cgroups are removed. The session retries those that take longer."""
     deadline = time.monotonic() + _GROUP_SECONDS
     while True:
         if session.drop_groups(ids) or time.monotonic() >= deadline:
@@ -266,23 +268,25 @@ async def _wait_groups_gone(session: Session, ids: Sequence[int]) -> None:
 
 
 async def _look_into_failure(session: Session, planned: Planned, report: Report) -> None:
-    """QEMU has declined: perhaps the guest is migrating, or somebody else has done just what was asked."""
+    """After QEMU has declined: check whether the guest is migrating, or another client has already
+    done what was requested.
+    """
     if not isinstance(report.trouble, VcpuFailed):
         return
     if not report.changed:
-        # "device_add not allowed while migrating": the cached state did not tell.
+        # "device_add not allowed while migrating": the cached state did not show the migration.
         _, migrating = await session.read_and_check_migration()
         if migrating:
             raise VcpuRefused(migrating, ids=planned.plan.targets) from report.trouble
     if planned.is_certain and report.outcome is OutcomeKind.FAILED:
-        # The cached state was behind: another client had plugged just what was asked for.
+        # The cached state was out of date: another client had already plugged the requested vCPUs.
         now, _ = await plan_on(session, session.state, planned.plan.request)
         if now.unchanged == now.targets and not now.refusals:
             report.found_so(now)
 
 
 async def _count_again(scope: Scope, planned: Planned, report: Report, began: float) -> None:
-    """Re-plan from the fresh state until the count is reached, where others have plugged or unplugged too."""
+    """Re-plan from the fresh state until the count is reached, if others have plugged or unplugged too."""
     session, request = scope.session, planned.plan.request
     moved = set(session.state.enabled_ids).symmetric_difference(planned.state.enabled_ids)
     if moved.issubset(planned.plan.targets):
@@ -299,7 +303,7 @@ async def _count_again(scope: Scope, planned: Planned, report: Report, began: fl
 
 
 def _left(session: Session, plan: Plan, report: Report, but: frozenset[int] = frozenset()) -> Interrupted:
-    """What a call has left that is cancelled now. Of vCPUs in `but` it says nothing."""
+    """Return what a call that is cancelled now has left, except for the vCPUs in `but`."""
     asked = {number for entity in plan.unplugs for number in entity.ids}
     gone = {number for number in asked.intersection(report.pending) if not session.state.vcpus[number].enabled}
     return Interrupted(changed_ids=tuple(sorted({*report.changed, *gone} - but)))

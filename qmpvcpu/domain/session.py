@@ -1,4 +1,4 @@
-"""What one connection to a guest holds: monitor, state kept fresh by events, pending unplugs, who listens."""
+"""One connection to a guest: its monitor, a state that events keep fresh, pending unplugs, and listeners."""
 
 from __future__ import annotations
 
@@ -31,41 +31,42 @@ from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
 
 __all__ = ["Session", "open_session", "store_of"]
 
-#: QAPI RunState of a guest that would not leave unheard.
+#: QAPI RunStates of a guest that cannot leave without an event.
 _AT_HOME: Final = frozenset({"running", "prelaunch"})
 _RUN_EVENTS: Final = frozenset({"STOP", "RESUME", "MIGRATION"})
 
-#: Makes what reads the state over a monitor, and its first state; given the domain's name.
+#: Makes the reader of the state over a monitor, and reads the first state. The second argument is
+#: the domain's name.
 Reads = Callable[[Monitor, str], Awaitable[tuple[StateReader, DomainState]]]
 
 
 class Session:
-    """An open connection, until `close()`; `open_session` makes it.
+    """An open connection, until `close()`. Created by `open_session`.
 
-    `queue` is held by whoever reads or changes. `in_flight` are the first ids of entities an operation has in its
-    hands: it alone decides what becomes of them.
+    Every reading or changing operation holds `queue`. `in_flight` are the ids of the entities that
+    an operation is changing; only that operation decides what becomes of them.
     """
 
     def __init__(self, monitor: Monitor, bus: EventBus, queue: asyncio.Lock, reads: Reads = open_reader) -> None:
         self.monitor = monitor
         self._reads = reads
         self.stale = True
-        #: Whether the guest may have left, or be on its way: only `read_and_check_migration` tells.
+        #: Whether the guest may have migrated, or be migrating; only `read_and_check_migration` finds out.
         self.may_be_migrating = True
         self.removals_seen = 0
-        #: QAPI RunState when it was asked last, None after an event of a change.
+        #: QAPI RunState at the last query; None after an event of a change.
         self.seen_run_state: str | None = None
         self._has_smm: bool | None = None
-        #: Whether the guest was seen to have left the legacy mode of its CPU hotplug block; a reset takes it back.
+        #: Whether the guest has left the legacy mode of its CPU hotplug block. A reset restores that mode.
         self._left_legacy = False
         self.process: Process | None = None
-        #: Of QEMU, where it runs on this host.
+        #: The threads of QEMU, if it runs on this host.
         self.threads: QemuThreads | None = None
         self.pending_unplugs = PendingUnplugs(None)
         self.in_flight: frozenset[int] = frozenset()
-        #: What ended while nobody listened, as found on connecting.
+        #: What had finished while nobody listened, as found on connecting.
         self.settled: tuple[Event, ...] = ()
-        #: Looked at too while somebody listens.
+        #: The guest's agent. It is queried too while there is a listener.
         self.guest: Guest | None = None
         self._bus = bus
         self._queue = queue
@@ -75,9 +76,9 @@ class Session:
         self._names: tuple[DomainState, Names] | None = None
         self._departures = Departures()
         self._listening: Any = None
-        #: vCPUs that are gone, and whose cgroups perhaps are not.
+        #: vCPUs that have left, and whose cgroups may still exist.
         self._gone: set[int] = set()
-        #: vCPUs that are to go, and have none.
+        #: vCPUs that are leaving, and have no cgroup.
         self._groupless: set[int] = set()
         self._watcher = Watcher(
             self._watch, lambda: bus.listening or bool(self.pending_unplugs.firsts) or bool(self._gone), bus.end
@@ -86,7 +87,7 @@ class Session:
 
     @property
     def removals(self) -> int:
-        """vCPUs that were unplugged, as far as is known; at least one, if any was."""
+        """The number of vCPUs that were unplugged, as far as known; at least one, if any was."""
         return self.removals_seen or int(bool(self.pending_unplugs.contexts.gone))
 
     @property
@@ -96,7 +97,7 @@ class Session:
         return self._state
 
     async def open(self, name: str, before: Session | None) -> None:
-        """Read everything once. `before` is the lost connection that this one replaces."""
+        """Read everything once. `before` is the broken connection that this one replaces."""
         self.stale = self.may_be_migrating = False
         self._listening = self.monitor.listen(self._sink)
         self._listening.__enter__()
@@ -133,7 +134,7 @@ class Session:
     # -- queries ----------------------------------------------------------------------------------
 
     async def read(self) -> DomainState:
-        """Both queries."""
+        """Send both queries."""
         assert self._reader is not None
         self.learn()
         self.stale = False
@@ -146,10 +147,10 @@ class Session:
         return self._keep(state, heard, asked_at)
 
     async def read_and_check_migration(self) -> tuple[DomainState, list[Refusal]]:
-        """`read`, and why no vCPU can be switched now: the guest is on its way elsewhere."""
+        """Return `read`, and the refusals if vCPUs cannot be switched now because the guest is migrating."""
         self.may_be_migrating = False
         try:
-            # What nothing was heard against only has to be confirmed.
+            # A state without contradicting events only needs to be confirmed.
             state, run, reply = await asyncio.gather(
                 self.read() if self.stale else self.look(),
                 run_state(self.monitor),
@@ -180,13 +181,13 @@ class Session:
         anew: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
-        """`query-cpus-fast` alone, where that is enough: the query of a running operation.
+        """Send `query-cpus-fast` alone, if that is enough: the query of an operation in flight.
 
         Args:
-            is_last: QEMU has said of all that are to go that they are gone.
-            anew: called before anything is asked a second time.
-            declined: first ids of entities whose plug QEMU declined, looked at when the reply is there: a CPU with
-                their device id may be in any slot.
+            is_last: QEMU has reported every vCPU that should leave as removed.
+            anew: called before a query is sent a second time.
+            declined: ids of entities whose plug QEMU declined, read when the reply has arrived: a
+                CPU with their device id may be in any slot.
         """
         assert self._reader is not None
         pending, heard, asked_at = self.pending_unplugs.firsts, self._departures.heard, time.time()
@@ -194,7 +195,7 @@ class Session:
         return self._keep(state, heard, asked_at)
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
-        """What a plan needs besides the state."""
+        """Return what a plan needs besides the state."""
         known = Knowledge(self.removals_seen, x2apic, firmware_runs, self.pending_unplugs.firsts)
         if self.state.accel != "tcg":
             return known
@@ -207,13 +208,15 @@ class Session:
         )
 
     async def smm_has_run(self) -> bool:
-        """Whether OVMF with SMM has run in this guest. At an incoming migration it has not here."""
+        """Return whether OVMF with SMM has run in this guest. At an incoming migration it has not
+        run in this QEMU.
+        """
         if self._has_smm is None:
             self._has_smm = await has_smm_firmware(self.monitor)
         return self._has_smm and await run_state(self.monitor) not in ("prelaunch", "inmigrate")
 
     async def is_hotplug_legacy(self) -> bool:
-        """Whether nobody in the guest has left the legacy mode of its CPU hotplug block."""
+        """Return whether the guest is still in the legacy mode of its CPU hotplug block."""
         if not self._left_legacy:
             self._left_legacy = not await is_hotplug_legacy(self.monitor)
         return not self._left_legacy
@@ -221,32 +224,32 @@ class Session:
     # -- pending unplugs --------------------------------------------------------------------------
 
     def learn(self) -> None:
-        """What other processes have asked meanwhile, or have seen ended."""
+        """Read what other processes have requested meanwhile, or have seen finish."""
         self._bus.emit(self._learn())
         self._state = mark(self.state, self.pending_unplugs.firsts)
 
     def ask(self, entities: Sequence[Entity]) -> None:
-        """Called before `device_del` goes out."""
+        """Remember these unplugs. Called before `device_del` is sent."""
         now = time.time()
         self.pending_unplugs.ask(entities, self.state, now)
-        # While QEMU is at work there is time to see whether anything will be left behind. Two turns of the loop
-        # from now: in the next one `device_del` goes out.
+        # While QEMU works there is time to check for cgroups that would be left behind. This runs
+        # two turns of the loop from now, because `device_del` is sent in the next one.
         loop = asyncio.get_running_loop()
         loop.call_soon(loop.call_soon, self._look_for_groups, [n for one in entities for n in one.ids])
         if self._bus.listening:
             self._bus.emit(_events(now, EventKind.UNPLUG_REQUESTED, entities))
 
     def check(self) -> None:
-        """Raises VcpuConnectionError if the connection is lost."""
+        """Raise VcpuConnectionError if the connection is lost."""
         if self._lost is not None:
             raise self._lost
 
     def watch(self) -> None:
-        """Begin to look by ourselves, as long as somebody listens or something is pending."""
+        """Start regular queries, which run while there is a listener or something is pending."""
         self._watcher.start()
 
     def drop_groups(self, ids: Iterable[int]) -> bool:
-        """Remove the cgroups of those of these vCPUs that are gone; whether they all are removed."""
+        """Remove the cgroups of those of these vCPUs that have left. Return whether all are removed."""
         self._gone.update(ids)
         enabled = self.state.enabled_ids
         self._gone.difference_update(enabled, self._groupless)
@@ -258,8 +261,9 @@ class Session:
     # -- inside -----------------------------------------------------------------------------------
 
     def _note_run(self, run: str | None) -> None:
-        """One that runs, or was never started, does not leave without an event; one that is paused does: there is
-        nothing to STOP. One that has left takes a device_add, and nobody ever sees it.
+        """A guest that runs, or was never started, cannot migrate without an event. A paused guest
+        can, because there is no STOP. A QEMU whose guest has left still accepts a device_add, but
+        nothing ever uses the new vCPU.
         """
         self.seen_run_state = run
         self.may_be_migrating |= run not in _AT_HOME
@@ -282,7 +286,7 @@ class Session:
             if is_first:
                 self._departures.forget(unplug.qom_path)
             if is_first or not self.monitor.hears_all:
-                # Later on QEMU's own event tells of it.
+                # Later, QEMU's own event reports it.
                 detail = "it was removed while nobody listened"
                 found += _events(time.time(), EventKind.REMOVED, [gone], detail)
         return found
@@ -292,25 +296,29 @@ class Session:
             self.learn()
             await self.look()
         if self._bus.listening and self.guest is not None:
-            # Outside of the queue: an agent that is not there takes its time.
+            # The agent is queried outside of the queue, because a missing agent takes time.
             await self.guest.try_view(self.state)
             if not self._queue.locked():
-                # Its socket takes one client at a time, and another process may want it before the next look.
+                # The agent's socket takes one client at a time, and another process may need it
+                # before the next query.
                 await self.guest.close()
 
     def _keep(self, state: DomainState, heard: int = 0, asked_at: float = 0.0) -> DomainState:
-        """`heard` is what `_departures` had heard of when the query was sent, at `asked_at`."""
+        """Keep a fresh state and emit its events. `heard` is the count of `_departures` when the
+        query was sent, at `asked_at`.
+        """
         before = self.state
         self.pending_unplugs.seen_at = max(self.pending_unplugs.seen_at, asked_at)
         if state.threads_shared is None:
-            # One vCPU alone does not show it; what was seen with two still holds.
+            # A single vCPU does not show whether threads are shared; what was seen with two still holds.
             state = replace(state, threads_shared=before.threads_shared)
         if before is not state:
             found = changes(before, state, time.time())
             removed = [event for event in found if event.event is EventKind.REMOVED]
             self.removals_seen += len(removed)
             if removed and state.accel == "tcg":
-                # They have used up what QEMU has few of, and some QEMUs cannot be migrated then.
+                # Each removed vCPU has used up a TCG context. QEMU has few of these, and some
+                # versions can then no longer be migrated.
                 gone = [before.vcpus[number] for event in removed for number in event.vcpus]
                 self.pending_unplugs.note_contexts(UsedContexts(frozenset((v.id, v.thread_id or 0) for v in gone)))
             self._gone.update(number for event in removed for number in event.vcpus)
@@ -328,7 +336,7 @@ class Session:
             self._bus.emit(self._learn())
         self._state = mark(state, self.pending_unplugs.firsts)
         if self._gone and not self.in_flight:
-            # While an operation has vCPUs in its hands, it makes groups of those that are to come.
+            # While an operation is in flight, it makes groups for the vCPUs that it plugs.
             self.drop_groups(())
         return self._state
 
@@ -338,7 +346,7 @@ class Session:
             self._bus.end(event)
             return
         if event.name in _RUN_EVENTS:
-            # Perhaps it migrates: the next call looks.
+            # The guest may be migrating, so the next call checks.
             self.stale = self.may_be_migrating = True
             self.seen_run_state = None
         if event.name == "RESET":
@@ -352,10 +360,11 @@ class Session:
             self._hear(event, self._state)
 
     def _hear(self, event: MonitorEvent, state: DomainState) -> None:
-        """What an event of CPUs means for pending unplugs, and for those who listen."""
+        """Handle an event of CPUs, for pending unplugs and for listeners."""
         known = self.pending_unplugs.firsts
         if self._bus.listening:
-            # Who asked has written it down, and may cross it out as soon as it has seen this event itself.
+            # The process that requested the unplug has stored it, and may remove it as soon as it
+            # sees this event itself.
             self.learn()
         pending = self.pending_unplugs.firsts
         if not self._bus.listening and self.in_flight >= pending:
@@ -373,7 +382,7 @@ class Session:
             self._bus.emit(_events(when, EventKind.REMOVAL_FAILED, refused, signal.reason))
         elif signal.kind is SignalKind.RESET and architecture(state.arch).reset_drops_unplug:
             self.pending_unplugs.end(pending - self.in_flight)
-            # What has been crossed out since the last look was crossed out for this reset.
+            # Unplugs that left the store since the last query were removed because of this reset.
             dropped = [by_id[first] for first in sorted(known | pending)]
             self._bus.emit(_events(when, EventKind.REMOVAL_FAILED, dropped, signal.reason))
         elif signal.kind is SignalKind.EJECTING and signal.first is not None:
@@ -390,10 +399,10 @@ async def open_session(
     before: Session | None = None,
     reads: Reads = open_reader,
 ) -> Session:
-    """Connect to the first address that is free, and read everything once.
+    """Connect to the first free address, and read everything once.
 
     Raises:
-        VcpuConnectionError: none answers, or what answers is no QEMU.
+        VcpuConnectionError: no address answers, or the answer is not QEMU's.
     """
     session = Session(await first_free(addresses, opener), bus, queue, reads)
     try:
@@ -405,7 +414,7 @@ async def open_session(
 
 
 async def _answer(query: Callable[[], Awaitable[object]]) -> object:
-    """Asks when its task runs: all that is asked at the same time goes out together."""
+    """Send the query when the task runs, so that simultaneous queries are sent together."""
     return await query()
 
 
@@ -418,17 +427,15 @@ def _events(when: float, kind: EventKind, entities: Iterable[Entity], detail: st
 
 
 def store_of(process: Process | None) -> PendingFolder | None:
-    """Where what is pending is kept for the next process."""
+    """Return the store of pending unplugs for the next process."""
     if process is not None:
-        with suppress(RuntimeError):  # no home folder
+        with suppress(RuntimeError):  # there is no home folder
             return PendingFolder(process)
     return None
 
 
 def _same_guest(one: Session, other: Session) -> bool:
-    """Whether the QEMU that listens now is the one that was lost; what was pending there is no business of
-    another.
-    """
+    """Whether both sessions belong to the same QEMU. The pending unplugs of one QEMU do not concern another."""
     states = one.state, other.state
     if one.process is not None and other.process is not None:
         ids = [[entity.ids for entity in state.entities] for state in states]

@@ -2,7 +2,7 @@
 
 from qmpvcpu.lazy import lazy
 
-# Type checkers read this name as true.
+# Type checkers treat this name as true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qmpvcpu.domain.backends.libvirt import LibvirtBackend

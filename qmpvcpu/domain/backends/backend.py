@@ -1,4 +1,4 @@
-"""What reaches a domain, over QMP or through libvirt: one interface, two peers."""
+"""The interface of a domain's connection: one interface, with QMP and libvirt as its two implementations."""
 
 from __future__ import annotations
 
@@ -30,12 +30,12 @@ class Backend(ABC):
         """Connect, and read everything once.
 
         Args:
-            bus: who listens for events.
-            queue: held by whoever reads or changes.
-            last: the connection before, of which this one takes over what is pending.
+            bus: the bus that events are emitted on.
+            queue: the lock that every reading or changing operation holds.
+            last: the previous connection; its pending unplugs are taken over.
 
         Raises:
-            VcpuConnectionError: it cannot be reached.
+            VcpuConnectionError: the domain cannot be reached.
         """
 
     @property

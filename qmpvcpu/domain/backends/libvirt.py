@@ -1,8 +1,9 @@
-"""A domain of libvirt's (`-c URI`), by its API or through its QEMU monitor.
+"""A libvirt domain (`-c URI`), reached through libvirt's API or through its QEMU monitor.
 
-By the API libvirt stays the owner of its truth: the state is that of its XML, and one call of its own switches one
-entity. Everything around it, several of them at once, whole cores, nodes, undoing, the true end of an unplug, is
-ours, and the same as over QMP: the API stands where a monitor would.
+With the API, libvirt stays the owner of the state: the state is read from its XML, and one libvirt
+call switches
+one entity. Our engine does the rest as it does over QMP: several entities at once, whole cores,
+nodes, undo, and the wait for the end of an unplug. The API then takes the place of a monitor.
 """
 
 from __future__ import annotations
@@ -39,10 +40,10 @@ from qmpvcpu.libvirt.passthrough import PassedMonitor
 from qmpvcpu.ports import CommandError, Monitor
 from qmpvcpu.qemu.agent import AgentClient
 
-#: How a libvirt domain is reached: by libvirt's API, or with our own engine through its QEMU monitor.
+#: How to reach a libvirt domain: through libvirt's API, or with our own engine through its QEMU monitor.
 Via = Literal["api", "monitor"]
 
-#: Of every way through the monitor.
+#: Reported for every connection through the monitor.
 TAINTED: Final = (
     "through its monitor: libvirt marks the domain tainted (custom-monitor), and its XML does not follow what is"
     " plugged and unplugged"
@@ -53,9 +54,9 @@ _DOUBTFUL: Final = (
     " --via monitor asks QEMU"
 )
 _AGENT_CHANNEL: Final = b"org.qemu.guest_agent.0"
-#: `--no-place` by the API.
+#: Reported for `--no-place` with the API.
 _LIBVIRT_PLACES: Final = "libvirt places threads itself, as its definition says, with --no-place (place=False) too"
-#: Of a count in the guest.
+#: Reported for a count in the guest.
 _BY_NUMBER: Final = "which vCPU is which in the guest is not known: these are the guest's own numbers"
 
 
@@ -63,12 +64,12 @@ class LibvirtBackend(Backend):
     """The way through libvirt.
 
     Args:
-        name: of the domain, or its UUID.
-        uri: libvirt's.
+        name: the domain's name or UUID.
+        uri: the libvirt URI.
         via: "api" or "monitor".
-        log: a `qmpvcpu.QmpLog`; with "monitor" it keeps every message.
-        connect_timeout: seconds; 5 if not given, and to another host 30.
-        query_timeout: seconds for a call of libvirt's that changes nothing.
+        log: a `qmpvcpu.QmpLog`; with "monitor" it records every message.
+        connect_timeout: seconds; the default is 5, or 30 for another host.
+        query_timeout: seconds for a libvirt call that changes nothing.
     """
 
     def __init__(
@@ -99,7 +100,7 @@ class LibvirtBackend(Backend):
         return tuple(text.format(format_ids(ids)) for ids, text in rows if ids)
 
     def unreached(self) -> Reached:
-        """What is known of the domain before it is reached."""
+        """Return what is known of the domain before it is reached."""
         return Reached(self._name, addresses=(self._uri,))
 
     # -- connecting ---------------------------------------------------------------------------------
@@ -145,7 +146,7 @@ class LibvirtBackend(Backend):
         return monitor
 
     async def refresh(self, reached: Reached) -> Reached | None:
-        """See `Backend`: whether it runs, and its definition, as libvirt has them now."""
+        """See `Backend`. Read from libvirt whether the domain runs, and its definition."""
         opened = self._open
         if opened is None:
             reached.connected()
@@ -202,7 +203,9 @@ class LibvirtBackend(Backend):
         return plan
 
     def _is_counted_there(self, request: Request, refusals: Iterable[Refusal]) -> bool:
-        """Whether to count by the guest's own numbers: nothing tells which is which, and a count needs none."""
+        """Whether to count by the guest's own CPU numbers. A count does not need to know which CPU
+        is which vCPU.
+        """
         is_count = request.total is not None and request.has(VcpuFlag.GUEST)
         return self._via == "api" and is_count and {refusal.code for refusal in refusals} == {"guest-cpu"}
 
@@ -217,7 +220,7 @@ class LibvirtBackend(Backend):
         return replace(end, messages=(*end.messages, _BY_NUMBER))
 
     async def dump_xml(self, reached: Reached, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
-        """See `Backend`; of a domain that runs it is libvirt's, but for its vCPUs."""
+        """See `Backend`. For a running domain this is libvirt's XML with only the vCPUs replaced."""
         if flags & VcpuFlag.CONFIG or reached.session is None or self._open is None:
             return await super().dump_xml(reached, flags, dialect, detail)
         state = await reached.session.read()
@@ -226,11 +229,11 @@ class LibvirtBackend(Backend):
         return dump(live or b"", state, dialect, detail, running=True)
 
     def _counts_only(self, reached: Reached) -> bool:
-        """Whether its driver switches vCPUs by number only (test:///)."""
+        """Whether the libvirt driver can only set a number of vCPUs (test:///)."""
         return self._open is not None and self._open.connection.driver == "TEST" and reached.session is not None
 
     def _against_count(self, reached: Reached, request: Request) -> list[Refusal]:
-        """What stands against `_count`, as far as is known without doing it."""
+        """Return the reasons against `_count` that are known in advance."""
         if request.total is None:
             return [catalogue.COUNTS_ONLY()]
         found = [*reached.preconditions(request), *check_flags(request.flags, is_query=request.is_query)]
@@ -239,7 +242,7 @@ class LibvirtBackend(Backend):
         return found + check_count(request.total, most)
 
     async def _count(self, reached: Reached, request: Request) -> Outcome:
-        """`virDomainSetVcpusFlags`."""
+        """Carry out a count with `virDomainSetVcpusFlags`."""
         began = time.monotonic()
         if refusals := self._against_count(reached, request):
             raise VcpuRefused(refusals, ids=request.ids)
@@ -269,7 +272,7 @@ class LibvirtBackend(Backend):
         )
 
     async def pin(self, reached: Reached, request: Request, cpus: tuple[int, ...] | None) -> Outcome:
-        """See `Backend`; by the API with `virDomainPinVcpuFlags`."""
+        """See `Backend`. With the API this calls `virDomainPinVcpuFlags`."""
         if self._via != "api":
             return await super().pin(reached, request, cpus)
         began = time.monotonic()
@@ -280,10 +283,10 @@ class LibvirtBackend(Backend):
         guest, connection = self._open.guest, self._open.connection
         everywhere = format_ids(range(await guest.host_cpus()))
         pin = everywhere if cpus is None else format_ids(cpus)
-        # libvirt writes all of its CPUs where none is named.
+        # libvirt writes all host CPUs if no CPU is named.
         differ = [(state.vcpus[vcpu_id].pin or everywhere) != pin for state in states]
         if any(differ):
-            # A driver that knows only what runs (test:///) declines the flag.
+            # A driver that has only a running side (test:///) declines the flag.
             impact = guest.flags(live=live, config=config) if request.flags != VcpuFlag.CURRENT else 0
             with answered():
                 await connection.change("virDomainPinVcpuFlags", guest.pin_vcpu(vcpu_id, cpus, impact))
@@ -303,7 +306,7 @@ class LibvirtBackend(Backend):
         )
 
     async def _states_to_pin(self, reached: Reached, request: Request) -> list[DomainState]:
-        """Of each side, of which none has anything against it."""
+        """Return the state of each side. Raises VcpuRefused if one side has an objection."""
         live, config = reached.sides(request.flags)
         refusals = reached.preconditions(request)
         if (config and reached.definition is None) or (live and reached.session is None):
@@ -319,7 +322,7 @@ class LibvirtBackend(Backend):
 
 
 class _Open:
-    """An open connection to libvirt: the domain there, its monitor, and its definition as it was read last."""
+    """An open libvirt connection: the domain, its monitor, and the definition that was read last."""
 
     def __init__(self, connection: Connection, guest: LibvirtGuest) -> None:
         self.connection = connection
@@ -329,7 +332,7 @@ class _Open:
         self._xml: DefinitionXml | None = None
 
     def definition(self, data: bytes | None) -> LibvirtDefinition | None:
-        """Its definition, as libvirt has it now; None if it has none."""
+        """Return the definition of this XML, or None if the domain has none."""
         if data is None:
             self._xml = self._definition = None
         elif self._xml is not None:
@@ -351,7 +354,7 @@ def _impacts(live: bool, config: bool) -> list[VcpuFlag]:
 
 
 async def list_domains(uri: str) -> Sequence[Row]:
-    """Every domain at a URI.
+    """List every domain at a URI.
 
     Raises:
         VcpuConnectionError: libvirt cannot be reached.
@@ -362,14 +365,14 @@ async def list_domains(uri: str) -> Sequence[Row]:
 
 
 class PassedAgent(AgentClient):
-    """The guest's agent behind libvirt's `virDomainQemuAgentCommand`; libvirt keeps it in step."""
+    """The guest agent behind libvirt's `virDomainQemuAgentCommand`; libvirt keeps its messages in step."""
 
     def __init__(self, guest: LibvirtGuest) -> None:
         super().__init__(guest.connection.uri)
         self._behind = guest
 
     async def open(self) -> None:
-        """libvirt is connected."""
+        """Do nothing: libvirt is already connected."""
 
     async def _all(
         self, commands: Sequence[tuple[str, Mapping[str, Any] | None]], until: float | None = None

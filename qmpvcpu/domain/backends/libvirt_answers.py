@@ -1,4 +1,4 @@
-"""What libvirt answers, as errors of ours."""
+"""Translate libvirt's errors into ours."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuFailed, VcpuPartial, VcpuRefused
 from qmpvcpu.ports import CommandError
 
-#: What libvirt declines because of what was asked; nothing was touched then.
+#: Errors with which libvirt declines a request; nothing was touched then.
 _REFUSALS: Final = frozenset(
     {
         "VIR_ERR_INVALID_ARG",
@@ -30,7 +30,7 @@ _REFUSALS: Final = frozenset(
 
 @contextmanager
 def answered() -> Iterator[None]:
-    """libvirt's answer as ours: what it declines was not touched."""
+    """Translate libvirt's errors. If libvirt declined the request, nothing was touched."""
     try:
         yield
     except CommandError as error:
@@ -51,7 +51,7 @@ def _from_libvirt(error: CommandError) -> VcpuError:
 
 
 def as_refused(error: VcpuFailed) -> VcpuError:
-    """What libvirt declined before anything was done is a refusal."""
+    """Return a refusal if libvirt declined before anything was done, else the error itself."""
     touched = error.changed_ids or error.pending or error.undone
     if isinstance(error, VcpuPartial) or touched or error.libvirt not in _REFUSALS:
         return error

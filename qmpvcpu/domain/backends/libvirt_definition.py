@@ -1,4 +1,4 @@
-"""The definition that libvirt keeps, changed by calls of libvirt's."""
+"""The definition that libvirt stores, changed by libvirt calls."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qmpvcpu.xml.document import read_domain
 
 
 class LibvirtDefinition(DefinitionHandle):
-    """The definition that libvirt keeps."""
+    """The definition that libvirt stores."""
 
     def __init__(self, store: DefinitionXml) -> None:
         connection = store.guest.connection
@@ -26,14 +26,14 @@ class LibvirtDefinition(DefinitionHandle):
         self._libvirts = store
 
     def _store_for(self, request: Request) -> DefinitionStore:
-        # What is asked says how libvirt is told.
+        # The request decides which libvirt calls are made.
         return replace(self._libvirts, request=request)
 
 
 @dataclass(slots=True)
 class DefinitionXml:
-    """`ports.DefinitionStore`: the XML that libvirt keeps, as it was when the call began; `request` is what is to
-    be done to it.
+    """`ports.DefinitionStore`: the XML that libvirt stores, as it was when the call began.
+    `request` is the change to make.
     """
 
     guest: LibvirtGuest
@@ -42,7 +42,7 @@ class DefinitionXml:
 
     @property
     def place(self) -> str:
-        """What it is called in messages."""
+        """The name of this definition in messages."""
         return f"{self.guest.name} at {self.guest.connection.uri}"
 
     def read(self) -> bytes:
@@ -50,11 +50,13 @@ class DefinitionXml:
         return self.data
 
     def fetch(self) -> bytes:
-        """As it is now. Blocks."""
+        """Return the document as it is now. Blocks."""
         return self.guest.read_definition()
 
     def stage(self, data: bytes) -> _Staged:
-        """Nothing is written before it counts: libvirt knows one definition."""
+        """Prepare the next version. Nothing is written before `commit`, because libvirt has only
+        one definition.
+        """
         return _Staged(self, data)
 
 
@@ -67,7 +69,7 @@ class _Staged:
         self._data = data
 
     def commit(self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
-        """Tell libvirt what is to be different; in words of its own where it has them."""
+        """Send the changes to libvirt, by specific calls if they exist, else by redefining the domain."""
         with answered():
             now = self._store.fetch()
             if now != before:
@@ -79,12 +81,13 @@ class _Staged:
                 raise OSError(errno.ECANCELED, "it was cancelled")
             try:
                 if calls is None:
-                    # A definition is replaced whole: with the passwords that libvirt does not show.
+                    # Redefining replaces the whole definition, so it must contain the passwords
+                    # that libvirt hides.
                     self._guest.define(again(self._guest.read_definition(secure=True)))
                 for call in calls or ():
                     self._guest.call("the definition", call)
             except CommandError as error:
-                # libvirt changes it in memory first (9.0), and keeps that if it cannot be written.
+                # libvirt changes its copy in memory first (9.0), and keeps that copy if it cannot be written.
                 if self._store.fetch() == now:
                     raise
                 text = f"libvirt has changed the definition, and cannot keep it: {error.text}"
@@ -92,7 +95,7 @@ class _Staged:
                 raise VcpuPartial(text, libvirt=error.error_class, hint=hint) from error
 
     def _calls(self, old: Definition, new: Definition) -> list[Callable[[], object]] | None:
-        """Of libvirt's; None where it has none that say just this."""
+        """Return the libvirt calls for this change, or None if no calls express exactly this change."""
         request, guest = self._store.request, self._guest
         config = guest.flags(config=True)
         if request is not None and request.total is not None and not request.has(VcpuFlag.GUEST):
@@ -114,4 +117,4 @@ class _Staged:
         return found or None
 
     def discard(self) -> None:
-        """There is nothing to take away."""
+        """There is nothing to discard."""

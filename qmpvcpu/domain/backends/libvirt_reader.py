@@ -24,20 +24,20 @@ logger = logging.getLogger("qmpvcpu.domain.backends.libvirt_reader")
 
 
 class XmlReader:
-    """Reads a running guest's state from libvirt's XML (in the place of `domain.read.Reader`)."""
+    """Reads a running guest's state from libvirt's XML, in place of `domain.reader.Reader`."""
 
     def __init__(self, monitor: ApiMonitor, name: str) -> None:
         self._monitor = monitor
         self._name = name
         self.thread_ids: frozenset[int] = frozenset()
         guest = monitor.guest
-        #: For what is pending; its threads are libvirt's to place.
+        #: Needed for pending unplugs only; libvirt places the threads.
         self.process = find_by_uuid(guest.uuid) if guest.connection.is_local else None
         self._store = store_of(self.process)
         self._seen_gone: frozenset[int] = frozenset()
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
-        """Its XML."""
+        """Read the XML."""
         asked = tuple(pending)
         guest = self._monitor.guest
         await self._monitor.plugs_done()
@@ -47,7 +47,7 @@ class XmlReader:
         if xml is None:
             raise self._monitor.stopped()
         definition = read_domain(xml, running=True)[1]
-        # libvirt tells the version of no running QEMU: it is at least that of its machine type.
+        # libvirt does not report the version of a running QEMU. It is at least that of its machine type.
         version = oldest_with(definition.machine or "")
         gone = await self._gone(definition)
         state = running_state(definition, self._name, version, run, gone, asked)
@@ -57,11 +57,12 @@ class XmlReader:
         return state
 
     async def _gone(self, definition: Definition) -> frozenset[int]:
-        """vCPUs that left QEMU without libvirt's knowledge: on x86 under TCG no event comes."""
+        """Return the vCPUs that left QEMU without libvirt's knowledge: under TCG on x86 there is no event."""
         plugged = [vcpu.id for vcpu in definition.vcpus if vcpu.enabled and vcpu.hotpluggable]
         if not plugged or not _may_be_unseen(definition):
             return frozenset()
-        # Once libvirt looks at its threads anew, as with every plug, it shows no more that one is gone.
+        # When libvirt refreshes its thread list, as it does at every plug, it no longer shows that
+        # a vCPU has left.
         known = self._store.gone() if self._store is not None else self._seen_gone
         found: frozenset[int] = frozenset()
         try:
@@ -73,7 +74,7 @@ class XmlReader:
         if self._store is None:
             self._seen_gone = gone
         elif gone != known:
-            # Whoever sees one back has struck it out there, also a moment ago.
+            # Another process may have seen a vCPU return and removed it from the store a moment ago.
             self._store.note_gone((self._store.gone() | found).intersection(plugged))
         return gone
 
@@ -86,7 +87,7 @@ class XmlReader:
         anew: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
-        """The same."""
+        """The same as `full`: libvirt has no shorter query."""
         return await self.full(pending)
 
 
@@ -96,7 +97,9 @@ def _may_be_unseen(definition: Definition) -> bool:
 
 
 def _doubtful(definition: Definition, gone: Collection[int]) -> tuple[int, ...]:
-    """vCPUs of one order, where each has its own: one of them is gone, and libvirt does not know (TCG)."""
+    """Return vCPUs that share one order. Each should have its own, so one of them has left without
+    libvirt's knowledge (TCG).
+    """
     by_order: dict[int, list[int]] = {}
     if not _may_be_unseen(definition):
         return ()

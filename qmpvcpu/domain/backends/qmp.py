@@ -1,4 +1,4 @@
-"""A domain over QMP."""
+"""A domain that is reached over QMP."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ class QmpBackend(Backend):
     """The way over QMP.
 
     Attributes:
-        place: where the domain is.
-        log: a `qmpvcpu.QmpLog` that keeps every message, or None.
-        connect_timeout: seconds for connection and greeting, of each address.
+        place: the addresses of the domain.
+        log: a `qmpvcpu.QmpLog` that records every message, or None.
+        connect_timeout: seconds for connection and greeting, per address.
         command_timeout: seconds for one QMP command.
-        config_only: it is only the definition that is wanted: sockets that another client holds are no error.
+        config_only: only the definition is needed; a socket that another client uses is not an error.
     """
 
     place: DomainAddress
@@ -38,7 +38,7 @@ class QmpBackend(Backend):
     config_only: bool = False
 
     def unreached(self) -> Reached:
-        """What is known of the domain before it is reached."""
+        """Return what is known of the domain before it is reached."""
         place = self.place
         definition = DefinitionHandle(place.definition) if place.definition is not None else None
         return Reached(place.name, definition=definition, addresses=place.qmp, agent_address=place.agent)
@@ -51,10 +51,10 @@ class QmpBackend(Backend):
         try:
             session = await open_session(place.name, place.qmp, self._open, bus, queue, last)
         except VcpuConnectionError as error:
-            # Nobody listens: it does not run. Whatever else is wrong, it may.
+            # If no QEMU listens, the domain does not run. After any other error it may run.
             if reached.definition is not None and error.reason in NOBODY_LISTENS:
                 return replace(reached, is_inactive=True)
-            # Where nothing is, there is no definition either.
+            # If nothing exists under this name, there is no definition either.
             if self.config_only and not place.is_unknown:
                 return replace(reached, busy=error)
             raise

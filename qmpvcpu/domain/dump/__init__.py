@@ -1,8 +1,8 @@
-"""The XML of a domain: as it is defined, and made of what QEMU tells."""
+"""The XML of a domain: its definition, or XML made from what QEMU reports."""
 
 from qmpvcpu.lazy import lazy
 
-# Type checkers read this name as true.
+# Type checkers treat this name as true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qmpvcpu.domain.dump.document import check_dump, dump

@@ -1,4 +1,4 @@
-"""A document with what the vCPUs of the running guest are now, in either dialect."""
+"""Write a document with the present vCPUs of the running guest, in either dialect."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ DETAILS: Final = ("minimal", "cell", "full")
 
 
 def check_dump(dialect: str | None, detail: str | None) -> None:
-    """Raises VcpuUsageError for words that `dump` does not know."""
+    """Raise VcpuUsageError if `dump` does not know one of these words."""
     for word, words in ((dialect, DIALECTS), (detail, DETAILS)):
         if word is not None and word not in words:
             raise VcpuUsageError(f"'{word}' is none of {', '.join(words)}", hint="choose one of them")
@@ -25,14 +25,14 @@ def check_dump(dialect: str | None, detail: str | None) -> None:
 def dump(
     data: bytes, state: DomainState | None, dialect: str | None, detail: str | None, *, running: bool = False
 ) -> bytes:
-    """A document with the vCPUs of `state`, or with its own, in this dialect.
+    """Return a document in this dialect, with the vCPUs of `state`, or with its own.
 
     Args:
         data: a domain's XML.
-        state: the running guest.
-        dialect: "rfc" or "libvirt", or None: its own.
-        detail: what the RFC's dialect shows: "minimal", "cell" or, if None, "full".
-        running: the document is libvirt's, of a running guest.
+        state: the running guest, or None to keep the document's own vCPUs.
+        dialect: "rfc" or "libvirt"; None keeps the document's own dialect.
+        detail: what the RFC dialect shows: "minimal", "cell" or "full" (None means "full").
+        running: whether the document is libvirt's XML of a running guest.
     """
     document, old = read_domain(data, running=running)
     if dialect is None and detail is not None:

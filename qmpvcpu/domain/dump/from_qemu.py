@@ -1,4 +1,4 @@
-"""A definition of a running guest, of what its QEMU tells."""
+"""Make a definition of a running guest from what its QEMU reports."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ _NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
 
 @dataclass(frozen=True, slots=True)
 class DescribedXml:
-    """A definition that was made of a running guest; `left_out` is what of the guest it cannot hold, and
-    `has_devices` whether the guest's devices are known.
+    """A definition that was made from a running guest. `left_out` lists the parts of the guest that
+    it cannot express, and `has_devices` is whether the guest's devices are known.
     """
 
     xml: bytes
@@ -32,13 +32,13 @@ class DescribedXml:
 
 
 async def describe(monitor: Monitor, state: DomainState, process: Process | None, agent: str | None) -> Described:
-    """A definition of a running guest, and what of it no definition can hold.
+    """Return a definition of a running guest, and the parts that no definition can express.
 
     Args:
-        monitor: of its QEMU.
-        state: its vCPUs.
-        process: of its QEMU, where that runs on this host.
-        agent: address of its guest agent.
+        monitor: the monitor of the guest's QEMU.
+        state: the guest's vCPUs.
+        process: the QEMU process, if it runs on this host.
+        agent: address of the guest agent.
     """
     words = await asyncio.to_thread(command_line_of, process) if process is not None else []
     facts, line = await _facts(monitor, read_command_line(words) if words else None)
@@ -60,7 +60,9 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
 
 
 async def _name(monitor: Monitor, name: str) -> str:
-    """A domain that is only a path has the name that QEMU was given (-name), else its socket's."""
+    """Return the domain's name. If it is only a path, use QEMU's own name (-name), else the name of
+    its socket.
+    """
     if "/" not in name:
         return name
     try:
@@ -83,7 +85,7 @@ async def _uuid(monitor: Monitor) -> str | None:
 
 
 async def _asked(asked: Mapping[str, Awaitable[object]]) -> dict[str, object]:
-    """The replies by name; what this QEMU declines is not there."""
+    """Return the replies by name, without those that this QEMU declines."""
     replies: dict[str, object] = {}
     for name, reply in asked.items():
         with suppress(CommandError):
@@ -92,7 +94,7 @@ async def _asked(asked: Mapping[str, Awaitable[object]]) -> dict[str, object]:
 
 
 async def _facts(monitor: Monitor, line: QemuCommandLine | None) -> tuple[MachineFacts, QemuCommandLine | None]:
-    """What QMP tells of the machine, and the command line, if it can be this QEMU's."""
+    """Return the machine facts from QMP, and the command line if it can be this QEMU's."""
     queries = ("query-memdev", "query-memory-devices", "query-memory-size-summary")
     asked: dict[str, Awaitable[object]] = {name: monitor.execute(name) for name in queries}
     asked |= {name: monitor.qom_get("/machine", name) for name in ("memory", "memory-backend")}
@@ -101,7 +103,7 @@ async def _facts(monitor: Monitor, line: QemuCommandLine | None) -> tuple[Machin
     known = line if agrees(line, facts) else None
     if known is not None and (not known.nodes or any(node.memdev or node.memory for node in known.nodes)):
         return facts, known
-    # QMP has no word for the size of a node, nor for what is on it.
+    # QMP reports neither the size of a NUMA node nor the memory on it; HMP does.
     more: dict[str, Awaitable[object]] = {
         text: monitor.human_monitor_command(text) for text in ("info numa", "info mtree -f")
     }
