@@ -1,8 +1,8 @@
-"""The object behind `domain.migration`. Most commands never migrate."""
+"""The object behind `domain.migration`, loaded on first use because most commands never migrate."""
 
 from qmpvcpu.lazy import lazy
 
-# Type checkers read this name as true.
+# Type checkers treat this name as true.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qmpvcpu.domain.migration.migration import Access, Migration

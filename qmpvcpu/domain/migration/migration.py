@@ -1,4 +1,4 @@
-"""`domain.migration`: takes a domain's guest to another QEMU, or into a file and back."""
+"""`domain.migration`: moves a domain's guest to another QEMU, or into a file and back."""
 
 from __future__ import annotations
 
@@ -32,22 +32,23 @@ from qmpvcpu.host.room import memory_in_use
 from qmpvcpu.host.saves import PausedGuest
 from qmpvcpu.ports import CommandError
 
-#: Seconds between two looks for the end of a pending unplug.
+#: Seconds between two queries for the end of a pending unplug.
 _PENDING_LOOK: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What a migration needs of the domain that owns it. These are calls, since a domain connects again.
+    """What a migration needs from its domain. These are functions, because the domain may connect again.
 
     Attributes:
-        connected: the open connection, while nothing else happens to the domain; raises VcpuError without one.
-        agent: the guest's, where it is known.
-        definition: the domain's, where it has one.
-        describe: what QEMU tells of the guest.
-        describe_xml: the same as a definition.
+        connected: opens a context with the connection, in which no other operation runs; raises
+            VcpuError without a connection.
+        agent: returns the guest's agent, or None if it is not known.
+        definition: returns the domain's definition, or None if it has none.
+        describe: returns what QEMU reports about the guest.
+        describe_xml: returns the same as a definition.
         plug: enables vCPUs; with `place`, their threads are placed.
-        reconnect: close, and connect again.
+        reconnect: closes the connection, and connects again.
     """
 
     connected: Callable[[], AbstractAsyncContextManager[Session]]
@@ -60,11 +61,13 @@ class Access:
 
 
 class Migration:
-    """The phases, for those who run the two sides themselves; `migrate`, all of them; `save` and `restore`."""
+    """Migrates and saves a guest: `migrate` runs all phases; the single phases are for callers that
+    run the two sides themselves; `save` and `restore` use a file.
+    """
 
     def __init__(self, domain: Access) -> None:
         self._domain = domain
-        #: What was done on connecting with a guest that a save, which was killed, had left paused.
+        #: What was done on connecting with a guest that a killed save had left paused.
         self._recovered: tuple[Session, str] | None = None
 
     # -- the phases -------------------------------------------------------------------------------
@@ -79,18 +82,19 @@ class Migration:
         with_agents: bool = False,
         is_paused: bool = False,
     ) -> Cookie:
-        """What goes with the guest, and whether it can go; touches nothing.
+        """Return the cookie that goes with the guest, if the guest can be migrated; nothing is touched.
 
         Args:
-            persistent: its definition goes too.
-            wait: seconds for pending unplugs to end.
-            force: do what is known to hang.
-            with_agents: `migrate` follows, to a destination whose agent is known: what the guest's agent can save
-                from a hang is not refused.
-            is_paused: the guest is paused on the way, as `save` does it: a pending unplug may go with it.
+            persistent: the definition goes with the guest too.
+            wait: seconds to wait until pending unplugs finish.
+            force: also do what is known to hang the guest.
+            with_agents: `migrate` follows, to a destination whose agent is known. A hang that the
+                guest's agent can prevent is not a refusal then.
+            is_paused: the guest is paused during the transfer, as in `save`, so a pending unplug
+                may go with it.
 
         Raises:
-            VcpuRefused: it cannot be migrated now; every reason.
+            VcpuRefused: the guest cannot be migrated now; it lists every reason.
         """
         deadline = time.monotonic() + wait
         while True:
@@ -127,17 +131,17 @@ class Migration:
 
     @checked
     async def prepare(self, cookie: Cookie, *, place: bool = True, differences: Sequence[Refusal] = ()) -> None:
-        """Make this guest, which waits for a migration (-incoming), ready to take that of the cookie: checked, its
-        vCPUs plugged, and so that it does not start by itself.
+        """Prepare this QEMU, which waits for a migration (-incoming), for the guest of the cookie:
+        check it, plug its vCPUs, and make sure that it does not start by itself.
 
         Args:
-            cookie: of `begin`.
-            place: False leaves its threads where the kernel puts them.
-            differences: reasons against it that are known already, to be reported with the others.
+            cookie: the result of `begin`.
+            place: False does not place the threads; the kernel places them.
+            differences: refusals that are known already and are reported with the others.
 
         Raises:
-            VcpuRefused: it cannot take it; every reason.
-            VcpuFailed: QEMU declines something.
+            VcpuRefused: this QEMU cannot take the guest; it lists every reason.
+            VcpuFailed: QEMU declined a command.
         """
         async with self._domain.connected() as session:
             await phases.prepare(session, cookie, lambda ids: self._domain.plug(ids, place), differences)
@@ -145,16 +149,16 @@ class Migration:
 
     @checked
     async def listen(self, uri: str | None = None, host: str | None = None, default: str | None = None) -> str:
-        """Where this destination listens from now on, as a source names it.
+        """Let this destination listen, and return its address as the source must name it.
 
         Args:
-            uri: `unix:PATH` or `tcp:HOST:PORT`, where it should.
-            host: how the source reaches it, if it listens everywhere.
-            default: as `uri`, if it does not listen yet.
+            uri: the address to listen at, `unix:PATH` or `tcp:HOST:PORT`.
+            host: how the source reaches this host, if the destination listens on all addresses.
+            default: used instead of `uri` if the destination does not listen yet.
 
         Raises:
-            VcpuRefused: it listens elsewhere, or nobody said where it should.
-            VcpuFailed: it cannot listen there.
+            VcpuRefused: the destination listens elsewhere, or no address was given.
+            VcpuFailed: the destination cannot listen there.
         """
         async with self._domain.connected() as session:
             return await phases.listen(session, uri, host, default)
@@ -170,30 +174,31 @@ class Migration:
         progress: Progress | None = None,
         force: bool = False,
     ) -> MigrationStatus:
-        """Move the guest to where a destination listens. It is paused here then, and does not run there yet.
+        """Send the guest to a destination that listens. Afterwards it is paused here, and does not
+        run there yet.
 
         Args:
             uri: where the destination listens.
-            cookie: of `begin`: what the guest must still be.
-            bandwidth: MiB a second at most.
-            timeout: seconds after which it is paused, so that the migration comes to an end.
+            cookie: the result of `begin`; the guest must still match it.
+            bandwidth: maximum MiB per second.
+            timeout: seconds after which the guest is paused, so that the migration can finish.
             progress: called with each fresh status.
-            force: do what is known to hang.
+            force: also do what is known to hang the guest.
 
         Raises:
             VcpuRefused: nothing was sent.
-            VcpuFailed: it was not completed; the guest goes on here.
-            VcpuConnectionError: QEMU is lost.
+            VcpuFailed: the migration did not complete; the guest continues here.
+            VcpuConnectionError: the connection to QEMU broke.
         """
         how = sides.Transfer(uri, None, bandwidth, timeout, progress)
         async with self._domain.connected() as session:
             return await phases.perform(session, uri, cookie, how, force=force)
 
     async def cookie(self) -> Cookie:
-        """What this destination was prepared with, on this host.
+        """Return the cookie that this destination was prepared with, on this host.
 
         Raises:
-            VcpuRefused: that is not known.
+            VcpuRefused: no cookie is known.
         """
         async with self._domain.connected() as session:
             cookie = ownership.recall(session, Role.DESTINATION)
@@ -211,19 +216,20 @@ class Migration:
         reported: Callable[[bool], None] = lambda _: None,
         moved: Callable[[], object] = lambda: None,
     ) -> DomainState:
-        """Verify that all of the guest has arrived here, and let it run; its vCPUs.
+        """Verify that the whole guest has arrived here, let it run, and return its vCPUs.
 
         Args:
-            cookie: of `begin`.
-            force: also where another side has taken it.
-            hint: goes with an error; None: what the source can do.
-            reported: called with True before it is let run, and with False if it was not.
-            moved: how far it has come; while that changes, it is waited for.
+            cookie: the result of `begin`.
+            force: also run the guest if another side has claimed it.
+            hint: the hint of an error; None names what the source can do.
+            reported: called with True before the guest is let run, and with False if it was not.
+            moved: returns the progress of the transfer; while it changes, the wait goes on.
 
         Raises:
-            VcpuRefused: the source has taken the guest back.
-            VcpuFailed: it has not; it does not run here, and can go on at the source (`cancel` there).
-            VcpuConnectionError: QEMU is lost.
+            VcpuRefused: the source has claimed the guest again.
+            VcpuFailed: the guest has not arrived whole; it does not run here, and can continue at
+                the source (`cancel` there).
+            VcpuConnectionError: the connection to QEMU broke.
         """
         async with self._domain.connected() as session:
             found, why = await phases.finish(session, cookie, force=force, reported=reported, moved=moved)
@@ -238,10 +244,11 @@ class Migration:
 
     @checked
     async def cancel(self, *, force: bool = False) -> str:
-        """End what is under way: a source goes on, a destination that has not run ends. What was done, in words.
+        """Cancel a migration or save: a source continues, a destination that has not run ends.
+        Return what was done, in words.
 
         Args:
-            force: also what may make the guest run twice, or nowhere.
+            force: also do what may let the guest run twice, or nowhere.
 
         Raises:
             VcpuRefused: there is nothing to cancel, or the other side has the guest.
@@ -252,7 +259,7 @@ class Migration:
                 return done
             return await saving.cancel_save(session) or await phases.cancel(session, force=force)
 
-    # -- all of them ------------------------------------------------------------------------------
+    # -- all phases -------------------------------------------------------------------------------
 
     @checked
     async def migrate(
@@ -264,23 +271,26 @@ class Migration:
         force: bool = False,
         finished: Callable[[], None] = lambda: None,
     ) -> Migrated:
-        """Move the guest to a destination that is prepared, verify it there, and end the QEMU here.
+        """Move the guest to a prepared destination, verify it there, and end the QEMU here.
 
-        Where QEMU would make it hang otherwise, and the agents of both sides are known, it has just its first CPU
-        online on the way; what was taken offline is online again then.
+        Some QEMU versions would make the guest hang. If the agents of both sides are known, the
+        guest then has only its first CPU online during the migration. The other CPUs are online
+        again afterwards.
 
         Args:
-            destination: `domain.migration` of it, after its `prepare`.
-            cookie: of `begin`.
-            how: its memory is moved.
-            force: do what is known to hang.
-            finished: called when the destination runs the guest, or may: it must not be ended any more.
+            destination: `domain.migration` of the destination, after its `prepare`.
+            cookie: the result of `begin`.
+            how: how the guest's memory is sent.
+            force: also do what is known to hang the guest.
+            finished: called when the destination runs the guest, or may run it, and must not be
+                ended any more.
 
         Raises:
             VcpuRefused: nothing was touched.
-            VcpuFailed: the guest goes on here; the destination's QEMU is ended.
-            VcpuPartial: nobody can tell which side runs it, and neither was touched; or CPUs are offline in it.
-            VcpuConnectionError: QEMU is lost.
+            VcpuFailed: the guest continues here; the destination's QEMU was ended.
+            VcpuPartial: it is not known which side runs the guest, and neither was touched; or CPUs
+                are offline in it.
+            VcpuConnectionError: the connection to QEMU broke.
         """
         here, there = self._domain, destination._domain
         async with here.connected() as source, there.connected() as target:
@@ -290,11 +300,12 @@ class Migration:
     # -- into a file, and back --------------------------------------------------------------------
 
     async def memory_in_use(self) -> int | None:
-        """Bytes of memory that the running guest has at most: what a file of it takes. None: nothing tells.
+        """Return the bytes of memory that the running guest uses at most, which a file of it needs.
+        None: not known.
 
         Raises:
-            VcpuRefused: it does not run.
-            VcpuConnectionError: QEMU is lost.
+            VcpuRefused: the guest does not run.
+            VcpuConnectionError: the connection to QEMU broke.
         """
         async with self._domain.connected() as session:
             used = memory_in_use(session.process) if session.process is not None else None
@@ -310,20 +321,21 @@ class Migration:
     async def save(
         self, cookie: Cookie, file: SaveTarget, progress: Progress | None = None, *, force: bool = False
     ) -> bool:
-        """Pause the guest, write it to a file, and end its QEMU. On every other way out it goes on as it was.
+        """Pause the guest, write it to a file, and end its QEMU. If this fails, the guest continues
+        as it was.
 
-        Returns whether QEMU has ended, as far as can be told; the guest is in the file in any case.
+        Return whether QEMU has ended, as far as known; in both cases the guest is in the file.
 
         Args:
-            cookie: of `begin`.
-            file: open.
+            cookie: the result of `begin`.
+            file: the open file.
             progress: called with each fresh status.
-            force: do what is known to hang.
+            force: also do what is known to hang the guest.
 
         Raises:
             VcpuRefused: nothing was touched.
-            VcpuFailed: it could not be written; the guest goes on.
-            VcpuConnectionError: QEMU is lost.
+            VcpuFailed: the file could not be written; the guest continues.
+            VcpuConnectionError: the connection to QEMU broke.
         """
         async with self._domain.connected() as session:
             _, runs = await phases.check_perform(session, cookie, force=force, is_paused=True)
@@ -337,21 +349,22 @@ class Migration:
     async def restore(
         self, cookie: Cookie, fd: int, offset: int, reported: Callable[[bool], None] = lambda _: None
     ) -> DomainState:
-        """Read a saved guest into this QEMU, which is prepared, verify it, and let it run, if it ran; its vCPUs.
+        """Read a saved guest into this prepared QEMU, verify it, let it run if it ran, and return its vCPUs.
 
         Args:
-            cookie: what was saved with it.
-            fd: opened to read, and standing at `offset`, in bytes.
-            offset: where QEMU's stream begins.
-            reported: as of `finish`.
+            cookie: the cookie that was saved with the guest.
+            fd: a file descriptor that is open for reading and positioned at `offset`.
+            offset: where QEMU's stream begins, in bytes.
+            reported: as in `finish`.
 
         Raises:
-            VcpuFailed: it is not whole, or not of this machine, and QEMU may have ended over it; it does not run.
-            VcpuConnectionError: QEMU is lost.
+            VcpuFailed: the file is incomplete, or belongs to another machine; the guest does not
+                run, and QEMU may have exited because of it.
+            VcpuConnectionError: the connection to QEMU broke.
         """
         async with self._domain.connected() as session:
             await sides.receive_file(session.monitor, session.state.qemu, fd, offset)
-        # A file is good for as many guests as are made of it.
+        # A file can be restored any number of times, so the restored guest has no owner.
         once = replace(cookie, number=None)
         try:
             return await self.finish(
@@ -365,15 +378,15 @@ class Migration:
 
     @checked
     async def read_saved(self, fd: int, offset: int) -> None:
-        """Read a saved guest into this QEMU, which waits for one, and do not let it run.
+        """Read a saved guest into this QEMU, which waits for one, without letting it run.
 
         Args:
-            fd: opened to read, and standing at `offset`, in bytes.
-            offset: where QEMU's stream begins.
+            fd: a file descriptor that is open for reading and positioned at `offset`.
+            offset: where QEMU's stream begins, in bytes.
 
         Raises:
-            VcpuFailed: it cannot be read.
-            VcpuConnectionError: QEMU is lost, perhaps over it.
+            VcpuFailed: the file cannot be read.
+            VcpuConnectionError: the connection to QEMU broke, perhaps because of the file.
         """
         async with self._domain.connected() as session:
             await sides.receive_file(session.monitor, session.state.qemu, fd, offset, only_reads=True)
@@ -383,15 +396,15 @@ class Migration:
 
     @checked
     async def recover(self, session: Session, paused: PausedGuest) -> None:
-        """On connecting: a guest that a save, which was killed, has left `paused` goes on.
+        """On connecting, let a guest continue that a killed save has left `paused`.
 
         Raises:
-            VcpuConnectionError: all of the guest is in the file, and its QEMU was ended.
+            VcpuConnectionError: the whole guest is in the file, and its QEMU was ended.
         """
         done = await saving.recover(session, paused)
         self._recovered = None if done is None else (session, done)
 
 
 def _position(fd: int) -> int:
-    """How far QEMU has read: its descriptor of the file is the same one."""
+    """Return how far QEMU has read. It shares the position of this file descriptor."""
     return os.lseek(fd, 0, os.SEEK_CUR)

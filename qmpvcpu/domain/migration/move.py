@@ -1,6 +1,6 @@
-"""Takes a guest from one QEMU to another through all phases; at the end exactly one side runs it.
+"""Move a guest from one QEMU to another through all phases. At the end exactly one side runs it.
 
-`core.migration.who_runs` has the table: which step comes next, given what became of both sides.
+The table in `core.migration.who_runs` decides which step comes next, from what became of both sides.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from qmpvcpu.host.ownership import Role
 
 @dataclass(frozen=True, slots=True)
 class Migrated:
-    """A guest that runs at the destination, verified there. `vcpus` are its ids."""
+    """A guest that runs at the destination and was verified there. `vcpus` are its vCPU ids."""
 
     vcpus: tuple[int, ...]
     status: MigrationStatus
@@ -59,7 +59,9 @@ class Migrated:
 
 @asynccontextmanager
 async def _direct(source: Session, destination: Session, how: sides.Transfer) -> AsyncIterator[str]:
-    """How the source reaches the destination: what it listens at, as requested, else a socket pair."""
+    """Yield the URI at which the source reaches the destination: the requested or present one, else
+    a socket pair.
+    """
     there = address_of(await sides.status_of(destination.monitor), how.host)
     if (
         how.uri is None
@@ -67,7 +69,7 @@ async def _direct(source: Session, destination: Session, how: sides.Transfer) ->
         and source.monitor.takes_descriptors
         and destination.monitor.takes_descriptors
     ):
-        # Nothing that others could connect to, and nothing left behind.
+        # Other processes cannot connect to a socket pair, and it leaves no file.
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_STREAM)
         with ours, theirs, sides.declined("be given a socket"):
             await destination.monitor.getfd(sides.FD_NAME, theirs.fileno())
@@ -79,14 +81,15 @@ async def _direct(source: Session, destination: Session, how: sides.Transfer) ->
 
 
 class Move:
-    """One migration, to a destination that is prepared.
+    """One migration to a prepared destination.
 
     Args:
-        source: connected.
-        destination: connected.
-        cookie: of the guest.
-        how: its memory is moved.
-        finished: called when the destination runs the guest, or may: it must not be ended any more.
+        source: the open connection to the source.
+        destination: the open connection to the destination.
+        cookie: the guest's cookie.
+        how: how the guest's memory is sent.
+        finished: called when the destination runs the guest, or may run it, and must not be ended
+            any more.
     """
 
     def __init__(
@@ -103,27 +106,29 @@ class Move:
         self._how = how
         self._finished = finished
         self._one_cpu = OneCpu(None, source.state)
-        #: What has become of the two sides, and why the guest does not run at the destination.
+        #: What became of the two sides, and why the guest does not run at the destination.
         self._left = Source.KEPT
         self._arrived = Destination.BROKEN
         self._why = ""
-        #: Whether the destination was let run, with or without success.
+        #: Whether `cont` was sent to the destination, with or without success.
         self._was_let_run = False
 
     async def run(self, agent: Guest | None, agent_there: Guest | None, *, force: bool) -> Migrated:
-        """All phases from `perform` on.
+        """Run all phases from `perform` on.
 
         Args:
-            agent: the guest's, at the source.
-            agent_there: the guest's, at the destination: where both are known, and that saves it from a hang, it
-                migrates with one CPU online.
-            force: do what is known to hang.
+            agent: the guest's agent at the source.
+            agent_there: the guest's agent at the destination. If both are known, and this prevents
+                a hang, the guest migrates with one CPU online.
+            force: also do what is known to hang the guest.
 
         Raises:
             VcpuRefused: nothing was touched.
-            VcpuFailed: the guest goes on at the source; the destination's QEMU is ended.
-            VcpuPartial: nobody can tell which side runs it, and neither was touched; or CPUs are offline in it.
-            VcpuConnectionError: the source is lost, and the guest with it if its QEMU has ended.
+            VcpuFailed: the guest continues at the source; the destination's QEMU was ended.
+            VcpuPartial: it is not known which side runs the guest, and neither was touched; or CPUs
+                are offline in it.
+            VcpuConnectionError: the connection to the source broke; if its QEMU has ended, the
+                guest has ended too.
         """
         began = time.monotonic()
         agents = (agent, agent_there) if agent is not None and agent_there is not None else None
@@ -149,11 +154,11 @@ class Move:
         return Migrated(tuple(ids), status, (*notes, *messages), time.monotonic() - began)
 
     async def _leave_one_cpu(self, *, force: bool) -> list[str]:
-        """Leave the guest with its first CPU, where it needs that; messages.
+        """Take all CPUs but the first offline, if the guest needs that; return messages.
 
         Raises:
-            VcpuRefused: it cannot be, and `force` is not given. All are online again.
-            VcpuPartial: it cannot be, and not all are online again.
+            VcpuRefused: this is not possible, and `force` is not given. All CPUs are online again.
+            VcpuPartial: this is not possible, and not all CPUs are online again.
         """
         try:
             await self._one_cpu.begin()
@@ -161,7 +166,7 @@ class Move:
             stayed = await aio.finish(self._one_cpu.go_back())
             if force and not stayed and isinstance(error, VcpuError):
                 return [f"migrated with all its CPUs online, and it may hang: {error.message}"]
-            # Nothing has been sent.
+            # Nothing has been sent, so any side may claim the guest.
             ownership.release(self._cookie, Role.SOURCE)
             if not isinstance(error, VcpuError):
                 raise
@@ -174,7 +179,7 @@ class Move:
         return []
 
     async def _move(self) -> tuple[MigrationStatus, list[str]]:
-        """How it ended, and messages."""
+        """Send the guest and bring both sides to an end; return the final status, and messages."""
         channel = _direct(self._source, self._destination, self._how)
         try:
             left = await phases.depart(self._source, self._cookie, channel, self._how)
@@ -183,10 +188,10 @@ class Move:
             raise VcpuFailed(text, hint=error.hint, qmp_text=error.qmp_text) from error
         return left.status, await phases.bring_to_end(left, self._decide(left))
 
-    # -- who runs it: the acts of the table's steps return messages once all is finished ---------------
+    # -- who runs it: the steps of the table; a step returns messages if everything is finished --------
 
     async def _decide(self, left: Departure) -> list[str]:
-        """Step by step, as the table says; messages."""
+        """Take the steps that the table gives; return messages."""
         self._left, self._why = left.end, left.why
         if left.lost is not None and await sides.has_ended(self._source):
             self._left = Source.DEAD
@@ -218,9 +223,9 @@ class Move:
         return messages + await self._one_cpu.arrive(self._destination.state)
 
     async def _go_back(self) -> None:
-        """End the destination, then let the source go on."""
+        """End the destination, then let the source continue."""
         if (lost := await sides.lost(self._source)) is not None:
-            # What is at the destination may be all there is.
+            # The destination may have the only copy of the guest.
             self._why = f"{self._why}; the source's QEMU is gone, or does not answer"
             if self._left is Source.KEPT and lost is Source.DEAD:
                 ownership.release(self._cookie, Role.SOURCE)
@@ -228,10 +233,10 @@ class Move:
             self._left = lost
             return
         if not await sides.end(self._destination) and self._was_let_run:
-            # It may have run, and run again.
+            # The destination may have run, and may run again.
             self._arrived = Destination.UNKNOWN
             return
-        # What may be left there is not let run any more.
+        # After this, a destination that is still there cannot claim the guest and run it.
         ownership.release(self._cookie, Role.DESTINATION, self._destination)
         if not ownership.claim(self._cookie, Role.SOURCE):
             self._finished()
@@ -250,7 +255,7 @@ class Move:
 
     async def _give_up(self) -> None:
         if self._arrived is Destination.GONE and not await sides.has_ended(self._destination):
-            # It only does not answer.
+            # The destination has not ended; it only does not answer.
             self._finished()
         else:
             await sides.end(self._destination)

@@ -1,5 +1,6 @@
-"""A guest that has just its first CPU online while it migrates, where it would hang otherwise: its agent takes the
-others offline before the first byte, and online again where it runs then.
+"""Migrate a guest with only its first CPU online, if it would hang otherwise. Its agent takes the
+other CPUs offline before the first byte is sent, and online again at the side that then runs the
+guest.
 """
 
 from __future__ import annotations
@@ -14,13 +15,13 @@ from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.errors import VcpuConnectionError, VcpuRefused, VcpuRejected
 
-#: Seconds that the agent has to answer, and the guest to bring its CPUs up, where it has just arrived.
+#: Seconds that the agent has to answer, and that a guest which has just arrived has to bring its CPUs online.
 _SECONDS: Final = 10.0
 _LOOK: Final = 0.1
 
 
 async def why_not(agent: Guest, state: DomainState, run_state: str | None) -> str | None:
-    """Why this guest cannot be left with just its first CPU; None where it can, as far as it tells."""
+    """Return why this guest cannot be left with only its first CPU online; None if it can, as far as known."""
     if run_state != "running":
         return f"it is '{run_state}', and its agent cannot be asked"
     try:
@@ -33,36 +34,36 @@ class OneCpu:
     """The CPUs that are offline for one migration.
 
     Args:
-        agents: the guest's at the source and at the destination; None: all CPUs stay online.
-        state: of the source.
+        agents: the guest's agents at the source and at the destination; None leaves all CPUs online.
+        state: the state of the source.
     """
 
     def __init__(self, agents: tuple[Guest, Guest] | None, state: DomainState) -> None:
         self._agents = agents
         self._state = state
-        #: The guest's numbers: it keeps them on the way.
+        #: The guest's own CPU numbers, which do not change during the migration.
         self._offline: list[int] = []
-        #: Of those whose vCPU is known.
+        #: The vCPU id of each CPU number, if it is known.
         self._vcpus: dict[int, int] = {}
         self._has_ended = False
 
     @property
     def vcpus(self) -> tuple[int, ...]:
-        """vCPU ids of what is offline, as far as they are known."""
+        """vCPU ids of the offline CPUs, as far as known."""
         return tuple(sorted(self._vcpus[number] for number in self._offline if number in self._vcpus))
 
     async def begin(self) -> None:
-        """Take them offline, each verified. `go_back` after an error, and after a cancellation.
+        """Take the CPUs offline, and verify each. Call `go_back` after an error or a cancel.
 
         Raises:
             VcpuConnectionError: an agent does not answer.
-            VcpuRefused: it may not do it.
-            VcpuRejected: the guest cannot be left with its first CPU.
+            VcpuRefused: an agent is not allowed to do it.
+            VcpuRejected: the guest cannot be left with only its first CPU online.
         """
         if self._agents is None:
             return
         source, destination = self._agents
-        # An address that is wrong is reported before anything is touched.
+        # A wrong address of the destination's agent should be reported before anything is touched.
         await destination.reach()
         view = await source.view(self._state)
         if (why := check_one_cpu(view)) is not None:
@@ -70,13 +71,13 @@ class OneCpu:
         self._vcpus = {cpu.logical_id: vcpu for vcpu, cpu in view.by_vcpu.items()}
         for number in cpus_but_first(view):
             self._offline.append(number)
-            # One by one: an agent that does not get through with all in its time has done no one knows what.
+            # The CPUs are switched one by one: after a timeout, only one CPU is in doubt.
             run = await source.switch(view.own, [number], online=False)
             if number in run.failures:
                 raise VcpuRejected(f"{self._named([number])}: {run.failures[number]}")
 
     async def arrive(self, state: DomainState) -> list[str]:
-        """Take exactly those online again at the destination, which runs; messages."""
+        """Take exactly these CPUs online again at the running destination; return messages."""
         if self._agents is None or not self._offline:
             return []
         taken = self._named(self._offline)
@@ -85,13 +86,13 @@ class OneCpu:
         return messages or [f"{taken}: offline in the guest on the way, and online again, since {why}"]
 
     async def go_back(self) -> list[str]:
-        """Take them online again at the source, unless the guest has left it; messages."""
+        """Take the CPUs online again at the source, unless the guest has left it; return messages."""
         if self._agents is None or self._has_ended:
             return []
         return await self._bring_online(self._agents[0], self._state)
 
     def leave(self) -> list[str]:
-        """Nobody knows where the guest is, or it is nowhere; messages."""
+        """Give up, because it is not known where the guest is, or it has ended; return messages."""
         self._has_ended = True
         return [self._stayed("it cannot be asked")] if self._offline else []
 

@@ -1,6 +1,6 @@
-"""The phases of a migration, each at one side. `core.migration` decides; this file asks, acts and waits.
+"""The phases of a migration, each at one side. `core.migration` decides; this file queries, acts and waits.
 
-`move` takes a guest through all of them; `migration` is the object that a user calls.
+`move` runs all phases for one guest. `migration` is the object that a user calls.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from qmpvcpu.xml.document import read_domain
 T = TypeVar("T")
 
 _NOT_REPORTED: Final = MigrationStatus()
-#: Seconds a destination has to take in what has arrived.
+#: Seconds that a destination has to load what has arrived.
 _ARRIVAL_SECONDS: Final = 10.0
 
 # -- begin -------------------------------------------------------------------------------------------
@@ -41,16 +41,16 @@ _ARRIVAL_SECONDS: Final = 10.0
 async def check_begin(
     session: Session, *, force: bool, agent: Guest | None = None, is_paused: bool = False
 ) -> tuple[DomainState, bool]:
-    """The source as it is, and whether it runs.
+    """Return the state of the source, and whether it runs.
 
     Args:
-        session: of the source.
-        force: do what is known to hang.
-        agent: of the guest, if it may take CPUs offline on the way.
-        is_paused: the guest is paused on the way.
+        session: the connection to the source.
+        force: also do what is known to hang the guest.
+        agent: the guest's agent, if it may take CPUs offline for the migration.
+        is_paused: the guest is paused during the migration.
 
     Raises:
-        VcpuRefused: it cannot be migrated now; every reason.
+        VcpuRefused: the guest cannot be migrated now; it lists every reason.
     """
     state = await session.read()
     runs, status = await run_state(session.monitor), await sides.status_of(session.monitor)
@@ -74,22 +74,23 @@ async def prepare(
     plug: Callable[[Sequence[int]], Awaitable[object]],
     differences: Sequence[Refusal] = (),
 ) -> None:
-    """Check a destination that waits, plug what it lacks, and see to it that it does not start by itself.
+    """Check a waiting destination, plug the vCPUs that it lacks, and make sure that it does not
+    start by itself.
 
     Args:
-        session: the destination.
-        cookie: of the source.
-        plug: enables vCPUs there.
-        differences: in what it is known to be another machine.
+        session: the connection to the destination.
+        cookie: the source's cookie.
+        plug: enables vCPUs at the destination.
+        differences: refusals for known differences between the machines.
 
     Raises:
-        VcpuRefused: it cannot take the guest; every reason. Nothing was touched.
-        VcpuFailed: QEMU declines something.
+        VcpuRefused: the destination cannot take the guest; it lists every reason. Nothing was touched.
+        VcpuFailed: QEMU declined a command.
     """
     state = await session.read()
     runs, uuid = await run_state(session.monitor), await session.monitor.query_uuid()
     source = cookie.machine
-    # Of a cookie that another tool made, its XML is all that there is.
+    # A cookie that another tool made contains only the XML.
     definition = read_domain(cookie.xml)[1] if source is None else None
     if refusals := [*check_destination(cookie, definition, state, runs, uuid), *differences]:
         raise VcpuRefused(refusals)
@@ -105,17 +106,17 @@ async def prepare(
 
 
 async def listen(session: Session, uri: str | None, host: str | None, default: str | None = None) -> str:
-    """Where the destination listens from now on, as the source names it.
+    """Let the destination listen, and return its address as the source must name it.
 
     Args:
-        session: of the destination.
-        uri: where it should.
-        host: how the source reaches it.
-        default: as `uri`, if it does not listen yet.
+        session: the connection to the destination.
+        uri: the address to listen at.
+        host: how the source reaches this host.
+        default: used instead of `uri` if the destination does not listen yet.
 
     Raises:
-        VcpuRefused: it listens elsewhere, or nobody said where it should.
-        VcpuFailed: it cannot listen there.
+        VcpuRefused: the destination listens elsewhere, or no address was given.
+        VcpuFailed: the destination cannot listen there.
     """
     if uri is not None:
         check_uri(uri)
@@ -141,9 +142,9 @@ class Departure:
 
     Attributes:
         end: what became of the source.
-        status: as QEMU reported it last.
-        cancelled: the call was; it is raised once all is brought to an end.
-        lost: the connection to the source is.
+        status: the last status that QEMU reported.
+        cancelled: the cancel of the call; it is raised when everything has been brought to an end.
+        lost: the error of a broken connection to the source.
     """
 
     end: Source
@@ -164,10 +165,10 @@ class Departure:
 async def check_perform(
     session: Session, cookie: Cookie | None, *, force: bool, agent: Guest | None = None, is_paused: bool = False
 ) -> tuple[DomainState, bool]:
-    """The source still is what the cookie says; `check_begin`.
+    """`check_begin`, and check that the source still matches the cookie.
 
     Raises:
-        VcpuRefused: it is not, or cannot be migrated now.
+        VcpuRefused: the source does not match, or cannot be migrated now.
     """
     state, runs = await check_begin(session, force=force, agent=agent, is_paused=is_paused)
     check_same(cookie.machine if cookie is not None else None, state)
@@ -175,10 +176,11 @@ async def check_perform(
 
 
 def claim_source(session: Session, begun: Cookie | None, *, runs: bool) -> None:
-    """The source has the guest until all of it has been handed over; `begun` is the cookie of this, where known.
+    """Claim the guest for the source until the whole guest was sent. `begun` is the cookie of this
+    migration, if known.
 
     Raises:
-        VcpuRefused: it was used before, or the guest was paused or let run since.
+        VcpuRefused: the cookie was used before, or the guest was paused or resumed since.
     """
     saving.forget(session)
     if begun is None:
@@ -193,23 +195,23 @@ def claim_source(session: Session, begun: Cookie | None, *, runs: bool) -> None:
 async def depart(
     session: Session, begun: Cookie | None, channel: AbstractAsyncContextManager[str], how: sides.Transfer
 ) -> Departure:
-    """Move the memory of a guest that the source has claimed. The claim is released where all has been handed
-    over, and where nothing was sent.
+    """Send the memory of a guest that the source has claimed. The claim is released if everything
+    was sent, or if nothing was.
 
     Args:
-        session: of the source.
-        begun: the cookie, where known.
-        channel: gives the URI at which the destination is reached.
-        how: it is moved.
+        session: the connection to the source.
+        begun: the cookie, if known.
+        channel: yields the URI at which the destination is reached.
+        how: how the memory is sent.
 
     Raises:
-        VcpuRefused, VcpuFailed: QEMU did not begin. Perhaps another migration is under way, which is not ours.
+        VcpuRefused, VcpuFailed: QEMU did not begin. Another migration, which is not ours, may be running.
     """
     try:
         async with channel as uri:
             status = await sides.send(session.monitor, uri, how)
     except asyncio.CancelledError as error:
-        # From here on it is brought to an end, whoever cancels how often.
+        # From now on the migration is brought to an end, even if the caller is cancelled again.
         return Departure(Source.KEPT, cancelled=error)
     except VcpuConnectionError as error:
         return Departure(Source.UNKNOWN, lost=error)
@@ -223,11 +225,11 @@ async def depart(
 
 
 async def bring_to_end(left: Departure, work: Awaitable[T]) -> T:
-    """What follows a departure, whoever cancels how often.
+    """Run the work that follows a departure to its end, however often the caller is cancelled.
 
     Raises:
-        CancelledError: the departure was cancelled; its cause is the error of the work, if that failed.
-        VcpuError: of the work.
+        CancelledError: the departure was cancelled; the cause is the error of the work, if that failed.
+        VcpuError: the work failed.
     """
     try:
         found = await aio.finish(work)
@@ -243,19 +245,19 @@ async def bring_to_end(left: Departure, work: Awaitable[T]) -> T:
 async def perform(
     session: Session, uri: str, cookie: Cookie | None, how: sides.Transfer, *, force: bool
 ) -> MigrationStatus:
-    """Move the guest to where a destination listens; somebody else looks after that one.
+    """Send the guest to a listening destination, for which another caller is responsible.
 
     Args:
-        session: of the source.
+        session: the connection to the source.
         uri: where the destination listens.
-        cookie: of the guest, where it is given.
-        how: it is moved.
-        force: do what is known to hang.
+        cookie: the guest's cookie, if it is given.
+        how: how the memory is sent.
+        force: also do what is known to hang the guest.
 
     Raises:
         VcpuRefused: nothing was sent.
-        VcpuFailed: it was not handed over; the guest goes on at the source.
-        VcpuConnectionError: the source is lost.
+        VcpuFailed: the guest was not sent; it continues at the source.
+        VcpuConnectionError: the connection to the source broke.
     """
     _, runs = await check_perform(session, cookie, force=force)
     begun = cookie or ownership.recall(session, Role.SOURCE)
@@ -266,16 +268,18 @@ async def perform(
 
 
 async def _stay(session: Session, begun: Cookie | None, left: Departure, *, runs: bool) -> None:
-    """A guest that has not left goes on at the source. Raises VcpuError: it has not left."""
+    """Let a guest that has not left continue at the source, and raise VcpuError with the reason why
+    it has not left.
+    """
     if left.lost is not None:
         raise left.lost
     if left.end is Source.COMPLETED:
         return
     if left.cancelled is not None and (await sides.status_of(session.monitor)).status == "completed":
-        # What has been handed over may be started there.
+        # The whole guest was sent, so the destination may be started.
         ownership.release(begun, Role.SOURCE)
         return
-    # The number is used up: whatever has arrived there is not let run any more.
+    # The source keeps its claim, so a destination cannot be let run with what has arrived there.
     await sides.go_on(session, runs=runs)
     if left.cancelled is None:
         why = left.status.error or f"it was {left.status.status}"
@@ -286,14 +290,14 @@ async def _stay(session: Session, begun: Cookie | None, left: Departure, *, runs
 
 
 async def arrival(session: Session, moved: Callable[[], object] = lambda: None) -> Refusal | None:
-    """Wait until all of a guest has come to a destination; why it has not.
+    """Wait until the whole guest has arrived at a destination; return the reason if it has not.
 
     Args:
-        session: of the destination.
-        moved: how far the guest has come; while that changes, there is time.
+        session: the connection to the destination.
+        moved: returns the progress of the transfer; while it changes, the wait goes on.
 
     Raises:
-        VcpuConnectionError: its QEMU is lost.
+        VcpuConnectionError: the connection to the destination broke.
     """
     pause, last, deadline = sides.LOOK_FIRST, moved(), time.monotonic() + _ARRIVAL_SECONDS
     while True:
@@ -311,8 +315,8 @@ async def arrival(session: Session, moved: Callable[[], object] = lambda: None) 
 async def arrive(
     session: Session, cookie: Cookie, moved: Callable[[], object] = lambda: None
 ) -> tuple[Destination, list[Refusal]]:
-    """Whether all has arrived at a destination (`moved` as of `arrival`), and is what left. Raises nothing of the
-    connection.
+    """Return whether the whole guest has arrived at a destination and is the one that left (`moved`
+    as in `arrival`). A broken connection is a result, not an error.
     """
     try:
         if (refusal := await arrival(session, moved)) is not None:
@@ -333,14 +337,14 @@ async def finish(
     reported: Callable[[bool], None],
     moved: Callable[[], object],
 ) -> tuple[Destination, str]:
-    """Let a destination run that has all of the guest; what became of it, and why it does not run.
+    """Let a destination run if it has the whole guest; return what became of it, and why it does not run.
 
     Args:
-        session: of the destination.
-        cookie: of the guest.
-        force: also where another side has claimed it.
-        reported: called with True before it is let run, and with False if it was not.
-        moved: as of `arrival`.
+        session: the connection to the destination.
+        cookie: the guest's cookie.
+        force: also run the guest if another side has claimed it.
+        reported: called with True before the guest is let run, and with False if it was not.
+        moved: as in `arrival`.
 
     Raises:
         VcpuRefused: another side has claimed the guest.
@@ -360,7 +364,7 @@ async def finish(
 
 
 def _keep_pending(session: Session, cookie: Cookie) -> None:
-    """The unplugs that were pending when the guest left are pending at this destination."""
+    """Remember at this destination the unplugs that were pending when the guest left its source."""
     state = session.state
     entities = [state.by_id[first] for first in cookie.pending if first < state.maxcpus]
     if entities := [entity for entity in entities if entity.plugged]:
@@ -372,16 +376,16 @@ def _keep_pending(session: Session, cookie: Cookie) -> None:
 
 
 async def cancel(session: Session, *, force: bool = False) -> str:
-    """End what is under way at one side: a source goes on, a destination that has not run ends. What was done, in
-    words.
+    """Cancel what one side does: a source continues, a destination that has not run ends. Return
+    what was done, in words.
 
     Args:
-        session: of that side.
-        force: also what may make the guest run twice, or nowhere.
+        session: the connection to that side.
+        force: also do what may let the guest run twice, or nowhere.
 
     Raises:
         VcpuRefused: there is nothing to cancel, or the other side has the guest.
-        VcpuError: it could not be.
+        VcpuError: the cancel failed.
     """
     status, runs = await sides.status_of(session.monitor), await run_state(session.monitor)
     begun, prepared = ownership.recall(session, Role.SOURCE), ownership.recall(session, Role.DESTINATION)
@@ -398,12 +402,14 @@ async def cancel(session: Session, *, force: bool = False) -> str:
             return f"the migration was cancelled, and the guest {'goes on' if ran else 'is paused, as it was'}"
     elif step is Cancel.NOTHING:
         raise catalogue.NOTHING_UNDER_WAY.error()
-    # All of it has been handed over: the source has the guest only if it claims it.
+    # The whole guest was sent, so the source owns it only after a new claim.
     return await _take_back(session, begun, force=force)
 
 
 async def _take_back(session: Session, begun: Cookie | None, *, force: bool) -> str:
-    """A source that has handed its guest over goes on; `begun` is what is known of that at this side."""
+    """Let a source continue that has sent its whole guest. `begun` is its cookie, as far as known
+    at this side.
+    """
     if not ownership.claim(begun, Role.SOURCE, force=force):
         raise catalogue.RUNS_AT_DESTINATION.error()
     runs = begun is None or begun.runs
@@ -415,7 +421,7 @@ async def _take_back(session: Session, begun: Cookie | None, *, force: bool) -> 
 
 
 async def _end_arrived(session: Session, prepared: Cookie, *, force: bool) -> str:
-    """A destination that has all of the guest, and has not been let run."""
+    """End a destination that has the whole guest and has not been let run."""
     if not force and not (ownership.is_present(prepared, Role.SOURCE) and ownership.claim(prepared, Role.SOURCE)):
         raise catalogue.SOURCE_UNKNOWN.error()
     await sides.end(session)

@@ -1,4 +1,4 @@
-"""Asks a QEMU what its machine is, for `core.machine.comparison`."""
+"""Query what machine a QEMU runs, for `core.machine.comparison`."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.host.process import Process, command_line_of, folder_of
 from qmpvcpu.ports import Monitor
 
-#: Where devices are: with an id, without one, and a machine's own.
+#: The QOM paths of devices: those with an id, those without, and the machine's own.
 _ADDED: Final = ("/machine/peripheral", "/machine/peripheral-anon")
 _OWN: Final = "/machine/unattached"
 #: QOM types of properties whose values are compared.
 _VALUES: Final = frozenset(
     {"bool", "string", "str", "int", "uint8", "uint16", "uint32", "uint64", "OnOffAuto", "size"}
 )
-#: By the end of a type's name, the property that tells its place where it is not on a PCI bus.
+#: The property that holds the place of a device that is not on a PCI bus, by the end of its type's name.
 _PLACES: Final = {"-ccw": "dev_id", "virtserialport": "nr", "virtconsole": "nr", "pc-dimm": "addr"}
-#: A bus of a device that has an id; QOM paths of other buses differ between versions.
+#: A bus of a device that has an id. The QOM paths of other buses differ between versions.
 _BUS: Final = re.compile(r"/machine/peripheral/([^/]+)/")
-#: What tells the place on a bus: of PCI, of SCSI.
+#: The properties that hold the place on a bus: for PCI, and for SCSI.
 _ADDRESSES: Final = ("addr", "scsi-id")
-#: Of a memory backend.
+#: The compared properties of a memory backend.
 _ACCESS: Final = ("readonly", "rom")
 
 
 async def read_picture(monitor: Monitor, process: Process | None = None) -> Picture:
-    """Ask one, whatever its guest does; nothing is touched.
+    """Query one QEMU, in any run state of its guest; nothing is touched.
 
     Args:
-        monitor: of QEMU.
-        process: of QEMU, where that runs on this host.
+        monitor: the monitor of QEMU.
+        process: the QEMU process, if it runs on this host.
 
     Raises:
-        VcpuConnectionError: QEMU is lost.
+        VcpuConnectionError: the connection to QEMU broke.
     """
     asked: dict[str, Awaitable[object]] = {
         "summary": monitor.query_memory_size_summary(),
@@ -89,15 +89,16 @@ def _real_disks(disks: Mapping[str, tuple[str, ...]], process: Process | None) -
 
 
 def real_file(file: str, folder: str | None) -> str:
-    """The name of an image without links, where it is a file of this host; the same where its folder is not known.
+    """Return the name of an image without symbolic links, if it is a file on this host and its
+    folder is known; else the same name.
 
     Args:
         file: the name.
-        folder: where QEMU runs.
+        folder: the working directory of QEMU.
     """
     if not file or not is_local(file) or (folder is None and not file.startswith("/")):
         return file
-    return os.path.realpath(os.path.join(folder or "/", file))  # noqa: PTH118 - names are all we need
+    return os.path.realpath(os.path.join(folder or "/", file))  # noqa: PTH118 - a string is enough
 
 
 def _list(monitor: Monitor, path: str) -> Awaitable[object]:
@@ -105,7 +106,7 @@ def _list(monitor: Monitor, path: str) -> Awaitable[object]:
 
 
 async def _all(asked: Mapping[str, Awaitable[object]]) -> dict[str, object]:
-    """The replies; None for what this QEMU declines."""
+    """Return the replies; None for each query that this QEMU declines."""
     answers = await asyncio.gather(*asked.values(), return_exceptions=True)
     found: dict[str, object] = {}
     for name, answer in zip(asked, answers, strict=True):
@@ -118,7 +119,7 @@ async def _all(asked: Mapping[str, Awaitable[object]]) -> dict[str, object]:
 
 
 def _rows(listed: object) -> list[Any]:
-    """Of each of them something is asked."""
+    """Check the number of rows, because each row leads to a query."""
     if not isinstance(listed, list):
         return []
     if len(listed) > _MOST_ROWS:
@@ -130,7 +131,7 @@ def _rows(listed: object) -> list[Any]:
     return listed
 
 
-#: A CPU of x86 has 500 properties (11.1).
+#: An x86 CPU has 500 properties (11.1).
 _MOST_ROWS: Final = 5000
 
 
@@ -139,14 +140,14 @@ async def _answer(asked: Awaitable[object]) -> object:
 
 
 async def _values(monitor: Monitor, path: str, listed: object) -> dict[str, Any]:
-    """Every plain property of an object."""
+    """Return every property of an object that has a plain type."""
     rows = [row for row in _rows(listed) if isinstance(row, dict)]
     names = [str(row.get("name")) for row in rows if row.get("type") in _VALUES]
     return await _all({name: monitor.qom_get(path, name) for name in names})
 
 
 async def _devices(monitor: Monitor, path: str, listed: object) -> list[tuple[str, str]]:
-    """Type and place of each child."""
+    """Return the type and place of each child."""
     found: list[tuple[str, str]] = []
     for row in _rows(listed):
         kind = child_type(row)
@@ -162,8 +163,8 @@ async def _devices(monitor: Monitor, path: str, listed: object) -> list[tuple[st
 
 
 async def _behind(monitor: Monitor, device: str) -> str | None:
-    """The place of what is on a bus of a device with an id: QEMU's list of PCI devices has it only once firmware
-    has numbered that bus.
+    """Return the place of a device on a bus of another device that has an id. QEMU lists this place
+    among its PCI devices only after the firmware has numbered that bus.
     """
     asked = {key: monitor.qom_get(device, key) for key in ("parent_bus", *_ADDRESSES)}
     replies = await _all(asked)

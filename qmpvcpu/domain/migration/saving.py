@@ -1,7 +1,7 @@
-"""A guest goes into a file: it is paused, written, and its QEMU ends; or it goes on as it was.
+"""Save a guest into a file: it is paused and written, and its QEMU ends; or it continues as it was.
 
-Where the process that saves it is killed, the next one that connects to the guest lets it go on, or ends its QEMU
-where all of the guest is in the file.
+If the saving process is killed, the next process that connects to the guest lets it continue. If
+the whole guest is in the file, that process ends its QEMU instead.
 """
 
 from __future__ import annotations
@@ -29,23 +29,25 @@ from qmpvcpu.host.saves import PausedGuest, Saves, paused_by_us, paused_guest
 from qmpvcpu.ports import CommandError, Monitor
 
 _LOGGER: Final = logging.getLogger(__name__)
-#: QAPI RunState of a guest that was paused to be saved.
+#: QAPI RunStates of a guest that was paused to be saved.
 _PAUSED: Final = frozenset({"paused", "postmigrate", "finish-migrate"})
-#: Seconds a QEMU that was lost while it saved has to come back, and between two looks.
+#: Seconds that a QEMU has to answer again after its connection broke during a save, and seconds
+#: between two tries.
 _BRING_BACK_SECONDS: Final = 60.0
 _LOOK: Final = 0.05
 
 
 @dataclass(frozen=True, slots=True)
 class SaveTarget:
-    """A file that a guest is saved in.
+    """The file that a guest is saved in.
 
     Attributes:
-        fd: opened to write, and standing at `offset`.
-        offset: bytes; where QEMU's stream begins.
-        finish: makes the file last, and raises OSError where it cannot; it may block.
-        check: awaited before `finish`, once all is written; raises OSError or VcpuFailed where it is not good.
-        names: that the file can have. Should this process be killed, the next one takes it away.
+        fd: a file descriptor that is open for writing and positioned at `offset`.
+        offset: where QEMU's stream begins, in bytes.
+        finish: makes the file permanent, or raises OSError. It may block.
+        check: awaited before `finish`, when everything is written; raises OSError or VcpuFailed if
+            the file is not good.
+        names: the names that the file can have. If this process is killed, the next one removes the file.
     """
 
     fd: int
@@ -56,13 +58,13 @@ class SaveTarget:
 
 
 class Save:
-    """One guest on its way into a file. However it ends, the guest is in the file, or it goes on as it was.
+    """One save of a guest. However it ends, either the guest is in the file, or it continues as it was.
 
     Args:
-        session: of the guest.
-        cookie: of the guest, as it is now.
-        file: open.
-        reconnect: after a lost connection.
+        session: the connection to the guest.
+        cookie: the guest's present cookie.
+        file: the open file.
+        reconnect: connects again after a broken connection.
     """
 
     def __init__(
@@ -75,12 +77,13 @@ class Save:
         self._is_written = False
 
     async def run(self, progress: Progress | None) -> bool:
-        """Whether QEMU has ended, as far as can be told; the guest is in the file in any case.
+        """Save the guest; return whether QEMU has ended, as far as known. In both cases the guest
+        is in the file.
 
         Raises:
-            VcpuRefused: another process saves it, or it has changed.
-            VcpuFailed: it could not be written.
-            VcpuConnectionError: QEMU is lost.
+            VcpuRefused: another process is saving the guest, or the guest has changed.
+            VcpuFailed: the file could not be written.
+            VcpuConnectionError: the connection to QEMU broke.
         """
         _begin(self._session, self._file, runs=self._cookie.runs)
         try:
@@ -103,7 +106,7 @@ class Save:
         monitor = self._session.monitor
         await monitor.stop()
         if self._session.pending_unplugs.firsts:
-            # What was pending may have ended until now.
+            # A pending unplug may have finished before the guest was paused.
             check_same(self._cookie.machine, await self._session.read())
         qemu, file = self._session.state.qemu, self._file
         status = await sides.send_to_file(monitor, qemu, file.fd, file.offset, progress)
@@ -116,7 +119,7 @@ class Save:
         except VcpuConnectionError:
             if not await sides.has_ended(self._session):
                 raise
-            # All that there is of the guest is in the file.
+            # QEMU has ended, so the file has the only copy of the guest.
             return
         if not is_paused:
             raise VcpuFailed("somebody has let the guest run while it was being saved", hint="save again")
@@ -126,14 +129,14 @@ class Save:
         self._is_written = True
 
     async def _end(self) -> bool:
-        """The guest is in the file: its QEMU ends; whether it has."""
+        """End the QEMU of the saved guest; return whether it has ended."""
         has_ended = await sides.end(self._session)
         if has_ended:
             forget(self._session)
         return has_ended
 
     async def _keep_guest(self, error: BaseException) -> BaseException:
-        """The guest is not saved after all, and goes on; what its caller gets."""
+        """Let the guest continue after a failed save; return the error for the caller."""
         state = "goes on" if self._cookie.runs else "is paused, as it was"
         if isinstance(error, VcpuConnectionError):
             if await self._bring_back():
@@ -156,8 +159,8 @@ class Save:
         await _finish_record(session)
 
     async def _bring_back(self) -> bool:
-        """After QMP was lost: let the guest go on; whether it does. A QEMU that waits for a disk does not answer,
-        and will.
+        """Let the guest continue after the QMP connection broke; return whether it does. A QEMU
+        that waits for a disk does not answer at first, but it will.
         """
         process, deadline = self._session.process, time.monotonic() + _BRING_BACK_SECONDS
         while process is not None and is_alive(process.key) and time.monotonic() < deadline:
@@ -168,17 +171,17 @@ class Save:
         return False
 
 
-# -- the record of it, for the next process ------------------------------------------------------------
+# -- the record of a save, for the next process --------------------------------------------------------
 
 
 def _saves() -> Saves | None:
-    with suppress(RuntimeError):  # no home folder
+    with suppress(RuntimeError):  # there is no home folder
         return Saves()
     return None
 
 
 def _begin(session: Session, file: SaveTarget, *, runs: bool) -> None:
-    """Remember that this guest is about to be paused.
+    """Store that this guest is about to be paused.
 
     Raises:
         VcpuRefused: another process is saving it.
@@ -193,15 +196,16 @@ def _begin(session: Session, file: SaveTarget, *, runs: bool) -> None:
 
 
 def forget(session: Session) -> None:
-    """It is not being saved any more, and QEMU's run state says where it is."""
+    """Store that the guest is not being saved any more. QEMU's run state says where it is."""
     saves = _saves()
     if saves is not None and session.process is not None:
         saves.forget(session.process)
 
 
 async def _finish_record(session: Session) -> None:
-    """It is not being saved any more. One that was paused before, and is "postmigrate" now, stays here: only
-    `cont` would change that state.
+    """Store that the guest is not being saved any more. If it was paused before the save, its run
+    state is "postmigrate" now, which only `cont` would change; the record then says that it has not
+    left.
     """
     saves = _saves()
     if saves is None or session.process is None:
@@ -212,18 +216,19 @@ async def _finish_record(session: Session) -> None:
         saves.forget(session.process)
 
 
-# -- by the next process -------------------------------------------------------------------------------
+# -- recovery by the next process ----------------------------------------------------------------------
 
 
 async def recover(session: Session, guest: PausedGuest) -> str | None:
-    """A save was killed while it had this guest paused: the guest goes on as it was, and the file is taken away.
-    What was done, in words; None where there was nothing to do, or it could not be done.
+    """After a save was killed that had paused this guest, let the guest continue as it was, and
+    remove the file. Return what was done, in words; None if there was nothing to do, or if it
+    failed.
 
     Raises:
-        VcpuConnectionError: all of the guest is in the file, and its QEMU was ended.
+        VcpuConnectionError: the whole guest is in the file, and its QEMU was ended.
     """
     if guest.is_here:
-        # It may have run since.
+        # The guest may have run since, which makes the record obsolete.
         await _finish_record(session)
         return None
     if guest.is_saved:
@@ -244,7 +249,7 @@ async def recover(session: Session, guest: PausedGuest) -> str | None:
 
 
 async def _end_saved(session: Session, guest: PausedGuest) -> None:
-    """The save was made, but for the end of its QEMU."""
+    """End the QEMU of a guest whose save was killed after the file was complete."""
     try:
         is_paused = await _is_still_paused(session.monitor)
     except (VcpuError, CommandError) as error:
@@ -263,11 +268,11 @@ async def _end_saved(session: Session, guest: PausedGuest) -> None:
 
 
 async def cancel_save(session: Session) -> str | None:
-    """If a process that is there is saving this guest, the guest goes on as it was, and that save fails. What was
-    done, in words; None where nobody saves it.
+    """If another living process is saving this guest, make that save fail and let the guest
+    continue as it was. Return what was done, in words; None if the guest is not being saved.
 
     Raises:
-        VcpuError: it could not be done.
+        VcpuError: the guest could not be resumed.
     """
     found = paused_guest(session.process)
     if found is None or found.is_here or not await _resume(session, found):
@@ -276,12 +281,12 @@ async def cancel_save(session: Session) -> str | None:
 
 
 async def _is_still_paused(monitor: Monitor) -> bool:
-    """Whether nobody has let the guest run since it was paused."""
+    """Return whether the guest is still paused."""
     return await run_state(monitor) in _PAUSED
 
 
 async def _resume(session: Session, guest: PausedGuest) -> bool:
-    """Whether it was paused."""
+    """Let the guest continue; return whether it was paused."""
     if (await sides.status_of(session.monitor)).is_active:
         await sides.stop_moving(session.monitor)
     was_paused = await _is_still_paused(session.monitor)

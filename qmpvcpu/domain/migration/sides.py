@@ -1,5 +1,5 @@
-"""What one side of a migration does: memory leaves it for another QEMU or a file, or comes from there; then the
-guest goes on, or is let run, or its QEMU ends.
+"""The acts of one side of a migration: send memory to another QEMU or a file, or receive it; then
+let the guest continue or run, or end its QEMU.
 """
 
 from __future__ import annotations
@@ -24,32 +24,32 @@ from qmpvcpu.errors import VcpuConnectionError, VcpuFailed, VcpuPartial
 from qmpvcpu.host.process import is_alive
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
 
-#: Seconds between two looks, the first and the longest.
+#: Seconds between two queries: the first interval and the longest.
 LOOK_FIRST: Final = 0.005
 LOOK_MOST: Final = 0.1
-#: Seconds a cancelled migration has to end.
+#: Seconds that a cancelled migration has to end.
 _CANCEL_SECONDS: Final = 3.0
-#: Without the return path a source does not learn that the destination could not take it (7.2 to 11.1). With
-#: `pause-before-switchover` QEMU waits for a command of its user's at the end.
+#: Without the return path a source does not learn that the destination failed (7.2 to 11.1). With
+#: `pause-before-switchover` QEMU waits for another command before the end.
 _CAPABILITIES: Final = {"return-path": True, "events": True, "pause-before-switchover": False}
-#: A file has no way back.
+#: A file has no return path.
 _FILE_CAPABILITIES: Final = {**_CAPABILITIES, "return-path": False}
-#: Seconds a QEMU has to end.
+#: Seconds that a QEMU has to exit.
 _END_SECONDS: Final = 5.0
 FD_NAME: Final = "qmpvcpu-migration"
-#: Bytes a second: a paused guest waits for the disk, and for nothing else.
+#: Bytes per second. A paused guest should be limited only by the disk.
 _AS_FAST_AS_IT_GETS: Final = 1 << 50
 
 
 @dataclass(frozen=True, slots=True)
 class Transfer:
-    """How a guest's memory goes to a destination.
+    """How a guest's memory is sent to a destination.
 
     Attributes:
-        uri: where the destination listens; None: two QEMUs of this host get a socket of their own.
-        host: how the source's host reaches the destination's.
-        bandwidth: MiB a second at most; None: QEMU's own limit.
-        timeout: seconds after which the guest is paused, so that it comes to an end; None: never.
+        uri: where the destination listens; None: two QEMUs on this host use a private socket.
+        host: the address by which the source's host reaches the destination's host.
+        bandwidth: maximum MiB per second; None: QEMU's own limit.
+        timeout: seconds after which the guest is paused, so that the migration can finish; None: never.
         progress: called with each fresh status.
     """
 
@@ -61,7 +61,7 @@ class Transfer:
 
 
 async def status_of(monitor: Monitor) -> MigrationStatus:
-    """`query-migrate`, checked."""
+    """Return the parsed reply of `query-migrate`."""
     try:
         return parse_status(await monitor.query_migrate())
     except CommandError as error:
@@ -70,7 +70,7 @@ async def status_of(monitor: Monitor) -> MigrationStatus:
 
 @contextmanager
 def declined(what: str) -> Iterator[None]:
-    """QEMU's error as ours."""
+    """Translate an error of QEMU into VcpuFailed."""
     try:
         yield
     except CommandError as error:
@@ -79,23 +79,23 @@ def declined(what: str) -> Iterator[None]:
 
 
 async def set_capabilities(monitor: Monitor) -> None:
-    """Those that both sides of a migration need."""
+    """Set the capabilities that both sides of a migration need."""
     await monitor.migrate_set_capabilities(_CAPABILITIES)
 
 
 async def send(monitor: Monitor, uri: str, transfer: Transfer) -> MigrationStatus:
-    """Move the guest's memory and devices; how that ended, which may be "failed". The source does not run then, if
-    it was "completed".
+    """Send the guest's memory and devices; return the final status, which may be "failed". After
+    "completed" the source does not run.
 
     Args:
-        monitor: of the source.
+        monitor: the monitor of the source.
         uri: where the destination listens.
-        transfer: how.
+        transfer: how the memory is sent.
 
     Raises:
         VcpuRefused, VcpuFailed: QEMU did not begin.
-        VcpuConnectionError: the source is lost.
-        CancelledError: a migration that was not at its end is cancelled.
+        VcpuConnectionError: the connection to the source broke.
+        CancelledError: the call was cancelled; a migration that had not completed is cancelled too.
     """
     check_uri(uri)
     limits = {} if transfer.bandwidth is None else {"max-bandwidth": transfer.bandwidth << 20}
@@ -109,19 +109,20 @@ async def send(monitor: Monitor, uri: str, transfer: Transfer) -> MigrationStatu
 async def send_to_file(
     monitor: Monitor, version: QemuVersion, fd: int, offset: int, progress: Progress | None = None
 ) -> MigrationStatus:
-    """Write a paused guest to a file; how that ended, which may be "failed". It stays paused.
+    """Write a paused guest to a file; return the final status, which may be "failed". The guest
+    stays paused.
 
     Args:
-        monitor: of the guest.
-        version: of its QEMU.
-        fd: opened to write, and standing at `offset`.
-        offset: bytes; where the stream begins.
+        monitor: the monitor of the guest.
+        version: the version of its QEMU.
+        fd: a file descriptor that is open for writing and positioned at `offset`.
+        offset: where the stream begins, in bytes.
         progress: called with each fresh status.
 
     Raises:
         VcpuFailed: QEMU did not begin.
-        VcpuConnectionError: QEMU is lost.
-        CancelledError: it is cancelled.
+        VcpuConnectionError: the connection to QEMU broke.
+        CancelledError: the call was cancelled.
     """
     with declined("save it"):
         await monitor.migrate_set_capabilities({**await _switched_off(monitor), **_FILE_CAPABILITIES})
@@ -136,11 +137,11 @@ async def send_to_file(
 async def receive_file(
     monitor: Monitor, version: QemuVersion, fd: int, offset: int, *, only_reads: bool = False
 ) -> None:
-    """Let a destination that is prepared read a file; `fd` is opened to read, and stands at `offset`. One that
-    `only_reads` takes no disk.
+    """Let a prepared destination read a file. `fd` is open for reading and positioned at `offset`.
+    With `only_reads` the destination does not activate its disks.
 
     Raises:
-        VcpuFailed: QEMU declines.
+        VcpuFailed: QEMU declined.
     """
     with declined("read the saved guest"):
         late = {"late-block-activate": True} if only_reads else {}
@@ -150,10 +151,11 @@ async def receive_file(
 
 
 async def stop_moving(monitor: Monitor) -> MigrationStatus:
-    """`migrate_cancel`, and its end; which is "completed" if it came too late.
+    """Send `migrate_cancel`, and wait for the end; return the final status, which is "completed" if
+    the cancel came too late.
 
     Raises:
-        VcpuConnectionError: the source is lost.
+        VcpuConnectionError: the connection to the source broke.
     """
     with suppress(CommandError):
         await monitor.migrate_cancel()
@@ -167,14 +169,14 @@ async def stop_moving(monitor: Monitor) -> MigrationStatus:
 
 @asynccontextmanager
 async def _parameters(monitor: Monitor, given: Mapping[str, int | str]) -> AsyncIterator[None]:
-    """QEMU has these parameters of migration while this lasts, and its own ones again then."""
+    """Set these migration parameters of QEMU, and restore the previous ones afterwards."""
     if not given:
         yield
         return
     with declined("be told how"):
         found = await monitor.query_migrate_parameters()
         usual = found if isinstance(found, dict) else {}
-        # One that QEMU does not have set is not set here: 7.2 has no word for "no TLS".
+        # A parameter that QEMU does not report is not set: 7.2 has no value for "no TLS".
         changed = {key: value for key, value in given.items() if usual.get(key, value) != value}
         await monitor.migrate_set_parameters(changed)
     try:
@@ -185,8 +187,8 @@ async def _parameters(monitor: Monitor, given: Mapping[str, int | str]) -> Async
 
 
 async def _switched_off(monitor: Monitor) -> dict[str, bool]:
-    """The capabilities that are on, each with False. A saved file must be readable without them, because the
-    process that restores it does not know which were on.
+    """Return the capabilities that are on, each with False. A saved file must be readable without
+    them, because the process that restores it does not know which were on.
     """
     rows = await monitor.execute("query-migrate-capabilities")
     on = [row.get("capability") for row in rows if row.get("state") is True] if isinstance(rows, list) else []
@@ -197,7 +199,9 @@ async def _switched_off(monitor: Monitor) -> dict[str, bool]:
 async def _file_uri(
     monitor: Monitor, version: QemuVersion, fd: int, offset: int, *, keep: bool = False
 ) -> AsyncIterator[str]:
-    """A file that QEMU is handed; 8.2 has `file:`, and 11.1 no `fd:` of files any more."""
+    """Pass a file to QEMU, and yield its URI. QEMU has `file:` from 8.2 on, and 11.1 no longer
+    accepts files as `fd:`.
+    """
     if not has(version, Feature.FILE_MIGRATION):
         await monitor.getfd(FD_NAME, fd)
         yield f"fd:{FD_NAME}"
@@ -211,7 +215,7 @@ async def _file_uri(
 
 
 async def _watched(monitor: Monitor, transfer: Transfer) -> MigrationStatus:
-    """How a migration that has begun ends; one whose caller is cancelled is cancelled."""
+    """Return how a running migration ends. If the caller is cancelled, the migration is cancelled too."""
     try:
         return await _until_ended(monitor, transfer)
     except asyncio.CancelledError:
@@ -252,14 +256,14 @@ async def _until_ended(monitor: Monitor, transfer: Transfer) -> MigrationStatus:
             pause = min(pause * 2, LOOK_MOST)
 
 
-# -- the guest goes on, or is let run, or its QEMU ends ------------------------------------------------
+# -- the guest continues, or is let run, or its QEMU ends ----------------------------------------------
 
 
 async def go_on(session: Session, *, runs: bool) -> None:
-    """Let the source go on, if the guest ran.
+    """Let the source continue, if the guest ran.
 
     Raises:
-        VcpuError: it does not.
+        VcpuError: the source does not run.
     """
     await stop_moving(session.monitor)
     if runs and await run_state(session.monitor) != "running":
@@ -270,8 +274,8 @@ async def go_on(session: Session, *, runs: bool) -> None:
 
 
 async def _cont(monitor: Monitor) -> None:
-    """`cont`; a source that has only just reported "completed" declines it for a moment (10.0: "Migration is not
-    finalized yet").
+    """Send `cont`. A source that has just reported "completed" declines it for a moment (10.0:
+    "Migration is not finalized yet").
     """
     deadline = time.monotonic() + _CANCEL_SECONDS
     while True:
@@ -285,7 +289,7 @@ async def _cont(monitor: Monitor) -> None:
 
 
 async def let_run(session: Session, cookie: Cookie) -> tuple[Destination, str | None]:
-    """Let the destination run, if the guest ran; whether it does, and why not."""
+    """Let the destination run, if the guest ran; return whether it does, and why not."""
     if not cookie.runs:
         return Destination.RUNNING, None
     try:
@@ -300,14 +304,14 @@ async def let_run(session: Session, cookie: Cookie) -> tuple[Destination, str | 
 
 
 async def end(session: Session) -> bool:
-    """`quit`, and wait until QEMU has ended; whether it has, as far as can be told."""
+    """Send `quit`, and wait until QEMU has ended; return whether it has, as far as known."""
     with suppress(CommandError, VcpuConnectionError):
         await session.monitor.quit()
     return await has_ended(session)
 
 
 async def has_ended(session: Session) -> bool:
-    """Whether a QEMU that was asked to end, or does not answer, has ended; waits a moment for it."""
+    """Wait for a QEMU that should end, or does not answer; return whether it has ended."""
     if session.process is None:
         return False
     deadline = time.monotonic() + _END_SECONDS
@@ -319,7 +323,7 @@ async def has_ended(session: Session) -> bool:
 
 
 async def lost(source: Session) -> Source | None:
-    """How a source is lost; None: it answers."""
+    """Return how a source was lost; None if it answers."""
     try:
         await run_state(source.monitor)
     except VcpuConnectionError:
