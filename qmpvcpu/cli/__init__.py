@@ -1,9 +1,9 @@
-"""The command line: parse, call, render. `main` answers --version before anything else is loaded."""
+"""The command line: parse, call, render. `main` answers --version before it loads anything else."""
 
 import os
 import sys
 
-# Type checkers read this name as true; importing `typing` for it would cost more than the rest of this file.
+# Type checkers treat this name as true. Importing `typing` for it would cost more than the rest of this file.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -14,7 +14,7 @@ __all__ = ["main", "program"]
 
 
 def main() -> int:
-    """Run the command of `sys.argv` in this process, whose signals it handles meanwhile; returns the exit code."""
+    """Run the command in `sys.argv` in this process, and handle its signals meanwhile; return the exit code."""
     signals = _handled()
     try:
         return _run(signals)
@@ -25,14 +25,14 @@ def main() -> int:
 def program() -> "NoReturn":
     """Entry point of the `qmpvcpu` command.
 
-    It ends the process itself: whatever happens while the interpreter ends (a signal, a stream that cannot be
-    flushed) would change the exit code.
+    It ends the process itself, because a signal or a failed flush while the interpreter exits would
+    change the exit code.
     """
     signals = _handled()
     signals.owns_process = True
     _fill_standard_streams()
     if "--debug" not in sys.argv:
-        # "Exception ignored in": what a destructor cannot do is nothing that a user could mend.
+        # Hide "Exception ignored in": a user cannot do anything about an error in a destructor.
         sys.unraisablehook = lambda _: None
     os._exit(_run(signals))
 
@@ -40,7 +40,8 @@ def program() -> "NoReturn":
 def _handled() -> "Signals":
     interrupted = False
     while True:
-        # Before there is a handler. The command has its one way of saying so.
+        # A signal may arrive before our handler is installed. It should lead to the same message as
+        # later ones.
         try:
             try:
                 from qmpvcpu.cli.signals import Signals
@@ -51,7 +52,7 @@ def _handled() -> "Signals":
             except KeyboardInterrupt:
                 interrupted = True
         except KeyboardInterrupt:
-            # One more, while the first was noted.
+            # A second signal arrived while the first was recorded.
             interrupted = True
     if interrupted:
         signals.interrupt()
@@ -59,7 +60,7 @@ def _handled() -> "Signals":
 
 
 def _fill_standard_streams() -> None:
-    """Open what is closed of 0, 1 and 2: QEMU's socket must not become our stderr."""
+    """Open those of 0, 1 and 2 that are closed, because QEMU's socket must not become our stderr."""
     for number in range(3):
         try:
             os.fstat(number)

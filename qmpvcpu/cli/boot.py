@@ -1,4 +1,4 @@
-"""The commands of guests that do not run yet."""
+"""The commands for guests that do not run yet."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ async def _probe(session: CommandSession) -> int:
 
 
 def _without_accel(machine: str, accel: str | None) -> tuple[str, str]:
-    """The machine, and what `accel=` in it or --accel says."""
+    """Return the machine without `accel=`, and the accelerator from there or from --accel."""
     pairs = dict(split_pairs(machine, "type"))
     inner = pairs.pop("accel", None)
     if inner is not None and accel is not None:

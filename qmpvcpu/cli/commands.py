@@ -1,4 +1,4 @@
-"""One function a command: call the API, render what it returns."""
+"""One function per command: it calls the API and renders the result."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ from qmpvcpu.flags import VcpuFlag
 
 __all__ = ["CommandSession", "command", "request_of"]
 
-#: Of guests that do not run; nobody else pays for their imports.
+#: Commands for guests that do not run. Other commands do not load their imports.
 BOOT_COMMANDS: Final = frozenset({"probe", "boot-args", "start", "destroy"})
 
 
 class CommandSession:
-    """What one run of the command line holds: its options, and the domain while it is open."""
+    """The state of one run of the command line: its options, and the domain while it is open."""
 
     def __init__(self, options: Namespace, output: Output, is_interrupted: Callable[[], bool]) -> None:
         self.options = options
@@ -41,15 +41,15 @@ class CommandSession:
         self._is_interrupted = is_interrupted
         self.domain: Domain | None = None
         self.interrupted_note: str | None = None
-        #: How the call that changes something has ended, once it has.
+        #: The result of the call that changes something, once it has finished.
         self._end: Outcome | VcpuError | None = None
-        #: Whether it has, before any signal came.
+        #: Whether that call finished before any signal arrived.
         self.has_ended = False
         self._log: Any = None
         self._warned: set[str] = set()
 
     def connect(self, *, watch: bool = False) -> Domain:
-        """The domain of the command line, to be entered; `watch` as in `qmpvcpu.connect`."""
+        """Return the domain of the command line, to be entered; `watch` as in `qmpvcpu.connect`."""
         options = self.options
         if options.qmp_log is not None and (options.connect is None or options.via == "monitor"):
             from qmpvcpu import QmpLog
@@ -77,22 +77,23 @@ class CommandSession:
         return self.domain
 
     def interrupted(self) -> Interrupted:
-        """What is left, this run being interrupted now."""
+        """Return what this run has left, if it is interrupted now."""
         if self.domain is None:
             return Interrupted()
         if (end := self._end) is not None:
-            # It had ended, and was not heard before the signal was.
+            # The call had finished, but its result arrived after the signal.
             written = isinstance(end, Outcome) and end.defined
             found = Interrupted(changed_ids=_live_changes(end), definition_written=written)
             return found.with_pending({*end.pending, *self.domain.pending_ids})
-        # Between two calls, as in `watch`, it is what is pending.
+        # Between two calls, as in `watch`, only pending unplugs are left.
         return self.domain.interrupted or Interrupted(pending=self.domain.pending_ids)
 
     async def finish(self, call: Awaitable[Outcome]) -> Outcome:
-        """The end of the call that changes something; no signal from then on changes the exit code.
+        """Await the call that changes something. When it has finished, signals no longer change the
+        exit code.
 
         Raises:
-            CancelledError: a signal came before the end.
+            CancelledError: a signal arrived before the call finished.
         """
         try:
             self._end = await call
@@ -109,10 +110,11 @@ class CommandSession:
         self.has_ended = True
 
     def tell_end(self) -> int | None:
-        """Show that end, where its command was interrupted before it could; the exit code, or None without one.
+        """Show the result if the command was interrupted before it could; return the exit code, or
+        None without a result.
 
         Raises:
-            VcpuError: the call ended so.
+            VcpuError: the error of the call.
         """
         end = self._end if self.has_ended else None
         if isinstance(end, VcpuError):
@@ -122,13 +124,13 @@ class CommandSession:
         return self.show_outcome(end)
 
     def show_outcome(self, end: Outcome) -> int:
-        """How a change ended; returns its exit code."""
+        """Show the result of a change; return its exit code."""
         self.warn(end.messages)
         self.show(end.to_json(), render.outcome(end))
         return end.outcome.exit_code
 
     def show(self, document: dict[str, Any], lines: Iterable[str]) -> None:
-        """One JSON document, or lines for a person."""
+        """Print one JSON document, or lines for a person."""
         if self.output.is_json:
             if "messages" in document:
                 document = document | {"messages": [in_options(text) for text in document["messages"]]}
@@ -137,16 +139,16 @@ class CommandSession:
             self.output.lines(lines)
 
     def warn_of_agent(self, domain: Domain) -> None:
-        """Say why `online` is not known, where an agent was named."""
+        """Print why `online` is not known, if an agent was named."""
         if (trouble := domain.agent_trouble) is not None:
             self.warn([f"online is not known: {trouble.message}"])
 
     def warn_when_interrupted(self, message: str) -> None:
-        """What else is to be said, should this be interrupted from here on."""
+        """Set a note that is printed if the command is interrupted from now on."""
         self.interrupted_note = message
 
     def warn(self, messages: Iterable[str]) -> None:
-        """Warnings go to stderr, with --json too, each once."""
+        """Print each warning once, to stderr, also with --json."""
         for message in messages:
             if message not in self._warned:
                 self._warned.add(message)
@@ -154,14 +156,14 @@ class CommandSession:
 
 
 def _live_changes(end: Outcome | VcpuError) -> tuple[int, ...]:
-    """vCPU ids that were changed in the running guest."""
+    """Return the ids of the vCPUs that were changed in the running guest."""
     if isinstance(end, Outcome) and (end.live_changed_ids or end.config_changed_ids):
         return end.live_changed_ids
     return tuple(end.changed_ids)
 
 
 async def command(session: CommandSession) -> int:
-    """Run the command that was parsed; returns the exit code."""
+    """Run the parsed command; return the exit code."""
     name = session.options.command
     if name in BOOT_COMMANDS:
         from qmpvcpu.cli import boot
@@ -268,7 +270,7 @@ async def _setvcpus(session: CommandSession) -> int:
 
 
 def request_of(options: Namespace) -> Request:
-    """Of `setvcpu` and `setvcpus`."""
+    """Return the request of `setvcpu` or `setvcpus`."""
     if options.command == "setvcpu":
         return Request(
             parse_ids(options.ids),
@@ -378,7 +380,7 @@ async def _dumpxml(session: CommandSession) -> int:
 
 
 async def _carry_out(session: CommandSession, request: Request) -> int:
-    """Do it, or say what would be done, and show the end."""
+    """Carry out a request, or only plan it, and show the result."""
     options = session.options
     async with session.connect() as domain:
         if options.dry_run and not request.is_query:
@@ -413,9 +415,9 @@ async def _guestvcpus(session: CommandSession) -> int:
             try:
                 view = await domain.guest_vcpus()
             except VcpuError as error:
-                # What was done is done, and verified.
+                # The change is done and verified, so this error is only a warning.
                 session.warn([f"what the guest's CPUs are now is not known: {error.message}"])
-            # `vcpus` and `changed_ids` are the guest's own ids here; `cpus` tells which vCPU each one is.
+            # `vcpus` and `changed_ids` are the guest's own ids here; `cpus` has the vCPU of each one.
             lines = render.guest_outcome(result, is_online=options.enable)
             session.show(result.to_json() | view.to_json(), lines)
             return result.outcome.exit_code
@@ -456,7 +458,7 @@ async def _vcpupin(session: CommandSession) -> int:
 
 @contextmanager
 def _while_read(output: Output) -> Iterator[None]:
-    """End the body with OutputLost once the reader of stdout has left, though nothing happens."""
+    """Raise OutputLost in the body when the reader of stdout has left, even if there is nothing to write."""
     loop, task, pipe = asyncio.get_running_loop(), asyncio.current_task(), output.pipe()
     if task is None or pipe is None:
         yield
@@ -467,7 +469,7 @@ def _while_read(output: Output) -> Iterator[None]:
         output.lose_reader()
         task.cancel()
 
-    # Of the writing end of a pipe epoll(7) reports an error when there is no reader any more, and nothing else.
+    # For the writing end of a pipe, epoll(7) reports only an error, when the last reader has left.
     loop.add_reader(pipe, leave)
     try:
         yield
@@ -501,7 +503,7 @@ async def _watch_on(session: CommandSession) -> int:
 
 
 def _tell(session: CommandSession, document: dict[str, Any], line: str) -> None:
-    """One line of `watch`, at once."""
+    """Print one line of `watch` at once."""
     session.output.stream(document, line)
 
 

@@ -1,4 +1,4 @@
-"""`compare`: two columns, ours and libvirt's."""
+"""`compare`: our result and libvirt's, one after the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ __all__ = ["compare"]
 
 
 async def compare(session: CommandSession, request_of: Callable[[Any], Request]) -> int:
-    """Run one request on both, and show them."""
+    """Run one request on both sides, and show the results."""
     options = session.options
     asked = options.asked
     xml = read_document(options.file)
@@ -29,7 +29,7 @@ async def compare(session: CommandSession, request_of: Callable[[Any], Request])
 
 
 def lines_of(found: app.Comparison) -> list[str]:
-    """For a person."""
+    """Return the comparison as lines for a person."""
     lines = []
     for name, side in (("qmpvcpu", found.ours), ("libvirt", found.libvirt)):
         code = f" ({side.error})" if side.error else ""
@@ -56,7 +56,7 @@ def _words(command: Mapping[str, Any]) -> str:
 
 
 def _short(lines: tuple[str, ...]) -> list[str]:
-    """Without what is disabled."""
+    """Leave out disabled vCPUs."""
     return [line for line in lines if "enabled='no'" not in line]
 
 

@@ -1,4 +1,4 @@
-"""What this process may use. A command that would run short in the middle is refused before its first effect."""
+"""Limits of this process. A command that would run short of a resource is refused before its first effect."""
 
 from __future__ import annotations
 
@@ -11,17 +11,18 @@ from qmpvcpu.errors import VcpuError, VcpuFailed
 
 __all__ = ["check_descriptors", "short_of"]
 
-#: Files that a command has open at once, at most: sockets, pipes to programs, locks, files under /proc.
+#: The largest number of files that a command has open at once: sockets, pipes to programs, locks,
+#: files in /proc.
 _NEEDED: Final = 24
 _SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
 _HINT: Final = catalogue.FEW_DESCRIPTORS.hint
 
 
 def check_descriptors() -> None:
-    """Whether as many files can be opened as a command needs.
+    """Check that as many files can be opened as a command needs.
 
     Raises:
-        VcpuRefused: fewer can.
+        VcpuRefused: fewer can be opened.
     """
     opened: list[int] = []
     try:
@@ -35,7 +36,7 @@ def check_descriptors() -> None:
 
 
 def short_of(error: BaseException) -> VcpuError | None:
-    """The error to report where the host ran short of memory or descriptors; None where it is something else."""
+    """Return the error to report if the host ran short of memory or descriptors; None for any other cause."""
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError):

@@ -1,4 +1,4 @@
-"""The commands that take a guest elsewhere, or to a file and back."""
+"""The commands that move a guest to another QEMU, or to a file and back."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ if TYPE_CHECKING:
 
 __all__ = ["COMMANDS"]
 
-#: Seconds between two lines of progress.
+#: Seconds between two updates of the progress line.
 _TICK: Final = 0.2
 
 
 @contextmanager
 def _progress(output: Output) -> Iterator[Progress | None]:
-    """Bytes, percent and downtime on one line of a terminal, which is wiped at the end."""
+    """Show bytes, percent and downtime on one line of a terminal, and erase the line at the end."""
     if not output.shows_progress:
         yield None
         return

@@ -1,6 +1,6 @@
-"""What a command writes: to stdout and stderr, which may be closed, full, without a reader, or not UTF-8.
+"""The output of a command. stdout and stderr may be closed, full, without a reader, or not UTF-8.
 
-No such trouble changes the exit code: it is that of what the command did.
+None of this changes the exit code, which depends only on what the command did.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ __all__ = ["Output", "OutputLost"]
 
 
 class OutputLost(Exception):
-    """Nobody can read what a command has to say that does nothing else."""
+    """The output of a command that does nothing but print cannot be written."""
 
 
 class Output:
-    """stdout and stderr of one command. With `is_json` one document, and nothing else, goes to stdout."""
+    """stdout and stderr of one command. With `is_json`, stdout gets one document and nothing else."""
 
     def __init__(self, signals: Signals, *, is_json: bool) -> None:
         self.is_json = is_json
@@ -36,18 +36,20 @@ class Output:
         self._has_document = False
 
     def document(self, document: Mapping[str, Any] | list[Any]) -> None:
-        """The one JSON document; what comes after it is dropped."""
+        """Print the one JSON document; further documents are dropped."""
         if self._has_document:
             return
         self._has_document = True
         self.write(_json(document) + "\n")
 
     def lines(self, lines: Iterable[str]) -> None:
-        """Lines for a person; what QEMU, libvirt, the guest or a file named is in them."""
+        """Print lines for a person. They are cleaned, because they contain names from QEMU,
+        libvirt, the guest or a file.
+        """
         self.write("".join(f"{clean(line)}\n" for line in lines))
 
     def stream(self, document: Mapping[str, Any], line: str) -> None:
-        """One of many, at once: a document or a line.
+        """Print one of many documents or lines at once.
 
         Raises:
             OutputLost: it cannot be written.
@@ -57,7 +59,9 @@ class Output:
             raise OutputLost
 
     def pipe(self) -> int | None:
-        """The descriptor of stdout, if that is a pipe: an event loop sees when its reader leaves."""
+        """Return the descriptor of stdout if it is a pipe, so that an event loop can see when its
+        reader leaves.
+        """
         try:
             number = sys.stdout.fileno()
             return number if stat.S_ISFIFO(os.fstat(number).st_mode) else None
@@ -65,22 +69,23 @@ class Output:
             return None
 
     def lose_reader(self) -> None:
-        """The reader of stdout has left."""
+        """Note that the reader of stdout has left."""
         self._lost = BrokenPipeError()
 
     def data(self, data: bytes) -> None:
-        """What a program may read, byte by byte as it is; a terminal gets no control characters of it."""
+        """Print data for a program, byte for byte. A terminal gets it without control characters."""
         if _is_terminal(sys.stdout):
             self.write("\n".join(clean(line, tabs=True) for line in data.decode(errors="replace").split("\n")))
         else:
             self.write(data)
 
     def write(self, text: str | bytes, *, within: int | None = 0) -> None:
-        """To stdout, as it is, and at once.
+        """Write to stdout at once, unchanged.
 
         Args:
             text: bytes are written as they are.
-            within: exit code of a process that is interrupted while nobody reads; None is an interrupted one's.
+            within: the exit code if the process is interrupted while the write blocks; None: that
+                of an interrupted command.
         """
         if self._lost is not None:
             return
@@ -91,11 +96,11 @@ class Output:
                 self._lost = error
 
     def say(self, *lines: str) -> None:
-        """To stderr, each a line. What cannot be written there is lost."""
+        """Print lines to stderr. If stderr cannot be written, they are lost."""
         self._to_stderr("".join(f"{clean(line, MESSAGE_LENGTH)}\n" for line in lines))
 
     def progress(self, text: str) -> None:
-        """A part of a line that is overwritten, to a terminal."""
+        """Print a part of a line that will be overwritten, to a terminal."""
         self._to_stderr(text)
 
     def _to_stderr(self, text: str) -> None:
@@ -107,16 +112,16 @@ class Output:
 
     @property
     def shows_progress(self) -> bool:
-        """Whether somebody watches stderr."""
+        """Whether stderr is a terminal."""
         return _is_terminal(sys.stderr)
 
     @property
     def reader_left(self) -> bool:
-        """Whether stdout was a pipe that nobody reads any more."""
+        """Whether stdout was a pipe whose reader has left."""
         return isinstance(self._lost, BrokenPipeError)
 
     def end(self, code: int) -> int:
-        """Say on stderr what stdout could not take; returns the exit code, unchanged."""
+        """Report on stderr if stdout could not be written; return the exit code, unchanged."""
         if self._lost is not None and not self.reader_left:
             self.say(
                 f"qmpvcpu: cannot write to stdout: {self._lost.strerror}; the exit code is {code} all the same"
@@ -138,7 +143,7 @@ def _is_terminal(stream: TextIO | None) -> bool:
 
 
 def _write(stream: TextIO | None, text: str | bytes) -> None:
-    """All of it. Raises OSError."""
+    """Write all of it. Raises OSError."""
     if not text:
         return
     if stream is None or stream.closed:
@@ -148,17 +153,17 @@ def _write(stream: TextIO | None, text: str | bytes) -> None:
         text = text.encode(encoding, "backslashreplace")
     buffer = getattr(stream, "buffer", None)
     if buffer is None:
-        # A program of somebody else's has put its own stream there.
+        # An embedding program has replaced the stream with one that has no buffer.
         stream.write(text.decode(errors="replace"))
         stream.flush()
         return
     stream.flush()
-    # Unbuffered: what could not be written would be tried again as the interpreter ends.
+    # Write unbuffered, because the interpreter would retry what is left in a buffer when it exits.
     raw, left = getattr(buffer, "raw", buffer), memoryview(text)
     while left:
         written = raw.write(left)
         if written is None:
-            # Another program that has the same terminal or pipe made it non-blocking.
+            # Another program on the same terminal or pipe has made it non-blocking.
             select.select([], [raw], [])
         else:
             left = left[written:]

@@ -1,4 +1,4 @@
-"""The grammar of the command line, in virsh's words. Loads argparse and nothing of qmpvcpu's engine."""
+"""The grammar of the command line, in virsh's words. It loads argparse and nothing of qmpvcpu's engine."""
 
 from __future__ import annotations
 
@@ -18,11 +18,13 @@ exit codes: 0 done  2 usage  3 refused  4 the guest rejected it  5 pending  6 pa
 
 
 class Help(Exception):
-    """What --help asked for, as text."""
+    """Raised for --help, with the text to print."""
 
 
 class _Parser(argparse.ArgumentParser):
-    """Errors as `VcpuUsageError`, so that --json renders them too; help as `Help`, which its caller prints."""
+    """Raises errors as `VcpuUsageError`, so that --json renders them too, and help as `Help`, which
+    the caller prints.
+    """
 
     def error(self, message: str) -> NoReturn:
         raise VcpuUsageError(message, hint=_help_of(self.prog))
@@ -45,7 +47,9 @@ def _help_of(command: str) -> str:
 
 
 def _global_options() -> _Parser:
-    """Options that stand before or after the command; SUPPRESS keeps the one from undoing the other."""
+    """Options that may stand before or after the command. SUPPRESS keeps the default of one place
+    from overwriting the other.
+    """
     options = _Parser(add_help=False)
     group = options.add_argument_group("global options")
     add = group.add_argument
@@ -83,7 +87,7 @@ def _number(text: str) -> int:
 
 
 class Argument:
-    """One option or word of a command, as `add_argument` takes it."""
+    """One option or positional argument of a command, as `add_argument` takes it."""
 
     def __init__(self, *names: str, **words: Any) -> None:
         self.names = names
@@ -99,7 +103,7 @@ def _value(name: str, metavar: str, text: str, **words: Any) -> Argument:
 
 
 def _machine_word(name: str, metavar: str, text: str) -> Argument:
-    """QEMU merges -machine and -smp, in their order."""
+    """Keep the order of --machine and --smp, because QEMU merges -machine and -smp in their order."""
 
     def named(value: str) -> tuple[str, str]:
         return name, value
@@ -108,7 +112,7 @@ def _machine_word(name: str, metavar: str, text: str) -> Argument:
 
 
 class Command(NamedTuple):
-    """One command: what it does, its words and options, and its usage where argparse's misleads."""
+    """One command: its purpose, its arguments and options, and its usage if argparse's would mislead."""
 
     name: str
     text: str
@@ -414,7 +418,7 @@ COMMANDS = (
 
 
 def build_parser() -> argparse.ArgumentParser:
-    """The whole grammar."""
+    """Build the parser for the whole grammar."""
     shared = _global_options()
     parser = _Parser(
         prog="qmpvcpu",
@@ -438,7 +442,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 
 def _fill_in(found: argparse.Namespace, words: list[str]) -> list[str]:
-    """What virsh takes without its option, wherever it stands; argparse does not. Returns what is left over."""
+    """Fill in the values that virsh accepts without their options, at any position, which argparse
+    cannot do. Return the remaining words.
+    """
     left = [word for word in words if word.startswith("-")]
     for word in words:
         if word in left:
@@ -456,10 +462,11 @@ def _fill_in(found: argparse.Namespace, words: list[str]) -> list[str]:
 
 
 def parse_request(words: list[str]) -> argparse.Namespace:
-    """A request of `compare`: `setvcpu` or `setvcpus` without DOMAIN; without either, `setvcpu`.
+    """Parse a request of `compare`: `setvcpu` or `setvcpus` without DOMAIN. The default command is
+    `setvcpu`.
 
     Raises:
-        VcpuUsageError: it is none.
+        VcpuUsageError: the words are not such a request.
     """
     words = [word for word in words if word != "--"]
     if all(word.startswith("-") for word in words):
@@ -470,11 +477,11 @@ def parse_request(words: list[str]) -> argparse.Namespace:
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
-    """Parse, with the global options always present.
+    """Parse the command line; the result always has the global options.
 
     Raises:
-        VcpuUsageError: the words are not of the grammar.
-        Help: --help is among them.
+        VcpuUsageError: the arguments do not match the grammar.
+        Help: --help is among the arguments.
     """
     parser = build_parser()
     found, more = parser.parse_known_args(arguments)
@@ -495,12 +502,12 @@ def parse(arguments: list[str]) -> argparse.Namespace:
 
 
 def _read_request(found: argparse.Namespace) -> None:
-    """The request of `compare`: argparse leaves everything behind FILE to it."""
+    """Parse the request of `compare`, because argparse leaves everything after FILE to it."""
     found.no_start |= "--no-start" in found.request
     found.request = [word for word in found.request if word != "--no-start"]
     found.asked = parse_request(found.request)
     for name, default in _GLOBAL_DEFAULTS.items():
-        # What stands behind the request is about all of it.
+        # A global option after the request applies to the whole command.
         if getattr(found.asked, name) != default:
             setattr(found, name, getattr(found.asked, name))
     _refuse_unheard(found, "compare has guests of its own", ("agent", "qmp_log"))
@@ -509,7 +516,7 @@ def _read_request(found: argparse.Namespace) -> None:
 
 
 def _check_libvirt(found: argparse.Namespace) -> None:
-    """Whether the command goes with -c URI, and --via with both."""
+    """Check that the command works with -c URI, and that --via is used only with -c URI."""
     if found.connect is None:
         if found.via is not None:
             raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI")
@@ -524,14 +531,14 @@ def _check_libvirt(found: argparse.Namespace) -> None:
 
 
 def _refuse_unheard(found: argparse.Namespace, why: str, names: tuple[str, ...]) -> None:
-    """What would be ignored is an error."""
+    """Raise VcpuUsageError for options that would be ignored."""
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(found, name) is not None]
     if given:
         raise VcpuUsageError(f"{why}: {', '.join(given)} is of no use", hint="leave it out")
 
 
 _GLOBAL_DEFAULTS = {"json": False, "debug": False, "agent": None, "qmp_log": None, "connect": None, "via": None}
-#: Commands that take -c URI.
+#: Commands that accept -c URI.
 _WITH_LIBVIRT = frozenset(
     (
         *("apply", "doctor", "dumpxml", "guestvcpus", "list", "setvcpu", "setvcpus"),

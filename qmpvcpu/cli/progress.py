@@ -1,4 +1,4 @@
-"""Progress on stderr, for what takes long, on a terminal only."""
+"""Progress of slow operations on stderr, if it is a terminal."""
 
 from __future__ import annotations
 
@@ -12,13 +12,15 @@ if TYPE_CHECKING:
 
 __all__ = ["waiting"]
 
-#: What ends sooner needs no progress, seconds.
+#: Seconds before the first progress is shown.
 _PATIENCE: Final = 1.0
 
 
 @asynccontextmanager
 async def waiting(output: Output, what: str, limit: float | None = None) -> AsyncIterator[None]:
-    """While the body takes more than a second, one line that counts the seconds of `limit`; then it is wiped."""
+    """While the body runs for more than a second, show a line that counts the seconds up to
+    `limit`; then erase it.
+    """
     if not output.shows_progress:
         yield
         return

@@ -1,4 +1,4 @@
-"""Results as text for people. JSON comes from the results' own `to_json()`."""
+"""Results as text for people. JSON comes from the `to_json()` of each result."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ __all__ = [
 
 
 def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> list[str]:
-    """Rows as aligned lines, the first row being the head; `right` names columns of numbers."""
+    """Return rows as aligned lines. The first row is the head; `right` has the right-aligned columns."""
     widths = [max(len(row[number]) for row in rows) for number in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -46,7 +46,9 @@ def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset(
 
 
 def topology(state: DomainState) -> list[str]:
-    """One line a node and socket, one bracket a core, one sign a vCPU: `#` enabled, `.` disabled."""
+    """Return one line per node and socket, with one bracket per core and one sign per vCPU: `#`
+    enabled, `.` disabled, `~` unplug pending.
+    """
     lines = []
 
     def place(vcpu: Vcpu) -> tuple[tuple[str, int], ...]:
@@ -73,7 +75,7 @@ def _sign(vcpu: Vcpu) -> str:
 
 
 def slots(layout: MachineLayout, vcpus: Sequence[Vcpu]) -> list[str]:
-    """One row an entity of a machine that does not run."""
+    """Return one row per entity of a machine that does not run."""
     found = layout.entities()
     keys = [key for key in ("node-id", *LEVELS) if any(key in (slot.props or Props()) for _, slot in found)]
     rows = [["VCPUS", *(key[:-3].upper() for key in keys), "STATE", "ORDER"]]
@@ -85,7 +87,9 @@ def slots(layout: MachineLayout, vcpus: Sequence[Vcpu]) -> list[str]:
 
 
 def vcpu_table(state: DomainState, vcpus: Iterable[Vcpu]) -> list[str]:
-    """One row a vCPU, its place first; a place that repeats the row above is left blank."""
+    """Return one row per vCPU, beginning with its place. Parts of the place that repeat the row
+    above are blank.
+    """
     shown = list(vcpus)
     levels = [level for level in LEVELS if any(level in (vcpu.props or Props()) for vcpu in shown)]
     has_nodes = any(vcpu.node is not None for vcpu in shown)
@@ -127,7 +131,7 @@ def _text(value: object) -> str:
 
 
 def outcome(result: Outcome) -> list[str]:
-    """What a `setvcpu` did, in one line or two."""
+    """Return what a `setvcpu` did, in one or two lines."""
     rows = {row.id: row for row in result.rows}
     words: dict[str, list[int]] = {}
     is_both = bool(result.live_changed_ids or result.config_changed_ids or result.defined)
@@ -147,7 +151,7 @@ def outcome(result: Outcome) -> list[str]:
 
 
 def _already(result: Outcome) -> list[str]:
-    """Nothing was to be done, in the word that was asked about."""
+    """Return that nothing was to be done, in the words of the request."""
     if result.already:
         return list(result.already)
     words: dict[str, list[int]] = {}
@@ -167,7 +171,7 @@ def _defined(result: Outcome) -> list[str]:
 
 
 def domains(found: Sequence[ListedDomain]) -> list[str]:
-    """`list`, with virsh's words."""
+    """Return the lines of `list`, in virsh's words."""
     rows = [("NAME", "STATE", "VCPUS", "QMP")]
     for row in found:
         count = "-" if row.maximum is None else f"{row.current} of {row.maximum}"
@@ -184,14 +188,14 @@ def _changed_to(row: Vcpu | None, mechanism: str | None) -> str:
 
 
 def guest_outcome(result: Outcome, *, is_online: bool) -> list[str]:
-    """What `guestvcpus --cpulist` did."""
+    """Return what `guestvcpus --cpulist` did."""
     ids = result.changed_ids or result.ids
     word = "online" if is_online else "offline"
     return [f"the guest's CPU {format_ids(ids)}: {'' if result.changed_ids else 'already '}{word}"]
 
 
 def guest(view: GuestView) -> list[str]:
-    """The guest's own CPUs, in the three lines of `virsh guestvcpus`, and which vCPU each one is."""
+    """Return the guest's own CPUs in the three lines of `virsh guestvcpus`, and the vCPU of each one."""
     lines = columns(
         [
             (name, ":", format_ids(cpu.logical_id for cpu in view.cpus if wanted(cpu)))
@@ -219,24 +223,24 @@ _EVENT_WORDS = {
 
 
 def event(found: Event) -> str:
-    """One line of `watch`."""
+    """Return one line of `watch`."""
     name = f"vCPU {format_ids(found.vcpus)}" if found.vcpus else "a vCPU"
     text = f"{_clock(found.time)}  {name}: {_EVENT_WORDS[found.event]}"
     return f"{text} ({found.detail})" if found.detail else text
 
 
 def snapshot(document: Mapping[str, Any]) -> str:
-    """The first line of `watch`."""
+    """Return the first line of `watch`."""
     return f"{_clock(document['time'])}  vCPU {format_ids(document['vcpus'])}: enabled ({document['detail']})"
 
 
 def _clock(seconds: float) -> str:
-    """Local time of day, milliseconds."""
+    """Return the local time of day with milliseconds."""
     return time.strftime("%H:%M:%S", time.localtime(seconds)) + f".{int(seconds * 1000) % 1000:03d}"
 
 
 def plan(result: Plan) -> list[str]:
-    """What would be done, and why not."""
+    """Return what would be done, or every refusal with its hint."""
     lines = result.describe() or ["nothing to do"]
     if result.refusals:
         lines = [f"refused: {refusal.message}" for refusal in result.refusals]

@@ -1,4 +1,4 @@
-"""Runs one command: signals, errors and exit codes are the same for all of them."""
+"""Run one command. Signals, errors and exit codes are the same for all commands."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ if TYPE_CHECKING:
 __all__ = ["run"]
 
 _SIGPIPE_EXIT: Final = 141
-#: So long a connection may take to close when a signal comes after the command's end, seconds.
+#: Seconds that a connection has to close if a signal arrives after the command has finished.
 _CLOSE_SECONDS: Final = 1.0
 
 
 def run(arguments: list[str], output: Output, signals: Signals) -> int:
-    """Parse, call, render; returns the exit code of design.md's table."""
+    """Parse, call and render; return the exit code from the table in design.md."""
     debug = "--debug" in arguments
 
     def body() -> int:
@@ -44,7 +44,7 @@ def run(arguments: list[str], output: Output, signals: Signals) -> int:
 
 
 def _ended(body: Callable[[], int], output: Output, *, debug: bool) -> int:
-    """The exit code of `body`, which tells its errors."""
+    """Return the exit code of `body`, and report its errors."""
     try:
         return body()
     except Help as asked:
@@ -54,13 +54,13 @@ def _ended(body: Callable[[], int], output: Output, *, debug: bool) -> int:
         return 0
     except OutputLost:
         if output.reader_left:
-            # `| head` has had enough; nothing is wrong with us.
+            # The reader, for example `| head`, has read enough, which is not an error.
             return _SIGPIPE_EXIT
         hint = "write to a file system that has room, or to a terminal"
         return report(VcpuUsageError("nothing that is watched can be told", hint=hint), output)
     except _Interrupted as interrupted:
         return _report_interrupt(interrupted, output)
-    except BaseException as error:  # noqa: BLE001 - the last place that can say something useful
+    except BaseException as error:  # noqa: BLE001 - the last place that can print a useful message
         if debug:
             _traceback(output)
         known = error if isinstance(error, VcpuError) else short_of(error)
@@ -79,7 +79,9 @@ def _completion(options: argparse.Namespace, output: Output) -> int:
 
 
 class _Interrupted(Exception):
-    """`is_stream`: the command has no other end, and its lines are all that it has to say."""
+    """A signal has interrupted the command. `is_stream`: the command runs until it is interrupted,
+    and prints only lines.
+    """
 
     def __init__(self, number: int, left: Interrupted, note: str | None, *, is_stream: bool) -> None:
         super().__init__(number)
@@ -129,11 +131,11 @@ def _run_async(options: argparse.Namespace, output: Output, signals: Signals) ->
             raise _Interrupted(number, left, note, is_stream=options.command == "watch") from None
         finally:
             signals.react = None
-            # Where no event loop could be made, it was never begun.
+            # If no event loop could be made, the coroutine was never started and must be closed here.
             work.close()
 
     code = _ended(run_it, output, debug=options.debug)
-    # The outcome is told: nothing that is still to be closed changes it.
+    # The result is printed, so an error or a delay while closing must not change the exit code.
     with signals.leaving(code), suppress(Exception):
         runner.close()
     return code
@@ -167,7 +169,7 @@ def _report_interrupt(interrupted: _Interrupted, output: Output) -> int:
     if note is not None:
         text += f"; {note}"
     has_changed = bool(left.changed_ids) or left.definition_written
-    # "failed" claims that all is as it was.
+    # "failed" claims that nothing has changed, so it must be certain.
     may_change = bool(left.pending or left.unsure_ids) or left.definition_unsure
     if output.is_json and not interrupted.is_stream:
         document: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM of a command: recorded, and never raised as an exception, from its first line to its last."""
+"""SIGINT and SIGTERM of a command: they are recorded, and never raised as an exception, during its whole run."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from typing import Any, Final
 
 __all__ = ["Signals"]
 
-#: What is left of a command that is interrupted after its outcome may take so long, seconds.
+#: Seconds that an interrupted command has left once its result is known.
 _GRACE: Final = 1.0
 
 
 class Signals:
-    """`number` is the signal that came first, or None. `react` is called at each."""
+    """`number` is the first signal that arrived, or None. `react` is called at each signal."""
 
     def __init__(self) -> None:
         self.number: int | None = None
         self.react: Callable[[], None] | None = None
-        #: Whether this process is ours to end.
+        #: Whether this object may end the process.
         self.owns_process = False
         self._before: dict[int, Any] = {}
         self._leaves = False
         self._code: int | None = None
 
     def install(self) -> None:
-        """Handle them, where this is the main thread; other threads have no signals."""
+        """Install the handlers, if this is the main thread; Python handles signals only there."""
         try:
             for number in (signal.SIGINT, signal.SIGTERM):
                 self._before[number] = signal.signal(number, self._handle)
@@ -36,12 +36,12 @@ class Signals:
             return
 
     def restore(self) -> None:
-        """Have them handled as before."""
+        """Restore the previous handlers."""
         for number, handler in self._before.items():
             signal.signal(number, handler)
 
     def interrupt(self, number: int = signal.SIGINT) -> None:
-        """What a signal does."""
+        """Record a signal and react to it."""
         if self.number is None:
             self.number = number
         if self._leaves:
@@ -51,13 +51,14 @@ class Signals:
 
     @contextmanager
     def leaving(self, code: int | None = None) -> Iterator[None]:
-        """The body may block (a reader that does not read, a thread that does not end): a second after a signal
-        the process ends with `code`, or with that of an interrupted command.
+        """Protect a body that may block (a reader that does not read, a thread that does not end).
+        A second after a signal the process ends with `code`, or with the exit code of an
+        interrupted command.
         """
         before = self._leaves, self._code
         self._leaves, self._code = True, code
         if self.number is not None:
-            # It came before: what blocks now does not know.
+            # The signal arrived before, so the blocking call will not see it.
             self._end_soon()
         try:
             yield

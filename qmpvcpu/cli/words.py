@@ -1,4 +1,4 @@
-"""Errors as a person reads them: a reason a line, each with what to type."""
+"""Errors as text for a person: one line per reason, each with what to type."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ if TYPE_CHECKING:
 
 __all__ = ["in_options", "report"]
 
-#: What a text says to programs behind the option: "--force (force=True)", "--live (LIVE)".
+#: The part of a text that is for API users, after an option: "--force (force=True)", "--live (LIVE)".
 _ARGUMENT: Final = re.compile(r"((?:^|[\s(])(?:--?[a-z][\w-]*)(?: [A-Z]+)?) \((?:[a-z_]+=\w*|[A-Z][A-Z_]+)\)")
 
 
 def in_options(text: str) -> str:
-    """With the options of the command line alone."""
+    """Return the text with only the options of the command line."""
     return _ARGUMENT.sub(r"\1", text)
 
 
 def report(error: VcpuError, output: Output) -> int:
-    """Say how a command ended that did not do what was asked; returns its exit code."""
+    """Print the error of a command; return its exit code."""
     hint = None if error.hint is None else in_options(error.hint)
     if output.is_json:
         document = error.to_json()
@@ -40,6 +40,6 @@ def report(error: VcpuError, output: Output) -> int:
         output.say(f"qmpvcpu: {error.outcome}: {error.message}")
         if hint:
             output.say(f"  hint: {hint}")
-    # A note of an exception tells how the QEMU that it is about has ended.
+    # The notes of an exception say how the QEMU concerned has ended.
     output.say(*(f"note: {message}" for message in (*error.messages, *getattr(error, "__notes__", ()))))
     return error.outcome.exit_code
