@@ -1,8 +1,10 @@
-"""How a cancel is put off: work that must not stop in the middle is finished first, then CancelledError goes on.
+"""Delay a cancel: work that must not stop in the middle is finished first, and then CancelledError
+continues.
 
-The work runs in a task of its own, which nobody has cancelled. So `asyncio.timeout` works in it in every Python
-(before 3.11.3 it does not in a task that is being cancelled), and the caller's own count of cancels stays as it
-is: by that `asyncio.timeout` and `asyncio.TaskGroup` around the call tell whose cancel it was.
+The work runs in its own task, which is not cancelled. So `asyncio.timeout` works in it in every
+Python version (before 3.11.3 it does not work in a task that is being cancelled), and the caller's
+count of cancels does not change. `asyncio.timeout` and `asyncio.TaskGroup` around the call need
+this count to know whose cancel it was.
 """
 
 from __future__ import annotations
@@ -15,7 +17,7 @@ __all__ = ["finish", "wind_up"]
 
 T = TypeVar("T")
 
-#: Work that was left before its end. The event loop alone would let it be collected as garbage.
+#: Tasks that were left before they finished. The event loop alone would let them be garbage-collected.
 _LEFT: Final[set[asyncio.Future[Any]]] = set()
 
 
@@ -29,19 +31,21 @@ async def finish(
     """Await `work` to its end, however often the caller is cancelled.
 
     Args:
-        work: a coroutine, or a task or future that is the caller's own.
-        within: seconds that the work has after a first cancel. Then, or at a second cancel, it is cancelled and
-            left. None: the work is always awaited to its end.
-        on_cancel: called at the first cancel, while the work goes on.
-        discard: called with the value of the work if the caller, being cancelled, does not get it; must not raise.
+        work: a coroutine, or a task or future that only the caller uses.
+        within: seconds that the work has after the first cancel. After that, or at a second cancel,
+            the work is cancelled and not awaited any more. None: the work is always awaited to its
+            end.
+        on_cancel: called at the first cancel, while the work continues.
+        discard: called with the value of the work if the caller was cancelled and does not get it;
+            must not raise.
 
     Returns:
         What the work returns.
 
     Raises:
-        CancelledError: the caller was cancelled, once the work has ended; its cause is the work's own error, if it
-            failed.
-        Exception: the work's own.
+        CancelledError: the caller was cancelled. It is raised when the work has ended; its cause is
+            the error of the work, if that failed.
+        Exception: the error of the work.
     """
     task = asyncio.ensure_future(work)
     cancelled = await _cancelled_before_end(task)
@@ -62,10 +66,11 @@ async def finish(
 
 
 async def wind_up(work: Coroutine[Any, Any, object]) -> BaseException | None:
-    """After the caller was cancelled: await what is still to be done. A further cancel is passed on to it.
+    """Await the remaining work after the caller was cancelled. A further cancel is passed on to the work.
 
     Returns:
-        Why it did not come to its end, for `raise cancelled from …`: its own error, or CancelledError.
+        Why the work did not finish, for `raise cancelled from …`: its own error, or CancelledError.
+            None if it finished.
     """
     task = asyncio.create_task(work)
     while not task.done():
@@ -81,7 +86,9 @@ async def wind_up(work: Coroutine[Any, Any, object]) -> BaseException | None:
 async def _cancelled_before_end(
     task: asyncio.Future[Any], seconds: float | None = None
 ) -> asyncio.CancelledError | None:
-    """Wait until it has ended, `seconds` have passed, or the caller is cancelled: that error."""
+    """Wait until the task has ended or `seconds` have passed. If the caller is cancelled first,
+    return that error.
+    """
     try:
         await asyncio.wait((task,), timeout=seconds)
     except asyncio.CancelledError as error:
@@ -90,11 +97,11 @@ async def _cancelled_before_end(
 
 
 def _leave(task: asyncio.Future[T], discard: Callable[[T], object]) -> None:
-    """Cancel it, and await it no longer."""
+    """Cancel the task without awaiting it."""
 
     def ended(task: asyncio.Future[T]) -> None:
         _LEFT.discard(task)
-        # Its error is looked at here, so that asyncio does not log it as never retrieved.
+        # Retrieve the error, so that asyncio does not log it as never retrieved.
         if not task.cancelled() and task.exception() is None:
             discard(task.result())
 

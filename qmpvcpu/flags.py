@@ -1,26 +1,26 @@
-"""`VcpuFlag`: the flags of the one call, as the RFC on libvirt's list names them.
+"""`VcpuFlag`: the flags of the single call, named as in the RFC on libvirt's list.
 
-Source: the RFC for `virDomainVcpu(domain, id, flags)`; the impact bits have the values of
-libvirt's `virDomainModificationImpact`.
+Source: the RFC for `virDomainVcpu(domain, id, flags)`; the impact bits have the values of libvirt's
+`virDomainModificationImpact`.
 """
 
 from enum import IntFlag
 
 
 class VcpuFlag(IntFlag):
-    """What `Domain.vcpu(id, flags)` is asked to do; no ENABLE and no DISABLE is a query."""
+    """What `Domain.vcpu(id, flags)` should do; without ENABLE and DISABLE it is a query."""
 
-    #: LIVE if the guest runs, else CONFIG.
+    #: Use LIVE if the guest runs, else CONFIG.
     CURRENT = 0
-    #: The running guest.
+    #: Use the running guest.
     LIVE = 1
-    #: The persistent definition, from the next boot.
+    #: Use the persistent definition; a change takes effect at the next boot.
     CONFIG = 2
     ENABLE = 4
     DISABLE = 8
-    #: Through the guest agent: online and offline only.
+    #: Use the guest agent, which can only take CPUs online and offline.
     GUEST = 16
     #: `id` is a NUMA node, not a vCPU.
     NUMA_NODE = 32
-    #: Every vCPU of the core that holds `id`.
+    #: Extend the call to every vCPU of the core that contains `id`.
     CORE = 64

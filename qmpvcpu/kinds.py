@@ -1,6 +1,6 @@
-"""What kind of file a path leads to, known before it is opened: only regular files are.
+"""Find out what kind of file a path leads to before it is opened. Only regular files are opened.
 
-A device can act when it is opened, a FIFO waits for its other end, and neither has an end.
+A device may act when it is opened, a FIFO waits for its other end, and neither has an end of file.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ _KINDS: Final = {
 
 
 def kind_of(mode: int) -> str:
-    """The kind in a `st_mode`, in words."""
+    """Return the kind of file in a `st_mode`, in words."""
     return _KINDS.get(stat.S_IFMT(mode), "a regular file")
 
 
 def look_at(path: str | os.PathLike[str], *, follow: bool = True) -> int:
-    """A descriptor (O_PATH) of what is there, whatever it is; nothing is opened. Raises OSError."""
+    """Return a descriptor (O_PATH) for any kind of file without opening the file itself. Raises OSError."""
     return os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
 
 
 def reopen(fd: int, flags: int, path: str | os.PathLike[str]) -> int:
-    """Open what `look_at` has found at `path`, without waiting for anybody: O_NONBLOCK.
+    """Open what `look_at` has found at `path`, with O_NONBLOCK, so that it never waits.
 
     Raises:
-        OSError: it may not be opened, or is not a regular file.
+        OSError: opening is not allowed, or it is not a regular file.
     """
     mode = os.fstat(fd).st_mode
     if not stat.S_ISREG(mode):
         raise OSError(errno.EINVAL, f"it is {kind_of(mode)}, not a regular file", os.fspath(path))
-    # The very same file: what the path leads to may have changed.
+    # Open exactly the same file, because the path may lead to another one now.
     return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
 
 
 def open_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, follow: bool = True) -> int:
-    """Open a regular file that is there.
+    """Open an existing regular file.
 
     Raises:
-        OSError: it may not be opened, or is not a regular file.
+        OSError: opening is not allowed, or it is not a regular file.
     """
     fd = look_at(path, follow=follow)
     try:
@@ -59,5 +59,7 @@ def open_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, follow:
 
 
 def is_pipe(fd: int) -> bool:
-    """Whether it is a pipe without a name, as standard input and `<(…)` of a shell are: somebody writes to it."""
+    """Return whether this is a pipe without a name, as for standard input or a shell's `<(…)`; such
+    a pipe has a writer.
+    """
     return stat.S_ISFIFO(os.fstat(fd).st_mode) and os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:")  # noqa: PTH115

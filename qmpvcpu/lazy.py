@@ -1,4 +1,4 @@
-"""Names of a room that are loaded when they are first used: what a command does not need costs it nothing."""
+"""Load names of a package when they are first used, so that a command does not pay for what it does not need."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ from importlib import import_module
 
 
 def lazy(package: str, homes: Mapping[str, tuple[str, ...]]) -> Callable[[str], object]:
-    """A room's `__getattr__`.
+    """Return the `__getattr__` of a package.
 
     Args:
-        package: its `__name__`.
-        homes: each of its files -> the names that are loaded from it.
+        package: the package's `__name__`.
+        homes: for each file of the package, the names that are loaded from it.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
     # Loading a file puts it into the room under its own name.

@@ -1,4 +1,4 @@
-"""What a domain needs of the world, as Protocols. The edges (`qemu`, `libvirt`, …) implement them."""
+"""What a domain needs from the outside, as Protocols. The edges (`qemu`, `libvirt`, …) implement them."""
 
 from __future__ import annotations
 
@@ -23,9 +23,10 @@ __all__ = [
 
 
 class CommandError(Exception):
-    """QEMU answered a command with an error. Stays inside: the domain turns it into a `VcpuError`.
+    """QEMU answered a command with an error. Internal: the domain turns it into a `VcpuError`.
 
-    `error_class` is QAPI's `QapiErrorClass` ("GenericError", "DeviceNotFound", …), `text` QEMU's `desc`.
+    `error_class` is QAPI's `QapiErrorClass` ("GenericError", "DeviceNotFound", …); `text` is QEMU's
+    `desc`.
     """
 
     def __init__(self, command: str, error_class: str, text: str) -> None:
@@ -46,54 +47,56 @@ class MonitorEvent:
 
 @dataclass(frozen=True, slots=True)
 class Peer:
-    """The other end of a unix socket: the process that listened, and the path it listens at."""
+    """The other end of a unix socket: the process that listens, and the path of its socket."""
 
     pid: int | None = None
     path: str | None = None
 
 
-#: Called in the order in which messages arrive, before the reply that follows an event is delivered. A lost
-#: connection is the last thing a sink gets. A sink must not block and must not raise.
+#: Called in the order in which messages arrive, and before the reply that follows an event is
+#: delivered. The error of a lost connection is the last call. A sink must not block and must not
+#: raise.
 Sink = Callable[[MonitorEvent | VcpuConnectionError], None]
 
 
 class Monitor(Protocol):
-    """A QEMU monitor: QMP commands one to one, named after them, all by `execute`. Replies are QEMU's, unchecked.
+    """A QEMU monitor: one method per QMP command, named after it; all use `execute`. Replies are
+    QEMU's, unchecked.
 
-    Calling a command sends it, in the order of the calls; awaiting what it returns waits for the reply and raises
-    `CommandError` when QEMU answers with an error, and `VcpuConnectionError` when no answer comes in time or the
-    connection is gone.
+    Calling a method sends the command, in the order of the calls. Awaiting the result waits for the
+    reply. It raises `CommandError` if QEMU answers with an error, and `VcpuConnectionError` if no
+    answer comes in time or the connection is lost.
     """
 
     @property
     def address(self) -> str:
-        """What it is connected to, as the user wrote it."""
+        """The address of the connection, as the user wrote it."""
 
     @property
     def is_local(self) -> bool:
-        """Whether QEMU runs on this host, as far as the connection tells."""
+        """Whether QEMU runs on this host, as far as the connection shows."""
 
     @property
     def run_id(self) -> object:
-        """What tells this run of the guest from an earlier one, where that is known; else None."""
+        """An object that differs between runs of the guest, if that is known; else None."""
 
     @property
     def hears_all(self) -> bool:
-        """Whether QEMU's own events come through it, none missing, and in order with the replies."""
+        """Whether all of QEMU's own events arrive, in order with the replies."""
 
     @property
     def peer(self) -> Peer:
-        """Whom it is connected to, as far as the kernel tells."""
+        """The process at the other end, as far as the kernel reports it."""
 
     @property
     def greeting(self) -> Mapping[str, Any]:
         """The `QMP` member of the greeting."""
 
     def listen(self, sink: Sink) -> AbstractContextManager[None]:
-        """Give every event to `sink` from now on, until the context is left."""
+        """Pass every event to `sink` from now on, until the context is left."""
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> Future[object]:
-        """Any QMP command."""
+        """Send any QMP command."""
 
     def query_hotpluggable_cpus(self) -> Future[object]:
         """QMP `query-hotpluggable-cpus`."""
@@ -140,19 +143,21 @@ class Monitor(Protocol):
         return self.execute("qom-get", {"path": path, "property": name})
 
     def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> Future[object]:
-        """QMP `device_add`; `props` go out as they are: integers since 9.2 must be integers."""
+        """QMP `device_add`; `props` are sent unchanged, because QEMU 9.2 and later requires
+        integers as integers.
+        """
         return self.execute("device_add", {**props, "driver": driver, "id": device_id})
 
     def device_del(self, device: str) -> Future[object]:
-        """QMP `device_del`; `device` is an id or a QOM path. It only asks."""
+        """QMP `device_del`; `device` is an id or a QOM path. The command only requests the unplug."""
         return self.execute("device_del", {"id": device})
 
     def drop_queued(self, *, plugs: bool = True) -> frozenset[str]:
-        """Do not ask for what has not been asked for yet, where commands wait here for their turn: their devices'
-        ids. Their answers are cancelled.
+        """Drop the commands that still wait here for their turn, and cancel their replies. Return
+        the ids of their devices.
 
         Args:
-            plugs: `device_add` too.
+            plugs: drop `device_add` commands too.
         """
         return frozenset()
 
@@ -165,7 +170,7 @@ class Monitor(Protocol):
         return self.execute("cont")
 
     def stop(self) -> Future[object]:
-        """QMP `stop`; of a destination that waits, it does not run when all has arrived."""
+        """QMP `stop`; after it, a waiting destination does not start when the guest has arrived."""
         return self.execute("stop")
 
     def quit(self) -> Future[object]:
@@ -194,7 +199,7 @@ class Monitor(Protocol):
         return self.execute("migrate-set-capabilities", {"capabilities": rows})
 
     def migrate_set_parameters(self, parameters: Mapping[str, int | str]) -> Future[object]:
-        """QMP `migrate-set-parameters`: bytes a second, milliseconds."""
+        """QMP `migrate-set-parameters`; units are bytes per second and milliseconds."""
         return self.execute("migrate-set-parameters", dict(parameters))
 
     def query_migrate_parameters(self) -> Future[object]:
@@ -202,79 +207,87 @@ class Monitor(Protocol):
         return self.execute("query-migrate-parameters")
 
     def remove_fd(self, fdset: int) -> Future[object]:
-        """QMP `remove-fd`: all of a set."""
+        """QMP `remove-fd` for a whole set."""
         return self.execute("remove-fd", {"fdset-id": fdset})
 
     def add_fd(self, fd: int) -> Future[object]:
-        """QMP `add-fd`, into a set of its own, with the descriptor itself; only where `takes_descriptors`."""
+        """QMP `add-fd` with the descriptor itself, into a new set; only if `takes_descriptors`."""
 
     def getfd(self, name: str, fd: int) -> Future[object]:
-        """QMP `getfd`, with the descriptor itself (SCM_RIGHTS); only where `takes_descriptors`."""
+        """QMP `getfd` with the descriptor itself (SCM_RIGHTS); only if `takes_descriptors`."""
 
     @property
     def takes_descriptors(self) -> bool:
-        """Whether descriptors can be handed over: a unix socket."""
+        """Whether descriptors can be passed, which needs a unix socket."""
 
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""
 
 
 class Agent(Protocol):
-    """A guest agent: commands one to one. Replies are the guest's, unchecked.
+    """A guest agent: one method per command. Replies are the guest's, unchecked.
 
-    Each raises `CommandError` when the agent answers with an error, and `VcpuConnectionError` when it does not
-    answer.
+    Each method raises `CommandError` if the agent answers with an error, and `VcpuConnectionError`
+    if it does not answer.
     """
 
     @property
     def address(self) -> str:
-        """What it is connected to, as the user wrote it."""
+        """The address of the connection, as the user wrote it."""
 
     @property
     def reads_files(self) -> bool:
-        """Whether `read_files` can read any."""
+        """Whether `read_files` works with this agent."""
 
     def limit(self, seconds: float) -> AbstractContextManager[None]:
-        """What is asked in the body has so long in all, besides each command's own deadline; nests."""
+        """Limit the total time of all commands in the body, in addition to the deadline of each
+        command; can be nested.
+        """
 
     async def open(self) -> None:
-        """Connect to its socket, if it is not; an agent need not listen yet. Raises VcpuConnectionError."""
+        """Connect to the agent's socket, if not connected; an agent need not listen yet. Raises
+        VcpuConnectionError.
+        """
 
     async def get_vcpus(self) -> object:
         """`guest-get-vcpus`."""
 
     async def set_vcpus(self, wanted: Mapping[int, bool]) -> object:
-        """`guest-set-vcpus`: logical id -> online."""
+        """`guest-set-vcpus`; `wanted` maps logical ids to online."""
 
     async def read_files(self, limits: Mapping[str, int]) -> list[bytes | None]:
-        """Files of the guest, path -> most bytes; None for one that cannot be read, or has more."""
+        """Read files of the guest; `limits` maps paths to maximum bytes. None for a file that is
+        unreadable or longer.
+        """
 
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""
 
 
 class Staged(Protocol):
-    """A next version of a definition, written and not yet in its place."""
+    """A next version of a definition that is written but not yet in place."""
 
     def commit(self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
-        """Put it in place of `before`; if that is not what is there any more, what `again` makes of what is.
+        """Put the version in place of `before`. If the definition is not `before` any more, put the
+        result of `again` on it in place.
 
-        `given_up` is asked while another process holds it. Raises OSError: what was there stands.
+        `given_up` is called while another process locks the definition. Raises OSError; the
+        definition is then unchanged.
         """
 
     def discard(self) -> None:
-        """Take it away, if it was not committed. Never raises."""
+        """Remove the version, if it was not committed. Never raises."""
 
 
 class DefinitionStore(Protocol):
-    """Where the XML of one domain is kept. Everything here blocks, for as long as a disk does."""
+    """The store of one domain's XML. All methods may block as long as a disk does."""
 
     @property
     def place(self) -> str:
-        """What it is called in messages."""
+        """The name of this definition in messages."""
 
     def read(self) -> bytes:
-        """The document. Raises VcpuRefused."""
+        """Return the document. Raises VcpuRefused."""
 
     def stage(self, data: bytes) -> Staged:
-        """Write the next version where it does not count yet. Raises OSError."""
+        """Write the next version without putting it in place. Raises OSError."""
