@@ -70,7 +70,7 @@ async def wind_up(work: Coroutine[Any, Any, object]) -> BaseException | None:
 
     Returns:
         Why the work did not finish, for `raise cancelled from …`: its own error, or CancelledError.
-            None if it finished.
+        None if it finished.
     """
     task = asyncio.create_task(work)
     while not task.done():

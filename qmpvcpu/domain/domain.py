@@ -96,8 +96,8 @@ class TransferOptions(TypedDict, total=False):
 class Domain:
     """One guest. Enter it once (`async with`) and call it from one event loop; operations queue.
 
-    State is cached between calls, and events keep it fresh. Before a call reports that nothing is
-    left to do, it always makes a fresh query.
+    State is cached between calls, and events keep it fresh. A call reports that something is
+    already so only after a fresh query.
     """
 
     def __init__(self, backend: Backend) -> None:
@@ -469,7 +469,9 @@ class Domain:
         return None
 
     def plugs_left(self) -> list[str]:
-        """Return how many plugs this QEMU can take before it aborts, as one text; empty if there is no limit."""
+        """Return one text with the number of plugs that this QEMU can take before it aborts; an empty
+        list if there is no limit.
+        """
         session = self._reached.session
         return plugs_left(session.state, session.knowledge()) if session is not None else []
 
@@ -480,7 +482,7 @@ class Domain:
 
     @checked
     def events(self, *, steps: bool = False, limit: int = 1000) -> Events:
-        """What happens to the vCPUs, whoever causes it. The subscription begins on entry:
+        """What happens to the vCPUs, also by other clients. The subscription begins on entry:
 
             async with domain.events() as events:
                 async for event in events: …
@@ -534,7 +536,7 @@ class Domain:
 
     @property
     def settled(self) -> tuple[Event, ...]:
-        """What had finished while nobody listened, as found when this connection was made."""
+        """What had finished while no connection was open, as found when this one was made."""
         return self._reached.session.settled if self._reached.session is not None else ()
 
     # -- plans: what a call would do, and every refusal; nothing is touched -------------------------

@@ -56,7 +56,7 @@ class EventBus:
 
 
 class Events:
-    """The events of a domain's vCPUs, whoever causes them: an async context manager to iterate over.
+    """The events of a domain's vCPUs, also those that other clients cause: an async context manager to iterate.
 
     The subscription begins on entry. At most `limit` events wait to be read.
 

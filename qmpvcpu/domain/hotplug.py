@@ -68,7 +68,7 @@ class Hotplug:
             report.hotplugged(result, stopped=stopped, reset_drops=drops, notes=notes)
 
     async def take_back(self) -> Interrupted:
-        """Unplug the vCPUs again that a cancelled call has plugged. A second cancel stops this.
+        """Unplug the vCPUs that a cancelled call has plugged. A second cancel stops this.
 
         Returns:
             The changes that remain.

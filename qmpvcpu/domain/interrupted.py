@@ -79,7 +79,7 @@ def leaves(found: Callable[[], Interrupted]) -> Iterator[None]:
 
 
 def left_by(cancelled: CancelledError) -> Interrupted:
-    """What this cancel says that its call has left."""
+    """Return what a call has left, as recorded in its cancel."""
     return next((one for one in cancelled.args if isinstance(one, Interrupted)), Interrupted())
 
 

@@ -164,7 +164,7 @@ class ThreadPlacement:
 
     def _wanted(self, ids: Iterable[int]) -> dict[int, Placement]:
         """Return the placements of these vCPUs. If every vCPU has a cgroup of its own, those
-        without a wish are included.
+        without a configured placement are included.
         """
         numbers = list(ids)
         found = dict.fromkeys(numbers, Placement()) if self._has_layout else {}

@@ -144,7 +144,7 @@ class Reader:
 
         A CPU that it does not list has left its slot: QEMU empties the slot first (x86, ppc64; 7.2
         to 11.1). So both queries are needed only if no DEVICE_DELETED has reported that too, and
-        only once the last entity in `pending` (entity ids) is gone, because more may leave between
+        only once the last entity in `pending` (entity ids) has left, because more may leave between
         the queries. `expected` are the ids of the entities that we plug ourselves. Only for these
         does the device id identify the slot, unless QEMU has `declined` their plug.
         """

@@ -64,7 +64,7 @@ class Session:
         self.threads: QemuThreads | None = None
         self.pending_unplugs = PendingUnplugs(None)
         self.in_flight: frozenset[int] = frozenset()
-        #: What had finished while nobody listened, as found on connecting.
+        #: What had finished while no connection was open, as found on connecting.
         self.settled: tuple[Event, ...] = ()
         #: The guest's agent. It is queried too while there is a listener.
         self.guest: Guest | None = None
@@ -310,7 +310,7 @@ class Session:
         before = self.state
         self.pending_unplugs.seen_at = max(self.pending_unplugs.seen_at, asked_at)
         if state.threads_shared is None:
-            # A single vCPU does not show whether threads are shared; what was seen with two still holds.
+            # A single vCPU does not show whether threads are shared; what was seen with two is still true.
             state = replace(state, threads_shared=before.threads_shared)
         if before is not state:
             found = changes(before, state, time.time())

@@ -196,7 +196,7 @@ def _begin(session: Session, file: SaveTarget, *, runs: bool) -> None:
 
 
 def forget(session: Session) -> None:
-    """Store that the guest is not being saved any more. QEMU's run state says where it is."""
+    """Store that the guest is not being saved any more. QEMU's run state shows where it is."""
     saves = _saves()
     if saves is not None and session.process is not None:
         saves.forget(session.process)
@@ -268,7 +268,7 @@ async def _end_saved(session: Session, guest: PausedGuest) -> None:
 
 
 async def cancel_save(session: Session) -> str | None:
-    """If another living process is saving this guest, make that save fail and let the guest
+    """If another running process is saving this guest, make that save fail and let the guest
     continue as it was. Return what was done, in words; None if the guest is not being saved.
 
     Raises:
