@@ -13,8 +13,6 @@ import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from typing import Any, Final, TypeVar
 
-__all__ = ["finish", "wind_up"]
-
 T = TypeVar("T")
 
 #: Tasks that were left before they finished. The event loop alone would let them be garbage-collected.

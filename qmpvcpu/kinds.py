@@ -10,8 +10,6 @@ import os
 import stat
 from typing import Final
 
-__all__ = ["is_pipe", "kind_of", "look_at", "open_file", "reopen"]
-
 _KINDS: Final = {
     stat.S_IFIFO: "a FIFO",
     stat.S_IFDIR: "a folder",

@@ -22,8 +22,6 @@ from qmpvcpu.errors import VcpuUsageError
 if TYPE_CHECKING:
     from qmpvcpu.cli.commands import CommandSession
 
-__all__ = ["COMMANDS"]
-
 
 async def _probe(session: CommandSession) -> int:
     options = session.options

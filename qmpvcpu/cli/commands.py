@@ -26,8 +26,6 @@ from qmpvcpu.domain.interrupted import Interrupted
 from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuRefused, VcpuUsageError
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = ["CommandSession", "command", "request_of"]
-
 #: Commands for guests that do not run. Other commands do not load their imports.
 BOOT_COMMANDS: Final = frozenset({"probe", "boot-args", "start", "destroy"})
 

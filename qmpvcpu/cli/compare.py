@@ -14,8 +14,6 @@ if TYPE_CHECKING:
     from qmpvcpu.cli.commands import CommandSession
     from qmpvcpu.core.request import Request
 
-__all__ = ["compare"]
-
 
 async def compare(session: CommandSession, request_of: Callable[[Any], Request]) -> int:
     """Run one request on both sides, and show the results."""

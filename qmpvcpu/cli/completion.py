@@ -5,8 +5,6 @@ from __future__ import annotations
 from qmpvcpu.cli.parse import build_parser
 from qmpvcpu.errors import VcpuUsageError
 
-__all__ = ["completion"]
-
 
 def completion(shell: str) -> str:
     """Return the script for "bash", "zsh" or "fish".

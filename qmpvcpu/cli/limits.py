@@ -9,8 +9,6 @@ from typing import Final
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuError, VcpuFailed
 
-__all__ = ["check_descriptors", "short_of"]
-
 #: The largest number of files that a command has open at once: sockets, pipes to programs, locks,
 #: files in /proc.
 _NEEDED: Final = 24

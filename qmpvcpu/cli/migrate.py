@@ -21,8 +21,6 @@ if TYPE_CHECKING:
     from qmpvcpu.cli.commands import CommandSession
     from qmpvcpu.cli.output import Output
 
-__all__ = ["COMMANDS"]
-
 #: Seconds between two updates of the progress line.
 _TICK: Final = 0.2
 

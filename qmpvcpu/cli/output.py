@@ -18,8 +18,6 @@ from qmpvcpu.core.text import MESSAGE_LENGTH, clean
 if TYPE_CHECKING:
     from qmpvcpu.cli.signals import Signals
 
-__all__ = ["Output", "OutputLost"]
-
 
 class OutputLost(Exception):
     """The output of a command that does nothing but print cannot be written."""

@@ -10,8 +10,6 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING:
     from qmpvcpu.cli.output import Output
 
-__all__ = ["waiting"]
-
 #: Seconds before the first progress is shown.
 _PATIENCE: Final = 1.0
 

@@ -18,19 +18,6 @@ if TYPE_CHECKING:
     from qmpvcpu.core.planning.live import Plan
     from qmpvcpu.core.state.guest_view import GuestView
 
-__all__ = [
-    "columns",
-    "domains",
-    "event",
-    "guest",
-    "outcome",
-    "plan",
-    "slots",
-    "snapshot",
-    "topology",
-    "vcpu_table",
-]
-
 
 def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> list[str]:
     """Return rows as aligned lines. The first row is the head; `right` has the right-aligned columns."""

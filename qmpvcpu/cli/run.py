@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from qmpvcpu.cli.signals import Signals
     from qmpvcpu.domain.interrupted import Interrupted
 
-__all__ = ["run"]
-
 _SIGPIPE_EXIT: Final = 141
 #: Seconds that a connection has to close if a signal arrives after the command has finished.
 _CLOSE_SECONDS: Final = 1.0

@@ -9,8 +9,6 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, Final
 
-__all__ = ["Signals"]
-
 #: Seconds that an interrupted command has left once its result is known.
 _GRACE: Final = 1.0
 

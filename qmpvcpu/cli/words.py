@@ -11,8 +11,6 @@ from qmpvcpu.errors import VcpuError, VcpuRefused
 if TYPE_CHECKING:
     from qmpvcpu.cli.output import Output
 
-__all__ = ["in_options", "report"]
-
 #: The part of a text that is for API users, after an option: "--force (force=True)", "--live (LIVE)".
 _ARGUMENT: Final = re.compile(r"((?:^|[\s(])(?:--?[a-z][\w-]*)(?: [A-Z]+)?) \((?:[a-z_]+=\w*|[A-Z][A-Z_]+)\)")
 

@@ -7,8 +7,6 @@ from typing import Final
 
 from qmpvcpu.errors import VcpuUsageError
 
-__all__ = ["Address", "parse_address"]
-
 #: A unix path, a (host, port), or the number of an open file descriptor.
 Address = str | tuple[str, int] | int
 

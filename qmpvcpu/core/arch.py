@@ -17,21 +17,6 @@ from typing import Final
 
 from qmpvcpu.core.machine.versions import Feature
 
-__all__ = [
-    "I386",
-    "PPC64",
-    "ROWS",
-    "X86_64",
-    "Architecture",
-    "EntityKind",
-    "Identity",
-    "architecture",
-    "architecture_of_machine",
-    "architecture_of_program",
-    "examined",
-    "programs_of",
-]
-
 
 class EntityKind(StrEnum):
     """What one `device_add` creates."""

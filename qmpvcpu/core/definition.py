@@ -9,21 +9,6 @@ from typing import Final
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.model import DomainState, Topology
 
-__all__ = [
-    "MOST_VCPUS",
-    "Definition",
-    "Dimm",
-    "MemoryBackend",
-    "NumaCell",
-    "Pairs",
-    "QemuOptions",
-    "VcpuConfig",
-    "contradictions",
-    "default_vcpus",
-    "definition_of",
-    "started_with",
-]
-
 #: More than any machine of QEMU 7.2 to 11.1 takes (x86_64: 4096; libvirt itself: 16384).
 MOST_VCPUS: Final = 16384
 

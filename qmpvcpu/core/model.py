@@ -12,21 +12,6 @@ from typing import Any, Final
 
 from qmpvcpu.errors import OutcomeKind
 
-__all__ = [
-    "LIBVIRT_DRIVER",
-    "Arch",
-    "DomainState",
-    "Entity",
-    "Event",
-    "EventKind",
-    "Outcome",
-    "Props",
-    "QemuVersion",
-    "Topology",
-    "Vcpu",
-    "format_ids",
-]
-
 #: QEMU's target name as `query-target` gives it: "x86_64", "ppc64", "s390x", "loongarch64", "aarch64" …
 Arch = str
 

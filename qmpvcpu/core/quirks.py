@@ -20,19 +20,6 @@ from typing import Final
 from qmpvcpu.core.arch import I386, PPC64, X86_64, Architecture, architecture
 from qmpvcpu.core.model import DomainState, QemuVersion
 
-__all__ = [
-    "QUIRKS",
-    "Fact",
-    "Quirk",
-    "Trigger",
-    "contexts_run_out",
-    "decides",
-    "facts_after_unplug",
-    "quirk",
-    "refused_on",
-    "set_off",
-]
-
 
 class Trigger(StrEnum):
     """What sets a defect off."""

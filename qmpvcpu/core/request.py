@@ -13,8 +13,6 @@ from qmpvcpu.flags import VcpuFlag
 if TYPE_CHECKING:
     from qmpvcpu.core.definition import VcpuConfig
 
-__all__ = ["TIMEOUT", "Listed", "Request", "parse_ids"]
-
 #: Seconds that the guest has, where the request does not say.
 TIMEOUT: Final = 30.0
 _LONGEST: Final = 86400.0 * 365

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["MESSAGE_LENGTH", "clean"]
-
 #: Most characters of one message or hint.
 MESSAGE_LENGTH: Final = 4000
 

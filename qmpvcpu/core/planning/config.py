@@ -21,8 +21,6 @@ from qmpvcpu.core.rules.selection import select, select_listed
 from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.errors import Refusal
 
-__all__ = ["ConfigPlan", "plan_config", "plan_pin"]
-
 
 @dataclass(frozen=True, slots=True)
 class ConfigPlan:

@@ -19,8 +19,6 @@ from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = ["Plan", "make_plan"]
-
 
 @dataclass(frozen=True, slots=True)
 class Plan:

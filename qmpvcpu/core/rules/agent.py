@@ -9,8 +9,6 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.errors import Refusal
 
-__all__ = ["check_guest", "check_guest_ids"]
-
 
 def check_guest(state: DomainState, ids: Sequence[int], view: GuestView, *, online: bool) -> list[Refusal]:
     """What stands against switching these vCPUs in the guest."""

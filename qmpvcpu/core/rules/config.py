@@ -8,8 +8,6 @@ from qmpvcpu.core.definition import MOST_VCPUS, Definition
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal
 
-__all__ = ["check_maximum", "check_order", "check_total"]
-
 
 def check_total(definition: Definition, total: int) -> list[Refusal]:
     """A number of vCPUs that it has no room for."""

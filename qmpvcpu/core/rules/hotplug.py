@@ -17,21 +17,6 @@ from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = [
-    "check_hotplug_mode",
-    "check_kills_on_plug",
-    "check_kills_on_unplug",
-    "check_plug",
-    "check_unplug",
-    "check_whole_entities",
-    "needs_x2apic",
-    "plugs_left",
-    "refusal_of",
-    "restore_forbidden",
-    "undo_forbidden",
-    "warnings",
-]
-
 _FORCE: Final = "--force (force=True) does it all the same"
 
 

@@ -16,23 +16,6 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.errors import Refusal
 
-__all__ = [
-    "REAL_TIME",
-    "Control",
-    "HostFacts",
-    "Placement",
-    "ThreadState",
-    "check_emulator",
-    "check_placements",
-    "check_thread",
-    "check_thread_cpus",
-    "emulator_placement",
-    "is_left",
-    "placements",
-    "with_thread",
-    "with_threads",
-]
-
 #: sched(7): policies with a priority, 1 to 99.
 REAL_TIME: Final = ("fifo", "rr")
 _V2: Final = 2

@@ -11,8 +11,6 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = ["check_at_rest", "check_count", "check_flags", "check_range", "check_request", "check_sides"]
-
 _ALL_FLAGS: Final = sum(VcpuFlag)
 _NOT_WITH_GUEST: Final = (
     (VcpuFlag.NUMA_NODE, "the agent does not tell a CPU's NUMA node"),

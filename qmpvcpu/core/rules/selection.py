@@ -14,8 +14,6 @@ from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
-__all__ = ["core_of", "guest_total", "resolve_guest_total", "resolve_total", "select", "select_listed"]
-
 
 def choose(
     state: DomainState, request: Request, known: Knowledge

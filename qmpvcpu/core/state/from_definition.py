@@ -6,8 +6,6 @@ from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.model import DomainState, Entity, Vcpu, format_ids
 
-__all__ = ["state_of"]
-
 
 def state_of(definition: Definition, name: str | None = None, *, active: bool = False) -> DomainState:
     """The definition in the words of a state: what the guest would be like right after its next boot.

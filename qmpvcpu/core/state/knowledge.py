@@ -6,8 +6,6 @@ from dataclasses import dataclass
 
 from qmpvcpu.core.state.guest_view import GuestView
 
-__all__ = ["Knowledge"]
-
 
 @dataclass(frozen=True, slots=True)
 class Knowledge:
