@@ -19,12 +19,17 @@ from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.machine.words import parse_number, parse_range, parse_size, parse_unsigned, split_pairs
 from qmpvcpu.core.model import Props, format_ids
 from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.catalogue import refuse_smp
 from qmpvcpu.errors import VcpuUsageError
 
 _MOST_NODES: Final = 128
 _NEAREST: Final = 10
 _MIB: Final = 1024 * 1024
 _CACHE_LEVELS: Final = 3
+#: What to do about a refused -numa, where several checks say the same.
+_HMAT: Final = "write -machine …,hmat=on"
+_NODE_FIRST: Final = "write -numa node,… first"
+_NUMBER: Final = "number them 0, 1, …"
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,10 +255,19 @@ class _State:
     caches: dict[tuple[int, int], int] = field(default_factory=dict)
 
     def assign(self, slot: int, node: int, what: object) -> None:
-        if self.slots.setdefault(slot, node) != node:
-            raise catalogue.NUMA_ASSIGNED.error(option=what, cpu=slot * self.machine.size, node=self.slots[slot])
-        if self.machine.has_hmat and self.initiators.setdefault(node, node) != node:
-            raise catalogue.NUMA_OWN_INITIATOR.error(node=node, initiator=self.initiators[node])
+        there = self.slots.setdefault(slot, node)
+        refuse_smp(
+            there != node,
+            f"{what}: CPU {slot * self.machine.size} is already assigned to node-id: {there}",
+            "give each CPU, and the whole of a pseries core, to one node",
+        )
+        if self.machine.has_hmat:
+            initiator = self.initiators.setdefault(node, node)
+            refuse_smp(
+                initiator != node,
+                f"the initiator of CPU NUMA node {node} should be itself (got {initiator})",
+                "leave out initiator= of nodes with CPUs",
+            )
 
     @property
     def with_cpus(self) -> set[int]:
@@ -268,8 +282,11 @@ def nodes_of_slots(numa: Iterable[NumaOption], machine: NumaMachine) -> list[int
     """
     state = _State(machine)
     for option in numa:
-        if isinstance(option, NumaLatency | NumaCache) and not machine.has_hmat:
-            raise catalogue.NUMA_NO_HMAT.error(option=option)
+        refuse_smp(
+            isinstance(option, NumaLatency | NumaCache) and not machine.has_hmat,
+            f"-numa {option}: HMAT is disabled",
+            _HMAT,
+        )
         _ADD[type(option)](state, option)
     _check_nodes(state)
     _check_distances(state)
@@ -279,94 +296,105 @@ def nodes_of_slots(numa: Iterable[NumaOption], machine: NumaMachine) -> list[int
         if slot not in state.slots:
             state.assign(slot, default, "-numa")
     for node, initiator in state.initiators.items():
-        if initiator not in state.with_cpus:
-            raise catalogue.NUMA_EMPTY_INITIATOR.error(node=node, initiator=initiator)
+        refuse_smp(
+            initiator not in state.with_cpus,
+            f"the initiator of NUMA node {node}, {initiator}, has no CPUs",
+            "name another one",
+        )
     return [state.slots[slot] for slot in range(len(machine.units))]
 
 
 def _add_node(state: _State, node: NumaNode) -> None:
     machine = state.machine
-    if node.id >= _MOST_NODES:
-        raise catalogue.NUMA_TOO_MANY.error(node=node.id, most=_MOST_NODES - 1)
-    if node.id in state.nodes:
-        raise catalogue.NUMA_TWICE.error(node=node.id)
+    words, most = f"-numa {node}", _MOST_NODES - 1
+    refuse_smp(node.id > most, f"NUMA node {node.id} is more than QEMU's {most}", "have fewer nodes")
+    refuse_smp(node.id in state.nodes, f"duplicate NUMA nodeid: {node.id}", _NUMBER)
     if node.initiator is not None:
-        _check_initiator(node, machine)
+        refuse_smp(not machine.has_hmat, f"{words}: HMAT is disabled", _HMAT)
+        refuse_smp(node.initiator > most, f"{words}: initiator expects 0 to {most}", "name a node")
         state.initiators[node.id] = node.initiator
+    maxcpus = len(machine.units) * machine.size
     for cpu in node.cpus:
-        maxcpus = len(machine.units) * machine.size
-        if cpu >= maxcpus:
-            raise catalogue.NUMA_CPU_INDEX.error(cpu=cpu, maxcpus=maxcpus)
-        state.assign(cpu // machine.size, node.id, f"-numa {node}")
-    _check_memory(node, machine)
+        refuse_smp(
+            cpu >= maxcpus, f"CPU index ({cpu}) should be smaller than maxcpus ({maxcpus})", "correct cpus="
+        )
+        state.assign(cpu // machine.size, node.id, words)
+    if node.mem is not None:
+        refuse_smp(not machine.takes_mem, "this machine type does not take -numa node,mem=", "use memdev= instead")
+        # QEMU reads it twice: as bytes, and then, without a suffix, as MiB.
+        size = parse_size(node.mem, is_strict=machine.has_strict_sizes)
+        refuse_smp(size is None, f"{words}: mem expects a size", "write 512M")
     state.nodes[node.id] = node
     nodes = state.nodes.values()
-    if any(one.mem is not None for one in nodes) and any(one.memdev is not None for one in nodes):
-        raise catalogue.NUMA_MEM_AND_MEMDEV.error()
-
-
-def _check_initiator(node: NumaNode, machine: NumaMachine) -> None:
-    if not machine.has_hmat:
-        raise catalogue.NUMA_NO_HMAT.error(option=node)
-    if node.initiator is not None and node.initiator >= _MOST_NODES:
-        raise catalogue.NUMA_INITIATOR.error(option=node, most=_MOST_NODES - 1)
-
-
-def _check_memory(node: NumaNode, machine: NumaMachine) -> None:
-    if node.mem is None:
-        return
-    if not machine.takes_mem:
-        raise catalogue.NUMA_MEM.error()
-    # QEMU reads it twice: as bytes, and then, without a suffix, as MiB.
-    if parse_size(node.mem, is_strict=machine.has_strict_sizes) is None:
-        raise catalogue.NUMA_MEM_SIZE.error(option=node)
+    refuse_smp(
+        any(one.mem is not None for one in nodes) and any(one.memdev is not None for one in nodes),
+        "-numa with mem= and with memdev=: QEMU takes one or the other",
+        "use memdev= only",
+    )
 
 
 def _add_cpu(state: _State, cpu: NumaCpu) -> None:
     units = state.machine.units
-    if cpu.node not in state.nodes:
-        raise catalogue.NUMA_NODE_UNDEFINED.error(option=cpu, node=cpu.node)
+    refuse_smp(cpu.node not in state.nodes, f"-numa {cpu}: node {cpu.node} is not defined before it", _NODE_FIRST)
     for key in cpu.props:
         # QEMU takes these on every machine, and looks at them on none.
         is_ignored = key in ("drawer-id", "book-id")
-        if key not in state.machine.props or not (is_ignored or key in units[0]):
-            raise catalogue.NUMA_PROPERTY.error(option=cpu, key=key)
+        refuse_smp(
+            key not in state.machine.props or not (is_ignored or key in units[0]),
+            f"-numa {cpu}: {key} is not supported by this machine",
+            f"leave out {key}",
+        )
     wanted = {key: value for key, value in cpu.props.items() if key in units[0]}
     found = [slot for slot, props in enumerate(units) if wanted.items() <= props.items()]
-    if not found:
-        raise catalogue.NUMA_NO_CPU.error(option=cpu)
+    refuse_smp(not found, f"-numa {cpu}: no vCPU is there", "correct its ids")
     for slot in found:
         state.assign(slot, cpu.node, f"-numa {cpu}")
 
 
 def _add_distance(state: _State, distance: NumaDistance) -> None:
-    if not {distance.source, distance.destination} <= state.nodes.keys():
-        raise catalogue.NUMA_DISTANCE_UNDEFINED.error(option=distance)
+    refuse_smp(
+        not {distance.source, distance.destination} <= state.nodes.keys(),
+        f"-numa {distance}: a node is not defined before it",
+        _NODE_FIRST,
+    )
     is_local = distance.source == distance.destination
-    if distance.value < _NEAREST or (is_local and distance.value != _NEAREST):
-        raise catalogue.NUMA_DISTANCE.error(option=distance, nearest=_NEAREST)
+    refuse_smp(
+        distance.value < _NEAREST or (is_local and distance.value != _NEAREST),
+        f"-numa {distance}: a distance is {_NEAREST} (to itself) or more",
+        "correct val=",
+    )
     state.distances[distance.source, distance.destination] = distance.value
 
 
 def _add_latency(state: _State, given: NumaLatency) -> None:
     # `>` is QEMU's; a node that is one too many is not there, and has no CPUs.
-    if given.initiator not in state.with_cpus:
-        raise catalogue.NUMA_INITIATOR_EMPTY.error(option=given, node=given.initiator)
-    if given.target not in state.nodes:
-        raise catalogue.NUMA_NODE_UNDEFINED.error(option=given, node=given.target)
+    refuse_smp(
+        given.initiator not in state.with_cpus,
+        f"-numa {given}: initiator {given.initiator} has no CPUs so far",
+        "name its CPUs before",
+    )
+    refuse_smp(
+        given.target not in state.nodes,
+        f"-numa {given}: node {given.target} is not defined before it",
+        _NODE_FIRST,
+    )
     is_bandwidth = given.data_type in _BANDWIDTHS
     has_one = (given.latency is None, given.bandwidth is None) == (is_bandwidth, not is_bandwidth)
-    if not has_one:
-        name = "bandwidth" if is_bandwidth else "latency"
-        raise catalogue.NUMA_DATA_TYPE.error(option=given, data_type=given.data_type, name=name)
+    name = "bandwidth" if is_bandwidth else "latency"
+    refuse_smp(not has_one, f"-numa {given}: {given.data_type} takes {name}=, and nothing else", f"write {name}=…")
     value = given.latency
     if given.bandwidth is not None:
         value = parse_size(given.bandwidth, is_strict=state.machine.has_strict_sizes)
     if value is None or (is_bandwidth and value % _MIB):
-        raise catalogue.NUMA_BANDWIDTH.error(option=given)
+        raise catalogue.SMP.error(
+            what=f"-numa {given}: bandwidth expects a size in whole MiB", hint="write bandwidth=200M"
+        )
     table = state.tables.setdefault((given.hierarchy, given.data_type), _Table())
-    if (given.initiator, given.target) in table.pairs:
-        raise catalogue.NUMA_DUPLICATE.error(option=given)
+    refuse_smp(
+        (given.initiator, given.target) in table.pairs,
+        f"-numa {given}: duplicate configuration",
+        "leave one of them out",
+    )
     table.pairs.add((given.initiator, given.target))
     if value:
         (_compress_bandwidth if is_bandwidth else _compress_latency)(table, value, given)
@@ -383,17 +411,24 @@ def _compress_latency(table: _Table, value: int, given: NumaLatency) -> None:
         base *= 10
     # The quotient is by the base of before: so QEMU has it. The first has none, and passes.
     most = max(table.bits, value // table.base) if table.base else 0
-    if most >= _MOST_COMPRESSED:
-        raise catalogue.NUMA_TOO_DIFFERENT.error(option=given)
+    _check_range(most < _MOST_COMPRESSED, given)
     table.base, table.bits = min(table.base or base, base), most
 
 
 def _compress_bandwidth(table: _Table, value: int, given: NumaLatency) -> None:
     bits = table.bits | value
     base = bits & -bits
-    if bits.bit_length() - (base.bit_length() - 1) > 16 or value // base >= _MOST_COMPRESSED:
-        raise catalogue.NUMA_TOO_DIFFERENT.error(option=given)
+    is_narrow = bits.bit_length() - (base.bit_length() - 1) <= 16
+    _check_range(is_narrow and value // base < _MOST_COMPRESSED, given)
     table.base, table.bits = base, bits
+
+
+def _check_range(is_narrow: bool, given: NumaLatency) -> None:
+    refuse_smp(
+        not is_narrow,
+        f"-numa {given}: it differs too much from those before",
+        "correct it: ACPI has 16 bits for it",
+    )
 
 
 def _add_cache(state: _State, cache: NumaCache) -> None:
@@ -413,8 +448,7 @@ def _add_cache(state: _State, cache: NumaCache) -> None:
         (size is not None and above is not None and size >= above, "it is not smaller than the level above"),
     )
     for is_wrong, why in checks:
-        if is_wrong:
-            raise catalogue.NUMA_CACHE.error(option=cache, why=why)
+        refuse_smp(is_wrong, f"-numa {cache}: {why}", "correct it, or leave it out")
     assert size is not None
     state.caches[cache.node, cache.level] = size
 
@@ -431,15 +465,16 @@ _ADD: Final[Mapping[type, Callable[[_State, Any], None]]] = {
 
 def _check_nodes(state: _State) -> None:
     ids = sorted(state.nodes)
-    if ids != list(range(len(ids))) or not ids:
-        raise catalogue.NUMA_GAP.error(nodes=ids)
+    refuse_smp(
+        ids != list(range(len(ids))) or not ids,
+        f"NUMA node ids must run from 0 without a gap: {format_ids(ids)}",
+        _NUMBER,
+    )
     memdevs = [node.memdev for node in state.nodes.values() if node.memdev is not None]
-    if len(set(memdevs)) < len(memdevs):
-        raise catalogue.NUMA_SHARED_MEMDEV.error()
+    refuse_smp(len(set(memdevs)) < len(memdevs), "two nodes have the same memdev=", "give each node its own")
     is_strict = state.machine.has_strict_sizes
     sizes = [parse_size(node.mem, is_strict=is_strict) for node in state.nodes.values() if node.mem is not None]
-    if sizes and not any(sizes):
-        raise catalogue.NUMA_NO_MEMORY.error()
+    refuse_smp(bool(sizes) and not any(sizes), "the NUMA nodes have no memory", "correct mem=")
 
 
 def _check_distances(state: _State) -> None:
@@ -448,9 +483,14 @@ def _check_distances(state: _State) -> None:
     if not known:
         return
     for one, other in combinations(sorted(state.nodes), 2):
-        if not {(one, other), (other, one)} & known.keys():
-            raise catalogue.NUMA_DISTANCE_MISSING.error(one=one, other=other)
-    if any(known.get((other, one), value) != value for (one, other), value in known.items()) and any(
-        pair not in known for pair in permutations(state.nodes, 2)
-    ):
-        raise catalogue.NUMA_DISTANCE_ONE_WAY.error()
+        refuse_smp(
+            not {(one, other), (other, one)} & known.keys(),
+            f"the distance between node {one} and {other} is missing",
+            "write -numa dist for it",
+        )
+    refuse_smp(
+        any(known.get((other, one), value) != value for (one, other), value in known.items())
+        and any(pair not in known for pair in permutations(state.nodes, 2)),
+        "a pair of nodes has two distances that differ, and another pair has only one",
+        "write -numa dist for both directions of all",
+    )

@@ -20,6 +20,7 @@ from qmpvcpu.core.machine.versions import Feature, compat_version, has, has_mach
 from qmpvcpu.core.machine.words import join_pairs, parse_keyval, parse_number
 from qmpvcpu.core.model import Props, QemuVersion, Topology
 from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.rules.catalogue import refuse_smp
 from qmpvcpu.errors import VcpuUsageError
 
 #: -smp's levels, outermost first.
@@ -246,34 +247,49 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
     maxcpus = maxcpus or total
     cpus = counted["cpus"] or maxcpus
     words = " * ".join(f"{level} ({counts[level]})" for level in facts.levels)
-    if total != maxcpus:
-        raise catalogue.SMP_PRODUCT.error(product=words, maxcpus=maxcpus)
-    if maxcpus < cpus:
-        raise catalogue.SMP_MAXCPUS.error(product=words, maxcpus=maxcpus, cpus=cpus)
-    if maxcpus > _MOST:
-        raise catalogue.SMP_TOO_MANY.error(maxcpus=maxcpus)
+    refuse_smp(
+        total != maxcpus,
+        f"product of the hierarchy must match maxcpus: {words} != maxcpus ({maxcpus})",
+        "write levels whose product is maxcpus, or leave one out",
+    )
+    refuse_smp(
+        maxcpus < cpus,
+        f"maxcpus must be equal to or greater than smp: {words} == maxcpus ({maxcpus}) < smp_cpus ({cpus})",
+        "raise maxcpus",
+    )
+    refuse_smp(maxcpus > _MOST, f"invalid SMP CPUs {maxcpus}: no machine has so many", "lower maxcpus")
     return Topology(maxcpus, **counts), cpus
 
 
 def _check_levels(given: Mapping[str, int | None], facts: _Machine) -> None:
     """Whether this QEMU knows the levels that are written, and this machine can have more than one of each."""
     for level in LEVELS:
-        if given[level] is not None and level not in facts.known:
-            raise catalogue.SMP_NO_LEVEL.error(level=level)
+        refuse_smp(
+            given[level] is not None and level not in facts.known,
+            f"this QEMU's -smp has no {level}",
+            f"leave out {level}",
+        )
     is_new = has(facts.qemu, Feature.NO_ZERO_LEVELS)
-    if is_new and 0 in given.values():
-        raise catalogue.SMP_ZERO.error()
+    refuse_smp(
+        is_new and 0 in given.values(),
+        "CPU topology parameters must be greater than zero",
+        "leave out what is 0",
+    )
     for level in LEVELS:
         is_old = level in ("drawers", "books") and not has(facts.compat, Feature.DRAWERS_AND_BOOKS)
         count = (given[level] or 0) & (~0 if is_new else _WORD)
-        if count > 1 and (is_old or level not in facts.levels):
-            raise catalogue.SMP_LEVEL.error(level=level)
+        refuse_smp(
+            count > 1 and (is_old or level not in facts.levels),
+            f"{level} > 1 is not supported by this machine's CPU topology",
+            f"leave out {level}",
+        )
 
 
 def _quotient(maxcpus: int, counts: Mapping[str, int], level: str) -> int:
     rest = _product(counts, level)
-    if not rest:
-        raise catalogue.SMP_OVERFLOW.error()
+    refuse_smp(
+        not rest, "the product of the levels is 0 in 32 bits: QEMU divides by it, and dies", "correct the levels"
+    )
     return maxcpus // rest
 
 
@@ -283,16 +299,29 @@ def _product(counts: Mapping[str, int], without: str = "") -> int:
 
 def _check_machine(topology: Topology, cpus: int, facts: _Machine, accel: str) -> None:
     threads = topology.threads
-    if facts.row.entity is EntityKind.CPU and threads > 1 and has(facts.compat, Feature.S390X_ONE_THREAD):
-        raise catalogue.S390X_THREADS.error()
-    if not facts.has_cores or threads == 1:
+    if threads == 1:
         return
-    if accel == "tcg" and not has(facts.qemu, Feature.PSERIES_TCG_THREADS):
-        raise catalogue.PSERIES_TCG_THREADS.error()
-    if threads & (threads - 1) or threads > 8:
-        raise catalogue.PSERIES_THREADS.error(threads=threads)
-    if cpus % threads:
-        raise catalogue.PSERIES_CPUS.error(cpus=cpus, threads=threads)
+    refuse_smp(
+        facts.row.entity is EntityKind.CPU and has(facts.compat, Feature.S390X_ONE_THREAD),
+        "S390 does not support more than 1 threads",
+        "leave out threads",
+    )
+    if facts.has_cores:
+        refuse_smp(
+            accel == "tcg" and not has(facts.qemu, Feature.PSERIES_TCG_THREADS),
+            "TCG cannot support more than 1 thread/core on a pseries machine",
+            "leave out threads, or use QEMU 8.2",
+        )
+        refuse_smp(
+            bool(threads & (threads - 1)) or threads > 8,
+            f"pseries cannot have {threads} threads/core: it must be a power of 2, 8 at most",
+            "take 1, 2, 4 or 8",
+        )
+        refuse_smp(
+            bool(cpus % threads),
+            f"smp_cpus ({cpus}) must be multiple of threads ({threads})",
+            "start with whole cores",
+        )
 
 
 def _units(topology: Topology, facts: _Machine) -> list[dict[str, Any]]:
@@ -332,8 +361,7 @@ def _nodes(
     """The NUMA node of every slot."""
     if not numa:
         return [0 if facts.row.has_node_always else None] * len(units)
-    if not facts.row.has_numa:
-        raise catalogue.NO_NUMA.error()
+    refuse_smp(not facts.row.has_numa, "NUMA is not supported by this machine type", "leave out -numa")
 
     def defaults(nodes: int) -> list[int]:
         if facts.has_cores:

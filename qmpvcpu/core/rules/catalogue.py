@@ -14,7 +14,6 @@ The rows of QEMU's defects are in `core.quirks`.
 from __future__ import annotations
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any, Final, NamedTuple
 
 from qmpvcpu.core.model import format_ids
@@ -578,71 +577,30 @@ CELL_WITHOUT_MEMORY = Reason(
 
 # -- What QEMU says to -smp and -numa: smp
 
-_smp: Final = partial(Reason, "smp", libvirt=_CONFIG)
-SMP_SAID = _smp("QEMU refuses this machine: {said}", "correct the machine; it is '{binary}' that says so")
-SMP_UNKNOWN = _smp("what '{machine}' ({arch}) makes of -smp is not known", "probe it (--probe always)")
-SMP_NO_LEVEL = _smp("this QEMU's -smp has no {level}", "leave out {level}")
-SMP_ZERO = _smp("CPU topology parameters must be greater than zero", "leave out what is 0")
-SMP_LEVEL = _smp("{level} > 1 is not supported by this machine's CPU topology", "leave out {level}")
-SMP_PRODUCT = _smp(
-    "product of the hierarchy must match maxcpus: {product} != maxcpus ({maxcpus})",
-    "write levels whose product is maxcpus, or leave one out",
+SMP_SAID = Reason(
+    "smp", "QEMU refuses this machine: {said}", "correct the machine; it is '{binary}' that says so", _CONFIG
 )
-SMP_MAXCPUS = _smp(
-    "maxcpus must be equal to or greater than smp: {product} == maxcpus ({maxcpus}) < smp_cpus ({cpus})",
-    "raise maxcpus",
+SMP_UNKNOWN = Reason(
+    "smp", "what '{machine}' ({arch}) makes of -smp is not known", "probe it (--probe always)", _CONFIG
 )
-SMP_TOO_MANY = _smp("invalid SMP CPUs {maxcpus}: no machine has so many", "lower maxcpus")
-SMP_OVERFLOW = _smp(
-    "the product of the levels is 0 in 32 bits: QEMU divides by it, and dies", "correct the levels"
-)
-S390X_THREADS = _smp("S390 does not support more than 1 threads", "leave out threads")
-PSERIES_TCG_THREADS = _smp(
-    "TCG cannot support more than 1 thread/core on a pseries machine", "leave out threads, or use QEMU 8.2"
-)
-PSERIES_THREADS = _smp(
-    "pseries cannot have {threads} threads/core: it must be a power of 2, 8 at most", "take 1, 2, 4 or 8"
-)
-PSERIES_CPUS = _smp("smp_cpus ({cpus}) must be multiple of threads ({threads})", "start with whole cores")
-NO_NUMA = _smp("NUMA is not supported by this machine type", "leave out -numa")
-NUMA_ASSIGNED = _smp(
-    "{option}: CPU {cpu} is already assigned to node-id: {node}",
-    "give each CPU, and the whole of a pseries core, to one node",
-)
-NUMA_OWN_INITIATOR = _smp(
-    "the initiator of CPU NUMA node {node} should be itself (got {initiator})",
-    "leave out initiator= of nodes with CPUs",
-)
-NUMA_NO_HMAT = _smp("-numa {option}: HMAT is disabled", "write -machine …,hmat=on")
-NUMA_EMPTY_INITIATOR = _smp("the initiator of NUMA node {node}, {initiator}, has no CPUs", "name another one")
-NUMA_TOO_MANY = _smp("NUMA node {node} is more than QEMU's {most}", "have fewer nodes")
-NUMA_TWICE = _smp("duplicate NUMA nodeid: {node}", "number them 0, 1, …")
-NUMA_INITIATOR = _smp("-numa {option}: initiator expects 0 to {most}", "name a node")
-NUMA_CPU_INDEX = _smp("CPU index ({cpu}) should be smaller than maxcpus ({maxcpus})", "correct cpus=")
-NUMA_MEM = _smp("this machine type does not take -numa node,mem=", "use memdev= instead")
-NUMA_MEM_SIZE = _smp("-numa {option}: mem expects a size", "write 512M")
-NUMA_MEM_AND_MEMDEV = _smp("-numa with mem= and with memdev=: QEMU takes one or the other", "use memdev= only")
-NUMA_NODE_UNDEFINED = _smp("-numa {option}: node {node} is not defined before it", "write -numa node,… first")
-NUMA_PROPERTY = _smp("-numa {option}: {key} is not supported by this machine", "leave out {key}")
-NUMA_NO_CPU = _smp("-numa {option}: no vCPU is there", "correct its ids")
-NUMA_DISTANCE_UNDEFINED = _smp("-numa {option}: a node is not defined before it", "write -numa node,… first")
-NUMA_DISTANCE = _smp("-numa {option}: a distance is {nearest} (to itself) or more", "correct val=")
-NUMA_INITIATOR_EMPTY = _smp("-numa {option}: initiator {node} has no CPUs so far", "name its CPUs before")
-NUMA_DATA_TYPE = _smp("-numa {option}: {data_type} takes {name}=, and nothing else", "write {name}=…")
-NUMA_BANDWIDTH = _smp("-numa {option}: bandwidth expects a size in whole MiB", "write bandwidth=200M")
-NUMA_DUPLICATE = _smp("-numa {option}: duplicate configuration", "leave one of them out")
-NUMA_TOO_DIFFERENT = _smp(
-    "-numa {option}: it differs too much from those before", "correct it: ACPI has 16 bits for it"
-)
-NUMA_CACHE = _smp("-numa {option}: {why}", "correct it, or leave it out")
-NUMA_GAP = _smp("NUMA node ids must run from 0 without a gap: {nodes}", "number them 0, 1, …")
-NUMA_SHARED_MEMDEV = _smp("two nodes have the same memdev=", "give each node its own")
-NUMA_NO_MEMORY = _smp("the NUMA nodes have no memory", "correct mem=")
-NUMA_DISTANCE_MISSING = _smp("the distance between node {one} and {other} is missing", "write -numa dist for it")
-NUMA_DISTANCE_ONE_WAY = _smp(
-    "a pair of nodes has two distances that differ, and another pair has only one",
-    "write -numa dist for both directions of all",
-)
+#: QEMU's own rules, in its words: `core.machine.smp` and `core.machine.numa` say them where they compute.
+SMP = Reason("smp", "{what}", "{hint}", _CONFIG)
+
+
+def refuse_smp(is_wrong: bool, what: str, hint: str) -> None:
+    """Refuse a -smp or -numa, where QEMU does.
+
+    Args:
+        is_wrong: whether QEMU refuses it.
+        what: in QEMU's words, with the numbers.
+        hint: what to write instead.
+
+    Raises:
+        VcpuRefused: it is wrong.
+    """
+    if is_wrong:
+        raise SMP.error(what=what, hint=hint)
+
 
 # -- Domain XML: xml, protection, trust
 
