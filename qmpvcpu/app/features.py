@@ -10,6 +10,7 @@ from qmpvcpu.core.arch import architecture, architecture_of_program
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.command_line import split_cpu
 from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.state.inventory import objects_of
 from qmpvcpu.host.answers import FileCache, key_of, program_of
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.launch import run_qemu
@@ -71,5 +72,4 @@ async def _ask(program: str, model: str) -> list[str]:
             rows = await qemu.monitor.execute("qom-list-properties", {"typename": model})
         except CommandError:
             return []
-    names = [row.get("name") for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
-    return [name for name in names if isinstance(name, str)]
+    return [row["name"] for row in objects_of(rows) if isinstance(row.get("name"), str)]

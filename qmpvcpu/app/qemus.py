@@ -15,7 +15,7 @@ from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.core.arch import X86_64, examined, programs_of
 from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.core.quirks import quirk
-from qmpvcpu.core.state.inventory import parse_version
+from qmpvcpu.core.state.inventory import objects_of, parse_version
 from qmpvcpu.errors import VcpuError
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.launch import run_qemu
@@ -89,9 +89,8 @@ async def examine(path: str, arch: str) -> QemuBinary:
             machines = await qemu.monitor.query_machines()
     except (VcpuError, CommandError) as error:
         return QemuBinary(path, arch, error=str(error))
-    rows = machines if isinstance(machines, list) else []
-    names = (row for row in rows if isinstance(row, dict) and row.get("hotpluggable-cpus") is True)
-    return QemuBinary(path, arch, version, tuple(sorted(str(row.get("name")) for row in names)))
+    names = (str(row.get("name")) for row in objects_of(machines) if row.get("hotpluggable-cpus") is True)
+    return QemuBinary(path, arch, version, tuple(sorted(names)))
 
 
 async def find_emulator(arch: str, version: QemuVersion | None) -> str | None:

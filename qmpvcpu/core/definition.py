@@ -256,15 +256,9 @@ def contradictions(definition: Definition) -> list[str]:
     ranks: dict[int, int] = {}
     for first in range(0, definition.maxcpus, size):
         core = definition.vcpus[first : first + size]
-        if any((vcpu.enabled, vcpu.hotpluggable, vcpu.order) != _facts(core[0]) for vcpu in core):
+        if any(replace(vcpu, id=first) != core[0] for vcpu in core):
             found.append(f"vCPUs {first}-{first + len(core) - 1} are one core, and differ")
         order = core[0].order
-        if order is not None:
-            if order in ranks:
-                found.append(f"vCPU {ranks[order]} and {first} have the same order {order}")
-            ranks.setdefault(order, first)
+        if order is not None and ranks.setdefault(order, first) != first:
+            found.append(f"vCPU {ranks[order]} and {first} have the same order {order}")
     return found
-
-
-def _facts(vcpu: VcpuConfig) -> tuple[bool, bool, int | None]:
-    return vcpu.enabled, vcpu.hotpluggable, vcpu.order

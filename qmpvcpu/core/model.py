@@ -6,7 +6,7 @@ Words are those of docs/design: an *entity* is what one `device_add` creates; *e
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from enum import StrEnum
 from typing import Any, Final
 
@@ -106,6 +106,18 @@ class Topology:
             return max(count - 1, 0).bit_length()
 
         return bits(self.threads), bits(self.cores), bits(self.modules), bits(self.dies)
+
+    def x86_apic_id(self, place: Mapping[str, int]) -> int:
+        """The APIC id of a slot with these props (QEMU: hw/i386/topology.h)."""
+        threads, cores, modules, dies = self.x86_apic_widths
+        found = place.get("socket-id", 0)
+        for level, bits in (("die-id", dies), ("module-id", modules), ("core-id", cores), ("thread-id", threads)):
+            found = (found << bits) | place.get(level, 0)
+        return found
+
+    def to_json(self) -> dict[str, int]:
+        """Each count by its name."""
+        return {one.name: getattr(self, one.name) for one in fields(self) if one.init}
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,21 +274,10 @@ class DomainState:
         return [self.by_id[first] for first in firsts]
 
     def x86_apic_id(self, entity: Entity) -> int | None:
-        """The APIC id of a slot, None where the topology is not known (QEMU: hw/i386/topology.h)."""
+        """The APIC id of a slot, None where the topology is not known."""
         if self.topology is None or entity.props is None:
             return None
-        thread_bits, core_bits, module_bits, die_bits = self.topology.x86_apic_widths
-        result: int = entity.props.get("thread-id", 0)
-        shift = thread_bits
-        for level, width in (
-            ("core-id", core_bits),
-            ("module-id", module_bits),
-            ("die-id", die_bits),
-            ("socket-id", 0),
-        ):
-            result |= entity.props.get(level, 0) << shift
-            shift += width
-        return result
+        return self.topology.x86_apic_id(entity.props)
 
     @property
     def nodes(self) -> tuple[int, ...]:

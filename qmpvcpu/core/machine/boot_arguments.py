@@ -16,7 +16,7 @@ from qmpvcpu.core.machine.layout import MachineLayout, MachineSpec, predict_layo
 from qmpvcpu.core.machine.numa import NumaNode
 from qmpvcpu.core.machine.smp import LEVELS, Smp
 from qmpvcpu.core.machine.words import escaped, join_pairs
-from qmpvcpu.core.model import DomainState, Props
+from qmpvcpu.core.model import DomainState, Props, Topology
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
 
@@ -71,14 +71,12 @@ def machine_spec(definition: Definition) -> MachineSpec:
         VcpuRefused: no QEMU could be that; the text says why.
     """
     arch = qemu_arch(definition)
-    topology = definition.topology
-    levels = {"sockets": definition.maxcpus, "cores": 1, "threads": 1}
-    if topology is not None:
-        levels = {
-            level: getattr(topology, level)
-            for level in LEVELS
-            if getattr(topology, level) > 1 or level in ("sockets", "cores", "threads")
-        }
+    topology = definition.topology or Topology(definition.maxcpus, sockets=definition.maxcpus)
+    levels = {
+        level: getattr(topology, level)
+        for level in LEVELS
+        if getattr(topology, level) > 1 or level in ("sockets", "cores", "threads")
+    }
     smp = Smp(len(_run(definition)), definition.maxcpus, **levels)
     more = definition.options
     machine = definition.machine or architecture(arch).default_machine
@@ -109,14 +107,10 @@ def located(definition: Definition, state: DomainState) -> DomainState:
 
 def _run(definition: Definition) -> tuple[int, ...]:
     """The vCPUs that -smp says: from 0 on, as long as they are there and stay."""
-    found = []
-    for vcpu in definition.vcpus:
-        if not vcpu.enabled or vcpu.hotpluggable:
-            break
-        found.append(vcpu.id)
-    if not found:
+    end = next((v.id for v in definition.vcpus if not v.enabled or v.hotpluggable), definition.maxcpus)
+    if not end:
         raise catalogue.BOOT_VCPU_0.error()
-    return tuple(found)
+    return tuple(range(end))
 
 
 def boot_args(
@@ -175,8 +169,7 @@ def boot_args(
 
 
 def _memory(definition: Definition) -> list[str]:
-    sizes = _cell_sizes(definition) if definition.cells else []
-    size = sum(size for _, size in sizes) if sizes else definition.base_memory
+    size = sum(_cell_sizes(definition)) if definition.cells else definition.base_memory
     if size is not None and size <= 0:
         raise catalogue.NO_MEMORY.error()
     words = {} if size is None else {"size": _kib(size)}
@@ -196,7 +189,7 @@ def _numa(definition: Definition) -> list[str]:
         whole = options.backend_of(None)
         size = definition.base_memory
         return _backend(whole, size) if whole is not None and size is not None else []
-    sizes = {definition.cells[position].id: size for position, size in _cell_sizes(definition)}
+    sizes = {cell.id: size for cell, size in zip(definition.cells, _cell_sizes(definition), strict=True)}
     words = []
     if options.is_one_block:
         whole = options.backend_of(None)
@@ -262,20 +255,17 @@ def _dimms(definition: Definition) -> list[str]:
     return words
 
 
-def _cell_sizes(definition: Definition) -> list[tuple[int, int]]:
-    """Position and bytes of each cell's memory; <memory> in equal parts where no cell says."""
+def _cell_sizes(definition: Definition) -> list[int]:
+    """Bytes of each cell's memory; <memory> in equal parts where no cell says."""
     cells = definition.cells
-    if all(cell.memory is not None for cell in cells):
-        return [(position, cell.memory or 0) for position, cell in enumerate(cells)]
     missing = [cell.id for cell in cells if cell.memory is None]
-    memory = definition.base_memory
-    if memory is None or any(cell.memory is not None for cell in cells):
-        raise catalogue.CELL_WITHOUT_MEMORY.error(cells=missing)
+    if not missing:
+        return [cell.memory or 0 for cell in cells]
     alignment = architecture(qemu_arch(definition)).memory_alignment
-    part = memory // len(cells) // alignment * alignment
-    if not part:
+    part = (definition.base_memory or 0) // len(cells) // alignment * alignment
+    if len(missing) < len(cells) or not part:
         raise catalogue.CELL_WITHOUT_MEMORY.error(cells=missing)
-    return [(position, part) for position in range(len(cells))]
+    return [part] * len(cells)
 
 
 def _plugged(

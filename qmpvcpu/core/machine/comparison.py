@@ -11,7 +11,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from qmpvcpu.core.machine.command_line import QemuCommandLine
 from qmpvcpu.core.machine.devices import beyond_definitions
@@ -19,8 +19,10 @@ from qmpvcpu.core.machine.versions import are_same
 from qmpvcpu.core.model import QemuVersion
 from qmpvcpu.core.quirks import quirk
 from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.state.inventory import object_of, objects_of
 from qmpvcpu.errors import Refusal
 
+T = TypeVar("T")
 _BLOCK: Final = re.compile(r"^ *(\S.*?) +\d+ \w?i?B +0x[0-9a-f]+ +0x[0-9a-f]+ +0x([0-9a-f]+)", re.MULTILINE)
 _MAPPED: Final = re.compile(r"^ +([0-9a-f]{16})-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE)
 _NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)
@@ -162,7 +164,7 @@ def _of_command_lines(source: Picture, here: Picture) -> list[Difference]:
     if source.distances is not None and here.distances is not None:
         found += _of_mapping("distance of NUMA nodes {}", source.distances, here.distances)
     if source.attributes is not None and here.attributes is not None:
-        found += _counts("{}", Counter(source.attributes), Counter(here.attributes))
+        found += _of_mapping("{}", Counter(source.attributes), Counter(here.attributes))
     return found
 
 
@@ -192,11 +194,8 @@ def _of_blocks(source: Picture, here: Picture, same: bool) -> list[Difference]:
         for name in sorted(there.keys() | now.keys())
         if there.get(name) != now.get(name)
     ]
-    for name in sorted(source.places.keys() & here.places.keys()):
-        if source.places[name] != here.places[name]:
-            sides = (f"{picture.places[name]:#x}" for picture in (source, here))
-            found.append(Difference(f"address of the RAM block '{name}'", *sides))
-    return found
+    addresses = ({name: f"{place:#x}" for name, place in side.places.items()} for side in (source, here))
+    return found + _of_mapping("address of the RAM block '{}'", *_common(*addresses))
 
 
 def _of_mapping(
@@ -217,7 +216,7 @@ def _word(value: object, unit: str) -> str:
     return f"{value} {unit}".strip()
 
 
-def _common(there: Mapping[str, object], now: Mapping[str, object]) -> tuple[dict[str, object], dict[str, object]]:
+def _common(there: Mapping[str, T], now: Mapping[str, T]) -> tuple[dict[str, T], dict[str, T]]:
     keys = there.keys() & now.keys()
     return {key: there[key] for key in keys}, {key: now[key] for key in keys}
 
@@ -225,13 +224,12 @@ def _common(there: Mapping[str, object], now: Mapping[str, object]) -> tuple[dic
 def _of_devices(source: Picture, here: Picture, same: bool) -> list[Difference]:
     """By count. Between versions only what a user has added: a machine's own are called otherwise."""
     if same:
-        there, now = Counter(source.types), Counter(here.types)
-        return _counts("device {}", there, now)
+        return _of_mapping("device {}", Counter(source.types), Counter(here.types))
     there, now = Counter(source.added), Counter(here.added)
     # What is one side's default may be added on the other.
     return [
         one
-        for one in _counts("device {}", there, now)
+        for one in _of_mapping("device {}", there, now)
         if one.what.removeprefix("device ") not in {*source.types, *here.types} - {*there, *now}
     ]
 
@@ -306,14 +304,6 @@ def check_movable(picture: Picture) -> list[Refusal]:
     return found
 
 
-def _counts(what: str, there: Counter[str], now: Counter[str]) -> list[Difference]:
-    return [
-        Difference(what.format(key), str(there[key] or "none"), str(now[key] or "none"))
-        for key in sorted(there.keys() | now.keys())
-        if there[key] != now[key]
-    ]
-
-
 # -- replies ----------------------------------------------------------------------------------------
 
 
@@ -326,8 +316,7 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
             `machine` and `cpu` by property, `added` and `own` as lists of (type, place), `block` as QMP's,
             `backends` as properties of each memory backend by its id.
     """
-    memdevs = replies.get("memdevs")
-    ids = {row.get("id") for row in memdevs if isinstance(row, dict)} if isinstance(memdevs, list) else set()
+    ids = {row.get("id") for row in objects_of(replies.get("memdevs"))}
     places: dict[str, int] = {}
     for address, name in _MAPPED.findall(_text(replies.get("mtree"))):
         if name in ids:
@@ -363,15 +352,13 @@ def parse_disks(reply: object) -> dict[str, DiskImage] | None:
     if not isinstance(reply, list):
         return None
     found = {}
-    for row in reply:
-        if not isinstance(row, dict):
-            continue
+    for row in objects_of(reply):
         device, qdev, inserted = (row.get(key) for key in ("device", "qdev", "inserted"))
         path = qdev.removesuffix("/virtio-backend") if isinstance(qdev, str) else ""
         match = _DEVICE.match(path)
         key = device if isinstance(device, str) and device else match[1] if match is not None else path
         if key:
-            words = inserted if isinstance(inserted, dict) else {}
+            words = object_of(inserted)
             file, kind, node = (_word_of(words.get(name)) for name in ("file", "drv", "node-name"))
             found[key] = DiskImage(image_name(file), kind, node)
     return found
@@ -421,29 +408,17 @@ def _devices(reply: object) -> list[str]:
 
 def child_type(row: object) -> str | None:
     """The type of a child that `qom-list` lists."""
-    kind = row.get("type") if isinstance(row, dict) else None
-    match = _CHILD.match(kind) if isinstance(kind, str) else None
+    match = _CHILD.match(_word_of(object_of(row).get("type")))
     return match[1] if match is not None else None
 
 
 def _pci(reply: object) -> Iterable[tuple[str, str]]:
     """The devices of root buses, by their slots."""
-    for bus in reply if isinstance(reply, list) else []:
-        if not isinstance(bus, dict):
-            continue
+    for bus in objects_of(reply):
         where = f"{bus.get('bus')}:" if isinstance(bus.get("bus"), int) else ""
-        for device in bus.get("devices") or []:
-            if isinstance(device, dict):
-                yield from _pci_device(device, where)
-
-
-def _pci_device(device: Mapping[str, Any], where: str) -> Iterable[tuple[str, str]]:
-    slot, function = device.get("slot"), device.get("function")
-    ids = device.get("id") if isinstance(device.get("id"), dict) else {}
-    assert isinstance(ids, dict)
-    if not isinstance(slot, int) or not isinstance(function, int):
-        return
-    here = f"{where}{slot:02x}.{function}"
-    # What is behind a bridge QEMU lists only once firmware has numbered its bus, and a twin has never run any:
-    # such devices are compared by their types.
-    yield here, f"{ids.get('vendor', 0):04x}:{ids.get('device', 0):04x}"
+        # What is behind a bridge QEMU lists only once firmware has numbered its bus, and a twin has never run any:
+        # such devices are compared by their types.
+        for device in objects_of(bus.get("devices")):
+            slot, function, ids = device.get("slot"), device.get("function"), object_of(device.get("id"))
+            if isinstance(slot, int) and isinstance(function, int):
+                yield f"{where}{slot:02x}.{function}", f"{ids.get('vendor', 0):04x}:{ids.get('device', 0):04x}"

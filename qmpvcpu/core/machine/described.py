@@ -9,12 +9,13 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell, Pairs, QemuOptions
-from qmpvcpu.core.machine.command_line import Option, QemuCommandLine, split_cpu
+from qmpvcpu.core.machine.command_line import QemuCommandLine, split_cpu
 from qmpvcpu.core.machine.devices import Devices, devices_of
+from qmpvcpu.core.state.inventory import object_of, objects_of
 
 _NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)
 _PLUGGED: Final = re.compile(r"^node ([0-9]{1,4}) plugged: ([0-9]{1,9}) MB", re.MULTILINE)
@@ -39,6 +40,7 @@ _FLAGS: Final = {
 _HOST_MEMORY: Final = ("mem-path", "mem-prealloc")
 #: What a driver of `device_add` ends with, where `query-cpu-definitions` does not know it.
 _CORE_SUFFIXES: Final = ("-spapr-cpu-core", "-powerpc64-cpu")
+M = TypeVar("M", MemoryBackend, Dimm)
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +79,15 @@ def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
     """Of the replies by command; what is not of QEMU's form is not there."""
     memdevs = {
         row["id"]: row["size"]
-        for row in _rows(replies.get("query-memdev"))
+        for row in objects_of(replies.get("query-memdev"))
         if isinstance(row.get("id"), str) and type(row.get("size")) is int
     }
-    summary, memory = (_object(replies.get(key)) for key in ("query-memory-size-summary", "memory"))
+    summary, memory = (object_of(replies.get(key)) for key in ("query-memory-size-summary", "memory"))
     whole = replies.get("memory-backend")
     dimms: list[Dimm] = []
     others: dict[str, str] = {}
-    for row in _rows(replies.get("query-memory-devices")):
-        data = _object(row.get("data"))
+    for row in objects_of(replies.get("query-memory-devices")):
+        data = object_of(row.get("data"))
         if row.get("type") == "dimm" and type(data.get("size")) is int:
             dimms.append(_dimm(data))
         else:
@@ -93,7 +95,7 @@ def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
             others[str(name)] = f"{row.get('type')} '{name}'"
     models = {
         row["typename"]: row["name"]
-        for row in _rows(replies.get("query-cpu-definitions"))
+        for row in objects_of(replies.get("query-cpu-definitions"))
         if isinstance(row.get("typename"), str) and isinstance(row.get("name"), str)
     }
     texts = [replies.get(key) for key in ("info numa", "info mtree -f")]
@@ -125,14 +127,6 @@ def _dimm(data: Mapping[str, Any]) -> Dimm:
 def _memdev(data: Mapping[str, Any]) -> str | None:
     path = data.get("memdev")
     return path.removeprefix(_OBJECTS) if isinstance(path, str) else None
-
-
-def _rows(reply: object) -> list[dict[str, Any]]:
-    return [row for row in reply if isinstance(row, dict)] if isinstance(reply, list) else []
-
-
-def _object(reply: object) -> dict[str, Any]:
-    return reply if isinstance(reply, dict) else {}
 
 
 def _size(value: object) -> int | None:
@@ -167,12 +161,8 @@ def described(
     devices = list(line.all("device")) if line is not None else []
     given = {option.get("id") or option.get("memdev") for option in devices}
     left_out = [f"the memory device {text}" for name, text in facts.other_devices.items() if name not in given]
-    if line is not None:
-        cells, options, more = _of_line(found, facts, line)
-        left_out += more
-    else:
-        cells, options, more = _of_monitor(found, facts)
-        left_out += more
+    cells, options, more = _of_line(found, facts, line) if line is not None else _of_monitor(found, facts)
+    left_out += more
     cpu, properties = _cpu(driver, found.arch, facts, line)
     base = facts.base_memory
     # QMP tells of a maximum only where there are slots (7.2 to 11.1).
@@ -184,7 +174,7 @@ def described(
         memory=None if base is None else base + sum(dimm.size for dimm in facts.dimms),
         max_memory=most if most != base else None,
         memory_slots=facts.slots or None,
-        dimms=_dimms(facts, line),
+        dimms=tuple(_as_started(dimm, dimm.memdev, line) for dimm in facts.dimms),
         options=replace(options, cpu=properties),
     )
     if definition.rounded != definition:
@@ -203,12 +193,10 @@ def _of_line(
     left_out = [f"'{text}'" for text in line.unread]
     left_out += [f"-{option.name}" for option in line.all(*_HOST_MEMORY)]
     nodes = line.nodes
-    objects = {option.get("id"): option for option in line.backends}
-    rank = {name: position for position, name in enumerate(objects)}
-    backends = [_backend(node.memdev, node.id, objects) for node in nodes if node.memdev]
-    whole = next((value for key, value in line.machine_options if key == "memory-backend"), None)
-    if whole is not None:
-        backends.append(_backend(whole, None, objects))
+    rank = {option.get("id"): position for position, option in enumerate(line.backends)}
+    made = [MemoryBackend(node.memdev, node.id) for node in nodes if node.memdev]
+    made += [MemoryBackend(value) for key, value in line.machine_options if key == "memory-backend"]
+    backends = [_as_started(backend, backend.id, line) for backend in made]
     backends.sort(key=lambda backend: rank.get(backend.id, len(rank)))
     sizes = {node.id: facts.memdevs.get(node.memdev, 0) if node.memdev else node.memory or 0 for node in nodes}
     if nodes and not any(sizes.values()):
@@ -241,26 +229,14 @@ def _of_line(
     return cells, options, left_out
 
 
-def _backend(name: str, cell: int | None, objects: Mapping[str | None, Option]) -> MemoryBackend:
-    option = objects.get(name)
+def _as_started(memory: M, name: str | None, line: QemuCommandLine | None) -> M:
+    """A backend, or the DIMM on the backend of this name, with what `-object` said of it."""
+    options = line.backends if line is not None else ()
+    option = next((option for option in reversed(options) if option.get("id") == name), None)
     if option is None:
-        return MemoryBackend(name, cell)
-    return MemoryBackend(name, cell, option.get("qom-type") or "", _backend_options(option))
-
-
-def _backend_options(option: Option) -> Pairs:
-    return tuple(pair for pair in option.pairs if pair[0] not in ("qom-type", "id", "size"))
-
-
-def _dimms(facts: MachineFacts, line: QemuCommandLine | None) -> tuple[Dimm, ...]:
-    objects = {option.get("id"): option for option in line.backends} if line is not None else {}
-    found = []
-    for dimm in facts.dimms:
-        option = objects.get(dimm.memdev)
-        if option is not None:
-            dimm = replace(dimm, driver=option.get("qom-type") or "", options=_backend_options(option))
-        found.append(dimm)
-    return tuple(found)
+        return memory
+    pairs = tuple(pair for pair in option.pairs if pair[0] not in ("qom-type", "id", "size"))
+    return replace(memory, driver=option.get("qom-type") or "", options=pairs)
 
 
 def _sizes_of_text(facts: MachineFacts) -> dict[int, int]:

@@ -185,12 +185,12 @@ def unlike_any_other(arguments: Sequence[str]) -> list[str]:
         " ".join(option.words)
         for option in line.all("netdev", "nic")
         if (option.get("type") or "").startswith(_OFFLOADING)
-        and (option.get("id") in ends if option.name == "netdev" else _may_be_virtio(option.get("model")))
+        and (
+            option.get("id") in ends
+            if option.name == "netdev"
+            else (option.get("model") or "virtio").startswith("virtio")
+        )
     ]
-
-
-def _may_be_virtio(model: str | None) -> bool:
-    return model is None or model.startswith("virtio")
 
 
 def _is_agent(option: Option) -> bool:
@@ -200,10 +200,8 @@ def _is_agent(option: Option) -> bool:
 def _monitors(line: QemuCommandLine) -> set[str | None]:
     """Ids of chardevs that nothing but monitors and serial ports use."""
     found = {option.get("chardev") for option in line.all("mon")}
-    for option in line.all("qmp", "qmp-pretty", "monitor", "serial"):
-        prefix, _, name = (option.text or "").partition(":")
-        if prefix == "chardev":
-            found.add(name)
+    texts = [option.text or "" for option in line.all("qmp", "qmp-pretty", "monitor", "serial")]
+    found |= {text.removeprefix("chardev:") for text in texts if text.startswith("chardev:")}
     others = line.all("device", "object", "netdev", "tpmdev", "semihosting-config")
     return found - {option.get("chardev") for option in others if not _is_agent(option)}
 
@@ -212,10 +210,10 @@ def _has_descriptor(option: Option) -> bool:
     """Whether it names a descriptor of the process that started QEMU."""
     if option.name not in ("chardev", "netdev", "nic", "net", "drive", "blockdev", "device"):
         return False
-    keys = ("fd", "fds", "vhostfd", "vhostfds", "sock_fd")
-    ends = (".type", "fd")
     return any(
-        key in keys or (key.endswith(ends[0]) and value == ends[1]) or "/dev/fdset/" in value
+        key in ("fd", "fds", "vhostfd", "vhostfds", "sock_fd")
+        or (key.endswith(".type") and value == "fd")
+        or "/dev/fdset/" in value
         for key, value in option.pairs
     )
 

@@ -6,7 +6,7 @@ An answer comes of arithmetic (`predict_layout`) or of a QEMU that was asked (`p
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Final
 
@@ -168,10 +168,6 @@ class MachineLayout:
 
     def to_json(self) -> dict[str, Any]:
         """The document of `probe --json`."""
-        topology = None
-        if self.topology is not None:
-            topology = asdict(self.topology)
-            del topology["x86_apic_limit"]
         return {
             "source": str(self.source),
             "arch": self.arch,
@@ -183,7 +179,7 @@ class MachineLayout:
             "cpu_type": self.cpu_type,
             "maxcpus": self.maxcpus,
             "cpus": self.cpus,
-            "topology": topology,
+            "topology": self.topology.to_json() if self.topology is not None else None,
             "vcpus": [vcpu.to_json() for vcpu in self.vcpus()],
         }
 

@@ -197,7 +197,8 @@ def predict(
     )
     is_certain = topology.maxcpus <= facts.row.most_computed
     if facts.row.has_apic:
-        is_certain &= _last_apic_id(topology) < _APIC_IDS
+        last = {_PROPS[level]: getattr(topology, level) - 1 for level in LEVELS}
+        is_certain &= topology.x86_apic_id(last) < _APIC_IDS
     if facts.has_cores and accel == "tcg":
         is_certain &= has(facts.compat, Feature.PSERIES_WITHOUT_HTM)
     return Prediction(topology, plugged, slots, is_certain)
@@ -205,14 +206,6 @@ def predict(
 
 #: An APIC id of 255 and more needs x2apic, and more than TCG of 7.2 has.
 _APIC_IDS: Final = 255
-
-
-def _last_apic_id(topology: Topology) -> int:
-    threads, cores, modules, dies = topology.x86_apic_widths
-    found = topology.sockets - 1
-    for level, bits in (("dies", dies), ("modules", modules), ("cores", cores), ("threads", threads)):
-        found = (found << bits) + getattr(topology, level) - 1
-    return found
 
 
 def _facts(arch: str, machine: str, version: QemuVersion) -> _Machine:

@@ -106,9 +106,7 @@ def parse_keyval(option: str, text: str, implied: str) -> Pairs:
     found: list[tuple[str, str]] = []
     rest = text
     while rest:
-        match = re.match("[^=,]*", rest)
-        assert match is not None
-        word = match[0]
+        word = _word(rest)
         is_bare = rest[len(word) : len(word) + 1] != "="
         if word and is_bare:
             if word in ("help", "?"):
@@ -134,9 +132,7 @@ def split_pairs(text: str, implied: str | None = None) -> Pairs:
     found: list[tuple[str, str]] = []
     rest, position = text, 0
     while rest:
-        match = re.match("[^=,]*", rest)
-        assert match is not None
-        key = match[0]
+        key = _word(rest)
         if rest[len(key) : len(key) + 1] == "=":
             value, rest = _value(rest[len(key) + 1 :])
             found.append((key, value))
@@ -149,6 +145,11 @@ def split_pairs(text: str, implied: str | None = None) -> Pairs:
                 found.append((key, "on"))
         position += 1
     return tuple(found)
+
+
+def _word(text: str) -> str:
+    """Up to the first sign that ends a key."""
+    return re.split("[=,]", text, maxsplit=1)[0]
 
 
 def _value(text: str) -> tuple[str, str]:

@@ -123,10 +123,8 @@ def _ost(info: object, names: Names) -> Signal | None:
     if not isinstance(info, dict) or info.get("slot-type") != "CPU":
         return None
     source, status = info.get("source"), info.get("status")
-    if type(source) is not int or type(status) is not int or source not in _EJECT_SOURCES:
-        return Signal(SignalKind.LOOK_AGAIN)
-    if status == 0:
-        # "Done" comes before the CPU is gone, and without a device once it is.
+    # "Done" (0) comes before the CPU is gone, and without a device once it is.
+    if type(source) is not int or type(status) is not int or source not in _EJECT_SOURCES or status == 0:
         return Signal(SignalKind.LOOK_AGAIN)
     # The device id is there only for a CPU that has one.
     entity = names.of(info) or names.of_slot(info.get("slot"))

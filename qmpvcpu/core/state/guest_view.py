@@ -312,9 +312,8 @@ def _assume(state: DomainState, cpus: Sequence[GuestCpu], there: Sequence[GuestC
     numbers = [cpu.logical_id for cpu in there]
     plugged = [e for e in state.entities if e.qom_path is not None and "/peripheral" in e.qom_path]
     unknown = GuestView(tuple(cpus), {}, assumed=True, strays=len(there), all_online=_all_online(state, cpus))
-    if not architecture(state.arch).boots_on_first or len(plugged) > 1 or numbers != list(range(len(numbers))):
-        return unknown
-    if tuple(numbers) != state.enabled_ids:
+    has_gap = not numbers == list(state.enabled_ids) == list(range(len(numbers)))
+    if has_gap or len(plugged) > 1 or not architecture(state.arch).boots_on_first:
         return unknown
     return replace(unknown, by_vcpu={cpu.logical_id: cpu for cpu in there}, strays=0)
 

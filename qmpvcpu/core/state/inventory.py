@@ -81,6 +81,16 @@ def short(value: object) -> str:
     return text if len(text) <= 60 else text[:57] + "..."
 
 
+def object_of(reply: object) -> dict[str, Any]:
+    """A JSON object; an empty one in place of anything else."""
+    return reply if isinstance(reply, dict) else {}
+
+
+def objects_of(reply: object) -> list[dict[str, Any]]:
+    """The JSON objects of a list; none of anything else."""
+    return [row for row in reply if isinstance(row, dict)] if isinstance(reply, list) else []
+
+
 def _malformed(command: str, what: str) -> VcpuConnectionError:
     return VcpuConnectionError(
         f"{command}: {what}",
@@ -205,12 +215,8 @@ def _address(props: Props | None) -> tuple[int, ...]:
     return tuple(props.get(level, 0) if props is not None else 0 for level in LEVELS)
 
 
-def _node(*candidates: Props | None) -> int | None:
-    for props in candidates:
-        if props is not None and type(props.get("node-id")) is int:
-            node: int = props["node-id"]
-            return node
-    return None
+def _node(props: Props | None) -> int | None:
+    return props.get("node-id") if props is not None else None
 
 
 class _Plugged:
