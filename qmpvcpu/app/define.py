@@ -17,7 +17,7 @@ from qmpvcpu.core.address import parse_address
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.connect import connect
 from qmpvcpu.errors import VcpuRefused, VcpuUsageError
-from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name
+from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, require_name
 from qmpvcpu.host.runtime import Runtime
 from qmpvcpu.xml.boot_devices import command_line_of
 from qmpvcpu.xml.document import read_domain, renamed
@@ -60,9 +60,7 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
                 f"two files are given, '{word}' and '{xml}'", hint="define FILE, or define NAME --xml FILE"
             )
         return await _define_file(word, addresses)
-    refusal = check_name(word)
-    if refusal is not None:
-        raise VcpuRefused([refusal])
+    require_name(word)
     _check_not_ours(word, addresses)
     messages = []
     if xml is not None:
@@ -94,9 +92,7 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
 async def _define_file(path: str, addresses: Addresses) -> Defined:
     data = read_document(path)
     name = _checked(data, path)
-    refusal = check_name(name)
-    if refusal is not None:
-        raise VcpuRefused([refusal])
+    require_name(name)
     _check_not_ours(name, addresses)
     messages = [*_trusted(data), *_left_behind(name, addresses)]
     return await asyncio.to_thread(_write, name, data, _with_known(name, addresses), messages)

@@ -12,7 +12,7 @@ from typing import Any
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.qemus import DEMO_ARCH, QemuBinary, examine_all, find_binaries, survives_unplug
 from qmpvcpu.core.arch import examined
-from qmpvcpu.core.model import DomainState, Entity, format_ids
+from qmpvcpu.core.model import DomainState, Entity, format_ids, grouped
 from qmpvcpu.domain import Domain
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
@@ -86,10 +86,8 @@ def _missing(
 ) -> list[tuple[str, str]]:
     found = []
     running = [qemu for qemu in qemus if qemu.version]
-    lacking: dict[str | None, list[str]] = {}
-    for row in examined():
-        if all(qemu.arch != row.name for qemu in running):
-            lacking.setdefault(row.package, []).append(row.name)
+    there = {qemu.arch for qemu in running}
+    lacking = grouped((row.package, row.name) for row in examined() if row.name not in there)
     for package, names in lacking.items():
         what = f"no QEMU for {', '.join(names)}"
         found.append((what, f"apt-get install --no-install-recommends {package}"))

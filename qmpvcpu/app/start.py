@@ -29,7 +29,7 @@ from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host import runtime as host
 from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.cgroup.groups import VcpuGroups, remove_trees
-from qmpvcpu.host.definition_files import DefinitionFolder, check_name
+from qmpvcpu.host.definition_files import DefinitionFolder, require_name
 from qmpvcpu.host.process import process_of
 from qmpvcpu.host.runtime import SOCKETS, Runtime, end_process
 from qmpvcpu.ports import CommandError
@@ -188,9 +188,7 @@ async def launch_waiting(
             guest that runs.
         VcpuFailed, VcpuConnectionError: QEMU exited, or does not answer. No QEMU stays.
     """
-    refusal = check_name(name)
-    if refusal is not None:
-        raise VcpuRefused([refusal])
+    require_name(name)
     runtime = Runtime(name)
     async with _alone(runtime):
         await _check_inactive(name, runtime)
@@ -305,9 +303,7 @@ async def destroy(name: str) -> Destroyed:
         VcpuRefused: it does not run, or was not started by us.
         VcpuFailed: it cannot be ended.
     """
-    refusal = check_name(name)
-    if refusal is not None:
-        raise VcpuRefused([refusal])
+    require_name(name)
     runtime = Runtime(name)
     async with _alone(runtime):
         pid = runtime.pid()
@@ -334,14 +330,13 @@ async def destroy(name: str) -> Destroyed:
 def _end(runtime: Runtime) -> bool:
     """End its QEMU, if there is one; whether it had to be killed. Blocks."""
     pid = runtime.pid()
-    groups = []
+    groups, killed = [], False
     if pid is not None:
         with suppress(OSError):
             groups = VcpuGroups(process_of(pid)).folders()
-    killed = False
-    if pid is not None and not end_process(pid, signal.SIGTERM, _END_SECONDS, runtime):
-        killed = True
-        end_process(pid, signal.SIGKILL, _END_SECONDS, runtime)
+        killed = not end_process(pid, signal.SIGTERM, _END_SECONDS, runtime)
+        if killed:
+            end_process(pid, signal.SIGKILL, _END_SECONDS, runtime)
     runtime.remove()
     remove_trees(groups, _GROUP_SECONDS)
     return killed

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
-from qmpvcpu.core.model import EventKind, Props, format_ids
+from qmpvcpu.core.model import EventKind, Props, format_ids, grouped
 from qmpvcpu.core.rules.selection import core_of
 from qmpvcpu.core.state.inventory import LEVELS
 
@@ -56,9 +56,7 @@ def topology(state: DomainState) -> list[str]:
 
 
 def _sign(vcpu: Vcpu) -> str:
-    if vcpu.pending:
-        return "~"
-    return "#" if vcpu.enabled else "."
+    return "~" if vcpu.pending else "#" if vcpu.enabled else "."
 
 
 def slots(layout: MachineLayout, vcpus: Sequence[Vcpu]) -> list[str]:
@@ -120,10 +118,9 @@ def _text(value: object) -> str:
 def outcome(result: Outcome) -> list[str]:
     """Return what a `setvcpu` did, in one or two lines."""
     rows = {row.id: row for row in result.rows}
-    words: dict[str, list[int]] = {}
     is_both = bool(result.live_changed_ids or result.config_changed_ids or result.defined)
-    for number in result.live_changed_ids if is_both else result.changed_ids:
-        words.setdefault(_changed_to(rows.get(number), result.mechanism), []).append(number)
+    changed = result.live_changed_ids if is_both else result.changed_ids
+    words = grouped((_changed_to(rows.get(number), result.mechanism), number) for number in changed)
     lines = [f"vCPU {format_ids(ids)}: {word}" for word, ids in words.items()]
     asked = format_ids(result.pending)
     if result.outcome == "requested":
@@ -141,9 +138,7 @@ def _already(result: Outcome) -> list[str]:
     """Return that nothing was to be done, in the words of the request."""
     if result.already:
         return list(result.already)
-    words: dict[str, list[int]] = {}
-    for row in result.rows:
-        words.setdefault(row.state, []).append(row.id)
+    words = grouped((row.state, row.id) for row in result.rows)
     return [f"vCPU {format_ids(ids)}: already {word}" for word, ids in words.items()] or ["nothing to do"]
 
 
@@ -151,9 +146,7 @@ def _defined(result: Outcome) -> list[str]:
     if not result.config_changed_ids:
         return ["the definition is changed"]
     rows = {row.id: row for row in result.rows} if not result.live_changed_ids else {}
-    words: dict[str, list[int]] = {}
-    for number in result.config_changed_ids:
-        words.setdefault(rows[number].state if number in rows else "changed", []).append(number)
+    words = grouped((rows[n].state if n in rows else "changed", n) for n in result.config_changed_ids)
     return [f"vCPU {format_ids(ids)}: {word} in the definition" for word, ids in words.items()]
 
 

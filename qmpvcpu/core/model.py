@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from qmpvcpu.errors import OutcomeKind
 
+K = TypeVar("K")
+T = TypeVar("T")
 #: QEMU's target name as `query-target` gives it: "x86_64", "ppc64", "s390x", "loongarch64", "aarch64" …
 Arch = str
 
@@ -25,6 +27,14 @@ def format_ids(ids: Iterable[int]) -> str:
         else:
             runs.append([number, number])
     return ",".join(str(low) if low == high else f"{low}-{high}" for low, high in runs)
+
+
+def grouped(pairs: Iterable[tuple[K, T]]) -> dict[K, list[T]]:
+    """The values of each key, both in the order in which they come."""
+    found: dict[K, list[T]] = {}
+    for key, value in pairs:
+        found.setdefault(key, []).append(value)
+    return found
 
 
 class Props(Mapping[str, Any]):

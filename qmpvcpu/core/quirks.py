@@ -94,9 +94,7 @@ class Quirk:
         """Whether a QEMU of this version counts as having it; a version that nobody knows does."""
         if version is None:
             return True
-        if self.came is not None and version < self.came:
-            return False
-        return self.fixed is None or version < self.fixed
+        return (self.came is None or self.came <= version) and (self.fixed is None or version < self.fixed)
 
     def affects(self, arch: str | None, accel: str | None, version: QemuVersion | None) -> bool:
         """Whether a guest of this architecture (QEMU's or libvirt's name) can meet it."""

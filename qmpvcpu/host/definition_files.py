@@ -202,8 +202,7 @@ class DefinitionFolder:
         Raises:
             VcpuRefused: it cannot be written.
         """
-        if (refusal := check_name(name)) is not None:
-            raise VcpuRefused([refusal])
+        require_name(name)
         try:
             make_folder(self.folder)
             staged = stage_file(self._xml(name), xml)
@@ -268,6 +267,12 @@ class DefinitionFolder:
 
     def _json(self, name: str) -> Path:
         return self.folder / f"{file_name(name)}.json"
+
+
+def require_name(name: str) -> None:
+    """Raises VcpuRefused where no domain can be called so."""
+    if (refusal := check_name(name)) is not None:
+        raise VcpuRefused([refusal])
 
 
 def check_name(name: str) -> Refusal | None:

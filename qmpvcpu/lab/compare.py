@@ -168,9 +168,7 @@ class OurSide:
         )
 
     async def _sides(self) -> tuple[bytes | None, bytes | None]:
-        live = None
-        if self.domain.is_active:
-            live = await self.domain.dump_xml(dialect="libvirt")
+        live = await self.domain.dump_xml(dialect="libvirt") if self.domain.is_active else None
         return live, await self.domain.dump_xml(inactive=True, dialect="libvirt")
 
 

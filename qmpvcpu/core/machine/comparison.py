@@ -336,15 +336,14 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
         tuple(sorted(added)),
         tuple(sorted([*added, *own])),
         disks={key: (one.file, one.format) for key, one in disks.items()} if disks is not None else None,
-        read_only=tuple(_read_only(replies.get("backends"))),
+        read_only=_read_only(replies.get("backends")),
     )
 
 
-def _read_only(backends: object) -> Iterable[str]:
-    for name, values in backends.items() if isinstance(backends, dict) else ():
-        # `rom` came with 8.2.
-        if values.get("readonly") is True and values.get("rom") != "off":
-            yield name
+def _read_only(backends: object) -> tuple[str, ...]:
+    # `rom` came with 8.2.
+    rows = object_of(backends).items()
+    return tuple(name for name, row in rows if row.get("readonly") is True and row.get("rom") != "off")
 
 
 def parse_disks(reply: object) -> dict[str, DiskImage] | None:

@@ -65,9 +65,11 @@ class ConfigPlan:
         lines = []
         if self.new.maxcpus != self.old.maxcpus:
             lines.append(f"in the definition: at most {self.new.maxcpus} vCPUs, not {self.old.maxcpus}")
-        for word, on in self._sides:
-            if ids := on.intersection(self.changed):
-                lines.append(f"in the definition: vCPU {format_ids(ids)} {word}")
+        lines += [
+            f"in the definition: vCPU {format_ids(ids)} {word}"
+            for word, on in self._sides
+            if (ids := on.intersection(self.changed))
+        ]
         if self.new.pins != self.old.pins:
             for number in self.changed:
                 cpus = self.new.pins.get(number)
@@ -100,11 +102,7 @@ def plan_config(definition: Definition, request: Request, ids: Sequence[int] | N
     if request.total is not None:
         return _plan_total(definition, request)
     state = state_of(definition)
-    refusals: list[Refusal] = []
-    if ids is None:
-        ids, refusals = select(state, request)
-    else:
-        refusals = check_range(state, ids)
+    ids, refusals = select(state, request) if ids is None else (tuple(ids), check_range(state, ids))
     known = [number for number in ids if number in state.by_id]
     changed = tuple(number for number in known if definition.vcpus[number].enabled is not request.enable)
     refusals += check_whole_entities(state, changed, request.flags)
@@ -115,7 +113,7 @@ def plan_config(definition: Definition, request: Request, ids: Sequence[int] | N
     return ConfigPlan(
         definition,
         definition.switched(changed, request.enable) if changed and not refusals else definition,
-        tuple(ids),
+        ids,
         changed,
         tuple(number for number in known if number not in changed),
         tuple(refusals),

@@ -140,9 +140,8 @@ def warnings(
     state: DomainState, plugs: Sequence[Entity], unplugs: Sequence[Entity], known: Knowledge
 ) -> list[str]:
     """What is no reason to refuse, but the user should know."""
-    if known.contexts_reported or not (plugs or unplugs):
-        return []
-    return plugs_left(state, known, plugs)
+    is_quiet = known.contexts_reported or not (plugs or unplugs)
+    return [] if is_quiet else plugs_left(state, known, plugs)
 
 
 def plugs_left(state: DomainState, known: Knowledge, plugs: Sequence[Entity] = ()) -> list[str]:

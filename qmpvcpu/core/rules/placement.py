@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Final, TypeVar
 
 from qmpvcpu.core.definition import Definition
-from qmpvcpu.core.model import DomainState, Vcpu, format_ids
+from qmpvcpu.core.model import DomainState, Vcpu, format_ids, grouped
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.errors import Refusal
@@ -127,10 +127,9 @@ def placements(definition: Definition | None, ids: Iterable[int]) -> dict[int, P
     """What the XML says of these vCPUs; those of which it says nothing are left out."""
     if definition is None:
         return {}
-    everywhere = definition.cpuset
-    if everywhere is None and definition.emulator_pin is not None:
-        # A new thread has the CPUs of the one that makes it.
-        everywhere = ()
+    # A new thread has the CPUs of the one that makes it.
+    is_pinned = definition.cpuset is None and definition.emulator_pin is not None
+    everywhere = () if is_pinned else definition.cpuset
     found = {
         number: Placement(
             definition.pins.get(number, everywhere),
@@ -224,11 +223,8 @@ def _groups(
     wanted: Mapping[int, Placement], get: Callable[[Placement], T | None]
 ) -> list[tuple[T, tuple[int, ...]]]:
     """What is wanted, and the vCPUs that want just that."""
-    found: dict[T, list[int]] = {}
-    for number in sorted(wanted):
-        value = get(wanted[number])
-        if value is not None:
-            found.setdefault(value, []).append(number)
+    pairs = ((get(wanted[number]), number) for number in sorted(wanted))
+    found = grouped((value, number) for value, number in pairs if value is not None)
     return [(value, tuple(ids)) for value, ids in found.items()]
 
 

@@ -28,10 +28,8 @@ def choose(
         targets, found = select_listed(state, request)
         return targets, {number: request.listed.vcpus[number].enabled for number in targets}, found
     if request.total is not None:
-        if request.has(VcpuFlag.GUEST):
-            wants, found = resolve_guest_total(request, state, known.guest)
-        else:
-            wants, found = resolve_total(state, request, known)
+        is_guest = request.has(VcpuFlag.GUEST)
+        wants, found = (resolve_guest_total if is_guest else resolve_total)(state, request, known)
         return tuple(wants), wants, found
     targets, found = select(state, request, known.guest)
     return targets, dict.fromkeys(targets, request.enable) if request.enable != request.disable else {}, found
@@ -201,7 +199,7 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
 
 
 def resolve_guest_total(
-    request: Request, state: DomainState, view: GuestView | None
+    state: DomainState, request: Request, known: Knowledge
 ) -> tuple[dict[int, bool], list[Refusal]]:
     """`set_vcpus` through the agent: the lowest are taken online, the highest that can be are taken offline.
 
@@ -210,6 +208,7 @@ def resolve_guest_total(
     """
     total = request.total
     assert total is not None
+    view = known.guest
     if view is None:
         return {}, []
     mine = sorted(number for number in view.by_vcpu if number in state.by_id)

@@ -5,9 +5,9 @@ libvirt numbers vCPUs as we do: slot by slot, in the order of socket, core and t
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Final
+from typing import Final
 
 from qmpvcpu.core.arch import EntityKind, architecture
 from qmpvcpu.core.definition import Definition
@@ -44,12 +44,9 @@ def running_state(
         config = definition.vcpus[entity.first]
         plugged = config.enabled and entity.first not in lost
         # What is gone unseen is taken for plugged, and so cannot be plugged.
-        pluggable = base.can_plug and entity.first not in lost
-        if plugged:
-            pluggable = base.can_unplug and config.hotpluggable
-        path = None
-        if plugged:
-            path = (PERIPHERAL if config.hotpluggable else _UNNAMED) + entity.device_id
+        can_come, can_go = base.can_plug and entity.first not in lost, base.can_unplug and config.hotpluggable
+        pluggable = can_go if plugged else can_come
+        path = (PERIPHERAL if config.hotpluggable else _UNNAMED) + entity.device_id if plugged else None
         props = _props(base, entity.first, entity.node)
         driver = LIBVIRT_DRIVER if base.can_plug else None
         entities.append(replace(entity, driver=driver, props=props, qom_path=path, hotpluggable=pluggable))
@@ -72,11 +69,8 @@ def running_state(
 def _props(state: DomainState, first: int, node: int | None) -> Props:
     """Where a slot is, as QEMU would say it."""
     topology = state.topology or Topology(state.maxcpus, sockets=state.maxcpus)
-    found: Mapping[str, Any]
-    if architecture(state.arch).entity is EntityKind.THREAD:
-        found = _levels(topology, first)
-    else:
-        found = {"core-id": first}
+    is_thread = architecture(state.arch).entity is EntityKind.THREAD
+    found = _levels(topology, first) if is_thread else {"core-id": first}
     return Props(found if node is None else {**found, "node-id": node})
 
 
