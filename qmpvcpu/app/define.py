@@ -69,8 +69,7 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
         if own != word:
             messages.append(f"'{xml}' calls the domain '{own}': it is defined as '{word}'")
             data = renamed(data, word)
-        messages += _trusted(data)
-        messages += _left_behind(word, addresses)
+        messages += [*_trusted(data), *_left_behind(word, addresses)]
         addresses = _with_known(word, addresses)
     elif addresses.qmp:
         messages += _left_behind(word, addresses)

@@ -268,14 +268,11 @@ def _flat(prefix: str, value: Any, *, has_indexes: bool) -> Iterable[tuple[str, 
 def split_cpu(text: str) -> tuple[str, Pairs]:
     """The model and the properties of -cpu's argument; what is plugged with `+` or `-` counts last, as in QEMU."""
     model, *rest = text.split(",")
-    found: dict[str, str] = {}
     last: dict[str, str] = {}
     for sign, value in (("+", "on"), ("-", "off")):
         last |= {word[1:].replace("_", "-"): value for word in rest if word.startswith(sign)}
-    for word in rest:
-        if word and word[0] not in "+-":
-            key, equals, value = word.partition("=")
-            found[key] = value if equals else "on"
+    pairs = (word.partition("=") for word in rest if word and word[0] not in "+-")
+    found = {key: value if equals else "on" for key, equals, value in pairs}
     return model, tuple((found | last).items())
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
+from itertools import accumulate
 from typing import Any, Final
 
 from qmpvcpu.core.arch import Architecture, EntityKind, architecture
@@ -140,12 +141,8 @@ class MachineLayout:
 
     def entities(self) -> list[tuple[tuple[int, ...], MachineSlot]]:
         """Each slot with its vCPU ids."""
-        found = []
-        first = 0
-        for slot in self.slots:
-            found.append((tuple(range(first, first + slot.vcpus_count)), slot))
-            first += slot.vcpus_count
-        return found
+        firsts = accumulate((slot.vcpus_count for slot in self.slots), initial=0)
+        return [(tuple(range(n, n + slot.vcpus_count)), slot) for n, slot in zip(firsts, self.slots, strict=False)]
 
     def vcpus(self, started: Sequence[int] | None = None) -> list[Vcpu]:
         """A row for each, as it is at the start.
@@ -190,16 +187,15 @@ class MachineLayout:
 def facts_of(spec: MachineSpec, layout: MachineLayout, before: QemuFacts | None = None) -> QemuFacts:
     """What a probed layout teaches of its program, besides what was known `before`."""
     assert layout.version is not None, "it was probed"
-    default = layout.cpu_type if spec.cpu is None else None
-    if default is None and before is not None and spec.machine_type in before.machines:
-        default = before.machines[spec.machine_type].cpu_type
-    machines = {spec.machine_type: MachineType(layout.machine, layout.can_plug, default)}
+    known = before or QemuFacts(layout.arch, layout.version)
+    default = known.machines[spec.machine_type].cpu_type if spec.machine_type in known.machines else None
     models = {}
-    if spec.cpu is not None and layout.cpu_type is not None:
+    if spec.cpu is None:
+        default = layout.cpu_type or default
+    elif layout.cpu_type is not None:
         models = {spec.cpu.partition(",")[0]: layout.cpu_type}
-    if before is not None:
-        machines, models = {**before.machines, **machines}, {**before.cpu_types, **models}
-    return QemuFacts(layout.arch, layout.version, machines, models)
+    machines = {spec.machine_type: MachineType(layout.machine, layout.can_plug, default)}
+    return QemuFacts(layout.arch, layout.version, {**known.machines, **machines}, {**known.cpu_types, **models})
 
 
 def parse_layout(replies: Mapping[str, Any], accel: str, source: LayoutSource) -> MachineLayout:
@@ -280,18 +276,16 @@ def predict_layout(
     Raises:
         VcpuRefused: QEMU would refuse it; the text says why.
     """
-    if facts is not None and facts.arch != architecture(arch).name:
-        return None
-    machine = spec.machine_type
     row = architecture(arch)
-    known = facts.machines.get(machine) if facts is not None else None
-    if known is not None:
-        if not known.hotpluggable:
-            return None
-        machine = known.name
-    elif not row.computes(machine) or not _has_machine(machine, arch, facts, unseen=unseen):
+    if facts is not None and facts.arch != row.name:
         return None
-    if spec.accel != "tcg" and not row.computed_under_kvm:
+    known = facts.machines.get(spec.machine_type) if facts is not None else None
+    if known is not None:
+        machine, is_computed = known.name, known.hotpluggable
+    else:
+        machine = spec.machine_type
+        is_computed = row.computes(machine) and _has_machine(machine, arch, facts, unseen=unseen)
+    if not is_computed or (spec.accel != "tcg" and not row.computed_under_kvm):
         return None
     options = _options(spec, row)
     if options is None:

@@ -123,14 +123,14 @@ class Plan:
         lines = [f"wait until the unplug of {entity.label} has ended" for entity in self.awaited]
         lines += [f"plug {entity.label}: {_plug_words(entity)}" for entity in (*self.awaited, *self.plugs)]
         lines += [f"unplug {entity.label}: {_unplug_words(entity)}" for entity in self.unplugs]
-        if self.onlines:
-            lines.append(f"take vCPU {format_ids(self.onlines)} online in the guest: guest-set-vcpus")
-        if self.offlines:
-            lines.append(f"take vCPU {format_ids(self.offlines)} offline in the guest: guest-set-vcpus")
+        lines += [
+            f"take vCPU {format_ids(ids)} {word} in the guest: guest-set-vcpus"
+            for ids, word in ((self.onlines, "online"), (self.offlines, "offline"))
+            if ids
+        ]
         lines += [f"place vCPU {number}: {placement}" for number, placement in self.placed.items() if placement]
         if self.config is not None:
-            lines += self.config.describe()
-            lines += self.config.diff
+            lines += [*self.config.describe(), *self.config.diff]
         if self.config is None or self.plugs or self.unplugs:
             lines += self.already() if self.unchanged or not (lines or self.refusals) else ()
         return lines

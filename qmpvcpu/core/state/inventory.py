@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import accumulate, pairwise
 from typing import Any, Final
 
 from qmpvcpu.core.arch import architecture
@@ -140,24 +141,19 @@ def _props(command: str, value: object) -> Props:
 def parse_hotpluggable_cpus(reply: object) -> tuple[HotpluggableCpu, ...]:
     """The reply of `query-hotpluggable-cpus`, checked, in QEMU's order."""
     command = "query-hotpluggable-cpus"
-    slots = []
-    total = 0
-    for row in _rows(command, reply):
-        path = row.get("qom-path")
-        if path is not None and (not isinstance(path, str) or not 0 < len(path) <= LONGEST_TEXT):
-            raise _malformed(command, f"'qom-path' is {short(path)}")
-        slot = HotpluggableCpu(
+    slots = [
+        HotpluggableCpu(
             type=_string(command, row, "type"),
             vcpus_count=_integer(command, row, "vcpus-count", 1),
             props=_props(command, row.get("props")),
-            qom_path=path,
+            qom_path=_string(command, row, "qom-path") if row.get("qom-path") is not None else None,
         )
-        total += slot.vcpus_count
-        if total > MAX_VCPUS:
-            raise _malformed(command, f"more than {MAX_VCPUS} vCPUs")
-        slots.append(slot)
+        for row in _rows(command, reply)
+    ]
     if not slots:
         raise _malformed(command, "no slot at all")
+    if sum(slot.vcpus_count for slot in slots) > MAX_VCPUS:
+        raise _malformed(command, f"more than {MAX_VCPUS} vCPUs")
     paths = [slot.qom_path for slot in slots if slot.qom_path is not None]
     if len(set(paths)) != len(paths):
         raise _malformed(command, "two slots have one qom-path")
@@ -242,31 +238,26 @@ class _Plugged:
 
 def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tuple[Entity, ...]:
     """The entities in the order of their vCPU ids."""
-    ordered = sorted(slots, key=lambda slot: _address(slot.props))
-    entities = []
-    first = 0
-    previous: tuple[int, ...] | None = None
-    for slot in ordered:
-        address = _address(slot.props)
-        if address == previous:
+    ordered = sorted(((_address(slot.props), slot) for slot in slots), key=lambda row: row[0])
+    for (address, slot), (other, _) in pairwise(ordered):
+        if address == other:
             raise _malformed(
                 "query-hotpluggable-cpus", f"two slots have the address {short(str(dict(slot.props)))}"
             )
-        previous = address
-        # The boot CPU is the first slot on every machine that can unplug: "Boot CPU is unpluggable" (x86),
-        # "Boot CPU core may not be unplugged" (ppc64).
-        hotpluggable = slot.qom_path is None or (can_unplug and first != 0)
-        entities.append(
-            Entity(
-                ids=tuple(range(first, first + slot.vcpus_count)),
-                driver=slot.type,
-                props=slot.props,
-                qom_path=slot.qom_path,
-                node=_node(slot.props),
-                hotpluggable=hotpluggable,
-            )
+    firsts = accumulate((slot.vcpus_count for _, slot in ordered), initial=0)
+    # The boot CPU is the first slot on every machine that can unplug: "Boot CPU is unpluggable" (x86),
+    # "Boot CPU core may not be unplugged" (ppc64).
+    entities = [
+        Entity(
+            ids=tuple(range(first, first + slot.vcpus_count)),
+            driver=slot.type,
+            props=slot.props,
+            qom_path=slot.qom_path,
+            node=_node(slot.props),
+            hotpluggable=slot.qom_path is None or (can_unplug and first != 0),
         )
-        first += slot.vcpus_count
+        for first, (_, slot) in zip(firsts, ordered, strict=False)
+    ]
     return _with_free_ids(entities)
 
 
