@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import TYPE_CHECKING, Any
 
@@ -75,40 +75,42 @@ def vcpu_table(state: DomainState, vcpus: Iterable[Vcpu]) -> list[str]:
     """Return one row per vCPU, beginning with its place. Parts of the place that repeat the row
     above are blank.
     """
-    shown = list(vcpus)
-    levels = [level for level in LEVELS if any(level in (vcpu.props or Props()) for vcpu in shown)]
-    has_nodes = any(vcpu.node is not None for vcpu in shown)
-    is_grouped = any(len(vcpu.entity) > 1 for vcpu in shown)
-    head = (["NODE"] if has_nodes else []) + [level[:-3].upper() for level in levels]
-    places = len(head)
-    is_lit = any(vcpu.online is not None for vcpu in shown)
-    is_placed = any(vcpu.pin is not None for vcpu in shown)
-    is_scheduled = any(vcpu.scheduler not in (None, "other") for vcpu in shown)
-    head += ["VCPU", "STATE", "ORDER", "HOTPLUGGABLE", "THREAD-ID"]
-    head += (["LAST-CPU", "AFFINITY"] if is_placed else []) + (["SCHEDULER"] if is_scheduled else [])
-    head += (["ENTITY"] if is_grouped else []) + (["ONLINE", "GUEST-ID"] if is_lit else [])
-    rows = [head]
+    rows = list(vcpus)
+    levels = [level for level in LEVELS if any(level in (vcpu.props or Props()) for vcpu in rows)]
+    has_nodes = any(vcpu.node is not None for vcpu in rows)
+    is_placed = any(vcpu.pin is not None for vcpu in rows)
+    is_scheduled = any(vcpu.scheduler not in (None, "other") for vcpu in rows)
+    is_grouped = any(len(vcpu.entity) > 1 for vcpu in rows)
+    has_guest = any(vcpu.online is not None for vcpu in rows)
+    heads = [*(["NODE"] if has_nodes else []), *(level[:-3].upper() for level in levels)]
+    # Head, whether it has numbers, whether it is shown, and what a vCPU has there.
+    cells: list[tuple[str, bool, bool, Callable[[Vcpu], object]]] = [
+        ("VCPU", True, True, lambda v: v.id),
+        ("STATE", False, True, lambda v: v.state + (", unplug pending" if v.pending else "")),
+        ("ORDER", True, True, lambda v: v.order),
+        ("HOTPLUGGABLE", False, True, lambda v: _YES_NO[v.hotpluggable]),
+        ("THREAD-ID", True, True, lambda v: v.thread_id),
+        ("LAST-CPU", True, is_placed, lambda v: v.cpu),
+        ("AFFINITY", False, is_placed, lambda v: v.pin),
+        ("SCHEDULER", False, is_scheduled, lambda v: v.scheduler),
+        ("ENTITY", False, is_grouped, lambda v: format_ids(v.entity)),
+        ("ONLINE", False, has_guest, lambda v: _YES_NO[v.online]),
+        ("GUEST-ID", False, has_guest, lambda v: v.logical_id),
+    ]
+    shown = [(head, is_number, get) for head, is_number, is_shown, get in cells if is_shown]
+    lines = [[*heads, *(head for head, _, _ in shown)]]
     above: list[str] = []
-    for vcpu in shown:
+    for vcpu in rows:
         props = vcpu.props or Props()
         place = ([_text(vcpu.node)] if has_nodes else []) + [_text(props.get(level)) for level in levels]
         same = next((n for n, (a, b) in enumerate(zip(place, above, strict=False)) if a != b), len(above))
-        row = ["" if number < same else cell for number, cell in enumerate(place)]
+        lines.append([*([""] * same), *place[same:], *(_text(get(vcpu)) for _, _, get in shown)])
         above = place
-        row += [
-            str(vcpu.id),
-            vcpu.state + (", unplug pending" if vcpu.pending else ""),
-            _text(vcpu.order),
-            "yes" if vcpu.hotpluggable else "no",
-            _text(vcpu.thread_id),
-        ]
-        row += [_text(vcpu.cpu), _text(vcpu.pin)] if is_placed else []
-        row += [_text(vcpu.scheduler)] if is_scheduled else []
-        row += [format_ids(vcpu.entity)] if is_grouped else []
-        online = {True: "yes", False: "no", None: "-"}[vcpu.online]
-        rows.append(row + ([online, _text(vcpu.logical_id)] if is_lit else []))
-    numbers = frozenset((*range(places + 1), places + 2, places + 4, *([places + 5] if is_placed else [])))
-    return columns(rows, right=numbers)
+    numbers = [number for number, (_, is_number, _) in enumerate(shown, len(heads)) if is_number]
+    return columns(lines, right=frozenset((*range(len(heads)), *numbers)))
+
+
+_YES_NO = {True: "yes", False: "no", None: None}
 
 
 def _text(value: object) -> str:

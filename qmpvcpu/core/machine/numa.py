@@ -16,10 +16,15 @@ from itertools import combinations, permutations
 from typing import Any, Final
 
 from qmpvcpu.core.arguments import checked
-from qmpvcpu.core.machine.words import parse_number, parse_range, parse_size, parse_unsigned, split_pairs
+from qmpvcpu.core.machine.words import (
+    parse_number,
+    parse_range,
+    parse_size,
+    parse_unsigned,
+    refuse_smp,
+    split_pairs,
+)
 from qmpvcpu.core.model import Props, format_ids
-from qmpvcpu.core.rules import catalogue
-from qmpvcpu.core.rules.catalogue import refuse_smp
 from qmpvcpu.errors import VcpuUsageError
 
 _MOST_NODES: Final = 128
@@ -385,10 +390,12 @@ def _add_latency(state: _State, given: NumaLatency) -> None:
     value = given.latency
     if given.bandwidth is not None:
         value = parse_size(given.bandwidth, is_strict=state.machine.has_strict_sizes)
-    if value is None or (is_bandwidth and value % _MIB):
-        raise catalogue.SMP.error(
-            what=f"-numa {given}: bandwidth expects a size in whole MiB", hint="write bandwidth=200M"
-        )
+    refuse_smp(
+        value is None or (is_bandwidth and value % _MIB > 0),
+        f"-numa {given}: bandwidth expects a size in whole MiB",
+        "write bandwidth=200M",
+    )
+    assert value is not None
     table = state.tables.setdefault((given.hierarchy, given.data_type), _Table())
     refuse_smp(
         (given.initiator, given.target) in table.pairs,

@@ -17,10 +17,8 @@ from qmpvcpu.core.arch import Architecture, EntityKind, architecture
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.machine.numa import NumaMachine, NumaOption, nodes_of_slots
 from qmpvcpu.core.machine.versions import Feature, compat_version, has, has_machine, is_measured
-from qmpvcpu.core.machine.words import join_pairs, parse_keyval, parse_number
+from qmpvcpu.core.machine.words import join_pairs, parse_keyval, parse_number, refuse_smp
 from qmpvcpu.core.model import Props, QemuVersion, Topology
-from qmpvcpu.core.rules import catalogue
-from qmpvcpu.core.rules.catalogue import refuse_smp
 from qmpvcpu.errors import VcpuUsageError
 
 #: -smp's levels, outermost first.
@@ -210,8 +208,11 @@ _APIC_IDS: Final = 255
 
 def _facts(arch: str, machine: str, version: QemuVersion) -> _Machine:
     row = architecture(arch)
-    if not row.computes(machine):
-        raise catalogue.SMP_UNKNOWN.error(machine=machine, arch=arch)
+    refuse_smp(
+        not row.computes(machine),
+        f"what '{machine}' ({arch}) makes of -smp is not known",
+        "probe it (--probe always)",
+    )
     known = tuple(level for level in LEVELS if level not in _LEVEL_SINCE or has(version, _LEVEL_SINCE[level]))
     levels = tuple(level for level in row.levels if level in known)
     return _Machine(row, compat_version(machine, version), version, levels, known)

@@ -13,6 +13,7 @@ from fractions import Fraction
 from typing import Final
 
 from qmpvcpu.core.definition import Pairs
+from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuUsageError
 
 #: What C's isspace() takes, and a sign, may stand before a number; nothing may stand behind it. `0b11` is not one
@@ -175,3 +176,18 @@ def join_pairs(pairs: Iterable[tuple[str, str]], implied: str | None = None) -> 
         escaped(value) if key == implied and not position else f"{key}={escaped(value)}"
         for position, (key, value) in enumerate(pairs)
     )
+
+
+def refuse_smp(is_wrong: bool, what: str, hint: str) -> None:
+    """Refuse a -smp or -numa, where QEMU does.
+
+    Args:
+        is_wrong: whether QEMU refuses it.
+        what: in QEMU's words, with the numbers.
+        hint: what to write instead.
+
+    Raises:
+        VcpuRefused: it is wrong.
+    """
+    if is_wrong:
+        raise catalogue.SMP.error(what=what, hint=hint)

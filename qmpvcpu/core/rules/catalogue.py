@@ -580,26 +580,9 @@ CELL_WITHOUT_MEMORY = Reason(
 SMP_SAID = Reason(
     "smp", "QEMU refuses this machine: {said}", "correct the machine; it is '{binary}' that says so", _CONFIG
 )
-SMP_UNKNOWN = Reason(
-    "smp", "what '{machine}' ({arch}) makes of -smp is not known", "probe it (--probe always)", _CONFIG
-)
-#: QEMU's own rules, in its words: `core.machine.smp` and `core.machine.numa` say them where they compute.
+#: QEMU's own rules, in its words: `core.machine.smp` and `core.machine.numa` say them where they compute
+#: (`core.machine.words.refuse_smp`).
 SMP = Reason("smp", "{what}", "{hint}", _CONFIG)
-
-
-def refuse_smp(is_wrong: bool, what: str, hint: str) -> None:
-    """Refuse a -smp or -numa, where QEMU does.
-
-    Args:
-        is_wrong: whether QEMU refuses it.
-        what: in QEMU's words, with the numbers.
-        hint: what to write instead.
-
-    Raises:
-        VcpuRefused: it is wrong.
-    """
-    if is_wrong:
-        raise SMP.error(what=what, hint=hint)
 
 
 # -- Domain XML: xml, protection, trust

@@ -10,7 +10,7 @@ from dataclasses import replace
 from typing import Final
 
 from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity
-from qmpvcpu.core.quirks import Fact, Quirk, Trigger, contexts_run_out, decides, facts_after_unplug, set_off
+from qmpvcpu.core.quirks import Fact, Quirk, Trigger, contexts_run_out, decides, set_off
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.catalogue import Reason
 from qmpvcpu.core.state.knowledge import Knowledge
@@ -76,18 +76,18 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
     """Plugs that are known to end QEMU."""
     if not entities:
         return []
-    facts = facts_after_unplug(known.removals_seen)
     big = _big_apic_ids(state, entities) if known.x2apic is not True else []
-    if big:
-        facts.add(Fact.APIC_255)
-    if known.smm:
-        facts.add(Fact.SMM)
     used = len(state.enabled_ids) + known.contexts_lost
-    if contexts_run_out(state):
-        facts.add(Fact.MULTI_THREAD)
+    run_out = contexts_run_out(state)
+    checks = {
+        Fact.AFTER_UNPLUG: known.removals_seen > 0,
+        Fact.APIC_255: bool(big),
+        Fact.SMM: known.smm is True,
+        Fact.MULTI_THREAD: run_out,
         # Nobody tells how many are used up; what was seen is a lower bound.
-        if known.contexts_lost and used + len(_ids(entities)) > state.maxcpus:
-            facts.add(Fact.NO_CONTEXTS)
+        Fact.NO_CONTEXTS: run_out and known.contexts_lost > 0 and used + len(_ids(entities)) > state.maxcpus,
+    }
+    facts = {fact for fact, is_true in checks.items() if is_true}
     return [
         refusal_of(row, state, _ids(big if Fact.APIC_255 in row.facts else entities), used=used)
         for row in set_off(state, Trigger.PLUG, facts)
@@ -106,12 +106,13 @@ def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known:
     """Unplugs that are known to end QEMU."""
     if not entities:
         return []
-    facts = facts_after_unplug(known.removals_seen)
-    if state.threads_shared:
-        facts.add(Fact.SINGLE_THREAD)
     by_libvirt = any(entity.driver == LIBVIRT_DRIVER for entity in entities)
-    if known.firmware_runs or (known.firmware_runs is None and by_libvirt):
-        facts.add(Fact.FIRMWARE)
+    checks = {
+        Fact.AFTER_UNPLUG: known.removals_seen > 0,
+        Fact.SINGLE_THREAD: state.threads_shared is True,
+        Fact.FIRMWARE: by_libvirt if known.firmware_runs is None else known.firmware_runs,
+    }
+    facts = {fact for fact, is_true in checks.items() if is_true}
     found = []
     for row in set_off(state, Trigger.UNPLUG, facts):
         if Fact.FIRMWARE in row.facts and known.firmware_runs is None:
