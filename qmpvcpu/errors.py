@@ -139,13 +139,12 @@ class VcpuError(Exception):
 
     def to_json(self) -> dict[str, Any]:
         """`{"outcome", "error": {"type", "libvirt", "message", "hint"}}` and, of a change, its facts."""
-        error: dict[str, Any] = {
+        error = {
             "type": type(self).__name__,
             "libvirt": self.libvirt,
             "message": self.message,
             "hint": self.hint,
         }
-        error.update(self._facts())
         return {
             "outcome": str(self.outcome),
             "changed": bool(self.changed_ids),
@@ -156,7 +155,7 @@ class VcpuError(Exception):
             "undone": list(self.undone),
             "messages": list(self.messages),
             "seconds": self.seconds,
-            "error": error,
+            "error": error | self._facts(),
         }
 
     def _facts(self) -> dict[str, Any]:

@@ -86,8 +86,7 @@ async def _look(folder: DefinitionFolder, name: str) -> ListedDomain:
         addresses = folder.addresses(name) if pid is None else Addresses(runtime.qmp, runtime.agent)
     except VcpuRefused as error:
         return ListedDomain(name, None, Addresses(), trouble=error.message)
-    current = maximum = None
-    trouble = None
+    current = maximum = trouble = run_state = None
     try:
         definition = read_domain(folder.file(name).read())[1]
         current, maximum = len(definition.enabled_ids), definition.maxcpus
@@ -95,7 +94,6 @@ async def _look(folder: DefinitionFolder, name: str) -> ListedDomain:
         # One that waits for a migration is defined when it has arrived.
         trouble = error.message if folder.is_defined(name) else None
     active: bool | None = False
-    run_state = None
     try:
         async with connect(name, connect_timeout=_LOOK_SECONDS, command_timeout=_LOOK_SECONDS) as domain:
             active, run_state = domain.is_active, domain.run_state

@@ -18,7 +18,7 @@ from qmpvcpu.domain import Domain
 from qmpvcpu.domain.connect import connect
 from qmpvcpu.domain.migration import ownership
 from qmpvcpu.errors import VcpuFailed, VcpuRefused
-from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name
+from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, require_name
 from qmpvcpu.host.ownership import Role
 from qmpvcpu.host.runtime import Runtime
 from qmpvcpu.xml.document import read_domain, renamed
@@ -162,8 +162,7 @@ async def open_destination(where: Where, cookie: Cookie, file: FromFile | None =
 
 async def _runs(name: str, cookie: Cookie) -> bool:
     """Whether the QEMU of that name runs. Raises VcpuRefused: the name stands for another domain."""
-    if (refusal := check_name(name)) is not None:
-        raise VcpuRefused([refusal])
+    require_name(name)
     folder = DefinitionFolder()
     if folder.is_defined(name):
         defined = read_domain(folder.file(name).read())[1].uuid

@@ -122,7 +122,8 @@ async def find_layout(
     layout = None if refresh else look.known(target, mode)
     if layout is None:
         if mode is ProbeMode.NEVER or found is None:
-            raise _unknown(spec, target, never=mode is ProbeMode.NEVER)
+            reason = catalogue.PROBE_NEVER if mode is ProbeMode.NEVER else catalogue.NOTHING_TO_PROBE
+            raise reason.error(machine=spec.machine, arch=target, smp=spec.smp)
         layout = await look.find_out(began + timeout, refresh=refresh)
     if arch is not None and layout.arch not in programs_of(arch):
         raise catalogue.PROBED_ANOTHER_ARCH.error(emulator=emulator, runs=layout.arch, arch=arch)
@@ -263,11 +264,6 @@ def _with_default_machine(spec: MachineSpec, arch: str) -> MachineSpec:
 
 def _by_version(machine: str) -> list[int]:
     return [int(number) for number in re.findall(r"\d+", machine.rpartition("-")[2])]
-
-
-def _unknown(spec: MachineSpec, arch: str, *, never: bool) -> VcpuRefused:
-    reason = catalogue.PROBE_NEVER if never else catalogue.NOTHING_TO_PROBE
-    return reason.error(machine=spec.machine, arch=arch, smp=spec.smp)
 
 
 @asynccontextmanager

@@ -135,7 +135,6 @@ async def start(
         except BaseException:
             await finish(asyncio.to_thread(_end, runtime))
             raise
-    messages = [*launched.messages, *notes]
     return Started(
         name,
         pid,
@@ -145,7 +144,7 @@ async def start(
         str(runtime.log),
         str(runtime.console),
         state,
-        tuple(messages),
+        (*launched.messages, *notes),
         time.monotonic() - began,
     )
 

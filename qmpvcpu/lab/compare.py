@@ -102,9 +102,8 @@ class Comparison:
         if live is not None and theirs is not None and not any("order=" in row for row in theirs):
             # libvirt queries the order with the first plug, and does not know it before.
             live = tuple(re.sub(r" order='\d+'", "", row) for row in live)
-        ends = (self.ours.outcome, self.libvirt.outcome)
-        if self.ours.error is not None or self.libvirt.error is not None:
-            ends = ("", "")
+        has_error = self.ours.error is not None or self.libvirt.error is not None
+        ends = ("", "") if has_error else (self.ours.outcome, self.libvirt.outcome)
         pairs = (
             ("outcome", *ends),
             ("error", self.ours.error, self.libvirt.error),

@@ -289,7 +289,5 @@ def _cpu(
         return None, ()
     if driver in facts.cpu_models:
         return facts.cpu_models[driver], ()
-    for suffix in (*_CORE_SUFFIXES, architecture(arch).cpu_suffix or ""):
-        if suffix and driver.endswith(suffix):
-            return driver.removesuffix(suffix), ()
-    return None, ()
+    suffixes = (*_CORE_SUFFIXES, architecture(arch).cpu_suffix)
+    return next((driver.removesuffix(one) for one in suffixes if one and driver.endswith(one)), None), ()

@@ -209,7 +209,10 @@ def parse_layout(replies: Mapping[str, Any], accel: str, source: LayoutSource) -
     target, machine = replies["query-target"], replies["type"]
     arch = target.get("arch") if isinstance(target, dict) else None
     if not isinstance(arch, str) or not isinstance(machine, str):
-        raise _malformed("query-target" if isinstance(machine, str) else "qom-get /machine type")
+        command = "query-target" if isinstance(machine, str) else "qom-get /machine type"
+        raise VcpuConnectionError(
+            f"what {command} answers cannot be QEMU's", reason="malformed", hint="is this program really a QEMU?"
+        )
     topology = parse_topology(replies["smp"])
     can_plug = replies["query-hotpluggable-cpus"] is not None
     can_unplug = can_plug and architecture(arch).can_unplug
@@ -229,12 +232,6 @@ def parse_layout(replies: Mapping[str, Any], accel: str, source: LayoutSource) -
         sum(len(entity.ids) for entity in entities if entity.plugged),
         tuple(MachineSlot(entity.props, len(entity.ids), entity.plugged) for entity in entities),
         source,
-    )
-
-
-def _malformed(command: str) -> VcpuConnectionError:
-    return VcpuConnectionError(
-        f"what {command} answers cannot be QEMU's", reason="malformed", hint="is this program really a QEMU?"
     )
 
 

@@ -46,11 +46,8 @@ class Smp:
 
     def __str__(self) -> str:
         words = [] if self.cpus is None else [str(self.cpus)]
-        for key in ("maxcpus", *LEVELS):
-            value = getattr(self, key)
-            if value is not None:
-                words.append(f"{key}={value}")
-        return ",".join(words)
+        counts = {key: getattr(self, key) for key in ("maxcpus", *LEVELS)}
+        return ",".join([*words, *(f"{key}={count}" for key, count in counts.items() if count is not None)])
 
 
 @dataclass(frozen=True, slots=True)

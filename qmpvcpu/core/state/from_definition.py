@@ -14,12 +14,10 @@ def state_of(definition: Definition, name: str | None = None, *, active: bool = 
     """
     size = definition.granularity
     row = architecture(definition.arch)
-    can_plug, can_unplug = row.can_plug, row.can_unplug
     entities, vcpus = [], []
     for first in range(0, definition.maxcpus, size):
         ids = tuple(range(first, min(first + size, definition.maxcpus)))
-        hotpluggable = first != 0
-        entities.append(Entity(ids, None, None, None, definition.cell_of(first), hotpluggable))
+        entities.append(Entity(ids, None, None, None, definition.cell_of(first), hotpluggable=first != 0))
         for number in ids:
             config = definition.vcpus[number]
             pin = definition.pins.get(number, definition.cpuset)
@@ -43,8 +41,8 @@ def state_of(definition: Definition, name: str | None = None, *, active: bool = 
         active=active,
         version=None,
         topology=definition.topology,
-        can_plug=can_plug,
-        can_unplug=can_unplug,
+        can_plug=row.can_plug,
+        can_unplug=row.can_unplug,
         threads_shared=None,
         entities=tuple(entities),
         vcpus=tuple(vcpus),
