@@ -84,25 +84,24 @@ async def examine_host() -> HostReport:
 def _missing(
     qemus: Sequence[QemuBinary], kvm: bool, reason: str | None, guests: Sequence[str]
 ) -> list[tuple[str, str]]:
-    found = []
     running = [qemu for qemu in qemus if qemu.version]
     there = {qemu.arch for qemu in running}
     lacking = grouped((row.package, row.name) for row in examined() if row.name not in there)
-    for package, names in lacking.items():
-        what = f"no QEMU for {', '.join(names)}"
-        found.append((what, f"apt-get install --no-install-recommends {package}"))
-    if not any(qemu.arch == DEMO_ARCH and survives_unplug(qemu) for qemu in running):
-        found.append(("no QEMU that survives an x86 unplug under TCG (10.0 or later)", "scripts/fetch-qemu 10.0"))
-    if DEMO_ARCH not in guests:
-        found.append(("no test guest for `qmpvcpu demo`", f"scripts/build-guest {DEMO_ARCH}"))
-    if not kvm:
-        cure = f"adduser {os.environ.get('USER', 'USER')} kvm, then log in again"
-        if reason is not None and reason.startswith("there is no"):
-            cure = "modprobe kvm_intel (or kvm_amd), with virtualization on in the firmware; TCG works without"
-        found.append((f"KVM: {reason}", cure))
-    if find_spec("shtab") is None:
-        found.append(("`qmpvcpu completion` needs shtab", "pip install 'qmpvcpu[cli]'"))
-    return found
+    found = [
+        (f"no QEMU for {', '.join(names)}", f"apt-get install --no-install-recommends {package}")
+        for package, names in lacking.items()
+    ]
+    survives = any(qemu.arch == DEMO_ARCH and survives_unplug(qemu) for qemu in running)
+    kvm_cure = f"adduser {os.environ.get('USER', 'USER')} kvm, then log in again"
+    if reason is not None and reason.startswith("there is no"):
+        kvm_cure = "modprobe kvm_intel (or kvm_amd), with virtualization on in the firmware; TCG works without"
+    checks = (
+        (survives, "no QEMU that survives an x86 unplug under TCG (10.0 or later)", "scripts/fetch-qemu 10.0"),
+        (DEMO_ARCH in guests, "no test guest for `qmpvcpu demo`", f"scripts/build-guest {DEMO_ARCH}"),
+        (kvm, f"KVM: {reason}", kvm_cure),
+        (find_spec("shtab") is not None, "`qmpvcpu completion` needs shtab", "pip install 'qmpvcpu[cli]'"),
+    )
+    return found + [(what, cure) for is_there, what, cure in checks if not is_there]
 
 
 @dataclass(frozen=True, slots=True)

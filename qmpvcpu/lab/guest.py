@@ -153,8 +153,7 @@ def guest_arguments(image: GuestImage, append: str = "") -> list[str]:
     """
     facts = image.facts
     command = ["-machine", facts["machine"], "-nodefaults", "-display", "none", "-no-user-config"]
-    if facts["cpu"]:
-        command += ["-cpu", facts["cpu"]]
+    command += ["-cpu", facts["cpu"]] if facts["cpu"] else []
     command += ["-kernel", str(image.folder / "vmlinuz"), "-initrd", str(image.folder / "initrd.cpio.gz")]
     command += ["-append", f"{facts['append']} {append}".strip(), "-serial", "chardev:console"]
     command += facts["qemu_args"]

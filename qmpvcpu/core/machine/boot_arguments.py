@@ -143,8 +143,7 @@ def boot_args(
     machine = ",".join(filter(None, (spec.machine, join_pairs(naming))))
     accel = ",".join(filter(None, (spec.accel, join_pairs(definition.options.accel))))
     arguments = ["-machine", machine, "-accel", accel]
-    if spec.cpu is not None:
-        arguments += ["-cpu", spec.cpu]
+    arguments += ["-cpu", spec.cpu] if spec.cpu is not None else []
     arguments += [*_memory(definition), "-smp", str(spec.smp), *_numa(definition), *_dimms(definition)]
     run = _run(definition)
     plugged, refusals = _plugged(definition, layout, len(run))

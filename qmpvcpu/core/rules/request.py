@@ -70,17 +70,14 @@ def check_sides(
         has_definition: whether a definition is known.
         has_agent: whether its agent is known, or nobody could ask it.
     """
-    found: list[Refusal] = []
-    if live and not is_active:
-        reason = catalogue.INACTIVE_LIVE if request.has(VcpuFlag.LIVE) else catalogue.INACTIVE
-        found.append(reason(name=name))
-    if config and not has_definition:
-        found.append(catalogue.NO_DEFINITION())
-    if request.has(VcpuFlag.GUEST) and not has_agent:
-        found.append(catalogue.NO_AGENT())
-    if request.maximum and live:
-        found.append(catalogue.MAXIMUM_IS_CONFIG())
-    return found
+    reason = catalogue.INACTIVE_LIVE if request.has(VcpuFlag.LIVE) else catalogue.INACTIVE
+    found = [reason(name=name)] if live and not is_active else []
+    checks = (
+        (config and not has_definition, catalogue.NO_DEFINITION),
+        (request.has(VcpuFlag.GUEST) and not has_agent, catalogue.NO_AGENT),
+        (request.maximum and live, catalogue.MAXIMUM_IS_CONFIG),
+    )
+    return found + [reason() for is_refused, reason in checks if is_refused]
 
 
 def check_at_rest(run_state: str | None, migration: str | None) -> list[Refusal]:
