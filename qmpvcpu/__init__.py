@@ -50,7 +50,7 @@ if TYPE_CHECKING:
         VcpuUsageError,
     )
     from qmpvcpu.flags import VcpuFlag
-    from qmpvcpu.qemu.monitor import QmpLog
+    from qmpvcpu.qemu.qmp_log import QmpLog
 
 _HOMES = {
     "qmpvcpu.app.probes": ("Probe", "ProbeMode", "find_layout"),
@@ -90,7 +90,7 @@ _HOMES = {
         "VcpuUsageError",
     ),
     "qmpvcpu.flags": ("VcpuFlag",),
-    "qmpvcpu.qemu.monitor": ("QmpLog",),
+    "qmpvcpu.qemu.qmp_log": ("QmpLog",),
 }
 _HOME_OF = {name: module for module, names in _HOMES.items() for name in names}
 

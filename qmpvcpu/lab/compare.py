@@ -33,7 +33,7 @@ from qmpvcpu.libvirt.calls import Connection, LibvirtGuest, open_connection
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.folder import throwaway_folder
 from qmpvcpu.qemu.launch import run_qemu
-from qmpvcpu.qemu.monitor import QmpLog
+from qmpvcpu.qemu.qmp_log import QmpLog
 from qmpvcpu.xml.boot_devices import read_hardware
 from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.vcpus import vcpus_lines, write_vcpus

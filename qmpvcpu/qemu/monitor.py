@@ -1,8 +1,4 @@
-"""A QMP monitor on `qemu.qmp`: commands one to one, a deadline on each, events before the act.
-
-Errors of the sockets and of `qemu.qmp` are translated here, once, to `VcpuConnectionError`; what QEMU answers to a
-command as `CommandError`.
-"""
+"""A QMP monitor on `qemu.qmp`: commands one to one, a deadline on each, events before the act."""
 
 from __future__ import annotations
 
@@ -14,28 +10,21 @@ import os
 import socket
 import stat
 import struct
-import time
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import Any, Final
 
-from qemu.qmp import (
-    ConnectError,
-    ExecInterruptedError,
-    Message,
-    QMPClient,
-    Runstate,
-)
+from qemu.qmp import ConnectError, Message, QMPClient, Runstate
 from qemu.qmp.error import ProtocolError
 from qemu.qmp.message import DeserializationError
 
 from qmpvcpu.aio import finish
 from qmpvcpu.core.address import parse_address
-from qmpvcpu.core.arguments import checked
-from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
-from qmpvcpu.kinds import open_file
+from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent, Peer, Sink
+from qmpvcpu.qemu.connection_errors import MESSAGE_LIMIT, connect_error, lost, malformed, no_answer, os_error
 from qmpvcpu.qemu.descriptor import socket_of
+from qmpvcpu.qemu.qmp_log import QmpLog
 
 logger = logging.getLogger("qmpvcpu.qemu.monitor")
 
@@ -44,9 +33,6 @@ COMMAND_TIMEOUT: Final = 10.0
 
 #: So long a server may take to read what it was sent, when the connection is closed, seconds.
 _CLOSE_SECONDS: Final = 1.0
-
-#: Largest single message, bytes. 65536 vCPUs fit; an endless line ends here.
-MESSAGE_LIMIT: Final = 32 * 1024 * 1024
 
 #: Most values in one, about: 65536 vCPUs have 700,000. In 32 MiB there is room for 11 million empty lists, and in
 #: memory for 1 GB of them.
@@ -57,43 +43,6 @@ _TURN: Final = 64
 
 #: Commands in one write, at most: QEMU is to begin before the last of many is made.
 _BATCH: Final = 32
-
-
-class QmpLog:
-    """`--qmp-log`: every message of a connection as one JSON line, in a file only its owner can read."""
-
-    @checked
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the file, or make it.
-
-        Raises:
-            VcpuUsageError: it cannot be written, or is not a regular file: a FIFO could stop every command.
-        """
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
-        try:
-            try:
-                fd = open_file(path, flags)
-            except FileNotFoundError:
-                # Where a link leads to, so that nothing but a new file is opened.
-                fd = os.open(os.path.realpath(path), flags | os.O_CREAT | os.O_EXCL, 0o600)
-            # The file may be older than we are, and the umask anything.
-            os.fchmod(fd, 0o600)
-        except (OSError, ValueError) as error:
-            why = error.strerror if isinstance(error, OSError) else error
-            text = f"cannot write the QMP log {os.fspath(path)!r}: {why}"
-            raise VcpuUsageError(text, hint="name a regular FILE; `tail -f FILE` shows what comes") from error
-        self._file = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
-
-    def write(self, direction: str, message: Mapping[str, Any]) -> None:
-        """Append one message; `direction` is "send" or "receive". A full disk never stops a command."""
-        line = json.dumps({"time": time.time(), "direction": direction, "message": dict(message)})
-        with suppress(OSError):
-            self._file.write(line + "\n")
-
-    def close(self) -> None:
-        """Close the file; may be called twice."""
-        with suppress(OSError):
-            self._file.close()
 
 
 class _Client(QMPClient):
@@ -270,7 +219,7 @@ def _answer(address: str, command: str, result: asyncio.Future[object], message:
         _fail(result, CommandError(command, *(text[:_LONGEST] for text in words)))
     else:
         what = ValueError(f"a reply to '{command}' that is neither result nor error")
-        _fail(result, _malformed(address, what))
+        _fail(result, malformed(address, what))
 
 
 def _fail(result: asyncio.Future[object], error: Exception) -> None:
@@ -355,7 +304,7 @@ class QmpMonitor(Monitor):
         if self._closing:
             return
         cause = await self._disconnect()
-        self._lost = _closed(self._address, cause, self._qemu_log)
+        self._lost = lost(self._address, cause, self._qemu_log)
         self._drop_replies()
         for sink in tuple(self._client.sinks):
             sink(self._lost)
@@ -422,14 +371,14 @@ class QmpMonitor(Monitor):
         client.replies.clear()
         for command, result in replies:
             if not result.done():
-                _fail(result, _no_answer(self._address, command, self._timeout, TimeoutError()))
+                _fail(result, no_answer(self._address, command, self._timeout, TimeoutError()))
 
     def _end_with_loss(self, result: asyncio.Future[object]) -> None:
         """The connection is gone; the watcher knows why, at once or in a moment."""
 
         def tell(_: object = None) -> None:
             if not result.done():
-                _fail(result, self._lost or _closed(self._address, None, self._qemu_log))
+                _fail(result, self._lost or lost(self._address, None, self._qemu_log))
 
         if self._lost is not None or self._watcher.done():
             tell()
@@ -451,125 +400,6 @@ class QmpMonitor(Monitor):
     def takes_descriptors(self) -> bool:
         """Whether descriptors can be handed over: a unix socket."""
         return self.peer.pid is not None
-
-
-def _no_answer(address: str, command: str, seconds: float, cause: BaseException) -> VcpuConnectionError:
-    error = VcpuConnectionError(
-        f"QEMU did not answer '{command}' within {seconds:g} s ({address})",
-        address=address,
-        reason="timeout",
-        libvirt="VIR_ERR_OPERATION_TIMEOUT",
-        hint="QEMU is busy or hangs; whether it still does what was asked is not known: query again",
-    )
-    error.__cause__ = cause
-    return error
-
-
-def _closed(address: str, cause: BaseException | None, qemu_log: str | None) -> VcpuConnectionError:
-    if isinstance(cause, ValueError) and str(cause).startswith("Separator"):  # StreamReader.readline
-        return VcpuConnectionError(
-            f"'{address}' sent a message of more than {MESSAGE_LIMIT >> 20} MiB; the connection was closed",
-            address=address,
-            reason="malformed",
-            hint="is this socket really QEMU's?",
-        )
-    if cause is not None and not isinstance(cause, OSError | EOFError | ExecInterruptedError):
-        return _malformed(address, cause)  # nested too deep, or a number of thousands of digits
-    why = f": {cause}" if isinstance(cause, OSError) and str(cause) else ""
-    error = VcpuConnectionError(
-        f"the connection to '{address}' was closed by the other side{why}",
-        address=address,
-        reason="closed",
-        hint=f"QEMU has exited, or closed this monitor: look at {qemu_log or 'its log'}",
-    )
-    error.__cause__ = cause
-    return error
-
-
-def _malformed(address: str, cause: BaseException) -> VcpuConnectionError:
-    error = VcpuConnectionError(
-        f"'{address}' sent what is not QMP: {_first_line(cause)}",
-        address=address,
-        reason="malformed",
-        hint="is this socket really QEMU's? --qmp-log FILE keeps what it says",
-    )
-    error.__cause__ = cause
-    return error
-
-
-def _first_line(error: BaseException) -> str:
-    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
-
-
-#: As many clients wait as the socket keeps.
-_CROWDED: Final = (
-    "no-greeting",
-    "'{}' takes no more connections",
-    "a QMP socket takes one client at a time: close the other one, or give QEMU a second -qmp",
-)
-#: A QEMU that is killed while a client connects to it.
-_CLOSED_EARLY: Final = (
-    "closed",
-    "'{}' closed the connection before the handshake was done",
-    "QEMU has exited, or closed this monitor: look at its log",
-)
-_OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
-    errno.ENOENT: (
-        "missing",
-        "there is no socket '{}'",
-        "start QEMU with -qmp unix:PATH,server=on,wait=off, or name the right path",
-    ),
-    errno.ECONNREFUSED: (
-        "refused",
-        "nobody listens on '{}'",
-        "QEMU is gone, or listens elsewhere; a socket file it left behind can be removed",
-    ),
-    errno.ENOTSOCK: ("not-qmp", "'{}' is not a socket", "name QEMU's QMP socket, or a file of domain XML"),
-    errno.EACCES: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
-    errno.EPERM: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
-    errno.ECONNRESET: _CLOSED_EARLY,
-    errno.EPIPE: _CLOSED_EARLY,
-    errno.EAGAIN: _CROWDED,
-    # asyncio (3.11 to 3.14) takes EAGAIN of a unix socket for a connection under way, and asks it for its peer.
-    errno.EINVAL: _CROWDED,
-}
-
-
-def _os_error(address: str, error: OSError) -> VcpuConnectionError:
-    reason, text, hint = _OS_REASONS.get(
-        error.errno or 0,
-        ("other", "cannot connect to '{}': " + (error.strerror or str(error)), "check the address"),
-    )
-    return VcpuConnectionError(text.format(address), address=address, reason=reason, hint=hint)
-
-
-def _connect_error(address: str, error: ConnectError) -> VcpuConnectionError:
-    cause = error.exc
-    if isinstance(cause, UnicodeError) and not isinstance(cause, UnicodeDecodeError):
-        return _os_error(address, OSError(0, "this is no host name"))
-    if isinstance(cause, OSError) and not isinstance(cause, EOFError):
-        return _os_error(address, cause)
-    if isinstance(cause, EOFError):
-        return VcpuConnectionError(
-            f"'{address}' closed the connection before it said anything",
-            address=address,
-            reason="not-qmp",
-            hint="is this socket QEMU's QMP monitor (-qmp …,server=on)?",
-        )
-    if r"b'{\r\n'" in str(cause):
-        # The first line of its greeting (7.2 to 11.1).
-        return VcpuConnectionError(
-            f"'{address}' is a pretty-printed QMP socket, of which each message is many lines",
-            address=address,
-            reason="not-qmp",
-            hint="start QEMU with -qmp, not -qmp-pretty (-mon …,pretty=off)",
-        )
-    return VcpuConnectionError(
-        f"'{address}' is not a QMP server: {_first_line(cause)}",
-        address=address,
-        reason="not-qmp",
-        hint="name QEMU's QMP socket (-qmp …,server=on), not its HMP monitor, console or guest agent",
-    )
 
 
 @asynccontextmanager
@@ -615,7 +445,7 @@ async def connect_monitor(
         # asyncio reports a plain file as "connection refused".
         with suppress(OSError):
             if not stat.S_ISSOCK(os.stat(where).st_mode):  # noqa: PTH116 - one stat(2)
-                raise _os_error(address, OSError(errno.ENOTSOCK, "not a socket"))
+                raise os_error(address, OSError(errno.ENOTSOCK, "not a socket"))
     target = socket_of(address, where) if isinstance(where, int) else where
     try:
         async with asyncio.timeout(connect_timeout):
@@ -637,12 +467,12 @@ async def connect_monitor(
             " close that one, or give QEMU a second -qmp",
         ) from error
     except ConnectError as error:
-        raise _connect_error(address, error) from error
+        raise connect_error(address, error) from error
     except OSError as error:
-        raise _os_error(address, error) from error
+        raise os_error(address, error) from error
     except AssertionError as error:
         # qemu.qmp 0.0.6 asserts that the session still runs; one closed right after negotiation does not.
-        raise _closed(address, None, qemu_log) from error
+        raise lost(address, None, qemu_log) from error
     finally:
         if client.runstate is not Runstate.RUNNING:
             with suppress(Exception):

@@ -1,0 +1,138 @@
+"""What goes wrong with a QMP connection, as `VcpuConnectionError`: errors of sockets and of `qemu.qmp`."""
+
+from __future__ import annotations
+
+import errno
+from collections.abc import Mapping
+from typing import Final
+
+from qemu.qmp import ConnectError, ExecInterruptedError
+
+from qmpvcpu.errors import VcpuConnectionError
+
+#: Largest single message, bytes. 65536 vCPUs fit; an endless line ends here.
+MESSAGE_LIMIT: Final = 32 * 1024 * 1024
+
+
+def no_answer(address: str, command: str, seconds: float, cause: BaseException) -> VcpuConnectionError:
+    """QEMU did not answer a command in `seconds`."""
+    error = VcpuConnectionError(
+        f"QEMU did not answer '{command}' within {seconds:g} s ({address})",
+        address=address,
+        reason="timeout",
+        libvirt="VIR_ERR_OPERATION_TIMEOUT",
+        hint="QEMU is busy or hangs; whether it still does what was asked is not known: query again",
+    )
+    error.__cause__ = cause
+    return error
+
+
+def lost(address: str, cause: BaseException | None, qemu_log: str | None) -> VcpuConnectionError:
+    """An open connection has ended; `cause` is what ended the reader, `qemu_log` the path of QEMU's own log."""
+    if isinstance(cause, ValueError) and str(cause).startswith("Separator"):  # StreamReader.readline
+        return VcpuConnectionError(
+            f"'{address}' sent a message of more than {MESSAGE_LIMIT >> 20} MiB; the connection was closed",
+            address=address,
+            reason="malformed",
+            hint="is this socket really QEMU's?",
+        )
+    if cause is not None and not isinstance(cause, OSError | EOFError | ExecInterruptedError):
+        return malformed(address, cause)  # nested too deep, or a number of thousands of digits
+    why = f": {cause}" if isinstance(cause, OSError) and str(cause) else ""
+    error = VcpuConnectionError(
+        f"the connection to '{address}' was closed by the other side{why}",
+        address=address,
+        reason="closed",
+        hint=f"QEMU has exited, or closed this monitor: look at {qemu_log or 'its log'}",
+    )
+    error.__cause__ = cause
+    return error
+
+
+def malformed(address: str, cause: BaseException) -> VcpuConnectionError:
+    """The other side sent something that is not QMP."""
+    error = VcpuConnectionError(
+        f"'{address}' sent what is not QMP: {_first_line(cause)}",
+        address=address,
+        reason="malformed",
+        hint="is this socket really QEMU's? --qmp-log FILE keeps what it says",
+    )
+    error.__cause__ = cause
+    return error
+
+
+def _first_line(error: BaseException) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
+
+
+#: As many clients wait as the socket keeps.
+_CROWDED: Final = (
+    "no-greeting",
+    "'{}' takes no more connections",
+    "a QMP socket takes one client at a time: close the other one, or give QEMU a second -qmp",
+)
+#: A QEMU that is killed while a client connects to it.
+_CLOSED_EARLY: Final = (
+    "closed",
+    "'{}' closed the connection before the handshake was done",
+    "QEMU has exited, or closed this monitor: look at its log",
+)
+_OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
+    errno.ENOENT: (
+        "missing",
+        "there is no socket '{}'",
+        "start QEMU with -qmp unix:PATH,server=on,wait=off, or name the right path",
+    ),
+    errno.ECONNREFUSED: (
+        "refused",
+        "nobody listens on '{}'",
+        "QEMU is gone, or listens elsewhere; a socket file it left behind can be removed",
+    ),
+    errno.ENOTSOCK: ("not-qmp", "'{}' is not a socket", "name QEMU's QMP socket, or a file of domain XML"),
+    errno.EACCES: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
+    errno.EPERM: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
+    errno.ECONNRESET: _CLOSED_EARLY,
+    errno.EPIPE: _CLOSED_EARLY,
+    errno.EAGAIN: _CROWDED,
+    # asyncio (3.11 to 3.14) takes EAGAIN of a unix socket for a connection under way, and asks it for its peer.
+    errno.EINVAL: _CROWDED,
+}
+
+
+def os_error(address: str, error: OSError) -> VcpuConnectionError:
+    """The operating system refused to connect."""
+    reason, text, hint = _OS_REASONS.get(
+        error.errno or 0,
+        ("other", "cannot connect to '{}': " + (error.strerror or str(error)), "check the address"),
+    )
+    return VcpuConnectionError(text.format(address), address=address, reason=reason, hint=hint)
+
+
+def connect_error(address: str, error: ConnectError) -> VcpuConnectionError:
+    """`qemu.qmp` could not connect, or the handshake failed."""
+    cause = error.exc
+    if isinstance(cause, UnicodeError) and not isinstance(cause, UnicodeDecodeError):
+        return os_error(address, OSError(0, "this is no host name"))
+    if isinstance(cause, OSError) and not isinstance(cause, EOFError):
+        return os_error(address, cause)
+    if isinstance(cause, EOFError):
+        return VcpuConnectionError(
+            f"'{address}' closed the connection before it said anything",
+            address=address,
+            reason="not-qmp",
+            hint="is this socket QEMU's QMP monitor (-qmp …,server=on)?",
+        )
+    if r"b'{\r\n'" in str(cause):
+        # The first line of its greeting (7.2 to 11.1).
+        return VcpuConnectionError(
+            f"'{address}' is a pretty-printed QMP socket, of which each message is many lines",
+            address=address,
+            reason="not-qmp",
+            hint="start QEMU with -qmp, not -qmp-pretty (-mon …,pretty=off)",
+        )
+    return VcpuConnectionError(
+        f"'{address}' is not a QMP server: {_first_line(cause)}",
+        address=address,
+        reason="not-qmp",
+        hint="name QEMU's QMP socket (-qmp …,server=on), not its HMP monitor, console or guest agent",
+    )

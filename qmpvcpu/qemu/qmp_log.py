@@ -1,0 +1,51 @@
+"""The file of `--qmp-log`."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from collections.abc import Mapping
+from contextlib import suppress
+from typing import Any
+
+from qmpvcpu.core.arguments import checked
+from qmpvcpu.errors import VcpuUsageError
+from qmpvcpu.kinds import open_file
+
+
+class QmpLog:
+    """`--qmp-log`: every message of a connection as one JSON line, in a file only its owner can read."""
+
+    @checked
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        """Open the file, or make it.
+
+        Raises:
+            VcpuUsageError: it cannot be written, or is not a regular file: a FIFO could stop every command.
+        """
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
+        try:
+            try:
+                fd = open_file(path, flags)
+            except FileNotFoundError:
+                # Where a link leads to, so that nothing but a new file is opened.
+                fd = os.open(os.path.realpath(path), flags | os.O_CREAT | os.O_EXCL, 0o600)
+            # The file may be older than we are, and the umask anything.
+            os.fchmod(fd, 0o600)
+        except (OSError, ValueError) as error:
+            why = error.strerror if isinstance(error, OSError) else error
+            text = f"cannot write the QMP log {os.fspath(path)!r}: {why}"
+            raise VcpuUsageError(text, hint="name a regular FILE; `tail -f FILE` shows what comes") from error
+        self._file = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
+
+    def write(self, direction: str, message: Mapping[str, Any]) -> None:
+        """Append one message; `direction` is "send" or "receive". A full disk never stops a command."""
+        line = json.dumps({"time": time.time(), "direction": direction, "message": dict(message)})
+        with suppress(OSError):
+            self._file.write(line + "\n")
+
+    def close(self) -> None:
+        """Close the file; may be called twice."""
+        with suppress(OSError):
+            self._file.close()
