@@ -31,7 +31,8 @@ PLUGS: Final = 60
 XML: Final = """<domain type='qemu'><name>d</name><vcpu current='2'>8</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type></os></domain>"""
 
-#: What a side runs: it connects to the path on a line, does what each further line says, and answers in seconds.
+#: What a side runs: it connects to the path on a line, does what each further line says, and answers in seconds,
+#: by the clock and of its CPU.
 SIDE: Final = """
 import asyncio, json, sys, time
 import qmpvcpu
@@ -39,25 +40,29 @@ import qmpvcpu
 async def main():
     for line in sys.stdin:
         async with qmpvcpu.connect(json.loads(line)) as domain:
-            print(0, flush=True)
+            print("[0, 0]", flush=True)
             while (words := json.loads(sys.stdin.readline())) is not None:
-                began = time.perf_counter()
+                began, used = time.perf_counter(), time.process_time()
                 await getattr(domain, words[0])(words[1])
-                print(time.perf_counter() - began, flush=True)
+                print([time.perf_counter() - began, time.process_time() - used], flush=True)
 
+exec(sys.argv[1])
 asyncio.run(main())
 """
 
 
 class Side:
-    """One version of qmpvcpu; `times`: of what was measured last."""
+    """One version of qmpvcpu; `times` and `cpu`: of what was measured last. `first`: Python that it runs first."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, first: str = "") -> None:
         # Bytecode is written, as on a user's machine.
         known = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        self._environment = known | {"PYTHONPATH": str(folder)}
+        # Without PYTHONSAFEPATH, `-c` and `-m` look into the current folder first, which is always this tree.
+        self._environment = known | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
         self._process: subprocess.Popen[str] | None = None
+        self._first = first
         self.times: list[float] = []
+        self.cpu: list[float] = []
 
     def run(self, *words: str) -> None:
         """A whole process."""
@@ -69,7 +74,7 @@ class Side:
         """Hold a connection to this socket from now on, and leave the one before."""
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", SIDE],
+                [sys.executable, "-c", SIDE, self._first],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 text=True,
@@ -83,7 +88,9 @@ class Side:
     def call(self, name: str, argument: int) -> None:
         """A method of the domain."""
         self._say([name, argument])
-        self.times.append(self._answer())
+        seconds, cpu = self._answer()
+        self.times.append(seconds)
+        self.cpu.append(cpu)
 
     def end(self) -> None:
         if self._process is not None:
@@ -96,9 +103,10 @@ class Side:
         stdin.write(json.dumps(what) + "\n")
         stdin.flush()
 
-    def _answer(self) -> float:
+    def _answer(self) -> list[float]:
         assert self._process is not None
-        return float(cast("IO[str]", self._process.stdout).readline())
+        found: list[float] = json.loads(cast("IO[str]", self._process.stdout).readline())
+        return found
 
 
 @contextmanager
