@@ -10,6 +10,16 @@ import sys
 from scripts.soaking.busy import busy
 from scripts.soaking.fuzz import fuzz
 from scripts.soaking.soak import TOP, Soak, tests
+from tests.support.plain_client import PLAIN
+
+#: What goes through a monitor or the engine. `test_fast_client.py` is about the tricks themselves.
+PLAIN_TESTS = (
+    *("tests/unit/test_monitor.py", "tests/unit/test_monitor_anything.py", "tests/unit/test_listen.py"),
+    *("tests/unit/test_transaction.py", "tests/unit/test_transaction_effects.py", "tests/unit/test_oracle.py"),
+    *("tests/unit/test_unplug.py", "tests/unit/test_cancel.py", "tests/unit/test_domain.py"),
+    *("tests/unit/test_cases.py", "tests/unit/test_hostile.py", "tests/qemu/test_setvcpu_real.py"),
+    *("tests/qemu/test_recorded_real.py", "tests/qemu/test_leaving_real.py"),
+)
 
 #: A new one is a line here, and a test that repeats itself or a function in a file of this package.
 SOAKS = {
@@ -76,6 +86,13 @@ SOAKS = {
         "COUNT generated requests, answers and moments: the transaction does what that of `house-0` did",
         20_000,
         tests("tests/unit/test_oracle.py"),
+    ),
+    "plain": Soak(
+        "the tests of monitor and engine without our tricks for speed: COUNT answers of a hostile QEMU and COUNT"
+        " requests of the oracle are among them",
+        20_000,
+        tests(*PLAIN_TESTS, **{PLAIN: "1"}),
+        needs=("qemu",),
     ),
     "signals": Soak(
         "COUNT commands that are sent Ctrl-C or TERM at a random moment: one JSON document and a true exit code",

@@ -31,12 +31,12 @@ def environment(count: int | None, seed: int) -> dict[str, str]:
     return given if count is None else given | {COUNT: str(count), SEED: str(seed)}
 
 
-def tests(*targets: str) -> Callable[[int, int], int]:
-    """A soak of these tests, which ask `tests.support.soaking` how often."""
+def tests(*targets: str, **more: str) -> Callable[[int, int], int]:
+    """A soak of these tests, which ask `tests.support.soaking` how often; `more`: for their environment."""
 
     def run(count: int, seed: int) -> int:
         # One test is as long as the count makes it.
         words = [sys.executable, "-m", "pytest", "-q", "-x", "--timeout", "0", *targets]
-        return subprocess.run(words, cwd=TOP, env=environment(count, seed)).returncode
+        return subprocess.run(words, cwd=TOP, env=environment(count, seed) | more).returncode
 
     return run
