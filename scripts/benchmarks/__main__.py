@@ -2,6 +2,7 @@
 
 scripts/bench                 everything
 scripts/bench import enable   only these: import, probe, enable, pin, fill, drain, six, libvirt
+scripts/bench tricks          without each trick for speed
 scripts/bench --against REF   this tree and an earlier commit, in turns
 """
 
@@ -245,6 +246,11 @@ def main() -> int:
 
         pairs = int(os.environ.get("QMPVCPU_BENCH_PAIRS", against.PAIRS))
         return 0 if asyncio.run(against.bench_against(chosen[1], pairs)) else 1
+    if chosen[0] == "tricks":
+        from scripts.benchmarks import against, tricks
+
+        asyncio.run(tricks.bench_tricks(int(os.environ.get("QMPVCPU_BENCH_PAIRS", against.PAIRS))))
+        return 0
     pairs = int(os.environ.get("QMPVCPU_BENCH_PAIRS", PAIRS))
     good = True
     if "import" in chosen:

@@ -11,15 +11,13 @@ Rules of the tables
 from __future__ import annotations
 
 from collections.abc import Mapping
-from enum import Enum
 from typing import Final
 
+from qmpvcpu.core.engine.fast import FastEnum
 
-class Stage(Enum):
+
+class Stage(FastEnum):
     """Where one entity stands; the value is how a message says it."""
-
-    #: Enum's own is a Python function, and every message looks several members up.
-    __hash__ = object.__hash__
 
     READY_TO_ADD = "to add"
     ADDING = "device_add sent"
@@ -53,10 +51,8 @@ class Stage(Enum):
     DROPPED = "never begun"
 
 
-class On(Enum):
+class On(FastEnum):
     """What can happen to an entity."""
-
-    __hash__ = object.__hash__
 
     START = "the transaction starts"
     OK = "QEMU accepted the command"
