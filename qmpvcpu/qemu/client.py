@@ -31,6 +31,9 @@ _VALUES: Final = 1_000_000
 #: After so many messages everything else has its turn: a flood of them must not hold up a deadline.
 _TURN: Final = 64
 
+#: Commands in one write, at most: QEMU is to begin before the last of many is made.
+_BATCH: Final = 32
+
 #: Bytes of a line that are shown of it.
 _SHOWN: Final = 100
 
@@ -54,6 +57,7 @@ class Client(QMPClient):
         #: Whether the other side has accepted the connection.
         self.was_open = False
         self._sent = 0
+        self._batch: list[bytes] = []
         self._received = 0
         #: Replies (None) that their callers have not seen yet, and the events that QEMU wrote between them.
         self._unseen: deque[MonitorEvent | None] = deque()
@@ -121,6 +125,15 @@ class Client(QMPClient):
         if not isinstance(found, dict):
             raise ProtocolError(f"a message that is {_KINDS.get(type(found), 'a number')}, not an object")
         return Message(found, eager=False)
+
+    def _do_send(self, msg: Message) -> None:
+        # Commands of one moment go out in one write. Where QEMU ends at one of them, a later write would fail, and
+        # asyncio then drops the replies that have arrived: what the earlier commands have done would be unknown.
+        self._batch.append(bytes(msg))
+        if self.runstate is not Runstate.RUNNING or self._outgoing.empty() or len(self._batch) >= _BATCH:
+            assert self._writer is not None
+            self._writer.write(b"".join(self._batch))
+            self._batch.clear()
 
     async def _on_message(self, msg: Message) -> None:
         # qemu.qmp 0.0.6 keeps each event until somebody reads its `events` (`_cb_inbound` has given it to our

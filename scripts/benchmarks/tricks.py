@@ -22,7 +22,6 @@ _ENGINE: Final = "from qmpvcpu.core.engine.fast import FastEnum as fast"
 #: What a side runs first, to be without a trick: everything works without it.
 WITHOUT: Final[Mapping[str, str]] = {
     "own replies": f"{_CLIENT}; del fast._put, fast._receive_reply",
-    "one write": f"{_CLIENT}; del fast._do_send",
     "no texts": f"{_CLIENT}; del fast._cb_outbound, fast._cb_inbound",
     "hash": f"{_ENGINE}; del fast.__hash__",
 }

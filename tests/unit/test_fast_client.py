@@ -1,14 +1,11 @@
 """What our clients rest on: members of `qemu.qmp` that it does not promise, in the version that was read."""
 
-import socket
 import tomllib
 from importlib.metadata import version
 from pathlib import Path
 
 import pytest
 
-from tests.support.fake_qmp import answering, serve
-from tests.support.monitor import connected, ends
 from tests.support.plain_client import is_known_to_qemu_qmp, overridden
 
 #: A name that is not here is overridden by mistake, or is new: read it in qemu.qmp, and add it.
@@ -35,19 +32,3 @@ def test_a_private_member_that_is_used_exists(name):
 def test_qemu_qmp_is_the_version_whose_members_were_read():
     project = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text())["project"]
     assert f"qemu.qmp=={version('qemu.qmp')}" in project["dependencies"]
-
-
-async def test_what_is_asked_at_once_goes_out_in_few_writes(tmp_path, monkeypatch):
-    """In more than one: QEMU is to begin before the last of many is made."""
-    writes, send = [], socket.socket.send
-
-    def count(sock, data, *flags):
-        # The server's replies have no such key.
-        if commands := bytes(data).count(b'"execute"'):
-            writes.append(commands)
-        return send(sock, data, *flags)
-
-    async with serve(tmp_path, answering(lambda connection, command: {})) as path, connected(path) as monitor:
-        monkeypatch.setattr(socket.socket, "send", count)
-        await ends(monitor, 80)
-    assert (sum(writes), 1 < len(writes) <= 4) == (80, True), writes

@@ -463,6 +463,22 @@ async def test_each_command_gets_its_own_reply(tmp_path):
             assert await asyncio.gather(*[monitor.command(name) for name in names]) == names
 
 
+async def test_what_is_asked_at_once_goes_out_in_few_writes(tmp_path, monkeypatch):
+    """In more than one: QEMU is to begin before the last of many is made."""
+    writes, send = [], socket.socket.send
+
+    def count(sock, data, *flags):
+        # The server's replies have no such key.
+        if commands := bytes(data).count(b'"execute"'):
+            writes.append(commands)
+        return send(sock, data, *flags)
+
+    async with serve(tmp_path, answering(lambda connection, command: {})) as path, connected(path) as monitor:
+        monkeypatch.setattr(socket.socket, "send", count)
+        await ends(monitor, 80)
+    assert (sum(writes), 1 < len(writes) <= 4) == (80, True), writes
+
+
 def telling(count):
     """A server that tells so many events of 2 kB before each reply."""
 
