@@ -15,7 +15,7 @@ from pathlib import Path
 
 from qmpvcpu.core.rules.placement import Placement, check_placements
 from qmpvcpu.host.affinity import QemuThreads
-from qmpvcpu.host.cgroup.groups import hierarchy
+from qmpvcpu.host.cgroup import hierarchy
 from qmpvcpu.host.process import find_process
 
 VCPUS = (1, 2, 3)

@@ -45,7 +45,7 @@ def image_of(name: str) -> Image:
 class Guest:
     """A Linux that has booted."""
 
-    def __init__(self, guest: lab.Guest) -> None:
+    def __init__(self, guest: lab.BootedGuest) -> None:
         self._guest = guest
         self.qemu = Qemu(guest.qemu)
         #: Path of its agent's socket.
@@ -68,7 +68,7 @@ class Console(Guest):
     """A Linux that qmpvcpu itself has started: its shell alone."""
 
     def __init__(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        self._guest = lab.Guest(None, reader, writer)  # type: ignore[arg-type]
+        self._guest = lab.BootedGuest(None, reader, writer)  # type: ignore[arg-type]
 
 
 @asynccontextmanager

@@ -129,7 +129,7 @@ async def client_of(guest: ScriptedGuest, before: Client | None = None) -> Async
         reader = XmlReader(monitor, name)
         return reader, await reader.full()
 
-    earlier = None if before is None else before.link
+    earlier = None if before is None else before.session
     link = await open_session("web1", ["libvirt"], opener, EventBus(), asyncio.Lock(), earlier, reads)
     try:
         yield Client(link)
