@@ -54,8 +54,7 @@ class Hotplug:
     async def run(self, report: Report) -> None:
         """Carry out the plan, and add the results to the report."""
         try:
-            await self._driven(self._drive.run)
-            result = self._drive.result
+            result = await self._driven(self._drive.run)
             # The transaction is no longer in flight: a guest's answer that arrives now ends the unplug.
             with leaves(lambda: _left(result)):
                 stopped, notes = await self._why_pending(result)
@@ -83,7 +82,7 @@ class Hotplug:
         vcpus = self._session.state.vcpus
         return Interrupted(changed_ids=tuple(n for n in ids if vcpus[n].enabled and not vcpus[n].pending))
 
-    async def _driven(self, drive: Callable[[], Coroutine[Any, Any, None]]) -> None:
+    async def _driven(self, drive: Callable[[], Coroutine[Any, Any, None]]) -> Result:
         """While the transaction is in flight, only it decides what becomes of its entities."""
         session = self._session
         session.in_flight = frozenset(entity.first for entity in self._moves.entities)
@@ -91,7 +90,9 @@ class Hotplug:
             await drive()
         finally:
             session.in_flight = frozenset()
-            self._remember(self._drive.result)
+            result = self._drive.result
+            self._remember(result)
+        return result
 
     def _remember(self, result: Result) -> None:
         """Remember pending unplugs for the next call and the next process."""
