@@ -34,13 +34,13 @@ class Request:
     """One call, as data.
 
     `ids` are vCPU ids or, with NUMA_NODE, one node, of which `count` is how many. With `total`, the number of
-    vCPUs there shall be, ids and ENABLE or DISABLE follow from the state; `maximum` makes that the number of ids
+    vCPUs there should be, ids and ENABLE or DISABLE follow from the state; `maximum` makes that the number of ids
     in the definition instead, `hotpluggable` what is added there so. `force` does what is known to kill QEMU.
     `timeout` is in seconds, for what the guest must do (0: do not wait; None: `TIMEOUT`, and 0 while the guest is
     stopped and so cannot do anything). `wait` False is `--async`: the call ends
     once QEMU took an unplug. `atomic` brings back what was removed if the rest fails. `retry` is how often an
     unplug is asked again that the guest refused. `fallback` False never asks the guest agent instead. `listed`
-    says of every vCPU what it shall be, and ids follow from it. `place` False leaves threads where the kernel puts
+    says what every vCPU should be, and ids follow from it. `place` False leaves threads where the kernel puts
     them.
     """
 
@@ -92,7 +92,7 @@ class Request:
         return self.total is None and self.listed is None and not (self.enable or self.disable)
 
     def wants(self, vcpu_id: int) -> bool:
-        """Whether this vCPU shall be enabled; it is one that the request is about."""
+        """Whether this vCPU should be enabled; it must be one that the request is about."""
         return self.enable if self.listed is None else self.listed.vcpus[vcpu_id].enabled
 
     @property

@@ -32,8 +32,8 @@ class PendingUnplugs:
         self.seen_at = 0.0
         #: Used if nothing outlives this process.
         self._contexts = UsedContexts()
-        #: Whether another process has requested unplugs of which only a fresh query shows whether
-        #: they have finished.
+        #: Whether another process has requested unplugs, and only a fresh query shows whether they
+        #: have finished.
         self.undecided = False
         self.trouble: str | None = None
         if store is None:

@@ -47,7 +47,7 @@ async def probe_machine(
 
     Args:
         binary: the QEMU program.
-        spec: what it shall be.
+        spec: what it should be.
         read: called with the replies.
         timeout: seconds for all of it.
 

@@ -17,7 +17,7 @@ class Arrival:
 
     Attributes:
         missing: vCPU ids that it does not run on.
-        unknown: vCPU ids of which nobody can tell, because its CPUs cannot be told apart.
+        unknown: vCPU ids for which this is not known, because its CPUs cannot be told apart.
         last: what it said last.
         view: its CPUs.
     """
@@ -89,7 +89,7 @@ class Arriving:
         """
         if not self._missing:
             return True
-        # Those that came since are they, and if they do not come, it is they that are missing.
+        # `newcomers` identifies the CPUs that came. If there are none, these vCPUs are the missing ones.
         is_told = self._before is not None or not view.assumed
         return not is_told and self._missing == self._unnamed(view) and len(view.cpus) >= self._enabled
 

@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What one thread shall be given; None leaves it as it is.
+    """What one thread should be given; None leaves it as it is.
 
     `cpus` are host CPUs (an empty tuple: all that it may have), `scheduler` is `fifo:10`, `batch` …; by its
     cgroup: `mems` are host NUMA nodes, `period` and `quota` microseconds of CPU time (a negative quota: no

@@ -102,7 +102,7 @@ async def prepare(
     for slot in missing(source, machine_of(state)):
         await plug(list(slot.ids))
     if refusals := check_arrived(source, machine_of(await session.read())):
-        raise VcpuFailed("; ".join(one.message for one in refusals), hint="start the destination anew")
+        raise VcpuFailed("; ".join(one.message for one in refusals), hint="start the destination again")
 
 
 async def listen(session: Session, uri: str | None, host: str | None, default: str | None = None) -> str:
