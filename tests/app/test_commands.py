@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.support.commands import cli, start_cli
-from tests.support.processes import RUN_MARK, survivors
+from tests.support.processes import RUN_MARK, send, survivors
 from tests.support.waiting import DEADLINE, until, within
 
 pytestmark = pytest.mark.qemu
@@ -27,6 +27,7 @@ async def test_doctor_tells_qemus_machines_and_rights():
     text = await cli("doctor")
     assert run.code == text.code == 0
     report = run.json
+    assert not [qemu for qemu in report["qemus"] if qemu["error"] is not None]
     versions = {(qemu["arch"], qemu["version"].rpartition(".")[0]) for qemu in report["qemus"]}
     assert {("x86_64", "7.2"), ("x86_64", "10.0"), ("ppc64", "11.1"), ("s390x", "10.0")} <= versions
     by_key = {(qemu["arch"], qemu["version"].rpartition(".")[0]): qemu for qemu in report["qemus"]}
@@ -141,7 +142,7 @@ async def test_whatever_ends_us_no_qemu_outlives_us(number):
     try:
         await until(its_qemu, "its QEMU runs", every=0)
     finally:
-        process.send_signal(number)
+        send(process, number)
         await process.communicate()
     await until(lambda: not its_qemu(), "no QEMU of it is left")
     assert process.returncode in (-9, 130, 143)

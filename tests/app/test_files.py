@@ -14,6 +14,7 @@ import pytest
 from tests.support import saving, streams
 from tests.support.commands import cli, start_cli
 from tests.support.home import XML
+from tests.support.processes import send
 from tests.support.store import fallback_folder
 from tests.support.waiting import until, within
 
@@ -105,7 +106,7 @@ async def test_a_pipe_that_nobody_writes_to_is_left_at_a_signal(words, number, o
 
     try:
         await until(is_reading, "it reads")
-        process.send_signal(number)
+        send(process, number)
         stdout, stderr = await within(process.communicate(), "it ends")
     finally:
         os.close(begin)

@@ -14,6 +14,7 @@ from tests.guest.test_start_guest import TWO_CORES, xml
 from tests.support.commands import cli, start_cli
 from tests.support.guests import KINDS as POOLED
 from tests.support.guests import Guest, attached, boot, booted, image_of, incoming
+from tests.support.processes import send
 from tests.support.qemus import matrix, qemu_binary
 from tests.support.soaking import count
 from tests.support.waiting import DEADLINE, until
@@ -190,7 +191,7 @@ async def test_what_goes_on_at_the_source_has_its_cpus_again(arch, version, how,
         await until(moves, "its memory moves")
         assert await box.guest.online() == "0"
         if how == "cancelled":
-            process.send_signal(signal.SIGINT)
+            send(process, signal.SIGINT)
         else:
             waiting.kill()
         stdout, stderr = await process.communicate()

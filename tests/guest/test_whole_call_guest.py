@@ -12,6 +12,7 @@ import pytest
 
 import qmpvcpu
 from tests.support.commands import cli, start_cli
+from tests.support.processes import send
 from tests.support.qemus import matrix
 from tests.support.waiting import DEADLINE, deadline, until
 
@@ -68,7 +69,7 @@ async def watch(box, *words):
     try:
         yield read
     finally:
-        process.send_signal(signal.SIGINT)
+        send(process, signal.SIGINT)
         await process.communicate()
 
 

@@ -20,6 +20,7 @@ from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa, qem
 from tests.support.commands import cli, start_cli
 from tests.support.hosts import why_no_kvm
 from tests.support.libvirtds import daemon_of_our_own, managed
+from tests.support.processes import send
 from tests.support.waiting import deadline, until, within
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
@@ -494,7 +495,7 @@ async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked
         mark = daemon.log_position()
         process = await start_cli("-c", daemon.uri, "setvcpu", "web1", "4-7", "--disable", "--json")
         await until(lambda: "device_del" in sent(daemon, mark), "the first is asked for")
-        process.send_signal(signal.SIGINT)
+        send(process, signal.SIGINT)
         stdout, _ = await within(process.communicate(), "it is interrupted")
         assert process.returncode == 130
         # libvirt gives the first one up after 5 s; only then could it ask for another.
@@ -508,7 +509,7 @@ async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked
             assert process.returncode == 7 and "did not answer" in stdout.decode()
             words = ("-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json")
             process = await start_until("libvirt_qemu.qemuMonitorCommand", *words)
-            process.send_signal(signal.SIGINT)
+            send(process, signal.SIGINT)
             await within(process.communicate(), "it is interrupted")
             assert process.returncode == 130
         finally:

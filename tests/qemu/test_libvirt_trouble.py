@@ -20,6 +20,7 @@ from tests.qemu.libvirt_guests import EJECTING, NUMA, firmware, numa, qemu_of, s
 from tests.qemu.test_libvirt_real import free, guest, held, needs_kvm, on, sent, workers
 from tests.support.commands import start_cli
 from tests.support.libvirtds import daemon_of_our_own
+from tests.support.processes import send
 from tests.support.waiting import until, within
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
@@ -91,7 +92,7 @@ async def test_interrupted_in_the_middle_of_many_plugs(daemon):
         mark = daemon.log_position()
         process = await start_cli("-c", daemon.uri, "setvcpus", "web1", "150", "--json")
         await until(lambda: sent(daemon, mark).count("device_add") >= 8, "some are plugged")
-        process.send_signal(signal.SIGINT)
+        send(process, signal.SIGINT)
         stdout, _ = await within(process.communicate(), "it is interrupted")
         assert process.returncode == 130
         added = [c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_add"]
@@ -312,7 +313,7 @@ async def test_interrupted_while_another_client_holds_the_domain(daemon):
             await held(side)
             words = ("-c", daemon.uri, "setvcpu", "web1", "11", "--enable", "--config", "--json")
             process = await start_until("libvirt.virDomain.setVcpu", *words)
-            process.send_signal(signal.SIGINT)
+            send(process, signal.SIGINT)
             stdout, _ = await within(process.communicate(), "it is interrupted")
             assert process.returncode == 130, stdout
             assert "may still be" in json.loads(stdout)["error"]["message"], stdout

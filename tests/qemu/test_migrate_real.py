@@ -19,6 +19,7 @@ from qmpvcpu import VcpuConnectionError
 from tests.support import moments, saving
 from tests.support.commands import cli, start_cli
 from tests.support.monitor import connected
+from tests.support.processes import send
 from tests.support.qemus import MACHINES, VERSIONS, Qemu, group, qemu_binary, running
 from tests.support.started import folder_of
 from tests.support.store import ROOT
@@ -273,7 +274,7 @@ async def test_vcpus_are_not_switched_while_it_is_on_its_way():
                 with pytest.raises(qmpvcpu.VcpuRefused, match="is being migrated"):
                     await call
             assert "is being migrated" in (await domain.plan_enable(5)).refusals[0].message
-            process.send_signal(signal.SIGINT)
+            send(process, signal.SIGINT)
             assert await process.wait() == 130
             assert await runs(source)
             assert (await source.execute("query-migrate"))["status"] == "cancelled"

@@ -25,6 +25,7 @@ from qmpvcpu import (
 )
 from tests.support import machines, probes, qemus
 from tests.support.commands import cli, start_cli
+from tests.support.processes import send
 from tests.support.qemus import VERSIONS, matrix, qemu_binary
 from tests.support.waiting import until, within
 
@@ -223,7 +224,7 @@ async def test_killed_in_the_middle(tmp_path, own_cache):
         await until(lambda: process.returncode is not None or starts() != seen, "QEMU is started", every=0.002)  # noqa: B023
         await asyncio.sleep(0.008 * attempt)
         if process.returncode is None:
-            process.send_signal(signal.SIGKILL)
+            send(process, signal.SIGKILL)
         await process.communicate()
         await until(
             lambda: not [pid for pid in pids.read_text().split() if is_running(pid, binary)], "no QEMU is left"

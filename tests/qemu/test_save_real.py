@@ -29,6 +29,7 @@ from tests.qemu.test_migrate_real import (
 )
 from tests.support import moments, saving
 from tests.support.commands import cli, start_cli
+from tests.support.processes import send
 from tests.support.qemus import Qemu
 from tests.support.store import ROOT, in_child
 from tests.support.waiting import until
@@ -213,7 +214,7 @@ async def test_interrupted_it_goes_on(tmp_path):
         async with machine() as source:
             process = await start_cli("save", source.qmp, str(file))
             await until(lambda: os.listdir(tmp_path), "the file is made", every=0)
-            process.send_signal(signal.SIGINT)
+            send(process, signal.SIGINT)
             if await process.wait() == 130:
                 assert await runs(source) and os.listdir(tmp_path) == []
                 return

@@ -15,6 +15,7 @@ import qmpvcpu
 from qmpvcpu import VcpuFlag
 from tests.support.commands import cli, start_cli
 from tests.support.ejecting import ejecting
+from tests.support.processes import send
 from tests.support.qemus import VERSIONS, matrix, paused
 from tests.support.waiting import until
 
@@ -331,7 +332,7 @@ async def test_interrupted_while_the_guest_is_silent_says_what_is_pending(tmp_pa
             "--json", "setvcpu", qemu.qmp, "1", "--disable", "--force", "--qmp-log", str(log)
         )
         await until(is_asked, "QEMU took the unplug")
-        process.send_signal(number)
+        send(process, number)
         stdout, _ = await process.communicate()
     assert process.returncode == code
     document = json.loads(stdout)

@@ -19,6 +19,7 @@ import qmpvcpu
 from tests.support import machines
 from tests.support import xml as domain_xml
 from tests.support.commands import cli, start_cli
+from tests.support.processes import send
 from tests.support.qemus import VERSIONS, qemu_binary, running
 from tests.support.started import folder_of, leave_pid, pid_of
 from tests.support.waiting import until
@@ -411,7 +412,7 @@ async def test_killed_or_interrupted_in_the_middle(tmp_path, started):
         )
         await asyncio.sleep(0.01 * attempt)
         if process.returncode is None:
-            process.send_signal(signal.SIGINT if interrupt else signal.SIGKILL)
+            send(process, signal.SIGINT if interrupt else signal.SIGKILL)
         await process.communicate()
         # A QEMU that was killed with us may need a moment; one that has begun stays.
         await until(lambda: len(mentioning(tmp_path / "s")) <= (pid_of("d") is not None), "it is known or gone")

@@ -15,6 +15,7 @@ from tests.support.commands import cli, start_cli
 from tests.support.ejecting import ejecting
 from tests.support.hosts import why_no_kvm
 from tests.support.moments import around
+from tests.support.processes import send
 from tests.support.qemus import matrix, paused, qemu_binary, running
 from tests.support.waiting import until, within
 
@@ -215,7 +216,7 @@ async def test_ctrl_c_while_the_guest_is_stopped_tells_what_is_pending():
                 return domain.pending_ids == (1, 2)
 
             await until(is_asked, "QEMU was asked")
-        process.send_signal(signal.SIGINT)
+        send(process, signal.SIGINT)
         stdout, _ = await process.communicate()
         told = json.loads(stdout)
     assert (process.returncode, told["changed"], told["pending"]) == (130, False, [1, 2])

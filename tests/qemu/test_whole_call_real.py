@@ -14,6 +14,7 @@ import qmpvcpu
 from qmpvcpu import VcpuFlag
 from tests.support.commands import cli, start_cli
 from tests.support.hosts import qemu_of
+from tests.support.processes import send
 from tests.support.qemus import group, paused
 from tests.support.waiting import deadline, until, within
 
@@ -215,7 +216,7 @@ async def test_watch_in_words_ends_quietly_when_interrupted():
         for words, first in ([], b"vCPU 0: enabled (1 of 4 vCPUs enabled)"), (["--json"], b'"snapshot"'):
             process = await start_cli("watch", *words, qemu.qmp)
             assert first in await process.stdout.readline()
-            process.send_signal(signal.SIGINT)
+            send(process, signal.SIGINT)
             rest, _ = await process.communicate()
             assert (process.returncode, rest) == (130, b"")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import uuid
+from asyncio.subprocess import Process
 from contextlib import suppress
 from pathlib import Path
 
@@ -15,6 +16,16 @@ def mark() -> None:
     """From now on what this process starts is found."""
     name, _, value = RUN_MARK.partition("=")
     os.environ[name] = value
+
+
+def send(process: Process, number: int) -> None:
+    """Send a process of asyncio's a signal, if it still runs.
+
+    Its own `send_signal` reaps a process that has just ended; asyncio then reports exit code 255 (Python 3.11).
+    """
+    if process.returncode is None:
+        with suppress(ProcessLookupError):
+            os.kill(process.pid, number)
 
 
 def of_this_run() -> list[Path]:

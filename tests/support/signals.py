@@ -9,6 +9,7 @@ from contextlib import suppress
 from typing import Any
 
 from tests.support.commands import Run
+from tests.support.processes import send
 from tests.support.shells import PROGRAM
 from tests.support.waiting import within
 
@@ -25,14 +26,13 @@ async def interrupted_after(
         env=os.environ | (environment or {}),
     )
 
-    async def send() -> None:
+    async def send_it() -> None:
         while not _handles_signals(process.pid) and process.returncode is None:
             await asyncio.sleep(0.0005)
         await asyncio.sleep(seconds)
-        with suppress(ProcessLookupError):
-            process.send_signal(number)
+        send(process, number)
 
-    sender = asyncio.create_task(send())
+    sender = asyncio.create_task(send_it())
     stdout, stderr = await within(process.communicate(), f"{words} ends")
     sender.cancel()
     assert process.returncode is not None
