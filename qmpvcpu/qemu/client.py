@@ -98,9 +98,11 @@ class Client(QMPClient):
 
     async def _recv(self) -> Message:
         # An event may overtake the reply to qmp_capabilities (RESUME of a QEMU that starts), and qemu.qmp 0.0.6
-        # takes it for that.
+        # takes it for that. A QEMU that is connected to while it starts may greet twice (10.0).
         msg = await super()._recv()
-        while self.runstate is Runstate.CONNECTING and "event" in msg:
+        while self.runstate is Runstate.CONNECTING and (
+            "event" in msg or ("QMP" in msg and self._greeting is not None)
+        ):
             msg = await super()._recv()
         return msg
 

@@ -84,16 +84,13 @@ async def run_qemu(
     process: Child | None = None
     try:
         with throwaway_folder() as folder:
-            process, command = _start(binary, arguments, folder, monitors, channels)
+            # Not a socket to connect to: a QEMU that starts may greet twice, or lose a command (qemu-facts.md).
+            ours, theirs = socket.socketpair()
+            with ours:
+                with theirs:
+                    process, command = _start(binary, arguments, folder, theirs, monitors, channels)
+                monitor = await _connect(process, command, folder, ours, start_timeout)
             try:
-                try:
-                    monitor = await connect_monitor(str(folder / "own"), connect_timeout=start_timeout)
-                except VcpuConnectionError as error:
-                    if error.reason not in ("no-greeting", "malformed"):
-                        with suppress(TimeoutError):
-                            async with asyncio.timeout(_EXIT_SECONDS):
-                                await process.wait()
-                    raise _start_error(command, process.returncode, folder, error) from error
                 qemu = QemuProcess(process, command, folder, monitor)
                 try:
                     yield qemu
@@ -112,6 +109,27 @@ async def run_qemu(
             await _end(process)
 
 
+async def _connect(
+    process: Child, command: Sequence[str], folder: Path, sock: socket.socket, timeout: float
+) -> QmpMonitor:
+    """Our own monitor. Raises what `run_qemu` raises."""
+    try:
+        return await connect_monitor(f"fd:{sock.fileno()}", connect_timeout=timeout)
+    except VcpuConnectionError as error:
+        if error.reason not in ("no-greeting", "malformed"):
+            with suppress(TimeoutError):
+                async with asyncio.timeout(_EXIT_SECONDS):
+                    await process.wait()
+        if process.returncode is not None:
+            raise _exited(command, process.returncode, _read_end(folder / "stderr")) from error
+        raise VcpuConnectionError(
+            f"{command[0]} runs, and its monitor is of no use: {error.message}",
+            reason=error.reason,
+            libvirt=error.libvirt,
+            hint="is it a QEMU? start it by hand with -machine none -S -qmp stdio",
+        ) from error
+
+
 async def _last_words(qemu: QemuProcess) -> str:
     """How a QEMU that has closed its monitor ended, and what it said."""
     with suppress(TimeoutError):
@@ -123,12 +141,18 @@ async def _last_words(qemu: QemuProcess) -> str:
 
 
 def _start(
-    binary: str, arguments: Sequence[str], folder: Path, monitors: Sequence[str], channels: Sequence[str]
+    binary: str,
+    arguments: Sequence[str],
+    folder: Path,
+    monitor: socket.socket,
+    monitors: Sequence[str],
+    channels: Sequence[str],
 ) -> tuple[Child, list[str]]:
     with ExitStack() as ours:
-        descriptors = []
-        command = [binary, *arguments]
-        for name in ("own", *monitors, *channels):
+        descriptors = [monitor.fileno()]
+        own = ["-chardev", f"socket,id=own,fd={monitor.fileno()}", "-qmp", "chardev:own"]
+        command = [binary, *own, *arguments]
+        for name in (*monitors, *channels):
             chardev, sock = _listen(folder, name)
             descriptors.append(ours.enter_context(sock).fileno())
             # In front: a device can name only a chardev that stands before it.
@@ -231,14 +255,6 @@ def _read_end(path: Path, start: int = 0) -> str:
     with suppress(OSError):
         return path.read_bytes()[start:][-_STDERR_KEPT:].decode(errors="replace").strip()
     return ""
-
-
-def _start_error(
-    command: Sequence[str], code: int | None, folder: Path, error: VcpuConnectionError
-) -> VcpuFailed | VcpuConnectionError:
-    if code is None:
-        return error
-    return _exited(command, code, _read_end(folder / "stderr"))
 
 
 def _exited(command: Sequence[str], code: int, said: str) -> VcpuFailed:

@@ -15,7 +15,7 @@ import pytest
 from qmpvcpu import QmpLog, VcpuConnectionError, VcpuUsageError
 from tests.support.fake_qmp import GREETING, Connection, answering, serve
 from tests.support.monitor import Event, QmpError, connected, ends, meaning
-from tests.support.waiting import until, within
+from tests.support.waiting import DEADLINE, until, within
 
 
 async def forever(connection):
@@ -443,6 +443,19 @@ async def test_an_event_ahead_of_the_handshakes_reply_is_no_reply(tmp_path):
         assert await monitor.command("query-status") == {"status": "running"}
 
 
+async def test_a_second_greeting_is_not_a_reply_to_the_handshake(tmp_path):
+    async def script(connection):
+        connection.send(GREETING)
+        command = await connection.receive()
+        connection.send(GREETING)
+        connection.send({"return": {}, "id": command.get("id")})
+        connection.reply(await connection.receive(), {"status": "running"})
+        await asyncio.Event().wait()
+
+    async with serve(tmp_path, script) as path, connected(path) as monitor:
+        assert await monitor.command("query-status") == {"status": "running"}
+
+
 async def test_what_is_asked_at_once_is_answered_in_order(tmp_path):
     names = [f"query-{n}" for n in range(80)]
     read = []
@@ -579,7 +592,7 @@ async def test_what_is_large_and_not_understood_takes_little_memory(tmp_path, sa
     def answer(connection, command):
         connection.raw(said)
 
-    async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
+    async with serve(tmp_path, answering(answer)) as path, connected(path, command_timeout=DEADLINE) as monitor:
         tracemalloc.start()
         try:
             (end,) = await ends(monitor, 1)
