@@ -6,7 +6,7 @@ import asyncio
 import base64
 import json
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -115,7 +115,8 @@ async def serve_agent(folder: Path, agent: FakeAgent) -> AsyncIterator[str]:
         assert task is not None
         tasks.add(task)
         try:
-            await agent.serve(reader, writer)
+            with suppress(ConnectionResetError):  # a client that was killed
+                await agent.serve(reader, writer)
         finally:
             writer.close()
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import AbstractAsyncContextManager, AsyncExitStack
+from traceback import format_tb
 from typing import TypeVar
 
 from tests.support import soaking
@@ -46,7 +47,7 @@ async def meet_all(
                 except AssertionError as error:
                     if not soaking.is_long_run():
                         raise
-                    wrong.append(f"{point}: {error}")
+                    wrong.append(f"{point}: {error}\n{''.join(format_tb(error.__traceback__))}")
                     print("WRONG", wrong[-1][:4000], flush=True)
                     one = None
                 if one is None or not keeps:
