@@ -95,6 +95,17 @@ def _is_integer(value: Any) -> bool:
     return isinstance(value, int) and type(value) is not bool
 
 
+def _is_text(value: Any) -> bool:
+    """Whether it is a string that a file name, an XML document and a QMP message can hold."""
+    if not isinstance(value, str) or "\0" in value:
+        return False
+    try:
+        value.encode(errors="surrogateescape")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
 #: What a value must be for an annotation that is not a class of its own.
 _PLAIN: Final[Mapping[Any, Callable[[Any], bool]]] = {
     Any: lambda _: True,
@@ -102,6 +113,7 @@ _PLAIN: Final[Mapping[Any, Callable[[Any], bool]]] = {
     None: lambda value: value is None,
     type(None): lambda value: value is None,
     bool: lambda value: type(value) is bool,
+    str: _is_text,
     int: _is_integer,
     float: lambda value: _is_integer(value) or (isinstance(value, float) and value == value),
 }
@@ -138,6 +150,8 @@ def _is_collection(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
 
 def _wrong(name: str, value: Any, hint: Any) -> VcpuUsageError:
     shown = clean(repr(value), _MOST)
+    if isinstance(value, str) and str in (hint, *get_args(hint)):
+        return VcpuUsageError(f"{name}={shown} has a character that no path or name has", hint="leave it out")
     return VcpuUsageError(f"{name}={shown} is not {_noun(hint)}", hint=f"give {_noun(hint)}")
 
 

@@ -25,6 +25,9 @@ CALLS = {
     "an unknown keyword": lambda: connect("a", timeout=3),
     "too many arguments": lambda: connect("a", "b"),
     "a log that is a number": lambda: connect("a", qmp_log=5),
+    "an XML whose name has a NUL": lambda: connect("a", xml="a\0"),
+    "an address that no encoding has": lambda: connect("a", qmp="\ud800"),
+    "an address among others that no encoding has": lambda: connect("a", qmp=["b", "\ud800"]),
     "another way": lambda: connect("a", via="ssh"),
     "a deadline that is not a number": lambda: connect("a", connect_timeout=NAN),
     "a deadline in the past": lambda: connect("a", connect_timeout=-1),
@@ -75,6 +78,8 @@ METHODS = {
     "a plan with a wrong timeout": lambda domain: domain.plan_enable(1, timeout="3"),
     "save to a number": lambda domain: domain.save(5),
     "migrate to a number": lambda domain: domain.migrate(5, 5),
+    "read from a descriptor that is not open": lambda domain: domain.migration.read_saved(-1, 0),
+    "read from a descriptor that cannot be": lambda domain: domain.migration.read_saved(10**30, 0),
     "destroy without a name": lambda domain: qmpvcpu.destroy(),
     "start a number": lambda domain: qmpvcpu.start(5),
 }

@@ -48,6 +48,7 @@ class QmpBackend(Backend):
         place, reached = self.place, self.unreached()
         if not place.qmp:
             return replace(reached, is_inactive=True)
+        agent = reached.defined_agent()
         try:
             session = await open_session(place.name, place.qmp, self._open, bus, queue, last)
         except VcpuConnectionError as error:
@@ -58,9 +59,8 @@ class QmpBackend(Backend):
             if self.config_only and not place.is_unknown:
                 return replace(reached, busy=error)
             raise
-        address = reached.defined_agent()
-        if address is not None:
-            session.guest = Guest(qemu.AgentClient(address), session.monitor, bus.emit)
+        if agent is not None:
+            session.guest = Guest(qemu.AgentClient(agent), session.monitor, bus.emit)
         return replace(reached, session=session, guest=session.guest)
 
     async def _open(self, address: str) -> Monitor:

@@ -25,7 +25,7 @@ from qmpvcpu.domain.migration.move import Migrated, Move
 from qmpvcpu.domain.migration.picture import read_picture
 from qmpvcpu.domain.migration.saving import Save, SaveTarget
 from qmpvcpu.domain.session import Session
-from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed
+from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuUsageError
 from qmpvcpu.host.ownership import Role
 from qmpvcpu.host.process import is_alive
 from qmpvcpu.host.room import memory_in_use
@@ -385,9 +385,15 @@ class Migration:
             offset: where QEMU's stream begins, in bytes.
 
         Raises:
+            VcpuUsageError: `fd` is not an open file.
             VcpuFailed: the file cannot be read.
             VcpuConnectionError: the connection to QEMU broke, perhaps because of the file.
         """
+        try:
+            _position(fd)
+        except (OSError, OverflowError) as error:
+            hint = "open the saved file, and position it where QEMU's stream begins"
+            raise VcpuUsageError(f"fd={fd} is not an open file: {error}", hint=hint) from error
         async with self._domain.connected() as session:
             await sides.receive_file(session.monitor, session.state.qemu, fd, offset, only_reads=True)
             refusal = await phases.arrival(session, lambda: _position(fd))
