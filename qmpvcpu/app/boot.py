@@ -1,4 +1,4 @@
-"""Before the first boot: what the vCPUs of a domain's XML will be, and the command line of such a guest."""
+"""Before the first boot: the vCPUs that a domain's XML leads to, and QEMU's command line for it."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from qmpvcpu.xml.document import read_domain
 
 @dataclass(frozen=True, slots=True)
 class CommandLine:
-    """What QEMU is started with, and what its vCPUs are known from."""
+    """The arguments that QEMU is started with, and the probe that its vCPUs are known from."""
 
     args: BootArgs
     probe: Probe
@@ -29,12 +29,14 @@ class CommandLine:
 
 
 def read_definition(word: str) -> tuple[Definition, tuple[str, ...]]:
-    """A domain by the name it is defined under, or by a file of its XML; then what of a file is not trusted.
+    """Read a defined domain by its name, or an XML file by its path; the notes name what of a file
+    is not trusted.
 
-    A file does not supply a program: its <emulator> counts where it is a QEMU that `doctor` lists.
+    A file does not choose the program: its <emulator> counts only if it is a QEMU that `doctor`
+    lists.
 
     Raises:
-        VcpuRefused: there is neither, or the XML is wrong.
+        VcpuRefused: there is no such file or domain, or its XML is wrong.
     """
     folder = DefinitionFolder()
     if "/" not in word and folder.is_defined(word):
@@ -53,13 +55,15 @@ def read_definition(word: str) -> tuple[Definition, tuple[str, ...]]:
 
 
 def check_program(definition: Definition) -> None:
-    """Raises VcpuRefused where the program that a definition names is not here."""
+    """Raises VcpuRefused where the program that a definition names cannot be run on this host."""
     if definition.emulator is not None and path_of(definition.emulator) is None:
         raise catalogue.NO_EMULATOR.error(emulator=definition.emulator)
 
 
 def listed_program(definition: Definition) -> str | None:
-    """Its program, where that is a QEMU that `doctor` lists or that runs guests of its architecture."""
+    """The definition's program, if it is a QEMU that `doctor` lists or that runs guests of its
+    architecture.
+    """
     wanted = os.path.realpath(definition.emulator or "")
     listed = [*find_binaries(), *find_binaries(qemu_arch(definition))]
     return next((path for path, _ in listed if os.path.realpath(path) == wanted), None)
@@ -72,10 +76,10 @@ async def probe_domain(
     refresh: bool = False,
     emulator: str | None = None,
 ) -> Probe:
-    """What its vCPUs will be.
+    """Find out which vCPUs a domain will have.
 
     Raises:
-        VcpuRefused: no such guest can be; the text says why.
+        VcpuRefused: there cannot be such a guest; the message says why.
         VcpuFailed, VcpuConnectionError: as `find_layout`.
     """
     return (await command_line(definition, mode=mode, refresh=refresh, emulator=emulator)).probe
@@ -90,18 +94,18 @@ async def command_line(
     refresh: bool = False,
     emulator: str | None = None,
 ) -> CommandLine:
-    """QEMU's command line for it.
+    """Make QEMU's command line for a domain.
 
     Args:
         definition: the domain.
-        style: how vCPUs that -smp cannot say come in.
+        style: how vCPUs that -smp cannot express are added.
         incoming: as of `boot_args`.
         mode: when a throwaway QEMU may be asked.
-        refresh: ask again, whatever is known.
+        refresh: ask QEMU even if the answer is cached.
         emulator: the QEMU program, in place of the definition's.
 
     Raises:
-        VcpuRefused: no such guest can be; the text says why.
+        VcpuRefused: there cannot be such a guest; the message says why.
         VcpuFailed, VcpuConnectionError: as `find_layout`.
     """
     arch = qemu_arch(definition)
@@ -114,7 +118,7 @@ async def command_line(
     if emulator is not None and mode is not ProbeMode.NEVER:
         definition, unknown = await with_known_features(definition, emulator, arch)
         notes += unknown
-    # The driver's name matters only where -smp cannot say it all.
+    # The driver's name matters only where -smp cannot express every vCPU.
     enabled = definition.enabled_ids
     typed = enabled != tuple(range(len(enabled))) or any(definition.vcpus[n].hotpluggable for n in enabled)
     probe = await find_layout(

@@ -1,4 +1,4 @@
-"""Where fetched QEMUs and built guests are: `QMPVCPU_CACHE`, else `~/.cache/qmpvcpu` (XDG)."""
+"""Where fetched QEMUs and built guests are kept: `QMPVCPU_CACHE`, else `~/.cache/qmpvcpu` (XDG)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ def cache_folder() -> Path:
     """The cache folder; it need not exist. The scripts in `scripts/` use the same rule.
 
     Raises:
-        VcpuRefused: somebody else can write to it, and programs in it are run.
+        VcpuRefused: another user can write to it; the programs in it are run, so it is not trusted.
     """
     return trusted_folder(_cache_path(), "cache folder")
 

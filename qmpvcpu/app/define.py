@@ -1,4 +1,4 @@
-"""`define`: a domain gets a home here."""
+"""`define`: keep a domain's XML and its addresses under a name."""
 
 from __future__ import annotations
 
@@ -45,13 +45,14 @@ class Defined:
 
 
 async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, xml: str | None = None) -> Defined:
-    """Define a domain: by a file of domain XML, or under a name with its sockets.
+    """Define a domain: from a file of domain XML, or under a name with its sockets.
 
-    Without `xml`, the definition is made of what the running QEMU tells.
+    Without `xml`, the definition is made from what the running QEMU reports.
 
     Raises:
         VcpuRefused: the name, the XML or the folder does not allow it; nothing is changed.
-        VcpuConnectionError: its QEMU was to be asked, and does not answer.
+        VcpuConnectionError: the definition is to be made from a running QEMU, which does not
+            answer.
     """
     addresses = Addresses(tuple(_absolute(address) for address in qmp), _absolute(agent) if agent else None)
     if "/" in word or (xml is None and not qmp and agent is None):
@@ -73,10 +74,11 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
         addresses = _with_known(word, addresses)
     elif addresses.qmp:
         messages += _left_behind(word, addresses)
-        # Not by its name: a definition that is there says nothing of this guest.
+        # Not by its name: an older definition of that name does not describe this guest.
         async with connect(qmp=addresses.qmp, agent=addresses.agent) as domain:
             told = await domain.describe_machine()
-            # What was plugged since QEMU was started, and whatever else its command line does not tell.
+            # This finds what was plugged since QEMU was started, and what else its command line
+            # does not show.
             differs = await check_definition(domain, told.xml, None) if told.has_devices else []
         data = renamed(told.xml, word)
         messages += [f"the definition does not hold {text}" for text in told.left_out]
@@ -98,7 +100,7 @@ async def _define_file(path: str, addresses: Addresses) -> Defined:
 
 
 def _check_not_ours(name: str, addresses: Addresses) -> None:
-    """A guest that `start` has started keeps its name and its sockets while it runs.
+    """Check that no guest of that name, started by `start`, runs with other sockets.
 
     Raises:
         VcpuRefused: other sockets are given for it.
@@ -109,7 +111,7 @@ def _check_not_ours(name: str, addresses: Addresses) -> None:
 
 
 def _left_behind(name: str, addresses: Addresses) -> list[str]:
-    """The sockets by which it was reached until now, if it is given others."""
+    """A message that names the old sockets, if the domain gets others."""
     known = _known(name)
     if not addresses.qmp or not known.qmp or addresses.qmp == known.qmp:
         return []
@@ -123,7 +125,9 @@ def _known(name: str) -> Addresses:
 
 
 def _with_known(name: str, addresses: Addresses) -> Addresses:
-    """A new XML for a domain says nothing new of where it is reached, and its QEMU may run there."""
+    """The given addresses, else the ones that are known: new XML does not change where the domain
+    is reached.
+    """
     if addresses.qmp:
         return addresses
     known = _known(name)
@@ -131,7 +135,9 @@ def _with_known(name: str, addresses: Addresses) -> Addresses:
 
 
 def _trusted(data: bytes) -> list[str]:
-    """What a definition makes this host do that nobody expects of a domain's XML: it is said once."""
+    """Messages about what a definition makes this host run that a user may not expect of XML;
+    printed once.
+    """
     document, definition = read_domain(data)
     found = []
     if definition.emulator is not None and listed_program(definition) is None:
@@ -150,7 +156,7 @@ def _write(name: str, data: bytes, addresses: Addresses, messages: Sequence[str]
 
 
 def _checked(data: bytes, path: str) -> str:
-    """The name in a document that holds."""
+    """The domain's name in a document, which is checked. Raises VcpuRefused."""
     try:
         return read_domain(data)[1].name
     except VcpuRefused as error:
@@ -158,7 +164,9 @@ def _checked(data: bytes, path: str) -> str:
 
 
 def _absolute(address: str) -> str:
-    """A definition is used from every folder, and has no descriptors."""
+    """The address with an absolute path: a definition is used from every folder, and cannot hold
+    descriptors.
+    """
     where = parse_address(address)
     if isinstance(where, int):
         raise VcpuUsageError(
@@ -166,4 +174,4 @@ def _absolute(address: str) -> str:
         )
     if isinstance(where, tuple):
         return address
-    return os.path.abspath(where)  # noqa: PTH100 - a link stays what it is
+    return os.path.abspath(where)  # noqa: PTH100 - links are not resolved

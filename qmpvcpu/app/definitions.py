@@ -1,4 +1,4 @@
-"""`undefine` and `list`: the domains that have a home here."""
+"""`undefine` and `list`: the domains that are defined, or that `start` has started."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _RUN_STATES: Final = {"suspended": "pmsuspended", "guest-panicked": "crashed", "
 
 @dataclass(frozen=True, slots=True)
 class ListedDomain:
-    """One row of `list`. `active` is None where nobody can tell, and `trouble` says why."""
+    """One row of `list`. `active` is None where that is not known, and `trouble` says why."""
 
     name: str
     active: bool | None
@@ -33,9 +33,9 @@ class ListedDomain:
     current: int | None = None
     maximum: int | None = None
     trouble: str | None = None
-    #: Of its QEMU, where `start` has started it.
+    #: The process id of its QEMU, if `start` has started it.
     pid: int | None = None
-    #: QAPI RunState of one that runs.
+    #: The QAPI RunState of a running domain.
     run_state: str | None = None
 
     @property
@@ -60,7 +60,7 @@ class ListedDomain:
 
 
 def undefine(name: str) -> Path:
-    """Forget a domain; where its last XML is kept.
+    """Remove a domain's definition; returns the path where its last XML is kept.
 
     Raises:
         VcpuRefused: it is not defined, or cannot be removed.
@@ -73,7 +73,9 @@ def undefine(name: str) -> Path:
 
 
 async def list_domains() -> list[ListedDomain]:
-    """Every domain that is defined, or that we have started, and whether somebody listens at its sockets."""
+    """Every domain that is defined or that we have started, and whether a QEMU listens at its
+    sockets.
+    """
     folder = DefinitionFolder()
     names = sorted({*folder.names(), *running_names()})
     return list(await asyncio.gather(*(_look(folder, name) for name in names)))
@@ -91,7 +93,7 @@ async def _look(folder: DefinitionFolder, name: str) -> ListedDomain:
         definition = read_domain(folder.file(name).read())[1]
         current, maximum = len(definition.enabled_ids), definition.maxcpus
     except VcpuRefused as error:
-        # One that waits for a migration is defined when it has arrived.
+        # A domain that waits for a migration is defined once the guest has arrived.
         trouble = error.message if folder.is_defined(name) else None
     active: bool | None = False
     try:
@@ -101,7 +103,7 @@ async def _look(folder: DefinitionFolder, name: str) -> ListedDomain:
                 state = domain.last_state
                 current, maximum = len(state.enabled_ids), state.maxcpus
     except VcpuError as error:
-        # Somebody listens, and holds it.
+        # QEMU listens there, and another client holds the socket.
         active = True if getattr(error, "reason", None) == "no-greeting" else None
         current = None
         trouble = trouble or error.message
@@ -109,10 +111,10 @@ async def _look(folder: DefinitionFolder, name: str) -> ListedDomain:
 
 
 def read_document(path: str) -> bytes:
-    """A file that the user names.
+    """Read a file that the user names.
 
     Raises:
-        VcpuRefused: it is not there, or cannot be read.
+        VcpuRefused: it does not exist, or cannot be read.
     """
     if not os.path.lexists(path):
         raise catalogue.NO_FILE.error(path=path)

@@ -1,4 +1,6 @@
-"""A destination: a QEMU that waits for a guest, by name or by address; one that does not run is started for it."""
+"""A migration's destination: a QEMU that waits for a guest. It is given by name or by address; one
+with a name is started if it does not run.
+"""
 
 from __future__ import annotations
 
@@ -29,11 +31,11 @@ class Where:
     """Where a guest goes, and how a QEMU is started there.
 
     Attributes:
-        dest: a name, or a QMP address of a QEMU that waits; None: the guest's own name.
-        agent: address of the guest's agent there; one that is started here has its own.
+        dest: a name, or the QMP address of a QEMU that waits; None: the guest's own name.
+        agent: address of the guest's agent there; a QEMU that we start has its own agent socket.
         place: False leaves the threads where the kernel puts them.
         mode: when a throwaway QEMU may be asked for the topology.
-        timeout: seconds for the machine to stand.
+        timeout: seconds until QEMU must have set up its machine.
     """
 
     dest: str | None = None
@@ -49,7 +51,7 @@ class Where:
 
     @property
     def host(self) -> str | None:
-        """Of an address host:port."""
+        """The host of an address host:port."""
         if self.dest is None or self.is_name or "/" in self.dest:
             return None
         return self.dest.rpartition(":")[0].strip("[]") or None
@@ -57,16 +59,17 @@ class Where:
 
 @dataclass(slots=True)
 class Target:
-    """One that is connected.
+    """A destination that we are connected to.
 
     Attributes:
-        domain: to connect to.
-        name: as it is known here, or its address.
-        is_name: it is known by that name.
+        domain: the connected domain.
+        name: its name on this host, or its address.
+        is_name: whether `name` is a name.
         qmp: addresses of its QMP sockets.
-        messages: of its start.
-        cookie: that of what was started, and may be defined; None: it ran already.
-        is_kept: it must not be ended any more.
+        messages: from its start.
+        cookie: of the guest that QEMU was started for, and whose XML may be defined; None: QEMU ran
+            already.
+        is_kept: whether QEMU must not be ended any more.
     """
 
     domain: Domain
@@ -78,11 +81,11 @@ class Target:
     is_kept: bool = False
 
     def default_uri(self, host: str | None) -> str:
-        """Where it listens if nobody says it: beside its QMP socket, which its QEMU can write to."""
+        """Where it listens by default: next to its QMP socket, where its QEMU can write."""
         return f"tcp:{host}:0" if host is not None else f"unix:{os.path.abspath(self.qmp[0])}.migrate"  # noqa: PTH100
 
     async def prepare(self, cookie: Cookie, *, place: bool, with_disks: bool = False) -> None:
-        """It is the guest's machine, has its vCPUs, and waits.
+        """Check that it is the guest's machine, and plug the guest's vCPUs.
 
         Args:
             cookie: of the guest.
@@ -90,20 +93,21 @@ class Target:
             with_disks: both run on this host, so that the names of their disks can be compared.
 
         Raises:
-            VcpuRefused: it cannot take the guest; every reason.
+            VcpuRefused: it cannot take in the guest; the error has every reason.
             VcpuFailed: QEMU declines something.
         """
         differences = await check_sides(cookie, self.domain, with_disks=with_disks)
-        # What is remembered of this destination is what may be defined.
+        # The destination keeps this cookie for `migrate-finish`, which may define the domain from
+        # it.
         await self.domain.migration.prepare(self.cookie or cookie, place=place, differences=differences)
 
     @property
     def is_defined(self) -> bool:
-        """Whether there is a definition of that name."""
+        """Whether a domain of that name is defined."""
         return self.is_name and DefinitionFolder().is_defined(self.name)
 
     def define(self, cookie: Cookie, *, persistent: bool) -> list[str]:
-        """A destination by name is defined from now on; messages."""
+        """Define a destination that has a name; returns messages."""
         if not self.is_name or (not persistent and self.is_defined):
             return []
         folder = DefinitionFolder()
@@ -120,34 +124,36 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class FromFile:
-    """A cookie that was read from a file; `definition` is the guest's as this user had it when the file was
-    written, where that is known.
+    """A cookie was read from a file; `definition` is the one that this user had of the guest when
+    the file was written, if that is known.
     """
 
     definition: bytes | None
 
 
 async def startable(cookie: Cookie, name: str, file: FromFile | None) -> Startable:
-    """What a destination of that name is started of; `file`: the cookie does not come from its source.
+    """From what a destination of that name is started; `file` is given if the cookie was read from
+    a file.
 
     Raises:
-        VcpuRefused: the file names what is of a host, and nothing that is trusted has it.
+        VcpuRefused: the file names parts of a host, and no trusted definition has them.
     """
     return of_user(cookie) if file is None else await of_file(cookie, (name, cookie.name), file.definition)
 
 
 @asynccontextmanager
 async def open_destination(where: Where, cookie: Cookie, file: FromFile | None = None) -> AsyncIterator[Target]:
-    """Connected until the end of the body. One that does not run is started, and ended if the body fails.
+    """Connect until the end of the body. A QEMU that does not run is started, and ended if the body
+    fails.
 
     Args:
-        where: it is.
+        where: the destination.
         cookie: of the guest.
         file: as of `startable`.
 
     Raises:
-        VcpuRefused: there can be no such destination.
-        VcpuFailed, VcpuConnectionError: it exited, or does not answer.
+        VcpuRefused: there cannot be such a destination.
+        VcpuFailed, VcpuConnectionError: its QEMU exited, or does not answer.
     """
     name = where.dest if where.dest is not None else cookie.name
     if where.is_name and not await _runs(name, cookie):
@@ -161,7 +167,9 @@ async def open_destination(where: Where, cookie: Cookie, file: FromFile | None =
 
 
 async def _runs(name: str, cookie: Cookie) -> bool:
-    """Whether the QEMU of that name runs. Raises VcpuRefused: the name stands for another domain."""
+    """Whether the QEMU of that name runs. Raises VcpuRefused if another domain is defined under the
+    name.
+    """
     require_name(name)
     folder = DefinitionFolder()
     if folder.is_defined(name):

@@ -21,7 +21,9 @@ from qmpvcpu.host.rights import kvm_state, rights
 
 @dataclass(frozen=True, slots=True)
 class HostReport:
-    """`doctor`: QEMUs, KVM, rights, guests, and (what, cure) of what is missing."""
+    """`doctor`: QEMUs, KVM, rights and guests of this host; `missing` has pairs of what is missing
+    and its cure.
+    """
 
     qemus: tuple[QemuBinary, ...]
     kvm: bool
@@ -41,7 +43,7 @@ class HostReport:
         }
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """The lines to print."""
         lines = []
         for qemu in self.qemus:
             told = f"QEMU {qemu.version}" if qemu.version else f"does not run: {qemu.error}"
@@ -64,7 +66,7 @@ class HostReport:
 
 
 def _families(machines: Sequence[str]) -> str:
-    """`pc-q35-7.2` … `pc-q35-2.4` as one name with its newest version."""
+    """Machine types, one for each family: of `pc-q35-2.4` … `pc-q35-7.2` the newest."""
     newest: dict[str, tuple[list[int], str]] = {}
     for name in machines:
         family = re.sub(r"-\d+(\.\d+)+$", "", name)
@@ -74,7 +76,7 @@ def _families(machines: Sequence[str]) -> str:
 
 
 async def examine_host() -> HostReport:
-    """Look at this host; starts each QEMU for a moment."""
+    """Examine this host; each QEMU is started for a moment."""
     qemus = tuple(await examine_all(find_binaries()))
     usable, reason = kvm_state()
     guests = tuple(sorted(path.parent.name for path in (cache_folder() / "guests").glob("[!.]*/guest.json")))
@@ -112,7 +114,7 @@ class DomainReport:
     can: tuple[str, ...]
     cannot: tuple[str, ...]
     kills: tuple[str, ...]
-    #: In what the guest is another machine than its definition.
+    #: Where the guest's machine differs from its definition.
     differences: tuple[str, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
@@ -131,7 +133,7 @@ class DomainReport:
         }
 
     def lines(self) -> list[str]:
-        """For a person."""
+        """The lines to print."""
         state = self.state
         head = f"{state.name}: {state.arch}, {state.machine}, QEMU {state.version}, {state.accel}"
         return [
@@ -144,7 +146,8 @@ class DomainReport:
 
 
 async def examine_domain(domain: Domain) -> DomainReport:
-    """What this guest can and cannot do now, by plans of the very requests; nothing is touched.
+    """Find out what this guest can and cannot do now, by planning the same requests; nothing is
+    changed.
 
     Raises:
         VcpuError: the running guest cannot be asked.
@@ -191,7 +194,7 @@ def _judge(
     *,
     condition: str = "",
 ) -> None:
-    """Say where it belongs: it can be done, it cannot, or only if it is forced."""
+    """Add an operation to the list that its refusals put it in: `can`, `cannot`, `kills`."""
     if not refusals:
         can.append(what + condition)
     cannot.extend(f"{what}: {refusal.message}" for refusal in refusals)

@@ -1,4 +1,6 @@
-"""CPU features that a definition switches, against those that the QEMU has which is to start it."""
+"""The CPU features that a definition switches on or off, compared with those that the QEMU to be
+started has.
+"""
 
 from __future__ import annotations
 
@@ -21,15 +23,16 @@ _MODEL: Final = "max"
 async def with_known_features(
     definition: Definition, program: str, arch: str
 ) -> tuple[Definition, tuple[str, ...]]:
-    """The definition without the features that are off and that this QEMU does not have, and a note of them.
+    """The definition without those features that are off and that this QEMU does not have, and a
+    note of them.
 
     Args:
         definition: of the domain.
-        program: the QEMU that is to start it; it is started for a moment, once for each program file.
+        program: the QEMU that will run it; it is started for a moment, once for each program file.
         arch: QEMU's target of the guest.
 
     Raises:
-        VcpuRefused: one that is on is not there.
+        VcpuRefused: this QEMU does not have a feature that is on.
         VcpuFailed, VcpuConnectionError: the QEMU does not start, or does not answer.
     """
     model, features = split_cpu(definition.cpu) if definition.cpu is not None else ("", ())
@@ -49,7 +52,9 @@ async def with_known_features(
 
 
 async def _features_of(program: str, arch: str) -> frozenset[str] | None:
-    """The names of the properties of a CPU that has every feature; None where this QEMU has no such CPU."""
+    """The names of the properties of the CPU model with every feature; None where QEMU has no such
+    model.
+    """
     row = architecture_of_program(program) or architecture(arch)
     if row.cpu_suffix is None:
         return None

@@ -1,4 +1,4 @@
-"""What libvirt's own schema says of a document; it takes lxml to ask."""
+"""The check of a document against libvirt's own schema, for which lxml is loaded."""
 
 from __future__ import annotations
 
@@ -6,5 +6,7 @@ from qmpvcpu.xml.schema import check_domain
 
 
 def against_libvirts_schema(data: bytes) -> list[str] | None:
-    """What libvirt's own schema has against a document, with lines; None where libvirt's is not installed."""
+    """The errors that libvirt's schema finds in a document, with lines; None where libvirt is not
+    installed.
+    """
     return check_domain(data)

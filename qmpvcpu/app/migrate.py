@@ -1,4 +1,6 @@
-"""`migrate` and its phases as a user has them: destinations by name or address, started where they do not run."""
+"""`migrate` and its phases as a user calls them: the destination is a name or an address; one with a
+name is started if it does not run.
+"""
 
 from __future__ import annotations
 
@@ -30,13 +32,13 @@ from qmpvcpu.host.ownership import Role
 from qmpvcpu.host.runtime import Runtime
 from qmpvcpu.xml.cookie import read_cookie, write_cookie
 
-#: What a cookie may have: two domains of 8 MiB.
+#: Bytes that a cookie may have: two domains of 8 MiB each.
 _LIMIT = 17 * 1024 * 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    """A destination that waits; `uri` is what the source gets."""
+    """A destination that waits; `uri` is where the source connects."""
 
     name: str
     uri: str
@@ -58,15 +60,15 @@ class Prepared:
 
 
 def cookie_text(cookie: Cookie) -> str:
-    """As XML."""
+    """The cookie as XML."""
     return write_cookie(cookie).decode()
 
 
 def load_cookie(path: str) -> Cookie:
-    """From a file; `-` is standard input.
+    """Read a cookie from a file; `-` is standard input.
 
     Raises:
-        VcpuRefused: it is not there, or is not a cookie.
+        VcpuRefused: the file does not exist, or is not a cookie.
     """
     try:
         data = read_stream(sys.stdin.fileno(), _LIMIT) if path == "-" else read_file(path, _LIMIT, with_pipes=True)
@@ -89,17 +91,18 @@ async def migrate(
     force: bool = False,
     at_destination: Callable[[], None] = lambda: None,
 ) -> Migrated:
-    """Take a guest elsewhere, and verify it there.
+    """Move a guest to another QEMU, and verify it there.
 
     Args:
-        source: connected.
-        where: the destination; one by name is started here if it does not run.
-        how: the guest's memory goes there; its host is the destination's.
-        persistent: its definition goes too, under the destination's name.
-        undefine_source: the source's definition is forgotten.
+        source: the guest's domain, connected.
+        where: the destination; a named one is started on this host if it does not run.
+        how: how the guest's memory is sent; its host is replaced by the destination's.
+        persistent: also define the domain at the destination, under the destination's name.
+        undefine_source: remove the source's definition.
         wait: seconds for pending unplugs to end.
-        force: do what is known to hang.
-        at_destination: called when the guest runs there, or may, whatever comes then.
+        force: also do what is known to hang a guest.
+        at_destination: called once the guest runs there, or may run there, even if an error
+            follows.
 
     Raises:
         VcpuError: as `Migration.migrate`.
@@ -120,7 +123,7 @@ async def migrate(
             done = await source.migration.migrate(
                 target.domain.migration, cookie, replace(how, host=where.host), force=force, finished=finished
             )
-    # From here on the guest runs there, and nothing may look as if it did not.
+    # The guest runs at the destination now, so an error of ours must not read as if it did not.
     try:
         if undefine_source:
             undefine(source.name)
@@ -143,8 +146,8 @@ def _check_words(source: Domain, where: Where, *, persistent: bool, undefine_sou
 
 @asynccontextmanager
 async def nothing_left_of(source: Domain, has_left: Callable[[], bool]) -> AsyncIterator[None]:
-    """The body takes the guest away: its QEMU, folder and cgroups go then. If the body fails when the guest
-    `has_left`, they go where that QEMU has ended.
+    """Remove the source's QEMU, folder and cgroups after the body, which moves the guest. If the
+    body fails and the guest `has_left`, they are removed only if that QEMU has ended.
     """
     is_ours = source.has_definition and check_name(source.name) is None
     try:
@@ -163,15 +166,17 @@ async def migrate_prepare(cookie: Cookie, where: Where, uri: str | None) -> Prep
     Args:
         cookie: as it was read from a file.
         where: the destination.
-        uri: where it should listen; None: beside its QMP socket, which its QEMU can write to.
+        uri: where it should listen; None: next to its QMP socket, in a folder that its QEMU can
+            write to.
 
     Raises:
-        VcpuError: as `Migration.prepare`; a QEMU that was started for it is ended.
+        VcpuError: as `Migration.prepare`; a QEMU that was started for the guest is ended.
     """
     async with open_destination(where, cookie, FromFile(ownership.recall_source(cookie))) as target:
         is_near = target.is_name and ownership.is_present(cookie, Role.SOURCE)
         await target.prepare(cookie, place=where.place, with_disks=is_near)
-        # One that listens everywhere is reached by its host's name, as libvirt's are.
+        # A destination that listens on every address is reached by its host's name, as libvirt
+        # does.
         host = where.host or socket.gethostname()
         there = await target.domain.migration.listen(uri, host, target.default_uri(where.host))
         state = await target.domain.state()
@@ -179,12 +184,13 @@ async def migrate_prepare(cookie: Cookie, where: Where, uri: str | None) -> Prep
 
 
 async def migrate_finish(dest: str, cookie: Cookie | None, *, force: bool = False) -> tuple[DomainState, bool]:
-    """Verify a destination, and let it run; its vCPUs, and whether it runs, as it did at the source.
+    """Verify a destination, and let it run; returns its state, and whether it runs, as it did at
+    the source.
 
     Args:
         dest: its name, or its QMP address.
-        cookie: as it was read from a file; None is the one that it was prepared with, on this host.
-        force: also where another side has taken the guest.
+        cookie: as it was read from a file; None: the one that it was prepared with, on this host.
+        force: also where another side has claimed the guest.
 
     Raises:
         VcpuError: as `Migration.finish`.
@@ -193,7 +199,7 @@ async def migrate_finish(dest: str, cookie: Cookie | None, *, force: bool = Fals
         begun = cookie or await domain.migration.cookie()
         state = await domain.migration.finish(begun, force=force)
     target = Target(domain, dest, check_name(dest) is None and ":" not in dest, ())
-    # What this destination was prepared with was looked at then.
+    # The cookie that this destination was prepared with was checked then.
     file = None if cookie is None else FromFile(ownership.recall_source(cookie))
     with suppress(VcpuRefused):
         definable = (await startable(begun, dest, file)).definable
@@ -202,7 +208,7 @@ async def migrate_finish(dest: str, cookie: Cookie | None, *, force: bool = Fals
 
 
 async def migrate_cancel(domain: Domain, *, force: bool = False) -> str:
-    """`Migration.cancel`, and what is left of a destination that we have started.
+    """`Migration.cancel`, which also removes what is left of a destination that we have started.
 
     Raises:
         VcpuError: as `Migration.cancel`.

@@ -1,4 +1,4 @@
-"""What the vCPUs of a guest that does not run will be: predicted, known, or asked of a throwaway QEMU."""
+"""Which vCPUs a guest that does not run will have: computed, cached, or asked of a throwaway QEMU."""
 
 from __future__ import annotations
 
@@ -33,14 +33,14 @@ from qmpvcpu.host.files import FileLock
 from qmpvcpu.qemu.probe import probe_machine
 
 _PAUSE: Final = 0.005
-#: QEMU's words for a machine type that it has not, 7.2 to 11.1.
+#: QEMU's words for a machine type that it does not have, 7.2 to 11.1.
 _NO_MACHINE: Final = "unsupported machine type"
-#: QEMUs at once, of all our processes together.
+#: QEMUs that run at once, of all our processes together.
 _AT_ONCE: Final = max(2, min(8, os.cpu_count() or 2))
 
 
 class ProbeMode(StrEnum):
-    """When a throwaway QEMU is started: where arithmetic cannot know; rather than arithmetic; never."""
+    """When a throwaway QEMU is started: only where the vCPUs cannot be computed; always; never."""
 
     AUTO = "auto"
     ALWAYS = "always"
@@ -49,9 +49,10 @@ class ProbeMode(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Probe:
-    """An answer, and the program it is about (None: no QEMU is here).
+    """The vCPUs of a machine, and the program they are those of (None: this host has no such QEMU).
 
-    `started` are the first vCPU ids of the entities a domain boots with, in their order; None for a bare machine.
+    `started` has the ids of the entities that a domain boots with, in their order; None for a bare
+    machine.
     """
 
     layout: MachineLayout
@@ -76,7 +77,7 @@ class Probe:
 
 
 def forget_probes() -> int:
-    """Forget what throwaway QEMUs have said; how many answers that were."""
+    """Remove the cached answers of throwaway QEMUs; returns how many there were."""
     return _cache().clear()
 
 
@@ -94,16 +95,16 @@ async def find_layout(
     """The vCPUs of a machine.
 
     Args:
-        spec: what QEMU is asked to be.
+        spec: the machine.
         arch: QEMU's target; else the program's, the machine's or this host's.
-        emulator: the QEMU program; else the first of that target that is here.
+        emulator: the QEMU program; else the first one of that target on this host.
         mode: when a throwaway QEMU is started.
-        refresh: ask again, whatever is known.
+        refresh: ask QEMU even if the answer is cached.
         typed: whether the driver of `device_add` is needed too.
         timeout: seconds for a throwaway QEMU, from the first wait on.
 
     Raises:
-        VcpuRefused: QEMU refuses such a machine, or it cannot be known without a QEMU that may be started.
+        VcpuRefused: QEMU refuses such a machine, or only a QEMU can answer and none may be started.
         VcpuFailed, VcpuConnectionError: the throwaway QEMU dies, or does not answer.
     """
     began = time.monotonic()
@@ -131,7 +132,7 @@ async def find_layout(
 
 
 class _Look:
-    """One question to the cache, or to a QEMU."""
+    """One machine to find out about, from the cache or from a QEMU."""
 
     def __init__(self, spec: MachineSpec, program: _Found | None, typed: bool) -> None:
         self.spec = spec
@@ -146,7 +147,7 @@ class _Look:
         self.read_facts()
 
     def read_facts(self) -> None:
-        """What is known of the program by now."""
+        """Read what the cache has on the program, if it was not read yet."""
         if self.program is not None and self.facts is None:
             self.facts = self._load()
 
@@ -160,7 +161,7 @@ class _Look:
         return key_of("machine", str(facts.version), *self._question)
 
     def cached(self) -> MachineLayout | None:
-        """The answer from before."""
+        """The cached answer."""
         if self.facts is None:
             return None
         replies = self.cache.get(self._key(self.facts))
@@ -170,7 +171,7 @@ class _Look:
             return None
 
     def known(self, target: str, mode: ProbeMode) -> MachineLayout | None:
-        """What arithmetic says, or a QEMU has said before."""
+        """The computed answer, else the cached one."""
         layout = None
         if mode is not ProbeMode.ALWAYS:
             assume = self.program is None or mode is ProbeMode.NEVER
@@ -179,7 +180,7 @@ class _Look:
         return layout or self.cached()
 
     async def find_out(self, deadline: float, *, refresh: bool) -> MachineLayout:
-        """Start a QEMU, and keep what it says, unless another process does so meanwhile."""
+        """Start a QEMU and cache its answer, unless another process does so meanwhile."""
         async with _held(self.cache, self._lock, deadline):
             if not refresh:
                 self.read_facts()
@@ -197,7 +198,9 @@ class _Look:
             return await probe_machine(self.program.path, self.spec, self._keep, timeout=left)
 
     async def _explain(self, error: VcpuRefused) -> VcpuRefused:
-        """Of a machine type that this QEMU has not: which QEMU that is, and the family's newest that it has."""
+        """The error for a machine type that this QEMU does not have, with the newest of that family
+        that it has.
+        """
         assert self.program is not None
         if _NO_MACHINE not in error.message:
             return error
@@ -206,7 +209,7 @@ class _Look:
             return error
         machine = self.spec.machine_type
         family = machine.rpartition("-")[0] + "-"
-        # As QEMU lists them: 10.0 behind 9.2.
+        # By number: 10.0 comes after 9.2.
         newest = max((name for name in found.hotplug if name.startswith(family)), key=_by_version, default=None)
         version, program = found.version, self.program.path
         if newest is None:
@@ -217,7 +220,8 @@ class _Look:
 
     def _keep(self, replies: dict[str, Any]) -> MachineLayout:
         layout = parse_layout(replies, self.spec.accel, LayoutSource.PROBED)
-        # Others may have learned meanwhile. Another version: the same file, a script, starts what is there now.
+        # Other processes may have written facts meanwhile. If they are of another version, the
+        # program is a script that starts different QEMUs over time.
         known = self._load()
         if known is not None and not known.are_of(layout):
             known = None
@@ -253,7 +257,9 @@ def _program(emulator: str | None, arch: str) -> tuple[_Found | None, list[str]]
 
 
 def _with_default_machine(spec: MachineSpec, arch: str) -> MachineSpec:
-    """QEMU's default machine, where it is one whose vCPUs can be hotplugged."""
+    """The spec with QEMU's default machine type, if that one can hotplug vCPUs. Raises
+    VcpuUsageError.
+    """
     row = architecture(arch)
     if not row.computes(row.default_machine):
         raise VcpuUsageError(
@@ -268,7 +274,9 @@ def _by_version(machine: str) -> list[int]:
 
 @asynccontextmanager
 async def _held(cache: FileCache, name: str, deadline: float) -> AsyncIterator[None]:
-    """A lock of all our processes; the name "" stands for one place of those that may run a QEMU."""
+    """Hold a lock against our other processes; the name "" is one of the few places for running a
+    QEMU.
+    """
     names = [f"question-{name}"] if name else [f"place-{number}" for number in range(_AT_ONCE)]
     lock: FileLock | None = None
     try:
@@ -279,7 +287,7 @@ async def _held(cache: FileCache, name: str, deadline: float) -> AsyncIterator[N
                 )
             await asyncio.sleep(_PAUSE)
     except OSError:
-        # A cache that cannot be written has no locks, and needs none.
+        # A cache that cannot be written has no lock files, and needs none.
         lock = None
     try:
         yield

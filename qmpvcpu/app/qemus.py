@@ -1,4 +1,6 @@
-"""Which QEMUs are here: on the PATH, and those `scripts/fetch-qemu` put into the cache."""
+"""Which QEMUs this host has: those on the PATH, and those that `scripts/fetch-qemu` has put into
+the cache.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ _AT_ONCE: Final = 4
 
 @dataclass(frozen=True, slots=True)
 class QemuBinary:
-    """One QEMU program, examined. `hotplug`: its machine types with CPU hotplug; `error`: why it does not run."""
+    """What is known of one QEMU program. `hotplug`: machine types with CPU hotplug; `error`: why it
+    does not run.
+    """
 
     path: str
     arch: str
@@ -47,8 +51,9 @@ class QemuBinary:
 
 
 def find_binaries(arch: str | None = None) -> list[tuple[str, str]]:
-    """(path, target) of every qemu-system-* of the targets that `doctor` lists, or of those that run guests of an
-    architecture, its own first; of each target the PATH first, then the cache by version.
+    """Find (path, target) of every qemu-system-* of the targets that `doctor` lists, or that run
+    guests of an architecture, its own target first. Of each target those on the PATH come first,
+    then the cache by version.
     """
     if arch is not None:
         return [found for target in programs_of(arch) for found in _binaries((target,))]
@@ -69,19 +74,19 @@ def _binaries(targets: Sequence[str]) -> list[tuple[str, str]]:
 
 
 def is_program(path: str | Path) -> bool:
-    """Whether it can be started."""
-    # Not Path.is_file(): that raises where a folder of the PATH may not be looked into.
+    """Whether this is a file that can be run."""
+    # Not Path.is_file(): that raises where a folder of the PATH may not be entered.
     return os.path.isfile(path) and os.access(path, os.X_OK)  # noqa: PTH113
 
 
 def path_of(emulator: str) -> str | None:
-    """Where a QEMU is that was named with or without its folder; None where none is."""
+    """The path of a QEMU that is named with or without its folder; None where there is none."""
     path = emulator if "/" in emulator else shutil.which(emulator)
     return path if path is not None and is_program(path) else None
 
 
 async def examine(path: str, arch: str) -> QemuBinary:
-    """Start it with no machine and ask; never raises for a QEMU that does not run."""
+    """Start a QEMU without a machine and query it; never raises for a QEMU that does not run."""
     arguments = ["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S"]
     try:
         async with run_qemu(path, arguments) as qemu:
@@ -94,8 +99,8 @@ async def examine(path: str, arch: str) -> QemuBinary:
 
 
 async def find_emulator(arch: str, version: QemuVersion | None) -> str | None:
-    """The QEMU of a target that is here, and that takes in a guest of this version: one of the same version, else
-    the oldest that is newer. None where there is none.
+    """The QEMU of a target on this host that can take in a guest of this version: of the same
+    version, else the oldest newer one, else any. None where there is none.
     """
     found = find_binaries(arch)
     if version is None or len(found) < 2:
@@ -116,7 +121,7 @@ def survives_unplug(qemu: QemuBinary) -> bool:
 
 
 async def examine_all(binaries: Iterable[tuple[str, str]]) -> list[QemuBinary]:
-    """Examine several, a few at a time."""
+    """Examine several QEMUs, a few at a time."""
     gate = asyncio.Semaphore(_AT_ONCE)
 
     async def one(path: str, arch: str) -> QemuBinary:

@@ -1,4 +1,4 @@
-"""`save` and `restore`: a guest goes into a file, and comes back."""
+"""`save` and `restore`: a guest is written to a file, and started again from it."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from qmpvcpu.host.savefile import SavedFile, Saving, open_saved
 from qmpvcpu.host.saves import SavedDefinitions, Saves
 from qmpvcpu.xml.cookie import read_cookie, write_cookie
 
-#: Bytes for what a saved guest has besides its memory, and for a QEMU without a guest.
+#: Bytes of a saved guest besides its memory, and of a QEMU without a guest.
 _REST_BYTES: Final = 16 << 20
 _QEMU_BYTES: Final = 128 << 20
 
@@ -55,7 +55,7 @@ class Saved:
 
 @dataclass(frozen=True, slots=True)
 class Restored:
-    """A guest that was in a file, and runs now (unless it did not when it was saved)."""
+    """A guest that was started from a file; `runs` is False if it was paused when it was saved."""
 
     name: str
     qmp: tuple[str, ...]
@@ -85,25 +85,27 @@ async def save(
     progress: Progress | None = None,
     verify: bool = False,
 ) -> Saved:
-    """Save a guest to a file, and end its QEMU. What was in the file is there until the new one is whole.
+    """Save a guest to a file, and end its QEMU. An older file is replaced only once the new one is
+    complete.
 
     Args:
-        source: connected.
+        source: the guest's domain, connected.
         file: path of the file.
         wait: seconds for pending unplugs to end.
-        force: do what is known to hang.
+        force: also do what is known to hang a guest.
         progress: called with each fresh status.
         verify: a second QEMU reads the whole file before the first one ends.
 
     Raises:
-        VcpuRefused: nothing was touched.
-        VcpuFailed: it could not be written, or it is not the guest; the guest goes on, and the file is as it was.
-        VcpuConnectionError: QEMU is lost.
+        VcpuRefused: nothing was changed.
+        VcpuFailed: the file could not be written, or does not hold the guest; the guest goes on,
+            and an older file is unchanged.
+        VcpuConnectionError: the connection to QEMU is lost.
     """
     cookie = await source.migration.begin(persistent=source.has_definition, wait=wait, force=force, is_paused=True)
     table = await _check_save(source, file, cookie, verify=verify)
     written = write_cookie(cookie)
-    # What cannot be read again is reported before the guest is paused.
+    # A cookie that could not be read again is reported before the guest is paused.
     read_cookie(written)
     try:
         saving = await finish(asyncio.to_thread(Saving, Path(file), written), discard=Saving.discard)
@@ -131,10 +133,11 @@ async def save(
 
 
 async def _check_save(source: Domain, file: str, cookie: Cookie, *, verify: bool) -> StreamTable | None:
-    """Everything that stands against a save, before the guest is paused; what its twin's stream lists.
+    """Check everything that could prevent a save, before the guest is paused; returns what its
+    twin's stream lists.
 
     Raises:
-        VcpuRefused: every reason of one kind.
+        VcpuRefused: it cannot be saved; the error has every reason of one kind.
     """
     machine = None if cookie.is_described else cookie.machine
     memory = await source.migration.memory_in_use() or 0
@@ -142,7 +145,7 @@ async def _check_save(source: Domain, file: str, cookie: Cookie, *, verify: bool
     if refusals := _check_room(Path(file), memory + _REST_BYTES, second, verify=verify):
         raise VcpuRefused(refusals)
     if machine is None:
-        # Who restores it names a QEMU of his own.
+        # It has no definition: `restore` starts it in a QEMU that the user names.
         if verify:
             raise catalogue.VERIFY_UNDEFINED.error()
         checked = Checked(check_movable(cookie.picture) if cookie.picture is not None else [])
@@ -156,7 +159,9 @@ async def _check_save(source: Domain, file: str, cookie: Cookie, *, verify: bool
 
 
 def _check_room(file: Path, size: int, second: int, *, verify: bool) -> list[Refusal]:
-    """Whether a file of `size` and a `second` QEMU of so many bytes have room, before the guest is paused."""
+    """Refusals if there is no room for a file of `size` bytes, or for a second QEMU of `second`
+    bytes.
+    """
     found = []
     disk, memory = free_disk(Path(os.path.realpath(file)).parent), free_memory()
     if disk is not None and disk < size:
@@ -168,11 +173,12 @@ def _check_room(file: Path, size: int, second: int, *, verify: bool) -> list[Ref
 
 
 async def _check_saved(saving: Saving, cookie: Cookie, table: StreamTable | None, verify: bool) -> None:
-    """What QEMU wrote is on the disk, and is the machine of its definition (`table`); its digest is in its header.
+    """Sync what QEMU wrote, compare it with the twin's `table`, and write its digest into its
+    header.
 
     Raises:
-        VcpuFailed: it is not, or a second QEMU cannot read it.
-        OSError: the disk declines.
+        VcpuFailed: it is another machine, or a second QEMU cannot read it.
+        OSError: it cannot be written to the disk.
     """
     await finish(asyncio.to_thread(saving.sync))
     try:
@@ -195,12 +201,13 @@ async def restore(file: str, where: Where) -> Restored:
     """Start a saved guest again, with exactly its vCPUs and pending unplugs; the file stays.
 
     Args:
-        file: what `save` has written.
-        where: as of `migrate`; the guest's own name, if none is given.
+        file: a file that `save` has written.
+        where: the destination, as for `migrate`; by default the guest's own name.
 
     Raises:
-        VcpuRefused: it is not a whole guest, or runs already, or the destination cannot take it.
-        VcpuFailed: QEMU could not read it. The file is as it was.
+        VcpuRefused: the file is not a complete guest, or the guest runs already, or the destination
+            cannot take it.
+        VcpuFailed: QEMU could not read it. The file is unchanged.
     """
     given_up = threading.Event()
     reading = asyncio.to_thread(open_saved, file, given_up)

@@ -1,4 +1,4 @@
-"""`start` and `destroy`: a defined domain as a QEMU of its own in the background. For testing and prototyping."""
+"""`start` and `destroy`: a defined domain in a QEMU in the background, for tests and prototypes."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.source import Document
 
 _PAUSE: Final = 0.02
-#: Seconds for another process that starts or ends the same guest.
+#: Seconds to wait for another process that starts or ends the same guest.
 _LOCK_SECONDS: Final = 10.0
-#: Seconds QEMU has to end by itself, and then to be killed.
+#: Seconds that QEMU gets to end after SIGTERM, and then after SIGKILL.
 _END_SECONDS: Final = 5.0
-#: Seconds for the kernel to let go of the cgroups of a process that has ended.
+#: Seconds until the cgroups of a process that has ended can be removed.
 _GROUP_SECONDS: Final = 1.0
 
 
@@ -83,7 +83,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Destroyed:
-    """What `destroy` did; `killed` is whether QEMU had to be."""
+    """What `destroy` did; `killed` is whether QEMU had to be killed."""
 
     name: str
     pid: int
@@ -98,18 +98,18 @@ class Destroyed:
 async def start(
     name: str, *, mode: ProbeMode = ProbeMode.AUTO, timeout: float = 30.0, place: bool = True
 ) -> Started:
-    """Start a defined domain with exactly the vCPUs its XML says, and let it run.
+    """Start a defined domain with exactly the vCPUs that its XML says, and let it run.
 
     Args:
-        name: as it is defined.
+        name: the name that it is defined under.
         mode: when a throwaway QEMU may be asked first.
-        timeout: seconds until its machine must stand.
+        timeout: seconds until QEMU must have set up its machine.
         place: False leaves its threads where the kernel puts them.
 
     Raises:
-        VcpuRefused: it is not defined, runs already, or no such guest can be.
+        VcpuRefused: it is not defined, runs already, or there cannot be such a guest.
         VcpuFailed: QEMU exited, with its exit code and stderr; or its vCPUs are not those of the XML.
-        VcpuConnectionError: QEMU does not answer. After an error no QEMU stays.
+        VcpuConnectionError: QEMU does not answer. After every error QEMU has ended.
     """
     began = time.monotonic()
     folder = DefinitionFolder()
@@ -151,7 +151,7 @@ async def start(
 
 @dataclass(frozen=True, slots=True)
 class Launched:
-    """A QEMU of ours whose machine stands, and that does not run yet."""
+    """A QEMU that we have started and that has set up its machine; the guest does not run yet."""
 
     runtime: Runtime
     line: CommandLine
@@ -170,22 +170,23 @@ async def launch_waiting(
     source_runs: bool = True,
     devices: bytes | None = None,
 ) -> Launched:
-    """Start a QEMU in the background that waits for a guest to migrate here (`-incoming defer`).
+    """Start a QEMU in the background that waits for a guest to migrate into it (`-incoming defer`).
 
     Args:
-        name: what it is called here from now on.
+        name: its name on this host from now on.
         xml: of the guest as it runs at the source.
         machine: the source's machine type, versioned.
         mode: when a throwaway QEMU may be asked first.
-        timeout: seconds until its machine must stand.
-        place: whether it is refused where its threads could not be placed.
-        source_runs: whether the guest runs on this host, and must lose nothing to the new QEMU.
-        devices: the XML that has its program and devices instead.
+        timeout: seconds until QEMU must have set up its machine.
+        place: whether to refuse a guest whose threads could not be placed.
+        source_runs: whether the source runs on this host, so that the new QEMU must not damage it.
+        devices: XML whose program and devices replace those of `xml`.
 
     Raises:
-        VcpuRefused: one of that name runs already, or no such guest can be, or it would write to the memory of the
-            guest that runs.
-        VcpuFailed, VcpuConnectionError: QEMU exited, or does not answer. No QEMU stays.
+        VcpuRefused: a domain of that name runs already, or there cannot be such a guest, or it
+            would write to the memory of the running guest.
+        VcpuFailed, VcpuConnectionError: QEMU exited, or does not answer. After every error QEMU has
+            ended.
     """
     require_name(name)
     runtime = Runtime(name)
@@ -206,7 +207,9 @@ async def launch_waiting(
 
 
 def _shared(document: Document, definition: Definition) -> tuple[list[str], list[str]]:
-    """What the QEMU of a definition would share with one that runs; as `shared_with_source`."""
+    """What the QEMU of a definition would share with the source's QEMU, as `shared_with_source`
+    returns it.
+    """
     words = list(read_hardware(document).arguments)
     known: list[MemoryBackend | Dimm] = [*definition.options.backends, *definition.dimms]
     for backend in known:
@@ -266,24 +269,24 @@ async def _launch(
 
 
 async def clean_up(name: str) -> None:
-    """End what is left of a QEMU that we have started: its process, folder and cgroups. Never raises OSError."""
+    """End a QEMU that we have started, and remove its folder and cgroups. Never raises OSError."""
     runtime = Runtime(name)
     with suppress(OSError):
         await finish(asyncio.to_thread(_end, runtime))
 
 
 def remove_ended(name: str, *, is_ending: bool) -> None:
-    """Remove what a QEMU that we have started has left, if it has ended. Blocks.
+    """Remove folder and cgroups of a QEMU that we have started, if it has ended. Blocks.
 
     Args:
         name: of the domain.
-        is_ending: it was told to end, and gets a second for that.
+        is_ending: QEMU has got a quit command; it is given a second to end.
     """
     runtime = Runtime(name)
     with suppress(OSError):
         lock = runtime.try_lock()
         if lock is None:
-            return  # somebody starts it again
+            return  # another process starts it again
         try:
             end = time.monotonic() + (1.0 if is_ending else 0.0)
             while runtime.pid() is not None and time.monotonic() < end:
@@ -296,18 +299,18 @@ def remove_ended(name: str, *, is_ending: bool) -> None:
 
 @checked
 async def destroy(name: str) -> Destroyed:
-    """End the QEMU of a domain that `start` has started, at once; the guest is not asked.
+    """End the QEMU of a domain that `start` has started, without a shutdown of the guest.
 
     Raises:
-        VcpuRefused: it does not run, or was not started by us.
-        VcpuFailed: it cannot be ended.
+        VcpuRefused: it does not run, or another program has started it.
+        VcpuFailed: QEMU cannot be ended.
     """
     require_name(name)
     runtime = Runtime(name)
     async with _alone(runtime):
         pid = runtime.pid()
         if pid is None:
-            # One that ended by itself has left its cgroups, and its folder.
+            # A QEMU that has exited by itself leaves its cgroups and its folder.
             await asyncio.to_thread(QemuThreads(process_of(os.getpid())).sweep)
             await asyncio.to_thread(runtime.remove)
             if DefinitionFolder().is_defined(name) and await _answers(name):
@@ -327,7 +330,7 @@ async def destroy(name: str) -> Destroyed:
 
 
 def _end(runtime: Runtime) -> bool:
-    """End its QEMU, if there is one; whether it had to be killed. Blocks."""
+    """End the domain's QEMU, if there is one; returns whether it had to be killed. Blocks."""
     pid = runtime.pid()
     groups, killed = [], False
     if pid is not None:
@@ -350,7 +353,7 @@ async def _check_inactive(name: str, runtime: Runtime) -> None:
 
 
 async def _answers(name: str) -> bool:
-    """Whether somebody else's QEMU is at the domain's own sockets."""
+    """Whether a QEMU that we have not started listens at the domain's sockets."""
     try:
         async with connect(name, connect_timeout=1.0, config_only=True) as domain:
             return domain.is_active
@@ -359,8 +362,9 @@ async def _answers(name: str) -> bool:
 
 
 async def _check_vcpus(runtime: Runtime, line: CommandLine, xml: str | None) -> tuple[DomainState, list[str]]:
-    """By a fresh query: the vCPUs, and the order in which they came. Then their threads get the places that `xml`,
-    a file, says.
+    """Check by a fresh query that the vCPUs are those of the XML and were plugged in its order.
+    Then place their threads as the file `xml` says; returns the state, and notes about the
+    placement.
     """
     async with connect(qmp=runtime.qmp[0], xml=xml) as domain:
         state = await domain.state(VcpuFlag.LIVE)
@@ -399,7 +403,7 @@ def _gone(runtime: Runtime) -> VcpuFailed:
 
 @asynccontextmanager
 async def _alone(runtime: Runtime) -> AsyncIterator[None]:
-    """One process at a time starts or ends a guest."""
+    """Hold the lock with which one process at a time starts or ends a guest."""
     deadline = time.monotonic() + _LOCK_SECONDS
     try:
         while (lock := runtime.try_lock()) is None:

@@ -1,8 +1,10 @@
-"""What a destination is started of, where the guest's XML comes from a file: a saved guest, or a cookie.
+"""From what a destination is started if the guest's XML comes from a file: a saved guest, or a
+cookie.
 
 What the user has defined is trusted. A file supplies the machine, CPUs, memory and addresses, and never a program,
-a command line, a socket, a path or a place on the host: those are of the definition that the guest had when this
-user saved it, or that the user has of it now; else there must be none.
+a command line, a socket, a path or a place on the host. Those come from the definition that the
+guest had when this user saved it, or that the user has of it now; without such a definition a file
+that names them is refused.
 """
 
 from __future__ import annotations
@@ -21,8 +23,8 @@ from qmpvcpu.xml.foreign import host_parts, without_placing, without_program
 
 @dataclass(frozen=True, slots=True)
 class Startable:
-    """A cookie whose XML may be started, and defined. `devices` is the XML that has its program and devices; None:
-    the cookie's own. `messages` say what of a file was left out.
+    """A cookie whose XML may be started and defined. `devices` is the XML that has the program and
+    the devices; None: the cookie's own XML. `messages` name what of a file was left out.
     """
 
     cookie: Cookie
@@ -31,26 +33,29 @@ class Startable:
 
     @property
     def definable(self) -> Cookie:
-        """The cookie whose XML may be defined, and says where on this host the guest's threads run."""
+        """The cookie with the XML that may be defined, and that says where on this host the guest's
+        threads run.
+        """
         return self.cookie if self.devices is None else replace(self.cookie, xml=self.devices)
 
 
 def of_user(cookie: Cookie) -> Startable:
-    """Of a cookie that was made here of what the user has defined."""
+    """From a cookie that this process has made of what the user has defined."""
     return Startable(cookie)
 
 
 async def of_file(cookie: Cookie, names: Iterable[str], kept: bytes | None) -> Startable:
-    """Of a cookie that was read from a file.
+    """From a cookie that was read from a file.
 
     Args:
         cookie: as it was read.
-        names: under which the guest can be defined here, the first that is.
-        kept: its definition, where it is known that this user had it when this file was written, and that every
-            byte of the cookie is as it was then.
+        names: under which the guest may be defined on this host; the first that is defined counts.
+        kept: its definition, if it is known that this user had it when the file was written, and
+            that the cookie has not been changed since.
 
     Raises:
-        VcpuRefused: the file names what is of a host, and nothing that is trusted has it; every part.
+        VcpuRefused: the file names parts of a host, and no trusted definition has them; the error
+            names every part.
     """
     if kept is not None:
         return Startable(replace(cookie, xml=kept))

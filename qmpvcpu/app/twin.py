@@ -1,6 +1,7 @@
-"""A twin: the QEMU that a definition starts, unbooted and paused, and asked what its machine is.
+"""A twin: the QEMU that a definition starts, unbooted and paused, so that its machine can be
+queried.
 
-It has nothing of the host behind its devices, so that it does nothing to the guest that runs.
+Its devices have nothing of the host behind them, so that it cannot affect the running guest.
 """
 
 from __future__ import annotations
@@ -52,22 +53,23 @@ from qmpvcpu.xml.boot_devices import read_hardware
 from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.source import Document
 
-#: What to do about a definition that is another machine.
+#: The hint for a definition that describes another machine.
 HINT: Final = catalogue.DEFINE_IT
 _ELSEWHERE: Final = "in the definition"
 _PIPE: Final = "qmpvcpu-twin"
-#: Bytes that are read at once.
+#: Bytes that are read from the pipe at once.
 _CHUNK: Final = 1 << 20
-#: Seconds for a QEMU that has closed its socket to end.
+#: Seconds that a QEMU that has closed its socket gets to exit.
 _END_SECONDS: Final = 3.0
-#: Bytes a second: nobody waits for a twin.
+#: Bytes a second; no guest is slowed down by a twin's stream.
 _AS_FAST_AS_IT_GETS: Final = 1 << 50
 
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """What a guest that runs was compared with: `refusals` are the differences, `table` is what its twin's stream
-    lists. None: the twin does not stand, or was not asked for it.
+    """The result of comparing a running guest with a twin: `refusals` are the differences, `table`
+    is what the twin's stream lists (None: the twin could not be started, or its stream was not
+    requested).
     """
 
     refusals: list[Refusal]
@@ -77,10 +79,11 @@ class Checked:
 async def check_definition(
     source: Domain, xml: bytes, machine: str | None, *, mode: ProbeMode = ProbeMode.AUTO
 ) -> list[Refusal]:
-    """As `compare_with_twin`, but what is not in any definition of the guest: `describe_machine` has named it.
+    """As `compare_with_twin`, without the parts that no definition can hold: `describe_machine`
+    names those.
 
     Raises:
-        VcpuConnectionError: the guest's QEMU is lost.
+        VcpuConnectionError: the connection to the guest's QEMU is lost.
     """
     checked = await compare_with_twin(source, xml, machine, mode=mode)
     return [one for one in checked.refusals if one.code != catalogue.NOT_HELD.code]
@@ -94,17 +97,17 @@ async def compare_with_twin(
     mode: ProbeMode = ProbeMode.AUTO,
     with_table: bool = False,
 ) -> Checked:
-    """In what a guest that runs would not find its machine, were it started of a definition; nothing is touched.
+    """Compare a running guest's machine with the one that a definition starts; nothing is changed.
 
     Args:
-        source: connected.
+        source: the guest's domain, connected.
         xml: the definition, with the vCPUs that the guest has now.
         machine: the guest's own machine type, versioned.
         mode: when a throwaway QEMU may be asked for the machine's topology.
-        with_table: also what the stream of such a QEMU lists.
+        with_table: also read what the stream of the twin lists.
 
     Raises:
-        VcpuConnectionError: the guest's QEMU is lost.
+        VcpuConnectionError: the connection to the guest's QEMU is lost.
     """
     state, there = await source.state(VcpuFlag.LIVE), await source.picture()
     try:
@@ -122,10 +125,11 @@ async def compare_with_twin(
 
 
 async def check_defined(source: Domain) -> list[Refusal]:
-    """In what a guest that runs is another machine than its own definition; nothing where it has none.
+    """Where a running guest's machine differs from its own definition; empty where it has no
+    definition.
 
     Raises:
-        VcpuConnectionError: the guest's QEMU is lost.
+        VcpuConnectionError: the connection to the guest's QEMU is lost.
     """
     if not source.has_definition:
         return []
@@ -134,7 +138,9 @@ async def check_defined(source: Domain) -> list[Refusal]:
 
 
 def check_held(cookie: Cookie) -> list[Refusal]:
-    """What the guest of a cookie was started with and its XML does not hold; an old cookie does not tell of it."""
+    """What the guest of a cookie was started with that its XML does not hold; empty for a cookie
+    without picture.
+    """
     if cookie.picture is None:
         return []
     return [*check_movable(cookie.picture), *_unheld(cookie.picture, _hardware(*read_domain(cookie.xml)))]
@@ -148,12 +154,14 @@ def _unheld(picture: Picture, arguments: Sequence[str]) -> list[Refusal]:
 
 
 def check_readable(xml: bytes) -> list[Refusal]:
-    """Why a second QEMU could not read the saved guest of a definition, however good it is."""
+    """Why a second QEMU could never read the saved guest of a definition."""
     return [catalogue.VERIFY_NETWORK(device=text) for text in unlike_any_other(_hardware(*read_domain(xml)))]
 
 
 async def _disks_of(qemu: QemuProcess, arguments: Sequence[str]) -> dict[str, tuple[str, ...]] | None:
-    """What a QEMU opens that is started with these arguments; `qemu` is its twin."""
+    """The disks that a QEMU with these arguments opens; `qemu` is its twin, whose disks are
+    stand-ins.
+    """
     try:
         disks = parse_disks(await qemu.monitor.execute("query-block"))
     except CommandError:
@@ -168,7 +176,7 @@ async def _disks_of(qemu: QemuProcess, arguments: Sequence[str]) -> dict[str, tu
 
 
 def _in_definition(refusal: Refusal) -> Refusal:
-    """`check_machine` speaks of a destination."""
+    """A refusal of `check_machine`, which speaks of a destination, in terms of the definition."""
     text = refusal.message.replace("at the destination", _ELSEWHERE).replace("the destination", "the definition")
     return replace(refusal, message=text, hint=HINT)
 
@@ -177,11 +185,11 @@ def _in_definition(refusal: Refusal) -> Refusal:
 async def _twin(
     xml: bytes, machine: str | None, mode: ProbeMode, more: Sequence[str] = ()
 ) -> AsyncIterator[tuple[QemuProcess, Domain, list[str]]]:
-    """It stands until the end of the body, and comes with the arguments of the definition; `more` are further ones
-    of the twin.
+    """Run a twin until the end of the body; yields its QEMU, its domain, and the arguments of the
+    definition. `more` are further arguments of the twin.
 
     Raises:
-        VcpuRefused: of such a definition there can be no twin.
+        VcpuRefused: such a definition cannot have a twin.
         VcpuFailed, VcpuConnectionError: its QEMU exited, or does not answer.
     """
     emulator, given = await _started_with(xml, machine, mode)
@@ -195,7 +203,7 @@ async def _twin(
 
 
 async def _started_with(xml: bytes, machine: str | None, mode: ProbeMode) -> tuple[str, list[str]]:
-    """The QEMU of a definition, and its arguments. Raises VcpuRefused, VcpuFailed."""
+    """The QEMU program of a definition, and its arguments. Raises VcpuRefused, VcpuFailed."""
     document, definition = read_domain(xml)
     if machine is not None:
         definition = replace(definition, machine=machine)
@@ -207,23 +215,23 @@ async def _started_with(xml: bytes, machine: str | None, mode: ProbeMode) -> tup
 
 
 def _hardware(document: Document, definition: Definition) -> list[str]:
-    """What QEMU is started with besides its machine. Raises VcpuRefused."""
+    """The arguments for everything besides the machine. Raises VcpuRefused."""
     hardware = read_hardware(document)
     return hardware_args(hardware, qemu_arch(definition), console="/dev/null", agent=AGENT_CHARDEV)
 
 
 def _end_first(pid: int) -> None:
-    """When memory is short the kernel ends this one before any guest: proc(5)."""
+    """Make the kernel end this process before any guest when memory is short: proc(5)."""
     with suppress(OSError):
         Path(f"/proc/{pid}/oom_score_adj").write_text("1000")
 
 
 async def _table_of(qemu: QemuProcess) -> StreamTable:
-    """What the stream of a twin lists: it writes its state into a pipe.
+    """What the stream of a twin lists: the twin writes its state into a pipe.
 
     Raises:
-        VcpuFailed: it cannot, or what it writes cannot be read.
-        VcpuConnectionError: it is lost.
+        VcpuFailed: it cannot write its state, or the state cannot be read.
+        VcpuConnectionError: the connection to the twin is lost.
     """
     read, write = os.pipe2(os.O_CLOEXEC)
     reading = asyncio.create_task(asyncio.to_thread(_read_ends, read))
@@ -234,7 +242,7 @@ async def _table_of(qemu: QemuProcess) -> StreamTable:
             os.close(write)
         await qemu.monitor.migrate_set_parameters({"max-bandwidth": _AS_FAST_AS_IT_GETS})
         await qemu.monitor.migrate(f"fd:{_PIPE}")
-        # It ends with the stream, or with the twin.
+        # The reader ends with the stream, or with the twin.
         head, tail = await finish(reading, on_cancel=qemu.kill)
         return parse_stream(head, tail)
     except CommandError as error:
@@ -243,13 +251,14 @@ async def _table_of(qemu: QemuProcess) -> StreamTable:
         status = parse_status(await qemu.monitor.query_migrate())
         raise VcpuFailed(f"its state cannot be read: {status.error or error}") from error
     finally:
-        # Once QEMU is gone, the reader comes to the end of the pipe, even if this task was cancelled.
+        # Once QEMU has ended, the reader reaches the end of the pipe, even if this task was
+        # cancelled.
         qemu.kill()
         await finish(reading)
 
 
 def _read_ends(fd: int) -> tuple[bytes, bytes]:
-    """All of a pipe; its first bytes and its last ones. Blocks."""
+    """Read a pipe to its end; returns its first bytes and its last ones. Blocks."""
     head, tail = bytearray(), bytearray()
     with os.fdopen(fd, "rb", buffering=0) as pipe:
         while data := pipe.read(_CHUNK):
@@ -264,17 +273,17 @@ def _read_ends(fd: int) -> tuple[bytes, bytes]:
 async def read_back(
     xml: bytes, machine: str | None, file: int, offset: int, *, mode: ProbeMode = ProbeMode.AUTO
 ) -> None:
-    """Have a second QEMU read a whole saved guest, and end it.
+    """Have a second QEMU read a whole saved guest, and end that QEMU.
 
     Args:
         xml: the guest's definition, with its vCPUs.
         machine: its machine type, versioned.
-        file: a descriptor, opened to read, and standing at `offset`.
+        file: a descriptor that is open for reading, positioned at `offset`.
         offset: bytes; where the stream begins.
-        mode: as `check_definition`.
+        mode: as for `check_definition`.
 
     Raises:
-        VcpuFailed: it cannot be read; the message has QEMU's words.
+        VcpuFailed: QEMU cannot read the guest; the message has QEMU's words.
     """
     try:
         async with _twin(xml, machine, mode, ("-incoming", "defer")) as (qemu, domain, _):
@@ -297,12 +306,12 @@ async def _has_ended(qemu: QemuProcess) -> None:
 
 
 async def check_sides(cookie: Cookie, destination: Domain, *, with_disks: bool = False) -> list[Refusal]:
-    """In what the guest of a cookie would not find its machine in a QEMU that waits for it; nothing is touched. An
-    old cookie does not tell of it.
+    """Compare the machine of a cookie with the one of a QEMU that waits for the guest; nothing is
+    changed. Empty for a cookie without picture.
 
     Args:
         cookie: of the guest.
-        destination: connected.
+        destination: the waiting QEMU's domain, connected.
         with_disks: both run on this host, so that the names of their disks can be compared.
     """
     if cookie.picture is None:
