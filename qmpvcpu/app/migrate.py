@@ -1,5 +1,5 @@
-"""`migrate` and its phases as a user calls them: the destination is a name or an address; one with a
-name is started if it does not run.
+"""`migrate` and its phases as a user calls them: the destination is a name or an address; one with
+a name is started if it does not run.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Which vCPUs a guest that does not run will have: computed, cached, or asked of a throwaway QEMU."""
+"""Which vCPUs a guest that is not running will have: computed, cached, or asked of a QEMU."""
 
 from __future__ import annotations
 

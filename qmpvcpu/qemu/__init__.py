@@ -1,4 +1,4 @@
-"""The QEMU edge: monitor (QMP), agent, processes we start. qemu.qmp is loaded with the first of them."""
+"""The edge to QEMU: the monitor (QMP), the guest agent, QEMUs that we start."""
 
 from qmpvcpu.lazy import lazy
 

@@ -1,10 +1,11 @@
-"""The guest agent (qemu-ga) over a socket: commands in order, deadlines, nothing believed that was not asked for.
+"""The guest agent (qemu-ga) over a socket: commands in order, each with a deadline.
 
-Not on `qemu.qmp`: its protocol greets, negotiates, and gives a connection up at the first odd byte, where the
-agent's has to drop what an earlier client left behind and go on.
+This is not built on `qemu.qmp`: QMP greets and negotiates, and gives up a connection at the first
+invalid byte. A client of the agent must skip what an earlier client left behind, and go on.
 
-The guest is hostile: one line is bounded, all waiting is, and what comes unasked is dropped unread. QEMU keeps the
-socket open whatever happens in the guest, so a missing agent is known by its silence only.
+The guest may be hostile: the length of a line and every wait are bounded, and a message that
+answers no command of ours is dropped. QEMU keeps the socket open whatever happens in the guest, so
+only silence shows that no agent runs.
 """
 
 from __future__ import annotations
@@ -31,37 +32,38 @@ logger = logging.getLogger("qmpvcpu.qemu.agent")
 
 AGENT_TIMEOUT: Final = 5.0
 
-#: Longest line, bytes: 16000 CPUs of `guest-get-vcpus` fit, and what JSON makes of it stays below 25 MB.
+#: Longest line, bytes: 16000 CPUs of `guest-get-vcpus` fit, and parsed they take less than 25 MB.
 LINE_LIMIT: Final = 1024 * 1024
 #: Bytes asked for in one `guest-file-read`.
 _CHUNK: Final = 64 * 1024
-#: How long closing them may hold up whoever gave up on them, seconds.
+#: Seconds that closing files in the guest may take.
 _CLOSE_SECONDS: Final = 1.0
-#: Commands under way at once.
+#: Commands that are sent at once.
 _WINDOW: Final = 16
 
 _SENTINEL: Final = b"\xff"
 
-#: Bytes of the answer to `guest-sync-delimited`, at most.
+#: Most bytes of the answer to `guest-sync-delimited`.
 _ANSWER: Final = 200
-#: After so many lines everything else has its turn: a flood of them must not hold up a deadline.
+#: After so many lines other tasks get a turn: a flood of lines must not delay a deadline.
 _TURN: Final = 64
-#: Files of the guest that may be open at once; an agent that never closes any is no reason to keep more in mind.
+#: Most open files of the guest that we remember, even if its agent never closes any.
 _MOST_HANDLES: Final = 256
 
-#: When all that this task asks must be answered (the loop's clock), and how many seconds that was given.
+#: When all commands of this task must be answered (the loop's clock), and after how many seconds.
 _LIMIT: Final[ContextVar[tuple[float, float]]] = ContextVar("qmpvcpu agent limit", default=(inf, inf))
 
 Command = tuple[str, Mapping[str, Any] | None]
 
 
 class AgentClient:
-    """An agent at one address; made by `open_agent`, used by one task at a time (others queue).
+    """The agent at one address. `open_agent` makes it; one task at a time uses it, others queue.
 
-    The first use, and the first after anything went wrong, begins with `guest-sync-delimited`.
+    The first command, and the first one after an error, begins with `guest-sync-delimited`.
     """
 
-    #: It may, where its configuration lets it.
+    #: Whether this kind of connection can read files; the agent's own configuration may still
+    #: forbid it.
     reads_files = True
 
     def __init__(self, address: str, timeout: float = AGENT_TIMEOUT) -> None:
@@ -70,12 +72,12 @@ class AgentClient:
         self._reader: asyncio.StreamReader | None = None
         self._writer: asyncio.StreamWriter | None = None
         self._synced = False
-        # Not from 1: what an earlier client's request is answered with, late, must not pass for an answer to ours.
+        # Not from 1: a late answer to an earlier client must not pass for an answer to us.
         self._numbers = itertools.count(secrets.randbits(48))
         self._lock = asyncio.Lock()
         #: Whether this agent repeats the id of a command (qemu-ga 5.0 and later).
         self._repeats_ids = False
-        #: Files open in the guest, and the ids of `guest-file-open` whose answer is still to come.
+        #: Files open in the guest, and the ids of `guest-file-open` commands without an answer yet.
         self._handles: set[int] = set()
         self._opening: set[str] = set()
 
@@ -86,7 +88,7 @@ class AgentClient:
 
     @contextmanager
     def limit(self, seconds: float) -> Iterator[None]:
-        """What this task asks in the body has so long in all, besides each command's own deadline; nests."""
+        """Give all commands of this task in the body so many seconds together; nests."""
         end = asyncio.get_running_loop().time() + seconds
         token = _LIMIT.set(min((end, seconds), _LIMIT.get()))
         try:
@@ -95,7 +97,8 @@ class AgentClient:
             _LIMIT.reset(token)
 
     async def open(self) -> None:
-        """Connect to the socket, if it is not; whether an agent listens behind it, the first command shows.
+        """Connect to the socket, if it is not connected. Only a command shows whether an agent
+        answers.
 
         Raises:
             VcpuConnectionError: there is no such socket, or it cannot be opened.
@@ -119,14 +122,15 @@ class AgentClient:
             text = f"cannot be reached: {error.strerror or error}"
             raise self._error("refused", text) from error
         self._reader, self._writer = opened
-        self._writer.transport.set_write_buffer_limits(high=0)  # drain() waits until the peer has it all
+        self._writer.transport.set_write_buffer_limits(high=0)  # drain() waits until all is written
         self._synced = self._repeats_ids = False
 
     async def close(self) -> None:
         """Close the connection. Never raises; may be called twice."""
         writer, self._reader, self._writer = self._writer, None, None
         if writer is not None:
-            # Not close(): that would wait for a peer that does not read (QEMU, while no agent has the port open).
+            # Not close(): it would wait for QEMU, which does not read while no agent has the port
+            # open.
             writer.transport.abort()
             with suppress(OSError):
                 await writer.wait_closed()
@@ -143,10 +147,10 @@ class AgentClient:
         return await self.execute("guest-set-vcpus", {"vcpus": vcpus})
 
     async def read_files(self, limits: Mapping[str, int]) -> list[bytes | None]:
-        """The contents of these files of the guest: path -> most bytes that it can have.
+        """Read files of the guest. `limits`: path -> most bytes that the file may have.
 
-        None for one that cannot be read there, has more, or did not come before all of them together had taken the
-        deadline.
+        The content is None if a file cannot be read, is longer, or did not come within the deadline
+        that all files have together.
 
         Raises:
             CommandError: `guest-file-open` is disabled (class CommandNotFound).
@@ -183,7 +187,7 @@ class AgentClient:
             await self._close_files()
 
     async def _close_files(self) -> None:
-        """What is open in the guest is closed there; what fails now is tried the next time."""
+        """Close the files that are open in the guest; one that fails is tried again next time."""
         handles = sorted(self._handles)
         for begin in range(0, len(handles), _WINDOW):
             part = handles[begin : begin + _WINDOW]
@@ -195,7 +199,7 @@ class AgentClient:
             self._handles.difference_update(part)
 
     async def _rest(self, handle: int, reply: object, limit: int, until: float) -> bytes | None:
-        """What a file holds, from the reply to its first read on."""
+        """Read the rest of a file; `reply` is the answer to the first read."""
         content = bytearray()
         count = min(limit, _CHUNK)
         while True:
@@ -217,9 +221,9 @@ class AgentClient:
 
         Raises:
             CommandError: the agent answered with an error.
-            VcpuConnectionError: no agent answers within the deadline (`reason` "no-agent"), it answered again only
-                after this command was lost ("agent-restarted"), the answer is none ("malformed"), or the socket
-                was closed ("closed").
+            VcpuConnectionError: no agent answers within the deadline (`reason` "no-agent"), it
+                answers later commands but not this one ("agent-restarted"), the answer is invalid
+                ("malformed"), or the socket was closed ("closed").
         """
         (reply,) = await self._all([(command, arguments)])
         if isinstance(reply, CommandError):
@@ -229,9 +233,10 @@ class AgentClient:
     # -- inside -----------------------------------------------------------------------------------
 
     async def _all(self, commands: Sequence[Command], until: float | None = None) -> list[object]:
-        """Several commands, written at once and answered in order; of one that fails, its `CommandError`.
+        """Send several commands in one write; returns the answers in order, a `CommandError` for a
+        failed one.
 
-        `until` is when no more of them are to be sent (the loop's clock).
+        `until`: after this time no command is sent any more (the loop's clock).
         """
         if not commands:
             return []
@@ -290,13 +295,15 @@ class AgentClient:
         return self._error("no-agent", text, hint)
 
     async def _sync(self, seconds: float) -> None:
-        """`guest-sync-delimited`, with a sentinel in front that ends whatever an earlier client left half said."""
+        """`guest-sync-delimited`; the sentinel in front ends a command that an earlier client left
+        incomplete.
+        """
         reader, writer = self._connection()
         number = next(self._numbers)
         request = json.dumps({"execute": "guest-sync-delimited", "arguments": {"id": number}}).encode()
         try:
             async with asyncio.timeout(seconds):
-                await writer.drain()  # nothing more for a peer that does not read
+                await writer.drain()  # a peer that does not read gets no more
                 writer.write(_SENTINEL + request + b"\n")
                 await writer.drain()
                 late = await _read_to_sync(reader, number, LINE_LIMIT if self._opening else 0)
@@ -310,7 +317,7 @@ class AgentClient:
         self._came_late(late)
 
     def _came_late(self, text: bytes) -> None:
-        """Files that were opened by commands whose answers nobody waited for any more."""
+        """Note the files that late answers to `guest-file-open` name, so that they are closed."""
         for line in text.split(b"\n") if self._opening else ():
             with suppress(ValueError, RecursionError):
                 reply = json.loads(line)
@@ -335,7 +342,8 @@ class AgentClient:
             raise self._error("malformed", f"answered '{command}' with what is not JSON") from error
         if not isinstance(reply, dict) or ("return" in reply) == ("error" in reply):
             raise self._error("malformed", f"answered '{command}' with neither a result nor an error")
-        # Agents before 5.0 do not repeat the id; one that does has none only for what it could not read at all.
+        # Agents before 5.0 do not repeat the id. Later ones leave it out only if they could not
+        # read the command.
         self._repeats_ids = self._repeats_ids or "id" in reply
         if reply.get("id", None if self._repeats_ids else number) != number:
             raise self._error("malformed", f"answered '{command}' with the answer to another command")
@@ -350,13 +358,13 @@ class AgentClient:
         return CommandError(command, str(answer.get("class"))[:100], _shortened(answer["desc"]))
 
     async def _closed(self, error: EOFError | OSError) -> VcpuConnectionError:
-        """The other side has closed the connection, and so do we."""
+        """Close our side of a connection that the other side has closed; returns the error."""
         await self.close()
         text = f"is gone: {error.strerror or error}" if isinstance(error, OSError) else "closed its socket"
         return self._error("closed", text)
 
     def _error(self, reason: str, text: str | None, hint: str | None = None) -> VcpuConnectionError:
-        """`text` is about the agent; without it there is no socket."""
+        """`text` says what the agent did; None: its socket does not exist."""
         return VcpuConnectionError(
             f"the guest agent at '{self._address}' {text}"
             if text
@@ -377,13 +385,13 @@ _HINTS: Final = {
 
 
 def _shortened(text: str) -> str:
-    """The guest's words: printable, one line, bounded."""
+    """The guest's words as one printable line of bounded length."""
     clean = "".join(char if char.isprintable() else " " for char in text[:1000])
     return clean if len(clean) <= 300 else clean[:297] + "..."
 
 
 async def _read_to_sync(reader: asyncio.StreamReader, number: int, keep: int) -> bytes:
-    """Read on to behind the answer to our sync; the first `keep` bytes of what was in front of it."""
+    """Read up to and including the answer to our sync; returns the first `keep` bytes before it."""
     late, begun = bytearray(), b""
     for count in itertools.count(1):
         if not count % _TURN:
@@ -393,7 +401,7 @@ async def _read_to_sync(reader: asyncio.StreamReader, number: int, keep: int) ->
             begun = b""
         except asyncio.LimitOverrunError as error:
             line = begun + await reader.readexactly(max(error.consumed, 1))
-            # Whatever it is, the answer may be the end of it.
+            # The answer may be at the end of an overlong line.
             line, begun = line[:-_ANSWER], line[-_ANSWER:]
         before, sentinel, answer = line.rpartition(_SENTINEL)
         late += (before if sentinel else line)[: max(keep - len(late), 0)]
@@ -406,7 +414,7 @@ async def _read_to_sync(reader: asyncio.StreamReader, number: int, keep: int) ->
 
 
 def _left(seconds: float) -> float:
-    """Of a command's own deadline, what the limit of all leaves."""
+    """How many of `seconds` the limit of the whole task leaves."""
     return max(min(seconds, _LIMIT.get()[0] - asyncio.get_running_loop().time()), 0.0)
 
 
@@ -423,13 +431,13 @@ def _is_number(value: object, number: int) -> bool:
 
 
 class _OutOfTime(Exception):
-    """The files of a guest took too long: those that are left stay unread."""
+    """Reading the guest's files took too long; the rest is not read."""
 
 
 async def open_agent(address: str, *, timeout: float = AGENT_TIMEOUT) -> AgentClient:
     """Connect to an agent's socket: a unix path, `host:port` or `fd:N`; `timeout` in seconds, for each command.
 
-    Opening it has `AGENT_TIMEOUT`, however short the deadline of a command is.
+    Opening the socket may take `AGENT_TIMEOUT`, even if the deadline of a command is shorter.
 
     Raises:
         VcpuConnectionError: the socket cannot be opened.

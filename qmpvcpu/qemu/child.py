@@ -1,7 +1,7 @@
-"""A process of our own that is waited for through its pidfd.
+"""A child process whose end is noticed through its pidfd.
 
-asyncio of Python 3.11 starts a thread for each child, which costs 2 ms of a throwaway QEMU's 50; this needs
-neither that nor a signal handler.
+asyncio of Python 3.11 starts a thread for each child, which takes 2 of the 50 ms of a throwaway
+QEMU. A pidfd needs neither a thread nor a signal handler.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from typing import IO
 
 
 class Child:
-    """A running process, until `wait()` has returned."""
+    """A child process; it must be waited for with `wait()`."""
 
     def __init__(self, words: Sequence[str], stderr: IO[bytes], descriptors: Sequence[int]) -> None:
-        """Start it, with nothing on stdin and stdout. Raises OSError."""
+        """Start it with /dev/null as stdin and stdout. Raises OSError."""
         self._process = subprocess.Popen(
             words,
             stdin=subprocess.DEVNULL,
@@ -37,7 +37,7 @@ class Child:
 
     @property
     def returncode(self) -> int | None:
-        """Its exit code, below 0 the signal that ended it; None while it runs."""
+        """Its exit code, or minus the number of the signal that ended it; None while it runs."""
         return self._process.poll()
 
     def kill(self) -> None:
@@ -45,7 +45,7 @@ class Child:
         self._process.kill()
 
     async def wait(self) -> int:
-        """Its exit code, once it has ended."""
+        """Wait until it has ended; returns its exit code."""
         await self._ended.wait()
         return self._process.wait()
 

@@ -1,7 +1,9 @@
-"""A client of `qemu.qmp` that shows events and replies in QEMU's order, and that a hostile server cannot hurt.
+"""A client on `qemu.qmp` that delivers events and replies in QEMU's order, and survives a hostile
+server.
 
-It sends commands by `QMPClient`'s own means. The members of `qemu.qmp` that it overrides are for safety, not for
-speed; the tricks for speed are in `fast_client`, and everything works without them.
+It sends commands with `QMPClient`'s own methods. The members of `qemu.qmp` that it overrides are
+for safety, not for speed; the tricks for speed are in `fast_client`, and everything works without
+them.
 """
 
 from __future__ import annotations
@@ -24,20 +26,20 @@ from qmpvcpu.ports import CommandError, MonitorEvent, Peer, Sink
 from qmpvcpu.qemu.connection_errors import MESSAGE_LIMIT, malformed
 from qmpvcpu.qemu.qmp_log import QmpLog
 
-#: Most values in one message, about: 65536 vCPUs have 700,000. In 32 MiB there is room for 11 million empty lists,
-#: and in memory for 1 GB of them.
+#: Most values in one message, about: 65536 vCPUs have 700,000. A message of 32 MiB could have 11
+#: million empty lists, which take 1 GB of memory.
 _VALUES: Final = 1_000_000
 
-#: After so many messages everything else has its turn: a flood of them must not hold up a deadline.
+#: After so many messages other tasks get a turn: a flood of messages must not delay a deadline.
 _TURN: Final = 64
 
-#: Commands in one write, at most: QEMU is to begin before the last of many is made.
+#: Most commands in one write, so that QEMU begins before the last of many has been made.
 _BATCH: Final = 32
 
-#: Bytes of a line that are shown of it.
+#: Bytes of an invalid line that its error quotes.
 _SHOWN: Final = 100
 
-#: Most characters of an error of QEMU's that are kept.
+#: Most characters that are kept of an error text of QEMU's.
 _LONGEST: Final = 2000
 
 _KINDS: Final = {list: "a list", str: "a string", bool: "true or false", type(None): "null"}
@@ -50,16 +52,18 @@ class Client(QMPClient):
         super().__init__(name, readbuflen=MESSAGE_LIMIT)
         self.sinks: list[Sink] = []
         self.log = log
-        #: By message id, oldest first: command and result of each command that QEMU has not answered yet.
+        #: By message id, oldest first: name and result of each command without an answer yet.
         self.replies: dict[str, tuple[str, asyncio.Future[object]]] = {}
-        #: When QEMU could begin with the oldest: as it was sent, or as the one before was answered (loop's clock).
+        #: When QEMU could begin with the oldest: when it was sent, or the one before was answered
+        #: (loop's clock).
         self.began = 0.0
         #: Whether the other side has accepted the connection.
         self.was_open = False
         self._sent = 0
         self._batch: list[bytes] = []
         self._received = 0
-        #: Replies (None) that their callers have not seen yet, and the events that QEMU wrote between them.
+        #: Replies (None) that their callers have not received yet, and the events that QEMU wrote
+        #: between them.
         self._unseen: deque[MonitorEvent | None] = deque()
         self._calls: set[asyncio.Task[None]] = set()
 
@@ -86,12 +90,12 @@ class Client(QMPClient):
             self._settle(command, result, await self._raw(content, assign_id=False))
 
     def _settle(self, command: str, result: asyncio.Future[object], message: Message) -> None:
-        """Pass a reply on; events behind it wait until its caller has seen it."""
+        """Set the result of a command; later events wait until its caller has received it."""
         _answer(self.name or "", command, result, message)
         asyncio.get_running_loop().call_soon(self._reply_was_seen)
 
     async def _receive_reply(self, command: str, result: asyncio.Future[object], message: Message) -> None:
-        """One that `replies` had; it must lead to `_settle`."""
+        """Handle a reply to one of `replies`; it must end in a call of `_settle`."""
         await super()._on_message(message)
 
     # --- for safety: overridden members of qemu.qmp
@@ -107,13 +111,13 @@ class Client(QMPClient):
         return msg
 
     async def _establish_session(self) -> None:
-        # The text of an error needs to know how far it came.
+        # An error's text needs to know that the other side had accepted the connection.
         self.was_open = True
         await super()._establish_session()
 
     async def _do_recv(self) -> Message:
-        # qemu.qmp 0.0.6 bounds neither the number of values nor its turn. It puts a message that it does not
-        # understand into its errors, whole and pretty-printed: of 30 MB that takes seconds and 1 GB.
+        # qemu.qmp 0.0.6 does not bound the number of values, and does not let other tasks run. It
+        # pretty-prints an invalid message into its error: with 30 MB that takes seconds and 1 GB.
         self._received += 1
         if not self._received % _TURN:
             await asyncio.sleep(0)
@@ -129,8 +133,9 @@ class Client(QMPClient):
         return Message(found, eager=False)
 
     def _do_send(self, msg: Message) -> None:
-        # Commands of one moment go out in one write. Where QEMU ends at one of them, a later write would fail, and
-        # asyncio then drops the replies that have arrived: what the earlier commands have done would be unknown.
+        # Commands that are ready together go out in one write. If QEMU exited at one of them, a
+        # later write would fail, and asyncio then drops the replies that have arrived: the results
+        # of the earlier commands would be lost.
         self._batch.append(bytes(msg))
         if self.runstate is not Runstate.RUNNING or self._outgoing.empty() or len(self._batch) >= _BATCH:
             assert self._writer is not None
@@ -138,8 +143,9 @@ class Client(QMPClient):
             self._batch.clear()
 
     async def _on_message(self, msg: Message) -> None:
-        # qemu.qmp 0.0.6 keeps each event until somebody reads its `events` (`_cb_inbound` has given it to our
-        # sinks), takes ids of any type for keys, and pretty-prints a message that answers no command.
+        # qemu.qmp 0.0.6 keeps each event until `events` is read (`_cb_inbound` has delivered it to
+        # our sinks), uses ids of any type as keys, and pretty-prints a message that answers no
+        # command.
         if "event" in msg:
             return
         number = msg.get("id")
@@ -149,9 +155,9 @@ class Client(QMPClient):
             self._unseen.append(None)
             await self._receive_reply(*call, msg)
         elif "error" in msg and "id" not in msg:
-            # QEMU could not read what was sent.
+            # QEMU could not parse what we sent.
             raise ProtocolError(f"an error that answers no command: {_text(msg['error'])}")
-        # The specification: replies with an id that is not known are dropped.
+        # The QMP specification: a reply with an unknown id is dropped.
 
     # --- hooks that qemu.qmp offers
 
@@ -193,12 +199,14 @@ class Client(QMPClient):
     # --- the socket
 
     def abort(self) -> None:
-        """Close the socket, with what is still to be written: asyncio would wait until that is read."""
+        """Close the socket at once, and drop what is not written yet: asyncio would wait until that
+        is read.
+        """
         if self._writer is not None:
             self._writer.transport.abort()
 
     def is_local(self) -> bool:
-        """A unix socket, or TCP between two ends of one address."""
+        """Whether it is a unix socket, or a TCP connection whose ends have the same address."""
         sock = self._socket()
         if sock is None:
             return False
@@ -246,8 +254,8 @@ def _answer(address: str, command: str, result: asyncio.Future[object], message:
 def fail(result: asyncio.Future[object], error: Exception) -> None:
     """End a command with an error.
 
-    A caller of several commands stops waiting for the others when the first fails: nobody looks at those then, and
-    asyncio would log each of them.
+    A caller of several commands stops waiting when the first one fails. Nothing reads the errors of
+    the others then, and asyncio would log each of them.
     """
     result.set_exception(error)
     result.exception()
@@ -259,7 +267,7 @@ def _event(msg: Message) -> MonitorEvent:
     seconds = 0.0
     if isinstance(stamp, dict):
         whole, micro = stamp.get("seconds"), stamp.get("microseconds")
-        # QEMU writes -1 where the host's clock fails. What is later than the year 2514 no clock can show.
+        # QEMU writes -1 where the host's clock fails. A time after the year 2514 is invalid, too.
         if type(whole) is type(micro) is int and 0 <= whole < 1 << 34 and 0 <= micro < 1_000_000:
             seconds = whole + micro / 1e6
     return MonitorEvent(str(msg.get("event")), data if isinstance(data, dict) else {}, seconds)

@@ -1,4 +1,4 @@
-"""What goes wrong with a QMP connection, as `VcpuConnectionError`: errors of sockets and of `qemu.qmp`."""
+"""The errors of sockets and of `qemu.qmp` as `VcpuConnectionError`."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from qemu.qmp import ConnectError, ExecInterruptedError
 
 from qmpvcpu.errors import VcpuConnectionError
 
-#: Largest single message, bytes. 65536 vCPUs fit; an endless line ends here.
+#: Most bytes of one message. 65536 vCPUs fit; a longer line is an error.
 MESSAGE_LIMIT: Final = 32 * 1024 * 1024
 
 
@@ -28,7 +28,9 @@ def no_answer(address: str, command: str, seconds: float, cause: BaseException) 
 
 
 def lost(address: str, cause: BaseException | None, qemu_log: str | None) -> VcpuConnectionError:
-    """An open connection has ended; `cause` is what ended the reader, `qemu_log` the path of QEMU's own log."""
+    """An open connection has ended; `cause` is the reader's error, `qemu_log` the path of QEMU's
+    own log.
+    """
     if isinstance(cause, ValueError) and str(cause).startswith("Separator"):  # StreamReader.readline
         return VcpuConnectionError(
             f"'{address}' sent a message of more than {MESSAGE_LIMIT >> 20} MiB; the connection was closed",
@@ -37,7 +39,7 @@ def lost(address: str, cause: BaseException | None, qemu_log: str | None) -> Vcp
             hint="is this socket really QEMU's?",
         )
     if cause is not None and not isinstance(cause, OSError | EOFError | ExecInterruptedError):
-        return malformed(address, cause)  # nested too deep, or a number of thousands of digits
+        return malformed(address, cause)  # JSON that is nested too deep, for example
     why = f": {cause}" if isinstance(cause, OSError) and str(cause) else ""
     error = VcpuConnectionError(
         f"the connection to '{address}' was closed by the other side{why}",
@@ -65,13 +67,13 @@ def _first_line(error: BaseException) -> str:
     return next(iter(str(error).strip().splitlines()), type(error).__name__)[:200]
 
 
-#: As many clients wait as the socket keeps.
+#: The socket's queue of waiting clients is full.
 _CROWDED: Final = (
     "no-greeting",
     "'{}' takes no more connections",
     "a QMP socket takes one client at a time: close the other one, or give QEMU a second -qmp",
 )
-#: A QEMU that is killed while a client connects to it.
+#: QEMU was killed while a client connected to it.
 _CLOSED_EARLY: Final = (
     "closed",
     "'{}' closed the connection before the handshake was done",
@@ -94,13 +96,13 @@ _OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
     errno.ECONNRESET: _CLOSED_EARLY,
     errno.EPIPE: _CLOSED_EARLY,
     errno.EAGAIN: _CROWDED,
-    # asyncio (3.11 to 3.14) takes EAGAIN of a unix socket for a connection under way, and asks it for its peer.
+    # asyncio (3.11 to 3.14) takes EAGAIN of a unix socket for EINPROGRESS, and then gets EINVAL.
     errno.EINVAL: _CROWDED,
 }
 
 
 def os_error(address: str, error: OSError) -> VcpuConnectionError:
-    """The operating system refused to connect."""
+    """The operating system could not connect."""
     reason, text, hint = _OS_REASONS.get(
         error.errno or 0,
         ("other", "cannot connect to '{}': " + (error.strerror or str(error)), "check the address"),
@@ -123,7 +125,7 @@ def connect_error(address: str, error: ConnectError) -> VcpuConnectionError:
             hint="is this socket QEMU's QMP monitor (-qmp …,server=on)?",
         )
     if r"b'{\r\n'" in str(cause):
-        # The first line of its greeting (7.2 to 11.1).
+        # This is the first line of a pretty-printed greeting (7.2 to 11.1).
         return VcpuConnectionError(
             f"'{address}' is a pretty-printed QMP socket, of which each message is many lines",
             address=address,

@@ -1,4 +1,4 @@
-"""A socket that this process was started with, as an address (`fd:N`)."""
+"""The address `fd:N`: a socket that this process was started with."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from qmpvcpu.errors import VcpuConnectionError
 
 
 def socket_of(address: str, number: int) -> socket.socket:
-    """Our own duplicate of an inherited descriptor: closing it leaves the caller's open."""
+    """A duplicate of an inherited descriptor; closing it leaves the caller's open.
+
+    Raises:
+        VcpuConnectionError: the descriptor is not open, or is not a socket.
+    """
     try:
         sock = socket.socket(fileno=os.dup(number))
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Folders of throwaway guests: gone when they are left, and if we were killed, when the next one is made."""
+"""Folders of throwaway guests: removed at the end, or after a kill when the next folder is made."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from pathlib import Path
 from typing import Final
 
 _PREFIX: Final = "qmpvcpu-run-"
-#: Held as long as the folder is in use; the kernel lets go of it whatever becomes of us.
+#: A file that is locked while the folder is in use; the kernel unlocks it when the process ends.
 _LOCK: Final = ".lock"
-#: A folder that is younger may not be locked yet, seconds.
+#: Seconds: a younger folder may not be locked yet.
 _YOUNG: Final = 60.0
-#: Room for a socket's name behind the folder's: unix(7), sun_path has 108 bytes.
+#: Most bytes of the path, so that a socket's name fits behind it: sun_path has 108 bytes, unix(7).
 _LONGEST: Final = 70
 
 
 @contextmanager
 def throwaway_folder() -> Iterator[Path]:
-    """A new folder of our own (0700) with a short path."""
+    """A new folder with mode 0700 and a short path, until the end of the body."""
     base = Path(tempfile.gettempdir())
     if len(os.fsencode(base)) >= _LONGEST:
         base = Path("/tmp")  # noqa: S108 - a folder in it, made by mkdtemp
     _sweep(base)
     with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=base) as name:
-        # The umask may have left less of it.
+        # The umask may have removed some of these bits.
         Path(name).chmod(0o700)
         fd = os.open(Path(name) / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
@@ -40,7 +40,7 @@ def throwaway_folder() -> Iterator[Path]:
 
 
 def _sweep(base: Path) -> None:
-    """Remove what was left by processes of ours that were killed. Never raises."""
+    """Remove the folders of processes that were killed. Never raises."""
     with suppress(OSError), os.scandir(base) as entries:
         for entry in entries:
             if entry.name.startswith(_PREFIX):

@@ -1,7 +1,7 @@
-"""Starts a QEMU: one that we own and that never outlives us, or one that stays (`launch_qemu`).
+"""Starts a QEMU: one that ends with us (`run_qemu`), or one that goes on (`launch_qemu`).
 
-The listening socket is made here and handed in as a descriptor, so there is nothing to poll for: we connect at
-once, and QEMU greets when it is up, or its exit closes the socket.
+We open the listening socket and pass it to QEMU as a descriptor, so nothing has to be polled: we
+connect at once, and then QEMU greets when it is ready, or its exit closes the socket.
 """
 
 from __future__ import annotations
@@ -22,15 +22,16 @@ from qmpvcpu.qemu.child import Child
 from qmpvcpu.qemu.folder import throwaway_folder
 from qmpvcpu.qemu.monitor import QmpMonitor, connect_monitor
 
-#: What of QEMU's stderr an error keeps, bytes.
+#: Most bytes of QEMU's stderr that an error keeps.
 _STDERR_KEPT: Final = 4000
 _EXIT_SECONDS: Final = 3.0
-#: PR_SET_PDEATHSIG does not tell of a parent that was gone before: what then runs under another does not start.
+#: PR_SET_PDEATHSIG has no effect if the parent had ended before: QEMU is not started under another
+#: parent.
 _UNLESS_ORPHANED: Final = ("/bin/sh", "-c", 'test "$PPID" = "$0" && exec "$@"')
 
 
 class QemuProcess:
-    """A running QEMU: `pid`, `folder` (mode 0700, gone afterwards), `qmp`, the sockets nobody holds yet."""
+    """A running QEMU; `folder` has mode 0700 and is removed at the end."""
 
     def __init__(self, process: Child, command: Sequence[str], folder: Path, monitor: QmpMonitor) -> None:
         self.process = process
@@ -50,11 +51,11 @@ class QemuProcess:
         return str(self.folder / "qmp")
 
     def kill(self) -> None:
-        """Let it go at once: it dies while its last words are read. Leaving `run_qemu` waits for its end."""
+        """Send SIGKILL, without waiting: leaving `run_qemu` waits for the end of QEMU."""
         self.process.kill()
 
     def stderr(self) -> str:
-        """The end of what QEMU said on stderr."""
+        """The end of what QEMU wrote to stderr."""
         return _read_end(self.folder / "stderr")
 
 
@@ -69,17 +70,18 @@ async def run_qemu(
 ) -> AsyncIterator[QemuProcess]:
     """Run `binary` with `arguments` and QMP sockets; at the end it is killed and reaped.
 
-    Should we be killed, the kernel ends QEMU as well (PR_SET_PDEATHSIG, by util-linux's setpriv); were we killed
-    before that was set, it does not start.
+    If we are killed, the kernel kills QEMU as well (PR_SET_PDEATHSIG, set by util-linux's setpriv);
+    if we are killed before that is set, QEMU does not start.
 
     Args:
-        channels: names of further socket chardevs, which `arguments` may name; each listens at `folder/NAME`.
+        channels: names of further socket chardevs, which `arguments` may use; each listens at
+            `folder/NAME`.
         monitors: names of its QMP sockets besides our own.
         start_timeout: seconds until it must greet.
 
     Raises:
         VcpuFailed: it exited; the message has its exit code and stderr.
-        VcpuConnectionError: it is there and does not greet.
+        VcpuConnectionError: it runs and does not greet.
     """
     process: Child | None = None
     try:
@@ -95,14 +97,14 @@ async def run_qemu(
                 try:
                     yield qemu
                 except Exception as error:
-                    # Another connection may have heard of it first.
+                    # Another connection may have noticed the end of QEMU first.
                     if monitor.is_lost or (isinstance(error, VcpuConnectionError) and error.reason == "closed"):
                         error.add_note(await _last_words(qemu))
                     raise
                 finally:
                     await finish(monitor.close())
             finally:
-                # It dies while its folder goes.
+                # It ends while its folder is removed.
                 process.kill()
     finally:
         if process is not None:
@@ -131,7 +133,7 @@ async def _connect(
 
 
 async def _last_words(qemu: QemuProcess) -> str:
-    """How a QEMU that has closed its monitor ended, and what it said."""
+    """How a QEMU ended that has closed its monitor, and what it wrote to stderr."""
     with suppress(TimeoutError):
         async with asyncio.timeout(_EXIT_SECONDS):
             await qemu.process.wait()
@@ -155,7 +157,7 @@ def _start(
         for name in (*monitors, *channels):
             chardev, sock = _listen(folder, name)
             descriptors.append(ours.enter_context(sock).fileno())
-            # In front: a device can name only a chardev that stands before it.
+            # In front: a device can use only a chardev that comes before it.
             command[1:1] = chardev if name in channels else [*chardev, "-qmp", f"chardev:{name}"]
         stderr = ours.enter_context((folder / "stderr").open("wb"))
         setpriv = shutil.which("setpriv")
@@ -174,19 +176,20 @@ async def launch_qemu(
     channels: Sequence[str],
     timeout: float,
 ) -> None:
-    """Start a QEMU that goes into the background once its machine stands, and outlives us.
+    """Start a QEMU that goes into the background once it has set up its machine, and outlives us.
 
-    It writes its pid to `folder/pid`, and its stderr to `log`, for as long as it runs; the command line, and what
-    it says before it opens the log, are in `folder/command`. The log of the start before is kept as `LOG.1`.
+    It writes its pid to `folder/pid`, and its stderr to `log`. The command line, and what QEMU
+    writes before it opens the log, are in `folder/command`. The log of the previous start is kept
+    as `LOG.1`.
 
     Args:
         monitors: names of its QMP sockets in `folder`.
-        channels: names of further socket chardevs there, which `arguments` may name.
-        timeout: seconds until its machine must stand.
+        channels: names of further socket chardevs there, which `arguments` may use.
+        timeout: seconds until it must have set up its machine.
 
     Raises:
         VcpuFailed: it exited; the message has its exit code and stderr.
-        VcpuConnectionError: its machine does not come to stand; it may still be there.
+        VcpuConnectionError: it has not set up its machine in time; it may still run.
     """
     _rotate(log)
     with ExitStack() as ours:
@@ -196,10 +199,10 @@ async def launch_qemu(
             chardev, sock = _listen(folder, name)
             descriptors.append(ours.enter_context(sock).fileno())
             command += chardev if name in channels else [*chardev, "-qmp", f"chardev:{name}"]
-        # In the background stderr is /dev/null, unless there is a log to be written (7.2 to 11.1): then it is that
-        # one, from early on. "strace" asks for a log, and logs nothing.
+        # In the background stderr is /dev/null, unless QEMU writes a log (7.2 to 11.1): then stderr
+        # is that log, from early on. "strace" turns the log on, and writes nothing to it.
         command += [*arguments, "-daemonize", "-pidfile", str(folder / "pid")]
-        # By descriptor: in a name QEMU takes % for its own pid, or refuses it.
+        # By descriptor: in a name QEMU replaces %d by its pid, and refuses any other %.
         log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
         ours.callback(os.close, log_fd)
         os.fchmod(log_fd, 0o600)
@@ -230,7 +233,9 @@ def _rotate(log: Path) -> None:
 
 
 def _listen(folder: Path, name: str) -> tuple[list[str], socket.socket]:
-    """A listening socket, and the chardev that takes it over. There is nothing to wait for, then."""
+    """The arguments of a chardev, and the listening socket that it takes over: nothing has to be
+    polled.
+    """
     sock = socket.socket(socket.AF_UNIX)
     try:
         sock.bind(str(folder / name))
@@ -251,7 +256,7 @@ def _spawn(words: Sequence[str], command: Sequence[str], stderr: IO[bytes], desc
 
 
 def _read_end(path: Path, start: int = 0) -> str:
-    """The end of what is there, behind byte `start`."""
+    """The end of a file, without its first `start` bytes."""
     with suppress(OSError):
         return path.read_bytes()[start:][-_STDERR_KEPT:].decode(errors="replace").strip()
     return ""
@@ -267,6 +272,6 @@ def _exited(command: Sequence[str], code: int, said: str) -> VcpuFailed:
 
 
 async def _end(process: Child) -> None:
-    """Kill and reap; a throwaway has nothing to save."""
+    """Kill and reap a child."""
     process.kill()
     await finish(process.wait())

@@ -1,4 +1,6 @@
-"""A QMP monitor on `qemu.qmp`: commands one to one, a deadline on each, events before the act."""
+"""A QMP monitor on `qemu.qmp`: each command has a deadline, and events go to listeners as they
+arrive.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,7 @@ logger = logging.getLogger("qmpvcpu.qemu.monitor")
 CONNECT_TIMEOUT: Final = 5.0
 COMMAND_TIMEOUT: Final = 10.0
 
-#: So long a server may take to read what it was sent, when the connection is closed, seconds.
+#: Seconds that a server gets to read what it was sent when the connection is closed.
 _CLOSE_SECONDS: Final = 1.0
 
 #: The client of each connection. Tests put `Client` here: everything works without the tricks for speed.
@@ -39,9 +41,9 @@ CLIENT: type[Client] = FastClient
 class QmpMonitor(Monitor):
     """An open QMP connection (`ports.Monitor`); made by `open_monitor`."""
 
-    #: QMP has nothing of the kind.
+    #: QMP has no such id.
     run_id = None
-    #: It is QEMU's own.
+    #: It gets the events directly from QEMU.
     hears_all = True
 
     def __init__(self, client: Client, address: str, command_timeout: float, qemu_log: str | None) -> None:
@@ -71,7 +73,7 @@ class QmpMonitor(Monitor):
 
     @property
     def peer(self) -> Peer:
-        """Whom it is connected to, as far as the kernel tells."""
+        """The process it is connected to, as far as the kernel knows it."""
         return self._client.peer()
 
     @property
@@ -82,7 +84,9 @@ class QmpMonitor(Monitor):
 
     @contextmanager
     def listen(self, sink: Sink) -> Iterator[None]:
-        """Give every event, and at the end a lost connection, to `sink` until the context is left."""
+        """Call `sink` with every event, and with the loss of the connection, until the context is
+        left.
+        """
         self._client.sinks.append(sink)
         try:
             if self._lost is not None:
@@ -92,7 +96,7 @@ class QmpMonitor(Monitor):
             self._client.sinks.remove(sink)
 
     async def _watch(self) -> None:
-        """Notice that the connection ends, also while nobody waits for a reply."""
+        """Notice the end of the connection, even while no command waits for a reply."""
         while self._client.runstate is Runstate.RUNNING:
             await self._client.runstate_changed()
         if self._closing:
@@ -126,21 +130,23 @@ class QmpMonitor(Monitor):
             self._timer.cancel()
         if self._client.runstate is Runstate.RUNNING:
             self._watcher.cancel()
-        # Else it ends by itself: qemu.qmp 0.0.6, cancelled in a disconnect, leaves an exception nobody retrieves.
+        # Else the watcher ends by itself: cancelling qemu.qmp 0.0.6 in a disconnect leaves an
+        # exception that is never retrieved.
         await asyncio.wait([self._watcher])
         self._drop_replies()
         if self._client.runstate is not Runstate.IDLE:
             await self._disconnect()
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
-        """Any QMP command: sent at once, in the order of the calls; to be awaited.
+        """Send any QMP command at once, in the order of the calls; await the result.
 
-        Its deadline runs from when QEMU can begin with it: QEMU answers in the order asked, so of many at once
-        only the oldest is on the clock.
+        Its deadline begins when QEMU can begin with it: QEMU answers commands in order, so of
+        several only the oldest has a running deadline.
 
         Raises (when awaited):
             CommandError: QEMU answered with an error.
-            VcpuConnectionError: no answer within 10 s (`reason` "timeout"), or the connection is gone.
+            VcpuConnectionError: no answer within 10 s (`reason` "timeout"), or the connection is
+                lost.
         """
         loop = asyncio.get_running_loop()
         result: asyncio.Future[object] = loop.create_future()
@@ -153,7 +159,9 @@ class QmpMonitor(Monitor):
         return result
 
     def _check_time(self) -> None:
-        """One timer for all: QEMU is given up when it has answered nothing for the whole of a deadline."""
+        """One timer for all commands: they fail when QEMU has answered nothing for the whole
+        deadline.
+        """
         self._timer = None
         client, loop = self._client, asyncio.get_running_loop()
         if not client.replies:
@@ -168,7 +176,7 @@ class QmpMonitor(Monitor):
                 fail(result, no_answer(self._address, command, self._timeout, TimeoutError()))
 
     def _end_with_loss(self, result: asyncio.Future[object]) -> None:
-        """The connection is gone; the watcher knows why, at once or in a moment."""
+        """Fail a command of a lost connection; the watcher knows the reason now or in a moment."""
 
         def tell(_: object = None) -> None:
             if not result.done():
@@ -180,19 +188,20 @@ class QmpMonitor(Monitor):
             self._watcher.add_done_callback(tell)
 
     def add_fd(self, fd: int) -> asyncio.Future[object]:
-        """QMP `add-fd`, into a set of its own, with the descriptor itself."""
+        """QMP `add-fd` into a new set, with the descriptor itself (SCM_RIGHTS)."""
         self._client.send_fd_scm(fd)
         return self.execute("add-fd")
 
     def getfd(self, name: str, fd: int) -> asyncio.Future[object]:
         """QMP `getfd`, with the descriptor itself (SCM_RIGHTS)."""
-        # It travels ahead of the command: QEMU keeps it for the next one that wants a descriptor.
+        # It is sent ahead of the command: QEMU keeps it for the next command that needs a
+        # descriptor.
         self._client.send_fd_scm(fd)
         return self.execute("getfd", {"fdname": name})
 
     @property
     def takes_descriptors(self) -> bool:
-        """Whether descriptors can be handed over: a unix socket."""
+        """Whether it is a unix socket, which can pass descriptors."""
         return self.peer.pid is not None
 
 
@@ -208,12 +217,12 @@ async def open_monitor(
 
     Args:
         address: a unix path, `host:port` or `fd:N`.
-        log: where to keep every message.
+        log: the file that gets every message.
         connect_timeout, command_timeout: seconds.
 
     Raises:
-        VcpuConnectionError: at once for what is known at once (missing, refused, not QMP), after
-            `connect_timeout` for a server that accepts and never greets.
+        VcpuConnectionError: at once if the socket is missing, refuses or is not QMP; after
+            `connect_timeout` if the server accepts and never greets.
     """
     monitor = await connect_monitor(
         address, log=log, connect_timeout=connect_timeout, command_timeout=command_timeout
@@ -232,7 +241,9 @@ async def connect_monitor(
     command_timeout: float = COMMAND_TIMEOUT,
     qemu_log: str | None = None,
 ) -> QmpMonitor:
-    """`open_monitor` for who closes it himself. `qemu_log`: path of QEMU's own log, where it is known."""
+    """As `open_monitor`, but the caller closes it. `qemu_log`: path of QEMU's own log, if it is
+    known.
+    """
     where = parse_address(address)
     client = CLIENT(address, log)
     if isinstance(where, str) and where:

@@ -1,7 +1,8 @@
-"""The throwaway QEMU: started paused to say what its vCPUs would be, and gone before the answer is given.
+"""The throwaway QEMU: it is started paused, reports which vCPUs it would have, and is ended.
 
-It gets nothing it could touch: no devices, no configuration, no display, a seccomp sandbox, memory that is never
-used. Its folder is its own, it ends with us whatever ends us (`qemu.launch`), and stderr is kept for the error.
+It cannot affect the host: no devices, no configuration, no display, a seccomp sandbox, memory that
+is never used. It has a folder of its own, ends when we end (`qemu.launch`), and an error has its
+stderr.
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _BARE: Final = ("-S", "-nodefaults", "-no-user-config", "-display", "none")
 _SANDBOX: Final = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
 _NO_SANDBOX: Final = re.compile(r"sandbox|seccomp", re.IGNORECASE)
 _MIB: Final = 1024 * 1024
-#: What one NUMA node takes at least, MiB (7.2 to 11.1); of others QEMU's default is left.
+#: Least MiB of one NUMA node by machine (7.2 to 11.1); other machines keep QEMU's default.
 _MEMORY: Final = ((re.compile(r"pc\b|q35\b|s390-ccw-virtio\b"), 16), (re.compile(r"pseries\b"), 256))
 _NODE_MEMORY: Final = 16
-#: KVM that is not to be had is the host's state, not the machine's fault.
+#: QEMU's errors that are about the host, for example about KVM, and not about the machine.
 _HOST: Final = re.compile(r"KVM kernel module|/dev/kvm|failed to initialize kvm|cannot set up guest memory", re.I)
 
 
@@ -43,18 +44,18 @@ async def probe_machine(
     *,
     timeout: float = 30.0,
 ) -> Answer:
-    """Ask a QEMU that is started as `spec` says; what `read` makes of its replies, while it dies.
+    """Start a QEMU as `spec` says and query its vCPUs; returns what `read` makes of the replies.
 
     Args:
         binary: the QEMU program.
-        spec: what it should be.
-        read: called with the replies.
+        spec: the machine.
+        read: called with the replies, while QEMU ends.
         timeout: seconds for all of it.
 
     Raises:
-        VcpuRefused: QEMU refuses that machine; the message is its own.
-        VcpuFailed: it cannot be started, or dies.
-        VcpuConnectionError: it does not answer, or not as a QEMU does.
+        VcpuRefused: QEMU refuses that machine; the message is QEMU's.
+        VcpuFailed: QEMU cannot be started, or exits.
+        VcpuConnectionError: it does not answer, or its answer is not QEMU's.
     """
     arguments = [*_BARE, "-machine", spec.machine, "-accel", spec.accel, *_memory(spec)]
     if str(spec.smp):
@@ -68,7 +69,7 @@ async def probe_machine(
             except VcpuFailed as error:
                 if error.exit_code is None or not _NO_SANDBOX.search(error.qmp_text or ""):
                     raise
-                # Built without seccomp, or the host does not have it.
+                # QEMU was built without seccomp, or the host does not have it.
                 return await _ask(binary, arguments, read)
     except TimeoutError as error:
         raise VcpuConnectionError(
@@ -84,13 +85,13 @@ async def probe_machine(
 
 
 def _memory(spec: MachineSpec) -> list[str]:
-    """As little as it takes, and -numa; no page of it is ever touched."""
+    """The arguments for as little memory as possible, and for -numa; no page of it is ever used."""
     least = next((size for machine, size in _MEMORY if machine.match(spec.machine)), None)
     if not spec.numa:
         return [] if least is None else ["-m", f"{least}M"]
     size = least or _NODE_MEMORY
     nodes = [option for option in spec.numa if isinstance(option, NumaNode)]
-    # Where no node says that it has memory, each has.
+    # If no node names its memory, each has some.
     is_free = all(node.memdev is None and node.mem is None for node in nodes)
     ids: dict[str, str] = {}
     words: list[str] = []
@@ -106,7 +107,7 @@ def _memory(spec: MachineSpec) -> list[str]:
                 total += size
                 memory = f"mem={size}M"
             else:
-                # What not every version reads, this one is to read.
+                # Not every version of QEMU reads this size: this one must accept or refuse it.
                 total += (
                     max(parse_size(option.mem, _MIB, is_strict=strict) or 0 for strict in (True, False)) // _MIB
                 )
@@ -123,9 +124,9 @@ def _memory(spec: MachineSpec) -> list[str]:
 async def _ask(binary: str, arguments: Sequence[str], read: Callable[[Replies], Answer]) -> Answer:
     async with run_qemu(binary, arguments, monitors=()) as qemu:
         monitor = qemu.monitor
-        # Sent together: one way there and back, and no more than is needed: query-machines takes 1 ms, and
-        # query-cpu-definitions 25 on x86; qom-list-types loads every module, and QEMU aborts on one of another
-        # build (10.0, 11.1).
+        # Sent together, to wait once, and no more than needed: query-machines takes 1 ms, and
+        # query-cpu-definitions 25 ms on x86; qom-list-types loads every module, and QEMU aborts at
+        # a module of another build (10.0, 11.1).
         asked = {
             "query-hotpluggable-cpus": monitor.query_hotpluggable_cpus(),
             "query-target": monitor.query_target(),
@@ -134,7 +135,7 @@ async def _ask(binary: str, arguments: Sequence[str], read: Callable[[Replies], 
         }
         replies = await asyncio.gather(*asked.values(), return_exceptions=True)
         if isinstance(replies[_HOTPLUG], CommandError):
-            # No CPU hotplug: what there is, then, is all there will be.
+            # No CPU hotplug: the CPUs of now are all that there will ever be.
             asked["query-cpus-fast"] = monitor.query_cpus_fast()
             replies += await asyncio.gather(asked["query-cpus-fast"], return_exceptions=True)
         qemu.kill()
@@ -155,7 +156,7 @@ async def _ask(binary: str, arguments: Sequence[str], read: Callable[[Replies], 
         return read(found)
 
 
-#: Where its reply stands.
+#: The index of its reply.
 _HOTPLUG: Final = 0
-#: No CPU hotplug; before QEMU 6.2.
+#: They fail where the machine has no CPU hotplug, and before QEMU 6.2.
 _MAY_FAIL: Final = frozenset({"query-hotpluggable-cpus", "smp"})

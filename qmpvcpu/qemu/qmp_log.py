@@ -15,23 +15,24 @@ from qmpvcpu.kinds import open_file
 
 
 class QmpLog:
-    """`--qmp-log`: every message of a connection as one JSON line, in a file only its owner can read."""
+    """Every message of a connection as one JSON line, in a file that only its owner can read."""
 
     @checked
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        """Open the file, or make it.
+        """Open the file, or create it.
 
         Raises:
-            VcpuUsageError: it cannot be written, or is not a regular file: a FIFO could stop every command.
+            VcpuUsageError: it cannot be written, or is not a regular file (a FIFO could block every
+                command).
         """
         flags = os.O_WRONLY | os.O_APPEND | os.O_CLOEXEC
         try:
             try:
                 fd = open_file(path, flags)
             except FileNotFoundError:
-                # Where a link leads to, so that nothing but a new file is opened.
+                # The target of a link, so that O_EXCL creates a new file there.
                 fd = os.open(os.path.realpath(path), flags | os.O_CREAT | os.O_EXCL, 0o600)
-            # The file may be older than we are, and the umask anything.
+            # The file may be an old one, and the umask may have any value.
             os.fchmod(fd, 0o600)
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
@@ -40,7 +41,9 @@ class QmpLog:
         self._file = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
 
     def write(self, direction: str, message: Mapping[str, Any]) -> None:
-        """Append one message; `direction` is "send" or "receive". A full disk never stops a command."""
+        """Append one message; `direction` is "send" or "receive". A full disk does not fail a
+        command.
+        """
         line = json.dumps({"time": time.time(), "direction": direction, "message": dict(message)})
         with suppress(OSError):
             self._file.write(line + "\n")
