@@ -290,8 +290,8 @@ class AgentClient:
         return self._error("no-agent", f"did not answer '{command}' within {self._timeout:g} s")
 
     def _too_slow(self, command: str) -> VcpuConnectionError:
-        text = f"is too slow: '{command}' was not answered when {_LIMIT.get()[1]:g} s were over"
-        hint = "the guest is busy: try again, or look at what keeps qemu-ga in it"
+        text = f"is too slow: it did not answer '{command}' before {_LIMIT.get()[1]:g} s were over"
+        hint = "try again when the guest is less busy, or look at qemu-ga in it"
         return self._error("no-agent", text, hint)
 
     async def _sync(self, seconds: float) -> None:
@@ -354,13 +354,17 @@ class AgentClient:
         self._opening.discard(number)
         answer = reply["error"]
         if not isinstance(answer, dict) or not isinstance(answer.get("desc"), str):
-            raise self._error("malformed", f"answered '{command}' with an error that says nothing")
+            raise self._error("malformed", f"answered '{command}' with an error without a text")
         return CommandError(command, str(answer.get("class"))[:100], _shortened(answer["desc"]))
 
     async def _closed(self, error: EOFError | OSError) -> VcpuConnectionError:
         """Close our side of a connection that the other side has closed; returns the error."""
         await self.close()
-        text = f"is gone: {error.strerror or error}" if isinstance(error, OSError) else "closed its socket"
+        text = (
+            f"broke the connection: {error.strerror or error}"
+            if isinstance(error, OSError)
+            else "closed its socket"
+        )
         return self._error("closed", text)
 
     def _error(self, reason: str, text: str | None, hint: str | None = None) -> VcpuConnectionError:
@@ -371,16 +375,16 @@ class AgentClient:
             else f"there is no agent socket '{self._address}'",
             address=self._address,
             reason=reason,
-            hint=hint or _HINTS.get(reason, "look at the guest's agent: is it qemu-ga, and does it run?"),
+            hint=hint or _HINTS.get(reason, "check that qemu-ga runs in the guest"),
             libvirt="VIR_ERR_AGENT_UNRESPONSIVE",
         )
 
 
 _HINTS: Final = {
-    "no-agent": "start qemu-ga in the guest; the socket takes one client at a time, another one may hold it",
-    "agent-restarted": "ask again",
-    "missing": "name the chardev's socket of the port org.qemu.guest_agent.0",
-    "closed": "QEMU has exited, or another client holds the socket",
+    "no-agent": "start qemu-ga in the guest, or close another client of this socket",
+    "agent-restarted": "try again",
+    "missing": "give the socket of the chardev behind the port org.qemu.guest_agent.0",
+    "closed": "check that QEMU runs, or close another client of this socket",
 }
 
 

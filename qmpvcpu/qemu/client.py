@@ -233,7 +233,7 @@ class Client(QMPClient):
 
 def _text(error: object) -> str:
     text = error.get("desc") if isinstance(error, dict) else None
-    return text[:_LONGEST] if isinstance(text, str) else "it says nothing"
+    return text[:_LONGEST] if isinstance(text, str) else "it has no text"
 
 
 def _answer(address: str, command: str, result: asyncio.Future[object], message: Message) -> None:

@@ -21,7 +21,7 @@ def no_answer(address: str, command: str, seconds: float, cause: BaseException) 
         address=address,
         reason="timeout",
         libvirt="VIR_ERR_OPERATION_TIMEOUT",
-        hint="QEMU is busy or hangs; whether it still does what was asked is not known: query again",
+        hint="query again: QEMU is busy or hangs, and may still do what the command asks",
     )
     error.__cause__ = cause
     return error
@@ -36,7 +36,7 @@ def lost(address: str, cause: BaseException | None, qemu_log: str | None) -> Vcp
             f"'{address}' sent a message of more than {MESSAGE_LIMIT >> 20} MiB; the connection was closed",
             address=address,
             reason="malformed",
-            hint="is this socket really QEMU's?",
+            hint="check that this is QEMU's QMP socket",
         )
     if cause is not None and not isinstance(cause, OSError | EOFError | ExecInterruptedError):
         return malformed(address, cause)  # JSON that is nested too deep, for example
@@ -45,7 +45,7 @@ def lost(address: str, cause: BaseException | None, qemu_log: str | None) -> Vcp
         f"the connection to '{address}' was closed by the other side{why}",
         address=address,
         reason="closed",
-        hint=f"QEMU has exited, or closed this monitor: look at {qemu_log or 'its log'}",
+        hint=f"look at {qemu_log or 'its log'}: QEMU has exited, or closed this monitor",
     )
     error.__cause__ = cause
     return error
@@ -57,7 +57,7 @@ def malformed(address: str, cause: BaseException) -> VcpuConnectionError:
         f"'{address}' sent what is not QMP: {_first_line(cause)}",
         address=address,
         reason="malformed",
-        hint="is this socket really QEMU's? --qmp-log FILE keeps what it says",
+        hint="check that this is QEMU's QMP socket; --qmp-log FILE keeps what it sends",
     )
     error.__cause__ = cause
     return error
@@ -71,13 +71,13 @@ def _first_line(error: BaseException) -> str:
 _CROWDED: Final = (
     "no-greeting",
     "'{}' takes no more connections",
-    "a QMP socket takes one client at a time: close the other one, or give QEMU a second -qmp",
+    "close another client of this socket, which takes one at a time, or give QEMU a second -qmp",
 )
 #: QEMU was killed while a client connected to it.
 _CLOSED_EARLY: Final = (
     "closed",
     "'{}' closed the connection before the handshake was done",
-    "QEMU has exited, or closed this monitor: look at its log",
+    "look at QEMU's log: it has exited, or closed this monitor",
 )
 _OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
     errno.ENOENT: (
@@ -88,7 +88,7 @@ _OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
     errno.ECONNREFUSED: (
         "refused",
         "nobody listens on '{}'",
-        "QEMU is gone, or listens elsewhere; a socket file it left behind can be removed",
+        "start QEMU, or name the socket that it listens on; remove this one if no QEMU uses it",
     ),
     errno.ENOTSOCK: ("not-qmp", "'{}' is not a socket", "name QEMU's QMP socket, or a file of domain XML"),
     errno.EACCES: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
@@ -114,20 +114,20 @@ def connect_error(address: str, error: ConnectError) -> VcpuConnectionError:
     """`qemu.qmp` could not connect, or the handshake failed."""
     cause = error.exc
     if isinstance(cause, UnicodeError) and not isinstance(cause, UnicodeDecodeError):
-        return os_error(address, OSError(0, "this is no host name"))
+        return os_error(address, OSError(0, "this is not a host name"))
     if isinstance(cause, OSError) and not isinstance(cause, EOFError):
         return os_error(address, cause)
     if isinstance(cause, EOFError):
         return VcpuConnectionError(
-            f"'{address}' closed the connection before it said anything",
+            f"'{address}' closed the connection without a greeting",
             address=address,
             reason="not-qmp",
-            hint="is this socket QEMU's QMP monitor (-qmp …,server=on)?",
+            hint="name QEMU's QMP socket (-qmp …,server=on)",
         )
     if r"b'{\r\n'" in str(cause):
         # This is the first line of a pretty-printed greeting (7.2 to 11.1).
         return VcpuConnectionError(
-            f"'{address}' is a pretty-printed QMP socket, of which each message is many lines",
+            f"'{address}' is a pretty-printed QMP socket: each of its messages has several lines",
             address=address,
             reason="not-qmp",
             hint="start QEMU with -qmp, not -qmp-pretty (-mon …,pretty=off)",

@@ -22,7 +22,7 @@ def socket_of(address: str, number: int) -> socket.socket:
             f"'{address}' is not an open socket: {error.strerror}",
             address=address,
             reason="missing" if error.errno == errno.EBADF else "not-qmp",
-            hint=f"hand the connected socket in as descriptor {number}",
+            hint=f"pass the connected socket as descriptor {number}",
         ) from error
     sock.setblocking(False)
     return sock

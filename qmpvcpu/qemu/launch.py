@@ -219,7 +219,9 @@ async def launch_qemu(
             code = await process.wait()
     except TimeoutError as error:
         raise VcpuConnectionError(
-            f"QEMU's machine does not come to stand within {timeout:g} s", reason="timeout", hint=f"see {log}"
+            f"QEMU did not set up its machine within {timeout:g} s",
+            reason="timeout",
+            hint=f"look at {log}",
         ) from error
     finally:
         await _end(process)
@@ -251,7 +253,8 @@ def _spawn(words: Sequence[str], command: Sequence[str], stderr: IO[bytes], desc
         return Child(words, stderr, descriptors)
     except OSError as error:
         raise VcpuFailed(
-            f"cannot start '{command[0]}': {error.strerror}", hint="`qmpvcpu doctor` lists the QEMUs that are here"
+            f"cannot start '{command[0]}': {error.strerror}",
+            hint="name a QEMU that `qmpvcpu doctor` lists",
         ) from error
 
 
@@ -267,7 +270,7 @@ def _exited(command: Sequence[str], code: int, said: str) -> VcpuFailed:
         f"{os.path.basename(command[0])} exited with code {code}" + (f": {said}" if said else ""),  # noqa: PTH119
         qmp_text=said or None,
         exit_code=code,
-        hint="its command line was: " + " ".join(command),
+        hint="look at its command line: " + " ".join(command),
     )
 
 

@@ -258,7 +258,7 @@ async def connect_monitor(
     except TimeoutError as error:
         if not client.was_open:
             text = f"no connection to '{address}' was made within {connect_timeout:g} s"
-            hint = "check the host's name, and whether a firewall drops what is sent to it"
+            hint = "check the host's name and its firewall"
             raise VcpuConnectionError(
                 text, address=address, reason="timeout", libvirt="VIR_ERR_OPERATION_TIMEOUT", hint=hint
             ) from error
@@ -268,8 +268,8 @@ async def connect_monitor(
             address=address,
             reason="no-greeting",
             libvirt="VIR_ERR_OPERATION_TIMEOUT",
-            hint="a QMP socket takes one client at a time: another one probably holds it, or QEMU hangs;"
-            " close that one, or give QEMU a second -qmp",
+            hint="close another client of this socket, which takes one at a time, or give QEMU a"
+            " second -qmp; or QEMU hangs",
         ) from error
     except ConnectError as error:
         raise connect_error(address, error) from error

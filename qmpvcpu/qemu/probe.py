@@ -73,9 +73,9 @@ async def probe_machine(
                 return await _ask(binary, arguments, read)
     except TimeoutError as error:
         raise VcpuConnectionError(
-            f"'{binary}' has not answered within {timeout:.1f} s",
+            f"'{binary}' did not answer within {timeout:.1f} s",
             reason="timeout",
-            hint="is it a QEMU? run it by hand with -machine none -S",
+            hint="check that it is a QEMU: run it by hand with -machine none -S",
         ) from error
     except VcpuFailed as error:
         said = error.qmp_text or ""
@@ -147,7 +147,7 @@ async def _ask(binary: str, arguments: Sequence[str], read: Callable[[Replies], 
                 raise VcpuConnectionError(
                     f"'{binary}' cannot answer {reply}",
                     reason="malformed",
-                    hint="QEMU 6.2 or later is needed",
+                    hint="use QEMU 6.2 or later",
                 ) from reply
             elif isinstance(reply, BaseException):
                 raise reply

@@ -36,8 +36,10 @@ class QmpLog:
             os.fchmod(fd, 0o600)
         except (OSError, ValueError) as error:
             why = error.strerror if isinstance(error, OSError) else error
-            text = f"cannot write the QMP log {os.fspath(path)!r}: {why}"
-            raise VcpuUsageError(text, hint="name a regular FILE; `tail -f FILE` shows what comes") from error
+            raise VcpuUsageError(
+                f"cannot write the QMP log {os.fspath(path)!r}: {why}",
+                hint="name a regular FILE, and follow it with `tail -f FILE`",
+            ) from error
         self._file = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
 
     def write(self, direction: str, message: Mapping[str, Any]) -> None:

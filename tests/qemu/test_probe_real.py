@@ -264,7 +264,7 @@ async def test_programs_that_are_no_qemu(tmp_path):
         path.chmod(0o755)
         return str(path)
 
-    with pytest.raises(VcpuConnectionError, match=r"has not answered within 0\.5 s"):
+    with pytest.raises(VcpuConnectionError, match=r"did not answer within 0\.5 s"):
         await find_layout(spec(), emulator=program("sleeper", "exec sleep infinity"), mode=ALWAYS, timeout=0.5)
     with pytest.raises(VcpuFailed, match="exited with code 7: ouch") as caught:
         await find_layout(spec(), emulator=program("dies", "echo ouch >&2; exit 7"), mode=ALWAYS)

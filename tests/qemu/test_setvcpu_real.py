@@ -286,7 +286,7 @@ async def test_a_second_client_is_told_that_the_socket_is_taken():
         with pytest.raises(qmpvcpu.VcpuConnectionError, match="did not greet") as error:
             async with qmpvcpu.connect(qemu.qmp, connect_timeout=0.3):
                 pass
-        assert (error.value.reason, "one client at a time" in error.value.hint) == ("no-greeting", True)
+        assert (error.value.reason, "takes one at a time" in error.value.hint) == ("no-greeting", True)
         # The first address that is free is taken.
         async with paused("x86_64", "10.0", X86_8) as other:
             both = qmpvcpu.connect("web", qmp=[qemu.qmp, other.qmp], connect_timeout=2)

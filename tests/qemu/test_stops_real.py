@@ -40,7 +40,7 @@ MOVE_SECONDS = 80.0
 #: libvirt has 10 s for a query and 60 s for a change, and then a second to close.
 LIBVIRT_SECONDS = 65.0
 CLEAR = re.compile(
-    r"did not answer|did not greet|does not come to stand|within|not known|closed|does not end|no guest agent"
+    r"did not answer|did not greet|did not set up|within|not known|closed|does not end|no guest agent"
 )
 
 

@@ -371,7 +371,7 @@ async def test_slow_answers_share_one_limit(tmp_path):
     agent = FakeAgent()
     agent.pause = 0.1
     async with talking(tmp_path, agent) as client:
-        with pytest.raises(VcpuConnectionError, match=r"'guest-get-vcpus' was not answered when 0\.5 s"):
+        with pytest.raises(VcpuConnectionError, match=r"not answer 'guest-get-vcpus' before 0\.5 s"):
             with client.limit(0.5):
                 for _ in range(100):
                     await client.get_vcpus()
@@ -383,7 +383,7 @@ async def test_a_limit_within_another_cannot_be_longer(tmp_path):
     agent = FakeAgent()
     agent.pause = 0.1
     async with talking(tmp_path, agent) as client:
-        with pytest.raises(VcpuConnectionError, match=r"when 0\.3 s were over"):
+        with pytest.raises(VcpuConnectionError, match=r"before 0\.3 s were over"):
             with client.limit(0.3), client.limit(60):
                 for _ in range(100):
                     await client.get_vcpus()
