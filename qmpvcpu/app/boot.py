@@ -49,7 +49,8 @@ def read_definition(word: str) -> tuple[Definition, tuple[str, ...]]:
     if definition.emulator is None or listed is not None:
         return replace(definition, emulator=listed), ()
     note = (
-        f"<emulator> '{definition.emulator}' is not started: a file does not say which program runs (--emulator)"
+        f"<emulator> '{definition.emulator}' is ignored, as a file must not choose the program:"
+        " --emulator names it"
     )
     return replace(definition, emulator=None), (note,)
 
@@ -112,7 +113,8 @@ async def command_line(
     notes: tuple[str, ...] = ()
     if emulator is None and definition.emulator is not None:
         emulator = path_of(definition.emulator)
-        notes = (f"<emulator> '{definition.emulator}' is not here",) if emulator is None else ()
+        missing = f"<emulator> '{definition.emulator}' is not on this host"
+        notes = (missing,) if emulator is None else ()
     if emulator is None:
         emulator = next((path for path, _ in find_binaries(arch)), None)
     if emulator is not None and mode is not ProbeMode.NEVER:

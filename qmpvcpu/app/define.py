@@ -68,7 +68,7 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
         data = read_document(xml)
         own = _checked(data, xml)
         if own != word:
-            messages.append(f"'{xml}' calls the domain '{own}': it is defined as '{word}'")
+            messages.append(f"the name in '{xml}' is '{own}': the domain is defined as '{word}'")
             data = renamed(data, word)
         messages += [*_trusted(data), *_left_behind(word, addresses)]
         addresses = _with_known(word, addresses)
@@ -145,7 +145,7 @@ def _trusted(data: bytes) -> list[str]:
             f"it is started with the program '{definition.emulator}', which `qmpvcpu doctor` does not list"
         )
     if words := command_line_of(document):
-        found.append(f"its QEMU gets, by <qemu:commandline>: {shlex.join(words)}")
+        found.append(f"<qemu:commandline> adds to QEMU's arguments: {shlex.join(words)}")
     return found
 
 
@@ -170,7 +170,8 @@ def _absolute(address: str) -> str:
     where = parse_address(address)
     if isinstance(where, int):
         raise VcpuUsageError(
-            f"'{address}' cannot be kept: a descriptor is this process's", hint="give the socket's path"
+            f"'{address}' cannot be defined: it belongs to this process",
+            hint="give the socket's path",
         )
     if isinstance(where, tuple):
         return address

@@ -117,9 +117,9 @@ class Target:
             folder.define(self.name, renamed(xml, self.name), known)
         except VcpuRefused as error:
             return [f"the destination is not defined: {error.message}"]
-        return (
-            [] if persistent else [f"'{self.name}' is defined as it runs: its name would not be known otherwise"]
-        )
+        if persistent:
+            return []
+        return [f"'{self.name}' is now defined as the guest runs, so that its name is known"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -214,7 +214,7 @@ async def _started(where: Where, name: str, start: Startable) -> AsyncIterator[T
         words = last_words(runtime.said(4000))
         if isinstance(error, VcpuFailed) and words and error.qmp_text is None:
             raise VcpuFailed(
-                f"{error.message}; the destination's QEMU said: {words}",
+                f"{error.message}; the destination's QEMU reported: {words}",
                 hint=error.hint,
                 qmp_class=error.qmp_class,
                 qmp_text=words,

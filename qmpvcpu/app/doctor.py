@@ -53,7 +53,7 @@ class HostReport:
                 none = "no machine type of this QEMU can hotplug CPUs"
                 lines.append(f"    CPU hotplug on: {families}" if families else f"    {none}")
         if not self.qemus:
-            lines.append("no QEMU is here")
+            lines.append("this host has no QEMU")
         lines.append(f"KVM: {'usable' if self.kvm else self.kvm_reason}")
         may = "root" if self.rights["root"] else "an ordinary user"
         nice = "may" if self.rights["sys_nice"] else "may not"
@@ -173,10 +173,10 @@ async def examine_domain(domain: Domain) -> DomainReport:
         if unpluggable:
             plan = await domain.plan_disable(unpluggable[-1].ids, live=True, fallback=False)
             what = f"unplug vCPU {_all_ids(unpluggable)}"
-            _judge(what, plan.refusals, can, cannot, kills, condition=", if the guest's kernel lets go")
+            _judge(what, plan.refusals, can, cannot, kills, condition=", if the guest agrees")
         cannot += [f"unplug {entity.label}: it holds the boot CPU" for entity in fixed]
     elif state.can_plug:
-        cannot.append(f"unplug: {state.machine} never unplugs a CPU")
+        cannot.append(f"unplug: {state.machine} cannot unplug CPUs")
     if state.threads_shared:
         cannot.append("place vCPUs: all of them share one thread (-accel tcg,thread=single)")
     if (why := await domain.agent_refusal()) is not None:

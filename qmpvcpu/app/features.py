@@ -47,7 +47,8 @@ async def with_known_features(
     if not unknown:
         return definition, ()
     words = [f"{key}={value}" for key, value in features if key not in unknown]
-    note = f"this QEMU has no CPU feature {', '.join(unknown)}: not there, as the definition wants it"
+    names = ", ".join(unknown)
+    note = f"this QEMU does not have CPU feature {names}, which the definition switches off"
     return replace(definition, cpu=",".join([model, *words])), (note,)
 
 

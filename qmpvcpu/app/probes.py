@@ -253,7 +253,7 @@ def _program(emulator: str | None, arch: str) -> tuple[_Found | None, list[str]]
             return _Found(path, program_of(path)), []
         except OSError:
             continue
-    return None, [f"no qemu-system-{arch} is here: the answer is what every version would say"]
+    return None, [f"this host has no qemu-system-{arch}: the answer is the same for every version"]
 
 
 def _with_default_machine(spec: MachineSpec, arch: str) -> MachineSpec:
@@ -263,7 +263,8 @@ def _with_default_machine(spec: MachineSpec, arch: str) -> MachineSpec:
     row = architecture(arch)
     if not row.computes(row.default_machine):
         raise VcpuUsageError(
-            f"no machine type is named, and for {arch} none is the default", hint="--machine virt"
+            f"no machine type is given, and {arch} has no default one",
+            hint="--machine virt",
         )
     return replace(spec, machine=row.default_machine + spec.machine)
 
@@ -283,7 +284,9 @@ async def _held(cache: FileCache, name: str, deadline: float) -> AsyncIterator[N
         while (lock := next(filter(None, map(cache.try_lock, names)), None)) is None:
             if time.monotonic() >= deadline:
                 raise VcpuConnectionError(
-                    "other processes keep asking QEMUs", reason="timeout", hint="try again when they are done"
+                    "other processes are still asking QEMUs",
+                    reason="timeout",
+                    hint="try again when they are done",
                 )
             await asyncio.sleep(_PAUSE)
     except OSError:

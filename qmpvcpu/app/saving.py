@@ -128,8 +128,8 @@ async def save(
         saving.discard()
     slots = cookie.machine.slots if cookie.machine is not None else ()
     vcpus = tuple(sorted(n for slot in slots if slot.plugged for n in slot.ids))
-    messages = () if has_ended else ("QEMU was told to end, and may still be there, paused: do not let it run",)
-    return Saved(file, size, vcpus, messages)
+    still = "QEMU was asked to quit, and may still run, with the guest paused: do not resume it"
+    return Saved(file, size, vcpus, () if has_ended else (still,))
 
 
 async def _check_save(source: Domain, file: str, cookie: Cookie, *, verify: bool) -> StreamTable | None:
@@ -184,7 +184,7 @@ async def _check_saved(saving: Saving, cookie: Cookie, table: StreamTable | None
     try:
         there = await finish(asyncio.to_thread(saving.table))
     except StreamError as error:
-        text = f"what QEMU has written is not a whole guest: {error}"
+        text = f"what QEMU has written is incomplete: {error}"
         raise VcpuFailed(text, hint="look at QEMU's log") from error
     if table is not None and (found := table_differences(there, table)):
         raise VcpuFailed(f"what QEMU has written is another machine: {'; '.join(found)}", hint=HINT)
@@ -228,7 +228,7 @@ async def restore(file: str, where: Where) -> Restored:
             target.is_kept = True
             messages = [*target.messages]
             if saved.digest is None:
-                messages.append(f"'{file}' has no digest: whether it is what was saved could not be checked")
+                messages.append(f"'{file}' has no digest: a change of it could not be noticed")
             if not target.is_defined:
                 messages += target.define(cookie, persistent=cookie.persistent is not None)
             return Restored(target.name, target.qmp, state.enabled_ids, cookie.runs, tuple(messages))

@@ -264,7 +264,8 @@ async def _launch(
         raise
     messages = [*line.probe.messages, *line.args.messages]
     if hardware.left_out:
-        messages.append(f"not started, and left out: {', '.join(f'<{word}>' for word in hardware.left_out)}")
+        left_out = ", ".join(f"<{word}>" for word in hardware.left_out)
+        messages.append(f"not supported, and left out: {left_out}")
     return Launched(runtime, line, line.probe.emulator, tuple(messages))
 
 
@@ -320,11 +321,13 @@ async def destroy(name: str) -> Destroyed:
             killed = await finish(asyncio.to_thread(_end, runtime))
         except OSError as error:
             raise VcpuFailed(
-                f"QEMU {pid} cannot be ended: {error.strerror}", hint="who has started it?"
+                f"QEMU {pid} cannot be ended: {error.strerror}",
+                hint="run this as the user who started it, or as root",
             ) from error
         if runtime.owns(pid):
             raise VcpuFailed(
-                f"QEMU {pid} does not end, not even killed", hint="the host's kernel holds it: see its log"
+                f"QEMU {pid} has not ended after SIGKILL",
+                hint="look at the kernel's log (dmesg)",
             )
     return Destroyed(name, pid, killed)
 
@@ -376,7 +379,7 @@ async def _check_vcpus(runtime: Runtime, line: CommandLine, xml: str | None) -> 
         wanted = format_ids(vcpu.id for vcpu in line.probe.vcpus if vcpu.enabled)
         raise VcpuFailed(
             f"QEMU has vCPU {format_ids(state.enabled_ids)}, and the XML says {wanted}",
-            hint=f"its command line is in {runtime.log}",
+            hint=f"look at {runtime.log}",
         )
     return state, notes
 
@@ -387,7 +390,9 @@ async def _continue(runtime: Runtime) -> None:
         await monitor.cont()
     except CommandError as error:
         raise VcpuFailed(
-            f"QEMU cannot run the guest: {error}", qmp_text=error.text, hint=f"see {runtime.log}"
+            f"QEMU cannot run the guest: {error}",
+            qmp_text=error.text,
+            hint=f"look at {runtime.log}",
         ) from error
     finally:
         await finish(monitor.close())
@@ -396,8 +401,8 @@ async def _continue(runtime: Runtime) -> None:
 def _gone(runtime: Runtime) -> VcpuFailed:
     said = runtime.said()
     return VcpuFailed(
-        "QEMU has ended right after the start" + (f": {said}" if said else ""),
-        hint=f"did the guest find nothing to boot? see {runtime.console} and {runtime.log}",
+        "QEMU exited right after the start" + (f": {said}" if said else ""),
+        hint=f"look at {runtime.console} and {runtime.log}: the guest may have nothing to boot",
     )
 
 

@@ -69,7 +69,8 @@ async def of_file(cookie: Cookie, names: Iterable[str], kept: bytes | None) -> S
     machine = read_domain(cookie.xml)[1]
     version = cookie.picture.version if cookie.picture is not None else None
     emulator = await find_emulator(qemu_arch(machine), version)
-    messages = (f"{', '.join(left_out)}: left out: only the guest's definition says where on this host it runs",)
+    parts = ", ".join(left_out)
+    messages = (f"{parts}: left out, as only a definition says where on this host a guest runs",)
     xml = without_program(xml, emulator)
     return Startable(replace(cookie, xml=xml, persistent=None), None, messages if left_out else ())
 

@@ -210,7 +210,10 @@ async def _started_with(xml: bytes, machine: str | None, mode: ProbeMode) -> tup
     check_program(definition)
     line = await command_line(definition, mode=mode)
     if line.probe.emulator is None:
-        raise VcpuFailed("; ".join(line.probe.messages), hint="name an <emulator> that is here")
+        raise VcpuFailed(
+            "; ".join(line.probe.messages),
+            hint="name an <emulator> that `qmpvcpu doctor` lists",
+        )
     return line.probe.emulator, [*line.args.arguments, *_hardware(document, definition)]
 
 
@@ -291,12 +294,15 @@ async def read_back(
                 await domain.migration.read_saved(file, offset)
             except VcpuConnectionError as error:
                 await _has_ended(qemu)
-                raise VcpuFailed(f"it ended over it: {last_words(qemu.stderr()) or error.message}") from error
+                why = last_words(qemu.stderr()) or error.message
+                raise VcpuFailed(f"it exited: {why}") from error
     except VcpuRefused as error:
         raise VcpuFailed("; ".join(one.message for one in error.refusals), hint=error.hint) from error
     except (VcpuFailed, VcpuConnectionError) as error:
-        text = f"a second QEMU cannot read the saved guest: {error.message}"
-        raise VcpuFailed(text, hint="look at what QEMU says, or save without --verify") from error
+        raise VcpuFailed(
+            f"a second QEMU cannot read the saved guest: {error.message}",
+            hint="correct what QEMU reports, or leave out --verify (verify=True)",
+        ) from error
 
 
 async def _has_ended(qemu: QemuProcess) -> None:

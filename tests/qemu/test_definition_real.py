@@ -154,7 +154,7 @@ async def test_define_by_a_file_and_under_another_name(state, tmp_path):
     run = await cli("define", "two", "--xml", str(file), "--qmp", "q.sock", "--json")
     assert (run.code, run.json["qmp"]) == (0, [os.path.abspath("q.sock")])
     assert b"<name>two</name>" in (state / "two.xml").read_bytes()
-    assert "calls the domain 'one'" in run.stderr
+    assert "is 'one': the domain is defined as" in run.stderr
     assert (await cli("define", str(file), "--json")).json["replaced"] is True
     assert (await cli("undefine", "one")).code == 0
     run = await cli("undefine", "one", "--json")

@@ -505,7 +505,7 @@ async def test_by_name_the_destination_is_started_and_defined(started):
     assert info["machine"].startswith("pc-q35-")
     # And back, to a name that is defined as it runs.
     run = await cli("migrate", "two", "one", "--json")
-    assert run.code == 0 and "is defined as it runs" in run.json["messages"][-1]
+    assert run.code == 0 and "is now defined as the guest runs" in run.json["messages"][-1]
     assert await names() == {"one": True, "two": False}
     assert "id='6' enabled='yes'" in (await cli("dumpxml", "one", "--inactive")).stdout
 
@@ -533,7 +533,7 @@ async def test_where_the_destination_fails_all_the_same_its_own_words_are_told(s
     async with qmpvcpu.connect("one") as domain:
         with (
             moments.before("the guest goes to the destination", plug),
-            pytest.raises(qmpvcpu.VcpuFailed, match=r"the destination's QEMU said: .*Unknown savevm .* 'cpu"),
+            pytest.raises(qmpvcpu.VcpuFailed, match=r"the destination's QEMU reported: .*Unknown savevm .* 'cpu"),
         ):
             await saving.move(domain, "two")
     assert await names() == {"one": True}

@@ -361,7 +361,7 @@ async def test_a_machine_that_does_not_come_to_stand(tmp_path, started):
     wrapper.chmod(0o755)
     await define(tmp_path, xml("x86_64", "10.0", SPARSE).replace(qemu_binary("10.0", "x86_64"), str(wrapper)))
     run = await cli("start", "d", "--json", "--timeout", "0.5")
-    assert run.code == 7 and "does not come to stand within 0.5 s" in run.stdout
+    assert run.code == 7 and "did not set up its machine within 0.5 s" in run.stdout
 
 
 async def test_a_long_path_is_no_hindrance(tmp_path, monkeypatch, started):
