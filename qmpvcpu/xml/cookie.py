@@ -103,7 +103,7 @@ def read_cookie(data: bytes) -> Cookie:
     document = parse_document(data)
     root = document.root
     if root.name != "qemu-migration":
-        raise VcpuRefused([_wrong(root, f"<{root.name}> is no <qemu-migration>")])
+        raise VcpuRefused([_wrong(root, f"<{root.name}> is not a <qemu-migration>")])
     found: list[Refusal] = []
     name, running = root.find("name"), root.find("live/domain")
     inactive = list(root.all("domain"))
@@ -112,7 +112,7 @@ def read_cookie(data: bytes) -> Cookie:
     if running is None:
         found.append(_wrong(root, "the running guest's XML, <live><domain>, is missing"))
     if len(inactive) > 1:
-        found.append(_wrong(inactive[1], "<domain> stands twice"))
+        found.append(_wrong(inactive[1], "there are two <domain>"))
     features = frozenset(one.attributes.get("name", "") for one in root.all("feature"))
     slots = root.find("slots")
     machine = _machine(slots, found) if slots is not None else None
@@ -188,7 +188,7 @@ def _machine(element: Element, found: list[Refusal]) -> Machine | None:
     maximum = _number(element, "maximum", MOST_VCPUS, found)
     words = {key: element.attributes.get(key, "") for key in ("arch", "machine", "topology")}
     wrong = [key for key in ("arch", "machine") if not _NAME.match(words[key])]
-    found += [_wrong(element, f"<slots {key}> is missing, or no such word") for key in wrong]
+    found += [_wrong(element, f"<slots {key}> is missing or invalid") for key in wrong]
     slots = [slot for one in element.all("slot") if (slot := _slot(one, found)) is not None]
     ids = [number for slot in slots for number in slot.ids]
     if maximum is not None and sorted(ids) != list(range(maximum)):
@@ -205,7 +205,7 @@ def _slot(element: Element, found: list[Refusal]) -> Slot | None:
     for one in element.all("prop"):
         key, value = one.attributes.get("name", ""), one.attributes.get("value", "")
         if not _PROP.match(key) or not _WORD.match(value):
-            found.append(_wrong(one, f"<prop name='{key[:40]}'> is no property of a CPU"))
+            found.append(_wrong(one, f"<prop name='{key[:40]}'> is not a CPU property"))
         else:
             # Since QEMU 9.2, integer properties must be given as integers.
             props[key] = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else value
@@ -224,7 +224,8 @@ def _number(element: Element, key: str, most: int, found: list[Refusal]) -> int 
     text = element.attributes.get(key, "")
     if text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most:
         return int(text)
-    found.append(_wrong(element, f"<{element.name} {key}='{text[:40]}'> is none of 1 to {most}"))
+    what = f"<{element.name} {key}='{text[:40]}'> is not a number from 1 to {most}"
+    found.append(_wrong(element, what))
     return None
 
 

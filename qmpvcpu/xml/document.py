@@ -102,7 +102,7 @@ class _Reader:
             return Definition("", default_vcpus(1, 1))
         for word in ("name", "vcpu", "vcpus"):
             for again in list(root.all(word))[1:]:
-                self._wrong(again, f"<{word}> stands twice")
+                self._wrong(again, f"there are two <{word}>")
         name = root.find("name")
         if not root.text_at("name"):
             self.found.append(catalogue.XML_NO_NAME(line=(name or root).line))
@@ -111,7 +111,12 @@ class _Reader:
             name.text if name is not None else "",
             vcpus,
             accel=_ACCELS.get(root.attributes.get("type", "")),
-            uuid=self._spelled(root.find("uuid"), root.text_at("uuid"), _UUID, "<uuid> '{}' is not one"),
+            uuid=self._spelled(
+                root.find("uuid"),
+                root.text_at("uuid"),
+                _UUID,
+                "<uuid> '{}' is not a UUID",
+            ),
             arch=self._arch(),
             machine=self._spelled(
                 root.find("os/type"),
@@ -174,7 +179,7 @@ class _Reader:
             if "hotpluggable" in row.attributes:
                 said.add(config.id)
             if config.id in found:
-                self._wrong(row, f"vCPU {config.id} stands twice in <vcpus>")
+                self._wrong(row, f"vCPU {config.id} is twice in <vcpus>")
             found.setdefault(config.id, config)
         if len(dialects) > 1:
             row = max(dialects.values(), key=lambda element: element.line)
@@ -214,15 +219,19 @@ class _Reader:
             if before.hotpluggable and one.enabled and not one.hotpluggable
         ]
         if behind:
-            text = f"vCPU {format_ids(behind)} is enabled and not hotpluggable, behind one that is hotpluggable"
-            self._wrong(listed, f"{text}: those that are not stand together from vCPU 0 on")
+            self._wrong(
+                listed,
+                f"vCPU {format_ids(behind)} is enabled and not hotpluggable, after a hotpluggable"
+                " one: the vCPUs that are not hotpluggable must come first",
+            )
         elif has_orders:
             on = [vcpu for vcpu in vcpus if vcpu.enabled]
             if on[0].order not in (None, 1):
                 self._wrong(listed, "vCPU 0 must be the first in the order")
             run = [vcpu.order for vcpu in on if not vcpu.hotpluggable and vcpu.order is not None]
             if run != sorted(run):
-                self._wrong(listed, "the order of those that are not hotpluggable must be that of their ids")
+                text = "those that are not hotpluggable must have the order of their ids"
+                self._wrong(listed, text)
 
     def _vcpu(self, row: Element, dialects: dict[str, Element]) -> VcpuConfig | None:
         number = self._int(row, row.attributes.get("id"), "<vcpu id>", 0, self.maximum - 1)
@@ -293,7 +302,7 @@ class _Reader:
             if number is None:
                 continue
             if any(cell.id == number for cell in cells):
-                self._wrong(element, f"NUMA cell {number} stands twice")
+                self._wrong(element, f"there are two NUMA cells {number}")
             both = [cpu for cpu in cpus if cpu in taken]
             if both:
                 others = format_ids(taken[cpu] for cpu in both)
@@ -304,7 +313,7 @@ class _Reader:
             cells.append(NumaCell(number, cpus, memory, self._siblings(element, number, len(elements))))
         ids = sorted(cell.id for cell in cells)
         if not self.found and ids != list(range(len(ids))):
-            text = f"NUMA cells are {format_ids(ids)}, and QEMU counts them from 0 without a gap"
+            text = f"NUMA cells are {format_ids(ids)}, and must be numbered from 0 without a gap"
             self._wrong(self.root.find("cpu/numa") or self.root, text)
         return tuple(sorted(cells, key=lambda cell: cell.id))
 
@@ -316,13 +325,14 @@ class _Reader:
             if other is None or value is None:
                 continue
             if other in found:
-                self._wrong(sibling, f"the distance of NUMA cell {number} to {other} stands twice")
+                self._wrong(sibling, f"there are two distances of NUMA cell {number} to {other}")
             if other == number and value != _TO_ITSELF:
                 self._wrong(sibling, f"the distance of NUMA cell {number} to itself is {value}, and must be 10")
             elif other != number and value == _TO_ITSELF and machine_element(self.root) is None:
                 # QEMU accepts this distance, so the XML of a guest that we imported may contain it.
                 self._wrong(
-                    sibling, f"the distance of NUMA cell {number} to {other} is 10, which is that to itself"
+                    sibling,
+                    f"the distance of NUMA cell {number} to {other} is 10, which is that to itself",
                 )
             found[other] = value
         return tuple(found.items())
@@ -341,10 +351,10 @@ class _Reader:
         unit = element.attributes.get("unit", "KiB")
         factor = _UNITS.get(unit.lower())
         if factor is None:
-            self._wrong(element, f"<{element.name} unit='{unit[:20]}'> is no unit")
+            self._wrong(element, f"<{element.name} unit='{unit[:20]}'> is not a unit")
             return None
         if not (text.isascii() and text.isdigit() and len(text) < 20):
-            self._wrong(element, f"<{element.name}>: '{text[:40]}' is no size")
+            self._wrong(element, f"<{element.name}>: '{text[:40]}' is not a size")
             return None
         return int(text) * factor
 
@@ -358,7 +368,8 @@ class _Reader:
         mode = element.attributes.get("mode", "custom")
         if mode == "custom":
             model = element.find("model")
-            name = self._spelled(model, element.text_at("model"), _MODEL, "<model> '{}' is no CPU model")
+            text = element.text_at("model")
+            name = self._spelled(model, text, _MODEL, "<model> '{}' is not a CPU model")
         else:
             kvm = self.root.attributes.get("type") == "kvm"
             name = "max" if mode == "maximum" or not kvm else "host"
@@ -368,7 +379,7 @@ class _Reader:
         for feature in element.all("feature"):
             key, policy = feature.attributes.get("name", ""), feature.attributes.get("policy", "require")
             if not _FEATURE.fullmatch(key):
-                self._wrong(feature, f"<feature name='{key[:40]}'> is no CPU feature")
+                self._wrong(feature, f"<feature name='{key[:40]}'> is not a CPU feature")
             elif key in _OF_THE_GUEST:
                 continue
             elif policy in ("require", "force"):
@@ -412,7 +423,7 @@ class _Reader:
 
     def _emulator_pin(self) -> tuple[int, ...] | None:
         for other in list(self.root.all("cputune/emulatorpin"))[1:]:
-            self._wrong(other, "<emulatorpin> stands twice")
+            self._wrong(other, "there are two <emulatorpin>")
         return self._list(self.root.find("cputune/emulatorpin"), "cpuset", required=True)
 
     def _period(self) -> int | None:
@@ -428,7 +439,10 @@ class _Reader:
             return -1
         if text.isascii() and text.isdigit() and 1000 <= int(text[:20]) <= _MOST_QUOTA:
             return int(text)
-        self._wrong(element, f"<quota> '{text[:40]}' is none: it can be 1000 to {_MOST_QUOTA}, or negative")
+        self._wrong(
+            element,
+            f"<quota> '{text[:40]}' is not a quota: it must be 1000 to {_MOST_QUOTA}, or negative",
+        )
         return None
 
     def _cell_mems(self) -> dict[int, tuple[int, ...]]:
@@ -491,10 +505,10 @@ class _Reader:
         text = text.lstrip()
         digits = text.removeprefix("+")
         if not (digits.isascii() and digits.isdigit() and len(digits) < 10):
-            self._wrong(element, f"{what} '{text[:40]}' is no number")
+            self._wrong(element, f"{what} '{text[:40]}' is not a number")
             return None
         if not low <= int(text) <= high:
-            self._wrong(element, f"{what} {text} is out of range: it can be {low} to {high}")
+            self._wrong(element, f"{what} {text} is out of range: it must be {low} to {high}")
             return None
         return int(text)
 

@@ -73,11 +73,11 @@ def read_options(root: Element, wrong: Wrong) -> QemuOptions:
 def _pair(option: Element, wrong: Wrong) -> tuple[str, str] | None:
     key, value = option.attributes.get("name", ""), option.attributes.get("value", "")
     if not _KEY.fullmatch(key) or key in _WITH_FILES:
-        wrong(option, f"<option name='{key[:40]}'> cannot be an option of QEMU here")
+        wrong(option, f"<option name='{key[:40]}'> is not an option that QEMU may get")
         return None
     # A value of an -object option may contain commas, since it may be a path.
     if len(value) > _LONGEST or not value.isprintable() or ("," in value and "of" in option.attributes):
-        wrong(option, f"<option name='{key}'> has a value that cannot be one")
+        wrong(option, f"<option name='{key}'> has an invalid value")
         return None
     return key, value
 

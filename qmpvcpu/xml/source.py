@@ -272,7 +272,7 @@ class _Reader:
         parent = self._open[-1] if self._open else None
         line, start = self._parser.CurrentLineNumber, self._parser.CurrentByteIndex
         if len(self._open) >= _MOST_DEPTH:
-            raise _refused(f"more than {_MOST_DEPTH} elements inside each other", line)
+            raise _refused(f"more than {_MOST_DEPTH} levels of elements", line)
         if self._count > _MOST_ELEMENTS:
             raise _refused(f"more than {_MOST_ELEMENTS} elements", line)
         element = Element(name, attributes, line, start, parent=parent)
@@ -298,7 +298,8 @@ class _Reader:
 
     def _doctype(self, *_: object) -> None:
         raise _refused(
-            "it has a DOCTYPE, which a domain has not: entities are not read", self._parser.CurrentLineNumber
+            "it has a DOCTYPE: entities are not read, and domain XML has none",
+            self._parser.CurrentLineNumber,
         )
 
     def _tag_end(self, start: int) -> int:

@@ -291,29 +291,29 @@ def listed(*rows):
     [
         (b"<network/>", ["line 1: <network> is no <domain>"]),
         (b"<domain/>", ["line 1: the domain has no <name>"]),
-        (domain("", "<vcpu>0</vcpu>"), ["line 3: <vcpu> 0 is out of range: it can be 1 to 16384"]),
-        (domain("", "<vcpu>many</vcpu>"), ["<vcpu> 'many' is no number"]),
-        (domain("", "<vcpu current='5'>4</vcpu>"), ["<vcpu current> 5 is out of range: it can be 1 to 4"]),
-        (listed("<vcpu id='4' enabled='no'/>"), ["line 5: <vcpu id> 4 is out of range: it can be 0 to 3"]),
+        (domain("", "<vcpu>0</vcpu>"), ["line 3: <vcpu> 0 is out of range: it must be 1 to 16384"]),
+        (domain("", "<vcpu>many</vcpu>"), ["<vcpu> 'many' is not a number"]),
+        (domain("", "<vcpu current='5'>4</vcpu>"), ["<vcpu current> 5 is out of range: it must be 1 to 4"]),
+        (listed("<vcpu id='4' enabled='no'/>"), ["line 5: <vcpu id> 4 is out of range: it must be 0 to 3"]),
         (listed("<vcpu enabled='no'/>"), ["<vcpu id> is missing"]),
         (listed("<vcpu id='1'/>"), ["needs enabled='yes|no' or state="]),
         (listed("<vcpu id='1' enabled='maybe'/>"), ["<vcpu enabled> must be 'yes' or 'no'"]),
-        (listed("<vcpu id='0' enabled='yes'/>"), ["vCPU 0 stands twice"]),
+        (listed("<vcpu id='0' enabled='yes'/>"), ["vCPU 0 is twice in <vcpus>"]),
         (listed("<vcpu id='1' state='enabled'/>"), ["mixes 'enabled'"]),
         (
             listed("<vcpu id='2' enabled='yes'/>"),
-            ["line 4: vCPU 2 is enabled and not hotpluggable, behind one that is hotpluggable"],
+            ["line 4: vCPU 2 is enabled and not hotpluggable, after a hotpluggable one: the"],
         ),
         (
             domain("<cpu><numa><cell id='0'/><cell id='2'/></numa></cpu>"),
-            ["line 4: NUMA cells are 0,2, and QEMU counts them from 0 without a gap"],
+            ["line 4: NUMA cells are 0,2, and must be numbered from 0 without a gap"],
         ),
         (
             domain(
                 "<cpu><numa><cell><distances><sibling id='0' value='11'/><sibling id='1' value='20'/>"
                 "</distances></cell></numa></cpu>"
             ),
-            ["distance of NUMA cell 0 to itself is 11", "<sibling id> 1 is out of range: it can be 0 to 0"],
+            ["distance of NUMA cell 0 to itself is 11", "<sibling id> 1 is out of range: it must be 0 to 0"],
         ),
         (
             domain("<vcpus><vcpu id='0' enabled='yes' order='2'/></vcpus>"),
@@ -324,18 +324,18 @@ def listed(*rows):
                 "<vcpus><vcpu id='0' enabled='yes' order='1'/><vcpu id='1' enabled='yes' order='3'/>"
                 "<vcpu id='2' enabled='yes' order='2'/></vcpus>"
             ),
-            ["the order of those that are not hotpluggable must be that of their ids"],
+            ["those that are not hotpluggable must have the order of their ids"],
         ),
         (
             domain("<vcpus><vcpu id='0' state='enabled'/><vcpu id='²' state='enabled' order='1'/></vcpus>"),
-            ["<vcpu id> '²' is no number"],
+            ["<vcpu id> '²' is not a number"],
         ),
-        (domain("", "<vcpu>2 </vcpu>"), ["<vcpu> '2 ' is no number"]),
+        (domain("", "<vcpu>2 </vcpu>"), ["<vcpu> '2 ' is not a number"]),
         (
             domain("<os><type machine='virt,dumpdtb=x'/></os>"),
             ["'virt,dumpdtb=x'> is not the name of a machine"],
         ),
-        (listed("<vcpu id='1' enabled='yes' order='-1'/>"), ["<vcpu order> '-1' is no number"]),
+        (listed("<vcpu id='1' enabled='yes' order='-1'/>"), ["<vcpu order> '-1' is not a number"]),
         (listed("<vcpu id='1' enabled='no' hotpluggable='no'/>"), ["vCPU 1 is disabled and not hotpluggable"]),
         (domain("<vcpus><vcpu id='1' enabled='yes'/></vcpus>"), ["vCPU 0 is not enabled"]),
         (
@@ -352,7 +352,7 @@ def listed(*rows):
             [
                 "vCPU 2 is in NUMA cell 0 and in 1",
                 "NUMA cell 1 has vCPU 4",
-                "NUMA cell 0 stands twice",
+                "there are two NUMA cells 0",
                 "vCPU 3 is in",
             ],
         ),
@@ -385,7 +385,7 @@ def test_every_contradiction_is_told_with_its_line(data, texts):
 def test_what_stands_twice(word):
     """Found by scripts/fuzz."""
     twice = PLAIN.replace(b"</domain>", f"<{word}/><{word}/></domain>".encode())
-    with pytest.raises(VcpuRefused, match=f"line 3: <{word}> stands twice"):
+    with pytest.raises(VcpuRefused, match=f"line 3: there are two <{word}>"):
         xml.read(twice)
 
 

@@ -387,14 +387,14 @@ def test_elements_of_a_cookie_that_are_not_known_are_passed_over():
 @pytest.mark.parametrize(
     ("old", "new", "words"),
     [
-        (b"qemu-migration", b"domain", "is no <qemu-migration>"),
+        (b"qemu-migration", b"domain", "is not a <qemu-migration>"),
         (b"<live", b"<dead", None),
         (b"<name>d&amp;</name>", b"", "<name> is missing"),
         (b"plugged='yes' order='1'", b"plugged='yes' order='x'", "order='x'"),
         (b"<slot vcpus='0'", b"<slot vcpus='99999'", "needs vcpus"),
         (b"<slot vcpus='0'", b"<slot vcpus='1'", "names vCPU 1-7"),
-        (b"name='core-id'", b"name='=id'", "is no property"),
-        (b"<vcpu>8</vcpu>", b"<vcpu>x</vcpu>", "is no number"),
+        (b"name='core-id'", b"name='=id'", "is not a CPU property"),
+        (b"<vcpu>8</vcpu>", b"<vcpu>x</vcpu>", "is not a number"),
         (b"<live", b"<!DOCTYPE x><live", None),
     ],
 )

@@ -137,7 +137,7 @@ LAUGHS = b"<!DOCTYPE d [<!ENTITY a 'ha'>" + b"".join(
         (LAUGHS + b"]><domain>&u;</domain>", "DOCTYPE"),
         (b"<!DOCTYPE d SYSTEM 'file:///etc/passwd'><d/>", "DOCTYPE"),
         (b"<!DOCTYPE d [<!ENTITY e SYSTEM 'file:///etc/passwd'>]><d>&e;</d>", "DOCTYPE"),
-        (b"<a>" * 100_000, "inside each other"),
+        (b"<a>" * 100_000, "levels of elements"),
         (b"<a>" + b"<b/>" * 300_000 + b"</a>", "more than 200000 elements"),
         (b"<a>\xff</a>", "it is not utf-8"),
         (b"<?xml version='1.0' encoding='klingon'?><a/>", "'klingon' is not known"),
