@@ -155,7 +155,7 @@ class DefinitionFolder:
             return []
         except OSError as error:
             raise catalogue.DEFINITION_NOT_READ.error(
-                path=self.folder, why=error.strerror, cure="check its rights"
+                path=self.folder, why=error.strerror, cure="check its permissions"
             ) from error
         files = [name for name in found if name.endswith(".xml") and not name.startswith(".")]
         return sorted(name_of_file(name.removesuffix(".xml")) for name in files)
@@ -329,9 +329,9 @@ def not_written(place: str, error: OSError) -> Refusal:
 def _parse(rows: Any) -> Addresses:
     qmp, agent = rows["qmp"], rows.get("agent")
     if not isinstance(qmp, list) or not all(isinstance(address, str) for address in qmp):
-        raise ValueError("'qmp' is no list of addresses")
+        raise ValueError("'qmp' is not a list of addresses")
     if agent is not None and not isinstance(agent, str):
-        raise ValueError("'agent' is no address")
+        raise ValueError("'agent' is not an address")
     return Addresses(tuple(qmp), agent)
 
 
@@ -345,6 +345,7 @@ def _digest(data: bytes) -> str:
 
 def _unreadable(path: object, error: OSError | ValueError) -> VcpuRefused:
     why = error.strerror if isinstance(error, OSError) else str(error)
-    hint = {errno.EINVAL: "name a file with domain XML"}.get(getattr(error, "errno", 0), "check its rights")
+    is_no_file = getattr(error, "errno", 0) == errno.EINVAL
+    hint = "name a file with domain XML" if is_no_file else "check its permissions"
     cure = error.cure if isinstance(error, NotOurs) else hint
     return catalogue.DEFINITION_NOT_READ.error(path=path, why=why, cure=cure)

@@ -149,7 +149,7 @@ def _wait_readable(fd: int, seconds: float) -> None:
         if signal.sigpending() & _INTERRUPTS:
             raise KeyboardInterrupt
         if time.monotonic() >= deadline:
-            raise TimeoutError(errno.ETIMEDOUT, f"nothing came for {seconds:g} s")
+            raise TimeoutError(errno.ETIMEDOUT, f"no data came for {seconds:g} s")
 
 
 class StagedFile:
@@ -296,7 +296,7 @@ def locked_folder(folder: Path, seconds: float, *, given_up: Callable[[], bool] 
                 break
             except BlockingIOError:
                 if time.monotonic() >= deadline or given_up():
-                    raise LockTimeout(11, "another process holds it", str(folder)) from None
+                    raise LockTimeout(11, "another process has locked it", str(folder)) from None
                 time.sleep(_PAUSE)
         sweep(folder)
         yield

@@ -37,7 +37,8 @@ def check_own(path: str, found: os.stat_result, *, is_far: bool = False, with_gr
         with_group: a group may have write access if no other user is in it.
     """
     if found.st_uid not in (0, os.geteuid()):
-        raise NotOurs(path, f"belongs to another user ({_name(found.st_uid)})", "give it to the user that you are")
+        why = f"belongs to another user ({_name(found.st_uid)})"
+        raise NotOurs(path, why, "make your user its owner (chown)")
     if stat.S_ISLNK(found.st_mode) or (is_far and found.st_mode & stat.S_ISVTX):
         return
     is_shared = found.st_mode & stat.S_IWGRP and not (with_group and _is_alone_in(found.st_gid))

@@ -219,14 +219,14 @@ class PendingFolder:
 
 def _number(value: Any) -> int:
     if type(value) is not int or value < 0:
-        raise ValueError(f"not a number of ours: {value!r}")
+        raise ValueError(f"not a number from 0 on: {value!r}")
     return value
 
 
 def _parse(row: Any) -> PendingUnplug:
     first, path, thread, asked = row
     if type(first) is not int or first < 0:
-        raise ValueError(f"no vCPU id: {first!r}")
+        raise ValueError(f"not a vCPU id: {first!r}")
     return PendingUnplug(
         first,
         path if isinstance(path, str) else None,

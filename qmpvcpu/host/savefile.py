@@ -59,7 +59,8 @@ class Saving:
         with suppress(FileNotFoundError):
             mode = self._path.stat().st_mode
             if not stat.S_ISREG(mode):
-                raise OSError(errno.EINVAL, f"it is there, and is {kind_of(mode)}, not a regular file", str(path))
+                text = f"it exists, and is {kind_of(mode)}, not a regular file"
+                raise OSError(errno.EINVAL, text, str(path))
             if _is_locked(self._path):
                 text = "another process has locked it, as QEMU does with the disks of a guest"
                 raise OSError(errno.EBUSY, text, str(path))
@@ -292,16 +293,16 @@ def _checked(path: str, fd: int, given_up: threading.Event) -> SavedFile:
     head = _pread(fd, _HEAD_BYTES, 0)
     os.set_blocking(fd, True)
     if len(head) < _HEADER.size or not head.startswith(_MAGIC):
-        raise catalogue.NOT_SAVED.error(path=path, what="is no saved guest")
+        raise catalogue.NOT_SAVED.error(path=path, what="is not a saved guest")
     _, file_format, state, length, offset = _HEADER.unpack_from(head)
     if file_format not in (_NO_DIGEST, _FORMAT):
-        what = f"was saved in version {file_format} of the format, and this is {_FORMAT}"
+        what = f"was saved in format {file_format}, and this qmpvcpu reads format {_FORMAT}"
         raise catalogue.NOT_SAVED.error(path=path, what=what)
     if state != _WHOLE:
-        raise catalogue.NOT_SAVED.error(path=path, what="is not whole: saving it was interrupted")
+        raise catalogue.NOT_SAVED.error(path=path, what="is incomplete: the save was interrupted")
     start = _HEADER.size if file_format == _NO_DIGEST else _HEAD_BYTES
     if length > _MOST_COOKIE or offset < start + length or offset >= os.fstat(fd).st_size:
-        raise catalogue.NOT_SAVED.error(path=path, what="is damaged: its header does not fit it")
+        raise catalogue.NOT_SAVED.error(path=path, what="is damaged: its header does not match it")
     # Hash the bytes that were read: another process might write to the file meanwhile.
     cookie = _pread(fd, length, start)
     digest = None

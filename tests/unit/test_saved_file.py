@@ -32,7 +32,7 @@ def data(saved):
     return saved.read_bytes()
 
 
-def check_refused(path, data, words="is damaged|is no saved guest|is not whole|of the format"):
+def check_refused(path, data, words="is damaged|is not a saved guest|is incomplete|in format"):
     path.write_bytes(data)
     with pytest.raises(VcpuRefused, match=words):
         saving.content(path)
@@ -54,12 +54,12 @@ def test_a_flipped_bit_is_refused(place, bit, data, tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        (lambda data: b"", "is no saved guest"),
-        (lambda data: b"LibvirtQemudSave" + data[16:], "is no saved guest"),
-        (lambda data: data[:19] + b"\3" + data[20:], "version 3"),
-        (lambda data: data[:23] + b"\0" + data[24:], "is not whole"),
-        (lambda data: data[:4096], "its header does not fit it"),
-        (lambda data: data[:24] + b"\xff" * 8 + data[32:], "its header does not fit it"),
+        (lambda data: b"", "is not a saved guest"),
+        (lambda data: b"LibvirtQemudSave" + data[16:], "is not a saved guest"),
+        (lambda data: data[:19] + b"\3" + data[20:], "format 3"),
+        (lambda data: data[:23] + b"\0" + data[24:], "is incomplete"),
+        (lambda data: data[:4096], "its header does not match it"),
+        (lambda data: data[:24] + b"\xff" * 8 + data[32:], "its header does not match it"),
         (lambda data: data[:72] + b"<" * 40 + data[112:], "its SHA-256 digest differs"),
     ],
 )

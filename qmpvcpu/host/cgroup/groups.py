@@ -363,7 +363,7 @@ class VcpuGroups:
             forget_dead(note.parent)
         lock = try_lock(note)
         if lock is None:
-            raise BlockingIOError(errno.EAGAIN, "another process plugs a vCPU of this QEMU")
+            raise BlockingIOError(errno.EAGAIN, "another process is plugging a vCPU of this QEMU")
         widened = Widened(site.group.folder / "cpuset.mems", note, lock.release)
         try:
             widened.put_back()
@@ -455,7 +455,7 @@ def _trouble(top: Group, process: Process) -> tuple[str | None, bool]:
         if words(top.folder / "cgroup.type") == ["domain", "invalid"]:
             return f"the cgroup '{top.name}' is invalid (cgroup.type)", False
     elif os.geteuid() not in (0, (_PROC / str(process.pid)).stat().st_uid):
-        return "QEMU is another user's", True
+        return "QEMU belongs to another user", True
     if not all(os.access(file, os.W_OK, effective_ids=True) for file in files):
         return f"the right to write to the cgroup '{top.name}' is missing", True
     return None, False
