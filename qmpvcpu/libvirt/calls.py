@@ -43,10 +43,10 @@ _CLOSE_SECONDS: Final = 1.0
 _RUN_STATES: Final = ("none", "running", "running", "paused", "shutdown", "shutdown", "crashed", "suspended")
 #: virConnectCloseReason in words.
 _CLOSED: Final = (
-    "its daemon or the way to it broke",
-    "its daemon ended",
-    "it gave no sign of life",
-    "we closed it",
+    "the daemon or the network failed",
+    "the daemon has ended",
+    "the daemon did not answer keepalive messages",
+    "qmpvcpu closed it",
 )
 _MONITOR_COMMAND: Final = "virDomainQemuMonitorCommand"
 
@@ -199,7 +199,7 @@ class Connection:
                 address=self.uri,
                 reason="timeout",
                 libvirt="VIR_ERR_OPERATION_TIMEOUT",
-                hint="`virsh -c URI version` asks it the same",
+                hint="try `virsh -c URI version`",
             ) from error
 
     def _closed(self, conn: libvirt.virConnect, reason: int, opaque: object) -> None:
@@ -221,7 +221,7 @@ class Connection:
         self._is_closed = True
 
         def ended() -> VcpuConnectionError:
-            return lost(self.uri, "we closed it")
+            return lost(self.uri, "qmpvcpu closed it")
 
         # Listeners and callers that wait for an answer must not wait for ever.
         self._lose(ended())
@@ -330,7 +330,7 @@ class Connection:
             address=self.uri,
             reason="timeout",
             libvirt="VIR_ERR_OPERATION_TIMEOUT",
-            hint="its daemon is busy or hangs; whether it still does what was asked is not known: query again",
+            hint="query again: libvirt is busy or hangs, and may still do what the call asks",
         )
 
     def checked(self, name: str, function: Callable[[], T]) -> Callable[[], T]:
@@ -675,7 +675,7 @@ def _split(uri: str) -> SplitResult:
         return urlsplit(uri)
     except ValueError as error:
         raise VcpuUsageError(
-            f"'{uri}' is no URI: {error}", hint="give one of libvirt's: qemu:///system"
+            f"'{uri}' is not a URI: {error}", hint="give one of libvirt's: qemu:///system"
         ) from error
 
 

@@ -68,9 +68,9 @@ def connection_error(error: libvirt.libvirtError, uri: str) -> VcpuConnectionErr
         address=uri,
         reason="missing" if missing else "denied" if "AUTH" in name or "denied" in text.lower() else "other",
         libvirt=name,
-        hint="is its daemon running (systemctl status libvirtd)? `virsh -c URI version` asks it the same"
+        hint="start its daemon (systemctl start libvirtd), and try `virsh -c URI version`"
         if missing
-        else "`virsh -c URI version` asks it the same",
+        else "try `virsh -c URI version`",
     )
 
 
@@ -80,7 +80,7 @@ def lost(uri: str, why: str, libvirt: str | None = None) -> VcpuConnectionError:
         f"the connection to libvirt at '{uri}' is lost: {why}",
         address=uri,
         reason="closed",
-        hint="the guests go on without its daemon: try again (reconnect()) when it is back",
+        hint="try again (reconnect()) when its daemon runs again; the guests go on without it",
         libvirt=libvirt,
     )
 
@@ -103,7 +103,7 @@ def translated(
             address=uri,
             reason="timeout" if "timeout" in text.lower() or "TIMEOUT" in name else "no-agent",
             libvirt=name,
-            hint="look at the guest's agent",
+            hint="check that qemu-ga runs in the guest",
         )
     if name == "VIR_ERR_NO_DOMAIN":
         return VcpuConnectionError(

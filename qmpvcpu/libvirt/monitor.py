@@ -152,7 +152,7 @@ class ApiMonitor(Behind):
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
         """Fail: libvirt's API has no QMP commands."""
-        return failed(CommandError(command, "CommandNotFound", "libvirt's API has nothing of this kind"))
+        return failed(CommandError(command, "CommandNotFound", "libvirt's API has no such command"))
 
     def query_status(self) -> asyncio.Future[object]:
         """`virDomainGetState`."""
@@ -165,7 +165,7 @@ class ApiMonitor(Behind):
         """`virDomainSetVcpu` for one entity; `device_id` is libvirt's own, `vcpuN`."""
         first = int(device_id.removeprefix("vcpu").partition("-")[0])
         if first in self.unseen:
-            text = f"vCPU {first} is gone, and libvirt takes it for plugged: --via monitor plugs it"
+            text = f"vCPU {first} was unplugged, and libvirt did not notice: --via monitor plugs it"
             return failed(CommandError("virDomainSetVcpu", "VIR_ERR_OPERATION_INVALID", text))
         call = self.guest.set_vcpu(self.entities[first], True, self.guest.flags(live=True))
 

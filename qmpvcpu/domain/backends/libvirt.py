@@ -48,16 +48,16 @@ TAINTED: Final = (
     "through its monitor: libvirt marks the domain tainted (custom-monitor), and its XML does not follow what is"
     " plugged and unplugged"
 )
-_UNSEEN: Final = "libvirt has not seen that vCPU {} is gone, and its XML lists it still: QEMU under TCG tells none"
+_UNSEEN: Final = "vCPU {} was unplugged, and libvirt's XML still has it: under TCG libvirt does not notice it"
 _DOUBTFUL: Final = (
-    "one of vCPU {} may be gone: libvirt lists them with one order, and sees no end of an unplug under TCG;"
-    " --via monitor asks QEMU"
+    "one of vCPU {} may have been unplugged: libvirt gives them the same order, and does not notice"
+    " the end of an unplug under TCG; --via monitor asks QEMU"
 )
 _AGENT_CHANNEL: Final = b"org.qemu.guest_agent.0"
 #: Reported for `--no-place` with the API.
-_LIBVIRT_PLACES: Final = "libvirt places threads itself, as its definition says, with --no-place (place=False) too"
+_LIBVIRT_PLACES: Final = "--no-place (place=False) has no effect: libvirt always places threads"
 #: Reported for a count in the guest.
-_BY_NUMBER: Final = "which vCPU is which in the guest is not known: these are the guest's own numbers"
+_BY_NUMBER: Final = "these are the guest's own CPU numbers: which vCPU each one is, is not known"
 
 
 class LibvirtBackend(Backend):

@@ -45,7 +45,7 @@ def _from_libvirt(error: CommandError) -> VcpuError:
             error.text,
             reason="timeout",
             libvirt=error.error_class,
-            hint="another call holds the domain: try again",
+            hint="try again when the other call on this domain has ended",
         )
     return VcpuFailed(error.text, libvirt=error.error_class, hint="look at libvirtd's log")
 

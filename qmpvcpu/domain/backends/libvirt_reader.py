@@ -68,7 +68,7 @@ class XmlReader:
         try:
             found = await self._monitor.guest.without_threads(plugged)
         except (CommandError, VcpuConnectionError) as error:
-            logger.debug("whether a vCPU is gone is not known: %s", error)
+            logger.debug("whether a vCPU was unplugged is not known: %s", error)
             self._monitor.check()
         gone = (found | known).intersection(plugged)
         if self._store is None:
