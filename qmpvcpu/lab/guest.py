@@ -78,13 +78,13 @@ class BootedGuest:
                 while True:
                     raw = await self._reader.readline()
                     if not raw:
-                        raise VcpuFailed("the guest's shell is gone", hint="its QEMU has exited")
+                        raise VcpuFailed("the guest's shell has ended", hint="look at its QEMU")
                     line = raw.decode(errors="replace").rstrip("\r\n")
                     if line.startswith(_EXIT):
                         break
                     lines.append(line)
         except TimeoutError as error:
-            raise VcpuFailed(f"the guest did not run '{command}' within {timeout:g} s", hint="it hangs") from error
+            raise VcpuFailed(f"the guest did not run '{command}' within {timeout:g} s") from error
         output = "\n".join(lines)
         if line != _EXIT + "0":
             raise VcpuFailed(f"'{command}' failed in the guest ({line}): {output}", hint="look at its kernel log")
@@ -206,7 +206,10 @@ async def _ready(console: asyncio.StreamReader, word: str, said: list[str], time
     except TimeoutError:
         pass
     tail = "\n".join(said[-15:])
-    raise VcpuFailed(f"the guest is not ready after {timeout:g} s; its console:\n{tail}", hint="see its console")
+    raise VcpuFailed(
+        f"the guest is not ready after {timeout:g} s; its console:\n{tail}",
+        hint="look at its console",
+    )
 
 
 async def _drain(console: asyncio.StreamReader, said: list[str]) -> None:

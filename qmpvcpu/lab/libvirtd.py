@@ -90,7 +90,7 @@ class Libvirtd:
             VcpuRefused: it cannot have a mount namespace of its own.
         """
         if self.running:
-            raise VcpuUsageError("libvirtd runs already")
+            raise VcpuUsageError("libvirtd is running already")
         try:
             async with asyncio.timeout(START_SECONDS):
                 if reason := await asyncio.shield(self._supervisor.ready):
@@ -319,7 +319,7 @@ async def _answers(path: Path) -> bool:
 
 def _how(code: int | None) -> str:
     if code is None:
-        return "its supervisor is gone"
+        return "its supervisor has ended"
     return f"exit code {code}" if code >= 0 else f"signal {-code}"
 
 
