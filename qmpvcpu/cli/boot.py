@@ -48,7 +48,7 @@ async def _probe(session: CommandSession) -> int:
             )
     elif options.refresh and not any(value is not None for value in by_machine):
         gone = forget_probes()
-        session.show({"forgotten": gone}, [f"{gone} answers forgotten"])
+        session.show({"forgotten": gone}, [f"{gone} cached answers removed"])
         return 0
     else:
         raise VcpuUsageError("no machine is given", hint="probe FILE, or probe --machine q35 --smp 2,maxcpus=8")
@@ -93,7 +93,7 @@ def _lines(found: Probe) -> list[str]:
     layout = found.layout
     how = {
         "predicted": "predicted, no QEMU was started",
-        "cached": "known from before, no QEMU was started",
+        "cached": "cached, no QEMU was started",
         "probed": "asked of a throwaway QEMU",
     }[layout.source]
     count = sum(vcpu.enabled for vcpu in found.vcpus)
@@ -102,7 +102,7 @@ def _lines(found: Probe) -> list[str]:
     if not layout.can_plug:
         head += " (this machine has no CPU hotplug)"
     elif not layout.can_unplug:
-        head += " (this machine never unplugs a CPU)"
+        head += " (this machine cannot unplug CPUs)"
     lines = [head, how]
     if layout.cpu_type is not None:
         lines.append(f"device_add driver: {layout.cpu_type}")

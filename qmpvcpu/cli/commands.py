@@ -54,7 +54,7 @@ class CommandSession:
 
             self._log = QmpLog(options.qmp_log)
         elif options.qmp_log is not None:
-            text = "by libvirt's API no QMP message is ours to keep"
+            text = "libvirt's API does not show QMP messages"
             raise VcpuUsageError(text, hint="leave out --qmp-log, or go --via monitor")
         if options.via == "monitor":
             from qmpvcpu.domain.backends.libvirt import TAINTED
@@ -194,7 +194,7 @@ def _info_lines(state: DomainState) -> list[str]:
     if not state.can_plug:
         head += " (this machine has no CPU hotplug)"
     elif not state.can_unplug:
-        head += " (this machine never unplugs a CPU)"
+        head += " (this machine cannot unplug CPUs)"
     if state.threads_shared:
         head += ", all on one thread"
     return [head, *render.topology(state), "", *render.vcpu_table(state, state.vcpus)]
@@ -330,7 +330,7 @@ async def _define(session: CommandSession) -> int:
     options = session.options
     done = await define(options.word, options.qmp, options.agent, options.xml)
     session.warn(done.messages)
-    how = "defined anew" if done.replaced else "defined"
+    how = "redefined" if done.replaced else "defined"
     session.show(done.to_json(), [f"{done.name}: {how} ({done.path})"])
     return 0
 
@@ -368,7 +368,7 @@ async def _dumpxml(session: CommandSession) -> int:
         from qmpvcpu.app.libvirt_schema import against_libvirts_schema
 
         errors = against_libvirts_schema(data)
-        session.warn(f"libvirt's schema is against it: {error}" for error in errors or ())
+        session.warn(f"libvirt's schema does not allow it: {error}" for error in errors or ())
     if options.json:
         document = {"domain": domain.name, "xml": data.decode(errors="replace"), "schema_errors": errors}
         session.output.document(document)

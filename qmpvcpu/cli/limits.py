@@ -38,9 +38,12 @@ def short_of(error: BaseException) -> VcpuError | None:
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError):
-            return _failed("there is no more memory", "end what else uses memory, or raise the limit: ulimit -v")
+            return _failed(
+                "this host is out of memory",
+                "end what else uses memory, or raise the limit: ulimit -v",
+            )
         if isinstance(cause, OSError) and cause.errno in _SHORT:
-            return _failed(f"this host is short of something: {cause.strerror}", _HINT)
+            return _failed(f"this host is out of a resource: {cause.strerror}", _HINT)
         if isinstance(cause, ImportError) and os.strerror(errno.EMFILE) in str(cause):
             return _failed(str(cause), _HINT)
         cause = cause.__cause__ or cause.__context__
@@ -49,7 +52,7 @@ def short_of(error: BaseException) -> VcpuError | None:
 
 def _failed(text: str, hint: str | None) -> VcpuFailed:
     return VcpuFailed(
-        f"{text}; what this command had begun by then is not known: `qmpvcpu vcpuinfo` shows what is",
+        f"{text}; this command may have changed something: `qmpvcpu vcpuinfo` shows it",
         hint=hint,
         libvirt="VIR_ERR_SYSTEM_ERROR",
     )

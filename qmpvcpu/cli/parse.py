@@ -55,7 +55,7 @@ def _global_options() -> _Parser:
     add = group.add_argument
     add("--json", action="store_true", default=argparse.SUPPRESS, help="one JSON document on stdout")
     add("--debug", action="store_true", default=argparse.SUPPRESS, help="tracebacks and debug log on stderr")
-    libvirts = "libvirt's: DOMAIN is one of its domains"
+    libvirts = "libvirt's URI: DOMAIN is one of its domains"
     add("-c", "--connect", metavar="URI", default=argparse.SUPPRESS, help=libvirts)
     via = "how a libvirt domain is reached: by libvirt's API (default), or with our engine through its monitor"
     add("--via", choices=("api", "monitor"), default=argparse.SUPPRESS, help=via)
@@ -149,9 +149,9 @@ _CRASHES = _flag("--force", "also do what is known to crash QEMU")
 _HANGS = _flag("--force", "also do what is known to hang a guest")
 _THROUGH_AGENT = _flag("--guest", "through the guest agent: online and offline only")
 _WORD_OF_GUEST = "its domain XML, or the name it is defined under"
-_AS_DEFINED = _value("word", "NAME", "as it is defined")
+_AS_DEFINED = _value("word", "NAME", "the name that it is defined under")
 _LEAVE = (
-    _flag("--persistent", "its definition goes too"),
+    _flag("--persistent", "define it at the destination, too"),
     _value("--wait", "S", "wait for pending unplugs first, S seconds (30)", nargs="?", type=_seconds, const=30.0),
     _HANGS,
 )
@@ -180,7 +180,11 @@ COMMANDS = (
             _value("--xml", "FILE", "its domain XML; else it is made of what QEMU tells"),
         ),
     ),
-    Command("undefine", "forget a domain; its last XML is kept", (Argument("word", metavar="NAME"),)),
+    Command(
+        "undefine",
+        "remove a domain's definition; its last XML is kept",
+        (Argument("word", metavar="NAME"),),
+    ),
     Command("list", "list the domains that are defined, and whether they run"),
     Command(
         "dumpxml",
@@ -272,7 +276,7 @@ COMMANDS = (
             _value("--numa", "NUMA", "as QEMU's -numa", action="append", default=[]),
             _value("--arch", "ARCH", "QEMU's target, where the machine does not say it"),
             *_EMULATOR,
-            _flag("--refresh", "ask QEMU afresh; alone: forget all that QEMUs have answered"),
+            _flag("--refresh", "ask QEMU also if it has answered; alone: remove cached answers"),
         ),
     ),
     Command(
@@ -284,7 +288,7 @@ COMMANDS = (
                 "--style",
                 choices=("device", "qmp"),
                 default="device",
-                help="vCPUs that -smp cannot say: as -device (default), or as QMP commands for a paused QEMU",
+                help="vCPUs that -smp cannot express: as -device (default), or as QMP commands",
             ),
             _value(
                 "--incoming", "URI", "for a guest that migrates here (default defer)", nargs="?", const="defer"
@@ -322,12 +326,16 @@ COMMANDS = (
             _value("dest", "DEST", _DESTINATION),
             _value("--dest-agent", "ADDR", "the guest agent's socket there, where DEST is a socket"),
             *_LEAVE,
-            _flag("--undefine-source", "forget the source's definition then"),
+            _flag("--undefine-source", "remove the source's definition afterwards"),
             *_MOVING,
             *_WHERE,
         ),
     ),
-    Command("migrate-begin", "first phase, at the source: print what goes along (the cookie)", (_DOMAIN, *_LEAVE)),
+    Command(
+        "migrate-begin",
+        "first phase, at the source: print the cookie, which describes the guest",
+        (_DOMAIN, *_LEAVE),
+    ),
     Command(
         "migrate-prepare",
         "second phase, at the destination: start or check it; prints its URI",
@@ -344,7 +352,7 @@ COMMANDS = (
             _DOMAIN,
             _value("uri", "URI", "what migrate-prepare has printed"),
             _HANGS,
-            _value("--cookie", "COOKIE", "what the guest must still be"),
+            _value("--cookie", "COOKIE", "refuse unless the guest is still as this says"),
             *_MOVING,
         ),
     ),
@@ -356,16 +364,16 @@ COMMANDS = (
             _value(
                 "cookie",
                 "COOKIE",
-                "what migrate-begin has printed; - is standard input (default: what it was prepared with, here)",
+                "what migrate-begin has printed; - is standard input (default: that of migrate-prepare)",
                 nargs="?",
             ),
-            _flag("--force", "also what another side has taken"),
+            _flag("--force", "even if another side has claimed the guest"),
         ),
     ),
     Command(
         "migrate-cancel",
         "end a migration: the source goes on, a destination that has not run ends",
-        (_DOMAIN, _flag("--force", "also what the other side may have taken")),
+        (_DOMAIN, _flag("--force", "even if the other side may have claimed the guest")),
     ),
     Command(
         "save",
@@ -405,7 +413,7 @@ COMMANDS = (
     ),
     Command(
         "doctor",
-        "check what is here: QEMUs, machines that can hotplug, KVM, rights, what is missing",
+        "check this host: QEMUs, machines that can hotplug, KVM, rights, what is missing",
         (_value("domain", "DOMAIN", "what this guest can and cannot do", nargs="?"),),
     ),
     Command("demo", "boot a small guest, enable a vCPU in it, disable it again"),
@@ -512,7 +520,7 @@ def _read_request(found: argparse.Namespace) -> None:
             setattr(found, name, getattr(found.asked, name))
     _refuse_unheard(found, "compare has guests of its own", ("agent", "qmp_log"))
     if getattr(found.asked, "dry_run", False):
-        raise VcpuUsageError("compare carries out what it is asked", hint="leave out --dry-run")
+        raise VcpuUsageError("compare carries out the request", hint="leave out --dry-run")
 
 
 def _check_libvirt(found: argparse.Namespace) -> None:
@@ -534,7 +542,7 @@ def _refuse_unheard(found: argparse.Namespace, why: str, names: tuple[str, ...])
     """Raise VcpuUsageError for options that would be ignored."""
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(found, name) is not None]
     if given:
-        raise VcpuUsageError(f"{why}: {', '.join(given)} is of no use", hint="leave it out")
+        raise VcpuUsageError(f"{why}: {', '.join(given)} has no effect", hint="leave it out")
 
 
 _GLOBAL_DEFAULTS = {"json": False, "debug": False, "agent": None, "qmp_log": None, "connect": None, "via": None}

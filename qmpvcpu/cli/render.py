@@ -199,7 +199,7 @@ _EVENT_WORDS = {
     EventKind.REMOVAL_FAILED: "unplug refused",
     EventKind.ONLINE: "online in the guest",
     EventKind.OFFLINE: "offline in the guest",
-    EventKind.UNPLUG_REQUESTED: "unplug asked",
+    EventKind.UNPLUG_REQUESTED: "unplug requested",
     EventKind.EJECTING: "the guest is ejecting it",
 }
 

@@ -55,7 +55,7 @@ def _ended(body: Callable[[], int], output: Output, *, debug: bool) -> int:
             # The reader, for example `| head`, has read enough, which is not an error.
             return _SIGPIPE_EXIT
         hint = "write to a file system that has room, or to a terminal"
-        return report(VcpuUsageError("nothing that is watched can be told", hint=hint), output)
+        return report(VcpuUsageError("cannot write events to stdout", hint=hint), output)
     except _Interrupted as interrupted:
         return _report_interrupt(interrupted, output)
     except BaseException as error:  # noqa: BLE001 - the last place that can print a useful message
@@ -178,7 +178,7 @@ def _report_interrupt(interrupted: _Interrupted, output: Output) -> int:
                 "type": "KeyboardInterrupt",
                 "libvirt": "VIR_ERR_OPERATION_ABORTED",
                 "message": text,
-                "hint": "`qmpvcpu vcpuinfo` shows what is",
+                "hint": "look at `qmpvcpu vcpuinfo`",
             },
         }
         output.document(document)
