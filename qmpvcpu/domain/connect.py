@@ -67,15 +67,15 @@ def connect(  # noqa: PLR0913 - each argument is a keyword of the public API
     qmp = os.fspath(qmp) if isinstance(qmp, os.PathLike) else qmp
     for name, seconds in (("connect_timeout", connect_timeout), ("command_timeout", command_timeout)):
         if seconds is not None and not 0 <= seconds <= _LONGEST_SECONDS:
-            raise VcpuUsageError(f"{name}={seconds} makes no sense", hint="give seconds, 0 or more")
+            raise VcpuUsageError(f"{name}={seconds} is not a time", hint="give seconds, 0 or more")
     if qmp_log is not None and not hasattr(qmp_log, "write"):
         raise VcpuUsageError(f"qmp_log={qmp_log!r:.60} is not a QmpLog", hint="give qmpvcpu.QmpLog(FILE)")
     if uri is not None:
         if domain is None or (qmp, agent, xml) != (None, None, None):
-            text = "of a libvirt domain, its name and nothing else is given"
+            text = "a libvirt domain is given by its name alone"
             raise VcpuUsageError(text, hint="leave out its sockets and XML: libvirt knows them")
         if qmp_log is not None and via == "api":
-            text = "by libvirt's API no QMP message is ours to keep"
+            text = "libvirt's API does not show QMP messages"
             raise VcpuUsageError(text, hint="leave out --qmp-log (qmp_log=), or go --via monitor")
         return Domain(backends.LibvirtBackend(domain, uri, via, qmp_log, connect_timeout, command_timeout))
     if via != "api":

@@ -234,8 +234,8 @@ async def follow(change: ConfigChange, report: Report, what: str) -> None:
     if report.outcome is not OutcomeKind.APPLIED and not (report.pending_online and not report.pending):
         if change.plan.writes:
             report.messages.append(
-                f"the definition was not written, because the running guest's side is {report.outcome}: once that"
-                " has ended, ask for --config (CONFIG) alone"
+                f"the definition was not written, because the live change is {report.outcome}: once"
+                " that has ended, repeat the call with --config (CONFIG) alone"
             )
         return
     live = tuple(sorted(report.changed))
@@ -268,4 +268,4 @@ def _half_done(error: OSError | VcpuError, place: str, what: str, changed: tuple
         return VcpuRefused(refusals)
     why = "; ".join(refusal.message for refusal in refusals)
     text = f"live, {what} and stays so; {why}, and is as it was"
-    return VcpuPartial(text, remaining=changed, hint="then ask again with --config (CONFIG) alone")
+    return VcpuPartial(text, remaining=changed, hint="repeat the call with --config (CONFIG) alone")

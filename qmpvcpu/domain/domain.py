@@ -496,7 +496,7 @@ class Domain:
             VcpuOverflow: more than `limit` events waited.
         """
         if limit < 1:
-            raise VcpuUsageError(f"a limit of {limit} events makes no sense", hint="give 1 or more")
+            raise VcpuUsageError(f"the limit of events is {limit}", hint="give 1 or more")
         return Events(
             self._bus, lambda: self._reached.connected().check(), self._check_loop, steps=steps, limit=limit
         )

@@ -119,7 +119,7 @@ class Events:
         if len(self._waiting) >= self._limit:
             self.end(
                 VcpuOverflow(
-                    f"{self._limit} events wait to be read, and more have come: some are lost",
+                    f"events are lost: more than {self._limit} waited to be read",
                     hint="subscribe again and read the state; read faster, or give events() a larger limit",
                 )
             )

@@ -128,8 +128,8 @@ class Hotplug:
             known = [asked for asked in earlier if asked is not None]
             when = f" {time.time() - min(known):.0f} s ago" if known else " earlier"
             notes.append(
-                f"the unplug was asked{when} and its end was not seen: if the guest refused it, or was reset,"
-                " while nobody listened, only asking again settles it (--disable)"
+                f"the unplug was requested{when}, and its end was not seen: if the guest refused"
+                " it, or was reset, while nobody listened, request it again (--disable)"
             )
         if session.pending_unplugs.trouble is not None:
             notes.append(f"only this process knows that it is pending: {session.pending_unplugs.trouble}")

@@ -25,8 +25,8 @@ logger = logging.getLogger("qmpvcpu.domain.in_guest")
 
 #: Used if the agent could not read which CPU is which vCPU.
 _ASSUMED: Final = (
-    "that the guest's CPU numbers are the vCPU ids is assumed: the agent could not read what tells them apart"
-    " (guest-file-open)"
+    "that the guest's CPU numbers are the vCPU ids is assumed: the agent could not read the guest's"
+    " files about them (guest-file-open)"
 )
 
 
@@ -154,6 +154,6 @@ async def until_online(
 def _nameless(arrival: Arrival) -> str:
     online = sum(cpu.online for cpu in arrival.view.cpus)
     return (
-        f"whether the guest runs on vCPU {format_ids(arrival.unknown)} is not known: nothing tells which of its"
-        f" CPUs that is ({online} of {len(arrival.view.cpus)} are online)"
+        f"whether the guest runs on vCPU {format_ids(arrival.unknown)} is not known: which of its"
+        f" CPUs that is could not be found out ({online} of {len(arrival.view.cpus)} are online)"
     )

@@ -35,9 +35,12 @@ def check_pin(
     """
     wanted = None if cpus is None else _host_cpus(cpus)
     if VcpuFlag(flags) & ~(VcpuFlag.LIVE | VcpuFlag.CONFIG):
-        raise VcpuUsageError(f"{VcpuFlag(flags)!r} makes no sense here", hint="give LIVE, CONFIG or both")
+        raise VcpuUsageError(
+            f"{VcpuFlag(flags)!r} is not for pinning",
+            hint="give LIVE, CONFIG or both",
+        )
     if type(vcpu_id) is not int:
-        raise VcpuUsageError(f"{vcpu_id!r} is no vCPU id", hint="ids are integers")
+        raise VcpuUsageError(f"{vcpu_id!r} is not a vCPU id", hint="ids are integers")
     return wanted, Request((vcpu_id,), VcpuFlag(flags))
 
 
@@ -46,7 +49,10 @@ def _host_cpus(cpus: str | Iterable[int]) -> tuple[int, ...]:
         return parse_ids(cpus, "host CPU")
     chosen = tuple(cpus)
     if not chosen or any(type(number) is not int or number < 0 for number in chosen):
-        raise VcpuUsageError(f"{chosen!r} are no host CPUs", hint="give one or more of 0, 1, …; None for all")
+        raise VcpuUsageError(
+            f"{chosen!r} are not host CPUs",
+            hint="give one or more of 0, 1, …; None for all",
+        )
     return tuple(sorted(set(chosen)))
 
 
@@ -117,7 +123,11 @@ def _pin(
         if session.process is not None and not is_alive(session.process.key):
             text = f"QEMU (process {session.process.pid}) has exited"
             raise VcpuConnectionError(text, reason="closed", hint="look at its log")
-        raise VcpuFailed(f"vCPU {vcpu_id} has no thread any more", hint="look again: vcpuinfo", ids=(vcpu_id,))
+        raise VcpuFailed(
+            f"vCPU {vcpu_id} has no thread any more",
+            hint="look at it with vcpuinfo",
+            ids=(vcpu_id,),
+        )
     placement = Placement(cpus if cpus is not None else ())
     try:
         if threads.has_layout() and not threads.is_in_group(thread_id, placement, vcpu_id):
@@ -130,7 +140,7 @@ def _pin(
     except OSError as error:
         raise VcpuFailed(
             f"vCPU {vcpu_id} could not be given {placement}: {error.strerror or error}",
-            hint="its cpuset cgroup may not have these CPUs",
+            hint="look at its cpuset cgroup, which may not have these CPUs",
             ids=(vcpu_id,),
         ) from error
     return with_threads(state, {thread_id: after}), after.cpus != before.cpus

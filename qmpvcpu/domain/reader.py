@@ -127,7 +127,10 @@ class Reader:
         ids = [entity.ids for entity in state.entities]
         if self._ids is not None and ids != self._ids:
             before, now = (f"{len(found)} slots of {sum(map(len, found))} vCPUs" for found in (self._ids, ids))
-            raise _malformed(self._monitor, f"QEMU listed {before}, and lists {now} now, which no machine does")
+            raise _malformed(
+                self._monitor,
+                f"QEMU listed {before}, and now lists {now}: a machine's slots never change",
+            )
         self._ids = ids
         return state
 
@@ -339,7 +342,7 @@ def _malformed(monitor: Monitor, what: str) -> VcpuConnectionError:
         f"'{monitor.address}': {what}",
         address=monitor.address,
         reason="malformed",
-        hint="is this socket really QEMU's? --qmp-log FILE keeps what it says",
+        hint="check that this is QEMU's QMP socket; --qmp-log FILE keeps what it sends",
     )
 
 
@@ -348,5 +351,5 @@ def _unexpected(monitor: Monitor, error: CommandError) -> VcpuConnectionError:
         f"QEMU at '{monitor.address}' cannot answer {error}",
         address=monitor.address,
         reason="malformed",
-        hint="QEMU 6.2 or later is needed, past its -preconfig stage (x-exit-preconfig)",
+        hint="use QEMU 6.2 or later, past its -preconfig stage (x-exit-preconfig)",
     )

@@ -404,7 +404,7 @@ async def test_a_connection_that_is_cut_is_a_failure_and_the_source_goes_on(tmp_
             for writer in writers:
                 writer.transport.abort()
             stdout, _ = await process.communicate()
-        assert process.returncode == 8 and b"goes on here" in stdout, stdout
+        assert process.returncode == 8 and b"goes on at the source" in stdout, stdout
         assert await runs(source)
 
 
@@ -720,7 +720,7 @@ async def test_where_nothing_is_known_of_it_the_phases_trust_their_user(tmp_path
         run = await cli("migrate-finish", target.qmp, "--json")
         assert run.code == 3 and "is not known here" in run.json["error"]["message"]
         run = await cli("migrate-cancel", source.qmp, "--json")
-        assert run.code == 0 and "see to it that the destination does not run it" in run.json["message"]
+        assert run.code == 0 and "make sure that the destination does not run it" in run.json["message"]
 
 
 async def test_paused_when_it_began_it_is_not_let_run_by_cancelling(tmp_path, state):

@@ -505,7 +505,7 @@ async def test_the_next_process_cannot_enable_what_is_pending_at_once(second):
 async def test_the_next_process_says_what_would_settle_it(second):
     _, domain = second
     later = await domain.enable(1, timeout=0)
-    assert any("only asking again settles it" in message for message in later.messages)
+    assert any("request it again (--disable)" in message for message in later.messages)
 
 
 async def test_the_next_process_hears_its_end(second):

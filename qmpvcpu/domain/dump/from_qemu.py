@@ -48,7 +48,7 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
     emulator = await asyncio.to_thread(startable_program, process, words) if process is not None else None
     left_out = list(told.left_out)
     if process is not None and emulator is None:
-        left_out.append("the program that runs it: none is found that is yours or root's alone to change")
+        left_out.append("the program that runs it: other users can change each one that was found")
     definition = replace(
         told.definition,
         name=await _name(monitor, state.name),

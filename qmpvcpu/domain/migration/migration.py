@@ -235,9 +235,9 @@ class Migration:
             found, why = await phases.finish(session, cookie, force=force, reported=reported, moved=moved)
         if found is Destination.RUNNING:
             return session.state
-        hint = hint or "migrate-cancel at the source lets the guest go on there"
+        hint = hint or "let the guest go on at the source: migrate-cancel"
         if found is Destination.UNKNOWN:
-            hint = "migrate-finish again; if it is gone, migrate-cancel --force lets the source go on"
+            hint = "repeat migrate-finish; if QEMU has ended, migrate-cancel --force at the source"
         if found in (Destination.GONE, Destination.DIED, Destination.UNKNOWN):
             raise VcpuConnectionError(why, reason="closed", hint=hint)
         raise VcpuFailed(why, hint=hint)
@@ -368,7 +368,10 @@ class Migration:
         once = replace(cookie, number=None)
         try:
             return await self.finish(
-                once, hint="the file is as it was", reported=reported, moved=lambda: _position(fd)
+                once,
+                hint="restore again: the file is as it was",
+                reported=reported,
+                moved=lambda: _position(fd),
             )
         except VcpuConnectionError as error:
             if session.process is None or is_alive(session.process.key):

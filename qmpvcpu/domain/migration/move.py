@@ -206,7 +206,7 @@ class Move:
 
     async def _start_destination(self) -> None:
         if not ownership.claim(self._cookie, Role.DESTINATION, self._destination):
-            self._arrived, self._why = Destination.OTHER, "another side has taken the guest"
+            self._arrived, self._why = Destination.OTHER, "another side has claimed the guest"
             return
         self._was_let_run = True
         self._arrived, why = await sides.let_run(self._destination, self._cookie)
@@ -217,16 +217,16 @@ class Move:
         ownership.forget(self._destination)
         messages = []
         if self._left is Source.DEAD:
-            messages = ["the source's QEMU ended by itself, after it had handed the guest over"]
+            messages = ["the source's QEMU ended by itself, after it had sent the guest"]
         elif not await sides.end(self._source):
-            messages = ["the source's QEMU may still be there, paused: end it, and do not let it go on"]
+            messages = ["the source's QEMU may still run, paused: end it, and do not resume it"]
         return messages + await self._one_cpu.arrive(self._destination.state)
 
     async def _go_back(self) -> None:
         """End the destination, then let the source continue."""
         if (lost := await sides.lost(self._source)) is not None:
             # The destination may have the only copy of the guest.
-            self._why = f"{self._why}; the source's QEMU is gone, or does not answer"
+            self._why = f"{self._why}; the source's QEMU has ended, or does not answer"
             if self._left is Source.KEPT and lost is Source.DEAD:
                 ownership.release(self._cookie, Role.SOURCE)
                 self._arrived, _ = await phases.arrive(self._destination, self._cookie)
@@ -241,7 +241,8 @@ class Move:
         if not ownership.claim(self._cookie, Role.SOURCE):
             self._finished()
             text = f"{self._why}, and neither side here was touched"
-            raise VcpuPartial(text, hint="look where it runs", messages=self._one_cpu.leave())
+            hint = "look on which side it runs"
+            raise VcpuPartial(text, hint=hint, messages=self._one_cpu.leave())
         await sides.go_on(self._source, runs=self._cookie.runs)
         raise VcpuFailed(f"{self._why}; the guest goes on at the source", hint="correct that, and migrate again")
 
@@ -260,9 +261,9 @@ class Move:
         else:
             await sides.end(self._destination)
         raise VcpuConnectionError(
-            f"{self._why}; nobody runs it that we know of, and what had come to the destination is not let run",
+            f"{self._why}; no QEMU is known to run it, and what had arrived elsewhere is not run",
             reason="closed",
-            hint="if the source's QEMU is there, the guest goes on in it",
+            hint="look at the source: if its QEMU still runs, the guest goes on in it",
             messages=self._one_cpu.leave(),
         )
 

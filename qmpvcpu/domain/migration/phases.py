@@ -283,7 +283,10 @@ async def _stay(session: Session, begun: Cookie | None, left: Departure, *, runs
     await sides.go_on(session, runs=runs)
     if left.cancelled is None:
         why = left.status.error or f"it was {left.status.status}"
-        raise VcpuFailed(f"the migration failed: {why}; the guest goes on here", hint="see QEMU's logs")
+        raise VcpuFailed(
+            f"the migration failed: {why}; the guest goes on at the source",
+            hint="look at QEMU's logs",
+        )
 
 
 # -- finish ------------------------------------------------------------------------------------------
@@ -414,10 +417,9 @@ async def _take_back(session: Session, begun: Cookie | None, *, force: bool) -> 
         raise catalogue.RUNS_AT_DESTINATION.error()
     runs = begun is None or begun.runs
     await sides.go_on(session, runs=runs)
-    done = "goes on here" if runs else "is here again, paused as it was"
-    if begun is None:
-        return f"the guest, which had been handed over, {done}: see to it that the destination does not run it"
-    return f"the guest, which had been handed over, {done}"
+    done = "goes on at the source" if runs else "is at the source again, paused as it was"
+    text = f"the guest, which had been handed over, {done}"
+    return text if begun is not None else f"{text}: make sure that the destination does not run it"
 
 
 async def _end_arrived(session: Session, prepared: Cookie, *, force: bool) -> str:

@@ -126,7 +126,7 @@ def _rows(listed: object) -> list[Any]:
         raise VcpuConnectionError(
             f"QEMU lists {len(listed)} objects or properties in one place, and no machine has that many",
             reason="malformed",
-            hint="is this socket really QEMU's? --qmp-log FILE keeps what it says",
+            hint="check that this is QEMU's QMP socket; --qmp-log FILE keeps what it sends",
         )
     return listed
 

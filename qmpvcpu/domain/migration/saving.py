@@ -122,7 +122,7 @@ class Save:
             # QEMU has ended, so the file has the only copy of the guest.
             return
         if not is_paused:
-            raise VcpuFailed("somebody has let the guest run while it was being saved", hint="save again")
+            raise VcpuFailed("another client let the guest run during the save", hint="save again")
 
     def _finish_file(self) -> None:
         self._file.finish()
@@ -145,7 +145,7 @@ class Save:
             return VcpuConnectionError(
                 error.message,
                 reason=error.reason,
-                hint="the guest may be there, and paused: migrate-cancel lets it go on",
+                hint="if the guest is still there, and paused, let it go on: migrate-cancel",
             )
         await self._go_on(self._session)
         if not isinstance(error, CommandError | OSError | VcpuFailed):

@@ -173,7 +173,7 @@ async def _parameters(monitor: Monitor, given: Mapping[str, int | str]) -> Async
     if not given:
         yield
         return
-    with declined("be told how"):
+    with declined("change how it migrates"):
         found = await monitor.query_migrate_parameters()
         usual = found if isinstance(found, dict) else {}
         # A parameter that QEMU does not report is not set: 7.2 has no value for "no TLS".
