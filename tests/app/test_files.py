@@ -222,7 +222,7 @@ async def test_a_name_is_never_a_path(name, own):
 @pytest.mark.parametrize("name", [".", "..", "  ", "a\nb", "a\x1bb"])
 async def test_what_is_not_a_name_is_refused(name, own):
     run = await cli("define", name, "--xml", str(own / "d.xml"))
-    assert (run.code, "no domain can be called" in run.stderr) == (3, True)
+    assert (run.code, "is not a domain name" in run.stderr) == (3, True)
 
 
 @pytest.mark.parametrize(

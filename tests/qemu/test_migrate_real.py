@@ -117,7 +117,7 @@ async def test_cores_of_ppc64_and_back_again(version, smp):
 WRONG = {
     "one too many": ({"smp": "3,sockets=1,cores=8,threads=1,maxcpus=8"}, "vCPU 2 is plugged at the destination"),
     "other maxcpus": ({"smp": "2,sockets=1,cores=4,threads=1,maxcpus=4", "extra": []}, "maximum of vCPUs: 8"),
-    "other slot": ({"smp": "2,sockets=2,cores=4,threads=1,maxcpus=8"}, "its slot is another one"),
+    "other slot": ({"smp": "2,sockets=2,cores=4,threads=1,maxcpus=8"}, "has another slot"),
     "other node": (
         {"extra": [w.replace("0-3", "0-4").replace("4-7", "5-7") for w in NODES]},
         "NUMA node of vCPU 4: 1",
@@ -151,7 +151,7 @@ async def test_one_missing_is_refused_where_nobody_plugs_it():
             await t.migrate_prepare(cookie)
             # Somebody plugs one at the source in between.
             await s.enable(5)
-            with pytest.raises(qmpvcpu.VcpuRefused, match="vCPU 5 is plugged at the destination, and not"):
+            with pytest.raises(qmpvcpu.VcpuRefused, match="vCPU 5 is plugged at the destination, but not"):
                 await s.migrate(t, cookie)
             assert await runs(source) and (await source.execute("query-migrate")).get("status") is None
 
@@ -182,7 +182,7 @@ async def test_the_phases_by_hand(tmp_path):
         # Handed over, and running nowhere until it is said.
         assert not await runs(source) and not await runs(target)
         run = await cli("setvcpu", source.qmp, "6", "--enable", "--json")
-        assert run.code == 3 and "migrated away" in run.json["error"]["message"]
+        assert run.code == 3 and "has migrated" in run.json["error"]["message"]
         run = await cli("migrate-finish", target.qmp, str(cookie), "--json")
         assert run.code == 0 and run.json["vcpus"] == [0, 1, 5]
         assert await runs(target)
@@ -357,7 +357,7 @@ async def test_a_vcpu_that_comes_at_the_destination_on_the_way_is_seen_before_it
                 await domain.enable(7)
 
         with pytest.raises(
-            qmpvcpu.VcpuFailed, match="vCPU 7 is plugged at the destination, and not at the source"
+            qmpvcpu.VcpuFailed, match="vCPU 7 is plugged at the destination, but not at the source"
         ):
             await moved(source, target, "the destination has all", act)
         assert await runs(source) and await ended(target)
@@ -461,7 +461,7 @@ async def test_qemu_without_the_right_uri_does_not_begin():
         assert run.code == 8 and await runs(source)
         for uri in ("warp:9", "exec:touch /nowhere", "file:/nowhere"):
             run = await cli("migrate-perform", source.qmp, uri, "--json")
-            assert run.code == 3 and "is no way for a migration" in run.json["error"]["message"]
+            assert run.code == 3 and "is not an address for a migration" in run.json["error"]["message"]
         with pytest.raises(VcpuConnectionError):
             async with qmpvcpu.connect(qmp="/nowhere"):
                 pass
@@ -620,7 +620,7 @@ async def test_a_source_or_a_paused_guest_is_no_destination_to_finish(tmp_path):
         await other.execute("stop")
         for qemu in (source, other):
             run = await cli("migrate-finish", qemu.qmp, str(cookie), "--json")
-            assert run.code == 8 and "no guest has come here" in run.json["error"]["message"], run.stdout
+            assert run.code == 8 and "no guest has migrated" in run.json["error"]["message"], run.stdout
             assert not await runs(qemu)
         assert (await cli("migrate-finish", target.qmp, str(cookie))).code == 0
         assert await runs(target) and not await runs(source)
@@ -846,7 +846,7 @@ async def test_what_has_arrived_and_was_never_let_run_is_not_taken_further(tmp_p
         await handed_over(source, target, tmp_path)
         for words in (("migrate-begin", target.qmp), ("save", target.qmp, str(tmp_path / "file"))):
             run = await cli(*words, "--json")
-            assert run.code == 3 and "was never let run" in run.json["error"]["message"], run.stdout
+            assert run.code == 3 and "has never run" in run.json["error"]["message"], run.stdout
         assert (await cli("migrate-finish", target.qmp)).code == 0 and await runs(target)
 
 

@@ -140,7 +140,7 @@ async def test_without_rights_pinning_works_and_fifo_is_refused(file):
         assert (await cli("define", "d", "--qmp", qemu.qmp, "--xml", str(file))).code == 0
         run = await asyncio.to_thread(without_rights, "setvcpu", "d", "1-2", "--enable", "--json")
         assert run.code == 3, run.stdout
-        assert "vCPU 2 shall be fifo:10, and CAP_SYS_NICE is missing" in run.json["error"]["message"]
+        assert "vCPU 2 cannot be fifo:10: CAP_SYS_NICE is missing" in run.json["error"]["message"]
         assert "RLIMIT_RTPRIO (it is 0)" in run.json["error"]["hint"]
         assert await enabled(qemu.qmp) == (0,)
         run = await asyncio.to_thread(without_rights, "setvcpu", "d", "1-2", "--enable", "--dry-run", "--json")

@@ -71,7 +71,7 @@ async def test_by_name_over_a_reboot(started, tmp_path):
     assert (await cli("vcpucount", "one", "--active", "--live")).stdout.strip() == "4"
     assert "id='6'" not in (await cli("dumpxml", "one", "--inactive")).stdout
     run = await cli("restore", str(file), "--json")
-    assert run.code == 3 and "it runs already" in run.json["error"]["message"]
+    assert run.code == 3 and "it is already running" in run.json["error"]["message"]
     assert (await cli("destroy", "one")).code == 0
     assert (await cli("undefine", "one")).code == 0
     # Nothing but the file is left of it, and that is enough.
@@ -137,7 +137,7 @@ async def test_a_guest_that_has_shut_down_is_not_saved(tmp_path):
         await source.execute("system_reset")
         await until(lambda: is_in(source, "shutdown"), "the guest has shut down")
         run = await cli("save", source.qmp, str(file), "--json")
-        assert run.code == 3 and "only a reset lets it run again" in run.json["error"]["message"], run.stdout
+        assert run.code == 3 and "runs again only after a reset" in run.json["error"]["message"], run.stdout
         assert await is_in(source, "shutdown") and not file.exists()
 
 
@@ -437,7 +437,7 @@ async def test_killed_when_the_guest_is_in_the_file_it_is_saved(tmp_path, monkey
         await die_saving(source, file, "the file gets its name", "after")
         # It would run twice.
         run = await cli("restore", str(file), target.qmp, "--json")
-        assert (run.code, "is still here" in run.json["error"]["message"]) == (3, True), run.stdout
+        assert (run.code, "still exists" in run.json["error"]["message"]) == (3, True), run.stdout
         run = await cli("vcpucount", source.qmp, "--json")
         assert (run.code, f"is saved in '{file}'" in run.json["error"]["message"]) == (7, True), run.stdout
         assert await ended(source)
@@ -468,7 +468,7 @@ async def test_paused_since_the_save_began_it_is_refused(tmp_path):
         cookie = await domain.migrate_begin()
         await source.execute("stop")
         made = saving.File(tmp_path / "saved", b"cookie")
-        with pytest.raises(qmpvcpu.VcpuRefused, match="was paused since this save began"):
+        with pytest.raises(qmpvcpu.VcpuRefused, match="was paused after this save began"):
             await domain.save(cookie, made.fd, made.offset, made.finish)
         made.discard()
         assert not await runs(source)
@@ -558,7 +558,7 @@ async def test_a_paused_guest_that_could_not_be_saved_is_paused_and_takes_vcpus(
         # So it is for the next process; QEMU itself does not migrate it until it has run.
         assert (await cli("setvcpu", source.qmp, "4", "--enable")).code == 0
         run = await cli("save", source.qmp, str(tmp_path / "saved"), "--json")
-        assert run.code == 3 and "only once it has run" in run.json["error"]["message"]
+        assert run.code == 3 and "only after it has run" in run.json["error"]["message"]
         await source.execute("cont")
         await source.execute("stop")
         assert (await cli("save", source.qmp, str(tmp_path / "saved"))).code == 0

@@ -183,7 +183,7 @@ async def test_start_and_destroy(version, tmp_path, started):
     assert b"8c4a1f6e-0000-4000-8000-000000000001" in command and b"guest=d,debug-threads=on" in command
     # It is nobody's child, and holds nothing of ours.
     assert os.path.realpath(f"/proc/{run.json['pid']}/fd/2") == run.json["log"]
-    for word, text in (("start", "runs already"), ("undefine", "destroy it first")):
+    for word, text in (("start", "already running"), ("undefine", "destroy it first")):
         again = await cli(word, "d", "--json")
         assert again.code == 3 and text in again.stdout
     done = await cli("destroy", "d", "--json")
@@ -244,7 +244,7 @@ async def test_what_cannot_be_started_is_refused_before_anything(tmp_path):
     assert run.code == 3 and "line 1: a <disk> needs" in run.stdout
     await define(tmp_path, xml("x86_64", "10.0", SPARSE).replace(qemu_binary("10.0", "x86_64"), "/no/qemu"))
     run = await cli("start", "d", "--json")
-    assert run.code == 3 and "'/no/qemu' is not here" in run.stdout
+    assert run.code == 3 and "'/no/qemu' is not on this host" in run.stdout
     aarch64 = xml("x86_64", "10.0", SPARSE).replace("arch='x86_64' machine='q35'", "arch='aarch64' machine='virt'")
     await define(tmp_path, aarch64.replace("qemu-system-x86_64", "qemu-system-aarch64"))
     run = await cli("start", "d", "--json")
@@ -278,7 +278,7 @@ async def test_somebody_elses_qemu_is_left_alone(tmp_path):
         run = await cli("start", "d", "--json")
         assert run.code == 3 and "its QMP socket answers" in run.stdout
         run = await cli("destroy", "d", "--json")
-        assert run.code == 3 and "qmpvcpu has not started it" in run.stdout
+        assert run.code == 3 and "qmpvcpu did not start it" in run.stdout
         assert not qemu.has_exited
 
 

@@ -73,13 +73,13 @@ async def test_paths_and_command_lines_in_a_file_are_refused(saved, evil, text, 
     bad = tmp_path / "bad"
     with_devices(saved, bad, text.replace("TRACE", str(tmp_path / "trace")))
     run = await cli("restore", str(bad), "--json")
-    assert run.code == 3 and f"{part}: a file does not supply" in run.json["error"]["message"], run.stdout
+    assert run.code == 3 and f"{part}: a file must not supply" in run.json["error"]["message"], run.stdout
     assert await names() == {}
     # And as a cookie.
     cookie = tmp_path / "cookie"
     cookie.write_bytes(saving.content(bad)[0])
     run = await cli("migrate-prepare", str(cookie), "one", "--json")
-    assert run.code == 3 and f"{part}: a file does not supply" in run.json["error"]["message"], run.stdout
+    assert run.code == 3 and f"{part}: a file must not supply" in run.json["error"]["message"], run.stdout
 
 
 async def memory(name) -> int:

@@ -53,7 +53,7 @@ async def test_where_the_rest_is_refused_it_is_partial(unheard):
 
     async with unheard(qemu, 6) as domain:
         qemu.hook = leave
-        with pytest.raises(qmpvcpu.VcpuPartial, match="migrated away; vCPU 2-3 stays changed") as caught:
+        with pytest.raises(qmpvcpu.VcpuPartial, match="destination; vCPU 2-3 stays changed") as caught:
             await domain.set_vcpus(2)
     assert (caught.value.remaining, caught.value.changed_ids, caught.value.ids) == ((2, 3), (2, 3), (2, 3, 6))
 

@@ -177,7 +177,7 @@ GOOD_NAMES = ["web1", "a b", "ä.xml", "x" * 247, "ä" * 123, "-x", "a~", ".x", 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_of_a_name_that_cannot_be_it_is_said_why(name):
-    assert why_not_a_name(name).startswith("no domain can be called")
+    assert "is not a domain name" in (why_not_a_name(name) or "")
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -187,7 +187,7 @@ def test_a_name_that_cannot_be_is_not_defined(empty, name):
 
 @pytest.mark.parametrize("name", BAD_NAMES)
 def test_names_that_cannot_be(empty, name):
-    with pytest.raises(VcpuRefused, match="no domain can be called") as caught:
+    with pytest.raises(VcpuRefused, match="is not a domain name") as caught:
         empty.define(name, OLD)
     assert [refusal.code for refusal in caught.value.refusals] == ["name"]
 

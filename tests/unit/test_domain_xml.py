@@ -289,7 +289,7 @@ def listed(*rows):
 @pytest.mark.parametrize(
     ("data", "texts"),
     [
-        (b"<network/>", ["line 1: <network> is no <domain>"]),
+        (b"<network/>", ["line 1: <network> is not <domain>"]),
         (b"<domain/>", ["line 1: the domain has no <name>"]),
         (domain("", "<vcpu>0</vcpu>"), ["line 3: <vcpu> 0 is out of range: it must be 1 to 16384"]),
         (domain("", "<vcpu>many</vcpu>"), ["<vcpu> 'many' is not a number"]),
@@ -344,7 +344,7 @@ def listed(*rows):
         ),
         (
             domain("<cpu><topology sockets='1' cores='3' threads='1'/></cpu>"),
-            ["<topology> has room for 3 vCPUs, and <vcpu> says 4"],
+            ["<topology> has room for 3 vCPUs, but <vcpu> says 4"],
         ),
         (domain("<cpu><topology sockets='4' cores='1'/></cpu>"), ["<topology> has no threads"]),
         (

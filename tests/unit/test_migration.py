@@ -123,20 +123,20 @@ SOURCE = state(0, 1, 5)
     ("here", "texts"),
     [
         (state(0, 1, 5), []),
-        (state(0, 1), ["vCPU 5 is plugged at the source, and not at the destination"]),
-        (state(0, 1, 4, 5), ["vCPU 4 is plugged at the destination, and not at the source"]),
+        (state(0, 1), ["vCPU 5 is plugged at the source, but not at the destination"]),
+        (state(0, 1, 4, 5), ["vCPU 4 is plugged at the destination, but not at the source"]),
         (state(0, 1, 4), ["vCPU 4 is plugged at the destination", "vCPU 5 is plugged at the source"]),
         (
             state(0, 1, 5, maxcpus=6),
             ["maximum of vCPUs: 8 at the source, 6", "vCPU 6-7: the destination has no"],
         ),
-        (state(0, 1, 5, driver="u"), ["vCPU 0-7 is a: t at the source, u"]),
+        (state(0, 1, 5, driver="u"), ["the driver of vCPU 0-7: t at the source, u"]),
         (state(0, 1, 5, machine="pc-q35-7.2"), ["machine type: pc-q35-10.0 at the source, pc-q35-7.2"]),
         (
             state(0, 1, 5, nodes=True),
             ["NUMA node of vCPU 0-3: none at the source, 0", "NUMA node of vCPU 4-7: none at the source, 1"],
         ),
-        (state(0, 1, 5, first_core=9), ["vCPU 0-7: its slot is another one"]),
+        (state(0, 1, 5, first_core=9), ["vCPU 0-7 has another slot"]),
     ],
     ids=["none", "missing", "extra", "both", "maxcpus", "driver", "machine", "nodes", "slot"],
 )
@@ -161,11 +161,11 @@ def test_a_guest_that_runs_can_leave():
 @pytest.mark.parametrize(
     ("run_state", "words"),
     [
-        ("shutdown", "only a reset"),
-        ("guest-panicked", "its kernel has ended"),
-        ("internal-error", "QEMU itself cannot"),
+        ("shutdown", "only after a reset"),
+        ("guest-panicked", "its kernel has crashed"),
+        ("internal-error", "QEMU cannot run it any further"),
         ("io-error", "a disk has failed"),
-        ("inmigrate", "waits for a guest"),
+        ("inmigrate", "waits for an incoming migration"),
         ("save-vm", "the guest is 'save-vm'"),
     ],
 )

@@ -217,7 +217,7 @@ async def test_what_was_migrated_stays_refused_whatever_was_read_of_it_meanwhile
             "down": lambda: domain.set_vcpus(2),
         }
         for _ in range(2):
-            with pytest.raises(qmpvcpu.VcpuRefused, match="migrated away"):
+            with pytest.raises(qmpvcpu.VcpuRefused, match="has migrated"):
                 await calls[call]()
     assert not qemu.changes
 

@@ -1,1 +1,1 @@
-"""Every decision to refuse, by topic: state and request in, reasons out. Pure."""
+"""Every decision to refuse, by topic: a state and a request in, refusals out. Pure."""

@@ -1,4 +1,4 @@
-"""What the guest's own view has against taking CPUs online or offline."""
+"""Why CPUs cannot be taken online or offline, by the guest's own view of them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from qmpvcpu.errors import Refusal
 
 
 def check_guest(state: DomainState, ids: Sequence[int], view: GuestView, *, online: bool) -> list[Refusal]:
-    """What stands against switching these vCPUs in the guest."""
+    """Why these vCPUs cannot be switched in the guest."""
     enabled = [number for number in ids if state.vcpus[number].enabled]
     absent = [number for number in ids if number not in enabled]
     unknown = [number for number in enabled if number not in view.by_vcpu and view.online(number) is not online]
@@ -25,7 +25,7 @@ def check_guest(state: DomainState, ids: Sequence[int], view: GuestView, *, onli
 
 
 def check_guest_ids(ids: Sequence[int], view: GuestView, *, online: bool) -> list[Refusal]:
-    """The same for CPUs named by the guest's own ids, by which `view` is keyed."""
+    """The same for CPUs named by the guest's own ids; `view.by_vcpu` has these ids as its keys."""
     unknown = [number for number in ids if number not in view.by_vcpu]
     fixed = [n for n in ids if not online and n in view.by_vcpu and view.by_vcpu[n].can_offline is False]
     rows = ((catalogue.GUEST_RANGE, unknown), (catalogue.GUEST_CPU_FIXED, fixed))

@@ -1,14 +1,14 @@
-"""ONE ROW A REASON: every refusal's code, text, hint and libvirt error name, by topic. Pure.
+"""One row for each reason to refuse: code, text, hint and libvirt error name, by topic. Pure.
 
-A refusal is made by calling its row: `catalogue.RANGE(ids, most=3)` gives the `Refusal`, and
-`catalogue.INACTIVE.error(name=name)` the `VcpuRefused` that says only this. `{ids}` is the list of the vCPUs that
-the refusal is about; every other field comes as an argument of its name, and a list of numbers is written as
-virsh writes CPU lists.
+Calling a row makes the refusal: `catalogue.RANGE(ids, most=3)` returns the `Refusal`, and
+`catalogue.INACTIVE.error(name=name)` the `VcpuRefused` that has only this one. `{ids}` is the list of
+the vCPUs that the refusal is about. Every other field is an argument of the same name, and a list of
+numbers is written as virsh writes CPU lists.
 
-To add a reason, add a row under its topic and call it from the rule of that topic (`core.rules`), or from where
-the environment fails (a file, a socket, a cgroup). A code belongs to one topic and is stable; several rows may
-share it. A document that is wrong has one row for all of its faults: its reader says `{what}` is wrong.
-The rows of QEMU's defects are in `core.quirks`.
+To add a reason, add a row under its topic and call it from the rule of that topic (`core.rules`), or
+from where the environment fails (a file, a socket, a cgroup). A code belongs to one topic and is
+stable; several rows may share it. All faults of one kind of document share one row, and its reader
+fills in `{what}`. The rows of QEMU's defects are in `core.quirks`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Reason(NamedTuple):
     Attributes:
         code: as `Refusal.code`.
         text: what happened.
-        hint: something to type or to do.
+        hint: what to type or to do.
         libvirt: the libvirt error name.
         forceable: whether `force=True` overrides it.
     """
@@ -59,18 +59,18 @@ class Reason(NamedTuple):
 
 # -- Flags and options: flags
 
-UNKNOWN_FLAGS = Reason("flags", "unknown flags: {flags:#x}", "VcpuFlag names the flags that there are")
+UNKNOWN_FLAGS = Reason("flags", "unknown flags: {flags:#x}", "use only the flags of qmpvcpu.VcpuFlag")
 ENABLE_AND_DISABLE = Reason(
-    "flags", "--enable (ENABLE) and --disable (DISABLE) exclude each other", "ask for one of the two"
+    "flags", "--enable (ENABLE) and --disable (DISABLE) exclude each other", "give only one of them"
 )
 GUEST_AND_ANOTHER = Reason("flags", "GUEST and {flag} exclude each other: {why}", "leave out {flag} or GUEST")
-QUERY_OF_BOTH = Reason("flags", "a query answers for LIVE or for CONFIG, not for both at once", "ask twice")
-LIVE_AND_CONFIG = Reason("flags", "--live and --config exclude each other in a query", "ask twice")
-MAXIMUM_AND_ACTIVE = Reason("flags", "--maximum and --active exclude each other", "ask twice")
+QUERY_OF_BOTH = Reason("flags", "LIVE and CONFIG exclude each other in a query", "make two queries")
+LIVE_AND_CONFIG = Reason("flags", "--live and --config exclude each other in a query", "make two queries")
+MAXIMUM_AND_ACTIVE = Reason("flags", "--maximum and --active exclude each other", "make two queries")
 ATOMIC_AND_ASYNC = Reason(
     "flags",
-    "--atomic and --async exclude each other: this call cannot undo what fails later",
-    "leave out one of the two",
+    "--atomic and --async exclude each other: a call that does not wait cannot undo what fails later",
+    "give only one of them",
 )
 
 # -- vCPU ids and how many: range, count, listed, maximum, maxcpus, vcpus
@@ -80,68 +80,68 @@ RANGE = Reason(
 )
 NEGATIVE_ID = Reason("range", "a vCPU id cannot be negative: {numbers}", "`qmpvcpu vcpuinfo` lists the ids")
 GUEST_RANGE = Reason("range", "the guest has no CPU {ids}", "`qmpvcpu guestvcpus` lists its CPUs")
-COUNT_WITHOUT_NODE = Reason("count", "a count goes with a NUMA node", "add --numa-node, or name the vCPU ids")
+COUNT_WITHOUT_NODE = Reason("count", "a count needs a NUMA node", "add --numa-node, or give the vCPU ids")
 NODE_COUNT = Reason("count", "{count} is not a number of vCPUs or cores", "give 1 or more")
 NO_VCPUS = Reason("count", "a guest cannot have {total} vCPUs", "give 1 or more")
 OVER_MAXIMUM = Reason(
     "count",
-    "{total} vCPUs were requested, and this domain can have {most} (maxcpus)",
+    "{total} vCPUs were requested, but this domain can have {most} (maxcpus)",
     "the maximum can change only in the persistent definition: --maximum --config",
 )
 OVER_DEFINED_MAXIMUM = Reason(
     "count",
-    "{total} vCPUs were requested, and the definition can have 1 to {most}",
-    "--maximum --config changes how many there can be",
+    "{total} vCPUs were requested, but the definition can have 1 to {most}",
+    "--maximum --config changes the maximum",
 )
 OVER_LIBVIRT_MAXIMUM = Reason(
-    "count", "{total} vCPUs were requested, and the domain has at most {most}", "give 1 to {most}"
+    "count", "{total} vCPUs were requested, but the domain has at most {most}", "give 1 to {most}"
 )
 WHOLE_CORES = Reason(
     "count",
-    "{total} vCPUs cannot be reached: they come and go in cores of {size}",
-    "ask for {below} or {above}",
+    "the domain cannot have {total} vCPUs: they come and go in cores of {size}",
+    "request {below} or {above}",
     _CONFIG,
 )
 DEFINED_WHOLE_CORES = Reason(
     "count",
-    "{total} vCPUs cannot be reached in the definition: they come and go in cores of {size}",
-    "ask for {below} or {above}",
+    "the definition cannot have {total} vCPUs: they come and go in cores of {size}",
+    "request {below} or {above}",
     _CONFIG,
 )
 FEWEST = Reason(
     "count",
-    "{total} vCPUs cannot be reached: with what can be unplugged now, {fewest} is the fewest",
+    "the domain cannot have {total} vCPUs: only so many can be unplugged now that {fewest} remain",
     "`qmpvcpu vcpuinfo` shows which vCPUs are hotpluggable",
     _CONFIG,
 )
 GUEST_TOTAL = Reason(
     "count",
-    "{total} vCPUs cannot be online in the guest: it has {most} that are plugged and known",
+    "the guest cannot have {total} vCPUs online: {most} are plugged and known",
     "give 1 to {most}, or plug more, without --guest",
 )
 GUEST_FEWEST = Reason(
     "count",
-    "{total} vCPUs online cannot be reached: the guest can take only {loose} offline",
-    "`qmpvcpu guestvcpus` shows which",
+    "the guest cannot have {total} vCPUs online: it can take only {loose} offline",
+    "`qmpvcpu guestvcpus` shows which CPUs it can take offline",
     _CONFIG,
 )
 GUEST_CPUS_TOTAL = Reason(
     "count",
-    "{total} CPUs cannot be online in the guest: it can have {least} to {most}",
-    "`qmpvcpu guestvcpus` shows which",
+    "the guest cannot have {total} CPUs online: it can have {least} to {most}",
+    "`qmpvcpu guestvcpus` shows which CPUs it can take offline",
 )
 LISTED = Reason(
     "listed",
-    "{place} lists {count} vCPUs, and this domain has {maxcpus}",
-    "change only which of the vCPUs are enabled: their number stays",
+    "{place} lists {count} vCPUs, but this domain has {maxcpus}",
+    "list all {maxcpus} vCPUs, and change only which of them are enabled",
 )
 MAXIMUM_IS_CONFIG = Reason(
     "maximum",
     "the maximum of vCPUs cannot change while the guest runs",
-    "--maximum goes with --config (config=True), without --live",
+    "use --maximum with --config (config=True), and without --live",
 )
 MAXIMUM_WITHOUT_CONFIG = Reason(
-    "maximum", "--maximum changes the definition alone, from the next start", "add --config"
+    "maximum", "--maximum changes only the definition, for the next boot", "add --config"
 )
 MAXIMUM = Reason("maximum", "a domain cannot have a maximum of {maximum} vCPUs", "give 1 to {most}")
 MAXIMUM_OF_TOPOLOGY = Reason(
@@ -171,13 +171,13 @@ PART_OF_ENTITY = Reason(
 )
 LISTED_PART = Reason(
     "entity",
-    "{label} can only be enabled and disabled together, and {place} does not do so",
+    "{label} can only be enabled and disabled together, but {place} gives them different states",
     "give all of them the same state",
 )
 BOOT_PART = Reason(
     "entity",
-    "vCPUs {ids} are one core: some of them are enabled, or hotpluggable, and some are not",
-    "write the same for each of them",
+    "vCPUs {ids} are one core, but differ in whether they are enabled or hotpluggable",
+    "write the same state and hotpluggable for each of them",
     _CONFIG,
 )
 OTHER_ENTITY = Reason(
@@ -187,7 +187,7 @@ OTHER_ENTITY = Reason(
     _INVALID,
 )
 OTHER_DRIVER = Reason(
-    "entity", "vCPU {ids} is a: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+    "entity", "the driver of vCPU {ids}: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
 )
 
 # -- NUMA nodes: node
@@ -198,7 +198,7 @@ EMPTY_NODE = Reason(
     "node", "no vCPU is on NUMA node {node}: nodes are {nodes}", "`qmpvcpu vcpuinfo` shows the node of each vCPU"
 )
 NODE_TOO_SMALL = Reason(
-    "node", "NUMA node {node} has {found} {kind}, {count} asked", "`qmpvcpu vcpuinfo` shows other nodes"
+    "node", "NUMA node {node} has {found} {kind}, {count} requested", "`qmpvcpu vcpuinfo` shows other nodes"
 )
 OTHER_NODE = Reason(
     "node", "NUMA node of vCPU {ids}: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
@@ -214,20 +214,20 @@ NO_HOTPLUG = Reason(
 )
 NO_HOTPLUG_AT_BOOT = Reason(
     "no-hotplug",
-    "{machine} ({arch}) has no CPU hotplug: it cannot boot with vCPU {ids} and without one below",
+    "{machine} ({arch}) has no CPU hotplug: it cannot boot with vCPU {ids} and without every one below",
     "enable vCPUs from 0 on, without a gap",
     _CONFIG,
 )
 NO_UNPLUG = Reason(
     "no-unplug",
-    "{machine} ({arch}) can plug CPUs, but never unplug one",
+    "{machine} ({arch}) can plug CPUs, but never unplug them",
     "the guest agent can take the CPU offline: --guest --disable",
     _UNSUPPORTED,
 )
 UNSEEN = Reason(
     "unseen",
-    "vCPU {ids} is unplugged, and libvirt takes it for plugged",
-    "its monitor plugs it: --via monitor (via='monitor')",
+    "vCPU {ids} is unplugged, but libvirt counts it as plugged",
+    "plug it through QEMU's monitor: --via monitor (via='monitor')",
     _INVALID,
 )
 BOOT_CPU = Reason(
@@ -235,8 +235,8 @@ BOOT_CPU = Reason(
 )
 NOT_A_DEVICE = Reason(
     "not-hotpluggable",
-    "{label}: libvirt has not plugged it as a device (hotpluggable='no'), and cannot unplug it",
-    "--via monitor can; hotpluggable='yes' in the definition makes it a device from the next boot on",
+    "{label}: libvirt did not plug it as a device (hotpluggable='no'), and cannot unplug it",
+    "use --via monitor, or write hotpluggable='yes' in the definition for the next boot",
     _UNSUPPORTED,
 )
 
@@ -253,7 +253,7 @@ GUEST_CPU = Reason(
 )
 GUEST_CPUS_UNCOUNTED = Reason(
     "guest-cpu",
-    "it is not known which vCPUs {count} of the guest's online CPUs are, so they cannot be counted out",
+    "it is not known which vCPUs {count} of the guest's online CPUs are, so a count cannot be reached",
     "allow the agent guest-file-open, or use guestvcpus with the guest's own ids",
     _UNSUPPORTED,
 )
@@ -287,38 +287,46 @@ INACTIVE_LIVE = Reason(
     "leave out --live (LIVE) to change its definition, or start it",
     _INVALID,
 )
-NOTHING_TO_END = Reason("inactive", "'{name}' does not run", "`qmpvcpu list` shows what does", _INVALID)
-ACTIVE = Reason("active", "'{name}' runs already (QEMU {pid})", "`qmpvcpu destroy` ends it", _INVALID)
+NOTHING_TO_END = Reason(
+    "inactive", "'{name}' is not running", "`qmpvcpu list` shows the running domains", _INVALID
+)
+ACTIVE = Reason("active", "'{name}' is already running (QEMU {pid})", "`qmpvcpu destroy` ends it", _INVALID)
 ACTIVE_ELSEWHERE = Reason(
     "active",
-    "'{name}' runs already: its QMP socket answers",
-    "end it with the program that has started it",
+    "'{name}' is already running: its QMP socket answers",
+    "end it with the program that started it",
     _INVALID,
 )
 ACTIVE_WITH_OTHER_SOCKETS = Reason(
     "active",
-    "'{name}' runs (QEMU {pid}), and that QEMU has other sockets",
+    "'{name}' is running (QEMU {pid}), and that QEMU has other sockets",
     "destroy it first, or define the other guest under another name",
     _INVALID,
 )
 ACTIVE_DEFINITION = Reason(
     "active",
-    "'{name}' runs (QEMU {pid}): undefining a running guest leaves no way to end it",
+    "'{name}' is running (QEMU {pid}): undefining a running guest leaves no way to end it",
     "destroy it first",
     _INVALID,
 )
 NOT_STARTED_BY_US = Reason(
     "destroy",
-    "'{name}' runs, and qmpvcpu has not started it",
-    "end it with the program that has started it",
+    "'{name}' is running, but qmpvcpu did not start it",
+    "end it with the program that started it",
     _INVALID,
 )
-LOCKED = Reason("locked", "another process starts or ends this guest", "try again", _INVALID)
+LOCKED = Reason("locked", "another process is starting or ending this guest", "try again", _INVALID)
 RUNTIME_NOT_MADE = Reason(
-    "runtime", "'{folder}' cannot be made: {error.strerror}", "look at the rights of the folder above it", _INVALID
+    "runtime",
+    "the folder '{folder}' cannot be created: {error.strerror}",
+    "check the permissions of the folder above it",
+    _INVALID,
 )
 RUNTIME_NOT_USED = Reason(
-    "runtime", "'{folder}' cannot be used: {error.strerror}", "look at its rights, or set QMPVCPU_STATE", _INVALID
+    "runtime",
+    "the folder '{folder}' cannot be used: {error.strerror}",
+    "check its permissions, or set QMPVCPU_STATE",
+    _INVALID,
 )
 
 # -- Definitions: no-definition, config-vcpu-0, config-order, unreadable, definition, name, folder
@@ -332,8 +340,8 @@ NO_DEFINITION = Reason(
 CONFIG_VCPU_0 = Reason("config-vcpu-0", "vCPU 0 must be enabled in a definition", "leave 0 out: 1-3 or ^0")
 CONFIG_ORDER = Reason(
     "config-order",
-    "vCPU {ids} cannot change in the definition: vCPU {behind} is in the way, which is enabled and not"
-    " hotpluggable",
+    "vCPU {ids} cannot change in the definition: vCPU {behind}, which is enabled and not hotpluggable,"
+    " comes after it",
     "change {behind} with it, or give it hotpluggable='yes' in <vcpus>",
 )
 UNREADABLE = Reason(
@@ -350,7 +358,7 @@ NOT_DEFINED = Reason(
     "definition", "no domain '{name}' is defined", "`qmpvcpu list` shows what is defined", "VIR_ERR_NO_DOMAIN"
 )
 NOT_DEFINED_TO_START = Reason(
-    "definition", "no domain '{name}' is defined", "define FILE first", "VIR_ERR_NO_DOMAIN"
+    "definition", "no domain '{name}' is defined", "define it first: `qmpvcpu define FILE`", "VIR_ERR_NO_DOMAIN"
 )
 DEFINITION_GONE = Reason(
     "definition", "there is no definition '{path}'", "`qmpvcpu list` shows what is defined", "VIR_ERR_NO_DOMAIN"
@@ -359,13 +367,13 @@ DEFINITION_NOT_READ = Reason("definition", "'{path}' cannot be read: {why}", "{c
 SOCKETS_NOT_READ = Reason(
     "definition",
     "the sockets of '{name}' cannot be read from '{path}': {error}",
-    "define it again: define NAME --qmp …",
+    "define it again: `qmpvcpu define NAME --qmp ADDR`",
     _INVALID,
 )
 DEFINITION_NOT_WRITTEN = Reason(
     "definition",
     "the definition '{place}' cannot be written: {why}",
-    "look at the free space and the rights of its folder",
+    "check the free space and the permissions of its folder",
     _FAILED,
 )
 DEFINITION_LOCKED = Reason(
@@ -373,24 +381,24 @@ DEFINITION_LOCKED = Reason(
 )
 SOURCE_NOT_DESCRIBED = Reason(
     "definition",
-    "the source has no definition, and QEMU does not tell all of its hardware",
+    "the source has no definition, and QEMU does not report all of its hardware",
     "start '{name}' as the source was started, with -incoming defer, and name its QMP socket",
     _UNSUPPORTED,
 )
 ANOTHER_DOMAIN = Reason(
     "definition",
-    "'{name}' is defined, and is another domain: its uuid is {defined}, the guest's {uuid}",
+    "'{name}' is defined, but is another domain: its uuid is {defined}, and the guest's is {uuid}",
     "name another destination, or undefine that one",
 )
 SAME_NAME = Reason(
     "definition", "source and destination have the same name, '{name}'", "give the destination another name"
 )
 NOTHING_TO_UNDEFINE = Reason(
-    "definition", "the source has no definition that could be forgotten", "leave out --undefine-source"
+    "definition", "the source has no definition that could be removed", "leave out --undefine-source"
 )
-NAME = Reason("name", "no domain can be called {name!r}: {what}", "choose another name")
+NAME = Reason("name", "{name!r} is not a domain name: {what}", "choose another name")
 FOLDER_NOT_OURS = Reason(
-    "folder", "nothing in the {what} '{folder}' is trusted: {error.strerror}", "{error.cure}", _DENIED
+    "folder", "the {what} '{folder}' is not trusted: {error.strerror}", "{error.cure}", _DENIED
 )
 
 # -- Where threads run: place, cgroup, not-enabled, shared-thread
@@ -401,9 +409,9 @@ PLACE_ELSEWHERE = Reason(
 )
 PLACE_NOT_OWNER = Reason(
     "place",
-    "vCPU {ids} cannot be placed: QEMU is another user's, or has rights that qmpvcpu lacks, and CAP_SYS_NICE is"
-    " missing",
-    f"be root, or QEMU's user; {_NO_PLACE}",
+    "vCPU {ids} cannot be placed: QEMU belongs to another user, or has capabilities that qmpvcpu"
+    " lacks, and CAP_SYS_NICE is missing",
+    f"run as root or as QEMU's user; {_NO_PLACE}",
     _DENIED,
 )
 PLACE_OFFLINE = Reason(
@@ -416,55 +424,55 @@ PLACE_OUTSIDE = Reason(
 )
 PRIORITY = Reason(
     "place",
-    "vCPU {ids} shall be {scheduler}: priorities are 1 to 99",
+    "vCPU {ids} cannot be {scheduler}: priorities are 1 to 99",
     f"correct <vcpusched priority>; {_NO_PLACE}",
 )
 REAL_TIME_DENIED = Reason(
     "place",
-    "vCPU {ids} shall be {scheduler}, and CAP_SYS_NICE is missing",
-    f"be root, or raise QEMU's RLIMIT_RTPRIO (it is {{most}}); {_NO_PLACE}",
+    "vCPU {ids} cannot be {scheduler}: CAP_SYS_NICE is missing",
+    f"run as root, or raise QEMU's RLIMIT_RTPRIO (it is {{most}}); {_NO_PLACE}",
     _DENIED,
 )
 NO_REAL_TIME = Reason(
     "place",
-    "vCPU {ids} shall be {scheduler}, and its cgroup '{path}' has no real-time budget",
-    f"give it time (cpu.rt_runtime_us); {_NO_PLACE}",
+    "vCPU {ids} cannot be {scheduler}: its cgroup '{path}' has no real-time budget",
+    f"give that cgroup a budget (cpu.rt_runtime_us); {_NO_PLACE}",
     _DENIED,
 )
 REAL_TIME_SPLIT = Reason(
     "place",
-    "vCPU {ids} shall be {scheduler} and have <quota> or <shares>: on this kernel a cgroup of its own has no"
+    "vCPU {ids} cannot be {scheduler} and have <quota> or <shares>: on this kernel a cgroup of its own has no"
     " real-time budget (cpu.rt_runtime_us)",
-    f"leave out one of them; {_NO_PLACE}",
+    f"take out one of them; {_NO_PLACE}",
     _DENIED,
 )
 NO_CONTROLLER = Reason(
     "cgroup",
     "vCPU {ids} needs a cgroup for {element}: {trouble}",
-    f"have it mounted and enabled; {_NO_PLACE}",
+    f"mount and enable that controller; {_NO_PLACE}",
     _UNSUPPORTED,
 )
 CONTROLLER_DENIED = Reason(
     "cgroup",
     "vCPU {ids} needs a cgroup for {element}: {trouble}",
-    f"be root, or be given that group; {_NO_PLACE}",
+    f"run as root, or have that cgroup delegated to you; {_NO_PLACE}",
     _DENIED,
 )
 SHARES = Reason(
     "cgroup",
-    "vCPU {ids}: <shares> {shares} is not from {least} to {most}, as cgroups want it",
+    "vCPU {ids}: <shares> is {shares}, but cgroups take {least} to {most}",
     f"correct <shares>; {_NO_PLACE}",
 )
 NO_CGROUP = Reason(
     "cgroup",
-    "vCPU {ids} cannot have its cgroup: {why}",
-    "look at that group, or leave the thread where the kernel puts it: --no-place (place=False)",
+    "the cgroup of vCPU {ids} cannot be used: {why}",
+    "check that cgroup, or leave the thread where the kernel puts it: --no-place (place=False)",
     _FAILED,
 )
 CGROUP_DENIED = Reason(
     "cgroup",
-    "vCPU {ids} cannot have its cgroup: {why}",
-    "look at that group, or leave the thread where the kernel puts it: --no-place (place=False)",
+    "the cgroup of vCPU {ids} cannot be used: {why}",
+    "check that cgroup, or leave the thread where the kernel puts it: --no-place (place=False)",
     _DENIED,
 )
 NO_THREAD = Reason(
@@ -476,7 +484,7 @@ NO_THREAD = Reason(
 SHARED_THREAD = Reason(
     "shared-thread",
     "vCPU {ids} has no thread of its own: QEMU runs every vCPU on one (-accel tcg,thread=single)",
-    "start QEMU with thread=multi, or KVM",
+    "start QEMU with thread=multi or with KVM",
 )
 
 # -- Machines, QEMU programs and features: machine, topology, arch, emulator, probe, feature, boot
@@ -487,28 +495,30 @@ NO_MACHINE_TYPE = Reason(
 OLD_MACHINE_TYPE = Reason(
     "machine",
     "QEMU {version} for {arch} has no machine type '{machine}'",
-    "the newest that it has of that family is {newest}",
+    "use {newest}, the newest of that family in this QEMU",
     _CONFIG,
 )
 NO_MACHINE_TYPE_HERE = Reason(
     "machine",
     "QEMU {version} ('{program}') has no machine type '{machine}' (unsupported machine type)",
-    "{program} -machine help lists those that it has",
+    "`{program} -machine help` lists its machine types",
     _CONFIG,
 )
 OLD_MACHINE_TYPE_HERE = Reason(
     "machine",
     "QEMU {version} ('{program}') has no machine type '{machine}' (unsupported machine type)",
-    "the newest that it has of that family is {newest}",
+    "use {newest}, the newest of that family in this QEMU",
     _CONFIG,
 )
-MACHINE_SWITCH = Reason("machine", "-machine {key}='{value}': QEMU expects 'on' or 'off'", "correct it", _CONFIG)
+MACHINE_SWITCH = Reason(
+    "machine", "-machine {key}='{value}': QEMU expects 'on' or 'off'", "write {key}=on or {key}=off", _CONFIG
+)
 OTHER_MACHINE_TYPE = Reason(
     "machine", "machine type: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
 )
 TOPOLOGY = Reason(
     "topology",
-    "the machine has room for {maxcpus} vCPUs, and <vcpu> says {defined}",
+    "the machine has room for {maxcpus} vCPUs, but <vcpu> says {defined}",
     "correct <topology>",
     _CONFIG,
 )
@@ -520,23 +530,23 @@ OTHER_ARCH = Reason(
 )
 NO_EMULATOR = Reason(
     "emulator",
-    "<emulator> '{emulator}' is not here",
-    "write one into the definition that `qmpvcpu doctor` lists, or leave the element out",
+    "<emulator> '{emulator}' is not on this host",
+    "name one that `qmpvcpu doctor` lists, or take <emulator> out of the definition",
     _CONFIG,
 )
 NO_PROGRAM = Reason(
     "emulator",
     "there is no QEMU program '{emulator}'",
-    "name one with its folder: `qmpvcpu doctor` lists those that are here",
+    "give its full path: `qmpvcpu doctor` lists the QEMUs of this host",
     _CONFIG,
 )
-NO_PROGRAM_TO_START = Reason("emulator", "{messages}", "name an <emulator> that is here", _INVALID)
-NO_PROGRAM_TO_COMPARE = Reason("emulator", "{messages}", "name an <emulator> that is here")
+NO_PROGRAM_TO_START = Reason("emulator", "{messages}", "name an <emulator> that `qmpvcpu doctor` lists", _INVALID)
+NO_PROGRAM_TO_COMPARE = Reason("emulator", "{messages}", "name an <emulator> that `qmpvcpu doctor` lists")
 PROGRAM_OF_ANOTHER_ARCH = Reason(
-    "emulator", "'{emulator}' is a QEMU for {runs}, and {arch} is asked", "name another one", _CONFIG
+    "emulator", "'{emulator}' is a QEMU for {runs}, but {arch} was requested", "name another program", _CONFIG
 )
 PROBED_ANOTHER_ARCH = Reason(
-    "emulator", "'{emulator}' is a QEMU for {runs}, and {arch} is asked", "name another one"
+    "emulator", "'{emulator}' is a QEMU for {runs}, but {arch} was requested", "name another program"
 )
 PROBE_NEVER = Reason(
     "probe",
@@ -561,14 +571,14 @@ NO_ARCH = Reason(
 )
 BOOT_VCPU_0 = Reason(
     "boot",
-    "vCPU 0 must be enabled and not hotpluggable",
-    "correct it: a guest cannot boot without vCPU 0",
+    "vCPU 0 must be enabled and not hotpluggable: no guest boots without it",
+    "write enabled='yes' and hotpluggable='no' for vCPU 0",
     _CONFIG,
 )
 NO_MEMORY = Reason(
     "boot",
-    "no memory is left for the guest itself",
-    "correct <memory>: it is that of the cells and of all memory devices together",
+    "the memory devices take all of the guest's memory",
+    "correct <memory>: it is the sum of the cells and of all memory devices",
     _CONFIG,
 )
 CELL_WITHOUT_MEMORY = Reason(
@@ -578,9 +588,9 @@ CELL_WITHOUT_MEMORY = Reason(
 # -- What QEMU says to -smp and -numa: smp
 
 SMP_SAID = Reason(
-    "smp", "QEMU refuses this machine: {said}", "correct the machine; it is '{binary}' that says so", _CONFIG
+    "smp", "QEMU refuses this machine: {said}", "correct the machine: '{binary}' refused it", _CONFIG
 )
-#: QEMU's own rules, in its words: `core.machine.smp` and `core.machine.numa` say them where they compute
+#: QEMU's own rules, in its words: `core.machine.smp` and `core.machine.numa` fill them in
 #: (`core.machine.words.refuse_smp`).
 SMP = Reason("smp", "{what}", "{hint}", _CONFIG)
 
@@ -592,19 +602,19 @@ NOT_XML = Reason(
 )
 XML = Reason("xml", "line {line}: {what}", "correct the domain's XML", "VIR_ERR_XML_DETAIL")
 XML_NOT_A_DOMAIN = Reason(
-    "xml", "line {line}: <{element}> is no <domain>", "correct the domain's XML", "VIR_ERR_XML_ERROR"
+    "xml", "line {line}: <{element}> is not <domain>", "correct the domain's XML", "VIR_ERR_XML_ERROR"
 )
 XML_NO_NAME = Reason("xml", "line {line}: the domain has no <name>", "correct the domain's XML", "VIR_ERR_NO_NAME")
 XML_TOPOLOGY = Reason(
     "xml",
-    "line {line}: <topology> has room for {made} vCPUs, and <vcpu> says {maximum}",
+    "line {line}: <topology> has room for {made} vCPUs, but <vcpu> says {maximum}",
     "correct the domain's XML",
     _CONFIG,
 )
 XML_DISK = Reason(
     "xml",
     "line {line}: a <disk> needs <source file='…'/> or <source dev='…'/>, and must be disk or cdrom",
-    "take it out, or give it in <qemu:commandline>",
+    "take it out, or write it in <qemu:commandline>",
 )
 PROTECTION = Reason(
     "protection",
@@ -614,8 +624,8 @@ PROTECTION = Reason(
 )
 TRUST = Reason(
     "trust",
-    "{parts}: a file does not supply what is of a host",
-    "`qmpvcpu define FILE` with the XML of '{name}', and try again: its devices are then those of the definition",
+    "{parts}: a file must not supply what belongs to a host",
+    "`qmpvcpu define FILE` with the XML of '{name}', and try again: that definition supplies the devices",
     _UNSUPPORTED,
 )
 
@@ -623,30 +633,30 @@ TRUST = Reason(
 # place, extra, missing, uuid
 
 DIFFERENCE = Reason("difference", "{difference}", "{hint}", _INVALID)
-#: Also of other errors of a guest that has no definition, or one of another machine.
+#: Also the hint of other errors about a guest without a definition, or with that of another machine.
 DEFINE_IT: Final = "`qmpvcpu define NAME --qmp ADDR` makes a definition of the guest as it runs"
 NOT_HELD = Reason(
     "not-held",
-    "the definition does not hold '{words}', with which the guest was started",
-    "start the guest without it, or write into the definition what stands for it",
+    "the guest was started with '{words}', which the definition does not have",
+    "start the guest without it, or write its counterpart into the definition",
     _INVALID,
 )
 FOLDER_UNKNOWN = Reason(
     "not-held",
     "the folder of the file in '{words}' is not known",
-    "start the guest without it, or write into the definition what stands for it",
+    "start the guest without it, or write its counterpart into the definition",
     _INVALID,
 )
-TWIN_FAILED = Reason("twin", "no QEMU starts of its definition: {why}", DEFINE_IT, _INVALID)
+TWIN_FAILED = Reason("twin", "no QEMU starts from its definition: {why}", DEFINE_IT, _INVALID)
 NO_TWIN = Reason(
     "twin",
-    "no second QEMU can be made to compare with, because this is the host's alone: {words}",
+    "no second QEMU can be started for comparison, because two cannot share this of the host: {words}",
     "take it out of the guest first",
     _INVALID,
 )
 TEMPORARY = Reason(
     "temporary",
-    "disk '{disk}' is a temporary overlay (-snapshot, or snapshot=on), which goes when QEMU ends",
+    "disk '{disk}' is a temporary overlay (-snapshot, or snapshot=on), which is lost when QEMU ends",
     "start the guest without it",
     _INVALID,
 )
@@ -654,24 +664,24 @@ READ_ONLY_MEMORY = Reason("read-only-memory", "{effect}: {backends}", "{hint}", 
 NO_SUCH_SLOT = Reason("slot", "vCPU {ids}: the destination has no such slot", _AS_THE_SOURCE, _INVALID)
 OTHER_PLACE = Reason(
     "place",
-    "vCPU {ids}: its slot is another one at the destination (socket, core or thread)",
+    "vCPU {ids} has another slot at the destination (socket, core or thread)",
     _AS_THE_SOURCE,
     _INVALID,
 )
 EXTRA = Reason(
     "extra",
-    "vCPU {ids} is plugged at the destination, and not at the source",
+    "vCPU {ids} is plugged at the destination, but not at the source",
     "start the destination without it",
     _INVALID,
 )
 MISSING = Reason(
     "missing",
-    "vCPU {ids} is plugged at the source, and not at the destination",
+    "vCPU {ids} is plugged at the source, but not at the destination",
     "migrate-prepare plugs it",
     _INVALID,
 )
 OTHER_UUID = Reason(
-    "uuid", "the guest's uuid is {uuid}, and the destination's {there}", "start it with -uuid", _INVALID
+    "uuid", "the guest's uuid is {uuid}, but the destination's is {there}", "start it with -uuid {uuid}", _INVALID
 )
 
 # -- Migration: pending, migrating, run-state, blocked, feature, uri, cookie, arrived, arrival, destination,
@@ -679,59 +689,69 @@ OTHER_UUID = Reason(
 
 PENDING = Reason(
     "pending",
-    "vCPU {ids}: its unplug is pending, and would end on the way",
+    "vCPU {ids}: its unplug is pending, and could end during the migration",
     "wait for its end (--wait), or enable it again",
     _INVALID,
 )
-UNDER_WAY = Reason("migrating", "a migration is under way ({status})", "migrate-cancel ends it", _INVALID)
+UNDER_WAY = Reason(
+    "migrating", "a migration is under way ({status})", "`qmpvcpu migrate-cancel` ends it", _INVALID
+)
 MIGRATING = Reason(
-    "migrating", "the guest is being migrated ({status})", "wait for its end, or migrate-cancel", _INVALID
+    "migrating",
+    "the guest is being migrated ({status})",
+    "wait for its end, or cancel it: `qmpvcpu migrate-cancel`",
+    _INVALID,
 )
 MIGRATED = Reason(
     "migrating",
-    "the guest has been migrated away",
-    "ask at its destination; migrate-cancel lets it go on here",
+    "the guest has migrated to its destination",
+    "name its destination; `qmpvcpu migrate-cancel` lets it run at the source",
     _INVALID,
 )
-NOTHING_UNDER_WAY = Reason("migrating", "no migration is under way", "`migrate-begin` begins one", _INVALID)
-RUN_STATE = Reason("run-state", "the guest is '{state}'", "look at it first", _INVALID)
+NOTHING_UNDER_WAY = Reason(
+    "migrating", "no migration is under way", "`qmpvcpu migrate-begin` begins one", _INVALID
+)
+RUN_STATE = Reason("run-state", "the guest is '{state}'", "look at the log of its QEMU first", _INVALID)
 SHUT_DOWN = Reason(
     "run-state",
-    "the guest is '{state}': it has shut down, and only a reset lets it run again",
+    "the guest is '{state}': it has shut down, and runs again only after a reset",
     "end its QEMU, or reset it first",
     _INVALID,
 )
 PANICKED = Reason(
     "run-state",
-    "the guest is '{state}': its kernel has ended, and would not run at the destination either",
+    "the guest is '{state}': its kernel has crashed, and would not run at the destination either",
     "end its QEMU, or reset it first",
     _INVALID,
 )
 INTERNAL_ERROR = Reason(
     "run-state",
-    "the guest is '{state}': QEMU itself cannot go on with it",
+    "the guest is '{state}': QEMU cannot run it any further",
     "look at the log of its QEMU, and reset it",
     _INVALID,
 )
 IO_ERROR = Reason(
     "run-state",
-    "the guest is '{state}': a disk has failed, and it waits for that",
-    "correct the disk, and let the guest go on first",
+    "the guest is '{state}': a disk has failed, and QEMU stopped the guest",
+    "repair the disk, and let the guest run first",
     _INVALID,
 )
 WAITS_FOR_A_GUEST = Reason(
-    "run-state", "the guest is '{state}': it waits for a guest", "migrate-cancel ends it", _INVALID
+    "run-state",
+    "the guest is '{state}': it waits for an incoming migration",
+    "`qmpvcpu migrate-cancel` ends it",
+    _INVALID,
 )
 WAS_HANDED_OVER = Reason(
     "run-state",
-    "the guest is '{state}': it has been handed over, or a save failed while it was paused: QEMU migrates it"
-    " only once it has run",
-    "migrate-cancel lets it go on here",
+    "the guest is '{state}': it has been migrated, or a save failed while it was paused: QEMU migrates it"
+    " again only after it has run",
+    "`qmpvcpu migrate-cancel` lets it run here",
     _INVALID,
 )
 RUNS_ALREADY = Reason(
     "run-state",
-    "the destination '{name}' does not wait for a migration: it runs already",
+    "the destination '{name}' does not wait for a migration: it is already running",
     "destroy it first, or name another destination; one that waits is started with -incoming defer",
     _INVALID,
 )
@@ -744,83 +764,87 @@ DOES_NOT_WAIT = Reason(
 _BEGIN_AGAIN: Final = "begin again: migrate-begin, and migrate-prepare a destination with its cookie"
 RUNS_NO_MORE = Reason(
     "run-state",
-    "the guest was {was} when the migration was begun, and is not {was} any more",
+    "the guest was {was} when the migration was begun, and is no longer {was}",
     _BEGIN_AGAIN,
     _INVALID,
 )
-CHANGED_WHILE_SAVING = Reason("run-state", "the guest was {done} since this save began", "save again")
-BLOCKED = Reason("blocked", "QEMU cannot migrate it: {why}", "take out what blocks it", _INVALID)
+CHANGED_WHILE_SAVING = Reason("run-state", "the guest was {done} after this save began", "save again")
+BLOCKED = Reason("blocked", "QEMU cannot migrate the guest: {why}", "remove what blocks it", _INVALID)
 COOKIE_FEATURES = Reason(
     "feature",
     "the migration needs features that this side does not know: {features}",
     "install a newer qmpvcpu on this side",
     _UNSUPPORTED,
 )
-NO_WAY = Reason("uri", "'{uri}' is no way for a migration", "give unix:PATH or tcp:HOST:PORT", _INVALID)
+NO_WAY = Reason("uri", "'{uri}' is not an address for a migration", "give unix:PATH or tcp:HOST:PORT", _INVALID)
 NO_URI = Reason(
-    "uri", "nobody has said where the destination should listen", "give --uri unix:PATH or tcp:HOST:PORT", _INVALID
+    "uri", "the destination has no address to listen at", "give --uri unix:PATH or tcp:HOST:PORT", _INVALID
 )
-LISTENS_ELSEWHERE = Reason("uri", "the destination listens at {there} already", "leave out --uri", _INVALID)
+LISTENS_ELSEWHERE = Reason("uri", "the destination already listens at {there}", "leave out --uri", _INVALID)
 COOKIE = Reason(
     "cookie",
     "line {line}: {what}",
-    "give what migrate-begin has printed, or what `save` has written",
+    "give what `migrate-begin` printed, or what `save` wrote",
     "VIR_ERR_XML_DETAIL",
 )
 COOKIE_NOT_READ = Reason(
-    "cookie", "'{path}' cannot be read: {why}", "name a file that migrate-begin was printed into"
+    "cookie", "'{path}' cannot be read: {why}", "name a file with the output of `migrate-begin`"
 )
 COOKIE_TOO_LONG = Reason(
     "cookie",
     "'{path}' is not a cookie: it has more than {most} bytes",
-    "name a file that migrate-begin was printed into",
+    "name a file with the output of `migrate-begin`",
 )
 COOKIE_UNKNOWN = Reason(
     "cookie",
-    "what this destination was prepared with is not known here",
-    "give the cookie that migrate-begin has printed",
+    "the cookie with which this destination was prepared is not known",
+    "give the cookie that `migrate-begin` printed",
 )
 ARRIVED = Reason(
     "arrived",
-    "the guest has arrived here, and was never let run",
-    "migrate-finish lets it run here, migrate-cancel ends it here",
+    "the guest has arrived, but has never run here",
+    "`qmpvcpu migrate-finish` lets it run, `qmpvcpu migrate-cancel` ends it",
     _INVALID,
 )
 NOTHING_ARRIVED = Reason(
-    "arrival", "no guest has come here by a migration (it is '{state}')", "name the destination", _INVALID
+    "arrival", "no guest has migrated to this QEMU (it is '{state}')", "name the destination", _INVALID
 )
 NOT_ALL_ARRIVED = Reason("arrival", "{why}", "look at the log of the destination's QEMU", _INVALID)
 DESTINATION_LOST = Reason("destination", "{why}", "look at the log of the destination's QEMU", _INVALID)
 COOKIE_USED = Reason("handed-over", "this cookie has been used", _BEGIN_AGAIN, _INVALID)
 RUNS_AT_DESTINATION = Reason(
     "handed-over",
-    "the guest was let run at the destination, and would run twice",
-    "end the source's QEMU; if the destination is gone for good, --force lets the guest go on here",
+    "the guest already runs at the destination, and would run twice",
+    "end the source's QEMU; if the destination has ended for good, --force lets the guest run at the source",
     _INVALID,
 )
 RUNS_AT_SOURCE = Reason(
     "handed-over",
-    "another side has taken the guest (the source goes on), and it would run twice",
-    "migrate-cancel ends this side; if no other one is there any more, --force lets it run",
+    "another side has claimed the guest (the source runs it), and it would run twice",
+    "migrate-cancel ends this side; if there is no other side any more, --force lets it run",
 )
 SOURCE_UNKNOWN = Reason(
     "handed-over",
-    "all of the guest is here, and it is not known whether the source still has it",
-    "migrate-finish (--force) lets it run here; if the source goes on, --force ends it here",
+    "all of the guest has arrived, and it is not known whether the source still has it",
+    "`qmpvcpu migrate-finish` lets it run (with --force, if it refuses); if the source runs it, --force ends it",
     _INVALID,
 )
 SHARED_MEMORY = Reason(
     "shared",
-    "the destination would write to the memory of the guest that runs: {what}",
+    "the destination would write to the memory of the running guest: {what}",
     "start '{name}' yourself with other memory and -incoming defer, and name its QMP socket",
     _UNSUPPORTED,
 )
 
 # -- Saving and restoring: saving, descriptor, verify, file, disk, memory, saved, still-here
 
-SAVING = Reason("saving", "process {pid} is saving this guest", "wait for it, or cancel it: migrate-cancel")
+SAVING = Reason(
+    "saving", "process {pid} is saving this guest", "wait for it, or cancel it: `qmpvcpu migrate-cancel`"
+)
 NO_DESCRIPTOR = Reason(
-    "descriptor", "QEMU can be handed a file only over a unix socket", "connect to its QMP socket on its own host"
+    "descriptor",
+    "QEMU can receive an open file only over a unix socket",
+    "connect to its QMP socket on its own host",
 )
 VERIFY_UNDEFINED = Reason(
     "verify",
@@ -834,36 +858,38 @@ VERIFY_NETWORK = Reason(
     _UNSUPPORTED,
 )
 FILE_NOT_WRITTEN = Reason(
-    "file", "'{file}' cannot be written: {error.strerror}", "name a file in a folder with room"
+    "file",
+    "'{file}' cannot be written: {error.strerror}",
+    "name a file in a folder that has room and can be written",
 )
 NO_DISK = Reason(
     "disk",
-    "'{file}' may take {size} MiB, and its file system has {left} MiB left",
+    "'{file}' may take {size} MiB, but its file system has {left} MiB left",
     "name a file in a folder with room",
     _FAILED,
 )
 NO_MEMORY_TO_COMPARE = Reason(
     "memory",
-    "the second QEMU, which it is compared with, may take {size} MiB, and {left} MiB are free",
-    "end what else takes memory",
+    "the second QEMU, with which it is compared, may take {size} MiB, but {left} MiB are free",
+    "end other programs that take memory",
     _FAILED,
 )
 NO_MEMORY_TO_VERIFY = Reason(
     "memory",
-    "the second QEMU, which it is compared with, may take {size} MiB, and {left} MiB are free",
+    "the second QEMU, with which it is compared, may take {size} MiB, but {left} MiB are free",
     "save without --verify",
     _FAILED,
 )
 NOT_SAVED = Reason("saved", "'{path}' {what}", "name a file that `save` has written")
 DAMAGED = Reason(
     "saved",
-    "'{path}' is damaged: it is not what was saved (its SHA-256 digest differs)",
-    "take it from a copy of the file, if there is one",
+    "'{path}' is damaged: its SHA-256 digest differs from that of the saved guest",
+    "use a copy of the file, if there is one",
 )
 STILL_HERE = Reason(
     "still-here",
-    "the guest in '{file}' is still here, in QEMU (process {pid})",
-    "any command on that guest, such as vcpuinfo, ends it or lets it go on: restore the file then",
+    "the guest in '{file}' still exists in QEMU (process {pid})",
+    "any command on that guest, such as vcpuinfo, ends it or lets it run; then restore the file",
 )
 
 # -- libvirt: libvirt, counts-only
@@ -878,8 +904,8 @@ NO_LIBVIRT = Reason(
 )
 COUNTS_ONLY = Reason(
     "counts-only",
-    "this driver of libvirt's knows only how many vCPUs there are",
-    "setvcpus DOMAIN COUNT (set_vcpus)",
+    "this driver of libvirt's knows only the number of vCPUs",
+    "use `setvcpus DOMAIN COUNT` (set_vcpus)",
     "VIR_ERR_NO_SUPPORT",
 )
 
@@ -891,8 +917,8 @@ FEW_DESCRIPTORS = Reason(
     "raise the limit of open files: ulimit -n 1024",
     "VIR_ERR_SYSTEM_ERROR",
 )
-NO_GUEST = Reason("no-guest", "there is no {arch} guest in {folder}", "scripts/build-guest {arch}")
-NO_QEMU = Reason("no-qemu", "there is no qemu-system-{arch} here", "scripts/demo, or scripts/setup")
+NO_GUEST = Reason("no-guest", "there is no {arch} guest in {folder}", "run scripts/build-guest {arch}")
+NO_QEMU = Reason("no-qemu", "there is no qemu-system-{arch} on this host", "run scripts/demo, or scripts/setup")
 NO_LIBVIRTD = Reason(
     "libvirtd",
     "the program 'libvirtd' is not installed",
@@ -902,5 +928,5 @@ NO_LIBVIRTD = Reason(
 NO_MOUNTS = Reason(
     "libvirtd",
     "libvirtd cannot have folders of its own: {why}",
-    "root needs the right to mount (CAP_SYS_ADMIN); an ordinary user does not",
+    "run it as an ordinary user, or give root the right to mount (CAP_SYS_ADMIN)",
 )

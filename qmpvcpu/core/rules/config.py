@@ -1,4 +1,4 @@
-"""What a definition has against a request; the rules are those of libvirt's qemu driver."""
+"""Why a definition cannot take a change; the rules are those of libvirt's qemu driver."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ from qmpvcpu.errors import Refusal
 
 
 def check_total(definition: Definition, total: int) -> list[Refusal]:
-    """A number of vCPUs that it has no room for."""
+    """Why it cannot have this number of vCPUs."""
     if 1 <= total <= definition.maxcpus:
         return []
     return [catalogue.OVER_DEFINED_MAXIMUM(total=total, most=definition.maxcpus)]
 
 
 def check_maximum(definition: Definition, maximum: int) -> list[Refusal]:
-    """A number of vCPU ids that it cannot have (`qemuDomainSetVcpusMax`)."""
+    """Why it cannot have this number of vCPU ids (`qemuDomainSetVcpusMax`)."""
     found = []
     if not 1 <= maximum <= MOST_VCPUS:
         found.append(catalogue.MAXIMUM(maximum=maximum, most=MOST_VCPUS))
@@ -32,9 +32,11 @@ def check_maximum(definition: Definition, maximum: int) -> list[Refusal]:
 
 
 def check_order(definition: Definition, changed: Sequence[int]) -> list[Refusal]:
-    """QEMU starts with a run of vCPUs from 0 on: none of them can go while one behind it stays in that run."""
+    """QEMU starts with the vCPUs from 0 to some id: none of them can be disabled while a later one of
+    them stays enabled.
+    """
     if not changed or definition.dialect == "rfc":
-        # There nothing says which ones are started with: it follows from which ones are enabled.
+        # That dialect does not say with which ones QEMU starts: it follows from which are enabled.
         return []
     behind = [
         vcpu.id

@@ -1,6 +1,6 @@
-"""What stands against plugging and unplugging: parts of entities, what cannot be plugged, and what kills QEMU.
+"""Why vCPUs cannot be plugged or unplugged: they are part of an entity, the machine cannot, or QEMU would die.
 
-What kills QEMU is in `core.quirks`, a row each.
+What makes QEMU die is in `core.quirks`, one row for each defect.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
-_FORCE: Final = "--force (force=True) does it all the same"
+_FORCE: Final = "--force (force=True) does it anyway"
 
 
 def check_whole_entities(state: DomainState, ids: Sequence[int], flags: VcpuFlag) -> list[Refusal]:
-    """Ids that are only a part of what one `device_add` or `device_del` moves."""
+    """Refuse ids that are only a part of what one `device_add` or `device_del` moves."""
     asked = set(ids)
     verb = "enable" if flags & VcpuFlag.ENABLE else "disable"
     return [
@@ -34,7 +34,7 @@ def check_whole_entities(state: DomainState, ids: Sequence[int], flags: VcpuFlag
 
 
 def check_plug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal]:
-    """What stands against plugging these empty slots."""
+    """Why these empty slots cannot be filled."""
     if not entities:
         return []
     if not state.can_plug:
@@ -44,7 +44,7 @@ def check_plug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal]:
 
 
 def check_unplug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal]:
-    """What stands against unplugging these plugged entities."""
+    """Why these plugged entities cannot be unplugged."""
     if not entities:
         return []
     if not state.can_plug:
@@ -57,23 +57,23 @@ def check_unplug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal
 def _never_unplugged(entity: Entity) -> Refusal:
     if entity.first and entity.driver == LIBVIRT_DRIVER:
         return catalogue.NOT_A_DEVICE(entity.ids, label=entity.label)
-    return catalogue.BOOT_CPU(entity.ids, label=entity.label, verb="hold" if len(entity.ids) > 1 else "is")
+    return catalogue.BOOT_CPU(entity.ids, label=entity.label, verb="include" if len(entity.ids) > 1 else "is")
 
 
 def _big_apic_ids(state: DomainState, entities: Iterable[Entity]) -> list[Entity]:
-    """Those whose APIC id needs x2apic on a QEMU that does not check it."""
+    """The entities whose APIC id needs x2apic, on a QEMU that does not check for it."""
     if state.topology is None or state.topology.x86_apic_limit <= 255 or not decides(state, Fact.APIC_255):
         return []
     return [entity for entity in entities if (state.x86_apic_id(entity) or 0) >= 255]
 
 
 def needs_x2apic(state: DomainState, entities: Iterable[Entity]) -> bool:
-    """Whether a plan to plug these needs `Knowledge.x2apic`."""
+    """Whether `Knowledge.x2apic` must be known to plug these."""
     return bool(_big_apic_ids(state, entities))
 
 
 def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
-    """Plugs that are known to end QEMU."""
+    """Refuse plugs that are known to end QEMU."""
     if not entities:
         return []
     big = _big_apic_ids(state, entities) if known.x2apic is not True else []
@@ -84,7 +84,7 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
         Fact.APIC_255: bool(big),
         Fact.SMM: known.smm is True,
         Fact.MULTI_THREAD: run_out,
-        # Nobody tells how many are used up; what was seen is a lower bound.
+        # QEMU does not report how many are used up: the removals that were seen give a lower bound.
         Fact.NO_CONTEXTS: run_out and known.contexts_lost > 0 and used + len(_ids(entities)) > state.maxcpus,
     }
     facts = {fact for fact, is_true in checks.items() if is_true}
@@ -95,7 +95,7 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
 
 
 def check_hotplug_mode(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
-    """Unplugs that QEMU rejects whatever the guest does next; the guest's agent may do instead."""
+    """Refuse unplugs that QEMU rejects in any case; the agent may take the CPU offline instead."""
     if not entities or not known.legacy_hotplug:
         return []
     rows = set_off(state, Trigger.UNPLUG, {Fact.LEGACY_HOTPLUG})
@@ -103,7 +103,7 @@ def check_hotplug_mode(state: DomainState, entities: Sequence[Entity], known: Kn
 
 
 def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
-    """Unplugs that are known to end QEMU."""
+    """Refuse unplugs that are known to end QEMU."""
     if not entities:
         return []
     by_libvirt = any(entity.driver == LIBVIRT_DRIVER for entity in entities)
@@ -116,14 +116,14 @@ def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known:
     found = []
     for row in set_off(state, Trigger.UNPLUG, facts):
         if Fact.FIRMWARE in row.facts and known.firmware_runs is None:
-            message = f"{row.message}, and libvirt's API does not tell whether it does"
-            row = replace(row, message=message, hint="a guest agent in its XML tells, or --via monitor")
+            message = f"{row.message}, and libvirt's API does not report whether it does"
+            row = replace(row, message=message, hint="add a guest agent to its XML, or use --via monitor")
         found.append(refusal_of(row, state, _ids(entities)))
     return found
 
 
 def refusal_of(row: Quirk, state: DomainState, ids: tuple[int, ...] = (), *, used: int = 0) -> Refusal:
-    """What a defect has against a request, which can be forced.
+    """The refusal because of a defect; it can be forced.
 
     Args:
         row: the defect.
@@ -140,20 +140,20 @@ def refusal_of(row: Quirk, state: DomainState, ids: tuple[int, ...] = (), *, use
 def warnings(
     state: DomainState, plugs: Sequence[Entity], unplugs: Sequence[Entity], known: Knowledge
 ) -> list[str]:
-    """What is no reason to refuse, but the user should know."""
+    """What the user should know, though it is not a reason to refuse."""
     is_quiet = known.contexts_reported or not (plugs or unplugs)
     return [] if is_quiet else plugs_left(state, known, plugs)
 
 
 def plugs_left(state: DomainState, known: Knowledge, plugs: Sequence[Entity] = ()) -> list[str]:
-    """How many plugs QEMU can take after these, as one text; none where they do not run out."""
+    """How many plugs QEMU can take after these, as one text; empty where plugs do not run out."""
     if not contexts_run_out(state):
         return []
     left = max(state.maxcpus - len(state.enabled_ids) - known.contexts_lost - len(_ids(plugs)), 0)
-    # A core of ppc64 is one plug, and uses as many as it has threads.
+    # One plug of a ppc64 core uses a context for each of its threads.
     left //= len(state.entities[0].ids)
     return [
-        f"QEMU under TCG does not free what an unplugged vCPU has used: this QEMU can take {left} more"
+        f"QEMU under TCG does not free the context of an unplugged vCPU: this QEMU can take {left} more"
         f" plug{'s' if left != 1 else ''} before it aborts, or fewer if another program has unplugged vCPUs"
     ]
 
@@ -163,13 +163,13 @@ def _ids(entities: Iterable[Entity]) -> tuple[int, ...]:
 
 
 def restore_forbidden(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> str | None:
-    """Why what was removed must not be plugged again on this machine, None where it may be tried."""
+    """Why entities that were removed must not be plugged back on this machine; None if they may."""
     kills = check_kills_on_plug(state, entities, known)
     return kills[0].message if kills else None
 
 
 def undo_forbidden(state: DomainState, known: Knowledge) -> str | None:
-    """Why a plug must not be undone by an unplug on this machine, None where it may be tried."""
+    """Why a plug must not be undone by an unplug on this machine; None if it may."""
     if not state.can_unplug:
         return f"{state.machine} ({state.arch}) never unplugs a CPU"
     sample = [entity for entity in state.entities if entity.first != 0][:1]

@@ -1,7 +1,7 @@
-"""Where a vCPU's thread shall run, by the domain's XML, and whether this host lets it. Pure.
+"""Where a vCPU's thread should run by the domain's XML, and whether this host allows it. Pure.
 
-Words of libvirt's `<cputune>` (`vcpupin`, else `<vcpu cpuset>`, `vcpusched`, `period`, `quota`, `shares`) and
-`<numatune>` (`memory`, `memnode`).
+The names are those of libvirt's `<cputune>` (`vcpupin`, else `<vcpu cpuset>`, `vcpusched`, `period`,
+`quota`, `shares`) and `<numatune>` (`memory`, `memnode`).
 """
 
 from __future__ import annotations
@@ -21,19 +21,19 @@ REAL_TIME: Final = ("fifo", "rr")
 _V2: Final = 2
 #: cgroup-v2.rst, cpu.weight; libvirt writes `<shares>` there as it is.
 _MOST_WEIGHT: Final = 10000
-#: v1's cpu.shares: what is outside, the kernel bends.
+#: v1's cpu.shares: the kernel clamps values outside of its range.
 _MOST_SHARES: Final = 262144
-_PIN: Final = "name CPUs that it may have; vcpupin --config keeps them for another host"
+_PIN: Final = "name host CPUs that it may use; vcpupin --config keeps them for another host"
 T = TypeVar("T")
 
 
 @dataclass(frozen=True, slots=True)
 class Placement:
-    """What one thread should be given; None leaves it as it is.
+    """The settings of one thread; None leaves a setting as it is.
 
-    `cpus` are host CPUs (an empty tuple: all that it may have), `scheduler` is `fifo:10`, `batch` …; by its
-    cgroup: `mems` are host NUMA nodes, `period` and `quota` microseconds of CPU time (a negative quota: no
-    limit), `shares` its weight, 1024 being usual.
+    `cpus` are host CPUs (an empty tuple: all that it may use) and `scheduler` is `fifo:10`, `batch` …
+    The others are set by its cgroup: `mems` are host NUMA nodes, `period` and `quota` microseconds of CPU
+    time (a negative quota: no limit), `shares` is its weight, usually 1024.
     """
 
     cpus: tuple[int, ...] | None = None
@@ -50,17 +50,17 @@ class Placement:
 
     @property
     def priority(self) -> int:
-        """sched_priority; 0 where the policy has none."""
+        """sched_priority; 0 if the policy has no priority."""
         return int(self.scheduler.partition(":")[2] or 0) if self.scheduler is not None else 0
 
     @property
     def controllers(self) -> tuple[str, ...]:
-        """cgroup controllers that it cannot do without; affinity alone needs none."""
+        """The cgroup controllers that it needs; affinity alone needs none."""
         tuned = (self.period, self.quota, self.shares) != (None, None, None)
         return (*(("cpuset",) if self.mems is not None else ()), *(("cpu",) if tuned else ()))
 
     def to_json(self) -> dict[str, Any]:
-        """What it says, as JSON data: `cpus` and `mems` as the kernel writes lists."""
+        """The settings as JSON data: `cpus` and `mems` as the kernel writes lists."""
         lists = {"cpus": self.cpus, "mems": self.mems}
         values = {"scheduler": self.scheduler, "period": self.period, "quota": self.quota, "shares": self.shares}
         return {
@@ -82,7 +82,7 @@ class Placement:
 
 @dataclass(frozen=True, slots=True)
 class ThreadState:
-    """Where a thread may run, how, and where it last did."""
+    """On which host CPUs a thread may run, its scheduler, and the CPU on which it last ran."""
 
     cpus: tuple[int, ...]
     scheduler: str
@@ -91,13 +91,17 @@ class ThreadState:
 
 @dataclass(frozen=True, slots=True)
 class Control:
-    """What a cgroup controller of QEMU's group has for groups of vCPUs.
+    """What a cgroup controller of QEMU's group allows for the groups of vCPUs.
 
-    `version` is 1 or 2, 0 without it; `path` the group in which theirs are made; `trouble` says why they cannot
-    be, `denied` if that is for want of a right. `cpus` and `mems` are all that cpuset lets a vCPU have there,
-    None where it does not say. `is_layout`: QEMU is in an `emulator` group as libvirt makes it, so every vCPU
-    has its own. `gives_real_time`: a real-time thread may be in QEMU's group; `splits_real_time`: groups need
-    time of their own.
+    Attributes:
+        version: 1 or 2; 0 without the controller.
+        path: the group in which the groups of vCPUs are made.
+        trouble: why they cannot be made.
+        denied: whether that is for want of a permission.
+        cpus, mems: all that cpuset lets a vCPU use in there; None where it does not say.
+        is_layout: QEMU is in an `emulator` group as libvirt makes it, so every vCPU has its own.
+        gives_real_time: a real-time thread may be in QEMU's group.
+        splits_real_time: each group needs a real-time budget of its own.
     """
 
     version: int = 0
@@ -113,8 +117,9 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What this process may do with QEMU's threads. `online` are host CPUs, `realtime` is the highest real-time
-    priority that QEMU's threads may get (0: none), `controls` the cgroup controllers, `cpuset` and `cpu`.
+    """What this process may do with QEMU's threads. `online` are host CPUs, `realtime` is the highest
+    real-time priority that QEMU's threads may get (0: none), `controls` has the cgroup controllers `cpuset`
+    and `cpu`.
     """
 
     online: frozenset[int]
@@ -124,10 +129,10 @@ class HostFacts:
 
 
 def placements(definition: Definition | None, ids: Iterable[int]) -> dict[int, Placement]:
-    """What the XML says of these vCPUs; those of which it says nothing are left out."""
+    """The XML's settings for these vCPUs; a vCPU without any is left out."""
     if definition is None:
         return {}
-    # A new thread has the CPUs of the one that makes it.
+    # A new thread inherits the CPUs of the one that makes it.
     is_pinned = definition.cpuset is None and definition.emulator_pin is not None
     everywhere = () if is_pinned else definition.cpuset
     found = {
@@ -145,7 +150,7 @@ def placements(definition: Definition | None, ids: Iterable[int]) -> dict[int, P
 
 
 def emulator_placement(definition: Definition) -> Placement:
-    """What the XML says of QEMU's other threads: `<emulatorpin>`, else `<vcpu cpuset>`."""
+    """The XML's settings for QEMU's other threads: `<emulatorpin>`, else `<vcpu cpuset>`."""
     cpus = definition.emulator_pin if definition.emulator_pin is not None else definition.cpuset
     return Placement(cpus, mems=definition.mems)
 
@@ -153,7 +158,7 @@ def emulator_placement(definition: Definition) -> Placement:
 def check_emulator(emulator: Placement, facts: HostFacts | None) -> list[Refusal]:
     """Every reason why QEMU's other threads cannot be placed."""
     if facts is None or not facts.is_owner:
-        # Said of the vCPUs, or there is nothing to do.
+        # The refusals of the vCPUs say that already, or there is nothing to do.
         return []
     found = check_placements({0: emulator} if emulator else {}, facts)
     return [
@@ -188,7 +193,7 @@ def check_placements(wanted: Mapping[int, Placement], facts: HostFacts | None) -
     for name in ("cpuset", "cpu"):
         ids = tuple(n for n in sorted(wanted) if name in wanted[n].controllers)
         control = facts.controls.get(
-            name, Control(trouble=f"no cgroup with the {name} controller is mounted here")
+            name, Control(trouble=f"no cgroup with the {name} controller is mounted on this host")
         )
         if ids and control.trouble is not None:
             word = "<numatune>" if name == "cpuset" else "<period>, <quota> or <shares>"
@@ -212,7 +217,7 @@ def check_thread(state: DomainState, vcpu_id: int) -> list[Refusal]:
 
 
 def check_thread_cpus(vcpu_id: int, wanted: Placement, facts: HostFacts | None) -> list[Refusal]:
-    """`check_placements` of a vCPU that is pinned by its user, and not by its XML."""
+    """`check_placements` for a vCPU that a user pins, whatever its XML says."""
     return [
         replace(one, hint=_PIN) if one.libvirt == catalogue.PLACE_OFFLINE.libvirt else one
         for one in check_placements({vcpu_id: wanted}, facts)
@@ -222,7 +227,7 @@ def check_thread_cpus(vcpu_id: int, wanted: Placement, facts: HostFacts | None) 
 def _groups(
     wanted: Mapping[int, Placement], get: Callable[[Placement], T | None]
 ) -> list[tuple[T, tuple[int, ...]]]:
-    """What is wanted, and the vCPUs that want just that."""
+    """Each value that `get` gives, with the vCPUs that have it."""
     pairs = ((get(wanted[number]), number) for number in sorted(wanted))
     found = grouped((value, number) for value, number in pairs if value is not None)
     return [(value, tuple(ids)) for value, ids in found.items()]
@@ -237,7 +242,7 @@ def _within(
     path: str,
     element: str,
 ) -> list[Refusal]:
-    """Whether these host CPUs or nodes are there, and may be had."""
+    """Refuse host CPUs or nodes that are not there, or may not be used."""
     if online is not None and (gone := [number for number in asked if number not in online]):
         return [catalogue.PLACE_OFFLINE(ids, how=how, gone=gone, there=sorted(online), element=element)]
     if allowed is not None and (gone := [number for number in asked if number not in allowed]):
@@ -265,9 +270,9 @@ def _real_time(wanted: Mapping[int, Placement], facts: HostFacts, cpu: Control) 
 
 
 def is_left(placement: Placement, thread: ThreadState, main: ThreadState) -> bool:
-    """Whether a thread still has what QEMU's main thread has, and shall have something else: nobody has placed it.
+    """Whether nobody has placed a thread yet: it has what QEMU's main thread has, and should have something else.
 
-    What somebody has given it since is left alone.
+    What somebody else has set since is left alone.
     """
     is_loose = thread.cpus == main.cpus and bool(placement.cpus) and thread.cpus != placement.cpus
     is_plain = thread.scheduler == main.scheduler and placement.scheduler not in (None, thread.scheduler)
@@ -275,12 +280,12 @@ def is_left(placement: Placement, thread: ThreadState, main: ThreadState) -> boo
 
 
 def with_thread(vcpu: Vcpu, thread: ThreadState) -> Vcpu:
-    """A vCPU with what its thread is given."""
+    """The vCPU with the settings of its thread."""
     return replace(vcpu, pin=format_ids(thread.cpus), scheduler=thread.scheduler, cpu=thread.last_cpu)
 
 
 def with_threads(state: DomainState, threads: Mapping[int, ThreadState]) -> DomainState:
-    """The state with what the threads of its vCPUs are given, by thread id."""
+    """The state with the settings of its vCPUs' threads, which are given by thread id."""
     if not threads:
         return state
     found = [(vcpu, threads.get(vcpu.thread_id) if vcpu.thread_id is not None else None) for vcpu in state.vcpus]

@@ -1,4 +1,4 @@
-"""What a request says in itself, and what this connection can serve of it: flags, options, ids and counts."""
+"""Refusals that follow from the request alone, or from what its connection has: flags, options, ids, counts."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qmpvcpu.flags import VcpuFlag
 
 _ALL_FLAGS: Final = sum(VcpuFlag)
 _NOT_WITH_GUEST: Final = (
-    (VcpuFlag.NUMA_NODE, "the agent does not tell a CPU's NUMA node"),
+    (VcpuFlag.NUMA_NODE, "the agent does not report a CPU's NUMA node"),
     (VcpuFlag.CONFIG, "the agent changes only the running guest"),
     (VcpuFlag.CORE, "the agent switches single CPUs"),
 )
@@ -28,7 +28,7 @@ def check_request(request: Request) -> list[Refusal]:
 def check_flags(flags: VcpuFlag, *, is_query: bool | None = None) -> list[Refusal]:
     """Flags that exclude each other (design.md, "Refused before anything is touched").
 
-    `is_query` is given for what changes something with neither ENABLE nor DISABLE.
+    `is_query` is given for a request that changes something with neither ENABLE nor DISABLE.
     """
     found: list[Refusal] = []
     if flags in (VcpuFlag.ENABLE, VcpuFlag.DISABLE, VcpuFlag.CURRENT):
@@ -59,16 +59,16 @@ def check_sides(
     has_definition: bool,
     has_agent: bool,
 ) -> list[Refusal]:
-    """What a connection cannot serve, whatever the state.
+    """Why this connection cannot serve the request, whatever the state.
 
     Args:
-        request: what is asked.
+        request: what is requested.
         name: of the domain.
         live: whether the running guest is meant.
         config: whether the definition is meant.
         is_active: whether there is a running guest.
         has_definition: whether a definition is known.
-        has_agent: whether its agent is known, or nobody could ask it.
+        has_agent: whether its agent is known, or there is no guest that could have one.
     """
     reason = catalogue.INACTIVE_LIVE if request.has(VcpuFlag.LIVE) else catalogue.INACTIVE
     found = [reason(name=name)] if live and not is_active else []
@@ -81,7 +81,7 @@ def check_sides(
 
 
 def check_at_rest(run_state: str | None, migration: str | None) -> list[Refusal]:
-    """Why no vCPU can be switched now: the guest is migrating, or has been migrated.
+    """Why no vCPU can change now: the guest is migrating, or has migrated.
 
     Args:
         run_state: QEMU's RunState.
@@ -93,7 +93,7 @@ def check_at_rest(run_state: str | None, migration: str | None) -> list[Refusal]
 
 
 def check_range(state: DomainState, ids: Iterable[int]) -> list[Refusal]:
-    """vCPU ids that this machine does not have."""
+    """The vCPU ids that this machine does not have."""
     bad = [number for number in ids if number not in state.by_id]
     if not bad:
         return []
@@ -103,5 +103,5 @@ def check_range(state: DomainState, ids: Iterable[int]) -> list[Refusal]:
 
 
 def check_count(total: int, most: int) -> list[Refusal]:
-    """A number of vCPUs that a driver of libvirt's, which knows only numbers, cannot reach."""
+    """Why a libvirt driver that knows only the number of vCPUs cannot reach this number."""
     return [] if 1 <= total <= max(most, 1) else [catalogue.OVER_LIBVIRT_MAXIMUM(total=total, most=most)]

@@ -1,4 +1,4 @@
-"""Which vCPUs a request means: ids, the vCPUs or cores of a NUMA node, or as many as make a count."""
+"""Which vCPUs a request means: by ids, by NUMA node, by core, or by a number of vCPUs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def choose(
     """What a request means on the running guest.
 
     Returns:
-        The vCPU ids that it is about; each id that it decides on -> whether it is to be enabled (online, with
-        GUEST); and what is wrong with how it names them.
+        The vCPU ids that it is about; each id that is to change -> whether it is to be enabled (online, with
+        GUEST); and the refusals of how it names them.
     """
     if request.listed is not None:
         targets, found = select_listed(state, request)
@@ -38,11 +38,11 @@ def choose(
 def select(
     state: DomainState, request: Request, guest: GuestView | None = None
 ) -> tuple[tuple[int, ...], list[Refusal]]:
-    """The vCPU ids that a request means, ascending, and what is wrong with how it names them.
+    """The vCPU ids that a request means, ascending, and the refusals of how it names them.
 
     Args:
         state: of the guest, or of a definition.
-        request: what is asked.
+        request: what is requested.
         guest: its own view of its CPUs, where an agent answered.
     """
     if request.has(VcpuFlag.NUMA_NODE):
@@ -57,7 +57,7 @@ def select(
 
 
 def select_listed(state: DomainState, request: Request) -> tuple[tuple[int, ...], list[Refusal]]:
-    """Every vCPU, as a file's `<vcpus>` lists them; and why this cannot be that guest's."""
+    """Every vCPU, as a file's `<vcpus>` lists them; and why that list does not fit this guest."""
     assert request.listed is not None
     listed = request.listed.vcpus
     if len(listed) != state.maxcpus:
@@ -72,10 +72,10 @@ def select_listed(state: DomainState, request: Request) -> tuple[tuple[int, ...]
 
 
 def core_of(state: DomainState, vcpu_id: int) -> tuple[int, ...]:
-    """Every vCPU id of the core that holds this one: an entity on ppc64, its threads on x86."""
+    """Every vCPU id of the core that has this one: an entity on ppc64, its threads on x86."""
     entity = state.by_id[vcpu_id]
     if state.version is None and state.topology is not None:
-        # A definition: its ids are numbered core by core.
+        # In a definition ids are numbered core by core.
         first = vcpu_id - vcpu_id % state.topology.threads
         return tuple(range(first, first + state.topology.threads))
     if len(entity.ids) > 1 or entity.props is None or "thread-id" not in entity.props:
@@ -117,7 +117,7 @@ def _select_of_node(
         unit = "vCPU"
     if request.disable:
         groups.reverse()
-    # The end of an unplug that is pending is waited for before another vCPU goes, and taken back last.
+    # Disabling takes one whose unplug is pending first, so that no other goes; enabling takes it last.
     groups.sort(key=lambda group: any(state.vcpus[number].pending for number in group) is request.enable)
     if len(groups) < count:
         kind = f"disabled {unit}s" if request.enable else f"enabled {unit}s that can be unplugged"
@@ -126,17 +126,17 @@ def _select_of_node(
 
 
 def _wanted(state: DomainState, vcpu: Vcpu, request: Request, guest: GuestView | None) -> bool:
-    """Whether there is something to switch."""
+    """Whether the request would change this vCPU."""
     if request.disable:
         return vcpu.enabled and state.by_id[vcpu.id].hotpluggable
-    # Plugged and offline in the guest is not enabled already.
+    # One that is plugged, but offline in the guest, does not count as enabled.
     return not vcpu.enabled or vcpu.pending or (guest is not None and guest.online(vcpu.id) is False)
 
 
 def _cores_of_node(
     state: DomainState, members: Sequence[Vcpu], request: Request, guest: GuestView | None
 ) -> list[tuple[int, ...]]:
-    """Cores that lie on the node whole and have something to switch, lowest first."""
+    """The cores that are wholly on the node and that the request would change, lowest first."""
     on_node = {vcpu.id for vcpu in members}
     found: list[tuple[int, ...]] = []
     for core in sorted({core_of(state, vcpu.id) for vcpu in members}):
@@ -154,12 +154,12 @@ def _cores_of_node(
 
 
 def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tuple[dict[int, bool], list[Refusal]]:
-    """`set_vcpus`: what each vCPU must be for `request.total` of them to be enabled, or why that cannot be.
+    """`set_vcpus`: which vCPUs must be enabled to make `request.total` of them, or why that cannot be.
 
-    libvirt's choice (`qemuDomainSelectHotplugVcpuEntities`): the lowest empty entities are added, the highest
-    hotpluggable ones removed, whole entities in that order and nothing skipped. An entity whose unplug is pending
-    counts as enabled until its end: it is the first that stays when more are wanted, and the first that goes when
-    fewer are. So never more are enabled than were before, or than are wanted.
+    libvirt's choice (`qemuDomainSelectHotplugVcpuEntities`): the lowest empty entities are plugged and the
+    highest hotpluggable ones unplugged, in that order and without a gap. An entity whose unplug is pending
+    counts as enabled until its end: it is the first to stay if more are requested, and the first to go if
+    fewer are. So there are never more vCPUs enabled than before, or than requested.
 
     Returns:
         vCPU id -> whether it is to be enabled, of every vCPU that is or is to be plugged.
@@ -179,7 +179,7 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
     if enable:
         candidates = leaving + [entity for entity in state.entities if not entity.plugged]
     else:
-        # Where nothing can ever be unplugged, the checks say why; else only what can be is looked at.
+        # On a machine that never unplugs, the checks of `rules.hotplug` say so.
         candidates = [e for e in reversed(staying) if e.hotpluggable or (not state.can_unplug and e.first != 0)]
     below = above = now
     for entity in candidates:
@@ -201,10 +201,10 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
 def resolve_guest_total(
     state: DomainState, request: Request, known: Knowledge
 ) -> tuple[dict[int, bool], list[Refusal]]:
-    """`set_vcpus` through the agent: the lowest are taken online, the highest that can be are taken offline.
+    """`set_vcpus` through the agent: the lowest go online; the highest that can go offline do.
 
     Returns:
-        vCPU id -> whether it is to be online, of those that are to be switched.
+        vCPU id -> whether it is to be online, for those that must change.
     """
     total = request.total
     assert total is not None
@@ -228,8 +228,8 @@ def resolve_guest_total(
 
 
 def guest_total(view: GuestView, total: int) -> tuple[tuple[int, ...], bool, list[Refusal]]:
-    """So many CPUs online, counted by the guest's own numbers: which are to be switched, and whether online. The
-    lowest are taken online, the highest that can be are taken offline.
+    """The guest's own ids of the CPUs that must change to make `total` of them online, whether they go online, and
+    refusals. The lowest go online; the highest that can go offline do.
     """
     lit = [cpu for cpu in view.cpus if cpu.online]
     online = total >= len(lit)
