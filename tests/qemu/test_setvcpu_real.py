@@ -303,7 +303,7 @@ async def test_a_killed_qemu_ends_the_call_at_once():
 
         await until(plugged, "many are plugged", every=0)
         os.kill(qemu.pid, signal.SIGKILL)
-        with pytest.raises(qmpvcpu.VcpuConnectionError, match="When it was lost") as error:
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="when the connection was lost") as error:
             await call
         assert error.value.reason == "closed"  # not "timeout", after 10 or 600 s
         with pytest.raises(qmpvcpu.VcpuConnectionError):

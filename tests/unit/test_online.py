@@ -9,8 +9,8 @@ from hypothesis import strategies as st
 from tests.support.agent_switch import Declined, Switched, switch
 
 BUSY = "Device or resource busy"
-NOT_TRIED = "not tried, since another one failed"
-NOT_SAID = "the guest says nothing of why it did not follow"
+NOT_TRIED = "not tried, because another one failed"
+NOT_SAID = "the guest did not change it, and gave no reason"
 
 
 class Agent:

@@ -1,8 +1,9 @@
 """CPUs of the guest taken online or offline through its agent, as one transaction. Pure.
 
-`guest-set-vcpus` stops at the first CPU that fails, keeps what it did, and says only how many that were: so the
-one that failed is asked again alone, which gives the reason. What counts in the end is the guest's own list, asked
-anew; if one did not follow, those that did are put back, and that is looked at too.
+`guest-set-vcpus` stops at the first CPU that fails, keeps what it changed, and reports only how
+many those were: so the CPU that failed is set again alone, which gives the reason. What counts in
+the end is a fresh list of the guest's CPUs. If a CPU did not change, those that did are set back,
+and another fresh list verifies that.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ __all__ = ["Answered", "GetCpus", "Seen", "SetCpus", "Switch", "SwitchStep"]
 
 
 class SwitchStep(Enum):
-    """What is waited for."""
+    """What the transaction waits for."""
 
     SET = "guest-set-vcpus"
     WHY = "guest-set-vcpus of the one that failed"
@@ -42,7 +43,7 @@ class GetCpus:
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """Input: how many CPUs the agent says it set, or the error it gave."""
+    """Input: how many CPUs the agent reports as set, or its error."""
 
     count: object = 0
     error: str | None = None
@@ -56,8 +57,8 @@ class Seen:
 
 
 Effect = SetCpus | GetCpus
-_NOT_TRIED: Final = "not tried, since another one failed"
-_NOT_DONE: Final = "the guest says nothing of why it did not follow"
+_NOT_TRIED: Final = "not tried, because another one failed"
+_NOT_DONE: Final = "the guest did not change it, and gave no reason"
 
 
 @dataclass(slots=True)
@@ -65,12 +66,13 @@ class Switch:
     """The transaction: `start()`, then `feed()` until `step` is DONE.
 
     Args:
-        view: the guest as it is; every one of `vcpus` is known in it.
-        vcpus: vCPU ids, in the order they are switched.
-        online: to what.
+        view: the guest's CPUs before; it has every one of `vcpus`.
+        vcpus: vCPU ids, in the order in which they are switched.
+        online: whether they are taken online.
 
-    `changed`, `undone` and `remaining` are vCPU ids at the end; `failures` maps those that did not follow to the
-    guest's reason, `undo_failures` those that could not be put back, where it gave one.
+    `changed`, `undone` and `remaining` are vCPU ids at the end; `failures` maps each that did not
+    change to the guest's reason, `undo_failures` each that could not be set back to the reason, if
+    there is one.
     """
 
     view: GuestView
@@ -86,7 +88,7 @@ class Switch:
     _todo: tuple[int, ...] = ()
 
     def start(self) -> Effect | None:
-        """The first effect; None if all is so already."""
+        """The first effect; None if nothing has to change."""
         self._todo = tuple(vcpu for vcpu in self.vcpus if self.view.by_vcpu[vcpu].online is not self.online)
         self._left = list(self._todo)
         if not self._todo:
@@ -103,7 +105,7 @@ class Switch:
         return self._answered(happened)
 
     def _undone(self, answer: Answered) -> Effect:
-        """One that cannot be put back does not keep the next from it."""
+        """A CPU that cannot be set back does not keep the others from it."""
         count = answer.count if type(answer.count) is int and 0 <= answer.count <= len(self._left) else 0
         if answer.error is not None:
             self.undo_failures[self._left[0]] = answer.error
@@ -139,7 +141,8 @@ class Switch:
         else:
             self.changed = tuple(followed)
             untried = self._left[1:] if self.failures else []
-            # What was so already may be so no longer: the call claims it of all of them.
+            # A CPU that did not have to change may have changed since: the call promises it for all
+            # of them.
             self.failures = {
                 vcpu: _NOT_TRIED if vcpu in untried else self.failures.get(vcpu, _NOT_DONE)
                 for vcpu in self.vcpus

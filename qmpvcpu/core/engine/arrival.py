@@ -1,4 +1,4 @@
-"""How plugged vCPUs come to the guest: what it says of them, look after look, until it runs on them. Pure."""
+"""Whether the guest runs on newly plugged vCPUs, by one list of its CPUs after the other. Pure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qmpvcpu.core.state.guest_view import GuestCpu, GuestView, newcomers
 
 @dataclass(frozen=True, slots=True)
 class Arrival:
-    """How plugged vCPUs came to the guest.
+    """Which of the plugged vCPUs the guest runs on.
 
     Attributes:
         missing: vCPU ids that it does not run on.
-        unknown: vCPU ids for which this is not known, because its CPUs cannot be told apart.
-        last: what it said last.
+        unknown: vCPU ids for which this is not known, because its CPUs cannot be identified.
+        last: its last error about one of them.
         view: its CPUs.
     """
 
@@ -29,12 +29,12 @@ class Arrival:
 
 
 class Arriving:
-    """vCPUs that the guest is to come to run on.
+    """Plugged vCPUs until the guest runs on them.
 
     Args:
-        state: with them.
+        state: with these vCPUs plugged.
         vcpus: their ids.
-        before: the guest before they came, where only that tells which CPUs have come.
+        before: the guest's CPUs before the plug, if only the difference identifies the new ones.
     """
 
     def __init__(self, state: DomainState, vcpus: Collection[int], before: GuestView | None) -> None:
@@ -44,18 +44,18 @@ class Arriving:
         self._come: tuple[GuestCpu, ...] = ()
         self._lists_all = architecture(state.arch).lists_possible_cpus
         self._enabled = len(state.enabled_ids)
-        #: Whether any was missing at an earlier look.
+        #: Whether any was missing in an earlier list.
         self.was_missing = False
-        #: What the guest said last of one that does not come.
+        #: The guest's last error about one that is missing.
         self.last: str | None = None
 
     def seen(self, view: GuestView) -> GuestView:
-        """What the guest says now; the same, with what its newcomers tell."""
+        """Take in the guest's CPUs as they are now; return them with what the new ones prove."""
         self._come = ()
         if self._before is not None and view.assumed:
             come = newcomers(self._before, view, lists_all=self._lists_all)
             if len(come) > len(self._vcpus):
-                # Others have come too: nobody can say whose is whose.
+                # Other CPUs have come too, so the new ones cannot be identified.
                 self._before = None
             self._come = come if len(come) == len(self._vcpus) else ()
         if self._come and all(cpu.online for cpu in self._come):
@@ -64,32 +64,33 @@ class Arriving:
         return view
 
     def offline(self, view: GuestView) -> list[int]:
-        """vCPU ids that the guest has offline."""
+        """The vCPU ids that are offline in the guest."""
         return sorted(number for number in self._missing if view.online(number) is False)
 
     def offline_newcomers(self) -> list[int]:
-        """The same by the guest's own numbers, where nothing tells which vCPU is which."""
+        """The same by the guest's own ids, where its CPUs cannot be identified."""
         return [cpu.logical_id for cpu in self._come if not cpu.online]
 
     def switched(self, run: Switch, view: GuestView) -> GuestView:
-        """The agent has taken some online; the view with them."""
+        """Take in which ones the agent has taken online; return the view with them."""
         self._missing -= set(run.changed)
         self.last = next(iter(run.failures.values()), self.last)
         return view.switched(run.changed, online=True)
 
     def arrival(self, view: GuestView) -> Arrival:
-        """How it stands."""
+        """The result so far."""
         self.was_missing |= bool(self._missing)
         unknown = self._unnamed(view) if self._before is None else frozenset()
         return Arrival(frozenset(self._missing - unknown), unknown, self.last, view)
 
     def is_over(self, view: GuestView) -> bool:
-        """Whether all have come, or no use to wait: where nothing tells the guest's CPUs apart, that does not
-        change once they are all there.
+        """Whether waiting is over: the guest runs on all of them, or it has all its CPUs, and they
+        cannot be identified.
         """
         if not self._missing:
             return True
-        # `newcomers` identifies the CPUs that came. If there are none, these vCPUs are the missing ones.
+        # `newcomers` identifies the CPUs that came. If there are none, these vCPUs are the missing
+        # ones.
         is_told = self._before is not None or not view.assumed
         return not is_told and self._missing == self._unnamed(view) and len(view.cpus) >= self._enabled
 

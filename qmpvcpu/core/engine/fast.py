@@ -1,4 +1,6 @@
-"""The engine's trick for speed; `scripts/bench tricks` measures it, and `scripts/soak plain` runs without it."""
+"""The engine's trick for speed; `scripts/bench tricks` measures it, and `scripts/soak plain` runs
+without it.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ from enum import Enum
 
 
 class FastEnum(Enum):
-    """An Enum whose members are hashed by the interpreter: the tables are keyed by them."""
+    """An Enum whose members the interpreter hashes: they are the keys of the tables."""
 
     # "hash": Enum's own is a Python function, and every message looks several members up.
     __hash__ = object.__hash__

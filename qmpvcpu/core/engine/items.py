@@ -1,4 +1,4 @@
-"""One entity on its way, all of them together, and how they ended. Pure."""
+"""The entities of a transaction with their stages, and the result that these make. Pure."""
 
 from __future__ import annotations
 
@@ -22,13 +22,14 @@ from qmpvcpu.core.engine.stages import (
 from qmpvcpu.core.model import Entity
 from qmpvcpu.errors import OutcomeKind
 
-#: Tries, with a growing pause, for an id that QEMU frees a moment after the slot. Another device may have it, too.
+#: How often a taken device id is tried again, with a growing pause: QEMU frees it a moment after
+#: the slot.
 _READDS: Final = 4
 
 _UNDOABLE: Final = frozenset({Stage.ADDED, Stage.PLUGGED})
 _RESTORED: Final = frozenset({Stage.PLUGGED, Stage.OTHERS})
 
-#: What to say of a failure that QEMU gave no words for.
+#: The text of a failure for which QEMU gave none.
 _WORDS: Final = {
     Stage.VANISHED: "QEMU accepted device_add, but the vCPU is not there",
     Stage.RETURNED: "it was removed, and another client plugged it again",
@@ -43,12 +44,12 @@ class Item:
         is_plug: whether the request plugs it; else the request removes it.
         is_undo: whether what the request did to it is being undone.
         retries: how often an unplug may still be requested again.
-        doubt: an earlier unplug may still be answered.
-        repeat: an answer came that may be to that earlier one.
-        repeated: it was requested once more, and the first time is not answered either.
+        doubt: whether an earlier unplug may still be answered.
+        repeat: whether an answer came that may be to that earlier one.
+        repeated: whether it was requested once more without an answer to the first request.
         readds: how often it may be added again while its device id is taken.
         taken: how often its device id was taken.
-        note: what QEMU or the guest said last.
+        note: the last error of QEMU or of the guest.
     """
 
     entity: Entity
@@ -64,20 +65,20 @@ class Item:
     note: Failure | None = None
 
     def begin_undo(self) -> Stage:
-        """What was done is taken back: the stage of the command for it."""
+        """Begin to undo what was done; return the stage that sends the command for it."""
         self.is_undo, self.doubt, self.repeat, self.repeated = True, False, False, False
         self.retries = self.readds = 0
         return Stage.DELETING if self.is_plug else Stage.ADDING
 
     @property
     def words(self) -> str:
-        """Where it stands, for a message."""
+        """Its stage, for a message."""
         return f"undo: {self.stage.value}" if self.is_undo else self.stage.value
 
 
 class Items:
-    """All entities of a transaction, by id. With hundreds of them each message asks what stages there are, so they
-    are counted.
+    """All entities of a transaction, by id. The items in each stage are counted, because every
+    message asks which stages there are, and there may be hundreds of entities.
     """
 
     __slots__ = ("_by_first", "_first", "_undo")
@@ -109,11 +110,11 @@ class Items:
         return None if first is None else self._by_first.get(first)
 
     def target(self, item: Item, what: On) -> Stage | None:
-        """Where this leads, None if it changes nothing."""
+        """The stage that this leads to, None if it changes nothing."""
         return (UNDOING if item.is_undo else FIRST).get((item.stage, what))
 
     def put(self, item: Item, stage: Stage, *, undo: bool = False) -> None:
-        """Move it there; `undo`: and begin to undo it."""
+        """Move it to this stage; with `undo`, to the first stage of its undo."""
         (self._undo if item.is_undo else self._first)[item.stage] -= 1
         if undo:
             stage = item.begin_undo()
@@ -121,17 +122,17 @@ class Items:
         item.stage = stage
 
     def any(self, stages: Iterable[Stage]) -> bool:
-        """Whether any is in one of these stages."""
+        """Whether any item is in one of these stages."""
         first, undo = self._first, self._undo
         return any(first[stage] or undo[stage] for stage in stages)
 
     def any_first(self, stages: Iterable[Stage]) -> bool:
-        """Whether any is in one of these stages, and not being undone."""
+        """Whether any item is in one of these stages and is not being undone."""
         first = self._first
         return any(first[stage] for stage in stages)
 
     def any_undo(self, stage: Stage) -> bool:
-        """Whether any that is being undone is in this stage."""
+        """Whether any item that is being undone is in this stage."""
         return self._undo[stage] != 0
 
     def ids(
@@ -141,8 +142,8 @@ class Items:
         unplugging: Collection[Stage] = (),
         restoring: Collection[Stage] = (),
     ) -> tuple[int, ...]:
-        """vCPU ids in the stages of `first`; of plugs that are undone, in `unplugging`; of removals, in
-        `restoring`.
+        """The vCPU ids of the items in a stage of `first`; of plugs that are being undone, in one
+        of `unplugging`; of removals that are being undone, in one of `restoring`.
         """
 
         def is_meant(item: Item) -> bool:
@@ -153,7 +154,7 @@ class Items:
         return tuple(sorted(number for item in self if is_meant(item) for number in item.entity.ids))
 
     def notes(self, stages: Collection[Stage], default: str | None = None) -> tuple[Failure, ...]:
-        """What was said of those in these stages."""
+        """The errors of the items in these stages."""
         return tuple(
             item.note or Failure(item.entity, default or _WORDS.get(item.stage, item.stage.value))
             for item in self
@@ -164,7 +165,7 @@ class Items:
 def result_of(
     items: Items, terms: Terms, *, cancelled: bool, undo_forbidden: str | None, restore_forbidden: str | None
 ) -> Result:
-    """How it ended, or how it stands."""
+    """The result, or the state so far."""
     failures = items.notes(FAILED)
     rejections = items.notes(REJECTED, "the guest refused")
     failing = bool(failures) or cancelled
@@ -175,7 +176,8 @@ def result_of(
     pending = items.ids(STILL_ASKED, unplugging=STILL_ASKED)
     removed = items.ids({Stage.REMOVED}, restoring=PLUG_FAILED)
     unasked = items.ids({Stage.UNASKED})
-    # One whose unplug looked as if it had failed may have gone after others were brought back on its account.
+    # An unplug that seemed to have failed may have ended after others were plugged back because of
+    # it.
     returned = items.ids(restoring=_RESTORED)
     lost = removed if terms.atomic and (failures or rejections or unasked or returned) else ()
     if lost or (failing and (remaining or (failures and removed))):

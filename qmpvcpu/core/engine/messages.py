@@ -1,4 +1,4 @@
-"""What goes into the transaction and what comes out of it. Pure."""
+"""The inputs, the effects and the result of a transaction. Pure."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from qmpvcpu.errors import OutcomeKind
 class Moves:
     """The entities of a request, each as it was planned.
 
-    `awaited` are to be plugged once their earlier unplug has ended. `doubted` are entity ids whose unplug was
-    requested before and had not ended.
+    `awaited` are to be plugged once their earlier unplug has ended. `doubted` are entity ids whose
+    unplug was requested before and has not ended.
     """
 
     plugs: tuple[Entity, ...] = ()
@@ -36,7 +36,8 @@ class Terms:
 
     Attributes:
         timeout: seconds that the guest has; 0 does not wait.
-        wait: False ends once QEMU took the unplugs and a query has told which earlier ones have ended (`--async`).
+        wait: False ends once QEMU accepted the unplugs and a query has shown which earlier ones
+            ended (`--async`).
         atomic: bring back what was removed if anything is rejected or fails.
         retries: how often an unplug that the guest refused is requested again.
         reset_drops_unplug: whether a reset of the machine drops what was requested (x86).
@@ -63,7 +64,7 @@ class Replied:
 
 @dataclass(frozen=True, slots=True)
 class Unsent:
-    """An `Add` or `Delete` was taken back before QEMU got it."""
+    """An `Add` or `Delete` was withdrawn before it was sent."""
 
     first: int
 
@@ -78,7 +79,9 @@ class Heard:
 
 @dataclass(frozen=True, slots=True)
 class QuerySent:
-    """The query that was due goes out, for the first time or once more: it sees what has happened until now."""
+    """The query that was due is sent, for the first time or again: its answer has all that happened
+    before.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -87,9 +90,10 @@ class Snapshot:
 
     Attributes:
         plugged: ids of all entities that are plugged.
-        replaced: those of them that are not the same object or thread as when the request was planned.
+        replaced: those of them that are not the same object or thread as when the request was
+            planned.
         undo_forbidden: why a plug of this call must not be undone now, None if it may.
-        restore_forbidden: why a removal of this call must not be taken back now, None if it may.
+        restore_forbidden: why a removal of this call must not be undone now, None if it may.
     """
 
     plugged: frozenset[int]
@@ -106,7 +110,7 @@ class Snapshot:
         undo_forbidden: str | None,
         restore_forbidden: str | None,
     ) -> Snapshot:
-        """What a fresh state says of the moves that were planned on an earlier one."""
+        """A fresh state, compared with the one on which the moves were planned."""
         return cls(
             frozenset(entity.first for entity in now.entities if entity.plugged),
             frozenset(
@@ -126,7 +130,7 @@ class Woke:
 
 @dataclass(frozen=True, slots=True)
 class Cancelled:
-    """The caller does not want it any more: nothing new begins, and plugs are undone."""
+    """The caller has cancelled: nothing new begins, and plugs are undone."""
 
 
 Input = Replied | Unsent | Heard | QuerySent | Snapshot | Woke | Cancelled
@@ -152,43 +156,47 @@ class Delete:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A fresh query is due. Feed `QuerySent` right before it goes out, which gives the `Look`, then `Snapshot`."""
+    """A fresh query is due. Feed `QuerySent` right before it goes out, which gives the `Look`, then
+    `Snapshot`.
+    """
 
 
 @dataclass(frozen=True, slots=True)
 class Look:
-    """The query itself. `confirms`: QEMU has said of all that is to leave that it is gone."""
+    """The query itself. `confirms`: QEMU has already reported every awaited removal."""
 
     confirms: bool
 
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Take back what has not been sent yet, and feed `Unsent` for each; `plugs`: `device_add` too."""
+    """Withdraw what has not been sent yet, and feed `Unsent` for each; `plugs`: `device_add` too."""
 
     plugs: bool = True
 
 
 @dataclass(frozen=True, slots=True)
 class Wake:
-    """Feed `Woke` at this moment, in seconds of the caller's clock, in place of the last one; None: not at all."""
+    """Feed `Woke` at this moment, in seconds of the caller's clock, instead of the last one; None:
+    not at all.
+    """
 
     at: float | None
 
 
 @dataclass(frozen=True, slots=True)
 class Finished:
-    """Nothing more is to be done; `result()` has the end."""
+    """Nothing is left to do; `result()` returns the result."""
 
 
 Effect = Add | Delete | Query | Look | Drop | Wake | Finished
 
-# -- the end ------------------------------------------------------------------------------------------
+# -- the result ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class Failure:
-    """What QEMU, or the guest, said of one entity."""
+    """The error of QEMU, or of the guest, about one entity."""
 
     entity: Entity
     text: str
@@ -197,20 +205,21 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Result:
-    """How it ended, or how it stands, by vCPU ids.
+    """The result, or the state so far, by vCPU ids.
 
     Attributes:
         pending: unplugs that QEMU may still carry out.
         remaining: plugs that should have been undone and are still there.
-        removed: what is gone.
-        lost: those of `removed` that an atomic call should have brought back.
+        removed: what was unplugged.
+        lost: those of `removed` that an atomic call should have plugged back.
         kept: those whose earlier unplug did not happen.
-        unasked: unplugs that had to wait for others, and that nobody was asked for.
+        unasked: unplugs that had to wait for others, and were never requested.
         undo_forbidden: why an undo was not tried, where it was not.
         still_asked: the entities of `pending`.
         unsure: plugs that QEMU has not answered.
-        gone, finished: ids of entities that this call has removed; and of those on which it has nothing open.
-        stages: where each entity stands, in words.
+        gone, finished: ids of the entities that this call has removed; and of those that have
+            nothing pending.
+        stages: the stage of each entity as text -> its vCPU ids.
     """
 
     outcome: OutcomeKind

@@ -1,4 +1,6 @@
-"""What a request has done so far, and the one place that makes its `Outcome` or raises its `VcpuError`. Pure."""
+"""What a request has done so far, and the one place that makes its `Outcome` or raises its
+`VcpuError`. Pure.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from qmpvcpu.errors import (
     VcpuRejected,
 )
 
-_LOOK: Final = "`qmpvcpu vcpuinfo` shows what is"
+_LOOK: Final = "`qmpvcpu vcpuinfo` shows the state of each vCPU"
 
 
 def queried(state: DomainState, ids: Sequence[int], seconds: float) -> Outcome:
@@ -30,18 +32,19 @@ def queried(state: DomainState, ids: Sequence[int], seconds: float) -> Outcome:
 
 
 class Report:
-    """What one request has done so far: facts are added while it runs, and `end` makes of them the end.
+    """What one request has done so far: facts are added while it runs, and `end` returns the
+    outcome or raises.
 
     Attributes:
-        ids: the vCPU ids that the request is about (those of the guest's own, where it names them by these).
-        changed: ids whose state is changed now.
+        ids: the vCPU ids that the request is about (the guest's own ids, if it uses those).
+        changed: ids that it has changed.
         pending: ids whose unplug was requested and has not ended.
-        undone: ids that were changed and put back.
-        pending_online: ids that are plugged, and that the guest is not known to run on.
-        messages: what else there is to say.
-        trouble: the error that the request will end in, without these facts.
-        view: the guest's own view of its CPUs, as it was seen last.
-        already: what was as asked before, as lines for a person.
+        undone: ids that it has changed and set back.
+        pending_online: ids that are plugged, but that the guest is not known to run on.
+        messages: further lines for the user.
+        trouble: the error that the request will raise, still without these facts.
+        view: the guest's latest view of its own CPUs.
+        already: lines for the user about what already was as requested.
     """
 
     def __init__(self, ids: Iterable[int], plan: Plan | None = None) -> None:
@@ -65,7 +68,7 @@ class Report:
 
     @property
     def outcome(self) -> OutcomeKind:
-        """How it would end now."""
+        """The outcome if it ended now."""
         return self._outcome if self.trouble is None else self.trouble.outcome
 
     def has_failed(self) -> bool:
@@ -74,7 +77,7 @@ class Report:
 
     @property
     def facts(self) -> dict[str, Any]:
-        """What every error says of the request."""
+        """The facts that every outcome and every error has."""
         return {
             "ids": self.ids,
             "changed_ids": tuple(sorted(self.changed)),
@@ -85,7 +88,7 @@ class Report:
         }
 
     def end(self, state: DomainState | None, seconds: float) -> Outcome:
-        """What the caller gets.
+        """Return what the caller gets.
 
         Args:
             state: the running guest's; None where the guest's CPUs are named by its own ids.
@@ -117,7 +120,7 @@ class Report:
     # -- facts ------------------------------------------------------------------------------------
 
     def found_so(self, plan: Plan) -> None:
-        """Everything was already as asked, by this plan."""
+        """By this plan everything already is as requested."""
         self.ids, self.messages = plan.targets, [*plan.messages]
         self.changed, self.pending, self.undone = set(), (), set()
         self.trouble = self._mechanism = None
@@ -125,7 +128,7 @@ class Report:
         self.already = tuple(plan.already())
 
     def failed(self, error: VcpuError, cause: BaseException | None = None) -> None:
-        """The request ends in this error, which may name facts of its own."""
+        """The request ends in this error, whose own facts are added."""
         self.trouble, self._cause = error, cause or error
         self.changed |= {*error.changed_ids}
         self.messages += error.messages
@@ -136,10 +139,10 @@ class Report:
         """The transaction in QEMU has ended.
 
         Args:
-            result: how.
-            stopped: the run state while the guest does not run.
+            result: of the transaction.
+            stopped: the run state if the guest does not run.
             reset_drops: whether a reset drops what is pending.
-            notes: what else is to be said.
+            notes: further messages.
         """
         self._mechanism = "hotplug"
         self._outcome = result.outcome
@@ -148,8 +151,8 @@ class Report:
         self.undone |= {*result.undone}
         if result.kept:
             self.messages.append(
-                f"vCPU {format_ids(result.kept)}: its pending unplug did not happen, or someone plugged it again:"
-                " it stays enabled"
+                f"vCPU {format_ids(result.kept)}: its pending unplug did not happen, or another client"
+                " plugged it again: it stays enabled"
             )
         self.messages += notes
         if result.unasked:
@@ -162,7 +165,7 @@ class Report:
             self.trouble = VcpuRejected(
                 _texts(result.rejections) + _also(result),
                 reasons={failure.entity.first: failure.text for failure in result.rejections},
-                hint="look at the guest's kernel log; some refusals pass, then a second try works",
+                hint="look at the guest's kernel log, and try again: some refusals are temporary",
             )
 
     def lost(self, error: VcpuConnectionError, result: Result) -> None:
@@ -173,7 +176,7 @@ class Report:
         self.undone |= {*result.undone}
         way = "; ".join(f"vCPU {format_ids(ids)}: {what}" for what, ids in result.stages.items())
         self.trouble = VcpuConnectionError(
-            f"{error.message}. When it was lost: {way}",
+            f"{error.message}. State when the connection was lost: {way}",
             address=error.address,
             reason=error.reason,
             hint=error.hint,
@@ -186,31 +189,31 @@ class Report:
         self._threads.update(threads)
         if late and self.trouble is None:
             self.changed |= {*late}
-            self.messages.append(f"vCPU {format_ids(late)} was enabled already, and is placed now")
+            self.messages.append(f"vCPU {format_ids(late)} was already enabled, and is placed now")
 
     def not_placed(self, failed: Mapping[str, Sequence[int]]) -> None:
-        """These vCPUs are plugged, and could not be given what they should have: the reason -> ids."""
+        """These vCPUs are plugged, but their threads could not be placed: the reason -> ids."""
         text = "; ".join(f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in failed.items())
         if self.trouble is not None:
             self.messages.append(text)
             return
         self.trouble = VcpuPartial(
-            f"{text}; it is plugged, and stays so",
+            f"{text}; it stays plugged",
             remaining=[number for ids in failed.values() for number in ids],
-            hint="asked again, it is placed only; --no-place (place=False) leaves it where the kernel puts it",
+            hint="repeat the request to place it; --no-place (place=False) leaves it where the kernel puts it",
         )
 
     # -- the guest agent --------------------------------------------------------------------------
 
     def tries_the_agent(self) -> None:
-        """What the guest refused to let go is to be taken offline instead."""
+        """The guest refused an unplug, and is to take the CPU offline instead."""
         assert self.trouble is not None
-        self.messages.append(f"hotplug could not: {self.trouble.message}")
+        self.messages.append(f"hotplug failed: {self.trouble.message}")
         self.trouble = None
         self._outcome = OutcomeKind.PENDING if self.pending else OutcomeKind.APPLIED
 
     def switched(self, run: Switch, name: str = "vCPU") -> None:
-        """The guest agent has switched CPUs, or has not; `name` is what the ids of `run` are."""
+        """The guest agent has switched CPUs, or has not; `name` is what the ids of `run` stand for."""
         before = bool(self.changed)
         self.changed |= {*run.changed}
         self.undone |= {*run.undone}
@@ -230,21 +233,23 @@ class Report:
             self.trouble = VcpuRejected(text, reasons=dict(run.failures), hint="look at the guest's kernel log")
 
     def agent_did_not_either(self, rejected: VcpuRejected, messages: Sequence[str]) -> None:
-        """What the guest refused to let go could not be taken offline; `messages` are those from before that."""
+        """The guest refused an unplug, and did not take the CPU offline; `messages` are those
+        before that.
+        """
         assert self.trouble is not None
-        self.messages = [*messages, f"nor did the guest agent: {self.trouble.message}"]
+        self.messages = [*messages, f"the guest agent failed too: {self.trouble.message}"]
         self.trouble = self._cause = rejected
         self._mechanism = "hotplug"
 
     def agent_failed(self, ids: Sequence[int], error: VcpuError) -> None:
-        """The guest agent could not be asked to switch these, or its answer was lost."""
+        """The guest agent could not be reached to switch these, or its answer was lost."""
         self.messages += error.messages
         self.trouble = self._cause = error
         if isinstance(error, VcpuRefused) and not (self.changed or self.pending):
             return
         self._mechanism = "agent"
         if not isinstance(error, VcpuRefused):
-            self.messages.append(f"what became of vCPU {format_ids(ids)} in the guest is not known")
+            self.messages.append(f"the state of vCPU {format_ids(ids)} in the guest is not known")
             return
         text = f"vCPU {format_ids(ids)}: {error.message}"
         told: dict[str, Any] = {"hint": error.hint, "libvirt": error.libvirt}
@@ -255,7 +260,7 @@ class Report:
             self.trouble = VcpuPartial(text, remaining=sorted(self.changed), **told)
 
     def is_not_online(self, ids: Iterable[int]) -> None:
-        """These are plugged, and nobody knows that the guest runs on them."""
+        """These are plugged, but the guest is not known to run on them."""
         self._outcome, self.pending_online = OutcomeKind.PENDING, tuple(sorted(ids))
 
     # -- the definition, and a second run ---------------------------------------------------------
@@ -268,7 +273,7 @@ class Report:
         self.changed |= {*changed}
 
     def goes_on(self, state: DomainState, after: Outcome | VcpuError) -> None:
-        """There was more to do than was known: `after` is how that ended. `state` is fresh."""
+        """A second run was needed: `after` is how it ended, and `state` is fresh."""
         gone = {number for number in self.pending if not state.vcpus[number].enabled}
         before = tuple(sorted(self.changed))
         self.ids = tuple(sorted({*self.ids, *after.ids}))
@@ -296,14 +301,14 @@ class Report:
 
 
 def still_plugged(ids: Sequence[int]) -> str:
-    """What to say where the agent did what hotplug could not."""
+    """The warning where the agent did what hotplug could not."""
     return (
         f"vCPU {format_ids(ids)} is offline in the guest and still plugged: the guest can bring it back by itself"
     )
 
 
 def _stopped(run_state: str, *, drops: bool) -> str:
-    """Why a guest that does not run cannot answer, and what would let it."""
+    """Why a stopped guest cannot answer, and what would let it run."""
     if run_state in _NEEDS_RESET:
         text = f"the guest has ended ({run_state}): QEMU refuses 'cont' until a reset"
         return f"{text}, which drops the request" if drops else text
@@ -334,11 +339,11 @@ def _failure(result: Result) -> VcpuError:
         "qmp_text": first.text if result.failures and first else None,
     }
     if first is not None and (first.error_class or "").startswith("VIR_ERR_"):
-        # libvirt was asked, not QEMU.
+        # The error is libvirt's, not QEMU's.
         qmp["libvirt"] = first.error_class
     hint = _hint(result.failures)
     if first is None and result.unasked:
-        hint, qmp["libvirt"] = "ask again for these, with more time (--timeout)", "VIR_ERR_OPERATION_TIMEOUT"
+        hint, qmp["libvirt"] = "repeat the request for these, with a longer --timeout", "VIR_ERR_OPERATION_TIMEOUT"
     if result.undone:
         text += f"; undone: vCPU {format_ids(result.undone)}"
     if result.outcome is OutcomeKind.FAILED:
@@ -347,7 +352,7 @@ def _failure(result: Result) -> VcpuError:
     if result.remaining:
         left.append(f"vCPU {format_ids(result.remaining)} stays plugged")
     if result.removed:
-        left.append(f"vCPU {format_ids(result.removed)} is removed and stays so")
+        left.append(f"vCPU {format_ids(result.removed)} stays removed")
     if result.undo_forbidden:
         left.append(f"it was not undone because {result.undo_forbidden}")
     text += _pending(result)
@@ -359,14 +364,14 @@ def _failure(result: Result) -> VcpuError:
     )
 
 
-#: An atomic call that has brought back a part, and then all the rest was gone.
-_LATE = "not all of them were gone in time"
+#: An atomic call plugged some back, and then the others were removed after all.
+_LATE = "not all of them were removed in time"
 
 
 def _unasked(result: Result) -> str:
     return (
-        f"vCPU {format_ids(result.unasked)}: libvirt was not asked, it takes one at a time, and the others took"
-        " all the time there was"
+        f"vCPU {format_ids(result.unasked)}: its unplug was not requested: libvirt takes one at a time, and the"
+        " others took all the time"
     )
 
 
@@ -381,18 +386,18 @@ def _hint(failures: Sequence[Failure]) -> str | None:
 #: QEMU's words (7.2 to 11.1) -> what to do next.
 _HINTS = (
     ("Duplicate device ID", "another device has this id: remove it, or give it another id"),
-    ("exists", "another client plugged it meanwhile: look with vcpuinfo and ask again"),
-    ("already populated", "another client plugged it meanwhile: look with vcpuinfo and ask again"),
+    ("exists", "another client plugged it meanwhile: look with `qmpvcpu vcpuinfo`, and try again"),
+    ("already populated", "another client plugged it meanwhile: look with `qmpvcpu vcpuinfo`, and try again"),
     (
         "device unplug request for not supported device type",
-        "nobody in the guest has taken over its CPU hotplug block: a kernel that uses ACPI does as it boots",
+        "boot a kernel with ACPI in the guest: it takes over the CPU hotplug block",
     ),
-    ("SMI wasn't enabled by firmware", "this OVMF did not negotiate CPU hotplug; use a newer one"),
+    ("SMI wasn't enabled by firmware", "use a newer OVMF: this one did not negotiate CPU hotplug"),
 )
 
 
 def _texts(failures: Sequence[Failure]) -> str:
-    """One line; entities with one reason together."""
+    """One line; entities with the same reason together."""
     by_text: dict[str, list[int]] = {}
     for failure in failures:
         by_text.setdefault(failure.text, []).extend(failure.entity.ids)
@@ -402,7 +407,7 @@ def _texts(failures: Sequence[Failure]) -> str:
 def _also(result: Result) -> str:
     parts = []
     if result.removed:
-        parts.append(f"; vCPU {format_ids(result.removed)} is removed and stays so")
+        parts.append(f"; vCPU {format_ids(result.removed)} stays removed")
     if result.undone:
         parts.append(f"; undone: vCPU {format_ids(result.undone)}")
     return "".join(parts) + _pending(result)

@@ -1,10 +1,13 @@
-"""Where the `device_add` or `device_del` of one entity stands, and what moves it on: four small tables. Pure.
+"""The stages of one entity's `device_add` or `device_del`, and what leads to the next one: four
+tables. Pure.
 
 Rules of the tables
-- Only a fresh query (PRESENT, ABSENT) makes an entity PLUGGED or REMOVED. A reply or an event says at most that it
-  is time for a query. So nothing is ever reported that the slot does not confirm.
-- A pair (stage, happening) that is in no table changes nothing: a late or doubled message is harmless.
-- A stage in `WAITING` ends by the deadline at the latest. A stage in `IN_FLIGHT` ends by QEMU's reply.
+- Only a fresh query (PRESENT, ABSENT) makes an entity PLUGGED or REMOVED. A reply or an event is at
+  most a reason to query. So nothing is ever reported that the slot does not confirm.
+- A pair (stage, happening) that is in no table changes nothing: a late or doubled message is
+  harmless.
+- A stage in `WAITING` ends by the deadline at the latest. A stage in `IN_FLIGHT` ends by QEMU's
+  reply.
 - Entering ADDING sends `device_add`, entering DELETING sends `device_del`.
 """
 
@@ -17,28 +20,28 @@ from qmpvcpu.core.engine.fast import FastEnum
 
 
 class Stage(FastEnum):
-    """Where one entity stands; the value is how a message says it."""
+    """The stage of one entity; its value is the text for messages."""
 
     READY_TO_ADD = "to add"
     ADDING = "device_add sent"
     ADDED = "device_add accepted"
     PLUGGED = "plugged"
     NOT_ADDED = "device_add failed"
-    VANISHED = "accepted, and not there"
-    ADD_PAUSED = "its id is still taken, to be added again"
+    VANISHED = "accepted, but not there"
+    ADD_PAUSED = "its id is still taken, device_add to be repeated"
     FOUND = "plugged by another client"
     OTHERS = "plugged by another client, and there"
 
     READY_TO_REMOVE = "to remove"
     DELETING = "device_del sent"
-    ASKED = "unplug asked"
+    ASKED = "unplug requested"
     REMOVED = "removed"
     REJECTED = "rejected by the guest"
-    REJECTED_PAUSED = "rejected, to be asked again"
+    REJECTED_PAUSED = "rejected by the guest, to be requested again"
     NOT_ASKED = "device_del failed"
-    NOT_ASKED_PAUSED = "device_del failed, to be asked again"
-    NOT_ASKED_AGAIN = "device_del failed, an earlier unplug is open"
-    UNASKED = "never asked for"
+    NOT_ASKED_PAUSED = "device_del failed, to be repeated"
+    NOT_ASKED_AGAIN = "device_del failed, an earlier unplug is pending"
+    UNASKED = "never requested"
     PENDING = "unplug pending"
     RETURNED = "removed, and plugged by another client"
 
@@ -46,7 +49,7 @@ class Stage(FastEnum):
     AWAITING = "its earlier unplug awaited"
     STILL_AWAITED = "its earlier unplug pending"
     KEPT = "its earlier unplug did not happen"
-    STAYED = "its earlier unplug did not happen, and no more is done"
+    STAYED = "its earlier unplug did not happen, and nothing else was done"
 
     DROPPED = "never begun"
 
@@ -57,18 +60,18 @@ class On(FastEnum):
     START = "the transaction starts"
     OK = "QEMU accepted the command"
     ERROR = "QEMU declined the command"
-    SO = "QEMU says that the slot is full already"
-    UNSENT = "the command was taken back before it was sent"
+    SO = "QEMU reports that the slot is already filled"
+    UNSENT = "the command was withdrawn before it was sent"
     PRESENT = "a query shows it"
     ABSENT = "a query does not show it"
-    REPLACED = "a query shows another one in its place"
+    REPLACED = "a query shows another object or thread in its slot"
     REFUSED = "the guest refused"
     RETRY = "the command is worth another try"
     AGAIN = "the pause before another try is over"
-    REPEAT = "the answer was to an earlier unplug: ask once more"
+    REPEAT = "the answer was to an earlier unplug: request it once more"
     DOUBT = "an earlier unplug may still be carried out"
     EXPIRE = "the deadline has passed"
-    LOOKED = "a query was made, and nobody waits longer"
+    LOOKED = "a query was made, and the call does not wait"
     LEAVE = "the last query of a cancelled call was made"
     CANCEL = "the call was cancelled"
     GIVE_UP = "another plug of the call has failed"
@@ -153,7 +156,8 @@ REPLACE: Final[_Table] = {
     (_S.KEPT, On.GIVE_UP): _S.STAYED,
 }
 
-#: An undo runs the other table: UNPLUG undoes a plug, PLUG undoes a removal. These rows differ then.
+#: An undo runs the other table: UNPLUG undoes a plug, PLUG undoes a removal. Only these rows
+#: differ.
 UNDO: Final[_Table] = {
     (_S.ADDING, On.UNSENT): _S.NOT_ADDED,
     (_S.NOT_ADDED, On.PRESENT): _S.PLUGGED,
@@ -161,20 +165,20 @@ UNDO: Final[_Table] = {
 }
 
 FIRST: Final[_Table] = {**PLUG, **UNPLUG, **REPLACE}
-#: What an undo removes is never the object that the request was planned on.
+#: An undo removes an object that is newer than the plan, so REPLACED does not apply to it.
 UNDOING: Final[_Table] = {
     pair: stage for pair, stage in {**PLUG, **UNPLUG, **UNDO}.items() if pair[1] is not On.REPLACED
 }
 
-#: The guest, or time, ends these.
+#: The guest or a timer ends these.
 WAITING: Final = frozenset({_S.ASKED, _S.AWAITING, _S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_ASKED_PAUSED})
-#: Another try is made after a pause.
+#: A timer ends these: another try follows.
 PAUSED: Final = frozenset({_S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_ASKED_PAUSED})
 #: QEMU's reply ends these.
 IN_FLIGHT: Final = frozenset({_S.ADDING, _S.DELETING})
 #: A query ends these.
 UNVERIFIED: Final = frozenset({_S.ADDED, _S.FOUND})
-#: QEMU may still carry out an unplug that was asked for.
+#: QEMU may still carry out an unplug that was requested.
 STILL_ASKED: Final = frozenset(
     {_S.DELETING, _S.ASKED, _S.PENDING, _S.NOT_ASKED_AGAIN, _S.AWAITING, _S.STILL_AWAITED}
 )

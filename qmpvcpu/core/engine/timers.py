@@ -1,4 +1,6 @@
-"""When a transaction looks for itself: deadlines, polls and pauses, in seconds of the caller's clock. Pure."""
+"""When a transaction acts by itself: deadlines, polls and pauses, in seconds of the caller's clock.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -7,22 +9,24 @@ from typing import Final
 
 #: What an undo may take, also after a cancellation, seconds.
 UNDO_SECONDS: Final = 5.0
-#: Events are lost while no client is connected to QEMU, and on x86 under TCG the last one never comes.
+#: Seconds between polls. They are needed because events are lost while no client is connected to
+#: QEMU, and because on x86 under TCG the last one never comes.
 _POLL_FIRST: Final = 0.05
 _POLL_MOST: Final = 1.0
-#: Seconds after QEMU took the last unplug: one whose event was lost may be gone already.
+#: Seconds from the last accepted unplug to a query: an entity whose event was lost may be removed
+#: already.
 _POLL_SOON: Final = 0.005
 #: Seconds before an unplug that the guest refused is requested again, doubled each time.
 _RETRY_FIRST: Final = 0.25
 _RETRY_MOST: Final = 2.0
-#: A monitor that passes on one unplug after the other has so long to pass them on, seconds, also for a call that
-#: waits for nothing.
+#: Seconds that a backend which sends one unplug after the other has to send them all, also for a
+#: call that does not wait.
 _ASK_SECONDS: Final = 2.0
 
 
 @dataclass(slots=True)
 class Timers:
-    """The moments that are due next; None is not at all. Until `start` none is."""
+    """The next moment of each timer, None while it is off. Before `start` all are off."""
 
     deadline: float | None = None
     drop: float | None = None
@@ -34,18 +38,20 @@ class Timers:
     _retry_pause: float = _RETRY_FIRST
 
     def start(self, now: float, patience: float, timeout: float) -> None:
-        """`patience` seconds until the deadline, of a call whose guest has `timeout` seconds."""
+        """The deadline is `patience` seconds away, in a call whose guest has `timeout` seconds."""
         self.started = True
         self.deadline = now + patience
         self.drop = now + max(timeout, _ASK_SECONDS)
         self.poll = now + _POLL_FIRST
 
     def extend(self, now: float) -> None:
-        """An undo begins: it has its own seconds."""
+        """An undo begins, and has time of its own."""
         self.deadline = max(self.deadline or 0.0, now + UNDO_SECONDS)
 
     def arm(self, now: float, *, soon: bool, retry: bool) -> None:
-        """Whether a query is due before long, and whether something is to be tried again."""
+        """Set the timers of an early query (`soon`) and of another try (`retry`), where they are
+        needed.
+        """
         if not self.started:
             return
         self.soon = (self.soon or now + _POLL_SOON) if soon else None
@@ -54,12 +60,12 @@ class Timers:
             self._retry_pause = min(self._retry_pause * 2, _RETRY_MOST)
 
     def polled(self, now: float) -> None:
-        """The next poll comes after a longer pause."""
+        """A poll was made: the next one comes after a longer pause."""
         self._poll_pause = min(self._poll_pause * 2, _POLL_MOST)
         self.poll = now + self._poll_pause
 
     def next(self, *, polls: bool) -> float | None:
-        """The first moment of all; `polls`: whether there is something to poll for."""
+        """The earliest moment; `polls`: whether there is something to poll for."""
         moments = (self.deadline, self.drop, self.soon, self.retry, self.poll if polls else None)
         return min((at for at in moments if at is not None), default=None)
 

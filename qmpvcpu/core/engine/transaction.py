@@ -1,16 +1,18 @@
-"""One request being carried out in QEMU: feed what happened, get what to do next. No IO, no clock. Pure.
+"""One request being carried out in QEMU: feed what happened, get what to do next. No IO, no clock.
+Pure.
 
-Each entity of the request moves through one of the tables of `core.engine.stages`; here is what several of them
-have to do with each other.
+Each entity of the request moves through one of the tables of `core.engine.stages`; this module has
+the rules about several of them.
 
-- Phases: RUN, then UNDO if a plug has failed, the call was cancelled, or an atomic call must bring back what it
-  removed; then DONE. `Cancelled` after DONE takes a finished call back.
-- All undo in QEMU happens here, and none that the last `Snapshot` forbids.
-- A call that is cancelled looks once more: what it asked for and is gone is REMOVED, the rest stays PENDING.
-- A guest's answer may overtake the reply to `device_del` (seen with 10.0). Where an earlier unplug was still open,
-  it may as well be the answer to that one: then it is asked once more, and the next answer counts.
+- Phases: RUN, then UNDO if a plug has failed, the call was cancelled, or an atomic call must bring
+  back what it removed; then DONE. `Cancelled` after DONE takes a finished call back.
+- Every undo in QEMU is decided in this module, and none is made that the last `Snapshot` forbids.
+- A cancelled call queries once more: unplugs that have ended are REMOVED, the others stay PENDING.
+- A guest's answer may overtake the reply to `device_del` (seen with 10.0). While an earlier unplug
+  is pending, the answer may be to that one: then the unplug is requested once more, and the next
+  answer counts.
 
-What drives it (`domain.drive`) performs the effects in the order given, and feeds what they lead to.
+`domain.drive` performs the effects in the order given, and feeds what happens.
 """
 
 from __future__ import annotations
@@ -61,12 +63,13 @@ from qmpvcpu.core.state.events import PERIPHERAL, Names, SignalKind, interpret, 
 _UNFINISHED: Final = WAITING | IN_FLIGHT
 _UNDOABLE: Final = frozenset({Stage.ADDED, Stage.PLUGGED})
 _NOT_AS_ASKED: Final = FAILED | REJECTED | {Stage.UNASKED}
-#: A reply in these leaves something to look at at once: "DeviceNotFound" may mean that it is gone.
+#: A reply that leads to one of these calls for a query: "DeviceNotFound" may mean that the CPU is
+#: removed.
 _QUERIED_ON_REPLY: Final = frozenset({Stage.NOT_ASKED, Stage.NOT_ASKED_AGAIN})
 
 
 class Phase(Enum):
-    """Where the whole transaction stands."""
+    """The phase of the whole transaction."""
 
     RUN = "run"
     UNDO = "undo"
@@ -91,15 +94,15 @@ class Transaction:
         self._effects: list[Effect] = []
         self._undo_forbidden: str | None = None
         self._restore_forbidden: str | None = None
-        #: Ids of entities that QEMU says are gone.
+        #: Ids of the entities whose removal QEMU has reported.
         self._deleted: set[int] = set()
         self._querying = False
         self._look_again = False
-        #: A reply has left something to look at, once all have come.
+        #: A reply calls for a query, once all replies have come.
         self._to_look = False
         #: An unplug was accepted, and no query was sent since.
         self._unseen = False
-        #: Ids of entities that an event was about while a query was under way.
+        #: Ids of the entities that had an event while a query was under way.
         self._reported: set[int] = set()
         self._dropped = False
         self._expired = False
@@ -108,10 +111,10 @@ class Transaction:
     # -- the driver's side ------------------------------------------------------------------------
 
     def start(self, now: float) -> list[Effect]:
-        """The first effects: all that can go out goes out together, and one query behind the plugs."""
+        """The first effects: all commands that can be sent, and one query after the plugs."""
         self._all(On.START)
         if self._items.any({Stage.ADDING}) or (not self._terms.wait and self._items.any({Stage.AWAITING})):
-            # QEMU answers in order, so this one query, sent along, sees the result of all plugs. The guest's time
+            # QEMU answers in order, so this one query has the result of all plugs. The guest's time
             # begins with its answer.
             self._query()
         else:
@@ -145,7 +148,7 @@ class Transaction:
         return self._settle(now)
 
     def result(self) -> Result:
-        """How it ended; before `Finished`, how it stands."""
+        """The result; before `Finished`, the state so far."""
         return result_of(
             self._items,
             self._terms,
@@ -179,16 +182,18 @@ class Transaction:
         if item.stage is not Stage.ASKED:
             self._to_look |= item.stage in _QUERIED_ON_REPLY
         elif item.is_undo:
-            # What is undone may have gone before the reply.
+            # What the undo removes may be gone before the reply.
             self._to_look = True
         else:
-            # On ppc64 before the guest runs it is gone before the reply. Where QEMU has yet to say so, a query
-            # would only keep it from its work.
+            # On ppc64 before the guest runs it is removed before the reply. Where QEMU will still
+            # send an event, a query now would only delay it.
             self._to_look |= not self._terms.wait or self._cancelled or self._seems_over()
             self._unseen = True
 
     def _rename(self, item: Item) -> None:
-        """Its device id is taken, perhaps by a device that is leaving: so the same id is tried once more first."""
+        """Its device id is taken, perhaps by a device that is being removed: so it is tried once
+        more first.
+        """
         item.taken += 1
         if item.taken > 1:
             item.entity = replace(item.entity, suffix=item.entity.suffix + 1)
@@ -197,7 +202,7 @@ class Transaction:
     def _unsent(self, item: Item) -> None:
         if not self._move(item, On.UNSENT) or item.stage is not Stage.UNASKED:
             return
-        # What was said of it before still counts, and so does an earlier unplug that has not ended.
+        # An earlier error about it still counts, and so does an earlier unplug that has not ended.
         if item.note is not None:
             self._move(item, On.REFUSED if item.note.error_class is None else On.ERROR)
         if item.doubt or item.repeated:
@@ -212,7 +217,7 @@ class Transaction:
                 self._move(item, On.ABSENT)
             elif not (first in now.replaced and self._move(item, On.REPLACED)):
                 self._move(item, On.PRESENT)
-        # Of what is seen gone there is no more to learn.
+        # An entity that this query shows as removed needs no other query.
         self._look_again |= any(self._items[first].stage in WAITING for first in self._reported)
         self._reported.clear()
         if self._look_again:
@@ -244,7 +249,8 @@ class Transaction:
         if not is_gone or item is None:
             self._query()
         elif item.stage is Stage.AWAITING or self._seems_over():
-            # Of several that go, the last is worth a query; an event that is lost, a poll makes good.
+            # Of several removals only the last is worth a query; a poll replaces an event that is
+            # lost.
             self._query(item.entity.first)
 
     def _refused(self, item: Item, reason: str | None) -> None:
@@ -260,7 +266,7 @@ class Transaction:
 
     def _woke(self, now: float) -> None:
         timers = self._timers
-        # A clock may wake a moment too early: what is not due then is asked for again.
+        # A clock may wake a moment too early: then `_timed` asks to be woken again.
         self._wake = None
         if is_due(timers.drop, now):
             timers.drop = None
@@ -274,7 +280,7 @@ class Transaction:
                 # What has not ended by now is reported as it stands.
                 self._finish()
             else:
-                # The last word is a query's: what ended right at the deadline has ended.
+                # A query decides: what ended right at the deadline has ended.
                 self._expired = True
                 self._query()
         elif is_due(timers.retry, now):
@@ -289,7 +295,7 @@ class Transaction:
             self._poll()
 
     def _poll(self) -> None:
-        """Some time went by; events may have been lost."""
+        """Query, because events may have been lost."""
         if self._waiting and not self._querying:
             self._query()
 
@@ -301,7 +307,7 @@ class Transaction:
         self._timers.start(now, clock.UNDO_SECONDS, self._terms.timeout)
         self._effects.append(Drop())
         if self._items.any_first({Stage.ASKED}):
-            # What ended right before the cancel has ended.
+            # An unplug may have ended right before the cancellation.
             self._query()
 
     # -- what is to be done -----------------------------------------------------------------------
@@ -315,13 +321,13 @@ class Transaction:
         return True
 
     def _all(self, what: On, *, undo: bool = True) -> None:
-        """`undo`: also to those that are being undone."""
+        """Apply this to all entities; `undo`: also to those that are being undone."""
         for item in self._items:
             if undo or not item.is_undo:
                 self._move(item, what)
 
     def _undo(self, stages: Iterable[Stage]) -> None:
-        """Take back what was done to those in these stages."""
+        """Begin to undo what was done to the entities in these stages."""
         self._phase = Phase.UNDO
         for item in self._items:
             if item.stage in stages and not item.is_undo:
@@ -337,7 +343,9 @@ class Transaction:
             self._effects.append(Delete(item.entity, name, undo=item.is_undo))
 
     def _query(self, about: int | None = None) -> None:
-        """`about`: the id of the entity on whose account, if it is that alone."""
+        """Query now, or after the query that is under way; `about`: the id of the only entity that
+        it is for.
+        """
         if not self._querying:
             self._querying, self._look_again = True, False
             self._effects.append(Query())
@@ -347,10 +355,10 @@ class Transaction:
             self._reported.add(about)
 
     def _settle(self, now: float) -> list[Effect]:
-        """Go on to the next phase where this one has nothing left to wait for; hand out the effects."""
+        """Go on to the next phase if this one has nothing left to wait for; return the effects."""
         items = self._items
         if self._failing:
-            # What is already known to fail plugs nothing more, and what waits behind it would only be undone.
+            # A call that is known to fail plugs nothing more: it would only be undone.
             self._all(On.GIVE_UP)
             if not self._dropped and self._phase is Phase.RUN:
                 self._dropped = True
@@ -368,7 +376,7 @@ class Transaction:
             self._query()
         elif self._undo_is_due():
             if not self._querying:
-                # Whether an undo is safe, and what there is to undo, the last query said.
+                # The last query showed whether an undo is safe, and what there is to undo.
                 self._timers.extend(now)
                 self._expired = False
                 self._undo(_UNDOABLE)
@@ -403,7 +411,7 @@ class Transaction:
 
     @property
     def _waiting(self) -> bool:
-        """Whether the next step is the guest's, or time's."""
+        """Whether the guest or a timer must act next."""
         return self._items.any(WAITING)
 
     @property
@@ -412,7 +420,9 @@ class Transaction:
         return self._cancelled or self._items.any_first(PLUG_FAILED)
 
     def _seems_over(self) -> bool:
-        """Whether QEMU has said of all that is waited for that it is gone: a query has only to confirm that."""
+        """Whether QEMU has reported every removal that is awaited: a query has only to confirm
+        them.
+        """
         if not self._deleted:
             return False
         return self._deleted.issuperset(item.entity.first for item in self._items if item.stage in _UNFINISHED)
