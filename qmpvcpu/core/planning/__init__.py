@@ -1,1 +1,3 @@
-"""State and request to the steps to take, for the running guest and for the definition. Pure."""
+"""From a state and a request to the steps to take, in the running guest and in the definition.
+Pure.
+"""

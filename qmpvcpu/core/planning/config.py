@@ -1,7 +1,7 @@
-"""CONFIG: what a request makes of a definition, and every reason why not. Pure.
+"""CONFIG: how a request changes a definition, and every reason why it cannot. Pure.
 
 The rules are those of libvirt's qemu driver (`qemuDomainSetVcpuConfig`, `qemuDomainSetVcpusConfig`,
-`qemuDomainVcpuValidateConfig`), but for what is already so: that is a success here.
+`qemuDomainVcpuValidateConfig`), except that a request for what already is so succeeds.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from qmpvcpu.errors import Refusal
 
 @dataclass(frozen=True, slots=True)
 class ConfigPlan:
-    """The definition as it is and as it would be.
+    """The definition before and after the request.
 
-    `targets` is every vCPU id the request is about, `changed` those that it switches, `unchanged` those that are
-    as asked already.
+    `targets` is every vCPU id the request is about, `changed` those that it switches, `unchanged`
+    those that already are as requested.
     """
 
     old: Definition
@@ -37,7 +37,7 @@ class ConfigPlan:
     unchanged: tuple[int, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     messages: tuple[str, ...] = ()
-    #: The document before and after, as a unified diff, where that was asked for.
+    #: The document before and after, as a unified diff, if that was requested.
     diff: tuple[str, ...] = ()
 
     @property
@@ -61,7 +61,7 @@ class ConfigPlan:
         return steps or [{"step": "define", "vcpus": []}]
 
     def describe(self) -> list[str]:
-        """The steps as lines a person reads."""
+        """The steps as lines for the user."""
         lines = []
         if self.new.maxcpus != self.old.maxcpus:
             lines.append(f"in the definition: at most {self.new.maxcpus} vCPUs, not {self.old.maxcpus}")
@@ -78,7 +78,7 @@ class ConfigPlan:
         if self.writes and not lines:
             lines.append("in the definition: order and hotpluggable of vCPUs")
         if self.unchanged and not self.writes:
-            lines.append(f"in the definition: vCPU {format_ids(self.unchanged)} already so")
+            lines.append(f"in the definition: vCPU {format_ids(self.unchanged)} already as requested")
         return lines
 
     @property
@@ -88,12 +88,12 @@ class ConfigPlan:
 
 
 def plan_config(definition: Definition, request: Request, ids: Sequence[int] | None = None) -> ConfigPlan:
-    """What `request` makes of the definition.
+    """The definition after `request`.
 
     Args:
-        definition: as it is.
-        request: what is asked; LIVE in it is somebody else's.
-        ids: the vCPU ids it means, where the running guest has decided that.
+        definition: before it.
+        request: what is requested; `planning.live` plans its LIVE side.
+        ids: the vCPU ids it means, if the running guest's state has decided that.
     """
     if request.maximum:
         return _plan_maximum(definition, request)
@@ -121,7 +121,9 @@ def plan_config(definition: Definition, request: Request, ids: Sequence[int] | N
 
 
 def _plan_total(definition: Definition, request: Request) -> ConfigPlan:
-    """So many vCPUs: the lowest disabled are added, the highest enabled removed, whole cores."""
+    """`request.total` vCPUs: the lowest disabled are enabled or the highest enabled disabled, in
+    whole cores.
+    """
     total = request.total
     assert total is not None
     refusals = check_total(definition, total)
@@ -145,7 +147,8 @@ def _plan_total(definition: Definition, request: Request) -> ConfigPlan:
     if not chosen:
         return ConfigPlan(definition, definition)
     vcpus = [replace(vcpu, order=None) for vcpu in definition.vcpus]
-    # What cannot be unplugged stands together from vCPU 0 on: behind one that can be, the rest must be so too.
+    # vCPUs that cannot be unplugged must be the first ones: after a hotpluggable one all are
+    # hotpluggable.
     pluggable = request.hotpluggable
     for number, vcpu in enumerate(definition.vcpus):
         if number in chosen:
@@ -157,7 +160,9 @@ def _plan_total(definition: Definition, request: Request) -> ConfigPlan:
 
 
 def _plan_listed(definition: Definition, request: Request) -> ConfigPlan:
-    """What a file says of every vCPU; of its order and hotpluggable as much as both documents have."""
+    """Take every vCPU's state from a file, and order and hotpluggable too if both documents have
+    them.
+    """
     assert request.listed is not None
     state = state_of(definition)
     targets, refusals = select_listed(state, request)
@@ -179,7 +184,7 @@ def _plan_listed(definition: Definition, request: Request) -> ConfigPlan:
 
 
 def plan_pin(definition: Definition, vcpu_id: int, cpus: tuple[int, ...] | None) -> ConfigPlan:
-    """`<vcpupin>` of one vCPU; None takes it away."""
+    """`<vcpupin>` of one vCPU; None removes it."""
     refusals = check_range(state_of(definition), (vcpu_id,))
     pins = {number: pin for number, pin in definition.pins.items() if number != vcpu_id}
     if cpus is not None:
@@ -200,7 +205,7 @@ def _plan_maximum(definition: Definition, request: Request) -> ConfigPlan:
     vcpus = [replace(vcpu, order=None) for vcpu in definition.vcpus[:maximum]]
     vcpus += [VcpuConfig(number, enabled=False, hotpluggable=True) for number in range(len(vcpus), maximum)]
     gone = tuple(number for number in definition.enabled_ids if number >= maximum)
-    notes = (f"vCPU {format_ids(gone)} was enabled in the definition, and is gone",) if gone else ()
+    notes = (f"vCPU {format_ids(gone)} was enabled in the definition, and no longer exists",) if gone else ()
     new = replace(
         definition,
         vcpus=tuple(vcpus),

@@ -1,4 +1,4 @@
-"""State and request -> the steps to take, and every reason why not. Touches nothing."""
+"""State and request -> the steps to take, and every reason not to. Touches nothing."""
 
 from __future__ import annotations
 
@@ -22,10 +22,11 @@ from qmpvcpu.flags import VcpuFlag
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What would be done: `plugs` and `unplugs` in the order they are sent, and why not, if not.
+    """What would be done: `plugs` and `unplugs` in the order in which they are sent, or the
+    refusals.
 
-    `targets` is every vCPU id the request is about; `unchanged` those that are already as asked. `onlines` and
-    `offlines` are vCPU ids that the guest agent switches.
+    `targets` is every vCPU id the request is about; `unchanged` those that already are as
+    requested. `onlines` and `offlines` are vCPU ids that the guest agent switches.
     """
 
     request: Request
@@ -38,20 +39,22 @@ class Plan:
     unchanged: tuple[int, ...] = ()
     refusals: tuple[Refusal, ...] = ()
     messages: tuple[str, ...] = ()
-    #: What the threads of these vCPUs are given, of those that are plugged, or are and were never placed.
+    #: The placements of the vCPUs that are to be plugged, or that are plugged and were never
+    #: placed.
     placed: Mapping[int, Placement] = field(default_factory=dict)
-    #: Of `unchanged`, vCPUs that are plugged, were to be disabled, and are offline in the guest already.
+    #: Those of `unchanged` that were to be disabled, and are plugged but already offline in the
+    #: guest.
     offline_already: tuple[int, ...] = ()
-    #: Each vCPU id that the request decides on -> whether it is to be enabled (online, with GUEST).
+    #: Each vCPU id that is to change -> whether it is to be enabled (online, with GUEST).
     wants: Mapping[int, bool] = field(default_factory=dict)
-    #: Whether the guest's own view decides what is to be done: something that is to be enabled is plugged, or
+    #: Whether the plan depends on the guest's own view: a vCPU that is to be enabled is plugged, or
     #: hotplug cannot do a part of it, and the guest agent perhaps can.
     asks_guest: bool = False
-    #: What becomes of the definition.
+    #: The change of the definition.
     config: ConfigPlan | None = None
 
     def with_config(self, config: ConfigPlan, *, alone: bool) -> Plan:
-        """This plan with what becomes of the definition, which may be all of it."""
+        """This plan with the change of the definition; `alone`: that is all of it."""
         return replace(
             self,
             config=config,
@@ -62,7 +65,7 @@ class Plan:
         )
 
     def refused(self, more: Sequence[Refusal]) -> Plan:
-        """This plan, with more reasons not to do it, in front of its own."""
+        """This plan with more refusals, before its own."""
         return replace(self, refusals=(*more, *self.refusals)) if more else self
 
     @property
@@ -119,7 +122,7 @@ class Plan:
         }
 
     def describe(self) -> list[str]:
-        """The steps as lines a person reads."""
+        """The steps as lines for the user."""
         lines = [f"wait until the unplug of {entity.label} has ended" for entity in self.awaited]
         lines += [f"plug {entity.label}: {_plug_words(entity)}" for entity in (*self.awaited, *self.plugs)]
         lines += [f"unplug {entity.label}: {_unplug_words(entity)}" for entity in self.unplugs]
@@ -136,7 +139,7 @@ class Plan:
         return lines
 
     def already(self) -> list[str]:
-        """What is as asked, as lines for a person, in the word that was asked about."""
+        """Lines for the user about what already is as requested, in the words of the request."""
         is_guest = self.request.has(VcpuFlag.GUEST)
         if self.request.total is not None:
             total = self.request.total
@@ -167,7 +170,7 @@ def _unplug_words(entity: Entity) -> str:
 
 
 def make_plan(state: DomainState, request: Request, known: Knowledge | None = None) -> Plan:
-    """Select the vCPUs, find what is to be done, and collect every reason not to do it."""
+    """Select the vCPUs, find what is to be done, and collect every refusal."""
     known = known or Knowledge()
     guest = known.guest
     targets, wants, found = choose(state, request, known)
@@ -175,11 +178,11 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     if request.has(VcpuFlag.GUEST):
         return _plan_guest(state, request, guest, targets, wants, refusals)
     if not wants or not (request.has(VcpuFlag.LIVE) or not request.has(VcpuFlag.CONFIG)):
-        # A query, or the persistent definition alone, has no steps here.
+        # A query, or a request for the definition alone, has no live steps.
         return Plan(request, targets, refusals=tuple(refusals))
     steps = _steps(state, wants, known)
     if request.total is not None:
-        # Of a count, only what moves is meant.
+        # A count is only about the vCPUs that move.
         steps = replace(steps, unchanged=[])
         targets = tuple(sorted({*(n for e in steps.moved for n in e.ids), *steps.onlines}))
     if steps.onlines and not request.fallback and request.listed is None:
@@ -220,7 +223,9 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
 
 @dataclass(frozen=True, slots=True)
 class _Steps:
-    """What is to be done, by kind; `plugged_already` are vCPUs that are to be enabled and are plugged."""
+    """What is to be done, by kind; `plugged_already` are vCPUs that are to be enabled and already
+    plugged.
+    """
 
     plugs: list[Entity] = field(default_factory=list)
     unplugs: list[Entity] = field(default_factory=list)
@@ -238,7 +243,7 @@ class _Steps:
 
 
 def _steps(state: DomainState, wants: Mapping[int, bool], known: Knowledge) -> _Steps:
-    """What makes each vCPU what it is wanted to be, by what is plugged, pending and online now."""
+    """What must be done for each vCPU, given what is plugged, pending and online now."""
     steps = _Steps()
     for entity in state.entities_of(wants):
         meant = [number for number in entity.ids if number in wants]
@@ -248,7 +253,7 @@ def _steps(state: DomainState, wants: Mapping[int, bool], known: Knowledge) -> _
         elif entity.plugged != on:
             (steps.plugs if on else steps.unplugs).append(entity)
         else:
-            # Plugged, and offline in the guest, is not enabled.
+            # One that is plugged, but offline in the guest, does not count as enabled.
             offline = [n for n in meant if on and known.guest is not None and known.guest.online(n) is False]
             steps.onlines.extend(offline)
             steps.unchanged.extend(number for number in meant if number not in offline)
@@ -259,7 +264,7 @@ def _steps(state: DomainState, wants: Mapping[int, bool], known: Knowledge) -> _
 def _fallen_back(
     state: DomainState, steps: _Steps, blocked: list[Refusal], guest: GuestView
 ) -> tuple[_Steps, list[Refusal]]:
-    """What hotplug cannot do, the guest can: the vCPU stays plugged."""
+    """Let the guest take offline what hotplug cannot unplug: the vCPU stays plugged."""
     hopeless = {number for refusal in blocked for number in refusal.ids}
     stuck = [entity for entity in steps.unplugs if hopeless.intersection(entity.ids)]
     ids = [number for entity in stuck for number in entity.ids]
@@ -283,7 +288,7 @@ def _plan_guest(
     wants: Mapping[int, bool],
     refusals: list[Refusal],
 ) -> Plan:
-    """The guest's own view alone: CPUs are taken online or offline."""
+    """Plan a request with GUEST: CPUs are taken online or offline in the guest only."""
     if guest is None or refusals or not wants:
         return Plan(request, targets, refusals=tuple(refusals), wants=wants)
     online = next(iter(wants.values()))
