@@ -184,7 +184,7 @@ def test_as_many_cpus_as_there_can_be():
 
 
 def test_more_cpus_than_there_can_be():
-    with pytest.raises(VcpuConnectionError, match="5 CPUs, and the guest can have 4"):
+    with pytest.raises(VcpuConnectionError, match="5 CPUs, but the guest can have 4"):
         read(cpus(*range(5)), 4)
 
 

@@ -233,7 +233,7 @@ def test_more_vcpus_than_any_machine_has_are_malformed(slots):
 
 
 def test_two_cpus_at_one_path_are_malformed():
-    with pytest.raises(VcpuConnectionError, match="one qom-path"):
+    with pytest.raises(VcpuConnectionError, match="the same qom-path"):
         check_reply("query-cpus-fast", [cpu("/a"), cpu("/a", 1)])
 
 

@@ -1,1 +1,3 @@
-"""What QEMU, the guest agent and libvirt reply, read into `DomainState` and what goes with it. Pure."""
+"""The replies of QEMU, the guest agent and libvirt, read into `DomainState` and related values.
+Pure.
+"""

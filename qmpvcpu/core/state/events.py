@@ -1,7 +1,8 @@
-"""QMP events of CPUs -> signals: what happened to which entity; two states -> what changed between. Pure.
+"""QMP events of CPUs -> signals: what happened to which entity; two states -> the changes between
+them. Pure.
 
-Sources: QAPI `DEVICE_DELETED`, `DEVICE_UNPLUG_GUEST_ERROR`, `ACPI_DEVICE_OST`; the codes of OST are those of the
-ACPI specification, "_OST (OSPM Status Indication)".
+Sources: QAPI `DEVICE_DELETED`, `DEVICE_UNPLUG_GUEST_ERROR`, `ACPI_DEVICE_OST`; the codes of OST are
+those of the ACPI specification, "_OST (OSPM Status Indication)".
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from typing import Any, Final, TypeGuard
 
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 
-#: Events that say something about a CPU, or make what was read before doubtful.
+#: Events about a CPU, and events after which an earlier state may be out of date.
 CPU_EVENTS: Final = frozenset(
     {"ACPI_DEVICE_OST", "DEVICE_DELETED", "DEVICE_UNPLUG_GUEST_ERROR", "RESET", "SHUTDOWN"}
 )
@@ -26,28 +27,28 @@ _OST_WORDS: Final = {
     1: "the guest failed to eject it (early in its boot, or an error in its kernel)",
     2: "the guest does not know this kind of request",
     0x80: "the guest does not allow it to be ejected (eject disabled)",
-    0x81: "the guest says that it is in use by an application",
-    0x82: "the guest says that it is busy",
-    0x83: "the guest says that something it depends on is busy or cannot be ejected",
+    0x81: "the guest reports that an application uses it",
+    0x82: "the guest reports that it is busy",
+    0x83: "the guest reports that something it depends on is busy or cannot be ejected",
 }
 
 
 class SignalKind(Enum):
-    """What an event says of an entity."""
+    """What an event reports about an entity."""
 
-    #: It, or what goes with it, is gone.
+    #: It, or a part of it, was removed.
     DELETED = "deleted"
     EJECTING = "ejecting"
     GUEST_REFUSED = "guest-refused"
-    #: Something ended or changed; only a fresh query tells what.
+    #: Something ended or changed; only a fresh query shows what.
     LOOK_AGAIN = "look-again"
-    #: The machine was reset: x86 drops every unplug it was asked for.
+    #: The machine was reset: x86 drops every pending unplug.
     RESET = "reset"
 
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """One event, understood. `first` is the entity's first vCPU id, None where no entity is meant."""
+    """One interpreted event. `first` is the entity id, None if it is not about an entity."""
 
     kind: SignalKind
     first: int | None = None
@@ -63,12 +64,12 @@ class Names:
         self._by_path: dict[str, Entity] = {}
         self._by_first: dict[str, Entity] = {}
         for entity in entities:
-            # A slot that was empty when this was planned gets our own device id.
+            # A slot that was empty in the plan gets our own device id.
             self._by_path[entity.qom_path or PERIPHERAL + entity.device_id] = entity
             self._by_first[str(entity.first)] = entity
 
     def add(self, entity: Entity) -> None:
-        """The entity has another device id than before."""
+        """The entity has a new device id too."""
         self._by_path[PERIPHERAL + entity.device_id] = entity
 
     def of(self, data: Mapping[str, Any]) -> Entity | None:
@@ -80,15 +81,17 @@ class Names:
         return found
 
     def of_lapic(self, path: object) -> Entity | None:
-        """The x86 CPU whose local APIC this is. It goes with its CPU, once the slot is empty; under TCG no event
-        of the CPU's own comes (7.2 to 11.1).
+        """The x86 CPU whose local APIC this is. QEMU removes it with its CPU, once the slot is
+        empty; under TCG it sends no event for the CPU itself (7.2 to 11.1).
         """
         if not isinstance(path, str) or not path.endswith(_LAPIC):
             return None
         return self._by_path.get(path.removesuffix(_LAPIC))
 
     def of_slot(self, slot: object) -> Entity | None:
-        """The entity of an ACPI slot: its index in QEMU's list of possible CPUs, which on x86 is the vCPU id."""
+        """The entity of an ACPI slot: its index in QEMU's list of possible CPUs, which on x86 is
+        the vCPU id.
+        """
         return self._by_first.get(str(slot))
 
 
@@ -97,10 +100,10 @@ _LAPIC: Final = "/lapic"
 
 
 def interpret(event: str, data: Mapping[str, Any], names: Names) -> Signal | None:
-    """What an event says, about which of these entities; None where it says nothing about CPUs."""
+    """What an event means, and for which of these entities; None if it is not about CPUs."""
     if event == "DEVICE_DELETED":
         entity = names.of(data) or names.of_lapic(data.get("path"))
-        # A child's event (…/thread[0]) or another device's.
+        # The event of a child (…/thread[0]), or of another device.
         if entity is None:
             return Signal(SignalKind.LOOK_AGAIN)
         return Signal(SignalKind.DELETED, entity.first)
@@ -108,7 +111,7 @@ def interpret(event: str, data: Mapping[str, Any], names: Names) -> Signal | Non
         entity = names.of(data)
         if entity is None:
             return None
-        # libvirt's words, where it is libvirt that tells.
+        # Only libvirt gives a text.
         text = data.get("text")
         reason = text[:_LONGEST] if isinstance(text, str) and text else "the guest could not release it"
         return Signal(SignalKind.GUEST_REFUSED, entity.first, reason)
@@ -123,10 +126,10 @@ def _ost(info: object, names: Names) -> Signal | None:
     if not isinstance(info, dict) or info.get("slot-type") != "CPU":
         return None
     source, status = info.get("source"), info.get("status")
-    # "Done" (0) comes before the CPU is gone, and without a device once it is.
+    # "Done" (0) comes before the CPU is removed, and once more without a device after that.
     if type(source) is not int or type(status) is not int or source not in _EJECT_SOURCES or status == 0:
         return Signal(SignalKind.LOOK_AGAIN)
-    # The device id is there only for a CPU that has one.
+    # A CPU without a device id is named only by its slot.
     entity = names.of(info) or names.of_slot(info.get("slot"))
     first = None if entity is None else entity.first
     if status == _EJECTING:
@@ -136,29 +139,35 @@ def _ost(info: object, names: Names) -> Signal | None:
 
 
 def is_transient(text: str) -> bool:
-    """Whether this error of `device_del` passes as the guest boots on, so that a later try may succeed (x86)."""
-    # "acpi: device unplug request for not supported device type: …", until the guest's ACPI takes over (to 10.x).
+    """Whether this error of `device_del` ends while the guest boots, so that a later try may
+    succeed (x86).
+    """
+    # "acpi: device unplug request for not supported device type: …", until the guest's ACPI takes
+    # over (to 10.x).
     return "device unplug request for not supported device type" in text
 
 
 def is_taken(text: str) -> bool:
-    """Whether this error of `device_add` is about a device id: another device has it. A core of ppc64 leaves its
-    slot a moment before its device is gone, and its id with it (10.0).
+    """Whether this error of `device_add` says that another device has the id. On ppc64 the slot of
+    a core is empty a moment before its device, and with it the id, is removed (10.0).
     """
     return "Duplicate device ID" in text
 
 
 def is_so(text: str) -> bool:
-    """Whether this error of `device_add` says that the slot is taken: another client was first.
+    """Whether this error of `device_add` says that the slot is filled: another client was faster.
 
-    x86: "CPU[3] with APIC ID 3 exists", ppc64: "core 2 already populated", s390x: "…, it already exists" (7.2 to
-    11.1); libvirt: "already in requested state". A query tells whether it is that slot.
+    x86: "CPU[3] with APIC ID 3 exists", ppc64: "core 2 already populated", s390x: "…, it already
+    exists" (7.2 to 11.1); libvirt: "already in requested state". A query shows whether it is that
+    slot.
     """
     return text.endswith(("exists", "already populated")) or "already in requested state" in text
 
 
 def changes(before: DomainState, after: DomainState, time: float) -> list[Event]:
-    """What came and went between two states of one machine, one event a vCPU; `time` in seconds since 1970."""
+    """The plugs and removals between two states of one machine, one event a vCPU; `time` in seconds
+    since 1970.
+    """
     found: list[Event] = []
     for was, now in zip(before.entities, after.entities, strict=False):
         first = was.ids[0]
@@ -174,7 +183,9 @@ def changes(before: DomainState, after: DomainState, time: float) -> list[Event]
 
 
 def replugged(was: Entity, now: Entity, before: DomainState, after: DomainState) -> bool:
-    """Whether a slot that is full in both states was empty between: another object, or another thread."""
+    """Whether a slot that is filled in both states was empty in between: its object or its thread
+    is another.
+    """
     if not (was.plugged and now.plugged):
         return False
     if was.qom_path != now.qom_path:
@@ -183,18 +194,18 @@ def replugged(was: Entity, now: Entity, before: DomainState, after: DomainState)
     return None not in threads and threads[0] != threads[1]
 
 
-#: What goes with a CPU: on x86 its local APIC and Hyper-V's interrupt controller, on ppc64 a core's threads and
-#: what serves their interrupts.
+#: Parts of a CPU: on x86 its local APIC and Hyper-V's interrupt controller, on ppc64 a core's
+#: threads and their interrupt controllers.
 _CHILD: Final = re.compile(r"(?P<cpu>.+?)(?:/thread\[\d+\])?(?:/(?:lapic|synic|icp|xive-tctx))?")
-#: The id of a CPU that we, or libvirt, have plugged.
+#: The id of a CPU that qmpvcpu or libvirt has plugged.
 _OUR_ID: Final = re.compile(r"vcpu(\d+)(?:-\d+)?")
-#: The device of a path, which may be that of something below it.
+#: The device in a path, which may go on to a part of it.
 _DEVICE: Final = re.compile(r"/machine/(?:peripheral|peripheral-anon|unattached)/[^/]+")
-#: So many devices, and departures that no query has decided on, are remembered.
+#: How many devices, and how many undecided departures, are remembered.
 _REMEMBERED: Final = 1024
-#: Paths of one of them that are: a core of ppc64 has 8 threads, each with an interrupt controller.
+#: How many paths of each: a core of ppc64 has 8 threads, each with an interrupt controller.
 _PATHS: Final = 64
-#: Characters of a path or id that can be a CPU's, and of a reason.
+#: The most characters of a CPU's path or id, and of a reason.
 _LONGEST: Final = 1000
 
 
@@ -204,72 +215,76 @@ def _is_name(value: object) -> TypeGuard[str]:
 
 @dataclass(slots=True)
 class _Departure:
-    """One device that went; `number` counts them."""
+    """One device that was removed; `number` counts them."""
 
     number: int
     path: str
     time: float
-    #: The ACPI slot of a CPU that was named with this path.
+    #: The ACPI slot that an event named for this path.
     slot: int | None = None
-    #: The paths of the events about it: a second one of the same path is about the next departure.
+    #: The paths of its events: another event of the same path is about the next departure.
     paths: set[str] = field(default_factory=set)
-    #: Whether one of them was about something that only CPUs have.
+    #: Whether one of them was about a part that only CPUs have.
     is_cpu: bool = False
 
 
 class Departures:
-    """CPUs that came and went between two queries: QEMU's events alone tell of them. Pure.
+    """CPUs that were plugged and removed between two queries: only QEMU's events show them. Pure.
 
-    Give it each event (`hear`), note `heard` before a query is sent, and let it `decide` with the state that the
-    query gave. QEMU empties a CPU's slot before it tells (7.2 to 11.1), so what that query still shows under the
-    same path came later.
+    Call `hear` for each event, read `heard` before a query is sent, and call `decide` with the
+    state from that query. QEMU empties a CPU's slot before it sends the event (7.2 to 11.1), so a
+    CPU that the query still shows under the same path was plugged later.
 
-    What has gone was a CPU if it had what only CPUs have, if an ACPI slot of a CPU was named with it, or if a
-    state showed its path as a CPU's. Its id alone does not tell: clients may call any device `vcpu2`.
+    A removed device was a CPU if it had a part that only CPUs have, if an event named an ACPI CPU
+    slot for it, or if a state had its path for a CPU. Its id alone is not enough: clients may call
+    any device `vcpu2`.
     """
 
     def __init__(self) -> None:
-        #: How many departures were heard of.
+        #: How many departures events have reported.
         self.heard = 0
         self._undecided: list[_Departure] = []
-        #: The last one of each path, whose other events may still come.
+        #: The last departure of each path; more events about it may come.
         self._last: dict[str, _Departure] = {}
-        #: Path -> ACPI slot; and slots that were said to be empty since the last decision, by no device.
+        #: Path -> ACPI slot; and the slots that events without a device have reported as empty
+        #: since the last query.
         self._slots: dict[str, int] = {}
         self._emptied: list[int] = []
-        #: Path -> removals that states have shown, and no event has told of yet.
+        #: Path -> removals that states have shown, but no event has reported yet.
         self._owed: dict[str, int] = {}
 
     def hear(self, event: str, data: Mapping[str, Any], time: float, *, own: bool = True) -> None:
-        """An event of QEMU's; `time` in seconds since 1970.
+        """Take in an event of QEMU; `time` in seconds since 1970.
 
-        Without `own`, events of devices themselves say nothing: on x86 under TCG that of a CPU never comes, or
-        only at a later plug (11.1), and its lapic's tells.
+        Without `own`, events of devices themselves are ignored: on x86 under TCG that of a CPU
+        never comes, or only at a later plug (11.1), and the event of its local APIC counts instead.
         """
         if event == "ACPI_DEVICE_OST":
             self._hear_ost(data.get("info"))
-        # One with a text is libvirt's answer to a call of ours, and not news.
+        # An event with a text is libvirt's answer to our own call.
         elif event == "DEVICE_DELETED" and "text" not in data:
             path, device = data.get("path"), data.get("device")
             if _is_name(path):
                 self._hear_deleted(path, time, own)
             elif _is_name(device):
-                # No event of QEMU's is without a path. Of libvirt's aliases only those of CPUs look like ours.
+                # Only libvirt sends events without a path. Of its aliases only those of CPUs look
+                # like our ids.
                 self._hear_deleted(PERIPHERAL + device, time, own, is_cpu=bool(_OUR_ID.fullmatch(device)))
 
     def decide(
         self, before: DomainState, after: DomainState, heard: int, *, has_removed: bool = True
     ) -> list[Event]:
-        """What came and went again between two states, which their difference does not show.
+        """The events of CPUs that were plugged and removed between two states, which do not show
+        them.
 
         Args:
-            before: the state until now.
-            after: the state by a query.
+            before: the state before the query.
+            after: the state from the query.
             heard: `self.heard` when that query was sent.
             has_removed: whether `changes` has found a removal between the two.
         """
         for path in _left(before, after) if has_removed else ():
-            # What tells of it may come later than the query that shows it.
+            # Its event may come later than the query that shows the removal.
             self._owed[path] = self._owed.get(path, 0) + 1
             _forget(self._owed)
         if not self._undecided:
@@ -284,13 +299,14 @@ class Departures:
                 continue
             is_there = one.path in was and one.path in now
             if one.number > heard or (is_there and all(one.path != other.path for other in left)):
-                # The next state tells: it was heard of later than the query was sent, or is there still.
+                # The next state decides: the event came after the query was sent, or the CPU is
+                # there again.
                 left.append(one)
                 continue
             entity = was.get(one.path) or now.get(one.path)
             if (ids := self._ids(one, entity, before, after)) is not None:
                 detail = f"device '{one.path.removeprefix(PERIPHERAL)}', plugged and removed between two queries"
-                # QEMU tells of no plug: what has gone had come.
+                # QEMU sends no event for a plug: what was removed had been plugged.
                 found += [Event(one.time, EventKind.ADDED, vcpus, detail) for vcpus in ids if vcpus]
                 found += [Event(one.time, EventKind.REMOVED, vcpus, detail) for vcpus in ids]
         self._undecided = left
@@ -298,7 +314,7 @@ class Departures:
         return found
 
     def forget(self, path: str | None) -> None:
-        """That one has left this QOM path is told already."""
+        """The removal of the CPU at this QOM path has been reported already."""
         self._undecided = [one for one in self._undecided if one.path != path]
 
     # -- inside -----------------------------------------------------------------------------------
@@ -339,7 +355,7 @@ class Departures:
     def _ids(
         self, one: _Departure, entity: Entity | None, before: DomainState, after: DomainState
     ) -> list[tuple[int, ...]] | None:
-        """The vCPUs that it was, one a row; an empty row where nothing tells; None where it may be no CPU."""
+        """Its vCPU ids, one a row; an empty row if they are not known; None if it may not be a CPU."""
         if entity is None:
             if not one.is_cpu and one.slot is None:
                 return None
@@ -347,20 +363,21 @@ class Departures:
         return [()] if entity is None else [(number,) for number in entity.ids]
 
     def _named(self, one: _Departure, before: DomainState, after: DomainState) -> Entity | None:
-        """The entity that a CPU was which neither state shows."""
+        """The entity of a CPU that neither state shows."""
         if one.slot is not None:
             return after.by_id.get(one.slot)
         ours = _OUR_ID.fullmatch(one.path.removeprefix(PERIPHERAL))
         if ours is not None and len(ours[1]) <= 6:
             entity = after.by_id.get(int(ours[1]))
-            # One that has another path was not this: another client has given our id to a CPU in another slot.
+            # A filled slot is another one: another client has given our id to a CPU of a different
+            # slot.
             if entity is not None and not entity.plugged and not before.by_id[entity.first].plugged:
                 return entity
         return after.by_id.get(self._emptied[0]) if len(set(self._emptied)) == 1 else None
 
 
 def _left(before: DomainState, after: DomainState) -> list[str]:
-    """The paths of CPUs that are gone, or are others, in the later state."""
+    """The paths of the CPUs that the later state does not have, or has replaced."""
     return [
         was.qom_path or PERIPHERAL + was.device_id
         for was, now in zip(before.entities, after.entities, strict=False)
@@ -375,7 +392,7 @@ def _by_path(state: DomainState) -> dict[str, Entity]:
 
 
 def _forget(kept: dict[str, Any]) -> None:
-    """Of too many, those that came first."""
+    """Drop the oldest half if there are too many."""
     if len(kept) > _REMEMBERED:
         for path in list(kept)[: _REMEMBERED // 2]:
             del kept[path]

@@ -1,4 +1,4 @@
-"""A definition -> the state of a domain, in the same words as that of a running guest."""
+"""A definition -> the `DomainState` that the domain would have after its next boot."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from qmpvcpu.core.model import DomainState, Entity, Vcpu, format_ids
 
 
 def state_of(definition: Definition, name: str | None = None, *, active: bool = False) -> DomainState:
-    """The definition in the words of a state: what the guest would be like right after its next boot.
+    """The state of the guest right after its next boot.
 
-    An entity is hotpluggable where a request may change it, a vCPU where the XML says so.
+    An entity is hotpluggable if a request may change it, a vCPU if the XML says so.
     """
     size = definition.granularity
     row = architecture(definition.arch)

@@ -1,4 +1,4 @@
-"""A running guest as its live XML tells it, where nobody asks its QEMU. Pure.
+"""The state of a running guest from its live XML alone, without asking its QEMU. Pure.
 
 libvirt numbers vCPUs as we do: slot by slot, in the order of socket, core and thread.
 """
@@ -15,7 +15,7 @@ from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Props, QemuVersion, 
 from qmpvcpu.core.state.events import PERIPHERAL
 from qmpvcpu.core.state.from_definition import state_of
 
-#: Of a CPU that was there at the start libvirt tells no path.
+#: libvirt does not report the path of a CPU that was there at the start.
 _UNNAMED: Final = "/machine/unattached/"
 
 
@@ -31,11 +31,11 @@ def running_state(
 
     Args:
         definition: of its live XML.
-        name: what it is called.
-        version: of its QEMU, or the oldest that it may be.
+        name: of the domain.
+        version: of its QEMU, or the oldest that it may have.
         run_state: QAPI RunState.
-        gone: vCPU ids that the XML lists as enabled, and whose threads are gone.
-        pending: first ids of entities whose unplug was asked and has not ended.
+        gone: vCPU ids that the XML lists as enabled, but whose threads have ended.
+        pending: ids of the entities whose unplug was requested and has not ended.
     """
     base = state_of(definition, name, active=True)
     lost, asked = frozenset(gone), frozenset(pending)
@@ -43,7 +43,7 @@ def running_state(
     for entity in base.entities:
         config = definition.vcpus[entity.first]
         plugged = config.enabled and entity.first not in lost
-        # What is gone unseen is taken for plugged, and so cannot be plugged.
+        # libvirt takes such a vCPU for plugged, and so cannot plug it.
         can_come, can_go = base.can_plug and entity.first not in lost, base.can_unplug and config.hotpluggable
         pluggable = can_go if plugged else can_come
         path = (PERIPHERAL if config.hotpluggable else _UNNAMED) + entity.device_id if plugged else None
@@ -67,7 +67,7 @@ def running_state(
 
 
 def _props(state: DomainState, first: int, node: int | None) -> Props:
-    """Where a slot is, as QEMU would say it."""
+    """The props of a slot, as QEMU would report them."""
     topology = state.topology or Topology(state.maxcpus, sockets=state.maxcpus)
     is_thread = architecture(state.arch).entity is EntityKind.THREAD
     found = _levels(topology, first) if is_thread else {"core-id": first}

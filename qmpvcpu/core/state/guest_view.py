@@ -1,7 +1,7 @@
-"""The guest's own view of its CPUs, checked, and which of them is which vCPU. Pure.
+"""The guest's own view of its CPUs, checked, and which vCPU each of them is. Pure.
 
-The guest is not trusted: an answer that cannot be is an error, and what it says of a CPU's identity is taken only
-where it names a vCPU that this domain has, and no other CPU names the same.
+The guest is not trusted: an impossible answer is an error, and a CPU's identity counts only if it
+names a vCPU that this domain has, and no other CPU names the same one.
 """
 
 from __future__ import annotations
@@ -36,9 +36,10 @@ class GuestCpu:
 class GuestView:
     """The guest's CPUs, and which vCPU each one is.
 
-    `by_vcpu` has the vCPUs whose guest CPU is known. `assumed` is true where nothing in the guest told it: then
-    the guest's numbers are taken for vCPU ids, and only if no other reading is possible. `strays` is how many of
-    the CPUs that are there nobody can name. `all_online` are vCPUs that are online whichever CPU each of them is.
+    `by_vcpu` has the vCPUs whose guest CPU is known. `assumed` is true if nothing in the guest
+    identified them: then the guest's ids are taken for vCPU ids, and only if no other reading is
+    possible. `strays` is how many of the present CPUs are not identified. `all_online` are vCPUs
+    that are online whichever CPU each of them is.
     """
 
     cpus: tuple[GuestCpu, ...]
@@ -54,72 +55,77 @@ class GuestView:
 
     @property
     def lit(self) -> frozenset[int]:
-        """The guest's numbers of the CPUs that are online."""
+        """The guest's own ids of the CPUs that are online."""
         return frozenset(cpu.logical_id for cpu in self.cpus if cpu.online)
 
     @property
     def own(self) -> GuestView:
-        """The same, by the guest's own numbers instead of vCPU ids."""
+        """The same, by the guest's own ids instead of vCPU ids."""
         return GuestView(self.cpus, {cpu.logical_id: cpu for cpu in self.cpus})
 
     def switched(self, vcpus: Iterable[int], online: bool) -> GuestView:
-        """The same after these were seen to follow."""
+        """The same, with these vCPUs online or offline."""
         followed = {vcpu: replace(self.by_vcpu[vcpu], online=online) for vcpu in vcpus}
         rows = {cpu.logical_id: cpu for cpu in (*self.cpus, *followed.values())}
         return replace(self, cpus=tuple(rows.values()), by_vcpu={**self.by_vcpu, **followed})
 
     def to_json(self) -> dict[str, Any]:
-        """The document of `guestvcpus --json`: both the guest's ids and the vCPU ids, null where not known."""
+        """The document of `guestvcpus --json`: both the guest's ids and the vCPU ids, null where
+        not known.
+        """
         rows = [cpu.to_json() | {"vcpu": self.vcpu_of(cpu.logical_id)} for cpu in self.cpus]
         return {"cpus": rows, "assumed": self.assumed}
 
     def vcpu_of(self, logical_id: int) -> int | None:
-        """The vCPU that is the guest's CPU of this number."""
+        """The vCPU that is the guest's CPU of this id."""
         return next((vcpu for vcpu, cpu in self.by_vcpu.items() if cpu.logical_id == logical_id), None)
 
 
 def parse_guest_vcpus(reply: object, most: int = _MOST) -> tuple[GuestCpu, ...]:
-    """`guest-get-vcpus`, ascending by logical id (QGA `GuestLogicalProcessor`); `most` is how many there can be.
+    """`guest-get-vcpus`, ascending by logical id (QGA `GuestLogicalProcessor`); `most` is how many
+    there can be.
 
     Raises:
         VcpuConnectionError: the answer cannot be true.
     """
     if not isinstance(reply, list):
-        raise _nonsense("no list of CPUs")
+        raise _nonsense("it is not a list")
     if len(reply) > most:
-        raise _nonsense(f"{len(reply)} CPUs, and the guest can have {most}")
+        raise _nonsense(f"it has {len(reply)} CPUs, but the guest can have {most}")
     found: dict[int, GuestCpu] = {}
     for row in reply:
         if not isinstance(row, dict):
-            raise _nonsense("a CPU that is no object")
+            raise _nonsense("an entry is not an object")
         number, online, can_offline = row.get("logical-id"), row.get("online"), row.get("can-offline")
         if type(number) is not int or not 0 <= number < _MOST or type(online) is not bool:
-            raise _nonsense("a CPU without a number or state")
+            raise _nonsense("a CPU has no id or no state")
         if number in found:
-            raise _nonsense(f"CPU {number} twice")
+            raise _nonsense(f"it has CPU {number} twice")
         found[number] = GuestCpu(number, online, can_offline if type(can_offline) is bool else None)
     if not any(cpu.online for cpu in found.values()):
-        raise _nonsense("no CPU online")
+        raise _nonsense("no CPU is online")
     return tuple(found[number] for number in sorted(found))
 
 
 def _nonsense(what: str) -> VcpuConnectionError:
     return VcpuConnectionError(
-        f"the guest agent's list of CPUs cannot be: {what}",
+        f"the guest agent's list of CPUs is wrong: {what}",
         reason="malformed",
-        hint="do not rely on this guest's agent",
+        hint="look at the guest agent's version, or leave out --agent (agent=)",
         libvirt="VIR_ERR_AGENT_UNRESPONSIVE",
     )
 
 
 def is_port_open(chardevs: object, path: str) -> bool | None:
-    """Whether the guest has opened the port behind a unix socket, by `query-chardev`; None where it is silent.
+    """Whether the guest has opened the port behind a unix socket, by `query-chardev`; None if that
+    does not say.
 
-    `frontend-open` is that of a virtio port (7.2 to 11.1); of a serial port it is always true.
+    `frontend-open` is the state of a virtio port (7.2 to 11.1); it is always true for a serial
+    port.
     """
     for row in chardevs if isinstance(chardevs, list) else ():
         filename = row.get("filename") if isinstance(row, dict) else None
-        # What stands behind the path are options: ",server=on".
+        # Options follow the path: ",server=on".
         if isinstance(filename, str) and f"{filename.removeprefix('disconnected:')},".startswith(f"unix:{path},"):
             is_open = row.get("frontend-open")
             return is_open if isinstance(is_open, bool) else None
@@ -128,11 +134,12 @@ def is_port_open(chardevs: object, path: str) -> bool | None:
 
 def most_guest_cpus(state: DomainState) -> int:
     """How many CPUs the guest can list."""
-    # Where cores lie further apart than they have threads, there are more possible CPUs than vCPUs.
+    # If the ids of cores are further apart than a core has threads, there are more possible CPUs
+    # than vCPUs.
     return state.maxcpus * 8 if architecture(state.arch).lists_possible_cpus else state.maxcpus
 
 
-#: Most bytes of a file that tells of all CPUs (x86's /proc/cpuinfo: 1.5 KB each), and of one that tells of one.
+#: Most bytes of a file about all CPUs (x86's /proc/cpuinfo: 1.5 KB each), and of a file about one.
 _OF_ALL: Final = 8 * 1024 * 1024
 _OF_ONE: Final = 4096
 
@@ -142,9 +149,10 @@ PRESENT: Final = "/sys/devices/system/cpu/present"
 
 
 def identity_files(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, int | None]:
-    """Files of the guest that tell which CPU is which: path -> logical id, None for one that tells of all.
+    """Files of the guest that identify its CPUs: path -> logical id, None for a file about all of
+    them.
 
-    Which ones those are, `core.arch.Identity` says.
+    `core.arch.Identity` describes them.
     """
     row = architecture(state.arch)
     if row.identity_file is None:
@@ -157,7 +165,7 @@ def identity_files(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, in
     }
     if by_apic:
         return {CPUINFO: None, **files}
-    # What a CPU that is not present says of itself is left over from another.
+    # The file of a CPU that is not present is left over from another CPU.
     return {PRESENT: None, **files} if row.lists_possible_cpus else files
 
 
@@ -179,7 +187,7 @@ def identify(
     """Join the guest's CPUs and the vCPUs.
 
     Args:
-        state: what QEMU says; only a vCPU that is enabled can be in the guest.
+        state: from QEMU; only a vCPU that is enabled can be in the guest.
         cpus: `guest-get-vcpus`.
         files: contents of `identity_files`, None or missing for one that could not be read.
         vsmt: ppc64: how far the ids of two cores are apart in the guest (`qom-get /machine vsmt`).
@@ -200,18 +208,19 @@ def identify(
 
 
 def _all_online(state: DomainState, cpus: Sequence[GuestCpu]) -> frozenset[int]:
-    """Where as many CPUs are online as vCPUs are plugged, each of these is."""
+    """All plugged vCPUs, if as many CPUs are online; else none."""
     enabled = state.enabled_ids
     return frozenset(enabled if sum(cpu.online for cpu in cpus) == len(enabled) else ())
 
 
 def newcomers(before: GuestView, now: GuestView, *, lists_all: bool) -> tuple[GuestCpu, ...]:
-    """The CPUs that came to the guest between two looks. Where they are just as many as were plugged, those are
-    they, whichever is which.
+    """The CPUs that are new in the guest between two views. If they are as many as were plugged,
+    they are the plugged vCPUs, whichever is which.
 
     Args:
-        before, now: the guest then and now.
-        lists_all: it lists every possible CPU all the time (ppc64): what is online now, and was not, has come.
+        before, now: the two views.
+        lists_all: the guest always lists every possible CPU (ppc64): a CPU is new if it has come
+            online.
     """
     known = before.lit if lists_all else frozenset(cpu.logical_id for cpu in before.cpus)
     return tuple(cpu for cpu in now.cpus if cpu.logical_id not in known and (cpu.online or not lists_all))
@@ -220,9 +229,9 @@ def newcomers(before: GuestView, now: GuestView, *, lists_all: bool) -> tuple[Gu
 def _facts(
     state: DomainState, told: Mapping[int, bytes | None], files: Mapping[str, bytes | None], vsmt: int | None
 ) -> dict[int, int]:
-    """Logical id -> vCPU id, as the guest's files have it; not yet checked against what is enabled.
+    """Logical id -> vCPU id, from the guest's files; not yet checked against the enabled vCPUs.
 
-    `told` is what each CPU's own file says, by logical id.
+    `told` is the content of each CPU's own file, by logical id.
     """
     identity = architecture(state.arch).identity
     if identity is Identity.APIC_ID:
@@ -238,7 +247,7 @@ def _facts(
         by_core = {e.props["core-id"]: e.first for e in state.entities if e.props and "core-id" in e.props}
         return {n: by_core[number] for n, number in numbers.items() if number in by_core}
     if vsmt is None:
-        return {}  # not pseries: nothing says what the number counts
+        return {}  # not pseries: the meaning of the number is not known
     return {n: vcpu for n, number in numbers.items() if (vcpu := _of_physical(state, number, vsmt)) is not None}
 
 
@@ -248,7 +257,7 @@ def _by_acpi_path(told: Mapping[int, bytes | None]) -> dict[int, int]:
 
 
 def _cpuinfo_apic_ids(text: bytes) -> dict[int, int]:
-    """logical id -> APIC id, from x86's /proc/cpuinfo."""
+    """Logical id -> APIC id, from x86's /proc/cpuinfo."""
     found: dict[int, int] = {}
     logical: int | None = None
     for match in _CPUINFO_LINE.finditer(text):
@@ -259,7 +268,8 @@ def _cpuinfo_apic_ids(text: bytes) -> dict[int, int]:
     return found
 
 
-#: Not split into lines: those of 8 MiB that a guest has made up take seconds, and some 500 MB.
+#: Not split into lines: 8 MiB that a malicious guest has made up would take seconds and some 500
+#: MB.
 _CPUINFO_LINE: Final = re.compile(
     rb"^(processor|apicid)[ \t]{0,20}:[ \t]{0,20}([0-9]{1,9})[ \t\r]{0,20}$", re.MULTILINE
 )
@@ -289,14 +299,18 @@ def _number(content: bytes | None, *, big_endian: bool = False) -> int | None:
 
 
 def _of_physical(state: DomainState, number: int, vsmt: int) -> int | None:
-    """pseries: cores lie `vsmt` apart in the guest, and as many as they have threads in vCPU ids."""
+    """pseries: the guest's ids of two cores are `vsmt` apart, their vCPU ids as many as a core has
+    threads.
+    """
     threads = len(state.entities[0].ids) if state.entities else 1
     core, thread = divmod(number, vsmt)
     return core * threads + thread if thread < threads else None
 
 
 def _by_rank(facts: Mapping[int, int | None], expected: int) -> dict[int, int]:
-    """arm64, riscv64: all CPUs are there from the start, so the n-th is vCPU n; one missing, and none is known."""
+    """arm64, riscv64: all CPUs are there from the start, so the n-th is vCPU n; if one is missing,
+    none is known.
+    """
     if len(facts) != expected or None in facts.values() or len(set(facts.values())) < len(facts):
         return {}
     ranked = sorted(facts, key=lambda logical: facts[logical] or 0)
@@ -304,10 +318,11 @@ def _by_rank(facts: Mapping[int, int | None], expected: int) -> dict[int, int]:
 
 
 def _assume(state: DomainState, cpus: Sequence[GuestCpu], there: Sequence[GuestCpu]) -> GuestView:
-    """Nothing told: numbers are vCPU ids only where every reading comes to the same.
+    """Without any identity the guest's ids are vCPU ids only if every reading comes to the same.
 
-    Linux numbers what is plugged as it comes, and remembers what it numbered before: so the guest must have just
-    the vCPUs that are enabled, without a gap, at most one of them plugged. riscv64's boot hart is drawn by lot.
+    Linux numbers plugged CPUs in the order in which they come, and reuses earlier numbers: so the
+    guest must have exactly the enabled vCPUs, without a gap, at most one of them plugged. riscv64's
+    boot hart is random.
     """
     numbers = [cpu.logical_id for cpu in there]
     plugged = [e for e in state.entities if e.qom_path is not None and "/peripheral" in e.qom_path]
@@ -319,7 +334,7 @@ def _assume(state: DomainState, cpus: Sequence[GuestCpu], there: Sequence[GuestC
 
 
 def with_online(state: DomainState, view: GuestView) -> DomainState:
-    """The state with what the guest says of each vCPU."""
+    """The state with the guest's view of each vCPU."""
     return replace(
         state,
         vcpus=tuple(

@@ -1,9 +1,10 @@
-"""QMP replies -> `DomainState`: which vCPU ids there are, what each one is, and which are plugged.
+"""QMP replies -> `DomainState`: which vCPU ids there are, what each one is, and which ones are
+plugged.
 
-`query-hotpluggable-cpus` says what can be, `query-cpus-fast` what is. They are joined by QOM path and by
-nothing else: positions differ (the first lists the highest slot first, the second goes by order of plugging) and
-props are absent from some replies. Nothing QEMU says is believed unchecked: a reply of the wrong shape is a
-`VcpuConnectionError` with reason "malformed".
+`query-hotpluggable-cpus` lists the slots, `query-cpus-fast` the plugged CPUs. They are joined only
+by QOM path: their order differs (the first lists the highest slot first, the second is in the order
+of plugging), and props are absent from some replies. Every reply is checked: one of the wrong shape
+is a `VcpuConnectionError` with reason "malformed".
 """
 
 from __future__ import annotations
@@ -39,7 +40,9 @@ _THREAD = re.compile(r"/thread\[(\d{1,6})\]\Z")
 
 
 class InconsistentReplies(VcpuConnectionError):
-    """Two replies do not describe the same moment: a CPU came or went between them. Ask again."""
+    """Two replies do not describe the same moment: a CPU was plugged or removed between them. Query
+    again.
+    """
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +78,7 @@ class BootFacts:
 
 
 def short(value: object) -> str:
-    """A value for a message, however large it is."""
+    """A value as a short text for a message."""
     if isinstance(value, str):
         value = value[:60]
     text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
@@ -97,7 +100,7 @@ def _malformed(command: str, what: str) -> VcpuConnectionError:
         f"{command}: {what}",
         reason="malformed",
         libvirt="VIR_ERR_INTERNAL_ERROR",
-        hint="is this socket really QEMU's? run again with --qmp-log FILE and look at the reply",
+        hint="check that this socket is QEMU's: run again with --qmp-log FILE and look at the reply",
     )
 
 
@@ -129,7 +132,7 @@ def _string(command: str, row: Mapping[str, Any], key: str) -> str:
 def _props(command: str, value: object) -> Props:
     if not isinstance(value, dict):
         raise _malformed(command, f"'props' is {short(value)}, not an object")
-    # Unknown keys are QEMU's future: any scalar is kept and passed back as it came.
+    # A newer QEMU may have more keys: any scalar is kept and passed back as it is.
     for key, item in value.items():
         is_place = key in LEVELS or key == "node-id"
         is_long = len(key) > LONGEST_TEXT or (isinstance(item, str) and len(item) > LONGEST_TEXT)
@@ -151,24 +154,24 @@ def parse_hotpluggable_cpus(reply: object) -> tuple[HotpluggableCpu, ...]:
         for row in _rows(command, reply)
     ]
     if not slots:
-        raise _malformed(command, "no slot at all")
+        raise _malformed(command, "it has no slot")
     if sum(slot.vcpus_count for slot in slots) > MAX_VCPUS:
         raise _malformed(command, f"more than {MAX_VCPUS} vCPUs")
     paths = [slot.qom_path for slot in slots if slot.qom_path is not None]
     if len(set(paths)) != len(paths):
-        raise _malformed(command, "two slots have one qom-path")
+        raise _malformed(command, "two slots have the same qom-path")
     return tuple(slots)
 
 
 def parse_cpus_fast(reply: object, *, props: bool = True) -> tuple[CpuInfoFast, ...]:
     """The reply of `query-cpus-fast`, checked, in QEMU's order, which is the order of plugging.
 
-    `props=False` leaves the props out: where there are slots, the slots say it.
+    `props=False` leaves the props out, which the slots have too.
     """
     cpus = tuple(_cpu(row, props) for row in _rows("query-cpus-fast", reply))
     # `-machine none` has no CPU at all.
     if len({cpu.qom_path for cpu in cpus}) != len(cpus):
-        raise _malformed("query-cpus-fast", "two CPUs have one qom-path")
+        raise _malformed("query-cpus-fast", "two CPUs have the same qom-path")
     return cpus
 
 
@@ -177,7 +180,8 @@ def _cpu(row: Mapping[str, Any], props: bool) -> CpuInfoFast:
     index, path, thread_id = row.get("cpu-index"), row.get("qom-path"), row.get("thread-id")
     is_path = type(path) is str and 0 < len(path) <= LONGEST_TEXT
     if not (is_path and type(index) is type(thread_id) is int and index >= 0 <= thread_id):
-        # Which of them it is; this is asked after every plug, so the good case takes the short way.
+        # Raises for the wrong one. This runs after every plug, so the good case is checked in one
+        # step.
         _integer(command, row, "cpu-index")
         _string(command, row, "qom-path")
         _integer(command, row, "thread-id")
@@ -191,7 +195,7 @@ def parse_version(greeting: object) -> QemuVersion:
         numbers = greeting["version"]["qemu"]  # type: ignore[index]
         return QemuVersion(*(_integer("greeting", numbers, key) for key in ("major", "minor", "micro")))
     except (KeyError, TypeError, AttributeError) as error:
-        raise _malformed("greeting", "it names no QEMU version") from error
+        raise _malformed("greeting", "it has no QEMU version") from error
 
 
 def parse_topology(reply: object) -> Topology | None:
@@ -216,10 +220,11 @@ def _node(props: Props | None) -> int | None:
 
 
 class _Plugged:
-    """`query-cpus-fast`, found by the QOM path of an entity."""
+    """`query-cpus-fast` by the QOM path of each entity."""
 
     def __init__(self, cpus: Sequence[CpuInfoFast], *, cores: bool = True) -> None:
-        #: Of each entity, its CPUs by thread number: while a core goes, its threads go one after the other.
+        #: The CPUs of each entity by thread number: while a core is removed, its threads end one
+        #: after the other.
         self.by_path: dict[str, dict[int, CpuInfoFast]] = {}
         self.order: dict[str, int] = {}
         for cpu in cpus:
@@ -245,8 +250,8 @@ def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tup
                 "query-hotpluggable-cpus", f"two slots have the address {short(str(dict(slot.props)))}"
             )
     firsts = accumulate((slot.vcpus_count for _, slot in ordered), initial=0)
-    # The boot CPU is the first slot on every machine that can unplug: "Boot CPU is unpluggable" (x86),
-    # "Boot CPU core may not be unplugged" (ppc64).
+    # The boot CPU is the first slot on every machine that can unplug: "Boot CPU is unpluggable"
+    # (x86), "Boot CPU core may not be unplugged" (ppc64).
     entities = [
         Entity(
             ids=tuple(range(first, first + slot.vcpus_count)),
@@ -262,7 +267,7 @@ def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tup
 
 
 def _with_free_ids(entities: list[Entity]) -> tuple[Entity, ...]:
-    """Empty slots get a device id that no CPU of another slot has."""
+    """Give each empty slot a device id that no CPU of another slot has."""
     taken = {entity.qom_path for entity in entities if entity.qom_path is not None}
     for position, entity in enumerate(entities):
         while not entity.plugged and f"/machine/peripheral/{entity.device_id}" in taken:
@@ -271,7 +276,9 @@ def _with_free_ids(entities: list[Entity]) -> tuple[Entity, ...]:
 
 
 def entities_without_slots(cpus: Sequence[CpuInfoFast], topology: Topology | None) -> tuple[Entity, ...]:
-    """A machine without CPU hotplug: what `query-cpus-fast` lists, then ids that can never be plugged."""
+    """A machine without CPU hotplug: what `query-cpus-fast` lists, then ids that can never be
+    plugged.
+    """
     ordered = sorted(cpus, key=lambda cpu: (_address(cpu.props), cpu.cpu_index))
     entities = [
         Entity((number,), None, cpu.props, cpu.qom_path, _node(cpu.props), hotpluggable=False)
@@ -297,12 +304,12 @@ def build_state(
     Args:
         boot: facts of the connection.
         slots: `query-hotpluggable-cpus`, or None where the machine has no CPU hotplug.
-        cpus: `query-cpus-fast`, asked right after.
-        run_state: `query-status`, where it was asked.
-        pending: first ids of entities whose unplug was asked and has not ended.
+        cpus: `query-cpus-fast`, sent right after.
+        run_state: of `query-status`, if that was sent.
+        pending: ids of the entities whose unplug was requested and has not ended.
 
     Raises:
-        InconsistentReplies: a CPU came or went between the two replies.
+        InconsistentReplies: a CPU was plugged or removed between the two replies.
         VcpuConnectionError: the replies cannot be true.
     """
     can_unplug = slots is not None and architecture(boot.arch).can_unplug
@@ -319,11 +326,12 @@ def refresh_state(
 ) -> DomainState:
     """The state after a fresh `query-cpus-fast` alone, for slots already known.
 
-    An empty slot counts as filled when a CPU sits at the QOM path that our own `device_add` gives it
-    (`/machine/peripheral/vcpuN`); a filled one as empty when its path is gone.
+    An empty slot counts as filled if there is a CPU at the QOM path of our own `device_add`
+    (`/machine/peripheral/vcpuN`); a filled one counts as empty if there is none at its path.
 
     Raises:
-        InconsistentReplies: a CPU sits at a path no slot is known to have; `query-hotpluggable-cpus` is needed.
+        InconsistentReplies: a CPU is at a path that no known slot has; `query-hotpluggable-cpus` is
+            needed.
     """
     plugged = _Plugged(cpus, cores=state.can_plug)
     entities = []
@@ -360,14 +368,14 @@ def _assemble(
     pending: frozenset[int],
     known: Sequence[Vcpu] = (),
 ) -> DomainState:
-    """`known` is what the vCPUs were; those that have not changed are taken over as they are."""
+    """Build the state; `known` are the earlier vCPUs, which are reused if they have not changed."""
     paths = {entity.qom_path for entity in entities if entity.qom_path is not None}
     if paths != plugged.by_path.keys():
         odd = sorted(paths ^ plugged.by_path.keys())[:4]
         raise InconsistentReplies(
             f"query-hotpluggable-cpus and query-cpus-fast do not agree on {', '.join(path[:200] for path in odd)}",
             reason="malformed",
-            hint="another client plugs or unplugs vCPUs right now; try again",
+            hint="try again: another client is plugging or unplugging vCPUs",
         )
     vcpus: list[Vcpu] = []
     for entity in entities:

@@ -1,4 +1,4 @@
-"""What a rule needs to know of a guest, and the replies of the inventory do not say."""
+"""What the rules need to know about a guest beyond the replies of the inventory."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from qmpvcpu.core.state.guest_view import GuestView
 
 @dataclass(frozen=True, slots=True)
 class Knowledge:
-    """What the replies of the inventory do not say, and a check needs.
+    """What a check needs to know beyond the replies of the inventory.
 
-    `removals_seen`: vCPUs that processes of ours saw go. `x2apic`: whether the CPU model has it (None: not asked).
-    `firmware_runs`: on ppc64, whether the boot CPU still executes firmware (None: not asked). `pending`: first ids
-    of entities whose unplug was asked and has not ended. `guest`: its own view, where an agent answered.
+    `removals_seen`: how many vCPUs our processes have seen removed. `x2apic`: whether the CPU model
+    has it (None: not queried). `firmware_runs`: on ppc64, whether the boot CPU still executes
+    firmware (None: not queried). `pending`: ids of the entities whose unplug was requested and has
+    not ended. `guest`: its own view, where an agent answered.
     """
 
     removals_seen: int = 0
@@ -21,11 +22,11 @@ class Knowledge:
     firmware_runs: bool | None = None
     pending: frozenset[int] = frozenset()
     guest: GuestView | None = None
-    #: TCG contexts that were surely used by vCPUs that are gone.
+    #: TCG contexts that were surely used by vCPUs that have been removed.
     contexts_lost: int = 0
-    #: Whether a user of this guest was told that TCG contexts run out.
+    #: Whether a user of this guest has been warned that TCG contexts run out.
     contexts_reported: bool = False
-    #: Whether OVMF with SMM has run (None: not asked).
+    #: Whether OVMF with SMM has run (None: not queried).
     smm: bool | None = None
-    #: Whether nobody in the guest has left the legacy mode of its CPU hotplug block (None: not asked).
+    #: Whether the guest's CPU hotplug block is still in its legacy mode (None: not queried).
     legacy_hotplug: bool | None = None

@@ -1,4 +1,6 @@
-"""What is kept of one QEMU for the next process: unplugs that may not have ended, and what they used up."""
+"""What the next process must know about a QEMU: unplugs that may not have ended, and used TCG
+contexts.
+"""
 
 from __future__ import annotations
 
@@ -10,9 +12,10 @@ from qmpvcpu.core.model import DomainState, Entity
 
 @dataclass(frozen=True, slots=True)
 class PendingUnplug:
-    """An unplug of the entity with this first vCPU id.
+    """A pending unplug. `first` is the entity id.
 
-    `qom_path` and `thread_id` are those it had then, None where not known. `asked` is in seconds since the epoch.
+    `qom_path` and `thread_id` are those that the entity had when it was requested, None where not
+    known. `asked` is that moment, in seconds since the epoch.
     """
 
     first: int
@@ -23,26 +26,29 @@ class PendingUnplug:
 
 @dataclass(frozen=True, slots=True)
 class UsedContexts:
-    """What unplugs have used up of a QEMU under TCG, as far as processes of ours have seen.
+    """The TCG contexts of a QEMU that unplugged vCPUs have used up, as far as our processes have
+    seen.
 
-    `gone` has the vCPU id and the thread id (0: not known) of each vCPU that was unplugged: so two processes that
-    see the same unplug count it once. `is_reported`: whether a user of this guest was told that they run out.
+    `gone` has the vCPU id and the thread id (0: not known) of each vCPU that was unplugged: so two
+    processes that see the same unplug count it once. `is_reported`: whether a user has been warned
+    that contexts run out.
     """
 
     gone: frozenset[tuple[int, int]] = frozenset()
     is_reported: bool = False
 
     def __or__(self, other: UsedContexts) -> UsedContexts:
-        """What both say."""
+        """The two together."""
         return UsedContexts(self.gone | other.gone, self.is_reported or other.is_reported)
 
     def count(self, thread_ids: Set[int]) -> int:
-        """So many contexts were surely used by vCPUs that are gone; `thread_ids` are those of the vCPUs there now.
+        """How many contexts removed vCPUs have surely used; `thread_ids` are those of the vCPUs
+        that are there now.
 
         With `thread=single` all vCPUs have one thread, and one context.
         """
         known = sum(thread not in thread_ids for _, thread in self.gone if thread)
-        # One whose thread was not known may be one of those.
+        # A vCPU whose thread was not known may be one of the known ones.
         return max(known, sum(not thread for _, thread in self.gone))
 
 
@@ -55,9 +61,11 @@ def unplug_of(entity: Entity, state: DomainState, asked: float) -> PendingUnplug
 
 
 def is_open(unplug: PendingUnplug, state: DomainState) -> bool:
-    """Whether QEMU may still carry it out: the slot is full, and with the same object and thread as then.
+    """Whether QEMU may still carry it out: the slot is full, and with the same object and thread as
+    then.
 
-    That the guest refused it, or a reset dropped it, while nobody listened, nothing in QMP shows (7.2 to 11.1).
+    If the guest refused it, or a reset dropped it, while nobody listened, QMP does not show that
+    (7.2 to 11.1).
     """
     entity = state.by_id.get(unplug.first)
     if entity is None or entity.first != unplug.first or not entity.plugged:
@@ -69,7 +77,7 @@ def is_open(unplug: PendingUnplug, state: DomainState) -> bool:
 
 
 def mark(state: DomainState, firsts: Set[int]) -> DomainState:
-    """The state with `Vcpu.pending` true for these entities, by first id, and for no other."""
+    """The state with `Vcpu.pending` true for the entities of these ids, and for no other."""
     wrong = [v for v in state.vcpus if v.pending != (v.enabled and v.entity[0] in firsts)]
     if not wrong:
         return state
