@@ -322,12 +322,12 @@ def test_memory_that_moves_has_no_end_of_its_time():
 
 def test_memory_that_stands_still_for_30_s_is_stopped():
     found = stands_still([(0.0, moves(1)), (30.0, moves(1)), (30.1, moves(1))])
-    assert found == [None, None, "nothing has moved for 30 s ('active'): cancelled"]
+    assert found == [None, None, "no progress for 30 s ('active'): cancelled"]
 
 
 def test_sides_that_do_not_connect_have_10_s():
     found = stands_still([(0.0, moves(0, "setup")), (10.1, moves(0, "setup"))])
-    assert found[1].startswith("nothing has moved for 10 s ('setup'): cancelled (QEMU 10.0 under TCG")
+    assert found[1].startswith("no progress for 10 s ('setup'): cancelled (QEMU 10.0 under TCG")
 
 
 # -- what stands against a destination -----------------------------------------------------------------

@@ -64,10 +64,10 @@ def test_what_is_cut_short_is_refused(length):
     ("data", "words"),
     [
         (b"LIBVIRT" + GOOD, "does not begin"),
-        (GOOD[:8] + b"\7\xff\xff\xff\xff" + GOOD[13:], "no length"),
+        (GOOD[:8] + b"\7\xff\xff\xff\xff" + GOOD[13:], "the length of its machine"),
         (streams.written({"a": 1 << 20}, ()).replace(b"\3ram", b"\3rom"), "no list of RAM blocks"),
         (streams.written({"a": 1 << 20}, [{"name": "x"}]), "without a name"),
-        (streams.written({"a": 1 << 20}, [*DEVICES, *DEVICES]), "names one twice"),
+        (streams.written({"a": 1 << 20}, [*DEVICES, *DEVICES]), "has a device twice"),
         (GOOD.replace(b"pc.ram\0\0\0\0\4", b"pc.ram\0\0\1\0\4"), "does not add up"),
         (GOOD[:-1] + b"]", "cannot be read"),
     ],
@@ -111,11 +111,11 @@ ONE = streams.table({"pc.ram": 64 << 20, "/rom@x": 4096}, [("cpu", 0), ("0000:00
         (
             streams.table(ONE.blocks, [("cpu", 0), ("0000:00:06.0/virtio-rng", 0)]),
             [
-                "device state '0000:00:05.0/virtio-rng' (instance 0) is at the source alone",
-                "device state '0000:00:06.0/virtio-rng' (instance 0) is in the definition alone",
+                "device state '0000:00:05.0/virtio-rng' (instance 0) is only at the source",
+                "device state '0000:00:06.0/virtio-rng' (instance 0) is only in the definition",
             ],
         ),
-        (streams.table(ONE.blocks, None), ["the list of devices is on one side only"]),
+        (streams.table(ONE.blocks, None), ["only one side has a list of devices"]),
         (
             streams.table(ONE.blocks, ONE.sections, "pc-q35-7.2"),
             ["machine type: pc-q35-10.0 at the source, pc-q35-7.2 in the definition"],

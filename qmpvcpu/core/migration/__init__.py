@@ -1,1 +1,3 @@
-"""What a migration carries, what stands against a destination, and which side runs the guest. Pure."""
+"""What a migration transfers, whether source and destination fit, and which side runs the guest.
+Pure.
+"""

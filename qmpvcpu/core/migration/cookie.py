@@ -1,7 +1,8 @@
-"""What goes with a guest that migrates. Pure.
+"""The cookie of a migration: what the destination must know about the guest. Pure.
 
-The cookie is libvirt's `<qemu-migration>` (src/qemu/qemu_migration_cookie.c), the feature `cpu-hotplug` and its
-condition are libvirt's too (qemuDomainVcpuHotplugIsInOrder in qemu_migration.c).
+The cookie is libvirt's `<qemu-migration>` (src/qemu/qemu_migration_cookie.c), the feature
+`cpu-hotplug` and its condition are libvirt's too (qemuDomainVcpuHotplugIsInOrder in
+qemu_migration.c).
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from qmpvcpu.core.model import DomainState, Entity, Props
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal
 
-#: libvirt's name of what a reader must know to take a sparse guest.
+#: libvirt's name of the feature that a reader needs for a guest whose vCPU ids have gaps.
 CPU_HOTPLUG: Final = "cpu-hotplug"
 _KNOWN: Final = frozenset({CPU_HOTPLUG})
 
@@ -45,7 +46,7 @@ class Slot:
 
 @dataclass(frozen=True, slots=True)
 class Machine:
-    """What of a QEMU both sides must agree on. `topology` reads `sockets=2,cores=4,…`."""
+    """What must be the same in the QEMUs of both sides. `topology` is `sockets=2,cores=4,…`."""
 
     arch: str
     type: str
@@ -55,25 +56,26 @@ class Machine:
 
     @property
     def plugged(self) -> frozenset[int]:
-        """First vCPU ids of what is plugged."""
+        """The ids of the plugged entities."""
         return frozenset(slot.ids[0] for slot in self.slots if slot.plugged)
 
     @property
     def by_first(self) -> dict[int, Slot]:
-        """Slots by first vCPU id."""
+        """Slots by entity id."""
         return {slot.ids[0]: slot for slot in self.slots}
 
 
 @dataclass(frozen=True, slots=True)
 class Cookie:
-    """What goes with the guest.
+    """What the source tells the destination about the guest.
 
-    `xml` is the running guest's domain XML, `persistent` its definition where that goes too. `features` are names
-    that a reader must know. `machine` is None where another tool made it. `runs` is whether the guest ran, and
-    `is_described` whether `xml` was made of what QEMU tells, and so does not say all of its hardware. `number` is
-    of this one migration, 32 hexadecimal digits: by it the sides know which of them has the guest. `pending` are
-    the first vCPU ids of entities whose unplug was pending. `picture` is what the source's QEMU reported of its
-    machine; None: nobody asked it.
+    `xml` is the running guest's domain XML, `persistent` its definition if that moves too.
+    `features` are names that a reader must know. `machine` is None if another tool made the cookie.
+    `runs` is whether the guest ran, and `is_described` whether `xml` was made from QEMU's replies,
+    and so does not have all of its hardware. `number` identifies this migration, 32 hexadecimal
+    digits: by it the sides know which of them has the guest. `pending` are the ids of the entities
+    whose unplug was pending. `picture` is what the source's QEMU reported of its machine; None: it
+    was not queried.
     """
 
     name: str
@@ -90,7 +92,7 @@ class Cookie:
 
 
 def machine_of(state: DomainState) -> Machine:
-    """What both sides must agree on, of a running guest."""
+    """The `Machine` of a running guest."""
     topology = state.topology
     levels = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
     counts = [(level, getattr(topology, level)) for level in levels] if topology is not None else []
@@ -130,13 +132,15 @@ def is_in_order(vcpus: Iterable[tuple[bool, int | None]]) -> bool:
 
 
 def features_of(state: DomainState, persistent: Definition | None) -> frozenset[str]:
-    """What a reader of this guest's cookie must know; `persistent` is its definition where that goes too."""
+    """What a reader of this guest's cookie must know; `persistent` is its definition if that moves
+    too.
+    """
     live = [(vcpu.enabled, vcpu.order) for vcpu in state.vcpus]
     inactive = [(vcpu.enabled, vcpu.order) for vcpu in persistent.vcpus] if persistent is not None else []
     return frozenset() if is_in_order(live) and is_in_order(inactive) else frozenset({CPU_HOTPLUG})
 
 
 def check_features(cookie: Cookie) -> list[Refusal]:
-    """Features that we do not know, by name."""
+    """Refuse features that this side does not know."""
     unknown = sorted(cookie.features - _KNOWN)
     return [catalogue.COOKIE_FEATURES(features=", ".join(unknown))] if unknown else []

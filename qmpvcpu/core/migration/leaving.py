@@ -1,4 +1,4 @@
-"""What stands against a guest's leaving. Pure."""
+"""Why a guest cannot be migrated away. Pure."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from qmpvcpu.errors import Refusal
 
 #: QAPI RunState: a source can be migrated from these.
 _MIGRATABLE: Final = frozenset({"running", "paused", "prelaunch", "suspended", "watchdog", "debug"})
-#: Those it cannot, and why.
+#: It cannot be migrated from these, and why.
 _RUN_STATES: Final = {
     "shutdown": catalogue.SHUT_DOWN,
     "guest-panicked": catalogue.PANICKED,
@@ -36,7 +36,9 @@ def check_source(
     *,
     is_paused: bool = False,
 ) -> list[Refusal]:
-    """Why a guest cannot be migrated now; `is_paused`: it is paused on the way, and nothing ends there."""
+    """Why a guest cannot be migrated now; `is_paused`: it is paused meanwhile, so that no unplug
+    can end.
+    """
     found = []
     waiting = sorted(number for first in pending for number in state.by_id[first].ids)
     if is_paused and architecture(state.arch).saves_unplug:
@@ -47,19 +49,19 @@ def check_source(
         found.append(catalogue.UNDER_WAY(status=status.status))
     elif run_state not in _MIGRATABLE:
         reason = _RUN_STATES.get(run_state or "", catalogue.RUN_STATE)
-        found.append(reason(state=run_state or "in no state that QEMU tells"))
+        found.append(reason(state=run_state or "in no known state"))
     return found + [catalogue.BLOCKED(why=why) for why in status.blocked]
 
 
-#: A defect that the agents of both sides can do something about (`needs_one_cpu`).
+#: A defect that the agents of both sides can avoid (`needs_one_cpu`).
 _ONE_CPU: Final = quirk("ppc64-tcg-one-cpu")
 #: The code of its refusal.
 ONE_CPU: Final = _ONE_CPU.code
 
 
 def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
-    """Migrations that are known to hang, or to lose the guest; forceable. Those whose code is `ONE_CPU` do not,
-    while the guest has only its first CPU online.
+    """Refuse migrations that are known to hang or to lose the guest; forceable. The code `ONE_CPU`
+    does not apply while the guest has only its first CPU online.
     """
     if state.version is None:
         return []
@@ -70,19 +72,22 @@ def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
 
 
 def needs_one_cpu(state: DomainState) -> bool:
-    """Whether a Linux gets over a migration only with just its first CPU online.
+    """Whether Linux survives a migration only if just its first CPU is online.
 
-    QEMU does not migrate that RTAS started the others; a CPU that comes online is started afresh.
+    QEMU does not migrate that RTAS has started the other CPUs; one that comes online later is
+    started again.
     """
     return any(refusal.code == ONE_CPU for refusal in check_hangs(state, 0))
 
 
 def without_one_cpu(hangs: list[Refusal], why: str | None) -> list[Refusal]:
-    """What hangs where the agent takes all CPUs but the first offline; or cannot, and `why`."""
+    """The refusals that remain if the agent takes all other CPUs offline; `why`: it cannot, for
+    this reason.
+    """
     if why is None:
         return [one for one in hangs if one.code != ONE_CPU]
     return [
-        replace(one, message=f"{one.message}; its other CPUs cannot be taken offline for it: {why}")
+        replace(one, message=f"{one.message}; its other CPUs cannot be taken offline: {why}")
         if one.code == ONE_CPU
         else one
         for one in hangs
@@ -90,19 +95,19 @@ def without_one_cpu(hangs: list[Refusal], why: str | None) -> list[Refusal]:
 
 
 def check_one_cpu(view: GuestView) -> str | None:
-    """Why a guest cannot be left with just its first CPU; None where it can, as far as it tells."""
+    """Why a guest cannot be left with only its first CPU; None if it can, as far as is known."""
     if not any(cpu.online for cpu in view.cpus if cpu.logical_id == _FIRST_CPU):
         return f"its CPU {_FIRST_CPU} is offline"
     if view.vcpu_of(_FIRST_CPU) not in (None, 0):
         # After a kexec.
-        return f"its CPU {_FIRST_CPU} is vCPU {view.vcpu_of(_FIRST_CPU)}, and not the one that QEMU boots"
+        return f"its CPU {_FIRST_CPU} is vCPU {view.vcpu_of(_FIRST_CPU)}, and not the boot CPU"
     return None
 
 
 def cpus_but_first(view: GuestView) -> tuple[int, ...]:
-    """The guest's numbers of the CPUs that are online, but of its first; it keeps them over a migration."""
+    """The guest's own ids of its online CPUs except the first; they stay the same over a migration."""
     return tuple(cpu.logical_id for cpu in view.cpus if cpu.online and cpu.logical_id != _FIRST_CPU)
 
 
-#: Linux starts on it, and so does QEMU.
+#: Linux and QEMU both start on it.
 _FIRST_CPU: Final = 0

@@ -1,4 +1,4 @@
-"""What stands against a destination. Pure."""
+"""Why a destination cannot take a guest. Pure."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from qmpvcpu.core.rules.catalogue import Reason
 from qmpvcpu.errors import Refusal, VcpuRefused
 
 _NO_UUID: Final = "00000000-0000-0000-0000-000000000000"
-#: A reason, what is at the source, and what is at the destination.
+#: A reason, the value at the source, and the value at the destination.
 _Row = tuple[Reason, object, object]
 
 
 def check_machine(source: Machine, destination: Machine) -> list[Refusal]:
-    """Everything in which the destination is another machine, together."""
+    """Every difference between the machines of source and destination."""
     rows: tuple[_Row, ...] = (
         (catalogue.OTHER_ARCH, source.arch, destination.arch),
         (catalogue.OTHER_MACHINE_TYPE, source.type, destination.type),
@@ -30,7 +30,7 @@ def check_machine(source: Machine, destination: Machine) -> list[Refusal]:
 
 
 def _check_slots(source: Machine, destination: Machine) -> list[Refusal]:
-    """vCPUs that differ in the same way are one refusal."""
+    """One refusal for all vCPUs that differ in the same way."""
     lacking: list[int] = []
     elsewhere: list[int] = []
     others: dict[_Row, list[int]] = {}
@@ -61,30 +61,34 @@ def _check_extra(source: Machine, destination: Machine) -> list[Refusal]:
     extra = sorted(
         n for slot in destination.slots if slot.plugged and slot.ids[0] not in source.plugged for n in slot.ids
     )
-    # 7.2 to 11.1: QEMU takes it without a word, and the guest never sees it.
+    # 7.2 to 11.1: QEMU accepts it silently, and the guest never sees that CPU.
     return [catalogue.EXTRA(extra)] if extra else []
 
 
 def check_uri(uri: str) -> None:
-    """Raises VcpuRefused: QEMU knows ways to a destination that lead nowhere back, or run a program."""
+    """Raises VcpuRefused for an address of QEMU's that has no way back, or that runs a program."""
     if not uri.startswith(("unix:", "tcp:", "fd:")):
         raise catalogue.NO_WAY.error(uri=uri)
 
 
 def missing(source: Machine, destination: Machine) -> list[Slot]:
-    """What is plugged at the source and not yet at the destination, in the order in which it was plugged there."""
+    """The slots that are plugged at the source, but not yet at the destination, in the source's
+    plug order.
+    """
     slots = [slot for slot in source.slots if slot.plugged and slot.ids[0] not in destination.plugged]
     return sorted(slots, key=lambda slot: (slot.order or 0, slot.ids))
 
 
 def check_arrived(source: Machine, destination: Machine) -> list[Refusal]:
-    """Why what has arrived is not the guest that left; also what must hold before the first byte."""
+    """How the destination's machine differs from the source's, before the first byte or after the
+    last.
+    """
     lost = sorted(n for slot in missing(source, destination) for n in slot.ids)
     return check_machine(source, destination) + ([catalogue.MISSING(lost)] if lost else [])
 
 
 def check_same(source: Machine | None, state: DomainState) -> None:
-    """Raises VcpuRefused: a guest is not what its cookie says any more."""
+    """Raises VcpuRefused: the guest has changed since its cookie was made."""
     refusals = check_arrived(source, machine_of(state)) if source is not None else []
     if refusals:
         hint = "begin again: the guest has changed since migrate-begin"
@@ -94,11 +98,11 @@ def check_same(source: Machine | None, state: DomainState) -> None:
 def check_destination(
     cookie: Cookie, definition: Definition | None, state: DomainState, run_state: str | None, uuid: object
 ) -> list[Refusal]:
-    """Everything that stands against a destination before it is prepared.
+    """Every reason why a destination cannot be prepared.
 
     Args:
         cookie: of the guest.
-        definition: the cookie's XML, which is all that there is where another tool made it.
+        definition: from the cookie's XML, which is all there is if another tool made the cookie.
         state: of the destination.
         run_state: of the destination, QAPI's RunState.
         uuid: of the destination, the reply of `query-uuid`.

@@ -1,4 +1,4 @@
-"""What QEMU tells of a migration: `query-migrate`, and the end of its log. Pure."""
+"""What QEMU reports about a migration: `query-migrate`, and the end of its log. Pure."""
 
 from __future__ import annotations
 
@@ -7,17 +7,20 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-#: QAPI MigrationStatus: what goes on, and how it ends.
+#: QAPI MigrationStatus: those of a migration that has ended, and of none under way.
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
 _IDLE: Final = frozenset({*_ENDED, "none", ""})
-#: Seconds in which nothing may move: while the sides connect, and later.
+#: Seconds without progress after which a migration counts as stuck: while the sides connect, and
+#: later.
 _SETUP_SECONDS: Final = 10.0
 _STUCK_SECONDS: Final = 30.0
 
 
 @dataclass(frozen=True, slots=True)
 class MigrationStatus:
-    """`query-migrate`. Bytes, and milliseconds for `downtime` and `total_time`; None what QEMU does not report."""
+    """`query-migrate`. Bytes, and milliseconds for `downtime` and `total_time`; None what QEMU does
+    not report.
+    """
 
     status: str = "none"
     transferred: int | None = None
@@ -31,7 +34,7 @@ class MigrationStatus:
 
     @property
     def is_active(self) -> bool:
-        """Whether it goes on."""
+        """Whether a migration is under way."""
         return self.status not in _IDLE
 
     @property
@@ -41,17 +44,17 @@ class MigrationStatus:
 
     @property
     def is_incoming(self) -> bool:
-        """Whether this side has taken in a guest, all of it: only a source counts bytes."""
+        """Whether this side has received all of a guest: only a source counts bytes."""
         return self.status == "completed" and self.total is None
 
     @property
     def has_ended(self) -> bool:
-        """Whether one has ended, in whatever way."""
+        """Whether a migration has ended, with or without success."""
         return self.status in _ENDED
 
     @property
     def percent(self) -> int | None:
-        """How much of the memory has been there once, 0 to 100."""
+        """How much of the memory has been sent at least once, 0 to 100."""
         if not self.total or self.remaining is None:
             return None
         return max(0, min(100, 100 - 100 * self.remaining // self.total))
@@ -62,27 +65,27 @@ Progress = Callable[[MigrationStatus], None]
 
 
 class Stillness:
-    """How long nothing has moved; `now` is in seconds of one clock."""
+    """How long there has been no progress; `now` is in seconds of one clock."""
 
     def __init__(self, now: float) -> None:
         self._moved_at = now
         self._last: tuple[int | None, int | None] = None, None
 
     def too_long(self, status: MigrationStatus, now: float) -> str | None:
-        """That it has stood still for too long, as a text; None: it has not."""
+        """A text if there has been no progress for too long; None if not."""
         if (status.transferred, status.remaining) != self._last:
             self._last, self._moved_at = (status.transferred, status.remaining), now
         is_setup = status.status == "setup"
         patience = _SETUP_SECONDS if is_setup else _STUCK_SECONDS
         if now <= self._moved_at + patience:
             return None
-        text = f"nothing has moved for {patience:g} s ('{status.status}'): cancelled"
-        # 10.0, TCG: a grace period of RCU that never ends, once an x86 vCPU was unplugged.
-        return text + (" (QEMU 10.0 under TCG does so once an x86 vCPU was unplugged)" if is_setup else "")
+        text = f"no progress for {patience:g} s ('{status.status}'): cancelled"
+        # 10.0 under TCG: an RCU grace period never ends after an x86 vCPU was unplugged.
+        return text + (" (QEMU 10.0 under TCG does that after the unplug of an x86 vCPU)" if is_setup else "")
 
 
 def parse_status(reply: object) -> MigrationStatus:
-    """A reply to `query-migrate`; what is not of its form counts as not reported."""
+    """A reply to `query-migrate`; malformed values count as not reported."""
     if not isinstance(reply, dict):
         return MigrationStatus()
     memory = reply.get("ram")
@@ -106,31 +109,31 @@ def _count(value: object) -> int | None:
 
 
 def address_of(status: MigrationStatus, host: str | None) -> str | None:
-    """Where a destination listens, as a URI for the source; None where it does not.
+    """The URI at which a destination listens, for the source; None if it does not listen.
 
     Args:
-        host: how the source reaches the destination, for one that listens everywhere.
+        host: the destination's name for the source, if it listens on every address.
     """
     for one in status.addresses:
         if one.get("type") == "unix" and isinstance(one.get("path"), str):
             return f"unix:{one['path']}"
         if one.get("type") == "inet":
             name, port = str(one.get("host", "")), str(one.get("port", ""))
-            if name in ("0.0.0.0", "::", ""):  # noqa: S104 - that is what we look for
+            if name in ("0.0.0.0", "::", ""):  # noqa: S104 - compared, never bound
                 name = host or "127.0.0.1"
             return f"tcp:[{name}]:{port}" if ":" in name else f"tcp:{name}:{port}"
     return None
 
 
 def last_words(log: str, most: int = 400) -> str:
-    """The end of what a QEMU said on stderr or in its log, on one line and printable; "" where it said nothing."""
+    """The end of a QEMU's stderr or log, on one line and printable; "" if it is empty."""
     lines = [_TIME.sub("", line.strip()) for line in log.splitlines()]
     lines = [line for line in lines if line and _DAEMON not in line]
     text = "; ".join(lines[-_LAST_LINES:])
     return "".join(char if char.isprintable() else " " for char in text)[-most:]
 
 
-#: How QEMU's log (-msg timestamp=on) and its traces begin a line, and its note of a signal.
+#: How a line of QEMU's log (-msg timestamp=on) or trace begins, and its message about a signal.
 _TIME: Final = re.compile(r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z ")
 _DAEMON: Final = "terminating on signal"
 _LAST_LINES: Final = 4

@@ -1,8 +1,9 @@
-"""QEMU's migration stream: the tables that it carries itself, at its beginning and at its end. Pure.
+"""QEMU's migration stream: the tables at its beginning and at its end. Pure.
 
-The beginning lists the RAM blocks (migration/ram.c, RAM_SAVE_FLAG_MEM_SIZE). The end lists every section of device
-state, with the address in its name (migration/savevm.c, QEMU_VM_VMDESCRIPTION, JSON). What lies between is not
-read. The bytes may come from anywhere: each size is checked before it is used.
+The beginning lists the RAM blocks (migration/ram.c, RAM_SAVE_FLAG_MEM_SIZE). The end lists every
+section of device state, with the address in its name (migration/savevm.c, QEMU_VM_VMDESCRIPTION,
+JSON). The part between them is not read. The bytes may come from anywhere: each size is checked
+before it is used.
 """
 
 from __future__ import annotations
@@ -14,31 +15,32 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
-#: Bytes of the beginning and of the end that have the tables. One vCPU of x86_64 takes 10 KB at the end.
+#: Bytes of the beginning and of the end that have the tables. One vCPU of x86_64 takes 10 KB at the
+#: end.
 HEAD_BYTES: Final = 1 << 20
 TAIL_BYTES: Final = 64 << 20
 #: Magic and version: migration/savevm.h, QEMU_VM_FILE_MAGIC and QEMU_VM_FILE_VERSION.
 _BEGIN: Final = b"QEVM\0\0\0\3"
 _CONFIGURATION: Final = 7
 _DESCRIPTION: Final = 6
-#: How the section "ram" begins behind its number: its name, instance 0, version 4 (7.2 to 11.1).
+#: How the section "ram" begins after its number: its name, instance 0, version 4 (7.2 to 11.1).
 _RAM: Final = b"\3ram\0\0\0\0\0\0\0\4"
-#: How far from the beginning it may stand: between are the machine's name and its subsections.
+#: How far from the beginning it may be: the machine's name and its subsections come before it.
 _RAM_WITHIN: Final = 4096
 _MEM_SIZE: Final = 4
-#: The low bits of an address are flags: the smallest page of any target has 1 KiB.
+#: The low bits of an address are flags: the smallest page of any target is 1 KiB.
 _FLAGS: Final = 1023
 _NUMBER: Final = struct.Struct(">I")
 _SIZE: Final = struct.Struct(">Q")
 _LONGEST_NAME: Final = 256
-#: RAM blocks of firmware tables: QEMU gives them another size where it has to, also as it reads a stream.
+#: RAM blocks of firmware tables: QEMU resizes them if it has to, also while it reads a stream.
 _RESIZED: Final = "/rom@"
-#: Sections that are there or not by the run state alone.
+#: Sections whose presence depends only on the run state.
 _OF_THE_MOMENT: Final = frozenset({"globalstate"})
 
 
 class StreamError(ValueError):
-    """It is not a stream of QEMU's, or its tables are not whole."""
+    """It is not a migration stream of QEMU, or its tables are incomplete."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,10 +48,10 @@ class StreamTable:
     """What a stream lists.
 
     Attributes:
-        machine: QEMU's machine type; None where the stream does not tell it.
+        machine: QEMU's machine type; None if the stream does not have it.
         blocks: RAM blocks, bytes by name.
-        sections: device state, by name (with the address) and instance; None where the machine type writes no list
-            (those up to 2.2).
+        sections: device state, by name (with the address) and instance; None if the machine type
+            writes no list (those up to 2.2).
     """
 
     machine: str | None
@@ -65,10 +67,10 @@ def parse_stream(head: bytes, tail: bytes) -> StreamTable:
         tail: its last bytes, `TAIL_BYTES` or all.
 
     Raises:
-        StreamError: it is not a stream of QEMU's, or it is not whole.
+        StreamError: it is not a migration stream of QEMU, or it is incomplete.
     """
     if not head.startswith(_BEGIN):
-        raise StreamError("it does not begin as a migration stream of QEMU")
+        raise StreamError("it does not begin like a migration stream of QEMU")
     machine, start = _machine(head)
     return StreamTable(machine, _blocks(head, start), _sections(tail))
 
@@ -80,7 +82,7 @@ def _machine(head: bytes) -> tuple[str | None, int]:
     (length,) = _unpack(_NUMBER, head, at + 1)
     at += 1 + _NUMBER.size
     if not 0 < length <= _LONGEST_NAME:
-        raise StreamError("the name of its machine has no length that can be one")
+        raise StreamError("the length of its machine's name is impossible")
     return _name(head, at, length), at + length
 
 
@@ -109,34 +111,37 @@ def _blocks(head: bytes, start: int) -> dict[str, int]:
 
 def _name(data: bytes, at: int, length: int) -> str:
     if at + length > len(data):
-        raise StreamError("it ends within its tables")
+        raise StreamError("it ends inside its tables")
     return data[at : at + length].decode(errors="replace")
 
 
 def _unpack(what: struct.Struct, data: bytes, at: int) -> tuple[int]:
     if at + what.size > len(data):
-        raise StreamError("it ends within its tables")
+        raise StreamError("it ends inside its tables")
     value: tuple[int] = what.unpack_from(data, at)
     return value
 
 
 def _sections(tail: bytes) -> frozenset[tuple[str, int]] | None:
-    """The list at the end; None where there is none: the last byte is that of the end of the file then."""
+    """The list at the end; None if there is none: then the last byte is the mark of the end of the
+    file.
+    """
     if tail.endswith(b"\0"):
         return None
     described = _description(tail)
     devices = described.get("devices") if isinstance(described, dict) else None
     if not isinstance(devices, list):
-        raise StreamError("its list of devices is not one")
+        raise StreamError("its list of devices is not a list")
     found = Counter(_section(row) for row in devices)
     if any(count > 1 for count in found.values()):
-        raise StreamError("its list of devices names one twice")
+        raise StreamError("its list of devices has a device twice")
     return frozenset(key for key in found if key[0] not in _OF_THE_MOMENT)
 
 
 def _description(tail: bytes) -> Any:
     end = len(tail)
-    # The list is text, and its length may have the byte too: the mark is one of the last few of its kind.
+    # The list is text, but its length may have the mark's byte too: so a few candidates are tried
+    # from the end.
     for _ in range(1 + _NUMBER.size):
         end = tail.rfind(_DESCRIPTION, 0, end)
         if end < 0:
@@ -154,12 +159,14 @@ def _section(row: object) -> tuple[str, int]:
     name = row.get("name") if isinstance(row, dict) else None
     instance = row.get("instance_id") if isinstance(row, dict) else None
     if not isinstance(name, str) or type(instance) is not int:
-        raise StreamError("its list of devices has one without a name")
+        raise StreamError("its list of devices has a device without a name")
     return name, instance
 
 
 def table_differences(source: StreamTable, here: StreamTable) -> list[str]:
-    """In what a stream is not what another machine would write, each as a text; `here` is of the definition."""
+    """Every difference between a stream and what the definition's machine (`here`) would write,
+    each as a text.
+    """
     found = []
     if None not in (source.machine, here.machine) and source.machine != here.machine:
         found.append(f"machine type: {source.machine} at the source, {here.machine} in the definition")
@@ -170,9 +177,9 @@ def table_differences(source: StreamTable, here: StreamTable) -> list[str]:
     one, other = source.sections, here.sections
     if one is None or other is None:
         if one is not other:
-            found.append("the list of devices is on one side only")
+            found.append("only one side has a list of devices")
         return found
-    for names, where in ((one - other, "at the source alone"), (other - one, "in the definition alone")):
+    for names, where in ((one - other, "only at the source"), (other - one, "only in the definition")):
         found += [f"device state '{name}' (instance {number}) is {where}" for name, number in sorted(names)]
     return found
 

@@ -1,7 +1,7 @@
 """Which side runs a guest that migrates. Pure.
 
-It is decided here and nowhere else: the destination never starts by itself (`stop` while it waits), so it runs
-only when we say `cont`, and we say that only when the source has handed everything over, or is dead.
+Only this module decides that: the destination never starts by itself (`stop` while it waits), so it
+runs only after our `cont`, which is sent only when the source has sent everything, or has ended.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ from qmpvcpu.core.migration.status import MigrationStatus
 
 
 class Source(StrEnum):
-    """What became of the source."""
+    """The state of the source."""
 
     COMPLETED = "completed"
-    #: It keeps the guest: failed, cancelled.
+    #: It keeps the guest: the migration failed or was cancelled.
     KEPT = "kept"
     #: Its QEMU has ended.
     DEAD = "dead"
@@ -26,21 +26,21 @@ class Source(StrEnum):
 
 
 class Destination(StrEnum):
-    """What is at the destination; it does not run unless it was let run."""
+    """The state of the destination; it does not run before our `cont`."""
 
     #: All of the guest, paused, with the source's vCPUs.
     WHOLE = "whole"
     #: Not all of it.
     BROKEN = "broken"
-    #: All of a guest, and not what left; or it cannot be let run.
+    #: All of a guest, but not the one of the source; or its `cont` fails.
     OTHER = "other"
     #: Its QEMU has ended, or cannot be reached; it does not run by itself.
     GONE = "gone"
-    #: It was let run, and does.
+    #: `cont` was sent, and it runs.
     RUNNING = "running"
-    #: It was let run, and did not answer; its QEMU has ended.
+    #: `cont` was sent without an answer, and its QEMU has ended.
     DIED = "died"
-    #: It was let run, and did not answer; it may run.
+    #: `cont` was sent without an answer, and it may run.
     UNKNOWN = "unknown"
 
 
@@ -48,24 +48,25 @@ class Step(StrEnum):
     """What to do next."""
 
     START_DESTINATION = "start-destination"
-    #: End the destination, then let the source go on.
+    #: End the destination, then resume the source.
     GO_BACK = "go-back"
     #: End the source: the guest runs at the destination.
     END_SOURCE = "end-source"
-    #: Touch neither: nobody can tell whether the other side runs.
+    #: Touch neither: it is not known whether the other side runs.
     LEAVE = "leave"
-    #: End the destination; there is no source that could go on.
+    #: End the destination; there is no source to resume.
     GIVE_UP = "give-up"
 
 
-#: Every pair; what is not here cannot be.
+#: Every possible pair.
 _STEPS: Final[Mapping[tuple[Source, Destination], Step]] = {
     (Source.COMPLETED, Destination.WHOLE): Step.START_DESTINATION,
     (Source.COMPLETED, Destination.BROKEN): Step.GO_BACK,
     (Source.COMPLETED, Destination.OTHER): Step.GO_BACK,
     (Source.COMPLETED, Destination.GONE): Step.GO_BACK,
     (Source.COMPLETED, Destination.RUNNING): Step.END_SOURCE,
-    # libvirt resumes the source as well when the destination's start was not confirmed and it is gone.
+    # libvirt resumes the source as well when the destination's start was not confirmed and it is
+    # gone.
     (Source.COMPLETED, Destination.DIED): Step.GO_BACK,
     (Source.COMPLETED, Destination.UNKNOWN): Step.LEAVE,
     (Source.KEPT, Destination.WHOLE): Step.GO_BACK,
@@ -74,7 +75,7 @@ _STEPS: Final[Mapping[tuple[Source, Destination], Step]] = {
     (Source.KEPT, Destination.GONE): Step.GO_BACK,
     (Source.DEAD, Destination.WHOLE): Step.START_DESTINATION,
     (Source.DEAD, Destination.BROKEN): Step.GIVE_UP,
-    # It is the only copy.
+    # The destination has the only copy.
     (Source.DEAD, Destination.OTHER): Step.LEAVE,
     (Source.DEAD, Destination.GONE): Step.GIVE_UP,
     (Source.DEAD, Destination.RUNNING): Step.END_SOURCE,
@@ -99,22 +100,23 @@ class Cancel(StrEnum):
 
     #: The destination waits for a guest: end it.
     END_WAITING = "end-waiting"
-    #: The destination has all of a guest that was not let run: end it, if the source still has the guest.
+    #: The destination has all of a guest that has not run: end it, if the source still has the
+    #: guest.
     END_ARRIVED = "end-arrived"
-    #: Memory moves: stop it.
+    #: The migration is under way: cancel it.
     STOP = "stop"
-    #: The source has handed its guest over: it takes the guest back.
+    #: The source has released the guest: it recalls the guest.
     TAKE_BACK = "take-back"
     NOTHING = "nothing"
 
 
 def cancel_step(run_state: str | None, status: MigrationStatus, *, is_prepared: bool) -> Cancel:
-    """What there is to cancel at one side.
+    """What `cancel` must do at one side.
 
     Args:
         run_state: QAPI's RunState.
         status: of `query-migrate`.
-        is_prepared: this host knows that it was prepared as a destination.
+        is_prepared: whether this host has prepared it as a destination.
     """
     if run_state == "inmigrate":
         return Cancel.END_WAITING
