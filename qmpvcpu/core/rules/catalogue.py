@@ -1,12 +1,12 @@
 """One row for each reason to refuse: code, text, hint and libvirt error name, by topic. Pure.
 
 Calling a row makes the refusal: `catalogue.RANGE(ids, most=3)` returns the `Refusal`, and
-`catalogue.INACTIVE.error(name=name)` the `VcpuRefused` that has only this one. `{ids}` is the list of
-the vCPUs that the refusal is about. Every other field is an argument of the same name, and a list of
-numbers is written as virsh writes CPU lists.
+`catalogue.INACTIVE.error(name=name)` the `VcpuRefused` that has only this one. `{ids}` is the list
+of the vCPUs that the refusal is about. Every other field is an argument of the same name, and a
+list of numbers is written as virsh writes CPU lists.
 
-To add a reason, add a row under its topic and call it from the rule of that topic (`core.rules`), or
-from where the environment fails (a file, a socket, a cgroup). A code belongs to one topic and is
+To add a reason, add a row under its topic and call it from the rule of that topic (`core.rules`),
+or from where the environment fails (a file, a socket, a cgroup). A code belongs to one topic and is
 stable; several rows may share it. All faults of one kind of document share one row, and its reader
 fills in `{what}`. The rows of QEMU's defects are in `core.quirks`.
 """
@@ -633,7 +633,8 @@ TRUST = Reason(
 # place, extra, missing, uuid
 
 DIFFERENCE = Reason("difference", "{difference}", "{hint}", _INVALID)
-#: Also the hint of other errors about a guest without a definition, or with that of another machine.
+#: Also the hint of other errors about a guest without a definition, or with that of another
+#: machine.
 DEFINE_IT: Final = "`qmpvcpu define NAME --qmp ADDR` makes a definition of the guest as it runs"
 NOT_HELD = Reason(
     "not-held",

@@ -32,8 +32,8 @@ def check_maximum(definition: Definition, maximum: int) -> list[Refusal]:
 
 
 def check_order(definition: Definition, changed: Sequence[int]) -> list[Refusal]:
-    """QEMU starts with the vCPUs from 0 to some id: none of them can be disabled while a later one of
-    them stays enabled.
+    """QEMU starts with the vCPUs from 0 to some id: none of them can be disabled while a later one
+    of them stays enabled.
     """
     if not changed or definition.dialect == "rfc":
         # That dialect does not say with which ones QEMU starts: it follows from which are enabled.

@@ -1,4 +1,5 @@
-"""Why vCPUs cannot be plugged or unplugged: they are part of an entity, the machine cannot, or QEMU would die.
+"""Why vCPUs cannot be plugged or unplugged: they are part of an entity, the machine cannot, or QEMU
+would die.
 
 What makes QEMU die is in `core.quirks`, one row for each defect.
 """

@@ -1,7 +1,7 @@
 """Where a vCPU's thread should run by the domain's XML, and whether this host allows it. Pure.
 
-The names are those of libvirt's `<cputune>` (`vcpupin`, else `<vcpu cpuset>`, `vcpusched`, `period`,
-`quota`, `shares`) and `<numatune>` (`memory`, `memnode`).
+The names are those of libvirt's `<cputune>` (`vcpupin`, else `<vcpu cpuset>`, `vcpusched`,
+`period`, `quota`, `shares`) and `<numatune>` (`memory`, `memnode`).
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ T = TypeVar("T")
 class Placement:
     """The settings of one thread; None leaves a setting as it is.
 
-    `cpus` are host CPUs (an empty tuple: all that it may use) and `scheduler` is `fifo:10`, `batch` …
-    The others are set by its cgroup: `mems` are host NUMA nodes, `period` and `quota` microseconds of CPU
-    time (a negative quota: no limit), `shares` is its weight, usually 1024.
+    `cpus` are host CPUs (an empty tuple: all that it may use) and `scheduler` is `fifo:10`, `batch`
+    … The others are set by its cgroup: `mems` are host NUMA nodes, `period` and `quota`
+    microseconds of CPU time (a negative quota: no limit), `shares` is its weight, usually 1024.
     """
 
     cpus: tuple[int, ...] | None = None
@@ -117,9 +117,9 @@ class Control:
 
 @dataclass(frozen=True, slots=True)
 class HostFacts:
-    """What this process may do with QEMU's threads. `online` are host CPUs, `realtime` is the highest
-    real-time priority that QEMU's threads may get (0: none), `controls` has the cgroup controllers `cpuset`
-    and `cpu`.
+    """What this process may do with QEMU's threads. `online` are host CPUs, `realtime` is the
+    highest real-time priority that QEMU's threads may get (0: none), `controls` has the cgroup
+    controllers `cpuset` and `cpu`.
     """
 
     online: frozenset[int]
@@ -270,7 +270,8 @@ def _real_time(wanted: Mapping[int, Placement], facts: HostFacts, cpu: Control) 
 
 
 def is_left(placement: Placement, thread: ThreadState, main: ThreadState) -> bool:
-    """Whether nobody has placed a thread yet: it has what QEMU's main thread has, and should have something else.
+    """Whether nobody has placed a thread yet: it has what QEMU's main thread has, and should have
+    something else.
 
     What somebody else has set since is left alone.
     """

@@ -1,4 +1,6 @@
-"""Refusals that follow from the request alone, or from what its connection has: flags, options, ids, counts."""
+"""Refusals that follow from the request alone, or from what its connection has: flags, options,
+ids, counts.
+"""
 
 from __future__ import annotations
 

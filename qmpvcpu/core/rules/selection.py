@@ -21,8 +21,8 @@ def choose(
     """What a request means on the running guest.
 
     Returns:
-        The vCPU ids that it is about; each id that is to change -> whether it is to be enabled (online, with
-        GUEST); and the refusals of how it names them.
+        The vCPU ids that it is about; each id that is to change -> whether it is to be enabled
+        (online, with GUEST); and the refusals of how it names them.
     """
     if request.listed is not None:
         targets, found = select_listed(state, request)
@@ -117,7 +117,8 @@ def _select_of_node(
         unit = "vCPU"
     if request.disable:
         groups.reverse()
-    # Disabling takes one whose unplug is pending first, so that no other goes; enabling takes it last.
+    # Disabling takes one whose unplug is pending first, so that no other goes; enabling takes it
+    # last.
     groups.sort(key=lambda group: any(state.vcpus[number].pending for number in group) is request.enable)
     if len(groups) < count:
         kind = f"disabled {unit}s" if request.enable else f"enabled {unit}s that can be unplugged"
@@ -154,12 +155,14 @@ def _cores_of_node(
 
 
 def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tuple[dict[int, bool], list[Refusal]]:
-    """`set_vcpus`: which vCPUs must be enabled to make `request.total` of them, or why that cannot be.
+    """`set_vcpus`: which vCPUs must be enabled to make `request.total` of them, or why that cannot
+    be.
 
-    libvirt's choice (`qemuDomainSelectHotplugVcpuEntities`): the lowest empty entities are plugged and the
-    highest hotpluggable ones unplugged, in that order and without a gap. An entity whose unplug is pending
-    counts as enabled until its end: it is the first to stay if more are requested, and the first to go if
-    fewer are. So there are never more vCPUs enabled than before, or than requested.
+    libvirt's choice (`qemuDomainSelectHotplugVcpuEntities`): the lowest empty entities are plugged
+    and the highest hotpluggable ones unplugged, in that order and without a gap. An entity whose
+    unplug is pending counts as enabled until its end: it is the first to stay if more are
+    requested, and the first to go if fewer are. So there are never more vCPUs enabled than before,
+    or than requested.
 
     Returns:
         vCPU id -> whether it is to be enabled, of every vCPU that is or is to be plugged.
@@ -228,8 +231,8 @@ def resolve_guest_total(
 
 
 def guest_total(view: GuestView, total: int) -> tuple[tuple[int, ...], bool, list[Refusal]]:
-    """The guest's own ids of the CPUs that must change to make `total` of them online, whether they go online, and
-    refusals. The lowest go online; the highest that can go offline do.
+    """The guest's own ids of the CPUs that must change to make `total` of them online, whether they
+    go online, and refusals. The lowest go online; the highest that can go offline do.
     """
     lit = [cpu for cpu in view.cpus if cpu.online]
     online = total >= len(lit)
