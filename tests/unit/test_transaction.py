@@ -761,6 +761,52 @@ def test_atomic_that_cannot_bring_back_is_partial(how):
     assert (end.outcome, end.lost, end.pending, end.undo_forbidden) == ("partial", (1,), (3,), None)
 
 
+@pytest.fixture(params=["in time", "after the deadline", "cancelled"])
+def bringing_back_what_is_taken(request):
+    """The slot of 1 is empty, but its device has not ended: QEMU declines to add it again."""
+    engine = atomic_with_one_refusal()
+    if request.param == "after the deadline":
+        engine.expired()
+    else:
+        engine.gone(3)
+    assert add(1) in engine.seen(0, 2)
+    if request.param == "cancelled":
+        engine.cancelled()
+    engine.replied(3)
+    engine.failed(1, "Duplicate device ID 'vcpu1'")
+    engine.seen(0, 2, 3)
+    return engine
+
+
+def test_atomic_brings_back_again_what_is_still_taken(bringing_back_what_is_taken):
+    engine = bringing_back_what_is_taken
+    assert engine.pause_is_over()[0] == add(1)
+    engine.replied(1)
+    engine.seen(0, 1, 2, 3)
+    assert engine.end() == Report("rejected", undone=(1, 3), rejections={(2,): "busy"})
+
+
+def test_what_stays_taken_is_lost(bringing_back_what_is_taken):
+    engine = bringing_back_what_is_taken
+    for _ in range(5):
+        if not engine.ended:
+            engine.pause_is_over()
+            engine.failed(1, "Duplicate device ID 'vcpu1'")
+            engine.seen(0, 2, 3)
+    end = engine.end()
+    assert (end.outcome, end.lost, end.undone) == ("partial", (1,), (3,))
+
+
+def test_what_is_still_taken_when_the_undo_has_no_time_left_is_lost(bringing_back_what_is_taken):
+    engine = bringing_back_what_is_taken
+    engine.expired()
+    for _ in range(2):
+        if not engine.ended:
+            engine.seen(0, 2, 3)
+    end = engine.end()
+    assert (end.outcome, end.lost, end.undone) == ("partial", (1,), (3,))
+
+
 def test_atomic_that_must_not_bring_back_does_not_try():
     engine = atomic_with_one_refusal(restore_forbidden="it kills QEMU")
     engine.expired()

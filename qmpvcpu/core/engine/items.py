@@ -11,8 +11,8 @@ from qmpvcpu.core.engine.stages import (
     FAILED,
     FIRST,
     NOT_BEGUN,
+    NOT_RESTORED,
     NOT_UNDONE,
-    PLUG_FAILED,
     REJECTED,
     STILL_ASKED,
     UNDOING,
@@ -67,7 +67,7 @@ class Item:
     def begin_undo(self) -> Stage:
         """Begin to undo what was done; return the stage that sends the command for it."""
         self.is_undo, self.doubt, self.repeat, self.repeated = True, False, False, False
-        self.retries = self.readds = 0
+        self.retries, self.readds = 0, _READDS
         return Stage.DELETING if self.is_plug else Stage.ADDING
 
     @property
@@ -174,7 +174,7 @@ def result_of(
     asked = items.ids({Stage.PENDING} if terms.wait else {Stage.PENDING, Stage.ASKED})
     awaited = items.ids({Stage.STILL_AWAITED})
     pending = items.ids(STILL_ASKED, unplugging=STILL_ASKED)
-    removed = items.ids({Stage.REMOVED}, restoring=PLUG_FAILED)
+    removed = items.ids({Stage.REMOVED}, restoring=NOT_RESTORED)
     unasked = items.ids({Stage.UNASKED})
     # An unplug that seemed to have failed may have ended after others were plugged back because of
     # it.

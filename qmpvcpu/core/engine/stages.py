@@ -193,5 +193,7 @@ FAILED: Final = PLUG_FAILED | {
     _S.RETURNED,
 }
 REJECTED: Final = frozenset({_S.REJECTED, _S.REJECTED_PAUSED})
+#: A removal whose undo is in one of these has not been brought back.
+NOT_RESTORED: Final = PLUG_FAILED | {_S.ADD_PAUSED}
 #: A plug whose undo is in one of these is still there.
 NOT_UNDONE: Final = frozenset({_S.DELETING, _S.ASKED, _S.PENDING, _S.REJECTED, _S.NOT_ASKED, _S.UNASKED})

@@ -144,7 +144,7 @@ class Transaction:
             case Cancelled():
                 self._cancel(now)
         if self._cancelled:
-            self._all(On.CANCEL)
+            self._all(On.CANCEL, undo=False)
         return self._settle(now)
 
     def result(self) -> Result:
@@ -171,7 +171,7 @@ class Transaction:
             item.note = Failure(item.entity, text, reply.error_class)
             if is_transient(text):
                 self._retry(item)
-            elif is_taken(text) and item.readds and not (self._expired or self._cancelled):
+            elif is_taken(text) and item.readds and not self._expired and (item.is_undo or not self._cancelled):
                 item.readds -= 1
                 self._to_look |= self._move(item, On.RETRY)
             if item.doubt or item.repeated:
@@ -359,7 +359,7 @@ class Transaction:
         items = self._items
         if self._failing:
             # A call that is known to fail plugs nothing more: it would only be undone.
-            self._all(On.GIVE_UP)
+            self._all(On.GIVE_UP, undo=False)
             if not self._dropped and self._phase is Phase.RUN:
                 self._dropped = True
                 self._effects.append(Drop())
@@ -388,6 +388,7 @@ class Transaction:
         elif self._restore_is_due():
             if not self._querying:
                 self._timers.extend(now)
+                self._expired = False
                 self._undo({Stage.REMOVED})
                 self._query()
         elif not self._querying:
@@ -430,7 +431,9 @@ class Transaction:
     def _is_waited_for(self) -> bool:
         if self._terms.wait:
             return self._waiting
-        return self._items.any({Stage.AWAITING}) or self._items.any_undo(Stage.ASKED)
+        if self._items.any({Stage.AWAITING}):
+            return True
+        return self._items.any_undo(Stage.ASKED) or self._items.any_undo(Stage.ADD_PAUSED)
 
     def _undo_is_due(self) -> bool:
         if self._phase is not Phase.RUN or self._undo_forbidden is not None:
