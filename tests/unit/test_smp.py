@@ -268,7 +268,7 @@ def test_nodes_that_qemu_refuses(smp, numa):
         ),
         ("x86_64", "q35", V100, "5,maxcpus=4", "greater than smp"),
         ("x86_64", "q35", V100, "0", "greater than zero"),
-        ("x86_64", "q35", V100, "-1", "no machine has so many"),
+        ("x86_64", "q35", V100, "-1", "no machine has that many"),
         ("x86_64", "q35", V100, "1,sockets=65536,dies=65536", "QEMU divides by it"),
         ("s390x", "s390-ccw-virtio-8.1", V100, "2,books=2", "books > 1"),
         ("x86_64", "q35", V100, "2,clusters=2", "clusters > 1"),

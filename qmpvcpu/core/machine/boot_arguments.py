@@ -1,7 +1,7 @@
-"""QEMU's command line for a guest that boots with exactly the vCPUs its XML says. Pure.
+"""QEMU's command line for a guest that boots with exactly the vCPUs of its XML. Pure.
 
-vCPUs that are not hotpluggable are those of -smp, from 0 on; the others that are enabled are plugged in their
-order, by `-device` or, paused, by `device_add` (libvirt's way).
+vCPUs that are not hotpluggable are those of -smp, from 0 on. The other enabled ones are plugged in
+their order, by `-device` or, while the guest is paused, by `device_add` (as libvirt does).
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from qmpvcpu.errors import Refusal, VcpuRefused
 
 
 class BootStyle(StrEnum):
-    """How vCPUs that -smp cannot say come in."""
+    """How the vCPUs are plugged that -smp cannot express."""
 
     DEVICE = "device"
     QMP = "qmp"
@@ -32,7 +32,8 @@ class BootStyle(StrEnum):
 class BootArgs:
     """`arguments` of QEMU, and the QMP `commands` to be sent then, in order.
 
-    `started` are the first vCPU ids of the entities that the guest boots with, in the order in which they come.
+    `started` are the ids of the entities that the guest boots with, in the order in which they are
+    plugged.
     """
 
     arguments: tuple[str, ...]
@@ -49,7 +50,7 @@ def qemu_arch(definition: Definition) -> str:
     """QEMU's target for a domain.
 
     Raises:
-        VcpuRefused: nothing in it says so.
+        VcpuRefused: neither its architecture nor its machine type says it.
     """
     if definition.arch:
         return architecture(definition.arch).name
@@ -60,12 +61,12 @@ def qemu_arch(definition: Definition) -> str:
 
 
 _MIB: Final = 1024 * 1024
-#: Options of -machine that name what stands elsewhere on the command line.
+#: Options of -machine that refer to other options of the command line.
 _NAMING: Final = frozenset({"pflash0", "pflash1", "audiodev", "pcspk-audiodev"})
 
 
 def machine_spec(definition: Definition) -> MachineSpec:
-    """What QEMU is asked to be.
+    """The machine that QEMU is asked for.
 
     Raises:
         VcpuRefused: no QEMU could be that; the text says why.
@@ -90,7 +91,7 @@ def machine_spec(definition: Definition) -> MachineSpec:
 
 
 def located(definition: Definition, state: DomainState) -> DomainState:
-    """A definition's state with where each slot is, as far as that is known without a QEMU."""
+    """A definition's state with the props of each slot, as far as they are known without a QEMU."""
     try:
         layout = predict_layout(machine_spec(definition), qemu_arch(definition), assume=True)
     except VcpuRefused:
@@ -106,7 +107,7 @@ def located(definition: Definition, state: DomainState) -> DomainState:
 
 
 def _run(definition: Definition) -> tuple[int, ...]:
-    """The vCPUs that -smp says: from 0 on, as long as they are there and stay."""
+    """The vCPUs of -smp: those from 0 on that are enabled and not hotpluggable."""
     end = next((v.id for v in definition.vcpus if not v.enabled or v.hotpluggable), definition.maxcpus)
     if not end:
         raise catalogue.BOOT_VCPU_0.error()
@@ -124,11 +125,11 @@ def boot_args(
     Args:
         definition: the domain.
         layout: of `machine_spec(definition)`.
-        style: how vCPUs that -smp cannot say come in.
-        incoming: -incoming's argument ("defer", a URI), for a guest that migrates here.
+        style: how the vCPUs are plugged that -smp cannot express.
+        incoming: -incoming's argument ("defer", a URI), for the destination of a migration.
 
     Raises:
-        VcpuRefused: no such guest can be; every reason.
+        VcpuRefused: there cannot be such a guest; every reason.
     """
     messages = []
     if not definition.options.is_exact:
@@ -212,7 +213,7 @@ def _numa(definition: Definition) -> list[str]:
     return words + _distances(definition.cells)
 
 
-#: What QEMU and libvirt take where nothing is written: to itself, and to another node.
+#: The defaults of QEMU and libvirt: the distance of a node to itself, and to another node.
 _NEAR, _FAR = 10, 20
 
 
@@ -223,7 +224,8 @@ def _distances(cells: tuple[NumaCell, ...]) -> list[str]:
     words = []
     for one in cells:
         for other in cells:
-            # As libvirt writes them: QEMU wants all as soon as one differs from the way back.
+            # As libvirt writes them: QEMU needs all of them if the two directions of one pair
+            # differ.
             both = (one.id, other.id), (other.id, one.id)
             value = next((known[pair] for pair in both if pair in known), _NEAR if one is other else _FAR)
             words += ["-numa", f"dist,src={one.id},dst={other.id},val={value}"]
@@ -255,7 +257,7 @@ def _dimms(definition: Definition) -> list[str]:
 
 
 def _cell_sizes(definition: Definition) -> list[int]:
-    """Bytes of each cell's memory; <memory> in equal parts where no cell says."""
+    """Bytes of each cell's memory; equal parts of <memory> if no cell has a size."""
     cells = definition.cells
     missing = [cell.id for cell in cells if cell.memory is None]
     if not missing:
@@ -270,7 +272,7 @@ def _cell_sizes(definition: Definition) -> list[int]:
 def _plugged(
     definition: Definition, layout: MachineLayout, run: int
 ) -> tuple[list[tuple[tuple[int, ...], Props]], list[Refusal]]:
-    """Ids and props of what -smp cannot say, in the order of plugging; and why that cannot be."""
+    """Ids and props of the vCPUs that -smp cannot express, in the order of plugging; and refusals."""
     refusals: list[Refusal] = []
     if layout.maxcpus != definition.maxcpus:
         return [], [catalogue.TOPOLOGY(maxcpus=layout.maxcpus, defined=definition.maxcpus)]

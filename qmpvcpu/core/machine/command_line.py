@@ -1,9 +1,11 @@
-"""QEMU's own command line, as the kernel keeps it, read as QEMU reads it. Pure, and never raises on odd input.
+"""A running QEMU's command line, as the kernel has it, read as QEMU reads it. Pure, and never
+raises on odd input.
 
-No other source tells which NUMA node a memory backend is on, nor CPU features, firmware and devices. What it
-says is what QEMU was started with; what was plugged since is QMP's to tell.
+It is the only source for the NUMA node of a memory backend, CPU features, firmware and devices. It
+has what QEMU was started with; QMP reports what was plugged since.
 
-Sources: system/vl.c, util/keyval.c, util/qemu-option.c, util/cutils.c (`do_strtosz`), hw/core/numa.c.
+Sources: system/vl.c, util/keyval.c, util/qemu-option.c, util/cutils.c (`do_strtosz`),
+hw/core/numa.c.
 """
 
 from __future__ import annotations
@@ -28,7 +30,7 @@ _FLAGS: Final = frozenset(
         *("jitdump", "run-with-help", "async-teardown"),
     )
 )
-#: The key of a first word that has none.
+#: The key of a first word without a key, by option.
 IMPLIED: Final = {
     "machine": "type",
     "accel": "accel",
@@ -61,17 +63,18 @@ _PLAIN: Final = frozenset(
         *("pflash", "mtdblock", "sd", "incoming", "loadvm", "readconfig", "D", "d", "global"),
     )
 )
-#: Options that take a list as a key that stands several times (QEMU's OptsVisitor), not with an index.
+#: Options that write a list by repeating its key (QEMU's OptsVisitor), not with an index.
 _REPEATED: Final = frozenset({"object"})
 _MIB: Final = 1024 * 1024
-#: Options of the dynamic linker that take a word, and those that do not (ld.so(8)).
+#: Options of the dynamic linker that take a word (ld.so(8)), and the names of its program.
 _LOADER_WORDS: Final = frozenset(("--argv0", "--library-path", "--inhibit-rpath", "--audit", "--preload"))
 _LOADER: Final = re.compile(r"ld(?:-[\w.-]+|64)?\.so(?:\.[0-9]+)*")
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One option: its name without dashes, its argument as written, and the argument's keys where it has any.
+    """One option: its name without dashes, its argument as written, and the argument's keys if it
+    has any.
 
     `pairs` of a JSON argument have dotted keys, and "on" or "off" for a truth value.
     """
@@ -81,18 +84,18 @@ class Option:
     pairs: Pairs = ()
 
     def get(self, key: str) -> str | None:
-        """The last value of a key: it is the one that counts."""
+        """The last value of a key, which is the one that counts."""
         return next((value for name, value in reversed(self.pairs) if name == key), None)
 
     @property
     def words(self) -> tuple[str, ...]:
-        """As QEMU takes it."""
+        """The words of the command line."""
         return (f"-{self.name}",) if self.text is None else (f"-{self.name}", self.text)
 
 
 @dataclass(frozen=True, slots=True)
 class MemorySize:
-    """`-m`, in bytes; None is not written, or not readable."""
+    """`-m`, in bytes; None if it is not written, or not readable."""
 
     size: int | None = None
     slots: int | None = None
@@ -110,9 +113,10 @@ class CommandLineNode:
 
 @dataclass(frozen=True, slots=True)
 class QemuCommandLine:
-    """What QEMU was started with. `program` is the file that was run, behind a dynamic linker too.
+    """What QEMU was started with. `program` is the file that was run, also if a dynamic linker ran
+    it.
 
-    `unread` are the options that could not be read, as they are written.
+    `unread` are the options that could not be read, as written.
     """
 
     program: str | None = None
@@ -129,24 +133,24 @@ class QemuCommandLine:
         return next((option.text for option in reversed(self.options) if option.name == name), None)
 
     def has(self, *names: str) -> bool:
-        """Whether there is one of these."""
+        """Whether there is an option of one of these names."""
         return any(True for _ in self.all(*names))
 
     @property
     def machine_options(self) -> Pairs:
-        """`-machine`, of all that there are, without the type and the accelerator."""
+        """The keys of all `-machine` options together, without the type and the accelerator."""
         merged = dict(pair for option in self.all("machine") for pair in option.pairs)
         return tuple((key, value) for key, value in merged.items() if key not in ("type", "accel"))
 
     @property
     def accel_options(self) -> Pairs:
-        """Of the first `-accel`."""
+        """The keys of the first `-accel`."""
         first = next(self.all("accel"), None)
         return tuple(pair for pair in first.pairs if pair[0] != "accel") if first is not None else ()
 
     @property
     def memory(self) -> MemorySize:
-        """Of all `-m` together."""
+        """The sizes of all `-m` options together."""
         merged = dict(pair for option in self.all("m") for pair in option.pairs)
         slots = parse_number(merged.get("slots", ""))
         return MemorySize(
@@ -162,13 +166,13 @@ class QemuCommandLine:
 
     @property
     def nodes(self) -> tuple[CommandLineNode, ...]:
-        """`-numa node`, by id; a node without one has that of its place."""
+        """`-numa node`, by id; a node without an id has that of its position."""
         found: dict[int, CommandLineNode] = {}
         for option in self.all("numa"):
             if option.get("type") != "node":
                 continue
             number = _int(option.get("nodeid"), len(found))
-            # hw/core/numa.c: a number without a suffix is of MiB, here alone.
+            # hw/core/numa.c: only this number is in MiB if it has no suffix.
             size = parse_size(option.get("mem"), _MIB)
             found[number] = CommandLineNode(number, option.get("memdev"), size)
         return tuple(found[number] for number in sorted(found))
@@ -181,7 +185,7 @@ class QemuCommandLine:
 
     @property
     def memory_attributes(self) -> tuple[str, ...]:
-        """What `-numa` says of latencies, bandwidths, caches and initiators (ACPI's HMAT)."""
+        """The latencies, bandwidths, caches and initiators of `-numa` (ACPI's HMAT)."""
         found = []
         for option in self.all("numa"):
             kind, initiator = option.get("type") or "", option.get("initiator")
@@ -193,7 +197,7 @@ class QemuCommandLine:
 
 
 def read_command_line(words: Sequence[str]) -> QemuCommandLine:
-    """Read one.
+    """Read a command line.
 
     Args:
         words: the process's arguments, its program first.
@@ -206,7 +210,7 @@ def read_command_line(words: Sequence[str]) -> QemuCommandLine:
         word = rest[position]
         position += 1
         if not word.startswith("-") or word == "-":
-            # QEMU takes a bare word for the first disk.
+            # To QEMU a bare word is the first disk.
             options.append(Option("hda", word))
             continue
         name = word.removeprefix("-").removeprefix("-")
@@ -227,7 +231,7 @@ def read_command_line(words: Sequence[str]) -> QemuCommandLine:
 
 
 def _program(words: list[str]) -> tuple[str | None, list[str], bool]:
-    """What runs, what is left for it, and whether the dynamic linker was called by name."""
+    """The program, the words after it, and whether the dynamic linker was called by name."""
     if not words:
         return None, [], False
     if not _LOADER.fullmatch(words[0].rpartition("/")[2]):
@@ -241,7 +245,7 @@ def _program(words: list[str]) -> tuple[str | None, list[str], bool]:
 
 
 def _pairs(name: str, text: str) -> Pairs | None:
-    """The keys of an argument; None where it is JSON that does not parse."""
+    """The keys of an argument; None if it is JSON that does not parse."""
     if name in _PLAIN:
         return ()
     if text.startswith("{"):
@@ -266,7 +270,9 @@ def _flat(prefix: str, value: Any, *, has_indexes: bool) -> Iterable[tuple[str, 
 
 
 def split_cpu(text: str) -> tuple[str, Pairs]:
-    """The model and the properties of -cpu's argument; what is plugged with `+` or `-` counts last, as in QEMU."""
+    """The model and the properties of -cpu's argument; features with `+` or `-` count last, as in
+    QEMU.
+    """
     model, *rest = text.split(",")
     last: dict[str, str] = {}
     for sign, value in (("+", "on"), ("-", "off")):

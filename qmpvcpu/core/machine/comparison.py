@@ -1,7 +1,7 @@
-"""Two QEMUs side by side: in what a guest of the one would not find its machine in the other. Pure.
+"""Compare the machines of two QEMUs, as a guest that moves between them would see them. Pure.
 
-Both were asked the same (`domain.migration.picture`). QOM paths differ between versions and are no ground for a
-difference; neither are a machine type's own devices, which are on both sides.
+Both got the same queries (`domain.migration.picture`). QOM paths differ between versions and do not
+count as a difference; neither do a machine type's own devices, which both sides have.
 """
 
 from __future__ import annotations
@@ -27,23 +27,23 @@ _BLOCK: Final = re.compile(r"^ *(\S.*?) +\d+ \w?i?B +0x[0-9a-f]+ +0x[0-9a-f]+ +0
 _MAPPED: Final = re.compile(r"^ +([0-9a-f]{16})-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE)
 _NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)
 _CHILD: Final = re.compile(r"child<(.+)>\Z")
-#: Blocks of firmware tables: QEMU gives them another size where it has to.
+#: Blocks of firmware tables: QEMU resizes them if it has to.
 _RESIZED: Final = "/rom@"
 #: A temporary overlay of -snapshot and of snapshot=on: block.c, `create_tmp_file`.
 _TEMPORARY: Final = re.compile(r"/vl\.[A-Za-z0-9]{6}\Z")
 #: Prefixes of QEMU's for files and devices of the host.
 _LOCAL: Final = ("file:", "host_device:", "host_cdrom:")
 _DEVICE: Final = re.compile(r"/machine/peripheral/([^/]+)\Z")
-#: QOM types that are no devices.
+#: QOM types that are not devices.
 _PARTS: Final = ("memory-region", "irq", "container", "-cpu", "-cpu-core", "object", "memory-backend")
-#: Properties of -machine that are of the host, or of the moment.
+#: Properties of -machine that depend on the host or on the moment.
 _PASSING: Final = frozenset(
     (
         *("dumpdtb", "dtb", "kernel", "initrd", "append", "firmware", "phandle-start", "memory-backend", "type"),
         *("dump-guest-core", "mem-merge", "usb", "graphics", "suppress-vmdesc"),
     )
 )
-#: Those of a CPU that are of its place, or of the moment.
+#: Properties of a CPU that depend on its slot or on the moment.
 _OF_PLACE: Final = frozenset(
     (
         *(
@@ -64,25 +64,25 @@ _OF_PLACE: Final = frozenset(
 
 @dataclass(frozen=True, slots=True)
 class Picture:
-    """What QEMU tells of a machine.
+    """What QEMU reports about a machine.
 
     Attributes:
         version: QEMU's.
         memory: bytes of -m.
         blocks: RAM blocks, bytes by name.
-        places: of the blocks that are memory backends, the lowest address in the guest.
+        places: the lowest guest address of each block that is a memory backend.
         nodes: MiB of each NUMA node, as HMP rounds them.
         machine: properties of the machine.
         cpu: properties of the first CPU.
-        pci: what is in each slot of the PCI buses, by the slots that lead there.
-        added: types of devices that a user has added, with what tells their place.
+        pci: the device in each slot of the root PCI buses.
+        added: types of devices that a user has added, with their place.
         types: types of all devices.
-        distances: between two NUMA nodes, where they are not what QEMU takes by itself; None where the command
-            line is not known, which alone tells them.
-        attributes: of memory (ACPI's HMAT), as -numa has them; None as well.
-        disks: what is behind each drive: the name and the format of its file. The name is empty where the drive
-            has no medium, the format where it is not known. None: QEMU has not been asked.
-        beyond: options of the command line that no definition made of it can hold.
+        distances: between two NUMA nodes, those that are not QEMU's defaults; None if the command
+            line, the only source, is not known.
+        attributes: of memory (ACPI's HMAT), as -numa has them; None as for `distances`.
+        disks: the name and the format of each drive's file. The name is empty if the drive has no
+            medium, the format if it is not known. None: QEMU was not queried.
+        beyond: options of the command line that a definition made from it cannot have.
         read_only: memory backends to which QEMU may not write.
     """
 
@@ -105,8 +105,8 @@ class Picture:
 
 @dataclass(frozen=True, slots=True)
 class DiskImage:
-    """What is behind a drive: the name and the format of its file, both empty where it has no medium, and the name
-    of its block node.
+    """The name and the format of a drive's file, both empty if it has no medium, and the name of
+    its block node.
     """
 
     file: str = ""
@@ -116,30 +116,32 @@ class DiskImage:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One: `there` is what the guest runs on, `here` what it would find."""
+    """One difference: `there` is the value on which the guest runs, `here` the one that it would
+    find.
+    """
 
     what: str
     there: str
     here: str
 
     def text(self, here: str) -> str:
-        """Args: here: the words for the other side."""
+        """The difference as a text; `here` are the words for the other side."""
         return f"{self.what}: {self.there} at the source, {self.here} {here}"
 
 
 def refusals_of(found: Iterable[Difference], here: str, hint: str) -> list[Refusal]:
-    """Every difference as a reason to refuse.
+    """Each difference as a refusal.
 
     Args:
         found: differences.
-        here: words for the side that is not the source ("in the definition").
+        here: the words for the side that is not the source ("in the definition").
         hint: what to do.
     """
     return [catalogue.DIFFERENCE(difference=one.text(here), hint=hint) for one in found]
 
 
 def differences(source: Picture, here: Picture) -> list[Difference]:
-    """Everything in which the two are not the same machine for a guest."""
+    """Every difference between the two that a guest could notice."""
     found: list[Difference] = []
     if source.memory != here.memory:
         found.append(Difference("memory", *(_kib(side.memory, "unknown") for side in (source, here))))
@@ -152,14 +154,14 @@ def differences(source: Picture, here: Picture) -> list[Difference]:
     if source.disks is not None and here.disks is not None:
         found += _of_disks(source.disks, here.disks)
     if same:
-        # Another version tells the same in other words.
+        # Other versions have other names for the same.
         found += _of_mapping("-machine {}", *_common(source.machine, here.machine))
         found += _of_cpu(*_common(source.cpu, here.cpu))
     return found
 
 
 def _of_command_lines(source: Picture, here: Picture) -> list[Difference]:
-    """What only a command line tells: nothing where one of the two is not known."""
+    """Differences that only command lines show: none if one of them is not known."""
     found = []
     if source.distances is not None and here.distances is not None:
         found += _of_mapping("distance of NUMA nodes {}", source.distances, here.distances)
@@ -169,12 +171,12 @@ def _of_command_lines(source: Picture, here: Picture) -> list[Difference]:
 
 
 def _of_cpu(there: Mapping[str, object], now: Mapping[str, object]) -> list[Difference]:
-    """Features together: another model has hundreds of them."""
+    """All features in one difference: another model has hundreds of them."""
     changed = [key for key in sorted(there) if there[key] != now[key]]
     features = [key for key in changed if isinstance(there[key], bool)]
     found = []
     if features:
-        sides = (", ".join(key for key in features if side[key]) or "none of those" for side in (there, now))
+        sides = (", ".join(key for key in features if side[key]) or "none of them" for side in (there, now))
         found.append(Difference("CPU features", *sides))
     others = [key for key in changed if key not in features]
     return found + [Difference(f"CPU property {key}", str(there[key]), str(now[key])) for key in others]
@@ -222,11 +224,13 @@ def _common(there: Mapping[str, T], now: Mapping[str, T]) -> tuple[dict[str, T],
 
 
 def _of_devices(source: Picture, here: Picture, same: bool) -> list[Difference]:
-    """By count. Between versions only what a user has added: a machine's own are called otherwise."""
+    """By number. Between versions only the devices that a user has added: a machine's own may have
+    other names.
+    """
     if same:
         return _of_mapping("device {}", Counter(source.types), Counter(here.types))
     there, now = Counter(source.added), Counter(here.added)
-    # What is one side's default may be added on the other.
+    # A default device of one side may have been added on the other.
     return [
         one
         for one in _of_mapping("device {}", there, now)
@@ -238,7 +242,7 @@ _Disks = Mapping[str, tuple[str, ...]]
 
 
 def _of_disks(source: _Disks, here: _Disks) -> list[Difference]:
-    """By the names of the drives. A definition that somebody wrote calls them otherwise: then by their files."""
+    """By the names of the drives, or by their files if a user's definition has other names."""
     there, now = ({key: (*one, "", "")[:2] for key, one in side.items()} for side in (source, here))
     found = []
     for key in sorted(there.keys() & now.keys()):
@@ -256,7 +260,7 @@ def _of_disks(source: _Disks, here: _Disks) -> list[Difference]:
 
 def _is_same_image(one: Sequence[str], other: Sequence[str]) -> bool:
     if one[0] and other[0] and not is_local(one[0]) and not is_local(other[0]):
-        # QEMU has several ways to write what is reached through a network.
+        # QEMU has several ways to write an image on the network.
         return True
     return one[0] == other[0] and (one[1] == other[1] or not one[1] or not other[1])
 
@@ -268,12 +272,12 @@ def _image_words(one: Sequence[str], other: Sequence[str]) -> tuple[str, str]:
 
 
 def is_local(file: str) -> bool:
-    """Whether the name of an image is that of a file or device of the host."""
+    """Whether an image name is that of a file or device of the host."""
     return ":" not in file.partition("/")[0]
 
 
 def image_name(text: str) -> str:
-    """The name of a file, as QEMU or a command line writes it, without the words around it."""
+    """The name of a file, without the words that QEMU or a command line puts around it."""
     if text.startswith("json:"):
         try:
             said = json.loads(text.removeprefix("json:"))
@@ -289,8 +293,8 @@ def image_name(text: str) -> str:
 
 
 def check_movable(picture: Picture) -> list[Refusal]:
-    """Why no other QEMU can take the guest, however like its own: temporary overlays of its disks go with the
-    first one, and memory that is read-only ends the second one.
+    """Why even an equal QEMU cannot take the guest: temporary overlays of its disks are lost with
+    the first QEMU, and read-only memory crashes the second one.
     """
     found = [
         catalogue.TEMPORARY(disk=key)
@@ -308,13 +312,13 @@ def check_movable(picture: Picture) -> list[Refusal]:
 
 
 def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) -> Picture:
-    """Of replies by name; what is not of QEMU's form is not there.
+    """The picture from replies by name; malformed replies are left out.
 
     Args:
         version: QEMU's.
-        replies: `memory` in bytes, `ramblock` and `mtree` and `numa` as texts, `memdevs`, `pci` as QMP's,
-            `machine` and `cpu` by property, `added` and `own` as lists of (type, place), `block` as QMP's,
-            `backends` as properties of each memory backend by its id.
+        replies: `memory` in bytes, `ramblock` and `mtree` and `numa` as texts, `memdevs`, `pci` as
+            QMP's, `machine` and `cpu` by property, `added` and `own` as lists of (type, place),
+            `block` as QMP's, `backends` as properties of each memory backend by its id.
     """
     ids = {row.get("id") for row in objects_of(replies.get("memdevs"))}
     places: dict[str, int] = {}
@@ -347,7 +351,9 @@ def _read_only(backends: object) -> tuple[str, ...]:
 
 
 def parse_disks(reply: object) -> dict[str, DiskImage] | None:
-    """Of `query-block`, by the name of the drive, or else of its device; None where it is not of QEMU's form."""
+    """The disks of `query-block`, by the name of the drive or of its device; None if it is
+    malformed.
+    """
     if not isinstance(reply, list):
         return None
     found = {}
@@ -367,12 +373,12 @@ def _word_of(value: object) -> str:
     return value if isinstance(value, str) else ""
 
 
-#: What QEMU takes for the distance of a node to itself, and to another one.
+#: QEMU's default distances: of a node to itself, and to another one.
 _NEAR, _FAR = 10, 20
 
 
 def with_command_line(picture: Picture, line: QemuCommandLine) -> Picture:
-    """The same with what only the command line tells."""
+    """The picture, completed by what only the command line has."""
     known = {(one, other): value for one, other, value in line.distances}
     both = {(other, one): value for (one, other), value in known.items()} | known
     distances = {
@@ -412,11 +418,11 @@ def child_type(row: object) -> str | None:
 
 
 def _pci(reply: object) -> Iterable[tuple[str, str]]:
-    """The devices of root buses, by their slots."""
+    """The devices of the root buses, by their slots."""
     for bus in objects_of(reply):
         where = f"{bus.get('bus')}:" if isinstance(bus.get("bus"), int) else ""
-        # What is behind a bridge QEMU lists only once firmware has numbered its bus, and a twin has never run any:
-        # such devices are compared by their types.
+        # QEMU lists the devices behind a bridge only after firmware has numbered its bus, and a
+        # twin never runs firmware: such devices are compared by their types.
         for device in objects_of(bus.get("devices")):
             slot, function, ids = device.get("slot"), device.get("function"), object_of(device.get("id"))
             if isinstance(slot, int) and isinstance(function, int):

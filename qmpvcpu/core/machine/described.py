@@ -1,7 +1,8 @@
-"""A definition of a QEMU that runs: its command line, checked against QMP and completed by it. Pure.
+"""A definition made from a running QEMU: its command line, checked against QMP and completed by it.
+Pure.
 
-What is started of it again is what ran: RAM blocks under their ids and on their nodes, sizes to the byte, the CPU
-model with its features. What no definition of ours can hold is named.
+A guest that is started from it is the same as before: RAM blocks with their ids and nodes, sizes to
+the byte, the CPU model with its features. What a definition cannot have is named.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ _PLUGGED: Final = re.compile(r"^node ([0-9]{1,4}) plugged: ([0-9]{1,9}) MB", re.
 _BLOCK: Final = re.compile(r"^ +[0-9a-f]{16}-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE)
 _MIB: Final = 1024 * 1024
 _OBJECTS: Final = "/objects/"
-#: Options of -machine that have a place of their own, and those that name files of the host or protect the guest.
+#: Options of -machine that the definition has elsewhere; those that name files of the host or
+#: protect the guest.
 _ELSEWHERE: Final = frozenset({"memory-backend", "type", "accel"})
 _NOT_HELD: Final = frozenset(
     (
@@ -30,7 +32,7 @@ _NOT_HELD: Final = frozenset(
         *("confidential-guest-support", "memory-encryption"),
     )
 )
-#: Flags that are options of the machine.
+#: Options without an argument that are options of the machine.
 _FLAGS: Final = {
     "no-acpi": ("acpi", "off"),
     "no-hpet": ("hpet", "off"),
@@ -38,20 +40,20 @@ _FLAGS: Final = {
     "nographic": ("graphics", "off"),
 }
 _HOST_MEMORY: Final = ("mem-path", "mem-prealloc")
-#: What a driver of `device_add` ends with, where `query-cpu-definitions` does not know it.
+#: The suffixes of a driver of `device_add` that `query-cpu-definitions` does not know.
 _CORE_SUFFIXES: Final = ("-spapr-cpu-core", "-powerpc64-cpu")
 M = TypeVar("M", MemoryBackend, Dimm)
 
 
 @dataclass(frozen=True, slots=True)
 class MachineFacts:
-    """What QMP tells of a machine's memory and CPU model. Sizes in bytes.
+    """What QMP reports about a machine's memory and CPU model. Sizes in bytes.
 
-    `memdevs` are sizes by id, `whole` the id of the block that all nodes share, None where each has its own.
-    `other_devices` are memory devices that are not DIMMs, by id (of the backend where they have none), each as
-    one text.
-    `texts` are HMP's `info numa` and `info mtree -f`, empty where QMP and the command line tell it all.
-    `cpu_models` are names by QOM type.
+    `memdevs` are sizes by id, `whole` is the id of the block that all nodes share, None if each has
+    its own. `other_devices` are memory devices that are not DIMMs, by id (that of the backend if
+    they have none), each as one text. `cpu_models` are names by QOM type. `numa_text` and
+    `tree_text` are HMP's `info numa` and `info mtree -f`, empty if QMP and the command line have it
+    all.
     """
 
     memdevs: Mapping[str, int] = field(default_factory=dict)
@@ -68,7 +70,9 @@ class MachineFacts:
 
 @dataclass(frozen=True, slots=True)
 class Described:
-    """A definition with its devices, and what of the guest it cannot hold, each as one text."""
+    """A definition with its devices; `left_out` is what it cannot have of the guest, each as one
+    text.
+    """
 
     definition: Definition
     left_out: tuple[str, ...] = ()
@@ -76,7 +80,7 @@ class Described:
 
 
 def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
-    """Of the replies by command; what is not of QEMU's form is not there."""
+    """The facts from the replies by command; malformed values are left out."""
     memdevs = {
         row["id"]: row["size"]
         for row in objects_of(replies.get("query-memdev"))
@@ -134,7 +138,7 @@ def _size(value: object) -> int | None:
 
 
 def agrees(line: QemuCommandLine | None, facts: MachineFacts) -> bool:
-    """Whether a command line can be this QEMU's: a process can write anything into its own."""
+    """Whether this can be the QEMU's command line: a process can write anything into its own."""
     if line is None:
         return False
     ids = {option.get("id") for option in line.backends} | {node.memdev for node in line.nodes if node.memdev}
@@ -148,16 +152,16 @@ def described(
     line: QemuCommandLine | None,
     folder: str | None = None,
 ) -> Described:
-    """The definition.
+    """Make the definition.
 
     Args:
-        found: of the running guest's vCPUs (`definition_of`).
+        found: the definition of the running guest's vCPUs (`definition_of`).
         driver: of `device_add`, for its CPUs.
-        facts: of QMP.
-        line: that agrees with them; None where none is at hand.
-        folder: where QEMU runs, for the files that it names without one.
+        facts: from QMP.
+        line: a command line that agrees with them; None if there is none.
+        folder: QEMU's working directory, for relative file names.
     """
-    # What the command line has is among the devices.
+    # A memory device of the command line is among the devices.
     devices = list(line.all("device")) if line is not None else []
     given = {option.get("id") or option.get("memdev") for option in devices}
     left_out = [f"the memory device {text}" for name, text in facts.other_devices.items() if name not in given]
@@ -165,7 +169,7 @@ def described(
     left_out += more
     cpu, properties = _cpu(driver, found.arch, facts, line)
     base = facts.base_memory
-    # QMP tells of a maximum only where there are slots (7.2 to 11.1).
+    # QMP reports a maximum only if there are slots (7.2 to 11.1).
     most = facts.max_memory if facts.slots else line.memory.maximum if line is not None else None
     definition = replace(
         found,
@@ -181,7 +185,7 @@ def described(
         definition = replace(definition, options=replace(definition.options, is_exact=True))
     if line is None:
         return Described(
-            definition, (*left_out, "its devices: QEMU's command line cannot be read, or trusted, here")
+            definition, (*left_out, "its devices: QEMU's command line cannot be read, or cannot be trusted")
         )
     found_devices = devices_of(line, definition, (driver,) if driver is not None else (), folder)
     return Described(definition, (*left_out, *found_devices.left_out), found_devices)
@@ -200,7 +204,7 @@ def _of_line(
     backends.sort(key=lambda backend: rank.get(backend.id, len(rank)))
     sizes = {node.id: facts.memdevs.get(node.memdev, 0) if node.memdev else node.memory or 0 for node in nodes}
     if nodes and not any(sizes.values()):
-        # Old machine types share all of it out among nodes that name none.
+        # Old machine types distribute all memory to nodes without a size.
         sizes |= _sizes_of_text(facts)
     one_block = bool(nodes) and any(sizes.values()) and not any(node.memdev for node in nodes)
     cpus = {cell.id: cell.cpus for cell in found.cells}
@@ -230,7 +234,7 @@ def _of_line(
 
 
 def _as_started(memory: M, name: str | None, line: QemuCommandLine | None) -> M:
-    """A backend, or the DIMM on the backend of this name, with what `-object` said of it."""
+    """A backend, or the DIMM on the backend of this name, with the options of its `-object`."""
     options = line.backends if line is not None else ()
     option = next((option for option in reversed(options) if option.get("id") == name), None)
     if option is None:
@@ -240,7 +244,7 @@ def _as_started(memory: M, name: str | None, line: QemuCommandLine | None) -> M:
 
 
 def _sizes_of_text(facts: MachineFacts) -> dict[int, int]:
-    """Of HMP, which rounds to MiB, by node; what was plugged is not the node's own."""
+    """Bytes by node, from HMP, which rounds to MiB; without plugged memory."""
     plugged = {int(node): int(size) for node, size in _PLUGGED.findall(facts.numa_text)}
     return {
         int(node): max(int(size) - plugged.get(int(node), 0), 0) * _MIB
@@ -249,18 +253,18 @@ def _sizes_of_text(facts: MachineFacts) -> dict[int, int]:
 
 
 def _of_monitor(found: Definition, facts: MachineFacts) -> tuple[tuple[NumaCell, ...], QemuOptions, list[str]]:
-    """Without a command line: QEMU on another host."""
+    """Cells and options without a command line, as for a QEMU on another host."""
     sizes = _sizes_of_text(facts)
     row = architecture(found.arch)
     is_own = len(sizes) == 1 and (row.has_node_always or facts.slots > 0)
     if not sizes or (facts.whole is not None and is_own):
-        # The one node is the machine's own.
+        # The only node is the machine's default node.
         return (), QemuOptions(), []
     cpus = {cell.id: cell.cpus for cell in found.cells}
     cells = [NumaCell(node, cpus.get(node, ()), size) for node, size in sorted(sizes.items())]
     if facts.whole is not None:
         return tuple(cells), QemuOptions(is_one_block=True), []
-    # Nodes with memory stand in the order of addresses (7.2 to 11.1).
+    # Nodes with memory are in the order of their addresses (7.2 to 11.1).
     with_memory = [cell for cell in cells if cell.memory]
     own = [name for name in dict.fromkeys(_BLOCK.findall(facts.tree_text)) if name in facts.memdevs]
     own = [name for name in own if name not in {dimm.memdev for dimm in facts.dimms}]

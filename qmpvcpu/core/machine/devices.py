@@ -1,6 +1,7 @@
-"""The devices of a QEMU that runs, as arguments for the next one; and the same without the host behind them. Pure.
+"""The devices of a running QEMU as arguments for the next one; and for a twin, without any resource
+of the host. Pure.
 
-The host's side of a console, of a monitor and of the guest agent is replaced: `start` has its own.
+The chardevs of a console, of a monitor and of the guest agent are replaced: `start` has its own.
 """
 
 from __future__ import annotations
@@ -13,11 +14,11 @@ from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.command_line import IMPLIED, Option, QemuCommandLine, read_command_line
 from qmpvcpu.core.machine.words import escaped, join_pairs
 
-#: The chardev that `start` gives the guest agent's port, and the name of that port.
+#: The chardev that `start` makes for the guest agent's port, and the name of that port.
 AGENT_CHARDEV: Final = "agent"
 AGENT_PORT: Final = "org.qemu.guest_agent.0"
 
-#: Passed on as they are: what the guest sees, and what stands behind it.
+#: Passed on unchanged: what the guest sees, and the backends of that.
 _KEPT: Final = frozenset(
     (
         *("device", "drive", "blockdev", "netdev", "nic", "net", "chardev", "object", "global", "set"),
@@ -28,7 +29,7 @@ _KEPT: Final = frozenset(
         *("semihosting-config", "parallel", "overcommit"),
     )
 )
-#: Kept elsewhere in the definition, or of the host alone.
+#: Elsewhere in the definition, or only about the host.
 _ELSEWHERE: Final = frozenset(
     (
         *("machine", "accel", "cpu", "smp", "m", "numa", "uuid", "name", "usb", "no-acpi"),
@@ -41,14 +42,14 @@ _ELSEWHERE: Final = frozenset(
         *("enable-sync-profile", "add-fd"),
     )
 )
-#: Neither kept nor missed: what they do is done, or concerns the host alone.
+#: Neither passed on nor missed: their effect is over, or only about the host.
 _NOT_MISSED: Final = frozenset(
     (
         *("loadvm", "portrait", "rotate", "show-cursor", "echr", "tb-size", "plugin", "qtest", "qtest-log"),
         *("dump-vmstate", "writeconfig", "h", "help", "version", "tune"),
     )
 )
-#: Options of -machine that a definition does not hold, and that the guest would miss.
+#: Options of -machine that a definition does not have, and that the guest would miss.
 _MISSED_OF_MACHINE: Final = frozenset(
     (
         *("kernel", "initrd", "append", "dtb", "firmware"),
@@ -64,10 +65,10 @@ class Devices:
     """Arguments of QEMU.
 
     Attributes:
-        arguments: words.
+        arguments: the words of the command line.
         has_defaults: whether the machine has its default devices too (no -nodefaults).
-        has_serial: whether the first serial port is there.
-        left_out: what cannot be started again, each as one text.
+        has_serial: whether there is a first serial port.
+        left_out: what the next QEMU cannot have, each as one text.
     """
 
     arguments: tuple[str, ...] = ()
@@ -79,13 +80,13 @@ class Devices:
 def devices_of(
     line: QemuCommandLine, definition: Definition, drivers: Iterable[str], folder: str | None = None
 ) -> Devices:
-    """What else than its machine, memory and CPUs a QEMU was started with.
+    """What a QEMU was started with, except its machine, memory and CPUs.
 
     Args:
         line: its command line.
         definition: of its machine.
-        drivers: of its CPUs, whose -device is the definition's `<vcpus>`.
-        folder: where it runs, for the files that it names without a folder; None where that is not known.
+        drivers: of its CPUs: the definition's `<vcpus>` stands for their -device.
+        folder: its working directory, for relative file names; None if that is not known.
     """
     cpus = frozenset(drivers)
     ports = {option.get("chardev") for option in line.all("device") if _is_agent(option)}
@@ -124,13 +125,14 @@ def devices_of(
 
 
 def beyond_definitions(line: QemuCommandLine) -> list[str]:
-    """Options that a definition made of this command line does not hold, and that the guest would miss: unknown
-    ones, descriptors of the first process behind a disk or a network, temporary overlays. Each as it is written.
+    """Options that a definition made from this command line does not have, and that the guest would
+    miss: unknown ones, open file descriptors of disks and networks, temporary overlays. Each as it
+    is written.
     """
     found = []
     for option in line.options:
         is_known = option.name in _KEPT or option.name in _ELSEWHERE or option.name in _NOT_MISSED
-        # A console without its host's side is silent, and no more.
+        # Without its chardev a console is only silent.
         if not is_known or (option.name != "chardev" and _has_descriptor(option)):
             found.append(" ".join(option.words))
     missed = [f"-machine {key}={value}" for key, value in line.machine_options if key in _MISSED_OF_MACHINE]
@@ -138,11 +140,11 @@ def beyond_definitions(line: QemuCommandLine) -> list[str]:
 
 
 def not_held(beyond: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """Those of `beyond_definitions` that a definition does not have in its own way.
+    """Those of `beyond_definitions` for which a definition has no counterpart.
 
     Args:
         beyond: of the running guest's command line.
-        arguments: that QEMU is started with of the definition.
+        arguments: of a QEMU that is started from the definition.
     """
     line = read_command_line(["qemu", *arguments])
     held = {" ".join(option.words) for option in line.options}
@@ -158,7 +160,7 @@ def not_held(beyond: Sequence[str], arguments: Sequence[str]) -> list[str]:
 
 
 def without_folder(arguments: Sequence[str]) -> list[str]:
-    """Disks whose files have no whole path: the next QEMU runs in another folder."""
+    """Disks with a relative file name: the next QEMU runs in another folder."""
     return [
         " ".join(option.words)
         for option in read_command_line(["qemu", *arguments]).options
@@ -167,13 +169,13 @@ def without_folder(arguments: Sequence[str]) -> list[str]:
     ]
 
 
-#: By the beginning of a type: networks that hand the guest's offloads through, and that a twin cannot have.
+#: By the beginning of a type: networks that support the guest's offloads, which a twin cannot have.
 _OFFLOADING: Final = ("tap", "bridge", "vhost-", "netmap", "passt")
 
 
 def unlike_any_other(arguments: Sequence[str]) -> list[str]:
-    """Networks behind a virtio-net whose state no QEMU reads that has nothing of the host: `hollow` has no backend
-    that takes the guest's packets with virtio's own header (vnet_hdr).
+    """Networks of a virtio-net whose state a twin cannot read: `hollow` has no backend that takes
+    the guest's packets with virtio's own header (vnet_hdr).
     """
     line = read_command_line(["qemu", *arguments])
     ends = {
@@ -198,7 +200,7 @@ def _is_agent(option: Option) -> bool:
 
 
 def _monitors(line: QemuCommandLine) -> set[str | None]:
-    """Ids of chardevs that nothing but monitors and serial ports use."""
+    """Ids of chardevs that only monitors and serial ports use."""
     found = {option.get("chardev") for option in line.all("mon")}
     texts = [option.text or "" for option in line.all("qmp", "qmp-pretty", "monitor", "serial")]
     found |= {text.removeprefix("chardev:") for text in texts if text.startswith("chardev:")}
@@ -207,7 +209,7 @@ def _monitors(line: QemuCommandLine) -> set[str | None]:
 
 
 def _has_descriptor(option: Option) -> bool:
-    """Whether it names a descriptor of the process that started QEMU."""
+    """Whether it names an open file descriptor from the process that started QEMU."""
     if option.name not in ("chardev", "netdev", "nic", "net", "drive", "blockdev", "device"):
         return False
     return any(
@@ -219,7 +221,9 @@ def _has_descriptor(option: Option) -> bool:
 
 
 def _again(option: Option) -> Option:
-    """The same for a QEMU in the background, with the agent's port on the chardev that `start` makes."""
+    """The option for a QEMU in the background, with the agent's port on the chardev that `start`
+    makes.
+    """
     if _is_agent(option):
         pairs = tuple((key, AGENT_CHARDEV if key == "chardev" else value) for key, value in option.pairs)
         return _written(option, pairs)
@@ -245,18 +249,19 @@ _FILE_OPTIONS: Final = frozenset(
 
 
 def _in_folder(option: Option, folder: str | None) -> Option | None:
-    """With files by their whole paths: the next QEMU runs elsewhere. None where their folder is not known."""
-
+    """The option with absolute file names: the next QEMU runs elsewhere. None if the folder is not
+    known.
+    """
     if option.get("abstract") == "on":
         return option
 
     def is_short(text: str) -> bool:
-        # With a colon in front of any slash it is a protocol of QEMU's (nbd:…, json:…).
+        # A colon before any slash means a protocol of QEMU's (nbd:…, json:…).
         return bool(text) and not text.startswith("/") and ":" not in text.partition("/")[0]
 
     if option.name in _FILE_OPTIONS and option.text is not None and is_short(option.text):
         return None if folder is None else Option(option.name, f"{folder.rstrip('/')}/{option.text}")
-    # Of -blockdev, `file` names a node.
+    # In -blockdev, `file` names a node.
     keys = _FILE_KEYS - {"file"} if option.name == "blockdev" else _FILE_KEYS
     if not any(key in keys and is_short(value) for key, value in option.pairs):
         return option
@@ -287,14 +292,14 @@ _DISKS: Final = {
     "sd": (("if", "sd"), ("index", "0")),
     "mtdblock": (("if", "mtd"),),
 }
-#: A disk that is not there; its size is no part of a guest's state.
+#: An empty disk; its size is not part of a guest's state.
 _NOTHING: Final = (("driver", "null-co"), ("read-zeroes", "on"), ("size", str(64 << 20)))
 _PLACES: Final = ("id", "if", "index", "bus", "unit", "media", "readonly", "read-only")
 
 
-#: What says the machine, and reads nothing but files of firmware, kernel and tables. A twin has of the others what
-#: `_hollow` makes of them, and else nothing: they are of the host alone (sockets, logs, windows, the process), or
-#: would do to the host what the guest's QEMU has done already.
+#: Options that describe the machine, and read only files of firmware, kernel and tables. A twin has
+#: the others only as `_hollow` changes them: they are about the host (sockets, logs, windows, the
+#: process), or would repeat on the host what the guest's QEMU has already done.
 _OF_MACHINE: Final = frozenset(
     (
         *("machine", "accel", "cpu", "smp", "m", "numa", "uuid", "name", "nodefaults", "no-user-config", "L"),
@@ -305,9 +310,10 @@ _OF_MACHINE: Final = frozenset(
         *("usbdevice", "no-fd-bootchk", "win2k-hack", "semihosting", "compat", "serial", "parallel", "nic", "net"),
     )
 )
-#: Keys of devices and machines that name a file which QEMU writes.
+#: Keys of devices and machines that name a file to which QEMU writes.
 _WRITTEN: Final = frozenset({"pcap", "dumpdtb"})
-#: Objects without a host behind them; a source of random numbers is replaced, memory becomes anonymous.
+#: Objects that use nothing of the host; a source of random numbers is replaced, memory becomes
+#: anonymous.
 _HARMLESS_OBJECTS: Final = frozenset(
     {
         "iothread",
@@ -319,7 +325,8 @@ _HARMLESS_OBJECTS: Final = frozenset(
         "acpi-generic-port",
     }
 )
-#: By the beginning of a driver: devices that are nothing without the host behind them; one QEMU can have them.
+#: By the beginning of a driver: devices that need a resource of the host, which only one QEMU can
+#: have.
 _BOUND_TO_HOST: Final = (
     "vfio-",
     "vhost-",
@@ -337,7 +344,7 @@ _BOUND_TO_HOST: Final = (
 
 
 def bound_to_host(arguments: Sequence[str]) -> list[str]:
-    """What a second QEMU cannot have while the first one runs: devices, and options that stand in a file."""
+    """What a second QEMU cannot have while the first one runs: such devices, and options in a file."""
     return [
         " ".join(option.words)
         for option in read_command_line(["qemu", *arguments]).all("device", "readconfig")
@@ -346,8 +353,8 @@ def bound_to_host(arguments: Sequence[str]) -> list[str]:
 
 
 def images_of(arguments: Sequence[str]) -> dict[str, tuple[str, str]]:
-    """Name and format of the file of each disk that `hollow` has taken away, by the block node that it has put
-    there; empty where there is no medium, or nothing says the format.
+    """Name and format of the file of each disk that `hollow` replaces, by the name of the new block
+    node; empty if there is no medium, or the format is not written.
     """
     line = read_command_line(["qemu", *arguments])
     nodes = {option.get("node-name"): option for option in line.all("blockdev")}
@@ -361,7 +368,7 @@ def images_of(arguments: Sequence[str]) -> dict[str, tuple[str, str]]:
     return found
 
 
-#: By which key an image is named, the first that is there.
+#: The keys of an image's name; the first that is written counts.
 _IMAGE_KEYS: Final = ("filename", "file.filename", "file.file.filename", "file")
 
 
@@ -370,7 +377,7 @@ def _image(option: Option, nodes: Mapping[str | None, Option]) -> str:
     while True:
         name = next((value for key in _IMAGE_KEYS if (value := option.get(key))), None)
         if name is None:
-            # By its driver alone: nothing of the host's files.
+            # Only a driver: it uses no file of the host.
             driver = next((v for k, v in option.pairs if k.endswith("driver") or k == "format"), None)
             return f"{driver}:" if driver is not None else ""
         below = nodes.get(name) if option.name == "blockdev" and option.get("file") == name else None
@@ -385,14 +392,14 @@ def _node(option: Option, number: int) -> str:
 
 
 def hollow(arguments: Sequence[str]) -> list[str]:
-    """The same devices with nothing of the host behind them: no sockets, taps, disks or shared memory. A second
-    QEMU with them does nothing to the guest that runs.
+    """The same devices without any resource of the host: no sockets, taps, disks or shared memory.
+    A second QEMU with them does not affect the running guest.
     """
     words: list[str] = []
     line = read_command_line(["qemu", *arguments])
     flash = {value for key, value in line.machine_options if key.startswith("pflash")}
     for option in reversed(line.options):
-        # A node stands behind the one that it is the file of, so in front of it here.
+        # The option of a node comes after that of its file, so in reverse it comes before.
         if option.name == "blockdev" and option.get("node-name") in flash and (file := option.get("file")):
             flash.add(file)
     for number, option in enumerate(line.options):
@@ -403,7 +410,7 @@ def hollow(arguments: Sequence[str]) -> list[str]:
 
 
 def _hollow(option: Option, number: int) -> Option | None:
-    """The option that a twin has in its place; None where it has none."""
+    """The option that a twin has in its place; None if it has none."""
     replace = _HOLLOWED.get(option.name)
     if replace is not None:
         return replace(option, number)
@@ -445,7 +452,7 @@ def _empty_node(option: Option, number: int) -> Option:
 def _restricted_network(option: Option, number: int) -> Option:
     name = ("id", option.get("id") or "")
     if option.get("type") == "user":
-        # It has state of its own in the guest's; restricted, it reaches nothing.
+        # It is part of the guest's state; with `restrict` it reaches nothing.
         return _written(option, (("type", "user"), name, ("restrict", "on")))
     return _written(option, (("type", "hubport"), name, ("hubid", str(number))))
 
@@ -462,7 +469,7 @@ def _without_files(option: Option, _: int) -> Option:
 
 
 def _unlocked(option: Option) -> Option:
-    """Firmware is a RAM block: the twin reads it, while the guest's QEMU has it."""
+    """Firmware is a RAM block: the twin reads it while the guest's QEMU has it open."""
     kept = [pair for pair in option.pairs if pair[0] not in ("read-only", "locking", "file.locking")]
     is_file, has_file = option.get("driver") == "file", option.get("file.driver") == "file"
     locking = [("locking", "off")] if is_file else [("file.locking", "off")] if has_file else []
@@ -470,10 +477,10 @@ def _unlocked(option: Option) -> Option:
 
 
 def _harmless(option: Option, _: int) -> Option | None:
-    """The same object without the host; None for one that has no use then."""
+    """The same object without resources of the host; None if it has no use then."""
     kind, name = option.get("qom-type") or "", option.get("id") or ""
     if kind.startswith("memory-backend-"):
-        # Memory of a file is aligned to pages, and a memfd's is too; that of memory-backend-ram to 2 MiB.
+        # Memory of a file and of a memfd is aligned to pages, that of memory-backend-ram to 2 MiB.
         here = "memory-backend-ram" if kind.endswith("-ram") else "memory-backend-memfd"
         return _written(option, (("qom-type", here), *_some(option, "id", "size")))
     if kind.startswith("cryptodev-"):
@@ -483,7 +490,8 @@ def _harmless(option: Option, _: int) -> Option | None:
     return option if kind in _HARMLESS_OBJECTS else None
 
 
-#: What a twin has in place of an option, by its name. The number is the option's place in the command line.
+#: What replaces an option in a twin, by its name. The number is the option's position in the
+#: command line.
 _HOLLOWED: Final[Mapping[str, Callable[[Option, int], Option | None]]] = {
     "display": lambda option, _: Option(option.name, "none"),
     "nographic": lambda *_: Option("machine", "graphics=off"),
@@ -508,8 +516,9 @@ _HOLLOWED: Final[Mapping[str, Callable[[Option, int], Option | None]]] = {
 
 
 def shared_with_source(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Memory in files that a second QEMU on the same host would write to, while the guest runs on it; and sockets,
-    pipes and files of chardevs that it takes over. Disks are not among them: QEMU locks those.
+    """Memory in files that a second QEMU on the same host would share with the running guest; and
+    sockets, pipes and files of chardevs that it takes over. Disks are not included: QEMU locks
+    them.
 
     Args:
         arguments: of QEMU.

@@ -1,7 +1,7 @@
-"""What a guest needs besides its vCPUs to boot and to be talked to, as QEMU's arguments. Pure.
+"""What a guest needs besides its vCPUs to boot, as QEMU's arguments. Pure.
 
-Enough for testing and prototyping: kernel, disks, a user network, console and agent, and whatever
-`<qemu:commandline>` says. What is left out is named.
+Enough for tests and prototypes: kernel, disks, a user network, console and agent, and everything in
+`<qemu:commandline>`. Elements that are left out are named.
 """
 
 from __future__ import annotations
@@ -26,7 +26,8 @@ class Disk:
 
 @dataclass(frozen=True, slots=True)
 class Flash:
-    """Firmware in a flash chip of the machine: its code, and its variables in a second one (`<nvram>`).
+    """Firmware in a flash chip of the machine: its code, and its variables in a second one
+    (`<nvram>`).
 
     `is_secure` is whether only System Management Mode may write to them.
     """
@@ -40,7 +41,7 @@ class Flash:
 
     @property
     def arguments(self) -> list[str]:
-        """QEMU's, as libvirt up to 5.10 wrote them."""
+        """QEMU's arguments, as libvirt up to 5.10 wrote them."""
         readonly = ",readonly=on" if self.is_readonly else ""
         words = ["-global", "driver=cfi.pflash01,property=secure,value=on"] if self.is_secure else []
         words += ["-drive", f"if=pflash,unit=0,file={escaped(self.code)},format={escaped(self.format)}{readonly}"]
@@ -52,7 +53,8 @@ class Flash:
 
 @dataclass(frozen=True, slots=True)
 class GivenDevices:
-    """Of a definition that was made of a running QEMU: its `<qemu:commandline>` has every device.
+    """For a definition that was made from a running QEMU: its `<qemu:commandline>` has every
+    device.
 
     Attributes:
         has_defaults: whether the machine has its default devices too.
@@ -65,9 +67,9 @@ class GivenDevices:
 
 @dataclass(frozen=True, slots=True)
 class Hardware:
-    """`left_out` are elements that are not started, each once; `arguments` are passed on. With `given`, these are
-    all devices there are. `firmware` is a ROM's, `flash` that of a flash chip; `smm` is System Management Mode,
-    None where nothing is said of it.
+    """`left_out` are elements that QEMU is started without, each once; `arguments` are passed on.
+    With `given`, these are all of the devices. `firmware` is in a ROM, `flash` in a flash chip;
+    `smm` is System Management Mode, None if it is not written.
     """
 
     kernel: str | None = None
@@ -89,7 +91,7 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
     Args:
         hardware: of the domain.
         arch: QEMU's target.
-        console: path of a file for what the guest says on its first serial port.
+        console: path of a file for the output of the guest's first serial port.
         agent: name of the chardev of its agent's port.
     """
     given = hardware.given
@@ -121,7 +123,7 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
                 f"virtio-blk-{bus},drive=disk{number}",
             ]
         else:
-            # -drive knows these; q35's SATA ports are `ide` to it.
+            # Buses that -drive knows; it calls q35's SATA ports `ide`.
             where = disk.bus if disk.bus in ("scsi", "sd") else "ide"
             words += ["-drive", f"{drive},if={where}{',media=cdrom' if disk.is_cdrom else ''}"]
     words += [word for _ in range(hardware.user_networks) for word in ("-nic", f"user,model=virtio-net-{bus}")]

@@ -1,6 +1,8 @@
-"""The vCPUs of a guest that does not run: what is asked of a QEMU, what is known of its program, the answer. Pure.
+"""The vCPUs of a machine that does not run: the machine, what is known about QEMU's program, the
+layout. Pure.
 
-An answer comes of arithmetic (`predict_layout`) or of a QEMU that was asked (`parse_layout`), now or before.
+A layout comes from arithmetic (`predict_layout`) or from a QEMU that was probed (`parse_layout`),
+now or before.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from qmpvcpu.errors import VcpuConnectionError, VcpuRefused
 
 
 class LayoutSource(StrEnum):
-    """Where an answer comes from."""
+    """Where a layout comes from."""
 
     PREDICTED = "predicted"
     CACHED = "cached"
@@ -39,8 +41,8 @@ class LayoutSource(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class MachineSpec:
-    """What a QEMU is asked to be. `machine` and `cpu` are the arguments of -machine and -cpu, with their options;
-    `accel` is "kvm" or "tcg", `numa` every -numa, in order.
+    """A machine that a QEMU can be started as. `machine` and `cpu` are the arguments of -machine
+    and -cpu, with their options; `accel` is "kvm" or "tcg", `numa` every -numa, in order.
     """
 
     machine: str
@@ -55,7 +57,7 @@ class MachineSpec:
         return self.machine.partition(",")[0]
 
     def to_json(self) -> dict[str, Any]:
-        """As plain JSON data; equal for what is equal."""
+        """As plain JSON data; equal for equal machines."""
         return {
             "machine": self.machine,
             "smp": str(self.smp),
@@ -67,7 +69,9 @@ class MachineSpec:
 
 @dataclass(frozen=True, slots=True)
 class MachineType:
-    """What a QEMU makes of the name of a machine: its own name for it, and the driver of its default CPUs."""
+    """What a QEMU reports about a machine type: its own name for it, and the driver of its default
+    CPUs.
+    """
 
     name: str
     hotpluggable: bool = False
@@ -76,9 +80,9 @@ class MachineType:
 
 @dataclass(frozen=True, slots=True)
 class QemuFacts:
-    """What has been seen of one QEMU program, and holds whatever else it is asked to be.
+    """What probes have shown about one QEMU program, whatever machine it is.
 
-    `machines` is by the name that was asked, `cpu_types` are drivers of `device_add` by CPU model.
+    `machines` is by the requested name, `cpu_types` are drivers of `device_add` by CPU model.
     """
 
     arch: str
@@ -98,10 +102,10 @@ class QemuFacts:
 
     @classmethod
     def from_json(cls, data: Any) -> QemuFacts:
-        """Of `to_json()`.
+        """Read what `to_json()` gave.
 
         Raises:
-            ValueError, TypeError, KeyError, AttributeError: it is not.
+            ValueError, TypeError, KeyError, AttributeError: the data are something else.
         """
         version, cpu_types = QemuVersion(*data["version"]), dict(data["cpu_types"])
         machines = {name: MachineType(*seen) for name, seen in data["machines"].items()}
@@ -116,10 +120,11 @@ class QemuFacts:
 
 @dataclass(frozen=True, slots=True)
 class MachineLayout:
-    """The vCPUs of a machine: `slots` in the order of vCPU ids, `cpus` of them there from the start.
+    """The vCPUs of a machine: `slots` in the order of vCPU ids, `cpus` of them there from the
+    start.
 
-    `machine` is QEMU's own name for it, `version` None where it did not matter. `cpu_type` is the driver of
-    `device_add`, None where that is not known or a machine has no CPU hotplug.
+    `machine` is QEMU's own name for it; `version` is None if it did not matter. `cpu_type` is the
+    driver of `device_add`, None if that is not known or the machine has no CPU hotplug.
     """
 
     arch: str
@@ -145,11 +150,11 @@ class MachineLayout:
         return [(tuple(range(n, n + slot.vcpus_count)), slot) for n, slot in zip(firsts, self.slots, strict=False)]
 
     def vcpus(self, started: Sequence[int] | None = None) -> list[Vcpu]:
-        """A row for each, as it is at the start.
+        """A row for each vCPU, as it is at the start.
 
         Args:
-            started: first ids of the entities that are there then, in the order in which they come; else those of
-                -smp.
+            started: ids of the entities that are plugged then, in the order of plugging; None:
+                those of -smp.
         """
         found = self.entities()
         if started is None:
@@ -181,11 +186,11 @@ class MachineLayout:
         }
 
 
-# -- a QEMU that was asked ------------------------------------------------------------------------
+# -- a QEMU that was probed -----------------------------------------------------------------------
 
 
 def facts_of(spec: MachineSpec, layout: MachineLayout, before: QemuFacts | None = None) -> QemuFacts:
-    """What a probed layout teaches of its program, besides what was known `before`."""
+    """What is known about a program after this probe, with what was known `before`."""
     assert layout.version is not None, "it was probed"
     known = before or QemuFacts(layout.arch, layout.version)
     default = known.machines[spec.machine_type].cpu_type if spec.machine_type in known.machines else None
@@ -199,19 +204,22 @@ def facts_of(spec: MachineSpec, layout: MachineLayout, before: QemuFacts | None 
 
 
 def parse_layout(replies: Mapping[str, Any], accel: str, source: LayoutSource) -> MachineLayout:
-    """The replies of a QEMU that was asked, by command.
+    """The layout from a probed QEMU's replies, by command.
 
-    `query-hotpluggable-cpus` is None where it has no hotplug, and only then there is `query-cpus-fast`.
+    `query-hotpluggable-cpus` is None if it has no hotplug, and only then there is
+    `query-cpus-fast`.
 
     Raises:
-        VcpuConnectionError: they cannot be QEMU's.
+        VcpuConnectionError: a reply cannot be QEMU's.
     """
     target, machine = replies["query-target"], replies["type"]
     arch = target.get("arch") if isinstance(target, dict) else None
     if not isinstance(arch, str) or not isinstance(machine, str):
         command = "query-target" if isinstance(machine, str) else "qom-get /machine type"
         raise VcpuConnectionError(
-            f"what {command} answers cannot be QEMU's", reason="malformed", hint="is this program really a QEMU?"
+            f"the reply to {command} cannot be QEMU's",
+            reason="malformed",
+            hint="check that this program is a QEMU",
         )
     topology = parse_topology(replies["smp"])
     can_plug = replies["query-hotpluggable-cpus"] is not None
@@ -237,7 +245,7 @@ def parse_layout(replies: Mapping[str, Any], accel: str, source: LayoutSource) -
 
 # -- arithmetic -----------------------------------------------------------------------------------
 
-#: Options of a machine that leave its vCPUs alone, and what they take; None is a truth value.
+#: Options of a machine that do not change its vCPUs, and their values; None: on or off.
 _HARMLESS: Final[Mapping[str, Sequence[str] | None]] = {
     "usb": None,
     "graphics": None,
@@ -261,14 +269,15 @@ def predict_layout(
     assume: bool = False,
     unseen: bool = False,
 ) -> MachineLayout | None:
-    """The answer without a QEMU; None where arithmetic alone cannot be trusted.
+    """The layout without a QEMU; None if arithmetic alone cannot be trusted.
 
     Args:
+        spec: the machine.
         arch: QEMU's target.
-        facts: of the program; without, the answer is one that every version gives.
+        facts: of the program; without them, the layout must be the same in every version.
         typed: whether `cpu_type` must be known.
-        assume: take a CPU model for one that QEMU has.
-        unseen: there is a program, and its version is not known: only what every version has.
+        assume: assume that QEMU has the CPU model.
+        unseen: there is a program of an unknown version: assume only what every version has.
 
     Raises:
         VcpuRefused: QEMU would refuse it; the text says why.
@@ -309,10 +318,11 @@ def predict_layout(
 
 
 def _has_machine(machine: str, arch: str, facts: QemuFacts | None, *, unseen: bool) -> bool:
-    """Whether this QEMU surely has the machine type; without facts, whether all have it, or any.
+    """Whether this QEMU certainly has the machine type; without facts, whether all versions have it
+    (`unseen`), or any.
 
     Raises:
-        VcpuRefused: it surely has not.
+        VcpuRefused: it certainly does not.
     """
     if facts is None:
         found = [has_machine(version, machine) for version in MEASURED]
@@ -327,7 +337,7 @@ def _has_machine(machine: str, arch: str, facts: QemuFacts | None, *, unseen: bo
 
 
 def _options(spec: MachineSpec, row: Architecture) -> dict[str, bool] | None:
-    """Whether each switch of the machine is on; None where there is an option that may change its vCPUs.
+    """Whether each switch of the machine is on; None if an option may change its vCPUs.
 
     Raises:
         VcpuRefused: a value that no machine takes.
@@ -353,7 +363,7 @@ def _options(spec: MachineSpec, row: Architecture) -> dict[str, bool] | None:
 def _agreed(
     spec: MachineSpec, arch: str, machine: str, version: QemuVersion | None, options: Mapping[str, bool]
 ) -> Prediction | None:
-    """What the versions say that enclose this one, if they say the same."""
+    """The prediction of the measured versions around this one, if they agree."""
     versions: Sequence[QemuVersion]
     if version is None:
         versions = measured_with(machine)
@@ -387,7 +397,7 @@ def _agreed(
     return found[0]
 
 
-#: CPU models that every QEMU has whose vCPUs are computed, without features, which not every one has.
+#: CPU models, without features, that every QEMU has whose vCPUs are computed.
 _EVERYWHERE: Final = ("max",)
 _UNDER_KVM: Final = ("max", "host")
 

@@ -1,10 +1,11 @@
 """-numa: its words, and the node that each slot is on. Pure.
 
-QEMU takes -numa in order: what is said of a node stands behind it. Sources: hw/core/numa.c, qapi/opts-visitor.c,
-`machine_set_cpu_numa_node` and `machine_numa_finish_cpu_init` (hw/core/machine.c). Held against QEMU 7.2, 10.0
-and 11.1 (tests/qemu/test_smp_real.py).
+QEMU reads -numa in order: a node must be defined before other options name it. Sources:
+hw/core/numa.c, qapi/opts-visitor.c, `machine_set_cpu_numa_node` and `machine_numa_finish_cpu_init`
+(hw/core/machine.c). Compared with QEMU 7.2, 10.0 and 11.1 (tests/qemu/test_smp_real.py).
 
-The memory of nodes is not known here: a `memdev=` is taken to exist, and -m to be the sum of all nodes.
+The memory of nodes is not checked: a `memdev=` is assumed to exist, and -m to be the sum of all
+nodes.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ _MOST_NODES: Final = 128
 _NEAREST: Final = 10
 _MIB: Final = 1024 * 1024
 _CACHE_LEVELS: Final = 3
-#: What to do about a refused -numa, where several checks say the same.
+#: Hints that several checks of -numa share.
 _HMAT: Final = "write -machine …,hmat=on"
 _NODE_FIRST: Final = "write -numa node,… first"
 _NUMBER: Final = "number them 0, 1, …"
@@ -39,7 +40,9 @@ _NUMBER: Final = "number them 0, 1, …"
 
 @dataclass(frozen=True, slots=True)
 class NumaNode:
-    """One `-numa node`: its id, and the CPU indexes that it names (`cpus=`); `mem` is a size as written."""
+    """One `-numa node`: its id, and the CPU indexes that it names (`cpus=`); `mem` is a size as
+    written.
+    """
 
     id: int
     cpus: tuple[int, ...] = ()
@@ -48,7 +51,7 @@ class NumaNode:
     initiator: int | None = None
 
     def words(self, memory: str | None) -> str:
-        """As QEMU takes it, with this `memdev=…` or `mem=…`."""
+        """The argument, with this `memdev=…` or `mem=…`."""
         named = [f"cpus={ids}" for ids in format_ids(self.cpus).split(",") if ids]
         more = [] if self.initiator is None else [f"initiator={self.initiator}"]
         return ",".join(["node", f"nodeid={self.id}", *named, *more, *([memory] if memory is not None else [])])
@@ -129,7 +132,7 @@ _U8, _U16, _U32 = (partial(parse_unsigned, bits=bits) for bits in (8, 16, 32))
 _LATENCIES: Final = ("access-latency", "read-latency", "write-latency")
 _BANDWIDTHS: Final = ("access-bandwidth", "read-bandwidth", "write-bandwidth")
 _PROPS: Final = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id")
-#: Keys of each type, and what reads their values.
+#: Keys of each type, and the functions that read their values.
 _KEYS: Final[Mapping[str, Mapping[str, Callable[[str], Any]]]] = {
     "node": {"nodeid": _U16, "cpus": parse_range, "mem": str, "memdev": str, "initiator": _U16},
     "cpu": dict.fromkeys(("node-id", *_PROPS), parse_number),
@@ -156,10 +159,11 @@ _OPTIONAL: Final = {"node": (*_KEYS["node"],), "cpu": _PROPS, "hmat-lb": ("laten
 
 @checked
 def parse_numa(options: Sequence[str]) -> tuple[NumaOption, ...]:
-    """`node,nodeid=0,cpus=0-3`, `cpu,node-id=0,socket-id=1`, `dist,…`: the arguments of -numa, in order.
+    """`node,nodeid=0,cpus=0-3`, `cpu,node-id=0,socket-id=1`, `dist,…`: the arguments of -numa, in
+    order.
 
     Raises:
-        VcpuUsageError: QEMU would not read it either.
+        VcpuUsageError: QEMU would refuse to read it too.
     """
     found: list[NumaOption] = []
     for text in options:
@@ -169,7 +173,7 @@ def parse_numa(options: Sequence[str]) -> tuple[NumaOption, ...]:
 
 def _parse(text: str, position: int) -> NumaOption:
     pairs = split_pairs(text, "type")
-    # Of a key that stands several times the last counts; `cpus` is a list.
+    # The last value of a key counts, except that `cpus` is a list.
     last = dict(pairs)
     kind = last.pop("type", None)
     if kind is None or kind not in _KEYS:
@@ -193,7 +197,7 @@ def _value(text: str, kind: str, key: str, value: str) -> Any:
     return found
 
 
-#: By its type: the option with these values of its keys.
+#: Makes an option from the values of its keys, by type.
 _MAKE: Final[Mapping[str, Callable[[dict[str, Any]], NumaOption]]] = {
     "node": lambda v: NumaNode(v["nodeid"], tuple(v["cpus"]), v.get("memdev"), v.get("mem"), v.get("initiator")),
     "cpu": lambda v: NumaCpu(v.pop("node-id"), Props(v)),
@@ -213,13 +217,13 @@ def _bad(text: str, why: str) -> VcpuUsageError:
 
 @dataclass(frozen=True, slots=True)
 class NumaMachine:
-    """What -numa is applied to.
+    """The machine to which -numa is applied.
 
     Attributes:
-        units: the props of every slot but its node, in the order of vCPU ids.
+        units: the props of every slot except its node, in the order of vCPU ids.
         size: vCPUs of one slot.
-        defaults: the node of every slot where nothing names one, by the number of nodes.
-        props: keys that this QEMU's `-numa cpu` takes.
+        defaults: gives the default node of every slot, by the number of nodes.
+        props: keys that this QEMU's `-numa cpu` knows.
         takes_mem: whether it takes `-numa node,mem=`.
         has_hmat: `-machine hmat=on`.
         has_strict_sizes: see `parse_size`.
@@ -245,7 +249,7 @@ class _Table:
 
 @dataclass(slots=True)
 class _State:
-    """What QEMU has read so far."""
+    """The options that QEMU has read so far."""
 
     machine: NumaMachine
     nodes: dict[int, NumaNode] = field(default_factory=dict)
@@ -254,7 +258,7 @@ class _State:
     initiators: dict[int, int] = field(default_factory=dict)
     distances: dict[tuple[int, int], int] = field(default_factory=dict)
     tables: dict[tuple[str, str], _Table] = field(default_factory=dict)
-    #: (node, whether it is a bandwidth) -> known.
+    #: (node, whether it is a bandwidth) of each known attribute.
     attributes: set[tuple[int, bool]] = field(default_factory=set)
     #: (node, level) -> bytes.
     caches: dict[tuple[int, int], int] = field(default_factory=dict)
@@ -295,7 +299,7 @@ def nodes_of_slots(numa: Iterable[NumaOption], machine: NumaMachine) -> list[int
         _ADD[type(option)](state, option)
     _check_nodes(state)
     _check_distances(state)
-    # What nobody names falls to node 0 as soon as somebody names anything.
+    # As soon as any option names a slot, all unnamed slots are on node 0.
     defaults = [0] * len(machine.units) if state.slots else machine.defaults(len(state.nodes))
     for slot, default in enumerate(defaults):
         if slot not in state.slots:
@@ -342,7 +346,7 @@ def _add_cpu(state: _State, cpu: NumaCpu) -> None:
     units = state.machine.units
     refuse_smp(cpu.node not in state.nodes, f"-numa {cpu}: node {cpu.node} is not defined before it", _NODE_FIRST)
     for key in cpu.props:
-        # QEMU takes these on every machine, and looks at them on none.
+        # QEMU accepts these on every machine, and ignores them.
         is_ignored = key in ("drawer-id", "book-id")
         refuse_smp(
             key not in state.machine.props or not (is_ignored or key in units[0]),
@@ -372,7 +376,7 @@ def _add_distance(state: _State, distance: NumaDistance) -> None:
 
 
 def _add_latency(state: _State, given: NumaLatency) -> None:
-    # `>` is QEMU's; a node that is one too many is not there, and has no CPUs.
+    # A node that does not exist has no CPUs.
     refuse_smp(
         given.initiator not in state.with_cpus,
         f"-numa {given}: initiator {given.initiator} has no CPUs so far",
@@ -416,7 +420,7 @@ def _compress_latency(table: _Table, value: int, given: NumaLatency) -> None:
     base = 1
     while value % (base * 10) == 0:
         base *= 10
-    # The quotient is by the base of before: so QEMU has it. The first has none, and passes.
+    # As in QEMU, the quotient uses the earlier base; the first value has none, and passes.
     most = max(table.bits, value // table.base) if table.base else 0
     _check_range(most < _MOST_COMPRESSED, given)
     table.base, table.bits = min(table.base or base, base), most
@@ -460,7 +464,7 @@ def _add_cache(state: _State, cache: NumaCache) -> None:
     state.caches[cache.node, cache.level] = size
 
 
-#: What applies an option of each kind.
+#: The function that applies an option, by its class.
 _ADD: Final[Mapping[type, Callable[[_State, Any], None]]] = {
     NumaNode: _add_node,
     NumaCpu: _add_cpu,
@@ -485,7 +489,7 @@ def _check_nodes(state: _State) -> None:
 
 
 def _check_distances(state: _State) -> None:
-    """One direction is enough, unless a pair has two that differ: then every pair needs both."""
+    """One direction is enough, unless the two of one pair differ: then every pair needs both."""
     known = state.distances
     if not known:
         return

@@ -1,8 +1,8 @@
-"""What `query-hotpluggable-cpus` will say, without asking: QEMU's own arithmetic of -machine and -smp. Pure.
+"""Predict `query-hotpluggable-cpus` with QEMU's own arithmetic for -machine and -smp. Pure.
 
-Source: `machine_parse_smp_config` (hw/core/machine-smp.c), each machine's `possible_cpu_arch_ids` and
-`get_default_cpu_node_id`. Held against QEMU 7.2, 10.0 and 11.1 (tests/qemu/test_smp_real.py); what those do not
-prove (`is_proven`, `Prediction.is_certain`) is to be probed.
+Source: `machine_parse_smp_config` (hw/core/machine-smp.c), each machine's `possible_cpu_arch_ids`
+and `get_default_cpu_node_id`. Compared with QEMU 7.2, 10.0 and 11.1 (tests/qemu/test_smp_real.py);
+a case outside of that comparison (`is_proven`, `Prediction.is_certain`) must be probed.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _WORD: Final = 0xFFFFFFFF
 
 @dataclass(frozen=True, slots=True)
 class Smp:
-    """-smp as written; None is not written."""
+    """-smp as written; None for a key that is not written."""
 
     cpus: int | None = None
     maxcpus: int | None = None
@@ -54,7 +54,7 @@ class Smp:
 class MachineSlot:
     """One entry of `query-hotpluggable-cpus`; `plugged` is whether QEMU starts with it.
 
-    `props` is None where a machine without CPU hotplug has room and says nothing of it.
+    `props` is None for an empty place of a machine without CPU hotplug, which QEMU does not report.
     """
 
     props: Props | None
@@ -66,7 +66,7 @@ class MachineSlot:
 class Prediction:
     """A machine that was not started: `slots` in the order of vCPU ids.
 
-    `is_certain` is false for sizes that not every machine of its kind takes.
+    `is_certain` is false for sizes that not every such machine supports.
     """
 
     topology: Topology
@@ -78,7 +78,7 @@ class Prediction:
 @dataclass(frozen=True, slots=True)
 class _Machine:
     row: Architecture
-    #: The version whose rules it keeps: of its name, else QEMU's.
+    #: The version whose rules it follows: that of its name, else QEMU's.
     compat: QemuVersion
     qemu: QemuVersion
     levels: tuple[str, ...]
@@ -98,7 +98,7 @@ _MACHINE_NAME: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.+-]*")
 
 
 def parse_machine(words: Iterable[tuple[str, str]]) -> tuple[str, Smp]:
-    """All -machine and -smp of a command line, merged: of a key that stands several times the last counts.
+    """All -machine and -smp of a command line, merged: the last value of a key counts.
 
     Args:
         words: "machine" or "smp", and its argument, in order.
@@ -107,7 +107,7 @@ def parse_machine(words: Iterable[tuple[str, str]]) -> tuple[str, Smp]:
         The machine with its options (",smm=off" where no type is named), and -smp.
 
     Raises:
-        VcpuUsageError: QEMU would not read it either.
+        VcpuUsageError: QEMU would refuse to read it too.
     """
     merged: dict[str, str] = {}
     for option, text in words:
@@ -129,7 +129,7 @@ def parse_machine(words: Iterable[tuple[str, str]]) -> tuple[str, Smp]:
         if value is None:
             raise VcpuUsageError(
                 f"-smp {key} '{text[:40]}' is not a number as QEMU reads it",
-                hint="write 8, 0x8 or, as C's octal, 010; 08 is none",
+                hint="write 8, 0x8 or, as C's octal, 010; 08 is not a number",
             )
         found[key] = value
     return join_pairs((("type", name), *merged.items()), "type"), Smp(**found)
@@ -140,7 +140,7 @@ def parse_smp(text: str) -> Smp:
     """`4,maxcpus=8,sockets=2`: the argument of -smp.
 
     Raises:
-        VcpuUsageError: QEMU would not read it either.
+        VcpuUsageError: QEMU would refuse to read it too.
     """
     return parse_machine([("smp", text)])[1]
 
@@ -152,7 +152,7 @@ def is_known(arch: str, machine: str, version: QemuVersion) -> bool:
 
 
 def is_proven(arch: str, machine: str, version: QemuVersion) -> bool:
-    """Whether they have been compared with real QEMUs of this version."""
+    """Whether these rules have been compared with real QEMUs of this version."""
     return is_known(arch, machine, version) and has_machine(version, machine) is True and is_measured(version)
 
 
@@ -199,7 +199,7 @@ def predict(
     return Prediction(topology, plugged, slots, is_certain)
 
 
-#: An APIC id of 255 and more needs x2apic, and more than TCG of 7.2 has.
+#: An APIC id of 255 or more needs x2apic, which TCG of 7.2 does not have.
 _APIC_IDS: Final = 255
 
 
@@ -207,7 +207,7 @@ def _facts(arch: str, machine: str, version: QemuVersion) -> _Machine:
     row = architecture(arch)
     refuse_smp(
         not row.computes(machine),
-        f"what '{machine}' ({arch}) makes of -smp is not known",
+        f"how '{machine}' ({arch}) reads -smp is not known",
         "probe it (--probe always)",
     )
     known = tuple(level for level in LEVELS if level not in _LEVEL_SINCE or has(version, _LEVEL_SINCE[level]))
@@ -215,7 +215,7 @@ def _facts(arch: str, machine: str, version: QemuVersion) -> _Machine:
     return _Machine(row, compat_version(machine, version), version, levels, known)
 
 
-#: Levels that came to -smp later than the others.
+#: Levels that not every version of -smp has.
 _LEVEL_SINCE: Final = {
     "drawers": Feature.DRAWERS_AND_BOOKS,
     "books": Feature.DRAWERS_AND_BOOKS,
@@ -224,7 +224,7 @@ _LEVEL_SINCE: Final = {
 
 
 def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
-    """Fill in what is not written, and check the whole, as QEMU does."""
+    """Fill in the levels that are not written, and check the result, as QEMU does."""
     given = {key: getattr(smp, key) for key in ("cpus", "maxcpus", *LEVELS)}
     _check_levels(given, facts)
     counted = {key: (value or 0) & _WORD for key, value in given.items()}
@@ -248,12 +248,14 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
         f"maxcpus must be equal to or greater than smp: {words} == maxcpus ({maxcpus}) < smp_cpus ({cpus})",
         "raise maxcpus",
     )
-    refuse_smp(maxcpus > _MOST, f"invalid SMP CPUs {maxcpus}: no machine has so many", "lower maxcpus")
+    refuse_smp(maxcpus > _MOST, f"invalid SMP CPUs {maxcpus}: no machine has that many", "lower maxcpus")
     return Topology(maxcpus, **counts), cpus
 
 
 def _check_levels(given: Mapping[str, int | None], facts: _Machine) -> None:
-    """Whether this QEMU knows the levels that are written, and this machine can have more than one of each."""
+    """Whether this QEMU knows the levels that are written, and this machine can have more than one
+    of each.
+    """
     for level in LEVELS:
         refuse_smp(
             given[level] is not None and level not in facts.known,
@@ -316,7 +318,7 @@ def _check_machine(topology: Topology, cpus: int, facts: _Machine, accel: str) -
 
 
 def _units(topology: Topology, facts: _Machine) -> list[dict[str, Any]]:
-    """The props of every slot but its node, in the order of vCPU ids."""
+    """The props of every slot except its node, in the order of vCPU ids."""
     if facts.has_cores:
         return [{"core-id": first} for first in range(0, topology.maxcpus, topology.threads)]
     counts_through = facts.row.entity is EntityKind.CPU

@@ -1,7 +1,7 @@
-"""What a version of QEMU can do, and whose rules a machine type keeps. Pure.
+"""What a version of QEMU can do, and which version's rules a machine type follows. Pure.
 
-Versions of QEMU are compared here and in `core.quirks` only: this table has features and arithmetic, that one
-defects. A new feature is one row of `_SINCE`; code asks `has(version, Feature.…)`.
+Only this module and `core.quirks` compare versions of QEMU: this one for features and arithmetic,
+that one for defects. To add a feature, add a row to `_SINCE`; code calls `has(version, Feature.…)`.
 """
 
 from __future__ import annotations
@@ -15,25 +15,29 @@ from qmpvcpu.core.model import QemuVersion
 
 
 class Feature(StrEnum):
-    """What a QEMU has since some version; where it is a rule of the machine type, that type's version counts."""
+    """What QEMU has since some version; for a rule of the machine type, the version of that type
+    counts.
+    """
 
-    #: -smp: what is not written becomes cores of one socket (before: sockets of one core). Of the machine type.
+    #: -smp: a missing number becomes cores of one socket (before: sockets of one core). Of the
+    #: machine type.
     CORES_FIRST = "cores-first"
-    #: -smp: 0 is refused for every level (before: it means "not written"), and 1 is taken for every level.
+    #: -smp: 0 is refused for every level (before: it means "not written"), and 1 is accepted for
+    #: every level.
     NO_ZERO_LEVELS = "no-zero-levels"
-    #: -smp: drawers and books; s390x tells them in props. More than one of them, of the machine type.
+    #: -smp: drawers and books; s390x has them in props. More than one of them: of the machine type.
     DRAWERS_AND_BOOKS = "drawers-and-books"
     #: -smp: modules.
     MODULES = "modules"
-    #: s390x: threads are refused (before: they are made cores of). Of the machine type.
+    #: s390x: threads are refused (before: they become cores). Of the machine type.
     S390X_ONE_THREAD = "s390x-one-thread"
     #: pseries under TCG: more than one thread in a core.
     PSERIES_TCG_THREADS = "pseries-tcg-threads"
     #: `-numa node,mem=` is refused. Of the machine type.
     NO_NUMA_MEM = "no-numa-mem"
-    #: Sizes: `0x10M` is refused, and `.5M` is taken (before: the other way round).
+    #: Sizes: `0x10M` is refused, and `.5M` is accepted (before: the other way round).
     STRICT_SIZES = "strict-sizes"
-    #: pseries under TCG: no transactional memory is wanted, which TCG has not. Of the machine type.
+    #: pseries: transactional memory, which TCG does not have, is not required. Of the machine type.
     PSERIES_WITHOUT_HTM = "pseries-without-htm"
     #: loongarch64 virt: CPU hotplug.
     LOONGARCH64_HOTPLUG = "loongarch64-hotplug"
@@ -55,10 +59,11 @@ _SINCE: Final[Mapping[Feature, QemuVersion]] = {
     Feature.LOONGARCH64_HOTPLUG: QemuVersion(10, 0),
 }
 
-#: The versions that the arithmetic of `core.machine.smp` has been compared with (tests/qemu/test_smp_real.py).
+#: The versions that the arithmetic of `core.machine.smp` has been compared with
+#: (tests/qemu/test_smp_real.py).
 MEASURED: Final = (QemuVersion(7, 2), QemuVersion(10, 0), QemuVersion(11, 1))
-#: The oldest machine type of each family in each of `MEASURED` (`query-machines`); its newest is its own.
-#: QEMU drops types after some years. "virt" is loongarch64's: of aarch64's nothing is computed.
+#: The oldest machine type of each family in each of `MEASURED` (`query-machines`); its newest is
+#: its own. QEMU drops types after some years. "virt" is loongarch64's: aarch64's is not computed.
 _OLDEST_TYPES: Final[Mapping[str, Sequence[QemuVersion | None]]] = {
     "pc-i440fx": (QemuVersion(1, 4), QemuVersion(2, 4), QemuVersion(5, 2)),
     "pc-q35": (QemuVersion(2, 4), QemuVersion(2, 4), QemuVersion(5, 2)),
@@ -66,7 +71,7 @@ _OLDEST_TYPES: Final[Mapping[str, Sequence[QemuVersion | None]]] = {
     "s390-ccw-virtio": (QemuVersion(2, 4), QemuVersion(2, 9), QemuVersion(5, 2)),
     "virt": (None, None, QemuVersion(11, 1)),
 }
-#: The last release of each major version; from 5 to 10 it is the same.
+#: The last minor version of each major version; it is 2 from 4 to 10.
 _LAST_MINOR: Final = {1: 7, 2: 12, 3: 1} | dict.fromkeys(range(4, 11), 2)
 _TYPE: Final = re.compile(r"(.+)-((?:0|[1-9]\d?)\.(?:0|[1-9]\d?))")
 _TYPE_VERSION: Final = re.compile(r"-(\d{1,3})\.(\d{1,3})\Z")
@@ -78,7 +83,7 @@ def has(version: QemuVersion, feature: Feature) -> bool:
 
 
 def are_same(one: QemuVersion | None, other: QemuVersion | None) -> bool:
-    """Whether both are known, and one: what the two QEMUs tell is told in the same words."""
+    """Whether both are known and equal: then both QEMUs use the same names."""
     return one is not None and one == other
 
 
@@ -88,23 +93,25 @@ def is_measured(version: QemuVersion) -> bool:
 
 
 def enclosing(version: QemuVersion) -> Sequence[QemuVersion]:
-    """The measured versions next below and next above an unmeasured one; empty where either is missing."""
+    """The measured versions next below and next above an unmeasured one; empty where either is
+    missing.
+    """
     below = [measured for measured in MEASURED if measured <= version]
     above = [measured for measured in MEASURED if measured > version]
     return (below[-1], above[0]) if below and above else ()
 
 
 def compat_version(machine: str, version: QemuVersion) -> QemuVersion:
-    """The version whose rules a machine type keeps: that of its name, else QEMU's."""
+    """The version whose rules a machine type follows: that of its name, else QEMU's."""
     return _type_version(machine) or _minor(version)
 
 
 def has_machine(version: QemuVersion, machine: str) -> bool | None:
-    """Whether a QEMU of this version has a machine type; None where only it can tell.
+    """Whether a QEMU of this version has a machine type; None if only a probe can show it.
 
     Args:
         version: QEMU's.
-        machine: of a machine whose rules are known; a name without a version is one of all QEMUs.
+        machine: a machine type whose rules are known; every QEMU has a name without a version.
     """
     match = _TYPE.fullmatch(machine)
     if match is None:
@@ -137,7 +144,7 @@ def measured_with(machine: str) -> Sequence[QemuVersion]:
 
 
 def newest_type(version: QemuVersion, machine: str) -> str | None:
-    """The newest machine type of the family of this one; None where that is not known."""
+    """The newest machine type of the family of this one; None if that is not known."""
     match = _TYPE.fullmatch(machine)
     if match is None or has_machine(version, newest := f"{match[1]}-{version.major}.{version.minor}") is not True:
         return None
@@ -155,7 +162,7 @@ def _type_version(machine: str) -> QemuVersion | None:
 
 
 def _is_release(version: QemuVersion) -> bool:
-    """Whether it is not a build on the way to the next version, 10.0.50 to 10.0.94 on the way to 10.1."""
+    """Whether this is a release, not a development version: 10.0.50 to 10.0.94 lead to 10.1."""
     return version.micro < 50
 
 

@@ -1,7 +1,7 @@
 """The words of QEMU's options: numbers, sizes, keys and values, read as QEMU reads them. Pure.
 
-QEMU has two readers. -machine and -smp are merged over all that there are, and a key without `=` is refused
-(util/keyval.c); each -numa, -object and -device stands for itself, and a key without `=` is "on"
+QEMU has two parsers. All -machine and -smp options are merged, and a key without `=` is refused
+(util/keyval.c); each -numa, -object and -device is separate, and a key without `=` is "on"
 (util/qemu-option.c). Numbers are C's, with base 0 (util/cutils.c, `qemu_strtoi64`, `parse_uint`).
 """
 
@@ -16,8 +16,9 @@ from qmpvcpu.core.definition import Pairs
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuUsageError
 
-#: What C's isspace() takes, and a sign, may stand before a number; nothing may stand behind it. `0b11` is not one
-#: here: whether QEMU reads it depends on the C library that it was built with (the 11.1 of Debian sid does).
+#: White space of C's isspace() and a sign may come before a number; nothing may follow it. `0b11`
+#: is not accepted: whether QEMU reads it depends on the C library that it was built with (the 11.1
+#: of Debian sid does).
 _BEFORE: Final = r"[ \t\n\v\f\r]*"
 _DIGITS: Final = r"(?:0[xX][0-9a-fA-F]{1,99}|0[0-7]{0,99}|[1-9][0-9]{0,99})"
 _NUMBER: Final = re.compile(rf"{_BEFORE}([+-]?)({_DIGITS})")
@@ -41,13 +42,13 @@ def parse_number(text: str) -> int | None:
 
 
 def parse_unsigned(text: str, bits: int = 64) -> int | None:
-    """A number of so many bits; None where it is none, or negative."""
+    """An unsigned number of so many bits; None if it is not one."""
     value = parse_range(text, bits)
     return value[0] if value is not None and "-" not in text else None
 
 
 def parse_range(text: str, bits: int = 16) -> range | None:
-    """`3`, `0-3`: the numbers that QEMU takes it for; None where it refuses it."""
+    """`3`, `0-3`: the numbers as QEMU reads them; None if it refuses the text."""
     match = _RANGE.fullmatch(text)
     if match is None:
         return None
@@ -56,22 +57,22 @@ def parse_range(text: str, bits: int = 16) -> range | None:
 
 
 def _digits(text: str) -> int:
-    # C's octal has no "o", which Python's wants.
+    # C writes octal numbers without the "o" that Python needs.
     return int(text, 8) if text.startswith("0") and text[1:2] not in ("x", "X") else int(text, 0)
 
 
 def parse_switch(text: str) -> bool | None:
-    """A truth value; None where it is none."""
+    """A truth value; None if it is not one."""
     return text in _ON if text in (*_ON, *_OFF) else None
 
 
 def parse_size(text: str | None, unit: int = 1, *, is_strict: bool = True) -> int | None:
-    """Bytes of a size; None where it is none.
+    """Bytes of a size; None if it is not one.
 
     Args:
         text: `64M`, `1.5G`, `0x4000000`, `128`.
         unit: bytes of a number without a suffix.
-        is_strict: as QEMU 8.1 and later read it; before, `0x10M` was one and `.5M` was not.
+        is_strict: as QEMU 8.1 and later read it; before, `0x10M` was a size and `.5M` was not.
     """
     if text is None:
         return None
@@ -98,11 +99,11 @@ def parse_keyval(option: str, text: str, implied: str) -> Pairs:
 
     Args:
         option: its name, for the error.
-        text: `q35,smm=off`; `,,` is a comma of the value.
-        implied: the key that the first word does without.
+        text: `q35,smm=off`; `,,` is a comma in a value.
+        implied: the key that the first word may leave out.
 
     Raises:
-        VcpuUsageError: QEMU does not read it either.
+        VcpuUsageError: QEMU would refuse to read it too.
     """
     found: list[tuple[str, str]] = []
     rest = text
@@ -111,7 +112,7 @@ def parse_keyval(option: str, text: str, implied: str) -> Pairs:
         is_bare = rest[len(word) : len(word) + 1] != "="
         if word and is_bare:
             if word in ("help", "?"):
-                raise _bad(option, text, "it asks QEMU for help, and starts no machine", "leave it out")
+                raise _bad(option, text, "it asks QEMU for help, and does not start a machine", "leave it out")
             if rest is not text:
                 raise _bad(option, text, f"expected '=' after parameter '{word[:40]}'", "write KEY=VALUE,…")
             found.append((implied, word))
@@ -129,7 +130,9 @@ def _bad(option: str, text: str, why: str, hint: str) -> VcpuUsageError:
 
 
 def split_pairs(text: str, implied: str | None = None) -> Pairs:
-    """`a,b=c,nod`: `,,` is a comma of the value, a bare word is "on", and the first one the value of `implied`."""
+    """`a,b=c,nod`: `,,` is a comma in a value, a bare word is "on", and the first word is the value
+    of `implied`.
+    """
     found: list[tuple[str, str]] = []
     rest, position = text, 0
     while rest:
@@ -149,28 +152,28 @@ def split_pairs(text: str, implied: str | None = None) -> Pairs:
 
 
 def _word(text: str) -> str:
-    """Up to the first sign that ends a key."""
+    """The text up to the first character that ends a key."""
     return re.split("[=,]", text, maxsplit=1)[0]
 
 
 def _value(text: str) -> tuple[str, str]:
-    """Up to a comma that stands alone, and what is behind it; QEMU takes two for one that is meant."""
+    """The value up to a single comma, and the rest after it; a double comma is one in the value."""
     match = re.match(r"(?:[^,]|,,)*", text)
     assert match is not None
     return match[0].replace(",,", ","), text[match.end() + 1 :]
 
 
 def escaped(text: str) -> str:
-    """A comma in a value of an option is doubled."""
+    """The value with its commas doubled, as QEMU needs them."""
     return text.replace(",", ",,")
 
 
 def join_pairs(pairs: Iterable[tuple[str, str]], implied: str | None = None) -> str:
-    """An argument that `split_pairs` reads so.
+    """The argument that `split_pairs` reads as these pairs.
 
     Args:
         pairs: keys and values.
-        implied: the key that the first word does without.
+        implied: the key that the first word may leave out.
     """
     return ",".join(
         escaped(value) if key == implied and not position else f"{key}={escaped(value)}"
@@ -179,7 +182,7 @@ def join_pairs(pairs: Iterable[tuple[str, str]], implied: str | None = None) -> 
 
 
 def refuse_smp(is_wrong: bool, what: str, hint: str) -> None:
-    """Refuse a -smp or -numa, where QEMU does.
+    """Refuse a -smp or -numa that QEMU refuses.
 
     Args:
         is_wrong: whether QEMU refuses it.
@@ -187,7 +190,7 @@ def refuse_smp(is_wrong: bool, what: str, hint: str) -> None:
         hint: what to write instead.
 
     Raises:
-        VcpuRefused: it is wrong.
+        VcpuRefused: `is_wrong` is true.
     """
     if is_wrong:
         raise catalogue.SMP.error(what=what, hint=hint)
