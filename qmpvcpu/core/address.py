@@ -1,4 +1,4 @@
-"""Addresses of sockets, as the command line and the API take them. Pure."""
+"""Addresses of sockets, as users of the command line and the API write them. Pure."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ Address = str | tuple[str, int] | int
 
 _FD: Final = re.compile(r"fd:([0-9]{1,9})\Z")
 _TCP: Final = re.compile(r"(\[[0-9A-Fa-f:.%\w]+\]|[^:/\[\]]+):([0-9]{1,5})\Z")
-#: What QEMU has behind the address that it listens at (`-qmp unix:PATH,server=on,wait=off`).
+#: Options that may follow the address in `-qmp unix:PATH,server=on,wait=off`.
 _SERVER: Final = re.compile(r"(?:,(?:server|nowait|(?:server|wait)=(?:on|off)))+\Z")
 _HINT: Final = "give a socket's path, unix:PATH, host:port, tcp:HOST:PORT or fd:N"
 
 
 def parse_address(text: object) -> Address:
-    """ADDR: a unix socket path, `host:port` (`[v6]:port`), or `fd:N`; in QEMU's words `unix:PATH` or
-    `tcp:HOST:PORT`, also with `,server=on,wait=off`.
+    """ADDR: a unix socket path, `host:port` (`[v6]:port`), or `fd:N`; in QEMU's words `unix:PATH`
+    or `tcp:HOST:PORT`, also with `,server=on,wait=off`.
 
     Raises:
-        VcpuUsageError: it is none, or the port is out of range.
+        VcpuUsageError: it is not an address, or the port is out of range.
     """
     if not isinstance(text, str) or not text or "\0" in text:
         raise VcpuUsageError(f"{text!r} is not an address", hint=_HINT)
@@ -31,7 +31,7 @@ def parse_address(text: object) -> Address:
     scheme, colon, rest = text.partition(":")
     if colon and scheme in ("unix", "tcp"):
         rest = _SERVER.sub("", rest)
-        # `tcp:4444` may be a host called so.
+        # In `tcp:4444`, "tcp" may be the name of a host.
         if scheme == "unix" and rest:
             return rest
         if scheme == "tcp" and ":" in rest:

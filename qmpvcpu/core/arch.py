@@ -1,10 +1,11 @@
 """One row for each architecture: its names, and what its machines, firmware and guests do. Pure.
 
-Code asks a row for a value or an ability; it never compares an architecture's name. `architecture()` takes QEMU's
-name of a target and libvirt's names alike (`i386` and `i686`, `ppc64` and `ppc64le`, `arm` and `armv7l`), so a
-domain of libvirt's gets every rule and every check that QEMU's own name gets.
+Code reads a value or an ability from a row; it never compares an architecture's name.
+`architecture()` accepts both QEMU's name of a target and libvirt's names (`i386` and `i686`,
+`ppc64` and `ppc64le`, `arm` and `armv7l`), so all rules and checks hold for both.
 
-To add an architecture, add a row. Values were measured with QEMU 7.2, 10.0 and 11.1 (docs/qemu-facts.md).
+To add an architecture, add a row. Values were measured with QEMU 7.2, 10.0 and 11.1
+(docs/qemu-facts.md).
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ class EntityKind(StrEnum):
     THREAD = "thread"
     #: A core with all of its threads.
     CORE = "core"
-    #: A CPU whose core-id counts through the whole machine.
+    #: A CPU whose core-id is unique in the whole machine.
     CPU = "cpu"
 
 
 class Identity(StrEnum):
-    """How a guest's files tell which vCPU one of its CPUs is."""
+    """How files of the guest identify the vCPU of each of its CPUs."""
 
     #: `apicid` in /proc/cpuinfo of the CPUs that are online, the ACPI path of the others.
     APIC_ID = "apic-id"
@@ -39,7 +40,8 @@ class Identity(StrEnum):
     PHYSICAL_ID = "physical-id"
     #: QEMU's core-id.
     CORE_ID = "core-id"
-    #: A number of the device tree; its rank is the vCPU id, since all CPUs are there from the start.
+    #: A number in the device tree; its rank is the vCPU id, because all CPUs are there from the
+    #: start.
     DEVICE_TREE = "device-tree"
 
 
@@ -48,37 +50,41 @@ _MIB: Final = 1024 * 1024
 
 @dataclass(frozen=True, slots=True)
 class Architecture:
-    """What is true of one architecture.
+    """The properties of one architecture.
 
     Attributes:
         name: QEMU's name of the target, that of its program and of `query-target`.
         aliases: libvirt's names of guests that this target runs.
-        runs_on: other targets whose QEMU runs its guests.
+        runs_on: other targets whose QEMU can run its guests.
         package: Debian's package of its QEMU, for those that qmpvcpu looks for on a host.
         entity: what one `device_add` creates.
         can_plug: whether its usual machines have CPU hotplug.
-        can_unplug: whether they ever give a CPU back.
+        can_unplug: whether they can unplug a CPU.
         hotplug_machines: a pattern of the machine types whose vCPUs `core.machine.smp` can compute.
-        hotplug_since: the feature without which a QEMU has no CPU hotplug on them.
-        machine_names: names that only machine types of this architecture begin with.
-        default_machine: what libvirt takes where the XML names none.
+        hotplug_since: the feature that QEMU needs for CPU hotplug on them.
+        machine_names: names with which only machine types of this architecture begin.
+        default_machine: libvirt's default if the XML has none.
         levels: of -smp, outermost first, that its machines can have more than one of.
-        computed_under_kvm: whether that has been compared with QEMU under KVM.
-        most_computed: up to so many vCPUs every such machine takes; more depends on version and CPU model.
-        default_cpu: the CPU model of a machine that is given none; None where it differs between versions.
-        cpu_suffix: a CPU model's name with this behind it is the `driver` of `device_add`; None where names stand
-            for others ("POWER9"), and for which ones differs between versions.
-        has_numa: whether its machines take -numa.
-        has_numa_mem: whether they all take `-numa node,mem=`; on others only old machine types do.
-        has_node_always: whether a slot names node 0 on a machine without NUMA.
-        memory_alignment: bytes; the size of a machine's memory, and of a node's, is a multiple of it.
-        device_bus: the bus of virtio devices, as it ends their names.
-        has_apic: whether vCPUs have x86 APIC ids, and unplug goes through ACPI as it does there.
+        computed_under_kvm: whether the computed vCPUs have been compared with QEMU under KVM.
+        most_computed: every such machine supports up to this many vCPUs; more depends on version
+            and CPU model.
+        default_cpu: the default CPU model of a machine; None if it differs between versions.
+        cpu_suffix: with this suffix the name of a CPU model is the `driver` of `device_add`; None
+            if names are aliases ("POWER9") that differ between versions.
+        has_numa: whether its machines support -numa.
+        has_numa_mem: whether all of them support `-numa node,mem=`; elsewhere only old machine
+            types do.
+        has_node_always: whether the props of a slot have node 0 on a machine without NUMA.
+        memory_alignment: bytes; the size of a machine's memory, and of a node's, is a multiple of
+            it.
+        device_bus: the bus of virtio devices, the suffix of their names.
+        has_apic: whether vCPUs have x86 APIC ids, and unplug works through ACPI as on x86.
         reset_drops_unplug: whether a reset of the machine drops an unplug that was requested.
-        saves_unplug: whether a machine's state has the unplugs that were requested: they go on after a restore.
-        identity: how the guest's files name its CPUs; None where they do not.
-        identity_file: the file that does, in a CPU's folder in sysfs.
-        lists_possible_cpus: whether the guest's agent lists CPUs that are not there.
+        saves_unplug: whether a machine's state includes pending unplugs: they go on after a
+            restore.
+        identity: how the guest's files identify its CPUs; None if they do not.
+        identity_file: that file, in a CPU's folder in sysfs.
+        lists_possible_cpus: whether the guest's agent also lists CPUs that are not plugged.
         boots_on_first: whether the guest's CPU 0 is vCPU 0 after a boot.
     """
 
@@ -230,17 +236,21 @@ ROWS: Final = (
 )
 
 _BY_NAME: Final = {name: row for row in ROWS for name in (row.name, *row.aliases)}
-#: Nothing is known of it, so nothing is refused because of it.
+#: Nothing is known about it, so nothing is refused because of it.
 _UNKNOWN: Final = Architecture("", can_plug=True, can_unplug=True)
 
 
 def architecture(name: str | None) -> Architecture:
-    """The row of an architecture, by QEMU's name or one of libvirt's; a row without rules for an unknown name."""
+    """The row of an architecture, by QEMU's name or one of libvirt's; a row without rules for an
+    unknown name.
+    """
     return _BY_NAME.get(name or "") or (replace(_UNKNOWN, name=name) if name else _UNKNOWN)
 
 
 def architecture_of_machine(machine: str) -> Architecture | None:
-    """The architecture of a machine type (`q35`, `pseries-10.0,cap-…`), where its name alone says so."""
+    """The architecture of a machine type (`q35`, `pseries-10.0,cap-…`), if its name alone decides
+    that.
+    """
     name = machine.partition(",")[0]
     return next((row for row in ROWS if any(_begins(name, word) for word in row.machine_names)), None)
 
@@ -262,5 +272,5 @@ def _begins(name: str, word: str) -> bool:
 
 
 def examined() -> Sequence[Architecture]:
-    """The architectures whose QEMU qmpvcpu looks for on a host."""
+    """The architectures for whose QEMU qmpvcpu searches on a host."""
     return tuple(row for row in ROWS if row.package is not None)

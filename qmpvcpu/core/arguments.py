@@ -26,13 +26,13 @@ _NOUNS: Final[dict[Any, str]] = {
 }
 #: Characters of a wrong value that an error shows.
 _MOST: Final = 60
-#: Items of a list, at most: no machine has so many vCPUs.
+#: The most items of a list: no machine has that many vCPUs.
 _MOST_ITEMS: Final = 65536
 
 
 def checked(function: Callable[P, R]) -> Callable[P, R]:
-    """A call with unknown or missing arguments, or with values of other types than `function` is annotated with,
-    raises VcpuUsageError. True is not an integer, and NaN is not a number.
+    """A call with unknown or missing arguments, or with values of other types than `function` is
+    annotated with, raises VcpuUsageError. True is not an integer, and NaN is not a number.
     """
     signature = inspect.signature(function)
 
@@ -67,7 +67,7 @@ def checked(function: Callable[P, R]) -> Callable[P, R]:
 
 @cache
 def _hints(function: Callable[..., Any]) -> dict[str, Any]:
-    """Annotations by argument; those whose names only a type checker knows are left out."""
+    """Annotations by argument; a name that only a type checker knows is left out."""
     found: dict[str, Any] = {}
     for name, text in inspect.get_annotations(function).items():
         probe = types.SimpleNamespace(__annotations__={name: text})
@@ -106,7 +106,7 @@ def _is_text(value: Any) -> bool:
     return True
 
 
-#: What a value must be for an annotation that is not a class of its own.
+#: The check of a value, for annotations that are not classes.
 _PLAIN: Final[Mapping[Any, Callable[[Any], bool]]] = {
     Any: lambda _: True,
     object: lambda _: True,
@@ -143,7 +143,7 @@ def _is_collection(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
     if not isinstance(value, origin):
         return False
     if issubclass(origin, Mapping) or not issubclass(origin, Iterable) or not isinstance(value, Collection):
-        # An iterator can be read once only.
+        # Reading an iterator would use it up.
         return True
     return not inner or (len(value) <= _MOST_ITEMS and all(_fits(item, inner[0]) for item in value))
 
@@ -187,5 +187,5 @@ def _unknown(function: Callable[..., Any], name: str, known: Iterable[str]) -> V
 
 
 def _name(function: Callable[..., Any]) -> str:
-    """As a user calls it."""
+    """The name that a user calls."""
     return function.__qualname__.removesuffix(".__init__").rpartition(".")[2]

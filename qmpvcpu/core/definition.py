@@ -1,4 +1,4 @@
-"""The persistent side of a domain: what its XML says of vCPUs, in one frozen value. Pure."""
+"""The persistent definition of a domain: the vCPUs of its XML, as one frozen value. Pure."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.model import DomainState, Topology
 
-#: More than any machine of QEMU 7.2 to 11.1 takes (x86_64: 4096; libvirt itself: 16384).
+#: More than any machine of QEMU 7.2 to 11.1 supports (x86_64: 4096; libvirt itself: 16384).
 MOST_VCPUS: Final = 16384
 
 
@@ -17,7 +17,7 @@ MOST_VCPUS: Final = 16384
 class VcpuConfig:
     """One vCPU as it will be at the next boot: an element of `<vcpus>`.
 
-    `order` is the rank in which it is plugged, None where nothing is said.
+    `order` is its rank in the order of plugging, None if it has none.
     """
 
     id: int
@@ -28,8 +28,8 @@ class VcpuConfig:
 
 @dataclass(frozen=True, slots=True)
 class NumaCell:
-    """One `<numa><cell>`: `cpus` are vCPU ids, `memory` is in bytes (0: a node without memory), `distances` are
-    pairs of another cell's id and the distance to it.
+    """One `<numa><cell>`: `cpus` are vCPU ids, `memory` is in bytes (0: a node without memory),
+    `distances` are pairs of another cell's id and the distance to it.
     """
 
     id: int
@@ -44,10 +44,10 @@ Pairs = tuple[tuple[str, str], ...]
 
 @dataclass(frozen=True, slots=True)
 class MemoryBackend:
-    """A QEMU memory backend under the id that it has to keep: migration finds RAM blocks by their ids.
+    """A QEMU memory backend with the id that it must keep: migration finds RAM blocks by their ids.
 
-    `cell` is the NUMA node whose memory it is, None for that of the whole machine. Its size is that of the node,
-    or of the machine. `options` are its others, as of -object.
+    `cell` is the NUMA node whose memory it is, None for the whole machine. Its size is that of the
+    node, or of the machine. `options` are the other options of -object.
     """
 
     id: str
@@ -58,8 +58,9 @@ class MemoryBackend:
 
 @dataclass(frozen=True, slots=True)
 class Dimm:
-    """One `<memory model='dimm'>`: `size` and `address` are in bytes. `id` and `memdev` are QEMU's ids of the
-    device and of its backend; None: they are free. A device that has a `memdev` and no `id` has none in QEMU.
+    """One `<memory model='dimm'>`: `size` and `address` are in bytes. `id` and `memdev` are QEMU's
+    ids of the device and of its backend; None: any id. A device with a `memdev` but without an `id`
+    has no id in QEMU.
     """
 
     size: int
@@ -74,11 +75,13 @@ class Dimm:
 
 @dataclass(frozen=True, slots=True)
 class QemuOptions:
-    """What of a QEMU that ran libvirt's XML has no place for; it is kept in `<metadata>`.
+    """Options of a running QEMU for which libvirt's XML has no element; they are stored in
+    `<metadata>`.
 
-    `machine`, `accel` and `cpu` are further options of -machine, -accel and -cpu. `backends` stand in the order in
-    which QEMU makes them. `is_one_block` is whether the nodes share one block of memory (`-numa node,mem=`).
-    `is_exact` is whether sizes of memory are those of a QEMU that ran, and so stay as they are.
+    `machine`, `accel` and `cpu` are further options of -machine, -accel and -cpu. `backends` are in
+    the order in which QEMU makes them. `is_one_block` is whether the nodes share one block of
+    memory (`-numa node,mem=`). `is_exact` is whether memory sizes were read from a running QEMU,
+    and so are not rounded.
     """
 
     machine: Pairs = ()
@@ -95,15 +98,16 @@ class QemuOptions:
 
 @dataclass(frozen=True, slots=True)
 class Definition:
-    """What a domain's XML says of its vCPUs.
+    """The vCPUs of a domain's XML, and what they need.
 
-    `dialect` is "rfc" or "libvirt", whichever its `<vcpus>` is written in, None without one. `cpuset` is `<vcpu
-    cpuset>`, the host CPUs of every vCPU that `pins` (`<vcpupin>`) does not name; `schedulers` has `fifo:10`,
-    `batch` and the like. `agent` is the socket path of the guest agent's channel, `accel` "kvm" or "tcg", `cpu`
-    what -cpu takes, None for the machine's own. `memory` is all of it at the start, that of `dimms` included;
-    `max_memory` and `memory_slots` are `<maxMemory>`. `period` and `quota` (a negative one: no limit) are in
-    microseconds and, like `shares`, of each vCPU; `mems` are the host NUMA nodes of `<numatune>`, `cell_mems`
-    those of a cell's `<memnode>`, where they bind (mode strict or restrictive).
+    `dialect` is that of `<vcpus>`, "rfc" or "libvirt", None without one. `cpuset` is `<vcpu
+    cpuset>`, the host CPUs of every vCPU that `pins` (`<vcpupin>`) does not name; `schedulers` has
+    `fifo:10`, `batch` and the like. `agent` is the socket path of the guest agent's channel,
+    `accel` is "kvm" or "tcg", `cpu` the argument of -cpu, None for the machine's default. `memory`
+    is all memory at the start, with `dimms`; `max_memory` and `memory_slots` are `<maxMemory>`.
+    `period` and `quota` (a negative one: no limit) are in microseconds and, like `shares`, for each
+    vCPU; `mems` are the host NUMA nodes of `<numatune>`, `cell_mems` those of a cell's `<memnode>`,
+    if they bind (mode strict or restrictive).
     """
 
     name: str
@@ -141,7 +145,7 @@ class Definition:
 
     @property
     def rounded(self) -> Definition:
-        """The same with sizes of memory that its machine takes, as libvirt rounds them up."""
+        """The same with memory sizes that its machine supports, rounded up as libvirt does."""
         unit = architecture(self.arch).memory_alignment
         dimms = tuple(replace(dimm, size=_up(dimm.size, unit)) for dimm in self.dimms)
         return replace(
@@ -166,12 +170,14 @@ class Definition:
 
     @property
     def granularity(self) -> int:
-        """How many vCPUs one `device_add` takes on that machine: a core on pseries, else one."""
+        """How many vCPUs one `device_add` plugs on that machine: a core on pseries, else one."""
         return architecture(self.arch).entity_size(self.topology.threads if self.topology is not None else 1)
 
     @property
     def nodes(self) -> tuple[NumaCell, ...]:
-        """The cells with all of their vCPUs: those that no cell names are in the first one, as libvirt has it."""
+        """The cells with all of their vCPUs: those that no cell names are in the first one, as in
+        libvirt.
+        """
         named = {number for cell in self.cells for number in cell.cpus}
         rest = [number for number in range(self.maxcpus) if number not in named]
         if not rest or not self.cells:
@@ -186,12 +192,14 @@ class Definition:
         return next((cell.id for cell in self.cells if vcpu_id in cell.cpus), self.cells[0].id)
 
     def mems_of(self, vcpu_id: int) -> tuple[int, ...] | None:
-        """The host NUMA nodes that a vCPU's memory is bound to; None: wherever."""
+        """The host NUMA nodes that a vCPU's memory is bound to; None: any."""
         cell = self.cell_of(vcpu_id)
         return self.cell_mems.get(cell, self.mems) if cell is not None else self.mems
 
     def switched(self, ids: tuple[int, ...], enabled: bool) -> Definition:
-        """The same with these vCPUs on or off, as libvirt does it: hotpluggable then, and no order stays."""
+        """The same with these vCPUs enabled or disabled, as libvirt does it: they become
+        hotpluggable, and no vCPU keeps an order.
+        """
         asked = set(ids)
         return replace(
             self,
@@ -207,10 +215,10 @@ def _up(size: int, unit: int) -> int:
 
 
 def definition_of(state: DomainState) -> Definition:
-    """What a running guest's XML would say: its own vCPUs, topology and nodes.
+    """The definition that describes a running guest: its vCPUs, topology and nodes.
 
-    `hotpluggable` is libvirt's: what has a device id can go, and every empty slot can be filled. Behind such a one
-    libvirt takes none that cannot go.
+    `hotpluggable` is libvirt's: a CPU with a device id can be unplugged, and every empty slot can
+    be filled. After the first hotpluggable vCPU libvirt accepts only hotpluggable ones.
     """
     vcpus = tuple(
         VcpuConfig(
@@ -237,27 +245,29 @@ def definition_of(state: DomainState) -> Definition:
 
 
 def default_vcpus(maximum: int, current: int) -> tuple[VcpuConfig, ...]:
-    """Without `<vcpus>`: ids 0 to current-1 are enabled and stay, the others can be plugged."""
+    """The vCPUs without `<vcpus>`: ids 0 to current-1 are enabled and not hotpluggable, the others
+    can be plugged.
+    """
     return tuple(VcpuConfig(number, number < current, number >= current) for number in range(maximum))
 
 
 def started_with(vcpus: tuple[VcpuConfig, ...], said: Collection[int] = ()) -> tuple[VcpuConfig, ...]:
-    """Where nothing is said of `hotpluggable` (all ids but those in `said`): QEMU starts with the run of enabled
-    vCPUs from 0 on, and the others are plugged.
+    """The vCPUs with `hotpluggable` filled in for those that do not have it (all ids except
+    `said`): QEMU starts with the enabled vCPUs from 0 to the first gap, and the others are plugged.
     """
     run = next((vcpu.id for vcpu in vcpus if not vcpu.enabled), len(vcpus))
     return tuple(vcpu if vcpu.id in said else replace(vcpu, hotpluggable=vcpu.id >= run) for vcpu in vcpus)
 
 
 def contradictions(definition: Definition) -> list[str]:
-    """What `<vcpus>` says that the machine cannot be: halves of a core, two of one rank."""
+    """What cannot be in `<vcpus>`: a core whose vCPUs differ, and the same order twice."""
     found = []
     size = definition.granularity
     ranks: dict[int, int] = {}
     for first in range(0, definition.maxcpus, size):
         core = definition.vcpus[first : first + size]
         if any(replace(vcpu, id=first) != core[0] for vcpu in core):
-            found.append(f"vCPUs {first}-{first + len(core) - 1} are one core, and differ")
+            found.append(f"vCPUs {first}-{first + len(core) - 1} are one core, but differ")
         order = core[0].order
         if order is not None and ranks.setdefault(order, first) != first:
             found.append(f"vCPU {ranks[order]} and {first} have the same order {order}")

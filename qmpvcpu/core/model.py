@@ -1,6 +1,7 @@
-"""The facts everything else speaks of: vCPU, entity, the state of a domain, an outcome. All frozen.
+"""The basic values: vCPU, entity, the state of a domain, an outcome. All frozen.
 
-Words are those of docs/design: an *entity* is what one `device_add` creates; *enabled* means plugged.
+The terms are those of the design: an *entity* is what one `device_add` creates; *enabled* means
+plugged.
 """
 
 from __future__ import annotations
@@ -14,7 +15,8 @@ from qmpvcpu.errors import OutcomeKind
 
 K = TypeVar("K")
 T = TypeVar("T")
-#: QEMU's target name as `query-target` gives it: "x86_64", "ppc64", "s390x", "loongarch64", "aarch64" …
+#: QEMU's target name as `query-target` gives it: "x86_64", "ppc64", "s390x", "loongarch64",
+#: "aarch64" …
 Arch = str
 
 
@@ -38,7 +40,7 @@ def grouped(pairs: Iterable[tuple[K, T]]) -> dict[K, list[T]]:
 
 
 class Props(Mapping[str, Any]):
-    """`CpuInstanceProperties` exactly as QEMU gave them: every key kept, immutable, hashable."""
+    """`CpuInstanceProperties` exactly as QEMU gave them, with every key; immutable and hashable."""
 
     __slots__ = ("_items",)
     _items: dict[str, Any]
@@ -73,7 +75,7 @@ class Props(Mapping[str, Any]):
 
 @dataclass(frozen=True, slots=True, order=True)
 class QemuVersion:
-    """QEMU's version as the QMP greeting tells it."""
+    """QEMU's version from the QMP greeting."""
 
     major: int
     minor: int
@@ -85,7 +87,9 @@ class QemuVersion:
 
 @dataclass(frozen=True, slots=True)
 class Topology:
-    """`qom-get /machine smp` (QAPI `SMPConfiguration`): counts per parent level; absent levels are 1."""
+    """`qom-get /machine smp` (QAPI `SMPConfiguration`): counts per parent level; absent levels are
+    1.
+    """
 
     maxcpus: int
     drawers: int = 1
@@ -96,7 +100,7 @@ class Topology:
     modules: int = 1
     cores: int = 1
     threads: int = 1
-    #: One more than the highest x86 APIC id; made once, because every plug under TCG looks at it.
+    #: One more than the highest x86 APIC id; computed once, because every plug under TCG reads it.
     x86_apic_limit: int = field(init=False, default=0, compare=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -110,7 +114,7 @@ class Topology:
 
     @property
     def x86_apic_widths(self) -> tuple[int, int, int, int]:
-        """Bits an x86 APIC id gives to thread, core, module and die (QEMU's hw/i386/topology.h)."""
+        """The bits of thread, core, module and die in an x86 APIC id (QEMU's hw/i386/topology.h)."""
 
         def bits(count: int) -> int:
             return max(count - 1, 0).bit_length()
@@ -134,11 +138,11 @@ class Topology:
 class Vcpu:
     """One virtual CPU.
 
-    `order` is the rank of its entity in `query-cpus-fast`, None while disabled. `thread_id` is a Linux thread
-    id, None where disabled or where all vCPUs share one thread. `online` is what the guest says (None: nobody
-    was asked). `pending` is true while an unplug is asked and not ended. `pin` is a cpuset string.
-    `logical_id` is the number the guest itself gives it, `can_offline` whether the guest says that it can take it
-    offline.
+    `order` is the rank of its entity in `query-cpus-fast`, None while disabled. `thread_id` is a
+    Linux thread id, None if disabled or if all vCPUs share one thread. `online` is the guest's view
+    (None: not known). `pending` is true while an unplug is requested and has not ended. `pin` is a
+    cpuset string. `logical_id` is the guest's own id of it, `can_offline` whether the guest reports
+    that it can take it offline.
     """
 
     id: int
@@ -156,7 +160,7 @@ class Vcpu:
     scheduler: str | None = None
     logical_id: int | None = None
     can_offline: bool | None = None
-    #: The host CPU its thread last ran on.
+    #: The host CPU on which its thread last ran.
     cpu: int | None = None
 
     @property
@@ -186,7 +190,7 @@ class Vcpu:
         }
 
 
-#: Stands where `device_add` has its driver: what plugs and unplugs a domain of libvirt's.
+#: The `driver` of entities that libvirt plugs and unplugs.
 LIBVIRT_DRIVER: Final = "virDomainSetVcpu"
 
 
@@ -194,9 +198,9 @@ LIBVIRT_DRIVER: Final = "virDomainSetVcpu"
 class Entity:
     """What one `device_add` creates: a thread, a core of several vCPUs, or an s390x cpu.
 
-    `driver` and `props` are the arguments of `device_add`, kept verbatim. `qom_path` is None while the slot is
-    empty. `driver` is None where the machine has no CPU hotplug. `suffix` tells its device id from one that is
-    taken (0: it has none).
+    `driver` and `props` are the arguments of `device_add`, kept verbatim. `qom_path` is None while
+    the slot is empty. `driver` is None if the machine has no CPU hotplug. `suffix` makes its device
+    id differ from one that is taken (0: no suffix).
     """
 
     ids: tuple[int, ...]
@@ -219,29 +223,32 @@ class Entity:
 
     @property
     def device_id(self) -> str:
-        """The id that `device_add` gets: `vcpuN`, N the first vCPU (libvirt's rule as well); `vcpuN-K` where that
-        is taken.
+        """The id for `device_add`: `vcpuN`, N the first vCPU (libvirt's rule too), or `vcpuN-K` if
+        that is taken.
         """
         return f"vcpu{self.ids[0]}-{self.suffix}" if self.suffix else f"vcpu{self.ids[0]}"
 
     @property
     def unplug_name(self) -> str:
-        """What `device_del` calls it: the device id, or the QOM path of a CPU that was there at the start."""
+        """The id for `device_del`: the device id, or the QOM path of a CPU that was there at the
+        start.
+        """
         return (self.qom_path or "").removeprefix("/machine/peripheral/")
 
     @property
     def label(self) -> str:
-        """How a message names it: `vCPU 3`, `vCPUs 8-15`."""
+        """Its name in messages: `vCPU 3`, `vCPUs 8-15`."""
         return f"vCPU{'s' if len(self.ids) > 1 else ''} {format_ids(self.ids)}"
 
 
 @dataclass(frozen=True, slots=True)
 class DomainState:
-    """Everything known of one domain's vCPUs at one moment; `core.state.inventory` makes it from QMP replies.
+    """All that is known about one domain's vCPUs at one moment; `core.state.inventory` makes it
+    from QMP replies.
 
-    `accel` is "kvm" or "tcg" (QEMU tells only whether KVM is on). `machine` is the versioned machine name.
-    `threads_shared` is None while one vCPU alone cannot tell. `version` is None where it was read from a
-    definition (`core.state.from_definition`), and so is all that only a QEMU tells.
+    `accel` is "kvm" or "tcg" (QEMU reports only whether KVM is on). `machine` is the versioned
+    machine name. `threads_shared` is None while there is only one vCPU. `version` is None in the
+    state of a definition (`core.state.from_definition`), and so is all that only a QEMU can report.
     """
 
     name: str
@@ -264,7 +271,7 @@ class DomainState:
 
     @property
     def qemu(self) -> QemuVersion:
-        """The version of the QEMU that told this state."""
+        """The version of the QEMU of this state."""
         assert self.version is not None, "a definition has no QEMU"
         return self.version
 
@@ -279,12 +286,12 @@ class DomainState:
         return tuple(vcpu.id for vcpu in self.vcpus if vcpu.enabled)
 
     def entities_of(self, ids: Iterable[int]) -> list[Entity]:
-        """The entities that hold these ids, each once, ascending; an id that there is not has none."""
+        """The entities that have these ids, each once, ascending; unknown ids are ignored."""
         firsts = sorted({self.by_id[number].first for number in ids if number in self.by_id})
         return [self.by_id[first] for first in firsts]
 
     def x86_apic_id(self, entity: Entity) -> int | None:
-        """The APIC id of a slot, None where the topology is not known."""
+        """The APIC id of a slot, None if the topology is not known."""
         if self.topology is None or entity.props is None:
             return None
         return self.topology.x86_apic_id(entity.props)
@@ -308,11 +315,12 @@ class DomainState:
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a call did, verified; what `Domain.vcpu()`, `enable()` and `disable()` return.
+    """The verified result of a call; `Domain.vcpu()`, `enable()` and `disable()` return it.
 
-    `ids` is every vCPU id asked for, `changed_ids` those that are different now, `pending` those whose unplug
-    was asked and has not ended, `pending_online` those that are plugged, and that the guest does not run on yet or
-    has not answered about since. `rows` is the vCPUs asked for as they are now, `seconds` the call's duration.
+    `ids` is every requested vCPU id, `changed_ids` those that have changed, `pending` those whose
+    unplug was requested and has not ended, `pending_online` those that are plugged, but on which
+    the guest is not known to run. `rows` are the requested vCPUs as they are now, `seconds` is the
+    call's duration.
     """
 
     outcome: OutcomeKind
@@ -324,27 +332,27 @@ class Outcome:
     mechanism: str | None = None
     messages: tuple[str, ...] = ()
     seconds: float = 0.0
-    #: Where both sides were asked for, those of `changed_ids` that changed in the running guest; and those that
+    #: If both sides were requested: the ids that changed in the running guest, and those that
     #: changed in the definition.
     live_changed_ids: tuple[int, ...] = ()
     config_changed_ids: tuple[int, ...] = ()
     #: Whether the definition was written.
     defined: bool = False
     pending_online: tuple[int, ...] = ()
-    #: What was as asked already, as lines for a person, in the words that the request used.
+    #: Lines for the user about what already was as requested, in the words of the request.
     already: tuple[str, ...] = ()
 
     @property
     def changed(self) -> bool:
-        """Whether anything is different now."""
+        """Whether anything has changed."""
         return bool(self.changed_ids) or self.defined
 
     @property
     def vcpu(self) -> Vcpu:
-        """The one vCPU asked for.
+        """The only requested vCPU.
 
         Raises:
-            ValueError: if the call was about several.
+            ValueError: the call was about several.
         """
         if len(self.rows) != 1:
             raise ValueError(f"this outcome is about {len(self.rows)} vCPUs, use .rows")
@@ -370,7 +378,7 @@ class Outcome:
 
 
 class EventKind(StrEnum):
-    """What an `Event` tells. The first three are libvirt's words (`virDomainEventID`); `is_step`: the last two."""
+    """What an `Event` reports. The first three are libvirt's words (`virDomainEventID`)."""
 
     ADDED = "vcpu-added"
     REMOVED = "vcpu-removed"
@@ -382,14 +390,14 @@ class EventKind(StrEnum):
 
     @property
     def is_step(self) -> bool:
-        """Whether it only tells of something under way."""
+        """Whether it only reports progress of an unplug."""
         return self in (EventKind.UNPLUG_REQUESTED, EventKind.EJECTING)
 
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """Something happened to a vCPU, whoever did it. `time` is in seconds since the epoch, `detail` a reason in
-    words.
+    """A change of a vCPU, whoever made it. `time` is in seconds since the epoch, `detail` a reason
+    as text.
     """
 
     time: float

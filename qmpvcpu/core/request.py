@@ -1,4 +1,4 @@
-"""What a caller asks for, as data, and the parser of id lists. Pure."""
+"""A call as data, and the parser of id lists. Pure."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from qmpvcpu.flags import VcpuFlag
 if TYPE_CHECKING:
     from qmpvcpu.core.definition import VcpuConfig
 
-#: Seconds that the guest has, where the request does not say.
+#: Seconds that the guest has if the request does not set them.
 TIMEOUT: Final = 30.0
 _LONGEST: Final = 86400.0 * 365
 _MOST_RETRIES: Final = 9999
@@ -22,7 +22,7 @@ _RANGE = re.compile(r"(\^?)([0-9]{1,6})(?: *- *([0-9]{1,6}))?\Z")
 
 @dataclass(frozen=True, slots=True)
 class Listed:
-    """What a file's `<vcpus>` says of every vCPU. `exact` is whether it says order and hotpluggable too."""
+    """Every vCPU of a file's `<vcpus>`. `exact` is whether it has order and hotpluggable too."""
 
     vcpus: tuple[VcpuConfig, ...]
     exact: bool
@@ -33,15 +33,22 @@ class Listed:
 class Request:
     """One call, as data.
 
-    `ids` are vCPU ids or, with NUMA_NODE, one node, of which `count` is how many. With `total`, the number of
-    vCPUs there should be, ids and ENABLE or DISABLE follow from the state; `maximum` makes that the number of ids
-    in the definition instead, `hotpluggable` what is added there so. `force` does what is known to kill QEMU.
-    `timeout` is in seconds, for what the guest must do (0: do not wait; None: `TIMEOUT`, and 0 while the guest is
-    stopped and so cannot do anything). `wait` False is `--async`: the call ends
-    once QEMU took an unplug. `atomic` brings back what was removed if the rest fails. `retry` is how often an
-    unplug is asked again that the guest refused. `fallback` False never asks the guest agent instead. `listed`
-    says what every vCPU should be, and ids follow from it. `place` False leaves threads where the kernel puts
-    them.
+    Attributes:
+        ids: vCPU ids or, with NUMA_NODE, one node.
+        flags: of the call.
+        count: with NUMA_NODE, how many vCPUs or cores of the node.
+        force: also do what is known to kill QEMU.
+        total: the number of vCPUs to reach; ids, ENABLE and DISABLE then follow from the state.
+        timeout: seconds for what the guest must do (0: do not wait; None: `TIMEOUT`, but 0 while
+            the guest is stopped and so cannot act).
+        wait: False is `--async`: the call ends once QEMU has accepted the unplugs.
+        atomic: plug back what was removed if the rest fails.
+        retry: how often an unplug that the guest refused is requested again.
+        fallback: whether the guest agent may do what hotplug cannot.
+        maximum: `total` is the number of vCPU ids in the definition instead.
+        hotpluggable: the vCPUs that `total` adds to the definition are hotpluggable.
+        listed: the state of every vCPU; ids then follow from it.
+        place: False leaves threads where the kernel puts them.
     """
 
     ids: tuple[int, ...]
@@ -61,10 +68,10 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not 0 <= self.timeout <= _LONGEST:
-            raise VcpuUsageError(f"a timeout of {self.timeout} s makes no sense", hint="give seconds, 0 or more")
+            raise VcpuUsageError(f"{self.timeout} s is not a timeout", hint="give seconds, 0 or more")
         if not 0 <= self.retry <= _MOST_RETRIES:
             raise VcpuUsageError(
-                f"{self.retry} retries make no sense", hint=f"give a number from 0 to {_MOST_RETRIES}"
+                f"{self.retry} is not a number of retries", hint=f"give a number from 0 to {_MOST_RETRIES}"
             )
 
     @property
@@ -73,7 +80,9 @@ class Request:
         return TIMEOUT if self.timeout is None else self.timeout
 
     def has(self, flag: VcpuFlag) -> bool:
-        """Whether that flag is set. `&` of two IntFlags makes a third in Python; this asks int alone."""
+        """Whether that flag is set. `&` of two IntFlags is a slow Python function; this one is
+        int's.
+        """
         return int.__and__(self.flags, flag) != 0
 
     @property
@@ -88,7 +97,7 @@ class Request:
 
     @property
     def is_query(self) -> bool:
-        """Neither ENABLE nor DISABLE, nor a count to be reached."""
+        """Whether it has neither ENABLE nor DISABLE, nor a number to reach."""
         return self.total is None and self.listed is None and not (self.enable or self.disable)
 
     def wants(self, vcpu_id: int) -> bool:
@@ -97,7 +106,7 @@ class Request:
 
     @property
     def enables_more(self) -> bool:
-        """Whether it may plug: it enables, or reaches a count."""
+        """Whether it may plug: it enables, or reaches a number of vCPUs."""
         return not self.has(VcpuFlag.GUEST) and (self.enables or self.total is not None)
 
     @property
@@ -111,15 +120,15 @@ Request.__init__ = checked(Request.__init__)  # type: ignore[method-assign]
 
 @checked
 def parse_ids(text: str, noun: str = "vCPU id") -> tuple[int, ...]:
-    """`5`, `1-3,7`, `0-7,^2`: vCPU ids, ascending, each once. As virsh does, it reads the list from left to right:
-    `^1,0-1` is 0-1.
+    """`5`, `1-3,7`, `0-7,^2`: vCPU ids, ascending, each once. As virsh does, it reads the list from
+    left to right: `^1,0-1` is 0-1.
 
     Args:
         text: the list.
-        noun: what it is a list of, for messages.
+        noun: the name of one item, for messages.
 
     Raises:
-        VcpuUsageError: the text is not such a list, or leaves nothing.
+        VcpuUsageError: the text is not such a list, or the list is empty.
     """
     chosen: set[int] = set()
     for part in text.split(","):
@@ -135,5 +144,7 @@ def parse_ids(text: str, noun: str = "vCPU id") -> tuple[int, ...]:
         else:
             chosen.update(range(low, high + 1))
     if not chosen:
-        raise VcpuUsageError(f"'{text}' leaves no {noun}", hint="^N takes N out of the ids in front of it: 0-7,^2")
+        raise VcpuUsageError(
+            f"'{text}' is empty: it has no {noun}", hint="^N takes N out of the ids in front of it: 0-7,^2"
+        )
     return tuple(sorted(chosen))

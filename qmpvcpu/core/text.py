@@ -1,4 +1,4 @@
-"""Text of others (QEMU, libvirt, the guest, a file) made fit for a terminal. Pure."""
+"""Text from outside (QEMU, libvirt, the guest, a file) made safe for a terminal. Pure."""
 
 from __future__ import annotations
 
@@ -9,13 +9,14 @@ MESSAGE_LENGTH: Final = 4000
 
 
 def clean(text: str, most: int | None = None, *, tabs: bool = False) -> str:
-    """One line that only says what it shows: whitespace is a space, and what is not printable (control characters,
-    escape sequences, changes of the writing direction, lone surrogates) is shown as Python escapes it.
+    """The text as one printable line: white space becomes a space, and characters that are not
+    printable (control characters, escape sequences, changes of the writing direction, lone
+    surrogates) become Python escapes.
 
     Args:
         text: anything.
-        most: characters that stay; None is all.
-        tabs: whether a tab stays one.
+        most: the most characters of the result; None: all.
+        tabs: whether tabs stay.
     """
     if most is not None and len(text) > most:
         text = text[: most - 3] + "..."

@@ -529,12 +529,12 @@ async def test_memory_that_is_read_only_is_neither_saved_nor_migrated(tmp_path):
     words += [f"memory-backend-file,id=nv,size=1M,mem-path={tmp_path}/memory,share=on,readonly=on"]
     async with paused("x86_64", "10.0", "1,maxcpus=2", words, machine=("-machine", "q35,nvdimm=on")) as qemu:
         async with qmpvcpu.connect(qmp=qemu.qmp) as domain:
-            with pytest.raises(qmpvcpu.VcpuRefused, match="memory that is read-only: nv"):
+            with pytest.raises(qmpvcpu.VcpuRefused, match="read-only memory: nv"):
                 await saving.save(domain, file)
         await cli("define", "d", "--qmp", qemu.qmp)
         texts = await save_and_move("d", file)
         status = await qemu.execute("query-status")
-    assert ["memory that is read-only: nv" in one for one in texts] == [True, True], texts
+    assert ["read-only memory: nv" in one for one in texts] == [True, True], texts
     assert (status["status"], file.exists()) == ("prelaunch", False)
 
 

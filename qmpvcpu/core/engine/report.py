@@ -151,8 +151,8 @@ class Report:
         self.undone |= {*result.undone}
         if result.kept:
             self.messages.append(
-                f"vCPU {format_ids(result.kept)}: its pending unplug did not happen, or another client"
-                " plugged it again: it stays enabled"
+                f"vCPU {format_ids(result.kept)}: its pending unplug did not happen, or another"
+                " client plugged it again: it stays enabled"
             )
         self.messages += notes
         if result.unasked:
@@ -370,8 +370,8 @@ _LATE = "not all of them were removed in time"
 
 def _unasked(result: Result) -> str:
     return (
-        f"vCPU {format_ids(result.unasked)}: its unplug was not requested: libvirt takes one at a time, and the"
-        " others took all the time"
+        f"vCPU {format_ids(result.unasked)}: its unplug was not requested: libvirt takes one at a"
+        " time, and the others took all the time"
     )
 
 

@@ -340,8 +340,8 @@ NO_DEFINITION = Reason(
 CONFIG_VCPU_0 = Reason("config-vcpu-0", "vCPU 0 must be enabled in a definition", "leave 0 out: 1-3 or ^0")
 CONFIG_ORDER = Reason(
     "config-order",
-    "vCPU {ids} cannot change in the definition: vCPU {behind}, which is enabled and not hotpluggable,"
-    " comes after it",
+    "vCPU {ids} cannot change in the definition: vCPU {behind}, which is enabled and not"
+    " hotpluggable, comes after it",
     "change {behind} with it, or give it hotpluggable='yes' in <vcpus>",
 )
 UNREADABLE = Reason(
@@ -441,8 +441,8 @@ NO_REAL_TIME = Reason(
 )
 REAL_TIME_SPLIT = Reason(
     "place",
-    "vCPU {ids} cannot be {scheduler} and have <quota> or <shares>: on this kernel a cgroup of its own has no"
-    " real-time budget (cpu.rt_runtime_us)",
+    "vCPU {ids} cannot be {scheduler} and have <quota> or <shares>: on this kernel a cgroup of"
+    " its own has no real-time budget (cpu.rt_runtime_us)",
     f"take out one of them; {_NO_PLACE}",
     _DENIED,
 )
@@ -745,8 +745,8 @@ WAITS_FOR_A_GUEST = Reason(
 )
 WAS_HANDED_OVER = Reason(
     "run-state",
-    "the guest is '{state}': it has been migrated, or a save failed while it was paused: QEMU migrates it"
-    " again only after it has run",
+    "the guest is '{state}': it has been migrated, or a save failed while it was paused: QEMU"
+    " migrates it again only after it has run",
     "`qmpvcpu migrate-cancel` lets it run here",
     _INVALID,
 )

@@ -154,8 +154,9 @@ def plugs_left(state: DomainState, known: Knowledge, plugs: Sequence[Entity] = (
     # One plug of a ppc64 core uses a context for each of its threads.
     left //= len(state.entities[0].ids)
     return [
-        f"QEMU under TCG does not free the context of an unplugged vCPU: this QEMU can take {left} more"
-        f" plug{'s' if left != 1 else ''} before it aborts, or fewer if another program has unplugged vCPUs"
+        "QEMU under TCG does not free the context of an unplugged vCPU: this QEMU can take"
+        f" {left} more plug{'s' if left != 1 else ''} before it aborts, or fewer if another"
+        " program has unplugged vCPUs"
     ]
 
 
