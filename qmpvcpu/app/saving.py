@@ -214,7 +214,7 @@ async def restore(file: str, where: Where) -> Restored:
     saved = await finish(reading, on_cancel=given_up.set, discard=SavedFile.close)
     try:
         if (still := Saves().into(saved.fd)) is not None:
-            raise catalogue.STILL_HERE.error(file=file, pid=pid_in(still))
+            raise catalogue.STILL_EXISTS.error(file=file, pid=pid_in(still))
         cookie = read_cookie(saved.cookie)
         known = await finish(asyncio.to_thread(SavedDefinitions().kept, saved.digest))
         async with open_destination(where, cookie, FromFile(known)) as target:

@@ -373,9 +373,9 @@ async def _check_vcpus(runtime: Runtime, line: CommandLine, xml: str | None) -> 
         state = await domain.state(VcpuFlag.LIVE)
         notes = await domain.place() if xml is not None else []
     there = sorted(
-        (entity for entity in state.entities if entity.plugged), key=lambda e: state.vcpus[e.first].order or 0
+        (entity for entity in state.entities if entity.plugged), key=lambda e: state.vcpus[e.id].order or 0
     )
-    if tuple(entity.first for entity in there) != line.args.started:
+    if tuple(entity.id for entity in there) != line.args.started:
         wanted = format_ids(vcpu.id for vcpu in line.probe.vcpus if vcpu.enabled)
         raise VcpuFailed(
             f"QEMU has vCPU {format_ids(state.enabled_ids)}, and the XML says {wanted}",

@@ -32,7 +32,7 @@ from qmpvcpu.core.machine.devices import (
     bound_to_host,
     hollow,
     images_of,
-    not_held,
+    not_defined,
     unlike_any_other,
     without_folder,
 )
@@ -86,7 +86,7 @@ async def check_definition(
         VcpuConnectionError: the connection to the guest's QEMU is lost.
     """
     checked = await compare_with_twin(source, xml, machine, mode=mode)
-    return [one for one in checked.refusals if one.code != catalogue.NOT_HELD.code]
+    return [one for one in checked.refusals if one.code != catalogue.NOT_IN_DEFINITION.code]
 
 
 async def compare_with_twin(
@@ -148,7 +148,7 @@ def check_held(cookie: Cookie) -> list[Refusal]:
 
 def _unheld(picture: Picture, arguments: Sequence[str]) -> list[Refusal]:
     return [
-        *(catalogue.NOT_HELD(words=words) for words in not_held(picture.beyond, arguments)),
+        *(catalogue.NOT_IN_DEFINITION(words=words) for words in not_defined(picture.beyond, arguments)),
         *(catalogue.FOLDER_UNKNOWN(words=words) for words in without_folder(arguments)),
     ]
 

@@ -149,10 +149,10 @@ def _is_collection(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
 
 
 def _wrong(name: str, value: Any, hint: Any) -> VcpuUsageError:
-    shown = clean(repr(value), _MOST)
+    text = clean(repr(value), _MOST)
     if isinstance(value, str) and str in (hint, *get_args(hint)):
-        return VcpuUsageError(f"{name}={shown} has a character that no path or name has", hint="leave it out")
-    return VcpuUsageError(f"{name}={shown} is not {_noun(hint)}", hint=f"give {_noun(hint)}")
+        return VcpuUsageError(f"{name}={text} has a character that no path or name has", hint="leave it out")
+    return VcpuUsageError(f"{name}={text} is not {_noun(hint)}", hint=f"give {_noun(hint)}")
 
 
 def _noun(hint: Any) -> str:

@@ -200,11 +200,13 @@ class Definition:
         """The same with these vCPUs enabled or disabled, as libvirt does it: they become
         hotpluggable, and no vCPU keeps an order.
         """
-        asked = set(ids)
+        requested = set(ids)
         return replace(
             self,
             vcpus=tuple(
-                VcpuConfig(vcpu.id, enabled, hotpluggable=True) if vcpu.id in asked else replace(vcpu, order=None)
+                VcpuConfig(vcpu.id, enabled, hotpluggable=True)
+                if vcpu.id in requested
+                else replace(vcpu, order=None)
                 for vcpu in self.vcpus
             ),
         )
@@ -251,12 +253,13 @@ def default_vcpus(maximum: int, current: int) -> tuple[VcpuConfig, ...]:
     return tuple(VcpuConfig(number, number < current, number >= current) for number in range(maximum))
 
 
-def started_with(vcpus: tuple[VcpuConfig, ...], said: Collection[int] = ()) -> tuple[VcpuConfig, ...]:
+def started_with(vcpus: tuple[VcpuConfig, ...], given: Collection[int] = ()) -> tuple[VcpuConfig, ...]:
     """The vCPUs with `hotpluggable` filled in for those that do not have it (all ids except
-    `said`): QEMU starts with the enabled vCPUs from 0 to the first gap, and the others are plugged.
+    `given`): QEMU starts with the enabled vCPUs from 0 to the first gap, and the others are
+    plugged.
     """
     run = next((vcpu.id for vcpu in vcpus if not vcpu.enabled), len(vcpus))
-    return tuple(vcpu if vcpu.id in said else replace(vcpu, hotpluggable=vcpu.id >= run) for vcpu in vcpus)
+    return tuple(vcpu if vcpu.id in given else replace(vcpu, hotpluggable=vcpu.id >= run) for vcpu in vcpus)
 
 
 def contradictions(definition: Definition) -> list[str]:

@@ -212,8 +212,8 @@ class Entity:
     suffix: int = 0
 
     @property
-    def first(self) -> int:
-        """The first vCPU id; the entity's key within one domain."""
+    def id(self) -> int:
+        """The entity id, unique in one domain: its first vCPU id."""
         return self.ids[0]
 
     @property
@@ -287,8 +287,8 @@ class DomainState:
 
     def entities_of(self, ids: Iterable[int]) -> list[Entity]:
         """The entities that have these ids, each once, ascending; unknown ids are ignored."""
-        firsts = sorted({self.by_id[number].first for number in ids if number in self.by_id})
-        return [self.by_id[first] for first in firsts]
+        ids = sorted({self.by_id[number].id for number in ids if number in self.by_id})
+        return [self.by_id[entity_id] for entity_id in ids]
 
     def x86_apic_id(self, entity: Entity) -> int | None:
         """The APIC id of a slot, None if the topology is not known."""

@@ -22,8 +22,8 @@ def clean(text: str, most: int | None = None, *, tabs: bool = False) -> str:
         text = text[: most - 3] + "..."
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() or (tabs and char == "\t") else _shown(char) for char in text)
+    return "".join(char if char.isprintable() or (tabs and char == "\t") else _escaped(char) for char in text)
 
 
-def _shown(char: str) -> str:
+def _escaped(char: str) -> str:
     return " " if char.isspace() else repr(char)[1:-1]

@@ -287,4 +287,4 @@ class Guest:
 
 
 def _disabled(error: CommandError) -> VcpuRefused:
-    return catalogue.AGENT_DISABLED.error(command=error.command, said=error.text)
+    return catalogue.AGENT_DISABLED.error(command=error.command, error=error.text)

@@ -14,8 +14,8 @@ from qmpvcpu.core.engine.messages import (
     Delete,
     Drop,
     Effect,
+    EventReceived,
     Finished,
-    Heard,
     Input,
     Look,
     Query,
@@ -210,13 +210,13 @@ class Drive:
 
     def _send(self, effect: Add | Delete) -> None:
         entity = effect.entity
-        self._sent[entity.first] = entity.device_id
+        self._sent[entity.id] = entity.device_id
         if isinstance(effect, Add):
             assert entity.driver is not None and entity.props is not None
             reply = self._monitor.device_add(entity.driver, entity.device_id, entity.props)
         else:
             reply = self._monitor.device_del(effect.name)
-        reply.add_done_callback(lambda reply: self._replied(entity.first, reply))
+        reply.add_done_callback(lambda reply: self._replied(entity.id, reply))
 
     def _dropped(self, *, plugs: bool) -> list[int]:
         """Drop the commands that were not sent yet, and return the ids of their entities."""
@@ -256,7 +256,7 @@ class Drive:
         if isinstance(event, VcpuConnectionError):
             self._fail(event)
         else:
-            self._feed(Heard(event.name, event.data))
+            self._feed(EventReceived(event.name, event.data))
 
     def _fail(self, error: BaseException) -> None:
         self._failure = self._failure or error

@@ -36,7 +36,7 @@ class Hotplug:
         plan, state = planned.plan, planned.state
         self._moves = Moves(plan.plugs, plan.unplugs, plan.awaited, session.pending_unplugs.firsts)
         #: When each awaited unplug was requested, if that is known.
-        self._since = {entity.first: session.pending_unplugs.asked(entity.first) for entity in plan.awaited}
+        self._since = {entity.id: session.pending_unplugs.asked(entity.id) for entity in plan.awaited}
         terms = Terms(
             timeout,
             wait=plan.request.wait,
@@ -85,7 +85,7 @@ class Hotplug:
     async def _driven(self, drive: Callable[[], Coroutine[Any, Any, None]]) -> Result:
         """While the transaction is in flight, only it decides what becomes of its entities."""
         session = self._session
-        session.in_flight = frozenset(entity.first for entity in self._moves.entities)
+        session.in_flight = frozenset(entity.id for entity in self._moves.entities)
         try:
             await drive()
         finally:
@@ -98,10 +98,10 @@ class Hotplug:
         """Remember pending unplugs for the next call and the next process."""
         session = self._session
         pending = session.pending_unplugs.firsts
-        if open_still := [entity for entity in result.still_asked if entity.first not in pending]:
+        if open_still := [entity for entity in result.pending_entities if entity.id not in pending]:
             session.pending_unplugs.ask(open_still, session.state, time.time())
-        session.pending_unplugs.end(result.gone, gone=True)
-        session.pending_unplugs.end(result.finished)
+        session.pending_unplugs.end(result.removed_entities, gone=True)
+        session.pending_unplugs.end(result.finished_entities)
         # An unplug that a cancelled call left pending may have finished before its last query.
         session.pending_unplugs.settle(session.state)
         session.watch()
@@ -112,7 +112,7 @@ class Hotplug:
         now = await session.look(is_last=is_last, anew=resent, declined=declined)
         restore_forbidden = None
         if request.atomic and not request.force:
-            gone = [now.by_id[e.first] for e in self._moves.unplugs if not now.by_id[e.first].plugged]
+            gone = [now.by_id[e.id] for e in self._moves.unplugs if not now.by_id[e.id].plugged]
             knows = session.knowledge(known.x2apic, known.firmware_runs)
             restore_forbidden = hotplug.restore_forbidden(now, gone, knows)
         return Snapshot.of(now, planned.state, self._moves, hotplug.undo_forbidden(now, known), restore_forbidden)

@@ -47,7 +47,7 @@ class PendingUnplugs:
     def asked(self, first: int) -> float | None:
         """When the unplug was requested, in seconds since the epoch."""
         unplug = self._unplugs.get(first)
-        return None if unplug is None else unplug.asked
+        return None if unplug is None else unplug.requested
 
     @property
     def contexts(self) -> UsedContexts:
@@ -90,24 +90,24 @@ class PendingUnplugs:
         new = [unplug for unplug in known.values() if self._is_news(unplug)]
         opened = [unplug for unplug in new if is_open(unplug, state)]
         closed = [unplug for unplug in new if unplug not in opened]
-        over = [unplug for unplug in closed if unplug.asked is None or unplug.asked < self.seen_at]
+        over = [unplug for unplug in closed if unplug.requested is None or unplug.requested < self.seen_at]
         self.undecided = len(over) < len(closed)
         if over:
-            self._store.discard([unplug.first for unplug in over], self.seen_at)
-        self._unplugs.update((unplug.first, unplug) for unplug in opened)
-        self._stored |= {unplug.first for unplug in opened}
+            self._store.discard([unplug.entity_id for unplug in over], self.seen_at)
+        self._unplugs.update((unplug.entity_id, unplug) for unplug in opened)
+        self._stored |= {unplug.entity_id for unplug in opened}
         return opened, over
 
     def ask(self, entities: Iterable[Entity], state: DomainState, now: float) -> None:
         """Remember these unplugs before they are requested."""
         unplugs = [unplug_of(entity, state, now) for entity in entities]
-        self._unplugs.update((unplug.first, unplug) for unplug in unplugs)
+        self._unplugs.update((unplug.entity_id, unplug) for unplug in unplugs)
         if self._store is None:
             return
         self._cross_out()
         try:
             self._store.add(unplugs)
-            self._stored |= {unplug.first for unplug in unplugs}
+            self._stored |= {unplug.entity_id for unplug in unplugs}
         except OSError as error:
             self.trouble = f"the state folder cannot be written: {error}"
 
@@ -146,8 +146,8 @@ class PendingUnplugs:
 
     def _is_news(self, unplug: PendingUnplug) -> bool:
         """Whether this unplug is newer than the known one."""
-        ours = self._unplugs.get(unplug.first)
-        return ours is None or (unplug.asked or 0.0) > (ours.asked or 0.0)
+        ours = self._unplugs.get(unplug.entity_id)
+        return ours is None or (unplug.requested or 0.0) > (ours.requested or 0.0)
 
     def settle(self, state: DomainState, held: Collection[int] = ()) -> None:
         """End the unplugs that this fresh state shows as finished. The operation in flight ends

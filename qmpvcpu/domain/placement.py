@@ -21,7 +21,7 @@ from qmpvcpu.core.rules.placement import (
     check_emulator,
     check_placements,
     emulator_placement,
-    is_left,
+    is_unplaced,
     placements,
 )
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
@@ -81,7 +81,7 @@ class ThreadPlacement:
             if main is not None
             and thread in seen
             and (
-                is_left(found[number], seen[thread], main)
+                is_unplaced(found[number], seen[thread], main)
                 or not self._threads.is_in_group(thread, found[number], number)
             )
         }

@@ -165,9 +165,9 @@ class Reader:
         came = gone = leaving = False
         for before, after in zip(state.entities, fresh.entities, strict=True):
             if before is not after:
-                came |= after.plugged and (before.first not in expected or before.first in declined)
+                came |= after.plugged and (before.id not in expected or before.id in declined)
                 gone |= before.plugged and not after.plugged
-            leaving |= after.plugged and after.first in pending
+            leaving |= after.plugged and after.id in pending
         if came or (gone and not leaving and not told):
             with suppress(InconsistentReplies):
                 anew()

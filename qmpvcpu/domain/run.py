@@ -199,7 +199,7 @@ async def _act(scope: Scope, planned: Planned, report: Report, began: float) -> 
         with leaves(lambda: _left(session, plan, report)):
             await _look_into_failure(session, planned, report)
     else:
-        report.found_so(plan)
+        report.found_unchanged(plan)
         if plan.placed and scope.placing is not None:
             scope.placing.place(planned.state, session.state, plan, report)
     if guest is None:
@@ -282,7 +282,7 @@ async def _look_into_failure(session: Session, planned: Planned, report: Report)
         # The cached state was out of date: another client had already plugged the requested vCPUs.
         now, _ = await plan_on(session, session.state, planned.plan.request)
         if now.unchanged == now.targets and not now.refusals:
-            report.found_so(now)
+            report.found_unchanged(now)
 
 
 async def _count_again(scope: Scope, planned: Planned, report: Report, began: float) -> None:

@@ -13,7 +13,7 @@ from qmpvcpu import aio
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.migration.status import MigrationStatus, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
-from qmpvcpu.core.rules.request import check_at_rest
+from qmpvcpu.core.rules.request import check_not_migrating
 from qmpvcpu.core.state.events import CPU_EVENTS, Departures, Names, SignalKind, changes, interpret
 from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.core.state.pending import UsedContexts, mark
@@ -88,7 +88,7 @@ class Session:
     @property
     def removals(self) -> int:
         """The number of vCPUs that were unplugged, as far as known; at least one, if any was."""
-        return self.removals_seen or int(bool(self.pending_unplugs.contexts.gone))
+        return self.removals_seen or int(bool(self.pending_unplugs.contexts.removed))
 
     @property
     def state(self) -> DomainState:
@@ -169,7 +169,7 @@ class Session:
         status = MigrationStatus() if isinstance(reply, CommandError) else parse_status(reply)
         if run == "postmigrate" and is_here(self.process):
             run = "paused"
-        away = check_at_rest(run, status.under_way)
+        away = check_not_migrating(run, status.under_way)
         self._note_run(run)
         self.may_be_migrating |= bool(away)
         return state, away
@@ -202,7 +202,7 @@ class Session:
         contexts = self.pending_unplugs.contexts
         return replace(
             known,
-            removals_seen=self.removals_seen or len(contexts.gone),
+            removals_seen=self.removals_seen or len(contexts.removed),
             contexts_lost=max(self.removals_seen, contexts.count(_threads(self.state))),
             contexts_reported=contexts.is_reported,
         )
@@ -276,10 +276,10 @@ class Session:
         self.stale |= self.pending_unplugs.undecided
         found: list[Event] = []
         for unplug in opened:
-            entity = self.state.by_id[unplug.first]
-            found += _events(unplug.asked or time.time(), EventKind.UNPLUG_REQUESTED, [entity])
+            entity = self.state.by_id[unplug.entity_id]
+            found += _events(unplug.requested or time.time(), EventKind.UNPLUG_REQUESTED, [entity])
         for unplug in over:
-            gone = self.state.by_id.get(unplug.first)
+            gone = self.state.by_id.get(unplug.entity_id)
             if gone is None:
                 continue
             self._gone.update(gone.ids)
@@ -376,17 +376,17 @@ class Session:
             return
         by_id = state.by_id
         when = event.time or time.time()
-        if signal.kind is SignalKind.GUEST_REFUSED and signal.first is not None:
-            self.pending_unplugs.end({signal.first} - self.in_flight)
-            refused = [by_id[signal.first]]
+        if signal.kind is SignalKind.GUEST_REFUSED and signal.entity_id is not None:
+            self.pending_unplugs.end({signal.entity_id} - self.in_flight)
+            refused = [by_id[signal.entity_id]]
             self._bus.emit(_events(when, EventKind.REMOVAL_FAILED, refused, signal.reason))
         elif signal.kind is SignalKind.RESET and architecture(state.arch).reset_drops_unplug:
             self.pending_unplugs.end(pending - self.in_flight)
             # Unplugs that left the store since the last query were removed because of this reset.
             dropped = [by_id[first] for first in sorted(known | pending)]
             self._bus.emit(_events(when, EventKind.REMOVAL_FAILED, dropped, signal.reason))
-        elif signal.kind is SignalKind.EJECTING and signal.first is not None:
-            self._bus.emit(_events(when, EventKind.EJECTING, [by_id[signal.first]]))
+        elif signal.kind is SignalKind.EJECTING and signal.entity_id is not None:
+            self._bus.emit(_events(when, EventKind.EJECTING, [by_id[signal.entity_id]]))
         self._watcher.poke()
 
 

@@ -82,7 +82,7 @@ class DefinitionFile:
         try:
             return read_own(self.path, _LIMIT) if self._keep else read_file(self.path, _LIMIT)
         except FileNotFoundError as error:
-            raise catalogue.DEFINITION_GONE.error(path=self.path) from error
+            raise catalogue.DEFINITION_REMOVED.error(path=self.path) from error
         except OSError as error:
             raise _unreadable(self.path, error) from error
 

@@ -59,7 +59,7 @@ class PendingFolder:
             # trusted only when it is old enough.
             settled = time.time_ns() - found.st_mtime_ns > _TICK
             files = self._files()
-            self._known = {unplug.first: unplug for name in sorted(files) for unplug in files[name]}
+            self._known = {unplug.entity_id: unplug for name in sorted(files) for unplug in files[name]}
             self._stamp = stamp if settled else None
         return self._known
 
@@ -80,7 +80,7 @@ class PendingFolder:
             make_folder(self._folder)
         self._write(name, rows)
 
-    def discard(self, firsts: Collection[int], until: float = inf) -> None:
+    def discard(self, entity_ids: Collection[int], until: float = inf) -> None:
         """Forget these unplugs, because their result is known. Never raises.
 
         Args:
@@ -89,7 +89,9 @@ class PendingFolder:
         """
         with suppress(OSError), self._locked():
             for name, unplugs in self._files().items():
-                left = [one for one in unplugs if one.first not in firsts or (one.asked or 0.0) > until]
+                left = [
+                    one for one in unplugs if one.entity_id not in entity_ids or (one.requested or 0.0) > until
+                ]
                 if not left:
                     (self._folder / name).unlink()
                 elif len(left) < len(unplugs):
@@ -148,7 +150,7 @@ class PendingFolder:
                 before = self.contexts()
                 now = before | more
                 if now != before:
-                    rows = {"gone": sorted(now.gone), "reported": now.is_reported}
+                    rows = {"gone": sorted(now.removed), "reported": now.is_reported}
                     self._replace(_CONTEXTS, json.dumps(rows))
 
     def _files(self) -> dict[str, list[PendingUnplug]]:
@@ -167,7 +169,7 @@ class PendingFolder:
 
         It is not synced: after a crash of the host, it has no meaning.
         """
-        rows = [[unplug.first, unplug.qom_path, unplug.thread_id, unplug.asked] for unplug in unplugs]
+        rows = [[unplug.entity_id, unplug.qom_path, unplug.thread_id, unplug.requested] for unplug in unplugs]
         self._replace(name, json.dumps(rows))
 
     def _replace(self, name: str, text: str) -> None:

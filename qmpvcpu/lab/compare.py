@@ -273,7 +273,7 @@ class LibvirtSide:
             try:
                 domain = await connection.change("virDomainCreate", begin, _START_SECONDS)
             except CommandError as error:
-                refusal = replace(catalogue.LIBVIRT_NOT_STARTED(said=error.text), libvirt=error.error_class)
+                refusal = replace(catalogue.LIBVIRT_NOT_STARTED(error=error.text), libvirt=error.error_class)
                 raise VcpuRefused([refusal]) from error
             try:
                 yield cls(daemon if log else None, connection, LibvirtGuest(connection, domain))

@@ -81,7 +81,7 @@ async def probe_machine(
         said = error.qmp_text or ""
         if error.exit_code != 1 or not said or _HOST.search(said):
             raise
-        raise catalogue.SMP_SAID.error(said=said, binary=binary) from error
+        raise catalogue.SMP_REFUSED.error(error=said, binary=binary) from error
 
 
 def _memory(spec: MachineSpec) -> list[str]:

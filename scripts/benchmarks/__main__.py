@@ -74,7 +74,7 @@ async def bench_enable(accel: str) -> bool:
 
                         async def we() -> None:
                             began = time.perf_counter()
-                            await domain.enable(entity.first)  # noqa: B023
+                            await domain.enable(entity.id)  # noqa: B023
                             ours.append(time.perf_counter() - began)
 
                         async def they() -> None:
@@ -112,7 +112,7 @@ async def bench_pin(accel: str, folder: Path) -> bool:
                     turns = [(left, pinned), (right, plain)]
                     for domain, kind in turns if (number + round_number) % 2 else reversed(turns):
                         began = time.perf_counter()
-                        await domain.enable(entity.first)
+                        await domain.enable(entity.id)
                         times[kind].append(time.perf_counter() - began)
     return report(f"{accel}: one enable, pinned / not", times[pinned], times[plain], 1.15)
 

@@ -132,7 +132,7 @@ async def raw_unplugs(kind: str, firmware: Path, pairs: int) -> list[float]:
         async with machine(kind, "2,maxcpus=16", "-bios", str(firmware)) as qemu:
             async with qmpvcpu.connect(qemu.qmp) as domain:
                 entities = slots_of(await domain.state())[:6]
-                await domain.enable([entity.first for entity in entities])
+                await domain.enable([entity.id for entity in entities])
             await asyncio.sleep(READY)
             with RawQmp(qemu.qmp) as bare:
                 began = time.perf_counter()

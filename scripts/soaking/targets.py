@@ -165,7 +165,7 @@ def event(message: tuple[str, Any]) -> None:
     """An event about anything."""
     name, data = message
     signal = interpret(name, data if isinstance(data, dict) else {}, NAMES)
-    assert signal is None or signal.first in (None, 0, 1, 2, 3)
+    assert signal is None or signal.entity_id in (None, 0, 1, 2, 3)
 
 
 EVENT_DATA = st.dictionaries(WORDS, LEAVES | st.dictionaries(WORDS, LEAVES, max_size=6), max_size=4)

@@ -21,7 +21,7 @@ from qmpvcpu.core.machine.devices import (
     bound_to_host,
     hollow,
     images_of,
-    not_held,
+    not_defined,
     shared_with_source,
     unlike_any_other,
     without_folder,
@@ -197,7 +197,7 @@ def disks_behind(arguments: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 def missed(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """What a guest was started with that QEMU would not have if it were started with these arguments."""
-    return not_held(beyond_definitions(read_command_line(argv)), arguments)
+    return not_defined(beyond_definitions(read_command_line(argv)), arguments)
 
 
 def in_an_unknown_folder(arguments: Sequence[str]) -> list[str]:

@@ -17,9 +17,9 @@ from qmpvcpu.core.engine.messages import (
     Cancelled,
     Delete,
     Effect,
+    EventReceived,
     Failure,
     Finished,
-    Heard,
     Input,
     Look,
     Moves,
@@ -67,7 +67,7 @@ class Report:
     remaining: tuple[int, ...] = ()
     kept: tuple[int, ...] = ()
     lost: tuple[int, ...] = ()
-    unasked: tuple[int, ...] = ()
+    not_requested: tuple[int, ...] = ()
     failures: Mapping[tuple[int, ...], str] = field(default_factory=dict)
     rejections: Mapping[tuple[int, ...], str] = field(default_factory=dict)
     undo_forbidden: str | None = None
@@ -148,24 +148,24 @@ class Engine:
 
     def gone(self, first: int) -> list[tuple[Any, ...]]:
         """DEVICE_DELETED."""
-        return self._feed(Heard("DEVICE_DELETED", {"path": _path(first)}))
+        return self._feed(EventReceived("DEVICE_DELETED", {"path": _path(first)}))
 
     def refused(self, first: int, reason: str = "no") -> list[tuple[Any, ...]]:
         """The guest does not let it go."""
-        return self._feed(Heard("DEVICE_UNPLUG_GUEST_ERROR", {"path": _path(first), "text": reason}))
+        return self._feed(EventReceived("DEVICE_UNPLUG_GUEST_ERROR", {"path": _path(first), "text": reason}))
 
     def ejecting(self, first: int) -> list[tuple[Any, ...]]:
         """The guest is about to let it go."""
         info = {"slot-type": "CPU", "slot": str(first), "source": 3, "status": 0x84}
-        return self._feed(Heard("ACPI_DEVICE_OST", {"info": info}))
+        return self._feed(EventReceived("ACPI_DEVICE_OST", {"info": info}))
 
     def something_changed(self) -> list[tuple[Any, ...]]:
         """An event that does not name its vCPU."""
-        return self._feed(Heard("DEVICE_DELETED", {"path": "/machine/unattached/device[9]"}))
+        return self._feed(EventReceived("DEVICE_DELETED", {"path": "/machine/unattached/device[9]"}))
 
     def machine_is_reset(self) -> list[tuple[Any, ...]]:
         """RESET."""
-        return self._feed(Heard("RESET"))
+        return self._feed(EventReceived("RESET"))
 
     # -- time and the caller ----------------------------------------------------------------------
 
@@ -213,7 +213,7 @@ class Engine:
             "soon": timers.soon is not None,
             "retry": timers.retry is not None,
         }
-        return frozenset(word for word, is_so in words.items() if is_so)
+        return frozenset(word for word, is_filled in words.items() if is_filled)
 
     def end(self) -> Report:
         assert self.ended
@@ -225,7 +225,7 @@ class Engine:
 
     def _report(self, **other: Any) -> Report:
         result = self._transaction.result()
-        names = "plugged removed pending undone remaining kept lost unasked undo_forbidden"
+        names = "plugged removed pending undone remaining kept lost not_requested undo_forbidden"
         return Report(
             outcome=str(result.outcome),
             failures=_told(result.failures),
@@ -241,9 +241,9 @@ class Engine:
         for effect in effects:
             match effect:
                 case Add():
-                    found.append(add(effect.entity.first))
+                    found.append(add(effect.entity.id))
                 case Delete():
-                    found.append((undo if effect.undo else delete)(effect.entity.first))
+                    found.append((undo if effect.undo else delete)(effect.entity.id))
                 case Query():
                     found.append(QUERY)
                 case Finished():
@@ -268,14 +268,14 @@ def meaning(
         return None
     match signal.kind:
         case SignalKind.DELETED:
-            return ("gone", signal.first)
+            return ("gone", signal.entity_id)
         case SignalKind.EJECTING:
-            return ("ejecting", signal.first)
+            return ("ejecting", signal.entity_id)
         case SignalKind.GUEST_REFUSED:
-            return ("refused", signal.first, signal.reason)
+            return ("refused", signal.entity_id, signal.reason)
         case SignalKind.RESET:
             return ("reset",)
-        case SignalKind.LOOK_AGAIN:
+        case SignalKind.REFRESH:
             return ("something changed",)
 
 

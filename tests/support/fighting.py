@@ -173,7 +173,7 @@ async def fought(qemu: Qemu, folder: Path, count: int, seed: int) -> Fight:
     """
     async with qmpvcpu.connect(qemu.qmp) as domain:
         slots = (await domain.state()).entities
-    vcpu_of = {_key(dict(slot.props or {})): slot.first for slot in slots}
+    vcpu_of = {_key(dict(slot.props or {})): slot.id for slot in slots}
     truth = Truth()
     claims: list[Claim] = []
     each = max(count * 2 // 5, 1)

@@ -168,8 +168,8 @@ class Booted:
             return False
         await self.guest.qemu.execute("cont")
         async with qmpvcpu.connect(self.qmp) as domain:
-            is_so = (await domain.state()).enabled_ids == self.boot_ids
-        return is_so and len(qmpvcpu.parse_ids(await self.guest.online())) == len(self.boot_ids)
+            is_filled = (await domain.state()).enabled_ids == self.boot_ids
+        return is_filled and len(qmpvcpu.parse_ids(await self.guest.online())) == len(self.boot_ids)
 
 
 class Pool:

@@ -181,14 +181,14 @@ class House:
     async def nobodys(self) -> None:
         """Every QEMU is one that `list` shows, and every other one ends by itself."""
 
-        async def is_so() -> bool:
+        async def is_filled() -> bool:
             if not self.qemus():
                 return True
             rows = await self.json("list")
             known = {row["pid"] for row in rows["domains"]} - {None}
             return self.qemus() == known
 
-        await until(is_so, "each QEMU is one that `list` shows", every=0.05)
+        await until(is_filled, "each QEMU is one that `list` shows", every=0.05)
 
     async def end(self) -> None:
         """Whatever is still there."""

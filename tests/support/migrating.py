@@ -20,7 +20,7 @@ from qmpvcpu.core.migration.leaving import (
 from qmpvcpu.core.migration.machines import check_arrived, check_destination, missing
 from qmpvcpu.core.migration.status import Stillness, address_of, parse_status
 from qmpvcpu.core.migration.who_runs import Destination, Source, cancel_step, next_step
-from qmpvcpu.core.rules.request import check_at_rest
+from qmpvcpu.core.rules.request import check_not_migrating
 from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 from qmpvcpu.xml.cookie import read_cookie, write_cookie
 from qmpvcpu.xml.document import read_domain
@@ -66,7 +66,7 @@ def against_leaving(
 
 def against_hotplug(run_state: str, query_migrate: Any) -> list[Refusal]:
     """Why no vCPU can be switched now."""
-    return check_at_rest(run_state, parse_status(query_migrate).under_way)
+    return check_not_migrating(run_state, parse_status(query_migrate).under_way)
 
 
 def against_trip(state: DomainState, removals_seen: int = 0) -> list[Refusal]:

@@ -34,7 +34,7 @@ class Event(NamedTuple):
 
 
 #: What a listener hears: events, and last the loss of the connection.
-Heard = Event | VcpuConnectionError
+EventReceived = Event | VcpuConnectionError
 
 
 class Connection:
@@ -55,7 +55,7 @@ class Connection:
         return self._monitor.execute(name)
 
     @contextmanager
-    def listening(self, sink: Callable[[Heard], object]) -> Iterator[None]:
+    def listening(self, sink: Callable[[EventReceived], object]) -> Iterator[None]:
         """Give `sink` everything that is heard from now on."""
 
         def plain(heard: Any) -> None:

@@ -56,7 +56,7 @@ class Store:
     def known(self) -> dict[int, Unplug]:
         """What is kept, by first id."""
         return {
-            first: Unplug(found.first, found.qom_path, found.thread_id, found.asked)
+            first: Unplug(found.entity_id, found.qom_path, found.thread_id, found.requested)
             for first, found in self._folder.load().items()
         }
 
@@ -74,7 +74,7 @@ class Store:
     def contexts(self) -> tuple[set[tuple[int, int]], bool]:
         """What was noted."""
         found = self._folder.contexts()
-        return set(found.gone), found.is_reported
+        return set(found.removed), found.is_reported
 
     @property
     def contexts_file(self) -> Path:

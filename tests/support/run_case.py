@@ -286,13 +286,13 @@ def _differences(world: World, step: Step, runs: list[Done]) -> Iterator[str]:
         yield f"it was to touch nothing: {commands} {switched}, definition written: {before != after}"
     if step.expect.keys() & {"plugged", "online", "offline", "pending"}:
         rows = world.run("vcpuinfo D --live" if world.definition is not None else "vcpuinfo D").json["vcpus"]
-        for name, is_so in (
+        for name, is_filled in (
             ("plugged", lambda row: row["state"] == "enabled"),
             ("online", lambda row: row["online"] is True),
             ("offline", lambda row: row["online"] is False),
             ("pending", lambda row: row["pending"]),
         ):
-            yield from differs(name, [row["id"] for row in rows if is_so(row)], lambda a, b: ids(a) == b)
+            yield from differs(name, [row["id"] for row in rows if is_filled(row)], lambda a, b: ids(a) == b)
         yield from differs("plugged", qemu.plugged_ids, lambda a, b: ids(a) == b)
     if "xml" in step.expect:
         rows = world.run("vcpuinfo D --config").json["vcpus"]

@@ -37,16 +37,16 @@ class World:
 
     def carry_out(self, made: Plan) -> int:
         """Do it; the most vCPUs that were enabled at once."""
-        asked = {entity.first for entity in (*made.unplugs, *made.awaited)}
+        asked = {entity.id for entity in (*made.unplugs, *made.awaited)}
         self.pending |= asked
-        self.plugged |= {entity.first for entity in made.plugs}
+        self.plugged |= {entity.id for entity in made.plugs}
         peak = len(self.plugged)
         gone = asked - self.stubborn
         self.plugged -= gone
         self.offline -= gone
         self.pending -= gone
         # What has gone and was to stay is plugged again, and online.
-        self.plugged |= {entity.first for entity in made.awaited} & gone
+        self.plugged |= {entity.id for entity in made.awaited} & gone
         self.offline |= set(made.offlines)
         self.offline -= set(made.onlines)
         return max(peak, len(self.plugged))
@@ -114,7 +114,7 @@ def random_calls(random: Random) -> Iterator[Call]:
         request, wanted = random_request(random, world)
         before = len(world.plugged)
         made = world.plan(request)
-        asked = {entity.first for entity in (*made.unplugs, *made.awaited)}
+        asked = {entity.id for entity in (*made.unplugs, *made.awaited)}
         most = before if made.refusals else world.carry_out(made)
         runs_on, is_stuck = frozenset(world.runs_on), bool(asked & world.stubborn)
         yield Call(request, wanted, made, before, most, len(world.plugged), runs_on, is_stuck)

@@ -325,7 +325,7 @@ def test_an_error_before_others_are_answered_is_looked_at_when_they_are():
     assert engine.failed(5, "Device 'vcpu5' not found", "DeviceNotFound") == []
     assert engine.unsent(6) == [QUERY]
     engine.seen(0, 6)
-    assert engine.end() == Report("partial", removed=(5,), unasked=(6,))
+    assert engine.end() == Report("partial", removed=(5,), not_requested=(6,))
 
 
 def test_ejecting_asks_for_no_query():
@@ -552,7 +552,7 @@ def test_unplugs_that_were_not_sent_leave_those_that_were():
     engine.expired()
     for _ in range(3):
         engine.seen(0, 1, 2)
-    assert engine.end() == Report("pending", pending=(1,), unasked=(2,))
+    assert engine.end() == Report("pending", pending=(1,), not_requested=(2,))
 
 
 def test_what_is_asked_before_or_refused_before_stays_so_where_it_is_not_asked_again():
@@ -566,7 +566,7 @@ def test_what_is_asked_before_or_refused_before_stays_so_where_it_is_not_asked_a
     for _ in range(2):
         engine.seen(0, 5, 6)
     end = engine.end()
-    assert (end.rejections, end.pending, end.unasked) == ({(5,): "busy"}, (6,), ())
+    assert (end.rejections, end.pending, end.not_requested) == ({(5,): "busy"}, (6,), ())
 
 
 # -- cancelled ---------------------------------------------------------------------------------------

@@ -117,11 +117,11 @@ class Switch:
 
     def _answered(self, answer: Answered) -> Effect:
         why = self.step is SwitchStep.WHY
-        asked = 1 if why else len(self._left)
-        count = answer.count if type(answer.count) is int and 0 <= answer.count <= asked else 0
+        requested = 1 if why else len(self._left)
+        count = answer.count if type(answer.count) is int and 0 <= answer.count <= requested else 0
         if answer.error is not None:
             self.failures[self._left[0]] = answer.error
-        elif count < asked and not why:
+        elif count < requested and not why:
             del self._left[:count]
             self.step = SwitchStep.WHY
             return SetCpus({self._logical(self._left[0]): self.online})

@@ -41,7 +41,7 @@ class Arriving:
         self._vcpus = frozenset(vcpus)
         self._missing = set(vcpus)
         self._before = before
-        self._come: tuple[GuestCpu, ...] = ()
+        self._new: tuple[GuestCpu, ...] = ()
         self._lists_all = architecture(state.arch).lists_possible_cpus
         self._enabled = len(state.enabled_ids)
         #: Whether any was missing in an earlier list.
@@ -51,14 +51,14 @@ class Arriving:
 
     def seen(self, view: GuestView) -> GuestView:
         """Take in the guest's CPUs as they are now; return them with what the new ones prove."""
-        self._come = ()
+        self._new = ()
         if self._before is not None and view.assumed:
-            come = newcomers(self._before, view, lists_all=self._lists_all)
-            if len(come) > len(self._vcpus):
+            new_cpus = newcomers(self._before, view, lists_all=self._lists_all)
+            if len(new_cpus) > len(self._vcpus):
                 # Other CPUs have come too, so the new ones cannot be identified.
                 self._before = None
-            self._come = come if len(come) == len(self._vcpus) else ()
-        if self._come and all(cpu.online for cpu in self._come):
+            self._new = new_cpus if len(new_cpus) == len(self._vcpus) else ()
+        if self._new and all(cpu.online for cpu in self._new):
             view = replace(view, all_online=view.all_online | self._vcpus)
         self._missing = {number for number in self._missing if view.online(number) is not True}
         return view
@@ -69,7 +69,7 @@ class Arriving:
 
     def offline_newcomers(self) -> list[int]:
         """The same by the guest's own ids, where its CPUs cannot be identified."""
-        return [cpu.logical_id for cpu in self._come if not cpu.online]
+        return [cpu.logical_id for cpu in self._new if not cpu.online]
 
     def switched(self, run: Switch, view: GuestView) -> GuestView:
         """Take in which ones the agent has taken online; return the view with them."""
@@ -91,8 +91,8 @@ class Arriving:
             return True
         # `newcomers` identifies the CPUs that came. If there are none, these vCPUs are the missing
         # ones.
-        is_told = self._before is not None or not view.assumed
-        return not is_told and self._missing == self._unnamed(view) and len(view.cpus) >= self._enabled
+        is_identified = self._before is not None or not view.assumed
+        return not is_identified and self._missing == self._unnamed(view) and len(view.cpus) >= self._enabled
 
     def _unnamed(self, view: GuestView) -> frozenset[int]:
         found = frozenset(number for number in self._missing if view.online(number) is None)

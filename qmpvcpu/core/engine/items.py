@@ -9,12 +9,12 @@ from typing import Final
 from qmpvcpu.core.engine.messages import Failure, Moves, Result, Terms
 from qmpvcpu.core.engine.stages import (
     FAILED,
-    FIRST,
+    FORWARD,
     NOT_BEGUN,
     NOT_RESTORED,
     NOT_UNDONE,
     REJECTED,
-    STILL_ASKED,
+    STILL_REQUESTED,
     UNDOING,
     On,
     Stage,
@@ -81,11 +81,11 @@ class Items:
     message asks which stages there are, and there may be hundreds of entities.
     """
 
-    __slots__ = ("_by_first", "_first", "_undo")
+    __slots__ = ("_by_id", "_forward", "_undo")
 
     def __init__(self, moves: Moves, terms: Terms) -> None:
-        self._by_first: dict[int, Item] = {}
-        self._first = dict.fromkeys(Stage, 0)
+        self._by_id: dict[int, Item] = {}
+        self._forward = dict.fromkeys(Stage, 0)
         self._undo = dict.fromkeys(Stage, 0)
         retries = terms.retries if terms.wait else 0
         for entities, stage in (
@@ -95,40 +95,40 @@ class Items:
         ):
             is_plug = stage is not Stage.READY_TO_REMOVE
             for entity in entities:
-                doubt = not is_plug and entity.first in moves.doubted
-                self._by_first[entity.first] = Item(entity, stage, is_plug, retries, doubt)
-                self._first[stage] += 1
+                doubt = not is_plug and entity.id in moves.doubted
+                self._by_id[entity.id] = Item(entity, stage, is_plug, retries, doubt)
+                self._forward[stage] += 1
 
     def __iter__(self) -> Iterator[Item]:
-        return iter(self._by_first.values())
+        return iter(self._by_id.values())
 
     def __getitem__(self, first: int) -> Item:
-        return self._by_first[first]
+        return self._by_id[first]
 
     def get(self, first: int | None) -> Item | None:
         """The entity of that id, if it is one of these."""
-        return None if first is None else self._by_first.get(first)
+        return None if first is None else self._by_id.get(first)
 
     def target(self, item: Item, what: On) -> Stage | None:
         """The stage that this leads to, None if it changes nothing."""
-        return (UNDOING if item.is_undo else FIRST).get((item.stage, what))
+        return (UNDOING if item.is_undo else FORWARD).get((item.stage, what))
 
     def put(self, item: Item, stage: Stage, *, undo: bool = False) -> None:
         """Move it to this stage; with `undo`, to the first stage of its undo."""
-        (self._undo if item.is_undo else self._first)[item.stage] -= 1
+        (self._undo if item.is_undo else self._forward)[item.stage] -= 1
         if undo:
             stage = item.begin_undo()
-        (self._undo if item.is_undo else self._first)[stage] += 1
+        (self._undo if item.is_undo else self._forward)[stage] += 1
         item.stage = stage
 
     def any(self, stages: Iterable[Stage]) -> bool:
         """Whether any item is in one of these stages."""
-        first, undo = self._first, self._undo
+        first, undo = self._forward, self._undo
         return any(first[stage] or undo[stage] for stage in stages)
 
-    def any_first(self, stages: Iterable[Stage]) -> bool:
+    def any_forward(self, stages: Iterable[Stage]) -> bool:
         """Whether any item is in one of these stages and is not being undone."""
-        first = self._first
+        first = self._forward
         return any(first[stage] for stage in stages)
 
     def any_undo(self, stage: Stage) -> bool:
@@ -171,27 +171,27 @@ def result_of(
     failing = bool(failures) or cancelled
     plugged = items.ids(_UNDOABLE, unplugging=NOT_UNDONE)
     remaining = plugged if failing else ()
-    asked = items.ids({Stage.PENDING} if terms.wait else {Stage.PENDING, Stage.ASKED})
+    requested = items.ids({Stage.PENDING} if terms.wait else {Stage.PENDING, Stage.REQUESTED})
     awaited = items.ids({Stage.STILL_AWAITED})
-    pending = items.ids(STILL_ASKED, unplugging=STILL_ASKED)
+    pending = items.ids(STILL_REQUESTED, unplugging=STILL_REQUESTED)
     removed = items.ids({Stage.REMOVED}, restoring=NOT_RESTORED)
-    unasked = items.ids({Stage.UNASKED})
+    not_requested = items.ids({Stage.NOT_REQUESTED})
     # An unplug that seemed to have failed may have ended after others were plugged back because of
     # it.
     returned = items.ids(restoring=_RESTORED)
-    lost = removed if terms.atomic and (failures or rejections or unasked or returned) else ()
+    lost = removed if terms.atomic and (failures or rejections or not_requested or returned) else ()
     if lost or (failing and (remaining or (failures and removed))):
         outcome = OutcomeKind.PARTIAL
     elif failures:
         outcome = OutcomeKind.FAILED
     elif rejections:
         outcome = OutcomeKind.REJECTED
-    elif asked and not (awaited or terms.wait or unasked):
+    elif requested and not (awaited or terms.wait or not_requested):
         outcome = OutcomeKind.REQUESTED
     elif pending:
         outcome = OutcomeKind.PENDING
-    elif unasked or returned:
-        outcome = OutcomeKind.PARTIAL if removed or items.any_first(_UNDOABLE) else OutcomeKind.FAILED
+    elif not_requested or returned:
+        outcome = OutcomeKind.PARTIAL if removed or items.any_forward(_UNDOABLE) else OutcomeKind.FAILED
     else:
         outcome = OutcomeKind.APPLIED
     stages: dict[str, tuple[int, ...]] = {}
@@ -208,13 +208,15 @@ def result_of(
         failures=failures,
         rejections=rejections,
         lost=lost,
-        unasked=unasked,
+        not_requested=not_requested,
         undo_forbidden=(undo_forbidden if remaining else None) or (restore_forbidden if lost else None),
-        still_asked=tuple(item.entity for item in items if item.stage in STILL_ASKED),
+        pending_entities=tuple(item.entity for item in items if item.stage in STILL_REQUESTED),
         unsure=items.ids({Stage.ADDING}, restoring={Stage.ADDING}),
-        gone=tuple(item.entity.first for item in items if item.stage is Stage.REMOVED and not item.is_undo),
-        finished=tuple(
-            item.entity.first for item in items if item.stage not in STILL_ASKED and item.stage not in NOT_BEGUN
+        removed_entities=tuple(
+            item.entity.id for item in items if item.stage is Stage.REMOVED and not item.is_undo
+        ),
+        finished_entities=tuple(
+            item.entity.id for item in items if item.stage not in STILL_REQUESTED and item.stage not in NOT_BEGUN
         ),
         stages=stages,
     )

@@ -57,7 +57,7 @@ class Terms:
 class Replied:
     """QEMU answered an `Add` or `Delete`; `error_class` None is success."""
 
-    first: int
+    entity_id: int
     error_class: str | None = None
     text: str | None = None
 
@@ -66,11 +66,11 @@ class Replied:
 class Unsent:
     """An `Add` or `Delete` was withdrawn before it was sent."""
 
-    first: int
+    entity_id: int
 
 
 @dataclass(frozen=True, slots=True)
-class Heard:
+class EventReceived:
     """A QMP event: its QAPI name and its data."""
 
     event: str
@@ -112,11 +112,11 @@ class Snapshot:
     ) -> Snapshot:
         """A fresh state, compared with the one on which the moves were planned."""
         return cls(
-            frozenset(entity.first for entity in now.entities if entity.plugged),
+            frozenset(entity.id for entity in now.entities if entity.plugged),
             frozenset(
-                entity.first
+                entity.id
                 for entity in (*moves.awaited, *moves.unplugs)
-                if replugged(entity, now.by_id[entity.first], planned, now)
+                if replugged(entity, now.by_id[entity.id], planned, now)
             ),
             undo_forbidden,
             restore_forbidden,
@@ -133,7 +133,7 @@ class Cancelled:
     """The caller has cancelled: nothing new begins, and plugs are undone."""
 
 
-Input = Replied | Unsent | Heard | QuerySent | Snapshot | Woke | Cancelled
+Input = Replied | Unsent | EventReceived | QuerySent | Snapshot | Woke | Cancelled
 
 # -- effects ------------------------------------------------------------------------------------------
 
@@ -213,12 +213,12 @@ class Result:
         removed: what was unplugged.
         lost: those of `removed` that an atomic call should have plugged back.
         kept: those whose earlier unplug did not happen.
-        unasked: unplugs that had to wait for others, and were never requested.
+        not_requested: unplugs that had to wait for others, and were never requested.
         undo_forbidden: why an undo was not tried, where it was not.
-        still_asked: the entities of `pending`.
+        pending_entities: the entities of `pending`.
         unsure: plugs that QEMU has not answered.
-        gone, finished: ids of the entities that this call has removed; and of those that have
-            nothing pending.
+        removed_entities, finished_entities: ids of the entities that this call has removed; and of
+            those that have nothing pending.
         stages: the stage of each entity as text -> its vCPU ids.
     """
 
@@ -232,12 +232,12 @@ class Result:
     failures: tuple[Failure, ...]
     rejections: tuple[Failure, ...]
     lost: tuple[int, ...] = ()
-    unasked: tuple[int, ...] = ()
+    not_requested: tuple[int, ...] = ()
     undo_forbidden: str | None = None
-    still_asked: tuple[Entity, ...] = ()
+    pending_entities: tuple[Entity, ...] = ()
     unsure: tuple[int, ...] = ()
-    gone: tuple[int, ...] = ()
-    finished: tuple[int, ...] = ()
+    removed_entities: tuple[int, ...] = ()
+    finished_entities: tuple[int, ...] = ()
     stages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     @property

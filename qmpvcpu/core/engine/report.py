@@ -119,7 +119,7 @@ class Report:
 
     # -- facts ------------------------------------------------------------------------------------
 
-    def found_so(self, plan: Plan) -> None:
+    def found_unchanged(self, plan: Plan) -> None:
         """By this plan everything already is as requested."""
         self.ids, self.messages = plan.targets, [*plan.messages]
         self.changed, self.pending, self.undone = set(), (), set()
@@ -155,8 +155,8 @@ class Report:
                 " client plugged it again: it stays enabled"
             )
         self.messages += notes
-        if result.unasked:
-            self.messages.append(_unasked(result))
+        if result.not_requested:
+            self.messages.append(_not_requested(result))
         if result.pending and stopped:
             self.messages.append(_stopped(stopped, drops=reset_drops))
         if result.outcome in (OutcomeKind.PARTIAL, OutcomeKind.FAILED):
@@ -164,7 +164,7 @@ class Report:
         elif result.outcome is OutcomeKind.REJECTED:
             self.trouble = VcpuRejected(
                 _texts(result.rejections) + _also(result),
-                reasons={failure.entity.first: failure.text for failure in result.rejections},
+                reasons={failure.entity.id: failure.text for failure in result.rejections},
                 hint="look at the guest's kernel log, and try again: some refusals are temporary",
             )
 
@@ -252,12 +252,12 @@ class Report:
             self.messages.append(f"the state of vCPU {format_ids(ids)} in the guest is not known")
             return
         text = f"vCPU {format_ids(ids)}: {error.message}"
-        told: dict[str, Any] = {"hint": error.hint, "libvirt": error.libvirt}
+        fields: dict[str, Any] = {"hint": error.hint, "libvirt": error.libvirt}
         if not self.changed:
-            self.trouble = VcpuRejected(text, reasons=dict.fromkeys(ids, error.message), **told)
+            self.trouble = VcpuRejected(text, reasons=dict.fromkeys(ids, error.message), **fields)
         else:
             text += f"; vCPU {format_ids(sorted(self.changed))} stays changed"
-            self.trouble = VcpuPartial(text, remaining=sorted(self.changed), **told)
+            self.trouble = VcpuPartial(text, remaining=sorted(self.changed), **fields)
 
     def is_not_online(self, ids: Iterable[int]) -> None:
         """These are plugged, but the guest is not known to run on them."""
@@ -274,11 +274,11 @@ class Report:
 
     def goes_on(self, state: DomainState, after: Outcome | VcpuError) -> None:
         """A second run was needed: `after` is how it ended, and `state` is fresh."""
-        gone = {number for number in self.pending if not state.vcpus[number].enabled}
+        removed = {number for number in self.pending if not state.vcpus[number].enabled}
         before = tuple(sorted(self.changed))
         self.ids = tuple(sorted({*self.ids, *after.ids}))
-        self.changed |= {*gone, *after.changed_ids}
-        self.pending = tuple(sorted({*(set(self.pending) - gone), *after.pending}))
+        self.changed |= {*removed, *after.changed_ids}
+        self.pending = tuple(sorted({*(set(self.pending) - removed), *after.pending}))
         self.undone |= {*after.undone}
         self.messages = list(dict.fromkeys((*self.messages, *after.messages)))
         if isinstance(after, Outcome):
@@ -333,7 +333,13 @@ def _failure(result: Result) -> VcpuError:
     first = next(iter(result.failures or result.rejections), None)
     text = _texts((*result.failures, *result.rejections))
     if not text:
-        text = _unasked(result) if result.unasked else _LATE if result.undone and result.lost else "cancelled"
+        text = (
+            _not_requested(result)
+            if result.not_requested
+            else _LATE
+            if result.undone and result.lost
+            else "cancelled"
+        )
     qmp: dict[str, Any] = {
         "qmp_class": first.error_class if first else None,
         "qmp_text": first.text if result.failures and first else None,
@@ -342,7 +348,7 @@ def _failure(result: Result) -> VcpuError:
         # The error is libvirt's, not QEMU's.
         qmp["libvirt"] = first.error_class
     hint = _hint(result.failures)
-    if first is None and result.unasked:
+    if first is None and result.not_requested:
         hint, qmp["libvirt"] = "repeat the request for these, with a longer --timeout", "VIR_ERR_OPERATION_TIMEOUT"
     if result.undone:
         text += f"; undone: vCPU {format_ids(result.undone)}"
@@ -368,9 +374,9 @@ def _failure(result: Result) -> VcpuError:
 _LATE = "not all of them were removed in time"
 
 
-def _unasked(result: Result) -> str:
+def _not_requested(result: Result) -> str:
     return (
-        f"vCPU {format_ids(result.unasked)}: its unplug was not requested: libvirt takes one at a"
+        f"vCPU {format_ids(result.not_requested)}: its unplug was not requested: libvirt takes one at a"
         " time, and the others took all the time"
     )
 

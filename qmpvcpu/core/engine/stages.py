@@ -34,14 +34,14 @@ class Stage(FastEnum):
 
     READY_TO_REMOVE = "to remove"
     DELETING = "device_del sent"
-    ASKED = "unplug requested"
+    REQUESTED = "unplug requested"
     REMOVED = "removed"
     REJECTED = "rejected by the guest"
     REJECTED_PAUSED = "rejected by the guest, to be requested again"
-    NOT_ASKED = "device_del failed"
-    NOT_ASKED_PAUSED = "device_del failed, to be repeated"
-    NOT_ASKED_AGAIN = "device_del failed, an earlier unplug is pending"
-    UNASKED = "never requested"
+    NOT_REMOVED = "device_del failed"
+    NOT_REMOVED_PAUSED = "device_del failed, to be repeated"
+    DOUBTED = "device_del failed, an earlier unplug is pending"
+    NOT_REQUESTED = "never requested"
     PENDING = "unplug pending"
     RETURNED = "removed, and plugged by another client"
 
@@ -60,18 +60,18 @@ class On(FastEnum):
     START = "the transaction starts"
     OK = "QEMU accepted the command"
     ERROR = "QEMU declined the command"
-    SO = "QEMU reports that the slot is already filled"
+    FILLED = "QEMU reports that the slot is already filled"
     UNSENT = "the command was withdrawn before it was sent"
     PRESENT = "a query shows it"
     ABSENT = "a query does not show it"
     REPLACED = "a query shows another object or thread in its slot"
     REFUSED = "the guest refused"
     RETRY = "the command is worth another try"
-    AGAIN = "the pause before another try is over"
+    RETRY_NOW = "the pause before another try is over"
     REPEAT = "the answer was to an earlier unplug: request it once more"
     DOUBT = "an earlier unplug may still be carried out"
     EXPIRE = "the deadline has passed"
-    LOOKED = "a query was made, and the call does not wait"
+    QUERIED = "a query was made, and the call does not wait"
     LEAVE = "the last query of a cancelled call was made"
     CANCEL = "the call was cancelled"
     GIVE_UP = "another plug of the call has failed"
@@ -87,7 +87,7 @@ PLUG: Final[_Table] = {
     (_S.ADDING, On.OK): _S.ADDED,
     (_S.ADDING, On.UNSENT): _S.DROPPED,
     (_S.ADDING, On.ERROR): _S.NOT_ADDED,
-    (_S.ADDING, On.SO): _S.FOUND,
+    (_S.ADDING, On.FILLED): _S.FOUND,
     (_S.ADDED, On.PRESENT): _S.PLUGGED,
     (_S.ADDED, On.ABSENT): _S.VANISHED,
     (_S.PLUGGED, On.ABSENT): _S.VANISHED,
@@ -95,7 +95,7 @@ PLUG: Final[_Table] = {
     (_S.FOUND, On.ABSENT): _S.VANISHED,
     (_S.OTHERS, On.ABSENT): _S.VANISHED,
     (_S.NOT_ADDED, On.RETRY): _S.ADD_PAUSED,
-    (_S.ADD_PAUSED, On.AGAIN): _S.ADDING,
+    (_S.ADD_PAUSED, On.RETRY_NOW): _S.ADDING,
     (_S.ADD_PAUSED, On.PRESENT): _S.OTHERS,
     (_S.ADD_PAUSED, On.EXPIRE): _S.NOT_ADDED,
     (_S.ADD_PAUSED, On.CANCEL): _S.NOT_ADDED,
@@ -106,38 +106,38 @@ PLUG: Final[_Table] = {
 UNPLUG: Final[_Table] = {
     (_S.READY_TO_REMOVE, On.START): _S.DELETING,
     (_S.READY_TO_REMOVE, On.CANCEL): _S.DROPPED,
-    (_S.DELETING, On.OK): _S.ASKED,
-    (_S.DELETING, On.UNSENT): _S.UNASKED,
-    (_S.DELETING, On.ERROR): _S.NOT_ASKED,
+    (_S.DELETING, On.OK): _S.REQUESTED,
+    (_S.DELETING, On.UNSENT): _S.NOT_REQUESTED,
+    (_S.DELETING, On.ERROR): _S.NOT_REMOVED,
     (_S.DELETING, On.REFUSED): _S.REJECTED,
-    (_S.ASKED, On.ABSENT): _S.REMOVED,
-    (_S.ASKED, On.REFUSED): _S.REJECTED,
-    (_S.ASKED, On.REPEAT): _S.DELETING,
-    (_S.ASKED, On.REPLACED): _S.RETURNED,
-    (_S.ASKED, On.EXPIRE): _S.PENDING,
-    (_S.ASKED, On.LEAVE): _S.PENDING,
+    (_S.REQUESTED, On.ABSENT): _S.REMOVED,
+    (_S.REQUESTED, On.REFUSED): _S.REJECTED,
+    (_S.REQUESTED, On.REPEAT): _S.DELETING,
+    (_S.REQUESTED, On.REPLACED): _S.RETURNED,
+    (_S.REQUESTED, On.EXPIRE): _S.PENDING,
+    (_S.REQUESTED, On.LEAVE): _S.PENDING,
     (_S.PENDING, On.ABSENT): _S.REMOVED,
     (_S.REJECTED, On.ABSENT): _S.REMOVED,
     (_S.REJECTED, On.RETRY): _S.REJECTED_PAUSED,
-    (_S.REJECTED_PAUSED, On.AGAIN): _S.DELETING,
+    (_S.REJECTED_PAUSED, On.RETRY_NOW): _S.DELETING,
     (_S.REJECTED_PAUSED, On.ABSENT): _S.REMOVED,
     (_S.REJECTED_PAUSED, On.EXPIRE): _S.REJECTED,
     (_S.REJECTED_PAUSED, On.CANCEL): _S.REJECTED,
     (_S.REJECTED_PAUSED, On.GIVE_UP): _S.REJECTED,
-    (_S.NOT_ASKED, On.ABSENT): _S.REMOVED,
-    (_S.NOT_ASKED, On.RETRY): _S.NOT_ASKED_PAUSED,
-    (_S.NOT_ASKED, On.DOUBT): _S.NOT_ASKED_AGAIN,
-    (_S.NOT_ASKED_PAUSED, On.AGAIN): _S.DELETING,
-    (_S.NOT_ASKED_PAUSED, On.ABSENT): _S.REMOVED,
-    (_S.NOT_ASKED_PAUSED, On.EXPIRE): _S.NOT_ASKED,
-    (_S.NOT_ASKED_PAUSED, On.CANCEL): _S.NOT_ASKED,
-    (_S.NOT_ASKED_PAUSED, On.GIVE_UP): _S.NOT_ASKED,
-    (_S.NOT_ASKED_AGAIN, On.ABSENT): _S.REMOVED,
-    (_S.NOT_ASKED_AGAIN, On.REFUSED): _S.NOT_ASKED,
-    (_S.UNASKED, On.ABSENT): _S.REMOVED,
-    (_S.UNASKED, On.REFUSED): _S.REJECTED,
-    (_S.UNASKED, On.ERROR): _S.NOT_ASKED,
-    (_S.UNASKED, On.DOUBT): _S.NOT_ASKED_AGAIN,
+    (_S.NOT_REMOVED, On.ABSENT): _S.REMOVED,
+    (_S.NOT_REMOVED, On.RETRY): _S.NOT_REMOVED_PAUSED,
+    (_S.NOT_REMOVED, On.DOUBT): _S.DOUBTED,
+    (_S.NOT_REMOVED_PAUSED, On.RETRY_NOW): _S.DELETING,
+    (_S.NOT_REMOVED_PAUSED, On.ABSENT): _S.REMOVED,
+    (_S.NOT_REMOVED_PAUSED, On.EXPIRE): _S.NOT_REMOVED,
+    (_S.NOT_REMOVED_PAUSED, On.CANCEL): _S.NOT_REMOVED,
+    (_S.NOT_REMOVED_PAUSED, On.GIVE_UP): _S.NOT_REMOVED,
+    (_S.DOUBTED, On.ABSENT): _S.REMOVED,
+    (_S.DOUBTED, On.REFUSED): _S.NOT_REMOVED,
+    (_S.NOT_REQUESTED, On.ABSENT): _S.REMOVED,
+    (_S.NOT_REQUESTED, On.REFUSED): _S.REJECTED,
+    (_S.NOT_REQUESTED, On.ERROR): _S.NOT_REMOVED,
+    (_S.NOT_REQUESTED, On.DOUBT): _S.DOUBTED,
 }
 
 #: An entity whose earlier unplug is pending is plugged again: that unplug is awaited first.
@@ -148,7 +148,7 @@ REPLACE: Final[_Table] = {
     (_S.AWAITING, On.REFUSED): _S.KEPT,
     (_S.AWAITING, On.REPLACED): _S.KEPT,
     (_S.AWAITING, On.EXPIRE): _S.STILL_AWAITED,
-    (_S.AWAITING, On.LOOKED): _S.STILL_AWAITED,
+    (_S.AWAITING, On.QUERIED): _S.STILL_AWAITED,
     (_S.AWAITING, On.CANCEL): _S.STILL_AWAITED,
     (_S.AWAITING, On.GIVE_UP): _S.STILL_AWAITED,
     (_S.KEPT, On.ABSENT): _S.ADDING,
@@ -164,36 +164,38 @@ UNDO: Final[_Table] = {
     (_S.VANISHED, On.PRESENT): _S.PLUGGED,
 }
 
-FIRST: Final[_Table] = {**PLUG, **UNPLUG, **REPLACE}
+FORWARD: Final[_Table] = {**PLUG, **UNPLUG, **REPLACE}
 #: An undo removes an object that is newer than the plan, so REPLACED does not apply to it.
 UNDOING: Final[_Table] = {
     pair: stage for pair, stage in {**PLUG, **UNPLUG, **UNDO}.items() if pair[1] is not On.REPLACED
 }
 
 #: The guest or a timer ends these.
-WAITING: Final = frozenset({_S.ASKED, _S.AWAITING, _S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_ASKED_PAUSED})
+WAITING: Final = frozenset({_S.REQUESTED, _S.AWAITING, _S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_REMOVED_PAUSED})
 #: A timer ends these: another try follows.
-PAUSED: Final = frozenset({_S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_ASKED_PAUSED})
+PAUSED: Final = frozenset({_S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_REMOVED_PAUSED})
 #: QEMU's reply ends these.
 IN_FLIGHT: Final = frozenset({_S.ADDING, _S.DELETING})
 #: A query ends these.
 UNVERIFIED: Final = frozenset({_S.ADDED, _S.FOUND})
 #: QEMU may still carry out an unplug that was requested.
-STILL_ASKED: Final = frozenset(
-    {_S.DELETING, _S.ASKED, _S.PENDING, _S.NOT_ASKED_AGAIN, _S.AWAITING, _S.STILL_AWAITED}
+STILL_REQUESTED: Final = frozenset(
+    {_S.DELETING, _S.REQUESTED, _S.PENDING, _S.DOUBTED, _S.AWAITING, _S.STILL_AWAITED}
 )
 NOT_BEGUN: Final = frozenset({_S.READY_TO_ADD, _S.READY_TO_REMOVE, _S.READY_TO_REPLACE, _S.DROPPED})
 
 PLUG_FAILED: Final = frozenset({_S.NOT_ADDED, _S.VANISHED})
 FAILED: Final = PLUG_FAILED | {
     _S.ADD_PAUSED,
-    _S.NOT_ASKED,
-    _S.NOT_ASKED_AGAIN,
-    _S.NOT_ASKED_PAUSED,
+    _S.NOT_REMOVED,
+    _S.DOUBTED,
+    _S.NOT_REMOVED_PAUSED,
     _S.RETURNED,
 }
 REJECTED: Final = frozenset({_S.REJECTED, _S.REJECTED_PAUSED})
 #: A removal whose undo is in one of these has not been brought back.
 NOT_RESTORED: Final = PLUG_FAILED | {_S.ADD_PAUSED}
 #: A plug whose undo is in one of these is still there.
-NOT_UNDONE: Final = frozenset({_S.DELETING, _S.ASKED, _S.PENDING, _S.REJECTED, _S.NOT_ASKED, _S.UNASKED})
+NOT_UNDONE: Final = frozenset(
+    {_S.DELETING, _S.REQUESTED, _S.PENDING, _S.REJECTED, _S.NOT_REMOVED, _S.NOT_REQUESTED}
+)

@@ -21,7 +21,7 @@ _RETRY_FIRST: Final = 0.25
 _RETRY_MOST: Final = 2.0
 #: Seconds that a backend which sends one unplug after the other has to send them all, also for a
 #: call that does not wait.
-_ASK_SECONDS: Final = 2.0
+_REQUEST_SECONDS: Final = 2.0
 
 
 @dataclass(slots=True)
@@ -41,7 +41,7 @@ class Timers:
         """The deadline is `patience` seconds away, in a call whose guest has `timeout` seconds."""
         self.started = True
         self.deadline = now + patience
-        self.drop = now + max(timeout, _ASK_SECONDS)
+        self.drop = now + max(timeout, _REQUEST_SECONDS)
         self.poll = now + _POLL_FIRST
 
     def extend(self, now: float) -> None:

@@ -30,9 +30,9 @@ from qmpvcpu.core.engine.messages import (
     Delete,
     Drop,
     Effect,
+    EventReceived,
     Failure,
     Finished,
-    Heard,
     Input,
     Look,
     Moves,
@@ -58,14 +58,14 @@ from qmpvcpu.core.engine.stages import (
     Stage,
 )
 from qmpvcpu.core.engine.timers import Timers, is_due
-from qmpvcpu.core.state.events import PERIPHERAL, Names, SignalKind, interpret, is_so, is_taken, is_transient
+from qmpvcpu.core.state.events import PERIPHERAL, Names, SignalKind, interpret, is_filled, is_taken, is_transient
 
 _UNFINISHED: Final = WAITING | IN_FLIGHT
 _UNDOABLE: Final = frozenset({Stage.ADDED, Stage.PLUGGED})
-_NOT_AS_ASKED: Final = FAILED | REJECTED | {Stage.UNASKED}
+_NOT_AS_REQUESTED: Final = FAILED | REJECTED | {Stage.NOT_REQUESTED}
 #: A reply that leads to one of these calls for a query: "DeviceNotFound" may mean that the CPU is
 #: removed.
-_QUERIED_ON_REPLY: Final = frozenset({Stage.NOT_ASKED, Stage.NOT_ASKED_AGAIN})
+_QUERIED_ON_REPLY: Final = frozenset({Stage.NOT_REMOVED, Stage.DOUBTED})
 
 
 class Phase(Enum):
@@ -97,9 +97,9 @@ class Transaction:
         #: Ids of the entities whose removal QEMU has reported.
         self._deleted: set[int] = set()
         self._querying = False
-        self._look_again = False
+        self._query_again = False
         #: A reply calls for a query, once all replies have come.
-        self._to_look = False
+        self._query_due = False
         #: An unplug was accepted, and no query was sent since.
         self._unseen = False
         #: Ids of the entities that had an event while a query was under way.
@@ -119,7 +119,7 @@ class Transaction:
             self._query()
         else:
             self._timers.start(now, self._terms.timeout, self._terms.timeout)
-        return self._settle(now)
+        return self._proceed(now)
 
     def feed(self, happened: Input, now: float) -> list[Effect]:
         """What happened -> what to do next; `now` is a moment of the caller's clock, seconds."""
@@ -127,25 +127,25 @@ class Transaction:
             case Replied():
                 self._replied(happened)
             case QuerySent():
-                self._look_again = self._unseen = False
+                self._query_again = self._unseen = False
                 self._reported.clear()
-                self._effects.append(Look(self._seems_over()))
+                self._effects.append(Look(self._all_reported()))
                 return self._timed(now)
             case Snapshot():
                 if not self._timers.started:
                     self._timers.start(now, self._terms.timeout, self._terms.timeout)
                 self._seen(happened)
-            case Heard():
-                self._heard(happened)
+            case EventReceived():
+                self._event(happened)
             case Woke():
                 self._woke(now)
             case Unsent():
-                self._unsent(self._items[happened.first])
+                self._unsent(self._items[happened.entity_id])
             case Cancelled():
                 self._cancel(now)
         if self._cancelled:
             self._all(On.CANCEL, undo=False)
-        return self._settle(now)
+        return self._proceed(now)
 
     def result(self) -> Result:
         """The result; before `Finished`, the state so far."""
@@ -160,12 +160,12 @@ class Transaction:
     # -- what happens -----------------------------------------------------------------------------
 
     def _replied(self, reply: Replied) -> None:
-        item = self._items[reply.first]
+        item = self._items[reply.entity_id]
         failed = reply.error_class is not None or reply.text is not None
         text = reply.text or "no reason given"
         if failed and is_taken(text):
             self._rename(item)
-        if failed and is_so(text) and self._move(item, On.SO):
+        if failed and is_filled(text) and self._move(item, On.FILLED):
             return
         if self._move(item, On.ERROR if failed else On.OK) and failed:
             item.note = Failure(item.entity, text, reply.error_class)
@@ -173,21 +173,21 @@ class Transaction:
                 self._retry(item)
             elif is_taken(text) and item.readds and not self._expired and (item.is_undo or not self._cancelled):
                 item.readds -= 1
-                self._to_look |= self._move(item, On.RETRY)
+                self._query_due |= self._move(item, On.RETRY)
             if item.doubt or item.repeated:
                 self._move(item, On.DOUBT)
-        if item.stage is Stage.ASKED and item.repeat and not (self._cancelled or self._expired):
+        if item.stage is Stage.REQUESTED and item.repeat and not (self._cancelled or self._expired):
             item.repeat, item.repeated = False, True
             self._move(item, On.REPEAT)
-        if item.stage is not Stage.ASKED:
-            self._to_look |= item.stage in _QUERIED_ON_REPLY
+        if item.stage is not Stage.REQUESTED:
+            self._query_due |= item.stage in _QUERIED_ON_REPLY
         elif item.is_undo:
             # What the undo removes may be gone before the reply.
-            self._to_look = True
+            self._query_due = True
         else:
             # On ppc64 before the guest runs it is removed before the reply. Where QEMU will still
             # send an event, a query now would only delay it.
-            self._to_look |= not self._terms.wait or self._cancelled or self._seems_over()
+            self._query_due |= not self._terms.wait or self._cancelled or self._all_reported()
             self._unseen = True
 
     def _rename(self, item: Item) -> None:
@@ -200,7 +200,7 @@ class Transaction:
             self._names.add(item.entity)
 
     def _unsent(self, item: Item) -> None:
-        if not self._move(item, On.UNSENT) or item.stage is not Stage.UNASKED:
+        if not self._move(item, On.UNSENT) or item.stage is not Stage.NOT_REQUESTED:
             return
         # An earlier error about it still counts, and so does an earlier unplug that has not ended.
         if item.note is not None:
@@ -212,31 +212,31 @@ class Transaction:
         self._undo_forbidden, self._restore_forbidden = now.undo_forbidden, now.restore_forbidden
         self._querying = False
         for item in self._items:
-            first = item.entity.first
+            first = item.entity.id
             if first not in now.plugged:
                 self._move(item, On.ABSENT)
             elif not (first in now.replaced and self._move(item, On.REPLACED)):
                 self._move(item, On.PRESENT)
         # An entity that this query shows as removed needs no other query.
-        self._look_again |= any(self._items[first].stage in WAITING for first in self._reported)
+        self._query_again |= any(self._items[first].stage in WAITING for first in self._reported)
         self._reported.clear()
-        if self._look_again:
+        if self._query_again:
             return
         if not self._terms.wait:
-            self._all(On.LOOKED)
+            self._all(On.QUERIED)
         if self._expired:
             self._all(On.EXPIRE)
         if self._cancelled:
             self._all(On.LEAVE, undo=False)
 
-    def _heard(self, heard: Heard) -> None:
+    def _event(self, heard: EventReceived) -> None:
         signal = interpret(heard.event, heard.data, self._names)
         if signal is None or signal.kind is SignalKind.EJECTING:
             return
-        item = self._items.get(signal.first)
+        item = self._items.get(signal.entity_id)
         is_gone = signal.kind is SignalKind.DELETED and item is not None
-        if is_gone and signal.first is not None:
-            self._deleted.add(signal.first)
+        if is_gone and signal.entity_id is not None:
+            self._deleted.add(signal.entity_id)
         waited = self._waiting
         if signal.kind is SignalKind.RESET and self._terms.reset_drops_unplug:
             for one in self._items:
@@ -248,10 +248,10 @@ class Transaction:
             return
         if not is_gone or item is None:
             self._query()
-        elif item.stage is Stage.AWAITING or self._seems_over():
+        elif item.stage is Stage.AWAITING or self._all_reported():
             # Of several removals only the last is worth a query; a poll replaces an event that is
             # lost.
-            self._query(item.entity.first)
+            self._query(item.entity.id)
 
     def _refused(self, item: Item, reason: str | None) -> None:
         if item.doubt and item.stage is Stage.DELETING:
@@ -286,7 +286,7 @@ class Transaction:
         elif is_due(timers.retry, now):
             timers.retry = None
             if not self._expired:
-                self._all(On.AGAIN)
+                self._all(On.RETRY_NOW)
         elif is_due(timers.soon, now):
             timers.soon = None
             self._poll()
@@ -306,7 +306,7 @@ class Transaction:
         self._timers = Timers()
         self._timers.start(now, clock.UNDO_SECONDS, self._terms.timeout)
         self._effects.append(Drop())
-        if self._items.any_first({Stage.ASKED}):
+        if self._items.any_forward({Stage.REQUESTED}):
             # An unplug may have ended right before the cancellation.
             self._query()
 
@@ -338,7 +338,7 @@ class Transaction:
         if item.stage is Stage.ADDING:
             self._effects.append(Add(item.entity))
         elif item.stage is Stage.DELETING:
-            self._deleted.discard(item.entity.first)
+            self._deleted.discard(item.entity.id)
             name = PERIPHERAL + item.entity.device_id if item.is_undo else item.entity.unplug_name
             self._effects.append(Delete(item.entity, name, undo=item.is_undo))
 
@@ -347,14 +347,14 @@ class Transaction:
         it is for.
         """
         if not self._querying:
-            self._querying, self._look_again = True, False
+            self._querying, self._query_again = True, False
             self._effects.append(Query())
         elif about is None:
-            self._look_again = True
+            self._query_again = True
         else:
             self._reported.add(about)
 
-    def _settle(self, now: float) -> list[Effect]:
+    def _proceed(self, now: float) -> list[Effect]:
         """Go on to the next phase if this one has nothing left to wait for; return the effects."""
         items = self._items
         if self._failing:
@@ -364,15 +364,15 @@ class Transaction:
                 self._dropped = True
                 self._effects.append(Drop())
         in_flight = items.any(IN_FLIGHT)
-        if self._to_look and not in_flight:
-            self._to_look = False
+        if self._query_due and not in_flight:
+            self._query_due = False
             self._query()
         if self._phase is not Phase.DONE and not in_flight:
             self._advance(now)
         return self._timed(now)
 
     def _advance(self, now: float) -> None:
-        if self._look_again and not self._querying:
+        if self._query_again and not self._querying:
             self._query()
         elif self._undo_is_due():
             if not self._querying:
@@ -418,29 +418,29 @@ class Transaction:
     @property
     def _failing(self) -> bool:
         """Whether a plug has failed, or the caller has cancelled: what was plugged is to be undone."""
-        return self._cancelled or self._items.any_first(PLUG_FAILED)
+        return self._cancelled or self._items.any_forward(PLUG_FAILED)
 
-    def _seems_over(self) -> bool:
+    def _all_reported(self) -> bool:
         """Whether QEMU has reported every removal that is awaited: a query has only to confirm
         them.
         """
         if not self._deleted:
             return False
-        return self._deleted.issuperset(item.entity.first for item in self._items if item.stage in _UNFINISHED)
+        return self._deleted.issuperset(item.entity.id for item in self._items if item.stage in _UNFINISHED)
 
     def _is_waited_for(self) -> bool:
         if self._terms.wait:
             return self._waiting
         if self._items.any({Stage.AWAITING}):
             return True
-        return self._items.any_undo(Stage.ASKED) or self._items.any_undo(Stage.ADD_PAUSED)
+        return self._items.any_undo(Stage.REQUESTED) or self._items.any_undo(Stage.ADD_PAUSED)
 
     def _undo_is_due(self) -> bool:
         if self._phase is not Phase.RUN or self._undo_forbidden is not None:
             return False
-        return self._failing and self._items.any_first(_UNDOABLE)
+        return self._failing and self._items.any_forward(_UNDOABLE)
 
     def _restore_is_due(self) -> bool:
         if not self._terms.atomic or self._cancelled or self._restore_forbidden is not None:
             return False
-        return self._items.any_first(_NOT_AS_ASKED) and self._items.any_first({Stage.REMOVED})
+        return self._items.any_forward(_NOT_AS_REQUESTED) and self._items.any_forward({Stage.REMOVED})

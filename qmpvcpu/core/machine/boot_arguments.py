@@ -101,7 +101,7 @@ def located(definition: Definition, state: DomainState) -> DomainState:
     props = {number: slot.props for ids, slot in layout.entities() for number in ids}
     return replace(
         state,
-        entities=tuple(replace(entity, props=props[entity.first]) for entity in state.entities),
+        entities=tuple(replace(entity, props=props[entity.id]) for entity in state.entities),
         vcpus=tuple(replace(vcpu, props=props[vcpu.id]) for vcpu in state.vcpus),
     )
 

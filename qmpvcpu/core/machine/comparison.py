@@ -280,14 +280,14 @@ def image_name(text: str) -> str:
     """The name of a file, without the words that QEMU or a command line puts around it."""
     if text.startswith("json:"):
         try:
-            said = json.loads(text.removeprefix("json:"))
+            value = json.loads(text.removeprefix("json:"))
         except (ValueError, RecursionError):
             return text
-        while isinstance(said, dict):
-            if isinstance(said.get("filename"), str):
-                return image_name(said["filename"])
-            said = said.get("file")
-        return image_name(said) if isinstance(said, str) else text
+        while isinstance(value, dict):
+            if isinstance(value.get("filename"), str):
+                return image_name(value["filename"])
+            value = value.get("file")
+        return image_name(value) if isinstance(value, str) else text
     prefix = next((prefix for prefix in _LOCAL if text.startswith(prefix)), "")
     return text.removeprefix(prefix)
 

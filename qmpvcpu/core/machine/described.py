@@ -26,7 +26,7 @@ _OBJECTS: Final = "/objects/"
 #: Options of -machine that the definition has elsewhere; those that name files of the host or
 #: protect the guest.
 _ELSEWHERE: Final = frozenset({"memory-backend", "type", "accel"})
-_NOT_HELD: Final = frozenset(
+_NOT_DEFINED: Final = frozenset(
     (
         *("kernel", "initrd", "append", "dtb", "dumpdtb", "firmware", "shm-path"),
         *("confidential-guest-support", "memory-encryption"),
@@ -218,13 +218,15 @@ def _of_line(
         for node in nodes
     )
     machine = dict(pair for name, pair in _FLAGS.items() if line.has(name)) | dict(line.machine_options)
-    gone = {key for key, value in machine.items() if key in _NOT_HELD or "," in value or not value.isprintable()}
-    left_out += [f"-machine {key}={value}" for key, value in machine.items() if key in gone]
+    dropped = {
+        key for key, value in machine.items() if key in _NOT_DEFINED or "," in value or not value.isprintable()
+    }
+    left_out += [f"-machine {key}={value}" for key, value in machine.items() if key in dropped]
     left_out += line.memory_attributes
     accel = next(line.all("accel"), None)
     is_used = accel is not None and accel.get("accel") == found.accel
     options = QemuOptions(
-        tuple((key, value) for key, value in machine.items() if key not in gone | _ELSEWHERE),
+        tuple((key, value) for key, value in machine.items() if key not in dropped | _ELSEWHERE),
         line.accel_options if is_used else (),
         (),
         tuple(backends),

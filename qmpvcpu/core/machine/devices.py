@@ -19,7 +19,7 @@ AGENT_CHARDEV: Final = "agent"
 AGENT_PORT: Final = "org.qemu.guest_agent.0"
 
 #: Passed on unchanged: what the guest sees, and the backends of that.
-_KEPT: Final = frozenset(
+_PASSED_ON: Final = frozenset(
     (
         *("device", "drive", "blockdev", "netdev", "nic", "net", "chardev", "object", "global", "set"),
         *("vga", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "pflash", "mtdblock", "boot", "rtc"),
@@ -98,7 +98,7 @@ def devices_of(
     left_out: list[str] = []
     serials = [option.text or "none" for option in line.all("serial")]
     for option in line.options:
-        if option.name not in _KEPT:
+        if option.name not in _PASSED_ON:
             if option.name not in _ELSEWHERE:
                 left_out.append(" ".join(option.words))
             continue
@@ -110,11 +110,11 @@ def devices_of(
             continue
         if _has_descriptor(option):
             left_out.append(" ".join(option.words))
-        again = _again(option)
-        placed = _in_folder(again, folder)
+        renewed = _renewed(option)
+        placed = _in_folder(renewed, folder)
         if placed is None:
             left_out.append(f"the folder of the file in '{' '.join(option.words)}'")
-        words += (placed or again).words
+        words += (placed or renewed).words
     has_defaults = not line.has("nodefaults")
     has_serial = serials[0] != "none" if serials else has_defaults
     if serials and not has_serial:
@@ -131,7 +131,7 @@ def beyond_definitions(line: QemuCommandLine) -> list[str]:
     """
     found = []
     for option in line.options:
-        is_known = option.name in _KEPT or option.name in _ELSEWHERE or option.name in _NOT_MISSED
+        is_known = option.name in _PASSED_ON or option.name in _ELSEWHERE or option.name in _NOT_MISSED
         # Without its chardev a console is only silent.
         if not is_known or (option.name != "chardev" and _has_descriptor(option)):
             found.append(" ".join(option.words))
@@ -139,7 +139,7 @@ def beyond_definitions(line: QemuCommandLine) -> list[str]:
     return found + missed
 
 
-def not_held(beyond: Sequence[str], arguments: Sequence[str]) -> list[str]:
+def not_defined(beyond: Sequence[str], arguments: Sequence[str]) -> list[str]:
     """Those of `beyond_definitions` for which a definition has no counterpart.
 
     Args:
@@ -147,14 +147,14 @@ def not_held(beyond: Sequence[str], arguments: Sequence[str]) -> list[str]:
         arguments: of a QEMU that is started from the definition.
     """
     line = read_command_line(["qemu", *arguments])
-    held = {" ".join(option.words) for option in line.options}
-    held |= {f"-machine {key}={value}" for key, value in line.machine_options}
+    defined = {" ".join(option.words) for option in line.options}
+    defined |= {f"-machine {key}={value}" for key, value in line.machine_options}
     networks = {option.get("id") for option in line.all("netdev") if option.get("type") != "user"}
     found = []
     for text in beyond:
         option = next(iter(read_command_line(["qemu", *text.split(" ", 1)]).options), Option(""))
         is_network = option.name == "netdev" and option.get("id") in networks
-        if option.name == "snapshot" or (text not in held and not is_network):
+        if option.name == "snapshot" or (text not in defined and not is_network):
             found.append(text)
     return found
 
@@ -220,7 +220,7 @@ def _has_descriptor(option: Option) -> bool:
     )
 
 
-def _again(option: Option) -> Option:
+def _renewed(option: Option) -> Option:
     """The option for a QEMU in the background, with the agent's port on the chardev that `start`
     makes.
     """

@@ -146,8 +146,10 @@ class MachineLayout:
 
     def entities(self) -> list[tuple[tuple[int, ...], MachineSlot]]:
         """Each slot with its vCPU ids."""
-        firsts = accumulate((slot.vcpus_count for slot in self.slots), initial=0)
-        return [(tuple(range(n, n + slot.vcpus_count)), slot) for n, slot in zip(firsts, self.slots, strict=False)]
+        entity_ids = accumulate((slot.vcpus_count for slot in self.slots), initial=0)
+        return [
+            (tuple(range(n, n + slot.vcpus_count)), slot) for n, slot in zip(entity_ids, self.slots, strict=False)
+        ]
 
     def vcpus(self, started: Sequence[int] | None = None) -> list[Vcpu]:
         """A row for each vCPU, as it is at the start.

@@ -60,7 +60,7 @@ class Machine:
         return frozenset(slot.ids[0] for slot in self.slots if slot.plugged)
 
     @property
-    def by_first(self) -> dict[int, Slot]:
+    def by_id(self) -> dict[int, Slot]:
         """Slots by entity id."""
         return {slot.ids[0]: slot for slot in self.slots}
 

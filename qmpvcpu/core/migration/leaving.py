@@ -24,7 +24,7 @@ _RUN_STATES: Final = {
     "internal-error": catalogue.INTERNAL_ERROR,
     "io-error": catalogue.IO_ERROR,
     "inmigrate": catalogue.WAITS_FOR_A_GUEST,
-    "postmigrate": catalogue.WAS_HANDED_OVER,
+    "postmigrate": catalogue.WAS_MIGRATED,
 }
 
 

@@ -35,7 +35,7 @@ def _check_slots(source: Machine, destination: Machine) -> list[Refusal]:
     elsewhere: list[int] = []
     others: dict[_Row, list[int]] = {}
     for slot in source.slots:
-        other = destination.by_first.get(slot.ids[0])
+        other = destination.by_id.get(slot.ids[0])
         if other is None:
             lacking += slot.ids
             continue

@@ -204,12 +204,12 @@ def _plan_maximum(definition: Definition, request: Request) -> ConfigPlan:
         return ConfigPlan(definition, definition, refusals=tuple(refusals))
     vcpus = [replace(vcpu, order=None) for vcpu in definition.vcpus[:maximum]]
     vcpus += [VcpuConfig(number, enabled=False, hotpluggable=True) for number in range(len(vcpus), maximum)]
-    gone = tuple(number for number in definition.enabled_ids if number >= maximum)
-    notes = (f"vCPU {format_ids(gone)} was enabled in the definition, and no longer exists",) if gone else ()
+    removed = tuple(number for number in definition.enabled_ids if number >= maximum)
+    notes = (f"vCPU {format_ids(removed)} was enabled in the definition, and no longer exists",) if removed else ()
     new = replace(
         definition,
         vcpus=tuple(vcpus),
         pins={number: cpus for number, cpus in definition.pins.items() if number < maximum},
         schedulers={number: word for number, word in definition.schedulers.items() if number < maximum},
     )
-    return ConfigPlan(definition, new, gone, gone, messages=notes)
+    return ConfigPlan(definition, new, removed, removed, messages=notes)

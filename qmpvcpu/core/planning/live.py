@@ -248,7 +248,7 @@ def _steps(state: DomainState, wants: Mapping[int, bool], known: Knowledge) -> _
     for entity in state.entities_of(wants):
         meant = [number for number in entity.ids if number in wants]
         on = wants[meant[0]]
-        if on and entity.first in known.pending and entity.plugged:
+        if on and entity.id in known.pending and entity.plugged:
             steps.awaited.append(entity)
         elif entity.plugged != on:
             (steps.plugs if on else steps.unplugs).append(entity)

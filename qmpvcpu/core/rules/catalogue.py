@@ -273,7 +273,7 @@ NO_AGENT = Reason(
 )
 AGENT_DISABLED = Reason(
     "agent-disabled",
-    "the guest agent does not carry out '{command}': {said}",
+    "the guest agent does not carry out '{command}': {error}",
     "allow {command} in the guest's qemu-ga configuration (block-rpcs, allow-rpcs)",
     _UNSUPPORTED,
 )
@@ -360,7 +360,7 @@ NOT_DEFINED = Reason(
 NOT_DEFINED_TO_START = Reason(
     "definition", "no domain '{name}' is defined", "define it first: `qmpvcpu define FILE`", "VIR_ERR_NO_DOMAIN"
 )
-DEFINITION_GONE = Reason(
+DEFINITION_REMOVED = Reason(
     "definition", "there is no definition '{path}'", "`qmpvcpu list` shows what is defined", "VIR_ERR_NO_DOMAIN"
 )
 DEFINITION_NOT_READ = Reason("definition", "'{path}' cannot be read: {why}", "{cure}", _INVALID)
@@ -416,11 +416,13 @@ PLACE_NOT_OWNER = Reason(
 )
 PLACE_OFFLINE = Reason(
     "place",
-    "vCPU {ids} is {how} {gone}: host CPU {gone} is not online (online: {there})",
+    "vCPU {ids} is {how} {missing}: host CPU {missing} is not online (online: {there})",
     f"correct {{element}}; {_NO_PLACE}",
 )
 PLACE_OUTSIDE = Reason(
-    "place", "vCPU {ids} is {how} {gone}: the cpuset of '{path}' has {there}", f"correct {{element}}; {_NO_PLACE}"
+    "place",
+    "vCPU {ids} is {how} {missing}: the cpuset of '{path}' has {there}",
+    f"correct {{element}}; {_NO_PLACE}",
 )
 PRIORITY = Reason(
     "place",
@@ -587,8 +589,8 @@ CELL_WITHOUT_MEMORY = Reason(
 
 # -- What QEMU says to -smp and -numa: smp
 
-SMP_SAID = Reason(
-    "smp", "QEMU refuses this machine: {said}", "correct the machine: '{binary}' refused it", _CONFIG
+SMP_REFUSED = Reason(
+    "smp", "QEMU refuses this machine: {error}", "correct the machine: '{binary}' refused it", _CONFIG
 )
 #: QEMU's own rules, in its words: `core.machine.smp` and `core.machine.numa` fill them in
 #: (`core.machine.words.refuse_smp`).
@@ -636,7 +638,7 @@ DIFFERENCE = Reason("difference", "{difference}", "{hint}", _INVALID)
 #: Also the hint of other errors about a guest without a definition, or with that of another
 #: machine.
 DEFINE_IT: Final = "`qmpvcpu define NAME --qmp ADDR` makes a definition of the guest as it runs"
-NOT_HELD = Reason(
+NOT_IN_DEFINITION = Reason(
     "not-held",
     "the guest was started with '{words}', which the definition does not have",
     "start the guest without it, or write its counterpart into the definition",
@@ -743,7 +745,7 @@ WAITS_FOR_A_GUEST = Reason(
     "`qmpvcpu migrate-cancel` ends it",
     _INVALID,
 )
-WAS_HANDED_OVER = Reason(
+WAS_MIGRATED = Reason(
     "run-state",
     "the guest is '{state}': it has been migrated, or a save failed while it was paused: QEMU"
     " migrates it again only after it has run",
@@ -887,7 +889,7 @@ DAMAGED = Reason(
     "'{path}' is damaged: its SHA-256 digest differs from that of the saved guest",
     "use a copy of the file, if there is one",
 )
-STILL_HERE = Reason(
+STILL_EXISTS = Reason(
     "still-here",
     "the guest in '{file}' still exists in QEMU (process {pid})",
     "any command on that guest, such as vcpuinfo, ends it or lets it run; then restore the file",
@@ -895,8 +897,8 @@ STILL_HERE = Reason(
 
 # -- libvirt: libvirt, counts-only
 
-LIBVIRT = Reason("libvirt", "{said}")
-LIBVIRT_NOT_STARTED = Reason("libvirt", "libvirt does not start the domain: {said}")
+LIBVIRT = Reason("libvirt", "{error}")
+LIBVIRT_NOT_STARTED = Reason("libvirt", "libvirt does not start the domain: {error}")
 NO_LIBVIRT = Reason(
     "libvirt",
     "libvirt-python is not installed: {error}",

@@ -23,14 +23,17 @@ _FORCE: Final = "--force (force=True) does it anyway"
 
 def check_whole_entities(state: DomainState, ids: Sequence[int], flags: VcpuFlag) -> list[Refusal]:
     """Refuse ids that are only a part of what one `device_add` or `device_del` moves."""
-    asked = set(ids)
+    requested = set(ids)
     verb = "enable" if flags & VcpuFlag.ENABLE else "disable"
     return [
         catalogue.PART_OF_ENTITY(
-            [number for number in entity.ids if number in asked], label=entity.label, verb=verb, whole=entity.ids
+            [number for number in entity.ids if number in requested],
+            label=entity.label,
+            verb=verb,
+            whole=entity.ids,
         )
         for entity in state.entities_of(ids)
-        if not asked.issuperset(entity.ids)
+        if not requested.issuperset(entity.ids)
     ]
 
 
@@ -56,7 +59,7 @@ def check_unplug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal
 
 
 def _never_unplugged(entity: Entity) -> Refusal:
-    if entity.first and entity.driver == LIBVIRT_DRIVER:
+    if entity.id and entity.driver == LIBVIRT_DRIVER:
         return catalogue.NOT_A_DEVICE(entity.ids, label=entity.label)
     return catalogue.BOOT_CPU(entity.ids, label=entity.label, verb="include" if len(entity.ids) > 1 else "is")
 
@@ -174,6 +177,6 @@ def undo_forbidden(state: DomainState, known: Knowledge) -> str | None:
     """Why a plug must not be undone by an unplug on this machine; None if it may."""
     if not state.can_unplug:
         return f"{state.machine} ({state.arch}) never unplugs a CPU"
-    sample = [entity for entity in state.entities if entity.first != 0][:1]
+    sample = [entity for entity in state.entities if entity.id != 0][:1]
     kills = check_kills_on_unplug(state, sample, known)
     return kills[0].message if kills else None

@@ -235,7 +235,7 @@ def _groups(
 
 def _within(
     ids: tuple[int, ...],
-    asked: tuple[int, ...],
+    wanted: tuple[int, ...],
     how: str,
     online: frozenset[int] | None,
     allowed: frozenset[int] | None,
@@ -243,11 +243,13 @@ def _within(
     element: str,
 ) -> list[Refusal]:
     """Refuse host CPUs or nodes that are not there, or may not be used."""
-    if online is not None and (gone := [number for number in asked if number not in online]):
-        return [catalogue.PLACE_OFFLINE(ids, how=how, gone=gone, there=sorted(online), element=element)]
-    if allowed is not None and (gone := [number for number in asked if number not in allowed]):
+    if online is not None and (missing := [number for number in wanted if number not in online]):
+        return [catalogue.PLACE_OFFLINE(ids, how=how, missing=missing, there=sorted(online), element=element)]
+    if allowed is not None and (missing := [number for number in wanted if number not in allowed]):
         return [
-            catalogue.PLACE_OUTSIDE(ids, how=how, gone=gone, path=path, there=sorted(allowed), element=element)
+            catalogue.PLACE_OUTSIDE(
+                ids, how=how, missing=missing, path=path, there=sorted(allowed), element=element
+            )
         ]
     return []
 
@@ -269,7 +271,7 @@ def _real_time(wanted: Mapping[int, Placement], facts: HostFacts, cpu: Control) 
     return found
 
 
-def is_left(placement: Placement, thread: ThreadState, main: ThreadState) -> bool:
+def is_unplaced(placement: Placement, thread: ThreadState, main: ThreadState) -> bool:
     """Whether nobody has placed a thread yet: it has what QEMU's main thread has, and should have
     something else.
 

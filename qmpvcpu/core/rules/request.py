@@ -82,7 +82,7 @@ def check_sides(
     return found + [reason() for is_refused, reason in checks if is_refused]
 
 
-def check_at_rest(run_state: str | None, migration: str | None) -> list[Refusal]:
+def check_not_migrating(run_state: str | None, migration: str | None) -> list[Refusal]:
     """Why no vCPU can change now: the guest is migrating, or has migrated.
 
     Args:

@@ -173,8 +173,8 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
         return {}, [catalogue.NO_VCPUS(total=total)]
     if total > state.maxcpus:
         return {}, [catalogue.OVER_MAXIMUM(total=total, most=state.maxcpus)]
-    leaving = [e for e in state.entities if e.plugged and e.first in known.pending]
-    staying = [e for e in state.entities if e.plugged and e.first not in known.pending]
+    leaving = [e for e in state.entities if e.plugged and e.id in known.pending]
+    staying = [e for e in state.entities if e.plugged and e.id not in known.pending]
     wants = {number: True for entity in staying for number in entity.ids}
     wants |= {number: False for entity in leaving for number in entity.ids}
     now = sum(len(entity.ids) for entity in staying)
@@ -183,7 +183,7 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
         candidates = leaving + [entity for entity in state.entities if not entity.plugged]
     else:
         # On a machine that never unplugs, the checks of `rules.hotplug` say so.
-        candidates = [e for e in reversed(staying) if e.hotpluggable or (not state.can_unplug and e.first != 0)]
+        candidates = [e for e in reversed(staying) if e.hotpluggable or (not state.can_unplug and e.id != 0)]
     below = above = now
     for entity in candidates:
         if now == total:
@@ -234,13 +234,15 @@ def guest_total(view: GuestView, total: int) -> tuple[tuple[int, ...], bool, lis
     """The guest's own ids of the CPUs that must change to make `total` of them online, whether they
     go online, and refusals. The lowest go online; the highest that can go offline do.
     """
-    lit = [cpu for cpu in view.cpus if cpu.online]
-    online = total >= len(lit)
+    online_cpus = [cpu for cpu in view.cpus if cpu.online]
+    online = total >= len(online_cpus)
     some = (
-        [c for c in view.cpus if not c.online] if online else [c for c in lit if c.can_offline is not False][::-1]
+        [c for c in view.cpus if not c.online]
+        if online
+        else [c for c in online_cpus if c.can_offline is not False][::-1]
     )
-    wanted = abs(total - len(lit))
+    wanted = abs(total - len(online_cpus))
     if total < 1 or wanted > len(some):
-        least, most = len(lit) - sum(cpu.can_offline is not False for cpu in lit), len(view.cpus)
+        least, most = len(online_cpus) - sum(cpu.can_offline is not False for cpu in online_cpus), len(view.cpus)
         return (), online, [catalogue.GUEST_CPUS_TOTAL(total=total, least=max(least, 1), most=most)]
     return tuple(sorted(cpu.logical_id for cpu in some[:wanted])), online, []

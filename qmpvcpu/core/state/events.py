@@ -41,32 +41,32 @@ class SignalKind(Enum):
     EJECTING = "ejecting"
     GUEST_REFUSED = "guest-refused"
     #: Something ended or changed; only a fresh query shows what.
-    LOOK_AGAIN = "look-again"
+    REFRESH = "look-again"
     #: The machine was reset: x86 drops every pending unplug.
     RESET = "reset"
 
 
 @dataclass(frozen=True, slots=True)
 class Signal:
-    """One interpreted event. `first` is the entity id, None if it is not about an entity."""
+    """One interpreted event. `entity_id` is None if it is not about an entity."""
 
     kind: SignalKind
-    first: int | None = None
+    entity_id: int | None = None
     reason: str | None = None
 
 
 class Names:
     """How QEMU's events name these entities: by QOM path, and by the x86 slot number."""
 
-    __slots__ = ("_by_first", "_by_path")
+    __slots__ = ("_by_id", "_by_path")
 
     def __init__(self, entities: Iterable[Entity]) -> None:
         self._by_path: dict[str, Entity] = {}
-        self._by_first: dict[str, Entity] = {}
+        self._by_id: dict[str, Entity] = {}
         for entity in entities:
             # A slot that was empty in the plan gets our own device id.
             self._by_path[entity.qom_path or PERIPHERAL + entity.device_id] = entity
-            self._by_first[str(entity.first)] = entity
+            self._by_id[str(entity.id)] = entity
 
     def add(self, entity: Entity) -> None:
         """The entity has a new device id too."""
@@ -92,7 +92,7 @@ class Names:
         """The entity of an ACPI slot: its index in QEMU's list of possible CPUs, which on x86 is
         the vCPU id.
         """
-        return self._by_first.get(str(slot))
+        return self._by_id.get(str(slot))
 
 
 PERIPHERAL: Final = "/machine/peripheral/"
@@ -105,8 +105,8 @@ def interpret(event: str, data: Mapping[str, Any], names: Names) -> Signal | Non
         entity = names.of(data) or names.of_lapic(data.get("path"))
         # The event of a child (…/thread[0]), or of another device.
         if entity is None:
-            return Signal(SignalKind.LOOK_AGAIN)
-        return Signal(SignalKind.DELETED, entity.first)
+            return Signal(SignalKind.REFRESH)
+        return Signal(SignalKind.DELETED, entity.id)
     if event == "DEVICE_UNPLUG_GUEST_ERROR":
         entity = names.of(data)
         if entity is None:
@@ -114,7 +114,7 @@ def interpret(event: str, data: Mapping[str, Any], names: Names) -> Signal | Non
         # Only libvirt gives a text.
         text = data.get("text")
         reason = text[:_LONGEST] if isinstance(text, str) and text else "the guest could not release it"
-        return Signal(SignalKind.GUEST_REFUSED, entity.first, reason)
+        return Signal(SignalKind.GUEST_REFUSED, entity.id, reason)
     if event == "ACPI_DEVICE_OST":
         return _ost(data.get("info"), names)
     if event == "RESET":
@@ -128,10 +128,10 @@ def _ost(info: object, names: Names) -> Signal | None:
     source, status = info.get("source"), info.get("status")
     # "Done" (0) comes before the CPU is removed, and once more without a device after that.
     if type(source) is not int or type(status) is not int or source not in _EJECT_SOURCES or status == 0:
-        return Signal(SignalKind.LOOK_AGAIN)
+        return Signal(SignalKind.REFRESH)
     # A CPU without a device id is named only by its slot.
     entity = names.of(info) or names.of_slot(info.get("slot"))
-    first = None if entity is None else entity.first
+    first = None if entity is None else entity.id
     if status == _EJECTING:
         return Signal(SignalKind.EJECTING, first)
     reason = _OST_WORDS.get(status) or f"the guest answered with the unknown status {status}"
@@ -154,7 +154,7 @@ def is_taken(text: str) -> bool:
     return "Duplicate device ID" in text
 
 
-def is_so(text: str) -> bool:
+def is_filled(text: str) -> bool:
     """Whether this error of `device_add` says that the slot is filled: another client was faster.
 
     x86: "CPU[3] with APIC ID 3 exists", ppc64: "core 2 already populated", s390x: "…, it already
@@ -190,7 +190,7 @@ def replugged(was: Entity, now: Entity, before: DomainState, after: DomainState)
         return False
     if was.qom_path != now.qom_path:
         return True
-    threads = before.vcpus[was.first].thread_id, after.vcpus[now.first].thread_id
+    threads = before.vcpus[was.id].thread_id, after.vcpus[now.id].thread_id
     return None not in threads and threads[0] != threads[1]
 
 
@@ -371,7 +371,7 @@ class Departures:
             entity = after.by_id.get(int(ours[1]))
             # A filled slot is another one: another client has given our id to a CPU of a different
             # slot.
-            if entity is not None and not entity.plugged and not before.by_id[entity.first].plugged:
+            if entity is not None and not entity.plugged and not before.by_id[entity.id].plugged:
                 return entity
         return after.by_id.get(self._emptied[0]) if len(set(self._emptied)) == 1 else None
 
@@ -382,7 +382,7 @@ def _left(before: DomainState, after: DomainState) -> list[str]:
         was.qom_path or PERIPHERAL + was.device_id
         for was, now in zip(before.entities, after.entities, strict=False)
         if was.plugged
-        and not (was is now and before.vcpus[was.first] is after.vcpus[was.first])
+        and not (was is now and before.vcpus[was.id] is after.vcpus[was.id])
         and (not now.plugged or replugged(was, now, before, after))
     ]
 

@@ -24,7 +24,7 @@ def running_state(
     name: str,
     version: QemuVersion,
     run_state: str | None,
-    gone: Iterable[int] = (),
+    removed: Iterable[int] = (),
     pending: Iterable[int] = (),
 ) -> DomainState:
     """The state of a running guest.
@@ -38,16 +38,16 @@ def running_state(
         pending: ids of the entities whose unplug was requested and has not ended.
     """
     base = state_of(definition, name, active=True)
-    lost, asked = frozenset(gone), frozenset(pending)
+    removed_ids, pending_ids = frozenset(removed), frozenset(pending)
     entities, vcpus = [], []
     for entity in base.entities:
-        config = definition.vcpus[entity.first]
-        plugged = config.enabled and entity.first not in lost
+        config = definition.vcpus[entity.id]
+        plugged = config.enabled and entity.id not in removed_ids
         # libvirt takes such a vCPU for plugged, and so cannot plug it.
-        can_come, can_go = base.can_plug and entity.first not in lost, base.can_unplug and config.hotpluggable
+        can_come, can_go = base.can_plug and entity.id not in removed_ids, base.can_unplug and config.hotpluggable
         pluggable = can_go if plugged else can_come
         path = (PERIPHERAL if config.hotpluggable else _UNNAMED) + entity.device_id if plugged else None
-        props = _props(base, entity.first, entity.node)
+        props = _props(base, entity.id, entity.node)
         driver = LIBVIRT_DRIVER if base.can_plug else None
         entities.append(replace(entity, driver=driver, props=props, qom_path=path, hotpluggable=pluggable))
         for number in entity.ids:
@@ -60,7 +60,7 @@ def running_state(
                     props=props,
                     order=vcpu.order if plugged else None,
                     qom_path=path if plugged and config.hotpluggable else None,
-                    pending=entity.first in asked,
+                    pending=entity.id in pending_ids,
                 )
             )
     return replace(base, version=version, run_state=run_state, entities=tuple(entities), vcpus=tuple(vcpus))
@@ -82,9 +82,9 @@ def _levels(topology: Topology, number: int) -> dict[str, int]:
         ("die-id", topology.dies, topology.dies > 1),
     )
     found = {}
-    for name, count, told in levels:
+    for name, count, is_listed in levels:
         number, rest = divmod(number, count)
-        if told:
+        if is_listed:
             found[name] = rest
     found["socket-id"] = number
     return dict(reversed(found.items()))

@@ -54,7 +54,7 @@ class GuestView:
         return cpu.online if cpu is not None else True if vcpu_id in self.all_online else None
 
     @property
-    def lit(self) -> frozenset[int]:
+    def online_ids(self) -> frozenset[int]:
         """The guest's own ids of the CPUs that are online."""
         return frozenset(cpu.logical_id for cpu in self.cpus if cpu.online)
 
@@ -222,37 +222,39 @@ def newcomers(before: GuestView, now: GuestView, *, lists_all: bool) -> tuple[Gu
         lists_all: the guest always lists every possible CPU (ppc64): a CPU is new if it has come
             online.
     """
-    known = before.lit if lists_all else frozenset(cpu.logical_id for cpu in before.cpus)
+    known = before.online_ids if lists_all else frozenset(cpu.logical_id for cpu in before.cpus)
     return tuple(cpu for cpu in now.cpus if cpu.logical_id not in known and (cpu.online or not lists_all))
 
 
 def _facts(
-    state: DomainState, told: Mapping[int, bytes | None], files: Mapping[str, bytes | None], vsmt: int | None
+    state: DomainState, contents: Mapping[int, bytes | None], files: Mapping[str, bytes | None], vsmt: int | None
 ) -> dict[int, int]:
     """Logical id -> vCPU id, from the guest's files; not yet checked against the enabled vCPUs.
 
-    `told` is the content of each CPU's own file, by logical id.
+    `contents` is the content of each CPU's own file, by logical id.
     """
     identity = architecture(state.arch).identity
     if identity is Identity.APIC_ID:
-        by_apic = {state.x86_apic_id(entity): entity.first for entity in state.entities}
+        by_apic = {state.x86_apic_id(entity): entity.id for entity in state.entities}
         apics = _cpuinfo_apic_ids(files.get(CPUINFO) or b"")
-        return {n: by_apic[apic] for n, apic in apics.items() if apic in by_apic} | _by_acpi_path(told)
+        return {n: by_apic[apic] for n, apic in apics.items() if apic in by_apic} | _by_acpi_path(contents)
     if identity is Identity.ACPI_PATH:
-        return _by_acpi_path(told)
+        return _by_acpi_path(contents)
     if identity is Identity.DEVICE_TREE:
-        return _by_rank({n: _number(text, big_endian=True) for n, text in told.items()}, len(state.enabled_ids))
-    numbers = {n: number for n, text in told.items() if (number := _number(text)) is not None}
+        return _by_rank(
+            {n: _number(text, big_endian=True) for n, text in contents.items()}, len(state.enabled_ids)
+        )
+    numbers = {n: number for n, text in contents.items() if (number := _number(text)) is not None}
     if identity is Identity.CORE_ID:
-        by_core = {e.props["core-id"]: e.first for e in state.entities if e.props and "core-id" in e.props}
+        by_core = {e.props["core-id"]: e.id for e in state.entities if e.props and "core-id" in e.props}
         return {n: by_core[number] for n, number in numbers.items() if number in by_core}
     if vsmt is None:
         return {}  # not pseries: the meaning of the number is not known
     return {n: vcpu for n, number in numbers.items() if (vcpu := _of_physical(state, number, vsmt)) is not None}
 
 
-def _by_acpi_path(told: Mapping[int, bytes | None]) -> dict[int, int]:
-    found = {n: _ACPI_PATH.search((text or b"")[:200].decode("ascii", "replace")) for n, text in told.items()}
+def _by_acpi_path(contents: Mapping[int, bytes | None]) -> dict[int, int]:
+    found = {n: _ACPI_PATH.search((text or b"")[:200].decode("ascii", "replace")) for n, text in contents.items()}
     return {n: int(match[1], 16) for n, match in found.items() if match}
 
 

@@ -249,7 +249,7 @@ def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tup
             raise _malformed(
                 "query-hotpluggable-cpus", f"two slots have the address {short(str(dict(slot.props)))}"
             )
-    firsts = accumulate((slot.vcpus_count for _, slot in ordered), initial=0)
+    entity_ids = accumulate((slot.vcpus_count for _, slot in ordered), initial=0)
     # The boot CPU is the first slot on every machine that can unplug: "Boot CPU is unpluggable"
     # (x86), "Boot CPU core may not be unplugged" (ppc64).
     entities = [
@@ -261,7 +261,7 @@ def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tup
             node=_node(slot.props),
             hotpluggable=slot.qom_path is None or (can_unplug and first != 0),
         )
-        for first, (_, slot) in zip(firsts, ordered, strict=False)
+        for first, (_, slot) in zip(entity_ids, ordered, strict=False)
     ]
     return _with_free_ids(entities)
 
@@ -343,7 +343,7 @@ def refresh_state(
         path = f"/machine/peripheral/{entity.device_id}"
         now = path if path in plugged.by_path and path not in taken else None
         if now != entity.qom_path:
-            hotpluggable = state.can_plug and (now is None or (state.can_unplug and entity.first != 0))
+            hotpluggable = state.can_plug and (now is None or (state.can_unplug and entity.id != 0))
             entity = replace(entity, qom_path=now, hotpluggable=hotpluggable)
         entities.append(entity)
     return _assemble(

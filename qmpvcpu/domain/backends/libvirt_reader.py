@@ -51,7 +51,7 @@ class XmlReader:
         version = oldest_with(definition.machine or "")
         gone = await self._gone(definition)
         state = running_state(definition, self._name, version, run, gone, asked)
-        self._monitor.entities = {entity.first: entity.ids for entity in state.entities}
+        self._monitor.entities = {entity.id: entity.ids for entity in state.entities}
         self._monitor.unseen = gone
         self._monitor.doubtful = _doubtful(definition, gone)
         return state
@@ -104,7 +104,7 @@ def _doubtful(definition: Definition, gone: Collection[int]) -> tuple[int, ...]:
     if not _may_be_unseen(definition):
         return ()
     for entity in state_of(definition, "", active=True).entities:
-        order = definition.vcpus[entity.first].order
-        if entity.first not in gone and definition.vcpus[entity.first].enabled and order is not None:
-            by_order.setdefault(order, []).append(entity.first)
+        order = definition.vcpus[entity.id].order
+        if entity.id not in gone and definition.vcpus[entity.id].enabled and order is not None:
+            by_order.setdefault(order, []).append(entity.id)
     return tuple(first for firsts in by_order.values() if len(firsts) > 1 for first in firsts)

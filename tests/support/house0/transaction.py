@@ -24,7 +24,8 @@ from enum import Enum
 from typing import Final
 
 from qmpvcpu.core.model import Entity
-from qmpvcpu.core.state.events import Signal, SignalKind, is_so, is_taken, is_transient
+from qmpvcpu.core.state.events import Signal, SignalKind, is_taken, is_transient
+from qmpvcpu.core.state.events import is_filled as is_so
 from qmpvcpu.errors import OutcomeKind
 
 __all__ = [
