@@ -411,18 +411,16 @@ def refused_on(arch: str, accel: str | None, version: QemuVersion | None) -> tup
 
 def set_off(state: DomainState, trigger: Trigger, facts: Set[Fact]) -> list[Quirk]:
     """The refused defects that this trigger and these facts meet on this guest."""
-    rows = refused_on(state.arch, state.accel, state.version)
-    return [row for row in rows if trigger in row.triggers and row.facts <= facts]
+    return [
+        row
+        for row in refused_on(state.arch, state.accel, state.version)
+        if trigger in row.triggers and row.facts <= facts
+    ]
 
 
 def decides(state: DomainState, fact: Fact) -> bool:
     """Whether a refusal on this guest depends on this fact, which so must be queried."""
     return any(fact in row.facts for row in refused_on(state.arch, state.accel, state.version))
-
-
-def facts_after_unplug(removals_seen: int) -> set[Fact]:
-    """The fact that vCPUs were unplugged, if any were."""
-    return {Fact.AFTER_UNPLUG} if removals_seen else set()
 
 
 def contexts_run_out(state: DomainState) -> bool:

@@ -100,10 +100,6 @@ class Request:
         """Whether it has neither ENABLE nor DISABLE, nor a number to reach."""
         return self.total is None and self.listed is None and not (self.enable or self.disable)
 
-    def wants(self, vcpu_id: int) -> bool:
-        """Whether this vCPU should be enabled; it must be one that the request is about."""
-        return self.enable if self.listed is None else self.listed.vcpus[vcpu_id].enabled
-
     @property
     def enables_more(self) -> bool:
         """Whether it may plug: it enables, or reaches a number of vCPUs."""

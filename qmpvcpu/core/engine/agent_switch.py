@@ -15,8 +15,6 @@ from typing import Final
 
 from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 
-__all__ = ["Answered", "GetCpus", "Seen", "SetCpus", "Switch", "SwitchStep"]
-
 
 class SwitchStep(Enum):
     """What the transaction waits for."""

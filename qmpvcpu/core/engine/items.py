@@ -95,8 +95,9 @@ class Items:
         ):
             is_plug = stage is not Stage.READY_TO_REMOVE
             for entity in entities:
-                doubt = not is_plug and entity.id in moves.doubted
-                self._by_id[entity.id] = Item(entity, stage, is_plug, retries, doubt)
+                self._by_id[entity.id] = Item(
+                    entity, stage, is_plug, retries, doubt=not is_plug and entity.id in moves.doubted
+                )
                 self._forward[stage] += 1
 
     def __iter__(self) -> Iterator[Item]:

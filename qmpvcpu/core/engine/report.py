@@ -267,8 +267,11 @@ class Report:
 
     def defined(self, targets: Iterable[int], changed: tuple[int, ...], *, written: bool) -> None:
         """The definition has taken effect."""
-        live = tuple(sorted(self.changed))
-        self._config = {"live_changed_ids": live, "config_changed_ids": changed, "defined": written}
+        self._config = {
+            "live_changed_ids": tuple(sorted(self.changed)),
+            "config_changed_ids": changed,
+            "defined": written,
+        }
         self.ids = tuple(sorted({*self.ids, *targets}))
         self.changed |= {*changed}
 

@@ -233,8 +233,8 @@ def _distances(cells: tuple[NumaCell, ...]) -> list[str]:
 
 
 def _backend(backend: MemoryBackend | Dimm, size: int, name: str | None = None) -> list[str]:
-    pairs = [("qom-type", backend.driver), ("id", name or backend.id or ""), ("size", str(size))]
-    return ["-object", join_pairs([*pairs, *backend.options], "qom-type")]
+    own = (("qom-type", backend.driver), ("id", name or backend.id or ""), ("size", str(size)))
+    return ["-object", join_pairs([*own, *backend.options], "qom-type")]
 
 
 def _dimms(definition: Definition) -> list[str]:
@@ -251,8 +251,8 @@ def _dimms(definition: Definition) -> list[str]:
             "slot": dimm.slot,
             "addr": dimm.address,
         }
-        pairs = [(key, str(value)) for key, value in values.items() if value is not None]
-        words += ["-device", join_pairs(pairs, "driver")]
+        written = ((key, str(value)) for key, value in values.items() if value is not None)
+        words += ["-device", join_pairs(written, "driver")]
     return words
 
 

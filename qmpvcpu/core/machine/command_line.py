@@ -173,8 +173,7 @@ class QemuCommandLine:
                 continue
             number = _int(option.get("nodeid"), len(found))
             # hw/core/numa.c: only this number is in MiB if it has no suffix.
-            size = parse_size(option.get("mem"), _MIB)
-            found[number] = CommandLineNode(number, option.get("memdev"), size)
+            found[number] = CommandLineNode(number, option.get("memdev"), parse_size(option.get("mem"), _MIB))
         return tuple(found[number] for number in sorted(found))
 
     @property

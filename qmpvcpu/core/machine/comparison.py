@@ -303,8 +303,9 @@ def check_movable(picture: Picture) -> list[Refusal]:
     ]
     row = quirk("read-only-memory")
     if picture.read_only and row.is_in(picture.version):
-        backends = ", ".join(picture.read_only)
-        found.append(catalogue.READ_ONLY_MEMORY(effect=row.message, backends=backends, hint=row.hint))
+        found.append(
+            catalogue.READ_ONLY_MEMORY(effect=row.message, backends=", ".join(picture.read_only), hint=row.hint)
+        )
     return found
 
 
@@ -346,8 +347,11 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
 
 def _read_only(backends: object) -> tuple[str, ...]:
     # `rom` came with 8.2.
-    rows = object_of(backends).items()
-    return tuple(name for name, row in rows if row.get("readonly") is True and row.get("rom") != "off")
+    return tuple(
+        name
+        for name, row in object_of(backends).items()
+        if row.get("readonly") is True and row.get("rom") != "off"
+    )
 
 
 def parse_disks(reply: object) -> dict[str, DiskImage] | None:

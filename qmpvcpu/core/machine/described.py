@@ -241,8 +241,11 @@ def _as_started(memory: M, name: str | None, line: QemuCommandLine | None) -> M:
     option = next((option for option in reversed(options) if option.get("id") == name), None)
     if option is None:
         return memory
-    pairs = tuple(pair for pair in option.pairs if pair[0] not in ("qom-type", "id", "size"))
-    return replace(memory, driver=option.get("qom-type") or "", options=pairs)
+    return replace(
+        memory,
+        driver=option.get("qom-type") or "",
+        options=tuple(pair for pair in option.pairs if pair[0] not in ("qom-type", "id", "size")),
+    )
 
 
 def _sizes_of_text(facts: MachineFacts) -> dict[int, int]:
@@ -289,8 +292,7 @@ def _cpu(
             return None, ()
         model, properties = split_cpu(text)
         switches = [f"{key}={value}" for key, value in properties if value in ("on", "off")]
-        others = tuple(pair for pair in properties if pair[1] not in ("on", "off"))
-        return ",".join([model, *switches]), others
+        return ",".join([model, *switches]), tuple(pair for pair in properties if pair[1] not in ("on", "off"))
     if driver is None:
         return None, ()
     if driver in facts.cpu_models:

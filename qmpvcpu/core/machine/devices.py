@@ -89,8 +89,8 @@ def devices_of(
         folder: its working directory, for relative file names; None if that is not known.
     """
     cpus = frozenset(drivers)
-    ports = {option.get("chardev") for option in line.all("device") if _is_agent(option)}
-    monitors = _monitors(line) | ports
+    monitors = _monitors(line)
+    monitors |= {option.get("chardev") for option in line.all("device") if _is_agent(option)}
     memory = {backend.id for backend in definition.options.backends}
     memory |= {dimm.memdev for dimm in definition.dimms if dimm.memdev}
     sticks = {dimm.id for dimm in definition.dimms} | {dimm.memdev for dimm in definition.dimms}
@@ -225,8 +225,9 @@ def _renewed(option: Option) -> Option:
     makes.
     """
     if _is_agent(option):
-        pairs = tuple((key, AGENT_CHARDEV if key == "chardev" else value) for key, value in option.pairs)
-        return _written(option, pairs)
+        return _written(
+            option, [(key, AGENT_CHARDEV if key == "chardev" else value) for key, value in option.pairs]
+        )
     if option.name == "chardev" and (option.get("backend") in _TERMINALS or _has_descriptor(option)):
         return _written(option, (("backend", "null"), ("id", option.get("id") or "")))
     if option.name == "parallel" and option.text != "none":

@@ -9,7 +9,7 @@ from typing import Final
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.migration.status import MigrationStatus
 from qmpvcpu.core.model import DomainState
-from qmpvcpu.core.quirks import Fact, Trigger, facts_after_unplug, quirk, set_off
+from qmpvcpu.core.quirks import Fact, Trigger, quirk, set_off
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.hotplug import refusal_of
 from qmpvcpu.core.state.guest_view import GuestView
@@ -65,9 +65,11 @@ def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
     """
     if state.version is None:
         return []
-    facts = facts_after_unplug(removals_seen)
-    if len(state.enabled_ids) > 1:
-        facts.add(Fact.SEVERAL_VCPUS)
+    checks = {
+        Fact.AFTER_UNPLUG: removals_seen > 0,
+        Fact.SEVERAL_VCPUS: len(state.enabled_ids) > 1,
+    }
+    facts = {fact for fact, is_true in checks.items() if is_true}
     return [refusal_of(row, state) for row in set_off(state, Trigger.MIGRATE, facts)]
 
 

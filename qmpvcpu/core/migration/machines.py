@@ -25,8 +25,11 @@ def check_machine(source: Machine, destination: Machine) -> list[Refusal]:
         (catalogue.OTHER_MAXCPUS, source.maxcpus, destination.maxcpus),
         (catalogue.OTHER_TOPOLOGY, source.topology or "flat", destination.topology or "flat"),
     )
-    found = [reason(there=there, now=now) for reason, there, now in rows if there != now]
-    return found + _check_slots(source, destination) + _check_extra(source, destination)
+    return [
+        *(reason(there=there, now=now) for reason, there, now in rows if there != now),
+        *_check_slots(source, destination),
+        *_check_extra(source, destination),
+    ]
 
 
 def _check_slots(source: Machine, destination: Machine) -> list[Refusal]:
@@ -75,8 +78,10 @@ def missing(source: Machine, destination: Machine) -> list[Slot]:
     """The slots that are plugged at the source, but not yet at the destination, in the source's
     plug order.
     """
-    slots = [slot for slot in source.slots if slot.plugged and slot.ids[0] not in destination.plugged]
-    return sorted(slots, key=lambda slot: (slot.order or 0, slot.ids))
+    return sorted(
+        (slot for slot in source.slots if slot.plugged and slot.ids[0] not in destination.plugged),
+        key=lambda slot: (slot.order or 0, slot.ids),
+    )
 
 
 def check_arrived(source: Machine, destination: Machine) -> list[Refusal]:

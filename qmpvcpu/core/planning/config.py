@@ -140,8 +140,8 @@ def _plan_total(definition: Definition, request: Request) -> ConfigPlan:
         ids = [vcpu.id for vcpu in core if vcpu.enabled is not enable]
         if (now + len(ids) > total) if enable else (now - len(ids) < total):
             low, high = (now, now + len(ids)) if enable else (now - len(ids), now)
-            refusal = catalogue.DEFINED_WHOLE_CORES(total=total, size=size, below=low, above=high)
-            return ConfigPlan(definition, definition, refusals=(refusal,))
+            refusals = [catalogue.DEFINED_WHOLE_CORES(total=total, size=size, below=low, above=high)]
+            return ConfigPlan(definition, definition, refusals=tuple(refusals))
         chosen += ids
         now += len(ids) if enable else -len(ids)
     if not chosen:
@@ -164,8 +164,7 @@ def _plan_listed(definition: Definition, request: Request) -> ConfigPlan:
     them.
     """
     assert request.listed is not None
-    state = state_of(definition)
-    targets, refusals = select_listed(state, request)
+    targets, refusals = select_listed(state_of(definition), request)
     if refusals:
         return ConfigPlan(definition, definition, targets, refusals=tuple(refusals))
     listed = request.listed.vcpus

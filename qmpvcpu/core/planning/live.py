@@ -188,8 +188,9 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     if steps.onlines and not request.fallback and request.listed is None:
         refusals.append(catalogue.ONLY_THE_AGENT(steps.onlines))
     moved = {number for entity in steps.moved for number in entity.ids}
-    touched = [number for number in targets if number in moved]
-    refusals += hotplug.check_whole_entities(state, touched, request.flags)
+    refusals += hotplug.check_whole_entities(
+        state, [number for number in targets if number in moved], request.flags
+    )
     refusals += hotplug.check_plug(state, steps.plugs)
     blocked = hotplug.check_unplug(state, steps.unplugs)
     if not request.force:

@@ -102,8 +102,11 @@ def check_hotplug_mode(state: DomainState, entities: Sequence[Entity], known: Kn
     """Refuse unplugs that QEMU rejects in any case; the agent may take the CPU offline instead."""
     if not entities or not known.legacy_hotplug:
         return []
-    rows = set_off(state, Trigger.UNPLUG, {Fact.LEGACY_HOTPLUG})
-    return [refusal_of(row, state, _ids(entities)) for row in rows if Fact.LEGACY_HOTPLUG in row.facts]
+    return [
+        refusal_of(row, state, _ids(entities))
+        for row in set_off(state, Trigger.UNPLUG, {Fact.LEGACY_HOTPLUG})
+        if Fact.LEGACY_HOTPLUG in row.facts
+    ]
 
 
 def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:

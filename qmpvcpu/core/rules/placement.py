@@ -228,9 +228,8 @@ def _groups(
     wanted: Mapping[int, Placement], get: Callable[[Placement], T | None]
 ) -> list[tuple[T, tuple[int, ...]]]:
     """Each value that `get` gives, with the vCPUs that have it."""
-    pairs = ((get(wanted[number]), number) for number in sorted(wanted))
-    found = grouped((value, number) for value, number in pairs if value is not None)
-    return [(value, tuple(ids)) for value, ids in found.items()]
+    found = grouped((get(wanted[number]), number) for number in sorted(wanted))
+    return [(value, tuple(ids)) for value, ids in found.items() if value is not None]
 
 
 def _within(
@@ -292,5 +291,7 @@ def with_threads(state: DomainState, threads: Mapping[int, ThreadState]) -> Doma
     if not threads:
         return state
     found = [(vcpu, threads.get(vcpu.thread_id) if vcpu.thread_id is not None else None) for vcpu in state.vcpus]
-    vcpus = [with_thread(vcpu, thread) if thread is not None else vcpu for vcpu, thread in found]
-    return replace(state, vcpus=tuple(vcpus))
+    return replace(
+        state,
+        vcpus=tuple(with_thread(vcpu, thread) if thread is not None else vcpu for vcpu, thread in found),
+    )

@@ -23,8 +23,8 @@ _NOT_WITH_GUEST: Final = (
 
 def check_request(request: Request) -> list[Refusal]:
     """Flags and options that exclude each other."""
-    found = check_flags(request.flags, is_query=request.is_query)
-    return found + ([catalogue.ATOMIC_AND_ASYNC()] if request.atomic and not request.wait else [])
+    exclusive = [catalogue.ATOMIC_AND_ASYNC()] if request.atomic and not request.wait else []
+    return check_flags(request.flags, is_query=request.is_query) + exclusive
 
 
 def check_flags(flags: VcpuFlag, *, is_query: bool | None = None) -> list[Refusal]:

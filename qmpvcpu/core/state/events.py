@@ -134,8 +134,8 @@ def _ost(info: object, names: Names) -> Signal | None:
     first = None if entity is None else entity.id
     if status == _EJECTING:
         return Signal(SignalKind.EJECTING, first)
-    reason = _OST_WORDS.get(status) or f"the guest answered with the unknown status {status}"
-    return Signal(SignalKind.GUEST_REFUSED, first, reason)
+    unknown = f"the guest answered with the unknown status {status}"
+    return Signal(SignalKind.GUEST_REFUSED, first, _OST_WORDS.get(status, unknown))
 
 
 def is_transient(text: str) -> bool:

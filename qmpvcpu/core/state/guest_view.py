@@ -73,8 +73,10 @@ class GuestView:
         """The document of `guestvcpus --json`: both the guest's ids and the vCPU ids, null where
         not known.
         """
-        rows = [cpu.to_json() | {"vcpu": self.vcpu_of(cpu.logical_id)} for cpu in self.cpus]
-        return {"cpus": rows, "assumed": self.assumed}
+        return {
+            "cpus": [cpu.to_json() | {"vcpu": self.vcpu_of(cpu.logical_id)} for cpu in self.cpus],
+            "assumed": self.assumed,
+        }
 
     def vcpu_of(self, logical_id: int) -> int | None:
         """The vCPU that is the guest's CPU of this id."""
@@ -315,8 +317,7 @@ def _by_rank(facts: Mapping[int, int | None], expected: int) -> dict[int, int]:
     """
     if len(facts) != expected or None in facts.values() or len(set(facts.values())) < len(facts):
         return {}
-    ranked = sorted(facts, key=lambda logical: facts[logical] or 0)
-    return {logical: rank for rank, logical in enumerate(ranked)}
+    return {n: rank for rank, n in enumerate(sorted(facts, key=lambda n: facts[n] or 0))}
 
 
 def _assume(state: DomainState, cpus: Sequence[GuestCpu], there: Sequence[GuestCpu]) -> GuestView:

@@ -237,8 +237,7 @@ class _Plugged:
                 raise _malformed("query-cpus-fast", f"two CPUs at {short(cpu.qom_path)}")
             members[number] = cpu
             self.order.setdefault(key, len(self.order) + 1)
-        threads = {cpu.thread_id for cpu in cpus}
-        self.shared = None if len(cpus) < 2 else len(threads) < len(cpus)
+        self.shared = None if len(cpus) < 2 else len({cpu.thread_id for cpu in cpus}) < len(cpus)
 
 
 def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tuple[Entity, ...]:
