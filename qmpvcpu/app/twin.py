@@ -37,8 +37,7 @@ from qmpvcpu.core.machine.devices import (
     without_folder,
 )
 from qmpvcpu.core.machine.hardware import hardware_args
-from qmpvcpu.core.migration.cookie import Cookie, machine_of
-from qmpvcpu.core.migration.machines import check_machine
+from qmpvcpu.core.migration.cookie import Cookie, check_machine, machine_of
 from qmpvcpu.core.migration.status import last_words, parse_status
 from qmpvcpu.core.migration.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
 from qmpvcpu.core.rules import catalogue

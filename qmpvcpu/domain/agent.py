@@ -10,8 +10,16 @@ from contextlib import suppress
 from typing import Final
 
 from qmpvcpu.core.arch import Identity, architecture
-from qmpvcpu.core.engine.agent_switch import Answered, GetCpus, Seen, SetCpus, Switch, SwitchStep
-from qmpvcpu.core.engine.arrival import Arrival, Arriving
+from qmpvcpu.core.engine.agent_switch import (
+    Answered,
+    Arrival,
+    Arriving,
+    GetCpus,
+    Seen,
+    SetCpus,
+    Switch,
+    SwitchStep,
+)
 from qmpvcpu.core.model import DomainState, Event, EventKind
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.state.guest_view import (

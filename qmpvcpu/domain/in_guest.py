@@ -8,7 +8,7 @@ from collections.abc import Collection, Sequence
 from typing import Final
 
 from qmpvcpu.aio import wind_up
-from qmpvcpu.core.engine.arrival import Arrival
+from qmpvcpu.core.engine.agent_switch import Arrival
 from qmpvcpu.core.engine.report import Report, still_plugged
 from qmpvcpu.core.engine.timers import UNDO_SECONDS
 from qmpvcpu.core.model import format_ids

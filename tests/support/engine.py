@@ -243,7 +243,9 @@ class Engine:
                 case Add():
                     found.append(add(effect.entity.id))
                 case Delete():
-                    found.append((undo if effect.undo else delete)(effect.entity.id))
+                    found.append(
+                        (undo if effect.name.startswith("/machine/peripheral/") else delete)(effect.entity.id)
+                    )
                 case Query():
                     found.append(QUERY)
                 case Finished():

@@ -9,7 +9,15 @@ from typing import Any, Final
 from qmpvcpu import Cookie, DomainState, MigrationStatus, Refusal
 from qmpvcpu.core.machine.comparison import Picture
 from qmpvcpu.core.migration import status as reported
-from qmpvcpu.core.migration.cookie import CPU_HOTPLUG, check_features, features_of, machine_of
+from qmpvcpu.core.migration.cookie import (
+    CPU_HOTPLUG,
+    check_arrived,
+    check_destination,
+    check_features,
+    features_of,
+    machine_of,
+    missing,
+)
 from qmpvcpu.core.migration.leaving import (
     check_hangs,
     check_one_cpu,
@@ -17,7 +25,6 @@ from qmpvcpu.core.migration.leaving import (
     cpus_but_first,
     needs_one_cpu,
 )
-from qmpvcpu.core.migration.machines import check_arrived, check_destination, missing
 from qmpvcpu.core.migration.status import Stillness, address_of, parse_status
 from qmpvcpu.core.migration.who_runs import Destination, Source, cancel_step, next_step
 from qmpvcpu.core.rules.request import check_not_migrating

@@ -151,7 +151,6 @@ class Delete:
 
     entity: Entity
     name: str
-    undo: bool = False
 
 
 @dataclass(frozen=True, slots=True)

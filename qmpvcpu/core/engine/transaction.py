@@ -340,7 +340,7 @@ class Transaction:
         elif item.stage is Stage.DELETING:
             self._deleted.discard(item.entity.id)
             name = PERIPHERAL + item.entity.device_id if item.is_undo else item.entity.unplug_name
-            self._effects.append(Delete(item.entity, name, undo=item.is_undo))
+            self._effects.append(Delete(item.entity, name))
 
     def _query(self, about: int | None = None) -> None:
         """Query now, or after the query that is under way; `about`: the id of the only entity that

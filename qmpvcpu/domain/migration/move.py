@@ -13,9 +13,8 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qmpvcpu import aio
-from qmpvcpu.core.migration.cookie import Cookie, machine_of
+from qmpvcpu.core.migration.cookie import Cookie, check_uri, machine_of
 from qmpvcpu.core.migration.leaving import ONE_CPU, check_hangs, needs_one_cpu, without_one_cpu
-from qmpvcpu.core.migration.machines import check_uri
 from qmpvcpu.core.migration.status import MigrationStatus, address_of
 from qmpvcpu.core.migration.who_runs import Destination, Source, Step, next_step
 from qmpvcpu.domain.agent import Guest

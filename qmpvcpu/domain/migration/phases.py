@@ -13,9 +13,16 @@ from dataclasses import dataclass
 from typing import Final, TypeVar
 
 from qmpvcpu import aio
-from qmpvcpu.core.migration.cookie import Cookie, machine_of
+from qmpvcpu.core.migration.cookie import (
+    Cookie,
+    check_arrived,
+    check_destination,
+    check_same,
+    check_uri,
+    machine_of,
+    missing,
+)
 from qmpvcpu.core.migration.leaving import ONE_CPU, check_hangs, check_source, without_one_cpu
-from qmpvcpu.core.migration.machines import check_arrived, check_destination, check_same, check_uri, missing
 from qmpvcpu.core.migration.status import MigrationStatus, address_of
 from qmpvcpu.core.migration.who_runs import Cancel, Destination, Source, cancel_step
 from qmpvcpu.core.model import DomainState

@@ -16,8 +16,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from qmpvcpu import aio
-from qmpvcpu.core.migration.cookie import Cookie
-from qmpvcpu.core.migration.machines import check_same
+from qmpvcpu.core.migration.cookie import Cookie, check_same
 from qmpvcpu.core.migration.status import Progress
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.migration import sides

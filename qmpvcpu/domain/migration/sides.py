@@ -13,8 +13,7 @@ from typing import Final
 
 from qmpvcpu import aio
 from qmpvcpu.core.machine.versions import Feature, has
-from qmpvcpu.core.migration.cookie import Cookie
-from qmpvcpu.core.migration.machines import check_uri
+from qmpvcpu.core.migration.cookie import Cookie, check_uri
 from qmpvcpu.core.migration.status import MigrationStatus, Progress, Stillness, parse_status
 from qmpvcpu.core.migration.who_runs import Destination, Source
 from qmpvcpu.core.model import QemuVersion
