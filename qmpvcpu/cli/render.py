@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from qmpvcpu.core.model import EventKind, Props, format_ids, grouped
 from qmpvcpu.core.rules.selection import core_of
-from qmpvcpu.core.state.inventory import LEVELS
+from qmpvcpu.core.state.inventory import PLACE_PROPS
 
 if TYPE_CHECKING:
     from qmpvcpu.app.definitions import ListedDomain
@@ -41,7 +41,7 @@ def topology(state: DomainState) -> list[str]:
     def place(vcpu: Vcpu) -> tuple[tuple[str, int], ...]:
         props = vcpu.props or Props()
         outer = [("node", vcpu.node)] if vcpu.node is not None else []
-        outer += [(level[:-3], props[level]) for level in LEVELS[:3] if level in props]
+        outer += [(level[:-3], props[level]) for level in PLACE_PROPS[:3] if level in props]
         return tuple(outer)
 
     for where, members in groupby(state.vcpus, key=place):
@@ -62,7 +62,7 @@ def _sign(vcpu: Vcpu) -> str:
 def slots(layout: MachineLayout, vcpus: Sequence[Vcpu]) -> list[str]:
     """Return one row per entity of a machine that does not run."""
     found = layout.entities()
-    keys = [key for key in ("node-id", *LEVELS) if any(key in (slot.props or Props()) for _, slot in found)]
+    keys = [key for key in ("node-id", *PLACE_PROPS) if any(key in (slot.props or Props()) for _, slot in found)]
     rows = [["VCPUS", *(key[:-3].upper() for key in keys), "STATE", "ORDER"]]
     for ids, slot in found:
         props = slot.props or Props()
@@ -76,7 +76,7 @@ def vcpu_table(state: DomainState, vcpus: Iterable[Vcpu]) -> list[str]:
     above are blank.
     """
     rows = list(vcpus)
-    levels = [level for level in LEVELS if any(level in (vcpu.props or Props()) for vcpu in rows)]
+    levels = [level for level in PLACE_PROPS if any(level in (vcpu.props or Props()) for vcpu in rows)]
     has_nodes = any(vcpu.node is not None for vcpu in rows)
     is_placed = any(vcpu.pin is not None for vcpu in rows)
     is_scheduled = any(vcpu.scheduler not in (None, "other") for vcpu in rows)

@@ -16,8 +16,6 @@ from dataclasses import dataclass, replace
 from enum import StrEnum
 from typing import Final
 
-from qmpvcpu.core.machine.versions import Feature
-
 
 class EntityKind(StrEnum):
     """What one `device_add` creates."""
@@ -61,7 +59,6 @@ class Architecture:
         can_plug: whether its usual machines have CPU hotplug.
         can_unplug: whether they can unplug a CPU.
         hotplug_machines: a pattern of the machine types whose vCPUs `core.machine.smp` can compute.
-        hotplug_since: the feature that QEMU needs for CPU hotplug on them.
         machine_names: names with which only machine types of this architecture begin.
         default_machine: libvirt's default if the XML has none.
         levels: of -smp, outermost first, that its machines can have more than one of.
@@ -96,7 +93,6 @@ class Architecture:
     can_plug: bool = False
     can_unplug: bool = False
     hotplug_machines: str | None = None
-    hotplug_since: Feature | None = None
     machine_names: tuple[str, ...] = ()
     default_machine: str = "virt"
     levels: tuple[str, ...] = ("sockets", "cores", "threads")
@@ -202,7 +198,6 @@ ROWS: Final = (
         can_plug=True,
         can_unplug=True,
         hotplug_machines=r"virt(-\d+\.\d+)?",
-        hotplug_since=Feature.LOONGARCH64_HOTPLUG,
         most_computed=256,
         default_cpu="la464",
         has_numa_mem=True,
@@ -251,8 +246,8 @@ def architecture_of_machine(machine: str) -> Architecture | None:
     """The architecture of a machine type (`q35`, `pseries-10.0,cap-…`), if its name alone decides
     that.
     """
-    name = machine.partition(",")[0]
-    return next((row for row in ROWS if any(_begins(name, word) for word in row.machine_names)), None)
+    name = machine.partition(",")[0] + "-"
+    return next((row for row in ROWS if any(name.startswith(word + "-") for word in row.machine_names)), None)
 
 
 def architecture_of_program(path: str) -> Architecture | None:
@@ -265,10 +260,6 @@ def programs_of(arch: str) -> tuple[str, ...]:
     """The targets whose QEMU runs guests of an architecture, its own first."""
     row = architecture(arch)
     return (row.name, *row.runs_on)
-
-
-def _begins(name: str, word: str) -> bool:
-    return name == word or name.startswith(word + "-")
 
 
 def examined() -> Sequence[Architecture]:

@@ -15,6 +15,8 @@ from qmpvcpu.errors import OutcomeKind
 
 K = TypeVar("K")
 T = TypeVar("T")
+#: The levels of a topology, outermost first.
+LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 #: QEMU's target name as `query-target` gives it: "x86_64", "ppc64", "s390x", "loongarch64",
 #: "aarch64" …
 Arch = str

@@ -12,7 +12,7 @@ Only this module and `core.machine.versions` compare QEMU versions.
 
 from __future__ import annotations
 
-from collections.abc import Set
+from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import lru_cache
@@ -395,12 +395,10 @@ QUIRKS: Final = (
     ),
 )
 
-_BY_ID: Final = {row.id: row for row in QUIRKS}
-
 
 def quirk(name: str) -> Quirk:
     """The row with this id."""
-    return _BY_ID[name]
+    return next(row for row in QUIRKS if row.id == name)
 
 
 @lru_cache
@@ -409,12 +407,12 @@ def refused_on(arch: str, accel: str | None, version: QemuVersion | None) -> tup
     return tuple(row for row in QUIRKS if row.is_refused and row.affects(arch, accel, version))
 
 
-def set_off(state: DomainState, trigger: Trigger, facts: Set[Fact]) -> list[Quirk]:
+def set_off(state: DomainState, trigger: Trigger, facts: Mapping[Fact, bool]) -> list[Quirk]:
     """The refused defects that this trigger and these facts meet on this guest."""
     return [
         row
         for row in refused_on(state.arch, state.accel, state.version)
-        if trigger in row.triggers and row.facts <= facts
+        if trigger in row.triggers and all(facts.get(fact) for fact in row.facts)
     ]
 
 

@@ -11,7 +11,6 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
-from typing import Final
 
 from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.model import DomainState
@@ -57,8 +56,6 @@ class Seen:
 
 
 Effect = SetCpus | GetCpus
-_NOT_TRIED: Final = "not tried, because another one failed"
-_NOT_DONE: Final = "the guest did not change it, and gave no reason"
 
 
 @dataclass(slots=True)
@@ -144,7 +141,9 @@ class Switch:
             # A CPU that did not have to change may have changed since: the call promises it for all
             # of them.
             self.failures = {
-                vcpu: _NOT_TRIED if vcpu in untried else self.failures.get(vcpu, _NOT_DONE)
+                vcpu: "not tried, because another one failed"
+                if vcpu in untried
+                else self.failures.get(vcpu, "the guest did not change it, and gave no reason")
                 for vcpu in self.vcpus
                 if now.get(self._logical(vcpu)) is not self.online
             }

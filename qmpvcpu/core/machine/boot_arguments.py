@@ -14,9 +14,9 @@ from qmpvcpu.core.arch import architecture, architecture_of_machine
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell
 from qmpvcpu.core.machine.layout import MachineLayout, MachineSpec, predict_layout
 from qmpvcpu.core.machine.numa import NumaNode
-from qmpvcpu.core.machine.smp import LEVELS, Smp
+from qmpvcpu.core.machine.smp import Smp
 from qmpvcpu.core.machine.words import escaped, join_pairs
-from qmpvcpu.core.model import DomainState, Props, Topology
+from qmpvcpu.core.model import LEVELS, DomainState, Props, Topology
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal, VcpuRefused
 

@@ -54,7 +54,6 @@ IMPLIED: Final = {
     "virtfs": "fsdriver",
     "display": "type",
 }
-_ALIASES: Final = {"M": "machine"}
 #: Options whose argument has no keys.
 _PLAIN: Final = frozenset(
     (
@@ -63,8 +62,6 @@ _PLAIN: Final = frozenset(
         *("pflash", "mtdblock", "sd", "incoming", "loadvm", "readconfig", "D", "d", "global"),
     )
 )
-#: Options that write a list by repeating its key (QEMU's OptsVisitor), not with an index.
-_REPEATED: Final = frozenset({"object"})
 _MIB: Final = 1024 * 1024
 #: Options of the dynamic linker that take a word (ld.so(8)), and the names of its program.
 _LOADER_WORDS: Final = frozenset(("--argv0", "--library-path", "--inhibit-rpath", "--audit", "--preload"))
@@ -213,7 +210,7 @@ def read_command_line(words: Sequence[str]) -> QemuCommandLine:
             options.append(Option("hda", word))
             continue
         name = word.removeprefix("-").removeprefix("-")
-        name = _ALIASES.get(name, name)
+        name = "machine" if name == "M" else name
         if name in _FLAGS:
             options.append(Option(name))
             continue
@@ -249,7 +246,8 @@ def _pairs(name: str, text: str) -> Pairs | None:
         return ()
     if text.startswith("{"):
         try:
-            return tuple(_flat("", json.loads(text), has_indexes=name not in _REPEATED))
+            # -object writes a list by repeating its key (QEMU's OptsVisitor), not with an index.
+            return tuple(_flat("", json.loads(text), has_indexes=name != "object"))
         except (ValueError, RecursionError):
             return None
     return split_pairs(text, IMPLIED.get(name))

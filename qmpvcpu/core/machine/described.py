@@ -39,7 +39,6 @@ _FLAGS: Final = {
     "usb": ("usb", "on"),
     "nographic": ("graphics", "off"),
 }
-_HOST_MEMORY: Final = ("mem-path", "mem-prealloc")
 #: The suffixes of a driver of `device_add` that `query-cpu-definitions` does not know.
 _CORE_SUFFIXES: Final = ("-spapr-cpu-core", "-powerpc64-cpu")
 M = TypeVar("M", MemoryBackend, Dimm)
@@ -195,7 +194,7 @@ def _of_line(
     found: Definition, facts: MachineFacts, line: QemuCommandLine
 ) -> tuple[tuple[NumaCell, ...], QemuOptions, list[str]]:
     left_out = [f"'{text}'" for text in line.unread]
-    left_out += [f"-{option.name}" for option in line.all(*_HOST_MEMORY)]
+    left_out += [f"-{option.name}" for option in line.all("mem-path", "mem-prealloc")]
     nodes = line.nodes
     rank = {option.get("id"): position for position, option in enumerate(line.backends)}
     made = [MemoryBackend(node.memdev, node.id) for node in nodes if node.memdev]

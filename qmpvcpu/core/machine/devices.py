@@ -412,9 +412,8 @@ def hollow(arguments: Sequence[str]) -> list[str]:
 
 def _hollow(option: Option, number: int) -> Option | None:
     """The option that a twin has in its place; None if it has none."""
-    replace = _HOLLOWED.get(option.name)
-    if replace is not None:
-        return replace(option, number)
+    if (make := _HOLLOWED.get(option.name)) is not None:
+        return make(option, number)
     return option if option.name in _OF_MACHINE else None
 
 

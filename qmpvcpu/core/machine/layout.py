@@ -255,7 +255,6 @@ _HARMLESS: Final[Mapping[str, Sequence[str] | None]] = {
     "mem-merge": None,
     "kernel-irqchip": ("on", "off", "split"),
 }
-_HARMLESS_WITH_NUMA: Final = {"hmat": None}
 _HARMLESS_ON_PC: Final = {"hpet": None, "smm": ("on", "off", "auto"), "vmport": ("on", "off", "auto")}
 _HARMLESS_ON_PSERIES: Final = dict.fromkeys(
     ("cap-cfpc", "cap-sbbc", "cap-ibs"), ("broken", "workaround")
@@ -344,10 +343,12 @@ def _options(spec: MachineSpec, row: Architecture) -> dict[str, bool] | None:
     Raises:
         VcpuRefused: a value that no machine takes.
     """
-    harmless = dict(_HARMLESS)
-    harmless |= _HARMLESS_WITH_NUMA if row.has_numa else {}
-    harmless |= _HARMLESS_ON_PC if row.has_apic else {}
-    harmless |= _HARMLESS_ON_PSERIES if row.entity is EntityKind.CORE else {}
+    harmless = {
+        **_HARMLESS,
+        **({"hmat": None} if row.has_numa else {}),
+        **(_HARMLESS_ON_PC if row.has_apic else {}),
+        **(_HARMLESS_ON_PSERIES if row.entity is EntityKind.CORE else {}),
+    }
     switches = {}
     for key, value in split_pairs(spec.machine, "type")[1:]:
         values = harmless.get(key, ())

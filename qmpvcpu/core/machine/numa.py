@@ -98,9 +98,9 @@ class NumaLatency:
 
     def __str__(self) -> str:
         words = f"hmat-lb,initiator={self.initiator},target={self.target},hierarchy={self.hierarchy}"
-        words += f",data-type={self.data_type}"
-        words += "" if self.latency is None else f",latency={self.latency}"
-        return words + ("" if self.bandwidth is None else f",bandwidth={self.bandwidth}")
+        given = {"latency": self.latency, "bandwidth": self.bandwidth}
+        more = [f",{key}={value}" for key, value in given.items() if value is not None]
+        return "".join([words, f",data-type={self.data_type}", *more])
 
 
 @dataclass(frozen=True, slots=True)
@@ -115,8 +115,10 @@ class NumaCache:
     line: int
 
     def __str__(self) -> str:
-        words = f"hmat-cache,node-id={self.node},size={self.size},level={self.level}"
-        return f"{words},associativity={self.associativity},policy={self.policy},line={self.line}"
+        return (
+            f"hmat-cache,node-id={self.node},size={self.size},level={self.level}"
+            f",associativity={self.associativity},policy={self.policy},line={self.line}"
+        )
 
 
 NumaOption = NumaNode | NumaCpu | NumaDistance | NumaLatency | NumaCache
@@ -129,7 +131,6 @@ def _one_of(*words: str) -> Callable[[str], str | None]:
 
 
 _U8, _U16, _U32 = (partial(parse_unsigned, bits=bits) for bits in (8, 16, 32))
-_LATENCIES: Final = ("access-latency", "read-latency", "write-latency")
 _BANDWIDTHS: Final = ("access-bandwidth", "read-bandwidth", "write-bandwidth")
 _PROPS: Final = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id")
 #: Keys of each type, and the functions that read their values.
@@ -141,7 +142,7 @@ _KEYS: Final[Mapping[str, Mapping[str, Callable[[str], Any]]]] = {
         "initiator": _U16,
         "target": _U16,
         "hierarchy": _one_of("memory", "first-level", "second-level", "third-level"),
-        "data-type": _one_of(*_LATENCIES, *_BANDWIDTHS),
+        "data-type": _one_of("access-latency", "read-latency", "write-latency", *_BANDWIDTHS),
         "latency": parse_unsigned,
         "bandwidth": str,
     },

@@ -16,13 +16,11 @@ from typing import Any, Final
 from qmpvcpu.core.arch import Architecture, EntityKind, architecture
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.machine.numa import NumaMachine, NumaOption, nodes_of_slots
-from qmpvcpu.core.machine.versions import Feature, compat_version, has, has_machine, is_measured
+from qmpvcpu.core.machine.versions import Feature, compat_version, has, has_hotplug, has_machine, is_measured
 from qmpvcpu.core.machine.words import join_pairs, parse_keyval, parse_number, refuse_smp
-from qmpvcpu.core.model import Props, QemuVersion, Topology
+from qmpvcpu.core.model import LEVELS, Props, QemuVersion, Topology
 from qmpvcpu.errors import VcpuUsageError
 
-#: -smp's levels, outermost first.
-LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
 #: More than any machine has.
 _MOST: Final = 65535
 #: QEMU reads 64 bits, and computes with 32.
@@ -147,8 +145,7 @@ def parse_smp(text: str) -> Smp:
 
 def is_known(arch: str, machine: str, version: QemuVersion) -> bool:
     """Whether there are rules for this machine of a QEMU of this version."""
-    row = architecture(arch)
-    return row.computes(machine) and (row.hotplug_since is None or has(version, row.hotplug_since))
+    return architecture(arch).computes(machine) and has_hotplug(version, machine)
 
 
 def is_proven(arch: str, machine: str, version: QemuVersion) -> bool:
@@ -193,14 +190,11 @@ def predict(
     is_certain = topology.maxcpus <= facts.row.most_computed
     if facts.row.has_apic:
         last = {_PROPS[level]: getattr(topology, level) - 1 for level in LEVELS}
-        is_certain &= topology.x86_apic_id(last) < _APIC_IDS
+        # A higher one needs x2apic, which TCG of 7.2 does not have.
+        is_certain &= topology.x86_apic_id(last) < 255
     if facts.has_cores and accel == "tcg":
         is_certain &= has(facts.compat, Feature.PSERIES_WITHOUT_HTM)
     return Prediction(topology, plugged, slots, is_certain)
-
-
-#: An APIC id of 255 or more needs x2apic, which TCG of 7.2 does not have.
-_APIC_IDS: Final = 255
 
 
 def _facts(arch: str, machine: str, version: QemuVersion) -> _Machine:
@@ -233,7 +227,13 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
     solved = ("cores", "sockets") if has(facts.compat, Feature.CORES_FIRST) else ("sockets", "cores")
     unknown = next((level for level in (*solved, "threads") if not counted[level]), None)
     if unknown is not None and maxcpus:
-        counts[unknown] = _quotient(maxcpus, counts, unknown)
+        rest = _product(counts, unknown)
+        refuse_smp(
+            not rest,
+            "the product of the levels is 0 in 32 bits: QEMU divides by it, and dies",
+            "correct the levels",
+        )
+        counts[unknown] = maxcpus // rest
     total = _product(counts)
     maxcpus = maxcpus or total
     cpus = counted["cpus"] or maxcpus
@@ -276,14 +276,6 @@ def _check_levels(given: Mapping[str, int | None], facts: _Machine) -> None:
             f"{level} > 1 is not supported by this machine's CPU topology",
             f"leave out {level}",
         )
-
-
-def _quotient(maxcpus: int, counts: Mapping[str, int], level: str) -> int:
-    rest = _product(counts, level)
-    refuse_smp(
-        not rest, "the product of the levels is 0 in 32 bits: QEMU divides by it, and dies", "correct the levels"
-    )
-    return maxcpus // rest
 
 
 def _product(counts: Mapping[str, int], without: str = "") -> int:

@@ -39,8 +39,6 @@ class Feature(StrEnum):
     STRICT_SIZES = "strict-sizes"
     #: pseries: transactional memory, which TCG does not have, is not required. Of the machine type.
     PSERIES_WITHOUT_HTM = "pseries-without-htm"
-    #: loongarch64 virt: CPU hotplug.
-    LOONGARCH64_HOTPLUG = "loongarch64-hotplug"
     #: Migration to and from a `file:` URI.
     FILE_MIGRATION = "file-migration"
 
@@ -56,7 +54,6 @@ _SINCE: Final[Mapping[Feature, QemuVersion]] = {
     Feature.PSERIES_TCG_THREADS: QemuVersion(8, 2),
     Feature.NO_ZERO_LEVELS: QemuVersion(9, 0),
     Feature.MODULES: QemuVersion(9, 1),
-    Feature.LOONGARCH64_HOTPLUG: QemuVersion(10, 0),
 }
 
 #: The versions that the arithmetic of `core.machine.smp` has been compared with
@@ -71,6 +68,8 @@ _OLDEST_TYPES: Final[Mapping[str, Sequence[QemuVersion | None]]] = {
     "s390-ccw-virtio": (QemuVersion(2, 4), QemuVersion(2, 9), QemuVersion(5, 2)),
     "virt": (None, None, QemuVersion(11, 1)),
 }
+#: The first version with CPU hotplug on a family, where it came later than the family.
+_HOTPLUG_SINCE: Final = {"virt": QemuVersion(10, 0)}
 #: The last minor version of each major version; it is 2 from 4 to 10.
 _LAST_MINOR: Final = {1: 7, 2: 12, 3: 1} | dict.fromkeys(range(4, 11), 2)
 _TYPE: Final = re.compile(r"(.+)-((?:0|[1-9]\d?)\.(?:0|[1-9]\d?))")
@@ -80,6 +79,12 @@ _TYPE_VERSION: Final = re.compile(r"-(\d{1,3})\.(\d{1,3})\Z")
 def has(version: QemuVersion, feature: Feature) -> bool:
     """Whether a QEMU, or a machine type, of this version has a feature."""
     return version >= _SINCE[feature]
+
+
+def has_hotplug(version: QemuVersion, machine: str) -> bool:
+    """Whether a QEMU of this version has CPU hotplug on a machine type whose rules are known."""
+    since = _HOTPLUG_SINCE.get(_TYPE_VERSION.sub("", machine))
+    return since is None or version >= since
 
 
 def are_same(one: QemuVersion | None, other: QemuVersion | None) -> bool:

@@ -14,7 +14,7 @@ from typing import Any, Final
 
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.comparison import Picture
-from qmpvcpu.core.model import DomainState, Entity, Props
+from qmpvcpu.core.model import LEVELS, DomainState, Props
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.catalogue import Reason
 from qmpvcpu.errors import Refusal, VcpuRefused
@@ -96,24 +96,22 @@ class Cookie:
 def machine_of(state: DomainState) -> Machine:
     """The `Machine` of a running guest."""
     topology = state.topology
-    levels = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
-    counts = [(level, getattr(topology, level)) for level in levels] if topology is not None else []
+    counts = [(level, getattr(topology, level)) for level in LEVELS] if topology is not None else []
     return Machine(
         state.arch,
         state.machine,
         state.maxcpus,
         ",".join(f"{level}={count}" for level, count in counts if count > 1),
-        tuple(_slot(state, entity) for entity in state.entities),
-    )
-
-
-def _slot(state: DomainState, entity: Entity) -> Slot:
-    return Slot(
-        entity.ids,
-        entity.driver or "",
-        entity.props or Props(),
-        entity.plugged,
-        state.vcpus[entity.ids[0]].order,
+        tuple(
+            Slot(
+                entity.ids,
+                entity.driver or "",
+                entity.props or Props(),
+                entity.plugged,
+                state.vcpus[entity.id].order,
+            )
+            for entity in state.entities
+        ),
     )
 
 

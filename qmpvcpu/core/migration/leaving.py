@@ -53,10 +53,8 @@ def check_source(
     return found + [catalogue.BLOCKED(why=why) for why in status.blocked]
 
 
-#: A defect that the agents of both sides can avoid (`needs_one_cpu`).
-_ONE_CPU: Final = quirk("ppc64-tcg-one-cpu")
-#: The code of its refusal.
-ONE_CPU: Final = _ONE_CPU.code
+#: The code of a defect that the agents of both sides can avoid (`needs_one_cpu`).
+ONE_CPU: Final = quirk("ppc64-tcg-one-cpu").code
 
 
 def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
@@ -65,11 +63,10 @@ def check_hangs(state: DomainState, removals_seen: int) -> list[Refusal]:
     """
     if state.version is None:
         return []
-    checks = {
+    facts = {
         Fact.AFTER_UNPLUG: removals_seen > 0,
         Fact.SEVERAL_VCPUS: len(state.enabled_ids) > 1,
     }
-    facts = {fact for fact, is_true in checks.items() if is_true}
     return [refusal_of(row, state) for row in set_off(state, Trigger.MIGRATE, facts)]
 
 

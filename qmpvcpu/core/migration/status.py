@@ -128,12 +128,11 @@ def address_of(status: MigrationStatus, host: str | None) -> str | None:
 def last_words(log: str, most: int = 400) -> str:
     """The end of a QEMU's stderr or log, on one line and printable; "" if it is empty."""
     lines = [_TIME.sub("", line.strip()) for line in log.splitlines()]
-    lines = [line for line in lines if line and _DAEMON not in line]
-    text = "; ".join(lines[-_LAST_LINES:])
+    # Its message about a signal is no reason.
+    lines = [line for line in lines if line and "terminating on signal" not in line]
+    text = "; ".join(lines[-4:])
     return "".join(char if char.isprintable() else " " for char in text)[-most:]
 
 
 #: How a line of QEMU's log (-msg timestamp=on) or trace begins, and its message about a signal.
 _TIME: Final = re.compile(r"^[0-9]{4}-[0-9]{2}-[0-9]{2}T[0-9:.]+Z ")
-_DAEMON: Final = "terminating on signal"
-_LAST_LINES: Final = 4

@@ -35,8 +35,6 @@ _SIZE: Final = struct.Struct(">Q")
 _LONGEST_NAME: Final = 256
 #: RAM blocks of firmware tables: QEMU resizes them if it has to, also while it reads a stream.
 _RESIZED: Final = "/rom@"
-#: Sections whose presence depends only on the run state.
-_OF_THE_MOMENT: Final = frozenset({"globalstate"})
 
 
 class StreamError(ValueError):
@@ -135,7 +133,8 @@ def _sections(tail: bytes) -> frozenset[tuple[str, int]] | None:
     found = Counter(_section(row) for row in devices)
     if any(count > 1 for count in found.values()):
         raise StreamError("its list of devices has a device twice")
-    return frozenset(key for key in found if key[0] not in _OF_THE_MOMENT)
+    # The presence of this section depends only on the run state.
+    return frozenset(key for key in found if key[0] != "globalstate")
 
 
 def _description(tail: bytes) -> Any:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import replace
-from typing import Final
 
 from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Entity
 from qmpvcpu.core.quirks import Fact, Quirk, Trigger, contexts_run_out, decides, set_off
@@ -17,8 +16,6 @@ from qmpvcpu.core.rules.catalogue import Reason
 from qmpvcpu.core.state.knowledge import Knowledge
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
-
-_FORCE: Final = "--force (force=True) does it anyway"
 
 
 def check_whole_entities(state: DomainState, ids: Sequence[int], flags: VcpuFlag) -> list[Refusal]:
@@ -83,7 +80,7 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
     big = _big_apic_ids(state, entities) if known.x2apic is not True else []
     used = len(state.enabled_ids) + known.contexts_lost
     run_out = contexts_run_out(state)
-    checks = {
+    facts = {
         Fact.AFTER_UNPLUG: known.removals_seen > 0,
         Fact.APIC_255: bool(big),
         Fact.SMM: known.smm is True,
@@ -91,7 +88,6 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
         # QEMU does not report how many are used up: the removals that were seen give a lower bound.
         Fact.NO_CONTEXTS: run_out and known.contexts_lost > 0 and used + len(_ids(entities)) > state.maxcpus,
     }
-    facts = {fact for fact, is_true in checks.items() if is_true}
     return [
         refusal_of(row, state, _ids(big if Fact.APIC_255 in row.facts else entities), used=used)
         for row in set_off(state, Trigger.PLUG, facts)
@@ -104,7 +100,7 @@ def check_hotplug_mode(state: DomainState, entities: Sequence[Entity], known: Kn
         return []
     return [
         refusal_of(row, state, _ids(entities))
-        for row in set_off(state, Trigger.UNPLUG, {Fact.LEGACY_HOTPLUG})
+        for row in set_off(state, Trigger.UNPLUG, {Fact.LEGACY_HOTPLUG: True})
         if Fact.LEGACY_HOTPLUG in row.facts
     ]
 
@@ -114,12 +110,11 @@ def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known:
     if not entities:
         return []
     by_libvirt = any(entity.driver == LIBVIRT_DRIVER for entity in entities)
-    checks = {
+    facts = {
         Fact.AFTER_UNPLUG: known.removals_seen > 0,
         Fact.SINGLE_THREAD: state.threads_shared is True,
         Fact.FIRMWARE: by_libvirt if known.firmware_runs is None else known.firmware_runs,
     }
-    facts = {fact for fact, is_true in checks.items() if is_true}
     found = []
     for row in set_off(state, Trigger.UNPLUG, facts):
         if Fact.FIRMWARE in row.facts and known.firmware_runs is None:
@@ -139,7 +134,11 @@ def refusal_of(row: Quirk, state: DomainState, ids: tuple[int, ...] = (), *, use
         used: TCG contexts that are surely used up.
     """
     reason = Reason(
-        row.code, row.message, f"{row.hint}; {_FORCE}", "VIR_ERR_OPERATION_UNSUPPORTED", forceable=True
+        row.code,
+        row.message,
+        f"{row.hint}; --force (force=True) does it anyway",
+        "VIR_ERR_OPERATION_UNSUPPORTED",
+        forceable=True,
     )
     return reason(ids, version=state.version, used=used, maxcpus=state.maxcpus)
 

@@ -13,7 +13,6 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import Refusal
 from qmpvcpu.flags import VcpuFlag
 
-_ALL_FLAGS: Final = sum(VcpuFlag)
 _NOT_WITH_GUEST: Final = (
     (VcpuFlag.NUMA_NODE, "the agent does not report a CPU's NUMA node"),
     (VcpuFlag.CONFIG, "the agent changes only the running guest"),
@@ -35,7 +34,7 @@ def check_flags(flags: VcpuFlag, *, is_query: bool | None = None) -> list[Refusa
     found: list[Refusal] = []
     if flags in (VcpuFlag.ENABLE, VcpuFlag.DISABLE, VcpuFlag.CURRENT):
         return found
-    unknown = int(flags) & ~_ALL_FLAGS
+    unknown = int(flags) & ~sum(VcpuFlag)
     if unknown:
         found.append(catalogue.UNKNOWN_FLAGS(flags=unknown))
     if flags & VcpuFlag.ENABLE and flags & VcpuFlag.DISABLE:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, Final
+from typing import Any
 
 from qmpvcpu.core.model import DomainState, Entity, Vcpu
 from qmpvcpu.core.request import Request
@@ -86,11 +86,10 @@ def core_of(state: DomainState, vcpu_id: int) -> tuple[int, ...]:
 
 def _core_key(entity: Entity) -> tuple[tuple[str, Any], ...]:
     return tuple(
-        (level, value) for level, value in sorted((entity.props or {}).items()) if level not in _NOT_OF_CORE
+        (level, value)
+        for level, value in sorted((entity.props or {}).items())
+        if level not in ("thread-id", "node-id")
     )
-
-
-_NOT_OF_CORE: Final = frozenset({"thread-id", "node-id"})
 
 
 def _select_of_node(

@@ -69,12 +69,9 @@ def running_state(
 def _props(state: DomainState, first: int, node: int | None) -> Props:
     """The props of a slot, as QEMU would report them."""
     topology = state.topology or Topology(state.maxcpus, sockets=state.maxcpus)
-    is_thread = architecture(state.arch).entity is EntityKind.THREAD
-    found = _levels(topology, first) if is_thread else {"core-id": first}
-    return Props(found if node is None else {**found, "node-id": node})
-
-
-def _levels(topology: Topology, number: int) -> dict[str, int]:
+    place = {} if node is None else {"node-id": node}
+    if architecture(state.arch).entity is not EntityKind.THREAD:
+        return Props({"core-id": first} | place)
     levels = (
         ("thread-id", topology.threads, True),
         ("core-id", topology.cores, True),
@@ -83,8 +80,7 @@ def _levels(topology: Topology, number: int) -> dict[str, int]:
     )
     found = {}
     for name, count, is_listed in levels:
-        number, rest = divmod(number, count)
+        first, rest = divmod(first, count)
         if is_listed:
             found[name] = rest
-    found["socket-id"] = number
-    return dict(reversed(found.items()))
+    return Props({"socket-id": first} | dict(reversed(found.items())) | place)

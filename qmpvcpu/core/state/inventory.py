@@ -16,19 +16,13 @@ from itertools import accumulate, pairwise
 from typing import Any, Final
 
 from qmpvcpu.core.arch import architecture
-from qmpvcpu.core.model import DomainState, Entity, Props, QemuVersion, Topology, Vcpu
+from qmpvcpu.core.model import LEVELS, DomainState, Entity, Props, QemuVersion, Topology, Vcpu
 from qmpvcpu.errors import VcpuConnectionError
 
-#: Levels of a slot's address from the outside in: the order in which vCPU ids are numbered.
-LEVELS: Final = (
-    "drawer-id",
-    "book-id",
-    "socket-id",
-    "die-id",
-    "cluster-id",
-    "module-id",
-    "core-id",
-    "thread-id",
+#: The props of a slot's address from the outside in: the order in which vCPU ids are numbered.
+PLACE_PROPS: Final = (
+    *("drawer-id", "book-id", "socket-id", "die-id"),
+    *("cluster-id", "module-id", "core-id", "thread-id"),
 )
 
 #: More vCPUs than any QEMU machine takes (pseries: 2048 in 10.0); beyond it a reply is nonsense.
@@ -134,7 +128,7 @@ def _props(command: str, value: object) -> Props:
         raise _malformed(command, f"'props' is {short(value)}, not an object")
     # A newer QEMU may have more keys: any scalar is kept and passed back as it is.
     for key, item in value.items():
-        is_place = key in LEVELS or key == "node-id"
+        is_place = key in PLACE_PROPS or key == "node-id"
         is_long = len(key) > LONGEST_TEXT or (isinstance(item, str) and len(item) > LONGEST_TEXT)
         if not isinstance(item, int | str) or is_long or (is_place and (type(item) is not int or item < 0)):
             raise _malformed(command, f"'props' has {short(key)}: {short(item)}")
@@ -202,9 +196,8 @@ def parse_topology(reply: object) -> Topology | None:
     """`qom-get /machine smp`; None where this machine has no such property or too old a form of it."""
     if not isinstance(reply, dict) or "maxcpus" not in reply:
         return None
-    levels = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
     command = "qom-get /machine smp"
-    counts = {key: _integer(command, reply, key, 1) for key in ("maxcpus", *levels) if key in reply}
+    counts = {key: _integer(command, reply, key, 1) for key in ("maxcpus", *LEVELS) if key in reply}
     for key, count in counts.items():
         if count > MAX_VCPUS:
             raise _malformed(command, f"{key} {short(count)} is more than any machine has")
@@ -212,7 +205,7 @@ def parse_topology(reply: object) -> Topology | None:
 
 
 def _address(props: Props | None) -> tuple[int, ...]:
-    return tuple(props.get(level, 0) if props is not None else 0 for level in LEVELS)
+    return tuple(props.get(level, 0) if props is not None else 0 for level in PLACE_PROPS)
 
 
 def _node(props: Props | None) -> int | None:
