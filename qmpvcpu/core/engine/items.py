@@ -15,18 +15,18 @@ from qmpvcpu.core.engine.stages import (
     NOT_UNDONE,
     REJECTED,
     STILL_REQUESTED,
+    UNDOABLE,
     UNDOING,
     On,
     Stage,
 )
-from qmpvcpu.core.model import Entity
+from qmpvcpu.core.model import Entity, grouped
 from qmpvcpu.errors import OutcomeKind
 
 #: How often a taken device id is tried again, with a growing pause: QEMU frees it a moment after
 #: the slot.
 _READDS: Final = 4
 
-_UNDOABLE: Final = frozenset({Stage.ADDED, Stage.PLUGGED})
 _RESTORED: Final = frozenset({Stage.PLUGGED, Stage.OTHERS})
 
 #: The text of a failure for which QEMU gave none.
@@ -170,7 +170,7 @@ def result_of(
     failures = items.notes(FAILED)
     rejections = items.notes(REJECTED, "the guest refused")
     failing = bool(failures) or cancelled
-    plugged = items.ids(_UNDOABLE, unplugging=NOT_UNDONE)
+    plugged = items.ids(UNDOABLE, unplugging=NOT_UNDONE)
     remaining = plugged if failing else ()
     requested = items.ids({Stage.PENDING} if terms.wait else {Stage.PENDING, Stage.REQUESTED})
     awaited = items.ids({Stage.STILL_AWAITED})
@@ -192,12 +192,9 @@ def result_of(
     elif pending:
         outcome = OutcomeKind.PENDING
     elif not_requested or returned:
-        outcome = OutcomeKind.PARTIAL if removed or items.any_forward(_UNDOABLE) else OutcomeKind.FAILED
+        outcome = OutcomeKind.PARTIAL if removed or items.any_forward(UNDOABLE) else OutcomeKind.FAILED
     else:
         outcome = OutcomeKind.APPLIED
-    stages: dict[str, tuple[int, ...]] = {}
-    for item in items:
-        stages[item.words] = (*stages.get(item.words, ()), *item.entity.ids)
     return Result(
         outcome=outcome,
         plugged=plugged,
@@ -219,5 +216,5 @@ def result_of(
         finished_entities=tuple(
             item.entity.id for item in items if item.stage not in STILL_REQUESTED and item.stage not in NOT_BEGUN
         ),
-        stages=stages,
+        stages=grouped((item.words, number) for item in items for number in item.entity.ids),
     )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -237,7 +237,7 @@ class Result:
     unsure: tuple[int, ...] = ()
     removed_entities: tuple[int, ...] = ()
     finished_entities: tuple[int, ...] = ()
-    stages: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    stages: Mapping[str, Sequence[int]] = field(default_factory=dict)
 
     @property
     def changed(self) -> tuple[int, ...]:

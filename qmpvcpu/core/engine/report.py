@@ -9,7 +9,7 @@ from typing import Any, Final
 
 from qmpvcpu.core.engine.agent_switch import Switch
 from qmpvcpu.core.engine.messages import Failure, Result
-from qmpvcpu.core.model import DomainState, Outcome, Vcpu, format_ids
+from qmpvcpu.core.model import DomainState, Outcome, Vcpu, format_ids, grouped
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.rules.placement import ThreadState, with_thread
 from qmpvcpu.core.state.guest_view import GuestView, with_online
@@ -144,11 +144,8 @@ class Report:
             reset_drops: whether a reset drops what is pending.
             notes: further messages.
         """
-        self._mechanism = "hotplug"
+        self._add(result)
         self._outcome = result.outcome
-        self.changed |= {*result.changed}
-        self.pending = result.pending
-        self.undone |= {*result.undone}
         if result.kept:
             self.messages.append(
                 f"vCPU {format_ids(result.kept)}: its pending unplug did not happen, or another"
@@ -170,10 +167,7 @@ class Report:
 
     def lost(self, error: VcpuConnectionError, result: Result) -> None:
         """The connection was lost while the transaction in QEMU was under way."""
-        self._mechanism = "hotplug"
-        self.changed |= {*result.changed}
-        self.pending = result.pending
-        self.undone |= {*result.undone}
+        self._add(result)
         way = "; ".join(f"vCPU {format_ids(ids)}: {what}" for what, ids in result.stages.items())
         self.trouble = VcpuConnectionError(
             f"{error.message}. State when the connection was lost: {way}",
@@ -183,6 +177,12 @@ class Report:
             libvirt=error.libvirt,
         )
         self._cause = error
+
+    def _add(self, result: Result) -> None:
+        self._mechanism = "hotplug"
+        self.changed |= {*result.changed}
+        self.pending = result.pending
+        self.undone |= {*result.undone}
 
     def placed(self, threads: Mapping[int, ThreadState], late: Sequence[int]) -> None:
         """The threads of these vCPUs are placed; of `late`, which were enabled before, only now."""
@@ -335,14 +335,12 @@ _NEEDS_RESET: Final = frozenset({"shutdown", "internal-error"})
 def _failure(result: Result) -> VcpuError:
     first = next(iter(result.failures or result.rejections), None)
     text = _texts((*result.failures, *result.rejections))
-    if not text:
-        text = (
-            _not_requested(result)
-            if result.not_requested
-            else _LATE
-            if result.undone and result.lost
-            else "cancelled"
-        )
+    if not text and result.not_requested:
+        text = _not_requested(result)
+    elif not text:
+        # An atomic call plugged some back, and then the others were removed after all.
+        is_late = result.undone and result.lost
+        text = "not all of them were removed in time" if is_late else "cancelled"
     qmp: dict[str, Any] = {
         "qmp_class": first.error_class if first else None,
         "qmp_text": first.text if result.failures and first else None,
@@ -357,24 +355,15 @@ def _failure(result: Result) -> VcpuError:
         text += f"; undone: vCPU {format_ids(result.undone)}"
     if result.outcome is OutcomeKind.FAILED:
         return VcpuFailed(text + _pending(result), hint=hint, **qmp)
-    left = []
-    if result.remaining:
-        left.append(f"vCPU {format_ids(result.remaining)} stays plugged")
-    if result.removed:
-        left.append(f"vCPU {format_ids(result.removed)} stays removed")
-    if result.undo_forbidden:
-        left.append(f"it was not undone because {result.undo_forbidden}")
-    text += _pending(result)
+    left = ((result.remaining, "stays plugged"), (result.removed, "stays removed"))
+    texts = [f"vCPU {format_ids(ids)} {what}" for ids, what in left if ids]
+    texts += [f"it was not undone because {result.undo_forbidden}"] if result.undo_forbidden else []
     return VcpuPartial(
-        "; ".join([text, *left]),
+        "; ".join([text + _pending(result), *texts]),
         remaining=sorted({*result.remaining, *result.removed}),
         hint=hint or _LOOK,
         **qmp,
     )
-
-
-#: An atomic call plugged some back, and then the others were removed after all.
-_LATE = "not all of them were removed in time"
 
 
 def _not_requested(result: Result) -> str:
@@ -407,19 +396,14 @@ _HINTS = (
 
 def _texts(failures: Sequence[Failure]) -> str:
     """One line; entities with the same reason together."""
-    by_text: dict[str, list[int]] = {}
-    for failure in failures:
-        by_text.setdefault(failure.text, []).extend(failure.entity.ids)
+    by_text = grouped((failure.text, number) for failure in failures for number in failure.entity.ids)
     return "; ".join(f"vCPU {format_ids(ids)}: {text}" for text, ids in by_text.items())
 
 
 def _also(result: Result) -> str:
-    parts = []
-    if result.removed:
-        parts.append(f"; vCPU {format_ids(result.removed)} stays removed")
-    if result.undone:
-        parts.append(f"; undone: vCPU {format_ids(result.undone)}")
-    return "".join(parts) + _pending(result)
+    removed = f"; vCPU {format_ids(result.removed)} stays removed" if result.removed else ""
+    undone = f"; undone: vCPU {format_ids(result.undone)}" if result.undone else ""
+    return removed + undone + _pending(result)
 
 
 def _pending(result: Result) -> str:

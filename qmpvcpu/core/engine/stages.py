@@ -184,6 +184,8 @@ STILL_REQUESTED: Final = frozenset(
 )
 NOT_BEGUN: Final = frozenset({_S.READY_TO_ADD, _S.READY_TO_REMOVE, _S.READY_TO_REPLACE, _S.DROPPED})
 
+#: A plug in one of these can be undone.
+UNDOABLE: Final = frozenset({_S.ADDED, _S.PLUGGED})
 PLUG_FAILED: Final = frozenset({_S.NOT_ADDED, _S.VANISHED})
 FAILED: Final = PLUG_FAILED | {
     _S.ADD_PAUSED,

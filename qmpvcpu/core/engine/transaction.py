@@ -52,6 +52,7 @@ from qmpvcpu.core.engine.stages import (
     PAUSED,
     PLUG_FAILED,
     REJECTED,
+    UNDOABLE,
     UNVERIFIED,
     WAITING,
     On,
@@ -61,7 +62,6 @@ from qmpvcpu.core.engine.timers import Timers, is_due
 from qmpvcpu.core.state.events import PERIPHERAL, Names, SignalKind, interpret, is_filled, is_taken, is_transient
 
 _UNFINISHED: Final = WAITING | IN_FLIGHT
-_UNDOABLE: Final = frozenset({Stage.ADDED, Stage.PLUGGED})
 _NOT_AS_REQUESTED: Final = FAILED | REJECTED | {Stage.NOT_REQUESTED}
 #: A reply that leads to one of these calls for a query: "DeviceNotFound" may mean that the CPU is
 #: removed.
@@ -379,7 +379,7 @@ class Transaction:
                 # The last query showed whether an undo is safe, and what there is to undo.
                 self._timers.extend(now)
                 self._expired = False
-                self._undo(_UNDOABLE)
+                self._undo(UNDOABLE)
         elif self._items.any(UNVERIFIED):
             if not self._querying:
                 self._query()
@@ -399,8 +399,11 @@ class Transaction:
         self._effects.append(Finished())
 
     def _timed(self, now: float) -> list[Effect]:
-        soon = self._unseen and self._waiting and not self._items.any(IN_FLIGHT)
-        self._timers.arm(now, soon=soon, retry=self._items.any(PAUSED))
+        self._timers.arm(
+            now,
+            soon=self._unseen and self._waiting and not self._items.any(IN_FLIGHT),
+            retry=self._items.any(PAUSED),
+        )
         wake = self._timers.next(polls=self._waiting) if self._phase is not Phase.DONE else None
         if wake != self._wake:
             self._wake = wake
@@ -438,7 +441,7 @@ class Transaction:
     def _undo_is_due(self) -> bool:
         if self._phase is not Phase.RUN or self._undo_forbidden is not None:
             return False
-        return self._failing and self._items.any_forward(_UNDOABLE)
+        return self._failing and self._items.any_forward(UNDOABLE)
 
     def _restore_is_due(self) -> bool:
         if not self._terms.atomic or self._cancelled or self._restore_forbidden is not None:

@@ -341,16 +341,12 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
         tuple(sorted(added)),
         tuple(sorted([*added, *own])),
         disks={key: (one.file, one.format) for key, one in disks.items()} if disks is not None else None,
-        read_only=_read_only(replies.get("backends")),
-    )
-
-
-def _read_only(backends: object) -> tuple[str, ...]:
-    # `rom` came with 8.2.
-    return tuple(
-        name
-        for name, row in object_of(backends).items()
-        if row.get("readonly") is True and row.get("rom") != "off"
+        # `rom` came with 8.2.
+        read_only=tuple(
+            name
+            for name, row in object_of(replies.get("backends")).items()
+            if row.get("readonly") is True and row.get("rom") != "off"
+        ),
     )
 
 
@@ -367,8 +363,7 @@ def parse_disks(reply: object) -> dict[str, DiskImage] | None:
         match = _DEVICE.match(path)
         key = device if isinstance(device, str) and device else match[1] if match is not None else path
         if key:
-            words = object_of(inserted)
-            file, kind, node = (_word_of(words.get(name)) for name in ("file", "drv", "node-name"))
+            file, kind, node = (_word_of(object_of(inserted).get(name)) for name in ("file", "drv", "node-name"))
             found[key] = DiskImage(image_name(file), kind, node)
     return found
 

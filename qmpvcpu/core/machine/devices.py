@@ -129,14 +129,13 @@ def beyond_definitions(line: QemuCommandLine) -> list[str]:
     miss: unknown ones, open file descriptors of disks and networks, temporary overlays. Each as it
     is written.
     """
-    found = []
-    for option in line.options:
-        is_known = option.name in _PASSED_ON or option.name in _ELSEWHERE or option.name in _NOT_MISSED
+    known = _PASSED_ON | _ELSEWHERE | _NOT_MISSED
+    return [
+        " ".join(option.words)
+        for option in line.options
         # Without its chardev a console is only silent.
-        if not is_known or (option.name != "chardev" and _has_descriptor(option)):
-            found.append(" ".join(option.words))
-    missed = [f"-machine {key}={value}" for key, value in line.machine_options if key in _MISSED_OF_MACHINE]
-    return found + missed
+        if option.name not in known or (option.name != "chardev" and _has_descriptor(option))
+    ] + [f"-machine {key}={value}" for key, value in line.machine_options if key in _MISSED_OF_MACHINE]
 
 
 def not_defined(beyond: Sequence[str], arguments: Sequence[str]) -> list[str]:
@@ -269,8 +268,10 @@ def _in_folder(option: Option, folder: str | None) -> Option | None:
     if folder is None:
         return None
     base = folder.rstrip("/")
-    pairs = [(key, f"{base}/{value}" if key in keys and is_short(value) else value) for key, value in option.pairs]
-    return _written(option, pairs)
+    return _written(
+        option,
+        [(key, f"{base}/{value}" if key in keys and is_short(value) else value) for key, value in option.pairs],
+    )
 
 
 def _written(option: Option, pairs: Sequence[tuple[str, str]]) -> Option:

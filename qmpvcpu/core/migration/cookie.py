@@ -161,10 +161,17 @@ def check_machine(source: Machine, destination: Machine) -> list[Refusal]:
         (catalogue.OTHER_MAXCPUS, source.maxcpus, destination.maxcpus),
         (catalogue.OTHER_TOPOLOGY, source.topology or "flat", destination.topology or "flat"),
     )
+    extra = sorted(
+        number
+        for slot in destination.slots
+        if slot.plugged and slot.ids[0] not in source.plugged
+        for number in slot.ids
+    )
     return [
         *(reason(there=there, now=now) for reason, there, now in rows if there != now),
         *_check_slots(source, destination),
-        *_check_extra(source, destination),
+        # 7.2 to 11.1: QEMU accepts it silently, and the guest never sees that CPU.
+        *([catalogue.EXTRA(extra)] if extra else []),
     ]
 
 
@@ -196,14 +203,6 @@ def _node(slot: Slot) -> str:
     return "none" if slot.node is None else str(slot.node)
 
 
-def _check_extra(source: Machine, destination: Machine) -> list[Refusal]:
-    extra = sorted(
-        n for slot in destination.slots if slot.plugged and slot.ids[0] not in source.plugged for n in slot.ids
-    )
-    # 7.2 to 11.1: QEMU accepts it silently, and the guest never sees that CPU.
-    return [catalogue.EXTRA(extra)] if extra else []
-
-
 def check_uri(uri: str) -> None:
     """Raises VcpuRefused for an address of QEMU's that has no way back, or that runs a program."""
     if not uri.startswith(("unix:", "tcp:", "fd:")):
@@ -232,8 +231,12 @@ def check_same(source: Machine | None, state: DomainState) -> None:
     """Raises VcpuRefused: the guest has changed since its cookie was made."""
     refusals = check_arrived(source, machine_of(state)) if source is not None else []
     if refusals:
-        hint = "begin again: the guest has changed since migrate-begin"
-        raise VcpuRefused([replace(one, ids=(), hint=hint) for one in refusals])
+        raise VcpuRefused(
+            [
+                replace(one, ids=(), hint="begin again: the guest has changed since migrate-begin")
+                for one in refusals
+            ]
+        )
 
 
 def check_destination(

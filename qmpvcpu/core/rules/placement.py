@@ -201,9 +201,11 @@ def check_placements(wanted: Mapping[int, Placement], facts: HostFacts | None) -
             found.append(reason(ids, element=word, trouble=control.trouble))
     cpu = facts.controls.get("cpu", Control())
     least, most = (1, _MOST_WEIGHT) if cpu.version == _V2 else (2, _MOST_SHARES)
-    for shares, ids in _groups(wanted, lambda p: p.shares):
-        if not least <= shares <= most:
-            found.append(catalogue.SHARES(ids, shares=shares, least=least, most=most))
+    found += [
+        catalogue.SHARES(ids, shares=shares, least=least, most=most)
+        for shares, ids in _groups(wanted, lambda p: p.shares)
+        if not least <= shares <= most
+    ]
     return found + _real_time(wanted, facts, cpu)
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass, replace
 from typing import Any, Final
 
 from qmpvcpu.core.arch import Identity, architecture
-from qmpvcpu.core.model import DomainState
+from qmpvcpu.core.model import DomainState, grouped
 from qmpvcpu.errors import VcpuConnectionError
 
 #: More logical CPUs than any guest has (Linux: NR_CPUS is 8192 at most).
@@ -200,12 +200,8 @@ def identify(
     facts = _facts(state, {n: files.get(path) for path, n in wanted.items() if n is not None}, files, vsmt)
     if not facts:
         return _assume(state, cpus, there)
-    named: dict[int, list[GuestCpu]] = {}
-    for cpu in there:
-        vcpu = facts.get(cpu.logical_id)
-        if vcpu is not None and vcpu in state.by_id and state.vcpus[vcpu].enabled:
-            named.setdefault(vcpu, []).append(cpu)
-    by_vcpu = {vcpu: found[0] for vcpu, found in sorted(named.items()) if len(found) == 1}
+    named = grouped((facts.get(cpu.logical_id), cpu) for cpu in there)
+    by_vcpu = {n: named[n][0] for n in state.enabled_ids if len(named.get(n, ())) == 1}
     return GuestView(tuple(cpus), by_vcpu, strays=len(there) - len(by_vcpu), all_online=_all_online(state, cpus))
 
 

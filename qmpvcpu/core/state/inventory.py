@@ -272,15 +272,17 @@ def entities_without_slots(cpus: Sequence[CpuInfoFast], topology: Topology | Non
     plugged.
     """
     ordered = sorted(cpus, key=lambda cpu: (_address(cpu.props), cpu.cpu_index))
-    entities = [
-        Entity((number,), None, cpu.props, cpu.qom_path, _node(cpu.props), hotpluggable=False)
-        for number, cpu in enumerate(ordered)
-    ]
     maxcpus = topology.maxcpus if topology is not None else 0
-    entities += [
-        Entity((number,), None, None, None, None, hotpluggable=False) for number in range(len(entities), maxcpus)
-    ]
-    return tuple(entities)
+    return (
+        *(
+            Entity((number,), None, cpu.props, cpu.qom_path, _node(cpu.props), hotpluggable=False)
+            for number, cpu in enumerate(ordered)
+        ),
+        *(
+            Entity((number,), None, None, None, None, hotpluggable=False)
+            for number in range(len(ordered), maxcpus)
+        ),
+    )
 
 
 def build_state(
