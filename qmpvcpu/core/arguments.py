@@ -182,8 +182,10 @@ def _unbound(
 
 def _unknown(function: Callable[..., Any], name: str, known: Iterable[str]) -> VcpuUsageError:
     near = get_close_matches(name, list(known), 1)
-    hint = f"did you mean {near[0]}?" if near else f"it takes {', '.join(known) or 'nothing'}"
-    return VcpuUsageError(f"{_name(function)}() has no argument '{clean(name, _MOST)}'", hint=hint)
+    return VcpuUsageError(
+        f"{_name(function)}() has no argument '{clean(name, _MOST)}'",
+        hint=f"did you mean {near[0]}?" if near else f"it takes {', '.join(known) or 'nothing'}",
+    )
 
 
 def _name(function: Callable[..., Any]) -> str:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final
 
 from qmpvcpu.core.arch import architecture
-from qmpvcpu.core.model import DomainState, Topology
+from qmpvcpu.core.model import DomainState, Entity, Topology, Vcpu, format_ids
 
 #: More than any machine of QEMU 7.2 to 11.1 supports (x86_64: 4096; libvirt itself: 16384).
 MOST_VCPUS: Final = 16384
@@ -243,6 +243,48 @@ def definition_of(state: DomainState) -> Definition:
         machine=state.machine,
         topology=topology if topology is not None and topology.product == state.maxcpus else None,
         cells=cells,
+    )
+
+
+def state_of(definition: Definition, name: str | None = None, *, active: bool = False) -> DomainState:
+    """The state of the guest right after its next boot.
+
+    An entity is hotpluggable if a request may change it, a vCPU if the XML says so.
+    """
+    size = definition.granularity
+    row = architecture(definition.arch)
+    entities, vcpus = [], []
+    for first in range(0, definition.maxcpus, size):
+        ids = tuple(range(first, min(first + size, definition.maxcpus)))
+        entities.append(Entity(ids, None, None, None, definition.cell_of(first), hotpluggable=first != 0))
+        for number in ids:
+            config = definition.vcpus[number]
+            pin = definition.pins.get(number, definition.cpuset)
+            vcpus.append(
+                Vcpu(
+                    number,
+                    config.enabled,
+                    config.hotpluggable,
+                    ids,
+                    order=config.order if config.enabled else None,
+                    node=definition.cell_of(number),
+                    pin=format_ids(pin) if pin else None,
+                    scheduler=definition.schedulers.get(number),
+                )
+            )
+    return DomainState(
+        name or definition.name,
+        definition.arch or "",
+        definition.machine or "",
+        definition.accel,
+        active=active,
+        version=None,
+        topology=definition.topology,
+        can_plug=row.can_plug,
+        can_unplug=row.can_unplug,
+        threads_shared=None,
+        entities=tuple(entities),
+        vcpus=tuple(vcpus),
     )
 
 

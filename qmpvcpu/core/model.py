@@ -250,7 +250,7 @@ class DomainState:
 
     `accel` is "kvm" or "tcg" (QEMU reports only whether KVM is on). `machine` is the versioned
     machine name. `threads_shared` is None while there is only one vCPU. `version` is None in the
-    state of a definition (`core.state.from_definition`), and so is all that only a QEMU can report.
+    state of a definition (`core.definition.state_of`), and so is all that only a QEMU can report.
     """
 
     name: str

@@ -7,7 +7,7 @@ import time
 from collections.abc import Collection, Iterable, Mapping
 
 from qmpvcpu.core.model import DomainState, Entity
-from qmpvcpu.core.state.pending import PendingUnplug, UsedContexts, is_open, unplug_of
+from qmpvcpu.core.state.knowledge import PendingUnplug, UsedContexts, is_open, unplug_of
 from qmpvcpu.host.pending_files import PendingFolder
 
 __all__ = ["PendingUnplugs"]

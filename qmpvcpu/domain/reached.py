@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from qmpvcpu import xml as documents
 from qmpvcpu.core import machine
+from qmpvcpu.core.definition import state_of
 from qmpvcpu.core.engine.report import Report
 from qmpvcpu.core.model import DomainState, Outcome
 from qmpvcpu.core.planning.live import Plan
@@ -18,7 +19,6 @@ from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.agent import check_guest_ids
 from qmpvcpu.core.rules.placement import with_threads
 from qmpvcpu.core.rules.request import check_request, check_sides
-from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.core.state.guest_view import GuestView, with_online
 from qmpvcpu.domain import dump
 from qmpvcpu.domain.agent import Guest

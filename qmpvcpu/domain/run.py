@@ -13,14 +13,14 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, replace
 from typing import Final
 
+from qmpvcpu.core.definition import state_of
 from qmpvcpu.core.engine.report import Report
 from qmpvcpu.core.model import Outcome
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.quirks import contexts_run_out
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules.request import check_request
-from qmpvcpu.core.state.from_definition import state_of
-from qmpvcpu.core.state.pending import UsedContexts
+from qmpvcpu.core.state.knowledge import UsedContexts
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.definition import ConfigChange, DefinitionHandle, follow
 from qmpvcpu.domain.hotplug import Hotplug

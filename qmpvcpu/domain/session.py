@@ -15,8 +15,7 @@ from qmpvcpu.core.migration.status import MigrationStatus, parse_status
 from qmpvcpu.core.model import DomainState, Entity, Event, EventKind
 from qmpvcpu.core.rules.request import check_not_migrating
 from qmpvcpu.core.state.events import CPU_EVENTS, Departures, Names, SignalKind, changes, interpret
-from qmpvcpu.core.state.knowledge import Knowledge
-from qmpvcpu.core.state.pending import UsedContexts, mark
+from qmpvcpu.core.state.knowledge import Knowledge, UsedContexts, mark
 from qmpvcpu.domain.addresses import Opener, first_free
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.event_bus import EventBus, Watcher

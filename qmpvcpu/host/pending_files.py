@@ -18,7 +18,7 @@ from math import inf
 from pathlib import Path
 from typing import Any, Final
 
-from qmpvcpu.core.state.pending import PendingUnplug, UsedContexts
+from qmpvcpu.core.state.knowledge import PendingUnplug, UsedContexts
 from qmpvcpu.host.files import closing, read_own, state_folder
 from qmpvcpu.host.owners import make_folder
 from qmpvcpu.host.process import Process, is_alive

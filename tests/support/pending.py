@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import NamedTuple
 from unittest.mock import patch
 
-from qmpvcpu.core.state.pending import PendingUnplug, UsedContexts, is_open, mark
+from qmpvcpu.core.state.knowledge import PendingUnplug, UsedContexts, is_open, mark
 from qmpvcpu.domain import session as link
 from qmpvcpu.host import pending_files as host
 from qmpvcpu.host.process import Process

@@ -16,8 +16,7 @@ from qmpvcpu.core.planning.live import make_plan
 from qmpvcpu.core.request import Listed
 from qmpvcpu.core.state.guest_view import GuestCpu, GuestView
 from qmpvcpu.core.state.inventory import BootFacts, CpuInfoFast, HotpluggableCpu, build_state
-from qmpvcpu.core.state.knowledge import Knowledge
-from qmpvcpu.core.state.pending import mark
+from qmpvcpu.core.state.knowledge import Knowledge, mark
 
 __all__ = [
     "change_definition",

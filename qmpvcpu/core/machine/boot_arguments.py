@@ -164,8 +164,8 @@ def boot_args(
         # With -incoming QEMU waits by itself.
         arguments.append("-S")
         commands.append({"execute": "cont"})
-    started = [ids[0] for ids, _ in layout.entities() if ids[-1] < len(run)] + [ids[0] for ids, _ in plugged]
-    return BootArgs(tuple(arguments), tuple(started), tuple(commands), tuple(messages))
+    started = [ids for ids, _ in layout.entities() if ids[-1] < len(run)] + [ids for ids, _ in plugged]
+    return BootArgs(tuple(arguments), tuple(ids[0] for ids in started), tuple(commands), tuple(messages))
 
 
 def _memory(definition: Definition) -> list[str]:

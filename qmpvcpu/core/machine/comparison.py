@@ -178,8 +178,9 @@ def _of_cpu(there: Mapping[str, object], now: Mapping[str, object]) -> list[Diff
     if features:
         sides = (", ".join(key for key in features if side[key]) or "none of them" for side in (there, now))
         found.append(Difference("CPU features", *sides))
-    others = [key for key in changed if key not in features]
-    return found + [Difference(f"CPU property {key}", str(there[key]), str(now[key])) for key in others]
+    return found + [
+        Difference(f"CPU property {key}", str(there[key]), str(now[key])) for key in changed if key not in features
+    ]
 
 
 def _kib(size: int | None, missing: str) -> str:

@@ -16,7 +16,7 @@ from qmpvcpu.core.arch import architecture
 from qmpvcpu.core.definition import Definition, Dimm, MemoryBackend, NumaCell, Pairs, QemuOptions
 from qmpvcpu.core.machine.command_line import QemuCommandLine, split_cpu
 from qmpvcpu.core.machine.devices import Devices, devices_of
-from qmpvcpu.core.state.inventory import object_of, objects_of
+from qmpvcpu.core.state.inventory import count_of, object_of, objects_of
 
 _NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)
 _PLUGGED: Final = re.compile(r"^node ([0-9]{1,4}) plugged: ([0-9]{1,9}) MB", re.MULTILINE)
@@ -104,9 +104,9 @@ def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
     texts = [replies.get(key) for key in ("info numa", "info mtree -f")]
     return MachineFacts(
         memdevs,
-        _size(summary.get("base-memory")),
-        _size(memory.get("max-size")),
-        _size(memory.get("slots")) or 0,
+        count_of(summary.get("base-memory")),
+        count_of(memory.get("max-size")),
+        count_of(memory.get("slots")) or 0,
         whole.removeprefix(_OBJECTS) or None if isinstance(whole, str) else None,
         tuple(sorted(dimms, key=lambda dimm: dimm.address or 0)),
         others,
@@ -119,9 +119,9 @@ def _dimm(data: Mapping[str, Any]) -> Dimm:
     name = data.get("id")
     return Dimm(
         data["size"],
-        _size(data.get("node")),
-        _size(data.get("slot")),
-        _size(data.get("addr")),
+        count_of(data.get("node")),
+        count_of(data.get("slot")),
+        count_of(data.get("addr")),
         name if isinstance(name, str) else None,
         _memdev(data),
     )
@@ -130,10 +130,6 @@ def _dimm(data: Mapping[str, Any]) -> Dimm:
 def _memdev(data: Mapping[str, Any]) -> str | None:
     path = data.get("memdev")
     return path.removeprefix(_OBJECTS) if isinstance(path, str) else None
-
-
-def _size(value: object) -> int | None:
-    return value if type(value) is int and value >= 0 else None
 
 
 def agrees(line: QemuCommandLine | None, facts: MachineFacts) -> bool:
@@ -161,7 +157,7 @@ def described(
         folder: QEMU's working directory, for relative file names.
     """
     # A memory device of the command line is among the devices.
-    devices = list(line.all("device")) if line is not None else []
+    devices = line.all("device") if line is not None else ()
     given = {option.get("id") or option.get("memdev") for option in devices}
     left_out = [f"the memory device {text}" for name, text in facts.other_devices.items() if name not in given]
     cells, options, more = _of_line(found, facts, line) if line is not None else _of_monitor(found, facts)
@@ -236,8 +232,8 @@ def _of_line(
 
 def _as_started(memory: M, name: str | None, line: QemuCommandLine | None) -> M:
     """A backend, or the DIMM on the backend of this name, with the options of its `-object`."""
-    options = line.backends if line is not None else ()
-    option = next((option for option in reversed(options) if option.get("id") == name), None)
+    backends = reversed(line.backends if line is not None else ())
+    option = next((option for option in backends if option.get("id") == name), None)
     if option is None:
         return memory
     return replace(
@@ -259,8 +255,7 @@ def _sizes_of_text(facts: MachineFacts) -> dict[int, int]:
 def _of_monitor(found: Definition, facts: MachineFacts) -> tuple[tuple[NumaCell, ...], QemuOptions, list[str]]:
     """Cells and options without a command line, as for a QEMU on another host."""
     sizes = _sizes_of_text(facts)
-    row = architecture(found.arch)
-    is_own = len(sizes) == 1 and (row.has_node_always or facts.slots > 0)
+    is_own = len(sizes) == 1 and (architecture(found.arch).has_node_always or facts.slots > 0)
     if not sizes or (facts.whole is not None and is_own):
         # The only node is the machine's default node.
         return (), QemuOptions(), []

@@ -365,8 +365,10 @@ def images_of(arguments: Sequence[str]) -> dict[str, tuple[str, str]]:
         if option.name in _DISKS:
             found[_node(option, number)] = (option.text or "", "")
         elif option.name in ("drive", "blockdev") and option.get("if") != "pflash":
-            kind = option.get("format") or option.get("driver") or ""
-            found[_node(option, number)] = (_image(option, nodes), kind)
+            found[_node(option, number)] = (
+                _image(option, nodes),
+                option.get("format") or option.get("driver") or "",
+            )
     return found
 
 

@@ -16,7 +16,7 @@ from typing import Any, Final
 from qmpvcpu.core.arch import Architecture, EntityKind, architecture
 from qmpvcpu.core.machine.numa import NumaOption
 from qmpvcpu.core.machine.smp import MachineSlot, Prediction, Smp, is_known, is_proven, predict
-from qmpvcpu.core.machine.versions import MEASURED, enclosing, has_machine, measured_with, newest_type
+from qmpvcpu.core.machine.versions import MEASURED, enclosing, has_machine, newest_type
 from qmpvcpu.core.machine.words import parse_switch, split_pairs
 from qmpvcpu.core.model import QemuVersion, Topology, Vcpu
 from qmpvcpu.core.rules import catalogue
@@ -93,8 +93,12 @@ class QemuFacts:
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
         machines = {name: [seen.name, seen.hotpluggable, seen.cpu_type] for name, seen in self.machines.items()}
-        version = [self.version.major, self.version.minor, self.version.micro]
-        return {"arch": self.arch, "version": version, "machines": machines, "cpu_types": dict(self.cpu_types)}
+        return {
+            "arch": self.arch,
+            "version": [self.version.major, self.version.minor, self.version.micro],
+            "machines": machines,
+            "cpu_types": dict(self.cpu_types),
+        }
 
     def are_of(self, layout: MachineLayout) -> bool:
         """Whether the program that gave this layout is the same QEMU."""
@@ -369,7 +373,7 @@ def _agreed(
     """The prediction of the measured versions around this one, if they agree."""
     versions: Sequence[QemuVersion]
     if version is None:
-        versions = measured_with(machine)
+        versions = [each for each in MEASURED if has_machine(each, machine)]
     elif is_proven(arch, machine, version):
         versions = (version,)
     else:

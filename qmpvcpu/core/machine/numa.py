@@ -209,8 +209,10 @@ _MAKE: Final[Mapping[str, Callable[[dict[str, Any]], NumaOption]]] = {
 
 
 def _bad(text: str, why: str) -> VcpuUsageError:
-    hint = "write node,nodeid=0,cpus=0-3 or cpu,node-id=0,socket-id=1; numbers are C's: 010 is 8"
-    return VcpuUsageError(f"-numa '{text[:80]}': {why}", hint=hint)
+    return VcpuUsageError(
+        f"-numa '{text[:80]}': {why}",
+        hint="write node,nodeid=0,cpus=0-3 or cpu,node-id=0,socket-id=1; numbers are C's: 010 is 8",
+    )
 
 
 # -- nodes -----------------------------------------------------------------------------------------
@@ -332,8 +334,11 @@ def _add_node(state: _State, node: NumaNode) -> None:
     if node.mem is not None:
         refuse_smp(not machine.takes_mem, "this machine type does not take -numa node,mem=", "use memdev= instead")
         # QEMU reads it twice: as bytes, and then, without a suffix, as MiB.
-        size = parse_size(node.mem, is_strict=machine.has_strict_sizes)
-        refuse_smp(size is None, f"{words}: mem expects a size", "write 512M")
+        refuse_smp(
+            parse_size(node.mem, is_strict=machine.has_strict_sizes) is None,
+            f"{words}: mem expects a size",
+            "write 512M",
+        )
     state.nodes[node.id] = node
     nodes = state.nodes.values()
     refuse_smp(

@@ -143,11 +143,6 @@ def has_machine(version: QemuVersion, machine: str) -> bool | None:
     return None
 
 
-def measured_with(machine: str) -> Sequence[QemuVersion]:
-    """The measured versions that have a machine type."""
-    return [version for version in MEASURED if has_machine(version, machine)]
-
-
 def newest_type(version: QemuVersion, machine: str) -> str | None:
     """The newest machine type of the family of this one; None if that is not known."""
     match = _TYPE.fullmatch(machine)

@@ -41,9 +41,7 @@ def check_source(
     """
     found = []
     waiting = sorted(number for first in pending for number in state.by_id[first].ids)
-    if is_paused and architecture(state.arch).saves_unplug:
-        waiting = []
-    if waiting:
+    if waiting and not (is_paused and architecture(state.arch).saves_unplug):
         found.append(catalogue.PENDING(waiting))
     if status.is_active:
         found.append(catalogue.UNDER_WAY(status=status.status))

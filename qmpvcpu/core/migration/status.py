@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+from qmpvcpu.core.state.inventory import count_of
+
 #: QAPI MigrationStatus: those of a migration that has ended, and of none under way.
 _ENDED: Final = frozenset({"completed", "failed", "cancelled"})
 _IDLE: Final = frozenset({*_ENDED, "none", ""})
@@ -93,19 +95,15 @@ def parse_status(reply: object) -> MigrationStatus:
     addresses, blocked = reply.get("socket-address"), reply.get("blocked-reasons")
     return MigrationStatus(
         str(reply.get("status") or "none")[:40],
-        _count(ram.get("transferred")),
-        _count(ram.get("remaining")),
-        _count(ram.get("total")),
-        _count(reply.get("downtime", reply.get("expected-downtime"))),
-        _count(reply.get("total-time")),
+        count_of(ram.get("transferred")),
+        count_of(ram.get("remaining")),
+        count_of(ram.get("total")),
+        count_of(reply.get("downtime", reply.get("expected-downtime"))),
+        count_of(reply.get("total-time")),
         str(reply["error-desc"])[:1000] if "error-desc" in reply else None,
         tuple(str(why)[:1000] for why in blocked[:20]) if isinstance(blocked, list) else (),
         tuple(one for one in addresses[:20] if isinstance(one, dict)) if isinstance(addresses, list) else (),
     )
-
-
-def _count(value: object) -> int | None:
-    return value if type(value) is int and 0 <= value < 1 << 63 else None
 
 
 def address_of(status: MigrationStatus, host: str | None) -> str | None:

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qmpvcpu.core.definition import Definition, VcpuConfig
+from qmpvcpu.core.definition import Definition, VcpuConfig, state_of
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import catalogue
@@ -18,7 +18,6 @@ from qmpvcpu.core.rules.config import check_maximum, check_order, check_total
 from qmpvcpu.core.rules.hotplug import check_whole_entities
 from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.core.rules.selection import select, select_listed
-from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.errors import Refusal
 
 
@@ -178,8 +177,14 @@ def _plan_listed(definition: Definition, request: Request) -> ConfigPlan:
             new = new.switched(ids, on) if ids else new
     if not listed[0].enabled:
         refusals.append(catalogue.CONFIG_VCPU_0((0,)))
-    unchanged = tuple(number for number in targets if number not in changed)
-    return ConfigPlan(definition, definition if refusals else new, targets, changed, unchanged, tuple(refusals))
+    return ConfigPlan(
+        definition,
+        definition if refusals else new,
+        targets,
+        changed,
+        tuple(number for number in targets if number not in changed),
+        tuple(refusals),
+    )
 
 
 def plan_pin(definition: Definition, vcpu_id: int, cpus: tuple[int, ...] | None) -> ConfigPlan:

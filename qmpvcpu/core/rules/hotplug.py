@@ -118,8 +118,11 @@ def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known:
     found = []
     for row in set_off(state, Trigger.UNPLUG, facts):
         if Fact.FIRMWARE in row.facts and known.firmware_runs is None:
-            message = f"{row.message}, and libvirt's API does not report whether it does"
-            row = replace(row, message=message, hint="add a guest agent to its XML, or use --via monitor")
+            row = replace(
+                row,
+                message=f"{row.message}, and libvirt's API does not report whether it does",
+                hint="add a guest agent to its XML, or use --via monitor",
+            )
         found.append(refusal_of(row, state, _ids(entities)))
     return found
 

@@ -160,12 +160,11 @@ def check_emulator(emulator: Placement, facts: HostFacts | None) -> list[Refusal
     if facts is None or not facts.is_owner:
         # The refusals of the vCPUs say that already, or there is nothing to do.
         return []
-    found = check_placements({0: emulator} if emulator else {}, facts)
     return [
         replace(
             one, ids=(), message=one.message.replace("vCPU 0", "the emulator").replace("vcpupin", "emulatorpin")
         )
-        for one in found
+        for one in check_placements({0: emulator} if emulator else {}, facts)
     ]
 
 

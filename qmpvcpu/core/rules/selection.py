@@ -28,8 +28,8 @@ def choose(
         targets, found = select_listed(state, request)
         return targets, {number: request.listed.vcpus[number].enabled for number in targets}, found
     if request.total is not None:
-        is_guest = request.has(VcpuFlag.GUEST)
-        wants, found = (resolve_guest_total if is_guest else resolve_total)(state, request, known)
+        resolve = resolve_guest_total if request.has(VcpuFlag.GUEST) else resolve_total
+        wants, found = resolve(state, request, known)
         return tuple(wants), wants, found
     targets, found = select(state, request, known.guest)
     return targets, dict.fromkeys(targets, request.enable) if request.enable != request.disable else {}, found

@@ -10,10 +10,9 @@ from dataclasses import replace
 from typing import Final
 
 from qmpvcpu.core.arch import EntityKind, architecture
-from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.definition import Definition, state_of
 from qmpvcpu.core.model import LIBVIRT_DRIVER, DomainState, Props, QemuVersion, Topology
 from qmpvcpu.core.state.events import PERIPHERAL
-from qmpvcpu.core.state.from_definition import state_of
 
 #: libvirt does not report the path of a CPU that was there at the start.
 _UNNAMED: Final = "/machine/unattached/"
@@ -48,8 +47,15 @@ def running_state(
         pluggable = can_go if plugged else can_come
         path = (PERIPHERAL if config.hotpluggable else _UNNAMED) + entity.device_id if plugged else None
         props = _props(base, entity.id, entity.node)
-        driver = LIBVIRT_DRIVER if base.can_plug else None
-        entities.append(replace(entity, driver=driver, props=props, qom_path=path, hotpluggable=pluggable))
+        entities.append(
+            replace(
+                entity,
+                driver=LIBVIRT_DRIVER if base.can_plug else None,
+                props=props,
+                qom_path=path,
+                hotpluggable=pluggable,
+            )
+        )
         for number in entity.ids:
             vcpu = base.vcpus[number]
             vcpus.append(

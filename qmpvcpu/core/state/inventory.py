@@ -84,6 +84,11 @@ def object_of(reply: object) -> dict[str, Any]:
     return reply if isinstance(reply, dict) else {}
 
 
+def count_of(value: object) -> int | None:
+    """A number of 0 or more, of 63 bits; None for anything else."""
+    return value if type(value) is int and 0 <= value < 1 << 63 else None
+
+
 def objects_of(reply: object) -> list[dict[str, Any]]:
     """The JSON objects of a list; none of anything else."""
     return [row for row in reply if isinstance(row, dict)] if isinstance(reply, list) else []
@@ -179,8 +184,12 @@ def _cpu(row: Mapping[str, Any], props: bool) -> CpuInfoFast:
         _integer(command, row, "cpu-index")
         _string(command, row, "qom-path")
         _integer(command, row, "thread-id")
-    found = _props(command, row["props"]) if props and row.get("props") is not None else None
-    return CpuInfoFast(index, path, thread_id, found)  # type: ignore[arg-type]
+    return CpuInfoFast(
+        index,  # type: ignore[arg-type]
+        path,  # type: ignore[arg-type]
+        thread_id,  # type: ignore[arg-type]
+        _props(command, row["props"]) if props and row.get("props") is not None else None,
+    )
 
 
 def parse_version(greeting: object) -> QemuVersion:
@@ -255,13 +264,9 @@ def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tup
         )
         for first, (_, slot) in zip(entity_ids, ordered, strict=False)
     ]
-    return _with_free_ids(entities)
-
-
-def _with_free_ids(entities: list[Entity]) -> tuple[Entity, ...]:
-    """Give each empty slot a device id that no CPU of another slot has."""
     taken = {entity.qom_path for entity in entities if entity.qom_path is not None}
     for position, entity in enumerate(entities):
+        # An empty slot gets a device id that no CPU of another slot has.
         while not entity.plugged and f"/machine/peripheral/{entity.device_id}" in taken:
             entity = entities[position] = replace(entity, suffix=entity.suffix + 1)
     return tuple(entities)

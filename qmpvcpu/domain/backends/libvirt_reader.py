@@ -6,11 +6,10 @@ import asyncio
 import logging
 from collections.abc import Callable, Collection, Iterable
 
-from qmpvcpu.core.definition import Definition
+from qmpvcpu.core.definition import Definition, state_of
 from qmpvcpu.core.machine.versions import oldest_with
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.quirks import quirk
-from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.core.state.from_live_xml import running_state
 from qmpvcpu.domain.backends.libvirt_answers import answered
 from qmpvcpu.domain.session import store_of

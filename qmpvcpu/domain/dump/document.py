@@ -5,9 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Final
 
-from qmpvcpu.core.definition import definition_of
+from qmpvcpu.core.definition import definition_of, state_of
 from qmpvcpu.core.model import DomainState, Vcpu
-from qmpvcpu.core.state.from_definition import state_of
 from qmpvcpu.errors import VcpuUsageError
 from qmpvcpu.xml import read_domain, write_vcpus
 
