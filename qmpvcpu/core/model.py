@@ -17,9 +17,6 @@ K = TypeVar("K")
 T = TypeVar("T")
 #: The levels of a topology, outermost first.
 LEVELS: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
-#: QEMU's target name as `query-target` gives it: "x86_64", "ppc64", "s390x", "loongarch64",
-#: "aarch64" …
-Arch = str
 
 
 def format_ids(ids: Iterable[int]) -> str:
@@ -111,8 +108,8 @@ class Topology:
     @property
     def product(self) -> int:
         """How many vCPUs there is room for."""
-        rooms = self.drawers * self.books * self.sockets * self.dies
-        return rooms * self.clusters * self.modules * self.cores * self.threads
+        packages = self.drawers * self.books * self.sockets
+        return packages * self.dies * self.clusters * self.modules * self.cores * self.threads
 
     @property
     def x86_apic_widths(self) -> tuple[int, int, int, int]:
@@ -248,13 +245,14 @@ class DomainState:
     """All that is known about one domain's vCPUs at one moment; `core.state.inventory` makes it
     from QMP replies.
 
-    `accel` is "kvm" or "tcg" (QEMU reports only whether KVM is on). `machine` is the versioned
-    machine name. `threads_shared` is None while there is only one vCPU. `version` is None in the
-    state of a definition (`core.definition.state_of`), and so is all that only a QEMU can report.
+    `arch` is QEMU's target name as `query-target` gives it. `accel` is "kvm" or "tcg" (QEMU reports
+    only whether KVM is on). `machine` is the versioned machine name. `threads_shared` is None while
+    there is only one vCPU. `version` is None in the state of a definition
+    (`core.definition.state_of`), and so is all that only a QEMU can report.
     """
 
     name: str
-    arch: Arch
+    arch: str
     machine: str
     accel: str | None
     active: bool

@@ -375,10 +375,7 @@ def _not_requested(result: Result) -> str:
 
 def _hint(failures: Sequence[Failure]) -> str | None:
     text = " ".join(failure.text for failure in failures)
-    for words, hint in _HINTS:
-        if words in text:
-            return hint
-    return None
+    return next((hint for words, hint in _HINTS if words in text), None)
 
 
 #: QEMU's words (7.2 to 11.1) -> what to do next.

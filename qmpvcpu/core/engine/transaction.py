@@ -63,9 +63,6 @@ from qmpvcpu.core.state.events import PERIPHERAL, Names, SignalKind, interpret, 
 
 _UNFINISHED: Final = WAITING | IN_FLIGHT
 _NOT_AS_REQUESTED: Final = FAILED | REJECTED | {Stage.NOT_REQUESTED}
-#: A reply that leads to one of these calls for a query: "DeviceNotFound" may mean that the CPU is
-#: removed.
-_QUERIED_ON_REPLY: Final = frozenset({Stage.NOT_REMOVED, Stage.DOUBTED})
 
 
 class Phase(Enum):
@@ -180,7 +177,8 @@ class Transaction:
             item.repeat, item.repeated = False, True
             self._move(item, On.REPEAT)
         if item.stage is not Stage.REQUESTED:
-            self._query_due |= item.stage in _QUERIED_ON_REPLY
+            # "DeviceNotFound" may mean that the CPU is removed.
+            self._query_due |= item.stage in (Stage.NOT_REMOVED, Stage.DOUBTED)
         elif item.is_undo:
             # What the undo removes may be gone before the reply.
             self._query_due = True

@@ -208,9 +208,8 @@ def _numa(definition: Definition) -> list[str]:
             assert backend.cell is not None
             words += _backend(backend, sizes[backend.cell])
         memory = {cell: f"memdev={escaped(backend.id)}" for cell, backend in backends.items()}
-    for cell in definition.nodes:
-        words += ["-numa", NumaNode(cell.id, cell.cpus).words(memory.get(cell.id))]
-    return words + _distances(definition.cells)
+    nodes = [NumaNode(cell.id, cell.cpus).words(memory.get(cell.id)) for cell in definition.nodes]
+    return [*words, *(word for node in nodes for word in ("-numa", node)), *_distances(definition.cells)]
 
 
 #: The defaults of QEMU and libvirt: the distance of a node to itself, and to another node.

@@ -119,8 +119,8 @@ def devices_of(
     has_serial = serials[0] != "none" if serials else has_defaults
     if serials and not has_serial:
         words += ["-serial", "none"]
-    for text in serials[1:]:
-        words += ["-serial", "none" if text == "none" else "null"]
+    others = ("none" if text == "none" else "null" for text in serials[1:])
+    words += [word for text in others for word in ("-serial", text)]
     return Devices(tuple(words), has_defaults, has_serial, tuple(left_out))
 
 

@@ -352,10 +352,9 @@ def _add_cpu(state: _State, cpu: NumaCpu) -> None:
     units = state.machine.units
     refuse_smp(cpu.node not in state.nodes, f"-numa {cpu}: node {cpu.node} is not defined before it", _NODE_FIRST)
     for key in cpu.props:
-        # QEMU accepts these on every machine, and ignores them.
-        is_ignored = key in ("drawer-id", "book-id")
         refuse_smp(
-            key not in state.machine.props or not (is_ignored or key in units[0]),
+            # QEMU accepts drawers and books on every machine, and ignores them.
+            key not in state.machine.props or key not in (*units[0], "drawer-id", "book-id"),
             f"-numa {cpu}: {key} is not supported by this machine",
             f"leave out {key}",
         )

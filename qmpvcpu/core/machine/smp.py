@@ -355,8 +355,15 @@ def _nodes(
 
     levels = {_PROPS[level] for level in facts.known}
     takes_mem = facts.row.has_numa_mem or not has(facts.compat, Feature.NO_NUMA_MEM)
-    is_strict = has(facts.qemu, Feature.STRICT_SIZES)
     return nodes_of_slots(
         numa,
-        NumaMachine(units, facts.size(topology), defaults, levels, takes_mem, has_hmat, is_strict),
+        NumaMachine(
+            units,
+            facts.size(topology),
+            defaults,
+            levels,
+            takes_mem,
+            has_hmat,
+            has(facts.qemu, Feature.STRICT_SIZES),
+        ),
     )

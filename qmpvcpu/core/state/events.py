@@ -113,8 +113,11 @@ def interpret(event: str, data: Mapping[str, Any], names: Names) -> Signal | Non
             return None
         # Only libvirt gives a text.
         text = data.get("text")
-        reason = text[:_LONGEST] if isinstance(text, str) and text else "the guest could not release it"
-        return Signal(SignalKind.GUEST_REFUSED, entity.id, reason)
+        return Signal(
+            SignalKind.GUEST_REFUSED,
+            entity.id,
+            text[:_LONGEST] if isinstance(text, str) and text else "the guest could not release it",
+        )
     if event == "ACPI_DEVICE_OST":
         return _ost(data.get("info"), names)
     if event == "RESET":

@@ -56,19 +56,18 @@ def running_state(
                 hotpluggable=pluggable,
             )
         )
-        for number in entity.ids:
-            vcpu = base.vcpus[number]
-            vcpus.append(
-                replace(
-                    vcpu,
-                    enabled=plugged,
-                    hotpluggable=pluggable,
-                    props=props,
-                    order=vcpu.order if plugged else None,
-                    qom_path=path if plugged and config.hotpluggable else None,
-                    pending=entity.id in pending_ids,
-                )
+        vcpus += [
+            replace(
+                base.vcpus[number],
+                enabled=plugged,
+                hotpluggable=pluggable,
+                props=props,
+                order=base.vcpus[number].order if plugged else None,
+                qom_path=path if plugged and config.hotpluggable else None,
+                pending=entity.id in pending_ids,
             )
+            for number in entity.ids
+        ]
     return replace(base, version=version, run_state=run_state, entities=tuple(entities), vcpus=tuple(vcpus))
 
 

@@ -316,8 +316,15 @@ def build_state(
         entities = entities_without_slots(cpus, boot.topology)
     else:
         entities = entities_of_slots(slots, can_unplug)
-    plugged = _Plugged(cpus, cores=slots is not None)
-    return _assemble(boot, entities, plugged, slots is not None, can_unplug, run_state, frozenset(pending))
+    return _assemble(
+        boot,
+        entities,
+        _Plugged(cpus, cores=slots is not None),
+        slots is not None,
+        can_unplug,
+        run_state,
+        frozenset(pending),
+    )
 
 
 def refresh_state(
