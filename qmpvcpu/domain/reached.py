@@ -134,7 +134,9 @@ class Reached:
     async def guest_view(self) -> GuestView:
         """Return the guest's own CPUs."""
         self.check(Request((), VcpuFlag.GUEST))
-        return await self.agent().view(await self.connected().read())
+        # Without a connection the agent is not known either.
+        session = self.connected()
+        return await self.agent().view(await session.read())
 
     async def dump_xml(self, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
         """Return the XML of the side that `flags` name."""
@@ -215,7 +217,7 @@ class Reached:
         """Take CPUs of the guest online or offline, by the guest's own ids."""
         began = time.monotonic()
         self.check(Request(ids, VcpuFlag.GUEST))
-        view = await self.agent().view(await self.connected().read())
+        view = await self.guest_view()
         if refusals := check_guest_ids(ids, view.own, online=online):
             raise VcpuRefused(refusals, ids=ids)
         report = Report(ids)

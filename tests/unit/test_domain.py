@@ -166,6 +166,38 @@ async def test_a_lost_connection_fails_calls_until_reconnect(running):
         assert domain.pending_ids == ()
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda domain: domain.vcpus(),
+        lambda domain: domain.enable(2),
+        lambda domain: domain.enable(2, guest=True),
+        lambda domain: domain.set_vcpus(3),
+        lambda domain: domain.guest_vcpus(),
+        lambda domain: domain.set_guest_vcpus([1], False),
+        lambda domain: domain.pin(1, "0"),
+        lambda domain: domain.plan_enable(2),
+        lambda domain: domain.dump_xml(),
+        lambda domain: domain.migration.begin(),
+    ],
+    ids=["vcpus", "enable", "guest", "count", "guest_vcpus", "set_guest_vcpus", "pin", "plan", "xml", "begin"],
+)
+async def test_where_a_reconnect_failed_each_call_says_that_there_is_no_connection(tmp_path, call):
+    qemu = FakeQemu(plugged=(1,))
+    agent = tmp_path / "agent"
+    async with serve(tmp_path, qemu.script) as path:
+        domain = qmpvcpu.connect(path, agent=agent, connect_timeout=1)
+        await domain.__aenter__()
+        qemu.close()
+    try:
+        with pytest.raises(qmpvcpu.VcpuConnectionError):
+            await domain.reconnect()
+        with pytest.raises(qmpvcpu.VcpuConnectionError, match="is not connected"):
+            await call(domain)
+    finally:
+        await domain.__aexit__(None, None, None)
+
+
 async def test_reconnect_to_a_smaller_machine(running):
     qemu = FakeQemu(plugged=(1, 2, 3))
     qemu.on_delete = {3: "silence"}
