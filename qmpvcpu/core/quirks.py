@@ -224,8 +224,7 @@ QUIRKS: Final = (
         facts=frozenset({Fact.LEGACY_HOTPLUG}),
         is_refused=True,
         message=(
-            "QEMU rejects every unplug of a CPU while the guest's CPU hotplug block is in its"
-            " legacy mode, and it still is"
+            "QEMU rejects every unplug of a CPU, because the guest's CPU hotplug block is still in its legacy mode"
         ),
         hint="boot a kernel with ACPI, which leaves that mode; acpi=off and machine types up to 2.6 keep it",
         code="legacy-hotplug",

@@ -230,6 +230,9 @@ class House:
             return None
         if key == "messages":
             return len(value)
+        if key == "refusals" and isinstance(value, str):
+            # A plan has the texts alone.
+            return None
         if key in _VARYING and value is not None:
             return "#"
         if isinstance(value, dict):

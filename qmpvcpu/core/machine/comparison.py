@@ -116,57 +116,57 @@ class DiskImage:
 
 @dataclass(frozen=True, slots=True)
 class Difference:
-    """One difference: `there` is the value on which the guest runs, `here` the one that it would
-    find.
+    """One difference: `source` is the value on which the guest runs, `target` the one that it
+    would find.
     """
 
     what: str
-    there: str
-    here: str
+    source: str
+    target: str
 
-    def text(self, here: str) -> str:
-        """The difference as a text; `here` are the words for the other side."""
-        return f"{self.what}: {self.there} at the source, {self.here} {here}"
+    def text(self, where: str) -> str:
+        """The difference as a text; `where` are the words for the other side."""
+        return f"{self.what}: {self.source} at the source, {self.target} {where}"
 
 
-def refusals_of(found: Iterable[Difference], here: str, hint: str) -> list[Refusal]:
+def refusals_of(found: Iterable[Difference], where: str, hint: str) -> list[Refusal]:
     """Each difference as a refusal.
 
     Args:
         found: differences.
-        here: the words for the side that is not the source ("in the definition").
+        where: the words for the side that is not the source ("in the definition").
         hint: what to do.
     """
-    return [catalogue.DIFFERENCE(difference=one.text(here), hint=hint) for one in found]
+    return [catalogue.DIFFERENCE(difference=one.text(where), hint=hint) for one in found]
 
 
-def differences(source: Picture, here: Picture) -> list[Difference]:
+def differences(source: Picture, target: Picture) -> list[Difference]:
     """Every difference between the two that a guest could notice."""
     found: list[Difference] = []
-    if source.memory != here.memory:
-        found.append(Difference("memory", *(_kib(side.memory, "unknown") for side in (source, here))))
-    same = are_same(source.version, here.version)
-    found += _of_blocks(source, here, same)
-    found += _of_mapping("memory of NUMA node {}", source.nodes, here.nodes, "MiB")
-    found += _of_command_lines(source, here)
-    found += _of_mapping("PCI device at {}", source.pci, here.pci)
-    found += _of_devices(source, here, same)
-    if source.disks is not None and here.disks is not None:
-        found += _of_disks(source.disks, here.disks)
+    if source.memory != target.memory:
+        found.append(Difference("memory", *(_kib(side.memory, "unknown") for side in (source, target))))
+    same = are_same(source.version, target.version)
+    found += _of_blocks(source, target, same)
+    found += _of_mapping("memory of NUMA node {}", source.nodes, target.nodes, "MiB")
+    found += _of_command_lines(source, target)
+    found += _of_mapping("PCI device at {}", source.pci, target.pci)
+    found += _of_devices(source, target, same)
+    if source.disks is not None and target.disks is not None:
+        found += _of_disks(source.disks, target.disks)
     if same:
         # Other versions have other names for the same.
-        found += _of_mapping("-machine {}", *_common(source.machine, here.machine))
-        found += _of_cpu(*_common(source.cpu, here.cpu))
+        found += _of_mapping("-machine {}", *_common(source.machine, target.machine))
+        found += _of_cpu(*_common(source.cpu, target.cpu))
     return found
 
 
-def _of_command_lines(source: Picture, here: Picture) -> list[Difference]:
+def _of_command_lines(source: Picture, target: Picture) -> list[Difference]:
     """Differences that only command lines show: none if one of them is not known."""
     found = []
-    if source.distances is not None and here.distances is not None:
-        found += _of_mapping("distance of NUMA nodes {}", source.distances, here.distances)
-    if source.attributes is not None and here.attributes is not None:
-        found += _of_mapping("{}", Counter(source.attributes), Counter(here.attributes))
+    if source.distances is not None and target.distances is not None:
+        found += _of_mapping("distance of NUMA nodes {}", source.distances, target.distances)
+    if source.attributes is not None and target.attributes is not None:
+        found += _of_mapping("{}", Counter(source.attributes), Counter(target.attributes))
     return found
 
 
@@ -187,17 +187,17 @@ def _kib(size: int | None, missing: str) -> str:
     return missing if size is None else f"{size // 1024} KiB"
 
 
-def _of_blocks(source: Picture, here: Picture, same: bool) -> list[Difference]:
+def _of_blocks(source: Picture, target: Picture, same: bool) -> list[Difference]:
     def own(picture: Picture) -> dict[str, int]:
         return {name: size for name, size in picture.blocks.items() if same or not name.startswith(_RESIZED)}
 
-    there, now = own(source), own(here)
+    there, now = own(source), own(target)
     found = [
         Difference(f"RAM block '{name}'", *(_kib(side.get(name), "none") for side in (there, now)))
         for name in sorted(there.keys() | now.keys())
         if there.get(name) != now.get(name)
     ]
-    addresses = ({name: f"{place:#x}" for name, place in side.places.items()} for side in (source, here))
+    addresses = ({name: f"{place:#x}" for name, place in side.places.items()} for side in (source, target))
     return found + _of_mapping("address of the RAM block '{}'", *_common(*addresses))
 
 
@@ -224,27 +224,27 @@ def _common(there: Mapping[str, T], now: Mapping[str, T]) -> tuple[dict[str, T],
     return {key: there[key] for key in keys}, {key: now[key] for key in keys}
 
 
-def _of_devices(source: Picture, here: Picture, same: bool) -> list[Difference]:
+def _of_devices(source: Picture, target: Picture, same: bool) -> list[Difference]:
     """By number. Between versions only the devices that a user has added: a machine's own may have
     other names.
     """
     if same:
-        return _of_mapping("device {}", Counter(source.types), Counter(here.types))
-    there, now = Counter(source.added), Counter(here.added)
+        return _of_mapping("device {}", Counter(source.types), Counter(target.types))
+    there, now = Counter(source.added), Counter(target.added)
     # A default device of one side may have been added on the other.
     return [
         one
         for one in _of_mapping("device {}", there, now)
-        if one.what.removeprefix("device ") not in {*source.types, *here.types} - {*there, *now}
+        if one.what.removeprefix("device ") not in {*source.types, *target.types} - {*there, *now}
     ]
 
 
 _Disks = Mapping[str, tuple[str, ...]]
 
 
-def _of_disks(source: _Disks, here: _Disks) -> list[Difference]:
+def _of_disks(source: _Disks, target: _Disks) -> list[Difference]:
     """By the names of the drives, or by their files if a user's definition has other names."""
-    there, now = ({key: (*one, "", "")[:2] for key, one in side.items()} for side in (source, here))
+    there, now = ({key: (*one, "", "")[:2] for key, one in side.items()} for side in (source, target))
     found = []
     for key in sorted(there.keys() & now.keys()):
         one, other = there.pop(key), now.pop(key)

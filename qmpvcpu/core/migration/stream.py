@@ -162,18 +162,18 @@ def _section(row: object) -> tuple[str, int]:
     return name, instance
 
 
-def table_differences(source: StreamTable, here: StreamTable) -> list[str]:
-    """Every difference between a stream and what the definition's machine (`here`) would write,
+def table_differences(source: StreamTable, target: StreamTable) -> list[str]:
+    """Every difference between a stream and what the definition's machine (`target`) would write,
     each as a text.
     """
     found = []
-    if None not in (source.machine, here.machine) and source.machine != here.machine:
-        found.append(f"machine type: {source.machine} at the source, {here.machine} in the definition")
-    for name in sorted(source.blocks.keys() | here.blocks.keys()):
-        there, now = source.blocks.get(name), here.blocks.get(name)
+    if None not in (source.machine, target.machine) and source.machine != target.machine:
+        found.append(f"machine type: {source.machine} at the source, {target.machine} in the definition")
+    for name in sorted(source.blocks.keys() | target.blocks.keys()):
+        there, now = source.blocks.get(name), target.blocks.get(name)
         if there != now and not (there and now and name.startswith(_RESIZED)):
             found.append(f"RAM block '{name}': {_kib(there)} at the source, {_kib(now)} in the definition")
-    one, other = source.sections, here.sections
+    one, other = source.sections, target.sections
     if one is None or other is None:
         if one is not other:
             found.append("only one side has a list of devices")
