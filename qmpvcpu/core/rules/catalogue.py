@@ -98,19 +98,19 @@ OVER_LIBVIRT_MAXIMUM = Reason(
 )
 WHOLE_CORES = Reason(
     "count",
-    "the domain cannot have {total} vCPUs: they come and go in cores of {size}",
+    "the domain cannot have {total} vCPUs: QEMU plugs and unplugs cores of {size}",
     "request {below} or {above}",
     _CONFIG,
 )
 DEFINED_WHOLE_CORES = Reason(
     "count",
-    "the definition cannot have {total} vCPUs: they come and go in cores of {size}",
+    "the definition cannot have {total} vCPUs: QEMU plugs and unplugs cores of {size}",
     "request {below} or {above}",
     _CONFIG,
 )
 FEWEST = Reason(
     "count",
-    "the domain cannot have {total} vCPUs: only so many can be unplugged now that {fewest} remain",
+    "the domain cannot have {total} vCPUs: at least {fewest} remain, because no more can be unplugged now",
     "`qmpvcpu vcpuinfo` shows which vCPUs are hotpluggable",
     _CONFIG,
 )
@@ -214,7 +214,7 @@ NO_HOTPLUG = Reason(
 )
 NO_HOTPLUG_AT_BOOT = Reason(
     "no-hotplug",
-    "{machine} ({arch}) has no CPU hotplug: it cannot boot with vCPU {ids} and without every one below",
+    "{machine} ({arch}) has no CPU hotplug: it cannot boot with vCPU {ids} while a lower one is disabled",
     "enable vCPUs from 0 on, without a gap",
     _CONFIG,
 )
@@ -749,7 +749,7 @@ WAS_MIGRATED = Reason(
     "run-state",
     "the guest is '{state}': it has been migrated, or a save failed while it was paused: QEMU"
     " migrates it again only after it has run",
-    "`qmpvcpu migrate-cancel` lets it run here",
+    "`qmpvcpu migrate-cancel` lets it run in this QEMU",
     _INVALID,
 )
 RUNS_ALREADY = Reason(
@@ -764,7 +764,7 @@ DOES_NOT_WAIT = Reason(
     "destroy it first, or name another destination; one that waits is started with -incoming defer",
     _INVALID,
 )
-_BEGIN_AGAIN: Final = "begin again: migrate-begin, and migrate-prepare a destination with its cookie"
+_BEGIN_AGAIN: Final = "begin again: `migrate-begin`, and `migrate-prepare` a destination with its cookie"
 RUNS_NO_MORE = Reason(
     "run-state",
     "the guest was {was} when the migration was begun, and is no longer {was}",
@@ -805,7 +805,7 @@ COOKIE_UNKNOWN = Reason(
 )
 ARRIVED = Reason(
     "arrived",
-    "the guest has arrived, but has never run here",
+    "the guest has arrived in this QEMU, but has never run in it",
     "`qmpvcpu migrate-finish` lets it run, `qmpvcpu migrate-cancel` ends it",
     _INVALID,
 )
@@ -824,7 +824,7 @@ RUNS_AT_DESTINATION = Reason(
 RUNS_AT_SOURCE = Reason(
     "handed-over",
     "another side has claimed the guest (the source runs it), and it would run twice",
-    "migrate-cancel ends this side; if there is no other side any more, --force lets it run",
+    "`qmpvcpu migrate-cancel` ends this side; if there is no other side any more, --force lets it run",
 )
 SOURCE_UNKNOWN = Reason(
     "handed-over",
