@@ -92,7 +92,17 @@ def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
     for row in objects_of(replies.get("query-memory-devices")):
         data = object_of(row.get("data"))
         if row.get("type") == "dimm" and type(data.get("size")) is int:
-            dimms.append(_dimm(data))
+            name = data.get("id")
+            dimms.append(
+                Dimm(
+                    data["size"],
+                    count_of(data.get("node")),
+                    count_of(data.get("slot")),
+                    count_of(data.get("addr")),
+                    name if isinstance(name, str) else None,
+                    _memdev(data),
+                )
+            )
         else:
             name = data.get("id") or _memdev(data) or ""
             others[str(name)] = f"{row.get('type')} '{name}'"
@@ -112,18 +122,6 @@ def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
         others,
         models,
         *(text if isinstance(text, str) else "" for text in texts),
-    )
-
-
-def _dimm(data: Mapping[str, Any]) -> Dimm:
-    name = data.get("id")
-    return Dimm(
-        data["size"],
-        count_of(data.get("node")),
-        count_of(data.get("slot")),
-        count_of(data.get("addr")),
-        name if isinstance(name, str) else None,
-        _memdev(data),
     )
 
 

@@ -182,6 +182,5 @@ def undo_forbidden(state: DomainState, known: Knowledge) -> str | None:
     """Why a plug must not be undone by an unplug on this machine; None if it may."""
     if not state.can_unplug:
         return f"{state.machine} ({state.arch}) never unplugs a CPU"
-    sample = [entity for entity in state.entities if entity.id != 0][:1]
-    kills = check_kills_on_unplug(state, sample, known)
+    kills = check_kills_on_unplug(state, state.entities[1:2], known)
     return kills[0].message if kills else None

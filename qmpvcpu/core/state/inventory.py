@@ -349,8 +349,11 @@ def refresh_state(
         path = f"/machine/peripheral/{entity.device_id}"
         now = path if path in plugged.by_path and path not in taken else None
         if now != entity.qom_path:
-            hotpluggable = state.can_plug and (now is None or (state.can_unplug and entity.id != 0))
-            entity = replace(entity, qom_path=now, hotpluggable=hotpluggable)
+            entity = replace(
+                entity,
+                qom_path=now,
+                hotpluggable=state.can_plug and (now is None or (state.can_unplug and entity.id != 0)),
+            )
         entities.append(entity)
     return _assemble(
         boot,
