@@ -157,7 +157,7 @@ async def test_another_users_qemu_is_not_touched_without_the_right(file, tmp_pat
     async with machine(prefix=prefix, binary="/usr/bin/qemu-system-x86_64") as qemu:
         assert (await cli("define", "d", "--qmp", qemu.qmp, "--xml", str(file))).code == 0
         run = await asyncio.to_thread(without_rights, "setvcpu", "d", "1", "--enable", "--json")
-        assert run.code == 3 and "QEMU is another user's" in run.stdout
+        assert run.code == 3 and "QEMU belongs to another user" in run.stdout
         assert await enabled(qemu.qmp) == (0,)
 
 

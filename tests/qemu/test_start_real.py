@@ -200,7 +200,7 @@ async def test_start_and_destroy(version, tmp_path, started):
     assert (await cli("start", "d", "--json")).json["vcpus"] == [0, 1, 3, 5, 6]
     assert (await cli("destroy", "d")).code == 0
     again = await cli("destroy", "d", "--json")
-    assert again.code == 3 and "does not run" in again.stdout
+    assert again.code == 3 and "is not running" in again.stdout
     log = Path(run.json["log"])
     assert "terminating on signal 15" in log.read_text()
     assert "terminating on signal 15" in log.with_name("d.log.1").read_text()
@@ -286,7 +286,7 @@ async def test_a_pid_that_came_again_is_not_ours(tmp_path):
     leave_pid("d", os.getpid())
     assert pid_of("d") is None
     run = await cli("destroy", "d", "--json")
-    assert run.code == 3 and "does not run" in run.stdout
+    assert run.code == 3 and "is not running" in run.stdout
 
 
 async def test_a_name_with_everything_in_it(tmp_path, started):

@@ -75,7 +75,7 @@ async def test_whole_cores_of_a_node_on_ppc64():
         assert (await domain.set_vcpus(16)).changed_ids == (*range(16, 24), *range(32, 40))
         with pytest.raises(qmpvcpu.VcpuRefused, match="cores of 8") as refused:
             await domain.set_vcpus(12)
-        assert refused.value.hint == "ask for 8 or 16"
+        assert refused.value.hint == "request 8 or 16"
 
 
 async def test_dry_run_names_the_vcpu_of_the_node_and_sends_only_queries(tmp_path):
