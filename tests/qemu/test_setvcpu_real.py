@@ -276,7 +276,7 @@ async def test_numa_node_takes_the_lowest_disabled_vcpus_of_the_node():
         one = await domain.vcpu(1, VcpuFlag.ENABLE | VcpuFlag.NUMA_NODE)
         two = await domain.vcpu(1, VcpuFlag.ENABLE | VcpuFlag.NUMA_NODE, count=2)
         listed = await domain.vcpu(1, VcpuFlag.NUMA_NODE)
-        with pytest.raises(qmpvcpu.VcpuRefused, match="has 1 disabled vCPUs, 2 asked"):
+        with pytest.raises(qmpvcpu.VcpuRefused, match="has 1 disabled vCPUs, 2 requested"):
             await domain.vcpu(1, VcpuFlag.ENABLE | VcpuFlag.NUMA_NODE, count=2)
     assert (one.changed_ids, two.changed_ids, listed.ids) == ((4,), (5, 6), (4, 5, 6, 7))
 

@@ -43,7 +43,7 @@ async def test_a_socket_that_spans_two_nodes_is_filled_by_node(version):
         assert (await domain.numa_node(1, ENABLE, count=2)).changed_ids == (5, 6)
         assert (await domain.vcpu(0, ENABLE | NODE | CORE)).changed_ids == (1,)
         assert (await domain.vcpu(0, ENABLE | NODE | CORE)).changed_ids == (2, 3)
-        with pytest.raises(qmpvcpu.VcpuRefused, match="has 0 disabled vCPUs, 1 asked"):
+        with pytest.raises(qmpvcpu.VcpuRefused, match="has 0 disabled vCPUs, 1 requested"):
             await domain.numa_node(0, ENABLE)
         with pytest.raises(qmpvcpu.VcpuRefused, match="nodes are 0-1"):
             await domain.numa_node(2, ENABLE)
