@@ -267,9 +267,9 @@ class Agent(Protocol):
 class Staged(Protocol):
     """A next version of a definition that is written but not yet in place."""
 
-    def commit(self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
+    def commit(self, before: bytes, remake: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
         """Put the version in place of `before`. If the definition is not `before` any more, put the
-        result of `again` on it in place.
+        result of `remake` on it in place.
 
         `given_up` is called while another process locks the definition. Raises OSError; the
         definition is then unchanged.

@@ -42,7 +42,7 @@ _LOOK_FIRST: Final = 0.02
 _LOOK_MOST: Final = 0.5
 #: Seconds for which an agent that did not answer is not queried again by optional queries, because
 #: each query would cost its whole deadline.
-_SULK: Final = 5.0
+_RETRY_SECONDS: Final = 5.0
 #: Seconds that a guest has to bring CPUs online by itself, if its agent is not allowed to.
 _GRACE: Final = 2.0
 
@@ -50,15 +50,15 @@ _GRACE: Final = 2.0
 class Guest:
     """The agent of one domain."""
 
-    def __init__(self, agent: Agent, monitor: Monitor, tell: Callable[[list[Event]], None]) -> None:
+    def __init__(self, agent: Agent, monitor: Monitor, report: Callable[[list[Event]], None]) -> None:
         self._agent = agent
-        self._tell = tell
-        self._lit: dict[int, bool] = {}
+        self._report = report
+        self._last_online: dict[int, bool] = {}
         self._monitor = monitor
         self._vsmt: int | None = None
         self._vsmt_known = False
         self._silent_until = 0.0
-        self._heard = False
+        self._has_just_answered = False
         #: Whether the agent has answered on this connection.
         self.has_answered = False
         #: Whether the last view could not tell the guest's CPUs apart.
@@ -83,9 +83,9 @@ class Guest:
             VcpuRefused: the agent is not allowed to list CPUs.
         """
         async with self._lock:
-            was_heard, self._heard = self._heard, False
+            had_answered, self._has_just_answered = self._has_just_answered, False
             try:
-                if not was_heard:
+                if not had_answered:
                     await self._check_port()
             except VcpuConnectionError as error:
                 # This check is cheap, so the agent does not count as silent.
@@ -97,24 +97,26 @@ class Guest:
             except VcpuConnectionError as error:
                 self.trouble = error
                 if error.reason in ("no-agent", "timeout"):
-                    self._silent_until = time.monotonic() + _SULK
+                    self._silent_until = time.monotonic() + _RETRY_SECONDS
                 raise
             self.trouble = None
-            self._heard = self.has_answered = True
+            self._has_just_answered = self.has_answered = True
             self._silent_until = 0.0
-            self._tell_of(view)
+            self._report_changes(view)
             return view
 
-    def _tell_of(self, view: GuestView) -> None:
+    def _report_changes(self, view: GuestView) -> None:
         """Emit events for the vCPUs that came online or went offline since the last view."""
-        lit = {number: cpu.online for number, cpu in view.by_vcpu.items()}
-        before, self._lit = self._lit, lit
+        now_online = {number: cpu.online for number, cpu in view.by_vcpu.items()}
+        before, self._last_online = self._last_online, now_online
         if not before:
             return
         # A CPU that is missing from the guest is not online in it.
         now = time.time()
-        changes = [(number, online) for number, online in lit.items() if before.get(number, False) is not online]
-        self._tell(
+        changes = [
+            (number, online) for number, online in now_online.items() if before.get(number, False) is not online
+        ]
+        self._report(
             [Event(now, EventKind.ONLINE if on else EventKind.OFFLINE, (number,)) for number, on in changes]
         )
 
@@ -217,7 +219,7 @@ class Guest:
         if offline := arriving.offline(view):
             run = await self.switch(view, offline, online=True)
             view = arriving.switched(run, view)
-            self._tell_of(view)
+            self._report_changes(view)
         elif numbers := arriving.offline_newcomers():
             # The vCPU ids are not known, so the guest's own CPU numbers are used.
             run = await self.switch(view.own, numbers, online=True)

@@ -14,7 +14,7 @@ from qmpvcpu.domain.resolve import resolve
 from qmpvcpu.errors import VcpuUsageError
 
 #: Seconds that a socket has to greet: the first if only the definition is needed, the second otherwise.
-_HELD_SECONDS = 0.3
+_BUSY_SECONDS = 0.3
 _CONNECT_SECONDS = 5.0
 #: The longest deadline that is accepted, in seconds.
 _LONGEST_SECONDS = 86400.0 * 365
@@ -84,5 +84,5 @@ def connect(  # noqa: PLR0913 - each argument is a keyword of the public API
     if watch:
         place = replace(place, qmp=place.qmp[::-1])
     patience = _CONNECT_SECONDS if connect_timeout is None else connect_timeout
-    patience = min(patience, _HELD_SECONDS) if config_only else patience
+    patience = min(patience, _BUSY_SECONDS) if config_only else patience
     return Domain(backends.QmpBackend(place, qmp_log, patience, command_timeout, config_only))

@@ -75,7 +75,7 @@ class DefinitionHandle:
     ) -> ConfigChange:
         version = self._version(self._store.read())
         plan, after = _made(version.data, make(version.definition))
-        change = (version.data, after, plan, self._again(make), self._off_the_loop)
+        change = (version.data, after, plan, self._remaker(make), self._off_the_loop)
         return ConfigChange(store or self._store, *change)
 
     async def _off_the_loop(self, work: Callable[[], None], given_up: Flag) -> None:
@@ -84,14 +84,14 @@ class DefinitionHandle:
         """
         await finish(self._runs(work), within=UNDO_SECONDS, on_cancel=given_up.set)
 
-    def _again(self, make: Callable[[Definition], ConfigPlan]) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
-        def again(data: bytes) -> tuple[bytes, ConfigPlan]:
+    def _remaker(self, make: Callable[[Definition], ConfigPlan]) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
+        def remake(data: bytes) -> tuple[bytes, ConfigPlan]:
             plan, after = _made(data, make(self._version(data).definition))
             if plan.refusals:
                 raise VcpuRefused(plan.refusals, ids=plan.targets)
             return after, plan
 
-        return again
+        return remake
 
     def _version(self, data: bytes) -> _Version:
         if self._last is not None and self._last.data == data:
@@ -114,11 +114,11 @@ def _made(data: bytes, plan: ConfigPlan) -> tuple[ConfigPlan, bytes]:
     document, _ = documents.read_domain(data)
     after = documents.write_vcpus(document, plan.old, plan.new)
     try:
-        again = documents.read_domain(after)[1]
+        reread = documents.read_domain(after)[1]
     except VcpuRefused as error:
         return replace(plan, refusals=tuple(_unreadable(one) for one in error.refusals)), data
     new = plan.new
-    assert (again.enabled_ids, again.maxcpus, again.pins) == (new.enabled_ids, new.maxcpus, new.pins)
+    assert (reread.enabled_ids, reread.maxcpus, reread.pins) == (new.enabled_ids, new.maxcpus, new.pins)
     return plan, after
 
 
@@ -135,7 +135,7 @@ class ConfigChange:
         before: bytes,
         after: bytes,
         plan: ConfigPlan,
-        again: Callable[[bytes], tuple[bytes, ConfigPlan]],
+        remake: Callable[[bytes], tuple[bytes, ConfigPlan]],
         runs: Callable[[Callable[[], None], Flag], Awaitable[None]],
     ) -> None:
         self.plan = plan
@@ -143,7 +143,7 @@ class ConfigChange:
         #: The document after the change.
         self.after = after
         self._store = store
-        self._again = again
+        self._remaker = remake
         self._runs = runs
         self._staged: Staged | None = None
 
@@ -191,14 +191,14 @@ class ConfigChange:
             return
         given_up, has_begun, is_written, has_ended = Flag(), Flag(), Flag(), Flag()
 
-        def again(data: bytes) -> bytes:
-            made, self.plan = self._again(data)
+        def remake(data: bytes) -> bytes:
+            made, self.plan = self._remaker(data)
             return made
 
         def commit() -> None:
             has_begun.set()
             try:
-                staged.commit(self.before, again, given_up.is_set)
+                staged.commit(self.before, remake, given_up.is_set)
                 is_written.set()
             finally:
                 has_ended.set()

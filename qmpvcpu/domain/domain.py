@@ -106,7 +106,7 @@ class Domain:
         self.name = self._reached.name
         self._loop: asyncio.AbstractEventLoop | None = None
         self._last: Session | None = None
-        self._shown: DomainState | None = None
+        self._reported: DomainState | None = None
         self._bus = EventBus()
         self._queue = asyncio.Lock()
         self._interrupted: Interrupted | None = None
@@ -168,12 +168,12 @@ class Domain:
         """`_call`, with the domain refreshed."""
         async with self._call():
             if self._is_broken_off:
-                await self._connect_again()
+                await self._retry_connect()
             now = await self._backend.refresh(self._reached)
             if now is None:
                 # The guest was started meanwhile.
                 self._is_broken_off = True
-                await self._connect_again()
+                await self._retry_connect()
             else:
                 self._reached = now
             yield self._reached
@@ -223,7 +223,7 @@ class Domain:
         if request.is_query:
             return await self._query(request)
         async with self._turn() as reached:
-            self._shown = None
+            self._reported = None
             return await self._backend.change(reached, request)
 
     @property
@@ -430,7 +430,7 @@ class Domain:
         """
         wanted, request = check_pin(vcpu_id, cpus, flags)
         async with self._turn() as reached:
-            self._shown = None
+            self._reported = None
             return await self._backend.pin(reached, request, wanted)
 
     @checked
@@ -508,8 +508,8 @@ class Domain:
         Raises:
             VcpuConnectionError: the domain was never connected.
         """
-        if self._shown is not None:
-            return self._shown
+        if self._reported is not None:
+            return self._reported
         session = self._reached.session or self._last
         return session.state if session is not None else self._reached.connected().state
 
@@ -521,7 +521,9 @@ class Domain:
             return ()
         entities = session.state.by_id
         return tuple(
-            sorted(n for first in session.pending_unplugs.firsts if first in entities for n in entities[first].ids)
+            sorted(
+                n for first in session.pending_unplugs.entity_ids if first in entities for n in entities[first].ids
+            )
         )
 
     @property
@@ -545,7 +547,7 @@ class Domain:
     async def plan(self, request: Request) -> Plan:
         """Return what `request` would do, with every refusal; nothing is touched."""
         async with self._turn() as reached:
-            self._shown = None
+            self._reported = None
             return await self._backend.plan(reached, request)
 
     @checked
@@ -733,7 +735,7 @@ class Domain:
         await self._connect()
         return self._reached.connected()
 
-    async def _connect_again(self) -> None:
+    async def _retry_connect(self) -> None:
         """Connect again, unless the domain is left meanwhile."""
         leaves = self._leaves
         await aio.finish(self._close())
@@ -771,10 +773,10 @@ class Domain:
 
     async def _state(self, reached: Reached, flags: VcpuFlag) -> DomainState:
         """Return the state of the side that `flags` name."""
-        self._shown = None
+        self._reported = None
         state = await reached.state(flags)
         live, _ = reached.sides(flags)
-        self._shown = None if live else state
+        self._reported = None if live else state
         return state
 
 

@@ -240,12 +240,12 @@ class Drive:
     async def _query(self) -> None:
         try:
             self._feed(
-                await self._look(is_last=self._asked(), resent=self._asked, declined=self._declined),
+                await self._look(is_last=self._note_query(), resent=self._note_query, declined=self._declined),
             )
         except Exception as error:  # noqa: BLE001 - raised where `run` is awaited
             self._fail(error)
 
-    def _asked(self) -> bool:
+    def _note_query(self) -> bool:
         """Note that the query is sent, and return whether it only has to confirm what QEMU has reported."""
         look, *others = self._transaction.feed(QuerySent(), self._now())
         self._perform(others)

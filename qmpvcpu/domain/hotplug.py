@@ -34,7 +34,7 @@ class Hotplug:
         self._session = session
         self._planned = planned
         plan, state = planned.plan, planned.state
-        self._moves = Moves(plan.plugs, plan.unplugs, plan.awaited, session.pending_unplugs.firsts)
+        self._moves = Moves(plan.plugs, plan.unplugs, plan.awaited, session.pending_unplugs.entity_ids)
         #: When each awaited unplug was requested, if that is known.
         self._since = {entity.id: session.pending_unplugs.asked(entity.id) for entity in plan.awaited}
         terms = Terms(
@@ -54,7 +54,7 @@ class Hotplug:
     async def run(self, report: Report) -> None:
         """Carry out the plan, and add the results to the report."""
         try:
-            result = await self._driven(self._drive.run)
+            result = await self._result_of(self._drive.run)
             # The transaction is no longer in flight: a guest's answer that arrives now ends the unplug.
             with leaves(lambda: _left(result)):
                 stopped, notes = await self._why_pending(result)
@@ -75,14 +75,14 @@ class Hotplug:
         ids = sorted(self.plugs.intersection(self._drive.result.changed))
         if not ids:
             return Interrupted()
-        failure = await wind_up(self._driven(self._drive.take_back))
+        failure = await wind_up(self._result_of(self._drive.take_back))
         if isinstance(failure, Exception):
             logger.warning("cancelled, and vCPU %s stays plugged: %s", format_ids(ids), failure)
         self._session.drop_groups(ids)
         vcpus = self._session.state.vcpus
         return Interrupted(changed_ids=tuple(n for n in ids if vcpus[n].enabled and not vcpus[n].pending))
 
-    async def _driven(self, drive: Callable[[], Coroutine[Any, Any, None]]) -> Result:
+    async def _result_of(self, drive: Callable[[], Coroutine[Any, Any, None]]) -> Result:
         """While the transaction is in flight, only it decides what becomes of its entities."""
         session = self._session
         session.in_flight = frozenset(entity.id for entity in self._moves.entities)
@@ -97,24 +97,24 @@ class Hotplug:
     def _remember(self, result: Result) -> None:
         """Remember pending unplugs for the next call and the next process."""
         session = self._session
-        pending = session.pending_unplugs.firsts
+        pending = session.pending_unplugs.entity_ids
         if open_still := [entity for entity in result.pending_entities if entity.id not in pending]:
             session.pending_unplugs.ask(open_still, session.state, time.time())
-        session.pending_unplugs.end(result.removed_entities, gone=True)
+        session.pending_unplugs.end(result.removed_entities, removed=True)
         session.pending_unplugs.end(result.finished_entities)
         # An unplug that a cancelled call left pending may have finished before its last query.
-        session.pending_unplugs.settle(session.state)
+        session.pending_unplugs.end_finished(session.state)
         session.watch()
 
     async def _look(self, *, is_last: bool, resent: Callable[[], object], declined: Collection[int]) -> Snapshot:
         session, planned, known = self._session, self._planned, self._planned.known
         request = planned.plan.request
-        now = await session.look(is_last=is_last, anew=resent, declined=declined)
+        now = await session.look(is_last=is_last, before_retry=resent, declined=declined)
         restore_forbidden = None
         if request.atomic and not request.force:
-            gone = [now.by_id[e.id] for e in self._moves.unplugs if not now.by_id[e.id].plugged]
+            removed = [now.by_id[e.id] for e in self._moves.unplugs if not now.by_id[e.id].plugged]
             knows = session.knowledge(known.x2apic, known.firmware_runs)
-            restore_forbidden = hotplug.restore_forbidden(now, gone, knows)
+            restore_forbidden = hotplug.restore_forbidden(now, removed, knows)
         return Snapshot.of(now, planned.state, self._moves, hotplug.undo_forbidden(now, known), restore_forbidden)
 
     async def _why_pending(self, result: Result) -> tuple[str | None, list[str]]:

@@ -46,10 +46,10 @@ async def switch_planned(
     rejected = report.trouble if isinstance(report.trouble, VcpuRejected) else None
     if rejected is not None and plan.request.fallback and not report.undone:
         # The guest refused the unplug, but it may still take the CPUs offline.
-        kept = [number for first in rejected.reasons for number in session.state.by_id[first].ids]
+        refusing = [number for first in rejected.reasons for number in session.state.by_id[first].ids]
         view = await guest.try_view(session.state)
-        if view is not None and not check_guest(session.state, [*kept, *offlines], view, online=False):
-            offlines = sorted({*offlines, *kept})
+        if view is not None and not check_guest(session.state, [*refusing, *offlines], view, online=False):
+            offlines = sorted({*offlines, *refusing})
             report.tries_the_agent()
     if report.has_failed():
         if ids := [*plan.onlines, *offlines]:
@@ -63,8 +63,8 @@ async def switch_planned(
         if rejected is not None and is_known:
             report.agent_did_not_either(rejected, messages)
         return
-    if not plan.request.has(VcpuFlag.GUEST) and (left_there := sorted({*offlines, *plan.offline_already})):
-        report.messages.append(still_plugged(left_there))
+    if not plan.request.has(VcpuFlag.GUEST) and (offline_ids := sorted({*offlines, *plan.offline_already})):
+        report.messages.append(still_plugged(offline_ids))
     if view is not None and not report.changed:
         report.view = view
 

@@ -25,7 +25,7 @@ class PendingUnplugs:
         self._unplugs: dict[int, PendingUnplug] = {}
         self._stored: set[int] = set()
         #: Unplugs that have finished and must be removed from the store, with the time until which they had.
-        self._over: dict[int, float] = {}
+        self._finished: dict[int, float] = {}
         self._known: Mapping[int, PendingUnplug] = {}
         #: When the query of the last state was sent, in seconds since the epoch. The state does not
         #: show later unplugs.
@@ -40,7 +40,7 @@ class PendingUnplugs:
             self.trouble = "QEMU's process, or a state folder, is not known here"
 
     @property
-    def firsts(self) -> frozenset[int]:
+    def entity_ids(self) -> frozenset[int]:
         """Ids of the entities whose unplug is pending."""
         return frozenset(self._unplugs)
 
@@ -63,10 +63,10 @@ class PendingUnplugs:
 
     def note_back(self, ids: Collection[int]) -> None:
         """Note that these vCPUs are plugged. Never raises."""
-        if ids and self._store is not None and (gone := self._store.gone()) and not gone.isdisjoint(ids):
-            self._store.note_gone(gone.difference(ids))
+        if ids and self._store is not None and (removed := self._store.removed()) and not removed.isdisjoint(ids):
+            self._store.note_removed(removed.difference(ids))
 
-    def take_over(self, other: PendingUnplugs) -> None:
+    def adopt(self, other: PendingUnplugs) -> None:
         """Add what an earlier connection to the same process knew."""
         self._unplugs.update(other._unplugs)
         self._stored |= other._stored
@@ -90,13 +90,13 @@ class PendingUnplugs:
         new = [unplug for unplug in known.values() if self._is_news(unplug)]
         opened = [unplug for unplug in new if is_open(unplug, state)]
         closed = [unplug for unplug in new if unplug not in opened]
-        over = [unplug for unplug in closed if unplug.requested is None or unplug.requested < self.seen_at]
-        self.undecided = len(over) < len(closed)
-        if over:
-            self._store.discard([unplug.entity_id for unplug in over], self.seen_at)
+        finished = [unplug for unplug in closed if unplug.requested is None or unplug.requested < self.seen_at]
+        self.undecided = len(finished) < len(closed)
+        if finished:
+            self._store.discard([unplug.entity_id for unplug in finished], self.seen_at)
         self._unplugs.update((unplug.entity_id, unplug) for unplug in opened)
         self._stored |= {unplug.entity_id for unplug in opened}
-        return opened, over
+        return opened, finished
 
     def ask(self, entities: Iterable[Entity], state: DomainState, now: float) -> None:
         """Remember these unplugs before they are requested."""
@@ -111,22 +111,22 @@ class PendingUnplugs:
         except OSError as error:
             self.trouble = f"the state folder cannot be written: {error}"
 
-    def end(self, firsts: Iterable[int], *, gone: bool = False) -> None:
-        """Note that these unplugs have finished. If the entities are `gone`, the next process sees
-        that by itself; the store then forgets them in the next turn of the loop, when the waiting
-        caller has its answer.
+    def end(self, entity_ids: Iterable[int], *, removed: bool = False) -> None:
+        """Note that these unplugs have finished. If the entities are `removed`, the next process
+        sees that by itself; the store then forgets them in the next turn of the loop, when the
+        waiting caller has its answer.
         """
-        ended = [first for first in firsts if first in self._unplugs]
+        ended = [first for first in entity_ids if first in self._unplugs]
         for first in ended:
             del self._unplugs[first]
         stored = self._stored.intersection(ended)
         if not stored:
             return
-        if gone and not self._over:
+        if removed and not self._finished:
             asyncio.get_running_loop().call_soon(self._cross_out)
-        until = self.seen_at if gone else time.time()
-        self._over.update(dict.fromkeys(stored, until))
-        if not gone:
+        until = self.seen_at if removed else time.time()
+        self._finished.update(dict.fromkeys(stored, until))
+        if not removed:
             self._cross_out()
 
     def close(self) -> None:
@@ -136,11 +136,11 @@ class PendingUnplugs:
             self._store.tidy()
 
     def _cross_out(self) -> None:
-        over, self._over = self._over, {}
+        finished, self._finished = self._finished, {}
         if self._store is None:
             return
-        for until in set(over.values()):
-            ended = [first for first, when in over.items() if when == until]
+        for until in set(finished.values()):
+            ended = [first for first, when in finished.items() if when == until]
             self._stored.difference_update(ended)
             self._store.discard(ended, until)
 
@@ -149,10 +149,10 @@ class PendingUnplugs:
         ours = self._unplugs.get(unplug.entity_id)
         return ours is None or (unplug.requested or 0.0) > (ours.requested or 0.0)
 
-    def settle(self, state: DomainState, held: Collection[int] = ()) -> None:
+    def end_finished(self, state: DomainState, in_flight: Collection[int] = ()) -> None:
         """End the unplugs that this fresh state shows as finished. The operation in flight ends
-        those in `held`, all at once, so that the disk has one write.
+        those in `in_flight`, all at once, so that the disk has one write.
         """
-        if self._unplugs.keys() - held:
+        if self._unplugs.keys() - in_flight:
             ended = [first for first, unplug in self._unplugs.items() if not is_open(unplug, state)]
-            self.end([first for first in ended if first not in held], gone=True)
+            self.end([first for first in ended if first not in in_flight], removed=True)

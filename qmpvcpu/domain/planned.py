@@ -69,28 +69,28 @@ async def _without_claim(
     """
     if session.stale or session.may_be_migrating or request.listed or request.has(VcpuFlag.GUEST):
         return None
-    asked = guest if decides(session.state, Fact.FIRMWARE) else None
-    state, is_cached = session.state, _may_rest_on_cached(session, request, atomic=config or request.atomic)
+    answered = guest if decides(session.state, Fact.FIRMWARE) else None
+    state, is_cached = session.state, _is_cached_state_enough(session, request, atomic=config or request.atomic)
     if is_cached:
-        plan, known = await plan_on(session, state, request, asked)
+        plan, known = await plan_on(session, state, request, answered)
         is_cached = request.total is None or not plan.plugs
     if not is_cached:
         state = await session.look()
-        plan, known = await plan_on(session, state, request, asked)
+        plan, known = await plan_on(session, state, request, answered)
     has_claim = plan.refusals or plan.unchanged or plan.awaited or (guest is not None and plan.asks_guest)
     if has_claim or not (plan.plugs or plan.unplugs):
         return None
     return Planned(plan, state, known, is_certain=True, is_cached=is_cached)
 
 
-def _may_rest_on_cached(session: Session, request: Request, *, atomic: bool) -> bool:
+def _is_cached_state_enough(session: Session, request: Request, *, atomic: bool) -> bool:
     """Whether the cached state is enough for a plan: changes without an event cannot make the plan wrong.
 
     Plugs by other clients have no event. Unplugs have none under TCG (the last DEVICE_DELETED never
     comes on x86), nor through libvirt. QEMU itself declines to plug what is plugged already.
     Whether a count was reached is checked afterwards.
     """
-    if request.has(VcpuFlag.NUMA_NODE) or session.pending_unplugs.firsts:
+    if request.has(VcpuFlag.NUMA_NODE) or session.pending_unplugs.entity_ids:
         return False
     if request.enable:
         return True
@@ -109,17 +109,17 @@ async def plan_on(
     """
     known = session.knowledge()
     plan = make_plan(state, request, known)
-    asked = await _asked_of_qemu(session, state, plan, guest, known)
-    if asked.smm or asked.legacy_hotplug:
-        plan = make_plan(state, request, asked)
-    view = await _asked_of_guest(guest, state, plan)
-    if asked == known and view is None:
+    answered = await _ask_qemu(session, state, plan, guest, known)
+    if answered.smm or answered.legacy_hotplug:
+        plan = make_plan(state, request, answered)
+    view = await _ask_guest(guest, state, plan)
+    if answered == known and view is None:
         return plan, known
-    known = replace(asked, guest=view)
+    known = replace(answered, guest=view)
     return make_plan(state, request, known), known
 
 
-async def _asked_of_qemu(
+async def _ask_qemu(
     session: Session, state: DomainState, plan: Plan, guest: Guest | None, known: Knowledge
 ) -> Knowledge:
     moved = [*plan.awaited, *plan.plugs]
@@ -138,7 +138,7 @@ async def _asked_of_qemu(
     return known
 
 
-async def _asked_of_guest(guest: Guest | None, state: DomainState, plan: Plan) -> GuestView | None:
+async def _ask_guest(guest: Guest | None, state: DomainState, plan: Plan) -> GuestView | None:
     if guest is None:
         return None
     if plan.request.has(VcpuFlag.GUEST):

@@ -155,10 +155,9 @@ class Reached:
 
     async def describe_xml(self, state: DomainState) -> DescribedXml:
         """Return `describe` as a definition."""
-        told = await self.describe(state)
-        return dump.DescribedXml(
-            documents.minimal_domain(told.definition, told.devices), told.left_out, told.devices is not None
-        )
+        described = await self.describe(state)
+        xml = documents.minimal_domain(described.definition, described.devices)
+        return dump.DescribedXml(xml, described.left_out, described.devices is not None)
 
     # -- changes and plans ------------------------------------------------------------------------
 

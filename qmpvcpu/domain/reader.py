@@ -66,12 +66,12 @@ class StateReader(Protocol):
         state: DomainState,
         pending: Collection[int] = (),
         expected: Collection[int] = (),
-        told: bool = False,
-        anew: Callable[[], object] = lambda: None,
+        reports_removals: bool = False,
+        before_retry: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
-        """Read what has changed since `state`. If `told`, QEMU has reported every vCPU that left.
-        `anew` is called before a second query.
+        """Read what has changed since `state`. If `reports_removals`, QEMU has reported every vCPU
+        that left. `before_retry` is called before a second query.
         """
 
 
@@ -139,8 +139,8 @@ class Reader:
         state: DomainState,
         pending: Collection[int] = (),
         expected: Collection[int] = (),
-        told: bool = False,
-        anew: Callable[[], object] = lambda: None,
+        reports_removals: bool = False,
+        before_retry: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
         """Send `query-cpus-fast` alone, and both queries if that is not enough.
@@ -158,19 +158,19 @@ class Reader:
             cpus = parse_cpus_fast(reply, props=False)
             fresh = refresh_state(state, self.boot, cpus, pending=pending)
         except InconsistentReplies:
-            anew()
+            before_retry()
             return await self.full(pending)
         except CommandError as error:
             raise _unexpected(self._monitor, error) from error
-        came = gone = leaving = False
+        came = has_left = leaving = False
         for before, after in zip(state.entities, fresh.entities, strict=True):
             if before is not after:
                 came |= after.plugged and (before.id not in expected or before.id in declined)
-                gone |= before.plugged and not after.plugged
+                has_left |= before.plugged and not after.plugged
             leaving |= after.plugged and after.id in pending
-        if came or (gone and not leaving and not told):
+        if came or (has_left and not leaving and not reports_removals):
             with suppress(InconsistentReplies):
-                anew()
+                before_retry()
                 return await self.full(pending)
         self._last = reply, fresh
         return fresh

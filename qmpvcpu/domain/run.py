@@ -246,7 +246,7 @@ async def _placed(scope: Scope, planned: Planned, hotplug: Hotplug, report: Repo
         # The cause of the failure may also have changed the cached state, so the next call refreshes it.
         session.stale = True
     with leaves(lambda: _left(session, plan, report)):
-        await _wait_groups_gone(session, ids)
+        await _wait_groups_removed(session, ids)
 
 
 @asynccontextmanager
@@ -258,7 +258,7 @@ async def _room(placing: ThreadPlacement | None, plan: Plan, report: Report) -> 
         yield
 
 
-async def _wait_groups_gone(session: Session, ids: Sequence[int]) -> None:
+async def _wait_groups_removed(session: Session, ids: Sequence[int]) -> None:
     """Wait until the cgroups are removed. The session retries those that take longer."""
     deadline = time.monotonic() + _GROUP_SECONDS
     while True:
@@ -304,6 +304,8 @@ async def _count_again(scope: Scope, planned: Planned, report: Report, began: fl
 
 def _left(session: Session, plan: Plan, report: Report, but: frozenset[int] = frozenset()) -> Interrupted:
     """Return what a call that is cancelled now has left, except for the vCPUs in `but`."""
-    asked = {number for entity in plan.unplugs for number in entity.ids}
-    gone = {number for number in asked.intersection(report.pending) if not session.state.vcpus[number].enabled}
-    return Interrupted(changed_ids=tuple(sorted({*report.changed, *gone} - but)))
+    requested = {number for entity in plan.unplugs for number in entity.ids}
+    removed = {
+        number for number in requested.intersection(report.pending) if not session.state.vcpus[number].enabled
+    }
+    return Interrupted(changed_ids=tuple(sorted({*report.changed, *removed} - but)))

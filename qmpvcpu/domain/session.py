@@ -76,11 +76,13 @@ class Session:
         self._departures = Departures()
         self._listening: Any = None
         #: vCPUs that have left, and whose cgroups may still exist.
-        self._gone: set[int] = set()
+        self._ungrouped: set[int] = set()
         #: vCPUs that are leaving, and have no cgroup.
         self._groupless: set[int] = set()
         self._watcher = Watcher(
-            self._watch, lambda: bus.listening or bool(self.pending_unplugs.firsts) or bool(self._gone), bus.end
+            self._watch,
+            lambda: bus.listening or bool(self.pending_unplugs.entity_ids) or bool(self._ungrouped),
+            bus.end,
         )
         bus.on_listener = self._watcher.start
 
@@ -100,7 +102,7 @@ class Session:
         self.stale = self.may_be_migrating = False
         self._listening = self.monitor.listen(self._sink)
         self._listening.__enter__()
-        asked_at = time.time()
+        sent_at = time.time()
         self._reader, state = await self._reads(self.monitor, name)
         self._state = state
         if self.monitor.is_local:
@@ -109,15 +111,15 @@ class Session:
         if self.threads is not None:
             self.threads.recover()
         self.pending_unplugs = PendingUnplugs(store_of(self.process or self._reader.process))
-        self.pending_unplugs.seen_at = asked_at
+        self.pending_unplugs.seen_at = sent_at
         if before is not None and _same_guest(before, self):
-            self.pending_unplugs.take_over(before.pending_unplugs)
+            self.pending_unplugs.adopt(before.pending_unplugs)
             self.removals_seen = before.removals_seen
             self._state = before.state
             self._keep(state)
         self.pending_unplugs.note_back(state.enabled_ids)
         self.settled = tuple(event for event in self._learn(is_first=True) if not event.event.is_step)
-        self._state = mark(state, self.pending_unplugs.firsts)
+        self._state = mark(state, self.pending_unplugs.entity_ids)
         self._note_run(await run_state(self.monitor))
         self._watcher.start()
 
@@ -137,13 +139,13 @@ class Session:
         assert self._reader is not None
         self.learn()
         self.stale = False
-        heard, asked_at = self._departures.heard, time.time()
+        heard, sent_at = self._departures.heard, time.time()
         try:
-            state = await self._reader.full(self.pending_unplugs.firsts)
+            state = await self._reader.full(self.pending_unplugs.entity_ids)
         except BaseException:
             self.stale = True
             raise
-        return self._keep(state, heard, asked_at)
+        return self._keep(state, heard, sent_at)
 
     async def read_and_check_migration(self) -> tuple[DomainState, list[Refusal]]:
         """Return `read`, and the refusals if vCPUs cannot be switched now because the guest is migrating."""
@@ -168,34 +170,34 @@ class Session:
         status = MigrationStatus() if isinstance(reply, CommandError) else parse_status(reply)
         if run == "postmigrate" and is_here(self.process):
             run = "paused"
-        away = check_not_migrating(run, status.under_way)
+        moving = check_not_migrating(run, status.under_way)
         self._note_run(run)
-        self.may_be_migrating |= bool(away)
-        return state, away
+        self.may_be_migrating |= bool(moving)
+        return state, moving
 
     async def look(
         self,
         *,
         is_last: bool = False,
-        anew: Callable[[], object] = lambda: None,
+        before_retry: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
         """Send `query-cpus-fast` alone, if that is enough: the query of an operation in flight.
 
         Args:
             is_last: QEMU has reported every vCPU that should leave as removed.
-            anew: called before a query is sent a second time.
+            before_retry: called before a query is sent a second time.
             declined: ids of entities whose plug QEMU declined, read when the reply has arrived: a
                 CPU with their device id may be in any slot.
         """
         assert self._reader is not None
-        pending, heard, asked_at = self.pending_unplugs.firsts, self._departures.heard, time.time()
-        state = await self._reader.fast(self.state, pending, self.in_flight, is_last, anew, declined)
-        return self._keep(state, heard, asked_at)
+        pending, heard, sent_at = self.pending_unplugs.entity_ids, self._departures.heard, time.time()
+        state = await self._reader.fast(self.state, pending, self.in_flight, is_last, before_retry, declined)
+        return self._keep(state, heard, sent_at)
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """Return what a plan needs besides the state."""
-        known = Knowledge(self.removals_seen, x2apic, firmware_runs, self.pending_unplugs.firsts)
+        known = Knowledge(self.removals_seen, x2apic, firmware_runs, self.pending_unplugs.entity_ids)
         if self.state.accel != "tcg":
             return known
         contexts = self.pending_unplugs.contexts
@@ -225,7 +227,7 @@ class Session:
     def learn(self) -> None:
         """Read what other processes have requested meanwhile, or have seen finish."""
         self._bus.emit(self._learn())
-        self._state = mark(self.state, self.pending_unplugs.firsts)
+        self._state = mark(self.state, self.pending_unplugs.entity_ids)
 
     def ask(self, entities: Sequence[Entity]) -> None:
         """Remember these unplugs. Called before `device_del` is sent."""
@@ -249,13 +251,13 @@ class Session:
 
     def drop_groups(self, ids: Iterable[int]) -> bool:
         """Remove the cgroups of those of these vCPUs that have left. Return whether all are removed."""
-        self._gone.update(ids)
+        self._ungrouped.update(ids)
         enabled = self.state.enabled_ids
-        self._gone.difference_update(enabled, self._groupless)
+        self._ungrouped.difference_update(enabled, self._groupless)
         self._groupless.clear()
-        if self._gone and self.threads is not None:
-            self._gone = set(self.threads.remove_groups(self._gone, enabled))
-        return not self._gone or self.threads is None
+        if self._ungrouped and self.threads is not None:
+            self._ungrouped = set(self.threads.remove_groups(self._ungrouped, enabled))
+        return not self._ungrouped or self.threads is None
 
     # -- inside -----------------------------------------------------------------------------------
 
@@ -271,23 +273,23 @@ class Session:
         self._groupless = set(ids) if self.threads is not None and not self.threads.has_groups() else set()
 
     def _learn(self, *, is_first: bool = False) -> list[Event]:
-        opened, over = self.pending_unplugs.refresh(self.state)
+        opened, finished = self.pending_unplugs.refresh(self.state)
         self.stale |= self.pending_unplugs.undecided
         found: list[Event] = []
         for unplug in opened:
             entity = self.state.by_id[unplug.entity_id]
             found += _events(unplug.requested or time.time(), EventKind.UNPLUG_REQUESTED, [entity])
-        for unplug in over:
-            gone = self.state.by_id.get(unplug.entity_id)
-            if gone is None:
+        for unplug in finished:
+            removed = self.state.by_id.get(unplug.entity_id)
+            if removed is None:
                 continue
-            self._gone.update(gone.ids)
+            self._ungrouped.update(removed.ids)
             if is_first:
                 self._departures.forget(unplug.qom_path)
             if is_first or not self.monitor.hears_all:
                 # Later, QEMU's own event reports it.
                 detail = "it was removed while nobody listened"
-                found += _events(time.time(), EventKind.REMOVED, [gone], detail)
+                found += _events(time.time(), EventKind.REMOVED, [removed], detail)
         return found
 
     async def _watch(self) -> None:
@@ -302,12 +304,12 @@ class Session:
                 # before the next query.
                 await self.guest.close()
 
-    def _keep(self, state: DomainState, heard: int = 0, asked_at: float = 0.0) -> DomainState:
+    def _keep(self, state: DomainState, heard: int = 0, sent_at: float = 0.0) -> DomainState:
         """Keep a fresh state and emit its events. `heard` is the count of `_departures` when the
-        query was sent, at `asked_at`.
+        query was sent, at `sent_at`.
         """
         before = self.state
-        self.pending_unplugs.seen_at = max(self.pending_unplugs.seen_at, asked_at)
+        self.pending_unplugs.seen_at = max(self.pending_unplugs.seen_at, sent_at)
         if state.threads_shared is None:
             # A single vCPU does not show whether threads are shared; what was seen with two is still true.
             state = replace(state, threads_shared=before.threads_shared)
@@ -318,9 +320,9 @@ class Session:
             if removed and state.accel == "tcg":
                 # Each removed vCPU has used up a TCG context. QEMU has few of these, and some
                 # versions can then no longer be migrated.
-                gone = [before.vcpus[number] for event in removed for number in event.vcpus]
-                self.pending_unplugs.note_contexts(UsedContexts(frozenset((v.id, v.thread_id or 0) for v in gone)))
-            self._gone.update(number for event in removed for number in event.vcpus)
+                left = [before.vcpus[number] for event in removed for number in event.vcpus]
+                self.pending_unplugs.note_contexts(UsedContexts(frozenset((v.id, v.thread_id or 0) for v in left)))
+            self._ungrouped.update(number for event in removed for number in event.vcpus)
             added = [event for event in found if event.event is EventKind.ADDED]
             self.pending_unplugs.note_back([number for event in added for number in event.vcpus])
             if unseen := self._departures.decide(before, state, heard, has_removed=bool(removed)):
@@ -329,12 +331,12 @@ class Session:
             found = unseen = self._departures.decide(before, state, heard, has_removed=False)
         self.removals_seen += sum(event.event is EventKind.REMOVED for event in unseen)
         self._bus.emit(found)
-        self.pending_unplugs.settle(state, self.in_flight)
+        self.pending_unplugs.end_finished(state, self.in_flight)
         self._state = state
         if self.pending_unplugs.undecided:
             self._bus.emit(self._learn())
-        self._state = mark(state, self.pending_unplugs.firsts)
-        if self._gone and not self.in_flight:
+        self._state = mark(state, self.pending_unplugs.entity_ids)
+        if self._ungrouped and not self.in_flight:
             # While an operation is in flight, it makes groups for the vCPUs that it plugs.
             self.drop_groups(())
         return self._state
@@ -360,12 +362,12 @@ class Session:
 
     def _hear(self, event: MonitorEvent, state: DomainState) -> None:
         """Handle an event of CPUs, for pending unplugs and for listeners."""
-        known = self.pending_unplugs.firsts
+        known = self.pending_unplugs.entity_ids
         if self._bus.listening:
             # The process that requested the unplug has stored it, and may remove it as soon as it
             # sees this event itself.
             self.learn()
-        pending = self.pending_unplugs.firsts
+        pending = self.pending_unplugs.entity_ids
         if not self._bus.listening and self.in_flight >= pending:
             return
         if self._names is None or self._names[0] is not state:

@@ -100,13 +100,13 @@ class StagedDefinition:
         self._keep = keep
 
     def commit(
-        self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool] = lambda: False
+        self, before: bytes, remake: Callable[[bytes], bytes], given_up: Callable[[], bool] = lambda: False
     ) -> None:
         """Replace `before` with this version.
 
         Args:
             before: the content that this version was made from.
-            again: makes the next version from the present content; called if another process has
+            remake: makes the next version from the present content; called if another process has
                 changed it meanwhile.
             given_up: called while another process holds the lock; the wait ends when it returns
                 true.
@@ -120,7 +120,7 @@ class StagedDefinition:
             with locked_folder(path.parent, _LOCK_SECONDS, given_up=given_up):
                 now = self._file.read()
                 if now != before:
-                    data = again(now)
+                    data = remake(now)
                     if data == now:
                         return
                     self.discard()

@@ -31,7 +31,7 @@ _LOCK_TRIES: Final = 50
 _MAKE_TRIES: Final = 3
 #: Files in the folder that do not contain unplugs.
 _CONTEXTS: Final = ".contexts"
-_GONE: Final = ".gone"
+_REMOVED: Final = ".gone"
 _LOCK_PAUSE: Final = 0.001
 #: Errors from a file that is not ours, or that we did not write.
 _UNREADABLE: Final = (OSError, ValueError, TypeError, KeyError, RecursionError)
@@ -57,10 +57,10 @@ class PendingFolder:
         if stamp != self._stamp:
             # A second change right after the first may have the same time stamp, so the stamp is
             # trusted only when it is old enough.
-            settled = time.time_ns() - found.st_mtime_ns > _TICK
+            is_old_enough = time.time_ns() - found.st_mtime_ns > _TICK
             files = self._files()
             self._known = {unplug.entity_id: unplug for name in sorted(files) for unplug in files[name]}
-            self._stamp = stamp if settled else None
+            self._stamp = stamp if is_old_enough else None
         return self._known
 
     def add(self, unplugs: Iterable[PendingUnplug]) -> None:
@@ -89,32 +89,34 @@ class PendingFolder:
         """
         with suppress(OSError), self._locked():
             for name, unplugs in self._files().items():
-                left = [
+                remaining = [
                     one for one in unplugs if one.entity_id not in entity_ids or (one.requested or 0.0) > until
                 ]
-                if not left:
+                if not remaining:
                     (self._folder / name).unlink()
-                elif len(left) < len(unplugs):
-                    self._write(name, left)
+                elif len(remaining) < len(unplugs):
+                    self._write(name, remaining)
 
-    def gone(self) -> frozenset[int]:
-        """The ids that `note_gone` was last called with. A file that is not ours is ignored. Never
-        raises.
+    def removed(self) -> frozenset[int]:
+        """The ids that `note_removed` was last called with. A file that is not ours is ignored.
+        Never raises.
         """
         with suppress(*_UNREADABLE):
-            return frozenset(_number(number) for number in json.loads(read_own(f"{self._folder}/{_GONE}", _LIMIT)))
+            return frozenset(
+                _number(number) for number in json.loads(read_own(f"{self._folder}/{_REMOVED}", _LIMIT))
+            )
         return frozenset()
 
-    def note_gone(self, ids: Collection[int]) -> None:
+    def note_removed(self, ids: Collection[int]) -> None:
         """Remember vCPUs that were removed while the manager of the guest does not know it. Never
         raises.
         """
         with suppress(OSError):
             if not ids:
-                (self._folder / _GONE).unlink(missing_ok=True)
+                (self._folder / _REMOVED).unlink(missing_ok=True)
                 return
             make_folder(self._folder)
-            self._replace(_GONE, json.dumps(sorted(ids)))
+            self._replace(_REMOVED, json.dumps(sorted(ids)))
 
     def tidy(self) -> None:
         """Remove the folder if it is empty. Never raises.

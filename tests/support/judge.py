@@ -62,7 +62,7 @@ def hasten() -> None:
     qmpvcpu.domain.event_bus._LOOK_EVERY = 0.05  # type: ignore[misc]
     qmpvcpu.domain.agent._LOOK_SECONDS = GUEST  # type: ignore[misc]
     qmpvcpu.domain.agent._SWITCH_SECONDS = GUEST  # type: ignore[misc]
-    qmpvcpu.domain.agent._SULK = 0.0  # type: ignore[misc]
+    qmpvcpu.domain.agent._RETRY_SECONDS = 0.0  # type: ignore[misc]
     qmpvcpu.domain.agent._GRACE = 0.1  # type: ignore[misc]
     qmpvcpu.qemu.agent._CLOSE_SECONDS = 0.1  # type: ignore[misc]
     client = qmpvcpu.qemu.agent.AgentClient

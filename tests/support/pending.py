@@ -62,10 +62,10 @@ class Store:
 
     def note_gone(self, *ids: int) -> None:
         """These vCPUs are gone, and who manages the guest does not know; none: it knows."""
-        self._folder.note_gone(ids)
+        self._folder.note_removed(ids)
 
     def gone(self) -> set[int]:
-        return set(self._folder.gone())
+        return set(self._folder.removed())
 
     def note_contexts(self, *gone: tuple[int, int], reported: bool = False) -> None:
         """These vCPUs (id, thread id) were unplugged under TCG; the user was told that contexts run out."""

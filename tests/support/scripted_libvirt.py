@@ -113,7 +113,7 @@ class Client:
 
     @property
     def pending_ids(self) -> frozenset[int]:
-        return self.session.pending_unplugs.firsts
+        return self.session.pending_unplugs.entity_ids
 
 
 @asynccontextmanager

@@ -68,12 +68,12 @@ class _Staged:
         self._guest = store.guest
         self._data = data
 
-    def commit(self, before: bytes, again: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
+    def commit(self, before: bytes, remake: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
         """Send the changes to libvirt, by specific calls if they exist, else by redefining the domain."""
         with answered():
             now = self._store.fetch()
             if now != before:
-                self._data = again(now)
+                self._data = remake(now)
             if self._data == now:
                 return
             calls = self._calls(read_domain(now)[1], read_domain(self._data)[1])
@@ -83,7 +83,7 @@ class _Staged:
                 if calls is None:
                     # Redefining replaces the whole definition, so it must contain the passwords
                     # that libvirt hides.
-                    self._guest.define(again(self._guest.read_definition(secure=True)))
+                    self._guest.define(remake(self._guest.read_definition(secure=True)))
                 for call in calls or ():
                     self._guest.call("the definition", call)
             except CommandError as error:

@@ -33,11 +33,11 @@ class XmlReader:
         #: Needed for pending unplugs only; libvirt places the threads.
         self.process = find_by_uuid(guest.uuid) if guest.connection.is_local else None
         self._store = store_of(self.process)
-        self._seen_gone: frozenset[int] = frozenset()
+        self._seen_removed: frozenset[int] = frozenset()
 
     async def full(self, pending: Iterable[int] = ()) -> DomainState:
         """Read the XML."""
-        asked = tuple(pending)
+        pending_ids = tuple(pending)
         guest = self._monitor.guest
         await self._monitor.plugs_done()
         self._monitor.check()
@@ -48,42 +48,42 @@ class XmlReader:
         definition = read_domain(xml, running=True)[1]
         # libvirt does not report the version of a running QEMU. It is at least that of its machine type.
         version = oldest_with(definition.machine or "")
-        gone = await self._gone(definition)
-        state = running_state(definition, self._name, version, run, gone, asked)
+        removed = await self._removed(definition)
+        state = running_state(definition, self._name, version, run, removed, pending_ids)
         self._monitor.entities = {entity.id: entity.ids for entity in state.entities}
-        self._monitor.unseen = gone
-        self._monitor.doubtful = _doubtful(definition, gone)
+        self._monitor.unseen = removed
+        self._monitor.doubtful = _doubtful(definition, removed)
         return state
 
-    async def _gone(self, definition: Definition) -> frozenset[int]:
+    async def _removed(self, definition: Definition) -> frozenset[int]:
         """Return the vCPUs that left QEMU without libvirt's knowledge: under TCG on x86 there is no event."""
         plugged = [vcpu.id for vcpu in definition.vcpus if vcpu.enabled and vcpu.hotpluggable]
         if not plugged or not _may_be_unseen(definition):
             return frozenset()
         # When libvirt refreshes its thread list, as it does at every plug, it no longer shows that
         # a vCPU has left.
-        known = self._store.gone() if self._store is not None else self._seen_gone
+        known = self._store.removed() if self._store is not None else self._seen_removed
         found: frozenset[int] = frozenset()
         try:
             found = await self._monitor.guest.without_threads(plugged)
         except (CommandError, VcpuConnectionError) as error:
             logger.debug("whether a vCPU was unplugged is not known: %s", error)
             self._monitor.check()
-        gone = (found | known).intersection(plugged)
+        removed = (found | known).intersection(plugged)
         if self._store is None:
-            self._seen_gone = gone
-        elif gone != known:
+            self._seen_removed = removed
+        elif removed != known:
             # Another process may have seen a vCPU return and removed it from the store a moment ago.
-            self._store.note_gone((self._store.gone() | found).intersection(plugged))
-        return gone
+            self._store.note_removed((self._store.removed() | found).intersection(plugged))
+        return removed
 
     async def fast(
         self,
         state: DomainState,
         pending: Collection[int] = (),
         expected: Collection[int] = (),
-        told: bool = False,
-        anew: Callable[[], object] = lambda: None,
+        reports_removals: bool = False,
+        before_retry: Callable[[], object] = lambda: None,
         declined: Collection[int] = (),
     ) -> DomainState:
         """The same as `full`: libvirt has no shorter query."""
@@ -95,7 +95,7 @@ def _may_be_unseen(definition: Definition) -> bool:
     return quirk("x86-tcg-no-deleted-event").affects(definition.arch, definition.accel, None)
 
 
-def _doubtful(definition: Definition, gone: Collection[int]) -> tuple[int, ...]:
+def _doubtful(definition: Definition, removed: Collection[int]) -> tuple[int, ...]:
     """Return vCPUs that share one order. Each should have its own, so one of them has left without
     libvirt's knowledge (TCG).
     """
@@ -104,6 +104,6 @@ def _doubtful(definition: Definition, gone: Collection[int]) -> tuple[int, ...]:
         return ()
     for entity in state_of(definition, "", active=True).entities:
         order = definition.vcpus[entity.id].order
-        if entity.id not in gone and definition.vcpus[entity.id].enabled and order is not None:
+        if entity.id not in removed and definition.vcpus[entity.id].enabled and order is not None:
             by_order.setdefault(order, []).append(entity.id)
     return tuple(first for firsts in by_order.values() if len(firsts) > 1 for first in firsts)

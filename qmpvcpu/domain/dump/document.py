@@ -41,8 +41,8 @@ def dump(
         return data
     new = old if state is None else replace(old, vcpus=definition_of(state).vcpus)
     defined = {vcpu.id: vcpu for vcpu in state_of(old).vcpus}
-    shown = detail or "full"
-    details = {vcpu.id: _details(vcpu, defined.get(vcpu.id), shown) for vcpu in (state or state_of(old)).vcpus}
+    level = detail or "full"
+    details = {vcpu.id: _details(vcpu, defined.get(vcpu.id), level) for vcpu in (state or state_of(old)).vcpus}
     return write_vcpus(document, old, new, dialect or old.dialect or "libvirt", details)
 
 

@@ -44,19 +44,19 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
     facts, line = await _facts(monitor, read_command_line(words) if words else None)
     driver = next((entity.driver for entity in state.entities if entity.driver), None)
     folder = folder_of(process) if process is not None else None
-    told = described(definition_of(state), driver, facts, line, folder)
+    machine = described(definition_of(state), driver, facts, line, folder)
     emulator = await asyncio.to_thread(startable_program, process, words) if process is not None else None
-    left_out = list(told.left_out)
+    left_out = list(machine.left_out)
     if process is not None and emulator is None:
         left_out.append("the program that runs it: other users can change each one that was found")
     definition = replace(
-        told.definition,
+        machine.definition,
         name=await _name(monitor, state.name),
         uuid=await _uuid(monitor),
         emulator=emulator,
         agent=agent if agent is not None and agent.startswith("/") else None,
     )
-    return Described(definition, tuple(left_out), told.devices)
+    return Described(definition, tuple(left_out), machine.devices)
 
 
 async def _name(monitor: Monitor, name: str) -> str:
@@ -84,10 +84,10 @@ async def _uuid(monitor: Monitor) -> str | None:
     return found if isinstance(found, str) and len(found) == len(_NO_UUID) and found != _NO_UUID else None
 
 
-async def _asked(asked: Mapping[str, Awaitable[object]]) -> dict[str, object]:
+async def _answers(queries: Mapping[str, Awaitable[object]]) -> dict[str, object]:
     """Return the replies by name, without those that this QEMU declines."""
     replies: dict[str, object] = {}
-    for name, reply in asked.items():
+    for name, reply in queries.items():
         with suppress(CommandError):
             replies[name] = await reply
     return replies
@@ -95,10 +95,10 @@ async def _asked(asked: Mapping[str, Awaitable[object]]) -> dict[str, object]:
 
 async def _facts(monitor: Monitor, line: QemuCommandLine | None) -> tuple[MachineFacts, QemuCommandLine | None]:
     """Return the machine facts from QMP, and the command line if it can be this QEMU's."""
-    queries = ("query-memdev", "query-memory-devices", "query-memory-size-summary")
-    asked: dict[str, Awaitable[object]] = {name: monitor.execute(name) for name in queries}
-    asked |= {name: monitor.qom_get("/machine", name) for name in ("memory", "memory-backend")}
-    replies = await _asked(asked)
+    names = ("query-memdev", "query-memory-devices", "query-memory-size-summary")
+    queries: dict[str, Awaitable[object]] = {name: monitor.execute(name) for name in names}
+    queries |= {name: monitor.qom_get("/machine", name) for name in ("memory", "memory-backend")}
+    replies = await _answers(queries)
     facts = machine_facts(replies)
     known = line if agrees(line, facts) else None
     if known is not None and (not known.nodes or any(node.memdev or node.memory for node in known.nodes)):
@@ -108,4 +108,4 @@ async def _facts(monitor: Monitor, line: QemuCommandLine | None) -> tuple[Machin
         text: monitor.human_monitor_command(text) for text in ("info numa", "info mtree -f")
     }
     more["query-cpu-definitions"] = monitor.execute("query-cpu-definitions")
-    return machine_facts(replies | await _asked(more)), known
+    return machine_facts(replies | await _answers(more)), known

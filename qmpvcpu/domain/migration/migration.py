@@ -101,7 +101,7 @@ class Migration:
             async with self._domain.connected() as session:
                 if persistent and self._domain.definition() is None:
                     raise catalogue.NO_DEFINITION.error()
-                if not session.pending_unplugs.firsts or time.monotonic() >= deadline:
+                if not session.pending_unplugs.entity_ids or time.monotonic() >= deadline:
                     agent = self._domain.agent() if with_agents else None
                     state, runs = await phases.check_begin(session, force=force, agent=agent, is_paused=is_paused)
                     cookie = await self._cookie(session, state, runs=runs, persistent=persistent)
@@ -125,7 +125,7 @@ class Migration:
             runs=runs,
             is_described=definition is None,
             number=ownership.begin_number(session),
-            pending=tuple(sorted(session.pending_unplugs.firsts)),
+            pending=tuple(sorted(session.pending_unplugs.entity_ids)),
             picture=await read_picture(session.monitor, session.process),
         )
 
@@ -292,10 +292,10 @@ class Migration:
                 are offline in it.
             VcpuConnectionError: the connection to QEMU broke.
         """
-        here, there = self._domain, destination._domain
-        async with here.connected() as source, there.connected() as target:
+        one, there = self._domain, destination._domain
+        async with one.connected() as source, there.connected() as target:
             move = Move(source, target, cookie, how or sides.Transfer(), finished)
-            return await move.run(here.agent(), there.agent(), force=force)
+            return await move.run(one.agent(), there.agent(), force=force)
 
     # -- into a file, and back --------------------------------------------------------------------
 

@@ -61,7 +61,7 @@ async def check_begin(
     """
     state = await session.read()
     runs, status = await run_state(session.monitor), await sides.status_of(session.monitor)
-    refusals = check_source(state, runs, status, session.pending_unplugs.firsts, is_paused=is_paused)
+    refusals = check_source(state, runs, status, session.pending_unplugs.entity_ids, is_paused=is_paused)
     if runs == "paused" and status.is_incoming and ownership.recall(session, Role.DESTINATION) is not None:
         refusals.append(catalogue.ARRIVED())
     hangs = [] if force else check_hangs(state, session.removals)

@@ -49,7 +49,7 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
     Raises:
         VcpuConnectionError: the connection to QEMU broke.
     """
-    asked: dict[str, Awaitable[object]] = {
+    queries: dict[str, Awaitable[object]] = {
         "summary": monitor.query_memory_size_summary(),
         "ramblock": monitor.execute("x-query-ramblock"),
         "memdevs": monitor.execute("query-memdev"),
@@ -61,7 +61,7 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
         "properties": _list(monitor, "/machine"),
         **{path: _list(monitor, path) for path in (*_ADDED, _OWN)},
     }
-    replies = await _all(asked)
+    replies = await _all(queries)
     summary = replies.get("summary")
     replies["memory"] = summary.get("base-memory") if isinstance(summary, dict) else None
     replies["machine"] = await _values(monitor, "/machine", replies.get("properties"))
@@ -105,11 +105,11 @@ def _list(monitor: Monitor, path: str) -> Awaitable[object]:
     return monitor.execute("qom-list", {"path": path})
 
 
-async def _all(asked: Mapping[str, Awaitable[object]]) -> dict[str, object]:
+async def _all(queries: Mapping[str, Awaitable[object]]) -> dict[str, object]:
     """Return the replies; None for each query that this QEMU declines."""
-    answers = await asyncio.gather(*asked.values(), return_exceptions=True)
+    answers = await asyncio.gather(*queries.values(), return_exceptions=True)
     found: dict[str, object] = {}
-    for name, answer in zip(asked, answers, strict=True):
+    for name, answer in zip(queries, answers, strict=True):
         if isinstance(answer, VcpuConnectionError) or (
             isinstance(answer, BaseException) and not isinstance(answer, Exception)
         ):
@@ -135,8 +135,8 @@ def _rows(listed: object) -> list[Any]:
 _MOST_ROWS: Final = 5000
 
 
-async def _answer(asked: Awaitable[object]) -> object:
-    return (await _all({"": asked}))[""]
+async def _answer(queries: Awaitable[object]) -> object:
+    return (await _all({"": queries}))[""]
 
 
 async def _values(monitor: Monitor, path: str, listed: object) -> dict[str, Any]:
@@ -166,8 +166,8 @@ async def _behind(monitor: Monitor, device: str) -> str | None:
     """Return the place of a device on a bus of another device that has an id. QEMU lists this place
     among its PCI devices only after the firmware has numbered that bus.
     """
-    asked = {key: monitor.qom_get(device, key) for key in ("parent_bus", *_ADDRESSES)}
-    replies = await _all(asked)
+    queries = {key: monitor.qom_get(device, key) for key in ("parent_bus", *_ADDRESSES)}
+    replies = await _all(queries)
     bus = replies["parent_bus"]
     match = _BUS.match(bus) if isinstance(bus, str) else None
     if match is None:

@@ -104,7 +104,7 @@ class Save:
     async def _write(self, progress: Progress | None) -> None:
         monitor = self._session.monitor
         await monitor.stop()
-        if self._session.pending_unplugs.firsts:
+        if self._session.pending_unplugs.entity_ids:
             # A pending unplug may have finished before the guest was paused.
             check_same(self._cookie.machine, await self._session.read())
         qemu, file = self._session.state.qemu, self._file
