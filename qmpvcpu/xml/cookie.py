@@ -156,31 +156,31 @@ def _picture(element: Element | None, found: list[Refusal]) -> Picture | None:
     if element is None:
         return None
     try:
-        said = json.loads(element.text)
+        data = json.loads(element.text)
         hints = get_type_hints(Picture)
-        if not isinstance(said, dict) or said.keys() != hints.keys():
+        if not isinstance(data, dict) or data.keys() != hints.keys():
             return None
-        return Picture(**{name: _decoded(said[name], hint) for name, hint in hints.items()})
+        return Picture(**{name: _decoded(data[name], hint) for name, hint in hints.items()})
     except (ValueError, TypeError, RecursionError):
         found.append(_wrong(element, "<picture> is not what `save` or migrate-begin writes"))
         return None
 
 
-def _decoded(said: Any, hint: Any) -> Any:
+def _decoded(data: Any, hint: Any) -> Any:
     """Convert a JSON value to the type that it has in a picture. Raises ValueError, TypeError."""
     kind, inner = get_origin(hint), get_args(hint)
     if kind is UnionType:
-        return None if said is None else _decoded(said, inner[0])
+        return None if data is None else _decoded(data, inner[0])
     if kind is Mapping:
-        return {_decoded(key, inner[0]): _decoded(value, inner[1]) for key, value in said}
+        return {_decoded(key, inner[0]): _decoded(value, inner[1]) for key, value in data}
     if kind is tuple:
-        return tuple(_decoded(one, inner[0]) for one in said)
+        return tuple(_decoded(one, inner[0]) for one in data)
     if hint is QemuVersion:
-        major, minor, micro = (_decoded(one, int) for one in said)
+        major, minor, micro = (_decoded(one, int) for one in data)
         return QemuVersion(major, minor, micro)
-    if type(said) not in ((bool, int, str) if hint is object else (hint,)):
-        raise TypeError(f"{type(said).__name__} is not {hint}")
-    return said
+    if type(data) not in ((bool, int, str) if hint is object else (hint,)):
+        raise TypeError(f"{type(data).__name__} is not {hint}")
+    return data
 
 
 def _machine(element: Element, found: list[Refusal]) -> Machine | None:

@@ -171,13 +171,13 @@ class _Reader:
     def _listed(self, listed: Element) -> tuple[tuple[VcpuConfig, ...], str | None]:
         found: dict[int, VcpuConfig] = {}
         dialects: dict[str, Element] = {}
-        said = set()
+        listed_ids = set()
         for row in listed.all("vcpu"):
             config = self._vcpu(row, dialects)
             if config is None:
                 continue
             if "hotpluggable" in row.attributes:
-                said.add(config.id)
+                listed_ids.add(config.id)
             if config.id in found:
                 self._wrong(row, f"vCPU {config.id} is twice in <vcpus>")
             found.setdefault(config.id, config)
@@ -187,7 +187,7 @@ class _Reader:
         vcpus = tuple(found.get(n, VcpuConfig(n, enabled=False, hotpluggable=True)) for n in range(self.maximum))
         dialect = next(iter(dialects), None)
         if dialect == "rfc":
-            vcpus = started_with(vcpus, said)
+            vcpus = started_with(vcpus, listed_ids)
         self._check_rows(listed, vcpus)
         # A document with `<vcpus>` only says which vCPUs are wanted, not which ones a guest starts
         # with.
@@ -266,8 +266,8 @@ class _Reader:
         or this host.
         """
         root, element = self.root, self.root.find("os/type")
-        said = root.value("os/type", "arch")
-        name = self._spelled(element, said, _ARCH, "<type arch='{}'> is not the name of an architecture")
+        text = root.value("os/type", "arch")
+        name = self._spelled(element, text, _ARCH, "<type arch='{}'> is not the name of an architecture")
         if name is not None:
             return name
         machine = root.value("os/type", "machine") or ""
