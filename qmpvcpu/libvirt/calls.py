@@ -489,7 +489,7 @@ class LibvirtGuest:
         number, _ = await self.connection.query("virDomainGetState", lambda: self.domain.state())
         return _RUN_STATES[number] if 0 <= number < len(_RUN_STATES) else "running"
 
-    def is_held_now(self) -> bool:
+    def is_busy(self) -> bool:
         """Whether a job of any client holds the domain (`virDomainGetControlInfo`); a change waits
         for its end.
 
@@ -606,18 +606,18 @@ class LibvirtGuest:
     def watch(
         self,
         loop: asyncio.AbstractEventLoop,
-        told: Callable[[str, str], None],
+        report: Callable[[str, str], None],
         monitor: Callable[[str, float, str], None] | None = None,
     ) -> Callable[[], None]:
-        """Call `told` and `monitor` in the loop when something happens to the domain. Blocks for
+        """Call `report` and `monitor` in the loop when something happens to the domain. Blocks for
         some calls.
 
         The returned function cancels the subscriptions.
 
         Args:
             loop: the loop of the callbacks.
-            told: called with "stopped", "agent", "removed", "removal-failed" or "changed", and with
-                the name of a device if the event is about one.
+            report: called with "stopped", "agent", "removed", "removal-failed" or "changed", and
+                with the name of a device if the event is about one.
             monitor: called with the name, time (seconds since the epoch) and data (JSON) of each
                 QMP event.
         """
@@ -661,7 +661,7 @@ class LibvirtGuest:
         }.items():
 
             def happened(conn: object, domain: object, *given: Any, words: Callable[..., Any] = words) -> None:
-                tell(told, *words(*given))
+                tell(report, *words(*given))
 
             subscribe = partial(conn.domainEventRegisterAny, self.domain, kind, happened, None)
             with suppress(CommandError):  # not every driver has all of these events

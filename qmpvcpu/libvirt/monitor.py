@@ -20,7 +20,7 @@ logger = logging.getLogger("qmpvcpu.libvirt.monitor")
 #: Seconds after which libvirt must have sent the unplug to QEMU, and waits for the guest; an error
 #: comes earlier. libvirt waits 5 s for the guest, and 10 s on pseries (qemu_hotplug.c). It does not
 #: check once more by itself.
-_ASKED_SECONDS: Final = 0.5
+_REQUEST_SECONDS: Final = 0.5
 #: libvirt 9.0 fails without an error code if the guest has rejected the unplug
 #: (qemuDomainHotplugDelVcpu).
 _NO_ERROR: Final = "VIR_ERR_OK"
@@ -49,7 +49,7 @@ class _Unplug:
         self._loop = asyncio.get_running_loop()
         self.answer: asyncio.Future[object] = self._loop.create_future()
         #: Whether another client held the domain when libvirt was called; None before the call.
-        self._was_held: bool | None = None
+        self._was_busy: bool | None = None
         self._timer: asyncio.TimerHandle | None = None
         guest = monitor.guest
         self._call = guest.set_vcpu(monitor.entities[first], False, guest.flags(live=True))
@@ -64,7 +64,7 @@ class _Unplug:
         """
         if self._monitor.guest.connection.drop(self._asking):
             return True
-        if self._was_held:
+        if self._was_busy:
             self._answer()
         return False
 
@@ -74,17 +74,17 @@ class _Unplug:
             self._timer.cancel()
 
     def _work(self) -> object:
-        self._was_held = self._monitor.guest.is_held_now()
+        self._was_busy = self._monitor.guest.is_busy()
         return self._call()
 
     def _wait(self) -> None:
-        self._timer = self._loop.call_later(_ASKED_SECONDS, self._asked_by_now)
+        self._timer = self._loop.call_later(_REQUEST_SECONDS, self._check_request)
 
-    def _asked_by_now(self) -> None:
-        if self._was_held is None:
+    def _check_request(self) -> None:
+        if self._was_busy is None:
             # The worker's thread is still connecting.
             self._wait()
-        elif not self._was_held:
+        elif not self._was_busy:
             self._answer()
         # Otherwise libvirt waits for another client's job, and nothing reports the end of that.
 
@@ -115,7 +115,7 @@ class _Unplug:
 
     def _end(self, event: str, text: str | None = None) -> None:
         self._answer()
-        self._monitor.give(MonitorEvent(event, {"device": f"vcpu{self.first}", "text": text}, time.time()))
+        self._monitor.deliver(MonitorEvent(event, {"device": f"vcpu{self.first}", "text": text}, time.time()))
 
 
 def _has_given_up(error: CommandError) -> bool:
@@ -141,14 +141,14 @@ class ApiMonitor(Behind):
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Subscribe to libvirt's events. Blocks."""
-        self._end_watch = self.guest.watch(loop, self._told)
+        self._end_watch = self.guest.watch(loop, self._on_event)
 
-    def _told(self, word: str, device: str) -> None:
-        super()._told(word, device)
+    def _on_event(self, word: str, device: str) -> None:
+        super()._on_event(word, device)
         event = "DEVICE_UNPLUG_GUEST_ERROR" if word == "removal-failed" else "DEVICE_DELETED"
         # If it is not about a device of ours, listeners read the state and compare.
         about = {"device": device} if device else {"path": ""}
-        self.give(MonitorEvent(event, about, time.time()))
+        self.deliver(MonitorEvent(event, about, time.time()))
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
         """Fail: libvirt's API has no QMP commands."""

@@ -73,7 +73,7 @@ class Behind(Monitor):
         finally:
             self._sinks.remove(sink)
 
-    def give(self, event: MonitorEvent | VcpuConnectionError) -> None:
+    def deliver(self, event: MonitorEvent | VcpuConnectionError) -> None:
         """Pass an event or an error to every listener."""
         for sink in tuple(self._sinks):
             sink(event)
@@ -81,7 +81,7 @@ class Behind(Monitor):
     def _lose(self, error: VcpuConnectionError) -> None:
         if self._lost is None:
             self._lost = error
-            self.give(error)
+            self.deliver(error)
 
     def check(self) -> None:
         """Check the connection. Raises VcpuConnectionError if the guest has stopped, or if libvirt
@@ -92,11 +92,11 @@ class Behind(Monitor):
 
     def stopped(self) -> VcpuConnectionError:
         """Record that the guest has stopped, and return the error for that."""
-        self._told("stopped", "")
+        self._on_event("stopped", "")
         assert self._lost is not None
         return self._lost
 
-    def _told(self, word: str, device: str) -> None:
+    def _on_event(self, word: str, device: str) -> None:
         """Handle an event of libvirt about the guest."""
         if word == "stopped":
             text = f"the domain '{self.guest.name}' has stopped"
@@ -130,7 +130,7 @@ class PassedMonitor(Behind):
 
     def start(self, loop: asyncio.AbstractEventLoop) -> None:
         """Subscribe to QEMU's events, and query its version. Blocks."""
-        self._end_watch = self.guest.watch(loop, self._told, self._event)
+        self._end_watch = self.guest.watch(loop, self._on_event, self._event)
         reply = json.loads(self.guest.monitor_command_now('{"execute": "query-version"}'))
         found = reply.get("return") if isinstance(reply, dict) else None
         self._greeting = {"version": found} if isinstance(found, dict) else {}
@@ -142,7 +142,7 @@ class PassedMonitor(Behind):
             return
         if self._log is not None:
             self._log.write("receive", {"event": name, "data": found})
-        self.give(MonitorEvent(name, found if isinstance(found, dict) else {}, when))
+        self.deliver(MonitorEvent(name, found if isinstance(found, dict) else {}, when))
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
         """Send any QMP command. Commands are sent in the order of the calls."""

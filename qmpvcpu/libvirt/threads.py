@@ -59,18 +59,18 @@ class _Call(Generic[T]):
         """Make the call in the worker's thread. The returned function delivers the result."""
         self._deliver(self._begun)
         try:
-            settle = partial(self._settle, self.result.set_result, self._function())
+            set_outcome = partial(self._set, self.result.set_result, self._function())
         except BaseException as error:  # noqa: BLE001 - raised where it is awaited
-            settle = partial(self._settle, self.result.set_exception, error)
-        return partial(self._deliver, settle)
+            set_outcome = partial(self._set, self.result.set_exception, error)
+        return partial(self._deliver, set_outcome)
 
     def _deliver(self, act: Callable[[], None]) -> None:
         with suppress(RuntimeError):  # the loop is closed: nobody waits any more
             self._loop.call_soon_threadsafe(act)
 
-    def _settle(self, settle: Callable[[Any], None], outcome: object) -> None:
+    def _set(self, set_outcome: Callable[[Any], None], outcome: object) -> None:
         if not self.result.done():
-            settle(outcome)
+            set_outcome(outcome)
 
 
 class Worker:
@@ -113,13 +113,13 @@ class Worker:
             return call.result
         with self._lock:
             self._waiting.add(call.result)
-        call.result.add_done_callback(self._take_away)
+        call.result.add_done_callback(self._remove)
         self._calls.put(call)
         return call.result
 
     def drop(self, result: asyncio.Future[Any]) -> bool:
         """Cancel a call that has not begun. Returns whether it was cancelled."""
-        return self._take_away(result) and result.cancel()
+        return self._remove(result) and result.cancel()
 
     def give_up(self, result: asyncio.Future[Any], error: Callable[[], Exception]) -> None:
         """Give up a call that takes too long.
@@ -152,7 +152,7 @@ class Worker:
             if not result.done():
                 result.set_exception(error())
 
-    def _take_away(self, result: asyncio.Future[Any]) -> bool:
+    def _remove(self, result: asyncio.Future[Any]) -> bool:
         with self._lock:
             is_there = result in self._waiting
             self._waiting.discard(result)

@@ -101,7 +101,7 @@ class Managed:
 
     def is_held(self) -> bool:
         """Whether a client's job holds it. Blocks."""
-        return self._side.guest.is_held_now()
+        return self._side.guest.is_busy()
 
     async def live_xml(self) -> bytes | None:
         return await self._side.guest.live_xml()
