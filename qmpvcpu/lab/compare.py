@@ -132,11 +132,11 @@ def _shown(xml: bytes | None) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:
 
 
 class OurSide:
-    """A guest of ours; if it runs, `beside` is the path of a second QMP socket of it."""
+    """A guest of ours; if it runs, `second_qmp` is the path of a second QMP socket of it."""
 
-    def __init__(self, domain: Domain, log: Path, beside: str | None = None) -> None:
+    def __init__(self, domain: Domain, log: Path, second_qmp: str | None = None) -> None:
         self.domain = domain
-        self.beside = beside
+        self.second_qmp = second_qmp
         self._log = log
 
     async def ask(self, request: Request) -> SideOutcome:
@@ -178,11 +178,11 @@ def _sent(log: Path, mark: int) -> list[Mapping[str, Any]]:
         for line in file:
             row = json.loads(line)
             if row["direction"] == "send" and "execute" in row["message"]:
-                found.append(_bare(row["message"]))
+                found.append(_without_id(row["message"]))
     return found
 
 
-def _bare(message: Mapping[str, Any]) -> Mapping[str, Any]:
+def _without_id(message: Mapping[str, Any]) -> Mapping[str, Any]:
     return {key: value for key, value in message.items() if key in ("execute", "arguments")}
 
 
@@ -214,16 +214,16 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
         words = ["-S", *line.args.arguments]
         console = str(folder / "console")
         words += hardware_args(read_hardware(document), qemu_arch(definition), console=console, agent=_AGENT)
-        async with run_qemu(line.probe.emulator, words, channels=(_AGENT,), monitors=("qmp", "beside")) as qemu:
+        async with run_qemu(line.probe.emulator, words, channels=(_AGENT,), monitors=("qmp", "second")) as qemu:
             await qemu.monitor.cont()
             agent = str(qemu.folder / _AGENT) if definition.agent is not None else None
-            kept = QmpLog(sent) if log else None
+            qmp_log = QmpLog(sent) if log else None
             try:
-                async with connect(qmp=qemu.qmp, agent=agent, xml=str(file), qmp_log=kept) as domain:
-                    yield OurSide(domain, sent, str(qemu.folder / "beside"))
+                async with connect(qmp=qemu.qmp, agent=agent, xml=str(file), qmp_log=qmp_log) as domain:
+                    yield OurSide(domain, sent, str(qemu.folder / "second"))
             finally:
-                if kept is not None:
-                    kept.close()
+                if qmp_log is not None:
+                    qmp_log.close()
 
 
 class LibvirtSide:
@@ -293,7 +293,7 @@ class LibvirtSide:
             except (CommandError, VcpuConnectionError) as raised:
                 error = raised
         seconds = time.monotonic() - began
-        commands = tuple(_bare(one) for one in self._daemon.qmp_commands(mark)) if self._daemon else ()
+        commands = tuple(_without_id(one) for one in self._daemon.qmp_commands(mark)) if self._daemon else ()
         (live, live_ids), (config, config_ids) = map(_shown, await self.guest.sides())
         name = error.error_class if isinstance(error, CommandError) else error.libvirt if error else None
         text = error.text if isinstance(error, CommandError) else error.message if error else None

@@ -74,18 +74,18 @@ async def _with_linux(tell: Tell, show: Show, binary: str, image: GuestImage) ->
 
         tell(f"\n$ qmpvcpu setvcpu demo {_VCPU} --disable")
         unplugged = await domain.disable(_VCPU)
-        gone = await guest.online()
+        afterwards = await guest.online()
         tell(f"vCPU {_VCPU}: {unplugged.rows[0].state}, {unplugged.seconds * 1000:.0f} ms after it was asked")
-        tell(f"the guest's own /sys/devices/system/cpu/online: {gone}")
+        tell(f"the guest's own /sys/devices/system/cpu/online: {afterwards}")
         present = await guest.shell("cat /sys/devices/system/cpu/present")
-    if (before, after, gone, present) != ("0-3", "0-4", "0-3", "0-3"):
+    if (before, after, afterwards, present) != ("0-3", "0-4", "0-3", "0-3"):
         raise VcpuFailed(
-            f"the guest shows {before}, {after}, {gone} (present: {present})",
+            f"the guest shows {before}, {after}, {afterwards} (present: {present})",
             hint="expected 0-3, 0-4, 0-3 (present: 0-3): run scripts/test and report this",
         )
     return {
         "guest": True,
-        "online": [before, after, gone],
+        "online": [before, after, afterwards],
         "enabled": plugged.to_json(),
         "disabled": unplugged.to_json(),
         "missing": [],

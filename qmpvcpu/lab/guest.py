@@ -132,12 +132,12 @@ async def boot(
     command = [*guest_arguments(image, append), *arguments]
     async with run_qemu(binary, [*command, "-S"], channels=CHANNELS) as qemu:
         console, console_writer = await asyncio.open_unix_connection(qemu.folder / "console")
-        said: list[str] = []
+        lines: list[str] = []
         try:
             await qemu.monitor.cont()
             async with _shell(qemu) as guest:
-                await _ready(console, image.facts["ready"], said, timeout)
-                async with _flowing(console, said):
+                await _ready(console, image.facts["ready"], lines, timeout)
+                async with _flowing(console, lines):
                     yield guest
         finally:
             console_writer.close()
@@ -185,9 +185,9 @@ async def _shell(qemu: QemuProcess) -> AsyncIterator[BootedGuest]:
 
 
 @asynccontextmanager
-async def _flowing(console: asyncio.StreamReader, said: list[str]) -> AsyncIterator[None]:
+async def _flowing(console: asyncio.StreamReader, lines: list[str]) -> AsyncIterator[None]:
     """Read the console all the time, since a guest blocks if nobody reads its console."""
-    drain = asyncio.create_task(_drain(console, said))
+    drain = asyncio.create_task(_drain(console, lines))
     try:
         yield
     finally:
@@ -196,24 +196,24 @@ async def _flowing(console: asyncio.StreamReader, said: list[str]) -> AsyncItera
             await drain
 
 
-async def _ready(console: asyncio.StreamReader, word: str, said: list[str], timeout: float) -> None:
+async def _ready(console: asyncio.StreamReader, word: str, lines: list[str], timeout: float) -> None:
     try:
         async with asyncio.timeout(timeout):
             while line := await console.readline():
-                said.append(line.decode(errors="replace").rstrip())
-                if word in said[-1]:
+                lines.append(line.decode(errors="replace").rstrip())
+                if word in lines[-1]:
                     return
     except TimeoutError:
         pass
-    tail = "\n".join(said[-15:])
+    tail = "\n".join(lines[-15:])
     raise VcpuFailed(
         f"the guest is not ready after {timeout:g} s; its console:\n{tail}",
         hint="look at its console",
     )
 
 
-async def _drain(console: asyncio.StreamReader, said: list[str]) -> None:
+async def _drain(console: asyncio.StreamReader, lines: list[str]) -> None:
     """Read the console, and keep its last 200 lines."""
     while line := await console.readline():
-        said.append(line.decode(errors="replace").rstrip())
-        del said[:-200]
+        lines.append(line.decode(errors="replace").rstrip())
+        del lines[:-200]

@@ -60,7 +60,7 @@ class Libvirtd:
         log: its log file.
     """
 
-    def __init__(self, folder: Path, *, log_qmp: bool, supervisor: _Link) -> None:
+    def __init__(self, folder: Path, *, log_qmp: bool, supervisor: _Supervisor) -> None:
         self.folder: Final = folder
         self.log: Final = folder / "log"
         system = os.geteuid() == 0
@@ -178,7 +178,7 @@ async def run_libvirtd(*, log_qmp: bool = False) -> AsyncIterator[Libvirtd]:
     # The supervisor makes the folder, so that it also removes it if we are killed at any time.
     base = tempfile.gettempdir()
     folder = Path(base if len(os.fsencode(base)) < ROOM else "/tmp", f"qmpvcpu-{secrets.token_hex(4)}")  # noqa: S108
-    supervisor = await _Link.open(folder, program, log_qmp)
+    supervisor = await _Supervisor.open(folder, program, log_qmp)
     daemon = Libvirtd(folder, log_qmp=log_qmp, supervisor=supervisor)
     try:
         await daemon.start()
@@ -187,7 +187,7 @@ async def run_libvirtd(*, log_qmp: bool = False) -> AsyncIterator[Libvirtd]:
         await finish(supervisor.close())
 
 
-class _Link:
+class _Supervisor:
     """Our end of the socket to the supervisor. We send `start`, `term` and `kill`; it sends the
     daemon's pid and exit code.
     """
@@ -217,7 +217,7 @@ class _Link:
         self._listener = asyncio.create_task(self._listen())
 
     @classmethod
-    async def open(cls, folder: Path, program: str, log_qmp: bool) -> _Link:
+    async def open(cls, folder: Path, program: str, log_qmp: bool) -> _Supervisor:
         ours, theirs = socket.socketpair()
         with theirs:
             reader, writer = await asyncio.open_connection(sock=ours)

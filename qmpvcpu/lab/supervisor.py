@@ -78,19 +78,19 @@ class _Supervisor:
         self._program = program
         self._libc = ctypes.CDLL(None, use_errno=True)
         _checked(self._libc.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0), "prctl")
-        self._link = socket.socket(fileno=os.dup(0))
+        self._socket = socket.socket(fileno=os.dup(0))
         self._wake, waker = os.pipe()
         os.set_blocking(self._wake, False)
         os.set_blocking(waker, False)
         signal.set_wakeup_fd(waker, warn_on_full_buffer=False)
-        self._asked_to_end = False
+        self._must_end = False
         for number in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
             signal.signal(number, self._end)
         signal.signal(signal.SIGCHLD, lambda _number, _frame: None)
         self._daemon = 0
 
     def _end(self, _number: int, _frame: object) -> None:
-        self._asked_to_end = True
+        self._must_end = True
 
     def run(self, parent: int, *, log_qmp: bool) -> None:
         """Serve until the socket closes, the parent ends or SIGTERM comes; then clean everything
@@ -116,21 +116,21 @@ class _Supervisor:
             try:
                 _mount_folders(self._libc, self._folder)
             except OSError as error:
-                self._tell(f"refused {error.strerror} ({error.filename})")
+                self._report(f"refused {error.strerror} ({error.filename})")
                 return False
             namespace = str(Path("/proc/self/ns/mnt").readlink())
-        self._tell(f"ready {namespace}")
+        self._report(f"ready {namespace}")
         return True
 
     def _serve(self, alive: int) -> None:
         poll = select.poll()
-        for descriptor in (self._link.fileno(), self._wake, alive):
+        for descriptor in (self._socket.fileno(), self._wake, alive):
             poll.register(descriptor, select.POLLIN)
-        while not self._asked_to_end:
+        while not self._must_end:
             ready = {descriptor for descriptor, _ in poll.poll()}
             if self._wake in ready:
                 self._reap()
-            if alive in ready or (self._link.fileno() in ready and not self._obey()):
+            if alive in ready or (self._socket.fileno() in ready and not self._obey()):
                 return
 
     def _reap(self) -> None:
@@ -142,22 +142,22 @@ class _Supervisor:
                 pid, status = child
                 if pid == self._daemon:
                     self._daemon = 0
-                    self._tell(f"ended {os.waitstatus_to_exitcode(status)}")
+                    self._report(f"ended {os.waitstatus_to_exitcode(status)}")
 
     def _obey(self) -> bool:
         """Obey the words that the socket has. Returns whether it is still open."""
-        words = self._link.recv(4096).split()
+        words = self._socket.recv(4096).split()
         for word in words:
             if word == b"start":
                 self._daemon = _start_daemon(self._libc, self._folder, self._program)
-                self._tell(f"started {self._daemon}")
+                self._report(f"started {self._daemon}")
             elif self._daemon:
                 os.kill(self._daemon, signal.SIGTERM if word == b"term" else signal.SIGKILL)
         return bool(words)
 
-    def _tell(self, line: str) -> None:
+    def _report(self, line: str) -> None:
         with suppress(OSError):  # the other end has closed, which poll() reports too
-            self._link.sendall(line.encode() + b"\n")
+            self._socket.sendall(line.encode() + b"\n")
 
 
 def _fill_folder(folder: Path, log_qmp: bool) -> None:

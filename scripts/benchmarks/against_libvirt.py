@@ -96,7 +96,7 @@ async def raw_plugs(daemon, kind: str, pairs: int) -> list[float]:
     while len(times) < pairs:
         async with our_side(xml, log=False) as ours, LibvirtSide.run(daemon, xml, log=False):
             slots = slots_of(await ours.domain.state())
-            with RawQmp(ours.beside) as bare:
+            with RawQmp(ours.second_qmp) as bare:
                 for entity in slots:
                     began = time.perf_counter()
                     bare.device_add(entity)
