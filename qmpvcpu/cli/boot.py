@@ -47,8 +47,8 @@ async def _probe(session: CommandSession) -> int:
                 spec, arch=options.arch, emulator=options.emulator, mode=mode, refresh=options.refresh
             )
     elif options.refresh and not any(value is not None for value in by_machine):
-        gone = forget_probes()
-        session.show({"forgotten": gone}, [f"{gone} cached answers removed"])
+        removed = forget_probes()
+        session.show({"forgotten": removed}, [f"{removed} cached answers removed"])
         return 0
     else:
         raise VcpuUsageError("no machine is given", hint="probe FILE, or probe --machine q35 --smp 2,maxcpus=8")
@@ -97,8 +97,8 @@ def _lines(found: Probe) -> list[str]:
         "probed": "asked of a throwaway QEMU",
     }[layout.source]
     count = sum(vcpu.enabled for vcpu in found.vcpus)
-    told = f"QEMU {layout.version}" if layout.version is not None else "any QEMU"
-    head = f"{layout.machine}: {layout.arch}, {told}, {layout.accel}: {count} of {layout.maxcpus} vCPUs at boot"
+    version = f"QEMU {layout.version}" if layout.version is not None else "any QEMU"
+    head = f"{layout.machine}: {layout.arch}, {version}, {layout.accel}: {count} of {layout.maxcpus} vCPUs at boot"
     if not layout.can_plug:
         head += " (this machine has no CPU hotplug)"
     elif not layout.can_unplug:

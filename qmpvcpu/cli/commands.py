@@ -186,10 +186,10 @@ async def _vcpuinfo(session: CommandSession) -> int:
 
 
 def _info_lines(state: DomainState) -> list[str]:
-    told: str | None = f"QEMU {state.version}"
+    source: str | None = f"QEMU {state.version}"
     if state.version is None or not state.version.major:
-        told = "the definition" if state.version is None else None
-    words = [word for word in (state.arch, state.machine, told, state.accel) if word]
+        source = "the definition" if state.version is None else None
+    words = [word for word in (state.arch, state.machine, source, state.accel) if word]
     head = f"{state.name}: {', '.join(words)}: {len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
     if not state.can_plug:
         head += " (this machine has no CPU hotplug)"
@@ -492,15 +492,15 @@ async def _watch_on(session: CommandSession) -> int:
         line["detail"] = f"{len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
         if pending:
             line["detail"] += f"; unplug pending: {format_ids(pending)}"
-        _tell(session, line | {"pending": list(pending)}, render.snapshot(line))
+        _print_event(session, line | {"pending": list(pending)}, render.snapshot(line))
         for event in domain.settled:
-            _tell(session, event.to_json(), render.event(event))
+            _print_event(session, event.to_json(), render.event(event))
         async for event in events:
-            _tell(session, event.to_json(), render.event(event))
+            _print_event(session, event.to_json(), render.event(event))
     return 0
 
 
-def _tell(session: CommandSession, document: dict[str, Any], line: str) -> None:
+def _print_event(session: CommandSession, document: dict[str, Any], line: str) -> None:
     """Print one line of `watch` at once."""
     session.output.stream(document, line)
 

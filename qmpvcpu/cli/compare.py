@@ -18,10 +18,10 @@ if TYPE_CHECKING:
 async def compare(session: CommandSession, request_of: Callable[[Any], Request]) -> int:
     """Run one request on both sides, and show the results."""
     options = session.options
-    asked = options.asked
+    request = options.request_options
     xml = read_document(options.file)
     async with waiting(session.output, "comparing with libvirt"):
-        found = (await app.compare(xml, [request_of(asked)], start=not options.no_start))[0]
+        found = (await app.compare(xml, [request_of(request)], start=not options.no_start))[0]
     session.show({"request": options.request, **found.to_json()}, lines_of(found))
     return 0
 

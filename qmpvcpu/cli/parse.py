@@ -513,13 +513,13 @@ def _read_request(found: argparse.Namespace) -> None:
     """Parse the request of `compare`, because argparse leaves everything after FILE to it."""
     found.no_start |= "--no-start" in found.request
     found.request = [word for word in found.request if word != "--no-start"]
-    found.asked = parse_request(found.request)
+    found.request_options = parse_request(found.request)
     for name, default in _GLOBAL_DEFAULTS.items():
         # A global option after the request applies to the whole command.
-        if getattr(found.asked, name) != default:
-            setattr(found, name, getattr(found.asked, name))
-    _refuse_unheard(found, "compare has guests of its own", ("agent", "qmp_log"))
-    if getattr(found.asked, "dry_run", False):
+        if getattr(found.request_options, name) != default:
+            setattr(found, name, getattr(found.request_options, name))
+    _refuse_unused(found, "compare has guests of its own", ("agent", "qmp_log"))
+    if getattr(found.request_options, "dry_run", False):
         raise VcpuUsageError("compare carries out the request", hint="leave out --dry-run")
 
 
@@ -533,12 +533,12 @@ def _check_libvirt(found: argparse.Namespace) -> None:
         text = f"{found.command} is not for libvirt's domains"
         raise VcpuUsageError(text, hint=f"with -c URI there are {', '.join(sorted(_WITH_LIBVIRT))}")
     if found.command == "list":
-        _refuse_unheard(found, "list asks libvirt alone", ("agent", "qmp_log", "via"))
+        _refuse_unused(found, "list asks libvirt alone", ("agent", "qmp_log", "via"))
     if found.command == "doctor" and found.domain is None:
         raise VcpuUsageError("doctor with -c URI is about one domain", hint="doctor DOMAIN; or leave out -c URI")
 
 
-def _refuse_unheard(found: argparse.Namespace, why: str, names: tuple[str, ...]) -> None:
+def _refuse_unused(found: argparse.Namespace, why: str, names: tuple[str, ...]) -> None:
     """Raise VcpuUsageError for options that would be ignored."""
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(found, name) is not None]
     if given:

@@ -124,11 +124,11 @@ def outcome(result: Outcome) -> list[str]:
     changed = result.live_changed_ids if is_both else result.changed_ids
     words = grouped((_changed_to(rows.get(number), result.mechanism), number) for number in changed)
     lines = [f"vCPU {format_ids(ids)}: {word}" for word, ids in words.items()]
-    asked = format_ids(result.pending)
+    pending = format_ids(result.pending)
     if result.outcome == "requested":
-        lines.append(f"vCPU {asked}: unplug requested, QEMU took it")
+        lines.append(f"vCPU {pending}: unplug requested, QEMU took it")
     elif result.pending:
-        lines.append(f"vCPU {asked}: unplug requested, and not ended at the deadline")
+        lines.append(f"vCPU {pending}: unplug requested, and not ended at the deadline")
     if result.pending_online:
         lines.append(f"vCPU {format_ids(result.pending_online)}: the guest is not known to run on it yet")
     if result.defined:

@@ -45,10 +45,10 @@ def _ended(body: Callable[[], int], output: Output, *, debug: bool) -> int:
     """Return the exit code of `body`, and report its errors."""
     try:
         return body()
-    except Help as asked:
+    except Help as help_text:
         if output.is_json:
-            output.document({"help": str(asked)})
-        output.write("" if output.is_json else str(asked))
+            output.document({"help": str(help_text)})
+        output.write("" if output.is_json else str(help_text))
         return 0
     except OutputLost:
         if output.reader_left:
