@@ -70,18 +70,18 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
         if own != word:
             messages.append(f"the name in '{xml}' is '{own}': the domain is defined as '{word}'")
             data = renamed(data, word)
-        messages += [*_trusted(data), *_left_behind(word, addresses)]
+        messages += [*_trusted(data), *_old_sockets(word, addresses)]
         addresses = _with_known(word, addresses)
     elif addresses.qmp:
-        messages += _left_behind(word, addresses)
+        messages += _old_sockets(word, addresses)
         # Not by its name: an older definition of that name does not describe this guest.
         async with connect(qmp=addresses.qmp, agent=addresses.agent) as domain:
-            told = await domain.describe_machine()
+            described = await domain.describe_machine()
             # This finds what was plugged since QEMU was started, and what else its command line
             # does not show.
-            differs = await check_definition(domain, told.xml, None) if told.has_devices else []
-        data = renamed(told.xml, word)
-        messages += [f"the definition does not hold {text}" for text in told.left_out]
+            differs = await check_definition(domain, described.xml, None) if described.has_devices else []
+        data = renamed(described.xml, word)
+        messages += [f"the definition does not hold {text}" for text in described.left_out]
         messages += [f"the guest differs from what the definition starts: {one.message}" for one in differs]
     else:
         raise VcpuUsageError(
@@ -95,7 +95,7 @@ async def _define_file(path: str, addresses: Addresses) -> Defined:
     name = _checked(data, path)
     require_name(name)
     _check_not_ours(name, addresses)
-    messages = [*_trusted(data), *_left_behind(name, addresses)]
+    messages = [*_trusted(data), *_old_sockets(name, addresses)]
     return await asyncio.to_thread(_write, name, data, _with_known(name, addresses), messages)
 
 
@@ -110,7 +110,7 @@ def _check_not_ours(name: str, addresses: Addresses) -> None:
         raise catalogue.ACTIVE_WITH_OTHER_SOCKETS.error(name=name, pid=pid)
 
 
-def _left_behind(name: str, addresses: Addresses) -> list[str]:
+def _old_sockets(name: str, addresses: Addresses) -> list[str]:
     """A message that names the old sockets, if the domain gets others."""
     known = _known(name)
     if not addresses.qmp or not known.qmp or addresses.qmp == known.qmp:

@@ -211,7 +211,7 @@ async def _started(where: Where, name: str, start: Startable) -> AsyncIterator[T
     except BaseException as error:
         if target is None or not target.is_kept:
             await clean_up(name)
-        words = last_words(runtime.said(4000))
+        words = last_words(runtime.log_end(4000))
         if isinstance(error, VcpuFailed) and words and error.qmp_text is None:
             raise VcpuFailed(
                 f"{error.message}; the destination's QEMU reported: {words}",

@@ -46,8 +46,8 @@ class HostReport:
         """The lines to print."""
         lines = []
         for qemu in self.qemus:
-            told = f"QEMU {qemu.version}" if qemu.version else f"does not run: {qemu.error}"
-            lines.append(f"{qemu.path}: {told}")
+            text = f"QEMU {qemu.version}" if qemu.version else f"does not run: {qemu.error}"
+            lines.append(f"{qemu.path}: {text}")
             if qemu.version:
                 families = _families(qemu.hotplug)
                 none = "no machine type of this QEMU can hotplug CPUs"

@@ -119,19 +119,19 @@ async def find_layout(
     if runs is not None and runs.name not in programs_of(target):
         raise catalogue.PROGRAM_OF_ANOTHER_ARCH.error(emulator=emulator, runs=runs.name, arch=target)
     target = runs.name if runs is not None else target
-    look = _Look(spec, found, typed)
-    layout = None if refresh else look.known(target, mode)
+    question = _Question(spec, found, typed)
+    layout = None if refresh else question.known(target, mode)
     if layout is None:
         if mode is ProbeMode.NEVER or found is None:
             reason = catalogue.PROBE_NEVER if mode is ProbeMode.NEVER else catalogue.NOTHING_TO_PROBE
             raise reason.error(machine=spec.machine, arch=target, smp=spec.smp)
-        layout = await look.find_out(began + timeout, refresh=refresh)
+        layout = await question.find_out(began + timeout, refresh=refresh)
     if arch is not None and layout.arch not in programs_of(arch):
         raise catalogue.PROBED_ANOTHER_ARCH.error(emulator=emulator, runs=layout.arch, arch=arch)
     return Probe(layout, found.path if found is not None else None, tuple(messages), time.monotonic() - began)
 
 
-class _Look:
+class _Question:
     """One machine to find out about, from the cache or from a QEMU."""
 
     def __init__(self, spec: MachineSpec, program: _Found | None, typed: bool) -> None:
@@ -181,7 +181,7 @@ class _Look:
 
     async def find_out(self, deadline: float, *, refresh: bool) -> MachineLayout:
         """Start a QEMU and cache its answer, unless another process does so meanwhile."""
-        async with _held(self.cache, self._lock, deadline):
+        async with _locked(self.cache, self._lock, deadline):
             if not refresh:
                 self.read_facts()
                 if (layout := self.cached()) is not None:
@@ -193,9 +193,9 @@ class _Look:
 
     async def _ask(self, deadline: float) -> MachineLayout:
         assert self.program is not None
-        async with _held(self.cache, "", deadline):
+        async with _locked(self.cache, "", deadline):
             left = max(deadline - time.monotonic(), 0.001)
-            return await probe_machine(self.program.path, self.spec, self._keep, timeout=left)
+            return await probe_machine(self.program.path, self.spec, self._store, timeout=left)
 
     async def _explain(self, error: VcpuRefused) -> VcpuRefused:
         """The error for a machine type that this QEMU does not have, with the newest of that family
@@ -218,7 +218,7 @@ class _Look:
             version=version, program=program, machine=machine, newest=newest
         )
 
-    def _keep(self, replies: dict[str, Any]) -> MachineLayout:
+    def _store(self, replies: dict[str, Any]) -> MachineLayout:
         layout = parse_layout(replies, self.spec.accel, LayoutSource.PROBED)
         # Other processes may have written facts meanwhile. If they are of another version, the
         # program is a script that starts different QEMUs over time.
@@ -274,7 +274,7 @@ def _by_version(machine: str) -> list[int]:
 
 
 @asynccontextmanager
-async def _held(cache: FileCache, name: str, deadline: float) -> AsyncIterator[None]:
+async def _locked(cache: FileCache, name: str, deadline: float) -> AsyncIterator[None]:
     """Hold a lock against our other processes; the name "" is one of the few places for running a
     QEMU.
     """

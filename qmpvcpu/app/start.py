@@ -127,11 +127,11 @@ async def start(
                 await _continue(runtime)
             except VcpuConnectionError as error:
                 if runtime.pid() is None:
-                    raise _gone(runtime) from error
+                    raise _exited(runtime) from error
                 raise
             pid = runtime.pid()
             if pid is None:
-                raise _gone(runtime)
+                raise _exited(runtime)
         except BaseException:
             await finish(asyncio.to_thread(_end, runtime))
             raise
@@ -202,8 +202,8 @@ async def launch_waiting(
         if memory:
             raise VcpuRefused([catalogue.SHARED_MEMORY(name=name, what=what) for what in memory])
         launched = await _launch(runtime, document, definition, mode, timeout, place=place, incoming="defer")
-        taken = [f"the destination takes over '{text}' from the source" for text in chardevs]
-        return replace(launched, messages=(*launched.messages, *taken))
+        taken_over = [f"the destination takes over '{text}' from the source" for text in chardevs]
+        return replace(launched, messages=(*launched.messages, *taken_over))
 
 
 def _shared(document: Document, definition: Definition) -> tuple[list[str], list[str]]:
@@ -228,9 +228,9 @@ async def _launch(
     incoming: str | None = None,
 ) -> Launched:
     hardware = read_hardware(document)
-    here = QemuThreads(process_of(os.getpid()))
-    await asyncio.to_thread(here.sweep)
-    if place and (refusals := check_start(here, definition)):
+    threads = QemuThreads(process_of(os.getpid()))
+    await asyncio.to_thread(threads.sweep)
+    if place and (refusals := check_start(threads, definition)):
         raise VcpuRefused(refusals)
     check_program(definition)
     line = await command_line(definition, mode=mode, incoming=incoming)
@@ -398,10 +398,10 @@ async def _continue(runtime: Runtime) -> None:
         await finish(monitor.close())
 
 
-def _gone(runtime: Runtime) -> VcpuFailed:
-    said = runtime.said()
+def _exited(runtime: Runtime) -> VcpuFailed:
+    log_end = runtime.log_end()
     return VcpuFailed(
-        "QEMU exited right after the start" + (f": {said}" if said else ""),
+        "QEMU exited right after the start" + (f": {log_end}" if log_end else ""),
         hint=f"look at {runtime.console} and {runtime.log}: the guest may have nothing to boot",
     )
 

@@ -44,21 +44,21 @@ def of_user(cookie: Cookie) -> Startable:
     return Startable(cookie)
 
 
-async def of_file(cookie: Cookie, names: Iterable[str], kept: bytes | None) -> Startable:
+async def of_file(cookie: Cookie, names: Iterable[str], known: bytes | None) -> Startable:
     """From a cookie that was read from a file.
 
     Args:
         cookie: as it was read.
         names: under which the guest may be defined on this host; the first that is defined counts.
-        kept: its definition, if it is known that this user had it when the file was written, and
+        known: its definition, if it is known that this user had it when the file was written, and
             that the cookie has not been changed since.
 
     Raises:
         VcpuRefused: the file names parts of a host, and no trusted definition has them; the error
             names every part.
     """
-    if kept is not None:
-        return Startable(replace(cookie, xml=kept))
+    if known is not None:
+        return Startable(replace(cookie, xml=known))
     trusted = _defined(cookie, names)
     definition = read_domain(trusted)[1] if trusted is not None else None
     if found := host_parts(cookie.xml, definition):

@@ -84,12 +84,12 @@ class FileCache:
 
     def clear(self) -> int:
         """Remove all answers. Returns how many there were."""
-        gone = 0
+        removed = 0
         for entry in self._entries():
             with suppress(OSError):
                 os.unlink(entry.path)  # noqa: PTH108
-                gone += 1
-        return gone
+                removed += 1
+        return removed
 
     def try_lock(self, name: str) -> FileLock | None:
         """Take the lock of that name. Returns None while another process holds it.

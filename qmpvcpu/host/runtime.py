@@ -131,7 +131,7 @@ class Runtime:
             if not self.folder.is_symlink():
                 shutil.rmtree(self.folder, ignore_errors=True)
 
-    def said(self, limit: int = 400) -> str:
+    def log_end(self, limit: int = 400) -> str:
         """The end of its log. Never raises."""
         with suppress(OSError), os.fdopen(open_file(self.log), "rb") as file:
             file.seek(max(0, file.seek(0, os.SEEK_END) - limit))

@@ -87,15 +87,15 @@ class Client(QMPClient):
     async def _call(self, content: Mapping[str, object], command: str, result: asyncio.Future[object]) -> None:
         # Where the connection is lost, the monitor ends the command, since it knows why.
         with suppress(ExecInterruptedError, StateError):
-            self._settle(command, result, await self._raw(content, assign_id=False))
+            self._finish(command, result, await self._raw(content, assign_id=False))
 
-    def _settle(self, command: str, result: asyncio.Future[object], message: Message) -> None:
+    def _finish(self, command: str, result: asyncio.Future[object], message: Message) -> None:
         """Set the result of a command; later events wait until its caller has received it."""
         _answer(self.name or "", command, result, message)
         asyncio.get_running_loop().call_soon(self._reply_was_seen)
 
     async def _receive_reply(self, command: str, result: asyncio.Future[object], message: Message) -> None:
-        """Handle a reply to one of `replies`; it must end in a call of `_settle`."""
+        """Handle a reply to one of `replies`; it must end in a call of `_finish`."""
         await super()._on_message(message)
 
     # --- for safety: overridden members of qemu.qmp
@@ -180,15 +180,15 @@ class Client(QMPClient):
             if self._unseen:
                 self._unseen.append(_event(msg))
             else:
-                self._give(_event(msg))
+                self._deliver(_event(msg))
 
     def _reply_was_seen(self) -> None:
         self._unseen.popleft()
         while self._unseen and (event := self._unseen[0]) is not None:
             self._unseen.popleft()
-            self._give(event)
+            self._deliver(event)
 
-    def _give(self, event: MonitorEvent) -> None:
+    def _deliver(self, event: MonitorEvent) -> None:
         for sink in tuple(self.sinks):
             try:
                 sink(event)

@@ -22,7 +22,7 @@ class FastClient(Client):
         self._outgoing.put_nowait(Message(content, eager=False))
 
     async def _receive_reply(self, command: str, result: asyncio.Future[object], message: Message) -> None:
-        self._settle(command, result, message)
+        self._finish(command, result, message)
 
     # "no texts": qemu.qmp pretty-prints each message for its DEBUG log, even if that log is off.
     def _cb_outbound(self, msg: Message) -> Message:

@@ -265,10 +265,10 @@ def _read_end(path: Path, start: int = 0) -> str:
     return ""
 
 
-def _exited(command: Sequence[str], code: int, said: str) -> VcpuFailed:
+def _exited(command: Sequence[str], code: int, words: str) -> VcpuFailed:
     return VcpuFailed(
-        f"{os.path.basename(command[0])} exited with code {code}" + (f": {said}" if said else ""),  # noqa: PTH119
-        qmp_text=said or None,
+        f"{os.path.basename(command[0])} exited with code {code}" + (f": {words}" if words else ""),  # noqa: PTH119
+        qmp_text=words or None,
         exit_code=code,
         hint="look at its command line: " + " ".join(command),
     )

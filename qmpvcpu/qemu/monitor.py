@@ -178,14 +178,14 @@ class QmpMonitor(Monitor):
     def _end_with_loss(self, result: asyncio.Future[object]) -> None:
         """Fail a command of a lost connection; the watcher knows the reason now or in a moment."""
 
-        def tell(_: object = None) -> None:
+        def fail_now(_: object = None) -> None:
             if not result.done():
                 fail(result, self._lost or lost(self._address, None, self._qemu_log))
 
         if self._lost is not None or self._watcher.done():
-            tell()
+            fail_now()
         else:
-            self._watcher.add_done_callback(tell)
+            self._watcher.add_done_callback(fail_now)
 
     def add_fd(self, fd: int) -> asyncio.Future[object]:
         """QMP `add-fd` into a new set, with the descriptor itself (SCM_RIGHTS)."""

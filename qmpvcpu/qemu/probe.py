@@ -127,20 +127,20 @@ async def _ask(binary: str, arguments: Sequence[str], read: Callable[[Replies], 
         # Sent together, to wait once, and no more than needed: query-machines takes 1 ms, and
         # query-cpu-definitions 25 ms on x86; qom-list-types loads every module, and QEMU aborts at
         # a module of another build (10.0, 11.1).
-        asked = {
+        queries = {
             "query-hotpluggable-cpus": monitor.query_hotpluggable_cpus(),
             "query-target": monitor.query_target(),
             "type": monitor.qom_get("/machine", "type"),
             "smp": monitor.qom_get("/machine", "smp"),
         }
-        replies = await asyncio.gather(*asked.values(), return_exceptions=True)
+        replies = await asyncio.gather(*queries.values(), return_exceptions=True)
         if isinstance(replies[_HOTPLUG], CommandError):
             # No CPU hotplug: the CPUs of now are all that there will ever be.
-            asked["query-cpus-fast"] = monitor.query_cpus_fast()
-            replies += await asyncio.gather(asked["query-cpus-fast"], return_exceptions=True)
+            queries["query-cpus-fast"] = monitor.query_cpus_fast()
+            replies += await asyncio.gather(queries["query-cpus-fast"], return_exceptions=True)
         qemu.kill()
         found: Replies = {"greeting": dict(monitor.greeting)}
-        for command, reply in zip(asked, replies, strict=True):
+        for command, reply in zip(queries, replies, strict=True):
             if isinstance(reply, CommandError) and command in _MAY_FAIL:
                 found[command] = None
             elif isinstance(reply, CommandError):

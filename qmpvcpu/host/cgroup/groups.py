@@ -48,7 +48,7 @@ _VCPU: Final = "vcpu"
 #: The suffix of a group that we made: `qemu-PID-START.qmpvcpu`.
 _OURS: Final = ".qmpvcpu"
 #: The controllers that have settings; cpuacct only counts.
-_ASKED: Final = ("cpuset", "cpu")
+_CONTROLLERS: Final = ("cpuset", "cpu")
 #: cgroup-v2.rst, cpu.max; the kernel's default, microseconds.
 _PERIOD: Final = 100_000
 #: QEMU may start threads while its threads are moved. Each round finds fewer of them.
@@ -107,7 +107,7 @@ class _Site:
         if self.group.version == V1:
             return self.group.hierarchy.controllers
         has = words(self.top.folder / "cgroup.controllers")
-        return tuple(name for name in _ASKED if name in has)
+        return tuple(name for name in _CONTROLLERS if name in has)
 
     @cached_property
     def splits_real_time(self) -> bool:
@@ -152,7 +152,7 @@ class VcpuGroups:
         #: The sites that `controls` found; `make_groups` uses the same ones.
         self._seen: list[_Site] | None = None
         #: The text that `has_layout` has read, and the time.
-        self._told = "", 0.0
+        self._last_missing = "", 0.0
         #: The text that the kernel reported, the time, and QEMU's groups according to it.
         self._found: tuple[str, float, list[Group]] = ("", 0.0, [])
 
@@ -162,7 +162,7 @@ class VcpuGroups:
         """
         with suppress(OSError):
             text = read_text(f"/proc/{self._process.pid}/cgroup")
-            self._told = text, time.monotonic()
+            self._last_missing = text, time.monotonic()
             return f"/{_EMULATOR}\n" in text
         return False
 
@@ -172,11 +172,11 @@ class VcpuGroups:
         Raises:
             OSError: QEMU has ended.
         """
-        asked = list(wanted)
-        needed = {name for placement in asked for name in placement.controllers}
-        matter = {"cpuset", *needed, *("cpu" for placement in asked if placement.policy in REAL_TIME)}
+        placements = list(wanted)
+        needed = {name for placement in placements for name in placement.controllers}
+        matter = {"cpuset", *needed, *("cpu" for placement in placements if placement.policy in REAL_TIME)}
         found: dict[str, Control] = {}
-        text, at = self._told
+        text, at = self._last_missing
         self._seen = self._sites(text if time.monotonic() < at + _MOMENT else None)
         for site in self._seen:
             for name in matter.difference(found):
@@ -267,13 +267,13 @@ class VcpuGroups:
             return True
         return any(vcpus or (vcpus is not None and site.is_ours) for site, vcpus in found)
 
-    def remove_groups(self, gone: Collection[int], enabled: Collection[int]) -> list[int]:
+    def remove_groups(self, removed: Collection[int], enabled: Collection[int]) -> list[int]:
         """Remove the groups of removed vCPUs, and unused groups of ours.
 
         Returns the vCPU ids whose groups still contain a thread. Never raises.
 
         Args:
-            gone: ids of vCPUs that were removed.
+            removed: ids of vCPUs that were removed.
             enabled: ids of vCPUs that the guest has; the others' groups inside a group of ours are
                 unused.
         """
@@ -289,7 +289,7 @@ class VcpuGroups:
                 found = _vcpus_in(site.base.folder)
                 if found is None:
                     continue
-                ids = found.intersection(gone)
+                ids = found.intersection(removed)
                 if site.is_ours:
                     ids |= found.difference(enabled)
                 busy |= {number for number in ids if not _removed(site.vcpu(number).folder)}
