@@ -20,19 +20,6 @@ from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
 from typing import Any, Self, TypeVar
 
-__all__ = [
-    "OutcomeKind",
-    "Refusal",
-    "VcpuConnectionError",
-    "VcpuError",
-    "VcpuFailed",
-    "VcpuOverflow",
-    "VcpuPartial",
-    "VcpuRefused",
-    "VcpuRejected",
-    "VcpuUsageError",
-]
-
 
 class OutcomeKind(StrEnum):
     """How a request ended; `exit_code` is what the command line exits with."""

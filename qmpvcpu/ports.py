@@ -10,17 +10,6 @@ from typing import Any, Protocol
 
 from qmpvcpu.errors import VcpuConnectionError
 
-__all__ = [
-    "Agent",
-    "CommandError",
-    "DefinitionStore",
-    "Monitor",
-    "MonitorEvent",
-    "Peer",
-    "Sink",
-    "Staged",
-]
-
 
 class CommandError(Exception):
     """QEMU answered a command with an error. Internal: the domain turns it into a `VcpuError`.

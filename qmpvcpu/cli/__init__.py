@@ -10,8 +10,6 @@ if TYPE_CHECKING:
 
     from qmpvcpu.cli.signals import Signals
 
-__all__ = ["main", "program"]
-
 
 def main() -> int:
     """Run the command in `sys.argv` in this process, and handle its signals meanwhile; return the exit code."""

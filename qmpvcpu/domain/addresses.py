@@ -12,8 +12,6 @@ from qmpvcpu import aio
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.ports import Monitor
 
-__all__ = ["NOBODY_LISTENS", "Opener", "first_free"]
-
 #: Reasons of a `VcpuConnectionError` which mean that no QEMU listens at the address.
 NOBODY_LISTENS: Final = frozenset({"missing", "refused"})
 

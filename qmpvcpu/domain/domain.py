@@ -48,8 +48,6 @@ if TYPE_CHECKING:
     from qmpvcpu.domain.migration import Migration
     from qmpvcpu.domain.migration.move import Migrated
 
-__all__ = ["Domain", "Options"]
-
 
 class Options(TypedDict, total=False):
     """Keyword arguments of every call that changes something, and of its plan."""

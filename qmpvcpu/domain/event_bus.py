@@ -12,8 +12,6 @@ from qmpvcpu.core.model import Event
 from qmpvcpu.core.state.inventory import InconsistentReplies
 from qmpvcpu.errors import VcpuConnectionError, VcpuError, VcpuOverflow
 
-__all__ = ["Events", "EventBus", "Watcher"]
-
 #: Seconds between two queries. QEMU has no event for a plug, and under TCG on x86 none for the end
 #: of an unplug.
 _LOOK_EVERY: Final = 1.0

@@ -13,8 +13,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
-__all__ = ["Interrupted", "leaves", "leaving", "left_by"]
-
 
 @dataclass(frozen=True, slots=True)
 class Interrupted:

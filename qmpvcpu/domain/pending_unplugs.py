@@ -10,8 +10,6 @@ from qmpvcpu.core.model import DomainState, Entity
 from qmpvcpu.core.state.knowledge import PendingUnplug, UsedContexts, is_open, unplug_of
 from qmpvcpu.host.pending_files import PendingFolder
 
-__all__ = ["PendingUnplugs"]
-
 
 class PendingUnplugs:
     """Unplugs that were requested and have not finished, by entity id.

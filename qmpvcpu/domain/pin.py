@@ -22,8 +22,6 @@ from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.host.definition_files import not_written
 from qmpvcpu.host.process import is_alive
 
-__all__ = ["change_pin", "check_pin"]
-
 
 def check_pin(
     vcpu_id: int, cpus: str | Iterable[int] | None, flags: VcpuFlag

@@ -28,8 +28,6 @@ from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.cgroup.widen import Widened
 
-__all__ = ["ThreadPlacement", "check_start", "place_all"]
-
 
 class ThreadPlacement:
     """Where vCPUs run, for one change of the running guest. Call `check`, `prepare`, `room` around

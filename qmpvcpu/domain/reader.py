@@ -28,18 +28,6 @@ from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.host.process import Process
 from qmpvcpu.ports import CommandError, Monitor
 
-__all__ = [
-    "Reader",
-    "StateReader",
-    "firmware_runs",
-    "has_smm_firmware",
-    "has_x2apic",
-    "is_hotplug_legacy",
-    "lacks_acpi",
-    "open_reader",
-    "run_state",
-]
-
 _TRIES: Final = 30
 #: Seconds for repeated queries; each single answer may take as long as a command.
 _TRY_SECONDS: Final = 10.0

@@ -15,8 +15,6 @@ from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
 from qmpvcpu.host.definition_files import DefinitionFile, DefinitionFolder, check_name
 from qmpvcpu.host.runtime import Runtime
 
-__all__ = ["DomainAddress", "resolve", "unknown_domain"]
-
 #: If there are more names than this, an error does not list them.
 _MOST_NAMES: Final = 12
 

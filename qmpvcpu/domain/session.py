@@ -28,8 +28,6 @@ from qmpvcpu.host.process import Process, find_process
 from qmpvcpu.host.saves import is_here
 from qmpvcpu.ports import CommandError, Monitor, MonitorEvent
 
-__all__ = ["Session", "open_session", "store_of"]
-
 #: QAPI RunStates of a guest that cannot leave without an event.
 _AT_HOME: Final = frozenset({"running", "prelaunch"})
 _RUN_EVENTS: Final = frozenset({"STOP", "RESUME", "MIGRATION"})
