@@ -47,7 +47,7 @@ from qmpvcpu.domain.migration.picture import real_file
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuRefused
 from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.ports import CommandError
-from qmpvcpu.qemu.launch import QemuProcess, run_qemu
+from qmpvcpu.qemu.launch import EXIT_SECONDS, QemuProcess, run_qemu
 from qmpvcpu.xml.boot_devices import read_hardware
 from qmpvcpu.xml.document import read_domain
 from qmpvcpu.xml.source import Document
@@ -58,8 +58,6 @@ _ELSEWHERE: Final = "in the definition"
 _PIPE: Final = "qmpvcpu-twin"
 #: Bytes that are read from the pipe at once.
 _CHUNK: Final = 1 << 20
-#: Seconds that a QEMU that has closed its socket gets to exit.
-_END_SECONDS: Final = 3.0
 #: Bytes a second; no guest is slowed down by a twin's stream.
 _AS_FAST_AS_IT_GETS: Final = 1 << 50
 
@@ -292,7 +290,7 @@ async def read_back(
             try:
                 await domain.migration.read_saved(file, offset)
             except VcpuConnectionError as error:
-                await _has_ended(qemu)
+                await qemu.process.wait_at_most(EXIT_SECONDS)
                 why = last_words(qemu.stderr()) or error.message
                 raise VcpuFailed(f"it exited: {why}") from error
     except VcpuRefused as error:
@@ -302,12 +300,6 @@ async def read_back(
             f"a second QEMU cannot read the saved guest: {error.message}",
             hint="correct what QEMU reports, or leave out --verify (verify=True)",
         ) from error
-
-
-async def _has_ended(qemu: QemuProcess) -> None:
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_END_SECONDS):
-            await qemu.process.wait()
 
 
 async def check_sides(cookie: Cookie, destination: Domain, *, with_disks: bool = False) -> list[Refusal]:

@@ -31,8 +31,7 @@ from qmpvcpu.flags import VcpuFlag
 from qmpvcpu.lab.libvirtd import Libvirtd, run_libvirtd
 from qmpvcpu.libvirt.calls import Connection, LibvirtGuest, open_connection
 from qmpvcpu.ports import CommandError
-from qmpvcpu.qemu.folder import throwaway_folder
-from qmpvcpu.qemu.launch import run_qemu
+from qmpvcpu.qemu.launch import run_qemu, throwaway_folder
 from qmpvcpu.qemu.qmp_log import QmpLog
 from qmpvcpu.xml.boot_devices import read_hardware
 from qmpvcpu.xml.document import read_domain

@@ -57,7 +57,12 @@ Command = tuple[str, Mapping[str, Any] | None]
 
 
 class AgentClient:
-    """The agent at one address. `open_agent` makes it; one task at a time uses it, others queue.
+    """The agent at one address; one task at a time uses it, others queue.
+
+    Args:
+        address: a unix path, `host:port` or `fd:N`.
+        timeout: seconds for each command. Opening the socket may take `AGENT_TIMEOUT`, even if this
+            is shorter.
 
     The first command, and the first one after an error, begins with `guest-sync-delimited`.
     """
@@ -436,17 +441,3 @@ def _is_number(value: object, number: int) -> bool:
 
 class _OutOfTime(Exception):
     """Reading the guest's files took too long; the rest is not read."""
-
-
-async def open_agent(address: str, *, timeout: float = AGENT_TIMEOUT) -> AgentClient:
-    """Connect to an agent's socket: a unix path, `host:port` or `fd:N`; `timeout` in seconds, for each command.
-
-    Opening the socket may take `AGENT_TIMEOUT`, even if the deadline of a command is shorter.
-
-    Raises:
-        VcpuConnectionError: the socket cannot be opened.
-    """
-    client = AgentClient(address, timeout)
-    await client.open()
-    logger.debug("connected to the agent at %s", address)
-    return client

@@ -7,27 +7,91 @@ connect at once, and then QEMU greets when it is ready, or its exit closes the s
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import os
 import shlex
 import shutil
 import socket
-from collections.abc import AsyncIterator, Sequence
-from contextlib import ExitStack, asynccontextmanager, suppress
+import subprocess
+import tempfile
+import time
+from collections.abc import AsyncIterator, Iterator, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import IO, Final
 
 from qmpvcpu.aio import finish
 from qmpvcpu.errors import VcpuConnectionError, VcpuFailed
-from qmpvcpu.qemu.child import Child
-from qmpvcpu.qemu.folder import throwaway_folder
 from qmpvcpu.qemu.monitor import QmpMonitor, connect_monitor
 
 #: Most bytes of QEMU's stderr that an error keeps.
 _STDERR_KEPT: Final = 4000
-_EXIT_SECONDS: Final = 3.0
+#: Seconds that a QEMU that has closed its socket gets to exit.
+EXIT_SECONDS: Final = 3.0
 #: PR_SET_PDEATHSIG has no effect if the parent had ended before: QEMU is not started under another
 #: parent.
 _UNLESS_ORPHANED: Final = ("/bin/sh", "-c", 'test "$PPID" = "$0" && exec "$@"')
+
+_PREFIX: Final = "qmpvcpu-run-"
+#: A file that is locked while the folder is in use; the kernel unlocks it when the process ends.
+_LOCK: Final = ".lock"
+#: Seconds: a younger folder may not be locked yet.
+_YOUNG: Final = 60.0
+#: Most bytes of the path, so that a socket's name fits behind it: sun_path has 108 bytes, unix(7).
+_LONGEST: Final = 70
+
+
+class Child:
+    """A child process, whose end is noticed through its pidfd; it must be waited for with `wait()`.
+
+    asyncio of Python 3.11 starts a thread for each child, which takes 2 of the 50 ms of a throwaway
+    QEMU. A pidfd needs neither a thread nor a signal handler.
+    """
+
+    def __init__(self, words: Sequence[str], stderr: IO[bytes], descriptors: Sequence[int]) -> None:
+        """Start it with /dev/null as stdin and stdout. Raises OSError."""
+        self._process = subprocess.Popen(
+            words,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            pass_fds=descriptors,
+        )
+        self._ended = asyncio.Event()
+        self._loop = asyncio.get_running_loop()
+        self._pidfd = os.pidfd_open(self._process.pid)
+        self._loop.add_reader(self._pidfd, self._end)
+
+    @property
+    def pid(self) -> int:
+        """Its process id."""
+        return self._process.pid
+
+    @property
+    def returncode(self) -> int | None:
+        """Its exit code, or minus the number of the signal that ended it; None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """SIGKILL, if it still runs."""
+        self._process.kill()
+
+    async def wait(self) -> int:
+        """Wait until it has ended; returns its exit code."""
+        await self._ended.wait()
+        return self._process.wait()
+
+    async def wait_at_most(self, seconds: float) -> None:
+        """Wait until it has ended, or so many seconds."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._ended.wait()
+
+    def _end(self) -> None:
+        self._loop.remove_reader(self._pidfd)
+        os.close(self._pidfd)
+        self._process.wait()
+        self._ended.set()
 
 
 class QemuProcess:
@@ -119,24 +183,20 @@ async def _connect(
         return await connect_monitor(f"fd:{sock.fileno()}", connect_timeout=timeout)
     except VcpuConnectionError as error:
         if error.reason not in ("no-greeting", "malformed"):
-            with suppress(TimeoutError):
-                async with asyncio.timeout(_EXIT_SECONDS):
-                    await process.wait()
+            await process.wait_at_most(EXIT_SECONDS)
         if process.returncode is not None:
             raise _exited(command, process.returncode, _read_end(folder / "stderr")) from error
         raise VcpuConnectionError(
             f"{command[0]} runs, and its monitor is of no use: {error.message}",
             reason=error.reason,
             libvirt=error.libvirt,
-            hint="is it a QEMU? start it by hand with -machine none -S -qmp stdio",
+            hint="check that it is a QEMU: start it by hand with -machine none -S -qmp stdio",
         ) from error
 
 
 async def _last_words(qemu: QemuProcess) -> str:
     """How a QEMU ended that has closed its monitor, and what it wrote to stderr."""
-    with suppress(TimeoutError):
-        async with asyncio.timeout(_EXIT_SECONDS):
-            await qemu.process.wait()
+    await qemu.process.wait_at_most(EXIT_SECONDS)
     code = qemu.process.returncode
     end = "closed its monitor and still runs" if code is None else f"exited with code {code}"
     return f"{qemu.command[0]} {end}: {qemu.stderr() or 'nothing on stderr'}"
@@ -278,3 +338,45 @@ async def _end(process: Child) -> None:
     """Kill and reap a child."""
     process.kill()
     await finish(process.wait())
+
+
+# -- folders of throwaway guests: removed at the end, or after a kill when the next one is made ------
+
+
+@contextmanager
+def throwaway_folder() -> Iterator[Path]:
+    """A new folder with mode 0700 and a short path, until the end of the body."""
+    base = Path(tempfile.gettempdir())
+    if len(os.fsencode(base)) >= _LONGEST:
+        base = Path("/tmp")  # noqa: S108 - a folder in it, made by mkdtemp
+    _sweep(base)
+    with tempfile.TemporaryDirectory(prefix=_PREFIX, dir=base) as name:
+        # The umask may have removed some of these bits.
+        Path(name).chmod(0o700)
+        fd = os.open(Path(name) / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(fd, fcntl.LOCK_EX)
+            yield Path(name)
+        finally:
+            os.close(fd)
+
+
+def _sweep(base: Path) -> None:
+    """Remove the folders of processes that were killed. Never raises."""
+    with suppress(OSError), os.scandir(base) as entries:
+        for entry in entries:
+            if entry.name.startswith(_PREFIX):
+                with suppress(OSError):
+                    found = entry.stat(follow_symlinks=False)
+                    is_ours = found.st_uid == os.geteuid() and entry.is_dir(follow_symlinks=False)
+                    if is_ours and time.time() - found.st_mtime > _YOUNG:
+                        _remove_unheld(Path(entry.path))
+
+
+def _remove_unheld(folder: Path) -> None:
+    fd = os.open(folder / _LOCK, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        os.close(fd)

@@ -10,8 +10,8 @@ import logging
 import os
 import socket
 import stat
-from collections.abc import AsyncIterator, Iterator, Mapping
-from contextlib import asynccontextmanager, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from typing import Any, Final
 
 from qemu.qmp import ConnectError, Runstate
@@ -39,7 +39,7 @@ CLIENT: type[Client] = FastClient
 
 
 class QmpMonitor(Monitor):
-    """An open QMP connection (`ports.Monitor`); made by `open_monitor`."""
+    """An open QMP connection (`ports.Monitor`); made by `connect_monitor`."""
 
     #: QMP has no such id.
     run_id = None
@@ -205,34 +205,6 @@ class QmpMonitor(Monitor):
         return self.peer.pid is not None
 
 
-@asynccontextmanager
-async def open_monitor(
-    address: str,
-    *,
-    log: QmpLog | None = None,
-    connect_timeout: float = CONNECT_TIMEOUT,
-    command_timeout: float = COMMAND_TIMEOUT,
-) -> AsyncIterator[QmpMonitor]:
-    """Connect to a QMP server, negotiate, and close at the end.
-
-    Args:
-        address: a unix path, `host:port` or `fd:N`.
-        log: the file that gets every message.
-        connect_timeout, command_timeout: seconds.
-
-    Raises:
-        VcpuConnectionError: at once if the socket is missing, refuses or is not QMP; after
-            `connect_timeout` if the server accepts and never greets.
-    """
-    monitor = await connect_monitor(
-        address, log=log, connect_timeout=connect_timeout, command_timeout=command_timeout
-    )
-    try:
-        yield monitor
-    finally:
-        await finish(monitor.close())
-
-
 async def connect_monitor(
     address: str,
     *,
@@ -241,8 +213,17 @@ async def connect_monitor(
     command_timeout: float = COMMAND_TIMEOUT,
     qemu_log: str | None = None,
 ) -> QmpMonitor:
-    """As `open_monitor`, but the caller closes it. `qemu_log`: path of QEMU's own log, if it is
-    known.
+    """Connect to a QMP server and negotiate; the caller closes the monitor.
+
+    Args:
+        address: a unix path, `host:port` or `fd:N`.
+        log: the file that gets every message.
+        connect_timeout, command_timeout: seconds.
+        qemu_log: path of QEMU's own log, if it is known.
+
+    Raises:
+        VcpuConnectionError: at once if the socket is missing, refuses or is not QMP; after
+            `connect_timeout` if the server accepts and never greets.
     """
     where = parse_address(address)
     client = CLIENT(address, log)

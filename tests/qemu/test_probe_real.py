@@ -343,7 +343,7 @@ async def test_the_command_line(tmp_path, own_cache):
     run = await cli("probe", *words, "--probe", "always", "--json")
     assert run.json["source"] == "cached" and run.json["emulator"] == binary
     run = await cli("probe", "--refresh")
-    assert run.code == 0 and run.stdout == "2 answers forgotten\n"
+    assert run.code == 0 and run.stdout == "2 cached answers removed\n"
     xml = tmp_path / "d.xml"
     xml.write_text(
         "<domain type='qemu'><name>d</name><vcpu current='2'>4</vcpu><os><type arch='x86_64' machine='q35'/></os>"

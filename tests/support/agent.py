@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from qmpvcpu.ports import CommandError
-from qmpvcpu.qemu.agent import AgentClient, open_agent
+from qmpvcpu.qemu.agent import AgentClient
 from tests.support.waiting import DEADLINE
 
 #: What a line may have, bytes.
@@ -71,7 +71,9 @@ class Agent:
 
 async def connect(address: str, *, timeout: float = DEADLINE) -> Agent:
     """Connect to an agent's socket; `timeout` in seconds, for each command."""
-    return Agent(await open_agent(address, timeout=timeout))
+    client = AgentClient(address, timeout)
+    await client.open()
+    return Agent(client)
 
 
 @asynccontextmanager

@@ -18,11 +18,11 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from qmpvcpu.qemu.monitor import open_monitor
 from qmpvcpu.xml.document import read_domain
 from tests.support.commands import Run, cli_in
 from tests.support.effects import Log, Plan, read_log
 from tests.support.hosts import why_no_kvm
+from tests.support.monitor import connected
 from tests.support.waiting import until
 
 #: Exit codes that have a meaning.
@@ -133,8 +133,8 @@ class House:
             for folder in (self.state / "run").iterdir():
                 if folder.is_dir():
                     with suppress(Exception):
-                        async with open_monitor(str(folder / "qmp2")) as monitor:
-                            answer: Any = await monitor.execute("query-status")
+                        async with connected(str(folder / "qmp2")) as monitor:
+                            answer: Any = await monitor.command("query-status")
                             found[folder.name] = answer["status"]
         return found
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 from qmpvcpu import VcpuConnectionError
+from qmpvcpu.aio import finish
 from qmpvcpu.core.address import parse_address
 from qmpvcpu.ports import CommandError, MonitorEvent
-from qmpvcpu.qemu.monitor import QmpMonitor, open_monitor
+from qmpvcpu.qemu.monitor import QmpMonitor, connect_monitor
 
 
 @dataclass
@@ -80,8 +81,11 @@ async def connected(address: str, **options: Any) -> AsyncIterator[Connection]:
     """Connect to an address and close at the end; `connect_timeout` and `command_timeout` in seconds, `log` a
     `qmpvcpu.QmpLog`.
     """
-    async with open_monitor(address, **options) as monitor:
+    monitor = await connect_monitor(address, **options)
+    try:
         yield Connection(monitor)
+    finally:
+        await finish(monitor.close())
 
 
 async def ends(connection: Connection, count: int) -> list[Any]:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from qmpvcpu.qemu.folder import throwaway_folder
+from qmpvcpu.qemu.launch import throwaway_folder
 from tests.support.store import ROOT
 
 _HOLD = """
