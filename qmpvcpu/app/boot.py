@@ -6,13 +6,19 @@ import os
 from dataclasses import dataclass, replace
 from typing import Any
 
-from qmpvcpu.app.features import with_known_features
+from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.probes import Probe, ProbeMode, find_layout
-from qmpvcpu.app.qemus import find_binaries, path_of
+from qmpvcpu.app.qemus import NO_MACHINE, find_binaries, path_of
+from qmpvcpu.core.arch import architecture, architecture_of_program
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.boot_arguments import BootArgs, BootStyle, boot_args, machine_spec, qemu_arch
+from qmpvcpu.core.machine.command_line import split_cpu
 from qmpvcpu.core.rules import catalogue
+from qmpvcpu.core.state.inventory import objects_of
+from qmpvcpu.host.answers import FileCache, key_of, program_of
 from qmpvcpu.host.definition_files import DefinitionFolder, read_document
+from qmpvcpu.ports import CommandError
+from qmpvcpu.qemu.launch import run_qemu
 from qmpvcpu.xml.document import read_domain
 
 
@@ -48,11 +54,10 @@ def read_definition(word: str) -> tuple[Definition, tuple[str, ...]]:
     listed = listed_program(definition)
     if definition.emulator is None or listed is not None:
         return replace(definition, emulator=listed), ()
-    note = (
+    return replace(definition, emulator=None), (
         f"<emulator> '{definition.emulator}' is ignored, as a file must not choose the program:"
-        " --emulator names it"
+        " --emulator names it",
     )
-    return replace(definition, emulator=None), (note,)
 
 
 def check_program(definition: Definition) -> None:
@@ -113,12 +118,11 @@ async def command_line(
     notes: tuple[str, ...] = ()
     if emulator is None and definition.emulator is not None:
         emulator = path_of(definition.emulator)
-        missing = f"<emulator> '{definition.emulator}' is not on this host"
-        notes = (missing,) if emulator is None else ()
+        notes = () if emulator else (f"<emulator> '{definition.emulator}' is not on this host",)
     if emulator is None:
         emulator = next((path for path, _ in find_binaries(arch)), None)
     if emulator is not None and mode is not ProbeMode.NEVER:
-        definition, unknown = await with_known_features(definition, emulator, arch)
+        definition, unknown = await _with_known_features(definition, emulator, arch)
         notes += unknown
     # The driver's name matters only where -smp cannot express every vCPU.
     enabled = definition.enabled_ids
@@ -133,3 +137,64 @@ async def command_line(
     )
     args = boot_args(definition, probe.layout, style, incoming)
     return CommandLine(args, replace(probe, started=args.started, messages=(*notes, *probe.messages)))
+
+
+async def _with_known_features(
+    definition: Definition, program: str, arch: str
+) -> tuple[Definition, tuple[str, ...]]:
+    """The definition without those features that are off and that this QEMU does not have, and a
+    note of them.
+
+    Args:
+        definition: of the domain.
+        program: the QEMU that will run it; it is started for a moment, once for each program file.
+        arch: QEMU's target of the guest.
+
+    Raises:
+        VcpuRefused: this QEMU does not have a feature that is on.
+        VcpuFailed, VcpuConnectionError: the QEMU does not start, or does not answer.
+    """
+    model, features = split_cpu(definition.cpu) if definition.cpu is not None else ("", ())
+    switches = [pair for pair in features if pair[1] in ("on", "off")]
+    known = await _features_of(program, arch) if switches else None
+    if known is None:
+        return definition, ()
+    unknown = {key: value for key, value in switches if key.replace("_", "-") not in known}
+    lacking = [key for key, value in unknown.items() if value == "on"]
+    if lacking:
+        raise catalogue.NO_CPU_FEATURE.error(program=program, features=", ".join(lacking))
+    if not unknown:
+        return definition, ()
+    words = [f"{key}={value}" for key, value in features if key not in unknown]
+    names = ", ".join(unknown)
+    return replace(definition, cpu=",".join([model, *words])), (
+        f"this QEMU does not have CPU feature {names}, which the definition switches off",
+    )
+
+
+async def _features_of(program: str, arch: str) -> frozenset[str] | None:
+    """The names of the properties of the CPU model with every feature; None where QEMU has no such
+    model.
+    """
+    row = architecture_of_program(program) or architecture(arch)
+    if row.cpu_suffix is None:
+        return None
+    cache = FileCache(cache_folder() / "probes")
+    try:
+        key = key_of("features", program_of(program).to_json())
+    except OSError:
+        return None
+    names = cache.get(key)
+    if not isinstance(names, list):
+        names = await _ask(program, "max" + row.cpu_suffix)
+        cache.put(key, names)
+    return frozenset(str(name) for name in names) or None
+
+
+async def _ask(program: str, model: str) -> list[str]:
+    async with run_qemu(program, NO_MACHINE) as qemu:
+        try:
+            rows = await qemu.monitor.execute("qom-list-properties", {"typename": model})
+        except CommandError:
+            return []
+    return [row["name"] for row in objects_of(rows) if isinstance(row.get("name"), str)]

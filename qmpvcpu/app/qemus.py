@@ -24,6 +24,8 @@ from qmpvcpu.qemu.launch import run_qemu
 
 #: What the test guests of `qmpvcpu demo` run on.
 DEMO_ARCH: Final = X86_64.name
+#: The arguments of a QEMU that is only queried.
+NO_MACHINE: Final = ("-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S")
 _AT_ONCE: Final = 4
 
 
@@ -62,8 +64,10 @@ def find_binaries(arch: str | None = None) -> list[tuple[str, str]]:
 
 def _binaries(targets: Sequence[str]) -> list[tuple[str, str]]:
     folders = [Path(entry) for entry in os.environ.get("PATH", "").split(os.pathsep) if entry]
-    fetched = (cache_folder() / "qemu").glob("[0-9]*/bin")
-    folders += sorted(fetched, key=lambda folder: [int(n) for n in re.findall(r"\d+", folder.parent.name)])
+    folders += sorted(
+        (cache_folder() / "qemu").glob("[0-9]*/bin"),
+        key=lambda folder: [int(n) for n in re.findall(r"\d+", folder.parent.name)],
+    )
     found: dict[str, tuple[str, str]] = {}
     for folder in folders:
         for target in targets:
@@ -87,9 +91,8 @@ def path_of(emulator: str) -> str | None:
 
 async def examine(path: str, arch: str) -> QemuBinary:
     """Start a QEMU without a machine and query it; never raises for a QEMU that does not run."""
-    arguments = ["-machine", "none", "-nodefaults", "-no-user-config", "-display", "none", "-S"]
     try:
-        async with run_qemu(path, arguments) as qemu:
+        async with run_qemu(path, NO_MACHINE) as qemu:
             version = parse_version(qemu.monitor.greeting)
             machines = await qemu.monitor.query_machines()
     except (VcpuError, CommandError) as error:

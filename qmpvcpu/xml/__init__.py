@@ -1,4 +1,4 @@
-"""Read and write domain XML as bytes. lxml is loaded with the first document."""
+"""Read and write domain XML as bytes."""
 
 from qmpvcpu.lazy import lazy
 

@@ -12,9 +12,9 @@ from typing import Any
 
 from lxml import etree
 
+from qmpvcpu.app.libvirt_schema import against_libvirts_schema, errors_against
 from qmpvcpu.core import definition as core
 from qmpvcpu.xml.document import read_domain, read_listed
-from qmpvcpu.xml.schema import check_domain, errors_against
 from qmpvcpu.xml.source import Element, parse_document
 from qmpvcpu.xml.vcpus import write_vcpus
 
@@ -115,7 +115,7 @@ def schema_errors(data: bytes) -> list[str]:
 
 def errors_in_libvirts_schema(data: bytes) -> list[str] | None:
     """What libvirt's own schema has against a domain; None where that is not installed."""
-    return check_domain(data)
+    return against_libvirts_schema(data)
 
 
 @dataclass(frozen=True)

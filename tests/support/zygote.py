@@ -26,7 +26,7 @@ _MODULES = (
     *("qmpvcpu.cli.run", "qmpvcpu.cli.commands", "qmpvcpu.cli.boot", "qmpvcpu.cli.migrate"),
     *("qmpvcpu.domain.backends.libvirt", "qmpvcpu.domain.pin", "qmpvcpu.qemu.monitor", "qmpvcpu.qemu.agent"),
     *("qmpvcpu.app.start", "qmpvcpu.app.migrate", "qmpvcpu.app.definitions", "qmpvcpu.app.define"),
-    *("qmpvcpu.app.saving", "qmpvcpu.app.doctor", "qmpvcpu.xml.schema"),
+    *("qmpvcpu.app.saving", "qmpvcpu.app.doctor", "qmpvcpu.app.libvirt_schema"),
 )
 
 
