@@ -95,8 +95,13 @@ async def _define_file(path: str, addresses: Addresses) -> Defined:
     name = _checked(data, path)
     require_name(name)
     _check_not_ours(name, addresses)
-    messages = [*_trusted(data), *_old_sockets(name, addresses)]
-    return await asyncio.to_thread(_write, name, data, _with_known(name, addresses), messages)
+    return await asyncio.to_thread(
+        _write,
+        name,
+        data,
+        _with_known(name, addresses),
+        [*_trusted(data), *_old_sockets(name, addresses)],
+    )
 
 
 def _check_not_ours(name: str, addresses: Addresses) -> None:

@@ -77,8 +77,7 @@ async def list_domains() -> list[ListedDomain]:
     sockets.
     """
     folder = DefinitionFolder()
-    names = sorted({*folder.names(), *running_names()})
-    return list(await asyncio.gather(*(_look(folder, name) for name in names)))
+    return await asyncio.gather(*(_look(folder, name) for name in sorted({*folder.names(), *running_names()})))
 
 
 async def _look(folder: DefinitionFolder, name: str) -> ListedDomain:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.app.start import clean_up, launch_waiting
-from qmpvcpu.app.trust import Startable, of_file, of_user
+from qmpvcpu.app.trust import Startable, of_file
 from qmpvcpu.app.twin import check_held, check_sides
 from qmpvcpu.core.migration.cookie import Cookie
 from qmpvcpu.core.migration.status import last_words
@@ -82,7 +82,9 @@ class Target:
 
     def default_uri(self, host: str | None) -> str:
         """Where it listens by default: next to its QMP socket, where its QEMU can write."""
-        return f"tcp:{host}:0" if host is not None else f"unix:{os.path.abspath(self.qmp[0])}.migrate"  # noqa: PTH100
+        if host is not None:
+            return f"tcp:{host}:0"
+        return f"unix:{os.path.abspath(self.qmp[0])}.migrate"  # noqa: PTH100
 
     async def prepare(self, cookie: Cookie, *, place: bool, with_disks: bool = False) -> None:
         """Check that it is the guest's machine, and plug the guest's vCPUs.
@@ -96,10 +98,12 @@ class Target:
             VcpuRefused: it cannot take in the guest; the error has every reason.
             VcpuFailed: QEMU declines something.
         """
-        differences = await check_sides(cookie, self.domain, with_disks=with_disks)
-        # The destination keeps this cookie for `migrate-finish`, which may define the domain from
-        # it.
-        await self.domain.migration.prepare(self.cookie or cookie, place=place, differences=differences)
+        await self.domain.migration.prepare(
+            # The destination keeps this cookie for `migrate-finish`, which may define it.
+            self.cookie or cookie,
+            place=place,
+            differences=await check_sides(cookie, self.domain, with_disks=with_disks),
+        )
 
     @property
     def is_defined(self) -> bool:
@@ -138,7 +142,9 @@ async def startable(cookie: Cookie, name: str, file: FromFile | None) -> Startab
     Raises:
         VcpuRefused: the file names parts of a host, and no trusted definition has them.
     """
-    return of_user(cookie) if file is None else await of_file(cookie, (name, cookie.name), file.definition)
+    if file is None:
+        return Startable(cookie)
+    return await of_file(cookie, (name, cookie.name), file.definition)
 
 
 @asynccontextmanager
@@ -205,8 +211,14 @@ async def _started(where: Where, name: str, start: Startable) -> AsyncIterator[T
     try:
         async with connect(qmp=runtime.qmp, agent=where.agent or runtime.agent, xml=xml) as domain:
             notes = await domain.place(start.definable.xml) if where.place else []
-            messages = (*start.messages, *launched.messages, *notes)
-            target = Target(domain, name, True, runtime.qmp, messages, start.definable)
+            target = Target(
+                domain,
+                name,
+                True,
+                runtime.qmp,
+                (*start.messages, *launched.messages, *notes),
+                start.definable,
+            )
             yield target
     except BaseException as error:
         if target is None or not target.is_kept:

@@ -50,16 +50,20 @@ class HostReport:
             lines.append(f"{qemu.path}: {text}")
             if qemu.version:
                 families = _families(qemu.hotplug)
-                none = "no machine type of this QEMU can hotplug CPUs"
-                lines.append(f"    CPU hotplug on: {families}" if families else f"    {none}")
+                lines.append(
+                    f"    CPU hotplug on: {families}"
+                    if families
+                    else "    no machine type of this QEMU can hotplug CPUs"
+                )
         if not self.qemus:
             lines.append("this host has no QEMU")
         lines.append(f"KVM: {'usable' if self.kvm else self.kvm_reason}")
-        may = "root" if self.rights["root"] else "an ordinary user"
-        nice = "may" if self.rights["sys_nice"] else "may not"
-        lines.append(f"rights: {may}, {nice} set real-time schedulers (CAP_SYS_NICE)")
-        cgroup = self.rights["cgroup"]
-        lines += [f"cgroup {version}: {', '.join(names)}" for version, names in cgroup.items() if names]
+        user = "root" if self.rights["root"] else "an ordinary user"
+        may = "may" if self.rights["sys_nice"] else "may not"
+        lines.append(f"rights: {user}, {may} set real-time schedulers (CAP_SYS_NICE)")
+        lines += [
+            f"cgroup {version}: {', '.join(names)}" for version, names in self.rights["cgroup"].items() if names
+        ]
         lines.append(f"test guests: {', '.join(self.guests) or 'none built'}")
         lines += [f"missing: {what}\n    cure: {cure}" for what, cure in self.missing]
         return lines
@@ -135,9 +139,8 @@ class DomainReport:
     def lines(self) -> list[str]:
         """The lines to print."""
         state = self.state
-        head = f"{state.name}: {state.arch}, {state.machine}, QEMU {state.version}, {state.accel}"
         return [
-            head,
+            f"{state.name}: {state.arch}, {state.machine}, QEMU {state.version}, {state.accel}",
             *(f"can: {text}" for text in self.can),
             *(f"cannot: {text}" for text in self.cannot),
             *(f"KILLS QEMU: {text}" for text in self.kills),

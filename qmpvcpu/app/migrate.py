@@ -108,8 +108,12 @@ async def migrate(
         VcpuError: as `Migration.migrate`.
     """
     _check_words(source, where, persistent=persistent, undefine_source=undefine_source)
-    with_agents = where.agent is not None or where.is_name
-    cookie = await source.migration.begin(persistent=persistent, wait=wait, force=force, with_agents=with_agents)
+    cookie = await source.migration.begin(
+        persistent=persistent,
+        wait=wait,
+        force=force,
+        with_agents=where.agent is not None or where.is_name,
+    )
     messages: list[str] = []
     async with open_destination(where, cookie) as target:
         await target.prepare(cookie, place=where.place, with_disks=target.is_name)
@@ -177,8 +181,11 @@ async def migrate_prepare(cookie: Cookie, where: Where, uri: str | None) -> Prep
         await target.prepare(cookie, place=where.place, with_disks=is_near)
         # A destination that listens on every address is reached by its host's name, as libvirt
         # does.
-        host = where.host or socket.gethostname()
-        there = await target.domain.migration.listen(uri, host, target.default_uri(where.host))
+        there = await target.domain.migration.listen(
+            uri,
+            where.host or socket.gethostname(),
+            target.default_uri(where.host),
+        )
         state = await target.domain.state()
         return Prepared(target.name, there, target.qmp, state.enabled_ids, target.messages)
 

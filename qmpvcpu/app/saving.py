@@ -117,9 +117,12 @@ async def save(
         nonlocal size
         size = saving.finish()
 
-    names = saving.temporary, saving.path
     into = SaveTarget(
-        saving.fd, saving.offset, finished, lambda: _check_saved(saving, cookie, table, verify), names
+        saving.fd,
+        saving.offset,
+        finished,
+        lambda: _check_saved(saving, cookie, table, verify),
+        (saving.temporary, saving.path),
     )
     try:
         async with nothing_left_of(source, lambda: size > 0):
@@ -184,8 +187,10 @@ async def _check_saved(saving: Saving, cookie: Cookie, table: StreamTable | None
     try:
         there = await finish(asyncio.to_thread(saving.table))
     except StreamError as error:
-        text = f"what QEMU has written is incomplete: {error}"
-        raise VcpuFailed(text, hint="look at QEMU's log") from error
+        raise VcpuFailed(
+            f"what QEMU has written is incomplete: {error}",
+            hint="look at QEMU's log",
+        ) from error
     if table is not None and (found := table_differences(there, table)):
         raise VcpuFailed(f"what QEMU has written is another machine: {'; '.join(found)}", hint=HINT)
     await finish(asyncio.to_thread(saving.seal), on_cancel=saving.give_up)
@@ -210,8 +215,11 @@ async def restore(file: str, where: Where) -> Restored:
         VcpuFailed: QEMU could not read it. The file is unchanged.
     """
     given_up = threading.Event()
-    reading = asyncio.to_thread(open_saved, file, given_up)
-    saved = await finish(reading, on_cancel=given_up.set, discard=SavedFile.close)
+    saved = await finish(
+        asyncio.to_thread(open_saved, file, given_up),
+        on_cancel=given_up.set,
+        discard=SavedFile.close,
+    )
     try:
         if (still := Saves().into(saved.fd)) is not None:
             raise catalogue.STILL_EXISTS.error(file=file, pid=pid_in(still))

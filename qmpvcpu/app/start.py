@@ -153,7 +153,6 @@ async def start(
 class Launched:
     """A QEMU that we have started and that has set up its machine; the guest does not run yet."""
 
-    runtime: Runtime
     line: CommandLine
     emulator: str
     messages: tuple[str, ...]
@@ -202,8 +201,13 @@ async def launch_waiting(
         if memory:
             raise VcpuRefused([catalogue.SHARED_MEMORY(name=name, what=what) for what in memory])
         launched = await _launch(runtime, document, definition, mode, timeout, place=place, incoming="defer")
-        taken_over = [f"the destination takes over '{text}' from the source" for text in chardevs]
-        return replace(launched, messages=(*launched.messages, *taken_over))
+        return replace(
+            launched,
+            messages=(
+                *launched.messages,
+                *(f"the destination takes over '{text}' from the source" for text in chardevs),
+            ),
+        )
 
 
 def _shared(document: Document, definition: Definition) -> tuple[list[str], list[str]]:
@@ -266,7 +270,7 @@ async def _launch(
     if hardware.left_out:
         left_out = ", ".join(f"<{word}>" for word in hardware.left_out)
         messages.append(f"not supported, and left out: {left_out}")
-    return Launched(runtime, line, line.probe.emulator, tuple(messages))
+    return Launched(line, line.probe.emulator, tuple(messages))
 
 
 async def clean_up(name: str) -> None:
@@ -373,9 +377,10 @@ async def _check_vcpus(runtime: Runtime, line: CommandLine, xml: str | None) -> 
         state = await domain.state(VcpuFlag.LIVE)
         notes = await domain.place() if xml is not None else []
     there = sorted(
-        (entity for entity in state.entities if entity.plugged), key=lambda e: state.vcpus[e.id].order or 0
+        (entity.id for entity in state.entities if entity.plugged),
+        key=lambda number: state.vcpus[number].order or 0,
     )
-    if tuple(entity.id for entity in there) != line.args.started:
+    if tuple(there) != line.args.started:
         wanted = format_ids(vcpu.id for vcpu in line.probe.vcpus if vcpu.enabled)
         raise VcpuFailed(
             f"QEMU has vCPU {format_ids(state.enabled_ids)}, and the XML says {wanted}",

@@ -39,11 +39,6 @@ class Startable:
         return self.cookie if self.devices is None else replace(self.cookie, xml=self.devices)
 
 
-def of_user(cookie: Cookie) -> Startable:
-    """From a cookie that this process has made of what the user has defined."""
-    return Startable(cookie)
-
-
 async def of_file(cookie: Cookie, names: Iterable[str], known: bytes | None) -> Startable:
     """From a cookie that was read from a file.
 
@@ -66,11 +61,11 @@ async def of_file(cookie: Cookie, names: Iterable[str], known: bytes | None) -> 
     xml, left_out = without_placing(cookie.xml)
     if trusted is not None:
         return Startable(replace(cookie, xml=xml, persistent=None), trusted)
-    machine = read_domain(cookie.xml)[1]
-    version = cookie.picture.version if cookie.picture is not None else None
-    emulator = await find_emulator(qemu_arch(machine), version)
-    parts = ", ".join(left_out)
-    messages = (f"{parts}: left out, as only a definition says where on this host a guest runs",)
+    emulator = await find_emulator(
+        qemu_arch(read_domain(cookie.xml)[1]),
+        cookie.picture.version if cookie.picture is not None else None,
+    )
+    messages = (f"{', '.join(left_out)}: left out, as only a definition says where on this host a guest runs",)
     xml = without_program(xml, emulator)
     return Startable(replace(cookie, xml=xml, persistent=None), None, messages if left_out else ())
 

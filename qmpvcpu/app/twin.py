@@ -192,8 +192,7 @@ async def _twin(
     emulator, given = await _started_with(xml, machine, mode)
     if bound := bound_to_host(given):
         raise catalogue.NO_TWIN.error(words=", ".join(bound))
-    arguments = ["-S", *hollow(given), *more]
-    async with run_qemu(emulator, arguments, channels=(AGENT_CHARDEV,)) as qemu:
+    async with run_qemu(emulator, ["-S", *hollow(given), *more], channels=(AGENT_CHARDEV,)) as qemu:
         _end_first(qemu.pid)
         async with connect(qmp=qemu.qmp) as domain:
             yield qemu, domain, given
@@ -216,8 +215,12 @@ async def _started_with(xml: bytes, machine: str | None, mode: ProbeMode) -> tup
 
 def _hardware(document: Document, definition: Definition) -> list[str]:
     """The arguments for everything besides the machine. Raises VcpuRefused."""
-    hardware = read_hardware(document)
-    return hardware_args(hardware, qemu_arch(definition), console="/dev/null", agent=AGENT_CHARDEV)
+    return hardware_args(
+        read_hardware(document),
+        qemu_arch(definition),
+        console="/dev/null",
+        agent=AGENT_CHARDEV,
+    )
 
 
 def _end_first(pid: int) -> None:
@@ -291,8 +294,7 @@ async def read_back(
                 await domain.migration.read_saved(file, offset)
             except VcpuConnectionError as error:
                 await qemu.process.wait_at_most(EXIT_SECONDS)
-                why = last_words(qemu.stderr()) or error.message
-                raise VcpuFailed(f"it exited: {why}") from error
+                raise VcpuFailed(f"it exited: {last_words(qemu.stderr()) or error.message}") from error
     except VcpuRefused as error:
         raise VcpuFailed("; ".join(one.message for one in error.refusals), hint=error.hint) from error
     except (VcpuFailed, VcpuConnectionError) as error:
@@ -314,5 +316,8 @@ async def check_sides(cookie: Cookie, destination: Domain, *, with_disks: bool =
     if cookie.picture is None:
         return []
     source = cookie.picture if with_disks else replace(cookie.picture, disks=None)
-    found = differences(source, await destination.picture())
-    return refusals_of(found, "at the destination", "start the destination as the source was started")
+    return refusals_of(
+        differences(source, await destination.picture()),
+        "at the destination",
+        "start the destination as the source was started",
+    )
