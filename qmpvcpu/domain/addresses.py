@@ -57,8 +57,11 @@ async def _race(
             attempts.append(asyncio.ensure_future(opener(addresses[len(attempts)])))
         under_way = [attempt for attempt in attempts if not attempt.done()]
         if under_way:
-            head_start = _HEAD_START if len(attempts) < len(addresses) else None
-            await asyncio.wait(under_way, timeout=head_start, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(
+                under_way,
+                timeout=_HEAD_START if len(attempts) < len(addresses) else None,
+                return_when=asyncio.FIRST_COMPLETED,
+            )
         ended = [attempt for attempt in attempts if attempt.done()]
         errors: list[VcpuConnectionError] = []
         for attempt in ended:

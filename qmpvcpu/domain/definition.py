@@ -75,8 +75,9 @@ class DefinitionHandle:
     ) -> ConfigChange:
         version = self._version(self._store.read())
         plan, after = _made(version.data, make(version.definition))
-        change = (version.data, after, plan, self._remaker(make), self._off_the_loop)
-        return ConfigChange(store or self._store, *change)
+        return ConfigChange(
+            store or self._store, version.data, after, plan, self._remaker(make), self._off_the_loop
+        )
 
     async def _off_the_loop(self, work: Callable[[], None], given_up: Flag) -> None:
         """Keep slow disks away from the event loop. If the call is cancelled, work that has begun
@@ -207,9 +208,13 @@ class ConfigChange:
         try:
             await self._runs(commit, given_up)
         except asyncio.CancelledError as error:
-            is_unsure = has_begun.is_set() and not has_ended.is_set()
-            left = Interrupted(definition_unsure=is_unsure, definition_written=is_written.is_set())
-            raise leaving(error, left) from error
+            raise leaving(
+                error,
+                Interrupted(
+                    definition_unsure=has_begun.is_set() and not has_ended.is_set(),
+                    definition_written=is_written.is_set(),
+                ),
+            ) from error
 
     def discard(self) -> None:
         """Leave the definition as it is. Never raises."""

@@ -337,8 +337,9 @@ class Domain:
         """
         dump.check_dump(dialect, detail)
         async with self._turn() as reached:
-            flags = VcpuFlag.CONFIG if inactive else VcpuFlag.CURRENT
-            return await self._backend.dump_xml(reached, flags, dialect, detail)
+            return await self._backend.dump_xml(
+                reached, VcpuFlag.CONFIG if inactive else VcpuFlag.CURRENT, dialect, detail
+            )
 
     async def describe_xml(self) -> bytes:
         """Return a definition of the running guest from what QEMU reports: name, machine, topology,
@@ -676,8 +677,9 @@ class Domain:
         **transfer: Unpack[TransferOptions],
     ) -> Migrated:
         """`migration.migrate`; `settled` is its `finished`."""
-        how = migrating.Transfer(**transfer)
-        return await self.migration.migrate(destination.migration, cookie, how, force=force, finished=settled)
+        return await self.migration.migrate(
+            destination.migration, cookie, migrating.Transfer(**transfer), force=force, finished=settled
+        )
 
     async def memory_in_use(self) -> int | None:
         """`migration.memory_in_use`."""
@@ -697,8 +699,9 @@ class Domain:
         files: tuple[str, ...] = (),
     ) -> bool:
         """`migration.save`, into a `SaveTarget` of these arguments."""
-        file = migrating.SaveTarget(fd, offset, finish, check, files)
-        return await self.migration.save(cookie, file, progress, force=force)
+        return await self.migration.save(
+            cookie, migrating.SaveTarget(fd, offset, finish, check, files), progress, force=force
+        )
 
     @checked
     async def restore(
@@ -810,8 +813,9 @@ def _total(count: int, options: Options, *, maximum: bool, hotpluggable: bool) -
         raise VcpuUsageError(f"{count!r} is not a number of vCPUs", hint="give an integer")
     if maximum and not options.get("config"):
         raise catalogue.MAXIMUM_IS_CONFIG.error()
-    request = _request((), VcpuFlag.CURRENT, options, total=count)
-    return replace(request, maximum=maximum, hotpluggable=hotpluggable)
+    return replace(
+        _request((), VcpuFlag.CURRENT, options, total=count), maximum=maximum, hotpluggable=hotpluggable
+    )
 
 
 def _ids(ids: object) -> tuple[int, ...]:

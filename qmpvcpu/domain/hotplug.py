@@ -63,8 +63,12 @@ class Hotplug:
         except asyncio.CancelledError as error:
             raise leaving(error, _left(self._drive.result)) from error
         else:
-            drops = architecture(self._planned.state.arch).reset_drops_unplug
-            report.hotplugged(result, stopped=stopped, reset_drops=drops, notes=notes)
+            report.hotplugged(
+                result,
+                stopped=stopped,
+                reset_drops=architecture(self._planned.state.arch).reset_drops_unplug,
+                notes=notes,
+            )
 
     async def take_back(self) -> Interrupted:
         """Unplug the vCPUs that a cancelled call has plugged. A second cancel stops this.
@@ -113,8 +117,9 @@ class Hotplug:
         restore_forbidden = None
         if request.atomic and not request.force:
             removed = [now.by_id[e.id] for e in self._moves.unplugs if not now.by_id[e.id].plugged]
-            knows = session.knowledge(known.x2apic, known.firmware_runs)
-            restore_forbidden = hotplug.restore_forbidden(now, removed, knows)
+            restore_forbidden = hotplug.restore_forbidden(
+                now, removed, session.knowledge(known.x2apic, known.firmware_runs)
+            )
         return Snapshot.of(now, planned.state, self._moves, hotplug.undo_forbidden(now, known), restore_forbidden)
 
     async def _why_pending(self, result: Result) -> tuple[str | None, list[str]]:

@@ -100,8 +100,9 @@ async def _half_switched(session: Session, guest: Guest, view: GuestView, ids: S
         nonlocal found
         async with asyncio.timeout(UNDO_SECONDS):
             now = await guest.view(session.state)
-        changed = tuple(number for number in ids if now.online(number) is not view.online(number))
-        found = Interrupted(changed_ids=changed)
+        found = Interrupted(
+            changed_ids=tuple(number for number in ids if now.online(number) is not view.online(number))
+        )
 
     failure = await wind_up(look())
     if failure is not None:

@@ -47,8 +47,11 @@ class Interrupted:
     def with_pending(self, ids: Iterable[int]) -> Interrupted:
         """The same, with these unplugs pending. A pending vCPU does not count as changed."""
         pending = tuple(ids)
-        changed = tuple(number for number in self.changed_ids if number not in pending)
-        return replace(self, changed_ids=changed, pending=pending)
+        return replace(
+            self,
+            changed_ids=tuple(number for number in self.changed_ids if number not in pending),
+            pending=pending,
+        )
 
     def to_json(self) -> dict[str, Any]:
         """Lists of vCPU ids, and the result for the definition."""

@@ -107,8 +107,9 @@ def _against(session: Session, state: DomainState, vcpu_id: int, cpus: tuple[int
     if found := check_thread(state, vcpu_id):
         return found
     wanted = Placement(cpus if cpus is not None else ())
-    facts = session.threads.facts((wanted,)) if session.threads is not None else None
-    return check_thread_cpus(vcpu_id, wanted, facts)
+    return check_thread_cpus(
+        vcpu_id, wanted, session.threads.facts((wanted,)) if session.threads is not None else None
+    )
 
 
 def _pin(
@@ -119,8 +120,9 @@ def _pin(
     before = threads.look([thread_id]).get(thread_id) if threads is not None and thread_id is not None else None
     if threads is None or thread_id is None or before is None:
         if session.process is not None and not is_alive(session.process.key):
-            text = f"QEMU (process {session.process.pid}) has exited"
-            raise VcpuConnectionError(text, reason="closed", hint="look at its log")
+            raise VcpuConnectionError(
+                f"QEMU (process {session.process.pid}) has exited", reason="closed", hint="look at its log"
+            )
         raise VcpuFailed(
             f"vCPU {vcpu_id} has no thread any more",
             hint="look at it with vcpuinfo",

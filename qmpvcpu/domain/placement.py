@@ -60,8 +60,9 @@ class ThreadPlacement:
         if not wanted:
             return plan
         self._plugged = wanted
-        facts = self._threads.facts(wanted.values()) if self._threads is not None else None
-        return replace(plan, placed=wanted).refused(check_placements(wanted, facts))
+        return replace(plan, placed=wanted).refused(
+            check_placements(wanted, self._threads.facts(wanted.values()) if self._threads is not None else None)
+        )
 
     def _left(self, plan: Plan, state: DomainState) -> dict[int, Placement]:
         """Return the placements of vCPUs that are enabled already and were never placed."""
@@ -141,8 +142,13 @@ class ThreadPlacement:
         if not failed:
             report.placed(placed, [number for number in left if number in placed])
         elif self._threads is not None and self._threads.facts(()) is None:
-            text = f"QEMU has ended after vCPU {format_ids(wanted)} was plugged"
-            report.failed(VcpuConnectionError(text, reason="closed", hint="look at its log"))
+            report.failed(
+                VcpuConnectionError(
+                    f"QEMU has ended after vCPU {format_ids(wanted)} was plugged",
+                    reason="closed",
+                    hint="look at its log",
+                )
+            )
         else:
             report.not_placed(failed)
 

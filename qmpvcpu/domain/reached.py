@@ -121,8 +121,10 @@ class Reached:
         if not live:
             assert self.definition is not None
             definition = self.definition.definition()
-            is_active = self.session is not None or self.busy is not None
-            return machine.located(definition, state_of(definition, self.name, active=is_active))
+            return machine.located(
+                definition,
+                state_of(definition, self.name, active=self.session is not None or self.busy is not None),
+            )
         session = self.connected()
         state = await session.read()
         if self.guest is not None:
@@ -156,8 +158,11 @@ class Reached:
     async def describe_xml(self, state: DomainState) -> DescribedXml:
         """Return `describe` as a definition."""
         described = await self.describe(state)
-        xml = documents.minimal_domain(described.definition, described.devices)
-        return dump.DescribedXml(xml, described.left_out, described.devices is not None)
+        return dump.DescribedXml(
+            documents.minimal_domain(described.definition, described.devices),
+            described.left_out,
+            described.devices is not None,
+        )
 
     # -- changes and plans ------------------------------------------------------------------------
 
@@ -229,8 +234,9 @@ class Reached:
         found = self.preconditions(request)
         if (config and self.definition is None) or (live and self.is_inactive):
             raise VcpuRefused(found, ids=request.ids)
-        session = self.connected() if live else None
-        return await change_pin(session, self.definition if config else None, request.ids[0], cpus, found)
+        return await change_pin(
+            self.connected() if live else None, self.definition if config else None, request.ids[0], cpus, found
+        )
 
     def defined_agent(self) -> str | None:
         """Return the address of the agent's socket: the one that the user named, else the definition's."""
@@ -246,5 +252,6 @@ def with_its_threads(session: Session, state: DomainState) -> DomainState:
     """Add the placement of the vCPUs' threads, if they run on this host."""
     if session.threads is None:
         return state
-    ids = [vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None]
-    return with_threads(state, session.threads.look(ids))
+    return with_threads(
+        state, session.threads.look([vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None])
+    )

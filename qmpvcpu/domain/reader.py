@@ -143,8 +143,7 @@ class Reader:
             reply = await self._monitor.query_cpus_fast()
             if self._last is not None and self._last[1] is state and self._last[0] == reply:
                 return state
-            cpus = parse_cpus_fast(reply, props=False)
-            fresh = refresh_state(state, self.boot, cpus, pending=pending)
+            fresh = refresh_state(state, self.boot, parse_cpus_fast(reply, props=False), pending=pending)
         except InconsistentReplies:
             before_retry()
             return await self.full(pending)

@@ -69,16 +69,21 @@ def _named(domain: str) -> DomainAddress:
         runtime = Runtime(domain)
         if runtime.pid() is not None:
             # `start` has started this QEMU, or it waits for a migration.
-            file = folder.file(domain) if folder.is_defined(domain) else None
-            return DomainAddress(domain, runtime.qmp, runtime.agent, file, qemu_log=str(runtime.log))
+            return DomainAddress(
+                domain,
+                runtime.qmp,
+                runtime.agent,
+                folder.file(domain) if folder.is_defined(domain) else None,
+                qemu_log=str(runtime.log),
+            )
         if folder.is_defined(domain):
             addresses = folder.addresses(domain)
             return DomainAddress(domain, addresses.qmp, addresses.agent, folder.file(domain))
     if _is_file(domain):
         return DomainAddress(domain, definition=DefinitionFile(Path(domain), keep=False))
-    where = parse_address(domain)
-    is_unknown = where == domain and not os.path.lexists(domain)
-    return DomainAddress(domain, (domain,), is_unknown=is_unknown)
+    return DomainAddress(
+        domain, (domain,), is_unknown=parse_address(domain) == domain and not os.path.lexists(domain)
+    )
 
 
 def unknown_domain(word: str) -> VcpuConnectionError:

@@ -177,8 +177,9 @@ async def _refuse(session: Session, plan: Plan, began: float) -> None:
     if any(one.code == "place" for one in plan.refusals):
         # If QEMU has exited since the query, it has no process to place. That is a connection error.
         await session.look()
-    seconds = round(time.monotonic() - began, 6)
-    raise VcpuRefused(plan.refusals, ids=plan.targets, messages=plan.messages, seconds=seconds)
+    raise VcpuRefused(
+        plan.refusals, ids=plan.targets, messages=plan.messages, seconds=round(time.monotonic() - began, 6)
+    )
 
 
 # -- act and verify -----------------------------------------------------------------------------------

@@ -190,8 +190,11 @@ class Session:
         """
         assert self._reader is not None
         pending, heard, sent_at = self.pending_unplugs.entity_ids, self._departures.heard, time.time()
-        state = await self._reader.fast(self.state, pending, self.in_flight, is_last, before_retry, declined)
-        return self._keep(state, heard, sent_at)
+        return self._keep(
+            await self._reader.fast(self.state, pending, self.in_flight, is_last, before_retry, declined),
+            heard,
+            sent_at,
+        )
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """Return what a plan needs besides the state."""
@@ -275,8 +278,9 @@ class Session:
         self.stale |= self.pending_unplugs.undecided
         found: list[Event] = []
         for unplug in opened:
-            entity = self.state.by_id[unplug.entity_id]
-            found += _events(unplug.requested or time.time(), EventKind.UNPLUG_REQUESTED, [entity])
+            found += _events(
+                unplug.requested or time.time(), EventKind.UNPLUG_REQUESTED, [self.state.by_id[unplug.entity_id]]
+            )
         for unplug in finished:
             removed = self.state.by_id.get(unplug.entity_id)
             if removed is None:
@@ -286,8 +290,7 @@ class Session:
                 self._departures.forget(unplug.qom_path)
             if is_first or not self.monitor.hears_all:
                 # Later, QEMU's own event reports it.
-                detail = "it was removed while nobody listened"
-                found += _events(time.time(), EventKind.REMOVED, [removed], detail)
+                found += _events(time.time(), EventKind.REMOVED, [removed], "it was removed while nobody listened")
         return found
 
     async def _watch(self) -> None:
@@ -377,8 +380,7 @@ class Session:
         when = event.time or time.time()
         if signal.kind is SignalKind.GUEST_REFUSED and signal.entity_id is not None:
             self.pending_unplugs.end({signal.entity_id} - self.in_flight)
-            refused = [by_id[signal.entity_id]]
-            self._bus.emit(_events(when, EventKind.REMOVAL_FAILED, refused, signal.reason))
+            self._bus.emit(_events(when, EventKind.REMOVAL_FAILED, [by_id[signal.entity_id]], signal.reason))
         elif signal.kind is SignalKind.RESET and architecture(state.arch).reset_drops_unplug:
             self.pending_unplugs.end(pending - self.in_flight)
             # Unplugs that left the store since the last query were removed because of this reset.

@@ -128,11 +128,21 @@ class LibvirtBackend(Backend):
             opened.monitor = await self._monitor(opened)
             return opened.monitor
 
-        reads = _read_xml if self._via == "api" else open_reader
-        session = await open_session(self._name, reached.addresses, monitor_of, bus, queue, last, reads)
+        session = await open_session(
+            self._name,
+            reached.addresses,
+            monitor_of,
+            bus,
+            queue,
+            last,
+            _read_xml if self._via == "api" else open_reader,
+        )
         if _AGENT_CHANNEL in live:
-            agent = ApiAgent(opened.guest) if self._via == "api" else PassedAgent(opened.guest)
-            session.guest = Guest(agent, session.monitor, bus.emit)
+            session.guest = Guest(
+                ApiAgent(opened.guest) if self._via == "api" else PassedAgent(opened.guest),
+                session.monitor,
+                bus.emit,
+            )
         return replace(reached, session=session, guest=session.guest)
 
     async def _monitor(self, opened: _Open) -> Monitor:

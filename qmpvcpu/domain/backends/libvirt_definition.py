@@ -91,16 +91,20 @@ class _Staged:
                 if self._store.fetch() == now:
                     raise
                 text = f"libvirt has changed the definition, and cannot keep it: {error.text}"
-                hint = "look at libvirtd's log; it is lost when the daemon is restarted"
-                raise VcpuPartial(text, libvirt=error.error_class, hint=hint) from error
+                raise VcpuPartial(
+                    text,
+                    libvirt=error.error_class,
+                    hint="look at libvirtd's log; it is lost when the daemon is restarted",
+                ) from error
 
     def _calls(self, old: Definition, new: Definition) -> list[Callable[[], object]] | None:
         """Return the libvirt calls for this change, or None if no calls express exactly this change."""
         request, guest = self._store.request, self._guest
         config = guest.flags(config=True)
         if request is not None and request.total is not None and not request.has(VcpuFlag.GUEST):
-            flags = config | guest.count_flags(request.maximum, request.hotpluggable)
-            return [guest.set_vcpus(request.total, flags)]
+            return [
+                guest.set_vcpus(request.total, config | guest.count_flags(request.maximum, request.hotpluggable))
+            ]
         if replace(new, vcpus=old.vcpus, dialect=old.dialect) != old:
             return None
         if request is not None and request.listed is not None:

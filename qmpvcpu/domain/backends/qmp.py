@@ -40,8 +40,12 @@ class QmpBackend(Backend):
     def unreached(self) -> Reached:
         """Return what is known of the domain before it is reached."""
         place = self.place
-        definition = DefinitionHandle(place.definition) if place.definition is not None else None
-        return Reached(place.name, definition=definition, addresses=place.qmp, agent_address=place.agent)
+        return Reached(
+            place.name,
+            definition=DefinitionHandle(place.definition) if place.definition is not None else None,
+            addresses=place.qmp,
+            agent_address=place.agent,
+        )
 
     async def reach(self, bus: EventBus, queue: asyncio.Lock, last: Session | None) -> Reached:
         """See `Backend`."""

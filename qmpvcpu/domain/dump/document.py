@@ -18,8 +18,7 @@ def check_dump(dialect: str | None, detail: str | None) -> None:
     """Raise VcpuUsageError if `dump` does not know one of these words."""
     for word, words in ((dialect, DIALECTS), (detail, DETAILS)):
         if word is not None and word not in words:
-            text = f"'{word}' is not one of {', '.join(words)}"
-            raise VcpuUsageError(text, hint="choose one of them")
+            raise VcpuUsageError(f"'{word}' is not one of {', '.join(words)}", hint="choose one of them")
 
 
 def dump(

@@ -43,20 +43,24 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
     words = await asyncio.to_thread(command_line_of, process) if process is not None else []
     facts, line = await _facts(monitor, read_command_line(words) if words else None)
     driver = next((entity.driver for entity in state.entities if entity.driver), None)
-    folder = folder_of(process) if process is not None else None
-    machine = described(definition_of(state), driver, facts, line, folder)
+    machine = described(
+        definition_of(state), driver, facts, line, folder_of(process) if process is not None else None
+    )
     emulator = await asyncio.to_thread(startable_program, process, words) if process is not None else None
     left_out = list(machine.left_out)
     if process is not None and emulator is None:
         left_out.append("the program that runs it: other users can change each one that was found")
-    definition = replace(
-        machine.definition,
-        name=await _name(monitor, state.name),
-        uuid=await _uuid(monitor),
-        emulator=emulator,
-        agent=agent if agent is not None and agent.startswith("/") else None,
+    return Described(
+        replace(
+            machine.definition,
+            name=await _name(monitor, state.name),
+            uuid=await _uuid(monitor),
+            emulator=emulator,
+            agent=agent if agent is not None and agent.startswith("/") else None,
+        ),
+        tuple(left_out),
+        machine.devices,
     )
-    return Described(definition, tuple(left_out), machine.devices)
 
 
 async def _name(monitor: Monitor, name: str) -> str:

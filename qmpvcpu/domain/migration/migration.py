@@ -102,8 +102,12 @@ class Migration:
                 if persistent and self._domain.definition() is None:
                     raise catalogue.NO_DEFINITION.error()
                 if not session.pending_unplugs.entity_ids or time.monotonic() >= deadline:
-                    agent = self._domain.agent() if with_agents else None
-                    state, runs = await phases.check_begin(session, force=force, agent=agent, is_paused=is_paused)
+                    state, runs = await phases.check_begin(
+                        session,
+                        force=force,
+                        agent=self._domain.agent() if with_agents else None,
+                        is_paused=is_paused,
+                    )
                     cookie = await self._cookie(session, state, runs=runs, persistent=persistent)
                     ownership.remember(session, Role.SOURCE, cookie)
                     return cookie
@@ -294,8 +298,9 @@ class Migration:
         """
         one, there = self._domain, destination._domain
         async with one.connected() as source, there.connected() as target:
-            move = Move(source, target, cookie, how or sides.Transfer(), finished)
-            return await move.run(one.agent(), there.agent(), force=force)
+            return await Move(source, target, cookie, how or sides.Transfer(), finished).run(
+                one.agent(), there.agent(), force=force
+            )
 
     # -- into a file, and back --------------------------------------------------------------------
 
@@ -376,8 +381,10 @@ class Migration:
         except VcpuConnectionError as error:
             if session.process is None or is_alive(session.process.key):
                 raise
-            hint = "look at QEMU's log; the file is as it was"
-            raise VcpuFailed("QEMU could not read the saved guest, and has ended", hint=hint) from error
+            raise VcpuFailed(
+                "QEMU could not read the saved guest, and has ended",
+                hint="look at QEMU's log; the file is as it was",
+            ) from error
 
     @checked
     async def read_saved(self, fd: int, offset: int) -> None:

@@ -149,8 +149,12 @@ class Move:
                 raise error.having(messages=(*error.messages, *more)) from error
             raise
         slots = machine_of(self._destination.state).slots
-        ids = sorted(number for slot in slots if slot.plugged for number in slot.ids)
-        return Migrated(tuple(ids), status, (*notes, *messages), time.monotonic() - began)
+        return Migrated(
+            tuple(sorted(number for slot in slots if slot.plugged for number in slot.ids)),
+            status,
+            (*notes, *messages),
+            time.monotonic() - began,
+        )
 
     async def _leave_one_cpu(self, *, force: bool) -> list[str]:
         """Take all CPUs but the first offline, if the guest needs that; return messages.
@@ -171,8 +175,7 @@ class Move:
                 raise
             if stayed:
                 text = f"{error.message}; the guest was not migrated"
-                remaining = self._one_cpu.vcpus
-                raise VcpuPartial(text, hint=error.hint, remaining=remaining, messages=stayed) from error
+                raise VcpuPartial(text, hint=error.hint, remaining=self._one_cpu.vcpus, messages=stayed) from error
             hangs = without_one_cpu(check_hangs(self._source.state, self._source.removals), error.message)
             raise VcpuRefused([one for one in hangs if one.code == ONE_CPU]) from error
         return []
@@ -183,8 +186,9 @@ class Move:
         try:
             left = await phases.depart(self._source, self._cookie, channel, self._how)
         except VcpuFailed as error:
-            text = f"{error.message}; the guest goes on at the source"
-            raise VcpuFailed(text, hint=error.hint, qmp_text=error.qmp_text) from error
+            raise VcpuFailed(
+                f"{error.message}; the guest goes on at the source", hint=error.hint, qmp_text=error.qmp_text
+            ) from error
         return left.status, await phases.bring_to_end(left, self._decide(left))
 
     # -- who runs it: the steps of the table; a step returns messages if everything is finished --------
@@ -240,8 +244,7 @@ class Move:
         if not ownership.claim(self._cookie, Role.SOURCE):
             self._finished()
             text = f"{self._why}, and neither side here was touched"
-            hint = "look on which side it runs"
-            raise VcpuPartial(text, hint=hint, messages=self._one_cpu.leave())
+            raise VcpuPartial(text, hint="look on which side it runs", messages=self._one_cpu.leave())
         await sides.go_on(self._source, runs=self._cookie.runs)
         raise VcpuFailed(f"{self._why}; the guest goes on at the source", hint="correct that, and migrate again")
 

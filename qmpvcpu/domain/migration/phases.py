@@ -332,8 +332,7 @@ async def arrive(
         if (refusal := await arrival(session, moved)) is not None:
             return Destination.BROKEN, [refusal]
         source = cookie.machine
-        now = machine_of(await session.read())
-        refusals = check_arrived(source, now) if source is not None else []
+        refusals = check_arrived(source, machine_of(await session.read())) if source is not None else []
         return (Destination.OTHER if refusals else Destination.WHOLE), refusals
     except VcpuConnectionError as error:
         return Destination.GONE, [catalogue.DESTINATION_LOST(why=error.message)]

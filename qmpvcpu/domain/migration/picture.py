@@ -69,8 +69,7 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
     first = cpus[0].get("qom-path") if isinstance(cpus, list) and cpus and isinstance(cpus[0], dict) else None
     if isinstance(first, str):
         replies["cpu"] = await _values(monitor, first, await _answer(_list(monitor, first)))
-    memdevs = replies.get("memdevs")
-    rows = [row for row in _rows(memdevs) if isinstance(row, dict)]
+    rows = [row for row in _rows(replies.get("memdevs")) if isinstance(row, dict)]
     ids = [row["id"] for row in rows if isinstance(row.get("id"), str)]
     access = {name: _all({key: monitor.qom_get(f"/objects/{name}", key) for key in _ACCESS}) for name in ids}
     replies["backends"] = dict(zip(access, await asyncio.gather(*access.values()), strict=True))
@@ -166,8 +165,7 @@ async def _behind(monitor: Monitor, device: str) -> str | None:
     """Return the place of a device on a bus of another device that has an id. QEMU lists this place
     among its PCI devices only after the firmware has numbered that bus.
     """
-    queries = {key: monitor.qom_get(device, key) for key in ("parent_bus", *_ADDRESSES)}
-    replies = await _all(queries)
+    replies = await _all({key: monitor.qom_get(device, key) for key in ("parent_bus", *_ADDRESSES)})
     bus = replies["parent_bus"]
     match = _BUS.match(bus) if isinstance(bus, str) else None
     if match is None:

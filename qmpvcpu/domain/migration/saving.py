@@ -139,8 +139,9 @@ class Save:
         state = "goes on" if self._cookie.runs else "is paused, as it was"
         if isinstance(error, VcpuConnectionError):
             if await self._bring_back():
-                text = f"{error.message}; the guest {state}"
-                return VcpuConnectionError(text, reason=error.reason, hint="save again")
+                return VcpuConnectionError(
+                    f"{error.message}; the guest {state}", reason=error.reason, hint="save again"
+                )
             return VcpuConnectionError(
                 error.message,
                 reason=error.reason,

@@ -73,8 +73,12 @@ def declined(what: str) -> Iterator[None]:
     try:
         yield
     except CommandError as error:
-        text = f"QEMU cannot {what}: {error.text}"
-        raise VcpuFailed(text, qmp_class=error.error_class, qmp_text=error.text, hint="look at its log") from error
+        raise VcpuFailed(
+            f"QEMU cannot {what}: {error.text}",
+            qmp_class=error.error_class,
+            qmp_text=error.text,
+            hint="look at its log",
+        ) from error
 
 
 async def set_capabilities(monitor: Monitor) -> None:
