@@ -184,8 +184,10 @@ class Monitor(Protocol):
 
     def migrate_set_capabilities(self, capabilities: Mapping[str, bool]) -> Future[object]:
         """QMP `migrate-set-capabilities`."""
-        rows = [{"capability": name, "state": state} for name, state in capabilities.items()]
-        return self.execute("migrate-set-capabilities", {"capabilities": rows})
+        return self.execute(
+            "migrate-set-capabilities",
+            {"capabilities": [{"capability": name, "state": state} for name, state in capabilities.items()]},
+        )
 
     def migrate_set_parameters(self, parameters: Mapping[str, int | str]) -> Future[object]:
         """QMP `migrate-set-parameters`; units are bytes per second and milliseconds."""

@@ -177,8 +177,9 @@ async def migrate_prepare(cookie: Cookie, where: Where, uri: str | None) -> Prep
         VcpuError: as `Migration.prepare`; a QEMU that was started for the guest is ended.
     """
     async with open_destination(where, cookie, FromFile(ownership.recall_source(cookie))) as target:
-        is_near = target.is_name and ownership.is_present(cookie, Role.SOURCE)
-        await target.prepare(cookie, place=where.place, with_disks=is_near)
+        await target.prepare(
+            cookie, place=where.place, with_disks=target.is_name and ownership.is_present(cookie, Role.SOURCE)
+        )
         # A destination that listens on every address is reached by its host's name, as libvirt
         # does.
         there = await target.domain.migration.listen(

@@ -175,8 +175,14 @@ class _Question:
         layout = None
         if mode is not ProbeMode.ALWAYS:
             assume = self.program is None or mode is ProbeMode.NEVER
-            unseen = self.program is not None and self.facts is None
-            layout = predict_layout(self.spec, target, self.facts, typed=self.typed, assume=assume, unseen=unseen)
+            layout = predict_layout(
+                self.spec,
+                target,
+                self.facts,
+                typed=self.typed,
+                assume=assume,
+                unseen=self.program is not None and self.facts is None,
+            )
         return layout or self.cached()
 
     async def find_out(self, deadline: float, *, refresh: bool) -> MachineLayout:
@@ -194,8 +200,9 @@ class _Question:
     async def _ask(self, deadline: float) -> MachineLayout:
         assert self.program is not None
         async with _locked(self.cache, "", deadline):
-            left = max(deadline - time.monotonic(), 0.001)
-            return await probe_machine(self.program.path, self.spec, self._store, timeout=left)
+            return await probe_machine(
+                self.program.path, self.spec, self._store, timeout=max(deadline - time.monotonic(), 0.001)
+            )
 
     async def _explain(self, error: VcpuRefused) -> VcpuRefused:
         """The error for a machine type that this QEMU does not have, with the newest of that family

@@ -54,8 +54,9 @@ class CommandSession:
 
             self._log = QmpLog(options.qmp_log)
         elif options.qmp_log is not None:
-            text = "libvirt's API does not show QMP messages"
-            raise VcpuUsageError(text, hint="leave out --qmp-log, or go --via monitor")
+            raise VcpuUsageError(
+                "libvirt's API does not show QMP messages", hint="leave out --qmp-log, or go --via monitor"
+            )
         if options.via == "monitor":
             from qmpvcpu.domain.backends.libvirt import TAINTED
 
@@ -80,9 +81,9 @@ class CommandSession:
             return Interrupted()
         if (end := self._end) is not None:
             # The call had finished, but its result arrived after the signal.
-            written = isinstance(end, Outcome) and end.defined
-            found = Interrupted(changed_ids=_live_changes(end), definition_written=written)
-            return found.with_pending({*end.pending, *self.domain.pending_ids})
+            return Interrupted(
+                changed_ids=_live_changes(end), definition_written=isinstance(end, Outcome) and end.defined
+            ).with_pending({*end.pending, *self.domain.pending_ids})
         # Between two calls, as in `watch`, only pending unplugs are left.
         return self.domain.interrupted or Interrupted(pending=self.domain.pending_ids)
 
@@ -210,8 +211,7 @@ async def _vcpucount(session: CommandSession) -> int:
     states: dict[str, DomainState] = {}
     async with session.connect() as domain:
         if options.guest and not options.config:
-            view = await domain.guest_vcpus()
-            online = sum(cpu.online for cpu in view.cpus)
+            online = sum(cpu.online for cpu in (await domain.guest_vcpus()).cpus)
             session.show({"domain": domain.name, "count": online}, [str(online)])
             return 0
         if one or options.guest:
@@ -259,8 +259,7 @@ def _flags(options: Namespace) -> VcpuFlag:
 
 
 async def _setvcpu(session: CommandSession) -> int:
-    options = session.options
-    return await _carry_out(session, request_of(options))
+    return await _carry_out(session, request_of(session.options))
 
 
 async def _setvcpus(session: CommandSession) -> int:
@@ -370,8 +369,9 @@ async def _dumpxml(session: CommandSession) -> int:
         errors = against_libvirts_schema(data)
         session.warn(f"libvirt's schema does not allow it: {error}" for error in errors or ())
     if options.json:
-        document = {"domain": domain.name, "xml": data.decode(errors="replace"), "schema_errors": errors}
-        session.output.document(document)
+        session.output.document(
+            {"domain": domain.name, "xml": data.decode(errors="replace"), "schema_errors": errors}
+        )
     else:
         session.output.data(data if data.endswith(b"\n") else data + b"\n")
     return 0
@@ -391,8 +391,9 @@ async def _carry_out(session: CommandSession, request: Request) -> int:
     if result.outcome is not OutcomeKind.QUERIED:
         return session.show_outcome(result)
     session.warn(result.messages)
-    document = state.to_json() | {"vcpus": [row.to_json() for row in result.rows]}
-    session.show(document, render.vcpu_table(state, result.rows))
+    session.show(
+        state.to_json() | {"vcpus": [row.to_json() for row in result.rows]}, render.vcpu_table(state, result.rows)
+    )
     return result.outcome.exit_code
 
 
@@ -406,8 +407,9 @@ async def _guestvcpus(session: CommandSession) -> int:
         )
     async with session.connect() as domain:
         if options.cpulist is not None:
-            ids = parse_ids(options.cpulist, "CPU of the guest")
-            result = await session.finish(domain.set_guest_vcpus(ids, options.enable))
+            result = await session.finish(
+                domain.set_guest_vcpus(parse_ids(options.cpulist, "CPU of the guest"), options.enable)
+            )
             session.warn(result.messages)
             view = GuestView((), {})
             try:
@@ -416,8 +418,7 @@ async def _guestvcpus(session: CommandSession) -> int:
                 # The change is done and verified, so this error is only a warning.
                 session.warn([f"what the guest's CPUs are now is not known: {error.message}"])
             # `vcpus` and `changed_ids` are the guest's own ids here; `cpus` has the vCPU of each one.
-            lines = render.guest_outcome(result, is_online=options.enable)
-            session.show(result.to_json() | view.to_json(), lines)
+            session.show(result.to_json() | view.to_json(), render.guest_outcome(result, is_online=options.enable))
             return result.outcome.exit_code
         view = await domain.guest_vcpus()
     session.show(view.to_json() | {"domain": domain.name}, render.guest(view))

@@ -66,11 +66,10 @@ async def _migrate(session: CommandSession) -> int:
                 ),
             )
     session.warn(done.messages)
-    line = f"{options.domain}: runs at {options.dest} with vCPU {format_ids(done.vcpus)}"
     session.show(
         {**done.to_json(), "domain": options.domain, "destination": options.dest},
         [
-            line,
+            f"{options.domain}: runs at {options.dest} with vCPU {format_ids(done.vcpus)}",
             app.describe_status(done.status),
         ],
     )
@@ -84,15 +83,16 @@ async def _begin(session: CommandSession) -> int:
             persistent=options.persistent, wait=options.wait or 0.0, force=options.force
         )
     text = app.cookie_text(cookie)
-    features = sorted(cookie.features)
-    document = {
-        "outcome": "queried",
-        "name": cookie.name,
-        "uuid": cookie.uuid,
-        "features": features,
-        "cookie": text,
-    }
-    session.show(document, [text.rstrip()])
+    session.show(
+        {
+            "outcome": "queried",
+            "name": cookie.name,
+            "uuid": cookie.uuid,
+            "features": sorted(cookie.features),
+            "cookie": text,
+        },
+        [text.rstrip()],
+    )
     return 0
 
 
@@ -126,8 +126,10 @@ async def _perform(session: CommandSession) -> int:
         "downtime": status.downtime,
         "total_time": status.total_time,
     }
-    lines = [f"{options.domain}: handed over, {app.describe_status(status)}", "migrate-finish lets it run there"]
-    session.show(document, lines)
+    session.show(
+        document,
+        [f"{options.domain}: handed over, {app.describe_status(status)}", "migrate-finish lets it run there"],
+    )
     return 0
 
 
@@ -160,8 +162,10 @@ async def _save(session: CommandSession) -> int:
                 verify=options.verify,
             )
     session.warn(done.messages)
-    line = f"{options.domain}: saved to {done.file}, {done.size >> 20} MiB, with vCPU {format_ids(done.vcpus)}"
-    session.show({**done.to_json(), "domain": options.domain}, [line])
+    session.show(
+        {**done.to_json(), "domain": options.domain},
+        [f"{options.domain}: saved to {done.file}, {done.size >> 20} MiB, with vCPU {format_ids(done.vcpus)}"],
+    )
     return 0
 
 

@@ -147,8 +147,7 @@ def _write(stream: TextIO | None, text: str | bytes) -> None:
     if stream is None or stream.closed:
         raise OSError(errno.EBADF, "it is closed")
     if isinstance(text, str):
-        encoding = stream.encoding or "utf-8"
-        text = text.encode(encoding, "backslashreplace")
+        text = text.encode(stream.encoding or "utf-8", "backslashreplace")
     buffer = getattr(stream, "buffer", None)
     if buffer is None:
         # An embedding program has replaced the stream with one that has no buffer.

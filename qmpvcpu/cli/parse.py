@@ -496,8 +496,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if found.command == "vcpupin":
         more = _fill_in(found, more)
     if more:
-        text = f"unrecognized arguments: {' '.join(more)}"
-        raise VcpuUsageError(text, hint=_help_of(f"{parser.prog} {found.command}"))
+        raise VcpuUsageError(
+            f"unrecognized arguments: {' '.join(more)}", hint=_help_of(f"{parser.prog} {found.command}")
+        )
     if getattr(found, "current", False) and (found.live or found.config):
         word = "live" if found.live else "config"
         raise VcpuUsageError(f"--current and --{word} exclude each other", hint="leave out one of them")
@@ -530,8 +531,10 @@ def _check_libvirt(found: argparse.Namespace) -> None:
             raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI")
         return
     if found.command not in _WITH_LIBVIRT:
-        text = f"{found.command} is not for libvirt's domains"
-        raise VcpuUsageError(text, hint=f"with -c URI there are {', '.join(sorted(_WITH_LIBVIRT))}")
+        raise VcpuUsageError(
+            f"{found.command} is not for libvirt's domains",
+            hint=f"with -c URI there are {', '.join(sorted(_WITH_LIBVIRT))}",
+        )
     if found.command == "list":
         _refuse_unused(found, "list asks libvirt alone", ("agent", "qmp_log", "via"))
     if found.command == "doctor" and found.domain is None:

@@ -54,8 +54,12 @@ def _ended(body: Callable[[], int], output: Output, *, debug: bool) -> int:
         if output.reader_left:
             # The reader, for example `| head`, has read enough, which is not an error.
             return _SIGPIPE_EXIT
-        hint = "write to a file system that has room, or to a terminal"
-        return report(VcpuUsageError("cannot write events to stdout", hint=hint), output)
+        return report(
+            VcpuUsageError(
+                "cannot write events to stdout", hint="write to a file system that has room, or to a terminal"
+            ),
+            output,
+        )
     except _Interrupted as interrupted:
         return _report_interrupt(interrupted, output)
     except BaseException as error:  # noqa: BLE001 - the last place that can print a useful message

@@ -72,8 +72,11 @@ def look(process: Process, thread_id: int) -> ThreadState | None:
         return None
     name = _NAMES.get(policy, str(policy))
     fields = stat.rpartition(")")[2].split()
-    last = int(fields[_LAST_CPU]) if len(fields) > _LAST_CPU and fields[_LAST_CPU].isdigit() else None
-    return ThreadState(cpus, f"{name}:{priority}" if priority else name, last)
+    return ThreadState(
+        cpus,
+        f"{name}:{priority}" if priority else name,
+        int(fields[_LAST_CPU]) if len(fields) > _LAST_CPU and fields[_LAST_CPU].isdigit() else None,
+    )
 
 
 def other_threads(process: Process, thread_ids: Collection[int]) -> list[int]:

@@ -138,8 +138,10 @@ class PendingFolder:
         """
         with suppress(*_UNREADABLE):
             found = json.loads(read_own(f"{self._folder}/{_CONTEXTS}", _LIMIT))
-            gone = frozenset((_number(number), _number(thread)) for number, thread in found["gone"])
-            return UsedContexts(gone, found["reported"] is True)
+            return UsedContexts(
+                frozenset((_number(number), _number(thread)) for number, thread in found["gone"]),
+                found["reported"] is True,
+            )
         return UsedContexts()
 
     def note_contexts(self, more: UsedContexts) -> None:
@@ -152,8 +154,7 @@ class PendingFolder:
                 before = self.contexts()
                 now = before | more
                 if now != before:
-                    rows = {"gone": sorted(now.removed), "reported": now.is_reported}
-                    self._replace(_CONTEXTS, json.dumps(rows))
+                    self._replace(_CONTEXTS, json.dumps({"gone": sorted(now.removed), "reported": now.is_reported}))
 
     def _files(self) -> dict[str, list[PendingUnplug]]:
         """The unplugs in each file. A file that is not ours is ignored, and not removed."""
@@ -162,8 +163,9 @@ class PendingFolder:
             for name in os.listdir(self._folder):  # noqa: PTH208 - names are all we need
                 if not name.startswith("."):
                     with suppress(*_UNREADABLE):
-                        rows = json.loads(read_own(f"{self._folder}/{name}", _LIMIT))
-                        found[name] = [_parse(row) for row in rows]
+                        found[name] = [
+                            _parse(row) for row in json.loads(read_own(f"{self._folder}/{name}", _LIMIT))
+                        ]
         return found
 
     def _write(self, name: str, unplugs: Iterable[PendingUnplug]) -> None:
@@ -171,8 +173,10 @@ class PendingFolder:
 
         It is not synced: after a crash of the host, it has no meaning.
         """
-        rows = [[unplug.entity_id, unplug.qom_path, unplug.thread_id, unplug.requested] for unplug in unplugs]
-        self._replace(name, json.dumps(rows))
+        self._replace(
+            name,
+            json.dumps([[unplug.entity_id, unplug.qom_path, unplug.thread_id, unplug.requested] for unplug in unplugs]),
+        )
 
     def _replace(self, name: str, text: str) -> None:
         # Every unplug waits for this. It uses plain calls, because `pathlib` takes as long as the

@@ -106,8 +106,7 @@ def find_process(thread_ids: Collection[int], peer: Peer | None = None) -> Proce
         some = next(iter(thread_ids), None)
         if some is None:
             return None
-        status = (_PROC / str(some) / "status").read_text()
-        pid = int(status.partition("Tgid:")[2].split(None, 1)[0])
+        pid = int((_PROC / str(some) / "status").read_text().partition("Tgid:")[2].split(None, 1)[0])
         folder = _PROC / str(pid)
         if not all((folder / "task" / str(thread)).exists() for thread in thread_ids):
             return None

@@ -73,8 +73,9 @@ class Saving:
         self.digest: str | None = None
         self._sweep()
         # QEMU accepts only a descriptor that was opened for writing (10.0).
-        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW
-        self.fd = os.open(self._temporary, flags, 0o600)
+        self.fd = os.open(
+            self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
         try:
             # The umask may have removed some of the mode bits.
             os.fchmod(self.fd, 0o600)
@@ -296,8 +297,9 @@ def _checked(path: str, fd: int, given_up: threading.Event) -> SavedFile:
         raise catalogue.NOT_SAVED.error(path=path, what="is not a saved guest")
     _, file_format, state, length, offset = _HEADER.unpack_from(head)
     if file_format not in (_NO_DIGEST, _FORMAT):
-        what = f"was saved in format {file_format}, and this qmpvcpu reads format {_FORMAT}"
-        raise catalogue.NOT_SAVED.error(path=path, what=what)
+        raise catalogue.NOT_SAVED.error(
+            path=path, what=f"was saved in format {file_format}, and this qmpvcpu reads format {_FORMAT}"
+        )
     if state != _WHOLE:
         raise catalogue.NOT_SAVED.error(path=path, what="is incomplete: the save was interrupted")
     start = _HEADER.size if file_format == _NO_DIGEST else _HEAD_BYTES

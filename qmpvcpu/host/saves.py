@@ -112,8 +112,7 @@ class Saves:
         """Store the record of a guest before it is paused."""
         with suppress(OSError):
             make_folder(self._folder)
-            data = json.dumps(asdict(guest)).encode()
-            stage_file(self._folder / process.key, data, sync=False).commit()
+            stage_file(self._folder / process.key, json.dumps(asdict(guest)).encode(), sync=False).commit()
         self._prune()
 
     def keep_here(self, process: Process) -> None:
@@ -129,8 +128,12 @@ class Saves:
         with suppress(OSError, ValueError, TypeError, KeyError):
             data = json.loads(read_own(path, _LIMIT))
             device, number = data["inode"]
-            files = tuple(str(name) for name in data["files"])
-            return PausedGuest(str(data["saver"]), data["runs"] is True, files, (int(device), int(number)))
+            return PausedGuest(
+                str(data["saver"]),
+                data["runs"] is True,
+                tuple(str(name) for name in data["files"]),
+                (int(device), int(number)),
+            )
         return None
 
     def into(self, fd: int) -> str | None:

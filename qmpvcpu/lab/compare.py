@@ -126,8 +126,7 @@ def _shown(xml: bytes | None) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:
         return None, ()
     definition = read_domain(xml, running=True)[1]
     ids = definition.enabled_ids
-    head = f"<vcpu current='{len(ids)}'>{definition.maxcpus}</vcpu>"
-    return (head, *vcpus_lines(definition, "libvirt")), ids
+    return (f"<vcpu current='{len(ids)}'>{definition.maxcpus}</vcpu>", *vcpus_lines(definition, "libvirt")), ids
 
 
 class OurSide:
@@ -211,8 +210,9 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
         if line.probe.emulator is None:
             raise catalogue.NO_PROGRAM_TO_COMPARE.error(messages="; ".join(line.probe.messages))
         words = ["-S", *line.args.arguments]
-        console = str(folder / "console")
-        words += hardware_args(read_hardware(document), qemu_arch(definition), console=console, agent=_AGENT)
+        words += hardware_args(
+            read_hardware(document), qemu_arch(definition), console=str(folder / "console"), agent=_AGENT
+        )
         async with run_qemu(line.probe.emulator, words, channels=(_AGENT,), monitors=("qmp", "second")) as qemu:
             await qemu.monitor.cont()
             agent = str(qemu.folder / _AGENT) if definition.agent is not None else None
@@ -272,8 +272,9 @@ class LibvirtSide:
             try:
                 domain = await connection.change("virDomainCreate", begin, _START_SECONDS)
             except CommandError as error:
-                refusal = replace(catalogue.LIBVIRT_NOT_STARTED(error=error.text), libvirt=error.error_class)
-                raise VcpuRefused([refusal]) from error
+                raise VcpuRefused(
+                    [replace(catalogue.LIBVIRT_NOT_STARTED(error=error.text), libvirt=error.error_class)]
+                ) from error
             try:
                 yield cls(daemon if log else None, connection, LibvirtGuest(connection, domain))
             finally:

@@ -58,8 +58,10 @@ async def run(tell: Tell, show: Show) -> dict[str, Any]:
 
 async def _with_linux(tell: Tell, show: Show, binary: str, image: GuestImage) -> dict[str, Any]:
     tell(f"booting Linux {image.facts['kernel_version']} with 2 NUMA nodes, 4 of 16 vCPUs, under TCG")
-    arguments = ["-accel", "tcg,thread=multi", "-m", "512", "-smp", _SMP, *_NUMA]
-    async with boot(image, binary, arguments) as guest, connect("demo", qmp=guest.qemu.qmp) as domain:
+    async with (
+        boot(image, binary, ["-accel", "tcg,thread=multi", "-m", "512", "-smp", _SMP, *_NUMA]) as guest,
+        connect("demo", qmp=guest.qemu.qmp) as domain,
+    ):
         for line in show(await domain.state()):
             tell(line)
         before = await guest.online()

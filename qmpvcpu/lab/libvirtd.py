@@ -258,8 +258,10 @@ class _Supervisor:
                 await self._listener
                 await asyncio.to_thread(self._process.wait, CLOSE_SECONDS)
         except (TimeoutError, subprocess.TimeoutExpired):
-            text = f"processes of the libvirtd in '{self._folder}' do not end"
-            raise VcpuFailed(text, hint=f"see `ps --ppid {self._process.pid}`") from None
+            raise VcpuFailed(
+                f"processes of the libvirtd in '{self._folder}' do not end",
+                hint=f"see `ps --ppid {self._process.pid}`",
+            ) from None
         finally:
             self._writer.close()
             self._stderr.close()
@@ -290,9 +292,17 @@ def _spawn_supervisor(
     folder: Path, program: str, log_qmp: bool, sock: socket.socket, stderr: IO[bytes]
 ) -> subprocess.Popen[bytes]:
     package = Path(__file__).resolve().parents[2]
-    words = [str(os.getpid()), str(folder), program, "qmp" if log_qmp else ""]
     return subprocess.Popen(
-        [sys.executable, "-P", "-m", "qmpvcpu.lab.supervisor", *words],
+        [
+            sys.executable,
+            "-P",
+            "-m",
+            "qmpvcpu.lab.supervisor",
+            str(os.getpid()),
+            str(folder),
+            program,
+            "qmp" if log_qmp else "",
+        ],
         env=os.environ | {"PYTHONPATH": str(package)},
         cwd="/",
         stdin=sock.fileno(),

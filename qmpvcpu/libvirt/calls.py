@@ -193,9 +193,8 @@ class Connection:
         except library.libvirtError as error:
             raise connection_error(error, self.uri) from error
         except TimeoutError as error:
-            text = f"libvirt at '{self.uri}' did not answer within {seconds:g} s"
             raise VcpuConnectionError(
-                text,
+                f"libvirt at '{self.uri}' did not answer within {seconds:g} s",
                 address=self.uri,
                 reason="timeout",
                 libvirt="VIR_ERR_OPERATION_TIMEOUT",
@@ -263,8 +262,9 @@ class Connection:
             CommandError: libvirt's answer is an error.
             VcpuConnectionError: the connection is lost, or there was no answer in time.
         """
-        result = self._queries.call(self.checked(name, function))
-        return await self._await(self._queries, result, name, seconds or self.query_timeout)
+        return await self._await(
+            self._queries, self._queries.call(self.checked(name, function)), name, seconds or self.query_timeout
+        )
 
     async def ask_agent(self, name: str, function: Callable[[], T], seconds: float = QUERY_SECONDS) -> T:
         """Make a call to the guest's agent, like `query`. An agent that does not answer blocks no
@@ -448,8 +448,11 @@ class LibvirtGuest:
         )
 
     def _definition(self) -> bytes | None:
-        flags = self._library.VIR_DOMAIN_XML_INACTIVE
-        return self.domain.XMLDesc(flags).encode() if self.domain.isPersistent() else None
+        return (
+            self.domain.XMLDesc(self._library.VIR_DOMAIN_XML_INACTIVE).encode()
+            if self.domain.isPersistent()
+            else None
+        )
 
     async def live_xml(self) -> bytes | None:
         """The running domain's XML; None if the domain has stopped, even if it was started once
@@ -464,8 +467,7 @@ class LibvirtGuest:
 
     def read_definition(self, *, secure: bool = False) -> bytes:
         """The XML of its definition; with `secure`, it contains the passwords. Blocks."""
-        more = self._library.VIR_DOMAIN_XML_SECURE if secure else 0
-        flags = self._library.VIR_DOMAIN_XML_INACTIVE | more
+        flags = self._library.VIR_DOMAIN_XML_INACTIVE | (self._library.VIR_DOMAIN_XML_SECURE if secure else 0)
         text: str = self.call("virDomainGetXMLDesc", lambda: self.domain.XMLDesc(flags))
         return text.encode()
 
@@ -564,9 +566,10 @@ class LibvirtGuest:
                 if error.get_error_code() != self._library.VIR_ERR_SYSTEM_ERROR or error.get_int1() != errno.ESRCH:
                     raise
             # Do not wait: another call, perhaps of another client, may hold the domain for long.
-            nowait = self._library.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT
             rows = self.connection.conn.domainListGetStats(
-                [self.domain], self._library.VIR_DOMAIN_STATS_VCPU, nowait
+                [self.domain],
+                self._library.VIR_DOMAIN_STATS_VCPU,
+                self._library.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT,
             )
             stats: Mapping[str, Any] = rows[0][1] if rows else {}
             idle = {n: [stats.get(f"vcpu.{n}.{word}", 0) for word in ("time", "delay")] for n in ids}
@@ -585,11 +588,10 @@ class LibvirtGuest:
 
     def begin_monitor_command(self, line: str) -> asyncio.Future[str]:
         """`monitor_command_now` in a thread, in the order of the calls."""
-        seconds = self.connection.query_timeout
         return self.connection.begin_change(
             _MONITOR_COMMAND,
             lambda: libvirt_qemu_module().qemuMonitorCommand(self.domain, line, 0),
-            seconds=seconds,
+            seconds=self.connection.query_timeout,
         )
 
     async def agent_command(self, line: str, seconds: int) -> str:

@@ -147,8 +147,7 @@ class ApiMonitor(Behind):
         super()._on_event(word, device)
         event = "DEVICE_UNPLUG_GUEST_ERROR" if word == "removal-failed" else "DEVICE_DELETED"
         # If it is not about a device of ours, listeners read the state and compare.
-        about = {"device": device} if device else {"path": ""}
-        self.deliver(MonitorEvent(event, about, time.time()))
+        self.deliver(MonitorEvent(event, {"device": device} if device else {"path": ""}, time.time()))
 
     def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
         """Fail: libvirt's API has no QMP commands."""
@@ -165,8 +164,13 @@ class ApiMonitor(Behind):
         """`virDomainSetVcpu` for one entity; `device_id` is libvirt's own, `vcpuN`."""
         first = int(device_id.removeprefix("vcpu").partition("-")[0])
         if first in self.unseen:
-            text = f"vCPU {first} was unplugged, and libvirt did not notice: --via monitor plugs it"
-            return failed(CommandError("virDomainSetVcpu", "VIR_ERR_OPERATION_INVALID", text))
+            return failed(
+                CommandError(
+                    "virDomainSetVcpu",
+                    "VIR_ERR_OPERATION_INVALID",
+                    f"vCPU {first} was unplugged, and libvirt did not notice: --via monitor plugs it",
+                )
+            )
         call = self.guest.set_vcpu(self.entities[first], True, self.guest.flags(live=True))
 
         def begun() -> None:

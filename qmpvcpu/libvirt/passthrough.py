@@ -100,8 +100,11 @@ class Behind(Monitor):
         """Handle an event of libvirt about the guest."""
         if word == "stopped":
             text = f"the domain '{self.guest.name}' has stopped"
-            hint = "start it, and try again (reconnect())"
-            self._lose(VcpuConnectionError(text, address=self.address, reason="closed", hint=hint))
+            self._lose(
+                VcpuConnectionError(
+                    text, address=self.address, reason="closed", hint="start it, and try again (reconnect())"
+                )
+            )
 
     async def close(self) -> None:
         """Cancel the subscriptions. Never raises; may be called twice."""
@@ -181,5 +184,10 @@ class PassedMonitor(Behind):
         if isinstance(answer, dict):
             result.set_exception(CommandError(command, str(answer.get("class")), str(answer.get("desc"))))
             return
-        text = f"libvirt passed on a reply to '{command}' that is neither result nor error"
-        result.set_exception(VcpuConnectionError(text, address=self.address, reason="malformed"))
+        result.set_exception(
+            VcpuConnectionError(
+                f"libvirt passed on a reply to '{command}' that is neither result nor error",
+                address=self.address,
+                reason="malformed",
+            )
+        )

@@ -34,8 +34,9 @@ def start_events() -> None:
         # libvirt-python raises errors; without this handler, libvirt would also print them.
         libvirt.registerErrorHandler(lambda context, error: None, None)
         # It is a daemon thread: it has nothing to clean up, and must not keep the process alive.
-        run = partial(_run_events, libvirt)
-        _running.append(threading.Thread(target=run, name="qmpvcpu libvirt events", daemon=True))
+        _running.append(
+            threading.Thread(target=partial(_run_events, libvirt), name="qmpvcpu libvirt events", daemon=True)
+        )
         _running[0].start()
 
 

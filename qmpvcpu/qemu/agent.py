@@ -124,8 +124,7 @@ class AgentClient:
         except OSError as error:
             if isinstance(error, FileNotFoundError):
                 raise self._error("missing", None) from error
-            text = f"cannot be reached: {error.strerror or error}"
-            raise self._error("refused", text) from error
+            raise self._error("refused", f"cannot be reached: {error.strerror or error}") from error
         self._reader, self._writer = opened
         self._writer.transport.set_write_buffer_limits(high=0)  # drain() waits until all is written
         self._synced = self._repeats_ids = False

@@ -247,8 +247,7 @@ def _answer(address: str, command: str, result: asyncio.Future[object], message:
         words = (found if isinstance(found := answer[key], str) else repr(found) for key in ("class", "desc"))
         fail(result, CommandError(command, *(text[:_LONGEST] for text in words)))
     else:
-        what = ValueError(f"a reply to '{command}' that is neither result nor error")
-        fail(result, malformed(address, what))
+        fail(result, malformed(address, ValueError(f"a reply to '{command}' that is neither result nor error")))
 
 
 def fail(result: asyncio.Future[object], error: Exception) -> None:

@@ -101,8 +101,7 @@ class QmpMonitor(Monitor):
             await self._client.runstate_changed()
         if self._closing:
             return
-        cause = await self._disconnect()
-        self._lost = lost(self._address, cause, self._qemu_log)
+        self._lost = lost(self._address, await self._disconnect(), self._qemu_log)
         self._drop_replies()
         for sink in tuple(self._client.sinks):
             sink(self._lost)

@@ -224,8 +224,7 @@ def _number(element: Element, key: str, most: int, found: list[Refusal]) -> int 
     text = element.attributes.get(key, "")
     if text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most:
         return int(text)
-    what = f"<{element.name} {key}='{text[:40]}'> is not a number from 1 to {most}"
-    found.append(_wrong(element, what))
+    found.append(_wrong(element, f"<{element.name} {key}='{text[:40]}'> is not a number from 1 to {most}"))
     return None
 
 

@@ -230,8 +230,7 @@ class _Reader:
                 self._wrong(listed, "vCPU 0 must be the first in the order")
             run = [vcpu.order for vcpu in on if not vcpu.hotpluggable and vcpu.order is not None]
             if run != sorted(run):
-                text = "those that are not hotpluggable must have the order of their ids"
-                self._wrong(listed, text)
+                self._wrong(listed, "those that are not hotpluggable must have the order of their ids")
 
     def _vcpu(self, row: Element, dialects: dict[str, Element]) -> VcpuConfig | None:
         number = self._int(row, row.attributes.get("id"), "<vcpu id>", 0, self.maximum - 1)
@@ -309,8 +308,14 @@ class _Reader:
                 self._wrong(element, f"vCPU {format_ids(both)} is in NUMA cell {others} and in {number}")
             taken.update(dict.fromkeys(cpus, number))
             self._in_range(element, cpus, f"NUMA cell {number}")
-            memory = self._bytes(element, element.attributes.get("memory"))
-            cells.append(NumaCell(number, cpus, memory, self._siblings(element, number, len(elements))))
+            cells.append(
+                NumaCell(
+                    number,
+                    cpus,
+                    self._bytes(element, element.attributes.get("memory")),
+                    self._siblings(element, number, len(elements)),
+                )
+            )
         ids = sorted(cell.id for cell in cells)
         if not self.found and ids != list(range(len(ids))):
             text = f"NUMA cells are {format_ids(ids)}, and must be numbered from 0 without a gap"
@@ -368,8 +373,7 @@ class _Reader:
         mode = element.attributes.get("mode", "custom")
         if mode == "custom":
             model = element.find("model")
-            text = element.text_at("model")
-            name = self._spelled(model, text, _MODEL, "<model> '{}' is not a CPU model")
+            name = self._spelled(model, element.text_at("model"), _MODEL, "<model> '{}' is not a CPU model")
         else:
             kvm = self.root.attributes.get("type") == "kvm"
             name = "max" if mode == "maximum" or not kvm else "host"

@@ -123,8 +123,13 @@ def option_lines(definition: Definition, devices: Devices | None) -> list[str]:
         words += f" devices='commandline' defaults='{defaults}' serial='{serial}'"
     if not lines and not words:
         return []
-    head = f"    <qmpvcpu:machine xmlns:qmpvcpu='{NAMESPACE}'{words}>"
-    return ["  <metadata>", head, *lines, "    </qmpvcpu:machine>", "  </metadata>"]
+    return [
+        "  <metadata>",
+        f"    <qmpvcpu:machine xmlns:qmpvcpu='{NAMESPACE}'{words}>",
+        *lines,
+        "    </qmpvcpu:machine>",
+        "  </metadata>",
+    ]
 
 
 def _written(pair: tuple[str, str]) -> str:

@@ -98,8 +98,7 @@ def _parse_mounts(text: str) -> tuple[Hierarchy, ...]:
         version = V2 if kind[0] == "cgroup2" else V1
         has = words(mount / "cgroup.controllers") if version == V2 else parts
         writable = "rw" in parts and "rw" in fields[5].split(",")
-        controllers = tuple(name for name in CONTROLLERS if name in has)
-        found.append(Hierarchy(version, mount, root, controllers, writable))
+        found.append(Hierarchy(version, mount, root, tuple(name for name in CONTROLLERS if name in has), writable))
     return tuple(found)
 
 

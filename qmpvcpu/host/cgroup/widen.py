@@ -29,8 +29,7 @@ class Widened:
 
     def do(self, nodes: Collection[int]) -> None:
         """Write the present value to the note, then change it. Raises OSError."""
-        was = self._file.read_text().strip()
-        self._note.write_text(json.dumps({"was": was, "now": format_ids(nodes)}))
+        self._note.write_text(json.dumps({"was": self._file.read_text().strip(), "now": format_ids(nodes)}))
         try:
             put(self._file, format_ids(nodes))
         except OSError:
