@@ -22,7 +22,7 @@ from qmpvcpu.domain import Domain
 from qmpvcpu.domain.migration.saving import SaveTarget
 from qmpvcpu.errors import Refusal, VcpuFailed, VcpuRefused
 from qmpvcpu.host.process import pid_in
-from qmpvcpu.host.room import free_disk, free_memory
+from qmpvcpu.host.rights import free_disk, free_memory
 from qmpvcpu.host.savefile import SavedFile, Saving, open_saved
 from qmpvcpu.host.saves import SavedDefinitions, Saves
 from qmpvcpu.xml.cookie import read_cookie, write_cookie

@@ -593,7 +593,6 @@ class Domain:
                 agent=lambda: self._reached.guest,
                 definition=lambda: self._reached.definition,
                 describe=lambda state: self._reached.describe(state),
-                describe_xml=lambda state: self._reached.describe_xml(state),
                 plug=lambda ids, place: self._reached.plug(ids, place),
                 reconnect=self._reconnect,
             )

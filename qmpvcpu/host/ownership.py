@@ -126,12 +126,11 @@ class Ownership:
         with suppress(OSError):
             files = [path for path in self._folder.iterdir() if not path.name.startswith(".")]
             sides = [path for path in files if not path.name.startswith(f"{_CLAIM}.")]
-            dead = {path for path in sides if path.name.startswith(boot_id()) and _is_dead(path)}
+            dead = {path for path in sides if _is_dead(path) and _is_ours_or_old(path)}
             known = {path.name.rpartition(".")[2] for path in sides if path not in dead}
             for path in files:
-                is_claim = path not in sides
-                unknown = is_claim and path.name.rpartition(".")[2] not in known
-                if path in dead or unknown or (not is_claim and _is_old(path)):
+                is_unknown = path not in sides and path.name.rpartition(".")[2] not in known
+                if path in dead or is_unknown:
                     with suppress(OSError):
                         path.unlink(missing_ok=True)
 
@@ -140,7 +139,7 @@ def _is_dead(path: Path) -> bool:
     return not is_alive(path.name.split(".")[0])
 
 
-def _is_old(path: Path) -> bool:
+def _is_ours_or_old(path: Path) -> bool:
     with suppress(OSError):
-        return time.time() - path.lstat().st_mtime > _OLD and _is_dead(path)
+        return path.name.startswith(boot_id()) or time.time() - path.lstat().st_mtime > _OLD
     return False

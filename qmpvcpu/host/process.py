@@ -7,6 +7,7 @@ libvirt passes the socket in. In that case, QEMU must have the listening socket 
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import dataclass
@@ -23,6 +24,9 @@ _ACCEPTS: Final = 1 << 16
 _DEAD: Final = (b"Z", b"X")
 #: proc(5), /proc/pid/stat: the 22nd field, which is the 20th after the name.
 _START: Final = 19
+#: proc(5), /proc/pid/status, in KiB: anonymous memory, shared memory, huge pages, and swapped
+#: memory.
+_MEMORY: Final = re.compile(rb"^(?:RssAnon|RssShmem|HugetlbPages|VmSwap):\s+([0-9]+) kB$", re.MULTILINE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,3 +194,13 @@ def is_alive(key: str) -> bool:
         return boot == boot_id() and _start_of(int(pid), alive=True) == int(start)
     except (OSError, ValueError, IndexError):
         return False
+
+
+def memory_in_use(process: Process) -> int | None:
+    """Bytes of memory that a process uses, without the files that it has mapped. Never
+    raises.
+    """
+    with suppress(OSError):
+        found = _MEMORY.findall((_PROC / str(process.pid) / "status").read_bytes())
+        return sum(map(int, found)) << 10 if found else None
+    return None

@@ -1,8 +1,11 @@
-"""What this process may do on this host: KVM, scheduling, cgroups."""
+"""What this process may do on this host: KVM, scheduling, cgroups; and the disk and memory it may
+use.
+"""
 
 from __future__ import annotations
 
 import os
+import re
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
@@ -12,6 +15,7 @@ from qmpvcpu.host.cgroup.hierarchy import hierarchies
 
 #: The bit of CAP_SYS_NICE in /proc/self/status (linux/capability.h).
 _CAP_SYS_NICE: Final = 23
+_AVAILABLE: Final = re.compile(rb"^MemAvailable:\s+([0-9]+) kB$", re.MULTILINE)
 
 
 def kvm_state() -> tuple[bool, str | None]:
@@ -75,3 +79,21 @@ def _cgroups() -> dict[str, list[str]]:
     for one in hierarchies():
         found[f"v{one.version}"].update(one.controllers)
     return {version: sorted(names) for version, names in found.items()}
+
+
+def free_disk(folder: Path) -> int | None:
+    """Bytes that we can write to the file system of a folder. Never raises."""
+    with suppress(OSError):
+        found = os.statvfs(folder)
+        return found.f_bavail * found.f_frsize
+    return None
+
+
+def free_memory() -> int | None:
+    """Bytes that a new process can have without swapping; proc(5), /proc/meminfo.
+    Never raises.
+    """
+    with suppress(OSError):
+        match = _AVAILABLE.search(Path("/proc/meminfo").read_bytes())
+        return int(match[1]) << 10 if match is not None else None
+    return None

@@ -17,8 +17,13 @@ from urllib.parse import SplitResult, urlsplit
 from qmpvcpu.aio import finish
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.errors import VcpuConnectionError, VcpuUsageError
-from qmpvcpu.libvirt.errors import connection_error, lost, translated
-from qmpvcpu.libvirt.library import libvirt_module, libvirt_qemu_module
+from qmpvcpu.libvirt.library import (
+    connection_error,
+    libvirt_module,
+    libvirt_qemu_module,
+    lost,
+    translated,
+)
 from qmpvcpu.libvirt.threads import Worker, start_events
 from qmpvcpu.ports import CommandError
 

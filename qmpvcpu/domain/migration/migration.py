@@ -10,6 +10,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass, replace
 from typing import Final
 
+from qmpvcpu import xml as documents
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.machine.described import Described
 from qmpvcpu.core.migration.cookie import Cookie, features_of, machine_of
@@ -19,7 +20,7 @@ from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.definition import DefinitionHandle
-from qmpvcpu.domain.dump import DescribedXml, dump
+from qmpvcpu.domain.dump import dump
 from qmpvcpu.domain.migration import ownership, phases, saving, sides
 from qmpvcpu.domain.migration.move import Migrated, Move
 from qmpvcpu.domain.migration.picture import read_picture
@@ -27,8 +28,7 @@ from qmpvcpu.domain.migration.saving import Save, SaveTarget
 from qmpvcpu.domain.session import Session
 from qmpvcpu.errors import Refusal, VcpuConnectionError, VcpuFailed, VcpuUsageError
 from qmpvcpu.host.ownership import Role
-from qmpvcpu.host.process import is_alive
-from qmpvcpu.host.room import memory_in_use
+from qmpvcpu.host.process import is_alive, memory_in_use
 from qmpvcpu.host.saves import PausedGuest
 from qmpvcpu.ports import CommandError
 
@@ -46,7 +46,6 @@ class Access:
         agent: returns the guest's agent, or None if it is not known.
         definition: returns the domain's definition, or None if it has none.
         describe: returns what QEMU reports about the guest.
-        describe_xml: returns the same as a definition.
         plug: enables vCPUs; with `place`, their threads are placed.
         reconnect: closes the connection, and connects again.
     """
@@ -55,7 +54,6 @@ class Access:
     agent: Callable[[], Guest | None]
     definition: Callable[[], DefinitionHandle | None]
     describe: Callable[[DomainState], Awaitable[Described]]
-    describe_xml: Callable[[DomainState], Awaitable[DescribedXml]]
     plug: Callable[[Sequence[int], bool], Awaitable[object]]
     reconnect: Callable[[], Awaitable[Session]]
 
@@ -115,13 +113,16 @@ class Migration:
             await asyncio.sleep(_PENDING_LOOK)
 
     async def _cookie(self, session: Session, state: DomainState, *, runs: bool, persistent: bool) -> Cookie:
-        described = (await self._domain.describe(state)).definition
+        described = await self._domain.describe(state)
         handle = self._domain.definition()
         definition = handle.definition() if handle is not None else None
-        data = handle.read() if handle is not None else (await self._domain.describe_xml(state)).xml
+        if handle is not None:
+            data = handle.read()
+        else:
+            data = documents.minimal_domain(described.definition, described.devices)
         return Cookie(
-            name=definition.name if definition is not None else described.name,
-            uuid=(definition.uuid if definition is not None else None) or described.uuid,
+            name=definition.name if definition is not None else described.definition.name,
+            uuid=(definition.uuid if definition is not None else None) or described.definition.uuid,
             xml=dump(data, state, None, None),
             persistent=data if persistent else None,
             features=features_of(state, definition if persistent else None),
