@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import signal
 from collections.abc import Callable
 from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
-from qmpvcpu.cli.limits import check_descriptors, short_of
 from qmpvcpu.cli.output import OutputLost
-from qmpvcpu.cli.parse import Help, parse
+from qmpvcpu.cli.parse import Help, build_parser, parse
 from qmpvcpu.cli.words import report
-from qmpvcpu.errors import VcpuError, VcpuUsageError
+from qmpvcpu.core.rules import catalogue
+from qmpvcpu.errors import VcpuError, VcpuFailed, VcpuUsageError
 
 if TYPE_CHECKING:
     import argparse
@@ -23,6 +25,11 @@ if TYPE_CHECKING:
 _SIGPIPE_EXIT: Final = 141
 #: Seconds that a connection has to close if a signal arrives after the command has finished.
 _CLOSE_SECONDS: Final = 1.0
+#: The largest number of files that a command has open at once: sockets, pipes to programs, locks,
+#: files in /proc.
+_NEEDED: Final = 24
+_SHORT: Final = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.ENOBUFS})
+_HINT: Final = catalogue.FEW_DESCRIPTORS.hint
 
 
 def run(arguments: list[str], output: Output, signals: Signals) -> int:
@@ -30,7 +37,7 @@ def run(arguments: list[str], output: Output, signals: Signals) -> int:
     debug = "--debug" in arguments
 
     def body() -> int:
-        check_descriptors()
+        _check_descriptors()
         options = parse(arguments)
         if debug:
             _debug_log(output)
@@ -65,14 +72,16 @@ def _ended(body: Callable[[], int], output: Output, *, debug: bool) -> int:
     except BaseException as error:  # noqa: BLE001 - the last place that can print a useful message
         if debug:
             _traceback(output)
-        known = error if isinstance(error, VcpuError) else short_of(error)
+        known = error if isinstance(error, VcpuError) else _short_of(error)
         return _report_bug(error, output) if known is None else report(known, output)
 
 
 def _completion(options: argparse.Namespace, output: Output) -> int:
-    from qmpvcpu.cli.completion import completion
-
-    script = completion(options.shell)
+    try:
+        import shtab
+    except ImportError as error:
+        raise VcpuUsageError("completion needs the package shtab", hint="pip install 'qmpvcpu[cli]'") from error
+    script = shtab.complete(build_parser(), shell=options.shell)
     if output.is_json:
         output.document({"shell": options.shell, "script": script})
     else:
@@ -207,3 +216,48 @@ def _traceback(output: Output) -> None:
     import traceback
 
     output.say(*traceback.format_exc().splitlines())
+
+
+# -- limits of this process: a command that would run short is refused before its first effect -------
+
+
+def _check_descriptors() -> None:
+    """Check that as many files can be opened as a command needs.
+
+    Raises:
+        VcpuRefused: fewer can be opened.
+    """
+    opened: list[int] = []
+    try:
+        while len(opened) < _NEEDED:
+            opened.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
+    except OSError as error:
+        raise catalogue.FEW_DESCRIPTORS.error(more=len(opened), needed=_NEEDED, error=error) from error
+    finally:
+        for fd in opened:
+            os.close(fd)
+
+
+def _short_of(error: BaseException) -> VcpuError | None:
+    """Return the error to report if the host ran short of memory or descriptors; None for any other cause."""
+    cause: BaseException | None = error
+    while cause is not None:
+        if isinstance(cause, MemoryError):
+            return _failed(
+                "this host is out of memory",
+                "end what else uses memory, or raise the limit: ulimit -v",
+            )
+        if isinstance(cause, OSError) and cause.errno in _SHORT:
+            return _failed(f"this host is out of a resource: {cause.strerror}", _HINT)
+        if isinstance(cause, ImportError) and os.strerror(errno.EMFILE) in str(cause):
+            return _failed(str(cause), _HINT)
+        cause = cause.__cause__ or cause.__context__
+    return None
+
+
+def _failed(text: str, hint: str | None) -> VcpuFailed:
+    return VcpuFailed(
+        f"{text}; this command may have changed something: `qmpvcpu vcpuinfo` shows it",
+        hint=hint,
+        libvirt="VIR_ERR_SYSTEM_ERROR",
+    )
