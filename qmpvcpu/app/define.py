@@ -79,7 +79,7 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
             described = await domain.describe_machine()
             # This finds what was plugged since QEMU was started, and what else its command line
             # does not show.
-            differs = await check_definition(domain, described.xml, None) if described.has_devices else []
+            differs = await check_definition(domain, described.xml) if described.has_devices else []
         data = renamed(described.xml, word)
         messages += [f"the definition does not hold {text}" for text in described.left_out]
         messages += [f"the guest differs from what the definition starts: {one.message}" for one in differs]

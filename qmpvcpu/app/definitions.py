@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from qmpvcpu.core.rules import catalogue
+from qmpvcpu.domain import backends
 from qmpvcpu.domain.connect import connect
 from qmpvcpu.errors import VcpuError, VcpuRefused
 from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, check_name
@@ -78,6 +79,24 @@ async def list_domains() -> list[ListedDomain]:
     """
     folder = DefinitionFolder()
     return await asyncio.gather(*(_look(folder, name) for name in sorted({*folder.names(), *running_names()})))
+
+
+async def list_libvirt(uri: str) -> list[ListedDomain]:
+    """Every domain of libvirt's at a URI.
+
+    Raises:
+        VcpuConnectionError: libvirt cannot be reached.
+    """
+    rows = []
+    for row in await backends.list_libvirt(uri):
+        current = maximum = trouble = None
+        try:
+            definition = read_domain(row.xml)[1]
+            current, maximum = len(definition.enabled_ids), definition.maxcpus
+        except VcpuRefused as error:
+            trouble = error.message
+        rows.append(ListedDomain(row.name, row.active, Addresses(), current, maximum, trouble))
+    return rows
 
 
 async def _look(folder: DefinitionFolder, name: str) -> ListedDomain:

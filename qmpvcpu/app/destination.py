@@ -5,14 +5,15 @@ with a name is started if it does not run.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from qmpvcpu.app.probes import ProbeMode
+from qmpvcpu.app.qemus import find_emulator
 from qmpvcpu.app.start import clean_up, launch_waiting
-from qmpvcpu.app.trust import Startable, of_file
 from qmpvcpu.app.twin import check_held, check_sides
+from qmpvcpu.core.machine.boot_arguments import qemu_arch
 from qmpvcpu.core.migration.cookie import Cookie
 from qmpvcpu.core.migration.status import last_words
 from qmpvcpu.core.rules import catalogue
@@ -24,6 +25,7 @@ from qmpvcpu.host.definition_files import Addresses, DefinitionFolder, require_n
 from qmpvcpu.host.ownership import Role
 from qmpvcpu.host.runtime import Runtime
 from qmpvcpu.xml.document import read_domain, renamed
+from qmpvcpu.xml.foreign import host_parts, without_placing, without_program
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,25 +128,84 @@ class Target:
         return [f"'{self.name}' is now defined as the guest runs, so that its name is known"]
 
 
+# -- what is trusted: from what a destination is started if the guest's XML comes from a file
+# ----------
+
+
 @dataclass(frozen=True, slots=True)
 class FromFile:
-    """A cookie was read from a file; `definition` is the one that this user had of the guest when
-    the file was written, if that is known.
+    """A cookie was read from a file: a saved guest, or a cookie of another process. `definition` is
+    the one that this user had of the guest when the file was written, if it is known, and if the
+    cookie has not been changed since.
     """
 
     definition: bytes | None
+
+
+@dataclass(frozen=True, slots=True)
+class Startable:
+    """A cookie whose XML may be started and defined. `devices` is the XML that has the program and
+    the devices; None: the cookie's own XML. `messages` name what of a file was left out.
+    """
+
+    cookie: Cookie
+    devices: bytes | None = None
+    messages: tuple[str, ...] = ()
+
+    @property
+    def definable(self) -> Cookie:
+        """The cookie with the XML that may be defined, and that says where on this host the guest's
+        threads run.
+        """
+        return self.cookie if self.devices is None else replace(self.cookie, xml=self.devices)
 
 
 async def startable(cookie: Cookie, name: str, file: FromFile | None) -> Startable:
     """From what a destination of that name is started; `file` is given if the cookie was read from
     a file.
 
+    What the user has defined is trusted. A file supplies the machine, CPUs, memory and addresses,
+    and never a program, a command line, a socket, a path or a place on the host. Those come from
+    the definition that the guest had when this user saved it, or that the user has of it now;
+    without such a definition a file that names them is refused.
+
     Raises:
-        VcpuRefused: the file names parts of a host, and no trusted definition has them.
+        VcpuRefused: the file names parts of a host, and no trusted definition has them; the error
+            names every part.
     """
     if file is None:
         return Startable(cookie)
-    return await of_file(cookie, (name, cookie.name), file.definition)
+    if file.definition is not None:
+        return Startable(replace(cookie, xml=file.definition))
+    trusted = _defined(cookie, (name, cookie.name))
+    definition = read_domain(trusted)[1] if trusted is not None else None
+    if found := host_parts(cookie.xml, definition):
+        raise catalogue.TRUST.error(parts=", ".join(found), name=cookie.name)
+    xml, left_out = without_placing(cookie.xml)
+    if trusted is not None:
+        return Startable(replace(cookie, xml=xml, persistent=None), trusted)
+    emulator = await find_emulator(
+        qemu_arch(read_domain(cookie.xml)[1]),
+        cookie.picture.version if cookie.picture is not None else None,
+    )
+    messages = (f"{', '.join(left_out)}: left out, as only a definition says where on this host a guest runs",)
+    xml = without_program(xml, emulator)
+    return Startable(replace(cookie, xml=xml, persistent=None), None, messages if left_out else ())
+
+
+def _defined(cookie: Cookie, names: Iterable[str]) -> bytes | None:
+    """The definition that the user has of this guest."""
+    folder = DefinitionFolder()
+    for name in names:
+        if folder.is_defined(name):
+            data = folder.file(name).read()
+            if read_domain(data)[1].uuid == cookie.uuid:
+                return data
+    return None
+
+
+# -- the QEMU
+# ------------------------------------------------------------------------------------------
 
 
 @asynccontextmanager

@@ -16,7 +16,6 @@ from typing import Final
 
 from qmpvcpu.aio import finish
 from qmpvcpu.app.boot import check_program, command_line
-from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.boot_arguments import qemu_arch
 from qmpvcpu.core.machine.comparison import (
@@ -73,16 +72,14 @@ class Checked:
     table: StreamTable | None = None
 
 
-async def check_definition(
-    source: Domain, xml: bytes, machine: str | None, *, mode: ProbeMode = ProbeMode.AUTO
-) -> list[Refusal]:
+async def check_definition(source: Domain, xml: bytes) -> list[Refusal]:
     """As `compare_with_twin`, without the parts that no definition can hold: `describe_machine`
     names those.
 
     Raises:
         VcpuConnectionError: the connection to the guest's QEMU is lost.
     """
-    checked = await compare_with_twin(source, xml, machine, mode=mode)
+    checked = await compare_with_twin(source, xml, None)
     return [one for one in checked.refusals if one.code != catalogue.NOT_IN_DEFINITION.code]
 
 
@@ -91,7 +88,6 @@ async def compare_with_twin(
     xml: bytes,
     machine: str | None,
     *,
-    mode: ProbeMode = ProbeMode.AUTO,
     with_table: bool = False,
 ) -> Checked:
     """Compare a running guest's machine with the one that a definition starts; nothing is changed.
@@ -100,7 +96,6 @@ async def compare_with_twin(
         source: the guest's domain, connected.
         xml: the definition, with the vCPUs that the guest has now.
         machine: the guest's own machine type, versioned.
-        mode: when a throwaway QEMU may be asked for the machine's topology.
         with_table: also read what the stream of the twin lists.
 
     Raises:
@@ -108,7 +103,7 @@ async def compare_with_twin(
     """
     state, there = await source.state(VcpuFlag.LIVE), await source.picture()
     try:
-        async with _twin(xml, machine, mode) as (qemu, domain, arguments):
+        async with _twin(xml, machine) as (qemu, domain, arguments):
             twin, now = await domain.state(VcpuFlag.LIVE), await domain.picture()
             now = replace(now, disks=await _disks_of(qemu, arguments))
             found = [_in_definition(one) for one in check_machine(machine_of(state), machine_of(twin))]
@@ -180,7 +175,7 @@ def _in_definition(refusal: Refusal) -> Refusal:
 
 @asynccontextmanager
 async def _twin(
-    xml: bytes, machine: str | None, mode: ProbeMode, more: Sequence[str] = ()
+    xml: bytes, machine: str | None, more: Sequence[str] = ()
 ) -> AsyncIterator[tuple[QemuProcess, Domain, list[str]]]:
     """Run a twin until the end of the body; yields its QEMU, its domain, and the arguments of the
     definition. `more` are further arguments of the twin.
@@ -189,7 +184,7 @@ async def _twin(
         VcpuRefused: such a definition cannot have a twin.
         VcpuFailed, VcpuConnectionError: its QEMU exited, or does not answer.
     """
-    emulator, given = await _started_with(xml, machine, mode)
+    emulator, given = await _started_with(xml, machine)
     if bound := bound_to_host(given):
         raise catalogue.NO_TWIN.error(words=", ".join(bound))
     async with run_qemu(emulator, ["-S", *hollow(given), *more], channels=(AGENT_CHARDEV,)) as qemu:
@@ -198,13 +193,13 @@ async def _twin(
             yield qemu, domain, given
 
 
-async def _started_with(xml: bytes, machine: str | None, mode: ProbeMode) -> tuple[str, list[str]]:
+async def _started_with(xml: bytes, machine: str | None) -> tuple[str, list[str]]:
     """The QEMU program of a definition, and its arguments. Raises VcpuRefused, VcpuFailed."""
     document, definition = read_domain(xml)
     if machine is not None:
         definition = replace(definition, machine=machine)
     check_program(definition)
-    line = await command_line(definition, mode=mode)
+    line = await command_line(definition)
     if line.probe.emulator is None:
         raise VcpuFailed(
             "; ".join(line.probe.messages),
@@ -273,9 +268,7 @@ def _read_ends(fd: int) -> tuple[bytes, bytes]:
     return bytes(head), bytes(tail[-TAIL_BYTES:])
 
 
-async def read_back(
-    xml: bytes, machine: str | None, file: int, offset: int, *, mode: ProbeMode = ProbeMode.AUTO
-) -> None:
+async def read_back(xml: bytes, machine: str | None, file: int, offset: int) -> None:
     """Have a second QEMU read a whole saved guest, and end that QEMU.
 
     Args:
@@ -283,13 +276,12 @@ async def read_back(
         machine: its machine type, versioned.
         file: a descriptor that is open for reading, positioned at `offset`.
         offset: bytes; where the stream begins.
-        mode: as for `check_definition`.
 
     Raises:
         VcpuFailed: QEMU cannot read the guest; the message has QEMU's words.
     """
     try:
-        async with _twin(xml, machine, mode, ("-incoming", "defer")) as (qemu, domain, _):
+        async with _twin(xml, machine, ("-incoming", "defer")) as (qemu, domain, _):
             try:
                 await domain.migration.read_saved(file, offset)
             except VcpuConnectionError as error:

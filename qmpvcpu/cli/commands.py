@@ -198,7 +198,7 @@ def _info_lines(state: DomainState) -> list[str]:
         head += " (this machine cannot unplug CPUs)"
     if state.threads_shared:
         head += ", all on one thread"
-    return [head, *render.topology(state), "", *render.vcpu_table(state, state.vcpus)]
+    return [head, *render.topology(state), "", *render.vcpu_table(state.vcpus)]
 
 
 async def _vcpucount(session: CommandSession) -> int:
@@ -344,15 +344,10 @@ async def _undefine(session: CommandSession) -> int:
 
 
 async def _list(session: CommandSession) -> int:
+    from qmpvcpu.app import definitions
+
     uri = session.options.connect
-    if uri is None:
-        from qmpvcpu.app.definitions import list_domains
-
-        found = await list_domains()
-    else:
-        from qmpvcpu.app.libvirt_domains import list_libvirt
-
-        found = await list_libvirt(uri)
+    found = await (definitions.list_domains() if uri is None else definitions.list_libvirt(uri))
     session.show({"domains": [row.to_json() for row in found]}, render.domains(found))
     return 0
 
@@ -392,7 +387,7 @@ async def _carry_out(session: CommandSession, request: Request) -> int:
         return session.show_outcome(result)
     session.warn(result.messages)
     session.show(
-        state.to_json() | {"vcpus": [row.to_json() for row in result.rows]}, render.vcpu_table(state, result.rows)
+        state.to_json() | {"vcpus": [row.to_json() for row in result.rows]}, render.vcpu_table(result.rows)
     )
     return result.outcome.exit_code
 

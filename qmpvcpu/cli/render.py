@@ -71,7 +71,7 @@ def slots(layout: MachineLayout, vcpus: Sequence[Vcpu]) -> list[str]:
     return columns(rows, right=frozenset((*range(1 + len(keys)), 2 + len(keys))))
 
 
-def vcpu_table(state: DomainState, vcpus: Iterable[Vcpu]) -> list[str]:
+def vcpu_table(vcpus: Iterable[Vcpu]) -> list[str]:
     """Return one row per vCPU, beginning with its place. Parts of the place that repeat the row
     above are blank.
     """

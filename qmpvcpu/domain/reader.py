@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import re
 import time
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Awaitable, Callable, Collection, Iterable, Mapping
 from contextlib import suppress
 from typing import Final, Protocol
 
@@ -316,6 +316,19 @@ def _good(replies: tuple[object, ...]) -> tuple[object, ...]:
         if isinstance(reply, BaseException):
             raise reply
     return replies
+
+
+async def answers_of(queries: Mapping[str, Awaitable[object]]) -> dict[str, object]:
+    """Return the replies; None for each query that this QEMU declines."""
+    answers = await asyncio.gather(*queries.values(), return_exceptions=True)
+    found: dict[str, object] = {}
+    for name, answer in zip(queries, answers, strict=True):
+        if isinstance(answer, VcpuConnectionError) or (
+            isinstance(answer, BaseException) and not isinstance(answer, Exception)
+        ):
+            raise answer
+        found[name] = None if isinstance(answer, Exception) else answer
+    return found
 
 
 def _text(monitor: Monitor, command: str, value: object) -> str:

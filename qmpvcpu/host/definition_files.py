@@ -288,9 +288,7 @@ def check_name(name: str) -> Refusal | None:
         what = "it has a control character in it"
     elif len(os.fsencode(file_name(name))) > _LONGEST_NAME:
         what = f"it is longer than {_LONGEST_NAME} bytes"
-    if what is None:
-        return None
-    return catalogue.NAME(name=name[:60], what=what)
+    return catalogue.NAME(name=name[:60], what=what) if what is not None else None
 
 
 def file_name(name: str) -> str:

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from qmpvcpu.app.boot import check_program, command_line
-from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.boot_arguments import qemu_arch
 from qmpvcpu.core.machine.hardware import hardware_args
@@ -206,7 +205,7 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
                 yield OurSide(domain, sent)
             return
         check_program(definition)
-        line = await command_line(definition, mode=ProbeMode.AUTO)
+        line = await command_line(definition)
         if line.probe.emulator is None:
             raise catalogue.NO_PROGRAM_TO_COMPARE.error(messages="; ".join(line.probe.messages))
         words = ["-S", *line.args.arguments]

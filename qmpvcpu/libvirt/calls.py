@@ -530,10 +530,8 @@ class LibvirtGuest:
 
     async def host_cpus(self) -> int:
         """The number of CPUs of its host."""
-        count: int = (await self.connection.query("virNodeGetCPUMap", lambda: self.connection.conn.getCPUMap(0)))[
-            0
-        ]
-        return count
+        found = await self.connection.query("virNodeGetCPUMap", lambda: self.connection.conn.getCPUMap(0))
+        return int(found[0])
 
     async def guest_vcpus(self) -> Mapping[str, Any]:
         """`virDomainGetGuestVcpus`: CPU lists under the keys `vcpus`, `online`, `offlinable`."""
@@ -586,10 +584,9 @@ class LibvirtGuest:
         """`virDomainQemuMonitorCommand`: send a QMP command, and return QEMU's reply, both as JSON.
         Blocks.
         """
-        reply: str = self.call(
-            _MONITOR_COMMAND, lambda: libvirt_qemu_module().qemuMonitorCommand(self.domain, line, 0)
+        return str(
+            self.call(_MONITOR_COMMAND, lambda: libvirt_qemu_module().qemuMonitorCommand(self.domain, line, 0))
         )
-        return reply
 
     def begin_monitor_command(self, line: str) -> asyncio.Future[str]:
         """`monitor_command_now` in a thread, in the order of the calls."""
@@ -603,12 +600,13 @@ class LibvirtGuest:
         """`virDomainQemuAgentCommand`: send a command to the agent, and return its reply, both as
         JSON.
         """
-        reply: str = await self.connection.ask_agent(
-            "virDomainQemuAgentCommand",
-            lambda: libvirt_qemu_module().qemuAgentCommand(self.domain, line, seconds, 0),
-            seconds + QUERY_SECONDS,
+        return str(
+            await self.connection.ask_agent(
+                "virDomainQemuAgentCommand",
+                lambda: libvirt_qemu_module().qemuAgentCommand(self.domain, line, seconds, 0),
+                seconds + QUERY_SECONDS,
+            )
         )
-        return reply
 
     def watch(
         self,

@@ -363,7 +363,7 @@ def _impacts(live: bool, config: bool) -> list[VcpuFlag]:
     return [flag for flag, on in ((VcpuFlag.LIVE, live), (VcpuFlag.CONFIG, config)) if on]
 
 
-async def list_domains(uri: str) -> Sequence[Row]:
+async def list_libvirt(uri: str) -> Sequence[Row]:
     """List every domain at a URI.
 
     Raises:

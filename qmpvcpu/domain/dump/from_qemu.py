@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Mapping
-from contextlib import suppress
+from collections.abc import Awaitable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -13,6 +12,7 @@ from qmpvcpu.core.definition import definition_of
 from qmpvcpu.core.machine.command_line import QemuCommandLine, read_command_line
 from qmpvcpu.core.machine.described import Described, MachineFacts, agrees, described, machine_facts
 from qmpvcpu.core.model import DomainState
+from qmpvcpu.domain.reader import answers_of
 from qmpvcpu.host.process import Process, command_line_of, folder_of
 from qmpvcpu.host.program import startable_program
 from qmpvcpu.ports import CommandError, Monitor
@@ -88,21 +88,12 @@ async def _uuid(monitor: Monitor) -> str | None:
     return found if isinstance(found, str) and len(found) == len(_NO_UUID) and found != _NO_UUID else None
 
 
-async def _answers(queries: Mapping[str, Awaitable[object]]) -> dict[str, object]:
-    """Return the replies by name, without those that this QEMU declines."""
-    replies: dict[str, object] = {}
-    for name, reply in queries.items():
-        with suppress(CommandError):
-            replies[name] = await reply
-    return replies
-
-
 async def _facts(monitor: Monitor, line: QemuCommandLine | None) -> tuple[MachineFacts, QemuCommandLine | None]:
     """Return the machine facts from QMP, and the command line if it can be this QEMU's."""
     names = ("query-memdev", "query-memory-devices", "query-memory-size-summary")
     queries: dict[str, Awaitable[object]] = {name: monitor.execute(name) for name in names}
     queries |= {name: monitor.qom_get("/machine", name) for name in ("memory", "memory-backend")}
-    replies = await _answers(queries)
+    replies = await answers_of(queries)
     facts = machine_facts(replies)
     known = line if agrees(line, facts) else None
     if known is not None and (not known.nodes or any(node.memdev or node.memory for node in known.nodes)):
@@ -112,4 +103,4 @@ async def _facts(monitor: Monitor, line: QemuCommandLine | None) -> tuple[Machin
         text: monitor.human_monitor_command(text) for text in ("info numa", "info mtree -f")
     }
     more["query-cpu-definitions"] = monitor.execute("query-cpu-definitions")
-    return machine_facts(replies | await _answers(more)), known
+    return machine_facts(replies | await answers_of(more)), known

@@ -18,6 +18,7 @@ from qmpvcpu.core.machine.comparison import (
     with_command_line,
 )
 from qmpvcpu.core.state.inventory import parse_version
+from qmpvcpu.domain.reader import answers_of
 from qmpvcpu.errors import VcpuConnectionError
 from qmpvcpu.host.process import Process, command_line_of, folder_of
 from qmpvcpu.ports import Monitor
@@ -61,7 +62,7 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
         "properties": _list(monitor, "/machine"),
         **{path: _list(monitor, path) for path in (*_ADDED, _OWN)},
     }
-    replies = await _all(queries)
+    replies = await answers_of(queries)
     summary = replies.get("summary")
     replies["memory"] = summary.get("base-memory") if isinstance(summary, dict) else None
     replies["machine"] = await _values(monitor, "/machine", replies.get("properties"))
@@ -71,7 +72,7 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
         replies["cpu"] = await _values(monitor, first, await _answer(_list(monitor, first)))
     rows = [row for row in _rows(replies.get("memdevs")) if isinstance(row, dict)]
     ids = [row["id"] for row in rows if isinstance(row.get("id"), str)]
-    access = {name: _all({key: monitor.qom_get(f"/objects/{name}", key) for key in _ACCESS}) for name in ids}
+    access = {name: answers_of({key: monitor.qom_get(f"/objects/{name}", key) for key in _ACCESS}) for name in ids}
     replies["backends"] = dict(zip(access, await asyncio.gather(*access.values()), strict=True))
     replies["added"] = [row for path in _ADDED for row in await _devices(monitor, path, replies.get(path))]
     replies["own"] = await _devices(monitor, _OWN, replies.get(_OWN))
@@ -104,19 +105,6 @@ def _list(monitor: Monitor, path: str) -> Awaitable[object]:
     return monitor.execute("qom-list", {"path": path})
 
 
-async def _all(queries: Mapping[str, Awaitable[object]]) -> dict[str, object]:
-    """Return the replies; None for each query that this QEMU declines."""
-    answers = await asyncio.gather(*queries.values(), return_exceptions=True)
-    found: dict[str, object] = {}
-    for name, answer in zip(queries, answers, strict=True):
-        if isinstance(answer, VcpuConnectionError) or (
-            isinstance(answer, BaseException) and not isinstance(answer, Exception)
-        ):
-            raise answer
-        found[name] = None if isinstance(answer, Exception) else answer
-    return found
-
-
 def _rows(listed: object) -> list[Any]:
     """Check the number of rows, because each row leads to a query."""
     if not isinstance(listed, list):
@@ -135,14 +123,14 @@ _MOST_ROWS: Final = 5000
 
 
 async def _answer(queries: Awaitable[object]) -> object:
-    return (await _all({"": queries}))[""]
+    return (await answers_of({"": queries}))[""]
 
 
 async def _values(monitor: Monitor, path: str, listed: object) -> dict[str, Any]:
     """Return every property of an object that has a plain type."""
     rows = [row for row in _rows(listed) if isinstance(row, dict)]
     names = [str(row.get("name")) for row in rows if row.get("type") in _VALUES]
-    return await _all({name: monitor.qom_get(path, name) for name in names})
+    return await answers_of({name: monitor.qom_get(path, name) for name in names})
 
 
 async def _devices(monitor: Monitor, path: str, listed: object) -> list[tuple[str, str]]:
@@ -165,7 +153,7 @@ async def _behind(monitor: Monitor, device: str) -> str | None:
     """Return the place of a device on a bus of another device that has an id. QEMU lists this place
     among its PCI devices only after the firmware has numbered that bus.
     """
-    replies = await _all({key: monitor.qom_get(device, key) for key in ("parent_bus", *_ADDRESSES)})
+    replies = await answers_of({key: monitor.qom_get(device, key) for key in ("parent_bus", *_ADDRESSES)})
     bus = replies["parent_bus"]
     match = _BUS.match(bus) if isinstance(bus, str) else None
     if match is None:
