@@ -154,7 +154,9 @@ class PendingFolder:
                 before = self.contexts()
                 now = before | more
                 if now != before:
-                    self._replace(_CONTEXTS, json.dumps({"gone": sorted(now.removed), "reported": now.is_reported}))
+                    self._replace(
+                        _CONTEXTS, json.dumps({"gone": sorted(now.removed), "reported": now.is_reported})
+                    )
 
     def _files(self) -> dict[str, list[PendingUnplug]]:
         """The unplugs in each file. A file that is not ours is ignored, and not removed."""
@@ -175,7 +177,9 @@ class PendingFolder:
         """
         self._replace(
             name,
-            json.dumps([[unplug.entity_id, unplug.qom_path, unplug.thread_id, unplug.requested] for unplug in unplugs]),
+            json.dumps(
+                [[unplug.entity_id, unplug.qom_path, unplug.thread_id, unplug.requested] for unplug in unplugs]
+            ),
         )
 
     def _replace(self, name: str, text: str) -> None:
