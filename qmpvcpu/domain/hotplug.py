@@ -36,7 +36,7 @@ class Hotplug:
         plan, state = planned.plan, planned.state
         self._moves = Moves(plan.plugs, plan.unplugs, plan.awaited, session.pending_unplugs.entity_ids)
         #: When each awaited unplug was requested, if that is known.
-        self._since = {entity.id: session.pending_unplugs.asked(entity.id) for entity in plan.awaited}
+        self._since = {entity.id: session.pending_unplugs.requested_at(entity.id) for entity in plan.awaited}
         terms = Terms(
             timeout,
             wait=plan.request.wait,

@@ -42,9 +42,9 @@ class PendingUnplugs:
         """Ids of the entities whose unplug is pending."""
         return frozenset(self._unplugs)
 
-    def asked(self, first: int) -> float | None:
+    def requested_at(self, entity_id: int) -> float | None:
         """When the unplug was requested, in seconds since the epoch."""
-        unplug = self._unplugs.get(first)
+        unplug = self._unplugs.get(entity_id)
         return None if unplug is None else unplug.requested
 
     @property
