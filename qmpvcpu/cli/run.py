@@ -239,7 +239,9 @@ def _check_descriptors() -> None:
 
 
 def _short_of(error: BaseException) -> VcpuError | None:
-    """Return the error to report if the host ran short of memory or descriptors; None for any other cause."""
+    """Return the error to report if the host ran short of memory or descriptors; None for any other
+    cause.
+    """
     cause: BaseException | None = error
     while cause is not None:
         if isinstance(cause, MemoryError):
