@@ -122,7 +122,7 @@ WRONG = {
         {"extra": [w.replace("0-3", "0-4").replace("4-7", "5-7") for w in NODES]},
         "NUMA node of vCPU 4: 1",
     ),
-    "other model": ({"extra": [*NODES, "-cpu", "max"]}, "is a: qemu64-x86_64-cpu at the source, max-x86_64-cpu"),
+    "other model": ({"extra": [*NODES, "-cpu", "max"]}, ": qemu64-x86_64-cpu at the source, max-x86_64-cpu"),
     "other machine": ({"extra": [*NODES, "-machine", "pc-q35-7.2"]}, "machine type: pc-q35-10.0"),
 }
 
@@ -565,7 +565,7 @@ async def test_a_destination_that_was_started_is_gone_when_it_cannot_take_it(sta
         ):
             await saving.move(domain, "two")
     assert await names() == {"one": True}
-    assert (await cli("destroy", "two", "--json")).json["error"]["message"] == "'two' does not run"
+    assert (await cli("destroy", "two", "--json")).json["error"]["message"] == "'two' is not running"
 
 
 async def test_interrupted_at_the_last_moment_by_name_the_guest_is_at_the_destination(started, monkeypatch):
