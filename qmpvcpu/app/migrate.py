@@ -17,7 +17,6 @@ from qmpvcpu.app.definitions import undefine
 from qmpvcpu.app.destination import FromFile, Target, Where, open_destination, startable
 from qmpvcpu.app.start import clean_up, remove_ended
 from qmpvcpu.core.migration.cookie import Cookie
-from qmpvcpu.core.migration.status import MigrationStatus
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import Domain
@@ -226,14 +225,3 @@ async def migrate_cancel(domain: Domain, *, force: bool = False) -> str:
     if check_name(domain.name) is None and Runtime(domain.name).pid() is None:
         await clean_up(domain.name)
     return done
-
-
-def describe_status(status: MigrationStatus) -> str:
-    """One line for a terminal."""
-    words = [f"{status.percent} %"] if status.percent is not None else [status.status]
-    if status.transferred is not None:
-        sent = status.transferred
-        words.append(f"{sent >> 20} MiB sent" if sent >= 10 << 20 else f"{sent >> 10} KiB sent")
-    if status.downtime is not None:
-        words.append(f"downtime {status.downtime} ms")
-    return ", ".join(words)

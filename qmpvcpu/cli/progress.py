@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager, suppress
+import time
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, suppress
 from typing import TYPE_CHECKING, Final
+
+from qmpvcpu.cli import render
 
 if TYPE_CHECKING:
     from qmpvcpu.cli.output import Output
+    from qmpvcpu.core.migration.status import MigrationStatus, Progress
 
 #: Seconds before the first progress is shown.
 _PATIENCE: Final = 1.0
+#: Seconds between two updates of the progress of a transfer.
+_TICK: Final = 0.2
 
 
 @asynccontextmanager
@@ -42,3 +48,23 @@ async def _tick(output: Output, what: str, limit: float | None) -> None:
     finally:
         if seconds:
             output.progress("\r\x1b[K")
+
+
+@contextmanager
+def transfer(output: Output) -> Iterator[Progress | None]:
+    """Show bytes, percent and downtime on one line of a terminal, and erase the line at the end."""
+    if not output.shows_progress:
+        yield None
+        return
+    last = 0.0
+
+    def show(status: MigrationStatus) -> None:
+        nonlocal last
+        if (now := time.monotonic()) >= last + _TICK:
+            last = now
+            output.progress(f"\r\x1b[Kmigrating: {render.status(status)} ")
+
+    try:
+        yield show
+    finally:
+        output.progress("\r\x1b[K")

@@ -14,6 +14,7 @@ from qmpvcpu.core.state.inventory import PLACE_PROPS
 if TYPE_CHECKING:
     from qmpvcpu.app.definitions import ListedDomain
     from qmpvcpu.core.machine.layout import MachineLayout
+    from qmpvcpu.core.migration.status import MigrationStatus
     from qmpvcpu.core.model import DomainState, Event, Outcome, Vcpu
     from qmpvcpu.core.planning.live import Plan
     from qmpvcpu.core.state.guest_view import GuestView
@@ -30,6 +31,22 @@ def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset(
         )
         lines.append("  ".join(cells).rstrip())
     return lines
+
+
+def info(state: DomainState) -> list[str]:
+    """Return what `vcpuinfo` shows: a head, the topology, and a row per vCPU."""
+    told: str | None = f"QEMU {state.version}"
+    if state.version is None or not state.version.major:
+        told = "the definition" if state.version is None else None
+    words = [word for word in (state.arch, state.machine, told, state.accel) if word]
+    head = f"{state.name}: {', '.join(words)}: {len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
+    if not state.can_plug:
+        head += " (this machine has no CPU hotplug)"
+    elif not state.can_unplug:
+        head += " (this machine cannot unplug CPUs)"
+    if state.threads_shared:
+        head += ", all on one thread"
+    return [head, *topology(state), "", *vcpu_table(state, state.vcpus)]
 
 
 def topology(state: DomainState) -> list[str]:
@@ -228,3 +245,14 @@ def plan(result: Plan) -> list[str]:
         lines = [f"refused: {refusal.message}" for refusal in result.refusals]
         lines += [f"  hint: {refusal.hint}" for refusal in result.refusals if refusal.hint]
     return lines
+
+
+def status(found: MigrationStatus) -> str:
+    """Return the progress of a migration in one line."""
+    words = [f"{found.percent} %"] if found.percent is not None else [found.status]
+    if found.transferred is not None:
+        sent = found.transferred
+        words.append(f"{sent >> 20} MiB sent" if sent >= 10 << 20 else f"{sent >> 10} KiB sent")
+    if found.downtime is not None:
+        words.append(f"downtime {found.downtime} ms")
+    return ", ".join(words)

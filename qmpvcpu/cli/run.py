@@ -10,7 +10,7 @@ from contextlib import suppress
 from typing import TYPE_CHECKING, Any, Final
 
 from qmpvcpu.cli.output import OutputLost
-from qmpvcpu.cli.parse import Help, build_parser, parse
+from qmpvcpu.cli.parse import Help, parse
 from qmpvcpu.cli.words import report
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.errors import VcpuError, VcpuFailed, VcpuUsageError
@@ -41,8 +41,6 @@ def run(arguments: list[str], output: Output, signals: Signals) -> int:
         options = parse(arguments)
         if debug:
             _debug_log(output)
-        if options.command == "completion":
-            return _completion(options, output)
         return _run_async(options, output, signals)
 
     return output.end(_ended(body, output, debug=debug))
@@ -76,19 +74,6 @@ def _ended(body: Callable[[], int], output: Output, *, debug: bool) -> int:
         return _report_bug(error, output) if known is None else report(known, output)
 
 
-def _completion(options: argparse.Namespace, output: Output) -> int:
-    try:
-        import shtab
-    except ImportError as error:
-        raise VcpuUsageError("completion needs the package shtab", hint="pip install 'qmpvcpu[cli]'") from error
-    script = shtab.complete(build_parser(), shell=options.shell)
-    if output.is_json:
-        output.document({"shell": options.shell, "script": script})
-    else:
-        output.write(script + "\n")
-    return 0
-
-
 class _Interrupted(Exception):
     """A signal has interrupted the command. `is_stream`: the command runs until it is interrupted,
     and prints only lines.
@@ -105,7 +90,7 @@ class _Interrupted(Exception):
 def _run_async(options: argparse.Namespace, output: Output, signals: Signals) -> int:
     import asyncio
 
-    from qmpvcpu.cli.commands import CommandSession, command
+    from qmpvcpu.cli.session import CommandSession
 
     session = CommandSession(options, output, lambda: signals.number is not None)
 
@@ -126,7 +111,7 @@ def _run_async(options: argparse.Namespace, output: Output, signals: Signals) ->
         signals.react = react
         if signals.number is not None:
             interrupt()
-        return await command(session)
+        return int(await options.run(session))
 
     runner = asyncio.Runner()
 

@@ -6,12 +6,10 @@ import json
 import os
 import re
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
 
 from lxml import etree
 
-from qmpvcpu.cli import parse as grammar
 from scripts.corpus_run.arguments import differences, read_args, read_words
 from scripts.corpus_run.emulators import emulator
 from scripts.corpus_run.files import DomainFile, parse
@@ -19,8 +17,6 @@ from scripts.corpus_run.finding import Finding
 from scripts.corpus_run.said import Said, said
 from tests.support.cli import Done, run_main
 
-#: Making the grammar takes three times as long as a command.
-grammar.build_parser = cache(grammar.build_parser)
 #: Exit codes of what is done and of what is refused.
 _DONE, _REFUSED = 0, 3
 #: The QEMU that is asked may die, as 10.0 does of 288 vCPUs under TCG.

@@ -10,8 +10,8 @@ from typing import Any
 from unittest.mock import patch
 
 import qmpvcpu
-from qmpvcpu.cli.commands import request_of
-from qmpvcpu.cli.parse import parse_request
+from qmpvcpu.cli.commands.compare import parse_request
+from qmpvcpu.cli.commands.vcpus import request_of
 from qmpvcpu.lab import libvirtd as module
 from qmpvcpu.lab.compare import Comparison, LibvirtSide, OurSide, SideOutcome, our_side
 from qmpvcpu.lab.libvirtd import Libvirtd as _Daemon

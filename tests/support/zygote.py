@@ -23,7 +23,8 @@ from tests.support.measured import measured
 _LENGTH = struct.Struct("!I")
 #: What most commands load.
 _MODULES = (
-    *("qmpvcpu.cli.run", "qmpvcpu.cli.commands", "qmpvcpu.cli.boot", "qmpvcpu.cli.migrate"),
+    *("qmpvcpu.cli.run", "qmpvcpu.cli.commands.counts", "qmpvcpu.cli.commands.vcpus"),
+    *("qmpvcpu.cli.commands.boot", "qmpvcpu.cli.commands.migrate", "qmpvcpu.cli.commands.watch"),
     *("qmpvcpu.domain.backends.libvirt", "qmpvcpu.domain.pin", "qmpvcpu.qemu.monitor", "qmpvcpu.qemu.agent"),
     *("qmpvcpu.app.start", "qmpvcpu.app.migrate", "qmpvcpu.app.definitions", "qmpvcpu.app.define"),
     *("qmpvcpu.app.saving", "qmpvcpu.app.doctor", "qmpvcpu.app.libvirt_schema"),

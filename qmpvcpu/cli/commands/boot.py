@@ -1,16 +1,17 @@
-"""The commands for guests that do not run yet."""
+"""`probe`, `boot-args`, `start` and `destroy`: a guest that does not run, and its start."""
 
 from __future__ import annotations
 
 import json
 import shlex
-from collections.abc import Awaitable, Callable
-from typing import TYPE_CHECKING, Final
 
+from qmpvcpu.app import start as app
 from qmpvcpu.app.boot import command_line, probe_domain, read_definition
 from qmpvcpu.app.probes import Probe, ProbeMode, find_layout, forget_probes
 from qmpvcpu.cli import render
+from qmpvcpu.cli.options import NO_PLACE, PROBE_MODE, Argument, choice, command, flag, seconds, value
 from qmpvcpu.cli.progress import waiting
+from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.core.machine.boot_arguments import BootStyle
 from qmpvcpu.core.machine.layout import MachineSpec
 from qmpvcpu.core.machine.numa import parse_numa
@@ -19,11 +20,32 @@ from qmpvcpu.core.machine.words import join_pairs, split_pairs
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.errors import VcpuUsageError
 
-if TYPE_CHECKING:
-    from qmpvcpu.cli.commands import CommandSession
+_GUEST = "its domain XML, or the name it is defined under"
+_EMULATOR = (value("--emulator", "PATH", "the QEMU program"), PROBE_MODE)
 
 
-async def _probe(session: CommandSession) -> int:
+def _machine_word(name: str, metavar: str, text: str) -> Argument:
+    """Keep the order of --machine and --smp, because QEMU merges -machine and -smp in their order."""
+
+    def named(word: str) -> tuple[str, str]:
+        return name, word
+
+    return value(f"--{name}", metavar, text, dest="words", action="append", default=[], type=named)
+
+
+@command(
+    value("word", "FILE|NAME", _GUEST, nargs="?"),
+    _machine_word("machine", "TYPE", "as QEMU's -machine: q35, pseries …"),
+    _machine_word("smp", "SMP", "as QEMU's -smp: 4,maxcpus=16,sockets=2 (default 1)"),
+    value("--cpu", "MODEL", "as QEMU's -cpu"),
+    choice("--accel", ("tcg", "kvm"), "as QEMU's -accel (default tcg)"),
+    value("--numa", "NUMA", "as QEMU's -numa", action="append", default=[]),
+    value("--arch", "ARCH", "QEMU's target, where the machine does not say it"),
+    *_EMULATOR,
+    flag("--refresh", "ask QEMU also if it has answered; alone: remove cached answers"),
+)
+async def probe(session: CommandSession) -> int:
+    """Show what the vCPUs of a guest will be."""
     options = session.options
     by_machine = [*options.words, options.cpu, options.accel, options.arch, *options.numa]
     mode = ProbeMode(options.probe)
@@ -68,7 +90,25 @@ def _without_accel(machine: str, accel: str | None) -> tuple[str, str]:
     return join_pairs(pairs.items(), "type"), inner or accel or "tcg"
 
 
-async def _boot_args(session: CommandSession) -> int:
+@command(
+    value("word", "FILE|NAME", _GUEST),
+    choice(
+        "--style",
+        ("device", "qmp"),
+        "vCPUs that -smp cannot express: as -device (default), or as QMP commands",
+        default="device",
+    ),
+    value(
+        "--incoming",
+        "URI",
+        "for a guest that migrates here (default defer)",
+        nargs="?",
+        const="defer",
+    ),
+    *_EMULATOR,
+)
+async def boot_args(session: CommandSession) -> int:
+    """Print QEMU's command line for a guest."""
     options = session.options
     definition, notes = read_definition(options.word)
     session.warn(notes)
@@ -109,12 +149,26 @@ def _lines(found: Probe) -> list[str]:
     return [*lines, "", *render.slots(layout, found.vcpus)]
 
 
-async def _start(session: CommandSession) -> int:
-    from qmpvcpu.app.start import start
+_NAME = value("word", "NAME", "the name that it is defined under")
 
+
+@command(
+    _NAME,
+    PROBE_MODE,
+    NO_PLACE,
+    value(
+        "--timeout",
+        "S",
+        "how long to wait for its machine (default 30)",
+        type=seconds,
+        default=30.0,
+    ),
+)
+async def start(session: CommandSession) -> int:
+    """Start a defined domain."""
     async with waiting(session.output, "starting QEMU"):
         options = session.options
-        done = await start(
+        done = await app.start(
             options.word, mode=ProbeMode(options.probe), timeout=options.timeout, place=not options.no_place
         )
     session.warn(done.messages)
@@ -124,19 +178,11 @@ async def _start(session: CommandSession) -> int:
     return 0
 
 
-async def _destroy(session: CommandSession) -> int:
-    from qmpvcpu.app.start import destroy
-
+@command(_NAME)
+async def destroy(session: CommandSession) -> int:
+    """End the QEMU of a domain."""
     async with waiting(session.output, "ending QEMU"):
-        done = await destroy(session.options.word)
+        done = await app.destroy(session.options.word)
     how = "killed: it did not end by itself" if done.killed else "ended"
     session.show(done.to_json(), [f"{done.name}: QEMU {done.pid} {how}"])
     return 0
-
-
-COMMANDS: Final[dict[str, Callable[[CommandSession], Awaitable[int]]]] = {
-    "probe": _probe,
-    "boot-args": _boot_args,
-    "start": _start,
-    "destroy": _destroy,
-}

@@ -1,58 +1,65 @@
-"""The commands that move a guest to another QEMU, or to a file and back."""
+"""`migrate` and its phases, `save` and `restore`: take a guest elsewhere, or to a file."""
 
 from __future__ import annotations
 
-import time
 from argparse import Namespace
-from collections.abc import Awaitable, Callable, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Final
 
 from qmpvcpu.app import migrate as app
 from qmpvcpu.app import saving
 from qmpvcpu.app.destination import Where
 from qmpvcpu.app.probes import ProbeMode
-from qmpvcpu.cli.progress import waiting
-from qmpvcpu.core.migration.status import MigrationStatus, Progress
+from qmpvcpu.cli import render
+from qmpvcpu.cli.options import (
+    DEST_HELP,
+    DEST_OR_NAME,
+    DOMAIN,
+    HANGS,
+    NO_PLACE,
+    PROBE_MODE,
+    WAIT,
+    command,
+    flag,
+    positive,
+    seconds,
+    value,
+)
+from qmpvcpu.cli.progress import transfer, waiting
+from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.domain.migration.sides import Transfer
 
-if TYPE_CHECKING:
-    from qmpvcpu.cli.commands import CommandSession
-    from qmpvcpu.cli.output import Output
-
-#: Seconds between two updates of the progress line.
-_TICK: Final = 0.2
-
-
-@contextmanager
-def _progress(output: Output) -> Iterator[Progress | None]:
-    """Show bytes, percent and downtime on one line of a terminal, and erase the line at the end."""
-    if not output.shows_progress:
-        yield None
-        return
-    last = 0.0
-
-    def show(status: MigrationStatus) -> None:
-        nonlocal last
-        if (now := time.monotonic()) >= last + _TICK:
-            last = now
-            output.progress(f"\r\x1b[Kmigrating: {app.describe_status(status)} ")
-
-    try:
-        yield show
-    finally:
-        output.progress("\r\x1b[K")
+_LEAVE = (flag("--persistent", "define it at the destination, too"), WAIT, HANGS)
+_MOVING = (
+    value("--bandwidth", "MIB", "MiB a second at most", type=positive),
+    value("--timeout", "S", "pause the guest if it has not converged after S seconds", type=seconds),
+)
+_WHERE = (
+    value("--uri", "URI", "where it listens: unix:PATH or tcp:HOST:PORT"),
+    NO_PLACE,
+    PROBE_MODE,
+)
+_PRINTED = "what migrate-begin has printed; - is standard input"
 
 
 def _where(options: Namespace, agent: str | None = None) -> Where:
+    """Return the destination that the options name."""
     return Where(options.dest, agent, place=not options.no_place, mode=ProbeMode(options.probe))
 
 
-async def _migrate(session: CommandSession) -> int:
+@command(
+    DOMAIN,
+    value("dest", "DEST", DEST_HELP),
+    value("--dest-agent", "ADDR", "the guest agent's socket there, where DEST is a socket"),
+    *_LEAVE,
+    flag("--undefine-source", "remove the source's definition afterwards"),
+    *_MOVING,
+    *_WHERE,
+)
+async def migrate(session: CommandSession) -> int:
+    """Take a running guest to another QEMU."""
     options = session.options
     async with session.connect() as source:
-        with _progress(session.output) as progress:
+        with transfer(session.output) as progress:
             done = await app.migrate(
                 source,
                 _where(options, options.dest_agent),
@@ -66,37 +73,41 @@ async def _migrate(session: CommandSession) -> int:
                 ),
             )
     session.warn(done.messages)
+    line = f"{options.domain}: runs at {options.dest} with vCPU {format_ids(done.vcpus)}"
     session.show(
         {**done.to_json(), "domain": options.domain, "destination": options.dest},
         [
-            f"{options.domain}: runs at {options.dest} with vCPU {format_ids(done.vcpus)}",
-            app.describe_status(done.status),
+            line,
+            render.status(done.status),
         ],
     )
     return 0
 
 
-async def _begin(session: CommandSession) -> int:
+@command(DOMAIN, *_LEAVE)
+async def migrate_begin(session: CommandSession) -> int:
+    """Print the cookie."""
     options = session.options
     async with session.connect() as source, waiting(session.output, "waiting for pending unplugs", options.wait):
         cookie = await source.migration.begin(
             persistent=options.persistent, wait=options.wait or 0.0, force=options.force
         )
     text = app.cookie_text(cookie)
-    session.show(
-        {
-            "outcome": "queried",
-            "name": cookie.name,
-            "uuid": cookie.uuid,
-            "features": sorted(cookie.features),
-            "cookie": text,
-        },
-        [text.rstrip()],
-    )
+    features = sorted(cookie.features)
+    document = {
+        "outcome": "queried",
+        "name": cookie.name,
+        "uuid": cookie.uuid,
+        "features": features,
+        "cookie": text,
+    }
+    session.show(document, [text.rstrip()])
     return 0
 
 
-async def _prepare(session: CommandSession) -> int:
+@command(value("cookie", "COOKIE", _PRINTED), DEST_OR_NAME, *_WHERE)
+async def migrate_prepare(session: CommandSession) -> int:
+    """Start or check the destination."""
     options = session.options
     cookie = app.load_cookie(options.cookie)
     async with waiting(session.output, "preparing the destination"):
@@ -106,11 +117,19 @@ async def _prepare(session: CommandSession) -> int:
     return 0
 
 
-async def _perform(session: CommandSession) -> int:
+@command(
+    DOMAIN,
+    value("uri", "URI", "what migrate-prepare has printed"),
+    HANGS,
+    value("--cookie", "COOKIE", "refuse unless the guest is still as this says"),
+    *_MOVING,
+)
+async def migrate_perform(session: CommandSession) -> int:
+    """Hand the guest over."""
     options = session.options
     cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
     async with session.connect() as source:
-        with _progress(session.output) as progress:
+        with transfer(session.output) as progress:
             status = await source.migration.perform(
                 options.uri,
                 cookie=cookie,
@@ -126,14 +145,18 @@ async def _perform(session: CommandSession) -> int:
         "downtime": status.downtime,
         "total_time": status.total_time,
     }
-    session.show(
-        document,
-        [f"{options.domain}: handed over, {app.describe_status(status)}", "migrate-finish lets it run there"],
-    )
+    lines = [f"{options.domain}: handed over, {render.status(status)}", "migrate-finish lets it run there"]
+    session.show(document, lines)
     return 0
 
 
-async def _finish(session: CommandSession) -> int:
+@command(
+    value("dest", "DEST", "its name, or its QMP socket"),
+    value("cookie", "COOKIE", f"{_PRINTED} (default: that of migrate-prepare)", nargs="?"),
+    flag("--force", "even if another side has claimed the guest"),
+)
+async def migrate_finish(session: CommandSession) -> int:
+    """Verify the guest, and let it run."""
     options = session.options
     cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
     state, runs = await app.migrate_finish(options.dest, cookie, force=options.force)
@@ -143,16 +166,26 @@ async def _finish(session: CommandSession) -> int:
     return 0
 
 
-async def _cancel(session: CommandSession) -> int:
+@command(DOMAIN, flag("--force", "even if the other side may have claimed the guest"))
+async def migrate_cancel(session: CommandSession) -> int:
+    """End a migration."""
     done = await app.migrate_cancel(session.connect(), force=session.options.force)
     session.show({"outcome": "applied", "changed": True, "message": done}, [f"{session.options.domain}: {done}"])
     return 0
 
 
-async def _save(session: CommandSession) -> int:
+@command(
+    DOMAIN,
+    value("file", "FILE", "it is replaced once the guest is in it, whole"),
+    WAIT,
+    flag("--verify", "have a second QEMU read the whole file before the first one ends"),
+    HANGS,
+)
+async def save(session: CommandSession) -> int:
+    """Write a running guest to a file."""
     options = session.options
     async with session.connect() as source:
-        with _progress(session.output) as progress:
+        with transfer(session.output) as progress:
             done = await saving.save(
                 source,
                 options.file,
@@ -162,14 +195,14 @@ async def _save(session: CommandSession) -> int:
                 verify=options.verify,
             )
     session.warn(done.messages)
-    session.show(
-        {**done.to_json(), "domain": options.domain},
-        [f"{options.domain}: saved to {done.file}, {done.size >> 20} MiB, with vCPU {format_ids(done.vcpus)}"],
-    )
+    line = f"{options.domain}: saved to {done.file}, {done.size >> 20} MiB, with vCPU {format_ids(done.vcpus)}"
+    session.show({**done.to_json(), "domain": options.domain}, [line])
     return 0
 
 
-async def _restore(session: CommandSession) -> int:
+@command(value("file", "FILE", "what `save` has written"), DEST_OR_NAME, NO_PLACE, PROBE_MODE)
+async def restore(session: CommandSession) -> int:
+    """Start a saved guest again."""
     options = session.options
     async with waiting(session.output, "restoring"):
         done = await saving.restore(options.file, _where(options))
@@ -178,15 +211,3 @@ async def _restore(session: CommandSession) -> int:
     lines = [f"{done.name}: {word} with vCPU {format_ids(done.vcpus)}", *(f"QMP: {path}" for path in done.qmp)]
     session.show(done.to_json(), lines)
     return 0
-
-
-COMMANDS: Final[dict[str, Callable[[CommandSession], Awaitable[int]]]] = {
-    "migrate": _migrate,
-    "migrate-begin": _begin,
-    "migrate-prepare": _prepare,
-    "migrate-perform": _perform,
-    "migrate-finish": _finish,
-    "migrate-cancel": _cancel,
-    "save": _save,
-    "restore": _restore,
-}

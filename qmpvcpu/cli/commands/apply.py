@@ -1,0 +1,39 @@
+"""`apply`: make the vCPUs of a guest what a document says."""
+
+from __future__ import annotations
+
+from qmpvcpu.app.definitions import read_document
+from qmpvcpu.cli.commands.vcpus import show_plan
+from qmpvcpu.cli.options import CHANGE, CRASHES, DOMAIN, IMPACT, command, value
+from qmpvcpu.cli.progress import waiting
+from qmpvcpu.cli.session import CommandSession
+from qmpvcpu.core.request import TIMEOUT
+from qmpvcpu.domain import Options
+
+
+@command(
+    DOMAIN,
+    value("file", "FILE", "domain XML, or <vcpus> alone"),
+    *IMPACT,
+    *CHANGE,
+    CRASHES,
+)
+async def apply(session: CommandSession) -> int:
+    """Make the vCPUs what a file says."""
+    options = session.options
+    xml = read_document(options.file)
+    async with session.connect() as domain:
+        given: Options = {
+            "live": options.live,
+            "config": options.config,
+            "timeout": options.timeout,
+            "wait": not options.no_wait,
+            "atomic": not options.no_wait,
+            "force": options.force,
+            "place": not options.no_place,
+        }
+        if options.dry_run:
+            return show_plan(session, await domain.plan_apply(xml, source=options.file, **given))
+        async with waiting(session.output, "waiting for the guest", options.timeout or TIMEOUT):
+            result = await session.finish(domain.apply(xml, source=options.file, **given))
+    return session.show_outcome(result)

@@ -1,0 +1,105 @@
+"""`compare`: our result and libvirt's, one after the other."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Mapping
+from difflib import unified_diff
+from typing import Any
+
+from qmpvcpu.app.definitions import read_document
+from qmpvcpu.cli.commands.vcpus import request_of
+from qmpvcpu.cli.options import command, flag, value
+from qmpvcpu.cli.parse import GLOBAL_DEFAULTS, parse, refuse_unheard
+from qmpvcpu.cli.progress import waiting
+from qmpvcpu.cli.session import CommandSession
+from qmpvcpu.errors import VcpuUsageError
+from qmpvcpu.lab import compare as lab
+
+
+def parse_request(words: list[str]) -> argparse.Namespace:
+    """Parse a request: `setvcpu` or `setvcpus` without DOMAIN. The default command is `setvcpu`.
+
+    Raises:
+        VcpuUsageError: the words are not such a request.
+    """
+    words = [word for word in words if word != "--"]
+    if all(word.startswith("-") for word in words):
+        raise VcpuUsageError("no request is given", hint="compare FILE setvcpu 5 --enable")
+    if words[0] not in ("setvcpu", "setvcpus"):
+        words = ["setvcpu", *words]
+    return parse([words[0], "DOMAIN", *words[1:]])
+
+
+def _read_request(found: argparse.Namespace, left: list[str]) -> list[str]:
+    """Parse the request, because argparse leaves everything after FILE to it."""
+    found.no_start |= "--no-start" in found.request
+    found.request = [word for word in found.request if word != "--no-start"]
+    found.asked = parse_request(found.request)
+    for name, default in GLOBAL_DEFAULTS.items():
+        # A global option after the request applies to the whole command.
+        if getattr(found.asked, name) != default:
+            setattr(found, name, getattr(found.asked, name))
+    refuse_unheard(found, "compare has guests of its own", ("agent", "qmp_log"))
+    if getattr(found.asked, "dry_run", False):
+        raise VcpuUsageError("compare carries out the request", hint="leave out --dry-run")
+    return left
+
+
+@command(
+    value("file", "DOMAIN-XML", "the guest; its <emulator> is started twice"),
+    flag("--no-start", "leave it shut off on both sides"),
+    value(
+        "request",
+        "REQUEST",
+        "setvcpu and setvcpus as they are, without DOMAIN: setvcpu 5 --enable",
+        nargs=argparse.REMAINDER,
+    ),
+    complete=_read_request,
+)
+async def compare(session: CommandSession) -> int:
+    """Run one request on both sides, and show the results."""
+    options = session.options
+    asked = options.asked
+    xml = read_document(options.file)
+    async with waiting(session.output, "comparing with libvirt"):
+        found = (await lab.compare(xml, [request_of(asked)], start=not options.no_start))[0]
+    session.show({"request": options.request, **found.to_json()}, lines_of(found))
+    return 0
+
+
+def lines_of(found: lab.Comparison) -> list[str]:
+    """Return the comparison as lines for a person."""
+    lines = []
+    for name, side in (("qmpvcpu", found.ours), ("libvirt", found.libvirt)):
+        code = f" ({side.error})" if side.error else ""
+        lines.append(f"{name}: {side.outcome}{code}, {side.seconds * 1000:.1f} ms")
+        if side.message:
+            lines.append(f"  {side.message}")
+        lines += [f"  > {_words(command)}" for command in side.commands]
+        lines.append("")
+    for word in ("live", "config"):
+        ours, theirs = getattr(found.ours, word), getattr(found.libvirt, word)
+        if ours is None and theirs is None:
+            continue
+        if ours == theirs:
+            lines += [f"{word}, both:", *(f"  {line}" for line in _short(ours))]
+        else:
+            lines += _diff(word, ours or (), theirs or ())
+    lines.append(f"differs: {', '.join(found.differs)}" if found.differs else "no difference")
+    return lines
+
+
+def _words(command: Mapping[str, Any]) -> str:
+    arguments = command.get("arguments")
+    return str(command["execute"]) + (f" {json.dumps(arguments)}" if arguments else "")
+
+
+def _short(lines: tuple[str, ...]) -> list[str]:
+    """Leave out disabled vCPUs."""
+    return [line for line in lines if "enabled='no'" not in line]
+
+
+def _diff(word: str, ours: tuple[str, ...], theirs: tuple[str, ...]) -> list[str]:
+    return list(unified_diff(ours, theirs, f"{word}, qmpvcpu", f"{word}, libvirt", lineterm="", n=0))
