@@ -10,34 +10,47 @@ if TYPE_CHECKING:
     from qmpvcpu.cli.session import CommandSession
 
 Run = Callable[["CommandSession"], Awaitable[int]]
-#: Completes what argparse has found, from the words that argparse did not understand; returns the
-#: words that are left.
-Complete = Callable[[argparse.Namespace, list[str]], list[str]]
 
 
 class Argument(NamedTuple):
-    """One option or positional argument of a command, as `add_argument` takes it."""
+    """One argument of a command: its names, and what `add_argument` takes for it.
+
+    Attributes:
+        is_word: whether a bare word gives it too, in the order of the command's arguments.
+        is_required: whether the command cannot do without it.
+    """
 
     names: tuple[str, ...]
     words: dict[str, Any]
+    is_word: bool = False
+    is_required: bool = False
 
 
 class Command(NamedTuple):
-    """One command: what it does, its options, its usage if argparse's would mislead, and what
-    completes the options.
+    """One command: what it does, its arguments, and whether its last one is all that follows the
+    first bare word, as it stands.
     """
 
     run: Run
     options: tuple[Argument, ...]
-    usage: str | None
-    complete: Complete | None
+    has_rest: bool
 
 
-def command(
-    *options: Argument, usage: str | None = None, complete: Complete | None = None
-) -> Callable[[Run], Command]:
+def command(*options: Argument, has_rest: bool = False) -> Callable[[Run], Command]:
     """Make a command of the function that carries it out; see `Command`."""
-    return lambda run: Command(run, options, usage, complete)
+    return lambda run: Command(run, options, has_rest)
+
+
+def argument(name: str, metavar: str, text: str, *, option: str = "", **words: Any) -> Argument:
+    """Return an argument that is given as a bare word, or after its option, as in virsh.
+
+    Args:
+        name: its name in the parsed options, and that of its option unless `option` is given.
+        words: what `add_argument` takes; with `default` the command can do without it.
+    """
+    is_required = "default" not in words
+    made = {"dest": name, "metavar": metavar, "help": text, **words}
+    return Argument((f"--{option or name}",), made, is_word=True, is_required=is_required)
 
 
 def flag(name: str, text: str, **words: Any) -> Argument:
@@ -46,12 +59,12 @@ def flag(name: str, text: str, **words: Any) -> Argument:
 
 
 def value(name: str, metavar: str, text: str, **words: Any) -> Argument:
-    """Return an option with a value, or a positional argument."""
+    """Return an option with a value."""
     return Argument((name,), {"metavar": metavar, "help": text, **words})
 
 
 def choice(name: str, choices: tuple[str, ...], text: str, **words: Any) -> Argument:
-    """Return an option with one of a few values, or a positional argument."""
+    """Return an option with one of a few values."""
     return Argument((name,), {"choices": choices, "help": text, **words})
 
 
@@ -80,7 +93,7 @@ def number(text: str) -> int:
     return int(text)
 
 
-DOMAIN = value("domain", "DOMAIN", "its name, the path of its QMP socket or of its XML")
+DOMAIN = argument("domain", "DOMAIN", "its name, the path of its QMP socket or of its XML")
 IMPACT = (
     flag("--live", "the running guest"),
     flag("--config", "the persistent definition, from the next boot"),
@@ -108,7 +121,7 @@ CRASHES = flag("--force", "also do what is known to crash QEMU")
 HANGS = flag("--force", "also do what is known to hang a guest")
 THROUGH_AGENT = flag("--guest", "through the guest agent: online and offline only")
 DEST_HELP = "a name, started here if it does not run, or the QMP socket of a QEMU with -incoming defer"
-DEST_OR_NAME = value("dest", "DEST", f"{DEST_HELP} (default: the guest's name)", nargs="?")
+DEST_OR_NAME = argument("dest", "DEST", f"{DEST_HELP} (default: the guest's name)", default=None)
 WAIT = value(
     "--wait",
     "S",

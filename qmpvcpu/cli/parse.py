@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Mapping
 from difflib import get_close_matches
-from typing import Any, Final, NoReturn
+from typing import Final, NoReturn
 
 from qmpvcpu.cli import commands
 from qmpvcpu.cli.options import Command
@@ -21,16 +20,7 @@ IDS is a list of vCPU ids: 5, 1-3,7 or 0-7,^2.
 exit codes: 0 done  2 usage  3 refused  4 the guest rejected it  5 pending  6 partial  7 no connection
             8 QEMU failed, undone  130/143 interrupted
 """
-#: Global options, which may stand before or after the command, and their defaults.
-GLOBAL_DEFAULTS: Final[Mapping[str, Any]] = {
-    "json": False,
-    "debug": False,
-    "agent": None,
-    "qmp_log": None,
-    "connect": None,
-    "via": None,
-}
-#: Those whose value is the next word.
+#: Global options whose value is the next word.
 _WITH_VALUE: Final = frozenset({"-c", "--connect", "--via", "--agent", "--qmp-log"})
 
 
@@ -54,7 +44,8 @@ def _help_of(command: str) -> str:
     return f"`{command} --help` shows what it takes"
 
 
-def _with_global_options(parser: argparse.ArgumentParser) -> None:
+def add_global_options(parser: argparse.ArgumentParser) -> None:
+    """Add the options that may stand before or after every command."""
     add = parser.add_argument_group("global options").add_argument
     add("--json", action="store_true", help="one JSON document on stdout")
     add("--debug", action="store_true", help="tracebacks and debug log on stderr")
@@ -83,17 +74,8 @@ def _main_parser() -> _Parser:
         allow_abbrev=False,
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
-    _with_global_options(parser)
+    add_global_options(parser)
     return parser
-
-
-def add_options(parser: argparse.ArgumentParser, command: Command) -> None:
-    """Add a command's own options, and the global ones, to its parser."""
-    for option in command.options:
-        parser.add_argument(*option.names, **option.words)
-    if command.usage is not None:
-        parser.usage = f"{parser.prog} {command.usage}"
-    _with_global_options(parser)
 
 
 def parse(arguments: list[str]) -> argparse.Namespace:
@@ -104,7 +86,7 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         VcpuUsageError: the arguments do not match the grammar.
         Help: --help is among the arguments.
     """
-    at = _place_of_command(arguments)
+    at = _first_word(arguments)
     if at is None:
         _main_parser().parse_args(arguments)
         raise VcpuUsageError("no command is given", hint=f"`{_PROGRAM} --help` lists them")
@@ -114,24 +96,64 @@ def parse(arguments: list[str]) -> argparse.Namespace:
         hint = f"did you mean {' or '.join(near)}? " if near else ""
         raise VcpuUsageError(f"there is no command '{name}'", hint=f"{hint}`{_PROGRAM} --help` lists them")
     command = commands.load(name)
-    parser = _Parser(prog=f"{_PROGRAM} {name}", description=commands.summary(name), allow_abbrev=False)
-    add_options(parser, command)
-    found, left = parser.parse_known_args([*arguments[:at], *arguments[at + 1 :]])
+    given, rest = [*arguments[:at], *arguments[at + 1 :]], []
+    if command.has_rest and (first := _first_word(given)) is not None:
+        given, rest = given[: first + 1], given[first + 1 :]
+    found = _parse_command(name, command, given, rest)
     found.command, found.run = name, command.run
-    if command.complete is not None:
-        left = command.complete(found, left)
-    if left:
-        text = f"unrecognized arguments: {' '.join(left)}"
-        raise VcpuUsageError(text, hint=_help_of(parser.prog))
     _check(found)
     return found
 
 
-def _place_of_command(arguments: list[str]) -> int | None:
-    """Return which of the arguments is the command: the first that is neither an option nor its value."""
+def _parse_command(name: str, command: Command, given: list[str], rest: list[str]) -> argparse.Namespace:
+    """Parse the arguments of one command. Each bare word is the value of the first argument that
+    takes one and has none, as in virsh.
+    """
+    words = [option for option in command.options if option.is_word]
+    metavars = [
+        option.words["metavar"] if option.is_required else f"[{option.words['metavar']}]" for option in words
+    ]
+    prog = f"{_PROGRAM} {name}"
+    parser = _Parser(
+        prog=prog,
+        usage=" ".join([prog, *metavars, "[OPTION]…"]),
+        description=commands.summary(name),
+        allow_abbrev=False,
+    )
+    group = parser.add_argument_group("arguments, as bare words or with their options")
+    for option in command.options:
+        (group if option.is_word else parser).add_argument(*option.names, **option.words)
+    add_global_options(parser)
+    if "--" in given:
+        at = given.index("--")
+        given, rest = given[:at], given[at + 1 :]
+    found, left = parser.parse_known_args(given)
+    missing = [option for option in words if getattr(found, option.words["dest"]) is None]
+    if command.has_rest:
+        setattr(found, missing.pop().words["dest"], rest)
+        rest = []
+    bare = [text for text in left if _is_bare(text)] + rest
+    filled = [f"{option.names[0]}={text}" for option, text in zip(missing, bare, strict=False)]
+    parser.parse_args(filled, found)
+    unknown = [text for text in left if not _is_bare(text)] + bare[len(missing) :]
+    if unknown:
+        parser.error(f"unrecognized arguments: {' '.join(unknown)}")
+    lacking = [option.words["metavar"] for option in missing[len(bare) :] if option.is_required]
+    if lacking:
+        parser.error(f"the following arguments are required: {', '.join(lacking)}")
+    return found
+
+
+def _is_bare(text: str) -> bool:
+    """Whether a word is not an option; `-` is standard input."""
+    return not text.startswith("-") or text == "-"
+
+
+def _first_word(arguments: list[str]) -> int | None:
+    """Return which of the arguments is the first that is neither an option nor its value."""
     at = 0
     while at < len(arguments):
-        if not arguments[at].startswith("-"):
+        if _is_bare(arguments[at]):
             return at
         at += 2 if arguments[at] in _WITH_VALUE else 1
     return None
@@ -150,12 +172,12 @@ def _check(found: argparse.Namespace) -> None:
         text = f"{found.command} is not for libvirt's domains"
         raise VcpuUsageError(text, hint=f"with -c URI there are {', '.join(commands.WITH_LIBVIRT)}")
     if found.command == "list":
-        refuse_unheard(found, "list asks libvirt alone", ("agent", "qmp_log", "via"))
+        refuse_unused(found, "list asks libvirt alone", ("agent", "qmp_log", "via"))
     if found.command == "doctor" and found.domain is None:
         raise VcpuUsageError("doctor with -c URI is about one domain", hint="doctor DOMAIN; or leave out -c URI")
 
 
-def refuse_unheard(found: argparse.Namespace, why: str, names: tuple[str, ...]) -> None:
+def refuse_unused(found: argparse.Namespace, why: str, names: tuple[str, ...]) -> None:
     """Raise VcpuUsageError for options that would be ignored."""
     given = [f"--{name.replace('_', '-')}" for name in names if getattr(found, name) is not None]
     if given:

@@ -35,10 +35,10 @@ def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset(
 
 def info(state: DomainState) -> list[str]:
     """Return what `vcpuinfo` shows: a head, the topology, and a row per vCPU."""
-    told: str | None = f"QEMU {state.version}"
+    source: str | None = f"QEMU {state.version}"
     if state.version is None or not state.version.major:
-        told = "the definition" if state.version is None else None
-    words = [word for word in (state.arch, state.machine, told, state.accel) if word]
+        source = "the definition" if state.version is None else None
+    words = [word for word in (state.arch, state.machine, source, state.accel) if word]
     head = f"{state.name}: {', '.join(words)}: {len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
     if not state.can_plug:
         head += " (this machine has no CPU hotplug)"
@@ -46,7 +46,7 @@ def info(state: DomainState) -> list[str]:
         head += " (this machine cannot unplug CPUs)"
     if state.threads_shared:
         head += ", all on one thread"
-    return [head, *topology(state), "", *vcpu_table(state, state.vcpus)]
+    return [head, *topology(state), "", *vcpu_table(state.vcpus)]
 
 
 def topology(state: DomainState) -> list[str]:

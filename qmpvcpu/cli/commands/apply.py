@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from qmpvcpu.app.definitions import read_document
 from qmpvcpu.cli.commands.vcpus import show_plan
-from qmpvcpu.cli.options import CHANGE, CRASHES, DOMAIN, IMPACT, command, value
+from qmpvcpu.cli.options import CHANGE, CRASHES, DOMAIN, IMPACT, argument, command
 from qmpvcpu.cli.progress import waiting
 from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.core.request import TIMEOUT
@@ -13,7 +13,7 @@ from qmpvcpu.domain import Options
 
 @command(
     DOMAIN,
-    value("file", "FILE", "domain XML, or <vcpus> alone"),
+    argument("file", "FILE", "domain XML, or <vcpus> alone"),
     *IMPACT,
     *CHANGE,
     CRASHES,

@@ -9,7 +9,7 @@ from qmpvcpu.app import start as app
 from qmpvcpu.app.boot import command_line, probe_domain, read_definition
 from qmpvcpu.app.probes import Probe, ProbeMode, find_layout, forget_probes
 from qmpvcpu.cli import render
-from qmpvcpu.cli.options import NO_PLACE, PROBE_MODE, Argument, choice, command, flag, seconds, value
+from qmpvcpu.cli.options import NO_PLACE, PROBE_MODE, Argument, argument, choice, command, flag, seconds, value
 from qmpvcpu.cli.progress import waiting
 from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.core.machine.boot_arguments import BootStyle
@@ -27,14 +27,14 @@ _EMULATOR = (value("--emulator", "PATH", "the QEMU program"), PROBE_MODE)
 def _machine_word(name: str, metavar: str, text: str) -> Argument:
     """Keep the order of --machine and --smp, because QEMU merges -machine and -smp in their order."""
 
-    def named(word: str) -> tuple[str, str]:
-        return name, word
+    def named(text: str) -> tuple[str, str]:
+        return name, text
 
     return value(f"--{name}", metavar, text, dest="words", action="append", default=[], type=named)
 
 
 @command(
-    value("word", "FILE|NAME", _GUEST, nargs="?"),
+    argument("word", "FILE|NAME", _GUEST, option="file", default=None),
     _machine_word("machine", "TYPE", "as QEMU's -machine: q35, pseries …"),
     _machine_word("smp", "SMP", "as QEMU's -smp: 4,maxcpus=16,sockets=2 (default 1)"),
     value("--cpu", "MODEL", "as QEMU's -cpu"),
@@ -91,7 +91,7 @@ def _without_accel(machine: str, accel: str | None) -> tuple[str, str]:
 
 
 @command(
-    value("word", "FILE|NAME", _GUEST),
+    argument("word", "FILE|NAME", _GUEST, option="file"),
     choice(
         "--style",
         ("device", "qmp"),
@@ -149,7 +149,7 @@ def _lines(found: Probe) -> list[str]:
     return [*lines, "", *render.slots(layout, found.vcpus)]
 
 
-_NAME = value("word", "NAME", "the name that it is defined under")
+_NAME = argument("domain", "NAME", "the name that it is defined under")
 
 
 @command(
@@ -169,7 +169,7 @@ async def start(session: CommandSession) -> int:
     async with waiting(session.output, "starting QEMU"):
         options = session.options
         done = await app.start(
-            options.word, mode=ProbeMode(options.probe), timeout=options.timeout, place=not options.no_place
+            options.domain, mode=ProbeMode(options.probe), timeout=options.timeout, place=not options.no_place
         )
     session.warn(done.messages)
     ids = format_ids(done.state.enabled_ids)
@@ -182,7 +182,7 @@ async def start(session: CommandSession) -> int:
 async def destroy(session: CommandSession) -> int:
     """End the QEMU of a domain."""
     async with waiting(session.output, "ending QEMU"):
-        done = await app.destroy(session.options.word)
+        done = await app.destroy(session.options.domain)
     how = "killed: it did not end by itself" if done.killed else "ended"
     session.show(done.to_json(), [f"{done.name}: QEMU {done.pid} {how}"])
     return 0

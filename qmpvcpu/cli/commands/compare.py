@@ -10,8 +10,8 @@ from typing import Any
 
 from qmpvcpu.app.definitions import read_document
 from qmpvcpu.cli.commands.vcpus import request_of
-from qmpvcpu.cli.options import command, flag, value
-from qmpvcpu.cli.parse import GLOBAL_DEFAULTS, parse, refuse_unheard
+from qmpvcpu.cli.options import argument, command, flag
+from qmpvcpu.cli.parse import parse, refuse_unused
 from qmpvcpu.cli.progress import waiting
 from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.errors import VcpuUsageError
@@ -24,48 +24,34 @@ def parse_request(words: list[str]) -> argparse.Namespace:
     Raises:
         VcpuUsageError: the words are not such a request.
     """
-    words = [word for word in words if word != "--"]
-    if all(word.startswith("-") for word in words):
+    words = [text for text in words if text != "--"]
+    if all(text.startswith("-") for text in words):
         raise VcpuUsageError("no request is given", hint="compare FILE setvcpu 5 --enable")
     if words[0] not in ("setvcpu", "setvcpus"):
         words = ["setvcpu", *words]
     return parse([words[0], "DOMAIN", *words[1:]])
 
 
-def _read_request(found: argparse.Namespace, left: list[str]) -> list[str]:
-    """Parse the request, because argparse leaves everything after FILE to it."""
-    found.no_start |= "--no-start" in found.request
-    found.request = [word for word in found.request if word != "--no-start"]
-    found.asked = parse_request(found.request)
-    for name, default in GLOBAL_DEFAULTS.items():
-        # A global option after the request applies to the whole command.
-        if getattr(found.asked, name) != default:
-            setattr(found, name, getattr(found.asked, name))
-    refuse_unheard(found, "compare has guests of its own", ("agent", "qmp_log"))
-    if getattr(found.asked, "dry_run", False):
-        raise VcpuUsageError("compare carries out the request", hint="leave out --dry-run")
-    return left
-
-
 @command(
-    value("file", "DOMAIN-XML", "the guest; its <emulator> is started twice"),
+    argument("file", "DOMAIN-XML", "the guest; its <emulator> is started twice"),
     flag("--no-start", "leave it shut off on both sides"),
-    value(
-        "request",
-        "REQUEST",
-        "setvcpu and setvcpus as they are, without DOMAIN: setvcpu 5 --enable",
-        nargs=argparse.REMAINDER,
-    ),
-    complete=_read_request,
+    argument("request", "REQUEST", "setvcpu and setvcpus without DOMAIN: setvcpu 5 --enable"),
+    has_rest=True,
 )
 async def compare(session: CommandSession) -> int:
     """Run one request on both sides, and show the results."""
     options = session.options
-    asked = options.asked
+    words = [text for text in options.request if text != "--no-start"]
+    request = parse_request(words)
+    for given in (options, request):
+        refuse_unused(given, "compare has guests of its own", ("agent", "qmp_log", "connect", "via"))
+    if request.dry_run:
+        raise VcpuUsageError("compare carries out the request", hint="leave out --dry-run")
+    is_started = not options.no_start and "--no-start" not in options.request
     xml = read_document(options.file)
     async with waiting(session.output, "comparing with libvirt"):
-        found = (await lab.compare(xml, [request_of(asked)], start=not options.no_start))[0]
-    session.show({"request": options.request, **found.to_json()}, lines_of(found))
+        found = (await lab.compare(xml, [request_of(request)], start=is_started))[0]
+    session.show({"request": words, **found.to_json()}, lines_of(found))
     return 0
 
 

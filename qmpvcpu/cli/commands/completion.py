@@ -6,13 +6,13 @@ import argparse
 from importlib import import_module
 
 from qmpvcpu.cli import commands
-from qmpvcpu.cli.options import choice, command
-from qmpvcpu.cli.parse import add_options
+from qmpvcpu.cli.options import argument, command
+from qmpvcpu.cli.parse import add_global_options
 from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.errors import VcpuUsageError
 
 
-@command(choice("shell", ("bash", "zsh", "fish"), "the shell"))
+@command(argument("shell", "SHELL", "bash, zsh or fish", choices=("bash", "zsh", "fish")))
 async def completion(session: CommandSession) -> int:
     """Print a completion script."""
     shell = session.options.shell
@@ -29,5 +29,12 @@ def _whole_grammar() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="qmpvcpu")
     rows = parser.add_subparsers(metavar="COMMAND")
     for name in commands.NAMES:
-        add_options(rows.add_parser(name, help=commands.summary(name)), commands.load(name))
+        row = rows.add_parser(name, help=commands.summary(name))
+        for option in commands.load(name).options:
+            if option.is_word:
+                known = {key: option.words[key] for key in ("help", "choices") if key in option.words}
+                row.add_argument(option.words["dest"], **known)
+            else:
+                row.add_argument(*option.names, **option.words)
+        add_global_options(row)
     return parser

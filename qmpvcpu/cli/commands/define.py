@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from qmpvcpu.app import define as app
 from qmpvcpu.app import definitions
-from qmpvcpu.cli.options import command, value
+from qmpvcpu.cli.options import argument, command, value
 from qmpvcpu.cli.session import CommandSession
 
 
 @command(
-    value("word", "FILE|NAME", "a file of domain XML, or a name"),
+    argument("word", "FILE|NAME", "a file of domain XML, or a name", option="file"),
     value(
         "--qmp",
         "ADDR",
@@ -29,10 +29,10 @@ async def define(session: CommandSession) -> int:
     return 0
 
 
-@command(value("word", "NAME", "the name that it is defined under"))
+@command(argument("domain", "NAME", "the name that it is defined under"))
 async def undefine(session: CommandSession) -> int:
     """Remove a domain's definition."""
-    name = session.options.word
+    name = session.options.domain
     kept = definitions.undefine(name)
     session.show({"domain": name, "kept": str(kept)}, [f"{name}: undefined; its last XML is {kept}"])
     return 0

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from qmpvcpu.app.definitions import list_domains
-from qmpvcpu.app.libvirt_domains import list_libvirt
+from qmpvcpu.app.definitions import list_domains, list_libvirt
 from qmpvcpu.app.libvirt_schema import against_libvirts_schema
 from qmpvcpu.cli import render
 from qmpvcpu.cli.options import DOMAIN, choice, command, flag

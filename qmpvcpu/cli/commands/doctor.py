@@ -6,11 +6,11 @@ from dataclasses import replace
 
 from qmpvcpu.app import doctor as app
 from qmpvcpu.app.twin import check_defined
-from qmpvcpu.cli.options import command, value
+from qmpvcpu.cli.options import argument, command
 from qmpvcpu.cli.session import CommandSession
 
 
-@command(value("domain", "DOMAIN", "what this guest can and cannot do", nargs="?"))
+@command(argument("domain", "DOMAIN", "what this guest can and cannot do", default=None))
 async def doctor(session: CommandSession) -> int:
     """Check this host, or a guest."""
     if session.options.domain is None:

@@ -17,6 +17,7 @@ from qmpvcpu.cli.options import (
     NO_PLACE,
     PROBE_MODE,
     WAIT,
+    argument,
     command,
     flag,
     positive,
@@ -48,7 +49,7 @@ def _where(options: Namespace, agent: str | None = None) -> Where:
 
 @command(
     DOMAIN,
-    value("dest", "DEST", DEST_HELP),
+    argument("dest", "DEST", DEST_HELP, option="desturi"),
     value("--dest-agent", "ADDR", "the guest agent's socket there, where DEST is a socket"),
     *_LEAVE,
     flag("--undefine-source", "remove the source's definition afterwards"),
@@ -105,7 +106,7 @@ async def migrate_begin(session: CommandSession) -> int:
     return 0
 
 
-@command(value("cookie", "COOKIE", _PRINTED), DEST_OR_NAME, *_WHERE)
+@command(argument("cookie", "COOKIE", _PRINTED), DEST_OR_NAME, *_WHERE)
 async def migrate_prepare(session: CommandSession) -> int:
     """Start or check the destination."""
     options = session.options
@@ -119,7 +120,7 @@ async def migrate_prepare(session: CommandSession) -> int:
 
 @command(
     DOMAIN,
-    value("uri", "URI", "what migrate-prepare has printed"),
+    argument("uri", "URI", "what migrate-prepare has printed"),
     HANGS,
     value("--cookie", "COOKIE", "refuse unless the guest is still as this says"),
     *_MOVING,
@@ -151,8 +152,8 @@ async def migrate_perform(session: CommandSession) -> int:
 
 
 @command(
-    value("dest", "DEST", "its name, or its QMP socket"),
-    value("cookie", "COOKIE", f"{_PRINTED} (default: that of migrate-prepare)", nargs="?"),
+    argument("dest", "DEST", "its name, or its QMP socket"),
+    argument("cookie", "COOKIE", f"{_PRINTED} (default: that of migrate-prepare)", default=None),
     flag("--force", "even if another side has claimed the guest"),
 )
 async def migrate_finish(session: CommandSession) -> int:
@@ -176,7 +177,7 @@ async def migrate_cancel(session: CommandSession) -> int:
 
 @command(
     DOMAIN,
-    value("file", "FILE", "it is replaced once the guest is in it, whole"),
+    argument("file", "FILE", "it is replaced once the guest is in it, whole"),
     WAIT,
     flag("--verify", "have a second QEMU read the whole file before the first one ends"),
     HANGS,
@@ -200,7 +201,7 @@ async def save(session: CommandSession) -> int:
     return 0
 
 
-@command(value("file", "FILE", "what `save` has written"), DEST_OR_NAME, NO_PLACE, PROBE_MODE)
+@command(argument("file", "FILE", "what `save` has written"), DEST_OR_NAME, NO_PLACE, PROBE_MODE)
 async def restore(session: CommandSession) -> int:
     """Start a saved guest again."""
     options = session.options

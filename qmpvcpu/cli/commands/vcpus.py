@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 from argparse import Namespace
 
 from qmpvcpu.cli import render
@@ -12,6 +11,7 @@ from qmpvcpu.cli.options import (
     DOMAIN,
     IMPACT,
     THROUGH_AGENT,
+    argument,
     command,
     flag,
     number,
@@ -30,7 +30,7 @@ from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuRefused, VcpuUsageError
 
 @command(
     DOMAIN,
-    value("ids", "IDS", "5, 1-3,7 or 0-7,^2; with --numa-node one node"),
+    argument("ids", "IDS", "5, 1-3,7 or 0-7,^2; with --numa-node one node", option="vcpulist"),
     flag("--enable", "plug them"),
     flag("--disable", "unplug them"),
     *IMPACT,
@@ -51,7 +51,7 @@ async def setvcpu(session: CommandSession) -> int:
 
 @command(
     DOMAIN,
-    value("total", "COUNT", "how many", type=positive),
+    argument("total", "COUNT", "how many", option="count", type=positive),
     *IMPACT,
     THROUGH_AGENT,
     flag("--maximum", "with --config: the maximum instead"),
@@ -107,7 +107,7 @@ async def _carry_out(session: CommandSession, request: Request) -> int:
         return session.show_outcome(result)
     session.warn(result.messages)
     document = state.to_json() | {"vcpus": [row.to_json() for row in result.rows]}
-    session.show(document, render.vcpu_table(state, result.rows))
+    session.show(document, render.vcpu_table(result.rows))
     return result.outcome.exit_code
 
 
@@ -118,31 +118,11 @@ def show_plan(session: CommandSession, planned: Plan) -> int:
     return OutcomeKind.REFUSED.exit_code if planned.refusals else 0
 
 
-def _fill_in(found: argparse.Namespace, words: list[str]) -> list[str]:
-    """Fill in the values that virsh accepts without their options, at any position."""
-    left = [word for word in words if word.startswith("-")]
-    for word in words:
-        if word in left:
-            continue
-        if found.vcpu is None:
-            try:
-                found.vcpu = number(word)
-            except argparse.ArgumentTypeError as error:
-                raise VcpuUsageError(f"vCPU: {error}", hint="vcpupin DOMAIN N CPUS") from None
-        elif found.cpulist is None:
-            found.cpulist = word
-        else:
-            left.append(word)
-    return left
-
-
 @command(
     DOMAIN,
-    value("--vcpu", "N", "the vCPU", type=number),
-    value("--cpulist", "CPUS", "host CPUs: 0-3,^2; r: all"),
+    argument("vcpu", "N", "the vCPU", type=number, default=None),
+    argument("cpulist", "CPUS", "host CPUs: 0-3,^2; r: all", default=None),
     *IMPACT,
-    usage="DOMAIN [[--vcpu] N] [[--cpulist] CPUS] [--live] [--config] [--current]",
-    complete=_fill_in,
 )
 async def vcpupin(session: CommandSession) -> int:
     """Show or set the host CPUs of a vCPU's thread."""
@@ -177,7 +157,7 @@ async def vcpupin(session: CommandSession) -> int:
 
 @command(
     DOMAIN,
-    value("--cpulist", "GUEST-IDS", "which ones to switch: 1, 1-3,5"),
+    argument("cpulist", "GUEST-IDS", "which ones to switch: 1, 1-3,5", default=None),
     flag("--enable", "take them online"),
     flag("--disable", "take them offline"),
 )
