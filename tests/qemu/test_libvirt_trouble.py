@@ -295,7 +295,7 @@ async def test_a_definition_that_cannot_follow_is_partial(daemon):
         try:
             run = await on(daemon, "setvcpu", "web1", "5", "--enable", "--live", "--config")
             assert run.code == 6 and run.json["changed_ids"] == [5], run.stdout
-            assert "stays plugged" in run.json["error"]["message"]
+            assert "stays so" in run.json["error"]["message"]
             assert "the definition is as it was" not in run.json["messages"]
             live, config = await side.sides()
             assert b"<vcpu id='5' enabled='yes'" in live

@@ -226,7 +226,7 @@ NO_UNPLUG = Reason(
 )
 UNSEEN = Reason(
     "unseen",
-    "vCPU {ids} is unplugged, but libvirt counts it as plugged",
+    "vCPU {ids} was unplugged, but libvirt did not notice",
     "plug it through QEMU's monitor: --via monitor (via='monitor')",
     _INVALID,
 )
