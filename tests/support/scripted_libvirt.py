@@ -56,7 +56,7 @@ class ScriptedGuest:
     def flags(self, **options):
         return 1
 
-    def is_held_now(self):
+    def is_busy(self):
         time.sleep(self.connects)
         return False
 
