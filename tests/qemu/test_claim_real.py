@@ -314,7 +314,7 @@ async def test_devices_are_those_that_ran(name, tmp_path):
     ("before", "after", "text"),
     [
         ("<memory unit='KiB'>131072<", "<memory unit='KiB'>262144<", "RAM block 'pc.ram'"),
-        (">Haswell-noTSX<", ">qemu64<", "vCPU 0-3 is a"),
+        (">Haswell-noTSX<", ">qemu64<", "the driver of vCPU 0-3:"),
         ("require' name='x2apic", "disable' name='x2apic", "CPU features: x2apic at the source"),
         ("virtio-rng-pci", "virtio-balloon-pci", "device virtio-rng-pci: 1 at the source, none in the definition"),
     ],
