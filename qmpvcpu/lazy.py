@@ -15,7 +15,7 @@ def lazy(package: str, homes: Mapping[str, tuple[str, ...]]) -> Callable[[str], 
         homes: for each file of the package, the names that are loaded from it.
     """
     home_of = {name: home for home, names in homes.items() for name in names}
-    # Loading a file puts it into the room under its own name.
+    # Importing a file sets an attribute of that name on the package, which would hide a lazy name.
     assert not home_of.keys() & homes.keys(), package
 
     def load(name: str) -> object:

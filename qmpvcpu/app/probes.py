@@ -291,9 +291,9 @@ async def _locked(cache: FileCache, name: str, deadline: float) -> AsyncIterator
         while (lock := next(filter(None, map(cache.try_lock, names)), None)) is None:
             if time.monotonic() >= deadline:
                 raise VcpuConnectionError(
-                    "other processes are still asking QEMUs",
+                    "no QEMU could be asked in time: other qmpvcpu processes are asking theirs",
                     reason="timeout",
-                    hint="try again when they are done",
+                    hint="try again later, or with --probe never",
                 )
             await asyncio.sleep(_PAUSE)
     except OSError:

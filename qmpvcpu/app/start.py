@@ -31,7 +31,7 @@ from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.cgroup.groups import VcpuGroups, remove_trees
 from qmpvcpu.host.definition_files import DefinitionFolder, require_name
 from qmpvcpu.host.process import process_of
-from qmpvcpu.host.runtime import SOCKETS, Runtime, end_process
+from qmpvcpu.host.runtime import AGENT, MONITORS, Runtime, end_process
 from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.launch import launch_qemu
 from qmpvcpu.qemu.monitor import connect_monitor
@@ -243,7 +243,7 @@ async def _launch(
     arguments = ["-S", "-name", f"guest={escaped(runtime.name)},debug-threads=on", *line.args.arguments]
     if definition.uuid is not None:
         arguments += ["-uuid", definition.uuid]
-    arguments += hardware_args(hardware, qemu_arch(definition), console=str(runtime.console), agent=SOCKETS[2])
+    arguments += hardware_args(hardware, qemu_arch(definition), console=str(runtime.console), agent=AGENT)
     prepared = asyncio.create_task(asyncio.to_thread(runtime.prepare))
     try:
         await finish(prepared)
@@ -259,8 +259,8 @@ async def _launch(
             arguments,
             runtime.folder,
             runtime.log,
-            monitors=SOCKETS[:2],
-            channels=SOCKETS[2:],
+            monitors=MONITORS,
+            channels=(AGENT,),
             timeout=timeout,
         )
     except BaseException:

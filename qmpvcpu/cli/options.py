@@ -6,6 +6,8 @@ import argparse
 from collections.abc import Awaitable, Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from qmpvcpu.flags import VcpuFlag
+
 if TYPE_CHECKING:
     from qmpvcpu.cli.session import CommandSession
 
@@ -130,3 +132,22 @@ WAIT = value(
     type=seconds,
     const=30.0,
 )
+
+_FLAGS = {
+    "enable": VcpuFlag.ENABLE,
+    "disable": VcpuFlag.DISABLE,
+    "live": VcpuFlag.LIVE,
+    "config": VcpuFlag.CONFIG,
+    "guest": VcpuFlag.GUEST,
+    "numa_node": VcpuFlag.NUMA_NODE,
+    "core": VcpuFlag.CORE,
+}
+
+
+def flags_of(options: argparse.Namespace) -> VcpuFlag:
+    """Return the flags that the options name."""
+    flags = VcpuFlag.CURRENT
+    for name, one in _FLAGS.items():
+        if getattr(options, name, False):
+            flags |= one
+    return flags

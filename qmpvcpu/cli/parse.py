@@ -20,7 +20,7 @@ IDS is a list of vCPU ids: 5, 1-3,7 or 0-7,^2.
 exit codes: 0 done  2 usage  3 refused  4 the guest rejected it  5 pending  6 partial  7 no connection
             8 QEMU failed, undone  130/143 interrupted
 """
-#: Global options whose value is the next word.
+#: Those of `add_global_options` whose value is the next word.
 _WITH_VALUE: Final = frozenset({"-c", "--connect", "--via", "--agent", "--qmp-log"})
 
 
@@ -109,9 +109,9 @@ def _parse_command(name: str, command: Command, given: list[str], rest: list[str
     """Parse the arguments of one command. Each bare word is the value of the first argument that
     takes one and has none, as in virsh.
     """
-    words = [option for option in command.options if option.is_word]
+    positionals = [option for option in command.options if option.is_word]
     metavars = [
-        option.words["metavar"] if option.is_required else f"[{option.words['metavar']}]" for option in words
+        option.words["metavar"] if option.is_required else f"[{option.words['metavar']}]" for option in positionals
     ]
     prog = f"{_PROGRAM} {name}"
     parser = _Parser(
@@ -128,11 +128,14 @@ def _parse_command(name: str, command: Command, given: list[str], rest: list[str
         at = given.index("--")
         given, rest = given[:at], given[at + 1 :]
     found, left = parser.parse_known_args(given)
-    missing = [option for option in words if getattr(found, option.words["dest"]) is None]
+    missing = [option for option in positionals if getattr(found, option.words["dest"]) is None]
     if command.has_rest:
-        setattr(found, missing.pop().words["dest"], rest)
+        last = missing.pop()
+        setattr(found, last.words["dest"], rest)
         rest = []
     bare = [text for text in left if _is_bare(text)] + rest
+    # argparse has no argument that is an option and a bare word: each bare word is parsed once more,
+    # after its option, which checks its type.
     filled = [f"{option.names[0]}={text}" for option, text in zip(missing, bare, strict=False)]
     parser.parse_args(filled, found)
     unknown = [text for text in left if not _is_bare(text)] + bare[len(missing) :]

@@ -5,28 +5,19 @@ from __future__ import annotations
 import asyncio
 from argparse import Namespace
 from collections.abc import Awaitable, Callable, Iterable
+from contextlib import AbstractAsyncContextManager, AbstractContextManager
 from typing import Any
 
 import qmpvcpu
-from qmpvcpu.cli import render
+from qmpvcpu.cli import progress, render
 from qmpvcpu.cli.output import Output
 from qmpvcpu.cli.words import in_options
+from qmpvcpu.core.migration.status import Progress
 from qmpvcpu.core.model import Outcome
 from qmpvcpu.domain import Domain, backends
 from qmpvcpu.domain.connect import connect
 from qmpvcpu.domain.interrupted import Interrupted
 from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuUsageError
-from qmpvcpu.flags import VcpuFlag
-
-_FLAGS = {
-    "enable": VcpuFlag.ENABLE,
-    "disable": VcpuFlag.DISABLE,
-    "live": VcpuFlag.LIVE,
-    "config": VcpuFlag.CONFIG,
-    "guest": VcpuFlag.GUEST,
-    "numa_node": VcpuFlag.NUMA_NODE,
-    "core": VcpuFlag.CORE,
-}
 
 
 class CommandSession:
@@ -68,6 +59,14 @@ class CommandSession:
             via=options.via or "api",
         )
         return self.domain
+
+    def waiting(self, what: str, limit: float | None = None) -> AbstractAsyncContextManager[None]:
+        """While the body runs, show on a terminal that the command waits; see `progress.waiting`."""
+        return progress.waiting(self.output, what, limit)
+
+    def transfer(self) -> AbstractContextManager[Progress | None]:
+        """While the body runs, show on a terminal how far a migration is; see `progress.transfer`."""
+        return progress.transfer(self.output)
 
     def interrupted(self) -> Interrupted:
         """Return what this run has left, if it is interrupted now."""
@@ -153,12 +152,3 @@ def _live_changes(end: Outcome | VcpuError) -> tuple[int, ...]:
     if isinstance(end, Outcome) and (end.live_changed_ids or end.config_changed_ids):
         return end.live_changed_ids
     return tuple(end.changed_ids)
-
-
-def flags_of(options: Namespace) -> VcpuFlag:
-    """Return the flags that the options name."""
-    flags = VcpuFlag.CURRENT
-    for name, flag in _FLAGS.items():
-        if getattr(options, name, False):
-            flags |= flag
-    return flags

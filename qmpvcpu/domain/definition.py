@@ -223,13 +223,13 @@ class ConfigChange:
             staged.discard()
 
 
-async def follow(change: ConfigChange, report: Report, what: str) -> None:
+async def follow(change: ConfigChange, report: Report, *, failure: str) -> None:
     """Commit the definition, if the guest's side has succeeded.
 
     Args:
         change: a staged change.
         report: the report of the guest's side; the result for the definition is added to it.
-        what: what was done to the guest, in words; `{}` stands for the vCPU ids.
+        failure: what was done to the guest if the definition cannot follow; `{}` is the vCPU ids.
     """
     if report.has_failed():
         if change.plan.writes and report.outcome not in (OutcomeKind.REFUSED, OutcomeKind.PARTIAL):
@@ -249,7 +249,7 @@ async def follow(change: ConfigChange, report: Report, what: str) -> None:
     except asyncio.CancelledError as error:
         raise leaving(error, Interrupted(changed_ids=live)) from error
     except (OSError, VcpuError) as error:
-        report.failed(_half_done(error, change.place, what.format(format_ids(live)), live), cause=error)
+        report.failed(_half_done(error, change.place, failure.format(format_ids(live)), live), cause=error)
     else:
         report.defined(change.plan.targets, change.plan.changed, written=change.plan.writes)
 

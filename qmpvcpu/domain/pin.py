@@ -96,7 +96,7 @@ async def change_pin(
         if config is None:
             report.defined((), (), written=False)
         else:
-            await follow(config, report, "vCPU {} is pinned")
+            await follow(config, report, failure="vCPU {} is pinned")
         return report.end(state, time.monotonic() - began)
     finally:
         if config is not None:

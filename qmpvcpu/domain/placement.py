@@ -38,13 +38,13 @@ class ThreadPlacement:
         self._threads = threads
         self._definition = definition
         self._has_layout = False
-        #: The vCPUs to plug and their placements, as `check` found them.
-        self._plugged: dict[int, Placement] = {}
+        #: Set by `check`: each vCPU that will be plugged -> its placement.
+        self._to_plug: dict[int, Placement] = {}
 
     @property
     def is_idle(self) -> bool:
         """After `check`: whether no vCPU to plug has a placement."""
-        return not self._plugged
+        return not self._to_plug
 
     def check(self, plan: Plan, state: DomainState) -> Plan:
         """Return the plan with the placements of the vCPUs that it plugs, and of enabled ones that
@@ -59,7 +59,7 @@ class ThreadPlacement:
         wanted |= self._left(plan, state)
         if not wanted:
             return plan
-        self._plugged = wanted
+        self._to_plug = wanted
         return replace(plan, placed=wanted).refused(
             check_placements(wanted, self._threads.facts(wanted.values()) if self._threads is not None else None)
         )
@@ -90,9 +90,9 @@ class ThreadPlacement:
         if self._threads is None or self.is_idle:
             return plan
         try:
-            self._threads.make_groups(self._plugged)
+            self._threads.make_groups(self._to_plug)
         except OSError as error:
-            return plan.refused([_no_group(self._plugged, error)])
+            return plan.refused([_no_group(self._to_plug, error)])
         return plan
 
     @asynccontextmanager
@@ -103,13 +103,13 @@ class ThreadPlacement:
         Raises:
             VcpuRefused: QEMU cannot be allowed to.
         """
-        nodes = sorted({node for placement in self._plugged.values() for node in placement.mems or ()})
+        nodes = sorted({node for placement in self._to_plug.values() for node in placement.mems or ()})
         widened = None
         if nodes and self._threads is not None:
             try:
                 widened = await _widen(self._threads, nodes)
             except OSError as error:
-                raise VcpuRefused([_no_group(self._plugged, error)], ids=plan.targets) from error
+                raise VcpuRefused([_no_group(self._to_plug, error)], ids=plan.targets) from error
         try:
             yield
         finally:
@@ -127,14 +127,14 @@ class ThreadPlacement:
         """
         if not plan.request.place or (self.is_idle and not plan.unplugs):
             return
-        left = [number for number in plan.unchanged if number in self._plugged]
+        left = [number for number in plan.unchanged if number in self._to_plug]
         wanted = self._wanted([*_came(before, now, plan), *left])
         if not wanted:
             return
         if now.threads_shared:
             # Only a second vCPU shows that threads are shared.
-            if self._threads is not None and self._plugged:
-                self._threads.remove_groups(self._plugged, now.enabled_ids)
+            if self._threads is not None and self._to_plug:
+                self._threads.remove_groups(self._to_plug, now.enabled_ids)
             if _SHARED not in report.messages:
                 report.messages.append(_SHARED)
             return
@@ -157,7 +157,7 @@ class ThreadPlacement:
     ) -> tuple[dict[int, ThreadState], dict[str, list[int]]]:
         """Return what the threads have afterwards, and why some could not be given their placement."""
         failed: dict[str, list[int]] = {}
-        taken_back = {number: wanted[number] for number in wanted if number not in self._plugged}
+        taken_back = {number: wanted[number] for number in wanted if number not in self._to_plug}
         if taken_back and self._threads is not None:
             try:
                 self._threads.make_groups(taken_back)

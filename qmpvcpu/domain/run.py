@@ -81,9 +81,9 @@ async def run(scope: Scope, request: Request) -> Outcome:
     plan = planned.plan.refused(scope.preconditions)
     if scope.placing is not None:
         plan = scope.placing.check(plan, planned.state)
-    config, plan = _planned(scope.definition, plan) if scope.definition is not None else (None, plan)
+    config, plan = _plan_definition(scope.definition, plan) if scope.definition is not None else (None, plan)
     try:
-        plan = await _prepared(scope, config, plan)
+        plan = await _prepare(scope, config, plan)
         if plan.refusals:
             await _refuse(scope.session, plan, began)
         report = Report(plan.targets, plan)
@@ -92,7 +92,7 @@ async def run(scope: Scope, request: Request) -> Outcome:
         except VcpuError as error:
             report.failed(error)
         if config is not None:
-            await follow(config, report, "vCPU {} is changed")
+            await follow(config, report, failure="vCPU {} is changed")
         return report.end(scope.session.state, time.monotonic() - began)
     finally:
         if config is not None:
@@ -138,7 +138,7 @@ async def run_on_definition(
 def with_config(plan: Plan, definition: DefinitionHandle, *, live: bool) -> Plan:
     """Add to a plan what it changes in the definition."""
     if live:
-        config, plan = _planned(definition, plan)
+        config, plan = _plan_definition(definition, plan)
     else:
         config = definition.plan(plan.request)
         plan = plan.refused(check_request(plan.request)).with_config(config.plan, alone=True)
@@ -149,7 +149,7 @@ def with_config(plan: Plan, definition: DefinitionHandle, *, live: bool) -> Plan
 # -- check and prepare --------------------------------------------------------------------------------
 
 
-def _planned(definition: DefinitionHandle, plan: Plan) -> tuple[ConfigChange, Plan]:
+def _plan_definition(definition: DefinitionHandle, plan: Plan) -> tuple[ConfigChange, Plan]:
     # A count is reached on each side by itself. Ids are those that the plan for the running guest has chosen.
     ids = None if plan.request.total is not None else plan.targets
     try:
@@ -159,7 +159,7 @@ def _planned(definition: DefinitionHandle, plan: Plan) -> tuple[ConfigChange, Pl
     return config, plan.with_config(config.plan, alone=False)
 
 
-async def _prepared(scope: Scope, config: ConfigChange | None, plan: Plan) -> Plan:
+async def _prepare(scope: Scope, config: ConfigChange | None, plan: Plan) -> Plan:
     """Write the next definition next to the old one and make cgroups, so that any obstacle shows
     before the guest is touched.
     """
@@ -196,8 +196,8 @@ async def _act(scope: Scope, planned: Planned, report: Report, began: float) -> 
         before = await guest.before_plug(planned.state)
     hotplug = Hotplug(session, planned, await _timeout(session, plan)) if plan.moves_cpus else None
     if hotplug is not None:
-        await _placed(scope, planned, hotplug, report)
-        with leaves(lambda: _left(session, plan, report)):
+        await _hotplug_and_place(scope, planned, hotplug, report)
+        with leaves(lambda: _remains(session, plan, report)):
             await _look_into_failure(session, planned, report)
     else:
         report.found_unchanged(plan)
@@ -209,7 +209,7 @@ async def _act(scope: Scope, planned: Planned, report: Report, began: float) -> 
     else:
         plugs = hotplug.plugs if hotplug is not None else frozenset()
         try:
-            with leaves(lambda: _left(session, plan, report, but=plugs)):
+            with leaves(lambda: _remains(session, plan, report, but=plugs)):
                 await switch_planned(session, guest, plan, planned.known.guest, report)
                 if plan.request.wait and not report.has_failed():
                     left = max(plan.request.patience - (time.monotonic() - began), 0.0)
@@ -231,7 +231,7 @@ async def _timeout(session: Session, plan: Plan) -> float:
     return request.patience
 
 
-async def _placed(scope: Scope, planned: Planned, hotplug: Hotplug, report: Report) -> None:
+async def _hotplug_and_place(scope: Scope, planned: Planned, hotplug: Hotplug, report: Report) -> None:
     """Plug and unplug, and place the threads. The cgroups of vCPUs that left, or did not come, are removed."""
     session, plan = scope.session, planned.plan
     ids = [number for entity in (*plan.awaited, *plan.plugs, *plan.unplugs) for number in entity.ids]
@@ -246,7 +246,7 @@ async def _placed(scope: Scope, planned: Planned, hotplug: Hotplug, report: Repo
     if report.outcome is not OutcomeKind.APPLIED:
         # The cause of the failure may also have changed the cached state, so the next call refreshes it.
         session.stale = True
-    with leaves(lambda: _left(session, plan, report)):
+    with leaves(lambda: _remains(session, plan, report)):
         await _wait_groups_removed(session, ids)
 
 
@@ -296,14 +296,14 @@ async def _count_again(scope: Scope, planned: Planned, report: Report, began: fl
     session.stale = True
     more: Outcome | VcpuError
     try:
-        with leaves(lambda: _left(session, planned.plan, report)):
+        with leaves(lambda: _remains(session, planned.plan, report)):
             more = await run(replace(scope, definition=None), replace(request, timeout=left))
     except VcpuError as error:
         more = error
     report.goes_on(session.state, more)
 
 
-def _left(session: Session, plan: Plan, report: Report, but: frozenset[int] = frozenset()) -> Interrupted:
+def _remains(session: Session, plan: Plan, report: Report, but: frozenset[int] = frozenset()) -> Interrupted:
     """Return what a call that is cancelled now has left, except for the vCPUs in `but`."""
     requested = {number for entity in plan.unplugs for number in entity.ids}
     removed = {

@@ -24,7 +24,8 @@ from qmpvcpu.host.owners import NotOurs, check_folder, make_folder, trusted_fold
 from qmpvcpu.kinds import open_file
 
 #: Two monitors, since one socket takes one client, and the guest agent.
-SOCKETS: Final = ("qmp", "qmp2", "agent")
+MONITORS: Final = ("qmp", "qmp2")
+AGENT: Final = "agent"
 #: unix(7): sun_path has 108 bytes, one of them for the terminating zero.
 _LONGEST: Final = 107
 #: The file contains nothing but a number.
@@ -53,7 +54,11 @@ def _runtime_path() -> Path:
 
 
 class Runtime:
-    """The runtime folder of one guest; `name` must be one that `check_name` accepts."""
+    """The runtime folder of one guest; `name` must be one that `check_name` accepts.
+
+    Raises:
+        VcpuRefused: another user can write to the folder above it.
+    """
 
     def __init__(self, name: str) -> None:
         self.name = name
@@ -61,7 +66,7 @@ class Runtime:
         # `file_name` ensures that no name leads to another folder, such as the one above.
         file = file_name(name)
         self.folder = base / file
-        if len(os.fsencode(self.folder)) + 1 + max(map(len, SOCKETS)) > _LONGEST:
+        if len(os.fsencode(self.folder)) + 1 + max(map(len, (*MONITORS, AGENT))) > _LONGEST:
             # The path of a socket must be short, so use a folder in the system's temporary folder.
             digest = hashlib.sha256(os.fsencode(self.folder)).hexdigest()[:16]
             self.folder = Path(tempfile.gettempdir()) / f"qmpvcpu-{os.geteuid()}-{digest}"
@@ -74,12 +79,12 @@ class Runtime:
     @property
     def qmp(self) -> tuple[str, ...]:
         """Addresses of its monitors."""
-        return tuple(str(self.folder / name) for name in SOCKETS[:2])
+        return tuple(str(self.folder / name) for name in MONITORS)
 
     @property
     def agent(self) -> str:
         """Address of its guest agent."""
-        return str(self.folder / "agent")
+        return str(self.folder / AGENT)
 
     @property
     def pidfile(self) -> Path:

@@ -81,15 +81,19 @@ def text_of(error: libvirt.libvirtError) -> str:
 def connection_error(error: libvirt.libvirtError, uri: str) -> VcpuConnectionError:
     """The error for an attempt to connect that failed."""
     name, text = name_of(error.get_error_code()), text_of(error)
-    missing = "No such file or directory" in text or "Connection refused" in text
+    reason, hint = "other", f"see whether `virsh -c {uri} version` works"
+    if "No such file or directory" in text or "Connection refused" in text:
+        reason = "missing"
+        hint = f"start libvirt's daemon there (systemctl start libvirtd); {hint}"
+    elif "AUTH" in name or "denied" in text.lower():
+        reason = "denied"
+        hint = f"run it as root, or as a member of the group libvirt; {hint}"
     return VcpuConnectionError(
         f"libvirt at '{uri}' cannot be reached: {text}",
         address=uri,
-        reason="missing" if missing else "denied" if "AUTH" in name or "denied" in text.lower() else "other",
+        reason=reason,
         libvirt=name,
-        hint="start its daemon (systemctl start libvirtd), and try `virsh -c URI version`"
-        if missing
-        else "try `virsh -c URI version`",
+        hint=hint,
     )
 
 

@@ -340,7 +340,7 @@ async def _end(process: Child) -> None:
     await finish(process.wait())
 
 
-# -- folders of throwaway guests: removed at the end, or after a kill when the next one is made ------
+# -- folders of throwaway guests: what a kill has left is removed when the next one is made ----------
 
 
 @contextmanager

@@ -289,7 +289,7 @@ def listed(*rows):
 @pytest.mark.parametrize(
     ("data", "texts"),
     [
-        (b"<network/>", ["line 1: <network> is not <domain>"]),
+        (b"<network/>", ["line 1: the document is a <network>, not a <domain>"]),
         (b"<domain/>", ["line 1: the domain has no <name>"]),
         (domain("", "<vcpu>0</vcpu>"), ["line 3: <vcpu> 0 is out of range: it must be 1 to 16384"]),
         (domain("", "<vcpu>many</vcpu>"), ["<vcpu> 'many' is not a number"]),

@@ -68,6 +68,6 @@ def function_imports(path: Path) -> list[str]:
 
 
 def test_only_the_command_line_and_the_face_import_inside_of_functions():
-    may = {PRODUCT / "__init__.py", *(PRODUCT / "cli").glob("*.py")}
+    may = {PRODUCT / "__init__.py", *(PRODUCT / "cli").rglob("*.py")}
     found = {str(path): function_imports(path) for path in PRODUCT.rglob("*.py") if path not in may}
     assert {name: imports for name, imports in found.items() if imports} == {}

@@ -11,6 +11,7 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import Outcome, OutcomeKind, Props, Refusal, Vcpu
+from qmpvcpu.cli import commands
 
 
 def loaded(code):
@@ -28,8 +29,9 @@ def test_version_loads_nothing_it_does_not_need():
     assert not {"asyncio", "lxml", "qemu.qmp", "importlib.metadata", "argparse"} & modules
 
 
-def test_help_loads_no_engine():
-    code = "sys.argv = ['qmpvcpu', 'setvcpu', '--help']\nfrom qmpvcpu.cli import main\n"
+@pytest.mark.parametrize("name", commands.NAMES)
+def test_help_loads_no_engine(name):
+    code = f"sys.argv = ['qmpvcpu', {name!r}, '--help']\nfrom qmpvcpu.cli import main\n"
     code += "try: main()\nexcept SystemExit: 0"
     assert not {"asyncio", "lxml", "qemu.qmp", "importlib.metadata", "shtab"} & loaded(code)
 

@@ -144,6 +144,13 @@ def test_the_machine_tells_its_target(machine, target):
     assert architecture_of_machine(machine) is architecture(target)
 
 
+@pytest.mark.parametrize("family", versions._OLDEST_TYPES)
+def test_what_is_known_of_a_machine_family_is_known_of_one_architecture(family):
+    """Two targets that are one in this (i386 and x86_64) have one pattern. Others need tables of their own."""
+    patterns = {row.hotplug_machines for row in ROWS if row.computes(f"{family}-9.0")}
+    assert len(patterns) == 1
+
+
 def test_a_machine_that_several_targets_have_tells_none():
     assert architecture_of_machine("virt") is None
 

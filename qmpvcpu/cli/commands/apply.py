@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from qmpvcpu.app.definitions import read_document
+from typing import TYPE_CHECKING
+
 from qmpvcpu.cli.commands.vcpus import show_plan
 from qmpvcpu.cli.options import CHANGE, CRASHES, DOMAIN, IMPACT, argument, command
-from qmpvcpu.cli.progress import waiting
-from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.core.request import TIMEOUT
-from qmpvcpu.domain import Options
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.session import CommandSession
+    from qmpvcpu.domain import Options
 
 
 @command(
@@ -20,6 +22,8 @@ from qmpvcpu.domain import Options
 )
 async def apply(session: CommandSession) -> int:
     """Make the vCPUs what a file says."""
+    from qmpvcpu.app.definitions import read_document
+
     options = session.options
     xml = read_document(options.file)
     async with session.connect() as domain:
@@ -34,6 +38,6 @@ async def apply(session: CommandSession) -> int:
         }
         if options.dry_run:
             return show_plan(session, await domain.plan_apply(xml, source=options.file, **given))
-        async with waiting(session.output, "waiting for the guest", options.timeout or TIMEOUT):
+        async with session.waiting("waiting for the guest", options.timeout or TIMEOUT):
             result = await session.finish(domain.apply(xml, source=options.file, **given))
     return session.show_outcome(result)

@@ -4,14 +4,10 @@ from __future__ import annotations
 
 import json
 import shlex
+from typing import TYPE_CHECKING
 
-from qmpvcpu.app import start as app
-from qmpvcpu.app.boot import command_line, probe_domain, read_definition
-from qmpvcpu.app.probes import Probe, ProbeMode, find_layout, forget_probes
 from qmpvcpu.cli import render
 from qmpvcpu.cli.options import NO_PLACE, PROBE_MODE, Argument, argument, choice, command, flag, seconds, value
-from qmpvcpu.cli.progress import waiting
-from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.core.machine.boot_arguments import BootStyle
 from qmpvcpu.core.machine.layout import MachineSpec
 from qmpvcpu.core.machine.numa import parse_numa
@@ -19,6 +15,10 @@ from qmpvcpu.core.machine.smp import parse_machine
 from qmpvcpu.core.machine.words import join_pairs, split_pairs
 from qmpvcpu.core.model import format_ids
 from qmpvcpu.errors import VcpuUsageError
+
+if TYPE_CHECKING:
+    from qmpvcpu.app.probes import Probe
+    from qmpvcpu.cli.session import CommandSession
 
 _GUEST = "its domain XML, or the name it is defined under"
 _EMULATOR = (value("--emulator", "PATH", "the QEMU program"), PROBE_MODE)
@@ -46,6 +46,9 @@ def _machine_word(name: str, metavar: str, text: str) -> Argument:
 )
 async def probe(session: CommandSession) -> int:
     """Show what the vCPUs of a guest will be."""
+    from qmpvcpu.app.boot import probe_domain, read_definition
+    from qmpvcpu.app.probes import ProbeMode, find_layout, forget_probes
+
     options = session.options
     by_machine = [*options.words, options.cpu, options.accel, options.arch, *options.numa]
     mode = ProbeMode(options.probe)
@@ -58,13 +61,13 @@ async def probe(session: CommandSession) -> int:
             )
         definition, notes = read_definition(options.word)
         session.warn(notes)
-        async with waiting(session.output, "asking QEMU"):
+        async with session.waiting("asking QEMU"):
             found = await probe_domain(definition, mode, refresh=options.refresh, emulator=options.emulator)
     elif any(option == "machine" for option, _ in options.words):
         machine, smp = parse_machine(options.words)
         machine, accel = _without_accel(machine, options.accel)
         spec = MachineSpec(machine, smp, options.cpu, accel, parse_numa(options.numa))
-        async with waiting(session.output, "asking QEMU"):
+        async with session.waiting("asking QEMU"):
             found = await find_layout(
                 spec, arch=options.arch, emulator=options.emulator, mode=mode, refresh=options.refresh
             )
@@ -109,10 +112,13 @@ def _without_accel(machine: str, accel: str | None) -> tuple[str, str]:
 )
 async def boot_args(session: CommandSession) -> int:
     """Print QEMU's command line for a guest."""
+    from qmpvcpu.app.boot import command_line, read_definition
+    from qmpvcpu.app.probes import ProbeMode
+
     options = session.options
     definition, notes = read_definition(options.word)
     session.warn(notes)
-    async with waiting(session.output, "asking QEMU"):
+    async with session.waiting("asking QEMU"):
         found = await command_line(
             definition,
             BootStyle(options.style),
@@ -166,7 +172,10 @@ _NAME = argument("domain", "NAME", "the name that it is defined under")
 )
 async def start(session: CommandSession) -> int:
     """Start a defined domain."""
-    async with waiting(session.output, "starting QEMU"):
+    from qmpvcpu.app import start as app
+    from qmpvcpu.app.probes import ProbeMode
+
+    async with session.waiting("starting QEMU"):
         options = session.options
         done = await app.start(
             options.domain, mode=ProbeMode(options.probe), timeout=options.timeout, place=not options.no_place
@@ -181,7 +190,9 @@ async def start(session: CommandSession) -> int:
 @command(_NAME)
 async def destroy(session: CommandSession) -> int:
     """End the QEMU of a domain."""
-    async with waiting(session.output, "ending QEMU"):
+    from qmpvcpu.app import start as app
+
+    async with session.waiting("ending QEMU"):
         done = await app.destroy(session.options.domain)
     how = "killed: it did not end by itself" if done.killed else "ended"
     session.show(done.to_json(), [f"{done.name}: QEMU {done.pid} {how}"])

@@ -6,16 +6,16 @@ import argparse
 import json
 from collections.abc import Mapping
 from difflib import unified_diff
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from qmpvcpu.app.definitions import read_document
 from qmpvcpu.cli.commands.vcpus import request_of
 from qmpvcpu.cli.options import argument, command, flag
 from qmpvcpu.cli.parse import parse, refuse_unused
-from qmpvcpu.cli.progress import waiting
-from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.errors import VcpuUsageError
-from qmpvcpu.lab import compare as lab
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.session import CommandSession
+    from qmpvcpu.lab.compare import Comparison
 
 
 def parse_request(words: list[str]) -> argparse.Namespace:
@@ -40,6 +40,9 @@ def parse_request(words: list[str]) -> argparse.Namespace:
 )
 async def compare(session: CommandSession) -> int:
     """Run one request on both sides, and show the results."""
+    from qmpvcpu.app.definitions import read_document
+    from qmpvcpu.lab import compare as lab
+
     options = session.options
     words = [text for text in options.request if text != "--no-start"]
     request = parse_request(words)
@@ -49,13 +52,13 @@ async def compare(session: CommandSession) -> int:
         raise VcpuUsageError("compare carries out the request", hint="leave out --dry-run")
     is_started = not options.no_start and "--no-start" not in options.request
     xml = read_document(options.file)
-    async with waiting(session.output, "comparing with libvirt"):
+    async with session.waiting("comparing with libvirt"):
         found = (await lab.compare(xml, [request_of(request)], start=is_started))[0]
     session.show({"request": words, **found.to_json()}, lines_of(found))
     return 0
 
 
-def lines_of(found: lab.Comparison) -> list[str]:
+def lines_of(found: Comparison) -> list[str]:
     """Return the comparison as lines for a person."""
     lines = []
     for name, side in (("qmpvcpu", found.ours), ("libvirt", found.libvirt)):

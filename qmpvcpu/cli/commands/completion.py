@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 from importlib import import_module
+from typing import TYPE_CHECKING
 
 from qmpvcpu.cli import commands
 from qmpvcpu.cli.options import argument, command
 from qmpvcpu.cli.parse import add_global_options
-from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.errors import VcpuUsageError
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.session import CommandSession
 
 
 @command(argument("shell", "SHELL", "bash, zsh or fish", choices=("bash", "zsh", "fish")))

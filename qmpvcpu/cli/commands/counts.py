@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qmpvcpu.cli import render
-from qmpvcpu.cli.options import DOMAIN, IMPACT, command, flag
-from qmpvcpu.cli.session import CommandSession, flags_of
+from qmpvcpu.cli.options import DOMAIN, IMPACT, command, flag, flags_of
 from qmpvcpu.core.model import DomainState
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.flags import VcpuFlag
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.session import CommandSession
 
 
 @command(DOMAIN, IMPACT[0], flag("--config", "the persistent definition"))
@@ -47,7 +49,7 @@ async def vcpucount(session: CommandSession) -> int:
             session.show({"domain": domain.name, "count": online}, [str(online)])
             return 0
         if one or options.guest:
-            state = await domain.state(flags_of(options))
+            state = await domain.state(flags_of(session.options))
             states["live" if state.version is not None else "config"] = state
         else:
             if domain.has_definition:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from qmpvcpu.app import define as app
-from qmpvcpu.app import definitions
+from typing import TYPE_CHECKING
+
 from qmpvcpu.cli.options import argument, command, value
-from qmpvcpu.cli.session import CommandSession
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.session import CommandSession
 
 
 @command(
@@ -21,6 +23,8 @@ from qmpvcpu.cli.session import CommandSession
 )
 async def define(session: CommandSession) -> int:
     """Define a domain."""
+    from qmpvcpu.app import define as app
+
     options = session.options
     done = await app.define(options.word, options.qmp, options.agent, options.xml)
     session.warn(done.messages)
@@ -32,6 +36,8 @@ async def define(session: CommandSession) -> int:
 @command(argument("domain", "NAME", "the name that it is defined under"))
 async def undefine(session: CommandSession) -> int:
     """Remove a domain's definition."""
+    from qmpvcpu.app import definitions
+
     name = session.options.domain
     kept = definitions.undefine(name)
     session.show({"domain": name, "kept": str(kept)}, [f"{name}: undefined; its last XML is {kept}"])

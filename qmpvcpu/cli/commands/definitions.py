@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from qmpvcpu.app.definitions import list_domains, list_libvirt
-from qmpvcpu.app.libvirt_schema import against_libvirts_schema
+from typing import TYPE_CHECKING
+
 from qmpvcpu.cli import render
 from qmpvcpu.cli.options import DOMAIN, choice, command, flag
-from qmpvcpu.cli.session import CommandSession
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.session import CommandSession
 
 
 @command()
 async def list(session: CommandSession) -> int:
     """List the domains."""
+    from qmpvcpu.app.definitions import list_domains, list_libvirt
+
     uri = session.options.connect
     found = await (list_domains() if uri is None else list_libvirt(uri))
     session.show({"domains": [row.to_json() for row in found]}, render.domains(found))
@@ -26,6 +30,8 @@ async def list(session: CommandSession) -> int:
 )
 async def dumpxml(session: CommandSession) -> int:
     """Print the domain's XML."""
+    from qmpvcpu.app.libvirt_schema import against_libvirts_schema
+
     options = session.options
     options.config = options.inactive
     async with session.connect() as domain:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from qmpvcpu.cli import render
 from qmpvcpu.cli.options import command
-from qmpvcpu.cli.session import CommandSession
-from qmpvcpu.lab import demo as lab
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.session import CommandSession
 
 
 @command()
 async def demo(session: CommandSession) -> int:
     """Boot a guest, enable a vCPU in it, and disable it again."""
+    from qmpvcpu.lab import demo as lab
+
     lines: list[str] = []
 
     def tell(line: str) -> None:

@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
-from qmpvcpu.app import doctor as app
-from qmpvcpu.app.twin import check_defined
 from qmpvcpu.cli.options import argument, command
-from qmpvcpu.cli.session import CommandSession
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.session import CommandSession
 
 
 @command(argument("domain", "DOMAIN", "what this guest can and cannot do", default=None))
 async def doctor(session: CommandSession) -> int:
     """Check this host, or a guest."""
+    from qmpvcpu.app import doctor as app
+    from qmpvcpu.app.twin import check_defined
+
     if session.options.domain is None:
         report = await app.examine_host()
         session.show(report.to_json(), report.lines())

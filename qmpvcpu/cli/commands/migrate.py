@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
-from qmpvcpu.app import migrate as app
-from qmpvcpu.app import saving
-from qmpvcpu.app.destination import Where
-from qmpvcpu.app.probes import ProbeMode
 from qmpvcpu.cli import render
 from qmpvcpu.cli.options import (
     DEST_HELP,
@@ -24,10 +21,11 @@ from qmpvcpu.cli.options import (
     seconds,
     value,
 )
-from qmpvcpu.cli.progress import transfer, waiting
-from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.core.model import format_ids
-from qmpvcpu.domain.migration.sides import Transfer
+
+if TYPE_CHECKING:
+    from qmpvcpu.app.destination import Where
+    from qmpvcpu.cli.session import CommandSession
 
 _LEAVE = (flag("--persistent", "define it at the destination, too"), WAIT, HANGS)
 _MOVING = (
@@ -44,6 +42,9 @@ _PRINTED = "what migrate-begin has printed; - is standard input"
 
 def _where(options: Namespace, agent: str | None = None) -> Where:
     """Return the destination that the options name."""
+    from qmpvcpu.app.destination import Where
+    from qmpvcpu.app.probes import ProbeMode
+
     return Where(options.dest, agent, place=not options.no_place, mode=ProbeMode(options.probe))
 
 
@@ -58,9 +59,12 @@ def _where(options: Namespace, agent: str | None = None) -> Where:
 )
 async def migrate(session: CommandSession) -> int:
     """Take a running guest to another QEMU."""
+    from qmpvcpu.app import migrate as app
+    from qmpvcpu.domain.migration.sides import Transfer
+
     options = session.options
     async with session.connect() as source:
-        with transfer(session.output) as progress:
+        with session.transfer() as progress:
             done = await app.migrate(
                 source,
                 _where(options, options.dest_agent),
@@ -88,8 +92,10 @@ async def migrate(session: CommandSession) -> int:
 @command(DOMAIN, *_LEAVE)
 async def migrate_begin(session: CommandSession) -> int:
     """Print the cookie."""
+    from qmpvcpu.app import migrate as app
+
     options = session.options
-    async with session.connect() as source, waiting(session.output, "waiting for pending unplugs", options.wait):
+    async with session.connect() as source, session.waiting("waiting for pending unplugs", options.wait):
         cookie = await source.migration.begin(
             persistent=options.persistent, wait=options.wait or 0.0, force=options.force
         )
@@ -109,9 +115,11 @@ async def migrate_begin(session: CommandSession) -> int:
 @command(argument("cookie", "COOKIE", _PRINTED), DEST_OR_NAME, *_WHERE)
 async def migrate_prepare(session: CommandSession) -> int:
     """Start or check the destination."""
+    from qmpvcpu.app import migrate as app
+
     options = session.options
     cookie = app.load_cookie(options.cookie)
-    async with waiting(session.output, "preparing the destination"):
+    async with session.waiting("preparing the destination"):
         done = await app.migrate_prepare(cookie, _where(options), options.uri)
     session.warn(done.messages)
     session.show(done.to_json(), [done.uri])
@@ -127,10 +135,12 @@ async def migrate_prepare(session: CommandSession) -> int:
 )
 async def migrate_perform(session: CommandSession) -> int:
     """Hand the guest over."""
+    from qmpvcpu.app import migrate as app
+
     options = session.options
     cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
     async with session.connect() as source:
-        with transfer(session.output) as progress:
+        with session.transfer() as progress:
             status = await source.migration.perform(
                 options.uri,
                 cookie=cookie,
@@ -158,6 +168,8 @@ async def migrate_perform(session: CommandSession) -> int:
 )
 async def migrate_finish(session: CommandSession) -> int:
     """Verify the guest, and let it run."""
+    from qmpvcpu.app import migrate as app
+
     options = session.options
     cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
     state, runs = await app.migrate_finish(options.dest, cookie, force=options.force)
@@ -170,6 +182,8 @@ async def migrate_finish(session: CommandSession) -> int:
 @command(DOMAIN, flag("--force", "even if the other side may have claimed the guest"))
 async def migrate_cancel(session: CommandSession) -> int:
     """End a migration."""
+    from qmpvcpu.app import migrate as app
+
     done = await app.migrate_cancel(session.connect(), force=session.options.force)
     session.show({"outcome": "applied", "changed": True, "message": done}, [f"{session.options.domain}: {done}"])
     return 0
@@ -184,9 +198,11 @@ async def migrate_cancel(session: CommandSession) -> int:
 )
 async def save(session: CommandSession) -> int:
     """Write a running guest to a file."""
+    from qmpvcpu.app import saving
+
     options = session.options
     async with session.connect() as source:
-        with transfer(session.output) as progress:
+        with session.transfer() as progress:
             done = await saving.save(
                 source,
                 options.file,
@@ -204,8 +220,10 @@ async def save(session: CommandSession) -> int:
 @command(argument("file", "FILE", "what `save` has written"), DEST_OR_NAME, NO_PLACE, PROBE_MODE)
 async def restore(session: CommandSession) -> int:
     """Start a saved guest again."""
+    from qmpvcpu.app import saving
+
     options = session.options
-    async with waiting(session.output, "restoring"):
+    async with session.waiting("restoring"):
         done = await saving.restore(options.file, _where(options))
     session.warn(done.messages)
     word = "runs" if done.runs else "is paused, as it was,"

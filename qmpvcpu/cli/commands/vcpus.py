@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from argparse import Namespace
+from typing import TYPE_CHECKING
 
 from qmpvcpu.cli import render
 from qmpvcpu.cli.options import (
@@ -14,18 +15,20 @@ from qmpvcpu.cli.options import (
     argument,
     command,
     flag,
+    flags_of,
     number,
     positive,
     value,
 )
-from qmpvcpu.cli.progress import waiting
-from qmpvcpu.cli.session import CommandSession, flags_of
 from qmpvcpu.core.planning.live import Plan
 from qmpvcpu.core.request import Request, parse_ids
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.rules.request import check_range
 from qmpvcpu.core.state.guest_view import GuestView
 from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuRefused, VcpuUsageError
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.session import CommandSession
 
 
 @command(
@@ -98,7 +101,7 @@ async def _carry_out(session: CommandSession, request: Request) -> int:
     async with session.connect() as domain:
         if options.dry_run and not request.is_query:
             return show_plan(session, await domain.plan(request))
-        async with waiting(session.output, "waiting for the guest", request.patience):
+        async with session.waiting("waiting for the guest", request.patience):
             result = await session.finish(domain.request(request))
         if result.outcome is OutcomeKind.QUERIED:
             state = domain.last_state
@@ -130,7 +133,7 @@ async def vcpupin(session: CommandSession) -> int:
     vcpu_id, cpus = options.vcpu, options.cpulist
     if cpus is not None and vcpu_id is None:
         raise VcpuUsageError("no vCPU is given", hint="vcpupin DOMAIN --vcpu N --cpulist CPUS")
-    flags = flags_of(options)
+    flags = flags_of(session.options)
     if cpus is None and options.live and options.config:
         raise catalogue.LIVE_AND_CONFIG.error()
     async with session.connect() as domain:
@@ -164,9 +167,7 @@ async def vcpupin(session: CommandSession) -> int:
 async def guestvcpus(session: CommandSession) -> int:
     """Show or switch the guest's own CPUs."""
     options = session.options
-    if (options.enable or options.disable) != (options.cpulist is not None) or (
-        options.enable and options.disable
-    ):
+    if options.enable + options.disable != (options.cpulist is not None):
         raise VcpuUsageError(
             "--cpulist goes with one of --enable and --disable", hint="guestvcpus DOMAIN --cpulist 1-2 --disable"
         )

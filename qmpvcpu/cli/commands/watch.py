@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-import asyncio
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from qmpvcpu.cli import render
 from qmpvcpu.cli.options import DOMAIN, command
 from qmpvcpu.cli.output import Output, OutputLost
-from qmpvcpu.cli.session import CommandSession
 from qmpvcpu.core.model import format_ids
+
+if TYPE_CHECKING:
+    from qmpvcpu.cli.session import CommandSession
 
 
 @contextmanager
 def _while_read(output: Output) -> Iterator[None]:
     """Raise OutputLost in the body when the reader of stdout has left, even if there is nothing to write."""
+    import asyncio
+
     loop, task, pipe = asyncio.get_running_loop(), asyncio.current_task(), output.pipe()
     if task is None or pipe is None:
         yield

@@ -230,7 +230,9 @@ class Report:
             text += "".join(f" ({name} {number}: {reason})" for number, reason in run.undo_failures.items())
             self.trouble = VcpuPartial(text, remaining=sorted(self.changed), hint=_LOOK)
         else:
-            self.trouble = VcpuRejected(text, reasons=dict(run.failures), hint="look at the guest's kernel log")
+            self.trouble = VcpuRejected(
+                text, reasons=dict(run.failures), hint="`dmesg` in the guest may say why; then try again"
+            )
 
     def agent_did_not_either(self, rejected: VcpuRejected, messages: Sequence[str]) -> None:
         """The guest refused an unplug, and did not take the CPU offline; `messages` are those

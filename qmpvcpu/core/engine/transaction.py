@@ -98,7 +98,7 @@ class Transaction:
         #: A reply calls for a query, once all replies have come.
         self._query_due = False
         #: An unplug was accepted, and no query was sent since.
-        self._unseen = False
+        self._unplug_not_queried = False
         #: Ids of the entities that had an event while a query was under way.
         self._reported: set[int] = set()
         self._dropped = False
@@ -124,14 +124,14 @@ class Transaction:
             case Replied():
                 self._replied(happened)
             case QuerySent():
-                self._query_again = self._unseen = False
+                self._query_again = self._unplug_not_queried = False
                 self._reported.clear()
                 self._effects.append(Look(self._all_reported()))
                 return self._timed(now)
             case Snapshot():
                 if not self._timers.started:
                     self._timers.start(now, self._terms.timeout, self._terms.timeout)
-                self._seen(happened)
+                self._snapshot(happened)
             case EventReceived():
                 self._event(happened)
             case Woke():
@@ -164,7 +164,8 @@ class Transaction:
             self._rename(item)
         if failed and is_filled(text) and self._move(item, On.FILLED):
             return
-        if self._move(item, On.ERROR if failed else On.OK) and failed:
+        moved = self._move(item, On.ERROR if failed else On.OK)
+        if moved and failed:
             item.note = Failure(item.entity, text, reply.error_class)
             if is_transient(text):
                 self._retry(item)
@@ -186,7 +187,7 @@ class Transaction:
             # On ppc64 before the guest runs it is removed before the reply. Where QEMU will still
             # send an event, a query now would only delay it.
             self._query_due |= not self._terms.wait or self._cancelled or self._all_reported()
-            self._unseen = True
+            self._unplug_not_queried = True
 
     def _rename(self, item: Item) -> None:
         """Its device id is taken, perhaps by a device that is being removed: so it is tried once
@@ -206,15 +207,17 @@ class Transaction:
         if item.doubt or item.repeated:
             self._move(item, On.DOUBT)
 
-    def _seen(self, now: Snapshot) -> None:
+    def _snapshot(self, now: Snapshot) -> None:
         self._undo_forbidden, self._restore_forbidden = now.undo_forbidden, now.restore_forbidden
         self._querying = False
         for item in self._items:
             first = item.entity.id
             if first not in now.plugged:
                 self._move(item, On.ABSENT)
-            elif not (first in now.replaced and self._move(item, On.REPLACED)):
-                self._move(item, On.PRESENT)
+            else:
+                moved = first in now.replaced and self._move(item, On.REPLACED)
+                if not moved:
+                    self._move(item, On.PRESENT)
         # An entity that this query shows as removed needs no other query.
         self._query_again |= any(self._items[first].stage in WAITING for first in self._reported)
         self._reported.clear()
@@ -399,7 +402,7 @@ class Transaction:
     def _timed(self, now: float) -> list[Effect]:
         self._timers.arm(
             now,
-            soon=self._unseen and self._waiting and not self._items.any(IN_FLIGHT),
+            soon=self._unplug_not_queried and self._waiting and not self._items.any(IN_FLIGHT),
             retry=self._items.any(PAUSED),
         )
         wake = self._timers.next(polls=self._waiting) if self._phase is not Phase.DONE else None

@@ -25,7 +25,8 @@ class Feature(StrEnum):
     #: -smp: 0 is refused for every level (before: it means "not written"), and 1 is accepted for
     #: every level.
     NO_ZERO_LEVELS = "no-zero-levels"
-    #: -smp: drawers and books; s390x has them in props. More than one of them: of the machine type.
+    #: -smp: drawers and books are accepted, and s390x has them in props. Whether a machine may have
+    #: more than one of them depends on the version of its type.
     DRAWERS_AND_BOOKS = "drawers-and-books"
     #: -smp: modules.
     MODULES = "modules"

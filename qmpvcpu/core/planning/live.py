@@ -134,8 +134,9 @@ class Plan:
         lines += [f"place vCPU {number}: {placement}" for number, placement in self.placed.items() if placement]
         if self.config is not None:
             lines += [*self.config.describe(), *self.config.diff]
-        if self.config is None or self.plugs or self.unplugs:
-            lines += self.already() if self.unchanged or not (lines or self.refusals) else ()
+        is_live = self.config is None or self.plugs or self.unplugs
+        if is_live and (self.unchanged or not (lines or self.refusals)):
+            lines += self.already()
         return lines
 
     def already(self) -> list[str]:
@@ -177,7 +178,8 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     refusals = check_request(request) + found
     if request.has(VcpuFlag.GUEST):
         return _plan_guest(state, request, guest, targets, wants, refusals)
-    if not wants or not (request.has(VcpuFlag.LIVE) or not request.has(VcpuFlag.CONFIG)):
+    only_config = request.has(VcpuFlag.CONFIG) and not request.has(VcpuFlag.LIVE)
+    if not wants or only_config:
         # A query, or a request for the definition alone, has no live steps.
         return Plan(request, targets, refusals=tuple(refusals))
     steps = _steps(state, wants, known)
@@ -202,7 +204,8 @@ def make_plan(state: DomainState, request: Request, known: Knowledge | None = No
     refusals += blocked
     kills = hotplug.check_kills_on_plug(state, [*steps.awaited, *steps.plugs], known)
     kills += hotplug.check_kills_on_unplug(state, steps.unplugs, known)
-    refusals += [] if request.force else kills
+    if not request.force:
+        refusals += kills
     messages = hotplug.warnings(state, [*steps.awaited, *steps.plugs], steps.unplugs, known)
     messages += [f"forced: {kill.message}" for kill in kills if request.force]
     return Plan(

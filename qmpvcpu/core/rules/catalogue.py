@@ -604,7 +604,10 @@ NOT_XML = Reason(
 )
 XML = Reason("xml", "line {line}: {what}", "correct the domain's XML", "VIR_ERR_XML_DETAIL")
 XML_NOT_A_DOMAIN = Reason(
-    "xml", "line {line}: <{element}> is not <domain>", "correct the domain's XML", "VIR_ERR_XML_ERROR"
+    "xml",
+    "line {line}: the document is a <{element}>, not a <domain>",
+    "give what `virsh dumpxml NAME` prints",
+    "VIR_ERR_XML_ERROR",
 )
 XML_NO_NAME = Reason("xml", "line {line}: the domain has no <name>", "correct the domain's XML", "VIR_ERR_NO_NAME")
 XML_TOPOLOGY = Reason(
@@ -772,7 +775,9 @@ RUNS_NO_MORE = Reason(
     _INVALID,
 )
 CHANGED_WHILE_SAVING = Reason("run-state", "the guest was {done} after this save began", "save again")
-BLOCKED = Reason("blocked", "QEMU cannot migrate the guest: {why}", "remove what blocks it", _INVALID)
+BLOCKED = Reason(
+    "blocked", "QEMU cannot migrate the guest: {why}", "unplug or end what QEMU names, and try again", _INVALID
+)
 COOKIE_FEATURES = Reason(
     "feature",
     "the migration needs features that this side does not know: {features}",

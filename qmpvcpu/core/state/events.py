@@ -208,7 +208,7 @@ _DEVICE: Final = re.compile(r"/machine/(?:peripheral|peripheral-anon|unattached)
 _REMEMBERED: Final = 1024
 #: How many paths of each: a core of ppc64 has 8 threads, each with an interrupt controller.
 _PATHS: Final = 64
-#: The most characters of a CPU's path or id, and of a reason.
+#: The most characters of a CPU's path or id, and of a reason: the other side may be hostile.
 _LONGEST: Final = 1000
 
 

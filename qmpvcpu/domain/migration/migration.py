@@ -106,13 +106,13 @@ class Migration:
                         agent=self._domain.agent() if with_agents else None,
                         is_paused=is_paused,
                     )
-                    cookie = await self._cookie(session, state, runs=runs, persistent=persistent)
+                    cookie = await self._make_cookie(session, state, runs=runs, persistent=persistent)
                     ownership.remember(session, Role.SOURCE, cookie)
                     return cookie
                 await session.read()
             await asyncio.sleep(_PENDING_LOOK)
 
-    async def _cookie(self, session: Session, state: DomainState, *, runs: bool, persistent: bool) -> Cookie:
+    async def _make_cookie(self, session: Session, state: DomainState, *, runs: bool, persistent: bool) -> Cookie:
         described = await self._domain.describe(state)
         handle = self._domain.definition()
         definition = handle.definition() if handle is not None else None
@@ -260,7 +260,8 @@ class Migration:
         """
         async with self._domain.connected() as session:
             if self._recovered is not None and self._recovered[0] is session:
-                (_, done), self._recovered = self._recovered, None
+                _, done = self._recovered
+                self._recovered = None
                 return done
             return await saving.cancel_save(session) or await phases.cancel(session, force=force)
 
@@ -321,7 +322,8 @@ class Migration:
                 return used
         sizes = summary.values() if isinstance(summary, dict) else ()
         total = sum(size for size in sizes if type(size) is int)
-        return min(total, used) if total and used is not None else total or used
+        known = [size for size in (total or None, used) if size is not None]
+        return min(known, default=None)
 
     @checked
     async def save(
