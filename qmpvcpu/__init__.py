@@ -10,7 +10,8 @@ from __future__ import annotations
 
 from qmpvcpu._version import __version__
 
-# Type checkers read this name as true; importing `typing` for it would cost more than the rest of this file.
+# Type checkers read this name as true; importing `typing` for it would cost more than the rest of
+# this file.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from qmpvcpu.app.probes import Probe, ProbeMode, find_layout

@@ -15,7 +15,8 @@ from typing import Any, Final, TypeVar
 
 T = TypeVar("T")
 
-#: Tasks that were left before they finished. The event loop alone would let them be garbage-collected.
+#: Tasks that were left before they finished. The event loop alone would let them be
+#: garbage-collected.
 _LEFT: Final[set[asyncio.Future[Any]]] = set()
 
 
@@ -64,7 +65,8 @@ async def finish(
 
 
 async def wind_up(work: Coroutine[Any, Any, object]) -> BaseException | None:
-    """Await the remaining work after the caller was cancelled. A further cancel is passed on to the work.
+    """Await the remaining work after the caller was cancelled. A further cancel is passed on to the
+    work.
 
     Returns:
         Why the work did not finish, for `raise cancelled from …`: its own error, or CancelledError.

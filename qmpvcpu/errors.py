@@ -9,8 +9,8 @@
     ├── VcpuConnectionError   connection  QMP, agent or libvirt not reached, or gone
     └── VcpuOverflow          failed      a listener was too slow, and lost events
 
-Every error carries its facts as fields and one `hint`, the next thing to do. `libvirt` is the name of the
-error libvirt would give (`virErrorNumber` in libvirt's virterror.h).
+Every error carries its facts as fields and one `hint`, the next thing to do. `libvirt` is the name
+of the error libvirt would give (`virErrorNumber` in libvirt's virterror.h).
 """
 
 from __future__ import annotations
@@ -81,10 +81,11 @@ E = TypeVar("E", bound="VcpuError")
 class VcpuError(Exception):
     """Root of every error qmpvcpu raises.
 
-    Fields: `message`; `hint`, what to do next, or None; `libvirt`, a libvirt error name; `ids`, the vCPU ids
-    asked for; `changed_ids`, those whose state is changed now; `pending`, unplugs asked and not ended;
-    `undone`, ids that were changed and put back; `messages`, warnings; `mechanism`, `hotplug`, `agent` or
-    None; `seconds`, how long the call took.
+    Fields: `message`; `hint`, what to do next, or None; `libvirt`, a libvirt error name; `ids`, the
+        vCPU ids
+    asked for; `changed_ids`, those whose state is changed now; `pending`, unplugs asked and not
+    ended; `undone`, ids that were changed and put back; `messages`, warnings; `mechanism`,
+    `hotplug`, `agent` or None; `seconds`, how long the call took.
     """
 
     #: How the request ended, one word of design.md's table.
@@ -125,7 +126,9 @@ class VcpuError(Exception):
         return _rebuild, (type(self), self.message, dict(self.__dict__))
 
     def to_json(self) -> dict[str, Any]:
-        """`{"outcome", "error": {"type", "libvirt", "message", "hint"}}` and, of a change, its facts."""
+        """`{"outcome", "error": {"type", "libvirt", "message", "hint"}}` and, of a change, its
+        facts.
+        """
         error = {
             "type": type(self).__name__,
             "libvirt": self.libvirt,
@@ -156,7 +159,9 @@ def _rebuild(cls: type[E], message: str, fields: dict[str, Any]) -> E:
 
 
 class VcpuUsageError(VcpuError):
-    """The call makes no sense in itself: a bad id list, an unknown address form, flags that contradict."""
+    """The call makes no sense in itself: a bad id list, an unknown address form, flags that
+    contradict.
+    """
 
     outcome = OutcomeKind.USAGE
     default_libvirt = "VIR_ERR_INVALID_ARG"
@@ -178,19 +183,25 @@ class VcpuRefused(VcpuError):
 
     def at(self, place: str) -> VcpuRefused:
         """The same, where each reason names the file or the domain that it is about."""
-        return VcpuRefused([replace(one, message=f"'{place}': {one.message}") for one in self.refusals])
+        return VcpuRefused(
+            [replace(one, message=f"'{place}': {one.message}") for one in self.refusals]
+        )
 
     def _facts(self) -> dict[str, Any]:
         return {"refusals": [refusal.to_json() for refusal in self.refusals]}
 
 
 class VcpuRejected(VcpuError):
-    """The guest said no; `reasons` maps the first vCPU id of an entity to the guest's reason in words."""
+    """The guest said no; `reasons` maps the first vCPU id of an entity to the guest's reason in
+    words.
+    """
 
     outcome = OutcomeKind.REJECTED
     default_libvirt = "VIR_ERR_OPERATION_FAILED"
 
-    def __init__(self, message: str, *, reasons: dict[int, str] | None = None, **fields: Any) -> None:
+    def __init__(
+        self, message: str, *, reasons: dict[int, str] | None = None, **fields: Any
+    ) -> None:
         super().__init__(message, **fields)
         self.reasons = dict(reasons or {})
 
@@ -201,8 +212,9 @@ class VcpuRejected(VcpuError):
 class VcpuFailed(VcpuError):
     """QEMU gave an error on the way; what this call had done is undone.
 
-    `qmp_class` and `qmp_text` are QEMU's own words (QAPI `QapiErrorClass`, `desc`). Of a QEMU that we started and
-    that has ended, `exit_code` is how (below 0: by that signal), and `qmp_text` the end of its stderr.
+    `qmp_class` and `qmp_text` are QEMU's own words (QAPI `QapiErrorClass`, `desc`). Of a QEMU that
+    we started and that has ended, `exit_code` is how (below 0: by that signal), and `qmp_text` the
+    end of its stderr.
     """
 
     outcome = OutcomeKind.FAILED
@@ -242,14 +254,17 @@ class VcpuPartial(VcpuFailed):
 class VcpuConnectionError(VcpuError):
     """QMP, the agent or libvirt could not be reached, or went away.
 
-    `address` is what was connected to, as the user wrote it. `reason` is one of `missing`, `refused`,
-    `denied`, `no-greeting`, `not-qmp`, `malformed`, `timeout`, `closed`, `unknown-domain`, `other`.
+    `address` is what was connected to, as the user wrote it. `reason` is one of `missing`,
+    `refused`, `denied`, `no-greeting`, `not-qmp`, `malformed`, `timeout`, `closed`,
+    `unknown-domain`, `other`.
     """
 
     outcome = OutcomeKind.CONNECTION
     default_libvirt = "VIR_ERR_OPERATION_FAILED"
 
-    def __init__(self, message: str, *, address: str | None = None, reason: str = "other", **fields: Any) -> None:
+    def __init__(
+        self, message: str, *, address: str | None = None, reason: str = "other", **fields: Any
+    ) -> None:
         super().__init__(message, **fields)
         self.address = address
         self.reason = reason
@@ -259,6 +274,8 @@ class VcpuConnectionError(VcpuError):
 
 
 class VcpuOverflow(VcpuError):
-    """More events came than `Domain.events()` may keep, and some are lost: subscribe again and read the state."""
+    """More events came than `Domain.events()` may keep, and some are lost: subscribe again and read
+    the state.
+    """
 
     default_libvirt = "VIR_ERR_OPERATION_FAILED"

@@ -26,7 +26,9 @@ def kind_of(mode: int) -> str:
 
 
 def look_at(path: str | os.PathLike[str], *, follow: bool = True) -> int:
-    """Return a descriptor (O_PATH) for any kind of file without opening the file itself. Raises OSError."""
+    """Return a descriptor (O_PATH) for any kind of file without opening the file itself. Raises
+    OSError.
+    """
     return os.open(path, os.O_PATH | os.O_CLOEXEC | (0 if follow else os.O_NOFOLLOW))
 
 
@@ -43,7 +45,9 @@ def reopen(fd: int, flags: int, path: str | os.PathLike[str]) -> int:
     return os.open(f"/proc/self/fd/{fd}", flags | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
 
 
-def open_file(path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, follow: bool = True) -> int:
+def open_file(
+    path: str | os.PathLike[str], flags: int = os.O_RDONLY, *, follow: bool = True
+) -> int:
     """Open an existing regular file.
 
     Raises:
@@ -60,4 +64,5 @@ def is_pipe(fd: int) -> bool:
     """Return whether this is a pipe without a name, as for standard input or a shell's `<(…)`; such
     a pipe has a writer.
     """
-    return stat.S_ISFIFO(os.fstat(fd).st_mode) and os.readlink(f"/proc/self/fd/{fd}").startswith("pipe:")  # noqa: PTH115
+    target = os.readlink(f"/proc/self/fd/{fd}")  # noqa: PTH115
+    return stat.S_ISFIFO(os.fstat(fd).st_mode) and target.startswith("pipe:")

@@ -1,4 +1,6 @@
-"""Load names of a package when they are first used, so that a command does not pay for what it does not need."""
+"""Load names of a package when they are first used, so that a command does not pay for what it does
+not need.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""What a domain needs from the outside, as Protocols. The edges (`qemu`, `libvirt`, …) implement them."""
+"""What a domain needs from the outside, as Protocols. The edges (`qemu`, `libvirt`, …) implement
+them.
+"""
 
 from __future__ import annotations
 
@@ -138,7 +140,9 @@ class Monitor(Protocol):
         return self.execute("device_add", {**props, "driver": driver, "id": device_id})
 
     def device_del(self, device: str) -> Future[object]:
-        """QMP `device_del`; `device` is an id or a QOM path. The command only requests the unplug."""
+        """QMP `device_del`; `device` is an id or a QOM path. The command only requests the
+        unplug.
+        """
         return self.execute("device_del", {"id": device})
 
     def drop_queued(self, *, plugs: bool = True) -> frozenset[str]:
@@ -186,7 +190,11 @@ class Monitor(Protocol):
         """QMP `migrate-set-capabilities`."""
         return self.execute(
             "migrate-set-capabilities",
-            {"capabilities": [{"capability": name, "state": state} for name, state in capabilities.items()]},
+            {
+                "capabilities": [
+                    {"capability": name, "state": state} for name, state in capabilities.items()
+                ]
+            },
         )
 
     def migrate_set_parameters(self, parameters: Mapping[str, int | str]) -> Future[object]:
@@ -258,7 +266,9 @@ class Agent(Protocol):
 class Staged(Protocol):
     """A next version of a definition that is written but not yet in place."""
 
-    def commit(self, before: bytes, remake: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
+    def commit(
+        self, before: bytes, remake: Callable[[bytes], bytes], given_up: Callable[[], bool]
+    ) -> None:
         """Put the version in place of `before`. If the definition is not `before` any more, put the
         result of `remake` on it in place.
 

@@ -12,7 +12,10 @@ BEGIN, END = "<!-- printed by scripts/quirks-table -->", "<!-- end -->"
 
 
 def where(row: Quirk) -> str:
-    words = [", ".join(arch.name for arch in row.arches) or "all", (row.accel or "every accelerator").upper()]
+    words = [
+        ", ".join(arch.name for arch in row.arches) or "all",
+        (row.accel or "every accelerator").upper(),
+    ]
     for fact, thread in ((Fact.SINGLE_THREAD, "single"), (Fact.MULTI_THREAD, "multi")):
         words += [f"`thread={thread}`"] if fact in row.facts else []
     return ", ".join(words)
@@ -25,7 +28,10 @@ def versions(row: Quirk) -> str:
 
 
 def table() -> str:
-    lines = ["| id | where | set off by | what happens | seen → fixed | refused |", "|---|---|---|---|---|---|"]
+    lines = [
+        "| id | where | set off by | what happens | seen → fixed | refused |",
+        "|---|---|---|---|---|---|",
+    ]
     for row in QUIRKS:
         cells = [f"`{row.id}`", where(row), ", ".join(row.triggers), row.effect, versions(row)]
         lines.append("| " + " | ".join([*cells, "yes" if row.is_refused else "no"]) + " |")
@@ -43,7 +49,10 @@ def main(arguments: list[str]) -> int:
     wanted = printed(document)
     if arguments == ["--check"]:
         if document != wanted:
-            print("docs/qemu-facts.md has another table than qmpvcpu/core/quirks.py: run scripts/quirks-table")
+            print(
+                "docs/qemu-facts.md has another table than qmpvcpu/core/quirks.py: run"
+                " scripts/quirks-table"
+            )
         return int(document != wanted)
     DOCUMENT.write_text(wanted)
     return 0

@@ -17,7 +17,9 @@ _DOCUMENTED = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 def count(source: str) -> int:
     """Statements of one file, without its docstrings."""
     nodes = list(ast.walk(ast.parse(source)))
-    docstrings = sum(isinstance(n, _DOCUMENTED) and ast.get_docstring(n, clean=False) is not None for n in nodes)
+    docstrings = sum(
+        isinstance(n, _DOCUMENTED) and ast.get_docstring(n, clean=False) is not None for n in nodes
+    )
     return sum(isinstance(node, ast.stmt) for node in nodes) - docstrings
 
 
@@ -47,7 +49,10 @@ def main() -> None:
     now = _here()
     then = _at(sys.argv[1]) if len(sys.argv) > 1 else None
     for room in sorted({*now, *(then or ())}):
-        print(f"{room:10} {now[room]:6}" + (f" {then[room]:6} {now[room] - then[room]:+6}" if then else ""))
+        print(
+            f"{room:10} {now[room]:6}"
+            + (f" {then[room]:6} {now[room] - then[room]:+6}" if then else "")
+        )
     total = sum(now.values())
     print(f"{'all':10} {total:6}", end="")
     print(f" {sum(then.values()):6} {total - sum(then.values()):+6}" if then else "")

@@ -19,7 +19,8 @@ processes.mark()
 _STATE = tempfile.TemporaryDirectory(prefix="qmpvcpu-test-state-")
 os.environ["QMPVCPU_STATE"] = _STATE.name
 
-#: As on a user's machine, a command that the tests run compiles no module that an earlier one has compiled.
+#: As on a user's machine, a command that the tests run compiles no module that an earlier one has
+#: compiled.
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 
 #: Seconds of the tests of each folder.
@@ -33,7 +34,9 @@ def pytest_runtest_logreport(report: pytest.TestReport) -> None:
 
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
     each = "".join(f"{folder} {seconds:.0f} s, " for folder, seconds in sorted(_SECONDS.items()))
-    terminalreporter.write_line(f"time by folder: {each}in all {time.monotonic() - _BEGAN:.0f} s by the clock")
+    terminalreporter.write_line(
+        f"time by folder: {each}in all {time.monotonic() - _BEGAN:.0f} s by the clock"
+    )
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -43,7 +46,9 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_call() -> Generator[None, object, object]:
-    """A test that failed because its QEMU has a known defect is run once more, and the summary says so."""
+    """A test that failed because its QEMU has a known defect is run once more, and the summary says
+    so.
+    """
     try:
         return (yield)
     except BaseException as error:

@@ -11,7 +11,13 @@ from qmpvcpu.app.probes import Probe, ProbeMode, find_layout
 from qmpvcpu.app.qemus import NO_MACHINE, find_binaries, path_of
 from qmpvcpu.core.arch import architecture, architecture_of_program
 from qmpvcpu.core.definition import Definition
-from qmpvcpu.core.machine.boot_arguments import BootArgs, BootStyle, boot_args, machine_spec, qemu_arch
+from qmpvcpu.core.machine.boot_arguments import (
+    BootArgs,
+    BootStyle,
+    boot_args,
+    machine_spec,
+    qemu_arch,
+)
 from qmpvcpu.core.machine.command_line import split_cpu
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.core.state.inventory import objects_of
@@ -126,7 +132,9 @@ async def command_line(
         notes += unknown
     # The driver's name matters only where -smp cannot express every vCPU.
     enabled = definition.enabled_ids
-    typed = enabled != tuple(range(len(enabled))) or any(definition.vcpus[n].hotpluggable for n in enabled)
+    typed = enabled != tuple(range(len(enabled))) or any(
+        definition.vcpus[n].hotpluggable for n in enabled
+    )
     probe = await find_layout(
         machine_spec(definition),
         arch=arch,
@@ -136,7 +144,9 @@ async def command_line(
         typed=typed,
     )
     args = boot_args(definition, probe.layout, style, incoming)
-    return CommandLine(args, replace(probe, started=args.started, messages=(*notes, *probe.messages)))
+    return CommandLine(
+        args, replace(probe, started=args.started, messages=(*notes, *probe.messages))
+    )
 
 
 async def _with_known_features(

@@ -44,7 +44,9 @@ class Defined:
         }
 
 
-async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, xml: str | None = None) -> Defined:
+async def define(
+    word: str, qmp: Sequence[str] = (), agent: str | None = None, xml: str | None = None
+) -> Defined:
     """Define a domain: from a file of domain XML, or under a name with its sockets.
 
     Without `xml`, the definition is made from what the running QEMU reports.
@@ -54,11 +56,14 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
         VcpuConnectionError: the definition is to be made from a running QEMU, which does not
             answer.
     """
-    addresses = Addresses(tuple(_absolute(address) for address in qmp), _absolute(agent) if agent else None)
+    addresses = Addresses(
+        tuple(_absolute(address) for address in qmp), _absolute(agent) if agent else None
+    )
     if "/" in word or (xml is None and not qmp and agent is None):
         if xml is not None:
             raise VcpuUsageError(
-                f"two files are given, '{word}' and '{xml}'", hint="define FILE, or define NAME --xml FILE"
+                f"two files are given, '{word}' and '{xml}'",
+                hint="define FILE, or define NAME --xml FILE",
             )
         return await _define_file(word, addresses)
     require_name(word)
@@ -82,10 +87,13 @@ async def define(word: str, qmp: Sequence[str] = (), agent: str | None = None, x
             differs = await check_definition(domain, described.xml) if described.has_devices else []
         data = renamed(described.xml, word)
         messages += [f"the definition does not hold {text}" for text in described.left_out]
-        messages += [f"the guest differs from what the definition starts: {one.message}" for one in differs]
+        messages += [
+            f"the guest differs from what the definition starts: {one.message}" for one in differs
+        ]
     else:
         raise VcpuUsageError(
-            "neither its QMP socket nor its XML is given", hint="define NAME --qmp ADDR, or --xml FILE"
+            "neither its QMP socket nor its XML is given",
+            hint="define NAME --qmp ADDR, or --xml FILE",
         )
     return await asyncio.to_thread(_write, word, data, addresses, messages)
 
@@ -147,7 +155,8 @@ def _trusted(data: bytes) -> list[str]:
     found = []
     if definition.emulator is not None and listed_program(definition) is None:
         found.append(
-            f"it is started with the program '{definition.emulator}', which `qmpvcpu doctor` does not list"
+            f"it is started with the program '{definition.emulator}', which `qmpvcpu doctor` does"
+            " not list"
         )
     if words := command_line_of(document):
         found.append(f"<qemu:commandline> adds to QEMU's arguments: {shlex.join(words)}")

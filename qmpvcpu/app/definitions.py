@@ -21,7 +21,11 @@ _LOOK_SECONDS: Final = 1.0
 
 
 #: QAPI RunState -> virsh's word; every other one is "paused".
-_RUN_STATES: Final = {"suspended": "pmsuspended", "guest-panicked": "crashed", "shutdown": "in shutdown"}
+_RUN_STATES: Final = {
+    "suspended": "pmsuspended",
+    "guest-panicked": "crashed",
+    "shutdown": "in shutdown",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +82,9 @@ async def list_domains() -> list[ListedDomain]:
     sockets.
     """
     folder = DefinitionFolder()
-    return await asyncio.gather(*(_look(folder, name) for name in sorted({*folder.names(), *running_names()})))
+    return await asyncio.gather(
+        *(_look(folder, name) for name in sorted({*folder.names(), *running_names()}))
+    )
 
 
 async def list_libvirt(uri: str) -> list[ListedDomain]:
@@ -115,7 +121,9 @@ async def _look(folder: DefinitionFolder, name: str) -> ListedDomain:
         trouble = error.message if folder.is_defined(name) else None
     active: bool | None = False
     try:
-        async with connect(name, connect_timeout=_LOOK_SECONDS, command_timeout=_LOOK_SECONDS) as domain:
+        async with connect(
+            name, connect_timeout=_LOOK_SECONDS, command_timeout=_LOOK_SECONDS
+        ) as domain:
             active, run_state = domain.is_active, domain.run_state
             if active:
                 state = domain.last_state

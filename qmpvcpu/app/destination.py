@@ -188,7 +188,10 @@ async def startable(cookie: Cookie, name: str, file: FromFile | None) -> Startab
         qemu_arch(read_domain(cookie.xml)[1]),
         cookie.picture.version if cookie.picture is not None else None,
     )
-    messages = (f"{', '.join(left_out)}: left out, as only a definition says where on this host a guest runs",)
+    messages = (
+        f"{', '.join(left_out)}: left out, as only a definition says where on this host a guest"
+        " runs",
+    )
     xml = without_program(xml, emulator)
     return Startable(replace(cookie, xml=xml, persistent=None), None, messages if left_out else ())
 
@@ -209,7 +212,9 @@ def _defined(cookie: Cookie, names: Iterable[str]) -> bytes | None:
 
 
 @asynccontextmanager
-async def open_destination(where: Where, cookie: Cookie, file: FromFile | None = None) -> AsyncIterator[Target]:
+async def open_destination(
+    where: Where, cookie: Cookie, file: FromFile | None = None
+) -> AsyncIterator[Target]:
     """Connect until the end of the body. A QEMU that does not run is started, and ended if the body
     fails.
 

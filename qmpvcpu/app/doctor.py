@@ -1,4 +1,6 @@
-"""What is here and what is missing (`doctor`), and what one guest can and cannot do (`doctor DOMAIN`)."""
+"""What is here and what is missing (`doctor`), and what one guest can and cannot do
+(`doctor DOMAIN`).
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,9 @@ class HostReport:
         may = "may" if self.rights["sys_nice"] else "may not"
         lines.append(f"rights: {user}, {may} set real-time schedulers (CAP_SYS_NICE)")
         lines += [
-            f"cgroup {version}: {', '.join(names)}" for version, names in self.rights["cgroup"].items() if names
+            f"cgroup {version}: {', '.join(names)}"
+            for version, names in self.rights["cgroup"].items()
+            if names
         ]
         lines.append(f"test guests: {', '.join(self.guests) or 'none built'}")
         lines += [f"missing: {what}\n    cure: {cure}" for what, cure in self.missing]
@@ -83,8 +87,12 @@ async def examine_host() -> HostReport:
     """Examine this host; each QEMU is started for a moment."""
     qemus = tuple(await examine_all(find_binaries()))
     usable, reason = kvm_state()
-    guests = tuple(sorted(path.parent.name for path in (cache_folder() / "guests").glob("[!.]*/guest.json")))
-    return HostReport(qemus, usable, reason, rights(), guests, tuple(_missing(qemus, usable, reason, guests)))
+    guests = tuple(
+        sorted(path.parent.name for path in (cache_folder() / "guests").glob("[!.]*/guest.json"))
+    )
+    return HostReport(
+        qemus, usable, reason, rights(), guests, tuple(_missing(qemus, usable, reason, guests))
+    )
 
 
 def _missing(
@@ -100,12 +108,27 @@ def _missing(
     survives = any(qemu.arch == DEMO_ARCH and survives_unplug(qemu) for qemu in running)
     kvm_cure = f"adduser {os.environ.get('USER', 'USER')} kvm, then log in again"
     if reason is not None and reason.startswith("there is no"):
-        kvm_cure = "modprobe kvm_intel (or kvm_amd), with virtualization on in the firmware; TCG works without"
+        kvm_cure = (
+            "modprobe kvm_intel (or kvm_amd), with virtualization on in the firmware; TCG"
+            " works without"
+        )
     checks = (
-        (survives, "no QEMU that survives an x86 unplug under TCG (10.0 or later)", "scripts/fetch-qemu 10.0"),
-        (DEMO_ARCH in guests, "no test guest for `qmpvcpu demo`", f"scripts/build-guest {DEMO_ARCH}"),
+        (
+            survives,
+            "no QEMU that survives an x86 unplug under TCG (10.0 or later)",
+            "scripts/fetch-qemu 10.0",
+        ),
+        (
+            DEMO_ARCH in guests,
+            "no test guest for `qmpvcpu demo`",
+            f"scripts/build-guest {DEMO_ARCH}",
+        ),
         (kvm, f"KVM: {reason}", kvm_cure),
-        (find_spec("shtab") is not None, "`qmpvcpu completion` needs shtab", "pip install 'qmpvcpu[cli]'"),
+        (
+            find_spec("shtab") is not None,
+            "`qmpvcpu completion` needs shtab",
+            "pip install 'qmpvcpu[cli]'",
+        ),
     )
     return found + [(what, cure) for is_there, what, cure in checks if not is_there]
 

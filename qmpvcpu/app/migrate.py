@@ -70,7 +70,11 @@ def load_cookie(path: str) -> Cookie:
         VcpuRefused: the file does not exist, or is not a cookie.
     """
     try:
-        data = read_stream(sys.stdin.fileno(), _LIMIT) if path == "-" else read_file(path, _LIMIT, with_pipes=True)
+        data = (
+            read_stream(sys.stdin.fileno(), _LIMIT)
+            if path == "-"
+            else read_file(path, _LIMIT, with_pipes=True)
+        )
     except (OSError, ValueError) as error:
         why = error.strerror if isinstance(error, OSError) else str(error)
         raise catalogue.COOKIE_NOT_READ.error(path=path, why=why) from error
@@ -124,7 +128,11 @@ async def migrate(
 
         async with nothing_left_of(source, lambda: target.is_kept):
             done = await source.migration.migrate(
-                target.domain.migration, cookie, replace(how, host=where.host), force=force, finished=finished
+                target.domain.migration,
+                cookie,
+                replace(how, host=where.host),
+                force=force,
+                finished=finished,
             )
     # The guest runs at the destination now, so an error of ours must not read as if it did not.
     try:
@@ -177,7 +185,9 @@ async def migrate_prepare(cookie: Cookie, where: Where, uri: str | None) -> Prep
     """
     async with open_destination(where, cookie, FromFile(ownership.recall_source(cookie))) as target:
         await target.prepare(
-            cookie, place=where.place, with_disks=target.is_name and ownership.is_present(cookie, Role.SOURCE)
+            cookie,
+            place=where.place,
+            with_disks=target.is_name and ownership.is_present(cookie, Role.SOURCE),
         )
         # A destination that listens on every address is reached by its host's name, as libvirt
         # does.
@@ -190,7 +200,9 @@ async def migrate_prepare(cookie: Cookie, where: Where, uri: str | None) -> Prep
         return Prepared(target.name, there, target.qmp, state.enabled_ids, target.messages)
 
 
-async def migrate_finish(dest: str, cookie: Cookie | None, *, force: bool = False) -> tuple[DomainState, bool]:
+async def migrate_finish(
+    dest: str, cookie: Cookie | None, *, force: bool = False
+) -> tuple[DomainState, bool]:
     """Verify a destination, and let it run; returns its state, and whether it runs, as it did at
     the source.
 

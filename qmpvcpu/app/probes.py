@@ -14,7 +14,12 @@ from typing import Any, Final
 
 from qmpvcpu.app.cache import cache_folder
 from qmpvcpu.app.qemus import examine, find_binaries, path_of
-from qmpvcpu.core.arch import architecture, architecture_of_machine, architecture_of_program, programs_of
+from qmpvcpu.core.arch import (
+    architecture,
+    architecture_of_machine,
+    architecture_of_program,
+    programs_of,
+)
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.machine.layout import (
     LayoutSource,
@@ -117,18 +122,24 @@ async def find_layout(
     found, messages = _program(emulator, target)
     runs = architecture_of_program(found.path) if found is not None else None
     if runs is not None and runs.name not in programs_of(target):
-        raise catalogue.PROGRAM_OF_ANOTHER_ARCH.error(emulator=emulator, runs=runs.name, arch=target)
+        raise catalogue.PROGRAM_OF_ANOTHER_ARCH.error(
+            emulator=emulator, runs=runs.name, arch=target
+        )
     target = runs.name if runs is not None else target
     question = _Question(spec, found, typed)
     layout = None if refresh else question.known(target, mode)
     if layout is None:
         if mode is ProbeMode.NEVER or found is None:
-            reason = catalogue.PROBE_NEVER if mode is ProbeMode.NEVER else catalogue.NOTHING_TO_PROBE
+            reason = (
+                catalogue.PROBE_NEVER if mode is ProbeMode.NEVER else catalogue.NOTHING_TO_PROBE
+            )
             raise reason.error(machine=spec.machine, arch=target, smp=spec.smp)
         layout = await question.find_out(began + timeout, refresh=refresh)
     if arch is not None and layout.arch not in programs_of(arch):
         raise catalogue.PROBED_ANOTHER_ARCH.error(emulator=emulator, runs=layout.arch, arch=arch)
-    return Probe(layout, found.path if found is not None else None, tuple(messages), time.monotonic() - began)
+    return Probe(
+        layout, found.path if found is not None else None, tuple(messages), time.monotonic() - began
+    )
 
 
 class _Question:
@@ -166,7 +177,11 @@ class _Question:
             return None
         replies = self.cache.get(self._key(self.facts))
         try:
-            return parse_layout(replies, self.spec.accel, LayoutSource.CACHED) if replies is not None else None
+            return (
+                parse_layout(replies, self.spec.accel, LayoutSource.CACHED)
+                if replies is not None
+                else None
+            )
         except (VcpuConnectionError, KeyError, TypeError):
             return None
 
@@ -201,7 +216,10 @@ class _Question:
         assert self.program is not None
         async with _locked(self.cache, "", deadline):
             return await probe_machine(
-                self.program.path, self.spec, self._store, timeout=max(deadline - time.monotonic(), 0.001)
+                self.program.path,
+                self.spec,
+                self._store,
+                timeout=max(deadline - time.monotonic(), 0.001),
             )
 
     async def _explain(self, error: VcpuRefused) -> VcpuRefused:
@@ -217,10 +235,16 @@ class _Question:
         machine = self.spec.machine_type
         family = machine.rpartition("-")[0] + "-"
         # By number: 10.0 comes after 9.2.
-        newest = max((name for name in found.hotplug if name.startswith(family)), key=_by_version, default=None)
+        newest = max(
+            (name for name in found.hotplug if name.startswith(family)),
+            key=_by_version,
+            default=None,
+        )
         version, program = found.version, self.program.path
         if newest is None:
-            return catalogue.NO_MACHINE_TYPE_HERE.error(version=version, program=program, machine=machine)
+            return catalogue.NO_MACHINE_TYPE_HERE.error(
+                version=version, program=program, machine=machine
+            )
         return catalogue.OLD_MACHINE_TYPE_HERE.error(
             version=version, program=program, machine=machine, newest=newest
         )

@@ -97,7 +97,9 @@ async def examine(path: str, arch: str) -> QemuBinary:
             machines = await qemu.monitor.query_machines()
     except (VcpuError, CommandError) as error:
         return QemuBinary(path, arch, error=str(error))
-    names = (str(row.get("name")) for row in objects_of(machines) if row.get("hotpluggable-cpus") is True)
+    names = (
+        str(row.get("name")) for row in objects_of(machines) if row.get("hotpluggable-cpus") is True
+    )
     return QemuBinary(path, arch, version, tuple(sorted(names)))
 
 
@@ -120,7 +122,9 @@ async def find_emulator(arch: str, version: QemuVersion | None) -> str | None:
 
 def survives_unplug(qemu: QemuBinary) -> bool:
     """Whether this QEMU is known to survive the unplug of a CPU under TCG."""
-    return qemu.version is not None and not quirk("x86-tcg-unplug").affects(qemu.arch, "tcg", qemu.version)
+    return qemu.version is not None and not quirk("x86-tcg-unplug").affects(
+        qemu.arch, "tcg", qemu.version
+    )
 
 
 async def examine_all(binaries: Iterable[tuple[str, str]]) -> list[QemuBinary]:

@@ -102,13 +102,17 @@ async def save(
             and an older file is unchanged.
         VcpuConnectionError: the connection to QEMU is lost.
     """
-    cookie = await source.migration.begin(persistent=source.has_definition, wait=wait, force=force, is_paused=True)
+    cookie = await source.migration.begin(
+        persistent=source.has_definition, wait=wait, force=force, is_paused=True
+    )
     table = await _check_save(source, file, cookie, verify=verify)
     written = write_cookie(cookie)
     # A cookie that could not be read again is reported before the guest is paused.
     read_cookie(written)
     try:
-        saving = await finish(asyncio.to_thread(Saving, Path(file), written), discard=Saving.discard)
+        saving = await finish(
+            asyncio.to_thread(Saving, Path(file), written), discard=Saving.discard
+        )
     except OSError as error:
         raise catalogue.FILE_NOT_WRITTEN.error(file=file, error=error) from error
     size = 0
@@ -135,7 +139,9 @@ async def save(
     return Saved(file, size, vcpus, () if has_ended else (still,))
 
 
-async def _check_save(source: Domain, file: str, cookie: Cookie, *, verify: bool) -> StreamTable | None:
+async def _check_save(
+    source: Domain, file: str, cookie: Cookie, *, verify: bool
+) -> StreamTable | None:
     """Check everything that could prevent a save, before the guest is paused; returns what its
     twin's stream lists.
 
@@ -175,7 +181,9 @@ def _check_room(file: Path, size: int, second: int, *, verify: bool) -> list[Ref
     return found
 
 
-async def _check_saved(saving: Saving, cookie: Cookie, table: StreamTable | None, verify: bool) -> None:
+async def _check_saved(
+    saving: Saving, cookie: Cookie, table: StreamTable | None, verify: bool
+) -> None:
     """Sync what QEMU wrote, compare it with the twin's `table`, and write its digest into its
     header.
 
@@ -239,6 +247,8 @@ async def restore(file: str, where: Where) -> Restored:
                 messages.append(f"'{file}' has no digest: a change of it could not be noticed")
             if not target.is_defined:
                 messages += target.define(cookie, persistent=cookie.persistent is not None)
-            return Restored(target.name, target.qmp, state.enabled_ids, cookie.runs, tuple(messages))
+            return Restored(
+                target.name, target.qmp, state.enabled_ids, cookie.runs, tuple(messages)
+            )
     finally:
         saved.close()

@@ -91,7 +91,13 @@ class Destroyed:
 
     def to_json(self) -> dict[str, Any]:
         """The document of `destroy --json`."""
-        return {"outcome": "applied", "changed": True, "domain": self.name, "pid": self.pid, "killed": self.killed}
+        return {
+            "outcome": "applied",
+            "changed": True,
+            "domain": self.name,
+            "pid": self.pid,
+            "killed": self.killed,
+        }
 
 
 @checked
@@ -108,7 +114,8 @@ async def start(
 
     Raises:
         VcpuRefused: it is not defined, runs already, or there cannot be such a guest.
-        VcpuFailed: QEMU exited, with its exit code and stderr; or its vCPUs are not those of the XML.
+        VcpuFailed: QEMU exited, with its exit code and stderr; or its vCPUs are not those of the
+            XML.
         VcpuConnectionError: QEMU does not answer. After every error QEMU has ended.
     """
     began = time.monotonic()
@@ -123,7 +130,9 @@ async def start(
         launched = await _launch(runtime, document, definition, mode, timeout, place=place)
         try:
             try:
-                state, notes = await _check_vcpus(runtime, launched.line, file.place if place else None)
+                state, notes = await _check_vcpus(
+                    runtime, launched.line, file.place if place else None
+                )
                 await _continue(runtime)
             except VcpuConnectionError as error:
                 if runtime.pid() is None:
@@ -200,7 +209,9 @@ async def launch_waiting(
         memory, chardevs = _shared(document, definition) if source_runs else ([], [])
         if memory:
             raise VcpuRefused([catalogue.SHARED_MEMORY(name=name, what=what) for what in memory])
-        launched = await _launch(runtime, document, definition, mode, timeout, place=place, incoming="defer")
+        launched = await _launch(
+            runtime, document, definition, mode, timeout, place=place, incoming="defer"
+        )
         return replace(
             launched,
             messages=(
@@ -217,7 +228,10 @@ def _shared(document: Document, definition: Definition) -> tuple[list[str], list
     words = list(read_hardware(document).arguments)
     known: list[MemoryBackend | Dimm] = [*definition.options.backends, *definition.dimms]
     for backend in known:
-        words += ["-object", join_pairs([("qom-type", backend.driver), *backend.options], "qom-type")]
+        words += [
+            "-object",
+            join_pairs([("qom-type", backend.driver), *backend.options], "qom-type"),
+        ]
     return shared_with_source(words)
 
 
@@ -240,10 +254,17 @@ async def _launch(
     line = await command_line(definition, mode=mode, incoming=incoming)
     if line.probe.emulator is None:
         raise catalogue.NO_PROGRAM_TO_START.error(messages="; ".join(line.probe.messages))
-    arguments = ["-S", "-name", f"guest={escaped(runtime.name)},debug-threads=on", *line.args.arguments]
+    arguments = [
+        "-S",
+        "-name",
+        f"guest={escaped(runtime.name)},debug-threads=on",
+        *line.args.arguments,
+    ]
     if definition.uuid is not None:
         arguments += ["-uuid", definition.uuid]
-    arguments += hardware_args(hardware, qemu_arch(definition), console=str(runtime.console), agent=AGENT)
+    arguments += hardware_args(
+        hardware, qemu_arch(definition), console=str(runtime.console), agent=AGENT
+    )
     prepared = asyncio.create_task(asyncio.to_thread(runtime.prepare))
     try:
         await finish(prepared)
@@ -368,7 +389,9 @@ async def _answers(name: str) -> bool:
         return error.reason == "no-greeting"
 
 
-async def _check_vcpus(runtime: Runtime, line: CommandLine, xml: str | None) -> tuple[DomainState, list[str]]:
+async def _check_vcpus(
+    runtime: Runtime, line: CommandLine, xml: str | None
+) -> tuple[DomainState, list[str]]:
     """Check by a fresh query that the vCPUs are those of the XML and were plugged in its order.
     Then place their threads as the file `xml` says; returns the state, and notes about the
     placement.

@@ -38,7 +38,13 @@ from qmpvcpu.core.machine.devices import (
 from qmpvcpu.core.machine.hardware import hardware_args
 from qmpvcpu.core.migration.cookie import Cookie, check_machine, machine_of
 from qmpvcpu.core.migration.status import last_words, parse_status
-from qmpvcpu.core.migration.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
+from qmpvcpu.core.migration.stream import (
+    HEAD_BYTES,
+    TAIL_BYTES,
+    StreamError,
+    StreamTable,
+    parse_stream,
+)
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain import Domain
 from qmpvcpu.domain.connect import connect
@@ -106,7 +112,9 @@ async def compare_with_twin(
         async with _twin(xml, machine) as (qemu, domain, arguments):
             twin, now = await domain.state(VcpuFlag.LIVE), await domain.picture()
             now = replace(now, disks=await _disks_of(qemu, arguments))
-            found = [_in_definition(one) for one in check_machine(machine_of(state), machine_of(twin))]
+            found = [
+                _in_definition(one) for one in check_machine(machine_of(state), machine_of(twin))
+            ]
             found += refusals_of(differences(there, now), _ELSEWHERE, HINT)
             found += [*check_movable(there), *_unheld(there, arguments)]
             return Checked(found, await _table_of(qemu) if with_table and not found else None)
@@ -135,22 +143,33 @@ def check_held(cookie: Cookie) -> list[Refusal]:
     """
     if cookie.picture is None:
         return []
-    return [*check_movable(cookie.picture), *_unheld(cookie.picture, _hardware(*read_domain(cookie.xml)))]
+    return [
+        *check_movable(cookie.picture),
+        *_unheld(cookie.picture, _hardware(*read_domain(cookie.xml))),
+    ]
 
 
 def _unheld(picture: Picture, arguments: Sequence[str]) -> list[Refusal]:
     return [
-        *(catalogue.NOT_IN_DEFINITION(words=words) for words in not_defined(picture.beyond, arguments)),
+        *(
+            catalogue.NOT_IN_DEFINITION(words=words)
+            for words in not_defined(picture.beyond, arguments)
+        ),
         *(catalogue.FOLDER_UNKNOWN(words=words) for words in without_folder(arguments)),
     ]
 
 
 def check_readable(xml: bytes) -> list[Refusal]:
     """Why a second QEMU could never read the saved guest of a definition."""
-    return [catalogue.VERIFY_NETWORK(device=text) for text in unlike_any_other(_hardware(*read_domain(xml)))]
+    return [
+        catalogue.VERIFY_NETWORK(device=text)
+        for text in unlike_any_other(_hardware(*read_domain(xml)))
+    ]
 
 
-async def _disks_of(qemu: QemuProcess, arguments: Sequence[str]) -> dict[str, tuple[str, ...]] | None:
+async def _disks_of(
+    qemu: QemuProcess, arguments: Sequence[str]
+) -> dict[str, tuple[str, ...]] | None:
     """The disks that a QEMU with these arguments opens; `qemu` is its twin, whose disks are
     stand-ins.
     """
@@ -169,7 +188,9 @@ async def _disks_of(qemu: QemuProcess, arguments: Sequence[str]) -> dict[str, tu
 
 def _in_definition(refusal: Refusal) -> Refusal:
     """A refusal of `check_machine`, which speaks of a destination, in terms of the definition."""
-    text = refusal.message.replace("at the destination", _ELSEWHERE).replace("the destination", "the definition")
+    text = refusal.message.replace("at the destination", _ELSEWHERE).replace(
+        "the destination", "the definition"
+    )
     return replace(refusal, message=text, hint=HINT)
 
 
@@ -244,7 +265,9 @@ async def _table_of(qemu: QemuProcess) -> StreamTable:
         head, tail = await finish(reading, on_cancel=qemu.kill)
         return parse_stream(head, tail)
     except CommandError as error:
-        raise VcpuFailed(f"its state cannot be written: {error.text}", qmp_text=error.text) from error
+        raise VcpuFailed(
+            f"its state cannot be written: {error.text}", qmp_text=error.text
+        ) from error
     except StreamError as error:
         status = parse_status(await qemu.monitor.query_migrate())
         raise VcpuFailed(f"its state cannot be read: {status.error or error}") from error
@@ -286,9 +309,13 @@ async def read_back(xml: bytes, machine: str | None, file: int, offset: int) -> 
                 await domain.migration.read_saved(file, offset)
             except VcpuConnectionError as error:
                 await qemu.process.wait_at_most(EXIT_SECONDS)
-                raise VcpuFailed(f"it exited: {last_words(qemu.stderr()) or error.message}") from error
+                raise VcpuFailed(
+                    f"it exited: {last_words(qemu.stderr()) or error.message}"
+                ) from error
     except VcpuRefused as error:
-        raise VcpuFailed("; ".join(one.message for one in error.refusals), hint=error.hint) from error
+        raise VcpuFailed(
+            "; ".join(one.message for one in error.refusals), hint=error.hint
+        ) from error
     except (VcpuFailed, VcpuConnectionError) as error:
         raise VcpuFailed(
             f"a second QEMU cannot read the saved guest: {error.message}",
@@ -296,7 +323,9 @@ async def read_back(xml: bytes, machine: str | None, file: int, offset: int) -> 
         ) from error
 
 
-async def check_sides(cookie: Cookie, destination: Domain, *, with_disks: bool = False) -> list[Refusal]:
+async def check_sides(
+    cookie: Cookie, destination: Domain, *, with_disks: bool = False
+) -> list[Refusal]:
     """Compare the machine of a cookie with the one of a QEMU that waits for the guest; nothing is
     changed. Empty for a cookie without picture.
 

@@ -3,7 +3,8 @@
 import os
 import sys
 
-# Type checkers treat this name as true. Importing `typing` for it would cost more than the rest of this file.
+# Type checkers treat this name as true. Importing `typing` for it would cost more than the rest of
+# this file.
 TYPE_CHECKING = False
 if TYPE_CHECKING:
     from typing import NoReturn
@@ -12,7 +13,9 @@ if TYPE_CHECKING:
 
 
 def main() -> int:
-    """Run the command in `sys.argv` in this process, and handle its signals meanwhile; return the exit code."""
+    """Run the command in `sys.argv` in this process, and handle its signals meanwhile; return the
+    exit code.
+    """
     signals = _handled()
     try:
         return _run(signals)
@@ -58,7 +61,9 @@ def _handled() -> "Signals":
 
 
 def _fill_standard_streams() -> None:
-    """Open those of 0, 1 and 2 that are closed, because QEMU's socket must not become our stderr."""
+    """Open those of 0, 1 and 2 that are closed, because QEMU's socket must not become our
+    stderr.
+    """
     for number in range(3):
         try:
             os.fstat(number)
@@ -77,7 +82,9 @@ def _run(signals: "Signals") -> int:
     if "--version" in arguments:
         from qmpvcpu._version import __version__
 
-        output.write(f'{{"version": "{__version__}"}}\n' if output.is_json else f"qmpvcpu {__version__}\n")
+        output.write(
+            f'{{"version": "{__version__}"}}\n' if output.is_json else f"qmpvcpu {__version__}\n"
+        )
         return output.end(0)
     from qmpvcpu.cli.run import run
 

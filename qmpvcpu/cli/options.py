@@ -101,7 +101,9 @@ IMPACT = (
     flag("--config", "the persistent definition, from the next boot"),
     flag("--current", "live if it runs, else config (default)"),
 )
-NO_PLACE = flag("--no-place", "leave new threads where the kernel puts them, whatever <cputune> says")
+NO_PLACE = flag(
+    "--no-place", "leave new threads where the kernel puts them, whatever <cputune> says"
+)
 CHANGE = (
     flag("--dry-run", "show what would be done, and do nothing"),
     flag("--async", "do not wait for the end of an unplug", dest="no_wait"),
@@ -122,7 +124,9 @@ PROBE_MODE = choice(
 CRASHES = flag("--force", "also do what is known to crash QEMU")
 HANGS = flag("--force", "also do what is known to hang a guest")
 THROUGH_AGENT = flag("--guest", "through the guest agent: online and offline only")
-DEST_HELP = "a name, started here if it does not run, or the QMP socket of a QEMU with -incoming defer"
+DEST_HELP = (
+    "a name, started here if it does not run, or the QMP socket of a QEMU with -incoming defer"
+)
 DEST_OR_NAME = argument("dest", "DEST", f"{DEST_HELP} (default: the guest's name)", default=None)
 WAIT = value(
     "--wait",

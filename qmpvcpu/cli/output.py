@@ -24,7 +24,9 @@ class OutputLost(Exception):
 
 
 class Output:
-    """stdout and stderr of one command. With `is_json`, stdout gets one document and nothing else."""
+    """stdout and stderr of one command. With `is_json`, stdout gets one document and nothing
+    else.
+    """
 
     def __init__(self, signals: Signals, *, is_json: bool) -> None:
         self.is_json = is_json
@@ -71,9 +73,15 @@ class Output:
         self._lost = BrokenPipeError()
 
     def data(self, data: bytes) -> None:
-        """Print data for a program, byte for byte. A terminal gets it without control characters."""
+        """Print data for a program, byte for byte. A terminal gets it without control
+        characters.
+        """
         if _is_terminal(sys.stdout):
-            self.write("\n".join(clean(line, tabs=True) for line in data.decode(errors="replace").split("\n")))
+            self.write(
+                "\n".join(
+                    clean(line, tabs=True) for line in data.decode(errors="replace").split("\n")
+                )
+            )
         else:
             self.write(data)
 
@@ -122,7 +130,8 @@ class Output:
         """Report on stderr if stdout could not be written; return the exit code, unchanged."""
         if self._lost is not None and not self.reader_left:
             self.say(
-                f"qmpvcpu: cannot write to stdout: {self._lost.strerror}; the exit code is {code} all the same"
+                f"qmpvcpu: cannot write to stdout: {self._lost.strerror}; the exit code is {code}"
+                " all the same"
             )
         return code
 

@@ -11,14 +11,16 @@ from qmpvcpu.cli.options import Command
 from qmpvcpu.errors import VcpuUsageError
 
 _PROGRAM: Final = "qmpvcpu"
-_DESCRIPTION: Final = "Switch single virtual CPUs of a QEMU guest on and off, by id, straight over QMP."
+_DESCRIPTION: Final = (
+    "Switch single virtual CPUs of a QEMU guest on and off, by id, straight over QMP."
+)
 _EPILOG: Final = """\
-DOMAIN is a name given to `define`, or with a / in it the path of a QMP socket or of a domain XML file;
-else a file, host:port, or fd:N; with -c URI the name or UUID of a libvirt domain.
+DOMAIN is a name given to `define`, or with a / in it the path of a QMP socket or of a domain
+XML file; else a file, host:port, or fd:N; with -c URI the name or UUID of a libvirt domain.
 IDS is a list of vCPU ids: 5, 1-3,7 or 0-7,^2.
 
-exit codes: 0 done  2 usage  3 refused  4 the guest rejected it  5 pending  6 partial  7 no connection
-            8 QEMU failed, undone  130/143 interrupted
+exit codes: 0 done  2 usage  3 refused  4 the guest rejected it  5 pending  6 partial
+            7 no connection  8 QEMU failed, undone  130/143 interrupted
 """
 #: Those of `add_global_options` whose value is the next word.
 _WITH_VALUE: Final = frozenset({"-c", "--connect", "--via", "--agent", "--qmp-log"})
@@ -53,7 +55,8 @@ def add_global_options(parser: argparse.ArgumentParser) -> None:
     add(
         "--via",
         choices=("api", "monitor"),
-        help="how a libvirt domain is reached: by libvirt's API (default), or with our engine through its monitor",
+        help="how a libvirt domain is reached: by libvirt's API (default), or with our engine"
+        " through its monitor",
     )
     add("--agent", metavar="ADDR", help="the guest agent's socket")
     add("--qmp-log", metavar="FILE", help="append every QMP message as a JSON line")
@@ -64,7 +67,11 @@ def _main_parser() -> _Parser:
     lines = [_DESCRIPTION]
     width = max(map(len, commands.NAMES))
     for title, names in commands.GROUPS.items():
-        lines += ["", f"{title}:", *(f"  {name:{width}}  {text}" for name, (_, text) in names.items())]
+        lines += [
+            "",
+            f"{title}:",
+            *(f"  {name:{width}}  {text}" for name, (_, text) in names.items()),
+        ]
     parser = _Parser(
         prog=_PROGRAM,
         usage=f"{_PROGRAM} [OPTION]… COMMAND …",
@@ -94,7 +101,9 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     if name not in commands.NAMES:
         near = get_close_matches(name, commands.NAMES, 3)
         hint = f"did you mean {' or '.join(near)}? " if near else ""
-        raise VcpuUsageError(f"there is no command '{name}'", hint=f"{hint}`{_PROGRAM} --help` lists them")
+        raise VcpuUsageError(
+            f"there is no command '{name}'", hint=f"{hint}`{_PROGRAM} --help` lists them"
+        )
     command = commands.load(name)
     given, rest = [*arguments[:at], *arguments[at + 1 :]], []
     if command.has_rest and (first := _first_word(given)) is not None:
@@ -105,13 +114,16 @@ def parse(arguments: list[str]) -> argparse.Namespace:
     return found
 
 
-def _parse_command(name: str, command: Command, given: list[str], rest: list[str]) -> argparse.Namespace:
+def _parse_command(
+    name: str, command: Command, given: list[str], rest: list[str]
+) -> argparse.Namespace:
     """Parse the arguments of one command. Each bare word is the value of the first argument that
     takes one and has none, as in virsh.
     """
     positionals = [option for option in command.options if option.is_word]
     metavars = [
-        option.words["metavar"] if option.is_required else f"[{option.words['metavar']}]" for option in positionals
+        option.words["metavar"] if option.is_required else f"[{option.words['metavar']}]"
+        for option in positionals
     ]
     prog = f"{_PROGRAM} {name}"
     parser = _Parser(
@@ -134,8 +146,8 @@ def _parse_command(name: str, command: Command, given: list[str], rest: list[str
         setattr(found, last.words["dest"], rest)
         rest = []
     bare = [text for text in left if _is_bare(text)] + rest
-    # argparse has no argument that is an option and a bare word: each bare word is parsed once more,
-    # after its option, which checks its type.
+    # argparse has no argument that is an option and a bare word: each bare word is parsed once
+    # more, after its option, which checks its type.
     filled = [f"{option.names[0]}={text}" for option, text in zip(missing, bare, strict=False)]
     parser.parse_args(filled, found)
     unknown = [text for text in left if not _is_bare(text)] + bare[len(missing) :]
@@ -166,10 +178,14 @@ def _check(found: argparse.Namespace) -> None:
     """Check what argparse cannot: options that exclude each other, and those that need -c URI."""
     if getattr(found, "current", False) and (found.live or found.config):
         word = "live" if found.live else "config"
-        raise VcpuUsageError(f"--current and --{word} exclude each other", hint="leave out one of them")
+        raise VcpuUsageError(
+            f"--current and --{word} exclude each other", hint="leave out one of them"
+        )
     if found.connect is None:
         if found.via is not None:
-            raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI")
+            raise VcpuUsageError(
+                "--via is about a libvirt domain", hint="give libvirt's URI: -c URI"
+            )
         return
     if found.command not in commands.WITH_LIBVIRT:
         text = f"{found.command} is not for libvirt's domains"
@@ -177,7 +193,9 @@ def _check(found: argparse.Namespace) -> None:
     if found.command == "list":
         refuse_unused(found, "list asks libvirt alone", ("agent", "qmp_log", "via"))
     if found.command == "doctor" and found.domain is None:
-        raise VcpuUsageError("doctor with -c URI is about one domain", hint="doctor DOMAIN; or leave out -c URI")
+        raise VcpuUsageError(
+            "doctor with -c URI is about one domain", hint="doctor DOMAIN; or leave out -c URI"
+        )
 
 
 def refuse_unused(found: argparse.Namespace, why: str, names: tuple[str, ...]) -> None:

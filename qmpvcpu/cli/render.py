@@ -21,7 +21,9 @@ if TYPE_CHECKING:
 
 
 def columns(rows: Sequence[Sequence[str]], *, right: frozenset[int] = frozenset()) -> list[str]:
-    """Return rows as aligned lines. The first row is the head; `right` has the right-aligned columns."""
+    """Return rows as aligned lines. The first row is the head; `right` has the right-aligned
+    columns.
+    """
     widths = [max(len(row[number]) for row in rows) for number in range(len(rows[0]))]
     lines = []
     for row in rows:
@@ -39,7 +41,10 @@ def info(state: DomainState) -> list[str]:
     if state.version is None or not state.version.major:
         source = "the definition" if state.version is None else None
     words = [word for word in (state.arch, state.machine, source, state.accel) if word]
-    head = f"{state.name}: {', '.join(words)}: {len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
+    head = (
+        f"{state.name}: {', '.join(words)}: {len(state.enabled_ids)} of {state.maxcpus} vCPUs"
+        " enabled"
+    )
     if not state.can_plug:
         head += " (this machine has no CPU hotplug)"
     elif not state.can_unplug:
@@ -68,7 +73,9 @@ def topology(state: DomainState) -> list[str]:
             for _, core in groupby(group, key=lambda vcpu: core_of(state, vcpu.id))
         )
         name = " ".join(f"{level} {number}" for level, number in where)
-        lines.append(f"{name or 'vCPUs'}: {format_ids(vcpu.id for vcpu in group)}  {signs}".rstrip())
+        lines.append(
+            f"{name or 'vCPUs'}: {format_ids(vcpu.id for vcpu in group)}  {signs}".rstrip()
+        )
     return lines
 
 
@@ -79,7 +86,11 @@ def _sign(vcpu: Vcpu) -> str:
 def slots(layout: MachineLayout, vcpus: Sequence[Vcpu]) -> list[str]:
     """Return one row per entity of a machine that does not run."""
     found = layout.entities()
-    keys = [key for key in ("node-id", *PLACE_PROPS) if any(key in (slot.props or Props()) for _, slot in found)]
+    keys = [
+        key
+        for key in ("node-id", *PLACE_PROPS)
+        if any(key in (slot.props or Props()) for _, slot in found)
+    ]
     rows = [["VCPUS", *(key[:-3].upper() for key in keys), "STATE", "ORDER"]]
     for ids, slot in found:
         props = slot.props or Props()
@@ -93,7 +104,9 @@ def vcpu_table(vcpus: Iterable[Vcpu]) -> list[str]:
     above are blank.
     """
     rows = list(vcpus)
-    levels = [level for level in PLACE_PROPS if any(level in (vcpu.props or Props()) for vcpu in rows)]
+    levels = [
+        level for level in PLACE_PROPS if any(level in (vcpu.props or Props()) for vcpu in rows)
+    ]
     has_nodes = any(vcpu.node is not None for vcpu in rows)
     is_placed = any(vcpu.pin is not None for vcpu in rows)
     is_scheduled = any(vcpu.scheduler not in (None, "other") for vcpu in rows)
@@ -119,8 +132,12 @@ def vcpu_table(vcpus: Iterable[Vcpu]) -> list[str]:
     above: list[str] = []
     for vcpu in rows:
         props = vcpu.props or Props()
-        place = ([_text(vcpu.node)] if has_nodes else []) + [_text(props.get(level)) for level in levels]
-        same = next((n for n, (a, b) in enumerate(zip(place, above, strict=False)) if a != b), len(above))
+        place = ([_text(vcpu.node)] if has_nodes else []) + [
+            _text(props.get(level)) for level in levels
+        ]
+        same = next(
+            (n for n, (a, b) in enumerate(zip(place, above, strict=False)) if a != b), len(above)
+        )
         lines.append([*([""] * same), *place[same:], *(_text(get(vcpu)) for _, _, get in shown)])
         above = place
     numbers = [number for number, (_, is_number, _) in enumerate(shown, len(heads)) if is_number]
@@ -147,7 +164,9 @@ def outcome(result: Outcome) -> list[str]:
     elif result.pending:
         lines.append(f"vCPU {pending}: unplug requested, and not ended at the deadline")
     if result.pending_online:
-        lines.append(f"vCPU {format_ids(result.pending_online)}: the guest is not known to run on it yet")
+        lines.append(
+            f"vCPU {format_ids(result.pending_online)}: the guest is not known to run on it yet"
+        )
     if result.defined:
         lines += _defined(result)
     return lines or _already(result)
@@ -158,14 +177,18 @@ def _already(result: Outcome) -> list[str]:
     if result.already:
         return list(result.already)
     words = grouped((row.state, row.id) for row in result.rows)
-    return [f"vCPU {format_ids(ids)}: already {word}" for word, ids in words.items()] or ["nothing to do"]
+    return [f"vCPU {format_ids(ids)}: already {word}" for word, ids in words.items()] or [
+        "nothing to do"
+    ]
 
 
 def _defined(result: Outcome) -> list[str]:
     if not result.config_changed_ids:
         return ["the definition is changed"]
     rows = {row.id: row for row in result.rows} if not result.live_changed_ids else {}
-    words = grouped((rows[n].state if n in rows else "changed", n) for n in result.config_changed_ids)
+    words = grouped(
+        (rows[n].state if n in rows else "changed", n) for n in result.config_changed_ids
+    )
     return [f"vCPU {format_ids(ids)}: {word} in the definition" for word, ids in words.items()]
 
 
@@ -194,7 +217,9 @@ def guest_outcome(result: Outcome, *, is_online: bool) -> list[str]:
 
 
 def guest(view: GuestView) -> list[str]:
-    """Return the guest's own CPUs in the three lines of `virsh guestvcpus`, and the vCPU of each one."""
+    """Return the guest's own CPUs in the three lines of `virsh guestvcpus`, and the vCPU of each
+    one.
+    """
     lines = columns(
         [
             (name, ":", format_ids(cpu.logical_id for cpu in view.cpus if wanted(cpu)))
@@ -205,7 +230,10 @@ def guest(view: GuestView) -> list[str]:
             )
         ]
     )
-    pairs = [("GUEST-ID", "VCPU"), *((str(c.logical_id), _text(view.vcpu_of(c.logical_id))) for c in view.cpus)]
+    pairs = [
+        ("GUEST-ID", "VCPU"),
+        *((str(c.logical_id), _text(view.vcpu_of(c.logical_id))) for c in view.cpus),
+    ]
     note = [", assumed"] if view.assumed else []
     return [*lines, "", *columns(pairs, right=frozenset({0, 1})), *note]
 
@@ -230,7 +258,10 @@ def event(found: Event) -> str:
 
 def snapshot(document: Mapping[str, Any]) -> str:
     """Return the first line of `watch`."""
-    return f"{_clock(document['time'])}  vCPU {format_ids(document['vcpus'])}: enabled ({document['detail']})"
+    return (
+        f"{_clock(document['time'])}  vCPU {format_ids(document['vcpus'])}: enabled"
+        f" ({document['detail']})"
+    )
 
 
 def _clock(seconds: float) -> str:

@@ -61,7 +61,8 @@ def _ended(body: Callable[[], int], output: Output, *, debug: bool) -> int:
             return _SIGPIPE_EXIT
         return report(
             VcpuUsageError(
-                "cannot write events to stdout", hint="write to a file system that has room, or to a terminal"
+                "cannot write events to stdout",
+                hint="write to a file system that has room, or to a terminal",
             ),
             output,
         )
@@ -79,7 +80,9 @@ class _Interrupted(Exception):
     and prints only lines.
     """
 
-    def __init__(self, number: int, left: Interrupted, note: str | None, *, is_stream: bool) -> None:
+    def __init__(
+        self, number: int, left: Interrupted, note: str | None, *, is_stream: bool
+    ) -> None:
         super().__init__(number)
         self.number = number
         self.left = left
@@ -127,7 +130,8 @@ def _run_async(options: argparse.Namespace, output: Output, signals: Signals) ->
             raise _Interrupted(number, left, note, is_stream=options.command == "watch") from None
         finally:
             signals.react = None
-            # If no event loop could be made, the coroutine was never started and must be closed here.
+            # If no event loop could be made, the coroutine was never started and must be closed
+            # here.
             work.close()
 
     code = _ended(run_it, output, debug=options.debug)
@@ -155,9 +159,15 @@ def _report_interrupt(interrupted: _Interrupted, output: Output) -> int:
     if left.pending:
         text += f"; vCPU {format_ids(left.pending)}: unplug requested, and still pending"
     if left.changed_ids:
-        text += f"; vCPU {format_ids(left.changed_ids)}: changed by this call in the running guest, and stays so"
+        text += (
+            f"; vCPU {format_ids(left.changed_ids)}: changed by this call in the running"
+            " guest, and stays so"
+        )
     if left.unsure_ids:
-        text += f"; vCPU {format_ids(left.unsure_ids)}: its change was not answered, and may be done still"
+        text += (
+            f"; vCPU {format_ids(left.unsure_ids)}: its change was not answered, and may be"
+            " done still"
+        )
     if left.definition_unsure:
         note = "the definition may still be written: vcpuinfo --config shows it"
     elif left.definition_written:
@@ -203,7 +213,8 @@ def _traceback(output: Output) -> None:
     output.say(*traceback.format_exc().splitlines())
 
 
-# -- limits of this process: a command that would run short is refused before its first effect -------
+# -- limits of this process: a command that would run short is refused before its first effect
+# -------
 
 
 def _check_descriptors() -> None:
@@ -217,7 +228,9 @@ def _check_descriptors() -> None:
         while len(opened) < _NEEDED:
             opened.append(os.open("/", os.O_PATH | os.O_CLOEXEC))
     except OSError as error:
-        raise catalogue.FEW_DESCRIPTORS.error(more=len(opened), needed=_NEEDED, error=error) from error
+        raise catalogue.FEW_DESCRIPTORS.error(
+            more=len(opened), needed=_NEEDED, error=error
+        ) from error
     finally:
         for fd in opened:
             os.close(fd)

@@ -23,7 +23,9 @@ from qmpvcpu.errors import OutcomeKind, VcpuError, VcpuUsageError
 class CommandSession:
     """One run of a command: its options, and the domain while it is open."""
 
-    def __init__(self, options: Namespace, output: Output, is_interrupted: Callable[[], bool]) -> None:
+    def __init__(
+        self, options: Namespace, output: Output, is_interrupted: Callable[[], bool]
+    ) -> None:
         self.options = options
         self.output = output
         self._is_interrupted = is_interrupted
@@ -61,11 +63,15 @@ class CommandSession:
         return self.domain
 
     def waiting(self, what: str, limit: float | None = None) -> AbstractAsyncContextManager[None]:
-        """While the body runs, show on a terminal that the command waits; see `progress.waiting`."""
+        """While the body runs, show on a terminal that the command waits; see
+        `progress.waiting`.
+        """
         return progress.waiting(self.output, what, limit)
 
     def transfer(self) -> AbstractContextManager[Progress | None]:
-        """While the body runs, show on a terminal how far a migration is; see `progress.transfer`."""
+        """While the body runs, show on a terminal how far a migration is; see
+        `progress.transfer`.
+        """
         return progress.transfer(self.output)
 
     def interrupted(self) -> Interrupted:
@@ -125,7 +131,9 @@ class CommandSession:
         """Print one JSON document, or lines for a person."""
         if self.output.is_json:
             if "messages" in document:
-                document = document | {"messages": [in_options(text) for text in document["messages"]]}
+                document = document | {
+                    "messages": [in_options(text) for text in document["messages"]]
+                }
             self.output.document(document)
         else:
             self.output.lines(lines)

@@ -1,4 +1,6 @@
-"""SIGINT and SIGTERM of a command: they are recorded, and never raised as an exception, during its whole run."""
+"""SIGINT and SIGTERM of a command: they are recorded, and never raised as an exception, during its
+whole run.
+"""
 
 from __future__ import annotations
 

@@ -11,8 +11,11 @@ from qmpvcpu.errors import VcpuError, VcpuRefused
 if TYPE_CHECKING:
     from qmpvcpu.cli.output import Output
 
-#: The part of a text that is for API users, after an option: "--force (force=True)", "--live (LIVE)".
-_ARGUMENT: Final = re.compile(r"((?:^|[\s(])(?:--?[a-z][\w-]*)(?: [A-Z]+)?) \((?:[a-z_]+=\w*|[A-Z][A-Z_]+)\)")
+#: The part of a text that is for API users, after an option: "--force (force=True)", "--live
+#: (LIVE)".
+_ARGUMENT: Final = re.compile(
+    r"((?:^|[\s(])(?:--?[a-z][\w-]*)(?: [A-Z]+)?) \((?:[a-z_]+=\w*|[A-Z][A-Z_]+)\)"
+)
 
 
 def in_options(text: str) -> str:
@@ -39,5 +42,7 @@ def report(error: VcpuError, output: Output) -> int:
         if hint:
             output.say(f"  hint: {hint}")
     # The notes of an exception say how the QEMU concerned has ended.
-    output.say(*(f"note: {message}" for message in (*error.messages, *getattr(error, "__notes__", ()))))
+    output.say(
+        *(f"note: {message}" for message in (*error.messages, *getattr(error, "__notes__", ())))
+    )
     return error.outcome.exit_code

@@ -44,7 +44,9 @@ def parse_address(text: object) -> Address:
 def _tcp(rest: str, text: str) -> tuple[str, int]:
     found = _TCP.match(rest)
     if found is None:
-        raise VcpuUsageError(f"'{text}' is not an address", hint="write tcp:HOST:PORT; IPv6 as tcp:[::1]:PORT")
+        raise VcpuUsageError(
+            f"'{text}' is not an address", hint="write tcp:HOST:PORT; IPv6 as tcp:[::1]:PORT"
+        )
     port = int(found[2])
     if not 0 < port < 65536:
         raise VcpuUsageError(f"'{text}': there is no port {port}", hint="ports are 1 to 65535")

@@ -115,7 +115,10 @@ class Architecture:
 
     def computes(self, machine: str) -> bool:
         """Whether `core.machine.smp` has the rules of this machine type."""
-        return self.hotplug_machines is not None and re.fullmatch(self.hotplug_machines, machine) is not None
+        return (
+            self.hotplug_machines is not None
+            and re.fullmatch(self.hotplug_machines, machine) is not None
+        )
 
     def entity_size(self, threads: int) -> int:
         """How many vCPUs one `device_add` creates on a machine with so many threads in a core."""
@@ -224,8 +227,29 @@ ROWS: Final = (
     *(
         Architecture(name)
         for name in (
-            *("alpha", "avr", "m68k", "microblaze", "microblazeel", "mips", "mips64", "mips64el", "mipsel"),
-            *("ppc", "riscv32", "rx", "sh4", "sh4eb", "sparc", "sparc64", "tricore", "xtensa", "xtensaeb"),
+            *(
+                "alpha",
+                "avr",
+                "m68k",
+                "microblaze",
+                "microblazeel",
+                "mips",
+                "mips64",
+                "mips64el",
+                "mipsel",
+            ),
+            *(
+                "ppc",
+                "riscv32",
+                "rx",
+                "sh4",
+                "sh4eb",
+                "sparc",
+                "sparc64",
+                "tricore",
+                "xtensa",
+                "xtensaeb",
+            ),
         )
     ),
 )
@@ -247,13 +271,18 @@ def architecture_of_machine(machine: str) -> Architecture | None:
     that.
     """
     name = machine.partition(",")[0] + "-"
-    return next((row for row in ROWS if any(name.startswith(word + "-") for word in row.machine_names)), None)
+    return next(
+        (row for row in ROWS if any(name.startswith(word + "-") for word in row.machine_names)),
+        None,
+    )
 
 
 def architecture_of_program(path: str) -> Architecture | None:
     """The architecture that a QEMU program is for, by its name (`/usr/bin/qemu-system-ppc64`)."""
     name = path.rpartition("/")[2]
-    return _BY_NAME.get(name.removeprefix("qemu-system-")) if name.startswith("qemu-system-") else None
+    return (
+        _BY_NAME.get(name.removeprefix("qemu-system-")) if name.startswith("qemu-system-") else None
+    )
 
 
 def programs_of(arch: str) -> tuple[str, ...]:

@@ -8,7 +8,18 @@ from collections.abc import Callable, Collection, Iterable, Mapping
 from difflib import get_close_matches
 from enum import Flag, StrEnum
 from functools import cache, wraps
-from typing import Any, Final, Literal, ParamSpec, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+from typing import (
+    Any,
+    Final,
+    Literal,
+    ParamSpec,
+    TypeVar,
+    Union,
+    cast,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from qmpvcpu.core.text import clean
 from qmpvcpu.errors import VcpuUsageError
@@ -142,7 +153,11 @@ def _is_collection(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
         return not isinstance(origin, type)
     if not isinstance(value, origin):
         return False
-    if issubclass(origin, Mapping) or not issubclass(origin, Iterable) or not isinstance(value, Collection):
+    if (
+        issubclass(origin, Mapping)
+        or not issubclass(origin, Iterable)
+        or not isinstance(value, Collection)
+    ):
         # Reading an iterator would use it up.
         return True
     return not inner or (len(value) <= _MOST_ITEMS and all(_fits(item, inner[0]) for item in value))
@@ -151,7 +166,9 @@ def _is_collection(value: Any, origin: Any, inner: tuple[Any, ...]) -> bool:
 def _wrong(name: str, value: Any, hint: Any) -> VcpuUsageError:
     text = clean(repr(value), _MOST)
     if isinstance(value, str) and str in (hint, *get_args(hint)):
-        return VcpuUsageError(f"{name}={text} has a character that no path or name has", hint="leave it out")
+        return VcpuUsageError(
+            f"{name}={text} has a character that no path or name has", hint="leave it out"
+        )
     return VcpuUsageError(f"{name}={text} is not {_noun(hint)}", hint=f"give {_noun(hint)}")
 
 
@@ -177,7 +194,9 @@ def _unbound(
     unknown = next((name for name in named if name not in known), None)
     if unknown is not None:
         return _unknown(function, unknown, known)
-    return VcpuUsageError(f"{_name(function)}(): {text}", hint=f"it takes {', '.join(known) or 'nothing'}")
+    return VcpuUsageError(
+        f"{_name(function)}(): {text}", hint=f"it takes {', '.join(known) or 'nothing'}"
+    )
 
 
 def _unknown(function: Callable[..., Any], name: str, known: Iterable[str]) -> VcpuUsageError:

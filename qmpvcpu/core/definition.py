@@ -150,11 +150,14 @@ class Definition:
         dimms = tuple(replace(dimm, size=_up(dimm.size, unit)) for dimm in self.dimms)
         return replace(
             self,
-            memory=_up(self.base_memory or 0, unit) + sum(dimm.size for dimm in dimms) if self.memory else None,
+            memory=_up(self.base_memory or 0, unit) + sum(dimm.size for dimm in dimms)
+            if self.memory
+            else None,
             max_memory=_up(self.max_memory, unit) if self.max_memory else None,
             dimms=dimms,
             cells=tuple(
-                replace(cell, memory=_up(cell.memory, unit) if cell.memory else cell.memory) for cell in self.cells
+                replace(cell, memory=_up(cell.memory, unit) if cell.memory else cell.memory)
+                for cell in self.cells
             ),
         )
 
@@ -171,7 +174,9 @@ class Definition:
     @property
     def granularity(self) -> int:
         """How many vCPUs one `device_add` plugs on that machine: a core on pseries, else one."""
-        return architecture(self.arch).entity_size(self.topology.threads if self.topology is not None else 1)
+        return architecture(self.arch).entity_size(
+            self.topology.threads if self.topology is not None else 1
+        )
 
     @property
     def nodes(self) -> tuple[NumaCell, ...]:
@@ -226,14 +231,17 @@ def definition_of(state: DomainState) -> Definition:
         VcpuConfig(
             vcpu.id,
             vcpu.enabled,
-            hotpluggable=not vcpu.enabled or (vcpu.qom_path or "").startswith("/machine/peripheral/"),
+            hotpluggable=not vcpu.enabled
+            or (vcpu.qom_path or "").startswith("/machine/peripheral/"),
             order=vcpu.order,
         )
         for vcpu in state.vcpus
     )
     first = next((vcpu.id for vcpu in vcpus if vcpu.hotpluggable), len(vcpus))
     vcpus = tuple(replace(vcpu, hotpluggable=vcpu.id >= first) for vcpu in vcpus)
-    cells = tuple(NumaCell(node, tuple(v.id for v in state.vcpus if v.node == node)) for node in state.nodes)
+    cells = tuple(
+        NumaCell(node, tuple(v.id for v in state.vcpus if v.node == node)) for node in state.nodes
+    )
     topology = state.topology
     return Definition(
         state.name,
@@ -246,7 +254,9 @@ def definition_of(state: DomainState) -> Definition:
     )
 
 
-def state_of(definition: Definition, name: str | None = None, *, active: bool = False) -> DomainState:
+def state_of(
+    definition: Definition, name: str | None = None, *, active: bool = False
+) -> DomainState:
     """The state of the guest right after its next boot.
 
     An entity is hotpluggable if a request may change it, a vCPU if the XML says so.
@@ -256,7 +266,9 @@ def state_of(definition: Definition, name: str | None = None, *, active: bool = 
     entities, vcpus = [], []
     for first in range(0, definition.maxcpus, size):
         ids = tuple(range(first, min(first + size, definition.maxcpus)))
-        entities.append(Entity(ids, None, None, None, definition.cell_of(first), hotpluggable=first != 0))
+        entities.append(
+            Entity(ids, None, None, None, definition.cell_of(first), hotpluggable=first != 0)
+        )
         for number in ids:
             config = definition.vcpus[number]
             pin = definition.pins.get(number, definition.cpuset)
@@ -292,16 +304,22 @@ def default_vcpus(maximum: int, current: int) -> tuple[VcpuConfig, ...]:
     """The vCPUs without `<vcpus>`: ids 0 to current-1 are enabled and not hotpluggable, the others
     can be plugged.
     """
-    return tuple(VcpuConfig(number, number < current, number >= current) for number in range(maximum))
+    return tuple(
+        VcpuConfig(number, number < current, number >= current) for number in range(maximum)
+    )
 
 
-def started_with(vcpus: tuple[VcpuConfig, ...], given: Collection[int] = ()) -> tuple[VcpuConfig, ...]:
+def started_with(
+    vcpus: tuple[VcpuConfig, ...], given: Collection[int] = ()
+) -> tuple[VcpuConfig, ...]:
     """The vCPUs with `hotpluggable` filled in for those that do not have it (all ids except
     `given`): QEMU starts with the enabled vCPUs from 0 to the first gap, and the others are
     plugged.
     """
     run = next((vcpu.id for vcpu in vcpus if not vcpu.enabled), len(vcpus))
-    return tuple(vcpu if vcpu.id in given else replace(vcpu, hotpluggable=vcpu.id >= run) for vcpu in vcpus)
+    return tuple(
+        vcpu if vcpu.id in given else replace(vcpu, hotpluggable=vcpu.id >= run) for vcpu in vcpus
+    )
 
 
 def contradictions(definition: Definition) -> list[str]:

@@ -113,7 +113,9 @@ class Topology:
 
     @property
     def x86_apic_widths(self) -> tuple[int, int, int, int]:
-        """The bits of thread, core, module and die in an x86 APIC id (QEMU's hw/i386/topology.h)."""
+        """The bits of thread, core, module and die in an x86 APIC id (QEMU's
+        hw/i386/topology.h).
+        """
 
         def bits(count: int) -> int:
             return max(count - 1, 0).bit_length()
@@ -124,7 +126,12 @@ class Topology:
         """The APIC id of a slot with these props (QEMU: hw/i386/topology.h)."""
         threads, cores, modules, dies = self.x86_apic_widths
         found = place.get("socket-id", 0)
-        for level, bits in (("die-id", dies), ("module-id", modules), ("core-id", cores), ("thread-id", threads)):
+        for level, bits in (
+            ("die-id", dies),
+            ("module-id", modules),
+            ("core-id", cores),
+            ("thread-id", threads),
+        ):
             found = (found << bits) | place.get(level, 0)
         return found
 
@@ -407,4 +414,9 @@ class Event:
 
     def to_json(self) -> dict[str, Any]:
         """One line of `watch --json`."""
-        return {"time": self.time, "event": str(self.event), "vcpus": list(self.vcpus), "detail": self.detail}
+        return {
+            "time": self.time,
+            "event": str(self.event),
+            "vcpus": list(self.vcpus),
+            "detail": self.detail,
+        }

@@ -97,7 +97,9 @@ class Quirk:
         """Whether a QEMU of this version counts as having it; an unknown version does."""
         if version is None:
             return True
-        return (self.came is None or self.came <= version) and (self.fixed is None or version < self.fixed)
+        return (self.came is None or self.came <= version) and (
+            self.fixed is None or version < self.fixed
+        )
 
     def affects(self, arch: str | None, accel: str | None, version: QemuVersion | None) -> bool:
         """Whether it can affect a guest of this architecture (QEMU's or libvirt's name)."""
@@ -122,7 +124,8 @@ QUIRKS: Final = (
         arches=_X86,
         accel="tcg",
         is_refused=True,
-        message="QEMU {version} under TCG crashes after the unplug of an x86 CPU, or at the next plug",
+        message="QEMU {version} under TCG crashes after the unplug of an x86 CPU, or at the next"
+        " plug",
         hint="use QEMU 10 or KVM",
     ),
     Quirk(
@@ -147,19 +150,24 @@ QUIRKS: Final = (
         accel="tcg",
         facts=frozenset({Fact.SINGLE_THREAD}),
         is_refused=True,
-        message=("QEMU {version} with -accel tcg,thread=single aborts at the unplug of a CPU (qemu_thread_join)"),
+        message=(
+            "QEMU {version} with -accel tcg,thread=single aborts at the unplug of a CPU"
+            " (qemu_thread_join)"
+        ),
         hint="start the guest with -accel tcg,thread=multi",
     ),
     Quirk(
         "ppc64-tcg-single-thread-unplug",
-        "QEMU never answers the `device_del` of a core, nor anything after it; before the guest runs, too",
+        "QEMU never answers the `device_del` of a core, nor anything after it; before the guest"
+        " runs, too",
         _UNPLUG,
         ("7.2", "10.0", "11.1"),
         arches=_PPC64,
         accel="tcg",
         facts=frozenset({Fact.SINGLE_THREAD}),
         is_refused=True,
-        message="QEMU {version} with -accel tcg,thread=single hangs for good at the unplug of a core",
+        message="QEMU {version} with -accel tcg,thread=single hangs for good at the unplug of a"
+        " core",
         hint="start the guest with -accel tcg,thread=multi",
     ),
     Quirk(
@@ -180,7 +188,8 @@ QUIRKS: Final = (
     ),
     Quirk(
         "x86-tcg-apic-255",
-        "plugging a CPU with APIC id 255 or more aborts QEMU without x2apic in the CPU model; 11.1 gives an error",
+        "plugging a CPU with APIC id 255 or more aborts QEMU without x2apic in the CPU model; 11.1"
+        " gives an error",
         _PLUG,
         ("10.0",),
         fixed=QemuVersion(11, 1),
@@ -208,7 +217,8 @@ QUIRKS: Final = (
             "OVMF with SMM runs this guest: under TCG a CPU that is plugged now hangs it for"
             " good (its CPUs stay in SMM)"
         ),
-        hint="plug it before the guest runs (-S), or start the guest with OVMF without SMM (-machine smm=off)",
+        hint="plug it before the guest runs (-S), or start the guest with OVMF without SMM"
+        " (-machine smm=off)",
         code="hangs-guest",
     ),
     Quirk(
@@ -224,9 +234,11 @@ QUIRKS: Final = (
         facts=frozenset({Fact.LEGACY_HOTPLUG}),
         is_refused=True,
         message=(
-            "QEMU rejects every unplug of a CPU, because the guest's CPU hotplug block is still in its legacy mode"
+            "QEMU rejects every unplug of a CPU, because the guest's CPU hotplug block is still in"
+            " its legacy mode"
         ),
-        hint="boot a kernel with ACPI, which leaves that mode; acpi=off and machine types up to 2.6 keep it",
+        hint="boot a kernel with ACPI, which leaves that mode; acpi=off and machine types up to"
+        " 2.6 keep it",
         code="legacy-hotplug",
     ),
     Quirk(
@@ -240,7 +252,8 @@ QUIRKS: Final = (
     ),
     Quirk(
         "ppc64-tcg-firmware-unplug",
-        "unplugging a core while the firmware (SLOF) runs crashes QEMU, or the next `system_reset` does",
+        "unplugging a core while the firmware (SLOF) runs crashes QEMU, or the next `system_reset`"
+        " does",
         _UNPLUG,
         ("7.2", "10.0"),
         fixed=QemuVersion(11, 1),
@@ -330,7 +343,8 @@ QUIRKS: Final = (
     ),
     Quirk(
         "x86-tcg-migrate-after-unplug",
-        "a migration after an unplug never gets past `setup`: QEMU's RCU thread waits for a reader for good",
+        "a migration after an unplug never gets past `setup`: QEMU's RCU thread waits for a reader"
+        " for good",
         _MIGRATE,
         ("10.0",),
         fixed=QemuVersion(11, 1),
@@ -338,7 +352,10 @@ QUIRKS: Final = (
         accel="tcg",
         facts=frozenset({Fact.AFTER_UNPLUG}),
         is_refused=True,
-        message=("QEMU {version} under TCG never gets past 'setup' once a vCPU was unplugged (seen with 10.0)"),
+        message=(
+            "QEMU {version} under TCG never gets past 'setup' once a vCPU was unplugged (seen with"
+            " 10.0)"
+        ),
         hint="use QEMU 11.1 or KVM",
         code="setup",
     ),

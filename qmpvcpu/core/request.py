@@ -68,10 +68,13 @@ class Request:
 
     def __post_init__(self) -> None:
         if self.timeout is not None and not 0 <= self.timeout <= _LONGEST:
-            raise VcpuUsageError(f"{self.timeout} s is not a timeout", hint="give seconds, 0 or more")
+            raise VcpuUsageError(
+                f"{self.timeout} s is not a timeout", hint="give seconds, 0 or more"
+            )
         if not 0 <= self.retry <= _MOST_RETRIES:
             raise VcpuUsageError(
-                f"{self.retry} is not a number of retries", hint=f"give a number from 0 to {_MOST_RETRIES}"
+                f"{self.retry} is not a number of retries",
+                hint=f"give a number from 0 to {_MOST_RETRIES}",
             )
 
     @property
@@ -130,17 +133,22 @@ def parse_ids(text: str, noun: str = "vCPU id") -> tuple[int, ...]:
     for part in text.split(","):
         found = _RANGE.match(part.strip())
         if not found:
-            raise VcpuUsageError(f"'{part.strip()}' is not a {noun}", hint="write a list as 5, 1-3,7 or 0-7,^2")
+            raise VcpuUsageError(
+                f"'{part.strip()}' is not a {noun}", hint="write a list as 5, 1-3,7 or 0-7,^2"
+            )
         low = int(found[2])
         high = int(found[3]) if found[3] is not None else low
         if high < low:
-            raise VcpuUsageError(f"the range '{part.strip()}' runs backwards", hint=f"write {high}-{low}")
+            raise VcpuUsageError(
+                f"the range '{part.strip()}' runs backwards", hint=f"write {high}-{low}"
+            )
         if found[1]:
             chosen.difference_update(range(low, high + 1))
         else:
             chosen.update(range(low, high + 1))
     if not chosen:
         raise VcpuUsageError(
-            f"'{text}' is empty: it has no {noun}", hint="^N takes N out of the ids in front of it: 0-7,^2"
+            f"'{text}' is empty: it has no {noun}",
+            hint="^N takes N out of the ids in front of it: 0-7,^2",
         )
     return tuple(sorted(chosen))

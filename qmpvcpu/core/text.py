@@ -22,7 +22,9 @@ def clean(text: str, most: int | None = None, *, tabs: bool = False) -> str:
         text = text[: most - 3] + "..."
     if text.isprintable():
         return text
-    return "".join(char if char.isprintable() or (tabs and char == "\t") else _escaped(char) for char in text)
+    return "".join(
+        char if char.isprintable() or (tabs and char == "\t") else _escaped(char) for char in text
+    )
 
 
 def _escaped(char: str) -> str:

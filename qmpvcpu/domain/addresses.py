@@ -51,7 +51,9 @@ async def first_free(addresses: Sequence[str], opener: Opener) -> Monitor:
 async def _race(
     addresses: Sequence[str], opener: Opener, attempts: list[asyncio.Future[Monitor]]
 ) -> asyncio.Future[Monitor]:
-    """Return the attempt that finished first. `attempts` then holds every attempt that was started."""
+    """Return the attempt that finished first. `attempts` then holds every attempt that was
+    started.
+    """
     while True:
         if len(attempts) < len(addresses):
             attempts.append(asyncio.ensure_future(opener(addresses[len(attempts)])))
@@ -67,7 +69,8 @@ async def _race(
         for attempt in ended:
             error = attempt.exception()
             if not isinstance(error, VcpuConnectionError):
-                # An error of another kind is about the request, and another address would give the same one.
+                # An error of another kind is about the request, and another address would give the
+                # same one.
                 attempt.result()
                 return attempt
             errors.append(error)

@@ -50,7 +50,9 @@ _GRACE: Final = 2.0
 class Guest:
     """The agent of one domain."""
 
-    def __init__(self, agent: Agent, monitor: Monitor, report: Callable[[list[Event]], None]) -> None:
+    def __init__(
+        self, agent: Agent, monitor: Monitor, report: Callable[[list[Event]], None]
+    ) -> None:
         self._agent = agent
         self._report = report
         self._last_online: dict[int, bool] = {}
@@ -114,14 +116,21 @@ class Guest:
         # A CPU that is missing from the guest is not online in it.
         now = time.time()
         changes = [
-            (number, online) for number, online in now_online.items() if before.get(number, False) is not online
+            (number, online)
+            for number, online in now_online.items()
+            if before.get(number, False) is not online
         ]
         self._report(
-            [Event(now, EventKind.ONLINE if on else EventKind.OFFLINE, (number,)) for number, on in changes]
+            [
+                Event(now, EventKind.ONLINE if on else EventKind.OFFLINE, (number,))
+                for number, on in changes
+            ]
         )
 
     async def try_view(self, state: DomainState) -> GuestView | None:
-        """Return `view`, or None if it fails; `trouble` then says why. A silent agent is not queried."""
+        """Return `view`, or None if it fails; `trouble` then says why. A silent agent is not
+        queried.
+        """
         if self.is_silent:
             return None
         try:
@@ -129,7 +138,9 @@ class Guest:
         except VcpuConnectionError:
             return None
         except VcpuRefused as refused:
-            self.trouble = VcpuConnectionError(refused.message, address=self._agent.address, hint=refused.hint)
+            self.trouble = VcpuConnectionError(
+                refused.message, address=self._agent.address, hint=refused.hint
+            )
             return None
 
     @property
@@ -145,7 +156,9 @@ class Guest:
             await self.try_view(state)
 
     async def before_plug(self, state: DomainState) -> GuestView | None:
-        """Return the guest's CPUs before a plug if only they show which CPUs have come, else None."""
+        """Return the guest's CPUs before a plug if only they show which CPUs have come, else
+        None.
+        """
         return await self.try_view(state) if self._is_blind else None
 
     async def switch(self, view: GuestView, vcpus: Sequence[int], online: bool) -> Switch:
@@ -181,9 +194,14 @@ class Guest:
                 raise _disabled(error) from error
 
     async def await_online(
-        self, state: DomainState, vcpus: Collection[int], seconds: float, before: GuestView | None = None
+        self,
+        state: DomainState,
+        vcpus: Collection[int],
+        seconds: float,
+        before: GuestView | None = None,
     ) -> Arrival:
-        """Wait until the guest runs on newly plugged vCPUs, and take those online that it leaves offline.
+        """Wait until the guest runs on newly plugged vCPUs, and take those online that it leaves
+        offline.
 
         Args:
             state: the state after the plug.
@@ -245,7 +263,8 @@ class Guest:
             return
         if is_port_open(chardevs, os.path.realpath(self._agent.address)) is False:  # noqa: ASYNC240 - a few lstat(2)
             raise VcpuConnectionError(
-                f"no guest agent listens at '{self._agent.address}': nothing in the guest has opened its port",
+                f"no guest agent listens at '{self._agent.address}': nothing in the guest has"
+                " opened its port",
                 address=self._agent.address,
                 reason="no-agent",
                 hint="wait until the guest has booted; start qemu-ga in it",
@@ -281,7 +300,8 @@ class Guest:
             if error.error_class == "CommandNotFound":
                 raise _disabled(error) from error
             raise VcpuConnectionError(
-                f"the guest agent at '{self._agent.address}' cannot list the guest's CPUs: {error.text}",
+                f"the guest agent at '{self._agent.address}' cannot list the guest's CPUs:"
+                f" {error.text}",
                 address=self._agent.address,
                 hint="look at the guest's agent and its log",
                 libvirt="VIR_ERR_AGENT_COMMAND_FAILED",

@@ -13,7 +13,8 @@ from qmpvcpu.domain.domain import Domain
 from qmpvcpu.domain.resolve import resolve
 from qmpvcpu.errors import VcpuUsageError
 
-#: Seconds that a socket has to greet: the first if only the definition is needed, the second otherwise.
+#: Seconds that a socket has to greet: the first if only the definition is needed, the second
+#: otherwise.
 _BUSY_SECONDS = 0.3
 _CONNECT_SECONDS = 5.0
 #: The longest deadline that is accepted, in seconds.
@@ -63,13 +64,20 @@ def connect(  # noqa: PLR0913 - each argument is a keyword of the public API
         VcpuUsageError: no domain is named.
         VcpuRefused: the domain's stored definition or addresses cannot be read.
     """
-    domain, agent, xml = (None if path is None else os.fspath(path) for path in (domain, agent, xml))
+    domain, agent, xml = (
+        None if path is None else os.fspath(path) for path in (domain, agent, xml)
+    )
     qmp = os.fspath(qmp) if isinstance(qmp, os.PathLike) else qmp
-    for name, seconds in (("connect_timeout", connect_timeout), ("command_timeout", command_timeout)):
+    for name, seconds in (
+        ("connect_timeout", connect_timeout),
+        ("command_timeout", command_timeout),
+    ):
         if seconds is not None and not 0 <= seconds <= _LONGEST_SECONDS:
             raise VcpuUsageError(f"{name}={seconds} is not a time", hint="give seconds, 0 or more")
     if qmp_log is not None and not hasattr(qmp_log, "write"):
-        raise VcpuUsageError(f"qmp_log={qmp_log!r:.60} is not a QmpLog", hint="give qmpvcpu.QmpLog(FILE)")
+        raise VcpuUsageError(
+            f"qmp_log={qmp_log!r:.60} is not a QmpLog", hint="give qmpvcpu.QmpLog(FILE)"
+        )
     if uri is not None:
         if domain is None or (qmp, agent, xml) != (None, None, None):
             text = "a libvirt domain is given by its name alone"
@@ -77,9 +85,13 @@ def connect(  # noqa: PLR0913 - each argument is a keyword of the public API
         if qmp_log is not None and via == "api":
             text = "libvirt's API does not show QMP messages"
             raise VcpuUsageError(text, hint="leave out --qmp-log (qmp_log=), or go --via monitor")
-        return Domain(backends.LibvirtBackend(domain, uri, via, qmp_log, connect_timeout, command_timeout))
+        return Domain(
+            backends.LibvirtBackend(domain, uri, via, qmp_log, connect_timeout, command_timeout)
+        )
     if via != "api":
-        raise VcpuUsageError("--via is about a libvirt domain", hint="give libvirt's URI: -c URI (uri=)")
+        raise VcpuUsageError(
+            "--via is about a libvirt domain", hint="give libvirt's URI: -c URI (uri=)"
+        )
     place = resolve(domain, qmp, agent, xml)
     if watch:
         place = replace(place, qmp=place.qmp[::-1])

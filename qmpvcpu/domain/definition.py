@@ -1,4 +1,6 @@
-"""The persistent side of one domain: its definition is read, planned on, and replaced as a whole."""
+"""The persistent side of one domain: its definition is read, planned on, and replaced as a
+whole.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,14 @@ from qmpvcpu.core.planning.config import ConfigPlan, plan_config, plan_pin
 from qmpvcpu.core.request import Request
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.domain.interrupted import Interrupted, leaving
-from qmpvcpu.errors import OutcomeKind, Refusal, VcpuConnectionError, VcpuError, VcpuPartial, VcpuRefused
+from qmpvcpu.errors import (
+    OutcomeKind,
+    Refusal,
+    VcpuConnectionError,
+    VcpuError,
+    VcpuPartial,
+    VcpuRefused,
+)
 from qmpvcpu.host.definition_files import not_written
 from qmpvcpu.ports import DefinitionStore, Staged
 
@@ -54,13 +63,16 @@ class DefinitionHandle:
         """Return the parsed definition.
 
         Raises:
-            VcpuRefused: it does not exist, or contradicts itself; every reason is listed with its line.
+            VcpuRefused: it does not exist, or contradicts itself; every reason is listed with its
+                line.
         """
         return self._version(self._store.read()).definition
 
     def plan(self, request: Request, ids: Sequence[int] | None = None) -> ConfigChange:
         """Plan what `request` changes in the definition; nothing is written."""
-        return self._change(lambda definition: plan_config(definition, request, ids), self._store_for(request))
+        return self._change(
+            lambda definition: plan_config(definition, request, ids), self._store_for(request)
+        )
 
     def _store_for(self, request: Request) -> DefinitionStore:
         """Return the store that the result of `request` is written to."""
@@ -85,7 +97,9 @@ class DefinitionHandle:
         """
         await finish(self._runs(work), within=UNDO_SECONDS, on_cancel=given_up.set)
 
-    def _remaker(self, make: Callable[[Definition], ConfigPlan]) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
+    def _remaker(
+        self, make: Callable[[Definition], ConfigPlan]
+    ) -> Callable[[bytes], tuple[bytes, ConfigPlan]]:
         def remake(data: bytes) -> tuple[bytes, ConfigPlan]:
             plan, after = _made(data, make(self._version(data).definition))
             if plan.refusals:
@@ -119,7 +133,11 @@ def _made(data: bytes, plan: ConfigPlan) -> tuple[ConfigPlan, bytes]:
     except VcpuRefused as error:
         return replace(plan, refusals=tuple(_unreadable(one) for one in error.refusals)), data
     new = plan.new
-    assert (reread.enabled_ids, reread.maxcpus, reread.pins) == (new.enabled_ids, new.maxcpus, new.pins)
+    assert (reread.enabled_ids, reread.maxcpus, reread.pins) == (
+        new.enabled_ids,
+        new.maxcpus,
+        new.pins,
+    )
     return plan, after
 
 
@@ -159,7 +177,8 @@ class ConfigChange:
         return documents.unified_diff(self.before, self.after, "definition")
 
     async def stage(self) -> None:
-        """Write the new definition next to the old one, so that any obstacle shows before the change.
+        """Write the new definition next to the old one, so that any obstacle shows before the
+        change.
 
         Raises:
             OSError: it cannot be written; nothing has changed.
@@ -185,7 +204,8 @@ class ConfigChange:
             OSError: the definition could not be written and is unchanged.
             VcpuRefused: the other process's change does not allow this one; the definition keeps
                 that change.
-            VcpuError: the store of the definition failed; the error says what became of the definition.
+            VcpuError: the store of the definition failed; the error says what became of the
+                definition.
         """
         staged, self._staged = self._staged, None
         if staged is None:
@@ -236,7 +256,9 @@ async def follow(change: ConfigChange, report: Report, *, failure: str) -> None:
             report.messages.append("the definition is as it was")
         return
     # Plugged vCPUs stay plugged, whether or not the guest already runs on them.
-    if report.outcome is not OutcomeKind.APPLIED and not (report.pending_online and not report.pending):
+    if report.outcome is not OutcomeKind.APPLIED and not (
+        report.pending_online and not report.pending
+    ):
         if change.plan.writes:
             report.messages.append(
                 f"the definition was not written, because the live change is {report.outcome}: once"
@@ -249,19 +271,26 @@ async def follow(change: ConfigChange, report: Report, *, failure: str) -> None:
     except asyncio.CancelledError as error:
         raise leaving(error, Interrupted(changed_ids=live)) from error
     except (OSError, VcpuError) as error:
-        report.failed(_half_done(error, change.place, failure.format(format_ids(live)), live), cause=error)
+        report.failed(
+            _half_done(error, change.place, failure.format(format_ids(live)), live), cause=error
+        )
     else:
         report.defined(change.plan.targets, change.plan.changed, written=change.plan.writes)
 
 
-def _half_done(error: OSError | VcpuError, place: str, what: str, changed: tuple[int, ...]) -> VcpuError:
+def _half_done(
+    error: OSError | VcpuError, place: str, what: str, changed: tuple[int, ...]
+) -> VcpuError:
     """Return the error to report when the guest's side succeeded and the definition could not
     follow. If `changed` is empty, the guest was not touched.
     """
     if isinstance(error, VcpuError) and not isinstance(error, VcpuRefused):
         if not changed:
             return error
-        text, hint = f"live, {what} and stays so; {error.message}", "look at both: vcpuinfo, vcpuinfo --config"
+        text, hint = (
+            f"live, {what} and stays so; {error.message}",
+            "look at both: vcpuinfo, vcpuinfo --config",
+        )
         if isinstance(error, VcpuConnectionError):
             text += "; whether the definition was written is not known"
             return VcpuConnectionError(

@@ -60,7 +60,8 @@ class Options(TypedDict, total=False):
     core: bool
     #: Switch through the guest agent, online and offline only (GUEST).
     guest: bool
-    #: Seconds to wait for the guest; 0 does not wait. Default (None): 30, or 0 while the guest is stopped.
+    #: Seconds to wait for the guest; 0 does not wait. Default (None): 30, or 0 while the guest is
+    #: stopped.
     timeout: float | None
     #: False: return `requested` as soon as QEMU has accepted an unplug. Default True.
     wait: bool
@@ -79,13 +80,15 @@ class Options(TypedDict, total=False):
 class TransferOptions(TypedDict, total=False):
     """Keyword arguments of `Domain.migrate`: how the guest's memory is sent to the destination."""
 
-    #: Where the destination should listen. Default (None): two QEMUs on this host use a private socket.
+    #: Where the destination should listen. Default (None): two QEMUs on this host use a private
+    #: socket.
     uri: str | None
     #: The address by which the source's host reaches the destination's host.
     host: str | None
     #: Maximum MiB per second. Default (None): QEMU's own limit.
     bandwidth: int | None
-    #: Seconds after which the guest is paused, so that the migration can finish. Default (None): never.
+    #: Seconds after which the guest is paused, so that the migration can finish. Default (None):
+    #: never.
     timeout: float | None
     #: Called with each fresh status.
     progress: Progress | None
@@ -115,7 +118,13 @@ class Domain:
 
     def __repr__(self) -> str:
         reached = self._reached
-        state = "connected" if reached.session is not None else "inactive" if reached.is_inactive else "closed"
+        state = (
+            "connected"
+            if reached.session is not None
+            else "inactive"
+            if reached.is_inactive
+            else "closed"
+        )
         return f"<Domain {self.name!r} {state}>"
 
     async def __aenter__(self) -> Domain:
@@ -139,7 +148,9 @@ class Domain:
 
     @asynccontextmanager
     async def _call(self) -> AsyncIterator[None]:
-        """Queue operations on the domain, and remember until the next one what a cancelled one has left."""
+        """Queue operations on the domain, and remember until the next one what a cancelled one has
+        left.
+        """
         self._check_loop()
         async with self._queue:
             self._interrupted = None
@@ -153,12 +164,14 @@ class Domain:
         """Raise VcpuUsageError if this is not the event loop in which the domain was entered."""
         if self._loop is None:
             raise VcpuUsageError(
-                f"the domain '{self.name}' is not entered", hint="use it inside `async with connect(…) as domain`"
+                f"the domain '{self.name}' is not entered",
+                hint="use it inside `async with connect(…) as domain`",
             )
         if asyncio.get_running_loop() is not self._loop:
             raise VcpuUsageError(
                 f"the domain '{self.name}' was entered in another event loop",
-                hint="call connect() in each event loop; from another thread: asyncio.run_coroutine_threadsafe()",
+                hint="call connect() in each event loop; from another thread:"
+                " asyncio.run_coroutine_threadsafe()",
             )
 
     @asynccontextmanager
@@ -211,7 +224,8 @@ class Domain:
             options: see `Options`.
 
         Raises:
-            VcpuRefused, VcpuRejected, VcpuFailed, VcpuPartial, VcpuConnectionError: see `qmpvcpu.errors`.
+            VcpuRefused, VcpuRejected, VcpuFailed, VcpuPartial, VcpuConnectionError: see
+            `qmpvcpu.errors`.
         """
         return await self.request(_request(vcpu_id, VcpuFlag(flags), options, count=count))
 
@@ -246,7 +260,9 @@ class Domain:
 
     @checked
     async def disable(self, ids: int | Iterable[int], **options: Unpack[Options]) -> Outcome:
-        """Unplug these vCPUs and wait for the guest's answer. Arguments and errors are those of `vcpu`."""
+        """Unplug these vCPUs and wait for the guest's answer. Arguments and errors are those of
+        `vcpu`.
+        """
         return await self.request(_request(ids, VcpuFlag.DISABLE, options))
 
     @checked
@@ -263,11 +279,18 @@ class Domain:
 
         Other arguments and errors are those of `vcpu`.
         """
-        return await self.request(_request(node, VcpuFlag(flags) | VcpuFlag.NUMA_NODE, options, count=count))
+        return await self.request(
+            _request(node, VcpuFlag(flags) | VcpuFlag.NUMA_NODE, options, count=count)
+        )
 
     @checked
     async def set_vcpus(
-        self, count: int, *, maximum: bool = False, hotpluggable: bool = False, **options: Unpack[Options]
+        self,
+        count: int,
+        *,
+        maximum: bool = False,
+        hotpluggable: bool = False,
+        **options: Unpack[Options],
     ) -> Outcome:
         """Set the number of enabled vCPUs: the lowest are added, the highest removed
         (`virDomainSetVcpusFlags`).
@@ -282,10 +305,14 @@ class Domain:
         Raises:
             VcpuRefused: among other reasons, the count cannot be reached with whole cores.
         """
-        return await self.request(_total(count, options, maximum=maximum, hotpluggable=hotpluggable))
+        return await self.request(
+            _total(count, options, maximum=maximum, hotpluggable=hotpluggable)
+        )
 
     @checked
-    async def apply(self, xml: bytes, *, source: str = "the file", **options: Unpack[Options]) -> Outcome:
+    async def apply(
+        self, xml: bytes, *, source: str = "the file", **options: Unpack[Options]
+    ) -> Outcome:
         """Change the running guest, the definition, or both, to match `<vcpus>` in a document, as
         one transaction.
 
@@ -300,7 +327,9 @@ class Domain:
         return await self.request(await self._listed(xml, source, options))
 
     @checked
-    async def plan_apply(self, xml: bytes, *, source: str = "the file", **options: Unpack[Options]) -> Plan:
+    async def plan_apply(
+        self, xml: bytes, *, source: str = "the file", **options: Unpack[Options]
+    ) -> Plan:
         """Return what `apply` would do."""
         return await self.plan(await self._listed(xml, source, options))
 
@@ -317,14 +346,17 @@ class Domain:
             raise error.at(source) from error
         given: Options = {"atomic": True, **options, "fallback": False}
         return replace(
-            _request((), VcpuFlag.CURRENT, given, total=0), total=None, listed=Listed(vcpus, exact, source)
+            _request((), VcpuFlag.CURRENT, given, total=0),
+            total=None,
+            listed=Listed(vcpus, exact, source),
         )
 
     @checked
     async def dump_xml(
         self, *, inactive: bool = False, dialect: str | None = None, detail: str | None = None
     ) -> bytes:
-        """Return the domain's XML: of the running guest, or of its definition if the guest does not run.
+        """Return the domain's XML: of the running guest, or of its definition if the guest does not
+        run.
 
         Args:
             inactive: return the definition in any case.
@@ -360,7 +392,8 @@ class Domain:
             return await reached.describe_xml(await reached.connected().read())
 
     async def picture(self) -> Picture:
-        """Return what QEMU reports about the running machine: RAM blocks, nodes, devices, properties.
+        """Return what QEMU reports about the running machine: RAM blocks, nodes, devices,
+        properties.
 
         Raises:
             VcpuRefused: the guest does not run.
@@ -389,13 +422,15 @@ class Domain:
 
     @checked
     async def place(self, xml: bytes | None = None) -> list[str]:
-        """Place the threads of every vCPU and of the emulator as the definition says; return messages.
+        """Place the threads of every vCPU and of the emulator as the definition says; return
+        messages.
 
         Args:
             xml: a domain's XML instead of its definition.
 
         Raises:
-            VcpuRefused: the threads cannot be placed, or there is no definition; no thread was placed.
+            VcpuRefused: the threads cannot be placed, or there is no definition; no thread was
+                placed.
             VcpuFailed: the kernel declined for some threads; the others are placed.
         """
         async with self._turn() as reached:
@@ -415,7 +450,8 @@ class Domain:
         cpus: str | Iterable[int] | None,
         flags: VcpuFlag = VcpuFlag.CURRENT,
     ) -> Outcome:
-        """Pin a vCPU to host CPUs (`virDomainPinVcpuFlags`): its thread now, the definition, or both.
+        """Pin a vCPU to host CPUs (`virDomainPinVcpuFlags`): its thread now, the definition, or
+        both.
 
         Args:
             vcpu_id: the vCPU's id.
@@ -453,11 +489,15 @@ class Domain:
 
     @property
     def agent_trouble(self) -> VcpuConnectionError | None:
-        """Why the last state lacks the agent's view; None if it has the view, or if no agent is known."""
+        """Why the last state lacks the agent's view; None if it has the view, or if no agent is
+        known.
+        """
         return self._reached.guest.trouble if self._reached.guest is not None else None
 
     async def agent_refusal(self) -> VcpuError | None:
-        """Return why the guest's agent cannot switch CPUs; None if it can, or if no agent is known."""
+        """Return why the guest's agent cannot switch CPUs; None if it can, or if no agent is
+        known.
+        """
         async with self._turn() as reached:
             if reached.guest is None:
                 return None
@@ -468,15 +508,17 @@ class Domain:
         return None
 
     def plugs_left(self) -> list[str]:
-        """Return one text with the number of plugs that this QEMU can take before it aborts; an empty
-        list if there is no limit.
+        """Return one text with the number of plugs that this QEMU can take before it aborts; an
+        empty list if there is no limit.
         """
         session = self._reached.session
         return plugs_left(session.state, session.knowledge()) if session is not None else []
 
     @property
     def run_state(self) -> str | None:
-        """QEMU's RunState ("running", "paused", "prelaunch" …) at the last query; None if not known."""
+        """QEMU's RunState ("running", "paused", "prelaunch" …) at the last query; None if not
+        known.
+        """
         return self._reached.session.seen_run_state if self._reached.session is not None else None
 
     @checked
@@ -497,7 +539,11 @@ class Domain:
         if limit < 1:
             raise VcpuUsageError(f"the limit of events is {limit}", hint="give 1 or more")
         return Events(
-            self._bus, lambda: self._reached.connected().check(), self._check_loop, steps=steps, limit=limit
+            self._bus,
+            lambda: self._reached.connected().check(),
+            self._check_loop,
+            steps=steps,
+            limit=limit,
         )
 
     @property
@@ -521,7 +567,10 @@ class Domain:
         entities = session.state.by_id
         return tuple(
             sorted(
-                n for first in session.pending_unplugs.entity_ids if first in entities for n in entities[first].ids
+                n
+                for first in session.pending_unplugs.entity_ids
+                if first in entities
+                for n in entities[first].ids
             )
         )
 
@@ -540,7 +589,7 @@ class Domain:
         """What had finished while no connection was open, as found when this one was made."""
         return self._reached.session.settled if self._reached.session is not None else ()
 
-    # -- plans: what a call would do, and every refusal; nothing is touched -------------------------
+    # -- plans: what a call would do, and every refusal; nothing is touched ------------------------
 
     @checked
     async def plan(self, request: Request) -> Plan:
@@ -571,11 +620,18 @@ class Domain:
         self, node: int, flags: VcpuFlag, *, count: int | None = None, **options: Unpack[Options]
     ) -> Plan:
         """Return what `numa_node` would do."""
-        return await self.plan(_request(node, VcpuFlag(flags) | VcpuFlag.NUMA_NODE, options, count=count))
+        return await self.plan(
+            _request(node, VcpuFlag(flags) | VcpuFlag.NUMA_NODE, options, count=count)
+        )
 
     @checked
     async def plan_set_vcpus(
-        self, count: int, *, maximum: bool = False, hotpluggable: bool = False, **options: Unpack[Options]
+        self,
+        count: int,
+        *,
+        maximum: bool = False,
+        hotpluggable: bool = False,
+        **options: Unpack[Options],
     ) -> Plan:
         """Return what `set_vcpus` would do."""
         return await self.plan(_total(count, options, maximum=maximum, hotpluggable=hotpluggable))
@@ -610,7 +666,11 @@ class Domain:
     ) -> Cookie:
         """`migration.begin`."""
         return await self.migration.begin(
-            persistent=persistent, wait=wait, force=force, with_agents=with_agents, is_paused=is_paused
+            persistent=persistent,
+            wait=wait,
+            force=force,
+            with_agents=with_agents,
+            is_paused=is_paused,
         )
 
     @checked
@@ -658,7 +718,9 @@ class Domain:
         moved: Callable[[], object] = lambda: None,
     ) -> DomainState:
         """`migration.finish`; `told` is its `reported`."""
-        return await self.migration.finish(cookie, force=force, hint=hint, reported=told, moved=moved)
+        return await self.migration.finish(
+            cookie, force=force, hint=hint, reported=told, moved=moved
+        )
 
     @checked
     async def migrate_cancel(self, *, force: bool = False) -> str:
@@ -677,7 +739,11 @@ class Domain:
     ) -> Migrated:
         """`migration.migrate`; `settled` is its `finished`."""
         return await self.migration.migrate(
-            destination.migration, cookie, migrating.Transfer(**transfer), force=force, finished=settled
+            destination.migration,
+            cookie,
+            migrating.Transfer(**transfer),
+            force=force,
+            finished=settled,
         )
 
     async def memory_in_use(self) -> int | None:
@@ -813,12 +879,16 @@ def _total(count: int, options: Options, *, maximum: bool, hotpluggable: bool) -
     if maximum and not options.get("config"):
         raise catalogue.MAXIMUM_IS_CONFIG.error()
     return replace(
-        _request((), VcpuFlag.CURRENT, options, total=count), maximum=maximum, hotpluggable=hotpluggable
+        _request((), VcpuFlag.CURRENT, options, total=count),
+        maximum=maximum,
+        hotpluggable=hotpluggable,
     )
 
 
 def _ids(ids: object) -> tuple[int, ...]:
-    chosen = tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, str | bytes) else (ids,)
+    chosen = (
+        tuple(ids) if isinstance(ids, Iterable) and not isinstance(ids, str | bytes) else (ids,)
+    )
     if not chosen:
         raise VcpuUsageError("no vCPU id given", hint="name at least one")
     for number in chosen:

@@ -162,7 +162,9 @@ class Drive:
             await asyncio.wait(unfinished)
 
     def _feed(self, happened: Input) -> None:
-        """Feed the transaction at once, in order of arrival, and perform the effects that it returns."""
+        """Feed the transaction at once, in order of arrival, and perform the effects that it
+        returns.
+        """
         if self._failure is None:
             self._perform(self._transaction.feed(happened, self._now()))
 
@@ -200,7 +202,9 @@ class Drive:
                 if self._timer is not None:
                     self._timer.cancel()
                 loop = asyncio.get_running_loop()
-                self._timer = None if effect.at is None else loop.call_at(effect.at, self._feed, Woke())
+                self._timer = (
+                    None if effect.at is None else loop.call_at(effect.at, self._feed, Woke())
+                )
             case Drop():
                 for first in self._dropped(plugs=effect.plugs):
                     self._feed(Unsent(first))
@@ -240,13 +244,17 @@ class Drive:
     async def _query(self) -> None:
         try:
             self._feed(
-                await self._look(is_last=self._note_query(), resent=self._note_query, declined=self._declined),
+                await self._look(
+                    is_last=self._note_query(), resent=self._note_query, declined=self._declined
+                ),
             )
         except Exception as error:  # noqa: BLE001 - raised where `run` is awaited
             self._fail(error)
 
     def _note_query(self) -> bool:
-        """Note that the query is sent, and return whether it only has to confirm what QEMU has reported."""
+        """Note that the query is sent, and return whether it only has to confirm what QEMU has
+        reported.
+        """
         look, *others = self._transaction.feed(QuerySent(), self._now())
         self._perform(others)
         assert isinstance(look, Look)

@@ -1,4 +1,6 @@
-"""The listeners of one domain: bounded subscriptions, and a task that queries while there is a listener."""
+"""The listeners of one domain: bounded subscriptions, and a task that queries while there is a
+listener.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,8 @@ class EventBus:
 
 
 class Events:
-    """The events of a domain's vCPUs, also those that other clients cause: an async context manager to iterate.
+    """The events of a domain's vCPUs, also those that other clients cause: an async context manager
+    to iterate.
 
     The subscription begins on entry. At most `limit` events wait to be read.
 
@@ -89,7 +92,10 @@ class Events:
         return self
 
     async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self.end(None)
 
@@ -118,7 +124,8 @@ class Events:
             self.end(
                 VcpuOverflow(
                     f"events are lost: more than {self._limit} waited to be read",
-                    hint="subscribe again and read the state; read faster, or give events() a larger limit",
+                    hint="subscribe again and read the state; read faster, or give events() a"
+                    " larger limit",
                 )
             )
             return

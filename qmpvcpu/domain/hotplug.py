@@ -1,4 +1,6 @@
-"""Carry out the `device_add` and `device_del` part of a plan, and remember unplugs that have not finished."""
+"""Carry out the `device_add` and `device_del` part of a plan, and remember unplugs that have not
+finished.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,9 @@ from qmpvcpu.errors import VcpuConnectionError
 
 logger = logging.getLogger("qmpvcpu.domain.hotplug")
 
-_NO_ACPI: Final = "this machine has no ACPI (acpi=off): only firmware that drives CPU hotplug can answer"
+_NO_ACPI: Final = (
+    "this machine has no ACPI (acpi=off): only firmware that drives CPU hotplug can answer"
+)
 
 
 class Hotplug:
@@ -34,9 +38,13 @@ class Hotplug:
         self._session = session
         self._planned = planned
         plan, state = planned.plan, planned.state
-        self._moves = Moves(plan.plugs, plan.unplugs, plan.awaited, session.pending_unplugs.entity_ids)
+        self._moves = Moves(
+            plan.plugs, plan.unplugs, plan.awaited, session.pending_unplugs.entity_ids
+        )
         #: When each awaited unplug was requested, if that is known.
-        self._since = {entity.id: session.pending_unplugs.requested_at(entity.id) for entity in plan.awaited}
+        self._since = {
+            entity.id: session.pending_unplugs.requested_at(entity.id) for entity in plan.awaited
+        }
         terms = Terms(
             timeout,
             wait=plan.request.wait,
@@ -44,18 +52,23 @@ class Hotplug:
             retries=plan.request.retry,
             reset_drops_unplug=architecture(state.arch).reset_drops_unplug,
         )
-        self._drive = Drive(Transaction(self._moves, terms), session.monitor, self._look, session.ask)
+        self._drive = Drive(
+            Transaction(self._moves, terms), session.monitor, self._look, session.ask
+        )
 
     @property
     def plugs(self) -> frozenset[int]:
         """Ids of the vCPUs that this plugs."""
-        return frozenset(number for entity in (*self._moves.awaited, *self._moves.plugs) for number in entity.ids)
+        return frozenset(
+            number for entity in (*self._moves.awaited, *self._moves.plugs) for number in entity.ids
+        )
 
     async def run(self, report: Report) -> None:
         """Carry out the plan, and add the results to the report."""
         try:
             result = await self._result_of(self._drive.run)
-            # The transaction is no longer in flight: a guest's answer that arrives now ends the unplug.
+            # The transaction is no longer in flight: a guest's answer that arrives now ends the
+            # unplug.
             with leaves(lambda: _left(result)):
                 stopped, notes = await self._why_pending(result)
         except VcpuConnectionError as error:
@@ -84,7 +97,9 @@ class Hotplug:
             logger.warning("cancelled, and vCPU %s stays plugged: %s", format_ids(ids), failure)
         self._session.drop_groups(ids)
         vcpus = self._session.state.vcpus
-        return Interrupted(changed_ids=tuple(n for n in ids if vcpus[n].enabled and not vcpus[n].pending))
+        return Interrupted(
+            changed_ids=tuple(n for n in ids if vcpus[n].enabled and not vcpus[n].pending)
+        )
 
     async def _result_of(self, drive: Callable[[], Coroutine[Any, Any, None]]) -> Result:
         """While the transaction is in flight, only it decides what becomes of its entities."""
@@ -110,7 +125,9 @@ class Hotplug:
         session.pending_unplugs.end_finished(session.state)
         session.watch()
 
-    async def _look(self, *, is_last: bool, resent: Callable[[], object], declined: Collection[int]) -> Snapshot:
+    async def _look(
+        self, *, is_last: bool, resent: Callable[[], object], declined: Collection[int]
+    ) -> Snapshot:
         session, planned, known = self._session, self._planned, self._planned.known
         request = planned.plan.request
         now = await session.look(is_last=is_last, before_retry=resent, declined=declined)
@@ -120,10 +137,14 @@ class Hotplug:
             restore_forbidden = hotplug.restore_forbidden(
                 now, removed, session.knowledge(known.x2apic, known.firmware_runs)
             )
-        return Snapshot.of(now, planned.state, self._moves, hotplug.undo_forbidden(now, known), restore_forbidden)
+        return Snapshot.of(
+            now, planned.state, self._moves, hotplug.undo_forbidden(now, known), restore_forbidden
+        )
 
     async def _why_pending(self, result: Result) -> tuple[str | None, list[str]]:
-        """Return the run state if the guest is stopped, and further messages about pending unplugs."""
+        """Return the run state if the guest is stopped, and further messages about pending
+        unplugs.
+        """
         session = self._session
         if not result.pending:
             return None, []
@@ -137,7 +158,9 @@ class Hotplug:
                 " it, or was reset, while nobody listened, request it again (--disable)"
             )
         if session.pending_unplugs.trouble is not None:
-            notes.append(f"only this process knows that it is pending: {session.pending_unplugs.trouble}")
+            notes.append(
+                f"only this process knows that it is pending: {session.pending_unplugs.trouble}"
+            )
         if architecture(self._planned.state.arch).has_apic and await lacks_acpi(session.monitor):
             notes.append(_NO_ACPI)
         return (None if status in (None, "running") else status), notes

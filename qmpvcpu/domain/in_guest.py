@@ -1,4 +1,6 @@
-"""The guest's side of a request: CPUs that its agent switches, and plugged CPUs that it should run on."""
+"""The guest's side of a request: CPUs that its agent switches, and plugged CPUs that it should run
+on.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ _ASSUMED: Final = (
 async def switch_planned(
     session: Session, guest: Guest, plan: Plan, view: GuestView | None, report: Report
 ) -> None:
-    """Take vCPUs online and offline as planned, and take those offline that the guest refused to unplug.
+    """Take vCPUs online and offline as planned, and take those offline that the guest refused to
+    unplug.
 
     Args:
         session: the open connection.
@@ -46,9 +49,13 @@ async def switch_planned(
     rejected = report.trouble if isinstance(report.trouble, VcpuRejected) else None
     if rejected is not None and plan.request.fallback and not report.undone:
         # The guest refused the unplug, but it may still take the CPUs offline.
-        refusing = [number for first in rejected.reasons for number in session.state.by_id[first].ids]
+        refusing = [
+            number for first in rejected.reasons for number in session.state.by_id[first].ids
+        ]
         view = await guest.try_view(session.state)
-        if view is not None and not check_guest(session.state, [*refusing, *offlines], view, online=False):
+        if view is not None and not check_guest(
+            session.state, [*refusing, *offlines], view, online=False
+        ):
             offlines = sorted({*offlines, *refusing})
             report.tries_the_agent()
     if report.has_failed():
@@ -63,14 +70,22 @@ async def switch_planned(
         if rejected is not None and is_known:
             report.agent_did_not_either(rejected, messages)
         return
-    if not plan.request.has(VcpuFlag.GUEST) and (offline_ids := sorted({*offlines, *plan.offline_already})):
+    if not plan.request.has(VcpuFlag.GUEST) and (
+        offline_ids := sorted({*offlines, *plan.offline_already})
+    ):
         report.messages.append(still_plugged(offline_ids))
     if view is not None and not report.changed:
         report.view = view
 
 
 async def _switch(
-    session: Session, guest: Guest, view: GuestView | None, ids: Sequence[int], report: Report, *, online: bool
+    session: Session,
+    guest: Guest,
+    view: GuestView | None,
+    ids: Sequence[int],
+    report: Report,
+    *,
+    online: bool,
 ) -> None:
     """Take these vCPUs online or offline in the guest, unless the request has failed."""
     if not ids or report.has_failed():
@@ -90,7 +105,9 @@ async def _switch(
         report.view = await guest.try_view(session.state) or report.view
 
 
-async def _half_switched(session: Session, guest: Guest, view: GuestView, ids: Sequence[int]) -> Interrupted:
+async def _half_switched(
+    session: Session, guest: Guest, view: GuestView, ids: Sequence[int]
+) -> Interrupted:
     """After a cancel during a switch, compare the guest's present CPUs with `view`. If the guest
     does not answer in time, or after a second cancel, the ids are unsure.
     """
@@ -101,7 +118,9 @@ async def _half_switched(session: Session, guest: Guest, view: GuestView, ids: S
         async with asyncio.timeout(UNDO_SECONDS):
             now = await guest.view(session.state)
         found = Interrupted(
-            changed_ids=tuple(number for number in ids if now.online(number) is not view.online(number))
+            changed_ids=tuple(
+                number for number in ids if now.online(number) is not view.online(number)
+            )
         )
 
     failure = await wind_up(look())
@@ -118,7 +137,8 @@ async def until_online(
     before: GuestView | None,
     report: Report,
 ) -> None:
-    """Wait until the guest runs on the plugged vCPUs. A vCPU is enabled when the guest can run on it.
+    """Wait until the guest runs on the plugged vCPUs. A vCPU is enabled when the guest can run on
+    it.
 
     Args:
         session: the open connection.

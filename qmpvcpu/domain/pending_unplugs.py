@@ -22,7 +22,8 @@ class PendingUnplugs:
         self._store = store
         self._unplugs: dict[int, PendingUnplug] = {}
         self._stored: set[int] = set()
-        #: Unplugs that have finished and must be removed from the store, with the time until which they had.
+        #: Unplugs that have finished and must be removed from the store, with the time until which
+        #: they had.
         self._finished: dict[int, float] = {}
         self._known: Mapping[int, PendingUnplug] = {}
         #: When the query of the last state was sent, in seconds since the epoch. The state does not
@@ -61,7 +62,12 @@ class PendingUnplugs:
 
     def note_back(self, ids: Collection[int]) -> None:
         """Note that these vCPUs are plugged. Never raises."""
-        if ids and self._store is not None and (removed := self._store.removed()) and not removed.isdisjoint(ids):
+        if (
+            ids
+            and self._store is not None
+            and (removed := self._store.removed())
+            and not removed.isdisjoint(ids)
+        ):
             self._store.note_removed(removed.difference(ids))
 
     def adopt(self, other: PendingUnplugs) -> None:
@@ -88,7 +94,11 @@ class PendingUnplugs:
         new = [unplug for unplug in known.values() if self._is_news(unplug)]
         opened = [unplug for unplug in new if is_open(unplug, state)]
         closed = [unplug for unplug in new if unplug not in opened]
-        finished = [unplug for unplug in closed if unplug.requested is None or unplug.requested < self.seen_at]
+        finished = [
+            unplug
+            for unplug in closed
+            if unplug.requested is None or unplug.requested < self.seen_at
+        ]
         self.undecided = len(finished) < len(closed)
         if finished:
             self._store.discard([unplug.entity_id for unplug in finished], self.seen_at)

@@ -61,7 +61,8 @@ async def change_pin(
     cpus: tuple[int, ...] | None,
     preconditions: Sequence[Refusal] = (),
 ) -> Outcome:
-    """Pin a vCPU to host CPUs, or allow all of them. Both sides are checked before either is touched.
+    """Pin a vCPU to host CPUs, or allow all of them. Both sides are checked before either is
+    touched.
 
     Args:
         session: the connection to the running guest, if it is to change.
@@ -103,7 +104,9 @@ async def change_pin(
             config.discard()
 
 
-def _against(session: Session, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None) -> list[Refusal]:
+def _against(
+    session: Session, state: DomainState, vcpu_id: int, cpus: tuple[int, ...] | None
+) -> list[Refusal]:
     if found := check_thread(state, vcpu_id):
         return found
     wanted = Placement(cpus if cpus is not None else ())
@@ -117,11 +120,17 @@ def _pin(
 ) -> tuple[DomainState, bool]:
     """Return the state afterwards, and whether the pinning has changed."""
     threads, thread_id = session.threads, state.vcpus[vcpu_id].thread_id
-    before = threads.look([thread_id]).get(thread_id) if threads is not None and thread_id is not None else None
+    before = (
+        threads.look([thread_id]).get(thread_id)
+        if threads is not None and thread_id is not None
+        else None
+    )
     if threads is None or thread_id is None or before is None:
         if session.process is not None and not is_alive(session.process.key):
             raise VcpuConnectionError(
-                f"QEMU (process {session.process.pid}) has exited", reason="closed", hint="look at its log"
+                f"QEMU (process {session.process.pid}) has exited",
+                reason="closed",
+                hint="look at its log",
             )
         raise VcpuFailed(
             f"vCPU {vcpu_id} has no thread any more",

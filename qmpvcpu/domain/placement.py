@@ -1,4 +1,6 @@
-"""Give the thread of a new vCPU its cgroup, host CPUs and scheduler: check before the plug, place after it."""
+"""Give the thread of a new vCPU its cgroup, host CPUs and scheduler: check before the plug, place
+after it.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class ThreadPlacement:
         """Return the plan with the placements of the vCPUs that it plugs, and of enabled ones that
         were never placed, and with every refusal of a placement.
         """
-        if not plan.request.place or not (plan.plugs or plan.awaited or (plan.unchanged and plan.request.enables)):
+        if not plan.request.place or not (
+            plan.plugs or plan.awaited or (plan.unchanged and plan.request.enables)
+        ):
             return plan
         self._has_layout = self._threads is not None and self._threads.has_layout()
         wanted = self._wanted(_plugged(plan))
@@ -61,7 +65,9 @@ class ThreadPlacement:
             return plan
         self._to_plug = wanted
         return replace(plan, placed=wanted).refused(
-            check_placements(wanted, self._threads.facts(wanted.values()) if self._threads is not None else None)
+            check_placements(
+                wanted, self._threads.facts(wanted.values()) if self._threads is not None else None
+            )
         )
 
     def _left(self, plan: Plan, state: DomainState) -> dict[int, Placement]:
@@ -72,7 +78,11 @@ class ThreadPlacement:
         if not found:
             return {}
         main = self._threads.look([self._threads.main_id]).get(self._threads.main_id)
-        ids = {number: thread for number in found if (thread := state.vcpus[number].thread_id) is not None}
+        ids = {
+            number: thread
+            for number in found
+            if (thread := state.vcpus[number].thread_id) is not None
+        }
         seen = self._threads.look(list(ids.values())) if ids else {}
         return {
             number: found[number]
@@ -86,7 +96,9 @@ class ThreadPlacement:
         }
 
     def prepare(self, plan: Plan) -> Plan:
-        """Make the cgroups of the vCPUs to plug. If a cgroup cannot be made, the plan is refused."""
+        """Make the cgroups of the vCPUs to plug. If a cgroup cannot be made, the plan is
+        refused.
+        """
         if self._threads is None or self.is_idle:
             return plan
         try:
@@ -103,7 +115,9 @@ class ThreadPlacement:
         Raises:
             VcpuRefused: QEMU cannot be allowed to.
         """
-        nodes = sorted({node for placement in self._to_plug.values() for node in placement.mems or ()})
+        nodes = sorted(
+            {node for placement in self._to_plug.values() for node in placement.mems or ()}
+        )
         widened = None
         if nodes and self._threads is not None:
             try:
@@ -118,7 +132,8 @@ class ThreadPlacement:
                     widened.end()
             except OSError as error:
                 trouble.append(
-                    f"the emulator's cpuset.mems could not be put back ({_why(error)}): the next change tries it"
+                    f"the emulator's cpuset.mems could not be put back ({_why(error)}): the next"
+                    " change tries it"
                 )
 
     def place(self, before: DomainState, now: DomainState, plan: Plan, report: Report) -> None:
@@ -155,7 +170,9 @@ class ThreadPlacement:
     def _place(
         self, wanted: Mapping[int, Placement], now: DomainState
     ) -> tuple[dict[int, ThreadState], dict[str, list[int]]]:
-        """Return what the threads have afterwards, and why some could not be given their placement."""
+        """Return what the threads have afterwards, and why some could not be given their
+        placement.
+        """
         failed: dict[str, list[int]] = {}
         taken_back = {number: wanted[number] for number in wanted if number not in self._to_plug}
         if taken_back and self._threads is not None:
@@ -244,7 +261,9 @@ def _place_threads(
 
 
 async def _widen(threads: QemuThreads, nodes: Sequence[int]) -> Widened | None:
-    """Widen the emulator's cpuset.mems; wait for another process that does the same. Raises OSError."""
+    """Widen the emulator's cpuset.mems; wait for another process that does the same. Raises
+    OSError.
+    """
     deadline = time.monotonic() + _WIDEN_SECONDS
     while True:
         try:
@@ -278,7 +297,9 @@ _SHARED = "nothing to place: QEMU runs every vCPU on one thread (-accel tcg,thre
 
 
 def _came(before: DomainState, now: DomainState, plan: Plan) -> Iterable[int]:
-    """Yield the vCPUs that have a new thread, including those of the plan's unplugs that were undone."""
+    """Yield the vCPUs that have a new thread, including those of the plan's unplugs that were
+    undone.
+    """
     for entity in (*plan.awaited, *plan.plugs, *plan.unplugs):
         for number in entity.ids:
             then, vcpu = before.vcpus[number], now.vcpus[number]

@@ -36,7 +36,9 @@ class Planned:
     is_cached: bool = False
 
 
-async def read_and_plan(session: Session, request: Request, guest: Guest | None, *, config: bool) -> Planned:
+async def read_and_plan(
+    session: Session, request: Request, guest: Guest | None, *, config: bool
+) -> Planned:
     """Read as much as the request needs, and plan on it.
 
     Args:
@@ -70,21 +72,27 @@ async def _without_claim(
     if session.stale or session.may_be_migrating or request.listed or request.has(VcpuFlag.GUEST):
         return None
     answered = guest if decides(session.state, Fact.FIRMWARE) else None
-    state, is_cached = session.state, _is_cached_state_enough(session, request, atomic=config or request.atomic)
+    state, is_cached = (
+        session.state,
+        _is_cached_state_enough(session, request, atomic=config or request.atomic),
+    )
     if is_cached:
         plan, known = await plan_on(session, state, request, answered)
         is_cached = request.total is None or not plan.plugs
     if not is_cached:
         state = await session.look()
         plan, known = await plan_on(session, state, request, answered)
-    has_claim = plan.refusals or plan.unchanged or plan.awaited or (guest is not None and plan.asks_guest)
+    has_claim = (
+        plan.refusals or plan.unchanged or plan.awaited or (guest is not None and plan.asks_guest)
+    )
     if has_claim or not (plan.plugs or plan.unplugs):
         return None
     return Planned(plan, state, known, is_certain=True, is_cached=is_cached)
 
 
 def _is_cached_state_enough(session: Session, request: Request, *, atomic: bool) -> bool:
-    """Whether the cached state is enough for a plan: changes without an event cannot make the plan wrong.
+    """Whether the cached state is enough for a plan: changes without an event cannot make the plan
+    wrong.
 
     Plugs by other clients have no event. Unplugs have none under TCG (the last DEVICE_DELETED never
     comes on x86), nor through libvirt. QEMU itself declines to plug what is plugged already.

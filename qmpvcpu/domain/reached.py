@@ -1,4 +1,6 @@
-"""One domain as a backend has reached it, and operations on its sides: the guest, its agent, its definition."""
+"""One domain as a backend has reached it, and operations on its sides: the guest, its agent, its
+definition.
+"""
 
 from __future__ import annotations
 
@@ -123,7 +125,9 @@ class Reached:
             definition = self.definition.definition()
             return machine.located(
                 definition,
-                state_of(definition, self.name, active=self.session is not None or self.busy is not None),
+                state_of(
+                    definition, self.name, active=self.session is not None or self.busy is not None
+                ),
             )
         session = self.connected()
         state = await session.read()
@@ -144,7 +148,9 @@ class Reached:
         """Return the XML of the side that `flags` name."""
         self.check(Request((), flags))
         live, _ = self.sides(flags)
-        state = with_its_threads(session := self.connected(), await session.read()) if live else None
+        state = (
+            with_its_threads(session := self.connected(), await session.read()) if live else None
+        )
         if self.definition is not None:
             return dump.dump(self.definition.read(), state, dialect, detail)
         assert state is not None
@@ -199,18 +205,28 @@ class Reached:
         return plan.refused(found)
 
     def _scope(
-        self, request: Request, preconditions: Sequence[Refusal], definition: DefinitionHandle | None = None
+        self,
+        request: Request,
+        preconditions: Sequence[Refusal],
+        definition: DefinitionHandle | None = None,
     ) -> Scope:
-        """Return what the request may touch, and where the definition wants the threads of plugged vCPUs."""
+        """Return what the request may touch, and where the definition wants the threads of plugged
+        vCPUs.
+        """
         session = self.connected()
         found, wanted = [*preconditions], None
         if self.definition is not None and request.place and request.enables_more:
             try:
                 wanted = self.definition.definition()
             except VcpuRefused as error:
-                hint = "correct it, or leave threads where the kernel puts them: --no-place (place=False)"
+                hint = (
+                    "correct it, or leave threads where the kernel puts them: --no-place"
+                    " (place=False)"
+                )
                 found += [replace(refusal, hint=hint) for refusal in error.refusals]
-        return Scope(session, self.guest, ThreadPlacement(session.threads, wanted), definition, tuple(found))
+        return Scope(
+            session, self.guest, ThreadPlacement(session.threads, wanted), definition, tuple(found)
+        )
 
     async def plug(self, ids: Sequence[int], place: bool) -> Outcome:
         """Plug the vCPUs that a migration destination lacks for the incoming guest."""
@@ -235,11 +251,17 @@ class Reached:
         if (config and self.definition is None) or (live and self.is_inactive):
             raise VcpuRefused(found, ids=request.ids)
         return await change_pin(
-            self.connected() if live else None, self.definition if config else None, request.ids[0], cpus, found
+            self.connected() if live else None,
+            self.definition if config else None,
+            request.ids[0],
+            cpus,
+            found,
         )
 
     def defined_agent(self) -> str | None:
-        """Return the address of the agent's socket: the one that the user named, else the definition's."""
+        """Return the address of the agent's socket: the one that the user named, else the
+        definition's.
+        """
         if self.agent_address is not None or self.definition is None:
             return self.agent_address
         # An XML that cannot be read is reported by the calls that need it.
@@ -253,5 +275,8 @@ def with_its_threads(session: Session, state: DomainState) -> DomainState:
     if session.threads is None:
         return state
     return with_threads(
-        state, session.threads.look([vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None])
+        state,
+        session.threads.look(
+            [vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None]
+        ),
     )

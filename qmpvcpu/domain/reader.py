@@ -114,7 +114,9 @@ class Reader:
         """Make sure that every id of the previous state exists in this one."""
         ids = [entity.ids for entity in state.entities]
         if self._ids is not None and ids != self._ids:
-            before, now = (f"{len(found)} slots of {sum(map(len, found))} vCPUs" for found in (self._ids, ids))
+            before, now = (
+                f"{len(found)} slots of {sum(map(len, found))} vCPUs" for found in (self._ids, ids)
+            )
             raise _malformed(
                 self._monitor,
                 f"QEMU listed {before}, and now lists {now}: a machine's slots never change",
@@ -143,7 +145,9 @@ class Reader:
             reply = await self._monitor.query_cpus_fast()
             if self._last is not None and self._last[1] is state and self._last[0] == reply:
                 return state
-            fresh = refresh_state(state, self.boot, parse_cpus_fast(reply, props=False), pending=pending)
+            fresh = refresh_state(
+                state, self.boot, parse_cpus_fast(reply, props=False), pending=pending
+            )
         except InconsistentReplies:
             before_retry()
             return await self.full(pending)
@@ -185,7 +189,9 @@ async def open_reader(monitor: Monitor, name: str) -> tuple[Reader, DomainState]
         raise _unexpected(monitor, error) from error
     boot = BootFacts(
         name=name,
-        arch=_text(monitor, "query-target", target.get("arch") if isinstance(target, dict) else None),
+        arch=_text(
+            monitor, "query-target", target.get("arch") if isinstance(target, dict) else None
+        ),
         machine=_text(monitor, "qom-get /machine type", machine).removesuffix("-machine"),
         kvm=isinstance(kvm, dict) and kvm.get("enabled") is True,
         version=version,
@@ -254,7 +260,9 @@ async def has_x2apic(monitor: Monitor, state: DomainState) -> bool | None:
 
 
 async def has_smm_firmware(monitor: Monitor) -> bool:
-    """Return whether the firmware's flash is writable only in SMM, as with OVMF with SMM (7.2 to 11.1)."""
+    """Return whether the firmware's flash is writable only in SMM, as with OVMF with SMM (7.2 to
+    11.1).
+    """
     try:
         return await monitor.qom_get("/machine/system.flash0", "secure") is True
     except CommandError:
@@ -262,7 +270,9 @@ async def has_smm_firmware(monitor: Monitor) -> bool:
 
 
 async def is_hotplug_legacy(monitor: Monitor) -> bool:
-    """Return whether the CPU hotplug block is in legacy mode; False if QEMU lacks the property (11.1)."""
+    """Return whether the CPU hotplug block is in legacy mode; False if QEMU lacks the property
+    (11.1).
+    """
     try:
         return await monitor.qom_get("/machine/acpi-device", "cpu-hotplug-legacy") is True
     except CommandError:
@@ -311,7 +321,9 @@ _FIRMWARE_PAUSE: Final = 0.01
 
 
 def _good(replies: tuple[object, ...]) -> tuple[object, ...]:
-    """Return the results of `gather(…, return_exceptions=True)`, or raise the first error among them."""
+    """Return the results of `gather(…, return_exceptions=True)`, or raise the first error among
+    them.
+    """
     for reply in replies:
         if isinstance(reply, BaseException):
             raise reply

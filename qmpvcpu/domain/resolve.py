@@ -1,4 +1,6 @@
-"""Find the domain that a word of the user names: a socket, an XML file, or a name given to `define`."""
+"""Find the domain that a word of the user names: a socket, an XML file, or a name given to
+`define`.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,10 @@ class DomainAddress:
 
 
 def resolve(
-    domain: str | None, qmp: str | Sequence[str] | None = None, agent: str | None = None, xml: str | None = None
+    domain: str | None,
+    qmp: str | Sequence[str] | None = None,
+    agent: str | None = None,
+    xml: str | None = None,
 ) -> DomainAddress:
     """Find a domain. If `domain` contains a `/`, it is the path of a QMP socket or else of an XML
     file. Otherwise it is a name given to `define`, or else a file or an address. The other
@@ -50,7 +55,8 @@ def resolve(
     given = (qmp,) if isinstance(qmp, str) else tuple(qmp or ())
     if domain is None and not given and xml is None:
         raise VcpuUsageError(
-            "no domain given", hint="connect('NAME'), connect('/path/to/qmp.sock') or connect(qmp=…)"
+            "no domain given",
+            hint="connect('NAME'), connect('/path/to/qmp.sock') or connect(qmp=…)",
         )
     place = _named(domain) if domain is not None else DomainAddress(given[0] if given else str(xml))
     if given:
@@ -82,12 +88,16 @@ def _named(domain: str) -> DomainAddress:
     if _is_file(domain):
         return DomainAddress(domain, definition=DefinitionFile(Path(domain), keep=False))
     return DomainAddress(
-        domain, (domain,), is_unknown=parse_address(domain) == domain and not os.path.lexists(domain)
+        domain,
+        (domain,),
+        is_unknown=parse_address(domain) == domain and not os.path.lexists(domain),
     )
 
 
 def unknown_domain(word: str) -> VcpuConnectionError:
-    """Return the error for a name or path under which nothing exists, with the known and the similar names."""
+    """Return the error for a name or path under which nothing exists, with the known and the
+    similar names.
+    """
     if "/" in word:
         return VcpuConnectionError(
             f"there is no socket or file '{word}'",
@@ -103,11 +113,19 @@ def unknown_domain(word: str) -> VcpuConnectionError:
     elif known:
         what = f"; defined are {', '.join(known)}"
     if near:
-        hint = f"did you mean {' or '.join(repr(name) for name in near)}? `qmpvcpu list` shows what is defined"
+        hint = (
+            f"did you mean {' or '.join(repr(name) for name in near)}? `qmpvcpu list` shows"
+            " what is defined"
+        )
     elif known:
-        hint = "`qmpvcpu list` shows what is defined; the path of a socket or a file is written with a /"
+        hint = (
+            "`qmpvcpu list` shows what is defined; the path of a socket or a file is written"
+            " with a /"
+        )
     else:
-        hint = "no domain is defined yet: name a socket or a file by its path, or `qmpvcpu define` one"
+        hint = (
+            "no domain is defined yet: name a socket or a file by its path, or `qmpvcpu define` one"
+        )
     return VcpuConnectionError(
         f"there is no domain, file or socket named '{word}'{what}",
         address=word,

@@ -43,7 +43,8 @@ from qmpvcpu.host.definition_files import not_written
 
 #: Design: without an agent an enable counts as applied, `online` is null, and one message says so.
 _UNSEEN: Final = (
-    "no guest agent is known: whether the guest runs on it was not checked; --agent ADDR (agent=) names its socket"
+    "no guest agent is known: whether the guest runs on it was not checked; --agent"
+    " ADDR (agent=) names its socket"
 )
 #: Seconds to wait until an ended thread leaves its cgroup, which it does a moment after QEMU joins
 #: it; and seconds between two checks.
@@ -77,11 +78,15 @@ async def run(scope: Scope, request: Request) -> Outcome:
         VcpuError: every outcome that is not a success, except pending and requested.
     """
     began = time.monotonic()
-    planned = await read_and_plan(scope.session, request, scope.guest, config=scope.definition is not None)
+    planned = await read_and_plan(
+        scope.session, request, scope.guest, config=scope.definition is not None
+    )
     plan = planned.plan.refused(scope.preconditions)
     if scope.placing is not None:
         plan = scope.placing.check(plan, planned.state)
-    config, plan = _plan_definition(scope.definition, plan) if scope.definition is not None else (None, plan)
+    config, plan = (
+        _plan_definition(scope.definition, plan) if scope.definition is not None else (None, plan)
+    )
     try:
         plan = await _prepare(scope, config, plan)
         if plan.refusals:
@@ -100,7 +105,10 @@ async def run(scope: Scope, request: Request) -> Outcome:
 
 
 async def run_on_definition(
-    definition: DefinitionHandle | None, request: Request, preconditions: Sequence[Refusal], name: str
+    definition: DefinitionHandle | None,
+    request: Request,
+    preconditions: Sequence[Refusal],
+    name: str,
 ) -> Outcome:
     """Carry out a request on the definition alone.
 
@@ -146,11 +154,12 @@ def with_config(plan: Plan, definition: DefinitionHandle, *, live: bool) -> Plan
     return replace(plan, config=replace(plan.config, diff=() if plan.refusals else config.diff))
 
 
-# -- check and prepare --------------------------------------------------------------------------------
+# -- check and prepare -----------------------------------------------------------------------------
 
 
 def _plan_definition(definition: DefinitionHandle, plan: Plan) -> tuple[ConfigChange, Plan]:
-    # A count is reached on each side by itself. Ids are those that the plan for the running guest has chosen.
+    # A count is reached on each side by itself. Ids are those that the plan for the running guest
+    # has chosen.
     ids = None if plan.request.total is not None else plan.targets
     try:
         config = definition.plan(plan.request, ids)
@@ -175,14 +184,18 @@ async def _prepare(scope: Scope, config: ConfigChange | None, plan: Plan) -> Pla
 
 async def _refuse(session: Session, plan: Plan, began: float) -> None:
     if any(one.code == "place" for one in plan.refusals):
-        # If QEMU has exited since the query, it has no process to place. That is a connection error.
+        # If QEMU has exited since the query, it has no process to place. That is a connection
+        # error.
         await session.look()
     raise VcpuRefused(
-        plan.refusals, ids=plan.targets, messages=plan.messages, seconds=round(time.monotonic() - began, 6)
+        plan.refusals,
+        ids=plan.targets,
+        messages=plan.messages,
+        seconds=round(time.monotonic() - began, 6),
     )
 
 
-# -- act and verify -----------------------------------------------------------------------------------
+# -- act and verify --------------------------------------------------------------------------------
 
 
 async def _act(scope: Scope, planned: Planned, report: Report, began: float) -> None:
@@ -222,19 +235,32 @@ async def _act(scope: Scope, planned: Planned, report: Report, began: float) -> 
 
 
 async def _timeout(session: Session, plan: Plan) -> float:
-    """Return the seconds that the guest has. A guest that is stopped cannot answer until it is resumed."""
+    """Return the seconds that the guest has. A guest that is stopped cannot answer until it is
+    resumed.
+    """
     request = plan.request
     # libvirt sends one unplug after the other, and each must first reach QEMU.
     is_direct = request.wait and session.monitor.hears_all
-    if request.timeout is None and is_direct and plan.unplugs and session.seen_run_state != "running":
+    if (
+        request.timeout is None
+        and is_direct
+        and plan.unplugs
+        and session.seen_run_state != "running"
+    ):
         return request.patience if await run_state(session.monitor) == "running" else 0.0
     return request.patience
 
 
-async def _hotplug_and_place(scope: Scope, planned: Planned, hotplug: Hotplug, report: Report) -> None:
-    """Plug and unplug, and place the threads. The cgroups of vCPUs that left, or did not come, are removed."""
+async def _hotplug_and_place(
+    scope: Scope, planned: Planned, hotplug: Hotplug, report: Report
+) -> None:
+    """Plug and unplug, and place the threads. The cgroups of vCPUs that left, or did not come, are
+    removed.
+    """
     session, plan = scope.session, planned.plan
-    ids = [number for entity in (*plan.awaited, *plan.plugs, *plan.unplugs) for number in entity.ids]
+    ids = [
+        number for entity in (*plan.awaited, *plan.plugs, *plan.unplugs) for number in entity.ids
+    ]
     try:
         async with _room(scope.placing, plan, report):
             await hotplug.run(report)
@@ -244,7 +270,8 @@ async def _hotplug_and_place(scope: Scope, planned: Planned, hotplug: Hotplug, r
         session.drop_groups(ids)
         raise
     if report.outcome is not OutcomeKind.APPLIED:
-        # The cause of the failure may also have changed the cached state, so the next call refreshes it.
+        # The cause of the failure may also have changed the cached state, so the next call
+        # refreshes it.
         session.stale = True
     with leaves(lambda: _remains(session, plan, report)):
         await _wait_groups_removed(session, ids)
@@ -287,7 +314,9 @@ async def _look_into_failure(session: Session, planned: Planned, report: Report)
 
 
 async def _count_again(scope: Scope, planned: Planned, report: Report, began: float) -> None:
-    """Re-plan from the fresh state until the count is reached, if others have plugged or unplugged too."""
+    """Re-plan from the fresh state until the count is reached, if others have plugged or unplugged
+    too.
+    """
     session, request = scope.session, planned.plan.request
     moved = set(session.state.enabled_ids).symmetric_difference(planned.state.enabled_ids)
     if moved.issubset(planned.plan.targets):
@@ -303,10 +332,14 @@ async def _count_again(scope: Scope, planned: Planned, report: Report, began: fl
     report.goes_on(session.state, more)
 
 
-def _remains(session: Session, plan: Plan, report: Report, but: frozenset[int] = frozenset()) -> Interrupted:
+def _remains(
+    session: Session, plan: Plan, report: Report, but: frozenset[int] = frozenset()
+) -> Interrupted:
     """Return what a call that is cancelled now has left, except for the vCPUs in `but`."""
     requested = {number for entity in plan.unplugs for number in entity.ids}
     removed = {
-        number for number in requested.intersection(report.pending) if not session.state.vcpus[number].enabled
+        number
+        for number in requested.intersection(report.pending)
+        if not session.state.vcpus[number].enabled
     }
     return Interrupted(changed_ids=tuple(sorted({*report.changed, *removed} - but)))

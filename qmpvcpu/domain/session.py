@@ -1,4 +1,6 @@
-"""One connection to a guest: its monitor, a state that events keep fresh, pending unplugs, and listeners."""
+"""One connection to a guest: its monitor, a state that events keep fresh, pending unplugs, and
+listeners.
+"""
 
 from __future__ import annotations
 
@@ -20,7 +22,13 @@ from qmpvcpu.domain.addresses import Opener, first_free
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.domain.event_bus import EventBus, Watcher
 from qmpvcpu.domain.pending_unplugs import PendingUnplugs
-from qmpvcpu.domain.reader import StateReader, has_smm_firmware, is_hotplug_legacy, open_reader, run_state
+from qmpvcpu.domain.reader import (
+    StateReader,
+    has_smm_firmware,
+    is_hotplug_legacy,
+    open_reader,
+    run_state,
+)
 from qmpvcpu.errors import Refusal, VcpuConnectionError
 from qmpvcpu.host.affinity import QemuThreads
 from qmpvcpu.host.pending_files import PendingFolder
@@ -44,17 +52,21 @@ class Session:
     an operation is changing; only that operation decides what becomes of them.
     """
 
-    def __init__(self, monitor: Monitor, bus: EventBus, queue: asyncio.Lock, reads: Reads = open_reader) -> None:
+    def __init__(
+        self, monitor: Monitor, bus: EventBus, queue: asyncio.Lock, reads: Reads = open_reader
+    ) -> None:
         self.monitor = monitor
         self._reads = reads
         self.stale = True
-        #: Whether the guest may have migrated, or be migrating; only `read_and_check_migration` finds out.
+        #: Whether the guest may have migrated, or be migrating; only `read_and_check_migration`
+        #: finds out.
         self.may_be_migrating = True
         self.removals_seen = 0
         #: QAPI RunState at the last query; None after an event of a change.
         self.seen_run_state: str | None = None
         self._has_smm: bool | None = None
-        #: Whether the guest has left the legacy mode of its CPU hotplug block. A reset restores that mode.
+        #: Whether the guest has left the legacy mode of its CPU hotplug block. A reset restores
+        #: that mode.
         self._left_legacy = False
         self.process: Process | None = None
         #: The threads of QEMU, if it runs on this host.
@@ -116,7 +128,9 @@ class Session:
             self._state = before.state
             self._keep(state)
         self.pending_unplugs.note_back(state.enabled_ids)
-        self.settled = tuple(event for event in self._learn(is_first=True) if not event.event.is_step)
+        self.settled = tuple(
+            event for event in self._learn(is_first=True) if not event.event.is_step
+        )
         self._state = mark(state, self.pending_unplugs.entity_ids)
         self._note_run(await run_state(self.monitor))
         self._watcher.start()
@@ -146,7 +160,9 @@ class Session:
         return self._keep(state, heard, sent_at)
 
     async def read_and_check_migration(self) -> tuple[DomainState, list[Refusal]]:
-        """Return `read`, and the refusals if vCPUs cannot be switched now because the guest is migrating."""
+        """Return `read`, and the refusals if vCPUs cannot be switched now because the guest is
+        migrating.
+        """
         self.may_be_migrating = False
         try:
             # A state without contradicting events only needs to be confirmed.
@@ -189,16 +205,24 @@ class Session:
                 CPU with their device id may be in any slot.
         """
         assert self._reader is not None
-        pending, heard, sent_at = self.pending_unplugs.entity_ids, self._departures.heard, time.time()
+        pending, heard, sent_at = (
+            self.pending_unplugs.entity_ids,
+            self._departures.heard,
+            time.time(),
+        )
         return self._keep(
-            await self._reader.fast(self.state, pending, self.in_flight, is_last, before_retry, declined),
+            await self._reader.fast(
+                self.state, pending, self.in_flight, is_last, before_retry, declined
+            ),
             heard,
             sent_at,
         )
 
     def knowledge(self, x2apic: bool | None = None, firmware_runs: bool | None = None) -> Knowledge:
         """Return what a plan needs besides the state."""
-        known = Knowledge(self.removals_seen, x2apic, firmware_runs, self.pending_unplugs.entity_ids)
+        known = Knowledge(
+            self.removals_seen, x2apic, firmware_runs, self.pending_unplugs.entity_ids
+        )
         if self.state.accel != "tcg":
             return known
         contexts = self.pending_unplugs.contexts
@@ -237,7 +261,9 @@ class Session:
         # While QEMU works there is time to check for cgroups that would be left behind. This runs
         # two turns of the loop from now, because `device_del` is sent in the next one.
         loop = asyncio.get_running_loop()
-        loop.call_soon(loop.call_soon, self._look_for_groups, [n for one in entities for n in one.ids])
+        loop.call_soon(
+            loop.call_soon, self._look_for_groups, [n for one in entities for n in one.ids]
+        )
         if self._bus.listening:
             self._bus.emit(_events(now, EventKind.UNPLUG_REQUESTED, entities))
 
@@ -251,7 +277,9 @@ class Session:
         self._watcher.start()
 
     def drop_groups(self, ids: Iterable[int]) -> bool:
-        """Remove the cgroups of those of these vCPUs that have left. Return whether all are removed."""
+        """Remove the cgroups of those of these vCPUs that have left. Return whether all are
+        removed.
+        """
         self._ungrouped.update(ids)
         enabled = self.state.enabled_ids
         self._ungrouped.difference_update(enabled, self._groupless)
@@ -271,7 +299,9 @@ class Session:
         self.may_be_migrating |= run not in _AT_HOME
 
     def _look_for_groups(self, ids: Iterable[int]) -> None:
-        self._groupless = set(ids) if self.threads is not None and not self.threads.has_groups() else set()
+        self._groupless = (
+            set(ids) if self.threads is not None and not self.threads.has_groups() else set()
+        )
 
     def _learn(self, *, is_first: bool = False) -> list[Event]:
         opened, finished = self.pending_unplugs.refresh(self.state)
@@ -279,7 +309,9 @@ class Session:
         found: list[Event] = []
         for unplug in opened:
             found += _events(
-                unplug.requested or time.time(), EventKind.UNPLUG_REQUESTED, [self.state.by_id[unplug.entity_id]]
+                unplug.requested or time.time(),
+                EventKind.UNPLUG_REQUESTED,
+                [self.state.by_id[unplug.entity_id]],
             )
         for unplug in finished:
             removed = self.state.by_id.get(unplug.entity_id)
@@ -290,7 +322,12 @@ class Session:
                 self._departures.forget(unplug.qom_path)
             if is_first or not self.monitor.hears_all:
                 # Later, QEMU's own event reports it.
-                found += _events(time.time(), EventKind.REMOVED, [removed], "it was removed while nobody listened")
+                found += _events(
+                    time.time(),
+                    EventKind.REMOVED,
+                    [removed],
+                    "it was removed while nobody listened",
+                )
         return found
 
     async def _watch(self) -> None:
@@ -312,7 +349,8 @@ class Session:
         before = self.state
         self.pending_unplugs.seen_at = max(self.pending_unplugs.seen_at, sent_at)
         if state.threads_shared is None:
-            # A single vCPU does not show whether threads are shared; what was seen with two is still true.
+            # A single vCPU does not show whether threads are shared; what was seen with two is
+            # still true.
             state = replace(state, threads_shared=before.threads_shared)
         if before is not state:
             found = changes(before, state, time.time())
@@ -322,7 +360,9 @@ class Session:
                 # Each removed vCPU has used up a TCG context. QEMU has few of these, and some
                 # versions can then no longer be migrated.
                 left = [before.vcpus[number] for event in removed for number in event.vcpus]
-                self.pending_unplugs.note_contexts(UsedContexts(frozenset((v.id, v.thread_id or 0) for v in left)))
+                self.pending_unplugs.note_contexts(
+                    UsedContexts(frozenset((v.id, v.thread_id or 0) for v in left))
+                )
             self._ungrouped.update(number for event in removed for number in event.vcpus)
             added = [event for event in found if event.event is EventKind.ADDED]
             self.pending_unplugs.note_back([number for event in added for number in event.vcpus])
@@ -355,7 +395,11 @@ class Session:
             self._left_legacy = False
         if event.name not in CPU_EVENTS:
             return
-        own = self._state is None or self._state.accel != "tcg" or not architecture(self._state.arch).has_apic
+        own = (
+            self._state is None
+            or self._state.accel != "tcg"
+            or not architecture(self._state.arch).has_apic
+        )
         self._departures.hear(event.name, event.data, event.time or time.time(), own=own)
         self.stale = True
         if self._state is not None:
@@ -380,7 +424,9 @@ class Session:
         when = event.time or time.time()
         if signal.kind is SignalKind.GUEST_REFUSED and signal.entity_id is not None:
             self.pending_unplugs.end({signal.entity_id} - self.in_flight)
-            self._bus.emit(_events(when, EventKind.REMOVAL_FAILED, [by_id[signal.entity_id]], signal.reason))
+            self._bus.emit(
+                _events(when, EventKind.REMOVAL_FAILED, [by_id[signal.entity_id]], signal.reason)
+            )
         elif signal.kind is SignalKind.RESET and architecture(state.arch).reset_drops_unplug:
             self.pending_unplugs.end(pending - self.in_flight)
             # Unplugs that left the store since the last query were removed because of this reset.
@@ -423,7 +469,9 @@ def _threads(state: DomainState) -> frozenset[int]:
     return frozenset(vcpu.thread_id for vcpu in state.vcpus if vcpu.thread_id is not None)
 
 
-def _events(when: float, kind: EventKind, entities: Iterable[Entity], detail: str | None = None) -> list[Event]:
+def _events(
+    when: float, kind: EventKind, entities: Iterable[Entity], detail: str | None = None
+) -> list[Event]:
     return [Event(when, kind, (number,), detail) for entity in entities for number in entity.ids]
 
 
@@ -436,7 +484,9 @@ def store_of(process: Process | None) -> PendingFolder | None:
 
 
 def _same_guest(one: Session, other: Session) -> bool:
-    """Whether both sessions belong to the same QEMU. The pending unplugs of one QEMU do not concern another."""
+    """Whether both sessions belong to the same QEMU. The pending unplugs of one QEMU do not concern
+    another.
+    """
     states = one.state, other.state
     if one.process is not None and other.process is not None:
         ids = [[entity.ids for entity in state.entities] for state in states]

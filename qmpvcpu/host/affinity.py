@@ -100,12 +100,16 @@ def place_thread(process: Process, thread_id: int, placement: Placement) -> Thre
     if placement.cpus is not None:
         os.sched_setaffinity(thread_id, placement.cpus or online_cpus())
     if placement.policy is not None:
-        os.sched_setscheduler(thread_id, _POLICIES[placement.policy], os.sched_param(placement.priority))
+        os.sched_setscheduler(
+            thread_id, _POLICIES[placement.policy], os.sched_param(placement.priority)
+        )
     found = look(process, thread_id)
     if found is None:
         raise ProcessLookupError(3, "the thread has ended")
     if placement.cpus and found.cpus != placement.cpus:
-        raise OSError(22, f"it may run on CPU {format_ids(found.cpus)}, not on {format_ids(placement.cpus)}")
+        raise OSError(
+            22, f"it may run on CPU {format_ids(found.cpus)}, not on {format_ids(placement.cpus)}"
+        )
     if placement.scheduler is not None and found.scheduler != placement.scheduler:
         raise OSError(22, f"its scheduler is {found.scheduler}, not {placement.scheduler}")
     return found
@@ -141,7 +145,9 @@ class QemuThreads(VcpuGroups):
         """Threads of this QEMU that do not run a vCPU (`other_threads`)."""
         return other_threads(self._process, thread_ids)
 
-    def place(self, thread_id: int, placement: Placement, vcpu_id: int | None = None) -> ThreadState:
+    def place(
+        self, thread_id: int, placement: Placement, vcpu_id: int | None = None
+    ) -> ThreadState:
         """Move the thread into the cgroups made for this vCPU, then call `place_thread`.
 
         Without `vcpu_id`, the group that the thread is in gets the CPUs of the placement.

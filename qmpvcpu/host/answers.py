@@ -109,7 +109,9 @@ class FileCache:
     def _entries(self) -> list[os.DirEntry[str]]:
         try:
             with os.scandir(self.folder) as found:
-                return [entry for entry in found if not entry.name.startswith(".") and entry.is_file()]
+                return [
+                    entry for entry in found if not entry.name.startswith(".") and entry.is_file()
+                ]
         except OSError:
             return []
 

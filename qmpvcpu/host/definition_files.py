@@ -100,7 +100,10 @@ class StagedDefinition:
         self._keep = keep
 
     def commit(
-        self, before: bytes, remake: Callable[[bytes], bytes], given_up: Callable[[], bool] = lambda: False
+        self,
+        before: bytes,
+        remake: Callable[[bytes], bytes],
+        given_up: Callable[[], bool] = lambda: False,
     ) -> None:
         """Replace `before` with this version.
 

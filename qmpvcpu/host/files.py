@@ -187,7 +187,9 @@ class StagedFile:
 
 
 def staged_name(path: Path) -> Path:
-    """The temporary name for a new version of `path`. `sweep` finds in it the process that made it."""
+    """The temporary name for a new version of `path`. `sweep` finds in it the process that made
+    it.
+    """
     # Shorten any name so that it fits: NAME_MAX of Linux is 255 bytes.
     name = os.fsencode(path.name)[:_LONGEST].decode(errors="ignore")
     return path.with_name(f".{name}{_MARK}{os.getpid()}-{time.monotonic_ns()}")
@@ -207,7 +209,9 @@ def stage_file(path: Path, data: bytes, mode: int = 0o600, *, sync: bool = True)
     temporary = staged_name(path)
     staged = StagedFile(path, temporary, sync=sync)
     try:
-        fd = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode)
+        fd = os.open(
+            temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, mode
+        )
         with os.fdopen(fd, "wb") as file:
             # The umask may have removed some of the mode bits.
             os.fchmod(fd, mode)
@@ -276,7 +280,9 @@ def try_lock(path: Path) -> FileLock | None:
 
 
 @contextmanager
-def locked_folder(folder: Path, seconds: float, *, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
+def locked_folder(
+    folder: Path, seconds: float, *, given_up: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
     """Lock a folder against every other process and thread that calls this.
 
     Args:

@@ -26,7 +26,9 @@ class NotOurs(PermissionError):
         self.cure = cure
 
 
-def check_own(path: str, found: os.stat_result, *, is_far: bool = False, with_group: bool = True) -> None:
+def check_own(
+    path: str, found: os.stat_result, *, is_far: bool = False, with_group: bool = True
+) -> None:
     """Raise NotOurs if another user can change the file or the folder of this `stat`.
 
     Args:

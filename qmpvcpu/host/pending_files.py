@@ -59,7 +59,9 @@ class PendingFolder:
             # trusted only when it is old enough.
             is_old_enough = time.time_ns() - found.st_mtime_ns > _TICK
             files = self._files()
-            self._known = {unplug.entity_id: unplug for name in sorted(files) for unplug in files[name]}
+            self._known = {
+                unplug.entity_id: unplug for name in sorted(files) for unplug in files[name]
+            }
             self._stamp = stamp if is_old_enough else None
         return self._known
 
@@ -90,7 +92,9 @@ class PendingFolder:
         with suppress(OSError), self._locked():
             for name, unplugs in self._files().items():
                 remaining = [
-                    one for one in unplugs if one.entity_id not in entity_ids or (one.requested or 0.0) > until
+                    one
+                    for one in unplugs
+                    if one.entity_id not in entity_ids or (one.requested or 0.0) > until
                 ]
                 if not remaining:
                     (self._folder / name).unlink()
@@ -103,7 +107,8 @@ class PendingFolder:
         """
         with suppress(*_UNREADABLE):
             return frozenset(
-                _number(number) for number in json.loads(read_own(f"{self._folder}/{_REMOVED}", _LIMIT))
+                _number(number)
+                for number in json.loads(read_own(f"{self._folder}/{_REMOVED}", _LIMIT))
             )
         return frozenset()
 
@@ -155,7 +160,8 @@ class PendingFolder:
                 now = before | more
                 if now != before:
                     self._replace(
-                        _CONTEXTS, json.dumps({"gone": sorted(now.removed), "reported": now.is_reported})
+                        _CONTEXTS,
+                        json.dumps({"gone": sorted(now.removed), "reported": now.is_reported}),
                     )
 
     def _files(self) -> dict[str, list[PendingUnplug]]:
@@ -166,7 +172,8 @@ class PendingFolder:
                 if not name.startswith("."):
                     with suppress(*_UNREADABLE):
                         found[name] = [
-                            _parse(row) for row in json.loads(read_own(f"{self._folder}/{name}", _LIMIT))
+                            _parse(row)
+                            for row in json.loads(read_own(f"{self._folder}/{name}", _LIMIT))
                         ]
         return found
 
@@ -178,7 +185,10 @@ class PendingFolder:
         self._replace(
             name,
             json.dumps(
-                [[unplug.entity_id, unplug.qom_path, unplug.thread_id, unplug.requested] for unplug in unplugs]
+                [
+                    [unplug.entity_id, unplug.qom_path, unplug.thread_id, unplug.requested]
+                    for unplug in unplugs
+                ]
             ),
         )
 

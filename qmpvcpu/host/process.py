@@ -26,7 +26,9 @@ _DEAD: Final = (b"Z", b"X")
 _START: Final = 19
 #: proc(5), /proc/pid/status, in KiB: anonymous memory, shared memory, huge pages, and swapped
 #: memory.
-_MEMORY: Final = re.compile(rb"^(?:RssAnon|RssShmem|HugetlbPages|VmSwap):\s+([0-9]+) kB$", re.MULTILINE)
+_MEMORY: Final = re.compile(
+    rb"^(?:RssAnon|RssShmem|HugetlbPages|VmSwap):\s+([0-9]+) kB$", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,7 +86,11 @@ def _listens(pid: int, peer: Peer) -> bool:
     inodes = set()
     for line in (_PROC / "net/unix").read_bytes().splitlines()[1:]:
         fields = line.split(None, 7)
-        if len(fields) == 8 and fields[7] == os.fsencode(peer.path) and int(fields[3], 16) & _ACCEPTS:
+        if (
+            len(fields) == 8
+            and fields[7] == os.fsencode(peer.path)
+            and int(fields[3], 16) & _ACCEPTS
+        ):
             inodes.add(f"socket:[{int(fields[6])}]")
     try:
         for name in os.listdir(f"/proc/{pid}/fd"):  # noqa: PTH208 - names are all we need
@@ -110,7 +116,9 @@ def find_process(thread_ids: Collection[int], peer: Peer | None = None) -> Proce
         some = next(iter(thread_ids), None)
         if some is None:
             return None
-        pid = int((_PROC / str(some) / "status").read_text().partition("Tgid:")[2].split(None, 1)[0])
+        pid = int(
+            (_PROC / str(some) / "status").read_text().partition("Tgid:")[2].split(None, 1)[0]
+        )
         folder = _PROC / str(pid)
         if not all((folder / "task" / str(thread)).exists() for thread in thread_ids):
             return None

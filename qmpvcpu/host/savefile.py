@@ -22,7 +22,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from qmpvcpu.core.migration.stream import HEAD_BYTES, TAIL_BYTES, StreamError, StreamTable, parse_stream
+from qmpvcpu.core.migration.stream import (
+    HEAD_BYTES,
+    TAIL_BYTES,
+    StreamError,
+    StreamTable,
+    parse_stream,
+)
 from qmpvcpu.core.rules import catalogue
 from qmpvcpu.host.files import closing, sync_folder
 from qmpvcpu.kinds import kind_of, open_file
@@ -74,7 +80,9 @@ class Saving:
         self._sweep()
         # QEMU accepts only a descriptor that was opened for writing (10.0).
         self.fd = os.open(
-            self._temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+            self._temporary,
+            os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC | os.O_NOFOLLOW,
+            0o600,
         )
         try:
             # The umask may have removed some of the mode bits.
@@ -160,7 +168,9 @@ class Saving:
                 self._temporary.unlink()
 
     def _write_head(self, state: int, digest: bytes) -> None:
-        data = (_head(state, len(self._cookie), self.offset) + digest + self._cookie).ljust(self.offset, b"\0")
+        data = (_head(state, len(self._cookie), self.offset) + digest + self._cookie).ljust(
+            self.offset, b"\0"
+        )
         if os.pwrite(self.fd, data, 0) != len(data):
             raise OSError(28, "No space left on device", str(self._temporary))
 
@@ -186,7 +196,10 @@ def _is_locked(path: Path) -> bool:
         return False
     with closing(fd):
         whole = struct.pack(_FLOCK, fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0)
-        return int(struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, whole))[0]) != fcntl.F_UNLCK
+        return (
+            int(struct.unpack(_FLOCK, fcntl.fcntl(fd, fcntl.F_OFD_GETLK, whole))[0])
+            != fcntl.F_UNLCK
+        )
 
 
 def _prefix(name: str) -> str:
@@ -194,7 +207,8 @@ def _prefix(name: str) -> str:
     data = os.fsencode(name)
     if len(data) > _LONGEST:
         # NAME_MAX of Linux is 255 bytes.
-        name = f"{data[: _LONGEST - 33].decode(errors='ignore')}-{hashlib.sha256(data).hexdigest()[:32]}"
+        digest = hashlib.sha256(data).hexdigest()[:32]
+        name = f"{data[: _LONGEST - 33].decode(errors='ignore')}-{digest}"
     return f".{name}{_MARK}"
 
 
@@ -278,12 +292,16 @@ def open_saved(path: str, given_up: threading.Event | None = None) -> SavedFile:
     try:
         fd = open_file(path)
     except OSError as error:
-        raise catalogue.NOT_SAVED.error(path=path, what=f"cannot be read: {error.strerror}") from error
+        raise catalogue.NOT_SAVED.error(
+            path=path, what=f"cannot be read: {error.strerror}"
+        ) from error
     try:
         return _checked(path, fd, given_up or threading.Event())
     except OSError as error:
         os.close(fd)
-        raise catalogue.NOT_SAVED.error(path=path, what=f"cannot be read: {error.strerror}") from error
+        raise catalogue.NOT_SAVED.error(
+            path=path, what=f"cannot be read: {error.strerror}"
+        ) from error
     except BaseException:
         os.close(fd)
         raise
@@ -298,7 +316,8 @@ def _checked(path: str, fd: int, given_up: threading.Event) -> SavedFile:
     _, file_format, state, length, offset = _HEADER.unpack_from(head)
     if file_format not in (_NO_DIGEST, _FORMAT):
         raise catalogue.NOT_SAVED.error(
-            path=path, what=f"was saved in format {file_format}, and this qmpvcpu reads format {_FORMAT}"
+            path=path,
+            what=f"was saved in format {file_format}, and this qmpvcpu reads format {_FORMAT}",
         )
     if state != _WHOLE:
         raise catalogue.NOT_SAVED.error(path=path, what="is incomplete: the save was interrupted")

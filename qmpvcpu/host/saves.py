@@ -97,7 +97,9 @@ def paused_guest(process: Process | None) -> PausedGuest | None:
 
 
 def is_here(process: Process | None) -> bool:
-    """Whether a QEMU in "postmigrate" still has its guest, according to our record. Never raises."""
+    """Whether a QEMU in "postmigrate" still has its guest, according to our record. Never
+    raises.
+    """
     found = paused_guest(process)
     return found is not None and found.is_here
 
@@ -112,7 +114,9 @@ class Saves:
         """Store the record of a guest before it is paused."""
         with suppress(OSError):
             make_folder(self._folder)
-            stage_file(self._folder / process.key, json.dumps(asdict(guest)).encode(), sync=False).commit()
+            stage_file(
+                self._folder / process.key, json.dumps(asdict(guest)).encode(), sync=False
+            ).commit()
         self._prune()
 
     def keep_here(self, process: Process) -> None:
@@ -144,7 +148,11 @@ class Saves:
             file = os.fstat(fd)
             for path in self._folder.iterdir():
                 found = self._read(path)
-                if found is not None and found.inode == (file.st_dev, file.st_ino) and is_alive(path.name):
+                if (
+                    found is not None
+                    and found.inode == (file.st_dev, file.st_ino)
+                    and is_alive(path.name)
+                ):
                     return path.name
         return None
 

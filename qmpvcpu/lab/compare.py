@@ -125,7 +125,10 @@ def _shown(xml: bytes | None) -> tuple[tuple[str, ...] | None, tuple[int, ...]]:
         return None, ()
     definition = read_domain(xml, running=True)[1]
     ids = definition.enabled_ids
-    return (f"<vcpu current='{len(ids)}'>{definition.maxcpus}</vcpu>", *vcpus_lines(definition, "libvirt")), ids
+    return (
+        f"<vcpu current='{len(ids)}'>{definition.maxcpus}</vcpu>",
+        *vcpus_lines(definition, "libvirt"),
+    ), ids
 
 
 class OurSide:
@@ -210,14 +213,21 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
             raise catalogue.NO_PROGRAM_TO_COMPARE.error(messages="; ".join(line.probe.messages))
         words = ["-S", *line.args.arguments]
         words += hardware_args(
-            read_hardware(document), qemu_arch(definition), console=str(folder / "console"), agent=_AGENT
+            read_hardware(document),
+            qemu_arch(definition),
+            console=str(folder / "console"),
+            agent=_AGENT,
         )
-        async with run_qemu(line.probe.emulator, words, channels=(_AGENT,), monitors=("qmp", "second")) as qemu:
+        async with run_qemu(
+            line.probe.emulator, words, channels=(_AGENT,), monitors=("qmp", "second")
+        ) as qemu:
             await qemu.monitor.cont()
             agent = str(qemu.folder / _AGENT) if definition.agent is not None else None
             qmp_log = QmpLog(sent) if log else None
             try:
-                async with connect(qmp=qemu.qmp, agent=agent, xml=str(file), qmp_log=qmp_log) as domain:
+                async with connect(
+                    qmp=qemu.qmp, agent=agent, xml=str(file), qmp_log=qmp_log
+                ) as domain:
                     yield OurSide(domain, sent, str(qemu.folder / "second"))
             finally:
                 if qmp_log is not None:
@@ -227,7 +237,9 @@ async def our_side(xml: bytes, *, start: bool = True, log: bool = True) -> Async
 class LibvirtSide:
     """The same guest under libvirt, which is called like virsh calls it."""
 
-    def __init__(self, daemon: Libvirtd | None, connection: Connection, guest: LibvirtGuest) -> None:
+    def __init__(
+        self, daemon: Libvirtd | None, connection: Connection, guest: LibvirtGuest
+    ) -> None:
         self._daemon = daemon
         self.connection = connection
         self.guest = guest
@@ -272,7 +284,12 @@ class LibvirtSide:
                 domain = await connection.change("virDomainCreate", begin, _START_SECONDS)
             except CommandError as error:
                 raise VcpuRefused(
-                    [replace(catalogue.LIBVIRT_NOT_STARTED(error=error.text), libvirt=error.error_class)]
+                    [
+                        replace(
+                            catalogue.LIBVIRT_NOT_STARTED(error=error.text),
+                            libvirt=error.error_class,
+                        )
+                    ]
                 ) from error
             try:
                 yield cls(daemon if log else None, connection, LibvirtGuest(connection, domain))
@@ -292,14 +309,26 @@ class LibvirtSide:
             except (CommandError, VcpuConnectionError) as raised:
                 error = raised
         seconds = time.monotonic() - began
-        commands = tuple(_without_id(one) for one in self._daemon.qmp_commands(mark)) if self._daemon else ()
+        commands = (
+            tuple(_without_id(one) for one in self._daemon.qmp_commands(mark))
+            if self._daemon
+            else ()
+        )
         (live, live_ids), (config, config_ids) = map(_shown, await self.guest.sides())
-        name = error.error_class if isinstance(error, CommandError) else error.libvirt if error else None
+        name = (
+            error.error_class
+            if isinstance(error, CommandError)
+            else error.libvirt
+            if error
+            else None
+        )
         text = error.text if isinstance(error, CommandError) else error.message if error else None
         if call is None:
             text = "libvirt has no call for this"
         outcome = "none" if call is None else "applied" if error is None else "failed"
-        return SideOutcome(outcome, name, text, seconds, commands, live, config, live_ids, config_ids)
+        return SideOutcome(
+            outcome, name, text, seconds, commands, live, config, live_ids, config_ids
+        )
 
     def call_of(self, request: Request) -> Callable[[], object] | None:
         """The call that virsh would make for a request; None if libvirt has no such call."""
@@ -326,7 +355,9 @@ def _for_libvirt(xml: bytes, definition: Definition) -> bytes:
     return write_vcpus(document, old, replace(old, dialect="libvirt"))
 
 
-async def compare(xml: bytes, requests: Sequence[Request], *, start: bool = True) -> list[Comparison]:
+async def compare(
+    xml: bytes, requests: Sequence[Request], *, start: bool = True
+) -> list[Comparison]:
     """Run requests, one after the other, on both sides.
 
     Args:
@@ -344,4 +375,6 @@ async def compare(xml: bytes, requests: Sequence[Request], *, start: bool = True
         run_libvirtd(log_qmp=True) as daemon,
         LibvirtSide.run(daemon, _for_libvirt(xml, definition), start=start) as theirs,
     ):
-        return [Comparison(await ours.ask(request), await theirs.ask(request)) for request in requests]
+        return [
+            Comparison(await ours.ask(request), await theirs.ask(request)) for request in requests
+        ]

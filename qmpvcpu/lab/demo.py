@@ -21,7 +21,12 @@ Show = Callable[[DomainState], list[str]]
 _SMP = "4,sockets=2,cores=8,threads=1,maxcpus=16"
 _VCPU = 12
 _NUMA = [
-    *("-object", "memory-backend-ram,id=ram0,size=256M", "-object", "memory-backend-ram,id=ram1,size=256M"),
+    *(
+        "-object",
+        "memory-backend-ram,id=ram0,size=256M",
+        "-object",
+        "memory-backend-ram,id=ram1,size=256M",
+    ),
     *("-numa", "node,nodeid=0,memdev=ram0", "-numa", "node,nodeid=1,memdev=ram1"),
     *("-numa", "cpu,node-id=0,socket-id=0", "-numa", "cpu,node-id=1,socket-id=1"),
 ]
@@ -57,9 +62,13 @@ async def run(tell: Tell, show: Show) -> dict[str, Any]:
 
 
 async def _with_linux(tell: Tell, show: Show, binary: str, image: GuestImage) -> dict[str, Any]:
-    tell(f"booting Linux {image.facts['kernel_version']} with 2 NUMA nodes, 4 of 16 vCPUs, under TCG")
+    tell(
+        f"booting Linux {image.facts['kernel_version']} with 2 NUMA nodes, 4 of 16 vCPUs, under TCG"
+    )
     async with (
-        boot(image, binary, ["-accel", "tcg,thread=multi", "-m", "512", "-smp", _SMP, *_NUMA]) as guest,
+        boot(
+            image, binary, ["-accel", "tcg,thread=multi", "-m", "512", "-smp", _SMP, *_NUMA]
+        ) as guest,
         connect("demo", qmp=guest.qemu.qmp) as domain,
     ):
         for line in show(await domain.state()):
@@ -70,14 +79,19 @@ async def _with_linux(tell: Tell, show: Show, binary: str, image: GuestImage) ->
         tell(f"\n$ qmpvcpu setvcpu demo {_VCPU} --enable")
         plugged = await domain.enable(_VCPU)
         after = await guest.wait_online(5)
-        node = await guest.shell("cd /sys/devices/system/node; grep -l 4 node*/cpulist | cut -d/ -f1")
+        node = await guest.shell(
+            "cd /sys/devices/system/node; grep -l 4 node*/cpulist | cut -d/ -f1"
+        )
         tell(f"vCPU {_VCPU}: {plugged.rows[0].state}, on NUMA node {plugged.rows[0].node}")
         tell(f"the guest's own /sys/devices/system/cpu/online: {after} (its cpu4 is on {node})")
 
         tell(f"\n$ qmpvcpu setvcpu demo {_VCPU} --disable")
         unplugged = await domain.disable(_VCPU)
         afterwards = await guest.online()
-        tell(f"vCPU {_VCPU}: {unplugged.rows[0].state}, {unplugged.seconds * 1000:.0f} ms after it was asked")
+        tell(
+            f"vCPU {_VCPU}: {unplugged.rows[0].state}, {unplugged.seconds * 1000:.0f} ms after it"
+            " was asked"
+        )
         tell(f"the guest's own /sys/devices/system/cpu/online: {afterwards}")
         present = await guest.shell("cat /sys/devices/system/cpu/present")
     if (before, after, afterwards, present) != ("0-3", "0-4", "0-3", "0-3"):
@@ -106,4 +120,10 @@ async def _paused(tell: Tell, show: Show, binary: str, missing: list[str]) -> di
         tell(f"enabled now: vCPU {format_ids(domain.last_state.enabled_ids)}")
     for what in missing:
         tell(f"to see the unplug too, get {what}")
-    return {"guest": False, "online": [], "enabled": plugged.to_json(), "disabled": None, "missing": missing}
+    return {
+        "guest": False,
+        "online": [],
+        "enabled": plugged.to_json(),
+        "disabled": None,
+        "missing": missing,
+    }

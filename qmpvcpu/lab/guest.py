@@ -54,7 +54,9 @@ def find_image(arch: str) -> GuestImage:
 class BootedGuest:
     """A guest that has booted; `qemu` is its process."""
 
-    def __init__(self, qemu: QemuProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    def __init__(
+        self, qemu: QemuProcess, reader: asyncio.StreamReader, writer: asyncio.StreamWriter
+    ) -> None:
         self.qemu = qemu
         self._reader = reader
         self._writer = writer
@@ -87,7 +89,9 @@ class BootedGuest:
             raise VcpuFailed(f"the guest did not run '{command}' within {timeout:g} s") from error
         output = "\n".join(lines)
         if line != _EXIT + "0":
-            raise VcpuFailed(f"'{command}' failed in the guest ({line}): {output}", hint="look at its kernel log")
+            raise VcpuFailed(
+                f"'{command}' failed in the guest ({line}): {output}", hint="look at its kernel log"
+            )
         return output
 
     async def online(self) -> str:
@@ -154,7 +158,12 @@ def guest_arguments(image: GuestImage, append: str = "") -> list[str]:
     facts = image.facts
     command = ["-machine", facts["machine"], "-nodefaults", "-display", "none", "-no-user-config"]
     command += ["-cpu", facts["cpu"]] if facts["cpu"] else []
-    command += ["-kernel", str(image.folder / "vmlinuz"), "-initrd", str(image.folder / "initrd.cpio.gz")]
+    command += [
+        "-kernel",
+        str(image.folder / "vmlinuz"),
+        "-initrd",
+        str(image.folder / "initrd.cpio.gz"),
+    ]
     command += ["-append", f"{facts['append']} {append}".strip(), "-serial", "chardev:console"]
     command += facts["qemu_args"]
     for channel in ("shell", "agent"):
@@ -196,7 +205,9 @@ async def _flowing(console: asyncio.StreamReader, lines: list[str]) -> AsyncIter
             await drain
 
 
-async def _ready(console: asyncio.StreamReader, word: str, lines: list[str], timeout: float) -> None:
+async def _ready(
+    console: asyncio.StreamReader, word: str, lines: list[str], timeout: float
+) -> None:
     try:
         async with asyncio.timeout(timeout):
             while line := await console.readline():

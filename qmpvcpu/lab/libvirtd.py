@@ -64,10 +64,11 @@ class Libvirtd:
         self.folder: Final = folder
         self.log: Final = folder / "log"
         system = os.geteuid() == 0
-        self._socket = folder / "libvirt-sock" if system else folder / "run" / "libvirt" / "libvirt-sock"
-        self.uri: Final = (
-            f"qemu+unix:///{'system' if system else 'session'}?socket={quote(os.fspath(self._socket))}"
+        self._socket = (
+            folder / "libvirt-sock" if system else folder / "run" / "libvirt" / "libvirt-sock"
         )
+        kind, path = "system" if system else "session", quote(os.fspath(self._socket))
+        self.uri: Final = f"qemu+unix:///{kind}?socket={path}"
         self._log_qmp = log_qmp
         self._supervisor = supervisor
 
@@ -137,7 +138,9 @@ class Libvirtd:
         `log_qmp=True`.
         """
         if not self._log_qmp:
-            raise VcpuUsageError("QMP commands are not in the log", hint="run_libvirtd(log_qmp=True)")
+            raise VcpuUsageError(
+                "QMP commands are not in the log", hint="run_libvirtd(log_qmp=True)"
+            )
         return _sent_commands(_read_from(self.log, since))
 
     def log_end(self) -> str:
@@ -153,11 +156,15 @@ class Libvirtd:
             async with asyncio.timeout(STOP_SECONDS):
                 await asyncio.shield(ended)
         except TimeoutError:
-            raise self._failed(f"libvirtd did not end in {STOP_SECONDS:.0f} s after SIG{word.upper()}") from None
+            raise self._failed(
+                f"libvirtd did not end in {STOP_SECONDS:.0f} s after SIG{word.upper()}"
+            ) from None
 
     def _failed(self, what: str, code: int | None = None) -> VcpuFailed:
         end = self.log_end()
-        return VcpuFailed(f"{what}: {end}" if end else what, exit_code=code, hint=catalogue.NO_LIBVIRTD.hint)
+        return VcpuFailed(
+            f"{what}: {end}" if end else what, exit_code=code, hint=catalogue.NO_LIBVIRTD.hint
+        )
 
 
 @asynccontextmanager
@@ -177,7 +184,9 @@ async def run_libvirtd(*, log_qmp: bool = False) -> AsyncIterator[Libvirtd]:
         raise catalogue.NO_LIBVIRTD.error()
     # The supervisor makes the folder, so that it also removes it if we are killed at any time.
     base = tempfile.gettempdir()
-    folder = Path(base if len(os.fsencode(base)) < ROOM else "/tmp", f"qmpvcpu-{secrets.token_hex(4)}")  # noqa: S108
+    if len(os.fsencode(base)) >= ROOM:
+        base = "/tmp"  # noqa: S108
+    folder = Path(base, f"qmpvcpu-{secrets.token_hex(4)}")
     supervisor = await _Supervisor.open(folder, program, log_qmp)
     daemon = Libvirtd(folder, log_qmp=log_qmp, supervisor=supervisor)
     try:
@@ -233,7 +242,11 @@ class _Supervisor:
     def stderr_end(self) -> str:
         """The end of what the supervisor and the daemon wrote to stderr."""
         size = os.fstat(self._stderr.fileno()).st_size
-        return os.pread(self._stderr.fileno(), LOG_END, max(0, size - LOG_END)).decode(errors="replace").strip()
+        return (
+            os.pread(self._stderr.fileno(), LOG_END, max(0, size - LOG_END))
+            .decode(errors="replace")
+            .strip()
+        )
 
     def start(self) -> asyncio.Future[int | None]:
         self.ended = asyncio.get_running_loop().create_future()
@@ -265,7 +278,9 @@ class _Supervisor:
         finally:
             self._writer.close()
             self._stderr.close()
-        if self._folder.exists():  # the supervisor was killed, and the kernel has killed the daemon with it
+        if (
+            self._folder.exists()
+        ):  # the supervisor was killed, and the kernel has killed the daemon with it
             _kill_strays(self._folder, self.namespace)
             shutil.rmtree(self._folder, ignore_errors=True)
 

@@ -64,7 +64,8 @@ FOLDERS: Final = {
 }
 #: Paths of QEMU's driver below /usr.
 DRIVERS: Final = tuple(
-    f"{lib}/libvirt/connection-driver/libvirt_driver_qemu.so" for lib in ("lib/*", "lib64", "lib", "local/lib*")
+    f"{lib}/libvirt/connection-driver/libvirt_driver_qemu.so"
+    for lib in ("lib/*", "lib64", "lib", "local/lib*")
 )
 
 
@@ -171,7 +172,9 @@ def _fill_folder(folder: Path, log_qmp: bool) -> None:
     if log_qmp:
         conf += 'log_filters = "2:qemu.qemu_monitor"\n'
     (folder / "etc" / "libvirt" / "libvirtd.conf").write_text(conf)
-    (folder / "etc" / "libvirt" / "qemu.conf").write_text(QEMU_CONF + (ROOT_QEMU_CONF if system else ""))
+    (folder / "etc" / "libvirt" / "qemu.conf").write_text(
+        QEMU_CONF + (ROOT_QEMU_CONF if system else "")
+    )
     # Provide only QEMU's driver: the others would use the host's devices, networks and firewall.
     if driver := next((path for pattern in DRIVERS for path in Path("/usr").glob(pattern)), None):
         (folder / "drivers" / driver.name).symlink_to(driver)
@@ -201,7 +204,13 @@ def _start_daemon(libc: ctypes.CDLL, folder: Path, program: str) -> int:
             "XDG_CACHE_HOME": str(folder / "cache"),
         }
     process = subprocess.Popen(
-        [program, "--config", str(folder / "etc/libvirt/libvirtd.conf"), "--pid-file", str(folder / "pid")],
+        [
+            program,
+            "--config",
+            str(folder / "etc/libvirt/libvirtd.conf"),
+            "--pid-file",
+            str(folder / "pid"),
+        ],
         env=environment,
         stdin=subprocess.DEVNULL,
         stdout=subprocess.DEVNULL,
@@ -231,9 +240,13 @@ def _mount_folders(libc: ctypes.CDLL, folder: Path) -> None:
     Raises OSError.
     """
 
-    def mount(source: Path | str, target: Path | str, kind: str, flags: int, data: str | None = None) -> None:
+    def mount(
+        source: Path | str, target: Path | str, kind: str, flags: int, data: str | None = None
+    ) -> None:
         words = [os.fsencode(source), os.fsencode(target), kind.encode()]
-        _checked(libc.mount(*words, ctypes.c_ulong(flags), data and data.encode()), f"mount {target}")
+        _checked(
+            libc.mount(*words, ctypes.c_ulong(flags), data and data.encode()), f"mount {target}"
+        )
 
     _checked(libc.unshare(CLONE_NEWNS), "unshare")
     mount("none", "/", "", MS_REC | MS_SLAVE)  # the host's unmounts reach us; ours do not reach it
@@ -252,7 +265,10 @@ def _mount_folders(libc: ctypes.CDLL, folder: Path) -> None:
             # QEMU starts without modules, except for its TCG.
             _cover(modules, folder / "stage", mount, lambda entry: entry.name.startswith("accel-"))
     # libvirt looks up its default user before it reads that we want root.
-    for name, line in {"passwd": "libvirt-qemu:x:0:0::/:/bin/false\n", "group": "libvirt-qemu:x:0:\n"}.items():
+    for name, line in {
+        "passwd": "libvirt-qemu:x:0:0::/:/bin/false\n",
+        "group": "libvirt-qemu:x:0:\n",
+    }.items():
         text = Path("/etc", name).read_text(errors="surrogateescape")
         if "libvirt-qemu:" not in text:
             own = folder / name
@@ -262,13 +278,17 @@ def _mount_folders(libc: ctypes.CDLL, folder: Path) -> None:
 
 
 def _make_mount_point(target: Path, stage: Path, mount: Callable[..., None]) -> None:
-    """Make a folder that only this mount namespace has, by mounting a tmpfs over a folder above it."""
+    """Make a folder that only this mount namespace has, by mounting a tmpfs over a folder above
+    it.
+    """
     above = next(path for path in target.parents if path.is_dir()).resolve()
     _cover(above, stage, mount, lambda _entry: True)
     target.mkdir(parents=True)
 
 
-def _cover(folder: Path, stage: Path, mount: Callable[..., None], keep: Callable[[Path], bool]) -> None:
+def _cover(
+    folder: Path, stage: Path, mount: Callable[..., None], keep: Callable[[Path], bool]
+) -> None:
     """Mount a tmpfs over a folder, and bind into it the entries to keep; `stage` is a temporary
     path.
     """

@@ -45,7 +45,16 @@ _KEEPALIVE: Final = (5, 2)
 _CLOSE_SECONDS: Final = 1.0
 
 #: QEMU's name (QAPI RunState) for each virDomainState of libvirt.
-_RUN_STATES: Final = ("none", "running", "running", "paused", "shutdown", "shutdown", "crashed", "suspended")
+_RUN_STATES: Final = (
+    "none",
+    "running",
+    "running",
+    "paused",
+    "shutdown",
+    "shutdown",
+    "crashed",
+    "suspended",
+)
 #: virConnectCloseReason in words.
 _CLOSED: Final = (
     "the daemon or the network failed",
@@ -106,7 +115,11 @@ class Connection:
         """Whether its guests run on this host."""
         parts = self._where
         # Without a scheme, the URI is an alias in libvirt.conf, which may stand for any host.
-        return bool(parts.scheme) and not parts.hostname and parts.scheme.partition("+")[2] in ("", "unix")
+        return (
+            bool(parts.scheme)
+            and not parts.hostname
+            and parts.scheme.partition("+")[2] in ("", "unix")
+        )
 
     @property
     def conn(self) -> libvirt.virConnect:
@@ -187,12 +200,16 @@ class Connection:
                 return conn
             self._where, self.driver = _split(conn.getURI()), conn.getType()
             with suppress(library.libvirtError):
-                conn.setKeepAlive(*_KEEPALIVE)  # fails without a daemon (test:///), which needs no keepalive
+                conn.setKeepAlive(
+                    *_KEEPALIVE
+                )  # fails without a daemon (test:///), which needs no keepalive
             with suppress(library.libvirtError):
                 conn.registerCloseCallback(self._closed, None)
             return conn
 
-        seconds = self._connect_timeout or (CONNECT_SECONDS if self.is_local else FAR_CONNECT_SECONDS)
+        seconds = self._connect_timeout or (
+            CONNECT_SECONDS if self.is_local else FAR_CONNECT_SECONDS
+        )
         try:
             await _within(self._queries.call(work), seconds)
         except library.libvirtError as error:
@@ -243,7 +260,11 @@ class Connection:
 
         # Close after the calls in flight: libvirt's objects must not be freed while a call uses
         # them.
-        ends = [one.finish(ended, self._end_own) for one in (self._changes, self._agents) if one is not None]
+        ends = [
+            one.finish(ended, self._end_own)
+            for one in (self._changes, self._agents)
+            if one is not None
+        ]
         ends.append(self._queries.finish(ended, work))
         await asyncio.wait(ends, timeout=_CLOSE_SECONDS)
 
@@ -253,7 +274,7 @@ class Connection:
             with suppress(TimeoutError, Exception):
                 await _within(self._queries.call(function), _CLOSE_SECONDS)
 
-    # -- calls --------------------------------------------------------------------------------------
+    # -- calls -------------------------------------------------------------------------------------
 
     async def query(self, name: str, function: Callable[[], T], seconds: float | None = None) -> T:
         """Make a call that changes nothing.
@@ -268,10 +289,15 @@ class Connection:
             VcpuConnectionError: the connection is lost, or there was no answer in time.
         """
         return await self._await(
-            self._queries, self._queries.call(self.checked(name, function)), name, seconds or self.query_timeout
+            self._queries,
+            self._queries.call(self.checked(name, function)),
+            name,
+            seconds or self.query_timeout,
         )
 
-    async def ask_agent(self, name: str, function: Callable[[], T], seconds: float = QUERY_SECONDS) -> T:
+    async def ask_agent(
+        self, name: str, function: Callable[[], T], seconds: float = QUERY_SECONDS
+    ) -> T:
         """Make a call to the guest's agent, like `query`. An agent that does not answer blocks no
         other calls.
         """
@@ -281,9 +307,13 @@ class Connection:
         if not self.is_local:
             # In its first call, this thread also connects.
             seconds += FAR_CONNECT_SECONDS
-        return await self._await(self._agents, self._agents.call(self.checked(name, function)), name, seconds)
+        return await self._await(
+            self._agents, self._agents.call(self.checked(name, function)), name, seconds
+        )
 
-    async def change(self, name: str, function: Callable[[], T], seconds: float = CALL_SECONDS) -> T:
+    async def change(
+        self, name: str, function: Callable[[], T], seconds: float = CALL_SECONDS
+    ) -> T:
         """Make a call like `query`, after every earlier `change` has finished."""
         return await self._noted(self.begin_change(name, function, seconds=seconds))
 
@@ -361,7 +391,9 @@ class Connection:
 
         return work
 
-    async def _await(self, worker: Worker, result: asyncio.Future[T], name: str, seconds: float) -> T:
+    async def _await(
+        self, worker: Worker, result: asyncio.Future[T], name: str, seconds: float
+    ) -> T:
         try:
             return await _within(self._noted(result), seconds)
         except TimeoutError as error:
@@ -383,7 +415,9 @@ class Connection:
             rows = []
             for domain in self.conn.listAllDomains(0):
                 with suppress(self.library.libvirtError):  # it was undefined meanwhile
-                    rows.append(Row(domain.name(), bool(domain.isActive()), domain.XMLDesc(0).encode()))
+                    rows.append(
+                        Row(domain.name(), bool(domain.isActive()), domain.XMLDesc(0).encode())
+                    )
             return sorted(rows, key=lambda row: row.name)
 
         return await self.query("virConnectListAllDomains", work, CALL_SECONDS)
@@ -438,7 +472,9 @@ class LibvirtGuest:
         )
 
     async def sides(self) -> tuple[bytes | None, bytes | None]:
-        """The running domain's XML and the XML of its definition; None for one that does not exist."""
+        """The running domain's XML and the XML of its definition; None for one that does not
+        exist.
+        """
 
         def work() -> tuple[bytes | None, bytes | None]:
             live = self.domain.XMLDesc(0).encode() if self.domain.isActive() else None
@@ -472,7 +508,9 @@ class LibvirtGuest:
 
     def read_definition(self, *, secure: bool = False) -> bytes:
         """The XML of its definition; with `secure`, it contains the passwords. Blocks."""
-        flags = self._library.VIR_DOMAIN_XML_INACTIVE | (self._library.VIR_DOMAIN_XML_SECURE if secure else 0)
+        flags = self._library.VIR_DOMAIN_XML_INACTIVE | (
+            self._library.VIR_DOMAIN_XML_SECURE if secure else 0
+        )
         text: str = self.call("virDomainGetXMLDesc", lambda: self.domain.XMLDesc(flags))
         return text.encode()
 
@@ -515,7 +553,9 @@ class LibvirtGuest:
         """`virDomainSetVcpusFlags`, as a function to be called in a thread."""
         return lambda: self.domain.setVcpusFlags(count, flags)
 
-    def pin_vcpu(self, vcpu_id: int, cpus: Iterable[int] | None, flags: int) -> Callable[[], object]:
+    def pin_vcpu(
+        self, vcpu_id: int, cpus: Iterable[int] | None, flags: int
+    ) -> Callable[[], object]:
         """`virDomainPinVcpuFlags`, as a function to be called in a thread. None stands for every
         host CPU.
         """
@@ -530,7 +570,9 @@ class LibvirtGuest:
 
     async def host_cpus(self) -> int:
         """The number of CPUs of its host."""
-        found = await self.connection.query("virNodeGetCPUMap", lambda: self.connection.conn.getCPUMap(0))
+        found = await self.connection.query(
+            "virNodeGetCPUMap", lambda: self.connection.conn.getCPUMap(0)
+        )
         return int(found[0])
 
     async def guest_vcpus(self) -> Mapping[str, Any]:
@@ -551,7 +593,9 @@ class LibvirtGuest:
         """`virDomainSetGuestVcpus`, with the guest's own CPU numbers."""
         words = format_ids(cpus)
         await self.connection.ask_agent(
-            "virDomainSetGuestVcpus", lambda: self.domain.setGuestVcpus(words, int(online)), CALL_SECONDS
+            "virDomainSetGuestVcpus",
+            lambda: self.domain.setGuestVcpus(words, int(online)),
+            CALL_SECONDS,
         )
 
     async def without_threads(self, ids: Iterable[int]) -> frozenset[int]:
@@ -566,7 +610,10 @@ class LibvirtGuest:
                 self.domain.vcpus()
                 return frozenset()
             except self._library.libvirtError as error:
-                if error.get_error_code() != self._library.VIR_ERR_SYSTEM_ERROR or error.get_int1() != errno.ESRCH:
+                if (
+                    error.get_error_code() != self._library.VIR_ERR_SYSTEM_ERROR
+                    or error.get_int1() != errno.ESRCH
+                ):
                     raise
             # Do not wait: another call, perhaps of another client, may hold the domain for long.
             rows = self.connection.conn.domainListGetStats(
@@ -575,8 +622,12 @@ class LibvirtGuest:
                 self._library.VIR_CONNECT_GET_ALL_DOMAINS_STATS_NOWAIT,
             )
             stats: Mapping[str, Any] = rows[0][1] if rows else {}
-            idle = {n: [stats.get(f"vcpu.{n}.{word}", 0) for word in ("time", "delay")] for n in ids}
-            return frozenset(n for n, times in idle.items() if f"vcpu.{n}.state" in stats and not any(times))
+            idle = {
+                n: [stats.get(f"vcpu.{n}.{word}", 0) for word in ("time", "delay")] for n in ids
+            }
+            return frozenset(
+                n for n, times in idle.items() if f"vcpu.{n}.state" in stats and not any(times)
+            )
 
         return await self.connection.query("virDomainGetVcpus", work)
 
@@ -585,7 +636,10 @@ class LibvirtGuest:
         Blocks.
         """
         return str(
-            self.call(_MONITOR_COMMAND, lambda: libvirt_qemu_module().qemuMonitorCommand(self.domain, line, 0))
+            self.call(
+                _MONITOR_COMMAND,
+                lambda: libvirt_qemu_module().qemuMonitorCommand(self.domain, line, 0),
+            )
         )
 
     def begin_monitor_command(self, line: str) -> asyncio.Future[str]:
@@ -644,15 +698,29 @@ class LibvirtGuest:
         if monitor is not None:
 
             def event(
-                conn: object, domain: object, name: str, seconds: int, micros: int, data: str, opaque: object
+                conn: object,
+                domain: object,
+                name: str,
+                seconds: int,
+                micros: int,
+                data: str,
+                opaque: object,
             ) -> None:
                 tell(monitor, name, seconds + micros / 1e6, data or "{}")
 
             register = partial(
-                libvirt_qemu_module().qemuMonitorEventRegister, conn, self.domain, None, event, None, 0
+                libvirt_qemu_module().qemuMonitorEventRegister,
+                conn,
+                self.domain,
+                None,
+                event,
+                None,
+                0,
             )
             number = self.call("virConnectDomainQemuMonitorEventRegister", register)
-            subscribed.append(partial(libvirt_qemu_module().qemuMonitorEventDeregister, conn, number))
+            subscribed.append(
+                partial(libvirt_qemu_module().qemuMonitorEventDeregister, conn, number)
+            )
         stopped = library.VIR_DOMAIN_EVENT_STOPPED
         for kind, words in {
             library.VIR_DOMAIN_EVENT_ID_LIFECYCLE: lambda event, *_: (
@@ -661,11 +729,16 @@ class LibvirtGuest:
             ),
             library.VIR_DOMAIN_EVENT_ID_TUNABLE: lambda *_: ("changed", ""),
             library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVED: lambda device, _: ("removed", device or ""),
-            library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED: lambda device, _: ("removal-failed", device or ""),
+            library.VIR_DOMAIN_EVENT_ID_DEVICE_REMOVAL_FAILED: lambda device, _: (
+                "removal-failed",
+                device or "",
+            ),
             library.VIR_DOMAIN_EVENT_ID_AGENT_LIFECYCLE: lambda *_: ("agent", ""),
         }.items():
 
-            def happened(conn: object, domain: object, *given: Any, words: Callable[..., Any] = words) -> None:
+            def happened(
+                conn: object, domain: object, *given: Any, words: Callable[..., Any] = words
+            ) -> None:
                 tell(report, *words(*given))
 
             subscribe = partial(conn.domainEventRegisterAny, self.domain, kind, happened, None)

@@ -136,6 +136,8 @@ def translated(
             libvirt=name,
             hint="`qmpvcpu -c URI list` shows its domains",
         )
-    if not alive or (name in _CONNECTION and error.get_error_domain() == libvirt_module().VIR_FROM_RPC):
+    if not alive or (
+        name in _CONNECTION and error.get_error_domain() == libvirt_module().VIR_FROM_RPC
+    ):
         return lost(uri, text, name)
     return CommandError(call, name, text)

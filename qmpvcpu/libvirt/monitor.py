@@ -105,7 +105,9 @@ class _Unplug:
             # libvirt waited for its full time. It updates its XML only if an event still comes.
             logger.debug("vCPU %s: %s", self.first, error.text)
             self._answer()
-        elif isinstance(error, CommandError) and (error.error_class == _NO_ERROR or "rejected" in error.text):
+        elif isinstance(error, CommandError) and (
+            error.error_class == _NO_ERROR or "rejected" in error.text
+        ):
             self._end("DEVICE_UNPLUG_GUEST_ERROR")
         elif not self.answer.done():
             self.answer.set_exception(error)
@@ -115,7 +117,9 @@ class _Unplug:
 
     def _end(self, event: str, text: str | None = None) -> None:
         self._answer()
-        self._monitor.deliver(MonitorEvent(event, {"device": f"vcpu{self.first}", "text": text}, time.time()))
+        self._monitor.deliver(
+            MonitorEvent(event, {"device": f"vcpu{self.first}", "text": text}, time.time())
+        )
 
 
 def _has_given_up(error: CommandError) -> bool:
@@ -123,7 +127,9 @@ def _has_given_up(error: CommandError) -> bool:
 
 
 class ApiMonitor(Behind):
-    """libvirt's API in place of a monitor: `device_add` and `device_del` become `virDomainSetVcpu`."""
+    """libvirt's API in place of a monitor: `device_add` and `device_del` become
+    `virDomainSetVcpu`.
+    """
 
     def __init__(self, guest: LibvirtGuest) -> None:
         super().__init__(guest)
@@ -147,9 +153,13 @@ class ApiMonitor(Behind):
         super()._on_event(word, device)
         event = "DEVICE_UNPLUG_GUEST_ERROR" if word == "removal-failed" else "DEVICE_DELETED"
         # If it is not about a device of ours, listeners read the state and compare.
-        self.deliver(MonitorEvent(event, {"device": device} if device else {"path": ""}, time.time()))
+        self.deliver(
+            MonitorEvent(event, {"device": device} if device else {"path": ""}, time.time())
+        )
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
+    def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None
+    ) -> asyncio.Future[object]:
         """Fail: libvirt's API has no QMP commands."""
         return failed(CommandError(command, "CommandNotFound", "libvirt's API has no such command"))
 
@@ -160,7 +170,9 @@ class ApiMonitor(Behind):
     async def _status(self) -> object:
         return {"status": await self.guest.run_state()}
 
-    def device_add(self, driver: str, device_id: str, props: Mapping[str, Any]) -> asyncio.Future[object]:
+    def device_add(
+        self, driver: str, device_id: str, props: Mapping[str, Any]
+    ) -> asyncio.Future[object]:
         """`virDomainSetVcpu` for one entity; `device_id` is libvirt's own, `vcpuN`."""
         first = int(device_id.removeprefix("vcpu").partition("-")[0])
         if first in self.unseen:
@@ -168,7 +180,8 @@ class ApiMonitor(Behind):
                 CommandError(
                     "virDomainSetVcpu",
                     "VIR_ERR_OPERATION_INVALID",
-                    f"vCPU {first} was unplugged, and libvirt did not notice: --via monitor plugs it",
+                    f"vCPU {first} was unplugged, and libvirt did not notice: --via monitor plugs"
+                    " it",
                 )
             )
         call = self.guest.set_vcpu(self.entities[first], True, self.guest.flags(live=True))

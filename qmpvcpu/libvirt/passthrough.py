@@ -102,7 +102,10 @@ class Behind(Monitor):
             text = f"the domain '{self.guest.name}' has stopped"
             self._lose(
                 VcpuConnectionError(
-                    text, address=self.address, reason="closed", hint="start it, and try again (reconnect())"
+                    text,
+                    address=self.address,
+                    reason="closed",
+                    hint="start it, and try again (reconnect())",
                 )
             )
 
@@ -147,7 +150,9 @@ class PassedMonitor(Behind):
             self._log.write("receive", {"event": name, "data": found})
         self.deliver(MonitorEvent(name, found if isinstance(found, dict) else {}, when))
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
+    def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None
+    ) -> asyncio.Future[object]:
         """Send any QMP command. Commands are sent in the order of the calls."""
         message: dict[str, Any] = {"execute": command}
         if arguments is not None:
@@ -182,7 +187,9 @@ class PassedMonitor(Behind):
             return
         answer = reply.get("error") if isinstance(reply, dict) else None
         if isinstance(answer, dict):
-            result.set_exception(CommandError(command, str(answer.get("class")), str(answer.get("desc"))))
+            result.set_exception(
+                CommandError(command, str(answer.get("class")), str(answer.get("desc")))
+            )
             return
         result.set_exception(
             VcpuConnectionError(

@@ -35,7 +35,9 @@ def start_events() -> None:
         libvirt.registerErrorHandler(lambda context, error: None, None)
         # It is a daemon thread: it has nothing to clean up, and must not keep the process alive.
         _running.append(
-            threading.Thread(target=partial(_run_events, libvirt), name="qmpvcpu libvirt events", daemon=True)
+            threading.Thread(
+                target=partial(_run_events, libvirt), name="qmpvcpu libvirt events", daemon=True
+            )
         )
         _running[0].start()
 
@@ -90,7 +92,9 @@ class Worker:
         #: `_ended` after the end.
         self._stuck: Callable[[], Exception] | None = None
         self._ended: Callable[[], Exception] | None = None
-        self._thread = threading.Thread(target=self._run, name=f"qmpvcpu libvirt {name}", daemon=True)
+        self._thread = threading.Thread(
+            target=self._run, name=f"qmpvcpu libvirt {name}", daemon=True
+        )
         self._thread.start()
 
     @property
@@ -98,7 +102,9 @@ class Worker:
         """Whether the caller runs in this thread."""
         return threading.current_thread() is self._thread
 
-    def call(self, function: Callable[[], T], begun: Callable[[], None] = lambda: None) -> asyncio.Future[T]:
+    def call(
+        self, function: Callable[[], T], begun: Callable[[], None] = lambda: None
+    ) -> asyncio.Future[T]:
         """Call the function in the thread. Returns a future for its result or exception.
 
         The function is not called if the future is done before its turn.

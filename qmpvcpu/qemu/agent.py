@@ -51,7 +51,9 @@ _TURN: Final = 64
 _MOST_HANDLES: Final = 256
 
 #: When all commands of this task must be answered (the loop's clock), and after how many seconds.
-_LIMIT: Final[ContextVar[tuple[float, float]]] = ContextVar("qmpvcpu agent limit", default=(inf, inf))
+_LIMIT: Final[ContextVar[tuple[float, float]]] = ContextVar(
+    "qmpvcpu agent limit", default=(inf, inf)
+)
 
 Command = tuple[str, Mapping[str, Any] | None]
 
@@ -118,7 +120,9 @@ class AgentClient:
                 elif isinstance(where, tuple):
                     opened = await asyncio.open_connection(*where, limit=LINE_LIMIT)
                 else:
-                    opened = await asyncio.open_connection(sock=socket_of(self._address, where), limit=LINE_LIMIT)
+                    opened = await asyncio.open_connection(
+                        sock=socket_of(self._address, where), limit=LINE_LIMIT
+                    )
         except TimeoutError as error:
             raise self._error("no-agent", "did not accept the connection") from error
         except OSError as error:
@@ -146,7 +150,9 @@ class AgentClient:
         return await self.execute("guest-get-vcpus")
 
     async def set_vcpus(self, wanted: Mapping[int, bool]) -> object:
-        """`guest-set-vcpus`: logical id -> online. Stops at the first error and keeps what it did."""
+        """`guest-set-vcpus`: logical id -> online. Stops at the first error and keeps what it
+        did.
+        """
         vcpus = [{"logical-id": number, "online": online} for number, online in wanted.items()]
         return await self.execute("guest-set-vcpus", {"vcpus": vcpus})
 
@@ -183,7 +189,9 @@ class AgentClient:
                     raise reply
             handles = {n: handle for n, handle in enumerate(opened) if _is_handle(handle)}
             counts = {n: min(files[n][1], _CHUNK) for n in handles}
-            replies = await self._all([_read(handle, counts[n]) for n, handle in handles.items()], until)
+            replies = await self._all(
+                [_read(handle, counts[n]) for n, handle in handles.items()], until
+            )
             for (number, handle), reply in zip(handles.items(), replies, strict=True):
                 contents[number] = await self._rest(handle, reply, files[number][1], until)
             return contents
@@ -279,7 +287,9 @@ class AgentClient:
         except TimeoutError as error:
             raise await self._lost(sent[len(replies)][0]) from error
         except asyncio.LimitOverrunError as error:
-            raise self._error("malformed", f"sent a line of more than {LINE_LIMIT >> 20} MiB") from error
+            raise self._error(
+                "malformed", f"sent a line of more than {LINE_LIMIT >> 20} MiB"
+            ) from error
         except (EOFError, OSError) as error:
             raise await self._closed(error) from error
         return replies
@@ -304,7 +314,9 @@ class AgentClient:
         """
         reader, writer = self._connection()
         number = next(self._numbers)
-        request = json.dumps({"execute": "guest-sync-delimited", "arguments": {"id": number}}).encode()
+        request = json.dumps(
+            {"execute": "guest-sync-delimited", "arguments": {"id": number}}
+        ).encode()
         try:
             async with asyncio.timeout(seconds):
                 await writer.drain()  # a peer that does not read gets no more
@@ -325,7 +337,11 @@ class AgentClient:
         for line in text.split(b"\n") if self._opening else ():
             with suppress(ValueError, RecursionError):
                 reply = json.loads(line)
-                if isinstance(reply, dict) and isinstance(reply.get("id"), str) and reply["id"] in self._opening:
+                if (
+                    isinstance(reply, dict)
+                    and isinstance(reply.get("id"), str)
+                    and reply["id"] in self._opening
+                ):
                     self._opened(reply["id"], reply.get("return"))
         self._opening.clear()
 
@@ -345,12 +361,16 @@ class AgentClient:
         except (ValueError, RecursionError) as error:
             raise self._error("malformed", f"answered '{command}' with what is not JSON") from error
         if not isinstance(reply, dict) or ("return" in reply) == ("error" in reply):
-            raise self._error("malformed", f"answered '{command}' with neither a result nor an error")
+            raise self._error(
+                "malformed", f"answered '{command}' with neither a result nor an error"
+            )
         # Agents before 5.0 do not repeat the id. Later ones leave it out only if they could not
         # read the command.
         self._repeats_ids = self._repeats_ids or "id" in reply
         if reply.get("id", None if self._repeats_ids else number) != number:
-            raise self._error("malformed", f"answered '{command}' with the answer to another command")
+            raise self._error(
+                "malformed", f"answered '{command}' with the answer to another command"
+            )
         if "return" in reply:
             if command == "guest-file-open":
                 self._opened(number, reply["return"])

@@ -67,7 +67,9 @@ class Client(QMPClient):
         self._unseen: deque[MonitorEvent | None] = deque()
         self._calls: set[asyncio.Task[None]] = set()
 
-    def request(self, command: str, arguments: Mapping[str, Any] | None, result: asyncio.Future[object]) -> None:
+    def request(
+        self, command: str, arguments: Mapping[str, Any] | None, result: asyncio.Future[object]
+    ) -> None:
         """Send one command now, in order; `result` gets what QEMU answers."""
         number = f"qmpvcpu#{self._sent}"
         self._sent += 1
@@ -79,12 +81,16 @@ class Client(QMPClient):
         self.replies[number] = command, result
         self._put(content, command, result)
 
-    def _put(self, content: Mapping[str, object], command: str, result: asyncio.Future[object]) -> None:
+    def _put(
+        self, content: Mapping[str, object], command: str, result: asyncio.Future[object]
+    ) -> None:
         call = asyncio.create_task(self._call(content, command, result))
         self._calls.add(call)
         call.add_done_callback(self._calls.discard)
 
-    async def _call(self, content: Mapping[str, object], command: str, result: asyncio.Future[object]) -> None:
+    async def _call(
+        self, content: Mapping[str, object], command: str, result: asyncio.Future[object]
+    ) -> None:
         # Where the connection is lost, the monitor ends the command, since it knows why.
         with suppress(ExecInterruptedError, StateError):
             self._finish(command, result, await self._raw(content, assign_id=False))
@@ -94,15 +100,18 @@ class Client(QMPClient):
         _answer(self.name or "", command, result, message)
         asyncio.get_running_loop().call_soon(self._reply_was_seen)
 
-    async def _receive_reply(self, command: str, result: asyncio.Future[object], message: Message) -> None:
+    async def _receive_reply(
+        self, command: str, result: asyncio.Future[object], message: Message
+    ) -> None:
         """Handle a reply to one of `replies`; it must end in a call of `_finish`."""
         await super()._on_message(message)
 
     # --- for safety: overridden members of qemu.qmp
 
     async def _recv(self) -> Message:
-        # An event may overtake the reply to qmp_capabilities (RESUME of a QEMU that starts), and qemu.qmp 0.0.6
-        # takes it for that. A QEMU that is connected to while it starts may greet twice (10.0).
+        # An event may overtake the reply to qmp_capabilities (RESUME of a QEMU that starts), and
+        # qemu.qmp 0.0.6 takes it for that. A QEMU that is connected to while it starts may greet
+        # twice (10.0).
         msg = await super()._recv()
         while self.runstate is Runstate.CONNECTING and (
             "event" in msg or ("QMP" in msg and self._greeting is not None)
@@ -129,7 +138,9 @@ class Client(QMPClient):
         except json.JSONDecodeError as error:
             raise DeserializationError(f"what is not JSON: {error.msg}", line[:_SHOWN]) from error
         if not isinstance(found, dict):
-            raise ProtocolError(f"a message that is {_KINDS.get(type(found), 'a number')}, not an object")
+            raise ProtocolError(
+                f"a message that is {_KINDS.get(type(found), 'a number')}, not an object"
+            )
         return Message(found, eager=False)
 
     def _do_send(self, msg: Message) -> None:
@@ -137,7 +148,11 @@ class Client(QMPClient):
         # later write would fail, and asyncio then drops the replies that have arrived: the results
         # of the earlier commands would be lost.
         self._batch.append(bytes(msg))
-        if self.runstate is not Runstate.RUNNING or self._outgoing.empty() or len(self._batch) >= _BATCH:
+        if (
+            self.runstate is not Runstate.RUNNING
+            or self._outgoing.empty()
+            or len(self._batch) >= _BATCH
+        ):
             assert self._writer is not None
             self._writer.write(b"".join(self._batch))
             self._batch.clear()
@@ -194,7 +209,9 @@ class Client(QMPClient):
                 sink(event)
             except Exception as error:  # noqa: BLE001 - a mistake in one must not end the connection
                 loop = asyncio.get_running_loop()
-                loop.call_exception_handler({"message": f"a listener fails on {event.name}", "exception": error})
+                loop.call_exception_handler(
+                    {"message": f"a listener fails on {event.name}", "exception": error}
+                )
 
     # --- the socket
 
@@ -222,7 +239,9 @@ class Client(QMPClient):
         if sock is None or sock.family != socket.AF_UNIX:
             return Peer()
         with suppress(OSError, struct.error):
-            pid, _, _ = struct.unpack("3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12))
+            pid, _, _ = struct.unpack(
+                "3i", sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, 12)
+            )
             name = sock.getpeername()
             return Peer(pid, name if isinstance(name, str) and name else None)
         return Peer()
@@ -244,10 +263,18 @@ def _answer(address: str, command: str, result: asyncio.Future[object], message:
         return
     answer = message.get("error")
     if isinstance(answer, dict) and {"class", "desc"} <= answer.keys():
-        words = (found if isinstance(found := answer[key], str) else repr(found) for key in ("class", "desc"))
+        words = (
+            found if isinstance(found := answer[key], str) else repr(found)
+            for key in ("class", "desc")
+        )
         fail(result, CommandError(command, *(text[:_LONGEST] for text in words)))
     else:
-        fail(result, malformed(address, ValueError(f"a reply to '{command}' that is neither result nor error")))
+        fail(
+            result,
+            malformed(
+                address, ValueError(f"a reply to '{command}' that is neither result nor error")
+            ),
+        )
 
 
 def fail(result: asyncio.Future[object], error: Exception) -> None:

@@ -14,7 +14,9 @@ from qmpvcpu.errors import VcpuConnectionError
 MESSAGE_LIMIT: Final = 32 * 1024 * 1024
 
 
-def no_answer(address: str, command: str, seconds: float, cause: BaseException) -> VcpuConnectionError:
+def no_answer(
+    address: str, command: str, seconds: float, cause: BaseException
+) -> VcpuConnectionError:
     """QEMU did not answer a command in `seconds`."""
     error = VcpuConnectionError(
         f"QEMU did not answer '{command}' within {seconds:g} s ({address})",
@@ -31,9 +33,12 @@ def lost(address: str, cause: BaseException | None, qemu_log: str | None) -> Vcp
     """An open connection has ended; `cause` is the reader's error, `qemu_log` the path of QEMU's
     own log.
     """
-    if isinstance(cause, ValueError) and str(cause).startswith("Separator"):  # StreamReader.readline
+    if isinstance(cause, ValueError) and str(cause).startswith(
+        "Separator"
+    ):  # StreamReader.readline
         return VcpuConnectionError(
-            f"'{address}' sent a message of more than {MESSAGE_LIMIT >> 20} MiB; the connection was closed",
+            f"'{address}' sent a message of more than {MESSAGE_LIMIT >> 20} MiB; the connection"
+            " was closed",
             address=address,
             reason="malformed",
             hint="check that this is QEMU's QMP socket",
@@ -90,9 +95,21 @@ _OS_REASONS: Final[Mapping[int, tuple[str, str, str]]] = {
         "nobody listens on '{}'",
         "start QEMU, or name the socket that it listens on; remove this one if no QEMU uses it",
     ),
-    errno.ENOTSOCK: ("not-qmp", "'{}' is not a socket", "name QEMU's QMP socket, or a file of domain XML"),
-    errno.EACCES: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
-    errno.EPERM: ("denied", "no permission to open '{}'", "run as the user QEMU runs as, or as root"),
+    errno.ENOTSOCK: (
+        "not-qmp",
+        "'{}' is not a socket",
+        "name QEMU's QMP socket, or a file of domain XML",
+    ),
+    errno.EACCES: (
+        "denied",
+        "no permission to open '{}'",
+        "run as the user QEMU runs as, or as root",
+    ),
+    errno.EPERM: (
+        "denied",
+        "no permission to open '{}'",
+        "run as the user QEMU runs as, or as root",
+    ),
     errno.ECONNRESET: _CLOSED_EARLY,
     errno.EPIPE: _CLOSED_EARLY,
     errno.EAGAIN: _CROWDED,
@@ -136,5 +153,6 @@ def connect_error(address: str, error: ConnectError) -> VcpuConnectionError:
         f"'{address}' is not a QMP server: {_first_line(cause)}",
         address=address,
         reason="not-qmp",
-        hint="name QEMU's QMP socket (-qmp …,server=on), not its HMP monitor, console or guest agent",
+        hint="name QEMU's QMP socket (-qmp …,server=on), not its HMP monitor, console or guest"
+        " agent",
     )

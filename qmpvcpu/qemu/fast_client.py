@@ -1,4 +1,5 @@
-"""Tricks for speed on `qemu.qmp` 0.0.6, each with the line of `scripts/bench tricks` that shows what it saves.
+"""Tricks for speed on `qemu.qmp` 0.0.6, each with the line of `scripts/bench tricks` that shows
+what it saves.
 
 The client does the same without these members: the bench deletes them one by one to measure each,
 and `scripts/soak plain` runs the tests without all of them.
@@ -18,10 +19,14 @@ class FastClient(Client):
     """`Client`, faster."""
 
     # "own replies": a command needs no task, and its message is serialised once, not three times.
-    def _put(self, content: Mapping[str, object], command: str, result: asyncio.Future[object]) -> None:
+    def _put(
+        self, content: Mapping[str, object], command: str, result: asyncio.Future[object]
+    ) -> None:
         self._outgoing.put_nowait(Message(content, eager=False))
 
-    async def _receive_reply(self, command: str, result: asyncio.Future[object], message: Message) -> None:
+    async def _receive_reply(
+        self, command: str, result: asyncio.Future[object], message: Message
+    ) -> None:
         self._finish(command, result, message)
 
     # "no texts": qemu.qmp pretty-prints each message for its DEBUG log, even if that log is off.

@@ -97,7 +97,9 @@ class Child:
 class QemuProcess:
     """A running QEMU; `folder` has mode 0700 and is removed at the end."""
 
-    def __init__(self, process: Child, command: Sequence[str], folder: Path, monitor: QmpMonitor) -> None:
+    def __init__(
+        self, process: Child, command: Sequence[str], folder: Path, monitor: QmpMonitor
+    ) -> None:
         self.process = process
         self.command = tuple(command)
         self.folder = folder
@@ -150,7 +152,8 @@ async def run_qemu(
     process: Child | None = None
     try:
         with throwaway_folder() as folder:
-            # Not a socket to connect to: a QEMU that starts may greet twice, or lose a command (qemu-facts.md).
+            # Not a socket to connect to: a QEMU that starts may greet twice, or lose a command
+            # (qemu-facts.md).
             ours, theirs = socket.socketpair()
             with ours:
                 with theirs:
@@ -162,7 +165,9 @@ async def run_qemu(
                     yield qemu
                 except Exception as error:
                     # Another connection may have noticed the end of QEMU first.
-                    if monitor.is_lost or (isinstance(error, VcpuConnectionError) and error.reason == "closed"):
+                    if monitor.is_lost or (
+                        isinstance(error, VcpuConnectionError) and error.reason == "closed"
+                    ):
                         error.add_note(await _last_words(qemu))
                     raise
                 finally:
@@ -221,7 +226,11 @@ def _start(
             command[1:1] = chardev if name in channels else [*chardev, "-qmp", f"chardev:{name}"]
         stderr = ours.enter_context((folder / "stderr").open("wb"))
         setpriv = shutil.which("setpriv")
-        prefix = [setpriv, "--pdeathsig", "KILL", "--", *_UNLESS_ORPHANED, str(os.getpid())] if setpriv else []
+        prefix = (
+            [setpriv, "--pdeathsig", "KILL", "--", *_UNLESS_ORPHANED, str(os.getpid())]
+            if setpriv
+            else []
+        )
         process = _spawn([*prefix, *command], command, stderr, descriptors)
     return process, command
 
@@ -263,7 +272,9 @@ async def launch_qemu(
         # is that log, from early on. "strace" turns the log on, and writes nothing to it.
         command += [*arguments, "-daemonize", "-pidfile", str(folder / "pid")]
         # By descriptor: in a name QEMU replaces %d by its pid, and refuses any other %.
-        log_fd = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600)
+        log_fd = os.open(
+            log, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC | os.O_NOFOLLOW, 0o600
+        )
         ours.callback(os.close, log_fd)
         os.fchmod(log_fd, 0o600)
         descriptors.append(log_fd)
@@ -308,7 +319,9 @@ def _listen(folder: Path, name: str) -> tuple[list[str], socket.socket]:
     return ["-chardev", f"socket,id={name},fd={sock.fileno()},server=on,wait=off"], sock
 
 
-def _spawn(words: Sequence[str], command: Sequence[str], stderr: IO[bytes], descriptors: Sequence[int]) -> Child:
+def _spawn(
+    words: Sequence[str], command: Sequence[str], stderr: IO[bytes], descriptors: Sequence[int]
+) -> Child:
     try:
         return Child(words, stderr, descriptors)
     except OSError as error:
@@ -340,7 +353,7 @@ async def _end(process: Child) -> None:
     await finish(process.wait())
 
 
-# -- folders of throwaway guests: what a kill has left is removed when the next one is made ----------
+# -- folders of throwaway guests: what a kill has left is removed when the next one is made --------
 
 
 @contextmanager

@@ -34,7 +34,8 @@ COMMAND_TIMEOUT: Final = 10.0
 #: Seconds that a server gets to read what it was sent when the connection is closed.
 _CLOSE_SECONDS: Final = 1.0
 
-#: The client of each connection. Tests put `Client` here: everything works without the tricks for speed.
+#: The client of each connection. Tests put `Client` here: everything works without the tricks for
+#: speed.
 CLIENT: type[Client] = FastClient
 
 
@@ -46,7 +47,9 @@ class QmpMonitor(Monitor):
     #: It gets the events directly from QEMU.
     hears_all = True
 
-    def __init__(self, client: Client, address: str, command_timeout: float, qemu_log: str | None) -> None:
+    def __init__(
+        self, client: Client, address: str, command_timeout: float, qemu_log: str | None
+    ) -> None:
         self._client = client
         self._address = address
         self._timeout = command_timeout
@@ -136,7 +139,9 @@ class QmpMonitor(Monitor):
         if self._client.runstate is not Runstate.IDLE:
             await self._disconnect()
 
-    def execute(self, command: str, arguments: Mapping[str, Any] | None = None) -> asyncio.Future[object]:
+    def execute(
+        self, command: str, arguments: Mapping[str, Any] | None = None
+    ) -> asyncio.Future[object]:
         """Send any QMP command at once, in the order of the calls; await the result.
 
         Its deadline begins when QEMU can begin with it: QEMU answers commands in order, so of
@@ -240,9 +245,17 @@ async def connect_monitor(
             text = f"no connection to '{address}' was made within {connect_timeout:g} s"
             hint = "check the host's name and its firewall"
             raise VcpuConnectionError(
-                text, address=address, reason="timeout", libvirt="VIR_ERR_OPERATION_TIMEOUT", hint=hint
+                text,
+                address=address,
+                reason="timeout",
+                libvirt="VIR_ERR_OPERATION_TIMEOUT",
+                hint=hint,
             ) from error
-        greeted = "greeted and did not finish the handshake" if client.greeting is not None else "did not greet"
+        greeted = (
+            "greeted and did not finish the handshake"
+            if client.greeting is not None
+            else "did not greet"
+        )
         raise VcpuConnectionError(
             f"'{address}' accepted the connection and {greeted} within {connect_timeout:g} s",
             address=address,
@@ -256,7 +269,8 @@ async def connect_monitor(
     except OSError as error:
         raise os_error(address, error) from error
     except AssertionError as error:
-        # qemu.qmp 0.0.6 asserts that the session still runs; one closed right after negotiation does not.
+        # qemu.qmp 0.0.6 asserts that the session still runs; one closed right after negotiation
+        # does not.
         raise lost(address, None, qemu_log) from error
     finally:
         if client.runstate is not Runstate.RUNNING:

@@ -23,14 +23,22 @@ from qmpvcpu.qemu.launch import run_qemu
 Answer = TypeVar("Answer")
 
 _BARE: Final = ("-S", "-nodefaults", "-no-user-config", "-display", "none")
-_SANDBOX: Final = ("-sandbox", "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny")
+_SANDBOX: Final = (
+    "-sandbox",
+    "on,obsolete=deny,elevateprivileges=deny,spawn=deny,resourcecontrol=deny",
+)
 _NO_SANDBOX: Final = re.compile(r"sandbox|seccomp", re.IGNORECASE)
 _MIB: Final = 1024 * 1024
 #: Least MiB of one NUMA node by machine (7.2 to 11.1); other machines keep QEMU's default.
-_MEMORY: Final = ((re.compile(r"pc\b|q35\b|s390-ccw-virtio\b"), 16), (re.compile(r"pseries\b"), 256))
+_MEMORY: Final = (
+    (re.compile(r"pc\b|q35\b|s390-ccw-virtio\b"), 16),
+    (re.compile(r"pseries\b"), 256),
+)
 _NODE_MEMORY: Final = 16
 #: QEMU's errors that are about the host, for example about KVM, and not about the machine.
-_HOST: Final = re.compile(r"KVM kernel module|/dev/kvm|failed to initialize kvm|cannot set up guest memory", re.I)
+_HOST: Final = re.compile(
+    r"KVM kernel module|/dev/kvm|failed to initialize kvm|cannot set up guest memory", re.I
+)
 
 
 #: Replies by command, for `core.machine.layout`.
@@ -109,7 +117,11 @@ def _memory(spec: MachineSpec) -> list[str]:
             else:
                 # Not every version of QEMU reads this size: this one must accept or refuse it.
                 total += (
-                    max(parse_size(option.mem, _MIB, is_strict=strict) or 0 for strict in (True, False)) // _MIB
+                    max(
+                        parse_size(option.mem, _MIB, is_strict=strict) or 0
+                        for strict in (True, False)
+                    )
+                    // _MIB
                 )
                 memory = f"mem={option.mem}"
         elif is_free or option.memdev is not None:
@@ -118,7 +130,12 @@ def _memory(spec: MachineSpec) -> list[str]:
             memory = f"memdev={ids.setdefault(name, f'ram{len(ids)}')}"
         words += ["-numa", option.words(memory)]
     backends = [f"memory-backend-ram,id={name},size={size * _MIB}" for name in ids.values()]
-    return ["-m", f"{total or size}M", *(word for text in backends for word in ("-object", text)), *words]
+    return [
+        "-m",
+        f"{total or size}M",
+        *(word for text in backends for word in ("-object", text)),
+        *words,
+    ]
 
 
 async def _ask(binary: str, arguments: Sequence[str], read: Callable[[Replies], Answer]) -> Answer:

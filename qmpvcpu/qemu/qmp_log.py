@@ -38,7 +38,8 @@ class QmpLog:
             why = error.strerror if isinstance(error, OSError) else error
             raise VcpuUsageError(
                 f"cannot write the QMP log {os.fspath(path)!r}: {why}",
-                hint="name a regular file in a folder that you may write to; `tail -f` shows it live",
+                hint="name a regular file in a folder that you may write to; `tail -f` shows it"
+                " live",
             ) from error
         self._file = os.fdopen(fd, "w", encoding="utf-8", buffering=1)
 

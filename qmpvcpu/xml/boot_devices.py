@@ -17,7 +17,9 @@ from qmpvcpu.xml.source import Document, Element, namesake
 QEMU_NAMESPACE: Final = "http://libvirt.org/schemas/domain/qemu/1.0"
 #: Elements that are read elsewhere, that the machine has anyway, or that need no warning when they
 #: are left out.
-_HANDLED: Final = frozenset({"emulator", "disk", "serial", "console", "controller", "memballoon", "input"})
+_HANDLED: Final = frozenset(
+    {"emulator", "disk", "serial", "console", "controller", "memballoon", "input"}
+)
 _UNSTARTED: Final = (
     *("iothreads", "memoryBacking", "sysinfo", "cpu/maxphysaddr", "cpu/cache"),
     *("cpu/numa/interconnects", "os/bootmenu", "os/smbios", "os/dtb", "os/acpi"),
@@ -91,7 +93,11 @@ def _noticed(root: Element) -> list[str]:
     found = [path for path in _UNSTARTED if root.find(path) is not None]
     if any(cell.find("cache") is not None for cell in root.all("cpu/numa/cell")):
         found.append("cpu/numa/cell/cache")
-    nvram, firmware, offset = root.find("os/nvram"), root.value("os", "firmware"), root.value("clock", "offset")
+    nvram, firmware, offset = (
+        root.find("os/nvram"),
+        root.value("os", "firmware"),
+        root.value("clock", "offset"),
+    )
     if nvram is not None and (_variables(nvram) is None or _flash(root) is None):
         # We do not know where libvirt stores the variables of this guest.
         found.append("os/nvram")

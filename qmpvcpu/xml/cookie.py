@@ -77,15 +77,21 @@ def _source(document: Document, element: Element) -> bytes:
 
 
 def _machine_lines(machine: Machine) -> list[str]:
-    head = f"arch={_quoted(machine.arch)} machine={_quoted(machine.type)} maximum='{machine.maxcpus}'"
+    head = (
+        f"arch={_quoted(machine.arch)} machine={_quoted(machine.type)} maximum='{machine.maxcpus}'"
+    )
     lines = [f"  <slots {head} topology={_quoted(machine.topology)}>"]
     for slot in machine.slots:
         order = f" order='{slot.order}'" if slot.order is not None else ""
         plugged = "yes" if slot.plugged else "no"
         lines.append(
-            f"    <slot vcpus='{format_ids(slot.ids)}' driver={_quoted(slot.driver)} plugged='{plugged}'{order}>"
+            f"    <slot vcpus='{format_ids(slot.ids)}' driver={_quoted(slot.driver)}"
+            f" plugged='{plugged}'{order}>"
         )
-        lines += [f"      <prop name='{key}' value={_quoted(str(value))}/>" for key, value in slot.props.items()]
+        lines += [
+            f"      <prop name='{key}' value={_quoted(str(value))}/>"
+            for key, value in slot.props.items()
+        ]
         lines.append("    </slot>")
     return [*lines, "  </slots>"]
 
@@ -152,7 +158,9 @@ def _pending(element: Element | None, found: list[Refusal]) -> tuple[int, ...]:
 
 
 def _picture(element: Element | None, found: list[Refusal]) -> Picture | None:
-    """Read the picture. Returns None if another version of ours has written it, with other fields."""
+    """Read the picture. Returns None if another version of ours has written it, with other
+    fields.
+    """
     if element is None:
         return None
     try:
@@ -192,7 +200,11 @@ def _machine(element: Element, found: list[Refusal]) -> Machine | None:
     slots = [slot for one in element.all("slot") if (slot := _slot(one, found)) is not None]
     ids = [number for slot in slots for number in slot.ids]
     if maximum is not None and sorted(ids) != list(range(maximum)):
-        found.append(_wrong(element, f"<slots> names vCPU {format_ids(ids)}, and the ids are 0 to {maximum - 1}"))
+        found.append(
+            _wrong(
+                element, f"<slots> names vCPU {format_ids(ids)}, and the ids are 0 to {maximum - 1}"
+            )
+        )
     if len(found) > known or maximum is None:
         return None
     return Machine(words["arch"], words["machine"], maximum, words["topology"], tuple(slots))
@@ -208,7 +220,9 @@ def _slot(element: Element, found: list[Refusal]) -> Slot | None:
             found.append(_wrong(one, f"<prop name='{key[:40]}'> is not a CPU property"))
         else:
             # Since QEMU 9.2, integer properties must be given as integers.
-            props[key] = int(value) if value.isascii() and value.isdigit() and len(value) < 10 else value
+            props[key] = (
+                int(value) if value.isascii() and value.isdigit() and len(value) < 10 else value
+            )
     try:
         ids = parse_ids(element.attributes.get("vcpus", ""))
     except VcpuUsageError as error:
@@ -224,7 +238,9 @@ def _number(element: Element, key: str, most: int, found: list[Refusal]) -> int 
     text = element.attributes.get(key, "")
     if text.isascii() and text.isdigit() and len(text) < 10 and 1 <= int(text) <= most:
         return int(text)
-    found.append(_wrong(element, f"<{element.name} {key}='{text[:40]}'> is not a number from 1 to {most}"))
+    found.append(
+        _wrong(element, f"<{element.name} {key}='{text[:40]}'> is not a number from 1 to {most}")
+    )
     return None
 
 

@@ -30,7 +30,16 @@ from qmpvcpu.errors import Refusal, VcpuRefused
 from qmpvcpu.xml.metadata import machine_element, read_dimms, read_options
 from qmpvcpu.xml.source import Document, Element, parse_document
 
-LEVELS_OF_TOPOLOGY: Final = ("drawers", "books", "sockets", "dies", "clusters", "modules", "cores", "threads")
+LEVELS_OF_TOPOLOGY: Final = (
+    "drawers",
+    "books",
+    "sockets",
+    "dies",
+    "clusters",
+    "modules",
+    "cores",
+    "threads",
+)
 #: `<domain type>`, and our name for the accelerator.
 _ACCELS: Final = {"kvm": "kvm", "qemu": "tcg"}
 #: The units of libvirt's virScaleInteger.
@@ -87,7 +96,9 @@ def read_domain(data: bytes, *, running: bool = False) -> tuple[Document, Defini
 
 
 class _Reader:
-    """Reads all of a document even if a part of it is wrong, and collects the reasons in `found`."""
+    """Reads all of a document even if a part of it is wrong, and collects the reasons in
+    `found`.
+    """
 
     def __init__(self, root: Element, *, running: bool = False) -> None:
         self.root = root
@@ -184,7 +195,10 @@ class _Reader:
         if len(dialects) > 1:
             row = max(dialects.values(), key=lambda element: element.line)
             self._wrong(row, "<vcpus> mixes 'enabled' (libvirt's dialect) and 'state' (the RFC's)")
-        vcpus = tuple(found.get(n, VcpuConfig(n, enabled=False, hotpluggable=True)) for n in range(self.maximum))
+        vcpus = tuple(
+            found.get(n, VcpuConfig(n, enabled=False, hotpluggable=True))
+            for n in range(self.maximum)
+        )
         dialect = next(iter(dialects), None)
         if dialect == "rfc":
             vcpus = started_with(vcpus, listed_ids)
@@ -203,10 +217,13 @@ class _Reader:
         for config in vcpus:
             if not config.enabled and not config.hotpluggable:
                 self._wrong(
-                    listed, f"vCPU {config.id} is disabled and not hotpluggable: it could never be enabled"
+                    listed,
+                    f"vCPU {config.id} is disabled and not hotpluggable: it could never be enabled",
                 )
 
-    def _check_start(self, listed: Element, vcpus: Sequence[VcpuConfig], *, has_orders: bool) -> None:
+    def _check_start(
+        self, listed: Element, vcpus: Sequence[VcpuConfig], *, has_orders: bool
+    ) -> None:
         """Check the vCPUs that QEMU starts with: those that are not hotpluggable, in the order of
         their ids.
 
@@ -230,7 +247,9 @@ class _Reader:
                 self._wrong(listed, "vCPU 0 must be the first in the order")
             run = [vcpu.order for vcpu in on if not vcpu.hotpluggable and vcpu.order is not None]
             if run != sorted(run):
-                self._wrong(listed, "those that are not hotpluggable must have the order of their ids")
+                self._wrong(
+                    listed, "those that are not hotpluggable must have the order of their ids"
+                )
 
     def _vcpu(self, row: Element, dialects: dict[str, Element]) -> VcpuConfig | None:
         number = self._int(row, row.attributes.get("id"), "<vcpu id>", 0, self.maximum - 1)
@@ -245,7 +264,9 @@ class _Reader:
         for dialect in words:
             dialects.setdefault(dialect, row)
         if not words:
-            self._wrong(row, "a <vcpu> of <vcpus> needs enabled='yes|no' or state='enabled|disabled'")
+            self._wrong(
+                row, "a <vcpu> of <vcpus> needs enabled='yes|no' or state='enabled|disabled'"
+            )
         order = self._optional(row, "order", 0, MOST_VCPUS) or None
         pluggable = None
         if "hotpluggable" in row.attributes:
@@ -266,11 +287,15 @@ class _Reader:
         """
         root, element = self.root, self.root.find("os/type")
         text = root.value("os/type", "arch")
-        name = self._spelled(element, text, _ARCH, "<type arch='{}'> is not the name of an architecture")
+        name = self._spelled(
+            element, text, _ARCH, "<type arch='{}'> is not the name of an architecture"
+        )
         if name is not None:
             return name
         machine = root.value("os/type", "machine") or ""
-        row = architecture_of_machine(machine) or architecture_of_program(root.text_at("devices/emulator"))
+        row = architecture_of_machine(machine) or architecture_of_program(
+            root.text_at("devices/emulator")
+        )
         return row.name if row is not None else os.uname().machine
 
     def _topology(self) -> Topology | None:
@@ -278,7 +303,10 @@ class _Reader:
         if element is None:
             return None
         counts = {
-            level: self._int(element, element.attributes[level], f"<topology {level}>", 1, MOST_VCPUS) or 1
+            level: self._int(
+                element, element.attributes[level], f"<topology {level}>", 1, MOST_VCPUS
+            )
+            or 1
             for level in LEVELS_OF_TOPOLOGY
             if level in element.attributes
         }
@@ -287,7 +315,9 @@ class _Reader:
                 self._wrong(element, f"<topology> has no {level}")
         product = prod(counts.values())
         if product != self.maximum:
-            self.found.append(catalogue.XML_TOPOLOGY(line=element.line, made=product, maximum=self.maximum))
+            self.found.append(
+                catalogue.XML_TOPOLOGY(line=element.line, made=product, maximum=self.maximum)
+            )
         return Topology(self.maximum, **counts)
 
     def _cells(self) -> tuple[NumaCell, ...]:
@@ -305,7 +335,9 @@ class _Reader:
             both = [cpu for cpu in cpus if cpu in taken]
             if both:
                 others = format_ids(taken[cpu] for cpu in both)
-                self._wrong(element, f"vCPU {format_ids(both)} is in NUMA cell {others} and in {number}")
+                self._wrong(
+                    element, f"vCPU {format_ids(both)} is in NUMA cell {others} and in {number}"
+                )
             taken.update(dict.fromkeys(cpus, number))
             self._in_range(element, cpus, f"NUMA cell {number}")
             cells.append(
@@ -332,7 +364,10 @@ class _Reader:
             if other in found:
                 self._wrong(sibling, f"there are two distances of NUMA cell {number} to {other}")
             if other == number and value != _TO_ITSELF:
-                self._wrong(sibling, f"the distance of NUMA cell {number} to itself is {value}, and must be 10")
+                self._wrong(
+                    sibling,
+                    f"the distance of NUMA cell {number} to itself is {value}, and must be 10",
+                )
             elif other != number and value == _TO_ITSELF and machine_element(self.root) is None:
                 # QEMU accepts this distance, so the XML of a guest that we imported may contain it.
                 self._wrong(
@@ -373,7 +408,9 @@ class _Reader:
         mode = element.attributes.get("mode", "custom")
         if mode == "custom":
             model = element.find("model")
-            name = self._spelled(model, element.text_at("model"), _MODEL, "<model> '{}' is not a CPU model")
+            name = self._spelled(
+                model, element.text_at("model"), _MODEL, "<model> '{}' is not a CPU model"
+            )
         else:
             kvm = self.root.attributes.get("type") == "kvm"
             name = "max" if mode == "maximum" or not kvm else "host"
@@ -381,7 +418,10 @@ class _Reader:
             return None
         words = [name]
         for feature in element.all("feature"):
-            key, policy = feature.attributes.get("name", ""), feature.attributes.get("policy", "require")
+            key, policy = (
+                feature.attributes.get("name", ""),
+                feature.attributes.get("policy", "require"),
+            )
             if not _FEATURE.fullmatch(key):
                 self._wrong(feature, f"<feature name='{key[:40]}'> is not a CPU feature")
             elif key in _OF_THE_GUEST:
@@ -395,7 +435,9 @@ class _Reader:
     def _pins(self) -> dict[int, tuple[int, ...]]:
         pins: dict[int, tuple[int, ...]] = {}
         for element in self.root.all("cputune/vcpupin"):
-            number = self._int(element, element.attributes.get("vcpu"), "<vcpupin vcpu>", 0, MOST_VCPUS)
+            number = self._int(
+                element, element.attributes.get("vcpu"), "<vcpupin vcpu>", 0, MOST_VCPUS
+            )
             cpus = self._list(element, "cpuset", required=True)
             if number is None or cpus is None:
                 continue
@@ -423,7 +465,9 @@ class _Reader:
                 self._wrong(element, f"vCPU {format_ids(twice)} has two schedulers")
             self._in_range(element, ids, "<vcpusched>")
             schedulers.update(dict.fromkeys(ids, name))
-        return {number: name for number, name in sorted(schedulers.items()) if number < self.maximum}
+        return {
+            number: name for number, name in sorted(schedulers.items()) if number < self.maximum
+        }
 
     def _emulator_pin(self) -> tuple[int, ...] | None:
         for other in list(self.root.all("cputune/emulatorpin"))[1:]:
@@ -432,10 +476,16 @@ class _Reader:
 
     def _period(self) -> int | None:
         """`<period>`. For libvirt, 0 means that it is not set."""
-        return None if self.root.text_at("cputune/period") == "0" else self._tuned("period", 1000, 1_000_000)
+        return (
+            None
+            if self.root.text_at("cputune/period") == "0"
+            else self._tuned("period", 1000, 1_000_000)
+        )
 
     def _quota(self) -> int | None:
-        """`<quota>`. For libvirt, a negative number means no limit, and 0 means that it is not set."""
+        """`<quota>`. For libvirt, a negative number means no limit, and 0 means that it is not
+        set.
+        """
         element, text = self.root.find("cputune/quota"), self.root.text_at("cputune/quota")
         if element is None or text == "0":
             return None
@@ -452,7 +502,9 @@ class _Reader:
     def _cell_mems(self) -> dict[int, tuple[int, ...]]:
         found: dict[int, tuple[int, ...]] = {}
         for element in self.root.all("numatune/memnode"):
-            cell = self._int(element, element.attributes.get("cellid"), "<memnode cellid>", 0, MOST_VCPUS)
+            cell = self._int(
+                element, element.attributes.get("cellid"), "<memnode cellid>", 0, MOST_VCPUS
+            )
             nodes = self._nodes(element, required=True)
             if cell is None:
                 continue
@@ -493,7 +545,11 @@ class _Reader:
     def _tuned(self, name: str, low: int, high: int) -> int | None:
         """The number in an element of `<cputune>`; None if there is no such element."""
         element = self.root.find(f"cputune/{name}")
-        return self._int(element, element.text, f"<{name}>", low, high) if element is not None else None
+        return (
+            self._int(element, element.text, f"<{name}>", low, high)
+            if element is not None
+            else None
+        )
 
     def _optional(self, element: Element | None, key: str, low: int, high: int) -> int | None:
         """The number in an attribute; None if the attribute is missing."""
@@ -501,7 +557,9 @@ class _Reader:
             return None
         return self._int(element, element.attributes[key], f"<{element.name} {key}>", low, high)
 
-    def _int(self, element: Element, text: str | None, what: str, low: int, high: int) -> int | None:
+    def _int(
+        self, element: Element, text: str | None, what: str, low: int, high: int
+    ) -> int | None:
         if text is None:
             self._wrong(element, f"{what} is missing")
             return None
@@ -524,7 +582,9 @@ class _Reader:
         self._wrong(element, f"<{element.name} {key}> must be {wanted}")
         return None
 
-    def _list(self, element: Element | None, key: str, *, required: bool = False) -> tuple[int, ...] | None:
+    def _list(
+        self, element: Element | None, key: str, *, required: bool = False
+    ) -> tuple[int, ...] | None:
         text = element.attributes.get(key) if element is not None else None
         if element is None or text is None:
             if element is not None and required:
@@ -539,7 +599,9 @@ class _Reader:
     def _in_range(self, element: Element, ids: Iterable[int], what: str) -> None:
         out = [number for number in ids if number >= self.maximum]
         if out:
-            self._wrong(element, f"{what} has vCPU {format_ids(out)}, and ids end at {self.maximum - 1}")
+            self._wrong(
+                element, f"{what} has vCPU {format_ids(out)}, and ids end at {self.maximum - 1}"
+            )
 
     def _wrong(self, element: Element, what: str) -> None:
         self.found.append(catalogue.XML(line=element.line, what=what))

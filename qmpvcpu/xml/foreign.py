@@ -69,8 +69,12 @@ def _of_options(definition: Definition, trusted: Definition | None) -> Iterable[
     )
     backends: tuple[MemoryBackend | Dimm, ...] = (*definition.options.backends, *definition.dimms)
     for backend in backends:
-        is_plain = backend.driver in _ANONYMOUS and all(_VALUE.match(value) for _, value in backend.options)
-        if (not is_plain or any(_NAMES_HOST.match(key) for key, _ in backend.options)) and backend not in known:
+        is_plain = backend.driver in _ANONYMOUS and all(
+            _VALUE.match(value) for _, value in backend.options
+        )
+        if (
+            not is_plain or any(_NAMES_HOST.match(key) for key, _ in backend.options)
+        ) and backend not in known:
             yield f"memory in {backend.driver}"
     for owner in ("machine", "accel", "cpu"):
         accepted = getattr(trusted.options, owner) if trusted is not None else ()

@@ -27,7 +27,9 @@ _KEY: Final = re.compile(r"[a-zA-Z0-9][a-zA-Z0-9._-]{0,63}")
 _ID: Final = re.compile(r"[a-zA-Z][a-zA-Z0-9._-]{0,127}")
 _DRIVER: Final = re.compile(r"memory-backend-[a-z0-9-]{1,40}")
 #: Options that make a machine read or write files.
-_WITH_FILES: Final = frozenset({"dumpdtb", "dtb", "kernel", "initrd", "append", "firmware", "shm-path"})
+_WITH_FILES: Final = frozenset(
+    {"dumpdtb", "dtb", "kernel", "initrd", "append", "firmware", "shm-path"}
+)
 _DIMM: Final = "dimm"
 #: PATH_MAX of Linux, in bytes.
 _LONGEST: Final = 4096
@@ -76,20 +78,29 @@ def _pair(option: Element, wrong: Wrong) -> tuple[str, str] | None:
         wrong(option, f"<option name='{key[:40]}'> is not an option that QEMU may get")
         return None
     # A value of an -object option may contain commas, since it may be a path.
-    if len(value) > _LONGEST or not value.isprintable() or ("," in value and "of" in option.attributes):
+    if (
+        len(value) > _LONGEST
+        or not value.isprintable()
+        or ("," in value and "of" in option.attributes)
+    ):
         wrong(option, f"<option name='{key}'> has an invalid value")
         return None
     return key, value
 
 
 def _backend(memory: Element, prefix: str, wrong: Wrong) -> MemoryBackend | None:
-    name, driver = memory.attributes.get("id", ""), memory.attributes.get("type", "memory-backend-ram")
+    name, driver = (
+        memory.attributes.get("id", ""),
+        memory.attributes.get("type", "memory-backend-ram"),
+    )
     cell = memory.attributes.get("cell")
     is_number = cell is None or (cell.isascii() and cell.isdigit() and len(cell) < 5)
     if not _ID.fullmatch(name) or not _DRIVER.fullmatch(driver) or not is_number:
         wrong(memory, f"<memory id='{name[:40]}'> is not a memory backend of QEMU")
         return None
-    return MemoryBackend(name, None if cell is None else int(cell), driver, _options(memory, prefix, wrong))
+    return MemoryBackend(
+        name, None if cell is None else int(cell), driver, _options(memory, prefix, wrong)
+    )
 
 
 def _options(parent: Element, prefix: str, wrong: Wrong) -> Pairs:
@@ -110,7 +121,9 @@ def option_lines(definition: Definition, devices: Devices | None) -> list[str]:
     ]
     for backend in options.backends:
         cell = f" cell='{backend.cell}'" if backend.cell is not None else ""
-        lines += _memory_lines("memory", f"id={quoteattr(backend.id)}{cell}", backend.driver, backend.options)
+        lines += _memory_lines(
+            "memory", f"id={quoteattr(backend.id)}{cell}", backend.driver, backend.options
+        )
     for number, dimm in enumerate(definition.dimms):
         if dimm.memdev is not None:
             name = f" id={quoteattr(dimm.id)}" if dimm.id is not None else ""
@@ -119,7 +132,9 @@ def option_lines(definition: Definition, devices: Devices | None) -> list[str]:
     words = " blocks='one'" if options.is_one_block else ""
     words += " sizes='exact'" if options.is_exact else ""
     if devices is not None:
-        defaults, serial = ("yes" if has else "no" for has in (devices.has_defaults, devices.has_serial))
+        defaults, serial = (
+            "yes" if has else "no" for has in (devices.has_defaults, devices.has_serial)
+        )
         words += f" devices='commandline' defaults='{defaults}' serial='{serial}'"
     if not lines and not words:
         return []
@@ -136,13 +151,15 @@ def _written(pair: tuple[str, str]) -> str:
     return f"name={quoteattr(pair[0])} value={quoteattr(pair[1])}"
 
 
-def _memory_lines(name: str, ids: str, driver: str, options: Iterable[tuple[str, str]]) -> list[str]:
+def _memory_lines(
+    name: str, ids: str, driver: str, options: Iterable[tuple[str, str]]
+) -> list[str]:
     inner = [f"        <qmpvcpu:option {_written(pair)}/>" for pair in options]
     head = f"      <qmpvcpu:{name} {ids} type={quoteattr(driver)}"
     return [f"{head}>", *inner, f"      </qmpvcpu:{name}>"] if inner else [f"{head}/>"]
 
 
-# -- memory devices ---------------------------------------------------------------------------------
+# -- memory devices --------------------------------------------------------------------------------
 
 
 def read_dimms(
@@ -187,7 +204,11 @@ def _dimm_ids(root: Element, wrong: Wrong) -> dict[int, Dimm]:
         rank, name = element.attributes.get("of", ""), element.attributes.get("id")
         memdev, driver = (element.attributes.get(key, "") for key in ("memdev", "type"))
         ok = rank.isascii() and rank.isdigit() and len(rank) < 5 and _DRIVER.fullmatch(driver)
-        if not ok or not _ID.fullmatch(memdev if name is None else name) or not _ID.fullmatch(memdev):
+        if (
+            not ok
+            or not _ID.fullmatch(memdev if name is None else name)
+            or not _ID.fullmatch(memdev)
+        ):
             wrong(element, f"<dimm of='{rank[:40]}'> is not a memory device of QEMU")
             continue
         assert ours is not None

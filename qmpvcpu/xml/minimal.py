@@ -76,11 +76,16 @@ def _cpu_lines(definition: Definition) -> list[str]:
         )
         lines.append(f"    <topology{words}/>")
     lines += [
-        f"    <feature policy='{'require' if value == 'on' else 'disable'}' name={quoteattr(name)}/>"
+        f"    <feature policy='{'require' if value == 'on' else 'disable'}'"
+        f" name={quoteattr(name)}/>"
         for name, value in features
     ]
     if definition.cells and all(cell.memory is not None for cell in definition.cells):
-        lines += ["    <numa>", *(line for cell in definition.cells for line in _cell_lines(cell)), "    </numa>"]
+        lines += [
+            "    <numa>",
+            *(line for cell in definition.cells for line in _cell_lines(cell)),
+            "    </numa>",
+        ]
     match = " match='exact'" if mode == "custom" else ""
     head = f"  <cpu mode='{mode}'{match}>" if model else "  <cpu>"
     return [head, *lines, "  </cpu>"] if lines or model else []

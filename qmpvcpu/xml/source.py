@@ -48,7 +48,9 @@ _FIRST: Final = (
 )
 #: Python's names of the encodings that a document can have. Others may take hours to decode, or may
 #: not encode to the same bytes.
-_KNOWN: Final = re.compile(r"utf-(?:8|8-sig|16|16-[lb]e|32|32-[lb]e)|ascii|iso8859-[0-9]+|cp125[0-8]")
+_KNOWN: Final = re.compile(
+    r"utf-(?:8|8-sig|16|16-[lb]e|32|32-[lb]e)|ascii|iso8859-[0-9]+|cp125[0-8]"
+)
 
 
 @dataclass(slots=True)
@@ -75,7 +77,9 @@ class Element:
         """All elements at the path `a/b/c`: every c in the first b in the first a."""
         above, _, name = path.rpartition("/")
         parent = self.find(above) if above else self
-        return (child for child in (parent.children if parent is not None else ()) if child.name == name)
+        return (
+            child for child in (parent.children if parent is not None else ()) if child.name == name
+        )
 
     def find(self, path: str) -> Element | None:
         """The first element at the path `a/b/c`; None if there is none."""
@@ -148,12 +152,18 @@ class Document:
         content = self.source[element.opened : element.closing]
         lead = len(content) - len(content.lstrip())
         trail = len(content.rstrip())
-        self._replace(element.opened + lead, element.opened + max(trail, lead), escape(text).encode())
+        self._replace(
+            element.opened + lead, element.opened + max(trail, lead), escape(text).encode()
+        )
 
     def insert_after(self, element: Element, lines: Sequence[str]) -> None:
         """Insert these lines after an element, with the same indentation."""
         indent = self.indent(element)
-        self._replace(element.end, element.end, b"".join(self.newline + indent + line.encode() for line in lines))
+        self._replace(
+            element.end,
+            element.end,
+            b"".join(self.newline + indent + line.encode() for line in lines),
+        )
 
     def insert_first(self, element: Element, lines: Sequence[str]) -> None:
         """Insert these lines at the beginning of an element, indented by two more spaces."""
@@ -162,10 +172,16 @@ class Document:
         if element.opened == element.end:
             # The element has no end tag: `<a/>`.
             slash = self.source.rfind(b"/>", element.start, element.opened)
-            self._replace(slash, element.opened, b">" + text + outer + f"</{element.name}>".encode())
+            self._replace(
+                slash, element.opened, b">" + text + outer + f"</{element.name}>".encode()
+            )
             return
         is_empty = not self.source[element.opened : element.closing].strip()
-        tail = outer if is_empty and b"\n" not in self.source[element.opened : element.closing] else b""
+        tail = (
+            outer
+            if is_empty and b"\n" not in self.source[element.opened : element.closing]
+            else b""
+        )
         self._replace(element.opened, element.opened, text + tail)
 
     def remove(self, element: Element) -> None:
@@ -239,7 +255,9 @@ def _decoded(data: bytes) -> tuple[str, str, bytes]:
         raise _refused(f"its encoding '{encoding}' cannot be kept: save it as UTF-8", 1)
     if "\0" in text:
         # expat would read it as UTF-16.
-        raise _refused("not well-formed: it has a NUL character", text.count("\n", 0, text.index("\0")) + 1)
+        raise _refused(
+            "not well-formed: it has a NUL character", text.count("\n", 0, text.index("\0")) + 1
+        )
     return text, codec, bom
 
 

@@ -113,11 +113,15 @@ def _update_pins(document: Document, old: Definition, new: Definition) -> None:
     elif tune is not None:
         document.insert_first(tune, added)
     else:
-        behind = next(found for word in ("vcpus", "vcpu", "name") if (found := root.find(word)) is not None)
+        behind = next(
+            found for word in ("vcpus", "vcpu", "name") if (found := root.find(word)) is not None
+        )
         document.insert_after(behind, ["<cputune>", *(f"  {line}" for line in added), "</cputune>"])
 
 
-def _update(document: Document, listed: Element, old: Definition, new: Definition, dialect: str) -> None:
+def _update(
+    document: Document, listed: Element, old: Definition, new: Definition, dialect: str
+) -> None:
     """Update `<vcpus>` row by row. A disabled vCPU without a row gets one only if every vCPU had a
     row.
     """

@@ -1,4 +1,5 @@
-"""scripts/bench: ratios of medians of interleaved pairs, in one run and one interpreter; nothing is a timed test.
+"""scripts/bench: ratios of medians of interleaved pairs, in one run and one interpreter; nothing is
+a timed test.
 
 scripts/bench                 everything
 scripts/bench import enable   only these: import, probe, enable, pin, fill, drain, six, libvirt
@@ -30,11 +31,20 @@ from scripts.benchmarks.raw import RawQmp
 PAIRS = 30
 
 
-def report(name: str, ours: list[float], other: list[float], limit: float | None, *, unit: str = "ms") -> bool:
+def report(
+    name: str, ours: list[float], other: list[float], limit: float | None, *, unit: str = "ms"
+) -> bool:
     a, b = statistics.median(ours), statistics.median(other)
     ratio = a / b
-    verdict = "" if limit is None else f"  (at most {limit:.2f}: {'holds' if ratio <= limit else 'MISSED'})"
-    print(f"{name}: {a * 1000:.2f} / {b * 1000:.2f} {unit} = {ratio:.2f}{verdict}, {len(ours)} pairs", flush=True)
+    verdict = (
+        ""
+        if limit is None
+        else f"  (at most {limit:.2f}: {'holds' if ratio <= limit else 'MISSED'})"
+    )
+    print(
+        f"{name}: {a * 1000:.2f} / {b * 1000:.2f} {unit} = {ratio:.2f}{verdict}, {len(ours)} pairs",
+        flush=True,
+    )
     return limit is None or ratio <= limit
 
 
@@ -59,10 +69,12 @@ def bench_import() -> bool:
 
 
 async def bench_enable(accel: str) -> bool:
-    """One enable over a held connection / device_add + query-cpus-fast on a bare socket, each pair on two QEMUs.
+    """One enable over a held connection / device_add + query-cpus-fast on a bare socket, each pair
+    on two QEMUs.
 
-    Two equal machines are filled in step, ours and raw taking turns to go first, so that both see the same growth,
-    and taking turns at the machines. Where a QEMU's threads and memory come to lie is luck, hence the many rounds.
+    Two equal machines are filled in step, ours and raw taking turns to go first, so that both see
+    the same growth, and taking turns at the machines. Where a QEMU's threads and memory come to lie
+    is luck, hence the many rounds.
     """
     ours, raw = [], []
     for round_number in range(12):
@@ -94,7 +106,9 @@ PINNED = """<domain type='qemu'><name>d</name><vcpu current='1'>17</vcpu><cputun
 
 
 async def bench_pin(accel: str, folder: Path) -> bool:
-    """One enable whose vCPU is pinned / one whose definition says nothing of it, on two machines in turns."""
+    """One enable whose vCPU is pinned / one whose definition says nothing of it, on two machines in
+    turns.
+    """
     pinned, plain = folder / "pinned.xml", folder / "plain.xml"
     host = sorted(os.sched_getaffinity(0))
     rows = (f"<vcpupin vcpu='{n}' cpuset='{host[n % len(host)]}'/>" for n in range(17))
@@ -121,7 +135,10 @@ async def bench_fill(accel: str, pairs: int) -> bool:
     """1 to 240 in one call / the same commands written at once to a bare socket and then read."""
     ours, raw = [], []
     for number in range(pairs):
-        async with machine(accel, "1,maxcpus=240") as left, machine(accel, "1,maxcpus=240") as right:
+        async with (
+            machine(accel, "1,maxcpus=240") as left,
+            machine(accel, "1,maxcpus=240") as right,
+        ):
             with RawQmp(right.qmp) as bare:
                 async with qmpvcpu.connect(left.qmp) as domain:
                     entities = slots_of(await domain.state())
@@ -143,7 +160,8 @@ async def bench_fill(accel: str, pairs: int) -> bool:
 
 
 async def bench_drain(pairs: int, folder: Path) -> bool:
-    """240 to 1 in one call / all device_del written at once to a bare socket, then asked until one CPU is left.
+    """240 to 1 in one call / all device_del written at once to a bare socket, then asked until one
+    CPU is left.
 
     Both machines run a firmware that does nothing but eject; each pair on two machines, in turns.
     """
@@ -181,7 +199,10 @@ SIX = [2, 3, 4, 5, 6, 7]
 
 
 async def six(
-    domain: qmpvcpu.Domain, rounds: int, plug: Callable[[], Awaitable[object]], times: tuple[list, list]
+    domain: qmpvcpu.Domain,
+    rounds: int,
+    plug: Callable[[], Awaitable[object]],
+    times: tuple[list, list],
 ):
     """Six disabled in one call, and in six calls one after the other, in turns."""
 
@@ -217,7 +238,14 @@ async def bench_six_linux(pairs: int) -> bool:
     times: tuple[list, list] = [], []
     rounds = 6  # the contexts of TCG run out: a new guest every so often
     binary = cache_folder() / "qemu" / "10.0" / "bin" / "qemu-system-x86_64"
-    arguments = ["-accel", "tcg,thread=multi", "-m", "512", "-smp", "2,sockets=1,cores=100,threads=1,maxcpus=100"]
+    arguments = [
+        "-accel",
+        "tcg,thread=multi",
+        "-m",
+        "512",
+        "-smp",
+        "2,sockets=1,cores=100,threads=1,maxcpus=100",
+    ]
     hung = 0
     while len(times[0]) < pairs:
         async with (

@@ -1,7 +1,9 @@
-"""scripts/bench --against REF: this tree and an earlier commit, in turns, and that commit against itself.
+"""scripts/bench --against REF: this tree and an earlier commit, in turns, and that commit against
+itself.
 
-Each side is a process of its own that finds its `qmpvcpu` first (PYTHONPATH), on a QEMU of its own. What is
-measured is what users wait for: whole commands, the import, one enable over an open connection, and 1 to 240.
+Each side is a process of its own that finds its `qmpvcpu` first (PYTHONPATH), on a QEMU of its own.
+What is measured is what users wait for: whole commands, the import, one enable over an open
+connection, and 1 to 240.
 """
 
 from __future__ import annotations
@@ -31,8 +33,8 @@ PLUGS: Final = 60
 XML: Final = """<domain type='qemu'><name>d</name><vcpu current='2'>8</vcpu>
 <os><type arch='x86_64' machine='q35'>hvm</type></os></domain>"""
 
-#: What a side runs: it connects to the path on a line, does what each further line says, and answers in seconds,
-#: by the clock and of its CPU.
+#: What a side runs: it connects to the path on a line, does what each further line says, and
+#: answers in seconds, by the clock and of its CPU.
 SIDE: Final = """
 import asyncio, json, sys, time
 import qmpvcpu
@@ -52,12 +54,17 @@ asyncio.run(main())
 
 
 class Side:
-    """One version of qmpvcpu; `times` and `cpu`: of what was measured last. `first`: Python that it runs first."""
+    """One version of qmpvcpu; `times` and `cpu`: of what was measured last. `first`: Python that it
+    runs first.
+    """
 
     def __init__(self, folder: Path, first: str = "") -> None:
         # Bytecode is written, as on a user's machine.
-        known = {name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
-        # Without PYTHONSAFEPATH, `-c` and `-m` look into the current folder first, which is always this tree.
+        known = {
+            name: text for name, text in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"
+        }
+        # Without PYTHONSAFEPATH, `-c` and `-m` look into the current folder first, which is always
+        # this tree.
         self._environment = known | {"PYTHONPATH": str(folder), "PYTHONSAFEPATH": "1"}
         self._process: subprocess.Popen[str] | None = None
         self._first = first
@@ -67,7 +74,9 @@ class Side:
     def run(self, *words: str) -> None:
         """A whole process."""
         began = time.perf_counter()
-        subprocess.run([sys.executable, *words], check=True, stdout=subprocess.DEVNULL, env=self._environment)
+        subprocess.run(
+            [sys.executable, *words], check=True, stdout=subprocess.DEVNULL, env=self._environment
+        )
         self.times.append(time.perf_counter() - began)
 
     def connect(self, path: str) -> None:
@@ -114,7 +123,9 @@ def sides(ref: str) -> Iterator[list[Side]]:
     """This tree, the commit, and the commit once more."""
     with tempfile.TemporaryDirectory(prefix="qmpvcpu-bench-") as folder:
         tree = Path(folder) / "tree"
-        subprocess.run(["git", "worktree", "add", "--quiet", "--detach", str(tree), ref], cwd=TOP, check=True)
+        subprocess.run(
+            ["git", "worktree", "add", "--quiet", "--detach", str(tree), ref], cwd=TOP, check=True
+        )
         made = [Side(TOP), Side(tree), Side(tree)]
         try:
             yield made
@@ -139,7 +150,8 @@ def told(name: str, all_sides: list[Side]) -> bool:
     ratio = ours / other
     verdict = "holds" if ratio <= LIMIT else "MISSED"
     print(
-        f"{name}: {ours * 1000:.2f} / {other * 1000:.2f} ms = {ratio:.3f}  (at most {LIMIT:.2f}: {verdict}),"
+        f"{name}: {ours * 1000:.2f} / {other * 1000:.2f} ms = {ratio:.3f}  (at most {LIMIT:.2f}:"
+        f" {verdict}),"
         f" {count} pairs; that commit against itself {again / other:.3f}",
         flush=True,
     )
@@ -158,7 +170,14 @@ async def bench_commands(all_sides: list[Side], pairs: int) -> bool:
                 "--version": ("-m", "qmpvcpu", "--version"),
                 "vcpucount FILE": ("-m", "qmpvcpu", "vcpucount", str(file)),
                 "vcpucount SOCKET": ("-m", "qmpvcpu", "vcpucount", qemu.qmp),
-                "setvcpu SOCKET 1 --enable": ("-m", "qmpvcpu", "setvcpu", qemu.qmp, "1", "--enable"),
+                "setvcpu SOCKET 1 --enable": (
+                    "-m",
+                    "qmpvcpu",
+                    "setvcpu",
+                    qemu.qmp,
+                    "1",
+                    "--enable",
+                ),
             }
             for name, words in rows.items():
                 in_turns(all_sides, lambda side: side.run(*words))  # noqa: B023 - bytecode is there from now on

@@ -1,4 +1,6 @@
-"""Ours against libvirt's API, on equal guests, in turns: one plug, 1 to 240, and 8 to 2 where the guest ejects."""
+"""Ours against libvirt's API, on equal guests, in turns: one plug, 1 to 240, and 8 to 2 where the
+guest ejects.
+"""
 
 from __future__ import annotations
 
@@ -29,8 +31,12 @@ def guest(kind: str, maxcpus: int, current: int, loader: Path | None = None) -> 
     rom = f"<loader readonly='yes' type='rom'>{loader}</loader>" if loader is not None else ""
     rows = ""
     if loader is not None:
-        states = ((n, "yes" if n < current else "no", "no" if n < 2 else "yes") for n in range(maxcpus))
-        rows = "".join(f"<vcpu id='{n}' enabled='{on}' hotpluggable='{can}'/>" for n, on, can in states)
+        states = (
+            (n, "yes" if n < current else "no", "no" if n < 2 else "yes") for n in range(maxcpus)
+        )
+        rows = "".join(
+            f"<vcpu id='{n}' enabled='{on}' hotpluggable='{can}'/>" for n, on, can in states
+        )
         rows = f"<vcpus>{rows}</vcpus>"
     return f"""<domain type='{kind}'><name>bench</name><memory unit='MiB'>64</memory>
 <vcpu current='{current}'>{maxcpus}</vcpu>{rows}<os><type arch='x86_64' machine='q35'>hvm</type>{rom}</os>
@@ -90,7 +96,9 @@ async def one_plug(daemon, kind: str, pairs: int) -> tuple[list[float], list[flo
 
 
 async def raw_plugs(daemon, kind: str, pairs: int) -> list[float]:
-    """device_add, and a query that shows it, by a bare socket, one after the other: QEMU at its best."""
+    """device_add, and a query that shows it, by a bare socket, one after the other: QEMU at its
+    best.
+    """
     times: list[float] = []
     xml = guest(kind, PLUGS + 1, 1)
     while len(times) < pairs:
@@ -126,7 +134,9 @@ async def bulk(daemon, xml: bytes, count: int, pairs: int) -> tuple[list[float],
 
 
 async def raw_unplugs(kind: str, firmware: Path, pairs: int) -> list[float]:
-    """All six device_del written at once to a bare socket, then asked until two CPUs are left: what QEMU takes."""
+    """All six device_del written at once to a bare socket, then asked until two CPUs are left: what
+    QEMU takes.
+    """
     times = []
     for _ in range(pairs):
         async with machine(kind, "2,maxcpus=16", "-bios", str(firmware)) as qemu:
@@ -141,7 +151,9 @@ async def raw_unplugs(kind: str, firmware: Path, pairs: int) -> list[float]:
     return times
 
 
-def bench_libvirt(report: Callable[..., bool], kinds: list[str], pairs: int, firmware: Path) -> bool:
+def bench_libvirt(
+    report: Callable[..., bool], kinds: list[str], pairs: int, firmware: Path
+) -> bool:
     """Under KVM with what is expected, under TCG without."""
 
     async def run() -> bool:
@@ -151,17 +163,31 @@ def bench_libvirt(report: Callable[..., bool], kinds: list[str], pairs: int, fir
                 kvm = kind == "kvm"
                 accel = "kvm" if kvm else "tcg"
                 times = await one_plug(daemon, kind, max(pairs, 6 * PLUGS))
-                good &= report(f"{accel}: one plug / libvirt's setVcpu", *times, 1 / 1.3 if kvm else None)
+                good &= report(
+                    f"{accel}: one plug / libvirt's setVcpu", *times, 1 / 1.3 if kvm else None
+                )
                 bare = await raw_plugs(daemon, kind, 6 * PLUGS)
-                report(f"{accel}: by a bare socket, nothing in between / libvirt's", bare, times[1], None)
+                report(
+                    f"{accel}: by a bare socket, nothing in between / libvirt's",
+                    bare,
+                    times[1],
+                    None,
+                )
                 times = await bulk(daemon, guest(kind, 240, 1), 240, max(pairs // 3, 1))
-                good &= report(f"{accel}: 1 to 240 / libvirt's setVcpusFlags", *times, 1 / 3 if kvm else None)
+                good &= report(
+                    f"{accel}: 1 to 240 / libvirt's setVcpusFlags", *times, 1 / 3 if kvm else None
+                )
                 if kvm:
                     # Under TCG libvirt does not see the end: there is nothing to compare.
                     times = await bulk(daemon, guest(kind, 16, 8, firmware), 2, pairs)
                     good &= report(f"{accel}: 8 to 2 / libvirt's setVcpusFlags", *times, 1 / 2.5)
                     bare = await raw_unplugs(kind, firmware, pairs)
-                    report(f"{accel}: the same by a bare socket, all at once / libvirt's", bare, times[1], None)
+                    report(
+                        f"{accel}: the same by a bare socket, all at once / libvirt's",
+                        bare,
+                        times[1],
+                        None,
+                    )
         return good
 
     return asyncio.run(run())

@@ -39,6 +39,12 @@ def slots_of(state: qmpvcpu.DomainState) -> list[qmpvcpu.Entity]:
 def eject_firmware(folder: Path) -> Path:
     """The guest that ejects what it is asked to, assembled."""
     image = folder / "eject.bin"
-    options = ["-m16", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0,--build-id=none,--oformat=binary"]
+    options = [
+        "-m16",
+        "-nostdlib",
+        "-static",
+        "-no-pie",
+        "-Wl,-Ttext=0,--build-id=none,--oformat=binary",
+    ]
     subprocess.run(["gcc", *options, "-o", str(image), "scripts/guest/eject.S"], check=True)
     return image

@@ -1,4 +1,6 @@
-"""What it costs to know a guest that does not run: predicted, from the cache, and asked of a throwaway QEMU."""
+"""What it costs to know a guest that does not run: predicted, from the cache, and asked of a
+throwaway QEMU.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,17 @@ MACHINES = {
 
 def bare(binary: str, spec: MachineSpec, memory: int) -> float:
     """Seconds from the start to the answer, with nothing around it."""
-    words = ["-S", "-nodefaults", "-no-user-config", "-display", "none", "-machine", spec.machine, "-accel", "tcg"]
+    words = [
+        "-S",
+        "-nodefaults",
+        "-no-user-config",
+        "-display",
+        "none",
+        "-machine",
+        spec.machine,
+        "-accel",
+        "tcg",
+    ]
     words += ["-smp", str(spec.smp), "-m", f"{memory * len(spec.nodes)}M"]
     for node in spec.nodes:
         words += ["-object", f"memory-backend-ram,id=m{node.id},size={memory}M"]
@@ -36,7 +48,12 @@ def bare(binary: str, spec: MachineSpec, memory: int) -> float:
         path = str(Path(folder) / "q")
         sock.bind(path)
         sock.listen()
-        chardev = ["-chardev", f"socket,id=c,fd={sock.fileno()},server=on,wait=off", "-qmp", "chardev:c"]
+        chardev = [
+            "-chardev",
+            f"socket,id=c,fd={sock.fileno()},server=on,wait=off",
+            "-qmp",
+            "chardev:c",
+        ]
         began = time.perf_counter()
         process = subprocess.Popen(
             [binary, *chardev, *words],
@@ -94,7 +111,10 @@ async def _bench(arch: str, spec: MachineSpec, memory: int, pairs: int) -> bool:
     pairs_of = zip(times["probed"], times["bare"], strict=True)
     more = statistics.median(ours - other for ours, other in pairs_of) * 1000
     good = medians["predicted"] <= 2 and medians["cached"] <= 5 and more <= 15
-    known = f"predicted {medians['predicted']:.2f} ms (at most 2), cached {medians['cached']:.2f} ms (5)"
+    known = (
+        f"predicted {medians['predicted']:.2f} ms (at most 2), cached {medians['cached']:.2f}"
+        " ms (5)"
+    )
     asked = f"probed {medians['probed']:.1f}, bare {medians['bare']:.1f}, {more:.1f} ms more (15)"
     print(f"{arch}: {known}, {asked}: {'holds' if good else 'MISSED'}, {pairs} pairs", flush=True)
     return good

@@ -1,4 +1,6 @@
-"""The bare socket that we are measured against: no asyncio, no library, as little Python as possible."""
+"""The bare socket that we are measured against: no asyncio, no library, as little Python as
+possible.
+"""
 
 from __future__ import annotations
 
@@ -38,11 +40,17 @@ class RawQmp:
                 return message["return"]
 
     def device_add(self, entity: Entity) -> None:
-        self.command("device_add", driver=entity.driver, id=entity.device_id, **dict(entity.props or {}))
+        self.command(
+            "device_add", driver=entity.driver, id=entity.device_id, **dict(entity.props or {})
+        )
 
     def unplug(self, entities: Sequence[Entity], left: int = 1) -> None:
-        """All device_del written first, then every reply read, then asked until only `left` CPUs are there."""
-        messages = [{"execute": "device_del", "arguments": {"id": entity.device_id}} for entity in entities]
+        """All device_del written first, then every reply read, then asked until only `left` CPUs
+        are there.
+        """
+        messages = [
+            {"execute": "device_del", "arguments": {"id": entity.device_id}} for entity in entities
+        ]
         self.sock.sendall(b"".join(json.dumps(message).encode() for message in messages))
         for _ in messages:
             self.reply()
@@ -54,7 +62,11 @@ class RawQmp:
         messages = [
             {
                 "execute": "device_add",
-                "arguments": {"driver": entity.driver, "id": entity.device_id, **dict(entity.props or {})},
+                "arguments": {
+                    "driver": entity.driver,
+                    "id": entity.device_id,
+                    **dict(entity.props or {}),
+                },
             }
             for entity in entities
         ]

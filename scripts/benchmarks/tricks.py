@@ -1,8 +1,10 @@
-"""scripts/bench tricks: one enable and 1 to 240, without each trick for speed against with all of them, in turns.
+"""scripts/bench tricks: one enable and 1 to 240, without each trick for speed against with all of
+them, in turns.
 
-Each side is a process of its own on a QEMU of its own. The ratios are medians over pairs, of the side's CPU time
-and by the clock, which other work on the machine disturbs more. "nothing" has all tricks, like what all others are
-compared with: it shows how far chance goes. A trick that saves less than 3 % is to be deleted.
+Each side is a process of its own on a QEMU of its own. The ratios are medians over pairs, of the
+side's CPU time and by the clock, which other work on the machine disturbs more. "nothing" has all
+tricks, like what all others are compared with: it shows how far chance goes. A trick that saves
+less than 3 % is to be deleted.
 """
 
 from __future__ import annotations
@@ -52,7 +54,9 @@ async def bench_tricks(pairs: int) -> None:
         for begun in range(0, pairs, PLUGS):
             async with AsyncExitStack() as stack:
                 for side in random.sample(sides, len(sides)):
-                    side.connect((await stack.enter_async_context(machine(accel, "1,maxcpus=240"))).qmp)
+                    side.connect(
+                        (await stack.enter_async_context(machine(accel, "1,maxcpus=240"))).qmp
+                    )
                 for number in range(1, min(PLUGS, pairs - begun) + 1):
                     in_turns(sides, lambda side: side.call("enable", number))  # noqa: B023
         told(f"{accel}: one enable", all_sides)

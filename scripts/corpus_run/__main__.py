@@ -1,4 +1,6 @@
-"""scripts/corpus: every domain XML file of libvirt's tests, to each command of ours and to a libvirtd."""
+"""scripts/corpus: every domain XML file of libvirt's tests, to each command of ours and to a
+libvirtd.
+"""
 
 from __future__ import annotations
 
@@ -55,7 +57,9 @@ class Explained:
     by_reason: dict[Reason | None, list[Finding]]
 
     @classmethod
-    def of(cls, findings: Sequence[Finding], reasons: Sequence[Reason], files: Sequence[DomainFile]) -> Explained:
+    def of(
+        cls, findings: Sequence[Finding], reasons: Sequence[Reason], files: Sequence[DomainFile]
+    ) -> Explained:
         documents = {file.name: file for file in files}
         found: dict[Reason | None, list[Finding]] = {reason: [] for reason in (*reasons, None)}
         for finding in findings:
@@ -63,15 +67,23 @@ class Explained:
         return cls(found)
 
 
-def report(files: Sequence[DomainFile], answers: Answers, explained: Explained, seconds: float) -> None:
+def report(
+    files: Sequence[DomainFile], answers: Answers, explained: Explained, seconds: float
+) -> None:
     """The figures."""
     sides = answers.sides
     print(f"{len(files)} domain XML files, {seconds:.0f} s")
-    print(f"{answers.command_lines} command lines and {answers.requests} requests compared with libvirt's")
+    print(
+        f"{answers.command_lines} command lines and {answers.requests} requests compared with"
+        " libvirt's"
+    )
     both, neither, us, libvirt = (
         sides.get(side, 0) for side in ((True, True), (False, False), (True, False), (False, True))
     )
-    print(f"accepted by both {both}, refused by both {neither}, by us alone {us}, by libvirt alone {libvirt}")
+    print(
+        f"accepted by both {both}, refused by both {neither}, by us alone {us}, by libvirt alone"
+        f" {libvirt}"
+    )
     print("deliberate differences (files: reason):")
     for reason, findings in explained.by_reason.items():
         if reason is not None:
@@ -93,12 +105,19 @@ def _count(findings: Sequence[Finding]) -> int:
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="scripts/corpus", description=__doc__)
-    parser.add_argument("--every", type=int, default=1, metavar="N", help="each Nth file only, for a sample")
     parser.add_argument(
-        "--only", default="*", metavar="PATTERN", help="files whose name fits: qemuxmlconfdata/cpu-*"
+        "--every", type=int, default=1, metavar="N", help="each Nth file only, for a sample"
+    )
+    parser.add_argument(
+        "--only",
+        default="*",
+        metavar="PATTERN",
+        help="files whose name fits: qemuxmlconfdata/cpu-*",
     )
     parser.add_argument("--folder", type=Path, help="other files than libvirt's")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes")
+    parser.add_argument(
+        "--workers", type=int, default=os.cpu_count() or 1, metavar="N", help="processes"
+    )
     given = parser.parse_args()
     reasons = read_reasons()
     everything = domain_files(given.folder or cache_folder() / "libvirt" / VERSION)
@@ -110,7 +129,11 @@ def main() -> int:
     answers = asyncio.run(run(files, given.workers))
     explained = Explained.of(answers.wrong(), reasons, files)
     report(files, answers, explained, time.monotonic() - began)
-    unused = [reason.id for reason, found in explained.by_reason.items() if reason is not None and not found]
+    unused = [
+        reason.id
+        for reason, found in explained.by_reason.items()
+        if reason is not None and not found
+    ]
     if given.folder is None and len(files) == len(everything) and unused:
         print(f"no file is left of {', '.join(unused)}: take it out of {LIST.name}")
         return 1

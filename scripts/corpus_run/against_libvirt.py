@@ -120,7 +120,9 @@ def compare(reduced: Reduced, theirs: Theirs, ours: Ours) -> Answer:
     if refusal is None and refused is not None:
         answer.findings.append(Finding(file, "accepted by us alone", _generic(refused), refused))
     elif refusal is not None and refused is None:
-        answer.findings.append(Finding(file, "accepted by libvirt alone", _generic(refusal), refusal))
+        answer.findings.append(
+            Finding(file, "accepted by libvirt alone", _generic(refusal), refusal)
+        )
     elif refusal is None and not isinstance(domain, str):
         answer.requests, found = _requests(file, reduced.data, domain, theirs, ours)
         answer.findings += found
@@ -138,7 +140,9 @@ def _requests(
     was = said(theirs.document(domain))
     found = []
     if words := said(data).differences(was):
-        found.append(Finding(file, "define", f"other {' and '.join(words)}", f"{said(data)}, libvirt {was}"))
+        found.append(
+            Finding(file, "define", f"other {' and '.join(words)}", f"{said(data)}, libvirt {was}")
+        )
     asked = list(requests(was))
     for request in asked:
         assert not isinstance(theirs.define(data), str), "it was taken before"
@@ -148,14 +152,18 @@ def _requests(
     return len(asked), found
 
 
-def _request(file: str, request: Request, domain: libvirt.virDomain, theirs: Theirs, ours: Ours) -> Finding | None:
+def _request(
+    file: str, request: Request, domain: libvirt.virDomain, theirs: Theirs, ours: Ours
+) -> Finding | None:
     name, what = domain.name(), " ".join(request.words)
     refused, their_refusal = ours.ask(name, request), theirs.ask(domain, request)
     if refused is None and their_refusal is not None:
         kind = f"{request.kind}: done by us alone"
         return Finding(file, kind, _generic(their_refusal), f"{what}: {their_refusal}")
     if refused is not None and their_refusal is None:
-        return Finding(file, f"{request.kind}: done by libvirt alone", _generic(refused), f"{what}: {refused}")
+        return Finding(
+            file, f"{request.kind}: done by libvirt alone", _generic(refused), f"{what}: {refused}"
+        )
     if refused is not None:
         return None
     document = ours.document(name)
@@ -165,7 +173,9 @@ def _request(file: str, request: Request, domain: libvirt.virDomain, theirs: The
     words = mine.differences(yours)
     if not words:
         return None
-    return Finding(file, request.kind, f"other {' and '.join(words)}", f"{what}: {mine}, libvirt {yours}")
+    return Finding(
+        file, request.kind, f"other {' and '.join(words)}", f"{what}: {mine}, libvirt {yours}"
+    )
 
 
 def _generic(message: str) -> str:

@@ -63,7 +63,9 @@ def read_words(words: Sequence[str]) -> Arguments:
         elif option == "-machine":
             found.machine = value.partition(",")[0]
             found.machine_options = {
-                name: item for key, item in entries.items() if (name := key.replace("_", "-")) in _MACHINE_OPTIONS
+                name: item
+                for key, item in entries.items()
+                if (name := key.replace("_", "-")) in _MACHINE_OPTIONS
             }
             found.accel = entries.get("accel", found.accel)
         elif option == "-device" and re.search(r"-cpu$|-spapr-cpu-core$", _driver(value, entries)):
@@ -94,13 +96,18 @@ def differences(ours: Arguments, libvirts: Arguments) -> Iterator[tuple[str, str
     if one_way != other_way:
         yield "-numa dist", f"{one_way}, libvirt {other_way}"
     for line in sorted({*ours.numa} ^ {*libvirts.numa}):
-        yield f"-numa {line.partition(',')[0]}", f"{'ours' if line in ours.numa else 'libvirt'}: {line}"
+        yield (
+            f"-numa {line.partition(',')[0]}",
+            f"{'ours' if line in ours.numa else 'libvirt'}: {line}",
+        )
     if ours.accel != libvirts.accel:
         yield f"-accel: {ours.accel}, libvirt {libvirts.accel}", ""
     if ours.machine != libvirts.machine:
         yield "-machine type", f"{ours.machine}, libvirt {libvirts.machine}"
     for key in sorted({*ours.machine_options, *libvirts.machine_options}):
-        one, other = (side.machine_options.get(key, _DEFAULTS.get(key)) for side in (ours, libvirts))
+        one, other = (
+            side.machine_options.get(key, _DEFAULTS.get(key)) for side in (ours, libvirts)
+        )
         if one != other:
             yield f"-machine {key}: {one}, libvirt {other}", ""
     if ours.cpus != libvirts.cpus:
@@ -140,7 +147,11 @@ def _numa(found: Arguments, value: str, entries: dict[str, str], sizes: dict[str
         for part in entries.get("cpus", "").split(","):
             low, _, high = part.partition("-")
             cpus += range(int(low), int(high or low) + 1) if low else ()
-        size = _size(entries["mem"], 2**20) if "mem" in entries else sizes.get(entries.get("memdev", ""))
+        size = (
+            _size(entries["mem"], 2**20)
+            if "mem" in entries
+            else sizes.get(entries.get("memdev", ""))
+        )
         node = int(entries["nodeid"])
         found.nodes[node] = tuple(cpus), size
         if "initiator" in entries:

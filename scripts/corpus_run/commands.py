@@ -28,7 +28,9 @@ _OF_VCPUS = ("vcpu", "vcpus", "cputune")
 
 
 class Commands:
-    """The commands on one file. `folder` is for copies; QMPVCPU_STATE must lead to a folder of this process's."""
+    """The commands on one file. `folder` is for copies; QMPVCPU_STATE must lead to a folder of this
+    process's.
+    """
 
     def __init__(self, file: DomainFile, folder: Path) -> None:
         self.file = file
@@ -101,7 +103,11 @@ class Commands:
         if dry is None or done is None:
             return
         if dry.code != done.code:
-            self._found(what, "--dry-run ends in another way", f"{words}: {dry.code}, {done.code}: {done.stderr}")
+            self._found(
+                what,
+                "--dry-run ends in another way",
+                f"{words}: {dry.code}, {done.code}: {done.stderr}",
+            )
         data = self.copy.read_bytes()
         if done.code != _DONE:
             if data != self.file.data:
@@ -126,7 +132,9 @@ class Commands:
     def _boot(self, name: str) -> None:
         """`probe` and `boot-args`, and libvirt's own command lines."""
         kind = self.file.root.find("os/type")
-        arch, machine = (kind.get("arch"), kind.get("machine")) if kind is not None else (None, None)
+        arch, machine = (
+            (kind.get("arch"), kind.get("machine")) if kind is not None else (None, None)
+        )
         qemu = emulator(arch or os.uname().machine, machine)
         words = ["--emulator", qemu] if qemu is not None else []
         asks = [name, "--probe", "never", *words]
@@ -163,7 +171,10 @@ class Commands:
     def _call(self, *words: str, as_json: bool = True) -> Done | None:
         """Run it; None where it ends as no command may end."""
         done = run_main([*(["--json"] if as_json else []), *words])
-        if done.code not in (*_MAY_END.get(words[0], ()), _DONE, _REFUSED) or "Traceback" in done.stderr:
+        if (
+            done.code not in (*_MAY_END.get(words[0], ()), _DONE, _REFUSED)
+            or "Traceback" in done.stderr
+        ):
             text = re.sub(r"\d+|'[^']*'", "…", done.stderr.strip().partition("\n")[0])
             self._found(words[0], f"exit {done.code}: {text}", f"{words[1:]}: {done.stderr}")
             return None
@@ -172,21 +183,32 @@ class Commands:
     def _vcpuinfo(self, word: str, what: str = "define") -> Said | None:
         done = self._call("vcpuinfo", word, "--config")
         if done is None or done.code != _DONE:
-            self._found("vcpuinfo", f"refuses what {what} has made", done.stdout if done is not None else "")
+            self._found(
+                "vcpuinfo", f"refuses what {what} has made", done.stdout if done is not None else ""
+            )
             return None
         rows = json.loads(done.stdout)["vcpus"]
         found = Said(
-            len(rows), {row["id"]: (row["state"] == "enabled", row["hotpluggable"], None) for row in rows}
+            len(rows),
+            {row["id"]: (row["state"] == "enabled", row["hotpluggable"], None) for row in rows},
         )
         document = said(self.copy.read_bytes() if word == str(self.copy) else self.file.data)
         if found.enabled != document.enabled or found.maximum != document.maximum:
-            self._found("vcpuinfo", "is not what the document says", f"{found.enabled} and {document.enabled}")
+            self._found(
+                "vcpuinfo",
+                "is not what the document says",
+                f"{found.enabled} and {document.enabled}",
+            )
         return found
 
     def _read_again(self, what: str, was: Said) -> None:
         now = self._vcpuinfo(str(self.copy), what)
         if now is not None and (now.maximum, now.enabled) != (was.maximum, was.enabled):
-            self._found(what, "says other vCPUs than the definition", f"{now.enabled}, and was {was.enabled}")
+            self._found(
+                what,
+                "says other vCPUs than the definition",
+                f"{now.enabled}, and was {was.enabled}",
+            )
 
     def _rest_is_kept(self, what: str, data: bytes) -> None:
         """Whether all but the vCPUs is as it was."""
@@ -203,7 +225,9 @@ class Commands:
 
 
 def _under_tcg(data: bytes) -> bytes:
-    """The domain on the CPU of QEMU's choice: not every host has KVM, and none for each architecture."""
+    """The domain on the CPU of QEMU's choice: not every host has KVM, and none for each
+    architecture.
+    """
     root = parse(data)
     root.set("type", "qemu")
     for cpu in root.iterfind("cpu"):

@@ -16,7 +16,9 @@ VERSIONS = ("10.0", "7.2", "11.1")
 @cache
 def machines(program: str) -> dict[str, bool]:
     """Machine types of a QEMU."""
-    shown = subprocess.run([program, "-machine", "help"], capture_output=True, text=True, check=True).stdout
+    shown = subprocess.run(
+        [program, "-machine", "help"], capture_output=True, text=True, check=True
+    ).stdout
     return {line.split()[0]: True for line in shown.splitlines()[1:]}
 
 

@@ -1,4 +1,6 @@
-"""The domain XML files of libvirt's own tests, each with the command lines that libvirt makes of it."""
+"""The domain XML files of libvirt's own tests, each with the command lines that libvirt makes of
+it.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,8 @@ def domain_files(folder: Path) -> list[DomainFile]:
     return found
 
 
-#: NAME.args is of NAME.xml, and so is NAME.x86_64-latest.args: architecture and capabilities that it is made with.
+#: NAME.args is of NAME.xml, and so is NAME.x86_64-latest.args: architecture and capabilities that
+#: it is made with.
 _VARIANT = re.compile(r"\.[a-z0-9_]+-(latest|\d+\.\d+\.\d+)(\.abi-update|\+\w+)?\Z")
 
 

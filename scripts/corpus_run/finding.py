@@ -7,7 +7,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Finding:
-    """`check` is what was compared, `text` how it differs, without what only this file has; `more` has that."""
+    """`check` is what was compared, `text` how it differs, without what only this file has; `more`
+    has that.
+    """
 
     file: str
     check: str

@@ -20,7 +20,9 @@ MOST = 20
 
 @dataclass(frozen=True)
 class Where:
-    """The findings that a reason is for: patterns of check and text, and an XPath that is true of the document."""
+    """The findings that a reason is for: patterns of check and text, and an XPath that is true of
+    the document.
+    """
 
     check: re.Pattern[str]
     text: re.Pattern[str]

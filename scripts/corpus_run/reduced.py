@@ -1,4 +1,6 @@
-"""A domain without what needs hardware: the libvirtd of this host takes it where nothing else is wrong."""
+"""A domain without what needs hardware: the libvirtd of this host takes it where nothing else is
+wrong.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,31 @@ from scripts.corpus_run.emulators import distributions, machines
 from scripts.corpus_run.files import DomainFile, parse
 
 #: What says something of vCPUs, nodes and memory.
-_KEPT = (*("name", "uuid", "memory", "currentMemory", "maxMemory", "vcpu", "vcpus", "cputune", "numatune", "cpu"),)
+_KEPT = (
+    *(
+        "name",
+        "uuid",
+        "memory",
+        "currentMemory",
+        "maxMemory",
+        "vcpu",
+        "vcpus",
+        "cputune",
+        "numatune",
+        "cpu",
+    ),
+)
 _TUNED = (
-    *("vcpupin", "vcpusched", "emulatorpin", "emulatorsched", "shares", "period", "quota", "global_period"),
+    *(
+        "vcpupin",
+        "vcpusched",
+        "emulatorpin",
+        "emulatorsched",
+        "shares",
+        "period",
+        "quota",
+        "global_period",
+    ),
     *("global_quota", "emulator_period", "emulator_quota"),
 )
 _OF_CPU = ("topology", "numa", "model", "feature", "vendor")
@@ -80,7 +104,9 @@ def reduce(data: bytes) -> bytes:
 
 
 def own(data: bytes, number: int) -> bytes:
-    """The document for one of several processes that use a libvirtd at once: another name, another UUID."""
+    """The document for one of several processes that use a libvirtd at once: another name, another
+    UUID.
+    """
     data = data.replace(f"<name>{NAME}</name>".encode(), f"<name>{NAME}-{number}</name>".encode())
     return data.replace(UUID.encode(), f"{UUID[:-12]}{number:012x}".encode())
 
@@ -90,7 +116,8 @@ def _reduce_cpu(cpu: etree._Element) -> None:
         if child.tag not in _OF_CPU:
             cpu.remove(child)
     if cpu.get("mode", "custom") != "custom":
-        # libvirt refuses the host's CPU under TCG, and there is no word for the best one on every architecture.
+        # libvirt refuses the host's CPU under TCG, and there is no word for the best one on every
+        # architecture.
         cpu.attrib.clear()
         for child in list(cpu):
             if child.tag in ("model", "feature", "vendor"):
@@ -107,7 +134,9 @@ def _add_hardware(root: etree._Element, arch: str | None, machine: str | None) -
         machine = next((name for name in _MACHINES if name in machines(program)), None)
     system = etree.SubElement(root, "os")
     words = {"arch": arch, "machine": machine}
-    kind = etree.SubElement(system, "type", {key: word for key, word in words.items() if word is not None})
+    kind = etree.SubElement(
+        system, "type", {key: word for key, word in words.items() if word is not None}
+    )
     kind.text = "hvm"
     devices = etree.SubElement(root, "devices")
     etree.SubElement(devices, "emulator").text = program

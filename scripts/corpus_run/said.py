@@ -1,4 +1,6 @@
-"""What a domain's XML says of its vCPUs, read by another reader than the product's, with libvirt's defaults."""
+"""What a domain's XML says of its vCPUs, read by another reader than the product's, with libvirt's
+defaults.
+"""
 
 from __future__ import annotations
 
@@ -30,7 +32,9 @@ class Said:
         if self.enabled != other.enabled:
             return ["enabled"]
         words = []
-        if {n: row[1] for n, row in self.rows.items()} != {n: row[1] for n, row in other.rows.items()}:
+        if {n: row[1] for n, row in self.rows.items()} != {
+            n: row[1] for n, row in other.rows.items()
+        }:
             words.append("hotpluggable")
         # libvirt numbers what has no order, and we leave it out.
         both = [number for number in self.enabled if self.rows[number][2] and other.rows[number][2]]
@@ -64,7 +68,10 @@ def said_by(root: etree._Element) -> Said:
             not enabled if pluggable is None else pluggable == "yes",
             int(order) if order is not None else None,
         )
-    pins = {int(pin.get("vcpu", "")): _set(pin.get("cpuset", "")) for pin in root.iterfind("cputune/vcpupin")}
+    pins = {
+        int(pin.get("vcpu", "")): _set(pin.get("cpuset", ""))
+        for pin in root.iterfind("cputune/vcpupin")
+    }
     schedulers = {
         number: f"{row.get('scheduler')}:{row.get('priority') or ''}"
         for row in root.iterfind("cputune/vcpusched")

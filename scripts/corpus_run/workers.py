@@ -1,4 +1,6 @@
-"""What runs in the processes of `scripts/corpus`: each has a state folder and a libvirt connection of its own."""
+"""What runs in the processes of `scripts/corpus`: each has a state folder and a libvirt connection
+of its own.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,9 @@ _MEMORY = Path("/dev/shm")
 
 @dataclass
 class Answers:
-    """Of a part of the corpus. `sides` counts files by whether we and libvirt take their reduced form."""
+    """Of a part of the corpus. `sides` counts files by whether we and libvirt take their reduced
+    form.
+    """
 
     findings: list[Finding] = field(default_factory=list)
     sides: dict[tuple[bool, bool], int] = field(default_factory=dict)
@@ -42,7 +46,9 @@ class Answers:
     def wrong(self) -> list[Finding]:
         """The findings, but for files that we refuse as libvirt does."""
         return [
-            finding for finding in self.findings if finding.check != REFUSED or finding.file not in self.refused
+            finding
+            for finding in self.findings
+            if finding.check != REFUSED or finding.file not in self.refused
         ]
 
 
@@ -53,7 +59,9 @@ class _Here:
 
 def enter(uri: str) -> None:
     """Once in each process."""
-    _Here.folder = Path(tempfile.mkdtemp(prefix="corpus-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None))
+    _Here.folder = Path(
+        tempfile.mkdtemp(prefix="corpus-", dir=_MEMORY if os.access(_MEMORY, os.W_OK) else None)
+    )
     Finalize(None, shutil.rmtree, args=(_Here.folder,), exitpriority=1)
     os.environ["QMPVCPU_STATE"] = str(_Here.folder / "state")
     _Here.theirs = Theirs(uri)

@@ -1,8 +1,10 @@
-"""record-qmp ARCH VERSION... | all | smp [--check]: tests/data/qmp/ARCH-VERSION/NAME.json, from real QEMUs.
+"""record-qmp ARCH VERSION... | all | smp [--check]: tests/data/qmp/ARCH-VERSION/NAME.json, from
+real QEMUs.
 
-Each machine of `MACHINES` is started paused, under TCG, and asked what qmpvcpu asks a QEMU that it connects to.
-Then one vCPU is plugged, plugged once more, and asked to leave. What differs between two runs is made the same.
-`smp` records tests/data/smp.jsonl.gz: generated -machine, -smp and -numa, and what each QEMU makes of them.
+Each machine of `MACHINES` is started paused, under TCG, and asked what qmpvcpu asks a QEMU that it
+connects to. Then one vCPU is plugged, plugged once more, and asked to leave. What differs between
+two runs is made the same. `smp` records tests/data/smp.jsonl.gz: generated -machine, -smp and
+-numa, and what each QEMU makes of them.
 """
 
 from __future__ import annotations
@@ -22,7 +24,17 @@ from tests.support import smp_words
 
 DATA = Path(__file__).resolve().parents[2] / "tests" / "data" / "qmp"
 VERSIONS = ("7.2", "10.0", "11.1")
-PAUSED = ("-S", "-nodefaults", "-display", "none", "-no-user-config", "-accel", "tcg", "-qmp", "stdio")
+PAUSED = (
+    "-S",
+    "-nodefaults",
+    "-display",
+    "none",
+    "-no-user-config",
+    "-accel",
+    "tcg",
+    "-qmp",
+    "stdio",
+)
 #: Seconds until QEMU must have answered everything.
 DEADLINE = 30
 
@@ -56,16 +68,22 @@ MACHINES = (
         "-numa cpu,node-id=0,socket-id=0 -numa cpu,node-id=1,socket-id=1",
     ),
     Machine("x86_64", "q35-flat", "-machine q35 -smp 1,sockets=8,cores=1,threads=1,maxcpus=8"),
-    Machine("x86_64", "q35-dies", "-machine q35 -smp 1,sockets=1,dies=2,cores=2,threads=2,maxcpus=8"),
+    Machine(
+        "x86_64", "q35-dies", "-machine q35 -smp 1,sockets=1,dies=2,cores=2,threads=2,maxcpus=8"
+    ),
     Machine(
         "x86_64",
         "q35-levels",
         "-machine q35 -smp 1,sockets=2,dies=3,modules=2,cores=3,threads=2,maxcpus=72",
         ("10.0",),
     ),
-    Machine("x86_64", "q35-300", "-machine q35 -smp 1,sockets=1,cores=300,maxcpus=300", ("10.0", "11.1")),
+    Machine(
+        "x86_64", "q35-300", "-machine q35 -smp 1,sockets=1,cores=300,maxcpus=300", ("10.0", "11.1")
+    ),
     Machine("x86_64", "pc", "-machine pc -smp 1,sockets=4,cores=1,threads=1,maxcpus=4"),
-    Machine("ppc64", "pseries", f"{_PSERIES} -smp 8,cores=4,threads=8,maxcpus=32", ("10.0", "11.1")),
+    Machine(
+        "ppc64", "pseries", f"{_PSERIES} -smp 8,cores=4,threads=8,maxcpus=32", ("10.0", "11.1")
+    ),
     Machine(
         "ppc64",
         "pseries-nodes",
@@ -76,7 +94,12 @@ MACHINES = (
     ),
     Machine("ppc64", "pseries-flat", f"{_PSERIES} -smp 1,cores=8,threads=1,maxcpus=8"),
     Machine("s390x", "ccw", "-machine s390-ccw-virtio -smp 2,maxcpus=8"),
-    Machine("loongarch64", "virt", "-machine virt -smp 2,sockets=2,cores=2,threads=2,maxcpus=8", ("10.0", "11.1")),
+    Machine(
+        "loongarch64",
+        "virt",
+        "-machine virt -smp 2,sockets=2,cores=2,threads=2,maxcpus=8",
+        ("10.0", "11.1"),
+    ),
     Machine("aarch64", "virt", "-machine virt -cpu cortex-a57 -smp 2,maxcpus=4"),
     Machine("riscv64", "virt", "-machine virt -smp 2,maxcpus=4"),
 )
@@ -98,7 +121,9 @@ class Qemu:
         self.deadline.start()
         first = self._read()
         if first is None:
-            raise SystemExit(f"record-qmp: {machine.arch} {version} {machine.name}: {self.process.stderr.read()}")  # type: ignore[union-attr]
+            raise SystemExit(
+                f"record-qmp: {machine.arch} {version} {machine.name}: {self.process.stderr.read()}"
+            )  # type: ignore[union-attr]
         self.greeting = first
         self.ask("qmp_capabilities")
 
@@ -144,22 +169,36 @@ def record(machine: Machine, version: str) -> dict[str, Any]:
         cpus = value(qemu.ask("query-cpus-fast"))
         replies["query-hotpluggable-cpus"] = slots
         replies["query-cpus-fast"] = {"return": cpus}
-        replies["qom-get CPU x2apic"] = qemu.ask("qom-get", path=cpus[0]["qom-path"], property="x2apic")
+        replies["qom-get CPU x2apic"] = qemu.ask(
+            "qom-get", path=cpus[0]["qom-path"], property="x2apic"
+        )
         replies["query-chardev"] = {"return": []}
         tried = try_hotplug(qemu, value(slots)) if value(slots) else []
-    found = {"arch": machine.arch, "version": version, "arguments": machine.words, "greeting": greeting}
+    found = {
+        "arch": machine.arch,
+        "version": version,
+        "arguments": machine.words,
+        "greeting": greeting,
+    }
     return same_every_time(found | {"replies": replies, "tried": tried})
 
 
 def try_hotplug(qemu: Qemu, slots: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Plug the lowest empty slot, plug it once more, give its id to another, ask it and the boot CPU to leave."""
+    """Plug the lowest empty slot, plug it once more, give its id to another, ask it and the boot
+    CPU to leave.
+    """
     lowest, other = [slot for slot in reversed(slots) if "qom-path" not in slot][:2]
     boot = next(slot for slot in reversed(slots) if "qom-path" in slot)
     tried = []
 
     def attempt(name: str, command: str, **arguments: Any) -> None:
         tried.append(
-            {"try": name, "command": command, "arguments": arguments, "reply": qemu.ask(command, **arguments)}
+            {
+                "try": name,
+                "command": command,
+                "arguments": arguments,
+                "reply": qemu.ask(command, **arguments),
+            }
         )
 
     def plug(name: str, slot: dict[str, Any], device: str) -> None:
@@ -175,7 +214,9 @@ def try_hotplug(qemu: Qemu, slots: list[dict[str, Any]]) -> list[dict[str, Any]]
 
 
 def same_every_time(found: dict[str, Any]) -> dict[str, Any]:
-    """Thread ids from 101 on, in the order of the CPUs; machine types without the paths of this QEMU."""
+    """Thread ids from 101 on, in the order of the CPUs; machine types without the paths of this
+    QEMU.
+    """
     threads: dict[int, int] = {}
     for cpu in found["replies"]["query-cpus-fast"]["return"]:
         cpu["thread-id"] = threads.setdefault(cpu["thread-id"], 101 + len(threads))
@@ -202,14 +243,20 @@ def _reply(reply: Any) -> str:
     rows = reply.get("return")
     if not isinstance(rows, list) or not rows:
         return json.dumps(reply, sort_keys=True)
-    return '{"return": [\n   ' + ",\n   ".join(json.dumps(row, sort_keys=True) for row in rows) + "\n  ]}"
+    return (
+        '{"return": [\n   '
+        + ",\n   ".join(json.dumps(row, sort_keys=True) for row in rows)
+        + "\n  ]}"
+    )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="record-qmp", description="record what real QEMUs answer")
     parser.add_argument("arch", help="x86_64, ppc64 …, all, or smp")
     parser.add_argument("version", nargs="*", help="7.2, 10.0, 11.1 (default: all)")
-    parser.add_argument("--check", action="store_true", help="write nothing; exit 1 where a recording differs")
+    parser.add_argument(
+        "--check", action="store_true", help="write nothing; exit 1 where a recording differs"
+    )
     options = parser.parse_args()
     differ = []
     if options.arch == "smp":
@@ -220,7 +267,9 @@ def main() -> int:
             differ.append(smp_words.RECORDED.name)
     for machine in MACHINES:
         for version in machine.versions:
-            if options.arch not in ("all", machine.arch) or (options.version and version not in options.version):
+            if options.arch not in ("all", machine.arch) or (
+                options.version and version not in options.version
+            ):
                 continue
             path = DATA / f"{machine.arch}-{version}" / f"{machine.name}.json"
             text = written(record(machine, version))

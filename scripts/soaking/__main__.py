@@ -14,8 +14,16 @@ from tests.support.plain_client import PLAIN
 
 #: What goes through a monitor or the engine. `test_fast_client.py` is about the tricks themselves.
 PLAIN_TESTS = (
-    *("tests/unit/test_monitor.py", "tests/unit/test_monitor_anything.py", "tests/unit/test_listen.py"),
-    *("tests/unit/test_transaction.py", "tests/unit/test_transaction_effects.py", "tests/unit/test_oracle.py"),
+    *(
+        "tests/unit/test_monitor.py",
+        "tests/unit/test_monitor_anything.py",
+        "tests/unit/test_listen.py",
+    ),
+    *(
+        "tests/unit/test_transaction.py",
+        "tests/unit/test_transaction_effects.py",
+        "tests/unit/test_oracle.py",
+    ),
     *("tests/unit/test_unplug.py", "tests/unit/test_cancel.py", "tests/unit/test_domain.py"),
     *("tests/unit/test_cases.py", "tests/unit/test_hostile.py", "tests/qemu/test_setvcpu_real.py"),
     *("tests/qemu/test_recorded_real.py", "tests/qemu/test_leaving_real.py"),
@@ -23,28 +31,37 @@ PLAIN_TESTS = (
 
 #: A new one is a line here, and a test that repeats itself or a function in a file of this package.
 SOAKS = {
-    "busy": Soak("all tests, COUNT times in a row while both CPUs are busy", 3, busy, needs=("qemu", "guests")),
+    "busy": Soak(
+        "all tests, COUNT times in a row while both CPUs are busy",
+        3,
+        busy,
+        needs=("qemu", "guests"),
+    ),
     "claims": Soak(
-        "the first COUNT command lines through save, restore and migrate: the same machine with its memory",
+        "the first COUNT command lines through save, restore and migrate: the same machine with"
+        " its memory",
         40,
         tests("tests/qemu/test_claim_real.py", "-k", "saved_restored_and_migrated"),
         needs=("qemu",),
     ),
     "cancels": Soak(
-        "COUNT calls that are cancelled, at each of their awaits and at any time: what is told afterwards",
+        "COUNT calls that are cancelled, at each of their awaits and at any time: what is told"
+        " afterwards",
         1500,
         tests("tests/qemu/test_cancels_real.py"),
         needs=("qemu",),
     ),
     "counts": Soak(
-        "COUNT sequences of requests on random guests, and a fiftieth of it on a real QEMU: how many vCPUs are"
+        "COUNT sequences of requests on random guests, and a fiftieth of it on a real QEMU: how"
+        " many vCPUs are"
         " enabled at once and in the end",
         10_000,
         tests("tests/unit/test_count_sequences.py", "tests/qemu/test_counts_real.py"),
         needs=("qemu",),
     ),
     "endurance": Soak(
-        "COUNT plugs and unplugs over one connection and a fifth as many connects, watched all the while: nothing"
+        "COUNT plugs and unplugs over one connection and a fifth as many connects, watched all the"
+        " while: nothing"
         " grows, and every event is told",
         10_000,
         tests("tests/qemu/test_endurance_real.py", "-s"),
@@ -64,38 +81,49 @@ SOAKS = {
         needs=("qemu", "guests"),
     ),
     "hostile": Soak(
-        "COUNT answers of a hostile QEMU, as many of a hostile guest agent, and shapes that a person thinks of:"
+        "COUNT answers of a hostile QEMU, as many of a hostile guest agent, and shapes that a"
+        " person thinks of:"
         " each call ends in time and memory, and claims nothing that was not said",
         200_000,
         tests("tests/unit/test_hostile.py", "tests/unit/test_hostile_shapes.py", "-s"),
     ),
     "kills": Soak(
-        "a process killed at COUNT random moments while it writes a definition; each command that changes"
-        " something, killed at each of its effects and at COUNT/5 moments; its QEMU killed at COUNT*3/10",
+        "a process killed at COUNT random moments while it writes a definition; each command that"
+        " changes"
+        " something, killed at each of its effects and at COUNT/5 moments; its QEMU killed at"
+        " COUNT*3/10",
         1000,
-        tests("tests/app/test_kills.py::test_killed_at_random_moments", "tests/qemu/test_kills_real.py", "-s"),
+        tests(
+            "tests/app/test_kills.py::test_killed_at_random_moments",
+            "tests/qemu/test_kills_real.py",
+            "-s",
+        ),
         needs=("qemu",),
     ),
     "leaks": Soak(
-        "each command that starts or ends a QEMU, cancelled at COUNT of its awaits: nothing is left behind",
+        "each command that starts or ends a QEMU, cancelled at COUNT of its awaits: nothing is"
+        " left behind",
         200,
         tests("tests/qemu/test_nothing_left_real.py"),
         needs=("qemu",),
     ),
     "oracle": Soak(
-        "COUNT generated requests, answers and moments: the transaction does what that of `house-0` did",
+        "COUNT generated requests, answers and moments: the transaction does what that of"
+        " `house-0` did",
         20_000,
         tests("tests/unit/test_oracle.py"),
     ),
     "plain": Soak(
-        "the tests of monitor and engine without our tricks for speed: COUNT answers of a hostile QEMU and COUNT"
+        "the tests of monitor and engine without our tricks for speed: COUNT answers of a hostile"
+        " QEMU and COUNT"
         " requests of the oracle are among them",
         20_000,
         tests(*PLAIN_TESTS, **{PLAIN: "1"}),
         needs=("qemu",),
     ),
     "signals": Soak(
-        "COUNT commands that are sent Ctrl-C or TERM at a random moment: one JSON document and a true exit code",
+        "COUNT commands that are sent Ctrl-C or TERM at a random moment: one JSON document and a"
+        " true exit code",
         1000,
         tests("tests/unit/test_signals.py", "-k", "any_moment"),
     ),
@@ -106,7 +134,8 @@ SOAKS = {
         needs=("qemu",),
     ),
     "stops": Soak(
-        "QEMU stopped at COUNT effects of commands, libvirtd at as many: each command ends by its deadline",
+        "QEMU stopped at COUNT effects of commands, libvirtd at as many: each command ends by its"
+        " deadline",
         100,
         tests("tests/qemu/test_stops_real.py", "-s"),
         needs=("qemu",),
@@ -121,7 +150,9 @@ SOAKS = {
 
 
 def main() -> int:
-    names = "\n".join(f"  {name:8} {soak.summary} (COUNT: {soak.count})" for name, soak in SOAKS.items())
+    names = "\n".join(
+        f"  {name:8} {soak.summary} (COUNT: {soak.count})" for name, soak in SOAKS.items()
+    )
     parser = argparse.ArgumentParser(
         prog="scripts/soak", epilog=names, formatter_class=argparse.RawDescriptionHelpFormatter
     )

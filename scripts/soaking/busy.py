@@ -39,7 +39,9 @@ def busy(runs: int, seed: int) -> int:
                 assert run.stdout is not None
                 lines = [line.rstrip() for line in run.stdout]
             ends = [line.strip("= ") for line in lines if re.search(r" in \d", line)] or ["no test"]
-            print(f"run {number} of {runs}: {ends[-1]}; {time.monotonic() - began:.0f} s", flush=True)
+            print(
+                f"run {number} of {runs}: {ends[-1]}; {time.monotonic() - began:.0f} s", flush=True
+            )
             if run.returncode:
                 print("\n".join(lines))
                 return 1

@@ -40,13 +40,53 @@ SEEDS = [
     b"<domain><name>d</name></domain>",
 ]
 BITS = [
-    *(b"'", b'"', b"<", b">", b"/", b"&", b" ", b"\n", b"=", b"-", b"^", b",", b"0", b"1", b"9", b"\xff", b"\0"),
-    *(b"&#39;", b"<!-- x='1' -->", b"<![CDATA[a]]>", b"<?p?>", b"\xc3\xa4", b"<vcpu/>", b" order='2'", b" id='2'"),
-    *(b" state='enabled'", b" enabled='no'", b"<vcpus>", b"</vcpus>", b"99999999999", b"<cell cpus='0'/>"),
+    *(
+        b"'",
+        b'"',
+        b"<",
+        b">",
+        b"/",
+        b"&",
+        b" ",
+        b"\n",
+        b"=",
+        b"-",
+        b"^",
+        b",",
+        b"0",
+        b"1",
+        b"9",
+        b"\xff",
+        b"\0",
+    ),
+    *(
+        b"&#39;",
+        b"<!-- x='1' -->",
+        b"<![CDATA[a]]>",
+        b"<?p?>",
+        b"\xc3\xa4",
+        b"<vcpu/>",
+        b" order='2'",
+        b" id='2'",
+    ),
+    *(
+        b" state='enabled'",
+        b" enabled='no'",
+        b"<vcpus>",
+        b"</vcpus>",
+        b"99999999999",
+        b"<cell cpus='0'/>",
+    ),
 ]
-EDITS = st.tuples(st.integers(0, 1023), st.integers(0, 11), st.sampled_from(BITS) | st.binary(max_size=2))
+EDITS = st.tuples(
+    st.integers(0, 1023), st.integers(0, 11), st.sampled_from(BITS) | st.binary(max_size=2)
+)
 DOCUMENTS = st.tuples(
-    st.sampled_from(SEEDS), st.lists(EDITS, max_size=3), st.integers(0, 7), st.integers(1, 12), st.booleans()
+    st.sampled_from(SEEDS),
+    st.lists(EDITS, max_size=3),
+    st.integers(0, 7),
+    st.integers(1, 12),
+    st.booleans(),
 )
 
 

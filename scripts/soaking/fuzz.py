@@ -1,7 +1,7 @@
 """Generated agent answers, QMP messages and domain XML against what reads them.
 
-Each ends in a result or a clear error, in bounded time and memory. hypothesis shows the first that does not at its
-smallest.
+Each ends in a result or a clear error, in bounded time and memory. hypothesis shows the first that
+does not at its smallest.
 """
 
 from __future__ import annotations
@@ -44,7 +44,9 @@ def fuzz(examples: int, seed: int) -> int:
         one()
         grown = peak() - before
         print(
-            f"{name}: {count[0]} messages, {time.monotonic() - began:.0f} s, memory +{grown:.0f} MiB", flush=True
+            f"{name}: {count[0]} messages, {time.monotonic() - began:.0f} s, memory +{grown:.0f}"
+            " MiB",
+            flush=True,
         )
         if grown > MEMORY:
             print(f"{name}: more than {MEMORY} MiB")

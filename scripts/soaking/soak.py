@@ -32,7 +32,9 @@ def environment(count: int | None, seed: int) -> dict[str, str]:
 
 
 def tests(*targets: str, **more: str) -> Callable[[int, int], int]:
-    """A soak of these tests, which ask `tests.support.soaking` how often; `more`: for their environment."""
+    """A soak of these tests, which ask `tests.support.soaking` how often; `more`: for their
+    environment.
+    """
 
     def run(count: int, seed: int) -> int:
         # One test is as long as the count makes it.

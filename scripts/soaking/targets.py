@@ -1,4 +1,6 @@
-"""What is fuzzed: each target takes one generated message and must end in a result or a `VcpuError`, at once."""
+"""What is fuzzed: each target takes one generated message and must end in a result or a
+`VcpuError`, at once.
+"""
 
 from __future__ import annotations
 
@@ -27,15 +29,55 @@ from qmpvcpu.ports import CommandError
 from qmpvcpu.qemu.agent import LINE_LIMIT, AgentClient
 from scripts.soaking.documents import DOCUMENTS, document
 
-#: The longest that any one message may take, seconds of this process alone: others may keep the CPUs busy.
+#: The longest that any one message may take, seconds of this process alone: others may keep the
+#: CPUs busy.
 PATIENCE = 2.0
 
 WORDS = st.sampled_from(
     [
-        *("return", "error", "class", "desc", "id", "logical-id", "online", "can-offline", "handle", "buf-b64"),
-        *("props", "socket-id", "core-id", "thread-id", "node-id", "qom-path", "vcpus-count", "type", "eof"),
-        *("cpu-index", "target", "info", "slot-type", "slot", "source", "status", "device", "path", "event"),
-        *("CPU", "/machine/peripheral/vcpu1", "/machine/unattached/device[0]", "qmpvcpu#2", "vcpu1", "t-cpu"),
+        *(
+            "return",
+            "error",
+            "class",
+            "desc",
+            "id",
+            "logical-id",
+            "online",
+            "can-offline",
+            "handle",
+            "buf-b64",
+        ),
+        *(
+            "props",
+            "socket-id",
+            "core-id",
+            "thread-id",
+            "node-id",
+            "qom-path",
+            "vcpus-count",
+            "type",
+            "eof",
+        ),
+        *(
+            "cpu-index",
+            "target",
+            "info",
+            "slot-type",
+            "slot",
+            "source",
+            "status",
+            "device",
+            "path",
+            "event",
+        ),
+        *(
+            "CPU",
+            "/machine/peripheral/vcpu1",
+            "/machine/unattached/device[0]",
+            "qmpvcpu#2",
+            "vcpu1",
+            "t-cpu",
+        ),
     ]
 )
 LEAVES = st.one_of(
@@ -49,7 +91,10 @@ LEAVES = st.one_of(
 )
 ANYTHING = st.recursive(
     LEAVES,
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(WORDS | st.text(max_size=5), inner, max_size=5),
+    lambda inner: (
+        st.lists(inner, max_size=4)
+        | st.dictionaries(WORDS | st.text(max_size=5), inner, max_size=5)
+    ),
     max_leaves=12,
 )
 
@@ -57,7 +102,10 @@ ANYTHING = st.recursive(
 def rows(*keys: str) -> st.SearchStrategy[Any]:
     """Lists of objects that nearly are what is expected."""
     values = st.one_of(st.integers(0, 3), st.booleans(), LEAVES, ANYTHING)
-    return st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(keys, values)), max_size=5) | ANYTHING
+    return (
+        st.lists(st.fixed_dictionaries({}, optional=dict.fromkeys(keys, values)), max_size=5)
+        | ANYTHING
+    )
 
 
 GUEST_CPUS = rows("logical-id", "online", "can-offline")
@@ -106,7 +154,9 @@ def agent_bytes(message: tuple[bytes, list[bytes | tuple[bytes, int]], bytes]) -
 
 
 def agent_answer(message: tuple[bytes, list[bytes | tuple[bytes, int]], bytes]) -> None:
-    """`AgentClient` reads this instead of an agent; its end is the end of the connection, so nothing waits."""
+    """`AgentClient` reads this instead of an agent; its end is the end of the connection, so
+    nothing waits.
+    """
 
     async def talk() -> None:
         client = AgentClient("fuzz", timeout=PATIENCE)
@@ -137,7 +187,10 @@ STATE = build_state(
         ]
     ),
     parse_cpus_fast(
-        [{"cpu-index": n, "qom-path": f"/machine/peripheral/vcpu{n}", "thread-id": 7 + n} for n in range(2)]
+        [
+            {"cpu-index": n, "qom-path": f"/machine/peripheral/vcpu{n}", "thread-id": 7 + n}
+            for n in range(2)
+        ]
     ),
 )
 NAMES = Names(STATE.entities)
@@ -172,7 +225,10 @@ EVENT_DATA = st.dictionaries(WORDS, LEAVES | st.dictionaries(WORDS, LEAVES, max_
 
 TARGETS: dict[str, tuple[st.SearchStrategy[Any], Callable[[Any], None]]] = {
     "agent": (AGENT_BYTES, agent_answer),
-    "guest": (st.tuples(GUEST_CPUS, st.dictionaries(st.text(max_size=3), st.binary(max_size=80))), guest_view),
+    "guest": (
+        st.tuples(GUEST_CPUS, st.dictionaries(st.text(max_size=3), st.binary(max_size=80))),
+        guest_view,
+    ),
     "replies": (st.tuples(SLOTS, CPUS_FAST, ANYTHING), replies),
     "event": (st.tuples(st.sampled_from(sorted(CPU_EVENTS)), EVENT_DATA), event),
     "document": (DOCUMENTS, document),

@@ -1,7 +1,7 @@
 """A process that forks writers of a definition, for test_kills.py: everything is imported once.
 
-`config_writer.py DOMAIN`, then on stdin `loop` or `once`: a line with the writer's pid comes back. It begins at
-`go`, and a line that tells how it ended follows (`end STATUS`).
+`config_writer.py DOMAIN`, then on stdin `loop` or `once`: a line with the writer's pid comes back.
+It begins at `go`, and a line that tells how it ended follows (`end STATUS`).
 """
 
 from __future__ import annotations
@@ -31,7 +31,9 @@ async def loop(name: str) -> None:
 
 
 def child(mode: str, name: str, go: int) -> None:
-    ctypes.CDLL(None).prctl(PR_SET_PTRACER, ctypes.c_ulong(PR_SET_PTRACER_ANY & 0xFFFFFFFFFFFFFFFF), 0, 0, 0)
+    ctypes.CDLL(None).prctl(
+        PR_SET_PTRACER, ctypes.c_ulong(PR_SET_PTRACER_ANY & 0xFFFFFFFFFFFFFFFF), 0, 0, 0
+    )
     os.read(go, 1)
     asyncio.run(loop(name) if mode == "loop" else write(name, enabled=True))
 

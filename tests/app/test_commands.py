@@ -43,7 +43,12 @@ async def test_doctor_on_a_bare_machine_names_the_cures(tmp_path):
     cures = " ".join(missing["cure"] for missing in run.json["missing"])
     assert run.code == 0
     assert run.json["qemus"] == []
-    for word in ("qemu-system-x86", "qemu-system-ppc", "scripts/fetch-qemu 10.0", "scripts/build-guest x86_64"):
+    for word in (
+        "qemu-system-x86",
+        "qemu-system-ppc",
+        "scripts/fetch-qemu 10.0",
+        "scripts/build-guest x86_64",
+    ):
         assert word in cures
 
 
@@ -51,7 +56,10 @@ async def test_doctor_survives_a_qemu_that_does_not_run(tmp_path):
     broken = tmp_path / "qemu-system-x86_64"
     broken.write_text("#!/bin/sh\necho cannot load libfoo >&2\nexit 127\n")
     broken.chmod(0o755)
-    environment = os.environ | {"PATH": f"{tmp_path}:/usr/sbin:/sbin:/bin", "QMPVCPU_CACHE": str(tmp_path)}
+    environment = os.environ | {
+        "PATH": f"{tmp_path}:/usr/sbin:/sbin:/bin",
+        "QMPVCPU_CACHE": str(tmp_path),
+    }
     run = await cli("--json", "doctor", env=environment)
     mine = next(qemu for qemu in run.json["qemus"] if qemu["path"] == str(broken))
     assert mine["version"] is None
@@ -66,7 +74,9 @@ async def test_demo_without_a_guest_still_plugs_and_says_what_is_missing(tmp_pat
 
 
 async def test_demo_without_any_qemu_is_refused_with_the_cure(tmp_path):
-    run = await cli("--json", "demo", env=os.environ | {"QMPVCPU_CACHE": str(tmp_path), "PATH": str(tmp_path)})
+    run = await cli(
+        "--json", "demo", env=os.environ | {"QMPVCPU_CACHE": str(tmp_path), "PATH": str(tmp_path)}
+    )
     assert (run.code, "scripts/" in run.json["error"]["hint"]) == (3, True)
 
 
@@ -167,7 +177,9 @@ async def test_a_kill_before_the_death_signal_is_set_starts_no_qemu(tmp_path):
 
 
 async def test_the_readme_is_true(tmp_path):
-    """Every sh block, top to bottom in one shell, then the Python block, on the guest that it started."""
+    """Every sh block, top to bottom in one shell, then the Python block, on the guest that it
+    started.
+    """
     readme = (TOP / "README.md").read_text()
     blocks = [block.split("```")[0] for block in readme.split("```sh\n")[1:]]
     python = [block.split("```")[0] for block in readme.split("```python\n")[1:]]
@@ -184,7 +196,9 @@ async def test_the_readme_is_true(tmp_path):
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
-    stdout, stderr = await within(process.communicate(), "the README's blocks have run", 5 * DEADLINE)
+    stdout, stderr = await within(
+        process.communicate(), "the README's blocks have run", 5 * DEADLINE
+    )
     assert process.returncode == 0, stderr.decode()
     output = stdout.decode()
     assert "2 of 8 vCPUs enabled" in output
@@ -244,7 +258,12 @@ async def test_progress_is_for_terminals_only():
         silent = await cli(*arguments)
         ours, theirs = pty.openpty()
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "qmpvcpu", *arguments, stdout=asyncio.subprocess.PIPE, stderr=theirs
+            sys.executable,
+            "-m",
+            "qmpvcpu",
+            *arguments,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=theirs,
         )
         stdout, _ = await process.communicate()
         shown = os.read(ours, 4096)

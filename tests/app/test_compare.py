@@ -21,7 +21,12 @@ async def test_both_sides_and_what_they_sent(file):
     run = await cli("compare", file, "setvcpu", "9", "--enable", "--live", "--config", "--json")
     assert run.code == 0, run.stderr
     ours, theirs = run.json["ours"], run.json["libvirt"]
-    assert run.json["differs"] == [] and ours["live_vcpus"] == theirs["config_vcpus"] == [0, 1, 2, 9]
+    assert run.json["differs"] == [] and ours["live_vcpus"] == theirs["config_vcpus"] == [
+        0,
+        1,
+        2,
+        9,
+    ]
     plug = {"socket-id": 1, "core-id": 0, "thread-id": 1, "node-id": 1, "id": "vcpu9"}
     for side, queries in ((ours, 1), (theirs, 2)):
         first = next(command for command in side["commands"] if command["execute"] == "device_add")

@@ -48,7 +48,10 @@ async def corpus(*words: str) -> tuple[int, str]:
 async def test_a_sample_of_libvirts_files_differs_only_where_a_reason_is_written():
     code, output = await corpus("--every", "60")
     assert code == 0, output
-    found = [re.search(pattern, output) for pattern in ("(.*) domain XML", "(.*) command lines and (.*) requests")]
+    found = [
+        re.search(pattern, output)
+        for pattern in ("(.*) domain XML", "(.*) command lines and (.*) requests")
+    ]
     files, command_lines, requests = (int(number) for match in found for number in match.groups())
     assert files > 40
     assert command_lines > 20
@@ -59,7 +62,7 @@ def test_every_reason_of_the_list_can_be_read():
     assert len(read_reasons()) <= 20
 
 
-# -- what it would see -------------------------------------------------------------------------------
+# -- what it would see -----------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -111,7 +114,9 @@ def test_another_command_line_is_one(file_of, tmp_path, old, new, text):
 
 
 def test_what_qemu_takes_where_nothing_is_written_is_no_difference():
-    short = read_words(["-machine", "pc", "-accel", "tcg", "-smp", "4", "-numa", "dist,src=1,dst=0,val=21"])
+    short = read_words(
+        ["-machine", "pc", "-accel", "tcg", "-smp", "4", "-numa", "dist,src=1,dst=0,val=21"]
+    )
     words = "-machine pc,acpi=on -accel tcg -smp cpus=4,dies=1"
     words += " -numa dist,src=0,dst=1,val=21 -numa dist,src=0,dst=0,val=10"
     long = read_words(words.split())
@@ -126,12 +131,20 @@ def test_a_refusal_is_a_finding(file_of, tmp_path):
 def test_the_rest_of_a_document_counts(file_of, tmp_path):
     commands = Commands(file_of(), tmp_path)
     commands._rest_is_kept("setvcpu", commands.file.data.replace(b"machine='pc'", b"machine='q35'"))
-    assert [finding.text for finding in commands.findings] == ["changes another part of the document"]
+    assert [finding.text for finding in commands.findings] == [
+        "changes another part of the document"
+    ]
 
 
 def test_vcpus_are_read_with_libvirts_defaults():
-    data = XML.format(vcpu="<vcpu current='1'>3</vcpu>", more="<cputune><vcpupin vcpu='7' cpuset='0'/></cputune>")
-    assert said(data.encode()).rows == {0: (True, False, None), 1: (False, True, None), 2: (False, True, None)}
+    data = XML.format(
+        vcpu="<vcpu current='1'>3</vcpu>", more="<cputune><vcpupin vcpu='7' cpuset='0'/></cputune>"
+    )
+    assert said(data.encode()).rows == {
+        0: (True, False, None),
+        1: (False, True, None),
+        2: (False, True, None),
+    }
     assert said(data.encode()).pins == {}
 
 
@@ -182,7 +195,9 @@ document = "cpu/topology"
 
 def test_a_list_of_too_many_reasons_is_none(tmp_path):
     file = tmp_path / "list.toml"
-    file.write_text("".join(f"[[difference]]\nid = '{n}'\nwhy = 'It is so.'\nwhere = []\n" for n in range(21)))
+    file.write_text(
+        "".join(f"[[difference]]\nid = '{n}'\nwhy = 'It is so.'\nwhere = []\n" for n in range(21))
+    )
     with pytest.raises(ValueError, match="at most 20"):
         read_reasons(file)
 

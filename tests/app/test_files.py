@@ -1,4 +1,6 @@
-"""Files that a user names, or that lie in our folders: what they are, whose they are, and what we make of them."""
+"""Files that a user names, or that lie in our folders: what they are, whose they are, and what we
+make of them.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,7 @@ def own(tmp_path, monkeypatch):
     return tmp_path
 
 
-# -- kinds -------------------------------------------------------------------------------------------
+# -- kinds -----------------------------------------------------------------------------------------
 
 
 @kinds
@@ -60,7 +62,10 @@ async def test_only_a_regular_file_is_opened(words, kind, own):
     KINDS[kind](own / "F")
     paths = {"F": str(own / "F"), "./F": str(own / "F"), "D": str(own / "d.xml")}
     run = await cli(*(paths.get(word, word) for word in words))
-    assert (run.code in (2, 3), f"it is {kind}, not a regular file" in run.stderr) == (True, True), run.stderr
+    assert (run.code in (2, 3), f"it is {kind}, not a regular file" in run.stderr) == (
+        True,
+        True,
+    ), run.stderr
 
 
 @kinds
@@ -73,7 +78,9 @@ async def test_only_a_regular_file_of_the_state_folder_is_opened(kind, own):
         KINDS[kind](path)
         run = await cli("vcpuinfo", "web1")
         what = "a symbolic link" if path.is_symlink() else kind
-        assert (run.code != 0, f"it is {what}, not a regular file" in run.stderr) == (True, True), run.stderr
+        assert (run.code != 0, f"it is {what}, not a regular file" in run.stderr) == (True, True), (
+            run.stderr
+        )
         path.rmdir() if path.is_dir() and not path.is_symlink() else path.unlink()
         path.write_bytes(kept)
 
@@ -121,11 +128,13 @@ async def test_a_cookie_of_gigabytes_is_refused(own):
     assert (run.code, "has more than" in run.stderr) == (3, True)
 
 
-# -- modes and owners --------------------------------------------------------------------------------
+# -- modes and owners ------------------------------------------------------------------------------
 
 
 def modes(folder: Path) -> set[tuple[bool, str]]:
-    return {(path.is_dir(), oct(path.stat().st_mode & 0o7777)) for path in (folder, *folder.rglob("*"))}
+    return {
+        (path.is_dir(), oct(path.stat().st_mode & 0o7777)) for path in (folder, *folder.rglob("*"))
+    }
 
 
 @pytest.mark.parametrize("umask", [0o000, 0o022, 0o777])
@@ -209,7 +218,7 @@ async def test_a_run_folder_that_another_user_has_planted_is_refused(own, monkey
         await victim.wait()
 
 
-# -- names, addresses, encodings, saved files --------------------------------------------------------
+# -- names, addresses, encodings, saved files ------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", [".hidden", "%2Ehidden", "100%", "x" * 247, "a b", "...", "ä,b"])
@@ -237,7 +246,18 @@ async def test_what_is_not_a_name_is_refused(name, own):
 @pytest.mark.parametrize("by_name", [True, False])
 async def test_a_new_xml_keeps_the_addresses(by_name, given, qmp, agent, own):
     path = str(own / "d.xml")
-    await cli("define", "web1", "--xml", path, "--qmp", "/run/q1", "--qmp", "/run/q2", "--agent", "/run/a1")
+    await cli(
+        "define",
+        "web1",
+        "--xml",
+        path,
+        "--qmp",
+        "/run/q1",
+        "--qmp",
+        "/run/q2",
+        "--agent",
+        "/run/a1",
+    )
     again = ["web1", "--xml", path] if by_name else [path]
     run = await cli("define", *again, *given, "--json")
     assert (run.json["qmp"], run.json["agent"]) == (qmp, agent)
@@ -245,14 +265,18 @@ async def test_a_new_xml_keeps_the_addresses(by_name, given, qmp, agent, own):
     assert is_told == ("--qmp" in given), run.stdout
 
 
-@pytest.mark.parametrize("encoding", ["utf-32", "utf-32-le", "utf-32-be", "utf-16", "utf-16-be", "utf-8-sig"])
+@pytest.mark.parametrize(
+    "encoding", ["utf-32", "utf-32-le", "utf-32-be", "utf-16", "utf-16-be", "utf-8-sig"]
+)
 async def test_a_document_in_another_encoding_is_read(encoding, own):
     (own / "other.xml").write_bytes(XML.decode().encode(encoding))
     run = await cli("vcpucount", str(own / "other.xml"), "--maximum")
     assert (run.code, run.stdout) == (0, "4\n"), run.stderr
 
 
-@pytest.mark.parametrize("encoding", ["cp037", "utf-7", "idna", "punycode", "big5", "base64", "undefined"])
+@pytest.mark.parametrize(
+    "encoding", ["cp037", "utf-7", "idna", "punycode", "big5", "base64", "undefined"]
+)
 async def test_a_document_in_an_odd_encoding_is_refused(encoding, own):
     text = f"<?xml version='1.0' encoding='{encoding}'?>".encode() + XML
     data = text.decode().encode("cp037") if encoding == "cp037" else text
@@ -264,12 +288,21 @@ async def test_a_document_in_an_odd_encoding_is_refused(encoding, own):
 @pytest.mark.parametrize("cut", [False, True], ids=["flipped", "cut"])
 async def test_a_saved_file_that_was_damaged_is_refused(where, cut, own):
     cookie = b"<qemu-migration/>" * 40
-    stream = streams.written({"pc.ram": 1 << 20}, [{"name": "cpu", "instance_id": 0}], between=bytes(3000))
+    stream = streams.written(
+        {"pc.ram": 1 << 20}, [{"name": "cpu", "instance_id": 0}], between=bytes(3000)
+    )
     made = saving.File(own / "guest", cookie)
     os.write(made.fd, stream)
     made.finish()
     data = bytearray((own / "guest").read_bytes())
-    places = {"header": 20, "digest": 50, "cookie": 300, "padding": 4000, "stream": 5000, "end": len(data) - 1}
+    places = {
+        "header": 20,
+        "digest": 50,
+        "cookie": 300,
+        "padding": 4000,
+        "stream": 5000,
+        "end": len(data) - 1,
+    }
     if cut:
         del data[places[where] :]
     else:

@@ -39,7 +39,9 @@ mount -o remount,rw "$QMPVCPU_STATE"
 async def test_a_full_and_a_read_only_disk(tmp_path):
     file, state = tmp_path / "d.xml", tmp_path / "state"
     state.mkdir()
-    file.write_text("<domain><name>d</name><vcpu current='1'>4</vcpu>" + "<!-- x -->" * 300 + "</domain>")
+    file.write_text(
+        "<domain><name>d</name><vcpu current='1'>4</vcpu>" + "<!-- x -->" * 300 + "</domain>"
+    )
     process = await asyncio.create_subprocess_exec(
         *("unshare", "--user", "--map-root-user", "--mount", "sh", "-c", SCRIPT),
         env=os.environ
@@ -54,9 +56,16 @@ async def test_a_full_and_a_read_only_disk(tmp_path):
     )
     stdout, stderr = await process.communicate()
     assert process.returncode == 0, stderr.decode()
-    full, code_full, left_full, readonly, code_readonly, left_readonly, undefined, code_undefined = (
-        stdout.decode().splitlines()
-    )
+    (
+        full,
+        code_full,
+        left_full,
+        readonly,
+        code_readonly,
+        left_readonly,
+        undefined,
+        code_undefined,
+    ) = stdout.decode().splitlines()
     for answer, code, left, words in (
         (full, code_full, left_full, "No space left on device"),
         (readonly, code_readonly, left_readonly, "Read-only file system"),

@@ -1,4 +1,6 @@
-"""Killed while it writes a definition, at any moment and at every system call: it is one of the two versions."""
+"""Killed while it writes a definition, at any moment and at every system call: it is one of the two
+versions.
+"""
 
 from __future__ import annotations
 
@@ -65,7 +67,9 @@ def versions(folder):
     """The two documents there can be."""
     off = folder.xml("web1")
     assert xml.read(off).enabled_ids == (0,)
-    on = off.replace(b"current='1'", b"current='2'").replace(b"id='1' enabled='no'", b"id='1' enabled='yes'")
+    on = off.replace(b"current='1'", b"current='2'").replace(
+        b"id='1' enabled='no'", b"id='1' enabled='yes'"
+    )
     return off, on
 
 
@@ -74,7 +78,9 @@ async def written(folder):
     file = folder.folder / "web1.xml"
     before = file.stat().st_ino, file.stat().st_mtime_ns
     await until(
-        lambda: (file.stat().st_ino, file.stat().st_mtime_ns) != before, "a version is written", every=0.001
+        lambda: (file.stat().st_ino, file.stat().st_mtime_ns) != before,
+        "a version is written",
+        every=0.001,
     )
 
 
@@ -87,7 +93,8 @@ async def test_killed_at_random_moments(tmp_path, monkeypatch):
         for _ in range(kills):
             pid = await run.start("loop")
             end = asyncio.create_task(run.go())
-            # However slow the machine is: some of them get to their first version, and some to their second.
+            # However slow the machine is: some of them get to their first version, and some to
+            # their second.
             for _ in range(dice.randrange(3)):
                 await written(folder)
             await asyncio.sleep(dice.uniform(0.001, 0.01))
@@ -111,7 +118,14 @@ async def test_killed_at_every_system_call_of_one_write(tmp_path, monkeypatch):
             (folder.folder / "web1.xml").write_bytes(off)
             pid = await run.start("once")
             tracer = await asyncio.create_subprocess_exec(
-                "strace", "-f", "-p", str(pid), "-o", str(log), *words, stderr=asyncio.subprocess.PIPE
+                "strace",
+                "-f",
+                "-p",
+                str(pid),
+                "-o",
+                str(log),
+                *words,
+                stderr=asyncio.subprocess.PIPE,
             )
             try:
                 assert b"attached" in await tracer.stderr.readline()
@@ -123,7 +137,9 @@ async def test_killed_at_every_system_call_of_one_write(tmp_path, monkeypatch):
 
         assert await traced() == 0
         assert folder.xml("web1") == on
-        calls = Counter(match[1] for line in log.read_text().splitlines() if (match := CALL.match(line)))
+        calls = Counter(
+            match[1] for line in log.read_text().splitlines() if (match := CALL.match(line))
+        )
         assert calls["fsync"] >= 2
         assert calls["rename"] + calls["renameat"] + calls["renameat2"] >= 2
         ends = Counter()

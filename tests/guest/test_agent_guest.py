@@ -1,4 +1,6 @@
-"""The agent of real Linux guests of four architectures; new CPUs stay offline until somebody takes them online."""
+"""The agent of real Linux guests of four architectures; new CPUs stay offline until somebody takes
+them online.
+"""
 
 from __future__ import annotations
 
@@ -29,7 +31,9 @@ IDS = {"x86_64": [5], "ppc64": [6, 7], "s390x": [5], "aarch64": [3]}
 
 def on(*arches):
     """One cell each, in the xdist group of its architecture."""
-    return pytest.mark.parametrize("arch", [pytest.param(arch, marks=group(arch, "10.0")) for arch in arches])
+    return pytest.mark.parametrize(
+        "arch", [pytest.param(arch, marks=group(arch, "10.0")) for arch in arches]
+    )
 
 
 EVERY = on(*KINDS)
@@ -38,11 +42,15 @@ EVERY = on(*KINDS)
 @pytest.fixture
 async def guest(pool, arch):
     """A guest as it booted; what a test leaves as it found it serves the next one too."""
-    return (await pool.get(arch, "10.0", plugs=5 if arch == "x86_64" else 0, kind=KINDS[arch])).guest
+    return (
+        await pool.get(arch, "10.0", plugs=5 if arch == "x86_64" else 0, kind=KINDS[arch])
+    ).guest
 
 
 async def run(guest, *words, agent=True):
-    found = await cli("--json", *(("--agent", guest.agent) if agent else ()), words[0], guest.qemu.qmp, *words[1:])
+    found = await cli(
+        "--json", *(("--agent", guest.agent) if agent else ()), words[0], guest.qemu.qmp, *words[1:]
+    )
     return found.code, found.json
 
 
@@ -77,12 +85,18 @@ async def test_the_agent_of_a_guest_that_is_watched_answers_others_too(arch, poo
     """Its socket takes one client at a time; who listens lets it go between two looks."""
     booted = await pool.get(arch, "10.0", plugs=0, kind=KINDS[arch])
     guest = booted.guest
-    async with qmpvcpu.connect(booted.third, agent=guest.agent) as watcher, watcher.events() as events:
+    async with (
+        qmpvcpu.connect(booted.third, agent=guest.agent) as watcher,
+        watcher.events() as events,
+    ):
         await watcher.state()
         for online in (0, 1):
             await guest.shell(f"echo {online} > /sys/devices/system/cpu/cpu1/online")
             event = await within(anext(events), "the watcher has looked into the guest")
-            assert (event.event.value, event.vcpus) == ("vcpu-online" if online else "vcpu-offline", (1,))
+            assert (event.event.value, event.vcpus) == (
+                "vcpu-online" if online else "vcpu-offline",
+                (1,),
+            )
             code, info = await run(guest, "vcpuinfo")
             assert (code, info["vcpus"][1]["online"]) == (0, bool(online))
 
@@ -101,7 +115,9 @@ async def test_enable_ends_with_the_guest_running_on_it_and_guest_switches_it(ar
     assert (code, off["mechanism"], off["changed_ids"]) == (0, "agent", ids)
     assert len(await online_in(guest)) == len(running_on) - len(ids)
     code, info = await run(guest, "vcpuinfo")
-    assert [(r["state"], r["online"]) for r in info["vcpus"] if r["id"] in ids] == [("enabled", False)] * len(ids)
+    assert [(r["state"], r["online"]) for r in info["vcpus"] if r["id"] in ids] == [
+        ("enabled", False)
+    ] * len(ids)
 
     # Plugged but offline is not enabled: it is taken online, without a plug.
     code, back = await run(guest, "setvcpu", csv(ids), "--enable")
@@ -112,12 +128,18 @@ async def test_enable_ends_with_the_guest_running_on_it_and_guest_switches_it(ar
 
     code, gone = await run(guest, "setvcpu", csv(ids), "--disable")
     hotplug = arch in ("x86_64", "ppc64")
-    assert (code, gone["mechanism"], gone["changed_ids"]) == (0, "hotplug" if hotplug else "agent", ids)
+    assert (code, gone["mechanism"], gone["changed_ids"]) == (
+        0,
+        "hotplug" if hotplug else "agent",
+        ids,
+    )
     assert any("still plugged" in message for message in gone["messages"]) is not hotplug
     assert len(await online_in(guest)) == len(running_on) - len(ids)
 
     code, view = await run(guest, "guestvcpus")
-    assert sorted(cpu["vcpu"] for cpu in view["cpus"] if cpu["online"]) == sorted(running_on - set(ids))
+    assert sorted(cpu["vcpu"] for cpu in view["cpus"] if cpu["online"]) == sorted(
+        running_on - set(ids)
+    )
     if arch == "aarch64":
         await run(guest, "setvcpu", csv(ids), "--enable")
 
@@ -204,7 +226,9 @@ async def test_doctor_names_an_agent_that_may_not_switch_cpus(guest):
         async def named():
             _, found = await run(guest, "doctor")
             # Between two agents none answers, which is named as well.
-            texts = [text for text in found["cannot"] if text.startswith("switch vCPUs in the guest: ")]
+            texts = [
+                text for text in found["cannot"] if text.startswith("switch vCPUs in the guest: ")
+            ]
             return any("guest-set-vcpus" in text for text in texts)
 
         await until(named, "doctor names it")
@@ -217,9 +241,16 @@ async def test_one_cpu_that_refuses_puts_the_others_back(arch, pool):
     kind = replace(KINDS[arch], append="qmpvcpu.refuse=2")
     guest = (await pool.get(arch, "10.0", plugs=0, kind=kind)).guest
     # The knob arms the kernel's own failure injection, which takes a moment after boot.
-    await guest.shell("until read -r n </sys/devices/system/cpu/cpu2/hotplug/fail && [ $n != -1 ]; do :; done")
+    await guest.shell(
+        "until read -r n </sys/devices/system/cpu/cpu2/hotplug/fail && [ $n != -1 ]; do :; done"
+    )
     code, found = await run(guest, "setvcpu", "1-3", "--disable", "--guest")
-    assert (code, found["outcome"], found["undone"], found["changed_ids"]) == (4, "rejected", [1], [])
+    assert (code, found["outcome"], found["undone"], found["changed_ids"]) == (
+        4,
+        "rejected",
+        [1],
+        [],
+    )
     assert set(found["error"]["reasons"]) == {"2", "3"}
     assert "temporarily unavailable" in found["error"]["reasons"]["2"]
     assert await online_in(guest) == (0, 1, 2, 3)

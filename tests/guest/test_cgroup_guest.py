@@ -1,6 +1,8 @@
-"""cgroups on a kernel that has what the host's may lack: v2 with cpuset and cpu, and two NUMA nodes.
+"""cgroups on a kernel that has what the host's may lack: v2 with cpuset and cpu, and two NUMA
+nodes.
 
-A Linux guest gets this Python and `qmpvcpu` in a second initrd, and runs `cgroup_driver.py` once for each version.
+A Linux guest gets this Python and `qmpvcpu` in a second initrd, and runs `cgroup_driver.py` once
+for each version.
 """
 
 from __future__ import annotations
@@ -24,10 +26,17 @@ from tests.support.qemus import group, qemu_binary
 pytestmark = [pytest.mark.guest, group("x86_64", "10.0")]
 
 #: The guest must be of the host's architecture: it runs the host's Python.
-IMAGE, ARCH = {"x86_64": ("x86_64", "x86_64"), "aarch64": ("arm64", "aarch64")}.get(platform.machine(), ("", ""))
+IMAGE, ARCH = {"x86_64": ("x86_64", "x86_64"), "aarch64": ("arm64", "aarch64")}.get(
+    platform.machine(), ("", "")
+)
 NODES = [
     *("-smp", "2", "-m", "768", "-accel", "tcg,thread=multi"),
-    *("-object", "memory-backend-ram,id=m0,size=512M", "-object", "memory-backend-ram,id=m1,size=256M"),
+    *(
+        "-object",
+        "memory-backend-ram,id=m0,size=512M",
+        "-object",
+        "memory-backend-ram,id=m1,size=256M",
+    ),
     *("-numa", "node,nodeid=0,cpus=0,memdev=m0", "-numa", "node,nodeid=1,cpus=1,memdev=m1"),
 ]
 #: Of the standard library, what nothing here imports and is large.
@@ -55,7 +64,8 @@ def python_tree(folder: Path) -> Path:
         (root / "lib" / path.name).write_bytes(path.read_bytes())
     loader = next(path.name for path in (root / "lib").glob("ld-*"))
     (root / "run").write_text(
-        "#!/bin/sh\nexport PYTHONHOME=/py PYTHONPATH=/py/site PYTHONDONTWRITEBYTECODE=1 QMPVCPU_STATE=/run/state\n"
+        "#!/bin/sh\nexport PYTHONHOME=/py PYTHONPATH=/py/site PYTHONDONTWRITEBYTECODE=1"
+        " QMPVCPU_STATE=/run/state\n"
         f'exec /py/lib/{loader} --library-path /py/lib /py/bin/python3 "$@"\n'
     )
     for path in (*root.glob("bin/*"), *root.glob("lib/ld-*"), root / "run"):
@@ -78,9 +88,13 @@ def initrd(tmp_path_factory) -> Path:
     root = python_tree(folder)
     names = "\0".join(str(path.relative_to(folder)) for path in [root, *sorted(root.rglob("*"))])
     command = ["cpio", "--null", "--quiet", "-o", "-H", "newc", "-R", "0:0"]
-    archive = subprocess.run(command, cwd=folder, input=names.encode(), check=True, capture_output=True).stdout
+    archive = subprocess.run(
+        command, cwd=folder, input=names.encode(), check=True, capture_output=True
+    ).stdout
     whole = folder / "initrd"
-    whole.write_bytes((image_of(IMAGE).folder / "initrd.cpio.gz").read_bytes() + gzip.compress(archive, 1))
+    whole.write_bytes(
+        (image_of(IMAGE).folder / "initrd.cpio.gz").read_bytes() + gzip.compress(archive, 1)
+    )
     return whole
 
 
@@ -100,7 +114,9 @@ MOUNT = {
 
 async def drive(guest, version):
     await guest.shell(MOUNT[version])
-    return json.loads((await guest.shell(f"/py/run /py/driver.py {version} qemu", timeout=120)).splitlines()[-1])
+    return json.loads(
+        (await guest.shell(f"/py/run /py/driver.py {version} qemu", timeout=120)).splitlines()[-1]
+    )
 
 
 def common(told):
@@ -130,7 +146,11 @@ async def test_v2(linux):
         one, two = told[where]["settings"]["1"], told[where]["settings"]["2"]
         assert (one["cpuset.cpus"], one["cpuset.mems"]) == ("1", "1")
         assert (one["cpuset.cpus.effective"], one["cpuset.mems.effective"]) == ("1", "1")
-        assert (one["cpu.max"], one["cpu.weight"], one["cgroup.type"]) == ("25000 50000", "512", "threaded")
+        assert (one["cpu.max"], one["cpu.weight"], one["cgroup.type"]) == (
+            "25000 50000",
+            "512",
+            "threaded",
+        )
         assert (two["cpuset.cpus"], two["cpuset.mems"], two["cpu.max"]) == ("0", "0", "max 100000")
     assert told["layout"]["settings"]["3"]["cpuset.cpus"] == ""
 

@@ -1,4 +1,6 @@
-"""Real Linux guests under a real libvirtd: its agent, and the end of unplugs that libvirt does not see."""
+"""Real Linux guests under a real libvirtd: its agent, and the end of unplugs that libvirt does not
+see.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,8 @@ pytestmark = [pytest.mark.guest, pytest.mark.xdist_group("libvirt")]
 KINDS = {
     "x86_64": (
         "machine='q35'",
-        "<features><acpi/></features><cpu mode='maximum'><topology sockets='2' cores='16' threads='1'/></cpu>",
+        "<features><acpi/></features><cpu mode='maximum'><topology sockets='2' cores='16'"
+        " threads='1'/></cpu>",
         256,
         "x86_64",
         "<vcpu current='2'>32</vcpu>",
@@ -74,7 +77,11 @@ async def test_x86_64_where_libvirt_does_not_see_the_end(daemon, tmp_path):
         cpus = (await on(daemon, "guestvcpus", "linux1")).json["cpus"]
         assert [cpu["online"] for cpu in cpus] == [True, True, True]
         run = await on(daemon, "guestvcpus", "linux1", "--cpulist", "2", "--disable")
-        assert run.code == 0 and [cpu["online"] for cpu in run.json["cpus"]] == [True, True, False], run.stdout
+        assert run.code == 0 and [cpu["online"] for cpu in run.json["cpus"]] == [
+            True,
+            True,
+            False,
+        ], run.stdout
         # An enable of what is plugged and offline brings it online.
         run = await on(daemon, "guestvcpus", "linux1", "--cpulist", "2", "--enable")
         assert run.code == 0, run.stdout
@@ -96,7 +103,9 @@ async def test_x86_64_where_libvirt_does_not_see_the_end(daemon, tmp_path):
         assert [row["id"] for row in rows if row["online"]] == [0, 1, 7, 9, 10]
 
 
-async def test_x86_64_by_the_api_several_at_once_come_online_in_a_guest_that_leaves_them_offline(daemon, tmp_path):
+async def test_x86_64_by_the_api_several_at_once_come_online_in_a_guest_that_leaves_them_offline(
+    daemon, tmp_path
+):
     async with linux(daemon, "x86_64", tmp_path, "qmpvcpu.selfonline=0"):
         run = await on(daemon, "setvcpu", "linux1", "7,9-10", "--enable")
         assert run.code == 0 and run.json["outcome"] == "applied", run.stdout
@@ -105,7 +114,8 @@ async def test_x86_64_by_the_api_several_at_once_come_online_in_a_guest_that_lea
         assert [(cpu["logical_id"], cpu["online"]) for cpu in cpus] == [(n, True) for n in range(5)]
         rows = (await on(daemon, "vcpuinfo", "linux1")).json["vcpus"]
         assert [row["id"] for row in rows if row["online"]] == [0, 1, 7, 9, 10]
-        # Which is which nobody knows, so one of them cannot be taken offline by its id; so many of them can.
+        # Which is which nobody knows, so one of them cannot be taken offline by its id; so many of
+        # them can.
         run = await on(daemon, "setvcpu", "linux1", "9", "--guest", "--disable")
         assert run.code == 3 and "is not known" in run.json["error"]["message"], run.stdout
         run = await on(daemon, "setvcpus", "linux1", "3", "--guest", "--dry-run")
@@ -130,7 +140,8 @@ async def test_ppc64_cores_come_and_go(daemon, tmp_path):
         assert run.code == 0 and run.json["changed_ids"] == [6, 7, 20, 21], run.stdout
         for xml in await side.sides():
             assert b"current='2'" in xml
-        # The guest's last online CPUs are in the core that is to go: it says no, and libvirt fails without a word.
+        # The guest's last online CPUs are in the core that is to go: it says no, and libvirt fails
+        # without a word.
         assert (await on(daemon, "setvcpu", "linux1", "6-7", "--enable")).code == 0
         run = await on(daemon, "guestvcpus", "linux1", "--cpulist", "0-1", "--disable")
         assert run.code == 0, run.stdout

@@ -1,4 +1,6 @@
-"""Real, sparse Linux guests go from QEMU to QEMU: what they count never goes back, what they see stays so."""
+"""Real, sparse Linux guests go from QEMU to QEMU: what they count never goes back, what they see
+stays so.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ pytestmark = pytest.mark.guest
 #: -smp, -m, image, plugged in this order, and one more later on.
 KINDS = {
     "x86_64": ("2,sockets=2,cores=32,threads=1,maxcpus=64", "256", "x86_64", ([40], [5]), [9]),
-    "ppc64": ("2,sockets=1,cores=40,threads=2,maxcpus=80", "1024", "ppc64le", ([20, 21], [6, 7]), [12, 13]),
+    "ppc64": (
+        "2,sockets=1,cores=40,threads=2,maxcpus=80",
+        "1024",
+        "ppc64le",
+        ([20, 21], [6, 7]),
+        [12, 13],
+    ),
     "s390x": ("1,maxcpus=32", "256", "s390x", ([7], [3]), [5]),
 }
 #: Not ppc64 7.2: its Linux hangs after a migration, with one vCPU too (docs/qemu-facts.md).
@@ -34,12 +42,14 @@ MORE = [("x86_64", "10.0"), ("s390x", "7.2")]
 ONE_CPU = ("ppc64", "10.0")
 #: Ten, and `MORE`: `scripts/soak trips`.
 ROUND_TRIPS = 1
-COUNTER = "(n=0; while :; do n=$((n+1)); echo $n > /run/counter; usleep 20000; done) > /dev/null 2>&1 &"
+COUNTER = (
+    "(n=0; while :; do n=$((n+1)); echo $n > /run/counter; usleep 20000; done) > /dev/null 2>&1 &"
+)
 
 
 async def counted(guest: Guest) -> int:
-    """Between its truncation and what is written to it, the file is empty. `cat`: the shell's own `read` takes one
-    character at a time, of two numbers if need be.
+    """Between its truncation and what is written to it, the file is empty. `cat`: the shell's own
+    `read` takes one character at a time, of two numbers if need be.
     """
     command = 'n=; until [ -n "$n" ]; do n=$(cat /run/counter); done; echo $n'
     return int(await guest.shell(command, timeout=DEADLINE))
@@ -47,7 +57,9 @@ async def counted(guest: Guest) -> int:
 
 @matrix(*CELLS, ONE_CPU, more=MORE)
 async def test_round_trips(arch, version, tmp_path, monkeypatch):
-    """From QEMU to QEMU and, where its CPUs all get over it without an agent, into a file and out of it."""
+    """From QEMU to QEMU and, where its CPUs all get over it without an agent, into a file and out
+    of it.
+    """
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
     smp, memory, image, plugs, more = KINDS[arch]
     found = image_of(image)
@@ -72,7 +84,9 @@ async def test_round_trips(arch, version, tmp_path, monkeypatch):
             return guest
 
         for _ in range(count(ROUND_TRIPS)):
-            target = await stack.enter_async_context(incoming(found, qemu_binary(version, arch), arguments))
+            target = await stack.enter_async_context(
+                incoming(found, qemu_binary(version, arch), arguments)
+            )
             words = ["migrate", guest.qemu.qmp, target.qmp, "--timeout", str(DEADLINE), "--json"]
             if is_one_cpu:
                 words += ["--agent", guest.agent, "--dest-agent", str(target.folder / "agent")]
@@ -83,7 +97,9 @@ async def test_round_trips(arch, version, tmp_path, monkeypatch):
         if not is_one_cpu:
             run = await cli("save", guest.qemu.qmp, str(tmp_path / "saved"), "--json")
             assert run.code == 0, run.stdout + run.stderr
-            target = await stack.enter_async_context(incoming(found, qemu_binary(version, arch), arguments))
+            target = await stack.enter_async_context(
+                incoming(found, qemu_binary(version, arch), arguments)
+            )
             run = await cli("restore", str(tmp_path / "saved"), target.qmp, "--json")
             assert run.code == 0, run.stdout + run.stderr
             guest = await arrived(target)
@@ -92,7 +108,9 @@ async def test_round_trips(arch, version, tmp_path, monkeypatch):
             assert (await domain.guest_vcpus()).cpus
             assert (await domain.enable(more, timeout=DEADLINE)).outcome == "applied"
             if arch != "s390x":
-                assert (await domain.disable([*more, *plugs[0]], timeout=DEADLINE)).outcome == "applied"
+                assert (
+                    await domain.disable([*more, *plugs[0]], timeout=DEADLINE)
+                ).outcome == "applied"
                 assert (await domain.enable(plugs[0], timeout=DEADLINE)).outcome == "applied"
 
 
@@ -114,7 +132,8 @@ async def seen(guest: Guest) -> str:
     return await guest.shell(
         "cd /sys/devices/system/cpu; for c in cpu[0-9]*; do words=$c;"
         " for f in online topology/physical_package_id topology/core_id physical_id address; do"
-        ' word=-; [ -e $c/$f ] && read -r word < $c/$f; words="$words $word"; done; echo $words; done',
+        ' word=-; [ -e $c/$f ] && read -r word < $c/$f; words="$words $word"; done; echo $words;'
+        " done",
         timeout=DEADLINE,
     )
 
@@ -140,31 +159,49 @@ async def test_a_linux_that_would_hang_is_not_taken_away(arch, version, pool):
         ["save", box.qmp, "/nowhere/file", *agents[:2]],
     ):
         run = await cli(*words, "--json")
-        assert run.code == 3 and "no interrupt reaches any vCPU but the first" in run.json["error"]["message"]
-        assert "--dest-agent" in run.json["error"]["hint"] and "--force" in run.json["error"]["hint"]
+        assert (
+            run.code == 3
+            and "no interrupt reaches any vCPU but the first" in run.json["error"]["message"]
+        )
+        assert (
+            "--dest-agent" in run.json["error"]["hint"] and "--force" in run.json["error"]["hint"]
+        )
     assert await box.guest.online() == "0-1"
 
 
 @pytest.fixture
 async def waiting(pool):
     """A QEMU that waits for a guest of the pool's ppc64."""
-    arguments = ["-accel", "tcg,thread=multi", "-smp", POOLED["ppc64"].smp, "-m", POOLED["ppc64"].memory]
+    arguments = [
+        "-accel",
+        "tcg,thread=multi",
+        "-smp",
+        POOLED["ppc64"].smp,
+        "-m",
+        POOLED["ppc64"].memory,
+    ]
     async with incoming(image_of("ppc64le"), qemu_binary("10.0", "ppc64"), arguments) as target:
         yield target
 
 
 @matrix(ONE_CPU)
-async def test_an_agent_that_cannot_do_it_is_a_reason_and_all_is_online_again(arch, version, pool, waiting):
+async def test_an_agent_that_cannot_do_it_is_a_reason_and_all_is_online_again(
+    arch, version, pool, waiting
+):
     box = await pool.get(arch, version, plugs=0, untouched=True)
     there = str(waiting.folder / "agent")
 
     async def refused(source: str, target: str) -> str:
-        run = await cli("migrate", box.qmp, waiting.qmp, "--agent", source, "--dest-agent", target, "--json")
+        run = await cli(
+            "migrate", box.qmp, waiting.qmp, "--agent", source, "--dest-agent", target, "--json"
+        )
         assert run.code == 3 and await box.guest.online() == "0-1", run.stdout
         return run.json["error"]["message"]
 
     assert "there is no agent socket '/nowhere/agent'" in await refused("/nowhere/agent", there)
-    assert "there is no agent socket '/nowhere/agent'" in await refused(box.guest.agent, "/nowhere/agent")
+    assert "there is no agent socket '/nowhere/agent'" in await refused(
+        box.guest.agent, "/nowhere/agent"
+    )
     await box.guest.shell(
         "echo $(sed -n 's/: sched:active//p' /sys/devices/system/cpu/hotplug/states)"
         " > /sys/devices/system/cpu/cpu1/hotplug/fail"
@@ -210,11 +247,15 @@ async def test_a_destination_by_name_has_an_agent_of_its_own(arch, version, tmp_
     try:
         assert run.code == 0, run.stdout
         await booted(Path(run.json["console"]))
-        run = await cli("migrate", "sparse", "sparse2", "--persistent", "--undefine-source", "--json")
+        run = await cli(
+            "migrate", "sparse", "sparse2", "--persistent", "--undefine-source", "--json"
+        )
         assert run.code == 0, run.stdout
         assert any("and online again" in text for text in run.json["messages"]), run.stdout
         rows = (await cli("vcpuinfo", "sparse2", "--json")).json["vcpus"]
-        assert [row["id"] for row in rows if row["online"]] == run.json["vcpus"] == sorted(TWO_CORES)
+        assert (
+            [row["id"] for row in rows if row["online"]] == run.json["vcpus"] == sorted(TWO_CORES)
+        )
         # Every CPU has to stop for it.
         for word in ("--disable", "--enable"):
             run = await cli("guestvcpus", "sparse2", "--cpulist", "1-3", word, "--json")
@@ -228,20 +269,34 @@ async def test_a_destination_by_name_has_an_agent_of_its_own(arch, version, tmp_
 async def test_what_stays_offline_at_the_destination_is_named(arch, version, tmp_path, monkeypatch):
     """By an agent's socket that is another one's: the guest runs there, and can be helped."""
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
-    arguments = ["-accel", "tcg,thread=multi", "-smp", POOLED["ppc64"].smp, "-m", POOLED["ppc64"].memory]
+    arguments = [
+        "-accel",
+        "tcg,thread=multi",
+        "-smp",
+        POOLED["ppc64"].smp,
+        "-m",
+        POOLED["ppc64"].memory,
+    ]
     found = image_of("ppc64le")
     silent = await asyncio.start_unix_server(lambda reader, writer: None, tmp_path / "silent")
     async with AsyncExitStack() as stack:
         await stack.enter_async_context(silent)
         guest = await stack.enter_async_context(boot(found, qemu_binary(version, arch), arguments))
-        target = await stack.enter_async_context(incoming(found, qemu_binary(version, arch), arguments))
+        target = await stack.enter_async_context(
+            incoming(found, qemu_binary(version, arch), arguments)
+        )
         agents = ["--agent", guest.agent, "--dest-agent", str(tmp_path / "silent")]
         run = await cli("migrate", guest.qemu.qmp, target.qmp, *agents, "--json")
         assert run.code == 0, run.stdout
         (message,) = run.json["messages"]
-        assert message.startswith("vCPU 1: offline in the guest since then") and "--cpulist 1 --enable" in message
+        assert (
+            message.startswith("vCPU 1: offline in the guest since then")
+            and "--cpulist 1 --enable" in message
+        )
         guest = await stack.enter_async_context(attached(target))
         assert await guest.online() == "0"
-        run = await cli("guestvcpus", target.qmp, "--agent", guest.agent, "--cpulist", "1", "--enable")
+        run = await cli(
+            "guestvcpus", target.qmp, "--agent", guest.agent, "--cpulist", "1", "--enable"
+        )
         assert run.code == 0 and await guest.online() == "0-1"
         await each_works(guest)

@@ -18,7 +18,8 @@ pytestmark = pytest.mark.guest
 SEEN = (
     "cd /sys/devices/system; for cpu in cpu/cpu[0-9]*; do n=${cpu##*cpu}; node=; "
     "for d in $cpu/node[0-9]*; do node=${d##*node}; done; "
-    "echo $n ${node:--} $(cat $cpu/online 2>/dev/null || echo 1) $(cat $cpu/physical_id 2>/dev/null); done"
+    "echo $n ${node:--} $(cat $cpu/online 2>/dev/null || echo 1) $(cat $cpu/physical_id"
+    " 2>/dev/null); done"
 )
 
 TWO_CORES = {0: 0, 1: 0, 6: 2, 7: 2}
@@ -44,11 +45,17 @@ def xml(arch, version, shell):
         on = number in enabled
         order = f" order='{enabled[number]}'" if enabled.get(number) else ""
         pluggable = "yes" if not on or order else "no"
-        rows.append(f"<vcpu id='{number}' enabled='{'yes' if on else 'no'}' hotpluggable='{pluggable}'{order}/>")
+        rows.append(
+            f"<vcpu id='{number}' enabled='{'yes' if on else 'no'}'"
+            f" hotpluggable='{pluggable}'{order}/>"
+        )
     options = found.facts["machine"].partition(",")[2]
     words = ["-machine", options] if options else []
     words += ["-chardev", f"socket,id=shell,path={shell},server=on,wait=off"]
-    words += ["-device", f"virtserialport,bus=qmpvcpu-serial.0,chardev=shell,name={found.facts['shell']}"]
+    words += [
+        "-device",
+        f"virtserialport,bus=qmpvcpu-serial.0,chardev=shell,name={found.facts['shell']}",
+    ]
     args = "".join(f"<qemu:arg value='{word}'/>" for word in words)
     half = maximum // 2
     return f"""<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'>

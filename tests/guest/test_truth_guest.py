@@ -1,5 +1,5 @@
-"""What a Linux guest does not run on counts as such: CPUs that its kernel has never taken online, or was told to
-take offline. And one that OVMF with SMM has started gets no CPU that would hang it.
+"""What a Linux guest does not run on counts as such: CPUs that its kernel has never taken online,
+or was told to take offline. And one that OVMF with SMM has started gets no CPU that would hang it.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ async def run(guest, *words):
 
 @pytest.mark.xdist_group("x86_64-10.0")
 async def test_counts_take_cpus_online_that_linux_has_left_offline(tmp_path):
-    async with started("x86_64", "3,sockets=2,cores=8,threads=1,maxcpus=16", f"maxcpus=1 {PLAIN}") as guest:
+    async with started(
+        "x86_64", "3,sockets=2,cores=8,threads=1,maxcpus=16", f"maxcpus=1 {PLAIN}"
+    ) as guest:
         assert await guest.online() == "0"
         found = await run(guest, "setvcpus", "3")
         assert (found["mechanism"], found["changed_ids"]) == ("agent", [1, 2])
@@ -48,8 +50,12 @@ async def test_counts_take_cpus_online_that_linux_has_left_offline(tmp_path):
 
         await guest.shell("for n in 1 2; do echo 0 > /sys/devices/system/cpu/cpu$n/online; done")
         file = tmp_path / "five.xml"
-        rows = "".join(f"<vcpu id='{n}' state='{'enabled' if n < 5 else 'disabled'}'/>" for n in range(16))
-        file.write_text(f"<domain><name>d</name><vcpu current='5'>16</vcpu><vcpus>{rows}</vcpus></domain>")
+        rows = "".join(
+            f"<vcpu id='{n}' state='{'enabled' if n < 5 else 'disabled'}'/>" for n in range(16)
+        )
+        file.write_text(
+            f"<domain><name>d</name><vcpu current='5'>16</vcpu><vcpus>{rows}</vcpus></domain>"
+        )
         assert sorted((await run(guest, "apply", str(file)))["changed_ids"]) == [1, 2, 4]
         assert await guest.online() == "0-4"
 
@@ -58,7 +64,11 @@ async def test_counts_take_cpus_online_that_linux_has_left_offline(tmp_path):
 async def test_on_s390x_a_count_that_rises_again_takes_the_same_cpus_online():
     async with started("s390x", "1,maxcpus=8") as guest:
         found = await run(guest, "setvcpu", "3,5", "--enable")
-        assert (found["changed_ids"], found["pending_online"], found["messages"]) == ([3, 5], [], [])
+        assert (found["changed_ids"], found["pending_online"], found["messages"]) == (
+            [3, 5],
+            [],
+            [],
+        )
         assert await guest.online() == "0-2"
         found = await run(guest, "setvcpus", "1")
         assert (found["mechanism"], found["changed_ids"]) == ("agent", [3, 5])
@@ -109,5 +119,7 @@ async def test_a_guest_of_ovmf_with_smm_gets_cpus_only_before_it_runs(tmp_path):
 
 
 async def test_an_incoming_guest_of_ovmf_with_smm_gets_its_cpus_before_it_arrives(tmp_path):
-    async with incoming(image_of("x86_64"), qemu_binary("10.0", "x86_64"), with_ovmf(tmp_path)) as qemu:
+    async with incoming(
+        image_of("x86_64"), qemu_binary("10.0", "x86_64"), with_ovmf(tmp_path)
+    ) as qemu:
         assert (await cli("setvcpu", qemu.qmp, "1", "--enable")).code == 0

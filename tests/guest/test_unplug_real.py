@@ -34,7 +34,9 @@ async def test_what_is_plugged_appears_in_the_guest_and_what_is_unplugged_goes(a
 
 
 @matrix(*GUESTS, more=MORE)
-async def test_unplugs_of_one_call_are_asked_together_and_all_awaited(arch, version, pool, tmp_path):
+async def test_unplugs_of_one_call_are_asked_together_and_all_awaited(
+    arch, version, pool, tmp_path
+):
     box = await pool.get(arch, version, plugs=6)
     ids = box.ids(3, 4, 7)
     log = tmp_path / "qmp.log"
@@ -54,7 +56,9 @@ async def test_unplugs_of_one_call_are_asked_together_and_all_awaited(arch, vers
 
 
 @matrix(GUESTS[0], more=MORE[:1])
-async def test_a_cpu_of_the_start_is_removed_by_its_path_and_comes_back_under_our_id(arch, version, pool):
+async def test_a_cpu_of_the_start_is_removed_by_its_path_and_comes_back_under_our_id(
+    arch, version, pool
+):
     box = await pool.get(arch, version, plugs=1)
     async with qmpvcpu.connect(box.qmp) as domain:
         gone = await domain.disable(1)
@@ -91,12 +95,16 @@ async def test_ppc64_guest_keeps_its_last_online_core(arch, version, pool):
     async with qmpvcpu.connect(box.qmp) as domain:
         await domain.enable(box.ids(1))
         await box.guest.wait_online(4, timeout=DEADLINE)
-        await box.guest.shell("for n in 0 1; do echo 0 > /sys/devices/system/cpu/cpu$n/online; done")
+        await box.guest.shell(
+            "for n in 0 1; do echo 0 > /sys/devices/system/cpu/cpu$n/online; done"
+        )
         try:
             with pytest.raises(qmpvcpu.VcpuRejected) as rejected:
                 await domain.disable(2, core=True)
         finally:
-            await box.guest.shell("for n in 0 1; do echo 1 > /sys/devices/system/cpu/cpu$n/online; done")
+            await box.guest.shell(
+                "for n in 0 1; do echo 1 > /sys/devices/system/cpu/cpu$n/online; done"
+            )
         assert rejected.value.outcome.exit_code == 4
         assert rejected.value.reasons.keys() == {2}
         run = await domain.disable(2, core=True)
@@ -114,7 +122,11 @@ async def test_a_stopped_guest_leaves_it_pending_and_cont_ends_it(arch, version,
             waited = await domain.disable(box.ids(6), timeout=0.3)
             assert (waited.outcome, waited.pending) == ("pending", tuple(box.ids(6)))
             assert any("stopped" in message for message in waited.messages)
-            assert all(row.pending and row.enabled for row in (await domain.state()).vcpus if row.id in box.ids(6))
+            assert all(
+                row.pending and row.enabled
+                for row in (await domain.state()).vcpus
+                if row.id in box.ids(6)
+            )
         finally:
             await box.guest.qemu.execute("cont")
         # Asked again while pending: the same unplug, awaited to its end.
@@ -124,7 +136,9 @@ async def test_a_stopped_guest_leaves_it_pending_and_cont_ends_it(arch, version,
 
 
 @matrix(*GUESTS, more=MORE)
-async def test_enabling_a_vcpu_whose_unplug_is_pending_waits_and_plugs_it_again(arch, version, pool):
+async def test_enabling_a_vcpu_whose_unplug_is_pending_waits_and_plugs_it_again(
+    arch, version, pool
+):
     box = await pool.get(arch, version, plugs=4)
     ids = box.ids(2)
     async with qmpvcpu.connect(box.qmp) as domain:

@@ -1,5 +1,5 @@
-"""The whole call on real Linux guests: together, rejected, pending across processes, reset, retried, atomic,
-watched.
+"""The whole call on real Linux guests: together, rejected, pending across processes, reset,
+retried, atomic, watched.
 """
 
 from __future__ import annotations
@@ -25,7 +25,9 @@ MORE = [("x86_64", "10.0"), ("ppc64", "11.1")]
 
 def has_answer(log, command):
     """Whether QEMU has answered that command, by the lines of --qmp-log."""
-    messages = [json.loads(line)["message"] for line in log.read_text().rpartition("\n")[0].splitlines()]
+    messages = [
+        json.loads(line)["message"] for line in log.read_text().rpartition("\n")[0].splitlines()
+    ]
     asked = [one["id"] for one in messages if one.get("execute") == command]
     return any("return" in one and one.get("id") in asked for one in messages)
 
@@ -54,7 +56,9 @@ async def stopped(box):
 
 @asynccontextmanager
 async def watch(box, *words):
-    """`watch --json` on the third QMP socket; yields a function that reads lines until one is of this event."""
+    """`watch --json` on the third QMP socket; yields a function that reads lines until one is of
+    this event.
+    """
     process = await start_cli("watch", "--json", box.third)
     lines = []
 
@@ -74,7 +78,9 @@ async def watch(box, *words):
 
 
 @matrix(*GUESTS, more=MORE)
-async def test_six_in_one_call_are_all_asked_before_the_first_one_ends(arch, version, pool, tmp_path):
+async def test_six_in_one_call_are_all_asked_before_the_first_one_ends(
+    arch, version, pool, tmp_path
+):
     box = await pool.get(arch, version, plugs=6)
     ids = box.ids(3, 4, 5, 6, 7, 8)
     await plug(box, ids)
@@ -126,15 +132,21 @@ async def test_eject_disabled_gives_exit_4_and_a_retry_cures_it(arch, version, p
 
 
 @matrix(GUESTS[1], more=MORE[1:])
-async def test_the_last_online_core_is_refused_and_atomic_takes_the_other_one_back(arch, version, pool):
+async def test_the_last_online_core_is_refused_and_atomic_takes_the_other_one_back(
+    arch, version, pool
+):
     box = await pool.get(arch, version, plugs=3)
     ids = box.ids(1, 2)
     await plug(box, ids)
     await box.guest.shell("for n in 0 1; do echo 0 > /sys/devices/system/cpu/cpu$n/online; done")
     try:
-        run = await cli("--json", "setvcpu", box.qmp, csv(ids), "--disable", "--atomic", "--no-fallback")
+        run = await cli(
+            "--json", "setvcpu", box.qmp, csv(ids), "--disable", "--atomic", "--no-fallback"
+        )
     finally:
-        await box.guest.shell("for n in 0 1; do echo 1 > /sys/devices/system/cpu/cpu$n/online; done")
+        await box.guest.shell(
+            "for n in 0 1; do echo 1 > /sys/devices/system/cpu/cpu$n/online; done"
+        )
     assert (run.code, run.json["outcome"], run.json["changed_ids"]) == (4, "rejected", [])
     assert run.json["undone"] in (box.ids(1), box.ids(2))
     # Linux 6.1 leaves the threads that it had offlined before it refused as they are.
@@ -186,13 +198,25 @@ async def test_what_ended_while_nobody_listened_the_next_process_finds(arch, ver
 
 
 @matrix(GUESTS[0], more=MORE[:1])
-async def test_a_reset_of_the_stopped_guest_drops_the_request_and_that_is_told(arch, version, pool, tmp_path):
+async def test_a_reset_of_the_stopped_guest_drops_the_request_and_that_is_told(
+    arch, version, pool, tmp_path
+):
     box = await pool.get(arch, version, plugs=1)
     await plug(box, [6])
     async with watch(box) as read:
         await box.guest.qemu.execute("stop")
         log = tmp_path / "qmp"
-        words = ("--json", "--qmp-log", str(log), "setvcpu", box.qmp, "6", "--disable", "--timeout", "60")
+        words = (
+            "--json",
+            "--qmp-log",
+            str(log),
+            "setvcpu",
+            box.qmp,
+            "6",
+            "--disable",
+            "--timeout",
+            "60",
+        )
         waiting = await start_cli(*words)
         await read("unplug-requested")
         await until(lambda: has_answer(log, "device_del"), "QEMU has taken the request")
@@ -206,7 +230,9 @@ async def test_a_reset_of_the_stopped_guest_drops_the_request_and_that_is_told(a
     assert (waiting.returncode, document["outcome"], document["pending"]) == (4, "rejected", [])
     assert "reset" in document["error"]["message"]
     assert (line["vcpus"], "reset" in line["detail"]) == ([6], True)
-    assert [(r["state"], r["pending"]) for r in info.json["vcpus"] if r["id"] == 6] == [("enabled", False)]
+    assert [(r["state"], r["pending"]) for r in info.json["vcpus"] if r["id"] == 6] == [
+        ("enabled", False)
+    ]
 
 
 @matrix(*GUESTS, more=MORE)
@@ -220,7 +246,9 @@ async def test_set_vcpus_up_and_down_beside_a_sparse_set(arch, version, pool):
     assert (up.code, up.json["changed_ids"]) == (0, box.ids(first, first + 1))
     down = await cli("--json", "setvcpus", box.qmp, str(before + box.core))
     assert (down.code, down.json["changed_ids"]) == (0, box.ids(first + 1, 9))
-    assert (await cli("--json", "setvcpus", box.qmp, str(before))).json["changed_ids"] == box.ids(first)
+    assert (await cli("--json", "setvcpus", box.qmp, str(before))).json["changed_ids"] == box.ids(
+        first
+    )
 
 
 @matrix(*GUESTS, more=MORE)
@@ -236,5 +264,10 @@ async def test_events_of_a_real_guest_in_their_order(arch, version, pool):
             while len([e for e in seen if e.event == "vcpu-removed"]) < box.core:
                 seen.append(await anext(events))
     mine = [(str(e.event), e.vcpus[0]) for e in seen if e.vcpus[0] == ids[0]]
-    words = ["vcpu-added", "unplug-requested", *(["guest-ejecting"] if arch == "x86_64" else []), "vcpu-removed"]
+    words = [
+        "vcpu-added",
+        "unplug-requested",
+        *(["guest-ejecting"] if arch == "x86_64" else []),
+        "vcpu-removed",
+    ]
     assert mine == [(word, ids[0]) for word in words]

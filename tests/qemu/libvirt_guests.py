@@ -10,11 +10,24 @@ from tests.support.ejecting import firmware
 from tests.support.qemus import qemu_binary
 from tests.support.waiting import until_blocking, within
 
-__all__ = ["EJECTING", "NUMA", "PPC64", "SPARSE", "firmware", "numa", "qemu_of", "start_until", "suspend"]
+__all__ = [
+    "EJECTING",
+    "NUMA",
+    "PPC64",
+    "SPARSE",
+    "firmware",
+    "numa",
+    "qemu_of",
+    "start_until",
+    "suspend",
+]
 
 
 def numa(
-    kind: str = "qemu", loader: str = "", vcpus: str = "<vcpu current='3'>16</vcpu>", name: str = "web1"
+    kind: str = "qemu",
+    loader: str = "",
+    vcpus: str = "<vcpu current='3'>16</vcpu>",
+    name: str = "web1",
 ) -> str:
     """x86_64: two nodes, each a socket of four cores of two threads."""
     loader = f"<loader readonly='yes' type='rom'>{loader}</loader>" if loader else ""
@@ -28,12 +41,14 @@ def numa(
 NUMA = numa()
 #: Enabled vCPUs with holes, as libvirt starts them: -smp 2, then device_add.
 SPARSE = numa(
-    vcpus="<vcpu current='4'>16</vcpu><vcpus><vcpu id='0' enabled='yes' hotpluggable='no' order='1'/>"
+    vcpus="<vcpu current='4'>16</vcpu><vcpus><vcpu id='0' enabled='yes' hotpluggable='no'"
+    " order='1'/>"
     "<vcpu id='1' enabled='yes' hotpluggable='no' order='2'/>"
     "<vcpu id='9' enabled='yes' hotpluggable='yes' order='3'/>"
     "<vcpu id='4' enabled='yes' hotpluggable='yes' order='4'/>"
     + "".join(
-        f"<vcpu id='{n}' enabled='no' hotpluggable='yes'/>" for n in (2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15)
+        f"<vcpu id='{n}' enabled='no' hotpluggable='yes'/>"
+        for n in (2, 3, 5, 6, 7, 8, 10, 11, 12, 13, 14, 15)
     )
     + "</vcpus>"
 )
@@ -46,7 +61,8 @@ PPC64 = f"""<domain type='qemu'><name>power1</name><memory unit='MiB'>512</memor
 EJECTING = (
     "<vcpu current='8'>16</vcpu><vcpus>"
     + "".join(
-        f"<vcpu id='{n}' enabled='{'yes' if n < 8 else 'no'}' hotpluggable='{'no' if n < 2 else 'yes'}'/>"
+        f"<vcpu id='{n}' enabled='{'yes' if n < 8 else 'no'}'"
+        f" hotpluggable='{'no' if n < 2 else 'yes'}'/>"
         for n in range(16)
     )
     + "</vcpus>"
@@ -54,8 +70,13 @@ EJECTING = (
 
 
 def qemu_of(daemon, name: str = "web1") -> int:
-    """The pid of this daemon's guest: another daemon's, of a test run next to this one, may have its name."""
-    folders = [Path(f"/proc/{daemon.pid}/root/run/libvirt/qemu"), daemon.folder]  # root's has mounts of its own
+    """The pid of this daemon's guest: another daemon's, of a test run next to this one, may have
+    its name.
+    """
+    folders = [
+        Path(f"/proc/{daemon.pid}/root/run/libvirt/qemu"),
+        daemon.folder,
+    ]  # root's has mounts of its own
     (file, *_) = [file for folder in folders for file in folder.rglob(f"{name}.pid")]
     return int(file.read_text())
 

@@ -34,7 +34,8 @@ AGAIN = 10.0
 
 def document(enabled) -> str:
     rows = (
-        f"<vcpu id='{n}' enabled='{'yes' if n in enabled else 'no'}' hotpluggable='{'yes' if n else 'no'}'/>"
+        f"<vcpu id='{n}' enabled='{'yes' if n in enabled else 'no'}'"
+        f" hotpluggable='{'yes' if n else 'no'}'/>"
         for n in range(SLOTS)
     )
     return f"""<domain type='kvm'><name>d</name><vcpu current='{len(enabled)}'>{SLOTS}</vcpu>
@@ -57,7 +58,9 @@ class Guest:
         both = {"live": True, "config": True} if random.random() < 0.3 else {}
         match kind:
             case "enable":
-                return domain.enable(random.sample(off, min(len(off), random.randint(1, 3))), **both)
+                return domain.enable(
+                    random.sample(off, min(len(off), random.randint(1, 3))), **both
+                )
             case "disable" | "atomic":
                 ids = random.sample(on, min(len(on), random.randint(1, 3)))
                 return domain.disable(ids, atomic=kind == "atomic", **both)
@@ -79,8 +82,8 @@ class Guest:
         return before
 
     async def cancel(self, kind: str, at: int | float) -> bool:
-        """At that await, or after so many seconds: whether that was before its end. All that is wrong then fails
-        the test.
+        """At that await, or after so many seconds: whether that was before its end. All that is
+        wrong then fails the test.
         """
         before, text = await self.prepare(), self.definition.read_text()
         # One that is stopped ends no unplug; nor an undo, which each time is waited for.

@@ -1,4 +1,6 @@
-"""A cgroup for each vCPU of a real QEMU, on the host's own hierarchies: v1 cpuset and cpu, v2 threaded moves."""
+"""A cgroup for each vCPU of a real QEMU, on the host's own hierarchies: v1 cpuset and cpu, v2
+threaded moves.
+"""
 
 from __future__ import annotations
 
@@ -52,7 +54,13 @@ def machine(arch="x86_64"):
     """ppc64: a core that no guest has configured is unplugged at once, paused as it is."""
     if arch == "x86_64":
         return paused(arch, "10.0", "1,maxcpus=8", ["-m", "256", *NUMA], accel="tcg,thread=multi")
-    return paused(arch, "10.0", "2,sockets=1,cores=4,threads=2,maxcpus=8", ["-m", "256"], accel="tcg,thread=multi")
+    return paused(
+        arch,
+        "10.0",
+        "2,sockets=1,cores=4,threads=2,maxcpus=8",
+        ["-m", "256"],
+        accel="tcg,thread=multi",
+    )
 
 
 def of_thread(qemu: Qemu, thread_id: int) -> dict[str, str]:
@@ -81,7 +89,9 @@ def inside(qemu: Qemu, *names: str, controllers=("cpuset", "cpu", "")) -> Iterat
             every.append(folder)
             if controller == "cpuset":
                 for what in ("cpus", "mems"):
-                    (folder / f"cpuset.{what}").write_text((folder.parent / f"cpuset.{what}").read_text())
+                    (folder / f"cpuset.{what}").write_text(
+                        (folder.parent / f"cpuset.{what}").read_text()
+                    )
         made[controller] = folder
     try:
         for folder in made.values():
@@ -134,10 +144,12 @@ async def test_numatune_and_quota_get_a_group_in_each_hierarchy_that_has_the_con
         await domain.pin(1, [0], VcpuFlag.LIVE)
         assert (cpuset / name / "vcpu1" / "cpuset.cpus").read_text().strip() == "0"
         assert os.sched_getaffinity(threads[1]) == {0}
-    # QEMU is gone: the next one in the same group sweeps, at its next plug. (Linux 6.18 takes a thread out of its
-    # group a moment after the process could be waited for.)
+    # QEMU is gone: the next one in the same group sweeps, at its next plug. (Linux 6.18 takes a
+    # thread out of its group a moment after the process could be waited for.)
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
-        files = [file for path in ours() if path.name == name for file in path.glob("**/cgroup.procs")]
+        files = [
+            file for path in ours() if path.name == name for file in path.glob("**/cgroup.procs")
+        ]
         await until(lambda: not any(file.read_text() for file in files), "its groups are empty")
         await domain.enable(1)
         assert not [path for path in ours() if path.name == name]
@@ -156,7 +168,9 @@ async def test_no_group_is_left_after_disable(file):
         await domain.enable([6, 7])
         await domain.disable([4, 5])
         mine = [path for path in ours() if f"qemu-{qemu.pid}-" in path.name]
-        assert mine and all({p.name for p in path.glob("vcpu*/")} == {"vcpu6", "vcpu7"} for path in mine)
+        assert mine and all(
+            {p.name for p in path.glob("vcpu*/")} == {"vcpu6", "vcpu7"} for path in mine
+        )
         await domain.disable([6, 7])
         assert not [path for path in ours() if f"qemu-{qemu.pid}-" in path.name]
 
@@ -182,14 +196,19 @@ async def test_beside_an_emulator_every_vcpu_has_its_group_as_libvirt_lays_it_ou
     file.write_text(xml(PIN))
     async with machine("ppc64") as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
         top = f"qmpvcpu-test-{qemu.pid}"
-        with inside(qemu, top, "emulator", controllers=("cpuset", "cpu")) as made, v2_layout(qemu, top) as v2:
+        with (
+            inside(qemu, top, "emulator", controllers=("cpuset", "cpu")) as made,
+            v2_layout(qemu, top) as v2,
+        ):
             outcome = await domain.enable([4, 5])
             for row in outcome.rows:
                 groups = of_thread(qemu, row.thread_id)
                 for controller, folder in {**made, "": v2}.items():
                     assert groups[controller].endswith(f"/{top}/vcpu{row.id}"), (controller, groups)
                     assert (folder.parent / f"vcpu{row.id}").is_dir()
-                assert (v2.parent / f"vcpu{row.id}" / "cgroup.type").read_text().strip() == "threaded"
+                assert (
+                    v2.parent / f"vcpu{row.id}" / "cgroup.type"
+                ).read_text().strip() == "threaded"
             await domain.disable([4, 5])
             for folder in (*made.values(), v2):
                 assert not list(folder.parent.glob("vcpu*"))
@@ -243,7 +262,8 @@ async def test_a_group_that_may_not_be_written_is_refused_before_the_plug(file):
             assert run.code == 3, run.stdout + run.stderr
             for words in ("<numatune>", "<period>, <quota> or <shares>"):
                 assert (
-                    f"needs a cgroup for {words}: the right to write to the cgroup" in run.json["error"]["message"]
+                    f"needs a cgroup for {words}: the right to write to the cgroup"
+                    in run.json["error"]["message"]
                 )
             assert run.json["error"]["libvirt"] == "VIR_ERR_OPERATION_DENIED"
             run = await without("setvcpu", "d", "1", "--enable", "--dry-run")
@@ -279,13 +299,17 @@ async def test_a_cpuset_without_the_cpu_is_refused(file):
                 await domain.enable([1, 2])
             assert "--no-place" in caught.value.hint and not list(made["cpuset"].glob("vcpu*"))
             file.write_text(xml(TUNE.replace("nodeset='0'", "nodeset='7'")))
-            with pytest.raises(qmpvcpu.VcpuRefused, match="vCPU 2 is bound to host NUMA node 7: the cpuset of"):
+            with pytest.raises(
+                qmpvcpu.VcpuRefused, match="vCPU 2 is bound to host NUMA node 7: the cpuset of"
+            ):
                 await domain.enable(2)
             assert (await domain.state()).enabled_ids == (0,)
 
 
 async def test_a_group_that_somebody_takes_away_meanwhile_is_made_again(file):
-    """Another process may sweep what it takes for left over, between our making it and the thread's move."""
+    """Another process may sweep what it takes for left over, between our making it and the thread's
+    move.
+    """
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
 
         def sweep():
@@ -314,7 +338,9 @@ async def test_what_the_kernel_declines_after_the_plug_is_partial_and_the_vcpu_s
 
             with (
                 moments.before("QEMU plugs", shrink),
-                pytest.raises(qmpvcpu.VcpuPartial, match="vCPU 1 could not be given CPU 1") as caught,
+                pytest.raises(
+                    qmpvcpu.VcpuPartial, match="vCPU 1 could not be given CPU 1"
+                ) as caught,
             ):
                 await domain.enable([1, 2])
             assert (caught.value.remaining, caught.value.changed_ids) == ((1,), (1, 2))
@@ -324,7 +350,9 @@ async def test_what_the_kernel_declines_after_the_plug_is_partial_and_the_vcpu_s
 async def test_one_thread_for_all_leaves_no_group(file):
     """With one vCPU nobody can tell yet that there is but one thread."""
     async with (
-        paused("x86_64", "10.0", "1,maxcpus=8", ["-m", "256", *NUMA], accel="tcg,thread=single") as qemu,
+        paused(
+            "x86_64", "10.0", "1,maxcpus=8", ["-m", "256", *NUMA], accel="tcg,thread=single"
+        ) as qemu,
         qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain,
     ):
         for number in (1, 2):
@@ -379,7 +407,9 @@ async def test_start_lays_a_guest_out_and_destroy_leaves_no_group(file):
     assert not [one for one in ours() if f"qemu-{pid}-" in one.name]
 
 
-async def test_in_libvirts_layout_a_vcpu_that_was_never_laid_out_gets_its_group_when_it_is_pinned(file):
+async def test_in_libvirts_layout_a_vcpu_that_was_never_laid_out_gets_its_group_when_it_is_pinned(
+    file,
+):
     file.write_text(xml(PIN))
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
         with inside(qemu, f"qmpvcpu-test-{qemu.pid}", "emulator", controllers=("cpuset",)) as made:
@@ -391,7 +421,9 @@ async def test_in_libvirts_layout_a_vcpu_that_was_never_laid_out_gets_its_group_
 
 
 async def test_a_start_that_cannot_be_placed_starts_nothing(file):
-    tune = TUNE.replace("cpuset='1'", "cpuset='77'").replace("<cputune>", "<cputune><emulatorpin cpuset='66'/>")
+    tune = TUNE.replace("cpuset='1'", "cpuset='77'").replace(
+        "<cputune>", "<cputune><emulatorpin cpuset='66'/>"
+    )
     file.write_text(xml(tune))
     assert (await cli("define", str(file))).code == 0
     run = await cli("start", "d", "--json")
@@ -399,7 +431,11 @@ async def test_a_start_that_cannot_be_placed_starts_nothing(file):
     file.write_text(xml(tune).replace("current='1'", "current='2'"))
     assert (await cli("define", str(file))).code == 0
     run = await cli("start", "d", "--json")
-    assert run.code == 3 and "CPU 77" in run.stdout and "the emulator is pinned to host CPU 66" in run.stdout
+    assert (
+        run.code == 3
+        and "CPU 77" in run.stdout
+        and "the emulator is pinned to host CPU 66" in run.stdout
+    )
     assert not list((file.parent / "s").glob("log/*"))
     run = await cli("start", "d", "--no-place", "--json")
     assert run.code == 0 and (await cli("destroy", "d")).code == 0

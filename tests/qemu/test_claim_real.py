@@ -48,7 +48,12 @@ CPUS = "1,sockets=2,cores=2,threads=1,maxcpus=4"
 #: Architecture, version, -smp, the rest.
 MACHINES: dict[str, tuple[str, str, str, list[str]]] = {
     "model": ("x86_64", "10.0", "1,maxcpus=4", ["-machine", "pc", "-cpu", "Haswell-noTSX"]),
-    "feature": ("x86_64", "11.1", "1,maxcpus=4", ["-machine", "q35", "-cpu", "qemu64,+x2apic,-svm,phys-bits=38"]),
+    "feature": (
+        "x86_64",
+        "11.1",
+        "1,maxcpus=4",
+        ["-machine", "q35", "-cpu", "qemu64,+x2apic,-svm,phys-bits=38"],
+    ),
     "max": ("x86_64", "7.2", "2,maxcpus=4", ["-machine", "q35", "-cpu", "max"]),
     "ids": ("x86_64", "10.0", CPUS, ["-machine", "q35", "-m", "128", *TWO, *TWO_NODES]),
     "swapped": (
@@ -93,17 +98,51 @@ MACHINES: dict[str, tuple[str, str, str, list[str]]] = {
             *(*ram("nameless", "128M"), "-device", "pc-dimm,memdev=nameless"),
         ],
     ),
-    "slots-alone": ("x86_64", "11.1", "2,maxcpus=4", ["-machine", "q35", "-m", "128,slots=2,maxmem=1G"]),
-    "dies": ("x86_64", "10.0", "3,sockets=2,dies=2,cores=2,threads=1,maxcpus=8", ["-machine", "q35"]),
-    "modules": ("x86_64", "10.0", "2,sockets=2,modules=2,cores=2,threads=1,maxcpus=8", ["-machine", "q35"]),
+    "slots-alone": (
+        "x86_64",
+        "11.1",
+        "2,maxcpus=4",
+        ["-machine", "q35", "-m", "128,slots=2,maxmem=1G"],
+    ),
+    "dies": (
+        "x86_64",
+        "10.0",
+        "3,sockets=2,dies=2,cores=2,threads=1,maxcpus=8",
+        ["-machine", "q35"],
+    ),
+    "modules": (
+        "x86_64",
+        "10.0",
+        "2,sockets=2,modules=2,cores=2,threads=1,maxcpus=8",
+        ["-machine", "q35"],
+    ),
     "distances": (
         *("x86_64", "10.0", CPUS),
-        ["-m", "128", *TWO, *TWO_NODES, "-numa", "dist,src=0,dst=1,val=31", "-numa", "dist,src=1,dst=0,val=22"],
+        [
+            "-m",
+            "128",
+            *TWO,
+            *TWO_NODES,
+            "-numa",
+            "dist,src=0,dst=1,val=31",
+            "-numa",
+            "dist,src=1,dst=0,val=22",
+        ],
     ),
     "flags": ("x86_64", "10.0", "2,maxcpus=4", ["-machine", "q35,hpet=off,vmport=off,smm=off"]),
     "plain-ppc64": ("ppc64", "11.1", "8,cores=2,threads=8,maxcpus=16", ["-machine", PSERIES]),
-    "model-ppc64": ("ppc64", "10.0", "4,cores=2,threads=4,maxcpus=8", ["-machine", PSERIES, "-cpu", "power9"]),
-    "old-ppc64": ("ppc64", "7.2", "1,cores=2,threads=1,maxcpus=2", ["-machine", PSERIES, "-cpu", "power8"]),
+    "model-ppc64": (
+        "ppc64",
+        "10.0",
+        "4,cores=2,threads=4,maxcpus=8",
+        ["-machine", PSERIES, "-cpu", "power9"],
+    ),
+    "old-ppc64": (
+        "ppc64",
+        "7.2",
+        "1,cores=2,threads=1,maxcpus=2",
+        ["-machine", PSERIES, "-cpu", "power8"],
+    ),
     "nodes-ppc64": (
         *("ppc64", "10.0", "2,cores=4,threads=2,maxcpus=8"),
         [
@@ -132,7 +171,12 @@ MACHINES: dict[str, tuple[str, str, str, list[str]]] = {
         *("s390x", "11.1", "1,maxcpus=4"),
         ["-machine", "s390-ccw-virtio,memory-backend=z", "-m", "128", *ram("z", "128M")],
     ),
-    "plain-loongarch": ("loongarch64", "10.0", "2,sockets=2,cores=2,threads=1,maxcpus=4", ["-machine", "virt"]),
+    "plain-loongarch": (
+        "loongarch64",
+        "10.0",
+        "2,sockets=2,cores=2,threads=1,maxcpus=4",
+        ["-machine", "virt"],
+    ),
     "nodes-loongarch": (
         *("loongarch64", "11.1", "2,sockets=2,cores=2,threads=1,maxcpus=4"),
         [
@@ -154,8 +198,18 @@ USUAL: dict[str, tuple[str, str, list[str]]] = {
         *("x86_64", "11.1"),
         [
             *("-nodefaults", "-machine", "q35", "-drive", "file=DISK,format=raw,if=virtio,id=d0"),
-            *("-netdev", "user,id=n0", "-device", "virtio-net-pci,netdev=n0,mac=52:54:00:01:02:03,addr=0x5"),
-            *("-object", "rng-random,id=r0,filename=/dev/urandom", "-device", "virtio-rng-pci,rng=r0"),
+            *(
+                "-netdev",
+                "user,id=n0",
+                "-device",
+                "virtio-net-pci,netdev=n0,mac=52:54:00:01:02:03,addr=0x5",
+            ),
+            *(
+                "-object",
+                "rng-random,id=r0,filename=/dev/urandom",
+                "-device",
+                "virtio-rng-pci,rng=r0",
+            ),
             *("-chardev", "null,id=c0", "-serial", "chardev:c0", "-vga", "std", "-rtc", "base=utc"),
         ],
     ),
@@ -204,7 +258,10 @@ USUAL: dict[str, tuple[str, str, list[str]]] = {
         *("x86_64", "10.0"),
         [
             *("-nodefaults", "-machine", "q35"),
-            *("-blockdev", '{"driver":"raw","node-name":"n1","file":{"driver":"file","filename":"DISK"}}'),
+            *(
+                "-blockdev",
+                '{"driver":"raw","node-name":"n1","file":{"driver":"file","filename":"DISK"}}',
+            ),
             *(
                 "-device",
                 '{"driver":"virtio-blk-pci","drive":"n1","id":"disk1"}',
@@ -266,7 +323,9 @@ async def facts(qemu: Qemu) -> dict[str, Any]:
     found = re.findall(r"(0[0-9a-f]{15}-\S+) \(prio -?\d+, ram\): (\S+)", tree)
     blocks = sorted({(where, name) for where, name in found if name in ids})
     return {
-        "slots": [(row["type"], row["props"], row["vcpus-count"], "qom-path" in row) for row in slots],
+        "slots": [
+            (row["type"], row["props"], row["vcpus-count"], "qom-path" in row) for row in slots
+        ],
         "memdevs": sorted((row["id"], row["size"]) for row in memdevs),
         "numa": await qemu.human_monitor_command("info numa"),
         "blocks": blocks,
@@ -316,10 +375,16 @@ async def test_devices_are_those_that_ran(name, tmp_path):
         ("<memory unit='KiB'>131072<", "<memory unit='KiB'>262144<", "RAM block 'pc.ram'"),
         (">Haswell-noTSX<", ">qemu64<", "the driver of vCPU 0-3:"),
         ("require' name='x2apic", "disable' name='x2apic", "CPU features: x2apic at the source"),
-        ("virtio-rng-pci", "virtio-balloon-pci", "device virtio-rng-pci: 1 at the source, none in the definition"),
+        (
+            "virtio-rng-pci",
+            "virtio-balloon-pci",
+            "device virtio-rng-pci: 1 at the source, none in the definition",
+        ),
     ],
 )
-async def test_save_refuses_a_definition_of_another_machine_and_the_guest_stays(before, after, text, tmp_path):
+async def test_save_refuses_a_definition_of_another_machine_and_the_guest_stays(
+    before, after, text, tmp_path
+):
     rest = ["-m", "128", "-cpu", "Haswell-noTSX,+x2apic", "-device", "virtio-rng-pci"]
     async with paused("x86_64", "10.0", "1,maxcpus=4", rest) as qemu:
         await cli("define", "d", "--qmp", qemu.qmp)
@@ -332,7 +397,9 @@ async def test_save_refuses_a_definition_of_another_machine_and_the_guest_stays(
         doctor = await cli("doctor", "d")
         status = await qemu.execute("query-status")
     assert (run.code, text in run.stderr) == (3, True), run.stderr
-    assert (doctor.code, f"differs from its definition: {text}" in doctor.stdout) == (0, True), doctor.stdout
+    assert (doctor.code, f"differs from its definition: {text}" in doctor.stdout) == (0, True), (
+        doctor.stdout
+    )
     assert (status["status"], (tmp_path / "saved").exists()) == ("prelaunch", False)
 
 
@@ -354,7 +421,9 @@ class Named:
     """The QEMU that `restore` or `migrate` has started under a name."""
 
     def __init__(self, connection: Connection) -> None:
-        self.execute = lambda command, arguments=None: connection.command(command, **(arguments or {}))
+        self.execute = lambda command, arguments=None: connection.command(
+            command, **(arguments or {})
+        )
 
     async def human_monitor_command(self, line: str) -> str:
         return str(await self.execute("human-monitor-command", {"command-line": line}))
@@ -368,13 +437,19 @@ async def check_arrived(name: str, before: dict[str, Any], put: dict[int, bytes]
     async with connected(str(folder_of(name) / "qmp2")) as connection:
         there = Named(connection)
         assert await facts(there) == before
-        assert {address: await memory.read(there.human_monitor_command, address) for address in put} == put
+        assert {
+            address: await memory.read(there.human_monitor_command, address) for address in put
+        } == put
 
 
 async def memory_names(qemu: Qemu) -> set[str]:
-    """Blocks that a guest which has not booted can use: not an nvdimm, nor what a driver has to plug first."""
+    """Blocks that a guest which has not booted can use: not an nvdimm, nor what a driver has to
+    plug first.
+    """
     devices = await qemu.execute("query-memory-devices")
-    others = {row["data"]["memdev"].removeprefix("/objects/") for row in devices if row["type"] != "dimm"}
+    others = {
+        row["data"]["memdev"].removeprefix("/objects/") for row in devices if row["type"] != "dimm"
+    }
     return {row["id"] for row in await qemu.execute("query-memdev")} - others
 
 
@@ -409,7 +484,9 @@ async def test_saved_restored_and_migrated_it_is_the_same_machine_with_its_memor
 async def test_what_a_definition_does_not_hold_is_neither_saved_nor_migrated(tmp_path):
     """A device that came after the start."""
     file = tmp_path / "saved"
-    async with paused("x86_64", "10.0", "1,maxcpus=4", ["-m", "64"], machine=("-machine", "pc")) as qemu:
+    async with paused(
+        "x86_64", "10.0", "1,maxcpus=4", ["-m", "64"], machine=("-machine", "pc")
+    ) as qemu:
         await qemu.execute("device_add", {"driver": "virtio-rng-pci", "id": "late", "addr": "0x7"})
         run = await cli("define", "d", "--qmp", qemu.qmp)
         assert "virtio-rng-pci" in run.stdout + run.stderr
@@ -454,8 +531,14 @@ async def test_distances_in_a_definition_are_compared_with_the_guests(tmp_path):
         save = await cli("save", "far", str(tmp_path / "saved"))
         async with paused("x86_64", "10.0", smp, [*rest[:-2], "-incoming", "defer"]) as other:
             migrate = await cli("migrate", qemu.qmp, other.qmp)
-    assert (save.code, "NUMA nodes 0 and 1: 31 at the source, 30 in the definition" in save.stderr) == (3, True)
-    assert (migrate.code, "NUMA nodes 1 and 0: 22 at the source, 31 at the destination" in migrate.stderr) == (
+    assert (
+        save.code,
+        "NUMA nodes 0 and 1: 31 at the source, 30 in the definition" in save.stderr,
+    ) == (3, True)
+    assert (
+        migrate.code,
+        "NUMA nodes 1 and 0: 22 at the source, 31 at the destination" in migrate.stderr,
+    ) == (
         3,
         True,
     )
@@ -481,7 +564,12 @@ async def test_other_disks_than_in_the_definition_are_neither_saved_nor_migrated
         *("-drive", f"file={tmp_path}/b.img,format=raw,if=virtio,id=vd0"),
         *("-blockdev", f"driver=raw,node-name=n1,file.driver=file,file.filename={tmp_path}/n.img"),
         *("-device", "virtio-blk-pci,drive=n1,id=vd1"),
-        *("-drive", f"file={tmp_path}/link,format=raw,if=virtio,id=vd2", "-cdrom", f"{tmp_path}/cd.iso"),
+        *(
+            "-drive",
+            f"file={tmp_path}/link,format=raw,if=virtio,id=vd2",
+            "-cdrom",
+            f"{tmp_path}/cd.iso",
+        ),
     ]
     async with paused("x86_64", "10.0", "1,maxcpus=2", ["-m", "64", *disks]) as qemu:
         assert "note:" not in (await cli("define", "d", "--qmp", qemu.qmp)).stderr
@@ -490,7 +578,9 @@ async def test_other_disks_than_in_the_definition_are_neither_saved_nor_migrated
         await qemu.execute("eject", {"device": "ide2-cd0", "force": True})
         file = tmp_path / "d.xml"
         data = (await cli("dumpxml", "d", "--inactive")).stdout
-        file.write_text(data.replace(f"{tmp_path}/n.img", f"{tmp_path}/b.img").replace("/link,", "/linked,"))
+        file.write_text(
+            data.replace(f"{tmp_path}/n.img", f"{tmp_path}/b.img").replace("/link,", "/linked,")
+        )
         await cli("define", str(file))
         said = (await cli("--json", "doctor", "d")).json["differences"]
         texts = await save_and_move("d", tmp_path / "saved")
@@ -510,7 +600,11 @@ async def test_temporary_overlays_are_neither_saved_nor_migrated(way, tmp_path):
     (tmp_path / "disk").write_bytes(bytes(1 << 20))
     file = tmp_path / "saved"
     drive = f"file={tmp_path}/disk,format=raw,if=virtio,id=vd0"
-    more = ["-drive", f"{drive},snapshot=on"] if way == "snapshot=on" else ["-drive", drive, "-snapshot"]
+    more = (
+        ["-drive", f"{drive},snapshot=on"]
+        if way == "snapshot=on"
+        else ["-drive", drive, "-snapshot"]
+    )
     async with paused("x86_64", "10.0", "1,maxcpus=2", ["-m", "64", *more]) as qemu:
         async with qmpvcpu.connect(qmp=qemu.qmp) as domain:
             with pytest.raises(qmpvcpu.VcpuRefused, match="disk 'vd0' is a temporary overlay"):
@@ -527,7 +621,9 @@ async def test_memory_that_is_read_only_is_neither_saved_nor_migrated(tmp_path):
     file = tmp_path / "saved"
     words = ["-m", "64,slots=1,maxmem=1G", "-device", "nvdimm,memdev=nv,unarmed=on", "-object"]
     words += [f"memory-backend-file,id=nv,size=1M,mem-path={tmp_path}/memory,share=on,readonly=on"]
-    async with paused("x86_64", "10.0", "1,maxcpus=2", words, machine=("-machine", "q35,nvdimm=on")) as qemu:
+    async with paused(
+        "x86_64", "10.0", "1,maxcpus=2", words, machine=("-machine", "q35,nvdimm=on")
+    ) as qemu:
         async with qmpvcpu.connect(qmp=qemu.qmp) as domain:
             with pytest.raises(qmpvcpu.VcpuRefused, match="read-only memory: nv"):
                 await saving.save(domain, file)
@@ -541,7 +637,17 @@ async def test_memory_that_is_read_only_is_neither_saved_nor_migrated(tmp_path):
 async def test_disks_whose_folder_is_not_known_are_neither_saved_nor_migrated(tmp_path):
     """A QEMU in the background has left the folder that it was started in."""
     (tmp_path / "d.img").write_bytes(bytes(1 << 20))
-    words = ["-S", "-display", "none", "-nodefaults", "-m", "64", "-smp", "1,maxcpus=2", "-daemonize"]
+    words = [
+        "-S",
+        "-display",
+        "none",
+        "-nodefaults",
+        "-m",
+        "64",
+        "-smp",
+        "1,maxcpus=2",
+        "-daemonize",
+    ]
     words += [
         "-drive",
         "file=d.img,format=raw,if=virtio",
@@ -550,17 +656,25 @@ async def test_disks_whose_folder_is_not_known_are_neither_saved_nor_migrated(tm
         "-qmp",
         "unix:qmp,server=on,wait=off",
     ]
-    process = await asyncio.create_subprocess_exec(qemu_binary("10.0", "x86_64"), *words, cwd=tmp_path)
+    process = await asyncio.create_subprocess_exec(
+        qemu_binary("10.0", "x86_64"), *words, cwd=tmp_path
+    )
     assert await process.wait() == 0
     try:
-        assert "the folder of the file in" in (await cli("define", "d", "--qmp", f"{tmp_path}/qmp")).stderr
+        assert (
+            "the folder of the file in"
+            in (await cli("define", "d", "--qmp", f"{tmp_path}/qmp")).stderr
+        )
         texts = await save_and_move("d", tmp_path / "saved")
         async with qmpvcpu.connect("d") as domain:
             assert domain.run_state == "prelaunch"
     finally:
         os.kill(int((tmp_path / "pid").read_text()), signal.SIGKILL)
     for text in texts:
-        assert "the folder of the file in '-drive file=d.img,format=raw,if=virtio' is not known" in text
+        assert (
+            "the folder of the file in '-drive file=d.img,format=raw,if=virtio' is not known"
+            in text
+        )
     assert not (tmp_path / "saved").exists()
 
 
@@ -604,24 +718,46 @@ async def test_firmware_in_flash_is_started_and_its_guest_gets_no_cpu_that_hangs
 
 async def test_devices_behind_other_ports_are_another_machine():
     machine = ("-machine", "pc-q35-10.0")
-    ports = [word for name in ("a", "b") for word in ("-device", f"pcie-root-port,id={name},chassis={ord(name)}")]
+    ports = [
+        word
+        for name in ("a", "b")
+        for word in ("-device", f"pcie-root-port,id={name},chassis={ord(name)}")
+    ]
 
     def words(net, rng):
-        return [*ports, "-device", f"virtio-net-pci,bus={net}", "-device", f"virtio-rng-pci,bus={rng}"]
+        return [
+            *ports,
+            "-device",
+            f"virtio-net-pci,bus={net}",
+            "-device",
+            f"virtio-rng-pci,bus={rng}",
+        ]
 
     async with (
         paused("x86_64", "10.0", "1,maxcpus=4", words("a", "b"), machine=machine) as source,
         paused(
-            "x86_64", "11.1", "1,maxcpus=4", [*words("b", "a"), "-incoming", "defer"], machine=machine
+            "x86_64",
+            "11.1",
+            "1,maxcpus=4",
+            [*words("b", "a"), "-incoming", "defer"],
+            machine=machine,
         ) as destination,
     ):
         run = await cli("migrate", source.qmp, destination.qmp)
     assert run.code == 3
-    assert "device virtio-net-pci behind 'a' at 00.0: 1 at the source, none at the destination" in run.stderr
+    assert (
+        "device virtio-net-pci behind 'a' at 00.0: 1 at the source, none at the destination"
+        in run.stderr
+    )
 
 
 async def test_a_guest_whose_firmware_has_numbered_its_buses_is_not_another_machine(tmp_path):
-    port = ["-device", "pcie-root-port,id=rp,chassis=1,slot=1,addr=2", "-device", "virtio-rng-pci,bus=rp"]
+    port = [
+        "-device",
+        "pcie-root-port,id=rp,chassis=1,slot=1,addr=2",
+        "-device",
+        "virtio-rng-pci,bus=rp",
+    ]
     words = ["-machine", "q35", "-m", "64", "-nodefaults", "-display", "none", *port]
     async with running(qemu_binary("10.0", "x86_64"), words) as qemu:
 

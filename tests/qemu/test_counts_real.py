@@ -1,8 +1,8 @@
-"""Any sequence of requests on a real QEMU: never more vCPUs than there were or are asked for, as many as asked
-where the guest obeys, `applied` only then, and the report is what QEMU says.
+"""Any sequence of requests on a real QEMU: never more vCPUs than there were or are asked for, as
+many as asked where the guest obeys, `applied` only then, and the report is what QEMU says.
 
-The same on a guest of sets, with an agent: tests/unit/test_count_sequences.py. `scripts/soak counts` runs ten
-times as many of both.
+The same on a guest of sets, with an agent: tests/unit/test_count_sequences.py.
+`scripts/soak counts` runs ten times as many of both.
 """
 
 from __future__ import annotations
@@ -43,10 +43,13 @@ NUMA = [
 
 def document(enabled) -> str:
     rows = (
-        f"<vcpu id='{n}' enabled='{'yes' if n in enabled else 'no'}' hotpluggable='{'yes' if n else 'no'}'/>"
+        f"<vcpu id='{n}' enabled='{'yes' if n in enabled else 'no'}'"
+        f" hotpluggable='{'yes' if n else 'no'}'/>"
         for n in range(SLOTS)
     )
-    cells = (f"<cell id='{n}' cpus='{n * 4}-{n * 4 + 3}' memory='32' unit='MiB'/>" for n in range(2))
+    cells = (
+        f"<cell id='{n}' cpus='{n * 4}-{n * 4 + 3}' memory='32' unit='MiB'/>" for n in range(2)
+    )
     return f"""<domain type='kvm'><name>d</name><memory unit='MiB'>64</memory>
 <vcpu current='{len(enabled)}'>{SLOTS}</vcpu><vcpus>{"".join(rows)}</vcpus>
 <os><type arch='x86_64' machine='q35'>hvm</type></os><cpu><numa>{"".join(cells)}</numa></cpu></domain>
@@ -100,7 +103,10 @@ class Guest:
                 total = random.randint(1, SLOTS)
                 return "total", lambda: domain.set_vcpus(total, **both), total, {}
             case 1:
-                ids, on = random.sample(range(1, SLOTS), random.randint(1, 3)), random.random() < 0.5
+                ids, on = (
+                    random.sample(range(1, SLOTS), random.randint(1, 3)),
+                    random.random() < 0.5,
+                )
                 call = domain.enable if on else domain.disable
                 after = before | set(ids) if on else before - set(ids)
                 return "ids", lambda: call(ids, **both), len(after), dict.fromkeys(ids, on)
@@ -112,7 +118,12 @@ class Guest:
             case _:
                 enabled = {0, *random.sample(range(1, SLOTS), random.randint(0, SLOTS - 1))}
                 wants = {n: n in enabled for n in range(SLOTS)}
-                return "list", lambda: domain.apply(document(enabled).encode(), **both), len(enabled), wants
+                return (
+                    "list",
+                    lambda: domain.apply(document(enabled).encode(), **both),
+                    len(enabled),
+                    wants,
+                )
 
     async def ask(self) -> str:
         """One request; how it ended. All that is wrong fails the test."""
@@ -139,10 +150,16 @@ class Guest:
         else:
             assert (end.outcome, self.runs) == ("pending", False), facts
             assert end.pending, facts
-        moved = set(end.changed_ids if not end.defined and not end.config_changed_ids else end.live_changed_ids)
+        moved = set(
+            end.changed_ids
+            if not end.defined and not end.config_changed_ids
+            else end.live_changed_ids
+        )
         # Awaited, and plugged again: it has another thread now.
         assert moved - was_pending == (before ^ now) - was_pending, facts
-        assert all(row.enabled is (row.id in now) for row in end.rows if not end.config_changed_ids), facts
+        assert all(
+            row.enabled is (row.id in now) for row in end.rows if not end.config_changed_ids
+        ), facts
         assert end.defined == (self.definition.read_text() != text), facts
         state = await self.domain.state()
         assert set(state.enabled_ids) == now, facts
@@ -160,7 +177,9 @@ async def guests(folder, random: Random):
             definition.write_text(document({0}))
             qemu = await stack.enter_async_context(ejecting(smp, *NUMA, monitors=("qmp", "judge")))
             judge = await stack.enter_async_context(connected(str(qemu.folder / "judge")))
-            domain = await stack.enter_async_context(qmpvcpu.connect(qmp=qemu.qmp, xml=str(definition)))
+            domain = await stack.enter_async_context(
+                qmpvcpu.connect(qmp=qemu.qmp, xml=str(definition))
+            )
             await qemu.execute("stop")
             found.append(Guest(qemu, domain, judge, definition, random))
         yield found

@@ -1,4 +1,6 @@
-"""Definitions and real QEMU processes, by the command line: define, both sides at once, dumpxml, apply."""
+"""Definitions and real QEMU processes, by the command line: define, both sides at once, dumpxml,
+apply.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,12 @@ pytestmark = pytest.mark.qemu
 
 NODES = (
     *("-m", "256", "-uuid", "c7a5fdbd-edaf-9455-926a-d65c16db1809"),
-    *("-object", "memory-backend-ram,id=m0,size=128M", "-object", "memory-backend-ram,id=m1,size=128M"),
+    *(
+        "-object",
+        "memory-backend-ram,id=m0,size=128M",
+        "-object",
+        "memory-backend-ram,id=m1,size=128M",
+    ),
     *("-numa", "node,nodeid=0,cpus=0-3,memdev=m0", "-numa", "node,nodeid=1,cpus=4-7,memdev=m1"),
 )
 SMP = "2,sockets=2,cores=2,threads=2,maxcpus=8"
@@ -32,7 +39,9 @@ def state(tmp_path, monkeypatch):
 def listed(xml, key):
     """What `<vcpus>` says: ids whose attribute says yes."""
     root = ElementTree.fromstring(xml)
-    on = {int(row.attrib["id"]) for row in root.find("vcpus") if row.attrib[key] in ("yes", "enabled")}
+    on = {
+        int(row.attrib["id"]) for row in root.find("vcpus") if row.attrib[key] in ("yes", "enabled")
+    }
     assert int(root.find("vcpu").attrib.get("current", root.find("vcpu").text)) == len(on)
     return on
 
@@ -53,7 +62,10 @@ async def test_both_sides_of_a_sparse_set_agree_with_a_fresh_query(state):
         assert [row["id"] for row in rows["vcpus"] if row["state"] == "enabled"] == [0, 1, 5]
         assert (rows["active"], rows["vcpus"][5]["node"]) == (True, 1)
         run = await cli("vcpucount", "web1", "--json")
-        assert (run.json["maximum"], run.json["current"]) == ({"live": 8, "config": 8}, {"live": 3, "config": 3})
+        assert (run.json["maximum"], run.json["current"]) == (
+            {"live": 8, "config": 8},
+            {"live": 3, "config": 3},
+        )
         run = await cli("list", "--json")
         assert [(row["name"], row["state"], row["current"]) for row in run.json["domains"]] == [
             ("web1", "paused", 3)
@@ -66,9 +78,10 @@ async def test_both_sides_of_a_sparse_set_agree_with_a_fresh_query(state):
     assert (run.code, run.stdout) == (0, "vCPU 6: enabled in the definition\n")
     run = await cli("vcpucount", "web1")
     assert run.stdout == "maximum  config  8\ncurrent  config  4\n"
-    assert [(await cli("vcpucount", "web1", *words)).stdout for words in ((), ("--active",), ("--maximum",))][
-        1:
-    ] == [
+    assert [
+        (await cli("vcpucount", "web1", *words)).stdout
+        for words in ((), ("--active",), ("--maximum",))
+    ][1:] == [
         "4\n",
         "8\n",
     ]
@@ -76,7 +89,9 @@ async def test_both_sides_of_a_sparse_set_agree_with_a_fresh_query(state):
 
 async def test_the_minimal_definition_is_truthful(state):
     async with paused("x86_64", "10.0", SMP, NODES) as qemu:
-        assert (await cli("define", "web1", "--qmp", qemu.qmp, "--agent", "/run/web1.agent")).code == 0
+        assert (
+            await cli("define", "web1", "--qmp", qemu.qmp, "--agent", "/run/web1.agent")
+        ).code == 0
         binary = os.path.realpath(f"/proc/{qemu.pid}/exe")
     root = ElementTree.fromstring((state / "web1.xml").read_bytes())
     assert (root.attrib["type"], root.findtext("name")) == ("qemu", "web1")
@@ -106,7 +121,8 @@ async def test_a_bare_socket_has_an_xml_too(state):
 
 
 @pytest.mark.parametrize(
-    ("arch", "smp", "ids"), [("ppc64", "8,cores=4,threads=8,maxcpus=32", "16-23"), ("s390x", "1,maxcpus=4", "2")]
+    ("arch", "smp", "ids"),
+    [("ppc64", "8,cores=4,threads=8,maxcpus=32", "16-23"), ("s390x", "1,maxcpus=4", "2")],
 )
 async def test_other_machines(state, arch, smp, ids):
     async with paused(arch, "10.0", smp) as qemu:
@@ -129,7 +145,8 @@ async def test_other_machines(state, arch, smp, ids):
 async def test_apply_makes_both_what_a_file_says(state, tmp_path):
     file = tmp_path / "wanted.xml"
     file.write_text(
-        "<vcpus><vcpu id='0' state='enabled'/><vcpu id='1' state='enabled'/><vcpu id='6' state='enabled'/></vcpus>"
+        "<vcpus><vcpu id='0' state='enabled'/><vcpu id='1' state='enabled'/><vcpu id='6'"
+        " state='enabled'/></vcpus>"
     )
     async with paused("x86_64", "10.0", SMP, NODES) as qemu:
         await cli("define", "web1", "--qmp", qemu.qmp)

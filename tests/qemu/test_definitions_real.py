@@ -1,4 +1,6 @@
-"""Domain XML that others write, before its guest runs: which QEMU, which CPU features, and what a file may say."""
+"""Domain XML that others write, before its guest runs: which QEMU, which CPU features, and what a
+file may say.
+"""
 
 from __future__ import annotations
 
@@ -84,7 +86,9 @@ async def test_what_a_definition_may_start_is_said_once(tmp_path, monkeypatch):
 async def test_a_guest_runs_on_another_targets_qemu(arch, program, tmp_path):
     text = domain("", arch=f" arch='{arch}'")
     emulator = qemu_binary("10.0", program)
-    run = await cli("probe", written(tmp_path, text), "--emulator", emulator, "--probe", "always", "--json")
+    run = await cli(
+        "probe", written(tmp_path, text), "--emulator", emulator, "--probe", "always", "--json"
+    )
     assert (run.code, run.json.get("emulator")) == (0, emulator), run.stdout
 
 
@@ -117,7 +121,9 @@ OPTION = META.format("<q:option of='{}' name='{}' value='{}'/>")
         domain(OPTION.format("cpu", "a", "1,b={mark}")),
         domain(META.format("<q:memory id='a,mem-path={mark}' cell='0'/>")),
         domain(META.format("<q:memory id='a' cell='0' type='memory-backend-file,x=y'/>")),
-        domain(META.format("<q:dimm of='0' id='a' memdev='b,c={mark}' type='memory-backend-ram'/>")),
+        domain(
+            META.format("<q:dimm of='0' id='a' memdev='b,c={mark}' type='memory-backend-ram'/>")
+        ),
     ],
 )
 async def test_no_text_of_a_file_begins_another_option(text, tmp_path):

@@ -1,4 +1,6 @@
-"""The same requests, given to libvirt and to us: the same vCPUs, `<vcpus>` and error codes, but what docs list."""
+"""The same requests, given to libvirt and to us: the same vCPUs, `<vcpus>` and error codes, but
+what docs list.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,9 @@ async def daemon():
 
 
 async def differences(daemon, xml, cases, *, start, api=False):
-    """Ask both, one after the other. After a deliberate difference both begin anew, from the same state."""
+    """Ask both, one after the other. After a deliberate difference both begin anew, from the same
+    state.
+    """
     async with AsyncExitStack() as stack:
         both = None
         for words, reason in cases:
@@ -144,8 +148,9 @@ async def differences(daemon, xml, cases, *, start, api=False):
             yield words, reason, found
 
 
-#: Which way round each of them is: how it ends with us, and libvirt's error. Of what was cold-plugged QEMU is
-#: asked, whatever it says of it; a count below that is VIR_ERR_CONFIG_UNSUPPORTED there.
+#: Which way round each of them is: how it ends with us, and libvirt's error. Of what was
+#: cold-plugged QEMU is asked, whatever it says of it; a count below that is
+#: VIR_ERR_CONFIG_UNSUPPORTED there.
 ENDS = {
     ALREADY: ({"applied"}, {"VIR_ERR_INVALID_ARG"}),
     SEVERAL: ({"applied"}, {"VIR_ERR_OPERATION_UNSUPPORTED"}),
@@ -162,12 +167,17 @@ async def check(daemon, xml, cases, *, start=True, api=False):
     unexpected = []
     async for words, reason, found in differences(daemon, xml, cases, start=start, api=api):
         ours, theirs = found.ours, found.libvirt
-        said = f"{words}: {found.differs}: {ours.error} {ours.message} | {theirs.error} {theirs.message}"
+        said = (
+            f"{words}: {found.differs}: {ours.error} {ours.message} | {theirs.error}"
+            f" {theirs.message}"
+        )
         if bool(found.differs) != (reason is not None):
             unexpected.append(said)
         if reason is None:
             # Either both have done it, or both have not, with one code.
-            good = (ours.outcome == "applied") == (ours.error is None) == (theirs.outcome == "applied")
+            good = (
+                (ours.outcome == "applied") == (ours.error is None) == (theirs.outcome == "applied")
+            )
         else:
             good = ours.outcome in ENDS[reason][0] and theirs.error in ENDS[reason][1]
         if not good:
@@ -205,7 +215,9 @@ async def test_unplugs_alike(daemon, tmp_path):
 
 def test_every_deliberate_difference_is_in_the_docs():
     text = Path("docs/libvirt.md").read_text()
-    used = {reason for _, cases, _ in CELLS.values() for _, reason in cases} | {reason for _, reason in UNPLUGS}
+    used = {reason for _, cases, _ in CELLS.values() for _, reason in cases} | {
+        reason for _, reason in UNPLUGS
+    }
     for reason in used - {None}:
         assert f"**{reason}**" in text, reason
     assert sum(len(cases) for _, cases, _ in CELLS.values()) + len(UNPLUGS) >= 40

@@ -1,4 +1,6 @@
-"""One connection for long, many short ones, and a `watch` all the while: nothing grows, all is told."""
+"""One connection for long, many short ones, and a `watch` all the while: nothing grows, all is
+told.
+"""
 
 from __future__ import annotations
 
@@ -83,10 +85,18 @@ async def test_nothing_grows_and_nothing_goes_untold(tmp_path, monkeypatch):
                         assert (await short.state()).enabled_ids == (0,)
             grown = resident() / memory
             # The file of an unplug goes when its end was seen, by whichever process.
-            await until(lambda: sum(held(tmp_path).values()) <= settled, "no more is held than in the beginning")
+            await until(
+                lambda: sum(held(tmp_path).values()) <= settled,
+                "no more is held than in the beginning",
+            )
         # The watcher has heard of the last one when it has looked once more.
-        await until(lambda: watch.has_ended or watch.told["vcpu-removed"] >= plugs, "every unplug was told")
+        await until(
+            lambda: watch.has_ended or watch.told["vcpu-removed"] >= plugs, "every unplug was told"
+        )
         await within(watch.end(), "watch ends")
-    print(f"{plugs} plugs and unplugs, {-(-plugs // CONNECT_EVERY)} connects: memory x {grown:.3f}, {watch.told}")
+    print(
+        f"{plugs} plugs and unplugs, {-(-plugs // CONNECT_EVERY)} connects: memory x {grown:.3f},"
+        f" {watch.told}"
+    )
     assert (watch.told["vcpu-added"], watch.told["vcpu-removed"]) == (plugs, plugs)
     assert grown < GROWTH

@@ -15,7 +15,8 @@ pytestmark = [
     pytest.mark.skipif(why_no_kvm() is not None, reason=f"KVM: {why_no_kvm()}"),
 ]
 
-#: A plug into a slot whose last CPU has left it, and not yet all of QEMU: no client can see that beforehand.
+#: A plug into a slot whose last CPU has left it, and not yet all of QEMU: no client can see that
+#: beforehand.
 KNOWN_END = "Detected duplicate SaveStateEntry: id=cpu_common"
 
 

@@ -21,7 +21,11 @@ XML = """<domain type='qemu'><name>d</name><vcpu current='2'>8</vcpu>
 
 
 def check(name, words, folder):
-    environment = {**os.environ, "QMPVCPU_STATE": str(folder / "state"), "QMPVCPU_CACHE": str(folder / "cache")}
+    environment = {
+        **os.environ,
+        "QMPVCPU_STATE": str(folder / "state"),
+        "QMPVCPU_CACHE": str(folder / "cache"),
+    }
     found = imported(words, environment)
     file = LISTS / f"{name}.txt"
     if "QMPVCPU_RECORD" in os.environ:
@@ -39,7 +43,15 @@ def test_a_definition_is_counted_without_qmp(tmp_path):
 
 
 async def test_a_guest_is_counted_and_changed_without_xml(tmp_path):
-    arguments = [*MACHINES["x86_64"], "-S", "-nodefaults", "-display", "none", "-smp", "1,maxcpus=4"]
+    arguments = [
+        *MACHINES["x86_64"],
+        "-S",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-smp",
+        "1,maxcpus=4",
+    ]
     async with running(qemu_binary("10.0", "x86_64"), arguments) as qemu:
         check("vcpucount-socket", ["vcpucount", str(qemu.qmp)], tmp_path)
         check("setvcpu-socket", ["setvcpu", str(qemu.qmp), "1", "--enable"], tmp_path)

@@ -11,7 +11,14 @@ from tests.support.qemus import VERSIONS, matrix, paused
 pytestmark = pytest.mark.qemu
 
 TWO_NODES = [
-    *("-m", "256", "-object", "memory-backend-ram,id=a,size=128M", "-object", "memory-backend-ram,id=b,size=128M"),
+    *(
+        "-m",
+        "256",
+        "-object",
+        "memory-backend-ram,id=a,size=128M",
+        "-object",
+        "memory-backend-ram,id=b,size=128M",
+    ),
     *("-numa", "node,nodeid=0,memdev=a", "-numa", "node,nodeid=1,memdev=b"),
 ]
 CPU_NODES = ["-numa", "cpu,node-id=0,socket-id=0", "-numa", "cpu,node-id=1,socket-id=1"]
@@ -19,14 +26,19 @@ CPU_NODES = ["-numa", "cpu,node-id=0,socket-id=0", "-numa", "cpu,node-id=1,socke
 
 @matrix(*(("x86_64", version) for version in VERSIONS))
 async def test_x86_ids_go_by_socket_core_thread_and_nodes_are_right(arch, version):
-    async with paused(arch, version, "2,sockets=2,cores=2,threads=2,maxcpus=8", TWO_NODES + CPU_NODES) as qemu:
+    async with paused(
+        arch, version, "2,sockets=2,cores=2,threads=2,maxcpus=8", TWO_NODES + CPU_NODES
+    ) as qemu:
         run = await cli("--json", "vcpuinfo", qemu.qmp)
     assert run.code == 0
     info = run.json
     assert (info["arch"], info["accel"], info["active"]) == ("x86_64", "tcg", True)
     assert info["machine"] == f"pc-q35-{version}"
     rows = info["vcpus"]
-    places = [(row["props"]["socket-id"], row["props"]["core-id"], row["props"]["thread-id"]) for row in rows]
+    places = [
+        (row["props"]["socket-id"], row["props"]["core-id"], row["props"]["thread-id"])
+        for row in rows
+    ]
     assert [row["id"] for row in rows] == list(range(8))
     assert places == sorted(places)
     assert [row["node"] for row in rows] == [0] * 4 + [1] * 4
@@ -36,7 +48,18 @@ async def test_x86_ids_go_by_socket_core_thread_and_nodes_are_right(arch, versio
     assert [row["entity"] for row in rows] == [[number] for number in range(8)]
     assert all(isinstance(row["thread_id"], int) for row in rows[:2])
     assert set(rows[0]) == {
-        *("id", "state", "hotpluggable", "order", "node", "props", "entity", "qom_path", "thread_id", "online"),
+        *(
+            "id",
+            "state",
+            "hotpluggable",
+            "order",
+            "node",
+            "props",
+            "entity",
+            "qom_path",
+            "thread_id",
+            "online",
+        ),
         *("pending", "pin", "scheduler", "cpu", "logical_id", "can_offline"),
     }
 
@@ -81,7 +104,9 @@ async def test_ppc64_cores_of_eight_are_one_entity(arch, version):
     assert vcpus[13].props == {"core-id": 8, "node-id": 0}
     assert {vcpu.order for vcpu in vcpus[:8]} == {1}
     assert len({vcpu.thread_id for vcpu in vcpus[:8]}) == 8
-    assert [vcpu.qom_path.rsplit("/", 1)[1] for vcpu in vcpus[:8]] == [f"thread[{n}]" for n in range(8)]
+    assert [vcpu.qom_path.rsplit("/", 1)[1] for vcpu in vcpus[:8]] == [
+        f"thread[{n}]" for n in range(8)
+    ]
 
 
 @matrix(*(("s390x", version) for version in VERSIONS))
@@ -100,13 +125,18 @@ async def test_s390x_with_drawers_and_books(arch, version):
         props = [vcpu.props for vcpu in await domain.vcpus()]
     places = [(p["drawer-id"], p["book-id"], p["socket-id"], p["core-id"]) for p in props]
     assert places == sorted(places)
-    assert [place[:3] for place in places[::2]] == [(d, b, s) for d in (0, 1) for b in (0, 1) for s in (0, 1)]
+    assert [place[:3] for place in places[::2]] == [
+        (d, b, s) for d in (0, 1) for b in (0, 1) for s in (0, 1)
+    ]
 
 
 @matrix(("loongarch64", "10.0"), ("loongarch64", "11.1"))
 async def test_loongarch64(arch, version):
     smp = "1,sockets=2,cores=2,threads=2,maxcpus=8"
-    async with paused(arch, version, smp, ["-m", "1024"]) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+    async with (
+        paused(arch, version, smp, ["-m", "1024"]) as qemu,
+        qmpvcpu.connect(qemu.qmp) as domain,
+    ):
         props = [vcpu.props for vcpu in await domain.vcpus()]
     assert [(p["socket-id"], p["core-id"], p["thread-id"]) for p in props] == [
         (s, c, t) for s in range(2) for c in range(2) for t in range(2)
@@ -140,7 +170,10 @@ async def test_a_machine_without_hotplug_lists_its_vcpus_and_says_so(arch, versi
 
 
 async def test_without_hotplug_ids_up_to_maxcpus_are_listed_as_disabled():
-    async with paused("aarch64", "10.0", "3,maxcpus=4") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+    async with (
+        paused("aarch64", "10.0", "3,maxcpus=4") as qemu,
+        qmpvcpu.connect(qemu.qmp) as domain,
+    ):
         vcpus = await domain.vcpus()
         assert [vcpu.enabled for vcpu in vcpus] == [True, True, True, False]
         with pytest.raises(qmpvcpu.VcpuRefused, match="no CPU hotplug"):
@@ -165,7 +198,10 @@ async def test_threads_that_are_shared_are_not_reported_as_a_vcpus_own():
 
 async def test_four_hundred_slots_fit_into_a_reply():
     smp = "2,sockets=4,cores=50,threads=2,maxcpus=400"
-    async with paused("x86_64", "10.0", smp, ["-cpu", "max"]) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+    async with (
+        paused("x86_64", "10.0", smp, ["-cpu", "max"]) as qemu,
+        qmpvcpu.connect(qemu.qmp) as domain,
+    ):
         assert len(await domain.vcpus()) == 400
         outcome = await domain.enable(range(390, 400))
     assert outcome.changed_ids == tuple(range(390, 400))

@@ -1,4 +1,5 @@
-"""kill -9 of a command, or of its QEMU, at each effect and at any time: the next command says what is true.
+"""kill -9 of a command, or of its QEMU, at each effect and at any time: the next command says what
+is true.
 
 `scripts/soak kills` takes every effect of every command, and hundreds of moments.
 """
@@ -26,11 +27,15 @@ CHANGES_KILLED, MOVES_KILLED = 4, 1
 #: From this count on a long run takes each effect.
 ALL = 1000
 #: How an error says that QEMU is not there any more.
-LOST = re.compile(r"closed|exited|ended|gone|killed|nobody listens|does not run|not running|no socket|not start")
+LOST = re.compile(
+    r"closed|exited|ended|gone|killed|nobody listens|does not run|not running|no socket|not start"
+)
 
 
 class Point(NamedTuple):
-    """A command, and when something happens: `at` an effect, or `after` a part of the time that it takes."""
+    """A command, and when something happens: `at` an effect, or `after` a part of the time that it
+    takes.
+    """
 
     words: str
     at: int | None = None
@@ -64,7 +69,7 @@ def everything(words: str, whole: Whole) -> Iterator[Point]:
             yield Point(words, at=number)
 
 
-# -- commands on a guest that runs -------------------------------------------------------------------
+# -- commands on a guest that runs -----------------------------------------------------------------
 
 
 async def whole_change(guest: Plugged, words: str) -> Whole:
@@ -93,8 +98,8 @@ async def kill_change(guest: Plugged, point: Point) -> None:
     check_definitions(met, now, before, after)
     assert not guest.house.held_locks(), met
     if now.definitions[0][1] is not None and now.definitions[0][2] == before.definitions[0][2]:
-        # Its sockets are still those of the guest. Between the record of an unplug and its `device_del` nobody can
-        # tell whether QEMU was asked.
+        # Its sockets are still those of the guest. Between the record of an unplug and its
+        # `device_del` nobody can tell whether QEMU was asked.
         await guest.says_what_is(may_pend="send device_del: done" not in met.log.effects)
     again = await guest.house.meet(point.words)
     # What is undefined already is refused.
@@ -104,11 +109,22 @@ async def kill_change(guest: Plugged, point: Point) -> None:
     if met.words[0] == "setvcpus" and "--live" in met.words:
         # A count names no vCPU: what was plugged and not placed is placed when it is named.
         ids = ",".join(str(number) for number in sorted(after.plugged - {0}))
-        assert not ids or (await guest.house.meet(f"setvcpu {NAME} {ids} --enable --live")).run.code == 0, met
+        assert (
+            not ids
+            or (await guest.house.meet(f"setvcpu {NAME} {ids} --enable --live")).run.code == 0
+        ), met
     now = await guest.picture()
-    assert (now.plugged, now.online, now.pins) == (after.plugged, after.online, after.pins), (met, again)
-    assert [one[:2] for one in now.definitions] == [one[:2] for one in after.definitions], (met, again)
-    assert [one[2] is None for one in now.definitions] == [one[2] is None for one in after.definitions], (
+    assert (now.plugged, now.online, now.pins) == (after.plugged, after.online, after.pins), (
+        met,
+        again,
+    )
+    assert [one[:2] for one in now.definitions] == [one[:2] for one in after.definitions], (
+        met,
+        again,
+    )
+    assert [one[2] is None for one in now.definitions] == [
+        one[2] is None for one in after.definitions
+    ], (
         met,
         again,
     )
@@ -129,10 +145,12 @@ async def test_a_change_is_killed_at_any_of_its_effects():
         await meet_all(CHANGES, plugged, kill_change_everywhere)
         return
     chosen = random.sample(CHANGES, CHANGES_KILLED)
-    await meet_all([Point(words, at=random.randint(1, 24)) for words in chosen], plugged, kill_change)
+    await meet_all(
+        [Point(words, at=random.randint(1, 24)) for words in chosen], plugged, kill_change
+    )
 
 
-# -- commands that start, end and move a QEMU --------------------------------------------------------
+# -- commands that start, end and move a QEMU ------------------------------------------------------
 
 
 async def whole_move(words: str) -> Whole:
@@ -146,7 +164,9 @@ def keeps_its_guest(words: str) -> bool:
 
 
 async def check_end(guest: Started, met: Met) -> None:
-    """Every guest can be ended and used again, and nothing is left: the next writer sweeps the folder."""
+    """Every guest can be ended and used again, and nothing is left: the next writer sweeps the
+    folder.
+    """
     await guest.nothing_left()
     await guest.define()
     if guest.file.exists():
@@ -205,7 +225,7 @@ async def test_a_move_is_killed_at_any_of_its_effects():
     await meet_all(points, started, kill_move, keeps=False)
 
 
-# -- at any time -------------------------------------------------------------------------------------
+# -- at any time -----------------------------------------------------------------------------------
 
 
 def moments(commands: list[str], wanted: int, random: Random) -> list[Point]:
@@ -219,7 +239,7 @@ async def test_killed_at_any_time():
     await meet_all(moments(list(MOVES), wanted // 2, random), started, kill_move, keeps=False)
 
 
-# -- QEMU is killed ----------------------------------------------------------------------------------
+# -- QEMU is killed --------------------------------------------------------------------------------
 
 
 async def lose_qemu(guest: Plugged, point: Point) -> None:
@@ -228,8 +248,11 @@ async def lose_qemu(guest: Plugged, point: Point) -> None:
     before = await guest.picture()
     met = await guest.house.meet(point.words, **when(point, whole), pid=guest.qemu.pid)
     check_lost(met, point)
-    for one, old, new in zip(guest.definitions(), before.definitions, whole.after.definitions, strict=True):
-        # Of a guest that does not run, it is the definition that is changed where neither was named.
+    for one, old, new in zip(
+        guest.definitions(), before.definitions, whole.after.definitions, strict=True
+    ):
+        # Of a guest that does not run, it is the definition that is changed where neither was
+        # named.
         is_other = met.run.json.get("defined") and one[1] not in (old[1], new[1])
         assert is_other or one[1] in (old[1], new[1]), (met, one)
         assert one[1] is None or guest.house.enabled_in_the_definition(one[0])
@@ -281,19 +304,27 @@ async def test_qemu_is_killed_while_a_command_runs():
     wanted = soaking.count(10) * 3 // 10
 
     def points(commands: tuple[str, ...], count: int, most: int) -> list[Point]:
-        at_effects = [Point(random.choice(commands), at=random.randint(1, most)) for _ in range(-(-count // 2))]
+        at_effects = [
+            Point(random.choice(commands), at=random.randint(1, most))
+            for _ in range(-(-count // 2))
+        ]
         return at_effects + moments(list(commands), count // 2, random)
 
     await meet_all(points(TALKING, -(-wanted // 2), 24), plugged, lose_qemu)
     for name, count in (("one", wanted // 3), ("two", wanted // 6)):
         commands = tuple(words for words in MOVES if name == "one" or "two" in words)
-        await meet_all(points(commands, count, 100), started, partial(lose_started, name=name), keeps=False)
+        await meet_all(
+            points(commands, count, 100), started, partial(lose_started, name=name), keeps=False
+        )
     print(dict(counted), flush=True)
 
 
 @pytest.mark.parametrize(
     ("words", "before"),
-    [("vcpupin web1 1 0 --live --config", r"open .*\.new-"), ("setvcpu web1 3 --enable", "send device_add")],
+    [
+        ("vcpupin web1 1 0 --live --config", r"open .*\.new-"),
+        ("setvcpu web1 3 --enable", "send device_add"),
+    ],
     ids=["a pin", "a plug with a place"],
 )
 async def test_qemu_is_killed_between_its_last_answer_and(words, before):

@@ -1,4 +1,6 @@
-"""Leaving a domain always closes it, and of several addresses the one that is free is found at once."""
+"""Leaving a domain always closes it, and of several addresses the one that is free is found at
+once.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,15 @@ SOCKETS = ("one", "two", "three")
 @pytest.fixture
 async def qemu(tmp_path, monkeypatch):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
-    arguments = [*MACHINES["x86_64"], "-S", "-nodefaults", "-display", "none", "-smp", "2,maxcpus=8"]
+    arguments = [
+        *MACHINES["x86_64"],
+        "-S",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-smp",
+        "2,maxcpus=8",
+    ]
     async with running(qemu_binary("10.0", "x86_64"), arguments, monitors=SOCKETS) as process:
         yield process
 
@@ -48,8 +58,8 @@ async def come_again(qmp) -> None:
 
 
 async def every_await(work: Any, *folders) -> int:
-    """Cancel it at each of its awaits in turn, until it ends before: how many there were. Each time all is given
-    back.
+    """Cancel it at each of its awaits in turn, until it ends before: how many there were. Each time
+    all is given back.
     """
     number = 0
     while True:
@@ -124,7 +134,10 @@ async def test_all_addresses_busy_say_so_together(qemu):
         with pytest.raises(qmpvcpu.VcpuConnectionError) as caught:
             async with qmpvcpu.connect(qmp=[one, two], connect_timeout=0.3):
                 pass
-    assert (caught.value.reason, caught.value.message.count("did not greet within 0.3 s")) == ("no-greeting", 2)
+    assert (caught.value.reason, caught.value.message.count("did not greet within 0.3 s")) == (
+        "no-greeting",
+        2,
+    )
 
 
 async def test_a_watcher_takes_the_last_address(qemu):

@@ -16,7 +16,16 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import VcpuFlag
-from tests.qemu.libvirt_guests import EJECTING, NUMA, PPC64, firmware, numa, qemu_of, start_until, suspend
+from tests.qemu.libvirt_guests import (
+    EJECTING,
+    NUMA,
+    PPC64,
+    firmware,
+    numa,
+    qemu_of,
+    start_until,
+    suspend,
+)
 from tests.support.commands import cli, start_cli
 from tests.support.hosts import why_no_kvm
 from tests.support.libvirtds import daemon_of_our_own, managed
@@ -69,16 +78,19 @@ async def tainted(side):
 
 def listed(*enabled):
     """`<vcpus>` of the RFC's."""
-    rows = (f"<vcpu id='{n}' state='{'enabled' if n in enabled else 'disabled'}'/>" for n in range(16))
+    rows = (
+        f"<vcpu id='{n}' state='{'enabled' if n in enabled else 'disabled'}'/>" for n in range(16)
+    )
     return f"<vcpus>{''.join(rows)}</vcpus>"
 
 
 async def test_by_its_api_libvirt_stays_the_owner_of_its_truth(daemon):
     async with guest(daemon) as side:
         run = await on(daemon, "list")
-        assert {row["name"]: (row["state"], row["current"], row["maximum"]) for row in run.json["domains"]} == {
-            "web1": ("running", 3, 16)
-        }
+        assert {
+            row["name"]: (row["state"], row["current"], row["maximum"])
+            for row in run.json["domains"]
+        } == {"web1": ("running", 3, 16)}
         mark = daemon.log_position()
         run = await on(daemon, "setvcpu", "web1", "9,5", "--enable", "--live", "--config")
         assert run.code == 0 and run.json["changed_ids"] == [5, 9], run.stdout
@@ -118,7 +130,8 @@ async def test_what_libvirt_has_no_call_for(daemon):
 async def test_several_are_one_transaction_and_undone_where_libvirt_fails(daemon):
     """libvirt never rolls back."""
     async with guest(daemon, PPC64) as side:
-        # The firmware's threads poll and, on a busy machine, keep QEMU's main loop from its lock for minutes.
+        # The firmware's threads poll and, on a busy machine, keep QEMU's main loop from its lock
+        # for minutes.
         await asyncio.to_thread(side.domain.suspend)
         assert (await on(daemon, "setvcpu", "power1", "8-15", "--enable")).code == 0
         # Somebody else has plugged what libvirt does not know of.
@@ -128,7 +141,10 @@ async def test_several_are_one_transaction_and_undone_where_libvirt_fails(daemon
         # An undo would unplug a core under the firmware, which kills this QEMU.
         assert run.code == 6 and run.json["error"]["remaining"] == list(range(16, 24)), run.stdout
         assert run.json["error"]["libvirt"] == "VIR_ERR_INTERNAL_ERROR", run.stdout
-        assert "already populated" in run.json["error"]["message"] or "Duplicate" in run.json["error"]["message"]
+        assert (
+            "already populated" in run.json["error"]["message"]
+            or "Duplicate" in run.json["error"]["message"]
+        )
 
 
 @pytest.mark.parametrize("via", ["api", "monitor"])
@@ -167,9 +183,13 @@ async def test_through_its_monitor_with_our_own_engine(daemon, tmp_path):
     log = tmp_path / "qmp"
     async with guest(daemon) as side:
         mark = daemon.log_position()
-        run = await on(daemon, "--via", "monitor", "setvcpu", "web1", "5-8", "--enable", "--qmp-log", str(log))
+        run = await on(
+            daemon, "--via", "monitor", "setvcpu", "web1", "5-8", "--enable", "--qmp-log", str(log)
+        )
         assert run.code == 0 and run.json["changed_ids"] == [5, 6, 7, 8], run.stdout
-        assert "tainted" in run.json["messages"][-1] and "does not follow" in run.json["messages"][-1]
+        assert (
+            "tainted" in run.json["messages"][-1] and "does not follow" in run.json["messages"][-1]
+        )
         # Four plugs and one query, as over QMP.
         commands = sent(daemon, mark)
         assert commands.count("device_add") == 4
@@ -182,12 +202,18 @@ async def test_through_its_monitor_with_our_own_engine(daemon, tmp_path):
         run = await on(daemon, "--via", "monitor", "vcpuinfo", "web1")
         assert "tainted" in run.stderr
         rows = run.json["vcpus"]
-        assert rows[5]["state"] == "enabled" and rows[5]["thread_id"] and rows[5]["qom_path"].endswith("/vcpu5")
+        assert (
+            rows[5]["state"] == "enabled"
+            and rows[5]["thread_id"]
+            and rows[5]["qom_path"].endswith("/vcpu5")
+        )
         # Its threads are on this host.
         run = await on(daemon, "--via", "monitor", "vcpupin", "web1", "5", "0")
         assert run.code == 0, run.stdout
         run = await on(daemon, "--via", "monitor", "setvcpu", "web1", "5-6", "--enable", "--config")
-        assert run.code == 0 and b"<vcpu id='6' enabled='yes'" in (await side.sides())[1], run.stdout
+        assert run.code == 0 and b"<vcpu id='6' enabled='yes'" in (await side.sides())[1], (
+            run.stdout
+        )
 
 
 async def test_refusals_and_errors_keep_libvirts_code(daemon):
@@ -221,7 +247,10 @@ async def test_pins_and_its_definition(daemon):
         run = await on(daemon, "vcpupin", "web1", "0", "0", "--live", "--config")
         assert run.code == 0 and run.json["changed"], run.stdout
         live, config = await side.sides()
-        assert b"<vcpupin vcpu='0' cpuset='0'/>" in live and b"<vcpupin vcpu='0' cpuset='0'/>" in config
+        assert (
+            b"<vcpupin vcpu='0' cpuset='0'/>" in live
+            and b"<vcpupin vcpu='0' cpuset='0'/>" in config
+        )
         assert (await on(daemon, "vcpupin", "web1", "0", "0")).json["changed"] is False
         assert (await on(daemon, "vcpupin", "web1", "0")).json["pins"][0]["cpus"] == "0"
         run = await on(daemon, "vcpupin", "web1", "9", "0")
@@ -323,7 +352,11 @@ async def test_two_connections_at_once(daemon):
                 async with deadline("all four are reported"):
                     while seen != {4, 5, 6, 7}:
                         seen |= set((await anext(events)).vcpus)
-            assert (await one.state()).enabled_ids == (await other.state()).enabled_ids == (0, 1, 2, 4, 5, 6, 7)
+            assert (
+                (await one.state()).enabled_ids
+                == (await other.state()).enabled_ids
+                == (0, 1, 2, 4, 5, 6, 7)
+            )
             assert not (await other.enable([4, 5])).changed
 
 
@@ -335,7 +368,9 @@ async def test_nothing_holds_the_loop(daemon):
             try:
                 call = asyncio.create_task(domain.enable(5))
                 for _ in range(50):
-                    await asyncio.sleep(0.01)  # a turn of the loop; one that is held does not come back
+                    await asyncio.sleep(
+                        0.01
+                    )  # a turn of the loop; one that is held does not come back
                 assert not call.done()
                 call.cancel()
                 with pytest.raises(asyncio.CancelledError):
@@ -403,7 +438,9 @@ async def test_by_way_of_a_program_as_to_another_host(daemon, tmp_path):
 
 def workers():
     """Threads that make libvirt's calls."""
-    return [one.name for one in threading.enumerate() if "changes" in one.name or "queries" in one.name]
+    return [
+        one.name for one in threading.enumerate() if "changes" in one.name or "queries" in one.name
+    ]
 
 
 async def test_many_connections_leave_nothing(daemon):
@@ -427,11 +464,15 @@ async def test_many_connections_leave_nothing(daemon):
         await until(lambda: left()[1] <= threads + 2, "their threads have ended")
 
 
-SECRET = NUMA.replace("<devices>", "<devices><graphics type='vnc' port='-1' autoport='yes' passwd='geheim'/>", 1)
+SECRET = NUMA.replace(
+    "<devices>", "<devices><graphics type='vnc' port='-1' autoport='yes' passwd='geheim'/>", 1
+)
 
 
 async def test_what_libvirt_does_not_show_stays_in_the_definition(daemon, tmp_path):
-    """Passwords are in no XML that is read without being asked for: they must not be lost when it is written."""
+    """Passwords are in no XML that is read without being asked for: they must not be lost when it
+    is written.
+    """
     async with guest(daemon, SECRET, start=False) as side:
         wanted = tmp_path / "wanted.xml"
         wanted.write_text(listed(0, 1, 2, 11))
@@ -452,7 +493,9 @@ async def test_what_libvirt_does_not_show_stays_in_the_definition(daemon, tmp_pa
 async def test_two_calls_at_once_on_one_that_is_shut_off(daemon):
     async with guest(daemon, start=False) as side:
         async with qmpvcpu.connect("web1", uri=daemon.uri) as domain:
-            done = await asyncio.gather(domain.enable(12, config=True), domain.set_vcpus(8, config=True))
+            done = await asyncio.gather(
+                domain.enable(12, config=True), domain.set_vcpus(8, config=True)
+            )
             assert done[0].changed_ids == (12,) and len(done[1].changed_ids) == 4
         xml = (await side.sides())[1]
         assert b"current='8'" in xml and b"<vcpu id='12' enabled='yes'" in xml
@@ -500,11 +543,18 @@ async def test_a_qemu_that_hangs_is_given_up_and_what_was_not_asked_is_not_asked
         assert process.returncode == 130
         # libvirt gives the first one up after 5 s; only then could it ask for another.
         await free(side)
-        asked = [c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_del"]
-        assert len(asked) == 1 and json.loads(stdout)["pending"] == [int(asked[0][4:])], (asked, stdout)
+        asked = [
+            c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_del"
+        ]
+        assert len(asked) == 1 and json.loads(stdout)["pending"] == [int(asked[0][4:])], (
+            asked,
+            stdout,
+        )
         os.kill(pid, signal.SIGSTOP)
         try:
-            process = await start_cli("-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json")
+            process = await start_cli(
+                "-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json"
+            )
             stdout, _ = await within(process.communicate(), "QEMU is given up")
             assert process.returncode == 7 and "did not answer" in stdout.decode()
             words = ("-c", daemon.uri, "--via", "monitor", "vcpuinfo", "web1", "--json")

@@ -1,4 +1,6 @@
-"""Whole calls by libvirt's API on a scripted domain: what libvirtd, and its other clients, do not do on demand."""
+"""Whole calls by libvirt's API on a scripted domain: what libvirtd, and its other clients, do not
+do on demand.
+"""
 
 from __future__ import annotations
 
@@ -9,13 +11,22 @@ import libvirt
 import pytest
 
 import qmpvcpu
-from tests.support.scripted_libvirt import ScriptedGuest, client_of, libvirt_of_our_own, slow_to_close
+from tests.support.scripted_libvirt import (
+    ScriptedGuest,
+    client_of,
+    libvirt_of_our_own,
+    slow_to_close,
+)
 
 pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
 
-NO_SLOT = "unable to execute QEMU command 'device_del': acpi: device unplug request for not supported device type"
+NO_SLOT = (
+    "unable to execute QEMU command 'device_del': acpi: device unplug request for not"
+    " supported device type"
+)
 LOCKED = (
-    "Timed out during operation: cannot acquire state change lock (held by monitor=remoteDispatchDomainSetVcpu)"
+    "Timed out during operation: cannot acquire state change lock (held by"
+    " monitor=remoteDispatchDomainSetVcpu)"
 )
 
 
@@ -60,7 +71,9 @@ async def test_behind_a_plug_that_fails_no_other_is_made(connection):
 async def test_nor_does_each_wait_for_a_lock_that_somebody_holds(connection):
     guest = ScriptedGuest(connection, {0, 1})
     guest.seconds = 0.5
-    guest.errors = {(True, number): ("VIR_ERR_OPERATION_TIMEOUT", LOCKED) for number in range(5, 15)}
+    guest.errors = {
+        (True, number): ("VIR_ERR_OPERATION_TIMEOUT", LOCKED) for number in range(5, 15)
+    }
     async with client_of(guest) as client:
         with pytest.raises(qmpvcpu.VcpuFailed, match="state change lock"):
             await client.enable(*range(5, 15), timeout=1)
@@ -116,6 +129,8 @@ async def test_left_while_it_connects_anew_it_stays_left():
                 await closing.wait()
         with pytest.raises(qmpvcpu.VcpuConnectionError):
             await task
-        assert not [one for one in threading.enumerate() if "queries" in one.name or "changes" in one.name]
+        assert not [
+            one for one in threading.enumerate() if "queries" in one.name or "changes" in one.name
+        ]
     finally:
         keep.close()

@@ -1,4 +1,6 @@
-"""Domains of a real libvirtd, and trouble: what hangs, is cancelled, is half done, or changes hands."""
+"""Domains of a real libvirtd, and trouble: what hangs, is cancelled, is half done, or changes
+hands.
+"""
 
 from __future__ import annotations
 
@@ -45,13 +47,17 @@ def stopped(daemon):
 
 async def test_what_waits_behind_a_call_that_hangs_fails_with_it(daemon):
     async with guest(daemon):
-        async with qmpvcpu.connect("web1", uri=daemon.uri, via="monitor", command_timeout=1) as domain:
+        async with qmpvcpu.connect(
+            "web1", uri=daemon.uri, via="monitor", command_timeout=1
+        ) as domain:
             # What is asked once of each QEMU is asked before it hangs.
             await domain.enable(7)
             with stopped(daemon):
                 for _ in range(2):
                     for call in (domain.enable(5), domain.state()):
-                        with pytest.raises(qmpvcpu.VcpuConnectionError, match="did not answer") as caught:
+                        with pytest.raises(
+                            qmpvcpu.VcpuConnectionError, match="did not answer"
+                        ) as caught:
                             await within(call, "it fails")
                         assert caught.value.reason == "timeout"
             # What had been sent is done once it goes on; nothing is lost for good.
@@ -95,7 +101,9 @@ async def test_interrupted_in_the_middle_of_many_plugs(daemon):
         send(process, signal.SIGINT)
         stdout, _ = await within(process.communicate(), "it is interrupted")
         assert process.returncode == 130
-        added = [c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_add"]
+        added = [
+            c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_add"
+        ]
         assert len(added) < 147, added
         # Each of them is named: its undo is pending, or could not even be asked for.
         document = json.loads(stdout)
@@ -121,9 +129,11 @@ async def test_the_deadline_counts_though_libvirt_takes_one_unplug_at_a_time(dae
         # libvirt gives the first one up after 5 s; only then could it ask for another.
         await free(side)
         assert sent(daemon, mark).count("device_del") == 1
-        assert [row["id"] for row in (await on(daemon, "vcpuinfo", "web1")).json["vcpus"] if row["pending"]] == (
-            run.json["pending"]
-        )
+        assert [
+            row["id"]
+            for row in (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]
+            if row["pending"]
+        ] == (run.json["pending"])
 
 
 async def test_a_call_that_is_cancelled_while_it_waits_is_in_nobodys_way(daemon):
@@ -168,13 +178,19 @@ async def test_a_connection_of_a_thread_that_breaks_alone_is_made_again(daemon):
 async def test_an_earlier_unplug_stays_pending_where_it_could_not_be_asked_again(daemon, tmp_path):
     async with guest(daemon, numa("kvm", firmware(tmp_path), EJECTING)) as side:
         await asyncio.to_thread(suspend, side.domain)
-        run = await on(daemon, "setvcpu", "web1", "7", "--disable", "--live", "--config", "--timeout", "1")
+        run = await on(
+            daemon, "setvcpu", "web1", "7", "--disable", "--live", "--config", "--timeout", "1"
+        )
         assert run.code == 5 and run.json["pending"] == [7]
         # Until libvirt gives that one up.
         await free(side)
-        run = await on(daemon, "setvcpu", "web1", "5-7", "--disable", "--live", "--config", "--timeout", "1")
+        run = await on(
+            daemon, "setvcpu", "web1", "5-7", "--disable", "--live", "--config", "--timeout", "1"
+        )
         assert run.code == 6 or run.json["pending"] == [5, 7], run.stdout
-        assert 7 in run.json["pending"] and any("6: its unplug was not" in one for one in run.json["messages"])
+        assert 7 in run.json["pending"] and any(
+            "6: its unplug was not" in one for one in run.json["messages"]
+        )
         rows = (await on(daemon, "vcpuinfo", "web1")).json["vcpus"]
         assert [row["id"] for row in rows if row["pending"]] == [5, 7]
         # What has not ended in the guest is not written to its definition.
@@ -191,7 +207,9 @@ async def test_asked_is_what_libvirt_has_asked_also_behind_another_client(daemon
         # It holds the domain for 5 s from here on.
         run = await on(daemon, "setvcpu", "web1", "6", "--disable", "--async")
         assert (run.code, run.json["outcome"]) == (0, "requested"), run.stdout
-        asked = [c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_del"]
+        asked = [
+            c["arguments"]["id"] for c in daemon.qmp_commands(mark) if c["execute"] == "device_del"
+        ]
         assert asked == ["vcpu7", "vcpu6"]
         with pytest.raises(Exception, match="timed out"):
             await first
@@ -225,8 +243,12 @@ async def test_under_tcg_what_is_gone_unseen_stays_known(daemon, tmp_path):
         # A connection that saw it go does not go on saying so.
         async with qmpvcpu.connect("web1", uri=daemon.uri) as held:
             assert (await held.disable(6)).changed_ids == (6,)
-            assert (await held.enable(10)).changed_ids == (10,) and 6 not in (await held.state()).enabled_ids
-            assert (await on(daemon, "--via", "monitor", "setvcpu", "web1", "6", "--enable")).code == 0
+            assert (await held.enable(10)).changed_ids == (10,) and 6 not in (
+                await held.state()
+            ).enabled_ids
+            assert (
+                await on(daemon, "--via", "monitor", "setvcpu", "web1", "6", "--enable")
+            ).code == 0
             assert 6 in (await held.state()).enabled_ids
 
 
@@ -238,7 +260,11 @@ async def test_a_held_connection_sees_what_becomes_of_its_domain(daemon):
             await asyncio.to_thread(library.create)
             assert (await domain.state()).active
             outcome = await domain.enable(5)
-            assert (outcome.mechanism, outcome.changed_ids, outcome.defined) == ("hotplug", (5,), False)
+            assert (outcome.mechanism, outcome.changed_ids, outcome.defined) == (
+                "hotplug",
+                (5,),
+                False,
+            )
             await asyncio.to_thread(library.undefine)
             with pytest.raises(qmpvcpu.VcpuRefused, match="no persistent definition"):
                 await domain.enable(6, live=True, config=True)
@@ -299,7 +325,9 @@ async def test_a_definition_that_cannot_follow_is_partial(daemon):
             assert "the definition is as it was" not in run.json["messages"]
             live, config = await side.sides()
             assert b"<vcpu id='5' enabled='yes'" in live
-            assert (b"<vcpu id='5' enabled='yes'" in config) == ("changed the def" in run.json["error"]["message"])
+            assert (b"<vcpu id='5' enabled='yes'" in config) == (
+                "changed the def" in run.json["error"]["message"]
+            )
             run = await on(daemon, "setvcpu", "web1", "6", "--enable", "--config")
             assert run.code == 6 and "cannot keep it" in run.json["error"]["message"], run.stdout
         finally:
@@ -323,10 +351,15 @@ async def test_interrupted_while_another_client_holds_the_domain(daemon):
 
 
 async def test_an_agent_that_is_not_there_is_no_guest_that_lies(daemon):
-    channel = "<channel type='unix'><target type='virtio' name='org.qemu.guest_agent.0'/></channel></devices>"
+    channel = (
+        "<channel type='unix'><target type='virtio'"
+        " name='org.qemu.guest_agent.0'/></channel></devices>"
+    )
     async with guest(daemon, NUMA.replace("</devices>", channel)):
         run = await on(daemon, "guestvcpus", "web1")
-        assert run.code == 7 and "QEMU guest agent is not connected" in run.json["error"]["message"], run.stdout
+        assert (
+            run.code == 7 and "QEMU guest agent is not connected" in run.json["error"]["message"]
+        ), run.stdout
         assert run.json["error"]["libvirt"] == "VIR_ERR_AGENT_UNRESPONSIVE"
         # A plug is none of its business.
         run = await on(daemon, "setvcpu", "web1", "5", "--enable")

@@ -1,4 +1,6 @@
-"""A libvirtd of our own: its guests outlive it, its QMP is read from its log, and nothing of it is left behind."""
+"""A libvirtd of our own: its guests outlive it, its QMP is read from its log, and nothing of it is
+left behind.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,13 @@ pytestmark = [pytest.mark.qemu, group("libvirtd", "9.0")]
 
 NOBODY = 65534
 #: The folders of root's libvirtd on the host; those of a libvirt of the system's stay as they are.
-HOST = ("/run/libvirt", "/etc/libvirt", "/var/lib/libvirt", "/var/cache/libvirt", "/var/log/libvirt")
+HOST = (
+    "/run/libvirt",
+    "/etc/libvirt",
+    "/var/lib/libvirt",
+    "/var/cache/libvirt",
+    "/var/log/libvirt",
+)
 VCPUS = "".join(
     f"<vcpu id='{i}' enabled='{'yes' if i < 2 else 'no'}' hotpluggable='{'yes' if i else 'no'}'/>"
     for i in range(4)
@@ -62,12 +70,18 @@ def plug(connection):
 
 
 def running(connection):
-    return [(domain.name(), domain.vcpusFlags(1)) for domain in connection.listAllDomains() if domain.isActive()]
+    return [
+        (domain.name(), domain.vcpusFlags(1))
+        for domain in connection.listAllDomains()
+        if domain.isActive()
+    ]
 
 
 def on_the_host():
     """Which of libvirt's folders are there, and what of our guest is in them."""
-    return {name: sorted(map(str, Path(name).rglob("*web1*"))) for name in HOST if Path(name).exists()}
+    return {
+        name: sorted(map(str, Path(name).rglob("*web1*"))) for name in HOST if Path(name).exists()
+    }
 
 
 def mounts_of(folder):
@@ -76,7 +90,9 @@ def mounts_of(folder):
 
 
 def processes_of(folder, namespace=None):
-    """Processes with this folder in the command line or an open file in it, or in this mount namespace."""
+    """Processes with this folder in the command line or an open file in it, or in this mount
+    namespace.
+    """
     found = []
     for entry in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):
@@ -152,7 +168,9 @@ async def run_elsewhere(code, *prefix, python=sys.executable):
 @pytest.mark.parametrize("victim", ["us", "supervisor"])
 async def test_a_kill_leaves_nothing(victim):
     process = await run_elsewhere(
-        "await asyncio.Event().wait()" if victim == "us" else "await daemon.wait_for_the_keepers_end()"
+        "await asyncio.Event().wait()"
+        if victim == "us"
+        else "await daemon.wait_for_the_keepers_end()"
     )
     line = await within(process.stdout.readline(), "its daemon runs")
     folder, supervisor, daemon = line.decode().split()
@@ -160,12 +178,16 @@ async def test_a_kill_leaves_nothing(victim):
     assert len(processes_of(folder, namespace)) >= 3
     os.kill(process.pid if victim == "us" else int(supervisor), signal.SIGKILL)
     assert (await process.wait() == -signal.SIGKILL) == (victim == "us")
-    await until(lambda: not Path(folder).exists() and not processes_of(folder, namespace), "nothing is left")
+    await until(
+        lambda: not Path(folder).exists() and not processes_of(folder, namespace), "nothing is left"
+    )
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can become another user")
 async def test_an_ordinary_users_session():
-    """As nobody, with the system's Python and a copy of the package: ours may be where nobody cannot look."""
+    """As nobody, with the system's Python and a copy of the package: ours may be where nobody
+    cannot look.
+    """
     base = Path(tempfile.mkdtemp(prefix="qmpvcpu-nobody-", dir="/tmp"))
     shutil.copytree(Path(qmpvcpu.__file__).parent, base / "qmpvcpu")
     subprocess.run(["chmod", "-R", "a+rX", str(base)], check=True)
@@ -175,7 +197,8 @@ async def test_an_ordinary_users_session():
         "from qmpvcpu.lab.libvirtd import run_libvirtd\n"
         "async def main():\n"
         "    async with run_libvirtd() as daemon:\n"
-        "        process = await asyncio.create_subprocess_exec('virsh', '-q', '-c', daemon.uri, 'uri')\n"
+        "        process = await asyncio.create_subprocess_exec('virsh', '-q', '-c', daemon.uri,"
+        " 'uri')\n"
         "        assert await process.wait() == 0\n"
         "        await daemon.restart(kill=True)\n"
         "    print(daemon.folder, flush=True)\n"

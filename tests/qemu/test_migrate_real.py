@@ -1,4 +1,6 @@
-"""Migration between real QEMUs whose firmware runs: what is refused before the first byte, who runs it then."""
+"""Migration between real QEMUs whose firmware runs: what is refused before the first byte, who runs
+it then.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,12 @@ from tests.support.waiting import until, within
 pytestmark = pytest.mark.qemu
 
 FULL = 64 << 20
-NODES = ["-object", "memory-backend-ram,id=m0,size=64M", "-object", f"memory-backend-memfd,id=m1,size={FULL}"]
+NODES = [
+    "-object",
+    "memory-backend-ram,id=m0,size=64M",
+    "-object",
+    f"memory-backend-memfd,id=m1,size={FULL}",
+]
 NODES += ["-numa", "node,cpus=0-3,memdev=m0", "-numa", "node,cpus=4-7,memdev=m1"]
 
 
@@ -76,7 +83,11 @@ async def test_a_sparse_set_goes_to_a_qemu_that_waits_and_its_vcpus_are_plugged_
                 await domain.enable(number)
         run = await cli("migrate", source.qmp, target.qmp, "--json")
         assert run.code == 0, run.stdout + run.stderr
-        assert run.json["vcpus"] == [0, 1, 3, 6] and run.json["downtime"] >= 0 and run.json["transferred"] > 0
+        assert (
+            run.json["vcpus"] == [0, 1, 3, 6]
+            and run.json["downtime"] >= 0
+            and run.json["transferred"] > 0
+        )
         assert await runs(target) and await plugged(target) == (0, 1, 3, 6)
         # In the order of the source, and the source's QEMU is gone.
         async with qmpvcpu.connect(qmp=target.qmp) as domain:
@@ -90,8 +101,12 @@ async def test_a_sparse_set_goes_to_a_qemu_that_waits_and_its_vcpus_are_plugged_
     ("version", "smp"),
     [
         pytest.param("7.2", "2,sockets=1,cores=4,threads=1,maxcpus=4", marks=group("ppc64", "7.2")),
-        pytest.param("10.0", "4,sockets=1,cores=4,threads=2,maxcpus=8", marks=group("ppc64", "10.0")),
-        pytest.param("11.1", "4,sockets=1,cores=4,threads=2,maxcpus=8", marks=group("ppc64", "11.1")),
+        pytest.param(
+            "10.0", "4,sockets=1,cores=4,threads=2,maxcpus=8", marks=group("ppc64", "10.0")
+        ),
+        pytest.param(
+            "11.1", "4,sockets=1,cores=4,threads=2,maxcpus=8", marks=group("ppc64", "11.1")
+        ),
     ],
 )
 async def test_cores_of_ppc64_and_back_again(version, smp):
@@ -104,7 +119,11 @@ async def test_cores_of_ppc64_and_back_again(version, smp):
         if version != "11.1":
             run = await cli("migrate", source.qmp, target.qmp, "--json")
             assert run.code == 3, run.stdout
-            words = "does not migrate the decrementer" if version == "7.2" else "no interrupt reaches any vCPU but"
+            words = (
+                "does not migrate the decrementer"
+                if version == "7.2"
+                else "no interrupt reaches any vCPU but"
+            )
             assert words in run.json["error"]["message"] and "--force" in run.json["error"]["hint"]
             assert (await source.execute("query-migrate")).get("status") is None
         for one, other in ((source, target), (target, third)):
@@ -115,14 +134,23 @@ async def test_cores_of_ppc64_and_back_again(version, smp):
 
 #: What the destination is, beside what it should be: and what is said.
 WRONG = {
-    "one too many": ({"smp": "3,sockets=1,cores=8,threads=1,maxcpus=8"}, "vCPU 2 is plugged at the destination"),
-    "other maxcpus": ({"smp": "2,sockets=1,cores=4,threads=1,maxcpus=4", "extra": []}, "maximum of vCPUs: 8"),
+    "one too many": (
+        {"smp": "3,sockets=1,cores=8,threads=1,maxcpus=8"},
+        "vCPU 2 is plugged at the destination",
+    ),
+    "other maxcpus": (
+        {"smp": "2,sockets=1,cores=4,threads=1,maxcpus=4", "extra": []},
+        "maximum of vCPUs: 8",
+    ),
     "other slot": ({"smp": "2,sockets=2,cores=4,threads=1,maxcpus=8"}, "has another slot"),
     "other node": (
         {"extra": [w.replace("0-3", "0-4").replace("4-7", "5-7") for w in NODES]},
         "NUMA node of vCPU 4: 1",
     ),
-    "other model": ({"extra": [*NODES, "-cpu", "max"]}, ": qemu64-x86_64-cpu at the source, max-x86_64-cpu"),
+    "other model": (
+        {"extra": [*NODES, "-cpu", "max"]},
+        ": qemu64-x86_64-cpu at the source, max-x86_64-cpu",
+    ),
     "other machine": ({"extra": [*NODES, "-machine", "pc-q35-7.2"]}, "machine type: pc-q35-10.0"),
 }
 
@@ -151,9 +179,13 @@ async def test_one_missing_is_refused_where_nobody_plugs_it():
             await t.migrate_prepare(cookie)
             # Somebody plugs one at the source in between.
             await s.enable(5)
-            with pytest.raises(qmpvcpu.VcpuRefused, match="vCPU 5 is plugged at the destination, but not"):
+            with pytest.raises(
+                qmpvcpu.VcpuRefused, match="vCPU 5 is plugged at the destination, but not"
+            ):
                 await s.migrate(t, cookie)
-            assert await runs(source) and (await source.execute("query-migrate")).get("status") is None
+            assert (
+                await runs(source) and (await source.execute("query-migrate")).get("status") is None
+            )
 
 
 async def test_a_reader_that_does_not_know_the_feature_refuses(tmp_path):
@@ -215,7 +247,13 @@ async def test_over_tcp_between_two_that_know_only_addresses():
 async def test_one_that_listens_already_and_one_whose_qmp_is_tcp():
     async with machine() as source:
         async with machine(
-            extra=[*NODES, "-incoming", "tcp:127.0.0.1:0", "-qmp", "tcp:127.0.0.1:0,server=on,wait=off"]
+            extra=[
+                *NODES,
+                "-incoming",
+                "tcp:127.0.0.1:0",
+                "-qmp",
+                "tcp:127.0.0.1:0,server=on,wait=off",
+            ]
         ) as target:
             rows = await target.execute("query-chardev")
             name = next(row["filename"] for row in rows if "tcp" in row["filename"])
@@ -247,7 +285,8 @@ async def test_a_paused_guest_arrives_paused():
 async def slowly(source: Qemu):
     """So slow that it is under way until this ends: no page of its second node is a page of zeros.
 
-    QEMU sends 32 KiB ten times a second however low the limit is: a memory of zeros would be gone in a second.
+    QEMU sends 32 KiB ten times a second however low the limit is: a memory of zeros would be gone
+    in a second.
     """
     files = Path(f"/proc/{source.pid}/fd").iterdir()
     (memory,) = [file for file in files if "memfd:memory-backend" in os.readlink(file)]
@@ -392,13 +431,17 @@ async def test_a_connection_that_is_cut_is_a_failure_and_the_source_goes_on(tmp_
                 while data := await one.read(65536):
                     two.write(data)
 
-            await asyncio.gather(copy(reader, other_writer), copy(other_reader, writer), return_exceptions=True)
+            await asyncio.gather(
+                copy(reader, other_writer), copy(other_reader, writer), return_exceptions=True
+            )
 
         server = await asyncio.start_unix_server(relay, front)
         async with server:
             cookie = tmp_path / "cookie"
             cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
-            assert (await cli("migrate-prepare", str(cookie), target.qmp, "--uri", f"unix:{behind}")).code == 0
+            assert (
+                await cli("migrate-prepare", str(cookie), target.qmp, "--uri", f"unix:{behind}")
+            ).code == 0
             process = await start_cli("migrate-perform", source.qmp, f"unix:{front}", "--json")
             await until_active(source)
             for writer in writers:
@@ -408,7 +451,8 @@ async def test_a_connection_that_is_cut_is_a_failure_and_the_source_goes_on(tmp_
         assert await runs(source)
 
 
-#: Where a vCPU that ejects at once can be unplugged, and the guest be migrated after that: 10.0 cannot under TCG.
+#: Where a vCPU that ejects at once can be unplugged, and the guest be migrated after that: 10.0
+#: cannot under TCG.
 EJECTING = {"version": "11.1"}
 
 
@@ -420,13 +464,22 @@ def state(tmp_path, monkeypatch):
 @pytest.fixture
 def firmware(tmp_path, state):
     image = tmp_path / "eject.bin"
-    options = ["-m16", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0,--build-id=none,--oformat=binary"]
+    options = [
+        "-m16",
+        "-nostdlib",
+        "-static",
+        "-no-pie",
+        "-Wl,-Ttext=0,--build-id=none,--oformat=binary",
+    ]
     subprocess.run(["gcc", *options, "-o", str(image), "scripts/guest/eject.S"], check=True)
     return ["-bios", str(image)]
 
 
 async def test_a_pending_unplug_stops_it_unless_it_is_waited_for(firmware):
-    async with machine(extra=firmware, **EJECTING) as source, waiting(extra=firmware, **EJECTING) as target:
+    async with (
+        machine(extra=firmware, **EJECTING) as source,
+        waiting(extra=firmware, **EJECTING) as target,
+    ):
         async with qmpvcpu.connect(qmp=source.qmp) as domain:
             await domain.enable([4, 5])
             await source.execute("stop")
@@ -461,7 +514,10 @@ async def test_qemu_without_the_right_uri_does_not_begin():
         assert run.code == 8 and await runs(source)
         for uri in ("warp:9", "exec:touch /nowhere", "file:/nowhere"):
             run = await cli("migrate-perform", source.qmp, uri, "--json")
-            assert run.code == 3 and "is not an address for a migration" in run.json["error"]["message"]
+            assert (
+                run.code == 3
+                and "is not an address for a migration" in run.json["error"]["message"]
+            )
         with pytest.raises(VcpuConnectionError):
             async with qmpvcpu.connect(qmp="/nowhere"):
                 pass
@@ -533,7 +589,10 @@ async def test_where_the_destination_fails_all_the_same_its_own_words_are_told(s
     async with qmpvcpu.connect("one") as domain:
         with (
             moments.before("the guest goes to the destination", plug),
-            pytest.raises(qmpvcpu.VcpuFailed, match=r"the destination's QEMU reported: .*Unknown savevm .* 'cpu"),
+            pytest.raises(
+                qmpvcpu.VcpuFailed,
+                match=r"the destination's QEMU reported: .*Unknown savevm .* 'cpu",
+            ),
         ):
             await saving.move(domain, "two")
     assert await names() == {"one": True}
@@ -565,10 +624,14 @@ async def test_a_destination_that_was_started_is_gone_when_it_cannot_take_it(sta
         ):
             await saving.move(domain, "two")
     assert await names() == {"one": True}
-    assert (await cli("destroy", "two", "--json")).json["error"]["message"] == "'two' is not running"
+    assert (await cli("destroy", "two", "--json")).json["error"][
+        "message"
+    ] == "'two' is not running"
 
 
-async def test_interrupted_at_the_last_moment_by_name_the_guest_is_at_the_destination(started, monkeypatch):
+async def test_interrupted_at_the_last_moment_by_name_the_guest_is_at_the_destination(
+    started, monkeypatch
+):
     """Also when it was started for this: it must not be ended any more."""
     async with qmpvcpu.connect("one") as domain:
         task = asyncio.current_task()
@@ -605,7 +668,10 @@ async def test_a_name_that_stands_for_another_domain_is_not_for_this_one(started
     before = (await cli("dumpxml", "db1", "--inactive")).stdout
     cookie = tmp_path / "cookie"
     cookie.write_text((await cli("migrate-begin", "one", "--persistent")).stdout)
-    for words in (("migrate", "one", "db1", "--persistent"), ("migrate-prepare", str(cookie), "db1")):
+    for words in (
+        ("migrate", "one", "db1", "--persistent"),
+        ("migrate-prepare", str(cookie), "db1"),
+    ):
         run = await cli(*words, "--json")
         assert run.code == 3 and "is another domain" in run.json["error"]["message"], run.stdout
     assert (await cli("dumpxml", "db1", "--inactive")).stdout == before
@@ -620,7 +686,9 @@ async def test_a_source_or_a_paused_guest_is_no_destination_to_finish(tmp_path):
         await other.execute("stop")
         for qemu in (source, other):
             run = await cli("migrate-finish", qemu.qmp, str(cookie), "--json")
-            assert run.code == 8 and "no guest has migrated" in run.json["error"]["message"], run.stdout
+            assert run.code == 8 and "no guest has migrated" in run.json["error"]["message"], (
+                run.stdout
+            )
             assert not await runs(qemu)
         assert (await cli("migrate-finish", target.qmp, str(cookie))).code == 0
         assert await runs(target) and not await runs(source)
@@ -652,7 +720,9 @@ async def test_paused_between_begin_and_perform_it_arrives_paused():
 async def test_the_rate_is_what_it_was_after_a_failure():
     async with machine() as source:
         before = (await source.execute("query-migrate-parameters"))["max-bandwidth"]
-        assert (await cli("migrate-perform", source.qmp, "unix:/nowhere", "--bandwidth", "1")).code == 8
+        assert (
+            await cli("migrate-perform", source.qmp, "unix:/nowhere", "--bandwidth", "1")
+        ).code == 8
         assert (await source.execute("query-migrate-parameters"))["max-bandwidth"] == before
 
 
@@ -712,7 +782,9 @@ async def test_the_only_copy_is_not_ended(tmp_path, state):
         assert (await cli("migrate-finish", target.qmp)).code == 0 and await runs(target)
 
 
-async def test_where_nothing_is_known_of_it_the_phases_trust_their_user(tmp_path, state, monkeypatch):
+async def test_where_nothing_is_known_of_it_the_phases_trust_their_user(
+    tmp_path, state, monkeypatch
+):
     """Another host, or another user: the one thing that is said is what to look after."""
     async with machine() as source, waiting() as target:
         await handed_over(source, target, tmp_path)
@@ -720,7 +792,10 @@ async def test_where_nothing_is_known_of_it_the_phases_trust_their_user(tmp_path
         run = await cli("migrate-finish", target.qmp, "--json")
         assert run.code == 3 and "is not known" in run.json["error"]["message"]
         run = await cli("migrate-cancel", source.qmp, "--json")
-        assert run.code == 0 and "make sure that the destination does not run it" in run.json["message"]
+        assert (
+            run.code == 0
+            and "make sure that the destination does not run it" in run.json["message"]
+        )
 
 
 async def test_paused_when_it_began_it_is_not_let_run_by_cancelling(tmp_path, state):
@@ -728,7 +803,9 @@ async def test_paused_when_it_began_it_is_not_let_run_by_cancelling(tmp_path, st
         await source.execute("stop")
         await handed_over(source, target, tmp_path)
         run = await cli("migrate-cancel", source.qmp, "--json")
-        assert run.code == 0 and "paused as it was" in run.json["message"] and not await runs(source)
+        assert (
+            run.code == 0 and "paused as it was" in run.json["message"] and not await runs(source)
+        )
 
 
 async def test_what_has_not_arrived_whole_can_be_ended(tmp_path, state):
@@ -759,7 +836,9 @@ asyncio.run(main())
 ARRIVED, RUNS = "the destination has all", "the destination runs"
 
 
-@pytest.mark.parametrize(("step", "after"), [(ARRIVED, False), (ARRIVED, True), (RUNS, False), (RUNS, True)])
+@pytest.mark.parametrize(
+    ("step", "after"), [(ARRIVED, False), (ARRIVED, True), (RUNS, False), (RUNS, True)]
+)
 async def test_killed_between_the_handing_over_and_the_end(tmp_path, state, step, after):
     """Whatever is typed then, it runs on one side."""
     async with machine() as source, waiting() as target:
@@ -785,7 +864,9 @@ async def test_one_that_listens_everywhere_is_named_by_its_hosts_name(tmp_path, 
 
 
 async def test_a_cookie_is_for_one_handing_over(tmp_path, state):
-    """What has arrived of a migration that failed, or was taken back, is not let run by a later one."""
+    """What has arrived of a migration that failed, or was taken back, is not let run by a later
+    one.
+    """
     async with machine() as source, waiting() as target, waiting() as third:
         cookie = await handed_over(source, target, tmp_path)
         assert (await cli("migrate-cancel", source.qmp)).code == 0
@@ -834,7 +915,9 @@ async def test_forced_at_one_side_the_other_is_refused(tmp_path, state):
         assert await process.wait() == 9
         assert (await cli("migrate-cancel", source.qmp)).code == 3
         assert (await cli("migrate-cancel", source.qmp, "--force")).code == 0 and await runs(source)
-        assert (await cli("migrate-finish", target.qmp, cookie)).code == 3 and not await runs(target)
+        assert (await cli("migrate-finish", target.qmp, cookie)).code == 3 and not await runs(
+            target
+        )
         source.kill()
         assert await ended(source)
         # The only copy now.
@@ -851,7 +934,9 @@ async def test_what_has_arrived_and_was_never_let_run_is_not_taken_further(tmp_p
 
 
 async def test_the_return_path_is_cut_at_the_very_end(tmp_path, state):
-    """All has arrived, and the source does not learn it: it goes on, and the destination is not let run."""
+    """All has arrived, and the source does not learn it: it goes on, and the destination is not let
+    run.
+    """
     async with machine() as source, waiting() as target:
         behind, front = tmp_path / "behind", tmp_path / "front"
         over = asyncio.Event()
@@ -871,7 +956,9 @@ async def test_the_return_path_is_cut_at_the_very_end(tmp_path, state):
         async with await asyncio.start_unix_server(relay, front):
             cookie = tmp_path / "cookie"
             cookie.write_text((await cli("migrate-begin", source.qmp)).stdout)
-            assert (await cli("migrate-prepare", str(cookie), target.qmp, "--uri", f"unix:{behind}")).code == 0
+            assert (
+                await cli("migrate-prepare", str(cookie), target.qmp, "--uri", f"unix:{behind}")
+            ).code == 0
             process = await start_cli("migrate-perform", source.qmp, f"unix:{front}", "--json")
             stdout, _ = await within(process.communicate(), "the source has lost the destination")
             over.set()
@@ -898,7 +985,9 @@ async def test_ppc64_that_would_abort_is_refused_also_by_another_process(version
         if version == "11.1":
             assert run.code == 0, run.stdout
         else:
-            assert run.code == 3 and "once a core was unplugged" in run.json["error"]["message"], run.stdout
+            assert run.code == 3 and "once a core was unplugged" in run.json["error"]["message"], (
+                run.stdout
+            )
             assert (await source.execute("query-status"))["status"] == "prelaunch"
 
 

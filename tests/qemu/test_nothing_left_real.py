@@ -1,4 +1,6 @@
-"""Commands that start and end QEMUs, cancelled at any await: each QEMU is somebody's, and nothing else is left."""
+"""Commands that start and end QEMUs, cancelled at any await: each QEMU is somebody's, and nothing
+else is left.
+"""
 
 from __future__ import annotations
 
@@ -122,7 +124,10 @@ async def test_cancelled_at_any_await_each_qemu_is_somebodys(house, name):
         await before(house)
         async with nothing_left():
             with suppress(asyncio.CancelledError):
-                await within(cancelled_at(call(house), number), f"its end, cancelled at await {number} of {last}")
+                await within(
+                    cancelled_at(call(house), number),
+                    f"its end, cancelled at await {number} of {last}",
+                )
         await until(
             lambda: owned.qemus(house.state) == set(owned.running().values()),
             f"nobody's QEMU is left, cancelled at await {number} of {last}",

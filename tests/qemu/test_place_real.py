@@ -1,4 +1,6 @@
-"""Threads of real vCPUs where the XML says: pinned, scheduled, verified, and no other process's ever."""
+"""Threads of real vCPUs where the XML says: pinned, scheduled, verified, and no other process's
+ever.
+"""
 
 from __future__ import annotations
 
@@ -103,7 +105,9 @@ async def test_enabled_is_where_the_xml_says(accel, file):
 
 
 async def test_cpuset_is_for_those_without_a_pin(file):
-    file.write_text(xml(f"<vcpupin vcpu='1' cpuset='{LAST}'/>", "<vcpu current='1' cpuset='0'>8</vcpu>"))
+    file.write_text(
+        xml(f"<vcpupin vcpu='1' cpuset='{LAST}'/>", "<vcpu current='1' cpuset='0'>8</vcpu>")
+    )
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
         outcome = await domain.set_vcpus(3)
         assert {row.id: row.pin for row in outcome.rows if row.id} == {1: str(LAST), 2: "0"}
@@ -126,7 +130,9 @@ async def test_no_place_and_the_plan(file):
 
 def without_rights(*arguments) -> Run:
     """The command line without CAP_SYS_NICE."""
-    run = subprocess.run([*PLAIN, sys.executable, "-m", "qmpvcpu", *arguments], capture_output=True, text=True)
+    run = subprocess.run(
+        [*PLAIN, sys.executable, "-m", "qmpvcpu", *arguments], capture_output=True, text=True
+    )
     return Run(run.returncode, run.stdout, run.stderr)
 
 
@@ -143,13 +149,19 @@ async def test_without_rights_pinning_works_and_fifo_is_refused(file):
         assert "vCPU 2 cannot be fifo:10: CAP_SYS_NICE is missing" in run.json["error"]["message"]
         assert "RLIMIT_RTPRIO (it is 0)" in run.json["error"]["hint"]
         assert await enabled(qemu.qmp) == (0,)
-        run = await asyncio.to_thread(without_rights, "setvcpu", "d", "1-2", "--enable", "--dry-run", "--json")
+        run = await asyncio.to_thread(
+            without_rights, "setvcpu", "d", "1-2", "--enable", "--dry-run", "--json"
+        )
         assert run.code == 3 and "CAP_SYS_NICE" in run.json["refusals"][0]
         run = await asyncio.to_thread(without_rights, "setvcpu", "d", "1,3,4", "--enable", "--json")
         assert run.code == 0, run.stdout
         async with qmpvcpu.connect(qmp=qemu.qmp) as domain:
             vcpus = (await domain.state()).vcpus
-        assert (vcpus[1].pin, vcpus[3].scheduler, vcpus[4].scheduler) == (str(LAST), "batch", "idle")
+        assert (vcpus[1].pin, vcpus[3].scheduler, vcpus[4].scheduler) == (
+            str(LAST),
+            "batch",
+            "idle",
+        )
 
 
 async def test_another_users_qemu_is_not_touched_without_the_right(file, tmp_path):
@@ -176,7 +188,10 @@ async def test_what_this_host_does_not_have_is_refused(file):
 
 
 async def test_one_thread_for_all_has_no_place(file):
-    async with machine("tcg,thread=single") as qemu, qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain:
+    async with (
+        machine("tcg,thread=single") as qemu,
+        qmpvcpu.connect(qmp=qemu.qmp, xml=str(file)) as domain,
+    ):
         outcome = await domain.enable([1, 2])
         assert any("nothing to place" in text for text in outcome.messages)
         assert (await domain.state()).threads_shared
@@ -225,17 +240,28 @@ async def test_vcpupin(file):
         everywhere = hosts.cpu_list(os.sched_getaffinity(0))
         run = await cli("vcpupin", "d", "--json")
         assert run.json["pins"][0]["cpus"] == everywhere and run.json["pins"][1]["cpus"] is None
-        assert (await cli("vcpupin", "d", "--config", "--vcpu", "1")).stdout.split()[-1] == str(LAST)
-        run = await cli("vcpupin", "d", "--vcpu", "0", "--cpulist", str(LAST), "--live", "--config", "--json")
-        assert run.code == 0 and run.json["live_changed_ids"] == run.json["config_changed_ids"] == [0]
+        assert (await cli("vcpupin", "d", "--config", "--vcpu", "1")).stdout.split()[-1] == str(
+            LAST
+        )
+        run = await cli(
+            "vcpupin", "d", "--vcpu", "0", "--cpulist", str(LAST), "--live", "--config", "--json"
+        )
+        assert run.code == 0 and run.json["live_changed_ids"] == run.json["config_changed_ids"] == [
+            0
+        ]
         assert (await cli("vcpupin", "d", "0")).stdout.split()[-1] == str(LAST)
-        assert f"<vcpupin vcpu='0' cpuset='{LAST}'/>" in (await cli("dumpxml", "d", "--inactive")).stdout
+        assert (
+            f"<vcpupin vcpu='0' cpuset='{LAST}'/>"
+            in (await cli("dumpxml", "d", "--inactive")).stdout
+        )
         again = await cli("vcpupin", "d", "0", str(LAST), "--live", "--config", "--json")
         assert again.code == 0 and again.json["changed"] is False
         run = await cli("vcpupin", "d", "0", "r", "--live", "--config", "--json")
         assert run.code == 0 and run.json["changed_ids"] == [0]
         assert "vcpupin vcpu='0'" not in (await cli("dumpxml", "d", "--inactive")).stdout
-        assert (await cli("vcpupin", "d", "0")).stdout.split()[-1] == hosts.cpu_list(hosts.host_cpus())
+        assert (await cli("vcpupin", "d", "0")).stdout.split()[-1] == hosts.cpu_list(
+            hosts.host_cpus()
+        )
         for words, code, text in (
             (("0", "4090"), 3, "host CPU 4090"),
             (("5", "0"), 3, "is not enabled"),
@@ -252,7 +278,12 @@ async def test_vcpupin(file):
             run = await cli("vcpupin", "d", *words, "--json")
             assert run.code == code and text in run.stdout, (words, run.stdout)
         # In whatever order.
-        for words in (("--live", "0", "0"), ("0", "--live", "0"), ("--vcpu", "0", "0"), ("--json", "0", "0")):
+        for words in (
+            ("--live", "0", "0"),
+            ("0", "--live", "0"),
+            ("--vcpu", "0", "0"),
+            ("--json", "0", "0"),
+        ):
             assert (await cli("vcpupin", "d", *words)).code == 0, words
         # For when it is plugged.
         assert (await cli("vcpupin", "d", "6", "0", "--config")).code == 0
@@ -284,7 +315,9 @@ async def test_a_qemu_that_dies_before_its_thread_is_placed_is_gone(file):
             os.waitid(os.P_PID, qemu.pid, os.WEXITED | os.WNOWAIT)
 
         with moments.before("a thread is placed", kill):
-            with pytest.raises(qmpvcpu.VcpuConnectionError, match="QEMU has ended after vCPU 1-2 was plugged"):
+            with pytest.raises(
+                qmpvcpu.VcpuConnectionError, match="QEMU has ended after vCPU 1-2 was plugged"
+            ):
                 await domain.enable([1, 2])
 
 
@@ -292,7 +325,11 @@ async def test_threads_of_another_qemu_are_not_taken_for_its_own():
     """A QEMU that a guest has taken over may name the threads of its neighbour."""
     async with machine() as qemu, qmpvcpu.connect(qmp=qemu.qmp) as domain, machine() as other:
         mine = [vcpu.thread_id for vcpu in (await domain.enable([1, 2])).rows]
-        found = [hosts.qemu_of(mine, qemu.qmp), hosts.qemu_of(mine, other.qmp), hosts.qemu_of([qemu.pid, *mine])]
+        found = [
+            hosts.qemu_of(mine, qemu.qmp),
+            hosts.qemu_of(mine, other.qmp),
+            hosts.qemu_of([qemu.pid, *mine]),
+        ]
     assert found == [qemu.pid, None, None]
 
 

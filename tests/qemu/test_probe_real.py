@@ -134,7 +134,9 @@ async def test_never_starts_none(tmp_path):
         await find_layout(spec("microvm"), emulator=binary, mode=NEVER)
     assert "--probe auto" in caught.value.hint and starts() == 0
     await find_layout(spec("microvm"), emulator=binary)
-    assert (await find_layout(spec("microvm"), emulator=binary, mode=NEVER)).layout.source == "cached"
+    assert (
+        await find_layout(spec("microvm"), emulator=binary, mode=NEVER)
+    ).layout.source == "cached"
 
 
 async def test_another_program_is_asked_anew(tmp_path, own_cache):
@@ -153,7 +155,9 @@ async def test_a_script_that_starts_another_one(tmp_path):
     real = tmp_path / "real"
     real.write_text(qemu_binary("10.0", "x86_64"))
     binary, starts = counting(tmp_path, f"$(cat {real})")
-    assert str((await find_layout(spec(), emulator=binary, mode=ALWAYS)).layout.version).startswith("10.0")
+    assert str((await find_layout(spec(), emulator=binary, mode=ALWAYS)).layout.version).startswith(
+        "10.0"
+    )
     real.write_text(qemu_binary("7.2", "x86_64"))
     found = await find_layout(spec(), emulator=binary, refresh=True)
     assert str(found.layout.version).startswith("7.2") and starts() == 2
@@ -172,7 +176,9 @@ async def test_a_torn_entry_is_asked_anew(tmp_path, own_cache):
             assert torn != whole
             path.write_bytes(torn)
             before = starts()
-            assert (await find_layout(spec(), emulator=binary, mode=ALWAYS)).layout.source == "probed"
+            assert (
+                await find_layout(spec(), emulator=binary, mode=ALWAYS)
+            ).layout.source == "probed"
             assert starts() == before + 1
 
 
@@ -201,7 +207,12 @@ async def test_fifty_at_once_start_five(tmp_path):
 
     async def one():
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-c", ASK, binary, stdout=asyncio.subprocess.PIPE, stderr=asyncio.subprocess.PIPE
+            sys.executable,
+            "-c",
+            ASK,
+            binary,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.PIPE,
         )
         stdout, stderr = await process.communicate()
         assert process.returncode == 0, stderr.decode()
@@ -216,18 +227,34 @@ async def test_killed_in_the_middle(tmp_path, own_cache):
     """At many moments of a probe: no QEMU stays, no lock stays, no entry is broken."""
     binary, starts = counting(tmp_path, qemu_binary("10.0", "x86_64"))
     pids = tmp_path / "counted.log"
-    arguments = ("--json", "probe", "--machine", "q35", "--smp", "2", "--probe", "always", "--emulator", binary)
+    arguments = (
+        "--json",
+        "probe",
+        "--machine",
+        "q35",
+        "--smp",
+        "2",
+        "--probe",
+        "always",
+        "--emulator",
+        binary,
+    )
     for attempt in range(16):
         process = await start_cli(*arguments, "--refresh")
         seen = starts()
         # From the moment QEMU is started on, a little later each time.
-        await until(lambda: process.returncode is not None or starts() != seen, "QEMU is started", every=0.002)  # noqa: B023
+        await until(
+            lambda: process.returncode is not None or starts() != seen,  # noqa: B023
+            "QEMU is started",
+            every=0.002,
+        )
         await asyncio.sleep(0.008 * attempt)
         if process.returncode is None:
             send(process, signal.SIGKILL)
         await process.communicate()
         await until(
-            lambda: not [pid for pid in pids.read_text().split() if is_running(pid, binary)], "no QEMU is left"
+            lambda: not [pid for pid in pids.read_text().split() if is_running(pid, binary)],
+            "no QEMU is left",
         )
     found = await within(cli(*arguments), "nothing holds the lock")
     assert found.code == 0 and found.json["maxcpus"] == 2
@@ -265,7 +292,9 @@ async def test_programs_that_are_no_qemu(tmp_path):
         return str(path)
 
     with pytest.raises(VcpuConnectionError, match=r"did not answer within 0\.5 s"):
-        await find_layout(spec(), emulator=program("sleeper", "exec sleep infinity"), mode=ALWAYS, timeout=0.5)
+        await find_layout(
+            spec(), emulator=program("sleeper", "exec sleep infinity"), mode=ALWAYS, timeout=0.5
+        )
     with pytest.raises(VcpuFailed, match="exited with code 7: ouch") as caught:
         await find_layout(spec(), emulator=program("dies", "echo ouch >&2; exit 7"), mode=ALWAYS)
     assert caught.value.exit_code == 7
@@ -274,7 +303,9 @@ async def test_programs_that_are_no_qemu(tmp_path):
     with pytest.raises(VcpuRefused, match="there is no QEMU program '/nope/qemu-system-x86_64'"):
         await find_layout(spec(), emulator="/nope/qemu-system-x86_64", mode="never")
     with pytest.raises(VcpuRefused, match="is a QEMU for s390x"):
-        await find_layout(spec("none", "1"), arch="x86_64", emulator=qemu_binary("7.2", "s390x"), mode=ALWAYS)
+        await find_layout(
+            spec("none", "1"), arch="x86_64", emulator=qemu_binary("7.2", "s390x"), mode=ALWAYS
+        )
 
 
 BOTH = ("--machine", "q35")
@@ -318,9 +349,13 @@ async def test_words_that_qemu_refuses_are_refused(words, code):
     assert (run.code, bool(run.json["error"]["hint"])) == (code, True)
 
 
-async def test_a_machine_type_that_the_qemu_has_not_is_refused_without_a_start_once_it_is_known(tmp_path):
+async def test_a_machine_type_that_the_qemu_has_not_is_refused_without_a_start_once_it_is_known(
+    tmp_path,
+):
     binary, starts = counting(tmp_path, qemu_binary("7.2", "x86_64"))
-    with pytest.raises(VcpuRefused, match=r"QEMU 7\.2\..*no machine type 'pc-q35-8\.0' \(unsupported") as caught:
+    with pytest.raises(
+        VcpuRefused, match=r"QEMU 7\.2\..*no machine type 'pc-q35-8\.0' \(unsupported"
+    ) as caught:
         await find_layout(spec("pc-q35-8.0"), emulator=binary)
     assert "pc-q35-7.2" in caught.value.hint
     await find_layout(spec(), emulator=binary, mode=ALWAYS)
@@ -334,23 +369,38 @@ async def test_a_machine_type_that_the_qemu_has_not_is_refused_without_a_start_o
 
 async def test_the_command_line(tmp_path, own_cache):
     binary, starts = counting(tmp_path, qemu_binary("10.0", "ppc64"))
-    words = ("--machine", "pseries", "--smp", "8,cores=2,threads=8,maxcpus=16", "--emulator", binary)
+    words = (
+        "--machine",
+        "pseries",
+        "--smp",
+        "8,cores=2,threads=8,maxcpus=16",
+        "--emulator",
+        binary,
+    )
     run = await cli("probe", *words)
     assert run.code == 0 and "asked of a throwaway QEMU" in run.stdout and "8-15" in run.stdout
     run = await cli("probe", *words, "--json")
     assert run.json["source"] == "predicted" and starts() == 1
-    assert [row["entity"] for row in run.json["vcpus"]] == [list(range(8))] * 8 + [list(range(8, 16))] * 8
+    assert [row["entity"] for row in run.json["vcpus"]] == [list(range(8))] * 8 + [
+        list(range(8, 16))
+    ] * 8
     run = await cli("probe", *words, "--probe", "always", "--json")
     assert run.json["source"] == "cached" and run.json["emulator"] == binary
     run = await cli("probe", "--refresh")
     assert run.code == 0 and run.stdout == "2 cached answers removed\n"
     xml = tmp_path / "d.xml"
     xml.write_text(
-        "<domain type='qemu'><name>d</name><vcpu current='2'>4</vcpu><os><type arch='x86_64' machine='q35'/></os>"
+        "<domain type='qemu'><name>d</name><vcpu current='2'>4</vcpu><os><type arch='x86_64'"
+        " machine='q35'/></os>"
         f"<devices><emulator>{qemu_binary('10.0', 'x86_64')}</emulator></devices></domain>"
     )
     run = await cli("probe", str(xml), "--json")
-    assert [row["state"] for row in run.json["vcpus"]] == ["enabled", "enabled", "disabled", "disabled"]
+    assert [row["state"] for row in run.json["vcpus"]] == [
+        "enabled",
+        "enabled",
+        "disabled",
+        "disabled",
+    ]
     for bad, code in (
         ((), 2),
         (("--smp", "2"), 2),

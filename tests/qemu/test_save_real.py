@@ -42,7 +42,11 @@ __all__ = ["started"]
 async def test_a_sparse_guest_in_a_file_and_back(version, tmp_path):
     file = tmp_path / "saved"
     file.write_text("something else")
-    async with machine(version) as source, waiting(version=version) as target, waiting(version=version) as again:
+    async with (
+        machine(version) as source,
+        waiting(version=version) as target,
+        waiting(version=version) as again,
+    ):
         async with qmpvcpu.connect(qmp=source.qmp) as domain:
             for number in (6, 3):
                 await domain.enable(number)
@@ -80,7 +84,12 @@ async def test_by_name_over_a_reboot(started, tmp_path):
 
 
 DAMAGES = {
-    "a RAM block": (b"pc.ram", b"pc.rum", False, "another machine: RAM block 'pc.ram': none at the source"),
+    "a RAM block": (
+        b"pc.ram",
+        b"pc.rum",
+        False,
+        "another machine: RAM block 'pc.ram': none at the source",
+    ),
     "device state": (
         b"cpu_common",
         b"cpu_commoN",
@@ -106,7 +115,10 @@ async def test_what_is_not_the_guest_is_found_before_it_ends(what, started, tmp_
             written.write(new)
 
     async with qmpvcpu.connect("one") as domain:
-        with moments.around("the file is synced", after=damage), pytest.raises(qmpvcpu.VcpuFailed, match=words):
+        with (
+            moments.around("the file is synced", after=damage),
+            pytest.raises(qmpvcpu.VcpuFailed, match=words),
+        ):
             await saving.save(domain, folder / "saved", verify=verify)
         assert os.listdir(folder) == [] and await names() == {"one": True}
         # Nothing of the guest's was taken by the second one.
@@ -137,7 +149,9 @@ async def test_a_guest_that_has_shut_down_is_not_saved(tmp_path):
         await source.execute("system_reset")
         await until(lambda: is_in(source, "shutdown"), "the guest has shut down")
         run = await cli("save", source.qmp, str(file), "--json")
-        assert run.code == 3 and "runs again only after a reset" in run.json["error"]["message"], run.stdout
+        assert run.code == 3 and "runs again only after a reset" in run.json["error"]["message"], (
+            run.stdout
+        )
         assert await is_in(source, "shutdown") and not file.exists()
 
 
@@ -189,7 +203,11 @@ with moments.before("the guest goes into the file", fill):
 @pytest.mark.parametrize("version", CELLS)
 async def test_a_full_disk_and_the_guest_goes_on(version, tmp_path):
     async with machine(version) as source:
-        environment = os.environ | {"DISK": str(tmp_path), "PYTHON": sys.executable, "QMP": source.qmp}
+        environment = os.environ | {
+            "DISK": str(tmp_path),
+            "PYTHON": sys.executable,
+            "QMP": source.qmp,
+        }
         environment |= {"FILLED": FILLED, "PYTHONPATH": str(ROOT)}
         process = await start_process("unshare", "--mount", "sh", "-c", FULL, env=environment)
         stdout, stderr = (part.decode() for part in await process.communicate())
@@ -246,7 +264,9 @@ async def test_what_cannot_be_written_to_the_end_leaves_no_file_and_the_guest_ru
             cookie = await domain.migrate_begin()
             made = saving.File(file, b"cookie")
             try:
-                with pytest.raises(qmpvcpu.VcpuFailed, match="No space left on device; the guest goes on"):
+                with pytest.raises(
+                    qmpvcpu.VcpuFailed, match="No space left on device; the guest goes on"
+                ):
                     await domain.save(cookie, made.fd, made.offset, full)
                 assert await runs(source)
             finally:
@@ -328,7 +348,9 @@ async def test_only_a_regular_file_is_replaced(tmp_path):
     async with machine() as source:
         for path in (folder, fifo, link):
             run = await cli("save", source.qmp, str(path), "--json")
-            assert run.code == 3 and "not a regular file" in run.json["error"]["message"], run.stdout
+            assert run.code == 3 and "not a regular file" in run.json["error"]["message"], (
+                run.stdout
+            )
         assert await runs(source) and sorted(os.listdir(tmp_path)) == ["fifo", "folder", "link"]
 
 
@@ -402,7 +424,9 @@ async def test_cancelled_at_any_step_the_guest_goes_on(verify, started, tmp_path
             with moments.around(step, **{when: act}), pytest.raises(asyncio.CancelledError):
                 await task
             assert os.listdir(folder) == [], (step, when)
-            assert (await domain.state()).enabled_ids == (0, 1, 5) and await names() == {"one": True}, (step, when)
+            assert (await domain.state()).enabled_ids == (0, 1, 5) and await names() == {
+                "one": True
+            }, (step, when)
 
 
 async def die_saving(source: Qemu, file: Path, moment: str, when: str) -> None:
@@ -417,7 +441,9 @@ KILLED_AT = [
 
 
 @pytest.mark.parametrize("version", CELLS)
-async def test_killed_while_it_saves_the_next_command_lets_the_guest_go_on(version, tmp_path, monkeypatch):
+async def test_killed_while_it_saves_the_next_command_lets_the_guest_go_on(
+    version, tmp_path, monkeypatch
+):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
     folder = tmp_path / "files"
     folder.mkdir()
@@ -439,12 +465,16 @@ async def test_killed_when_the_guest_is_in_the_file_it_is_saved(tmp_path, monkey
         run = await cli("restore", str(file), target.qmp, "--json")
         assert (run.code, "still exists" in run.json["error"]["message"]) == (3, True), run.stdout
         run = await cli("vcpucount", source.qmp, "--json")
-        assert (run.code, f"is saved in '{file}'" in run.json["error"]["message"]) == (7, True), run.stdout
+        assert (run.code, f"is saved in '{file}'" in run.json["error"]["message"]) == (7, True), (
+            run.stdout
+        )
         assert await ended(source)
         assert (await cli("restore", str(file), target.qmp)).code == 0 and await runs(target)
 
 
-async def test_killed_when_the_guest_is_in_the_file_and_let_run_by_its_user_both_stay(tmp_path, monkeypatch):
+async def test_killed_when_the_guest_is_in_the_file_and_let_run_by_its_user_both_stay(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
     file = tmp_path / "saved"
     async with machine() as source:
@@ -489,10 +519,14 @@ async def test_what_somebody_has_switched_on_for_migrations_is_off(capability, t
 async def test_a_definition_that_would_not_be_read_again_is_not_saved(started, tmp_path):
     document = (await cli("dumpxml", "one", "--inactive")).stdout
     file = tmp_path / "big.xml"
-    file.write_text(document.replace("<memory", f"<description>{'x' * (9 << 19)}</description><memory", 1))
+    file.write_text(
+        document.replace("<memory", f"<description>{'x' * (9 << 19)}</description><memory", 1)
+    )
     assert (await cli("define", str(file))).code == 0
     run = await cli("save", "one", str(tmp_path / "saved"), "--json")
-    assert (run.code, "more than 8388608 bytes" in run.json["error"]["message"]) == (3, True), run.stdout
+    assert (run.code, "more than 8388608 bytes" in run.json["error"]["message"]) == (3, True), (
+        run.stdout
+    )
     assert await names() == {"one": True} and not (tmp_path / "saved").exists()
 
 
@@ -542,7 +576,9 @@ async def test_killed_by_the_clock_the_guest_goes_on(tmp_path, monkeypatch, seco
         assert os.listdir(folder) == ["saved"]
 
 
-async def test_a_paused_guest_that_could_not_be_saved_is_paused_and_takes_vcpus(tmp_path, monkeypatch):
+async def test_a_paused_guest_that_could_not_be_saved_is_paused_and_takes_vcpus(
+    tmp_path, monkeypatch
+):
     """QEMU says "postmigrate" of it, as of one that has been handed over."""
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path / "state"))
     async with machine() as source:
@@ -550,7 +586,10 @@ async def test_a_paused_guest_that_could_not_be_saved_is_paused_and_takes_vcpus(
         async with qmpvcpu.connect(qmp=source.qmp) as domain:
             with (
                 moments.before("the file is sealed", full),
-                pytest.raises(qmpvcpu.VcpuFailed, match="No space left on device; the guest is paused, as it was"),
+                pytest.raises(
+                    qmpvcpu.VcpuFailed,
+                    match="No space left on device; the guest is paused, as it was",
+                ),
             ):
                 await saving.save(domain, tmp_path / "saved")
             assert (await domain.enable(3)).changed
@@ -571,7 +610,10 @@ async def test_another_process_cancels_a_save_and_the_guest_goes_on(tmp_path, mo
 
         async def cancel():
             run = await cli("migrate-cancel", str(source.folder / "qmp2"), "--json")
-            assert run.code == 0 and "the save was cancelled, and the guest goes on" in run.json["message"]
+            assert (
+                run.code == 0
+                and "the save was cancelled, and the guest goes on" in run.json["message"]
+            )
 
         async with qmpvcpu.connect(qmp=source.qmp) as domain:
             with (

@@ -25,7 +25,17 @@ X86_8 = "2,sockets=2,cores=2,threads=2,maxcpus=8"
 PPC_8 = "8,sockets=1,cores=4,threads=8,maxcpus=32"
 
 OUTCOME_KEYS = {
-    *("outcome", "changed", "mechanism", "vcpus", "changed_ids", "pending", "undone", "messages", "seconds"),
+    *(
+        "outcome",
+        "changed",
+        "mechanism",
+        "vcpus",
+        "changed_ids",
+        "pending",
+        "undone",
+        "messages",
+        "seconds",
+    ),
     *("pending_online", "live_changed_ids", "config_changed_ids", "defined"),
 }
 
@@ -63,7 +73,9 @@ async def test_plug_by_id(arch, version):
 
 @matrix(("loongarch64", "10.0"), ("loongarch64", "11.1"))
 async def test_plug_on_loongarch64(arch, version):
-    async with paused(arch, version, "1,sockets=1,cores=4,threads=1,maxcpus=4", ["-m", "1024"]) as qemu:
+    async with paused(
+        arch, version, "1,sockets=1,cores=4,threads=1,maxcpus=4", ["-m", "1024"]
+    ) as qemu:
         async with qmpvcpu.connect(qemu.qmp) as domain:
             outcome = await domain.enable([2, 3])
     assert outcome.changed_ids == (2, 3)
@@ -139,7 +151,10 @@ async def test_s390x_never_unplugs(arch, version):
 
 @pytest.mark.parametrize(
     ("version", "accel", "words"),
-    [("7.2", "tcg", "crashes"), *((version, "tcg,thread=single", "aborts") for version in VERSIONS)],
+    [
+        ("7.2", "tcg", "crashes"),
+        *((version, "tcg,thread=single", "aborts") for version in VERSIONS),
+    ],
 )
 async def test_an_unplug_that_is_known_to_kill_qemu_is_refused(version, accel, words):
     async with paused("x86_64", version, "2,maxcpus=4", accel=accel) as qemu:
@@ -183,7 +198,10 @@ async def test_apic_id_255_without_x2apic_is_refused_and_with_it_plugged():
             with pytest.raises(qmpvcpu.VcpuRefused, match="APIC id"):
                 await domain.enable(280)
             assert (await domain.enable(100)).changed
-    async with paused("x86_64", "10.0", smp, ["-cpu", "max"]) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+    async with (
+        paused("x86_64", "10.0", smp, ["-cpu", "max"]) as qemu,
+        qmpvcpu.connect(qemu.qmp) as domain,
+    ):
         assert (await domain.enable(280)).changed
 
 
@@ -206,7 +224,15 @@ async def test_dry_run_says_the_steps_and_does_nothing(tmp_path):
     log = tmp_path / "qmp.log"
     async with paused("ppc64", "10.0", PPC_8) as qemu:
         plan = await cli(
-            "--json", "setvcpu", qemu.qmp, "8", "--enable", "--core", "--dry-run", "--qmp-log", str(log)
+            "--json",
+            "setvcpu",
+            qemu.qmp,
+            "8",
+            "--enable",
+            "--core",
+            "--dry-run",
+            "--qmp-log",
+            str(log),
         )
         text = await cli("setvcpu", qemu.qmp, "8", "--enable", "--core", "--dry-run")
         bad = await cli("--json", "setvcpu", qemu.qmp, "8", "--enable", "--dry-run")
@@ -260,7 +286,11 @@ async def test_a_slot_another_client_filled_is_seen_before_anything_is_claimed()
         slots = (await domain.state()).by_id
         await qemu.plug(slots[6].driver, "mine", slots[6].props)
         once = await domain.enable(6)
-        assert (once.outcome, once.changed, once.vcpu.qom_path) == ("applied", False, "/machine/peripheral/mine")
+        assert (once.outcome, once.changed, once.vcpu.qom_path) == (
+            "applied",
+            False,
+            "/machine/peripheral/mine",
+        )
         # In a batch, too: only what is not there yet is plugged.
         await domain.state()
         await qemu.plug(slots[7].driver, "mine too", slots[7].props)
@@ -270,7 +300,12 @@ async def test_a_slot_another_client_filled_is_seen_before_anything_is_claimed()
 
 async def test_numa_node_takes_the_lowest_disabled_vcpus_of_the_node():
     nodes = ["-m", "256", "-numa", "node,nodeid=0,memdev=a", "-numa", "node,nodeid=1,memdev=b"]
-    nodes += ["-object", "memory-backend-ram,id=a,size=128M", "-object", "memory-backend-ram,id=b,size=128M"]
+    nodes += [
+        "-object",
+        "memory-backend-ram,id=a,size=128M",
+        "-object",
+        "memory-backend-ram,id=b,size=128M",
+    ]
     nodes += ["-numa", "cpu,node-id=0,socket-id=0", "-numa", "cpu,node-id=1,socket-id=1"]
     async with paused("x86_64", "10.0", X86_8, nodes) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
         one = await domain.vcpu(1, VcpuFlag.ENABLE | VcpuFlag.NUMA_NODE)
@@ -286,7 +321,10 @@ async def test_a_second_client_is_told_that_the_socket_is_taken():
         with pytest.raises(qmpvcpu.VcpuConnectionError, match="did not greet") as error:
             async with qmpvcpu.connect(qemu.qmp, connect_timeout=0.3):
                 pass
-        assert (error.value.reason, "takes one at a time" in error.value.hint) == ("no-greeting", True)
+        assert (error.value.reason, "takes one at a time" in error.value.hint) == (
+            "no-greeting",
+            True,
+        )
         # The first address that is free is taken.
         async with paused("x86_64", "10.0", X86_8) as other:
             both = qmpvcpu.connect("web", qmp=[qemu.qmp, other.qmp], connect_timeout=2)
@@ -295,7 +333,10 @@ async def test_a_second_client_is_told_that_the_socket_is_taken():
 
 
 async def test_a_killed_qemu_ends_the_call_at_once():
-    async with paused("x86_64", "10.0", "1,maxcpus=200") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+    async with (
+        paused("x86_64", "10.0", "1,maxcpus=200") as qemu,
+        qmpvcpu.connect(qemu.qmp) as domain,
+    ):
         call = asyncio.create_task(domain.enable(range(1, 200), timeout=600))
 
         async def plugged():
@@ -303,7 +344,9 @@ async def test_a_killed_qemu_ends_the_call_at_once():
 
         await until(plugged, "many are plugged", every=0)
         os.kill(qemu.pid, signal.SIGKILL)
-        with pytest.raises(qmpvcpu.VcpuConnectionError, match="when the connection was lost") as error:
+        with pytest.raises(
+            qmpvcpu.VcpuConnectionError, match="when the connection was lost"
+        ) as error:
             await call
         assert error.value.reason == "closed"  # not "timeout", after 10 or 600 s
         with pytest.raises(qmpvcpu.VcpuConnectionError):
@@ -344,17 +387,22 @@ async def test_async_returns_once_qemu_took_the_request():
     async with paused("ppc64", "10.0", "2,maxcpus=4") as qemu:
         await qemu.execute("cont")
         run = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable", "--force", "--async")
-        pending = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable", "--force", "--timeout", "0.2")
+        pending = await cli(
+            "--json", "setvcpu", qemu.qmp, "1", "--disable", "--force", "--timeout", "0.2"
+        )
     assert (run.code, run.json["outcome"], run.json["pending"]) == (0, "requested", [1])
     assert (pending.code, pending.json["outcome"], pending.json["pending"]) == (5, "pending", [1])
 
 
 async def test_a_qemu_that_dies_as_we_leave_leaves_no_exception_behind(caplog):
-    """qemu.qmp's disconnect, cancelled by our close, left one that asyncio logs whenever it is collected."""
+    """qemu.qmp's disconnect, cancelled by our close, left one that asyncio logs whenever it is
+    collected.
+    """
     async with paused("x86_64", "10.0", "1,maxcpus=8") as qemu:
         async with qmpvcpu.connect(qmp=qemu.qmp):
             os.kill(qemu.pid, signal.SIGKILL)
-            # The end of the file is there before our loop looks again, so it closes while qemu.qmp disconnects.
+            # The end of the file is there before our loop looks again, so it closes while qemu.qmp
+            # disconnects.
             os.waitid(os.P_PID, qemu.pid, os.WEXITED | os.WNOWAIT)
         gc.collect()
     assert not [record for record in caplog.records if record.name == "asyncio"]

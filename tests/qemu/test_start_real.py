@@ -1,4 +1,6 @@
-"""boot-args and start on real QEMUs: the vCPUs are those of the XML, or there is no QEMU and a reason."""
+"""boot-args and start on real QEMUs: the vCPUs are those of the XML, or there is no QEMU and a
+reason.
+"""
 
 from __future__ import annotations
 
@@ -59,9 +61,11 @@ def xml(arch, version, rows, name="d", more="", devices=""):
     )
     count = sum(order is not None for order in rows) * size
     return (
-        f"<domain type='qemu' xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>{name}</name>"
+        "<domain type='qemu'"
+        f" xmlns:qemu='http://libvirt.org/schemas/domain/qemu/1.0'><name>{name}</name>"
         f"<uuid>8c4a1f6e-0000-4000-8000-000000000001</uuid>"
-        f"<memory unit='MiB'>512</memory><vcpu current='{count}'>{maximum}</vcpu><vcpus>{''.join(vcpus)}</vcpus>"
+        "<memory unit='MiB'>512</memory><vcpu"
+        f" current='{count}'>{maximum}</vcpu><vcpus>{''.join(vcpus)}</vcpus>"
         f"<os><type arch='{arch}' machine='{machine}'>hvm</type></os>"
         f"<cpu><topology sockets='{sockets}' cores='{cores}' threads='{threads}'/>"
         + (f"<numa>{numa}</numa>" if numa else "")
@@ -96,14 +100,24 @@ def test_a_command_line_gives_what_the_xml_says(arch, version):
         phases=[Phase.generate, Phase.shrink],
         suppress_health_check=list(HealthCheck),
     )
-    @given(enabled(8 if size == 1 else 4), st.sampled_from(["device", "qmp"]), st.sampled_from([None, "defer"]))
+    @given(
+        enabled(8 if size == 1 else 4),
+        st.sampled_from(["device", "qmp"]),
+        st.sampled_from([None, "defer"]),
+    )
     def check(rows, style, incoming):
         asyncio.run(compare(xml(arch, version, rows), rows, style, incoming))
 
     async def compare(text, rows, style, incoming):
         probe, line = await machines.boot_with(text, style=style, incoming=incoming)
         # Without a kernel, s390x ends by itself.
-        arguments = [*line.arguments, "-nodefaults", "-display", "none", *(() if incoming else ("-S",))]
+        arguments = [
+            *line.arguments,
+            "-nodefaults",
+            "-display",
+            "none",
+            *(() if incoming else ("-S",)),
+        ]
         async with running(probe.emulator, arguments) as qemu:
             for step in line.commands:
                 if step["execute"] != "cont":
@@ -116,9 +130,13 @@ def test_a_command_line_gives_what_the_xml_says(arch, version):
         assert state.enabled_ids == wanted
         behind = sorted((order, entity * size) for entity, order in enumerate(rows) if order)
         ranks = sorted({(state.vcpus[n].order, state.vcpus[n].entity[0]) for n in wanted})
-        assert [first for _, first in ranks][-len(behind) or len(ranks) :] == [first for _, first in behind]
+        assert [first for _, first in ranks][-len(behind) or len(ranks) :] == [
+            first for _, first in behind
+        ]
         assert [state.vcpus[n].node for n in wanted] == [probe.vcpus[n].node for n in wanted]
-        assert [dict(state.vcpus[n].props) for n in wanted] == [dict(probe.vcpus[n].props) for n in wanted]
+        assert [dict(state.vcpus[n].props) for n in wanted] == [
+            dict(probe.vcpus[n].props) for n in wanted
+        ]
         assert [state.vcpus[n].order for n in wanted] == [probe.vcpus[n].order for n in wanted]
 
     check()
@@ -178,9 +196,16 @@ async def test_start_and_destroy(version, tmp_path, started):
         outcome = await one.enable(6, live=True, config=True)
         assert outcome.live_changed_ids == outcome.config_changed_ids == (6,)
     listed = (await cli("list", "--json")).json["domains"][0]
-    assert (listed["state"], listed["pid"], listed["qmp"]) == ("running", run.json["pid"], run.json["qmp"])
+    assert (listed["state"], listed["pid"], listed["qmp"]) == (
+        "running",
+        run.json["pid"],
+        run.json["qmp"],
+    )
     command = Path(f"/proc/{run.json['pid']}/cmdline").read_bytes().split(b"\0")
-    assert b"8c4a1f6e-0000-4000-8000-000000000001" in command and b"guest=d,debug-threads=on" in command
+    assert (
+        b"8c4a1f6e-0000-4000-8000-000000000001" in command
+        and b"guest=d,debug-threads=on" in command
+    )
     # It is nobody's child, and holds nothing of ours.
     assert os.path.realpath(f"/proc/{run.json['pid']}/fd/2") == run.json["log"]
     for word, text in (("start", "already running"), ("undefine", "destroy it first")):
@@ -209,7 +234,9 @@ async def test_start_and_destroy(version, tmp_path, started):
 def with_wrapper(tmp_path, instead):
     """A domain whose QEMU does something else when it is to go into the background."""
     wrapper, real = tmp_path / "qemu", qemu_binary("10.0", "x86_64")
-    wrapper.write_text(f'#!/bin/sh\ncase "$*" in *-daemonize*) {instead};; esac\nexec {real} "$@"\n')
+    wrapper.write_text(
+        f'#!/bin/sh\ncase "$*" in *-daemonize*) {instead};; esac\nexec {real} "$@"\n'
+    )
     wrapper.chmod(0o755)
     return xml("x86_64", "10.0", SPARSE).replace(real, str(wrapper))
 
@@ -219,14 +246,20 @@ async def test_a_qemu_that_exits_gives_its_words_and_its_code(tmp_path):
     await define(tmp_path, xml("x86_64", "10.0", SPARSE, more=arg))
     run = await cli("start", "d", "--json")
     assert run.code == 8 and run.json["error"]["exit_code"] == 1
-    assert "exited with code 1" in run.json["error"]["message"] and "-nonsense: invalid option" in run.stdout
-    await define(tmp_path, xml("x86_64", "10.0", SPARSE, devices="<disk><source file='/no/disk'/></disk>"))
+    assert (
+        "exited with code 1" in run.json["error"]["message"]
+        and "-nonsense: invalid option" in run.stdout
+    )
+    await define(
+        tmp_path, xml("x86_64", "10.0", SPARSE, devices="<disk><source file='/no/disk'/></disk>")
+    )
     run = await cli("start", "d", "--json")
     assert run.code == 8 and "Could not open '/no/disk'" in run.stdout
     # A crash is told by its signal.
     wrapper = tmp_path / "qemu"
     wrapper.write_text(
-        f'#!/bin/sh\ncase "$*" in *-daemonize*) kill -SEGV $$;; esac\nexec {qemu_binary("10.0", "x86_64")} "$@"\n'
+        '#!/bin/sh\ncase "$*" in *-daemonize*) kill -SEGV $$;; esac\nexec'
+        f' {qemu_binary("10.0", "x86_64")} "$@"\n'
     )
     wrapper.chmod(0o755)
     text = xml("x86_64", "10.0", SPARSE).replace(qemu_binary("10.0", "x86_64"), str(wrapper))
@@ -239,13 +272,19 @@ async def test_a_qemu_that_exits_gives_its_words_and_its_code(tmp_path):
 async def test_what_cannot_be_started_is_refused_before_anything(tmp_path):
     run = await cli("start", "nobody", "--json")
     assert run.code == 3 and run.json["error"]["libvirt"] == "VIR_ERR_NO_DOMAIN"
-    await define(tmp_path, xml("x86_64", "10.0", SPARSE, devices="<disk type='network'><source/></disk>"))
+    await define(
+        tmp_path, xml("x86_64", "10.0", SPARSE, devices="<disk type='network'><source/></disk>")
+    )
     run = await cli("start", "d", "--json")
     assert run.code == 3 and "line 1: a <disk> needs" in run.stdout
-    await define(tmp_path, xml("x86_64", "10.0", SPARSE).replace(qemu_binary("10.0", "x86_64"), "/no/qemu"))
+    await define(
+        tmp_path, xml("x86_64", "10.0", SPARSE).replace(qemu_binary("10.0", "x86_64"), "/no/qemu")
+    )
     run = await cli("start", "d", "--json")
     assert run.code == 3 and "'/no/qemu' is not on this host" in run.stdout
-    aarch64 = xml("x86_64", "10.0", SPARSE).replace("arch='x86_64' machine='q35'", "arch='aarch64' machine='virt'")
+    aarch64 = xml("x86_64", "10.0", SPARSE).replace(
+        "arch='x86_64' machine='q35'", "arch='aarch64' machine='virt'"
+    )
     await define(tmp_path, aarch64.replace("qemu-system-x86_64", "qemu-system-aarch64"))
     run = await cli("start", "d", "--json")
     assert run.code == 3 and "has no CPU hotplug" in run.stdout
@@ -267,11 +306,17 @@ async def test_what_the_guest_would_notice_is_named(tmp_path):
     await cli("destroy", "d")
     named = " ".join(run.json["messages"])
     assert run.code == 0
-    assert [word for word in ("iothreads", "hyperv", "maxphysaddr", "firmware='efi'") if word not in named] == []
+    assert [
+        word
+        for word in ("iothreads", "hyperv", "maxphysaddr", "firmware='efi'")
+        if word not in named
+    ] == []
 
 
 async def test_somebody_elses_qemu_is_left_alone(tmp_path):
-    async with running(qemu_binary("10.0", "x86_64"), ["-S", "-nodefaults", "-display", "none"]) as qemu:
+    async with running(
+        qemu_binary("10.0", "x86_64"), ["-S", "-nodefaults", "-display", "none"]
+    ) as qemu:
         file = tmp_path / "file.xml"
         file.write_text(xml("x86_64", "10.0", SPARSE))
         assert (await cli("define", "d", "--xml", str(file), "--qmp", qemu.qmp)).code == 0
@@ -322,7 +367,11 @@ async def test_a_qemu_that_will_not_end_is_killed(tmp_path, started):
 async def test_other_sockets_are_not_given_to_a_guest_that_was_started(tmp_path, started):
     await define(tmp_path, xml("x86_64", "10.0", SPARSE))
     assert (await cli("start", "d")).code == 0
-    for words in (("d",), (str(tmp_path / "file.xml"),), ("d", "--xml", str(tmp_path / "file.xml"))):
+    for words in (
+        ("d",),
+        (str(tmp_path / "file.xml"),),
+        ("d", "--xml", str(tmp_path / "file.xml")),
+    ):
         run = await cli("define", *words, "--qmp", str(tmp_path / "other"))
         assert (run.code, "that QEMU has other sockets" in run.stderr) == (3, True), run
     assert (await cli("destroy", "d")).code == 0
@@ -359,7 +408,9 @@ async def test_a_machine_that_does_not_come_to_stand(tmp_path, started):
         f'exec {qemu_binary("10.0", "x86_64")} "$@"\n'
     )
     wrapper.chmod(0o755)
-    await define(tmp_path, xml("x86_64", "10.0", SPARSE).replace(qemu_binary("10.0", "x86_64"), str(wrapper)))
+    await define(
+        tmp_path, xml("x86_64", "10.0", SPARSE).replace(qemu_binary("10.0", "x86_64"), str(wrapper))
+    )
     run = await cli("start", "d", "--json", "--timeout", "0.5")
     assert run.code == 7 and "did not set up its machine within 0.5 s" in run.stdout
 
@@ -376,7 +427,9 @@ async def test_a_long_path_is_no_hindrance(tmp_path, monkeypatch, started):
     assert not folder.exists()
 
 
-async def test_what_a_qemu_that_was_killed_has_left_goes_with_the_next_start_or_end(tmp_path, started):
+async def test_what_a_qemu_that_was_killed_has_left_goes_with_the_next_start_or_end(
+    tmp_path, started
+):
     await define(tmp_path, xml("x86_64", "10.0", SPARSE))
     await define(tmp_path, xml("x86_64", "10.0", SPARSE).replace("<name>d<", "<name>other<"))
     started.append("other")
@@ -415,7 +468,10 @@ async def test_killed_or_interrupted_in_the_middle(tmp_path, started):
             send(process, signal.SIGINT if interrupt else signal.SIGKILL)
         await process.communicate()
         # A QEMU that was killed with us may need a moment; one that has begun stays.
-        await until(lambda: len(mentioning(tmp_path / "s")) <= (pid_of("d") is not None), "it is known or gone")
+        await until(
+            lambda: len(mentioning(tmp_path / "s")) <= (pid_of("d") is not None),
+            "it is known or gone",
+        )
         pid = pid_of("d")
         state = (await cli("list", "--json")).json["domains"][0]
         if process.returncode == 130:
@@ -456,12 +512,16 @@ async def test_started_from_python_too(tmp_path, started):
 
 def has_pending(pid, number):
     """Whether a process was sent that signal, and has not taken it yet."""
-    rows = dict(line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+    rows = dict(
+        line.split(":\t", 1) for line in Path(f"/proc/{pid}/status").read_text().splitlines()
+    )
     return bool(int(rows["ShdPnd"], 16) >> (number - 1) & 1)
 
 
 @pytest.mark.parametrize("cancels", [1, 2, 10])
-async def test_cancelled_again_while_its_qemu_ends_it_leaves_neither_qemu_nor_folder(cancels, tmp_path, started):
+async def test_cancelled_again_while_its_qemu_ends_it_leaves_neither_qemu_nor_folder(
+    cancels, tmp_path, started
+):
     await define(tmp_path, xml("x86_64", "10.0", SPARSE))
     task = asyncio.create_task(qmpvcpu.start("d"))
     async with asyncio.timeout(60):

@@ -1,4 +1,6 @@
-"""QEMU, or libvirtd, is stopped (SIGSTOP) while a command runs: that ends by its deadline, with a clear error."""
+"""QEMU, or libvirtd, is stopped (SIGSTOP) while a command runs: that ends by its deadline, with a
+clear error.
+"""
 
 from __future__ import annotations
 
@@ -32,20 +34,23 @@ pytestmark = [pytest.mark.qemu, pytest.mark.xdist_group("libvirt")]
 LANES = 6
 #: In the suite an answer may take a second, in place of ten.
 PATIENCE = None if soaking.is_long_run() else 1.0
-#: Seconds that a command may take from the stop on: a QMP command has 10, an undo 5, what waits for the guest
-#: `--timeout`.
+#: Seconds that a command may take from the stop on: a QMP command has 10, an undo 5, what waits for
+#: the guest `--timeout`.
 CHANGE_SECONDS = 20.0
 #: An answer has 10 s, and then to bring back a guest that was paused to be saved has 60.
 MOVE_SECONDS = 80.0
 #: libvirt has 10 s for a query and 60 s for a change, and then a second to close.
 LIBVIRT_SECONDS = 65.0
 CLEAR = re.compile(
-    r"did not answer|did not greet|did not set up|within|not known|closed|does not end|no guest agent"
+    r"did not answer|did not greet|did not set up|within|not known|closed|does not end|no guest"
+    r" agent"
 )
 
 
 class Point(NamedTuple):
-    """A command, and at which part of its effects; `whom`: the QEMU of that guest, or the last child."""
+    """A command, and at which part of its effects; `whom`: the QEMU of that guest, or the last
+    child.
+    """
 
     words: str
     part: float
@@ -63,7 +68,10 @@ def note(kind: str, point: Point, met: Met, most: float) -> None:
     if soaking.is_long_run():
         told = met.run.json if met.run.stdout else {}
         message = (told.get("error") or {}).get("message")
-        print(f"{kind}: {point} ({met.log.effects[-1:]}): {seconds:.1f} s, {met.run.code}: {message}", flush=True)
+        print(
+            f"{kind}: {point} ({met.log.effects[-1:]}): {seconds:.1f} s, {met.run.code}: {message}",
+            flush=True,
+        )
     acted[kind] += met.log.acted is not None
     assert seconds < most, (seconds, point, met)
     assert met.run.code in CODES, met
@@ -85,17 +93,21 @@ def effect(point: Point, effects: int) -> int:
     return 1 + int(point.part * effects)
 
 
-# -- a change of a guest -----------------------------------------------------------------------------
+# -- a change of a guest ---------------------------------------------------------------------------
 
 
 async def stop_change(guest: Plugged, point: Point) -> None:
     await guest.reset()
-    given = point.words + ("" if point.words.startswith(("vcpupin", "guestvcpus")) else " --timeout 2")
+    given = point.words + (
+        "" if point.words.startswith(("vcpupin", "guestvcpus")) else " --timeout 2"
+    )
     whole = await guest.house.meet(given)
     at = effect(point, len(whole.log.effects))
     await guest.reset()
     with going_on(guest.qemu.pid):
-        met = await guest.house.meet(given, at=at, number=signal.SIGSTOP, pid=guest.qemu.pid, patience=PATIENCE)
+        met = await guest.house.meet(
+            given, at=at, number=signal.SIGSTOP, pid=guest.qemu.pid, patience=PATIENCE
+        )
     note("change", point, met, CHANGE_SECONDS)
     # What is sent from then on nobody answers; but an agent may have said that it is done.
     if met.log.acted is not None and at <= met.log.last_message and "{agent}" not in point.words:
@@ -110,17 +122,23 @@ async def test_a_qemu_that_is_stopped_holds_no_change_up():
     print(longest, acted)
 
 
-# -- a start, an end, a move of a guest --------------------------------------------------------------
+# -- a start, an end, a move of a guest ------------------------------------------------------------
 
 
 async def stop_move(guest: Started, point: Point) -> None:
     before, _ = MOVES[point.words]
     await guest.begin(before)
-    at = effect(point, len((await moved(point.words)).log.effects) if soaking.is_long_run() else 100)
-    whom: dict[str, Any] = (
-        {"child": True} if point.whom == "child" else {"pidfile": str(guest.house.runtime(point.whom) / "pid")}
+    at = effect(
+        point, len((await moved(point.words)).log.effects) if soaking.is_long_run() else 100
     )
-    met = await guest.house.meet(point.words, at=at, number=signal.SIGSTOP, patience=PATIENCE, **whom)
+    whom: dict[str, Any] = (
+        {"child": True}
+        if point.whom == "child"
+        else {"pidfile": str(guest.house.runtime(point.whom) / "pid")}
+    )
+    met = await guest.house.meet(
+        point.words, at=at, number=signal.SIGSTOP, patience=PATIENCE, **whom
+    )
     with going_on(*guest.house.qemus()):
         pass
     note("move", point, met, MOVE_SECONDS)
@@ -142,7 +160,7 @@ async def test_a_qemu_that_is_stopped_holds_no_move_up():
     print(longest, acted)
 
 
-# -- libvirtd ----------------------------------------------------------------------------------------
+# -- libvirtd --------------------------------------------------------------------------------------
 
 LIBVIRTS = (
     "setvcpu web1 9,10 --enable",
@@ -165,7 +183,9 @@ class Under:
     daemon: Libvirtd
 
     async def sides(self) -> tuple[str, str]:
-        """The XML of the guest that runs, and its definition, by a new connection: an older one may be lost."""
+        """The XML of the guest that runs, and its definition, by a new connection: an older one may
+        be lost.
+        """
         return await asyncio.to_thread(_sides, self.daemon.uri)
 
     async def reset(self) -> None:
@@ -174,9 +194,14 @@ class Under:
         async def is_done() -> bool:
             nonlocal last
             if last is not None and last.code == 5:
-                # Whether libvirt has passed an unplug on before it was stopped nobody can tell: it is asked again.
-                await self.house.cli("-c", self.daemon.uri, "setvcpu", "web1", "6,7", "--disable", "--live")
-            last = await self.house.cli("-c", self.daemon.uri, "setvcpus", "web1", "8", "--live", "--config")
+                # Whether libvirt has passed an unplug on before it was stopped nobody can tell: it
+                # is asked again.
+                await self.house.cli(
+                    "-c", self.daemon.uri, "setvcpu", "web1", "6,7", "--disable", "--live"
+                )
+            last = await self.house.cli(
+                "-c", self.daemon.uri, "setvcpus", "web1", "8", "--live", "--config"
+            )
             return last.code == 0
 
         try:
@@ -243,7 +268,9 @@ async def stop_libvirtd(one: Under, point: Point) -> None:
     await one.reset()
     at = effect(point, len(whole.log.effects))
     with going_on(one.daemon.pid):
-        met = await one.house.meet(given, at=at, number=signal.SIGSTOP, pid=one.daemon.pid, patience=PATIENCE)
+        met = await one.house.meet(
+            given, at=at, number=signal.SIGSTOP, pid=one.daemon.pid, patience=PATIENCE
+        )
     note("libvirtd", point, met, LIBVIRT_SECONDS)
     await one.says_what_is()
 

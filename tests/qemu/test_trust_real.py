@@ -1,4 +1,6 @@
-"""A saved file and a cookie supply a machine, and never a program, a command line, a socket or a path."""
+"""A saved file and a cookie supply a machine, and never a program, a command line, a socket or a
+path.
+"""
 
 from __future__ import annotations
 
@@ -73,13 +75,17 @@ async def test_paths_and_command_lines_in_a_file_are_refused(saved, evil, text, 
     bad = tmp_path / "bad"
     with_devices(saved, bad, text.replace("TRACE", str(tmp_path / "trace")))
     run = await cli("restore", str(bad), "--json")
-    assert run.code == 3 and f"{part}: a file must not supply" in run.json["error"]["message"], run.stdout
+    assert run.code == 3 and f"{part}: a file must not supply" in run.json["error"]["message"], (
+        run.stdout
+    )
     assert await names() == {}
     # And as a cookie.
     cookie = tmp_path / "cookie"
     cookie.write_bytes(saving.content(bad)[0])
     run = await cli("migrate-prepare", str(cookie), "one", "--json")
-    assert run.code == 3 and f"{part}: a file must not supply" in run.json["error"]["message"], run.stdout
+    assert run.code == 3 and f"{part}: a file must not supply" in run.json["error"]["message"], (
+        run.stdout
+    )
 
 
 async def memory(name) -> int:
@@ -87,12 +93,16 @@ async def memory(name) -> int:
         return (await qmp.command("query-memory-size-summary"))["base-memory"]
 
 
-async def test_restore_takes_the_machine_of_the_file_and_not_of_the_definition_of_today(started, tmp_path):
+async def test_restore_takes_the_machine_of_the_file_and_not_of_the_definition_of_today(
+    started, tmp_path
+):
     file = tmp_path / "saved"
     before = await memory("one")
     assert (await cli("save", "one", str(file))).code == 0
     changed = tmp_path / "changed.xml"
-    changed.write_text(SPARSE.replace("<vcpu", "<memory unit='MiB'>192</memory><vcpu", 1).replace("q35", "pc"))
+    changed.write_text(
+        SPARSE.replace("<vcpu", "<memory unit='MiB'>192</memory><vcpu", 1).replace("q35", "pc")
+    )
     assert (await cli("define", str(changed))).code == 0
     run = await cli("restore", str(file), "--json")
     assert run.code == 0, run.stdout + run.stderr
@@ -112,7 +122,10 @@ async def test_devices_are_of_the_users_own_definition(saved, evil, tmp_path):
     defined.write_text(SPARSE.replace("</domain>", line.format(rng) + "</domain>"))
     assert (await cli("define", str(defined))).code == 0
     run = await cli("restore", str(bad), "--json")
-    assert run.code == 3 and "device virtio-rng-pci: none at the source, 1" in run.json["error"]["message"]
+    assert (
+        run.code == 3
+        and "device virtio-rng-pci: none at the source, 1" in run.json["error"]["message"]
+    )
     assert await names() == {"one": False}
 
 
@@ -127,14 +140,18 @@ async def test_a_place_on_the_host_is_of_the_users_own_definition(saved, tmp_pat
     placed, defined = tmp_path / "placed", tmp_path / "one.xml"
     with_devices(saved, placed, tune.format("idle"))
     run = await cli("restore", str(placed), "--json")
-    assert run.code == 0 and any("<cputune>: left out" in text for text in run.json["messages"]), run.stdout
+    assert run.code == 0 and any("<cputune>: left out" in text for text in run.json["messages"]), (
+        run.stdout
+    )
     assert await scheduler("one") == os.SCHED_OTHER
     assert "cputune" not in (await cli("dumpxml", "one", "--inactive")).stdout
     assert (await cli("destroy", "one")).code == 0
     defined.write_text(SPARSE.replace("</domain>", tune.format("batch") + "</domain>"))
     assert (await cli("define", str(defined))).code == 0
     run = await cli("restore", str(placed), "--json")
-    assert run.code == 0 and not any("left out" in text for text in run.json["messages"]), run.stdout
+    assert run.code == 0 and not any("left out" in text for text in run.json["messages"]), (
+        run.stdout
+    )
     assert await scheduler("one") == os.SCHED_BATCH
     assert (await cli("destroy", "one")).code == 0
     # And as a cookie.
@@ -144,5 +161,7 @@ async def test_a_place_on_the_host_is_of_the_users_own_definition(saved, tmp_pat
     assert run.code == 0 and await scheduler("one") == os.SCHED_BATCH, run.stdout
     assert (await cli("destroy", "one")).code == 0 and (await cli("undefine", "one")).code == 0
     run = await cli("migrate-prepare", str(cookie), "one", "--json")
-    assert run.code == 0 and any("<cputune>: left out" in text for text in run.json["messages"]), run.stdout
+    assert run.code == 0 and any("<cputune>: left out" in text for text in run.json["messages"]), (
+        run.stdout
+    )
     assert await scheduler("one") == os.SCHED_OTHER

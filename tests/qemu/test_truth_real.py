@@ -1,4 +1,6 @@
-"""What is asked of a real QEMU is what it can do: unplugs that never end, ids that are taken, stopped guests."""
+"""What is asked of a real QEMU is what it can do: unplugs that never end, ids that are taken,
+stopped guests.
+"""
 
 from __future__ import annotations
 
@@ -28,7 +30,15 @@ NO_ACPI = ["-machine", "q35,acpi=off"]
 @asynccontextmanager
 async def started(version, *arguments):
     """An x86_64 machine that executes its firmware, and never gets further."""
-    words = ["-nodefaults", "-display", "none", "-no-user-config", "-smp", "2,maxcpus=4", *arguments]
+    words = [
+        "-nodefaults",
+        "-display",
+        "none",
+        "-no-user-config",
+        "-smp",
+        "2,maxcpus=4",
+        *arguments,
+    ]
     async with running(qemu_binary(version, "x86_64"), words) as qemu:
         yield qemu
 
@@ -37,7 +47,10 @@ async def started(version, *arguments):
 async def test_an_unplug_that_qemu_rejects_for_good_is_refused(machine):
     async with started("10.0", "-machine", machine) as qemu:
         run = await cli("--json", "setvcpu", qemu.qmp, "1", "--disable")
-    assert (run.code, [refusal["code"] for refusal in run.json["error"]["refusals"]]) == (3, ["legacy-hotplug"])
+    assert (run.code, [refusal["code"] for refusal in run.json["error"]["refusals"]]) == (
+        3,
+        ["legacy-hotplug"],
+    )
 
 
 async def test_the_hint_does_not_say_that_waiting_helps():
@@ -81,7 +94,8 @@ async def test_a_guest_that_has_shut_down_is_not_said_to_answer_after_cont():
     async with started("11.1", "-machine", "q35", "-action", "shutdown=pause") as qemu:
 
         async def has_shut_down():
-            # What a kernel writes to power the machine off: SLP_EN, once the firmware has put the register there.
+            # What a kernel writes to power the machine off: SLP_EN, once the firmware has put the
+            # register there.
             await qemu.execute("human-monitor-command", {"command-line": "o /h 0x604 0x2000"})
             return (await qemu.execute("query-status"))["status"] == "shutdown"
 
@@ -98,7 +112,9 @@ async def test_a_count_waits_for_the_pending_unplug_instead_of_a_plug_of_another
     assert (run.code, run.json["pending"], run.json["changed_ids"]) == (5, [1], [])
 
 
-async def test_a_count_on_both_sides_leaves_the_definition_where_an_unplug_is_pending(tmp_path, monkeypatch):
+async def test_a_count_on_both_sides_leaves_the_definition_where_an_unplug_is_pending(
+    tmp_path, monkeypatch
+):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
     async with started("11.1", "-machine", "q35") as qemu:
         await cli("define", "d", "--qmp", qemu.qmp)
@@ -114,7 +130,9 @@ async def test_doctor_says_what_a_migration_forbids():
         await qemu.execute("migrate", {"uri": "exec:cat > /dev/null"})
         run = await cli("--json", "doctor", qemu.qmp)
     assert [text for text in run.json["can"] if "plug" in text] == []
-    assert any(text.startswith("plug vCPU 2-3: ") and "migrat" in text for text in run.json["cannot"]), run.stdout
+    assert any(
+        text.startswith("plug vCPU 2-3: ") and "migrat" in text for text in run.json["cannot"]
+    ), run.stdout
     (kill,) = run.json["kills"]
     assert "can take 2 more plugs before it aborts" in kill
 
@@ -139,7 +157,10 @@ async def test_an_id_that_is_taken_meanwhile_is_not_in_the_way():
 
 async def test_an_id_that_another_device_has_is_not_in_the_way():
     extra = ["-device", "virtio-rng-pci,id=vcpu3"]
-    async with paused("x86_64", "10.0", "1,maxcpus=8", extra) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+    async with (
+        paused("x86_64", "10.0", "1,maxcpus=8", extra) as qemu,
+        qmpvcpu.connect(qemu.qmp) as domain,
+    ):
         assert (await domain.enable([2, 3])).changed_ids == (2, 3)
         assert (await domain.state()).vcpus[3].qom_path == "/machine/peripheral/vcpu3-1"
 
@@ -150,7 +171,9 @@ async def test_list_tells_what_runs_and_not_what_is_defined(tmp_path, monkeypatc
         await cli("define", "web1", "--qmp", qemu.qmp)
         await cli("setvcpu", "web1", "5", "--enable", "--live")
         run = await cli("list")
-    assert [line.split()[:5] for line in run.stdout.splitlines()[1:]] == [["web1", "paused", "4", "of", "8"]]
+    assert [line.split()[:5] for line in run.stdout.splitlines()[1:]] == [
+        ["web1", "paused", "4", "of", "8"]
+    ]
 
 
 @matrix(("x86_64", "10.0"), ("ppc64", "10.0"), ("s390x", "10.0"))
@@ -163,7 +186,7 @@ async def test_what_another_client_plugs_meanwhile_does_not_fail_the_rest(arch, 
         assert (await domain.state()).enabled_ids == (0, 2, 3)
 
 
-# -- what an interrupted call tells ------------------------------------------------------------------
+# -- what an interrupted call tells ----------------------------------------------------------------
 
 CTRL_C = """
 import sys
@@ -234,20 +257,26 @@ async def test_cancelled_on_both_sides_it_tells_what_became_of_the_definition(tm
         with around(moment, before=task.cancel), pytest.raises(asyncio.CancelledError):
             await task
         is_written = definition.read_text() != XML
-        assert domain.interrupted == qmpvcpu.Interrupted(changed_ids=(3,), definition_written=is_written)
+        assert domain.interrupted == qmpvcpu.Interrupted(
+            changed_ids=(3,), definition_written=is_written
+        )
 
 
-# -- what another client plugs and removes within a second -------------------------------------------
+# -- what another client plugs and removes within a second -----------------------------------------
 
 
 async def decided(domain):
-    """All that QEMU has told until now is heard when the first reply is there, and the second decides on it."""
+    """All that QEMU has told until now is heard when the first reply is there, and the second
+    decides on it.
+    """
     for _ in range(2):
         await domain.state()
 
 
 async def come_and_gone(qemu, first, name):
-    """Another client plugs that vCPU and removes it; what is told of it, and of a tablet with the id of a CPU."""
+    """Another client plugs that vCPU and removes it; what is told of it, and of a tablet with the
+    id of a CPU.
+    """
     async with qmpvcpu.connect(qemu.qmp) as domain, domain.events() as events:
         slot = (await domain.state()).by_id[first]
         await qemu.plug(slot.driver, name, slot.props)
@@ -269,7 +298,9 @@ USB = ["-device", "qemu-xhci"]
 
 
 @pytest.mark.parametrize(("name", "ids"), [("vcpu3", (3,)), ("mine", ())])
-@pytest.mark.parametrize(("accel", "version"), [pytest.param("kvm", "10.0", marks=needs_kvm), ("tcg", "11.1")])
+@pytest.mark.parametrize(
+    ("accel", "version"), [pytest.param("kvm", "10.0", marks=needs_kvm), ("tcg", "11.1")]
+)
 async def test_what_comes_and_goes_between_two_looks_is_told(accel, version, name, ids):
     async with ejecting("1,maxcpus=8", *USB, accel=accel, version=version) as qemu:
         removed, seen = await come_and_gone(qemu, 3, name)
@@ -283,7 +314,7 @@ async def test_a_core_that_comes_and_goes_between_two_looks_is_told_once(arch, v
     assert removed == [(3,)]
 
 
-# -- contexts of TCG, which QEMU never gives back ----------------------------------------------------
+# -- contexts of TCG, which QEMU never gives back --------------------------------------------------
 
 
 async def plugged_and_unplugged(qemu, times):
@@ -316,7 +347,10 @@ async def test_a_plug_that_is_sure_to_abort_qemu_is_refused_by_any_process(arch,
 
 
 async def test_a_device_that_is_no_cpu_uses_up_no_context_whatever_its_id():
-    async with paused("ppc64", "10.0", "1,maxcpus=4", USB) as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+    async with (
+        paused("ppc64", "10.0", "1,maxcpus=4", USB) as qemu,
+        qmpvcpu.connect(qemu.qmp) as domain,
+    ):
         for name in ("vcpu2", "vcpu3"):
             await qemu.plug("usb-tablet", name, {})
             await qemu.remove(name)

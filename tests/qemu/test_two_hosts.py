@@ -28,7 +28,20 @@ def hosts():
     try:
         for name in names:
             ip("netns", "add", name)
-        ip("link", "add", "v0", "netns", names[0], "type", "veth", "peer", "name", "v1", "netns", names[1])
+        ip(
+            "link",
+            "add",
+            "v0",
+            "netns",
+            names[0],
+            "type",
+            "veth",
+            "peer",
+            "name",
+            "v1",
+            "netns",
+            names[1],
+        )
         for number, name in enumerate(names):
             ip("-n", name, "addr", "add", f"10.81.0.{number + 1}/24", "dev", f"v{number}")
             for link in ("lo", f"v{number}"):
@@ -43,9 +56,20 @@ def hosts():
 async def qemu_on(host, folder, *extra):
     """A QEMU in a namespace; its unix sockets are reached from everywhere, its network is not."""
     script = folder / f"qemu-{host}"
-    script.write_text(f'#!/bin/sh\nexec ip netns exec {host} {qemu_binary("10.0", "x86_64")} "$@"\n')
+    script.write_text(
+        f'#!/bin/sh\nexec ip netns exec {host} {qemu_binary("10.0", "x86_64")} "$@"\n'
+    )
     script.chmod(0o755)
-    words = ["-nodefaults", "-display", "none", "-no-user-config", "-accel", "tcg,thread=multi", "-machine", "q35"]
+    words = [
+        "-nodefaults",
+        "-display",
+        "none",
+        "-no-user-config",
+        "-accel",
+        "tcg,thread=multi",
+        "-machine",
+        "q35",
+    ]
     words += ["-smp", "2,maxcpus=8", "-m", "128", *extra]
     async with running(str(script), words, monitors=("qmp", "qmp2")) as qemu:
         yield qemu
@@ -67,12 +91,19 @@ async def test_over_the_network(hosts, tmp_path):
         assert (await cli("setvcpu", source.qmp, "5", "--enable")).code == 0
         run = await cli_on(here, "migrate", source.qmp, "10.81.0.2:4444", "--json")
         assert run.code == 0, run.stdout + run.stderr
-        assert run.json["vcpus"] == [0, 1, 5] and await runs(target) and await plugged(target) == (0, 1, 5)
+        assert (
+            run.json["vcpus"] == [0, 1, 5]
+            and await runs(target)
+            and await plugged(target) == (0, 1, 5)
+        )
 
 
 async def test_a_network_that_is_not_there_is_told_and_the_guest_goes_on(hosts, tmp_path):
     here, there = hosts
-    async with qemu_on(here, tmp_path) as source, qemu_on(there, tmp_path, "-incoming", "defer") as target:
+    async with (
+        qemu_on(here, tmp_path) as source,
+        qemu_on(there, tmp_path, "-incoming", "defer") as target,
+    ):
         run = await cli("migrate", source.qmp, target.qmp, "--uri", "tcp:127.0.0.1:0", "--json")
         assert run.code == 8 and "goes on at the source" in run.json["error"]["message"], run.stdout
         assert await runs(source) and not (await source.execute("query-migrate")).get("ram")

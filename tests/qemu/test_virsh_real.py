@@ -1,4 +1,6 @@
-"""A real libvirtd takes what `define` and `dumpxml --dialect libvirt` write, and gives back the same `<vcpus>`."""
+"""A real libvirtd takes what `define` and `dumpxml --dialect libvirt` write, and gives back the
+same `<vcpus>`.
+"""
 
 from __future__ import annotations
 
@@ -24,19 +26,34 @@ NOBODY = 65534
 
 @pytest.fixture(scope="module")
 async def virsh() -> AsyncIterator:
-    """`virsh` on a session daemon of an ordinary user's: it needs no rights, and nothing of the system's."""
+    """`virsh` on a session daemon of an ordinary user's: it needs no rights, and nothing of the
+    system's.
+    """
     folder = Path(tempfile.mkdtemp(prefix="qmpvcpu-libvirt-"))
     environment = os.environ | {"HOME": str(folder)}
     for name in ("runtime", "config", "cache"):
         (folder / name).mkdir(mode=0o700)
-        environment[f"XDG_{name.upper()}_{'DIR' if name == 'runtime' else 'HOME'}"] = str(folder / name)
+        environment[f"XDG_{name.upper()}_{'DIR' if name == 'runtime' else 'HOME'}"] = str(
+            folder / name
+        )
     words = ["libvirtd"]
     if os.geteuid() == 0:
         for path in (folder, *folder.iterdir()):
             os.chown(path, NOBODY, NOBODY)
-        words = ["setpriv", "--reuid", str(NOBODY), "--regid", str(NOBODY), "--clear-groups", *words]
+        words = [
+            "setpriv",
+            "--reuid",
+            str(NOBODY),
+            "--regid",
+            str(NOBODY),
+            "--clear-groups",
+            *words,
+        ]
     daemon = await asyncio.create_subprocess_exec(
-        *words, env=environment, stdout=asyncio.subprocess.DEVNULL, stderr=(folder / "log").open("wb")
+        *words,
+        env=environment,
+        stdout=asyncio.subprocess.DEVNULL,
+        stderr=(folder / "log").open("wb"),
     )
     socket = folder / "runtime" / "libvirt" / "libvirt-sock"
 
@@ -51,7 +68,9 @@ async def virsh() -> AsyncIterator:
         return stdout.decode()
 
     try:
-        await until(lambda: socket.exists() or daemon.returncode is not None, "libvirtd's socket is there")
+        await until(
+            lambda: socket.exists() or daemon.returncode is not None, "libvirtd's socket is there"
+        )
         assert daemon.returncode is None, (folder / "log").read_text()
         yield run
     finally:
@@ -73,11 +92,20 @@ def said(xml):
     [
         pytest.param("x86_64", SMP, NODES, "5", marks=group("x86_64", "7.2"), id="numa"),
         pytest.param("x86_64", "2,maxcpus=4", (), "3", marks=group("x86_64", "7.2"), id="x86_64"),
-        pytest.param("ppc64", "1,cores=4,threads=1,maxcpus=4", (), "2", marks=group("x86_64", "7.2"), id="ppc64"),
+        pytest.param(
+            "ppc64",
+            "1,cores=4,threads=1,maxcpus=4",
+            (),
+            "2",
+            marks=group("x86_64", "7.2"),
+            id="ppc64",
+        ),
         pytest.param("s390x", "1,maxcpus=4", (), "2", marks=group("x86_64", "7.2"), id="s390x"),
     ],
 )
-async def test_virsh_takes_it_and_gives_back_the_same_vcpus(virsh, tmp_path, monkeypatch, arch, smp, extra, ids):
+async def test_virsh_takes_it_and_gives_back_the_same_vcpus(
+    virsh, tmp_path, monkeypatch, arch, smp, extra, ids
+):
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
     async with paused(arch, "7.2", smp, extra) as qemu:
         assert (await cli("define", "web1", "--qmp", qemu.qmp)).code == 0

@@ -1,4 +1,6 @@
-"""Nodes, cores, counts, dry runs and a QEMU that dies at any message, on real machines without a guest."""
+"""Nodes, cores, counts, dry runs and a QEMU that dies at any message, on real machines without a
+guest.
+"""
 
 from __future__ import annotations
 
@@ -25,9 +27,26 @@ ENABLE, DISABLE, CORE, NODE = VcpuFlag.ENABLE, VcpuFlag.DISABLE, VcpuFlag.CORE, 
 
 def x86_nodes():
     """One socket of 4 cores of 2 threads; cores 0 and 1 are on node 0, the others on node 1."""
-    cpus = [f"cpu,node-id={n // 2},socket-id=0,core-id={n},thread-id={t}" for n in range(4) for t in range(2)]
-    ram = ["-object", "memory-backend-ram,id=a,size=64M", "-object", "memory-backend-ram,id=b,size=64M"]
-    nodes = ["-m", "128", *ram, "-numa", "node,nodeid=0,memdev=a", "-numa", "node,nodeid=1,memdev=b"]
+    cpus = [
+        f"cpu,node-id={n // 2},socket-id=0,core-id={n},thread-id={t}"
+        for n in range(4)
+        for t in range(2)
+    ]
+    ram = [
+        "-object",
+        "memory-backend-ram,id=a,size=64M",
+        "-object",
+        "memory-backend-ram,id=b,size=64M",
+    ]
+    nodes = [
+        "-m",
+        "128",
+        *ram,
+        "-numa",
+        "node,nodeid=0,memdev=a",
+        "-numa",
+        "node,nodeid=1,memdev=b",
+    ]
     return [*nodes, *itertools.chain.from_iterable(("-numa", cpu) for cpu in cpus)]
 
 
@@ -59,7 +78,12 @@ async def test_a_machine_without_numa_has_no_node_to_name():
 @pytest.mark.xdist_group("ppc64-11.1")
 async def test_whole_cores_of_a_node_on_ppc64():
     nodes = ["-m", "512", "-numa", "node,nodeid=0,memdev=a", "-numa", "node,nodeid=1,memdev=b"]
-    nodes += ["-object", "memory-backend-ram,id=a,size=256M", "-object", "memory-backend-ram,id=b,size=256M"]
+    nodes += [
+        "-object",
+        "memory-backend-ram,id=a,size=256M",
+        "-object",
+        "memory-backend-ram,id=b,size=256M",
+    ]
     for core in range(8):
         nodes += ["-numa", f"cpu,node-id={core // 4},core-id={core * 8}"]
     smp = "8,sockets=1,cores=8,threads=8,maxcpus=64"
@@ -86,7 +110,9 @@ async def test_dry_run_names_the_vcpu_of_the_node_and_sends_only_queries(tmp_pat
         plan = await cli("--json", *words, "--dry-run", "--count", "3")
         sent = [json.loads(line)["message"] for line in log.read_text().splitlines()]
         commands = {message["execute"] for message in sent if "execute" in message}
-        assert commands and all(name.startswith(("query-", "qom-get", "qmp_capabilities")) for name in commands)
+        assert commands and all(
+            name.startswith(("query-", "qom-get", "qmp_capabilities")) for name in commands
+        )
         done = await cli("--json", *words)
         three = await cli("--json", *words, "--count", "3")
     assert (text.code, "plug vCPU 4: device_add" in text.stdout) == (0, True)
@@ -148,7 +174,8 @@ async def test_a_qemu_killed_between_any_two_messages_ends_the_call_at_the_close
                 assert error.outcome.exit_code == 7
             if log.left > 0:
                 break
-            # The last message may be the last word of all; else no deadline (5, 10 or 30 s) was waited for.
+            # The last message may be the last word of all; else no deadline (5, 10 or 30 s) was
+            # waited for.
             assert loop.time() - began < 4, number
     assert number > 25
 
@@ -158,7 +185,9 @@ async def test_the_command_line_exits_7_when_qemu_is_killed(after, tmp_path):
     log = tmp_path / "log"
     log.touch()
     async with paused("x86_64", "10.0", "1,maxcpus=240") as qemu:
-        process = await start_cli("--json", "--qmp-log", str(log), "setvcpu", qemu.qmp, "1-239", "--enable")
+        process = await start_cli(
+            "--json", "--qmp-log", str(log), "setvcpu", qemu.qmp, "1-239", "--enable"
+        )
         await until(lambda: f'"{after}"' in log.read_text(), "it has sent that", every=0.001)
         os.kill(qemu.pid, signal.SIGKILL)
         stdout, _ = await within(process.communicate(), "it ends")
@@ -168,7 +197,10 @@ async def test_the_command_line_exits_7_when_qemu_is_killed(after, tmp_path):
 
 async def test_cancelled_at_any_await_on_a_real_qemu_leaves_all_or_nothing():
     """ppc64 under -S: an undo works there without a guest."""
-    async with paused("ppc64", "11.1", "1,maxcpus=240") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
+    async with (
+        paused("ppc64", "11.1", "1,maxcpus=240") as qemu,
+        qmpvcpu.connect(qemu.qmp) as domain,
+    ):
         done = 0
         for step in range(0, 90, 3):
             ids = [1, 2, 3]
@@ -213,7 +245,10 @@ async def test_watch_tells_plugs_by_anyone_and_ends_when_qemu_does(tmp_path):
 
 async def test_watch_in_words_ends_quietly_when_interrupted():
     async with paused("x86_64", "10.0", "1,maxcpus=4") as qemu:
-        for words, first in ([], b"vCPU 0: enabled (1 of 4 vCPUs enabled)"), (["--json"], b'"snapshot"'):
+        for words, first in (
+            ([], b"vCPU 0: enabled (1 of 4 vCPUs enabled)"),
+            (["--json"], b'"snapshot"'),
+        ):
             process = await start_cli("watch", *words, qemu.qmp)
             assert first in await process.stdout.readline()
             send(process, signal.SIGINT)
@@ -221,15 +256,21 @@ async def test_watch_in_words_ends_quietly_when_interrupted():
             assert (process.returncode, rest) == (130, b"")
 
 
-@pytest.mark.parametrize("strangers", [[], [os.getpid()]], ids=["its own", "and one of another process"])
+@pytest.mark.parametrize(
+    "strangers", [[], [os.getpid()]], ids=["its own", "and one of another process"]
+)
 async def test_the_process_of_a_real_guest_is_found_by_its_threads(strangers):
     async with paused("x86_64", "10.0", "3,maxcpus=4") as qemu, qmpvcpu.connect(qemu.qmp) as domain:
         threads = [vcpu.thread_id for vcpu in await domain.vcpus() if vcpu.enabled]
         assert qemu_of([*threads, *strangers]) == (None if strangers else qemu.pid)
 
 
-async def test_a_reset_is_told_also_where_who_asked_has_crossed_the_unplug_out(tmp_path, monkeypatch):
-    """Two processes hear of it at the same time, and the first one to see it removes the record of both."""
+async def test_a_reset_is_told_also_where_who_asked_has_crossed_the_unplug_out(
+    tmp_path, monkeypatch
+):
+    """Two processes hear of it at the same time, and the first one to see it removes the record of
+    both.
+    """
     monkeypatch.setenv("QMPVCPU_STATE", str(tmp_path))
     async with paused("x86_64", "11.1", "1,maxcpus=4") as qemu:
         async with qmpvcpu.connect(qemu.qmp) as domain, domain.events(steps=True) as events:

@@ -1,4 +1,5 @@
-"""An open connection to a guest agent: commands go out, answers and errors come in, in the agent's own words.
+"""An open connection to a guest agent: commands go out, answers and errors come in, in the agent's
+own words.
 
 All of it raises `qmpvcpu.VcpuConnectionError` where no answer comes.
 """
@@ -39,7 +40,8 @@ class Agent:
         return await _answer(self._client.set_vcpus(wanted))
 
     async def read_files(self, limits: Mapping[str, int]) -> list[bytes | None]:
-        """The contents of files by path, each with its limit in bytes; None for one that cannot be read.
+        """The contents of files by path, each with its limit in bytes; None for one that cannot be
+        read.
 
         Raises AgentError.
         """

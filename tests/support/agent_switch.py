@@ -29,7 +29,9 @@ class Agent(Protocol):
 
 @dataclass(frozen=True)
 class Switched:
-    """How it ended, by vCPU ids: what changed, what was put back, what could not be; and the guest's reasons."""
+    """How it ended, by vCPU ids: what changed, what was put back, what could not be; and the
+    guest's reasons.
+    """
 
     changed: tuple[int, ...]
     undone: tuple[int, ...]
@@ -38,7 +40,9 @@ class Switched:
     undo_failures: Mapping[int, str]
 
 
-def switch(numbers: Mapping[int, int], vcpus: Iterable[int], online: bool, agent: Agent) -> Switched:
+def switch(
+    numbers: Mapping[int, int], vcpus: Iterable[int], online: bool, agent: Agent
+) -> Switched:
     """Take these vCPUs online or offline. `numbers` are vCPU ids -> the guest's own numbers."""
     now = agent.get()
     cpus = {vcpu: GuestCpu(number, now[number], True) for vcpu, number in numbers.items()}
@@ -48,7 +52,9 @@ def switch(numbers: Mapping[int, int], vcpus: Iterable[int], online: bool, agent
         if effect is None:
             break
         if isinstance(effect, GetCpus):
-            effect = machine.feed(Seen([GuestCpu(number, on) for number, on in agent.get().items()]))
+            effect = machine.feed(
+                Seen([GuestCpu(number, on) for number, on in agent.get().items()])
+            )
         else:
             try:
                 answer = Answered(agent.set(dict(effect.wanted)))
@@ -57,5 +63,9 @@ def switch(numbers: Mapping[int, int], vcpus: Iterable[int], online: bool, agent
             effect = machine.feed(answer)
     assert machine.step is SwitchStep.DONE, "it does not end"
     return Switched(
-        machine.changed, machine.undone, machine.remaining, dict(machine.failures), dict(machine.undo_failures)
+        machine.changed,
+        machine.undone,
+        machine.remaining,
+        dict(machine.failures),
+        dict(machine.undo_failures),
     )

@@ -1,4 +1,6 @@
-"""A call that is cancelled: at the n-th of its awaits, where it lets the event loop go on, or at some time."""
+"""A call that is cancelled: at the n-th of its awaits, where it lets the event loop go on, or at
+some time.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,8 @@ class _Stepped:
 
 
 async def cancelled_at(work: Coroutine[Any, Any, Any], number: int) -> Any:
-    """Carry it out, cancelled at that await (from 1); what it returns, if it came to its end before.
+    """Carry it out, cancelled at that await (from 1); what it returns, if it came to its end
+    before.
 
     Raises CancelledError, and what the call raises.
     """

@@ -1,4 +1,6 @@
-"""Answers on disk, for many processes at once: put, got, forgotten. Nothing that goes wrong there is an error."""
+"""Answers on disk, for many processes at once: put, got, forgotten. Nothing that goes wrong there
+is an error.
+"""
 
 from __future__ import annotations
 

@@ -30,7 +30,9 @@ class Calls:
         self._worker.give_up(call, lambda: error)
 
     def end(self, error: Exception, last: Callable[[], Any] = lambda: None) -> Call:
-        """Make the `last` call after the one that is being made, and end; everything else fails with `error`."""
+        """Make the `last` call after the one that is being made, and end; everything else fails
+        with `error`.
+        """
         return self._worker.finish(lambda: error, last)
 
     @property

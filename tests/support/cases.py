@@ -98,11 +98,15 @@ class CaseError(Exception):
 
 def _check(where: str, table: dict[str, Any], known: set[str]) -> None:
     if unknown := sorted(table.keys() - known):
-        raise CaseError(f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}")
+        raise CaseError(
+            f"{where}: unknown key {', '.join(unknown)}; known are {', '.join(sorted(known))}"
+        )
 
 
 def _step(where: str, table: dict[str, Any]) -> Step:
-    step = Step(table["request"], table.get("qemu", {}), table.get("guest", {}), table.get("expect", {}))
+    step = Step(
+        table["request"], table.get("qemu", {}), table.get("guest", {}), table.get("expect", {})
+    )
     _check(f"{where}: qemu", step.qemu, QEMU)
     _check(f"{where}: guest", step.guest, GUEST)
     _check(f"{where}: expect", step.expect, EXPECT)

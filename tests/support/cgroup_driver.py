@@ -1,6 +1,8 @@
-"""Runs inside a test guest, whose kernel has what the host's may lack: v2 with cpuset and cpu, two NUMA nodes.
+"""Runs inside a test guest, whose kernel has what the host's may lack: v2 with cpuset and cpu, two
+NUMA nodes.
 
-Arguments: 1 or 2, the version of cgroup, then `qemu`. A process with threads stands for QEMU; what places them is
+Arguments: 1 or 2, the version of cgroup, then `qemu`. A process with threads stands for QEMU; what
+    places them is
 the real `qmpvcpu.host`. Prints one JSON document.
 """
 
@@ -90,9 +92,13 @@ def main():
     # In the topmost group, with others: a group of ours.
     qemu = Qemu()
     threads = QemuThreads(find_process(qemu.threads.values()))
-    told["refusals"] = [one.message for one in check_placements(PLACED, threads.facts(PLACED.values()))]
+    told["refusals"] = [
+        one.message for one in check_placements(PLACED, threads.facts(PLACED.values()))
+    ]
     beyond = {1: Placement((9,), mems=(7,))}
-    told["beyond"] = [one.message for one in check_placements(beyond, threads.facts(beyond.values()))]
+    told["beyond"] = [
+        one.message for one in check_placements(beyond, threads.facts(beyond.values()))
+    ]
     threads.make_groups(PLACED)
     for number, placement in PLACED.items():
         threads.place(qemu.threads[number], placement, number)
@@ -129,7 +135,9 @@ def main():
     threads = QemuThreads(find_process(qemu.threads.values()))
     told["has layout"] = threads.has_layout()
     wanted = {**PLACED, 3: Placement()}
-    told["layout refusals"] = [one.message for one in check_placements(wanted, threads.facts(wanted.values()))]
+    told["layout refusals"] = [
+        one.message for one in check_placements(wanted, threads.facts(wanted.values()))
+    ]
     threads.make_groups(wanted)
     widened = threads.widen([1])
     told["widened"] = text(emulator / "cpuset.mems")

@@ -1,4 +1,6 @@
-"""The cgroups of this host, v1 and v2, as the kernel tells them. A hierarchy is named by a controller; v2: ""."""
+"""The cgroups of this host, v1 and v2, as the kernel tells them. A hierarchy is named by a
+controller; v2: "".
+"""
 
 from __future__ import annotations
 
@@ -22,4 +24,8 @@ def folder_of(pid: int, controller: str) -> Path | None:
 
 def mounts(*controllers: str) -> list[Path]:
     """Where hierarchies are mounted: those of any of these controllers, or all."""
-    return [one.mount for one in hierarchies() if not controllers or set(controllers) & set(one.controllers)]
+    return [
+        one.mount
+        for one in hierarchies()
+        if not controllers or set(controllers) & set(one.controllers)
+    ]

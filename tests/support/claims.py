@@ -1,5 +1,5 @@
-"""What the definition of a running QEMU claims: arguments and replies in, the definition as plain data out; two
-machines in, their differences out; a document in, what is started of it out.
+"""What the definition of a running QEMU claims: arguments and replies in, the definition as plain
+data out; two machines in, their differences out; a document in, what is started of it out.
 """
 
 from __future__ import annotations
@@ -38,15 +38,16 @@ from tests.support.qemus import Qemu, running
 
 Pairs = tuple[tuple[str, str], ...]
 
-# -- a command line ----------------------------------------------------------------------------------
+# -- a command line --------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Words:
     """What a process's arguments say. Sizes are in bytes; None is not written, or cannot be read.
 
-    `options` are names and keys in their order, `memory` is the size, the slots and the maximum of `-m`, `nodes`
-    are id, backend and `mem=` of each NUMA node, `cpu` is the model with its properties.
+    `options` are names and keys in their order, `memory` is the size, the slots and the maximum of
+    `-m`, `nodes` are id, backend and `mem=` of each NUMA node, `cpu` is the model with its
+    properties.
     """
 
     program: str | None
@@ -81,19 +82,23 @@ def words_of(argv: Sequence[str]) -> Words:
 
 
 def argument(pairs: Iterable[tuple[str, str]], first: str | None = None) -> str:
-    """Keys and values as one argument for QEMU; the key `first` is not written where it comes first."""
+    """Keys and values as one argument for QEMU; the key `first` is not written where it comes
+    first.
+    """
     return join_pairs(pairs, first)
 
 
-# -- the definition of a running guest ---------------------------------------------------------------
+# -- the definition of a running guest -------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Claim:
-    """`definition` is everything that a definition says, but of its vCPUs; `left_out` is what it cannot hold.
+    """`definition` is everything that a definition says, but of its vCPUs; `left_out` is what it
+    cannot hold.
 
-    `devices` are QEMU's arguments beyond machine, memory and CPUs; `has_defaults` and `has_serial` say whether the
-    machine has its default devices and its first serial port. `xml` is the document.
+    `devices` are QEMU's arguments beyond machine, memory and CPUs; `has_defaults` and `has_serial`
+    say whether the machine has its default devices and its first serial port. `xml` is the
+    document.
     """
 
     definition: Mapping[str, Any]
@@ -105,12 +110,17 @@ class Claim:
 
 
 def claim(
-    argv: Sequence[str] | None, replies: Mapping[str, Any], *, driver: str | None = None, folder: str | None = None
+    argv: Sequence[str] | None,
+    replies: Mapping[str, Any],
+    *,
+    driver: str | None = None,
+    folder: str | None = None,
 ) -> Claim:
-    """What is claimed of a QEMU that runs a q35 guest 'd' of four vCPUs, two on node 0 and two on node 1.
+    """What is claimed of a QEMU that runs a q35 guest 'd' of four vCPUs, two on node 0 and two on
+    node 1.
 
-    `argv` is None where the process is on another host. `replies` are QMP's, by command. `driver` is that of its
-    CPUs, `folder` where it runs.
+    `argv` is None where the process is on another host. `replies` are QMP's, by command. `driver`
+    is that of its CPUs, `folder` where it runs.
     """
     found = Definition(
         "d",
@@ -127,7 +137,12 @@ def claim(
         return Claim(_said(made.definition), xml, made.left_out)
     devices = made.devices
     return Claim(
-        _said(made.definition), xml, made.left_out, devices.arguments, devices.has_defaults, devices.has_serial
+        _said(made.definition),
+        xml,
+        made.left_out,
+        devices.arguments,
+        devices.has_defaults,
+        devices.has_serial,
     )
 
 
@@ -144,7 +159,9 @@ def can_be_of(argv: Sequence[str], replies: Mapping[str, Any]) -> bool:
 def _said(definition: Definition) -> Mapping[str, Any]:
     said = {**asdict(definition), "base_memory": definition.base_memory}
     # Documents add the topology and the dialect that QEMU's replies do not have.
-    return {key: value for key, value in said.items() if key not in ("vcpus", "topology", "dialect")}
+    return {
+        key: value for key, value in said.items() if key not in ("vcpus", "topology", "dialect")
+    }
 
 
 def program_of(pid: int) -> str | None:
@@ -157,12 +174,12 @@ def arguments_of(pid: int) -> list[str]:
     return command_line_of(process_of(pid))
 
 
-# -- two machines ------------------------------------------------------------------------------------
+# -- two machines ----------------------------------------------------------------------------------
 
 
 def machine_of(replies: Mapping[str, Any], argv: Sequence[str] | None = None) -> dict[str, Any]:
-    """What the replies of a QEMU tell of its machine, and its arguments, where they are known; a reply of another
-    form tells nothing.
+    """What the replies of a QEMU tell of its machine, and its arguments, where they are known; a
+    reply of another form tells nothing.
     """
     picture = parse_picture(None, replies)
     return asdict(picture if argv is None else with_command_line(picture, read_command_line(argv)))
@@ -177,7 +194,7 @@ def _picture(machine: Mapping[str, Any]) -> Picture:
     return Picture(**{**machine, "version": QemuVersion(*machine["version"])})
 
 
-# -- a second QEMU -----------------------------------------------------------------------------------
+# -- a second QEMU ---------------------------------------------------------------------------------
 
 
 def without_the_host(arguments: Sequence[str]) -> list[str]:
@@ -196,7 +213,9 @@ def disks_behind(arguments: Sequence[str]) -> dict[str, tuple[str, str]]:
 
 
 def missed(argv: Sequence[str], arguments: Sequence[str]) -> list[str]:
-    """What a guest was started with that QEMU would not have if it were started with these arguments."""
+    """What a guest was started with that QEMU would not have if it were started with these
+    arguments.
+    """
     return not_defined(beyond_definitions(read_command_line(argv)), arguments)
 
 
@@ -211,11 +230,13 @@ def not_verifiable(arguments: Sequence[str]) -> list[str]:
 
 
 def shared_with_the_first(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
-    """Memory that a second QEMU with these arguments would write to, and chardevs that it would take over."""
+    """Memory that a second QEMU with these arguments would write to, and chardevs that it would
+    take over.
+    """
     return shared_with_source(arguments)
 
 
-# -- what is started of a document -------------------------------------------------------------------
+# -- what is started of a document -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)

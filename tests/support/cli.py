@@ -23,7 +23,9 @@ class Done:
     @property
     def json(self) -> Any:
         """The one document on stdout."""
-        assert self.stdout.count("\n") == 1, f"not one JSON document: {self.stdout!r}; stderr: {self.stderr}"
+        assert self.stdout.count("\n") == 1, (
+            f"not one JSON document: {self.stdout!r}; stderr: {self.stderr}"
+        )
         return json.loads(self.stdout)
 
 

@@ -50,7 +50,9 @@ def end() -> None:
 
 
 async def cli(*arguments: str, **options: Any) -> Run:
-    """Run the command line as a user does; its exit code and output. Without `options` it is forked."""
+    """Run the command line as a user does; its exit code and output. Without `options` it is
+    forked.
+    """
     if options:
         process = await start_cli(*arguments, **options)
         stdout, stderr = await process.communicate()

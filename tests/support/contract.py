@@ -40,7 +40,9 @@ OUTCOME = {
     "defined",
 }
 PLAN = {"plan", "refusals", "vcpus", "unchanged", "messages", "diff"}
-ERROR = (OUTCOME - {"pending_online", "live_changed_ids", "config_changed_ids", "defined"}) | {"error"}
+ERROR = (OUTCOME - {"pending_online", "live_changed_ids", "config_changed_ids", "defined"}) | {
+    "error"
+}
 ERROR_FIELDS = {"type", "libvirt", "message", "hint"}
 #: Of each error, what else it says.
 FACTS = {
@@ -71,7 +73,10 @@ COUNT = {"domain", "maximum", "current"}
 
 def _keys(what: str, seen: set[str], expected: set[str]) -> Iterator[str]:
     if seen != expected:
-        yield f"{what}: keys missing {sorted(expected - seen)}, keys that are new {sorted(seen - expected)}"
+        yield (
+            f"{what}: keys missing {sorted(expected - seen)}, keys that are new"
+            f" {sorted(seen - expected)}"
+        )
 
 
 def check(command: str, words: Sequence[str], document: dict[str, Any]) -> Iterator[str]:
@@ -80,14 +85,18 @@ def check(command: str, words: Sequence[str], document: dict[str, Any]) -> Itera
         yield from _keys("error document", document.keys(), ERROR)
         error = document["error"]
         yield from _keys("error", error.keys(), ERROR_FIELDS | FACTS.get(error["type"], set()))
-    elif command == "vcpuinfo" or (command == "setvcpu" and not {"--enable", "--disable"} & set(words)):
+    elif command == "vcpuinfo" or (
+        command == "setvcpu" and not {"--enable", "--disable"} & set(words)
+    ):
         yield from _keys(command, document.keys(), INFO)
         for row in document["vcpus"]:
             yield from _keys(f"vCPU {row['id']}", row.keys(), ROW)
     elif command in CHANGES:
         yield from _keys(command, document.keys(), PLAN if "--dry-run" in words else OUTCOME)
     elif command == "guestvcpus":
-        yield from _keys(command, document.keys(), GUEST | (OUTCOME if "--cpulist" in words else {"domain"}))
+        yield from _keys(
+            command, document.keys(), GUEST | (OUTCOME if "--cpulist" in words else {"domain"})
+        )
 
 
 def check_exit(code: int, document: dict[str, Any]) -> Iterator[str]:

@@ -1,4 +1,6 @@
-"""Answers of QEMU's or of a guest agent's, made false: what a server says that is broken, or means harm."""
+"""Answers of QEMU's or of a guest agent's, made false: what a server says that is broken, or means
+harm.
+"""
 
 from __future__ import annotations
 
@@ -12,24 +14,100 @@ from typing import Any
 
 #: Raw JSON texts, of values that a program may not expect: beyond 64 bits, not finite, deep, odd.
 NUMBERS = (
-    *("-1", "1e999", "-1e999", "NaN", "Infinity", "-Infinity", "0.5", "1e400", "18446744073709551616", "-0.0"),
-    *("9223372036854775807", "9223372036854775808", "1" + "0" * 400, "-1" + "0" * 400, "9" * 4300, "9" * 5000),
+    *(
+        "-1",
+        "1e999",
+        "-1e999",
+        "NaN",
+        "Infinity",
+        "-Infinity",
+        "0.5",
+        "1e400",
+        "18446744073709551616",
+        "-0.0",
+    ),
+    *(
+        "9223372036854775807",
+        "9223372036854775808",
+        "1" + "0" * 400,
+        "-1" + "0" * 400,
+        "9" * 4300,
+        "9" * 5000,
+    ),
     *("1" + "0" * 4000, "65536", "65537", "4294967296", "2147483648", "1e5", "007", "0x10"),
 )
 STRINGS = (
-    *('""', '"\\ud800"', '"\\udfff\\ud800"', '"\\u0000"', '"\\u001b[2J\\u001b]0;x\\u0007"', '"\\u202e\\u2028"'),
-    *('"/machine/peripheral/vcpu1"', '"vcpu1"', '"../../etc/passwd"', '"%s%n{0}"', '"running"', '"\\n\\r\\t"'),
-    *('"/machine/peripheral/vcpu1/thread[0]"', '"/machine/unattached/device[0]/lapic"', '"x"', '"0"', '"CPU"'),
+    *(
+        '""',
+        '"\\ud800"',
+        '"\\udfff\\ud800"',
+        '"\\u0000"',
+        '"\\u001b[2J\\u001b]0;x\\u0007"',
+        '"\\u202e\\u2028"',
+    ),
+    *(
+        '"/machine/peripheral/vcpu1"',
+        '"vcpu1"',
+        '"../../etc/passwd"',
+        '"%s%n{0}"',
+        '"running"',
+        '"\\n\\r\\t"',
+    ),
+    *(
+        '"/machine/peripheral/vcpu1/thread[0]"',
+        '"/machine/unattached/device[0]/lapic"',
+        '"x"',
+        '"0"',
+        '"CPU"',
+    ),
 )
 OTHERS = ("null", "true", "false", "[]", "{}", "[[]]", "[null]", '{"": null}', "[{}]", "[1, 2]")
 EVENTS = (
-    *("DEVICE_DELETED", "ACPI_DEVICE_OST", "DEVICE_UNPLUG_GUEST_ERROR", "RESET", "SHUTDOWN", "STOP", "RESUME"),
+    *(
+        "DEVICE_DELETED",
+        "ACPI_DEVICE_OST",
+        "DEVICE_UNPLUG_GUEST_ERROR",
+        "RESET",
+        "SHUTDOWN",
+        "STOP",
+        "RESUME",
+    ),
     *("MIGRATION", "POWERDOWN", "", "X" * 3000, "CPU\u001b[31m"),
 )
-CLASSES = ("GenericError", "CommandNotFound", "DeviceNotFound", "DeviceNotActive", "KVMMissingCap", "", "X")
+CLASSES = (
+    "GenericError",
+    "CommandNotFound",
+    "DeviceNotFound",
+    "DeviceNotActive",
+    "KVMMissingCap",
+    "",
+    "X",
+)
 KEYS = (
-    *("return", "error", "class", "desc", "id", "event", "data", "timestamp", "seconds", "microseconds", "QMP"),
-    *("props", "socket-id", "core-id", "thread-id", "node-id", "qom-path", "vcpus-count", "type", "cpu-index"),
+    *(
+        "return",
+        "error",
+        "class",
+        "desc",
+        "id",
+        "event",
+        "data",
+        "timestamp",
+        "seconds",
+        "microseconds",
+        "QMP",
+    ),
+    *(
+        "props",
+        "socket-id",
+        "core-id",
+        "thread-id",
+        "node-id",
+        "qom-path",
+        "vcpus-count",
+        "type",
+        "cpu-index",
+    ),
     *(
         "logical-id",
         "online",
@@ -106,7 +184,7 @@ class Distorter:
         way = self.random.choice(self._ways)
         return way.__name__.removeprefix("_"), way(deepcopy(message), prefix)
 
-    # -- the ways -----------------------------------------------------------------------------------
+    # -- the ways ----------------------------------------------------------------------------------
 
     def _value(self, message: Any, prefix: bytes) -> list[Piece]:
         """Another value at some place."""
@@ -130,7 +208,9 @@ class Distorter:
         text = _text(message)
         if how == 2:
             key = json.dumps(self.random.choice([*one, "id", "return"]))
-            text = text.replace(b"{", b"{%s: %s, " % (key.encode(), _text(self._junk(None))[:-1]), 1)
+            text = text.replace(
+                b"{", b"{%s: %s, " % (key.encode(), _text(self._junk(None))[:-1]), 1
+            )
         return [prefix + text]
 
     def _identity(self, message: Any, prefix: bytes) -> list[Piece]:
@@ -144,7 +224,9 @@ class Distorter:
 
     def _another(self, message: Any, prefix: bytes) -> list[Piece]:
         """The answer to another command."""
-        earlier = [one["return"] for one in self._before if isinstance(one, dict) and "return" in one]
+        earlier = [
+            one["return"] for one in self._before if isinstance(one, dict) and "return" in one
+        ]
         if earlier and "return" in message:
             message["return"] = self.random.choice(earlier)
         return [prefix + _text(message)]
@@ -202,7 +284,9 @@ class Distorter:
             else:
                 row["qom-path"] = f"/machine/peripheral/vcpu{self.random.randrange(5)}"
         elif how == 6 and isinstance(row.get("props"), dict):
-            row["props"][self.random.choice(("socket-id", "core-id", "die-id", "x"))] = self.random.randrange(9)
+            row["props"][self.random.choice(("socket-id", "core-id", "die-id", "x"))] = (
+                self.random.randrange(9)
+            )
         elif how == 7:
             for key in ("vcpus-count", "cpu-index", "thread-id", "logical-id"):
                 if key in row:
@@ -229,7 +313,9 @@ class Distorter:
         """Cut at some byte; then it ends, or goes on."""
         whole = prefix + _text(message)
         at = self.random.randint(0, len(whole))
-        rest: list[Piece] = self.random.choice(([Close()], [Close()], [b"\n"], [whole[at:], Close()]))
+        rest: list[Piece] = self.random.choice(
+            ([Close()], [Close()], [b"\n"], [whole[at:], Close()])
+        )
         return [whole[:at], *rest]
 
     def _bytes(self, message: Any, prefix: bytes) -> list[Piece]:
@@ -238,7 +324,18 @@ class Distorter:
         for _ in range(self.random.choice((1, 1, 4))):
             at = self.random.randrange(len(whole))
             whole[at : at + self.random.choice((0, 1, 3))] = self.random.choice(
-                (b"\xff", b"\x00", b"\xc3", b"\x1b[2J", b"\n", b"\r", b'"', b"}", b"\xed\xa0\x80", b"\xff\xff\xff")
+                (
+                    b"\xff",
+                    b"\x00",
+                    b"\xc3",
+                    b"\x1b[2J",
+                    b"\n",
+                    b"\r",
+                    b'"',
+                    b"}",
+                    b"\xed\xa0\x80",
+                    b"\xff\xff\xff",
+                )
             )
         return [bytes(whole)]
 
@@ -246,8 +343,23 @@ class Distorter:
         """A line that is no answer, before or instead of it."""
         line = self.random.choice(
             (
-                *(b"", b"null", b"[]", b"3", b'""', b"{}", b"{", b"}", b"\xef\xbb\xbf{}", b"[" * 5000),
-                *(b"[" * 900 + b"]" * 900, b'{"return": ' + b"[" * 900 + b"]" * 900 + b"}", b'{"a":' * 800),
+                *(
+                    b"",
+                    b"null",
+                    b"[]",
+                    b"3",
+                    b'""',
+                    b"{}",
+                    b"{",
+                    b"}",
+                    b"\xef\xbb\xbf{}",
+                    b"[" * 5000,
+                ),
+                *(
+                    b"[" * 900 + b"]" * 900,
+                    b'{"return": ' + b"[" * 900 + b"]" * 900 + b"}",
+                    b'{"a":' * 800,
+                ),
                 *(b"\xff" * 3000, b"HTTP/1.1 200"),
             )
         )
@@ -266,7 +378,13 @@ class Distorter:
         if places:
             holder, key = self.random.choice(places)
             holder[key] = self.random.choice(
-                ("y" * size, "\ud83d\ude00" * (size // 8), [0] * size, [{}] * size, Raw("[" + "[]," * size + "1]"))
+                (
+                    "y" * size,
+                    "\ud83d\ude00" * (size // 8),
+                    [0] * size,
+                    [{}] * size,
+                    Raw("[" + "[]," * size + "1]"),
+                )
             )
         return [prefix + _text(message)]
 
@@ -280,16 +398,23 @@ class Distorter:
         """What was said before, once more."""
         return [prefix + _text(self.random.choice(self._before)) + prefix + _text(message)]
 
-    # -- values ---------------------------------------------------------------------------------------
+    # -- values ------------------------------------------------------------------------------------
 
     def _junk(self, was: Any) -> Any:
         """Another value, as often as not of the same type."""
         if isinstance(was, bool) and self.random.random() < 0.5:
             return not was
         if isinstance(was, int) and self.random.random() < 0.5:
-            return self.random.choice((was + 1, was - 1, 0, -was, 1 << 40, Raw(self.random.choice(NUMBERS))))
+            return self.random.choice(
+                (was + 1, was - 1, 0, -was, 1 << 40, Raw(self.random.choice(NUMBERS)))
+            )
         if isinstance(was, str) and self.random.random() < 0.5:
-            change: list[Callable[[str], str]] = [str.upper, lambda x: x + "0", lambda x: x[:-1], lambda x: x * 50]
+            change: list[Callable[[str], str]] = [
+                str.upper,
+                lambda x: x + "0",
+                lambda x: x[:-1],
+                lambda x: x * 50,
+            ]
             return self.random.choice(change)(was)
         kind = self.random.choice((NUMBERS, STRINGS, OTHERS))
         if self.random.random() < 0.05:
@@ -302,13 +427,20 @@ class Distorter:
         path = self.random.choice(
             (f"/machine/peripheral/{device}", f"/machine/peripheral/vcpu{slot}/lapic", device)
         )
-        info = {"slot-type": "CPU", "slot": str(slot), "source": self.random.choice((3, 0x103, self._junk(3)))}
+        info = {
+            "slot-type": "CPU",
+            "slot": str(slot),
+            "source": self.random.choice((3, 0x103, self._junk(3))),
+        }
         info |= {"status": self.random.choice((0, 1, 128, 132, self._junk(0))), "device": device}
         data: Any = self.random.choice(
             ({"path": path, "device": device}, {"info": info}, {"path": path}, self._junk({}))
         )
         event = {"event": self.random.choice((*EVENTS[:7], *EVENTS[:4], *EVENTS)), "data": data}
-        event["timestamp"] = {"seconds": self.random.choice((1, self._junk(1))), "microseconds": self._junk(5)}
+        event["timestamp"] = {
+            "seconds": self.random.choice((1, self._junk(1))),
+            "microseconds": self._junk(5),
+        }
         if self.random.random() < 0.1:
             event[self.random.choice(list(event))] = self._junk(None)
         return event
@@ -316,7 +448,13 @@ class Distorter:
 
 def _places(value: Any) -> Iterable[tuple[Any, Any]]:
     """Where something stands in it: (list or object, index or key)."""
-    keys = list(value) if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    keys = (
+        list(value)
+        if isinstance(value, dict)
+        else range(len(value))
+        if isinstance(value, list)
+        else ()
+    )
     for key in keys:
         yield value, key
         yield from _places(value[key])
@@ -331,7 +469,9 @@ def _json(value: Any) -> str:
     if isinstance(value, Raw):
         return str(value)
     if isinstance(value, dict):
-        return "{" + ", ".join(f"{json.dumps(key)}: {_json(one)}" for key, one in value.items()) + "}"
+        return (
+            "{" + ", ".join(f"{json.dumps(key)}: {_json(one)}" for key, one in value.items()) + "}"
+        )
     if isinstance(value, list):
         return "[" + ", ".join(_json(one) for one in value) + "]"
     return json.dumps(value)

@@ -1,8 +1,10 @@
-"""A run of the command line in a process of its own, to which something happens at an effect, or at some time.
+"""A run of the command line in a process of its own, to which something happens at an effect, or at
+some time.
 
-An effect is a message to QEMU, to a guest agent or to libvirt, a system call that changes a file, a folder or a
-lock, a process that is started or ended, a thread that is pinned. A message and a start count twice: before it,
-and right after it. `python -m tests.support.effects '{"at": 12}' WORDS` does one of them by hand.
+An effect is a message to QEMU, to a guest agent or to libvirt, a system call that changes a file, a
+folder or a lock, a process that is started or ended, a thread that is pinned. A message and a start
+count twice: before it, and right after it. `python -m tests.support.effects '{"at": 12}' WORDS`
+does one of them by hand.
 """
 
 from __future__ import annotations
@@ -29,7 +31,16 @@ PLAN = "QMPVCPU_TEST_EFFECTS"
 _WRITES = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _EVENTS = frozenset(
     {
-        *("os.rename", "os.link", "os.symlink", "os.remove", "os.mkdir", "os.rmdir", "os.chmod", "os.chown"),
+        *(
+            "os.rename",
+            "os.link",
+            "os.symlink",
+            "os.remove",
+            "os.mkdir",
+            "os.rmdir",
+            "os.chmod",
+            "os.chown",
+        ),
         *("os.truncate", "fcntl.flock", "socket.bind"),
     }
 )
@@ -88,7 +99,9 @@ _children: list[int] = []
 
 
 def act(plan: Plan, log: _Log | None = None, own: int | None = None) -> None:
-    """Send it, and wait until it has come; `own` is the process that is meant where the plan names no other."""
+    """Send it, and wait until it has come; `own` is the process that is meant where the plan names
+    no other.
+    """
     pid = plan.pid
     if plan.child:
         if not _children:
@@ -177,7 +190,11 @@ def install(plan: Plan) -> None:
         return "send " + " ".join(name.decode() for name in _COMMAND.findall(data))
 
     around(asyncio.StreamWriter, "write", message)
-    around(subprocess.Popen, "_execute_child", lambda process, words, *_: f"spawn {Path(words[0]).name}")
+    around(
+        subprocess.Popen,
+        "_execute_child",
+        lambda process, words, *_: f"spawn {Path(words[0]).name}",
+    )
     if "qmpvcpu.libvirt.threads" in sys.modules:
         around(sys.modules["qmpvcpu.libvirt.threads"].Worker, "call", lambda *_, **__: "libvirt")
     for module, name in _CALLS:
@@ -191,10 +208,14 @@ def _hurry(seconds: float) -> None:
 
     monitor, connection = QmpMonitor.__init__, Connection.__init__
 
-    def short_monitor(self: QmpMonitor, client: Any, address: str, command_timeout: float, *more: Any) -> None:
+    def short_monitor(
+        self: QmpMonitor, client: Any, address: str, command_timeout: float, *more: Any
+    ) -> None:
         monitor(self, client, address, min(command_timeout, seconds), *more)
 
-    def short_connection(self: Connection, uri: str, connect_timeout: float | None = None, _: float = 0) -> None:
+    def short_connection(
+        self: Connection, uri: str, connect_timeout: float | None = None, _: float = 0
+    ) -> None:
         connection(self, uri, connect_timeout, seconds)
 
     setattr(QmpMonitor, "__init__", short_monitor)  # noqa: B010

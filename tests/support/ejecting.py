@@ -1,4 +1,6 @@
-"""An x86_64 machine whose guest only ejects the CPUs that it is asked to: unplugs end within milliseconds."""
+"""An x86_64 machine whose guest only ejects the CPUs that it is asked to: unplugs end within
+milliseconds.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,13 @@ from tests.support.waiting import until
 def firmware(folder: Path) -> str:
     """The image of that guest."""
     image = folder / "eject.bin"
-    options = ["-m16", "-nostdlib", "-static", "-no-pie", "-Wl,-Ttext=0,--build-id=none,--oformat=binary"]
+    options = [
+        "-m16",
+        "-nostdlib",
+        "-static",
+        "-no-pie",
+        "-Wl,-Ttext=0,--build-id=none,--oformat=binary",
+    ]
     subprocess.run(["gcc", *options, "-o", str(image), "scripts/guest/eject.S"], check=True)
     return str(image)
 
@@ -31,7 +39,16 @@ async def ejecting(
 ) -> AsyncIterator[Qemu]:
     """It runs, and has taken over CPU hotplug. Under KVM it takes any number of plugs."""
     with TemporaryDirectory() as folder:
-        words = ["-nodefaults", "-display", "none", "-no-user-config", "-machine", "q35", "-cpu", "qemu64"]
+        words = [
+            "-nodefaults",
+            "-display",
+            "none",
+            "-no-user-config",
+            "-machine",
+            "q35",
+            "-cpu",
+            "qemu64",
+        ]
         words += ["-accel", accel, "-smp", smp, "-m", "64", "-bios", firmware(Path(folder)), *extra]
         async with running(qemu_binary(version, "x86_64"), words, monitors=monitors) as qemu:
 

@@ -1,8 +1,9 @@
 """What carries one request out in QEMU: what happened goes in, what is to be done comes out.
 
-An effect is `("device_add", n)`, `("device_del", n)`, `("device_del", n, "undo")` or `("query",)`; n is the first
-vCPU id of an entity. Another engine behind these calls needs nothing else: the clock stays inside the harness
-(`expired` is the moment of the deadline, `poll` and `pause_is_over` are those that `wakes` names).
+An effect is `("device_add", n)`, `("device_del", n)`, `("device_del", n, "undo")` or `("query",)`;
+n is the first vCPU id of an entity. Another engine behind these calls needs nothing else: the clock
+stays inside the harness (`expired` is the moment of the deadline, `poll` and `pause_is_over` are
+those that `wakes` names).
 """
 
 from __future__ import annotations
@@ -55,8 +56,8 @@ def undo(first: int) -> tuple[Any, ...]:
 
 @dataclass(frozen=True)
 class Report:
-    """How it ended, by vCPU ids. `failures` and `rejections`: the ids of an entity -> what QEMU or the guest said,
-    an error of QEMU's with its class in front.
+    """How it ended, by vCPU ids. `failures` and `rejections`: the ids of an entity -> what QEMU or
+    the guest said, an error of QEMU's with its class in front.
     """
 
     outcome: str
@@ -74,13 +75,13 @@ class Report:
 
 
 class Engine:
-    """One request. `plug`, `unplug` and `awaited` (to be plugged once an earlier unplug has ended) are first vCPU
-    ids; `ids` are all vCPU ids of an entity that has several.
+    """One request. `plug`, `unplug` and `awaited` (to be plugged once an earlier unplug has ended)
+    are first vCPU ids; `ids` are all vCPU ids of an entity that has several.
 
-    `wait=False` is `--async`. `atomic` brings back what was removed if anything fails. `retries` is how often an
-    unplug that the guest refused is asked again. Of `doubted` an unplug was asked before. `undo_forbidden` and
-    `restore_forbidden` say why a plug must not be undone, and a removal not be taken back. `reset_drops_unplug` is
-    how an x86 machine behaves.
+    `wait=False` is `--async`. `atomic` brings back what was removed if anything fails. `retries` is
+    how often an unplug that the guest refused is asked again. Of `doubted` an unplug was asked
+    before. `undo_forbidden` and `restore_forbidden` say why a plug must not be undone, and a
+    removal not be taken back. `reset_drops_unplug` is how an x86 machine behaves.
     """
 
     def __init__(
@@ -113,7 +114,13 @@ class Engine:
                 tuple(entities(awaited, True)),
                 frozenset(doubted),
             ),
-            Terms(_TIMEOUT, wait=wait, atomic=atomic, retries=retries, reset_drops_unplug=reset_drops_unplug),
+            Terms(
+                _TIMEOUT,
+                wait=wait,
+                atomic=atomic,
+                retries=retries,
+                reset_drops_unplug=reset_drops_unplug,
+            ),
         )
 
     def start(self) -> list[tuple[Any, ...]]:
@@ -126,7 +133,9 @@ class Engine:
         """QEMU took the `device_add` or `device_del`."""
         return self._feed(Replied(first))
 
-    def failed(self, first: int, text: str, error_class: str = "GenericError") -> list[tuple[Any, ...]]:
+    def failed(
+        self, first: int, text: str, error_class: str = "GenericError"
+    ) -> list[tuple[Any, ...]]:
         """QEMU declined it."""
         return self._feed(Replied(first, error_class, text))
 
@@ -141,7 +150,9 @@ class Engine:
         return look.confirms
 
     def seen(self, *plugged: int, replaced: Iterable[int] = ()) -> list[tuple[Any, ...]]:
-        """The answer to the query: what is plugged, and what of it another client has plugged meanwhile."""
+        """The answer to the query: what is plugged, and what of it another client has plugged
+        meanwhile.
+        """
         return self._feed(Snapshot(frozenset(plugged), frozenset(replaced), *self._forbidden))
 
     # -- events -----------------------------------------------------------------------------------
@@ -152,7 +163,9 @@ class Engine:
 
     def refused(self, first: int, reason: str = "no") -> list[tuple[Any, ...]]:
         """The guest does not let it go."""
-        return self._feed(EventReceived("DEVICE_UNPLUG_GUEST_ERROR", {"path": _path(first), "text": reason}))
+        return self._feed(
+            EventReceived("DEVICE_UNPLUG_GUEST_ERROR", {"path": _path(first), "text": reason})
+        )
 
     def ejecting(self, first: int) -> list[tuple[Any, ...]]:
         """The guest is about to let it go."""
@@ -161,7 +174,9 @@ class Engine:
 
     def something_changed(self) -> list[tuple[Any, ...]]:
         """An event that does not name its vCPU."""
-        return self._feed(EventReceived("DEVICE_DELETED", {"path": "/machine/unattached/device[9]"}))
+        return self._feed(
+            EventReceived("DEVICE_DELETED", {"path": "/machine/unattached/device[9]"})
+        )
 
     def machine_is_reset(self) -> list[tuple[Any, ...]]:
         """RESET."""
@@ -199,13 +214,15 @@ class Engine:
 
     @property
     def has_deadline(self) -> bool:
-        """Whether the deadline may come: the guest's time begins once QEMU has done what is its own."""
+        """Whether the deadline may come: the guest's time begins once QEMU has done what is its
+        own.
+        """
         return self._transaction._timers.deadline is not None
 
     @property
     def wakes(self) -> frozenset[str]:
-        """What it wants to be called for: `guest` (its next step is the guest's: `poll`), `soon` (so, before
-        long), `retry` (`pause_is_over`).
+        """What it wants to be called for: `guest` (its next step is the guest's: `poll`), `soon`
+        (so, before long), `retry` (`pause_is_over`).
         """
         timers = self._transaction._timers
         words = {
@@ -220,7 +237,9 @@ class Engine:
         return self._report()
 
     def so_far(self) -> Report:
-        """What is reported if the connection is lost now; `pending` is all that QEMU may still carry out."""
+        """What is reported if the connection is lost now; `pending` is all that QEMU may still
+        carry out.
+        """
         return self._report()
 
     def _report(self, **other: Any) -> Report:
@@ -244,7 +263,9 @@ class Engine:
                     found.append(add(effect.entity.id))
                 case Delete():
                     found.append(
-                        (undo if effect.name.startswith("/machine/peripheral/") else delete)(effect.entity.id)
+                        (undo if effect.name.startswith("/machine/peripheral/") else delete)(
+                            effect.entity.id
+                        )
                     )
                 case Query():
                     found.append(QUERY)
@@ -256,8 +277,8 @@ class Engine:
 def meaning(
     event: str, data: Mapping[str, Any], plugged: Mapping[int, str], empty: Iterable[int] = ()
 ) -> tuple[Any, ...] | None:
-    """What an event of QEMU's says: `("gone", n)`, `("refused", n, reason)`, `("ejecting", n)`, `("reset",)`,
-    `("something changed",)`; None where it says nothing of a CPU.
+    """What an event of QEMU's says: `("gone", n)`, `("refused", n, reason)`, `("ejecting", n)`,
+    `("reset",)`, `("something changed",)`; None where it says nothing of a CPU.
 
     Args:
         event, data: as QMP has them.
@@ -292,6 +313,8 @@ def _entity(ids: tuple[int, ...], plugged: bool, path: str | None = None) -> Ent
 
 def _told(failures: Iterable[Failure]) -> dict[tuple[int, ...], str]:
     return {
-        failure.entity.ids: f"{failure.error_class}: {failure.text}" if failure.error_class else failure.text
+        failure.entity.ids: f"{failure.error_class}: {failure.text}"
+        if failure.error_class
+        else failure.text
         for failure in failures
     }

@@ -1,4 +1,6 @@
-"""A scripted guest agent, for what qemu-ga cannot be made to do: lies, silence, floods, answers that come late."""
+"""A scripted guest agent, for what qemu-ga cannot be made to do: lies, silence, floods, answers
+that come late.
+"""
 
 from __future__ import annotations
 
@@ -12,9 +14,13 @@ from typing import Any
 
 
 class FakeAgent:
-    """CPUs by logical id; `files` by path; `answers`: command -> a function, what it returns is sent raw."""
+    """CPUs by logical id; `files` by path; `answers`: command -> a function, what it returns is
+    sent raw.
+    """
 
-    def __init__(self, online: dict[int, bool] | None = None, files: dict[str, bytes] | None = None) -> None:
+    def __init__(
+        self, online: dict[int, bool] | None = None, files: dict[str, bytes] | None = None
+    ) -> None:
         self.online = dict(online or {0: True, 1: True})
         self.files = dict(files or {})
         self.fixed = {0}
@@ -39,7 +45,9 @@ class FakeAgent:
         before, sentinel, rest = line.rpartition(b"\xff")
         if sentinel:
             # What qemu-ga says of a 0xFF, or of what it cuts short.
-            writer.write(b'{"error": {"class": "GenericError", "desc": "JSON parse error, stray"}}\n')
+            writer.write(
+                b'{"error": {"class": "GenericError", "desc": "JSON parse error, stray"}}\n'
+            )
         command = json.loads(rest)
         name, arguments = command["execute"], command.get("arguments", {})
         self.commands.append((name, arguments))
@@ -48,7 +56,12 @@ class FakeAgent:
         if name in self.answers:
             raw = self.answers[name](command)
         elif name == "guest-sync-delimited":
-            raw = self.before_sync + b"\xff" + json.dumps({"return": arguments["id"]}).encode() + b"\n"
+            raw = (
+                self.before_sync
+                + b"\xff"
+                + json.dumps({"return": arguments["id"]}).encode()
+                + b"\n"
+            )
         else:
             raw = json.dumps(self.answer(name, arguments) | {"id": command["id"]}).encode() + b"\n"
         if raw is not None:
@@ -68,7 +81,8 @@ class FakeAgent:
             case "guest-file-open":
                 if arguments["path"] not in self.files:
                     return error(
-                        f"failed to open file '{arguments['path']}' (mode: 'r'): No such file or directory"
+                        f"failed to open file '{arguments['path']}' (mode: 'r'): No such file or"
+                        " directory"
                     )
                 handle = 1000 + len(self.handles)
                 self.handles[handle] = arguments["path"]

@@ -1,4 +1,6 @@
-"""A guest that mirrors a scripted QEMU: its agent lists the CPUs that are plugged, and tells which is which."""
+"""A guest that mirrors a scripted QEMU: its agent lists the CPUs that are plugged, and tells which
+is which.
+"""
 
 from __future__ import annotations
 
@@ -10,7 +12,8 @@ from tests.support.fake_agent import FakeAgent, error
 from tests.support.fake_qemu import FakeQemu
 
 _SYSFS = "/sys/devices/system/cpu/cpu{}/{}"
-#: Architectures whose guest takes offline whatever it is told to, and onlines by itself what is plugged.
+#: Architectures whose guest takes offline whatever it is told to, and onlines by itself what is
+#: plugged.
 _ALL_OFF = ("ppc64", "aarch64", "riscv64")
 
 
@@ -69,9 +72,13 @@ class FakeGuest(FakeAgent):
         arch = self.qemu.arch
         if arch in ("x86_64", "i386"):
             cpuinfo = "".join(
-                f"processor: {n}\napicid: {self.apic_id(n)}\n\n" for n, on in self.online.items() if on
+                f"processor: {n}\napicid: {self.apic_id(n)}\n\n"
+                for n, on in self.online.items()
+                if on
             )
-            return {"/proc/cpuinfo": cpuinfo.encode()} | self._each("firmware_node/path", self._acpi)
+            return {"/proc/cpuinfo": cpuinfo.encode()} | self._each(
+                "firmware_node/path", self._acpi
+            )
         if arch == "loongarch64":
             return self._each("firmware_node/path", self._acpi)
         if arch == "ppc64":
@@ -80,7 +87,9 @@ class FakeGuest(FakeAgent):
                 "physical_id", self._physical
             )
         if arch == "s390x":
-            return self._each("address", lambda n: str(self.qemu.machine.slots[n]["props"]["core-id"]).encode())
+            return self._each(
+                "address", lambda n: str(self.qemu.machine.slots[n]["props"]["core-id"]).encode()
+            )
         return self._each("of_node/reg", lambda n: n.to_bytes(8, "big"))
 
     def _each(self, name: str, content: Any) -> dict[str, bytes]:
@@ -97,7 +106,12 @@ class FakeGuest(FakeAgent):
         """x86: each level of the topology has the fewest bits that hold it."""
         props, smp = self.qemu.machine.slots[vcpu]["props"], self.qemu.machine.topology
         number = shift = 0
-        for level, count in (("thread", "threads"), ("core", "cores"), ("module", "modules"), ("die", "dies")):
+        for level, count in (
+            ("thread", "threads"),
+            ("core", "cores"),
+            ("module", "modules"),
+            ("die", "dies"),
+        ):
             number |= props.get(f"{level}-id", 0) << shift
             shift += (smp.get(count, 1) - 1).bit_length()
         return number | props.get("socket-id", 0) << shift

@@ -1,5 +1,5 @@
-"""A scripted QEMU of any architecture behind the fake QMP server: it starts from a recording of a real one, its
-slots fill and empty, and its guest obeys the test.
+"""A scripted QEMU of any architecture behind the fake QMP server: it starts from a recording of a
+real one, its slots fill and empty, and its guest obeys the test.
 """
 
 from __future__ import annotations
@@ -16,13 +16,19 @@ CHANGES = ("device_add", "device_del")
 
 
 class FakeQemu:
-    """A machine as it was recorded, or one of `slots` sockets with one thread each; vCPU 0 is plugged.
+    """A machine as it was recorded, or one of `slots` sockets with one thread each; vCPU 0 is
+    plugged.
 
     A slot's number is its first vCPU id. What is public may be changed while it runs.
     """
 
     def __init__(
-        self, slots: int = 4, plugged: Iterable[int] = (), *, kvm: bool = True, machine: Recording | None = None
+        self,
+        slots: int = 4,
+        plugged: Iterable[int] = (),
+        *,
+        kvm: bool = True,
+        machine: Recording | None = None,
     ) -> None:
         self.machine = machine if machine is not None else sockets(slots)
         self.kvm = kvm
@@ -47,11 +53,13 @@ class FakeQemu:
         self.add_errors: dict[int, str] = {}
         #: Slot -> what `device_add` does instead: "silence" or "close".
         self.on_add: dict[int, str] = {}
-        #: Slot -> what `device_del` does: "gone", "gone-silently", "refused", "silence", "error", "error: TEXT" or
-        #: "close"; a list is used up word by word, and its last one stays.
+        #: Slot -> what `device_del` does: "gone", "gone-silently", "refused", "silence", "error",
+        #: "error: TEXT" or "close"; a list is used up word by word, and its last one stays.
         self.on_delete: dict[int, str | list[str]] = {}
         #: Called with each command before it is answered; may return True to leave it unanswered.
-        self.hook: Callable[[Connection, dict[str, Any]], bool | None] = lambda connection, command: None
+        self.hook: Callable[[Connection, dict[str, Any]], bool | None] = (
+            lambda connection, command: None
+        )
         self.connections: list[Connection] = []
 
     @property
@@ -118,7 +126,13 @@ class FakeQemu:
             if self.arch == "ppc64":
                 connection.event("DEVICE_UNPLUG_GUEST_ERROR", device=device, path=self.paths[slot])
             else:
-                info = {"slot-type": "CPU", "slot": str(slot), "source": 3, "status": 128, "device": device}
+                info = {
+                    "slot-type": "CPU",
+                    "slot": str(slot),
+                    "source": 3,
+                    "status": 128,
+                    "device": device,
+                }
                 connection.event("ACPI_DEVICE_OST", info=info)
 
     def close(self) -> None:
@@ -126,7 +140,9 @@ class FakeQemu:
             connection.close()
 
     async def _serve(self, connection: Connection) -> None:
-        await connection.greet({"QMP": {"version": {"qemu": self.version, "package": ""}, "capabilities": []}})
+        await connection.greet(
+            {"QMP": {"version": {"qemu": self.version, "package": ""}, "capabilities": []}}
+        )
         self.connections.append(connection)
         while (command := await connection.receive()) is not None:
             self.commands.append((command["execute"], command.get("arguments", {})))
@@ -164,21 +180,34 @@ class FakeQemu:
         if name == "qom-get":
             exact = f"qom-get {arguments['path']} {arguments['property']}"
             path = arguments["path"] if arguments["path"] == "/machine" else "CPU"
-            name = exact if exact in self.machine.replies else f"qom-get {path} {arguments['property']}"
+            name = (
+                exact
+                if exact in self.machine.replies
+                else f"qom-get {path} {arguments['property']}"
+            )
         reply = self.machine.replies.get(name)
         if reply is None:
-            return error(connection, command, f"The command {name} has not been found", "CommandNotFound")
+            return error(
+                connection, command, f"The command {name} has not been found", "CommandNotFound"
+            )
         connection.send(reply | {"id": command["id"]})
         return None
 
     def _tried(self, connection: Connection, command: dict[str, Any], name: str) -> None:
         connection.send(self.machine.tried[name] | {"id": command["id"]})
 
-    def _add(self, connection: Connection, command: dict[str, Any], arguments: dict[str, Any]) -> None:
+    def _add(
+        self, connection: Connection, command: dict[str, Any], arguments: dict[str, Any]
+    ) -> None:
         device, driver = arguments["id"], arguments["driver"]
         props = {key: value for key, value in arguments.items() if key not in ("id", "driver")}
         slot = next(
-            (n for n, each in self.machine.slots.items() if (each["props"], each["type"]) == (props, driver)), None
+            (
+                n
+                for n, each in self.machine.slots.items()
+                if (each["props"], each["type"]) == (props, driver)
+            ),
+            None,
         )
         if slot is None:
             return error(connection, command, f"this machine has no slot for {arguments}")
@@ -194,7 +223,9 @@ class FakeQemu:
         return connection.reply(command, {})
 
     def _delete(self, connection: Connection, command: dict[str, Any], name: str) -> None:
-        slot = next((n for n, path in self.paths.items() if name in (path, path.rpartition("/")[2])), None)
+        slot = next(
+            (n for n, path in self.paths.items() if name in (path, path.rpartition("/")[2])), None
+        )
         if slot is None:
             return error(connection, command, f"Device '{name}' not found", "DeviceNotFound")
         never = self.machine.tried["unplug"] == self.machine.tried["unplug boot CPU"]
@@ -236,5 +267,7 @@ class FakeQemu:
         return self.real_threads[self._given.setdefault((slot, number, life), len(self._given))]
 
 
-def error(connection: Connection, command: dict[str, Any], text: str, name: str = "GenericError") -> None:
+def error(
+    connection: Connection, command: dict[str, Any], text: str, name: str = "GenericError"
+) -> None:
     connection.send({"error": {"class": name, "desc": text}, "id": command["id"]})

@@ -1,4 +1,6 @@
-"""A scripted QMP server, for what real QEMU cannot be made to do: lies, silence, garbage, closing at a bad time"""
+"""A scripted QMP server, for what real QEMU cannot be made to do: lies, silence, garbage, closing
+at a bad time
+"""
 
 from __future__ import annotations
 
@@ -9,7 +11,12 @@ from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
-GREETING = {"QMP": {"version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""}, "capabilities": []}}
+GREETING = {
+    "QMP": {
+        "version": {"qemu": {"micro": 2, "minor": 0, "major": 10}, "package": ""},
+        "capabilities": [],
+    }
+}
 
 
 class Connection:
@@ -66,8 +73,8 @@ async def serve(
     on_listen: Callable[[int], None] = lambda listening: None,
     kind: type[Connection] = Connection,
 ) -> AsyncIterator[str]:
-    """Run `script` for every client; yields the socket's path. `on_listen` is given its descriptor, `kind` is what
-    the script is given.
+    """Run `script` for every client; yields the socket's path. `on_listen` is given its descriptor,
+    `kind` is what the script is given.
     """
     tasks: set[asyncio.Task[None]] = set()
     connections: list[Connection] = []
@@ -93,7 +100,9 @@ async def serve(
 
 
 def answering(answer: Callable[[Connection, dict[str, Any]], Any]) -> Script:
-    """Greet, then call `answer(connection, command)` for each command; what it returns is the reply."""
+    """Greet, then call `answer(connection, command)` for each command; what it returns is the
+    reply.
+    """
 
     async def script(connection: Connection) -> None:
         await connection.greet()

@@ -1,7 +1,8 @@
-"""Several clients of one QEMU that fight over the same vCPUs; and what each call of ours claimed, compared with
-what QEMU had meanwhile.
+"""Several clients of one QEMU that fight over the same vCPUs; and what each call of ours claimed,
+compared with what QEMU had meanwhile.
 
-This file is the program of one of our processes, too: `python -m tests.support.fighting ADDRESS SEED COUNT LOG`.
+This file is the program of one of our processes, too:
+`python -m tests.support.fighting ADDRESS SEED COUNT LOG`.
 """
 
 from __future__ import annotations
@@ -28,11 +29,13 @@ IDS = (1, 2, 3, 4)
 PATIENCE = 20.0
 
 
-# -- one of our processes ----------------------------------------------------------------------------
+# -- one of our processes --------------------------------------------------------------------------
 
 
 async def fight(address: str, random: Random, count: int, log: Path) -> None:
-    """Random calls; one JSON line for each. The connection is kept for some calls, and made anew then."""
+    """Random calls; one JSON line for each. The connection is kept for some calls, and made anew
+    then.
+    """
     with suppress(qmpvcpu.VcpuConnectionError):
         while count > 0:
             calls = min(count, random.choice((1, 3, 10)))
@@ -63,7 +66,7 @@ async def _end_of(call: Any) -> dict[str, Any]:
     return {"outcome": str(done.outcome), "changed": list(done.changed_ids), "text": text}
 
 
-# -- what was claimed, and what was ------------------------------------------------------------------
+# -- what was claimed, and what was ----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -126,7 +129,9 @@ class Truth:
     def against(self, claim: Claim) -> list[str]:
         """What of a claim cannot be."""
         never, always = (
-            (self.was_absent, self.was_present) if claim.enable else (self.was_present, self.was_absent)
+            (self.was_absent, self.was_present)
+            if claim.enable
+            else (self.was_present, self.was_absent)
         )
         middle = (claim.begin + claim.end) / 2
         if claim.outcome == "applied":
@@ -161,15 +166,15 @@ class Fight:
         return {outcome: found.count(outcome) for outcome in sorted(set(found))}
 
 
-# -- the fight ---------------------------------------------------------------------------------------
+# -- the fight -------------------------------------------------------------------------------------
 
 #: Names of the QMP sockets that such a QEMU needs.
 MONITORS = ("qmp", "other", "bare", "judge")
 
 
 async def fought(qemu: Qemu, folder: Path, count: int, seed: int) -> Fight:
-    """`count` calls: two processes of ours make two fifths each, a bare client the rest. They end early if QEMU
-    does.
+    """`count` calls: two processes of ours make two fifths each, a bare client the rest. They end
+    early if QEMU does.
     """
     async with qmpvcpu.connect(qemu.qmp) as domain:
         slots = (await domain.state()).entities
@@ -184,7 +189,8 @@ async def fought(qemu: Qemu, folder: Path, count: int, seed: int) -> Fight:
         watched(judge, truth.samples),
     ):
         commands = [
-            (str(qemu.folder / MONITORS[who]), str(seed + who), str(each), str(logs[who])) for who in range(2)
+            (str(qemu.folder / MONITORS[who]), str(seed + who), str(each), str(logs[who]))
+            for who in range(2)
         ]
         ours = [await _process(*words) for words in commands]
         turns = asyncio.Queue[None]()
@@ -226,7 +232,11 @@ async def _read(
 
 
 async def _bare(
-    bare: Connection, random: Random, slots: Iterable[Any], plugs: list[Plug], turns: asyncio.Queue[None]
+    bare: Connection,
+    random: Random,
+    slots: Iterable[Any],
+    plugs: list[Plug],
+    turns: asyncio.Queue[None],
 ) -> None:
     """One command for each fourth call of ours."""
     by_first = {slot.first: slot for slot in slots}
@@ -239,11 +249,16 @@ async def _bare(
         sent = time.time()
         with suppress(QmpError, qmpvcpu.VcpuConnectionError):
             if random.random() < 0.5:
-                await bare.command("device_add", driver=slot.driver, id=f"bare{number}", **dict(slot.props or {}))
+                await bare.command(
+                    "device_add", driver=slot.driver, id=f"bare{number}", **dict(slot.props or {})
+                )
                 plugs.append(Plug(slot.first, sent, time.time(), -1))
                 continue
             rows = await bare.command("query-hotpluggable-cpus")
-            path = next((r.get("qom-path") for r in rows if _key(r["props"]) == _key(dict(slot.props))), None)
+            path = next(
+                (r.get("qom-path") for r in rows if _key(r["props"]) == _key(dict(slot.props))),
+                None,
+            )
             if path is not None:
                 await bare.command("device_del", id=path)
 
@@ -276,7 +291,11 @@ def _plugs(log: Path, who: int, vcpu_of: Mapping[Any, int]) -> list[Plug]:
         row = json.loads(line)
         message, when = row["message"], row["time"]
         if message.get("execute") == "device_add":
-            props = {key: value for key, value in message["arguments"].items() if key not in ("id", "driver")}
+            props = {
+                key: value
+                for key, value in message["arguments"].items()
+                if key not in ("id", "driver")
+            }
             asked[message["id"]] = vcpu_of[_key(props)], when
         elif message.get("execute") == "qmp_capabilities":
             asked.clear()  # another connection, whose ids begin anew

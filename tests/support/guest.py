@@ -29,16 +29,21 @@ def cpus(*online: int, offline: tuple[int, ...] = ()) -> list[Row]:
 
 
 def read(reply: Any, most: int | None = None) -> list[Row]:
-    """The rows that are believed, of at most so many. Raises VcpuConnectionError: there cannot be such a guest."""
+    """The rows that are believed, of at most so many. Raises VcpuConnectionError: there cannot be
+    such a guest.
+    """
     found = parse_guest_vcpus(reply) if most is None else parse_guest_vcpus(reply, most)
-    return [{"logical-id": cpu.logical_id, "online": cpu.online, "can-offline": cpu.can_offline} for cpu in found]
+    return [
+        {"logical-id": cpu.logical_id, "online": cpu.online, "can-offline": cpu.can_offline}
+        for cpu in found
+    ]
 
 
 @dataclass(frozen=True)
 class Seen:
-    """`numbers`: vCPU ids that are known in the guest -> its own numbers. `online`: vCPU ids -> whether the guest
-    runs on it, None where that is not known. `assumed` is true where nothing in the guest told which is which;
-    `strays` is how many CPUs nobody can name.
+    """`numbers`: vCPU ids that are known in the guest -> its own numbers. `online`: vCPU ids ->
+    whether the guest runs on it, None where that is not known. `assumed` is true where nothing in
+    the guest told which is which; `strays` is how many CPUs nobody can name.
     """
 
     numbers: Mapping[int, int]
@@ -53,10 +58,14 @@ def files_to_read(state: DomainState, reply: Any) -> list[str]:
 
 
 def look(
-    state: DomainState, reply: Any, files: Mapping[str, bytes | None] | None = None, *, vsmt: int | None = None
+    state: DomainState,
+    reply: Any,
+    files: Mapping[str, bytes | None] | None = None,
+    *,
+    vsmt: int | None = None,
 ) -> Seen:
-    """Which vCPU is which CPU of the guest, by the contents of those files; `vsmt` is how far two cores of pseries
-    are apart in the guest.
+    """Which vCPU is which CPU of the guest, by the contents of those files; `vsmt` is how far two
+    cores of pseries are apart in the guest.
     """
     view = identify(state, parse_guest_vcpus(reply, most_guest_cpus(state)), files or {}, vsmt=vsmt)
     numbers = {vcpu: cpu.logical_id for vcpu, cpu in view.by_vcpu.items()}
@@ -65,7 +74,9 @@ def look(
 
 
 def came(before: Any, now: Any, *, lists_all: bool) -> list[int]:
-    """The guest's numbers of the CPUs that came between two looks; `lists_all`: it lists every possible CPU."""
+    """The guest's numbers of the CPUs that came between two looks; `lists_all`: it lists every
+    possible CPU.
+    """
     return [cpu.logical_id for cpu in newcomers(_view(before), _view(now), lists_all=lists_all)]
 
 
@@ -75,7 +86,9 @@ def to_reach(reply: Any, total: int) -> tuple[tuple[int, ...], bool, list[Refusa
 
 
 def port_is_open(chardevs: Any, path: str) -> bool | None:
-    """Whether the guest has opened the agent's port, by `query-chardev`; None where it does not tell."""
+    """Whether the guest has opened the agent's port, by `query-chardev`; None where it does not
+    tell.
+    """
     return is_port_open(chardevs, path)
 
 

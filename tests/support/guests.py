@@ -1,6 +1,8 @@
-"""Real Linux guests, with a shell and an agent; those of `Pool` are shared by the tests of one xdist group.
+"""Real Linux guests, with a shell and an agent; those of `Pool` are shared by the tests of one
+xdist group.
 
-Every plug under TCG uses up a context of QEMU's for good: a guest of the pool is replaced before they run out.
+Every plug under TCG uses up a context of QEMU's for good: a guest of the pool is replaced before
+they run out.
 """
 
 from __future__ import annotations
@@ -72,7 +74,9 @@ class Console(Guest):
 
 
 @asynccontextmanager
-async def boot(image: Image, binary: str, arguments: Sequence[str], *, append: str = "") -> AsyncIterator[Guest]:
+async def boot(
+    image: Image, binary: str, arguments: Sequence[str], *, append: str = ""
+) -> AsyncIterator[Guest]:
     """Boot a built guest, and wait until it is up; `append` are more words for its kernel."""
     async with lab.boot(image._found, binary, arguments, append=append) as guest:
         yield Guest(guest)
@@ -107,8 +111,8 @@ BOOT = 4 * DEADLINE
 
 @dataclass(frozen=True)
 class Kind:
-    """A shape of Linux guests: `-smp`, `-m`, the image, how many vCPUs may be plugged into one before it goes,
-    and more words for its kernel.
+    """A shape of Linux guests: `-smp`, `-m`, the image, how many vCPUs may be plugged into one
+    before it goes, and more words for its kernel.
     """
 
     smp: str
@@ -134,7 +138,9 @@ async def booted(console: Path, ready: str = "QMPVCPU READY") -> None:
     try:
         await until(said, "Linux is up", every=0.1, seconds=BOOT)
     except AssertionError as error:
-        raise AssertionError(f"{error}; its console: {console.read_text(errors='replace')[-3000:]}") from None
+        raise AssertionError(
+            f"{error}; its console: {console.read_text(errors='replace')[-3000:]}"
+        ) from None
 
 
 @dataclass
@@ -177,9 +183,17 @@ class Pool:
         self.booted: dict[tuple[str, str], Booted] = {}
 
     async def get(
-        self, arch: str, version: str, plugs: int, *, untouched: bool = False, kind: Kind | None = None
+        self,
+        arch: str,
+        version: str,
+        plugs: int,
+        *,
+        untouched: bool = False,
+        kind: Kind | None = None,
     ) -> Booted:
-        """`untouched`: nothing was ever plugged into it; some QEMUs cannot be migrated after an unplug."""
+        """`untouched`: nothing was ever plugged into it; some QEMUs cannot be migrated after an
+        unplug.
+        """
         key, kind = (arch, version), kind or KINDS[arch]
         kept = self.booted.get(key)
         if kept is not None and (
@@ -199,7 +213,9 @@ class Pool:
         return kept
 
     async def rest(self) -> None:
-        """Stop them until the next `get`. One that does not answer goes: no other test is to fail with it."""
+        """Stop them until the next `get`. One that does not answer goes: no other test is to fail
+        with it.
+        """
         for key, kept in list(self.booted.items()):
             try:
                 if not kept.guest.qemu.has_exited:

@@ -1,8 +1,9 @@
-"""A hostile QEMU and a hostile guest agent: they begin as faithful ones, and distort some of their answers.
+"""A hostile QEMU and a hostile guest agent: they begin as faithful ones, and distort some of their
+answers.
 
-`python -m tests.support.hostile FOLDER WHO COUNT SEED` serves in each folder that FOLDER has, each client from a
-fresh machine, until that many answers were sent; then its sockets are gone. WHO is `qmp` or `agent`, the one that
-is hostile. It prints what it has sent as JSON.
+`python -m tests.support.hostile FOLDER WHO COUNT SEED` serves in each folder that FOLDER has, each
+client from a fresh machine, until that many answers were sent; then its sockets are gone. WHO is
+`qmp` or `agent`, the one that is hostile. It prints what it has sent as JSON.
 """
 
 from __future__ import annotations
@@ -25,7 +26,16 @@ from tests.support.fake_qmp import Connection, serve
 from tests.support.recordings import recording
 
 MACHINES = (None, None, "x86_64-10.0/q35-levels", "ppc64-10.0/pseries", "s390x-10.0/ccw")
-UNPLUGS = ("gone", "gone", "gone", "gone-silently", "refused", "silence", "error", ["refused", "gone"])
+UNPLUGS = (
+    "gone",
+    "gone",
+    "gone",
+    "gone-silently",
+    "refused",
+    "silence",
+    "error",
+    ["refused", "gone"],
+)
 RATES = (0.05, 0.2, 0.4, 0.9)
 
 
@@ -74,7 +84,9 @@ class Server:
 
     async def agent(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         with suppress(ConnectionError):
-            await self._guest.serve(reader, self._hostile(writer) if self._who == "agent" else writer)
+            await self._guest.serve(
+                reader, self._hostile(writer) if self._who == "agent" else writer
+            )
 
     def _hostile(self, writer: asyncio.StreamWriter) -> Any:
         draw = random.Random(f"{self._seed} {self._clients}")
@@ -117,7 +129,9 @@ async def main(folder: Path, who: str, count: int, seed: str) -> None:
             path.unlink()
         # Whoever is still connected is served to the end.
         await asyncio.get_running_loop().run_in_executor(None, sys.stdin.read)
-    print(json.dumps({name: getattr(tally, name) for name in ("sent", "clients", "ways")}), flush=True)
+    print(
+        json.dumps({name: getattr(tally, name) for name in ("sent", "clients", "ways")}), flush=True
+    )
 
 
 if __name__ == "__main__":

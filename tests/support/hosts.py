@@ -15,7 +15,9 @@ from qmpvcpu.ports import Peer
 
 
 def qemu_of(thread_ids: Iterable[int], socket: str | None = None) -> int | None:
-    """The pid of the QEMU that these threads are of, and that listens at this socket; None if there is none."""
+    """The pid of the QEMU that these threads are of, and that listens at this socket; None if there
+    is none.
+    """
     found = find_process(list(thread_ids), None if socket is None else Peer(None, socket))
     return None if found is None else found.pid
 
@@ -28,7 +30,9 @@ def start_of(pid: int) -> int:
 def name_of(pid: int | None = None, start: int | None = None, boot: str | None = None) -> str:
     """The name of a process for good; this process's, but for what is given."""
     pid = os.getpid() if pid is None else pid
-    return Process(pid, start_of(pid) if start is None else start, boot_id() if boot is None else boot).key
+    return Process(
+        pid, start_of(pid) if start is None else start, boot_id() if boot is None else boot
+    ).key
 
 
 def is_running(name: str) -> bool:
@@ -47,7 +51,9 @@ def host_cpus() -> frozenset[int]:
     return frozenset(online_cpus())
 
 
-def place(pid: int, thread_id: int, cpus: tuple[int, ...], scheduler: str | None = None, *, since: int) -> None:
+def place(
+    pid: int, thread_id: int, cpus: tuple[int, ...], scheduler: str | None = None, *, since: int
+) -> None:
     """Give a thread of the process with that pid and start its CPUs. Raises OSError."""
     place_thread(Process(pid, since, boot_id()), thread_id, Placement(cpus, scheduler))
 

@@ -1,5 +1,5 @@
-"""State folders of a test's own, and guests in them: what commands do there while something happens to them, and
-what is true there, as QEMU, the files and /proc have it.
+"""State folders of a test's own, and guests in them: what commands do there while something happens
+to them, and what is true there, as QEMU, the files and /proc have it.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ class House:
         return self.state / "run" / name
 
     async def run_states(self) -> dict[str, str]:
-        """Of each guest that was started here and whose QEMU is there: QAPI's RunState, by its second socket."""
+        """Of each guest that was started here and whose QEMU is there: QAPI's RunState, by its
+        second socket.
+        """
         found = {}
         with suppress(FileNotFoundError):
             for folder in (self.state / "run").iterdir():
@@ -155,7 +157,9 @@ class House:
     def staged(self) -> list[str]:
         """Files that were to get another name, wherever they are."""
         paths = [*self.state.rglob(".*"), *self.files.rglob(".*")]
-        return sorted(str(path.relative_to(self.folder)) for path in paths if _STAGED.match(path.name))
+        return sorted(
+            str(path.relative_to(self.folder)) for path in paths if _STAGED.match(path.name)
+        )
 
     def held_locks(self) -> list[str]:
         """What somebody has locked."""
@@ -229,7 +233,9 @@ class Started:
     async def define(self) -> None:
         firmware = self.house.files / "rests.bin"
         firmware.write_bytes(RESTS)
-        xml = XML.format(kind="kvm" if why_no_kvm() is None else "qemu", name="one", firmware=firmware)
+        xml = XML.format(
+            kind="kvm" if why_no_kvm() is None else "qemu", name="one", firmware=firmware
+        )
         (self.house.files / "one.xml").write_text(xml)
         await self.house.json("define", str(self.house.files / "one.xml"))
 
@@ -255,12 +261,15 @@ class Started:
 
     async def running(self) -> set[str]:
         """Which guests run, and not only wait."""
-        return {name for name, state in (await self.house.run_states()).items() if state == "running"}
+        return {
+            name for name, state in (await self.house.run_states()).items() if state == "running"
+        }
 
     async def says_what_is(self) -> dict[str, dict[str, Any]]:
         """`list` and `vcpuinfo` say what is so, and no QEMU is nobody's."""
         await self.house.nobodys()
-        # A command may go on with what another has left: so what there is, is asked before and after.
+        # A command may go on with what another has left: so what there is, is asked before and
+        # after.
         rows = await self.house.rows()
         for name, row in rows.items():
             if row["pid"] is not None:
@@ -280,7 +289,9 @@ class Started:
         return rows
 
     async def has_one(self) -> str | None:
-        """Where the guest is, after what a user would do about it: the name, or "file", or None for nowhere."""
+        """Where the guest is, after what a user would do about it: the name, or "file", or None for
+        nowhere.
+        """
         running = await self.running()
         if not running:
             for words in (("migrate-cancel", "one"), ("migrate-finish", "two")):

@@ -1,4 +1,6 @@
-"""The modules that a command loads: those of qmpvcpu, and the packages of others that are not Python's own."""
+"""The modules that a command loads: those of qmpvcpu, and the packages of others that are not
+Python's own.
+"""
 
 from __future__ import annotations
 

@@ -42,7 +42,9 @@ def topology_of(smp: Any) -> Topology | None:
 
 @dataclass(frozen=True)
 class Qemu:
-    """One running QEMU, as a connection to it knows it; `smp` is the reply of `qom-get /machine smp`."""
+    """One running QEMU, as a connection to it knows it; `smp` is the reply of
+    `qom-get /machine smp`.
+    """
 
     arch: str = "x86_64"
     machine: str = "pc-q35-10.0"
@@ -51,8 +53,9 @@ class Qemu:
     smp: Mapping[str, int] | None = None
 
     def state(self, slots: Any, cpus: Any, pending: Iterable[int] = ()) -> DomainState:
-        """The state by the replies of `query-hotpluggable-cpus` (None: the machine has no CPU hotplug) and
-        `query-cpus-fast`; `pending` are first ids of entities whose unplug has not ended.
+        """The state by the replies of `query-hotpluggable-cpus` (None: the machine has no CPU
+        hotplug) and `query-cpus-fast`; `pending` are first ids of entities whose unplug has not
+        ended.
         """
         known = None if slots is None else parse_hotpluggable_cpus(slots)
         return build_state(self._facts, known, parse_cpus_fast(cpus), pending=tuple(pending))
@@ -64,4 +67,6 @@ class Qemu:
     @property
     def _facts(self) -> BootFacts:
         topology = None if self.smp is None else parse_topology(self.smp)
-        return BootFacts("d", self.arch, self.machine, self.kvm, QemuVersion(*self.version), topology)
+        return BootFacts(
+            "d", self.arch, self.machine, self.kvm, QemuVersion(*self.version), topology
+        )

@@ -1,7 +1,9 @@
-"""Public calls on a hostile QEMU or guest agent, judged: `python -m tests.support.judge WHO COUNT SEED`.
+"""Public calls on a hostile QEMU or guest agent, judged:
+`python -m tests.support.judge WHO COUNT SEED`.
 
-WHO is `qmp` or `agent`; the server is a process of its own (`tests.support.hostile`), so that the memory measured
-is ours. The figures go to stdout as one JSON document. It ends with a traceback at the first call that
+WHO is `qmp` or `agent`; the server is a process of its own (`tests.support.hostile`), so that the
+memory measured is ours. The figures go to stdout as one JSON document. It ends with a traceback at
+the first call that
 
 - ends otherwise than with a result or a `VcpuError`,
 - ends later than its own deadline (`Deadlines`), in this process's own time,
@@ -82,9 +84,10 @@ def hasten() -> None:
 class Said:
     """What this client was told last: `qmp_log` of a connection, and the lists of the guest's CPUs.
 
-    An enabled vCPU is one whose slot's path, as `query-hotpluggable-cpus` has it or as our `device_add` made it,
-    has a CPU in the last `query-cpus-fast`; a disabled one has none. The slots are those that were said last and
-    agreed with the CPUs. Of the guest, the last list of its CPUs counts.
+    An enabled vCPU is one whose slot's path, as `query-hotpluggable-cpus` has it or as our
+    `device_add` made it, has a CPU in the last `query-cpus-fast`; a disabled one has none. The
+    slots are those that were said last and agreed with the CPUs. Of the guest, the last list of its
+    CPUs counts.
     """
 
     def __init__(self) -> None:
@@ -107,8 +110,12 @@ class Said:
             arguments: Any = message.get("arguments", {})
             self.asked[str(number)] = str(message["execute"]), arguments
             if message["execute"] == "device_add":
-                props = {key: value for key, value in arguments.items() if key not in ("id", "driver")}
-                self.added.setdefault(_key(props), set()).add(f"/machine/peripheral/{arguments['id']}")
+                props = {
+                    key: value for key, value in arguments.items() if key not in ("id", "driver")
+                }
+                self.added.setdefault(_key(props), set()).add(
+                    f"/machine/peripheral/{arguments['id']}"
+                )
         elif isinstance(number, str) and "event" not in message and number in self.asked:
             command, _ = self.asked.pop(number)
             with suppress(VcpuError):
@@ -141,7 +148,9 @@ class Said:
         for slot in sorted(self.slots, key=address):
             first = len(found)
             # An empty slot is full once its device is there, no matter which client added it.
-            known = self.added.get(_key(slot["props"]), set()) | {f"/machine/peripheral/vcpu{first}"}
+            known = self.added.get(_key(slot["props"]), set()) | {
+                f"/machine/peripheral/vcpu{first}"
+            }
             known = known - claimed | _paths([slot])
             for number in range(slot["vcpus-count"]):
                 found[first + number] = bool(known & bases)
@@ -187,7 +196,9 @@ class Judge:
             result = await work
         except VcpuError as error:
             result = None
-            self.is_lost = isinstance(error, qmpvcpu.VcpuConnectionError) and error.reason != "no-agent"
+            self.is_lost = (
+                isinstance(error, qmpvcpu.VcpuConnectionError) and error.reason != "no-agent"
+            )
             self.ends[f"{error.outcome}"] += 1
             check_text([error.message, error.hint or "", *error.messages])
             json.dumps(error.to_json(), allow_nan=False)
@@ -218,13 +229,17 @@ class Judge:
             if name == "set_guest_vcpus":
                 claimed = dict.fromkeys(result.ids, self.online)
             else:
-                claimed = {row.logical_id: row.online for row in result.rows if row.logical_id is not None}
+                claimed = {
+                    row.logical_id: row.online for row in result.rows if row.logical_id is not None
+                }
             assert claimed.items() <= online.items(), f"{name}: said {online}, claimed {claimed}"
             return
         assert self.said.queries > queries, f"{name} is {result.outcome}, and nothing was asked"
         there = self.said.enabled()
         for row in result.rows:
-            assert row.enabled is there[row.id], f"{name}: vCPU {row.id} is not {row.state}: {there}"
+            assert row.enabled is there[row.id], (
+                f"{name}: vCPU {row.id} is not {row.state}: {there}"
+            )
 
     def check_rows(self, rows: Iterable[qmpvcpu.Vcpu] | None) -> None:
         if rows is not None:
@@ -249,9 +264,15 @@ class Judge:
         self.said = said = Said()
         SAID.set(said)
         self.online, self.is_lost = draw.random() < 0.5, False
-        agent = self.folder / "fake.agent" if self.court.who == "agent" or draw.random() < 0.3 else None
+        agent = (
+            self.folder / "fake.agent" if self.court.who == "agent" or draw.random() < 0.3 else None
+        )
         domain = qmpvcpu.connect(
-            self.folder / "fake.qmp", agent=agent, qmp_log=said, connect_timeout=CONNECT, command_timeout=COMMAND
+            self.folder / "fake.qmp",
+            agent=agent,
+            qmp_log=said,
+            connect_timeout=CONNECT,
+            command_timeout=COMMAND,
         )
         entered = await self.call("connect", domain.__aenter__(), CONNECT + 5 * COMMAND)
         if entered is None:
@@ -282,9 +303,15 @@ class Judge:
         calls: dict[str, tuple[Callable[[], Awaitable[Any]], float]] = {
             "enable": (lambda: domain.enable(ids, **options), change),
             "disable": (lambda: domain.disable(ids, **options), change),
-            "set_vcpus": (lambda: domain.set_vcpus(draw.choice((1, 2, 3, 4, 8)), **options), change),
+            "set_vcpus": (
+                lambda: domain.set_vcpus(draw.choice((1, 2, 3, 4, 8)), **options),
+                change,
+            ),
             "numa_node": (lambda: domain.numa_node(0, VcpuFlag.ENABLE, count=1, **options), change),
-            "vcpu": (lambda: domain.vcpu(ids[0], draw.choice((VcpuFlag.CURRENT, VcpuFlag.ENABLE))), change + 30),
+            "vcpu": (
+                lambda: domain.vcpu(ids[0], draw.choice((VcpuFlag.CURRENT, VcpuFlag.ENABLE))),
+                change + 30,
+            ),
             "apply": (lambda: domain.apply(LISTED, timeout=GUEST), change),
             "state": (domain.state, read),
             "vcpus": (domain.vcpus, read),
@@ -300,8 +327,19 @@ class Judge:
             "events": (lambda: self.listen(domain, draw), read + 0.1),
             "reconnect": (domain.reconnect, CONNECT + 5 * COMMAND + 0.5),
         }
-        often = ("enable", "disable", "enable", "disable", "state", "set_vcpus", "set_vcpus", "vcpus")
-        of_guest = ("guest_vcpus", "set_guest_vcpus") * 4 if domain._reached.guest is not None else ()
+        often = (
+            "enable",
+            "disable",
+            "enable",
+            "disable",
+            "state",
+            "set_vcpus",
+            "set_vcpus",
+            "vcpus",
+        )
+        of_guest = (
+            ("guest_vcpus", "set_guest_vcpus") * 4 if domain._reached.guest is not None else ()
+        )
         name = draw.choice((*calls, *often * 2, *of_guest))
         work, allowed = calls[name]
         if name == "reconnect":
@@ -315,12 +353,25 @@ class Judge:
         if name == "guest_vcpus" and found is not None:
             json.dumps(found.to_json(), allow_nan=False)
             render.guest(found)
-        domain.plugs_left(), domain.run_state, domain.pending_ids, domain.interrupted, domain.settled, repr(domain)
+        (
+            domain.plugs_left(),
+            domain.run_state,
+            domain.pending_ids,
+            domain.interrupted,
+            domain.settled,
+            repr(domain),
+        )
 
     async def listen(self, domain: qmpvcpu.Domain, draw: random.Random) -> None:
         async with domain.events(steps=True, limit=draw.choice((1, 10, 1000))) as events:
-            await self.call("enable", domain.enable(draw.choice((1, 2)), timeout=GUEST), 8 * COMMAND + 6 * GUEST)
-            await self.call("disable", domain.disable(draw.choice((1, 2)), timeout=GUEST), 8 * COMMAND + 6 * GUEST)
+            await self.call(
+                "enable", domain.enable(draw.choice((1, 2)), timeout=GUEST), 8 * COMMAND + 6 * GUEST
+            )
+            await self.call(
+                "disable",
+                domain.disable(draw.choice((1, 2)), timeout=GUEST),
+                8 * COMMAND + 6 * GUEST,
+            )
             try:
                 async with asyncio.timeout(0.02):
                     async for event in events:
@@ -351,7 +402,9 @@ class _Errors(logging.Handler):
 
 
 class Court:
-    """Judges of one run, each with its own sockets, all at once: what waits for a deadline costs no time then."""
+    """Judges of one run, each with its own sockets, all at once: what waits for a deadline costs no
+    time then.
+    """
 
     def __init__(self, who: str, seed: str) -> None:
         self.who, self.seed = who, seed
@@ -411,7 +464,9 @@ class Court:
             "calls": sum((one.calls for one in self.judges), Counter()).total(),
             "ends": sum((one.ends for one in self.judges), Counter()),
             "seconds": round(time.monotonic() - began, 1),
-            "longest of each call, s": {name: round(seconds, 3) for name, seconds in sorted(worst.items())},
+            "longest of each call, s": {
+                name: round(seconds, 3) for name, seconds in sorted(worst.items())
+            },
             "most beyond a deadline, s": round(max(one.overshoot for one in self.judges), 3),
             "memory at start, MiB": round(start),
             "memory at most, MiB": round(peak()),

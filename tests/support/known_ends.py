@@ -1,4 +1,5 @@
-"""Two defects that end a ppc64 QEMU now and then at an unplug, on a busy host: what only they look like.
+"""Two defects that end a ppc64 QEMU now and then at an unplug, on a busy host: what only they look
+like.
 
 They are `ppc64-tcg-unplug-deadlock` and `ppc64-tcg-unplug-race` in docs/qemu-facts.md.
 """
@@ -20,7 +21,8 @@ if TYPE_CHECKING:
 
 #: No thread of a QEMU that works waits so long for the end of another, seconds.
 _LONG: Final = 2.0
-#: futex(2) on x86_64, and what pthread_join(3) does with it: the word has the number of the thread that is to end.
+#: futex(2) on x86_64, and what pthread_join(3) does with it: the word has the number of the thread
+#: that is to end.
 _FUTEX: Final = "202"
 _JOIN: Final = "0x109"
 
@@ -40,7 +42,9 @@ def note(qemu: Qemu) -> None:
 
 
 def known_end() -> str | None:
-    """How a QEMU of this test run has ended, if a known defect did it; one that waits for itself is killed."""
+    """How a QEMU of this test run has ended, if a known defect did it; one that waits for itself is
+    killed.
+    """
     for pid in deadlocked():
         os.kill(pid, signal.SIGKILL)
         return f"a thread of process {pid} waited for another that does not end"
@@ -67,7 +71,11 @@ def _joins() -> set[tuple[int, int, int]]:
         for thread in threads:
             with suppress(OSError):
                 words = (process / "task" / str(thread) / "syscall").read_text().split()
-                if words[0] == _FUTEX and words[2] == _JOIN and int(words[3], 16) in threads - {thread}:
+                if (
+                    words[0] == _FUTEX
+                    and words[2] == _JOIN
+                    and int(words[3], 16) in threads - {thread}
+                ):
                     found.add((int(process.name), thread, int(words[3], 16)))
     return found
 

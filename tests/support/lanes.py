@@ -1,4 +1,6 @@
-"""Many points at which something happens to a command, each in a world of its own, some worlds at a time."""
+"""Many points at which something happens to a command, each in a world of its own, some worlds at a
+time.
+"""
 
 from __future__ import annotations
 
@@ -24,7 +26,8 @@ async def meet_all(
     lanes: int = LANES,
     keeps: bool = True,
 ) -> None:
-    """Call `meet` for each point. What is wrong fails the test at once, in a long run when all have been met.
+    """Call `meet` for each point. What is wrong fails the test at once, in a long run when all have
+    been met.
 
     Args:
         points: in their order.

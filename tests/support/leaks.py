@@ -1,4 +1,6 @@
-"""What a process holds that somebody has to give back: tasks, descriptors, children, files of a folder."""
+"""What a process holds that somebody has to give back: tasks, descriptors, children, files of a
+folder.
+"""
 
 from __future__ import annotations
 
@@ -26,13 +28,19 @@ def held(*folders: Path) -> Counter[str]:
     pid = os.getpid()
     found["children"] = len(Path(f"/proc/{pid}/task/{pid}/children").read_text().split())
     for folder in folders:
-        found.update(str(path.relative_to(folder.parent)) for path in folder.rglob("*") if path.is_file())
+        found.update(
+            str(path.relative_to(folder.parent)) for path in folder.rglob("*") if path.is_file()
+        )
     return found
 
 
 @asynccontextmanager
 async def nothing_left(*folders: Path) -> AsyncIterator[None]:
-    """What the body has opened is closed again in a moment: asyncio closes a transport in the loop's next turn."""
+    """What the body has opened is closed again in a moment: asyncio closes a transport in the
+    loop's next turn.
+    """
     before = held(*folders)
     yield
-    await until(lambda: held(*folders) <= before, "nothing is left behind: " + str(held(*folders) - before))
+    await until(
+        lambda: held(*folders) <= before, "nothing is left behind: " + str(held(*folders) - before)
+    )

@@ -13,14 +13,22 @@ from qmpvcpu.xml.document import read_domain
 
 
 def running(xml: str, *, gone: Iterable[int] = (), pending: Iterable[int] = ()) -> DomainState:
-    """Its state. `gone` are vCPUs that the XML lists as enabled and whose threads are gone, `pending` first ids of
-    entities whose unplug has not ended.
+    """Its state. `gone` are vCPUs that the XML lists as enabled and whose threads are gone,
+    `pending` first ids of entities whose unplug has not ended.
     """
     definition = read_domain(xml.encode(), running=True)[1]
     version = oldest_with(definition.machine or "")
     return running_state(definition, "d", version, "running", gone, pending)
 
 
-def against_unplug(state: DomainState, *ids: int, firmware_runs: bool | None = None) -> list[Refusal]:
-    """Why these vCPUs are not unplugged; `firmware_runs`: the guest (ppc64) is still in its firmware."""
-    return list(make_plan(state, Request(ids, VcpuFlag.DISABLE), Knowledge(firmware_runs=firmware_runs)).refusals)
+def against_unplug(
+    state: DomainState, *ids: int, firmware_runs: bool | None = None
+) -> list[Refusal]:
+    """Why these vCPUs are not unplugged; `firmware_runs`: the guest (ppc64) is still in its
+    firmware.
+    """
+    return list(
+        make_plan(
+            state, Request(ids, VcpuFlag.DISABLE), Knowledge(firmware_runs=firmware_runs)
+        ).refusals
+    )

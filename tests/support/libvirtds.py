@@ -1,4 +1,6 @@
-"""libvirt daemons of the tests' own, with domains in them, and the same guest under libvirt and under us."""
+"""libvirt daemons of the tests' own, with domains in them, and the same guest under libvirt and
+under us.
+"""
 
 from __future__ import annotations
 
@@ -71,11 +73,14 @@ async def daemon_of_our_own(
 ) -> AsyncIterator[Libvirtd]:
     """A daemon until the end of the body.
 
-    With `log_qmp`, its log has what it sends to QEMUs; `patience` is how long it may take to answer, in seconds;
-    `beyond_path` is whether it is also looked for where the system keeps such programs.
+    With `log_qmp`, its log has what it sends to QEMUs; `patience` is how long it may take to
+    answer, in seconds; `beyond_path` is whether it is also looked for where the system keeps such
+    programs.
     """
     with (
-        patch.object(module, "START_SECONDS", module.START_SECONDS if patience is None else patience),
+        patch.object(
+            module, "START_SECONDS", module.START_SECONDS if patience is None else patience
+        ),
         patch.object(module, "SBIN", module.SBIN if beyond_path else ""),
     ):
         async with run_libvirtd(log_qmp=log_qmp) as daemon:
@@ -122,13 +127,13 @@ async def managed(daemon: Libvirtd, xml: str, *, start: bool = True) -> AsyncIte
         yield Managed(side)
 
 
-# -- one request, two who answer ---------------------------------------------------------------------
+# -- one request, two who answer -------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Answers:
-    """How a command ended with us and with libvirt, each with outcome, error (libvirt's name for it) and message;
-    and in what of live, config and the like they differ.
+    """How a command ended with us and with libvirt, each with outcome, error (libvirt's name for
+    it) and message; and in what of live, config and the like they differ.
     """
 
     ours: SideOutcome

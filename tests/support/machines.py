@@ -1,4 +1,6 @@
-"""A machine before it runs: -machine, -smp and -numa words, or a domain's XML, in; slots or arguments out."""
+"""A machine before it runs: -machine, -smp and -numa words, or a domain's XML, in; slots or
+arguments out.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,13 @@ from qmpvcpu.app.boot import command_line
 from qmpvcpu.app.qemus import examine
 from qmpvcpu.core.definition import Definition
 from qmpvcpu.core.machine.boot_arguments import BootStyle, boot_args, machine_spec, qemu_arch
-from qmpvcpu.core.machine.layout import LayoutSource, QemuFacts, facts_of, parse_layout, predict_layout
+from qmpvcpu.core.machine.layout import (
+    LayoutSource,
+    QemuFacts,
+    facts_of,
+    parse_layout,
+    predict_layout,
+)
 from qmpvcpu.core.machine.smp import is_proven, parse_machine, predict
 from qmpvcpu.core.machine.versions import has_machine
 from qmpvcpu.xml.document import read_domain
@@ -20,13 +28,14 @@ from tests.support.qemus import qemu_binary
 Version = tuple[int, ...]
 
 
-# -- arithmetic --------------------------------------------------------------------------------------
+# -- arithmetic ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Computed:
-    """`props` of each slot, in the order of vCPU ids; `sizes` are their numbers of vCPUs, `plugged` whether QEMU
-    starts with them. `is_certain` is false for sizes that not every machine of its kind takes.
+    """`props` of each slot, in the order of vCPU ids; `sizes` are their numbers of vCPUs, `plugged`
+    whether QEMU starts with them. `is_certain` is false for sizes that not every machine of its
+    kind takes.
     """
 
     cpus: int
@@ -37,8 +46,12 @@ class Computed:
     is_certain: bool
 
 
-def compute(arch: str, machine: str, version: Version, smp: str, numa: Sequence[str] = ()) -> Computed:
-    """What QEMU would make of these arguments. Raises VcpuRefused: it would decline them; the text says why."""
+def compute(
+    arch: str, machine: str, version: Version, smp: str, numa: Sequence[str] = ()
+) -> Computed:
+    """What QEMU would make of these arguments. Raises VcpuRefused: it would decline them; the text
+    says why.
+    """
     found = predict(arch, machine, QemuVersion(*version), parse_smp(smp), parse_numa(numa))
     return Computed(
         found.cpus,
@@ -67,7 +80,7 @@ async def machine_types(arch: str, version: str) -> tuple[str, ...]:
     return found.hotplug
 
 
-# -- layouts -----------------------------------------------------------------------------------------
+# -- layouts ---------------------------------------------------------------------------------------
 
 
 def spec(
@@ -87,8 +100,9 @@ def predicted(
 ) -> MachineLayout | None:
     """The layout as far as arithmetic knows it; None where a QEMU has to be asked.
 
-    `known` is what was learned of that QEMU before (see `learned`); `assume`: its CPU model is one that QEMU has;
-    `typed`: the driver of `device_add` is wanted; `unseen`: it is of a QEMU whose version nobody knows. Raises
+    `known` is what was learned of that QEMU before (see `learned`); `assume`: its CPU model is one
+    that QEMU has; `typed`: the driver of `device_add` is wanted; `unseen`: it is of a QEMU whose
+    version nobody knows. Raises
     VcpuRefused: QEMU would decline it.
     """
     facts = None if known is None else QemuFacts.from_json(known)
@@ -100,9 +114,13 @@ def answered(replies: Mapping[str, Any], *, source: str = "probed") -> MachineLa
     return parse_layout(replies, "tcg", LayoutSource(source))
 
 
-def learned(asked: MachineSpec, layout: MachineLayout, before: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def learned(
+    asked: MachineSpec, layout: MachineLayout, before: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """What a layout teaches of its QEMU, as the cache keeps it."""
-    return facts_of(asked, layout, None if before is None else QemuFacts.from_json(before)).to_json()
+    return facts_of(
+        asked, layout, None if before is None else QemuFacts.from_json(before)
+    ).to_json()
 
 
 def read_from_cache(kept: Any) -> dict[str, Any]:
@@ -114,18 +132,20 @@ def read_from_cache(kept: Any) -> dict[str, Any]:
 
 
 def merged(*words: tuple[str, str]) -> tuple[str, str]:
-    """-machine and -smp as their words make them together: both as QEMU takes them. Raises VcpuUsageError."""
+    """-machine and -smp as their words make them together: both as QEMU takes them. Raises
+    VcpuUsageError.
+    """
     machine, smp = parse_machine(words)
     return machine, str(smp)
 
 
-# -- a guest that boots ------------------------------------------------------------------------------
+# -- a guest that boots ----------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Boot:
-    """QEMU's `arguments`, the QMP `commands` that follow, and their JSON. `started` are the first vCPU ids of what
-    it boots with, in the order in which they come.
+    """QEMU's `arguments`, the QMP `commands` that follow, and their JSON. `started` are the first
+    vCPU ids of what it boots with, in the order in which they come.
     """
 
     arguments: tuple[str, ...]
@@ -136,7 +156,11 @@ class Boot:
 
     def values(self, option: str) -> list[str]:
         """The values of this option, in order."""
-        return [value for key, value in zip(self.arguments, self.arguments[1:], strict=False) if key == option]
+        return [
+            value
+            for key, value in zip(self.arguments, self.arguments[1:], strict=False)
+            if key == option
+        ]
 
 
 def boot(
@@ -147,8 +171,8 @@ def boot(
     incoming: str | None = None,
     machine_of: str | None = None,
 ) -> Boot:
-    """The command line for a domain, `known` as for `predicted`; `machine_of`: QEMU's machine is that of another
-    domain. Raises VcpuRefused.
+    """The command line for a domain, `known` as for `predicted`; `machine_of`: QEMU's machine is
+    that of another domain. Raises VcpuRefused.
     """
     definition, other = _definition(xml), _definition(machine_of or xml)
     layout = predicted(machine_spec(other), qemu_arch(other), known, assume=True)
@@ -157,11 +181,17 @@ def boot(
     return Boot(made.arguments, made.commands, made.to_json(), made.started, made.messages)
 
 
-async def boot_with(xml: str, *, style: str = "device", incoming: str | None = None) -> tuple[Probe, Boot]:
-    """What the QEMU that a domain names makes of it, and the command line; it is asked where need be."""
+async def boot_with(
+    xml: str, *, style: str = "device", incoming: str | None = None
+) -> tuple[Probe, Boot]:
+    """What the QEMU that a domain names makes of it, and the command line; it is asked where need
+    be.
+    """
     line = await command_line(_definition(xml), BootStyle(style), incoming=incoming)
     made = line.args
-    return line.probe, Boot(made.arguments, made.commands, made.to_json(), made.started, made.messages)
+    return line.probe, Boot(
+        made.arguments, made.commands, made.to_json(), made.started, made.messages
+    )
 
 
 def memory(xml: str) -> int | None:

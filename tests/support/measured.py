@@ -1,4 +1,6 @@
-"""A command of the command line in a hurry, and with its memory told. Both are asked for by the environment."""
+"""A command of the command line in a hurry, and with its memory told. Both are asked for by the
+environment.
+"""
 
 from __future__ import annotations
 

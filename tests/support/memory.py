@@ -1,4 +1,6 @@
-"""A guest's memory, written and read by its physical addresses, whatever its architecture: by QEMU's gdb stub."""
+"""A guest's memory, written and read by its physical addresses, whatever its architecture: by
+QEMU's gdb stub.
+"""
 
 from __future__ import annotations
 
@@ -26,7 +28,9 @@ async def blocks(hmp: Monitor, names: set[str]) -> dict[str, list[tuple[int, int
     (text,) = (view for view in views if 'AS "memory"' in view)
     found: dict[str, list[tuple[int, int]]] = {}
     for start, end, name in _RANGE.findall(text):
-        if name in names and (place := (int(start, 16), int(end, 16))) not in found.setdefault(name, []):
+        if name in names and (place := (int(start, 16), int(end, 16))) not in found.setdefault(
+            name, []
+        ):
             found[name].append(place)
     return found
 
@@ -43,7 +47,9 @@ def patterns(places: Mapping[str, list[tuple[int, int]]]) -> dict[int, bytes]:
 async def read(hmp: Monitor, address: int) -> bytes:
     """What is at a physical address."""
     text = await hmp(f"xp /{_LENGTH}xb {address:#x}")
-    return bytes(int(word, 16) for line in text.splitlines() for word in line.partition(":")[2].split())
+    return bytes(
+        int(word, 16) for line in text.splitlines() for word in line.partition(":")[2].split()
+    )
 
 
 async def write(hmp: Monitor, folder: Path, data: Mapping[int, bytes]) -> None:

@@ -49,7 +49,9 @@ def unknown_features(names: Iterable[str]) -> list[Refusal]:
 
 def differences(source: DomainState, destination: DomainState) -> list[str]:
     """In what the destination is not the guest that leaves."""
-    return [refusal.message for refusal in check_arrived(machine_of(source), machine_of(destination))]
+    return [
+        refusal.message for refusal in check_arrived(machine_of(source), machine_of(destination))
+    ]
 
 
 def to_plug(source: DomainState, destination: DomainState) -> list[tuple[int, ...]]:
@@ -65,8 +67,8 @@ def against_leaving(
     *,
     is_paused: bool = False,
 ) -> list[Refusal]:
-    """Why a guest cannot be migrated now; `run_state` is QAPI's, `query_migrate` the reply of that command;
-    `is_paused`: it is paused on the way.
+    """Why a guest cannot be migrated now; `run_state` is QAPI's, `query_migrate` the reply of that
+    command; `is_paused`: it is paused on the way.
     """
     return check_source(state, run_state, parse_status(query_migrate), pending, is_paused=is_paused)
 
@@ -87,8 +89,8 @@ def travels_with_one_cpu(state: DomainState) -> bool:
 
 
 def against_one_cpu(online: Mapping[int, bool], numbers: Mapping[int, int]) -> str | None:
-    """Why this guest cannot be left with just its first CPU. `online` is by the guest's own numbers, `numbers` are
-    vCPU ids -> those.
+    """Why this guest cannot be left with just its first CPU. `online` is by the guest's own
+    numbers, `numbers` are vCPU ids -> those.
     """
     return check_one_cpu(_view(online, numbers))
 
@@ -122,7 +124,9 @@ def to_cancel(run_state: str, query_migrate: Any = None, *, is_prepared: bool = 
 
 
 def stands_still(looks: Iterable[tuple[float, Any]]) -> list[str | None]:
-    """Whether nothing has moved for too long, by the seconds and the reply of each look; the clock begins at 0."""
+    """Whether nothing has moved for too long, by the seconds and the reply of each look; the clock
+    begins at 0.
+    """
     stillness = Stillness(0.0)
     return [stillness.too_long(parse_status(reply), now) for now, reply in looks]
 
@@ -136,7 +140,9 @@ def against_destination(
 
 
 def cookie(state: DomainState, xml: bytes, *, name: str, runs: bool = True) -> Cookie:
-    """That of a guest whose reader must know `cpu-hotplug`; its definition goes too, and says the same."""
+    """That of a guest whose reader must know `cpu-hotplug`; its definition goes too, and says the
+    same.
+    """
     return Cookie(name, "u-1", xml, xml, frozenset({CPU_HOTPLUG}), machine_of(state), runs)
 
 

@@ -1,4 +1,5 @@
-"""Moments of a call at which a test steps in: to do something there, to end this process, or to answer instead.
+"""Moments of a call at which a test steps in: to do something there, to end this process, or to
+answer instead.
 
 A moment is a point that a user can describe, whatever function stands there.
 """

@@ -1,4 +1,5 @@
-"""An open QMP connection: commands go out, replies, errors and events come in. Its words are those of QMP.
+"""An open QMP connection: commands go out, replies, errors and events come in. Its words are those
+of QMP.
 
 All of it raises `qmpvcpu.VcpuConnectionError` for a connection that cannot be made, or is lost.
 """
@@ -78,8 +79,8 @@ class Connection:
 
 @asynccontextmanager
 async def connected(address: str, **options: Any) -> AsyncIterator[Connection]:
-    """Connect to an address and close at the end; `connect_timeout` and `command_timeout` in seconds, `log` a
-    `qmpvcpu.QmpLog`.
+    """Connect to an address and close at the end; `connect_timeout` and `command_timeout` in
+    seconds, `log` a `qmpvcpu.QmpLog`.
     """
     monitor = await connect_monitor(address, **options)
     try:

@@ -38,7 +38,9 @@ class Reply:
 
 @dataclass(frozen=True)
 class Answer:
-    """What the guest does `seconds` after an unplug was requested: `go` and `go unheard`, `refuse`, or nothing."""
+    """What the guest does `seconds` after an unplug was requested: `go` and `go unheard`, `refuse`,
+    or nothing.
+    """
 
     what: str = "nothing"
     seconds: float = 0.1
@@ -46,7 +48,9 @@ class Answer:
 
 @dataclass(frozen=True)
 class Hour:
-    """What happens. `replies` and `answers` are those of one entity, one after the other; then the defaults."""
+    """What happens. `replies` and `answers` are those of one entity, one after the other; then the
+    defaults.
+    """
 
     plugs: tuple[int, ...] = ()
     unplugs: tuple[int, ...] = ()
@@ -116,7 +120,9 @@ class _World:
         first = int(re.findall(r"\d+", name)[0])
         return self._command("device_del", first, name, lambda: self._guest(first))
 
-    def _command(self, what: str, first: int, name: str, act: Callable[[], object]) -> asyncio.Future[object]:
+    def _command(
+        self, what: str, first: int, name: str, act: Callable[[], object]
+    ) -> asyncio.Future[object]:
         self.sent.append((f"{what} {name}", first))
         waiting = self._replies.get(first)
         reply = waiting.pop(0) if waiting else Reply()
@@ -193,7 +199,9 @@ def then(hour: Hour) -> Course:
             transaction.undo_forbidden = hour.undo_forbidden
             transaction.restore_forbidden = hour.restore_forbidden
 
-        async def look(*, is_last: bool, anew: Callable[[], None], declined: Collection[int]) -> DomainState:
+        async def look(
+            *, is_last: bool, anew: Callable[[], None], declined: Collection[int]
+        ) -> DomainState:
             return await world.query()
 
         drive = OldDrive(
@@ -222,8 +230,12 @@ def now(hour: Hour) -> Course:
         )
         terms = Terms(hour.timeout, hour.wait, hour.atomic, hour.retries, hour.drops)
 
-        async def look(*, is_last: bool, resent: Callable[[], object], declined: Collection[int]) -> Snapshot:
-            return Snapshot.of(await world.query(), planned, moves, hour.undo_forbidden, hour.restore_forbidden)
+        async def look(
+            *, is_last: bool, resent: Callable[[], object], declined: Collection[int]
+        ) -> Snapshot:
+            return Snapshot.of(
+                await world.query(), planned, moves, hour.undo_forbidden, hour.restore_forbidden
+            )
 
         drive = Drive(Transaction(moves, terms), world, look, lambda entities: None)  # type: ignore[arg-type]
         return await _course(hour, world, drive.run(), lambda: drive.result)
@@ -259,5 +271,6 @@ async def _course(hour: Hour, world: _World, work: Any, result: Callable[[], Any
         name: str([(failure.entity.ids, failure.text) for failure in getattr(found, name)])
         for name in ("failures", "rejections")
     }
-    # At one moment the order of what is sent is that of the entities; which of two comes first decides nothing.
+    # At one moment the order of what is sent is that of the entities; which of two comes first
+    # decides nothing.
     return Course(tuple(world.sent), f"{end} {facts}", world.queries, round(loop.time(), 1))

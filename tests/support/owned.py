@@ -1,4 +1,6 @@
-"""QEMUs that were started by name in a state folder of a test's own: which run, and whether somebody owns each."""
+"""QEMUs that were started by name in a state folder of a test's own: which run, and whether
+somebody owns each.
+"""
 
 from __future__ import annotations
 

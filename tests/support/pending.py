@@ -1,4 +1,6 @@
-"""Unplugs that were asked and have not ended: on disk for the next process, and whether QEMU may still do one."""
+"""Unplugs that were asked and have not ended: on disk for the next process, and whether QEMU may
+still do one.
+"""
 
 from __future__ import annotations
 
@@ -21,8 +23,8 @@ _QEMU = Process(4711, 1, "boot")
 
 
 class Unplug(NamedTuple):
-    """One of the entity with this first vCPU id; path and thread as they were then, `asked` in seconds since the
-    epoch. None where not known.
+    """One of the entity with this first vCPU id; path and thread as they were then, `asked` in
+    seconds since the epoch. None where not known.
     """
 
     first: int
@@ -32,7 +34,9 @@ class Unplug(NamedTuple):
 
 
 class Store:
-    """What one process of ours keeps on disk of one QEMU. `start` tells one QEMU from the next with its pid."""
+    """What one process of ours keeps on disk of one QEMU. `start` tells one QEMU from the next with
+    its pid.
+    """
 
     def __init__(self, state: Path, start: int = 1) -> None:
         self._process = replace(_QEMU, start=start)
@@ -68,7 +72,9 @@ class Store:
         return set(self._folder.removed())
 
     def note_contexts(self, *gone: tuple[int, int], reported: bool = False) -> None:
-        """These vCPUs (id, thread id) were unplugged under TCG; the user was told that contexts run out."""
+        """These vCPUs (id, thread id) were unplugged under TCG; the user was told that contexts run
+        out.
+        """
         self._folder.note_contexts(UsedContexts(frozenset(gone), reported))
 
     def contexts(self) -> tuple[set[tuple[int, int]], bool]:
@@ -95,7 +101,9 @@ class Store:
 
 @contextmanager
 def qemu_runs_here(start: int = 1) -> Iterator[None]:
-    """Connections to a scripted QEMU are taken for those to a process of this host, and so have a `Store`."""
+    """Connections to a scripted QEMU are taken for those to a process of this host, and so have a
+    `Store`.
+    """
     with (
         patch.object(link, "find_process", lambda threads, peer: replace(_QEMU, start=start)),
         patch.object(host, "is_alive", lambda key: True),
@@ -104,7 +112,9 @@ def qemu_runs_here(start: int = 1) -> Iterator[None]:
 
 
 def contexts_used(gone: Iterable[tuple[int, int]], threads: Collection[int]) -> int:
-    """By unplugs of these vCPUs (id, thread id; 0: not known), where those of these threads are there now."""
+    """By unplugs of these vCPUs (id, thread id; 0: not known), where those of these threads are
+    there now.
+    """
     return UsedContexts(frozenset(gone)).count(frozenset(threads))
 
 
@@ -114,7 +124,9 @@ def may_still_happen(unplug: Unplug, slots: Iterable[Slot]) -> bool:
 
 
 def marked(slots: Iterable[Slot], *firsts: Collection[int]) -> list[int]:
-    """The vCPUs that are shown as pending, where these entities are; of several sets one after the other."""
+    """The vCPUs that are shown as pending, where these entities are; of several sets one after the
+    other.
+    """
     state = state_of(slots)
     for each in firsts:
         state = mark(state, frozenset(each))

@@ -1,7 +1,7 @@
 """Where the threads of vCPUs belong by a domain's XML, on a host that the test plays.
 
-A wish is what one thread is to be given, as `place` has it in a plan: `{"cpus": "0-1", "scheduler": "fifo:10"}`;
-empty `cpus` are all that it may have.
+A wish is what one thread is to be given, as `place` has it in a plan:
+`{"cpus": "0-1", "scheduler": "fifo:10"}`; empty `cpus` are all that it may have.
 """
 
 from __future__ import annotations
@@ -32,13 +32,13 @@ Wish = dict[str, Any]
 class Host:
     """QEMU's threads on one host.
 
-    `online` are host CPUs, `is_owner` is whether we may move QEMU's threads, `realtime` the highest priority they
-    may get. `declines` are thread ids that the kernel does not place; `has_groups_for_all`: every vCPU has its own
-    cgroup; `no_group` is raised where one is to be made. `threads` are those that were not placed here: ids ->
-    CPUs and scheduler.
+    `online` are host CPUs, `is_owner` is whether we may move QEMU's threads, `realtime` the highest
+    priority they may get. `declines` are thread ids that the kernel does not place;
+    `has_groups_for_all`: every vCPU has its own cgroup; `no_group` is raised where one is to be
+    made. `threads` are those that were not placed here: ids -> CPUs and scheduler.
 
-    In the end `placed` has the wish of each thread by id, `groups` those of vCPUs for which cgroups were made, and
-    `removed` the vCPUs whose cgroups were removed.
+    In the end `placed` has the wish of each thread by id, `groups` those of vCPUs for which cgroups
+    were made, and `removed` the vCPUs whose cgroups were removed.
     """
 
     online: Collection[int] = range(4)
@@ -61,12 +61,16 @@ class Host:
 
     def look(self, thread_ids: Collection[int]) -> dict[int, ThreadState]:
         untouched = {thread: ThreadState(*given, 1) for thread, given in self.threads.items()}
-        return {thread: now for thread, now in (untouched | self._now).items() if thread in thread_ids}
+        return {
+            thread: now for thread, now in (untouched | self._now).items() if thread in thread_ids
+        }
 
     def others(self, thread_ids: Collection[int]) -> Collection[int]:
         return self.emulator
 
-    def place(self, thread_id: int, placement: Placement, vcpu_id: int | None = None) -> ThreadState:
+    def place(
+        self, thread_id: int, placement: Placement, vcpu_id: int | None = None
+    ) -> ThreadState:
         if thread_id in self.declines:
             raise OSError(22, "no such CPU in its cpuset")
         self.placed[thread_id] = placement.to_json()
@@ -91,7 +95,9 @@ class Host:
         self.removed = set(gone)
         return []
 
-    def lay_out(self, wanted: Iterable[Placement], emulator: Placement, thread_ids: Collection[int]) -> None:
+    def lay_out(
+        self, wanted: Iterable[Placement], emulator: Placement, thread_ids: Collection[int]
+    ) -> None:
         pass
 
     def widen(self, mems: Iterable[int]) -> None:
@@ -102,9 +108,13 @@ class Host:
 
 
 def wishes(xml: bytes | None, ids: Iterable[int]) -> dict[int, Wish]:
-    """What the XML says of these vCPUs, without those that it says nothing about. Raises VcpuRefused."""
+    """What the XML says of these vCPUs, without those that it says nothing about. Raises
+    VcpuRefused.
+    """
     definition = None if xml is None else read_domain(xml)[1]
-    return {number: placement.to_json() for number, placement in placements(definition, ids).items()}
+    return {
+        number: placement.to_json() for number, placement in placements(definition, ids).items()
+    }
 
 
 def against(xml: bytes | None, ids: Iterable[int], host: Host | None) -> list[Refusal]:
@@ -118,15 +128,21 @@ def place_all_of(host: Host | None, xml: bytes, state: DomainState) -> list[str]
     return place_all(host, read_domain(xml)[1], state)
 
 
-def shown(state: DomainState, threads: Mapping[int, tuple[tuple[int, ...], str, int]]) -> DomainState:
+def shown(
+    state: DomainState, threads: Mapping[int, tuple[tuple[int, ...], str, int]]
+) -> DomainState:
     """The state with what threads have: ids -> CPUs, scheduler, where it last ran."""
     return with_threads(state, {thread: ThreadState(*given) for thread, given in threads.items()})
 
 
 class Change:
-    """One change of the running guest: planned and checked, prepared, and after the change finished."""
+    """One change of the running guest: planned and checked, prepared, and after the change
+    finished.
+    """
 
-    def __init__(self, host: Host | None, xml: bytes | None, before: DomainState, request: Request) -> None:
+    def __init__(
+        self, host: Host | None, xml: bytes | None, before: DomainState, request: Request
+    ) -> None:
         self._placing = ThreadPlacement(host, None if xml is None else read_domain(xml)[1])
         self._before = before
         self.plan = make_plan(before, request)

@@ -12,7 +12,9 @@ PLAIN = "QMPVCPU_TEST_PLAIN"
 
 
 def use() -> None:
-    """Give this process, which must not have loaded the engine yet, a plain client and a plain engine."""
+    """Give this process, which must not have loaded the engine yet, a plain client and a plain
+    engine.
+    """
     from qmpvcpu.core.engine import fast
 
     assert "qmpvcpu.core.engine.stages" not in sys.modules  # its tables are keyed by hashes
@@ -41,7 +43,9 @@ def plain_client() -> Iterator[None]:
 
 
 def overridden() -> dict[str, bool]:
-    """The members of `qemu.qmp` that our clients override, and whether theirs takes the same arguments."""
+    """The members of `qemu.qmp` that our clients override, and whether theirs takes the same
+    arguments.
+    """
     from qemu.qmp import QMPClient
 
     from qmpvcpu.qemu.client import Client
@@ -57,7 +61,10 @@ def overridden() -> dict[str, bool]:
     def arguments(member: object) -> list[str]:
         return list(inspect.signature(member).parameters)  # type: ignore[arg-type]
 
-    return {name: arguments(member) == arguments(getattr(QMPClient, name)) for name, member in members.items()}
+    return {
+        name: arguments(member) == arguments(getattr(QMPClient, name))
+        for name, member in members.items()
+    }
 
 
 def is_known_to_qemu_qmp(name: str) -> bool:

@@ -1,4 +1,6 @@
-"""A guest that takes every unplug, in a QEMU that somebody else has started, and all that a command can change."""
+"""A guest that takes every unplug, in a QEMU that somebody else has started, and all that a command
+can change.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,8 @@ _PATH = "/sys/devices/system/cpu/cpu{}/firmware_node/path"
 
 def document(enabled: set[int], name: str = NAME, note: str = "") -> bytes:
     rows = "".join(
-        f"<vcpu id='{n}' enabled='{'yes' if n in enabled else 'no'}' hotpluggable='{'yes' if n else 'no'}'/>"
+        f"<vcpu id='{n}' enabled='{'yes' if n in enabled else 'no'}'"
+        f" hotpluggable='{'yes' if n else 'no'}'/>"
         for n in range(SLOTS)
     )
     return f"""<domain type='kvm'><name>{name}</name><!-- {note} --><vcpu current='{len(enabled)}'>{SLOTS}</vcpu>
@@ -69,7 +72,9 @@ def document(enabled: set[int], name: str = NAME, note: str = "") -> bytes:
 
 @dataclass(frozen=True)
 class Picture:
-    """All that a command can change: plugged vCPUs, CPUs of their threads, definitions, the guest's own CPUs."""
+    """All that a command can change: plugged vCPUs, CPUs of their threads, definitions, the guest's
+    own CPUs.
+    """
 
     plugged: frozenset[int]
     pins: tuple[tuple[int, tuple[int, ...]], ...]
@@ -94,8 +99,12 @@ class Plugged:
     async def _start_qemu(self) -> None:
         await self._stack.aclose()
         is_kvm = why_no_kvm() is None
-        kind = {"accel": "kvm", "version": "10.0"} if is_kvm else {"accel": "tcg", "version": "11.1"}
-        self.agent_address = await self._stack.enter_async_context(serve_agent(self.house.files, self.agent))
+        kind = (
+            {"accel": "kvm", "version": "10.0"} if is_kvm else {"accel": "tcg", "version": "11.1"}
+        )
+        self.agent_address = await self._stack.enter_async_context(
+            serve_agent(self.house.files, self.agent)
+        )
         self.qemu = await self._stack.enter_async_context(
             ejecting(f"1,maxcpus={SLOTS}", monitors=("qmp", "qmp2"), **kind)
         )
@@ -114,14 +123,18 @@ class Plugged:
 
     async def plugged(self) -> frozenset[int]:
         """As QEMU has it."""
-        return frozenset(number for number, row in enumerate(await self._slots()) if "qom-path" in row)
+        return frozenset(
+            number for number, row in enumerate(await self._slots()) if "qom-path" in row
+        )
 
     async def pins(self) -> tuple[tuple[int, tuple[int, ...]], ...]:
         """As the kernel has it."""
         found = []
         for row in await self.qemu.execute("query-cpus-fast"):
             with suppress(OSError):
-                found.append((row["cpu-index"], tuple(sorted(os.sched_getaffinity(row["thread-id"])))))
+                found.append(
+                    (row["cpu-index"], tuple(sorted(os.sched_getaffinity(row["thread-id"]))))
+                )
         return tuple(sorted(found))
 
     def definitions(self) -> tuple[tuple[str, bytes | None, bytes | None], ...]:
@@ -141,7 +154,11 @@ class Plugged:
     async def reset(self) -> None:
         """As it was in the beginning."""
         # Under TCG a QEMU can take only so many plugs.
-        if self.qemu is None or self.qemu.has_exited or (why_no_kvm() is not None and self._plugs > 20):
+        if (
+            self.qemu is None
+            or self.qemu.has_exited
+            or (why_no_kvm() is not None and self._plugs > 20)
+        ):
             await self._start_qemu()
         for row in await self._slots():
             if "peripheral" in (path := row.get("qom-path", "")):
@@ -166,22 +183,29 @@ class Plugged:
     # -- after each command
 
     async def says_what_is(self, *, may_pend: bool = False, all_of_it: bool = True) -> None:
-        """`vcpuinfo` says what is so, and holds still, and so does `list`. With `may_pend` an unplug may be shown
-        as pending that QEMU was never asked for.
+        """`vcpuinfo` says what is so, and holds still, and so does `list`. With `may_pend` an
+        unplug may be shown as pending that QEMU was never asked for.
         """
 
         async def holds_still() -> bool:
             before = await self.plugged()
-            report = await self.house.json("vcpuinfo", NAME, "--live", "--agent", self.agent_address)
+            report = await self.house.json(
+                "vcpuinfo", NAME, "--live", "--agent", self.agent_address
+            )
             pins = await self.pins() if all_of_it else ()
             rows = (await self.house.json("list"))["domains"] if all_of_it else []
             if await self.plugged() != before:
                 return False  # an unplug has just ended
             vcpus = {row["id"]: row for row in report["vcpus"]}
-            assert {number for number, row in vcpus.items() if row["state"] == "enabled"} == before, report
+            assert {
+                number for number, row in vcpus.items() if row["state"] == "enabled"
+            } == before, report
             for number, cpus in pins:
                 # A thread may outlive the vCPU in its slot for a moment.
-                assert number not in before or vcpus[number]["pin"] == format_ids(cpus), (number, vcpus[number])
+                assert number not in before or vcpus[number]["pin"] == format_ids(cpus), (
+                    number,
+                    vcpus[number],
+                )
             if all_of_it:
                 mine = [(row["active"], row["current"]) for row in rows if row["name"] == NAME]
                 assert mine == [(True, len(before))], rows

@@ -22,7 +22,9 @@ async def ask(binary: str, asked: MachineSpec) -> dict[str, Any]:
 
 @contextmanager
 def watched() -> Iterator[list[dict[str, Any]]]:
-    """What is seen of each such QEMU while it runs: pid, folder and its mode, and what /proc/PID/status says."""
+    """What is seen of each such QEMU while it runs: pid, folder and its mode, and what
+    /proc/PID/status says.
+    """
     seen: list[dict[str, Any]] = []
     run_qemu = probe.run_qemu
 
@@ -32,7 +34,14 @@ def watched() -> Iterator[list[dict[str, Any]]]:
             qemu = Qemu(process)
             status = Path(f"/proc/{qemu.pid}/status").read_text()
             lines = dict(line.split(":\t", 1) for line in status.splitlines() if ":\t" in line)
-            seen.append({"pid": qemu.pid, "folder": qemu.folder, "mode": qemu.folder.stat().st_mode, **lines})
+            seen.append(
+                {
+                    "pid": qemu.pid,
+                    "folder": qemu.folder,
+                    "mode": qemu.folder.stat().st_mode,
+                    **lines,
+                }
+            )
             yield process
 
     with patch.object(probe, "run_qemu", watching):

@@ -21,7 +21,8 @@ def mark() -> None:
 def send(process: Process, number: int) -> None:
     """Send a process of asyncio's a signal, if it still runs.
 
-    Its own `send_signal` reaps a process that has just ended; asyncio then reports exit code 255 (Python 3.11).
+    Its own `send_signal` reaps a process that has just ended; asyncio then reports exit code 255
+    (Python 3.11).
     """
     if process.returncode is None:
         with suppress(ProcessLookupError):

@@ -46,10 +46,13 @@ def group(arch: str, version: str) -> pytest.MarkDecorator:
 
 
 def matrix(*cells: tuple[str, str], more: Sequence[tuple[str, str]] = ()) -> Any:
-    """Parametrize `arch, version`, each cell in its xdist group; those of `more` in a long run only."""
+    """Parametrize `arch, version`, each cell in its xdist group; those of `more` in a long run
+    only.
+    """
     chosen = (*cells, *more) if is_long_run() else cells
     return pytest.mark.parametrize(
-        ("arch", "version"), [pytest.param(a, v, marks=group(a, v), id=f"{a}-{v}") for a, v in chosen]
+        ("arch", "version"),
+        [pytest.param(a, v, marks=group(a, v), id=f"{a}-{v}") for a, v in chosen],
     )
 
 
@@ -132,18 +135,25 @@ class Qemu:
         if debugger is None:
             tasks = Path(f"/proc/{self.pid}/task").iterdir()
             return "\n".join(
-                f"{t.name} {(t / 'comm').read_text().strip()}: {(t / 'wchan').read_text()}" for t in tasks
+                f"{t.name} {(t / 'comm').read_text().strip()}: {(t / 'wchan').read_text()}"
+                for t in tasks
             )
         words = [debugger, "-p", str(self.pid), "-batch", "-ex", "thread apply all backtrace 16"]
-        return subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE).stdout[-20_000:]
+        return subprocess.run(words, capture_output=True, text=True, timeout=DEADLINE).stdout[
+            -20_000:
+        ]
 
 
 @asynccontextmanager
 async def running(
-    binary: str, arguments: Sequence[str], *, channels: Sequence[str] = (), monitors: Sequence[str] = ("qmp",)
+    binary: str,
+    arguments: Sequence[str],
+    *,
+    channels: Sequence[str] = (),
+    monitors: Sequence[str] = ("qmp",),
 ) -> AsyncIterator[Qemu]:
-    """Run it until the end of the body; `channels` are further socket chardevs, `monitors` its other QMP sockets:
-    each listens in `folder` under its name.
+    """Run it until the end of the body; `channels` are further socket chardevs, `monitors` its
+    other QMP sockets: each listens in `folder` under its name.
     """
     async with run_qemu(binary, arguments, channels=channels, monitors=monitors) as process:
         yield Qemu(process)
@@ -159,7 +169,17 @@ async def paused(
     accel: str = "tcg",
     machine: Sequence[str] = (),
 ) -> AsyncIterator[Qemu]:
-    arguments = ["-S", "-nodefaults", "-display", "none", "-no-user-config", "-accel", accel, "-smp", smp]
+    arguments = [
+        "-S",
+        "-nodefaults",
+        "-display",
+        "none",
+        "-no-user-config",
+        "-accel",
+        accel,
+        "-smp",
+        smp,
+    ]
     arguments += [*(machine or MACHINES[arch]), *extra]
     async with running(qemu_binary(version, arch), arguments) as qemu:
         yield qemu

@@ -1,4 +1,6 @@
-"""What each command of the contract does, as it was recorded: JSON, exit code, QMP, files. Wording is left out."""
+"""What each command of the contract does, as it was recorded: JSON, exit code, QMP, files. Wording
+is left out.
+"""
 
 from __future__ import annotations
 
@@ -48,7 +50,9 @@ XML: Final = """<domain type='qemu' id='1'>
 
 @dataclass(frozen=True)
 class Scenario:
-    """`qemu`: architecture, version and `-smp` of one that runs as {qmp} with its agent's socket as {agent}."""
+    """`qemu`: architecture, version and `-smp` of one that runs as {qmp} with its agent's socket as
+    {agent}.
+    """
 
     commands: Sequence[str]
     qemu: tuple[str, str, str] | None = None
@@ -131,7 +135,8 @@ SCENARIOS: Final = {
             "boot-args {dir}/web1.xml --emulator {qemus}/10.0/bin/qemu-system-x86_64",
             "boot-args {dir}/web1.xml --style qmp --emulator {qemus}/10.0/bin/qemu-system-x86_64",
             "probe --machine q35 --smp 2,maxcpus=4 --emulator {qemus}/10.0/bin/qemu-system-x86_64",
-            "probe --machine q35 --smp 010,maxcpus=4 --emulator {qemus}/10.0/bin/qemu-system-x86_64",
+            "probe --machine q35 --smp 010,maxcpus=4 --emulator"
+            " {qemus}/10.0/bin/qemu-system-x86_64",
             "vcpuinfo {dir}/none.xml",
             "vcpuinfo nobody",
             "setvcpu",
@@ -207,13 +212,19 @@ class House:
             "command": command,
             "code": run.code,
             "json": self._plain(json.loads(run.stdout)),
-            "sent": [[message["execute"], self._plain(message.get("arguments", {}))] for message in words],
-            "asked": sorted({message["execute"] for message in sent} - {message["execute"] for message in words}),
+            "sent": [
+                [message["execute"], self._plain(message.get("arguments", {}))] for message in words
+            ],
+            "asked": sorted(
+                {message["execute"] for message in sent} - {message["execute"] for message in words}
+            ),
             "files": self._changed(),
         }
 
     def _changed(self) -> dict[str, list[str] | None]:
-        """Mode and text of each file that is another since the command before; None for one that is gone."""
+        """Mode and text of each file that is another since the command before; None for one that is
+        gone.
+        """
         state = (path for path in (self._folder / "state").rglob("*") if "log" not in path.parts)
         paths = sorted(path for path in (*state, *self._folder.glob("*.xml")) if path.is_file())
         now = {self._text(str(path.relative_to(self._folder))): self._file(path) for path in paths}

@@ -10,13 +10,25 @@ from pathlib import Path
 from typing import Any
 
 DATA = Path(__file__).resolve().parents[1] / "data" / "qmp"
-#: From the outside in: the order in which vCPU ids are numbered (docs: a level that is absent counts as 0).
-LEVELS = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id")
+#: From the outside in: the order in which vCPU ids are numbered (docs: a level that is absent
+#: counts as 0).
+LEVELS = (
+    "drawer-id",
+    "book-id",
+    "socket-id",
+    "die-id",
+    "cluster-id",
+    "module-id",
+    "core-id",
+    "thread-id",
+)
 
 
 @dataclass
 class Recording:
-    """One machine: `slots` by the first vCPU id of each, `paths` of those that were plugged when it started."""
+    """One machine: `slots` by the first vCPU id of each, `paths` of those that were plugged when it
+    started.
+    """
 
     arch: str
     greeting: dict[str, int]
@@ -43,12 +55,16 @@ def address(slot: dict[str, Any]) -> tuple[int, ...]:
 @cache
 def _read(name: str) -> str:
     path = DATA / f"{name}.json"
-    assert path.exists(), f"no recording {name}: scripts/record-qmp makes it; there are {', '.join(names())}"
+    assert path.exists(), (
+        f"no recording {name}: scripts/record-qmp makes it; there are {', '.join(names())}"
+    )
     return path.read_text()
 
 
 def names() -> list[str]:
-    return sorted(str(path.relative_to(DATA)).removesuffix(".json") for path in DATA.rglob("*.json"))
+    return sorted(
+        str(path.relative_to(DATA)).removesuffix(".json") for path in DATA.rglob("*.json")
+    )
 
 
 def recording(name: str) -> Recording:

@@ -1,4 +1,6 @@
-"""Carries out one case through the command line, on the fakes, and says what differs from what it expects."""
+"""Carries out one case through the command line, on the fakes, and says what differs from what it
+expects.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +34,9 @@ def make_qemu(machine: dict[str, Any]) -> FakeQemu:
     """The scripted QEMU of a `[machine]` table."""
     found = recording(machine["recording"])
     qemu = FakeQemu(
-        machine=found, kvm=machine.get("accel", "kvm") == "kvm", plugged=ids(machine.get("plugged", ""))
+        machine=found,
+        kvm=machine.get("accel", "kvm") == "kvm",
+        plugged=ids(machine.get("plugged", "")),
     )
     qemu.one_thread = machine.get("threads") == "single"
     qemu.status = machine.get("status", "running")
@@ -40,7 +44,11 @@ def make_qemu(machine: dict[str, Any]) -> FakeQemu:
     qemu.arch = machine.get("arch", qemu.arch)
     if "version" in machine:
         qemu.version = dict(
-            zip(("major", "minor", "micro"), map(int, f"{machine['version']}.0".split(".")), strict=False)
+            zip(
+                ("major", "minor", "micro"),
+                map(int, f"{machine['version']}.0".split(".")),
+                strict=False,
+            )
         )
     for path, value in machine.get("qom", {}).items():
         found.replies[f"qom-get {path}"] = {"return": value}
@@ -178,18 +186,25 @@ class World:
 
 def _device(name: str, arguments: dict[str, Any]) -> str:
     props = {key: value for key, value in arguments.items() if key not in ("driver", "id")}
-    words = [name, arguments["id"], ",".join(f"{key}={value}" for key, value in sorted(props.items()))]
+    words = [
+        name,
+        arguments["id"],
+        ",".join(f"{key}={value}" for key, value in sorted(props.items())),
+    ]
     return " ".join(word for word in words if word)
 
 
 def _switch(arguments: dict[str, Any]) -> str:
     return " ".join(
-        f"{row['logical-id']}={'online' if row['online'] else 'offline'}" for row in arguments["vcpus"]
+        f"{row['logical-id']}={'online' if row['online'] else 'offline'}"
+        for row in arguments["vcpus"]
     )
 
 
 def _holds(expected: Any, seen: Any) -> bool:
-    """Whether what is seen has all that is expected: of tables some keys, of lists every item; "null" is null."""
+    """Whether what is seen has all that is expected: of tables some keys, of lists every item;
+    "null" is null.
+    """
     if expected == "null":
         return seen is None
     if isinstance(expected, dict):
@@ -208,7 +223,8 @@ def _holds(expected: Any, seen: Any) -> bool:
 def _listed(expected: list[str], seen: list[str]) -> bool:
     """`device_add vcpu5` stands for that command with any arguments."""
     return len(expected) == len(seen) and all(
-        other == one or other.startswith(f"{one} ") for one, other in zip(expected, seen, strict=True)
+        other == one or other.startswith(f"{one} ")
+        for one, other in zip(expected, seen, strict=True)
     )
 
 
@@ -252,12 +268,18 @@ def _differences(world: World, step: Step, runs: list[Done]) -> Iterator[str]:
     runs.append(done)
     document = {} if for_people else done.json
     commands = [_device(name, arguments) for name, arguments in qemu.changes]
-    switched = [_switch(a) for name, a in (guest.commands if guest else ()) if name == "guest-set-vcpus" and a]
+    switched = [
+        _switch(a)
+        for name, a in (guest.commands if guest else ())
+        if name == "guest-set-vcpus" and a
+    ]
     after = world.definition.read_bytes() if world.definition is not None else None
     error = document.get("error", {})
     refusals = error.get("refusals", document.get("refusals", []))
 
-    def differs(name: str, seen: Any, same: Callable[[Any, Any], bool] = lambda a, b: a == b) -> Iterator[str]:
+    def differs(
+        name: str, seen: Any, same: Callable[[Any, Any], bool] = lambda a, b: a == b
+    ) -> Iterator[str]:
         if name in step.expect and not same(step.expect[name], seen):
             yield f"{name}: expected {step.expect[name]!r}, seen {seen!r}"
 
@@ -282,17 +304,25 @@ def _differences(world: World, step: Step, runs: list[Done]) -> Iterator[str]:
     yield from differs("diff", document.get("diff", []), _all_in)
     yield from differs("xml_contains", [(after or b"").decode()], _all_in)
     untouched = document.get("outcome") in ("refused", "usage") or "plan" in document
-    if untouched and (commands or before != after or (guest is not None and guest.online != online)):
-        yield f"it was to touch nothing: {commands} {switched}, definition written: {before != after}"
+    if untouched and (
+        commands or before != after or (guest is not None and guest.online != online)
+    ):
+        yield (
+            f"it was to touch nothing: {commands} {switched}, definition written: {before != after}"
+        )
     if step.expect.keys() & {"plugged", "online", "offline", "pending"}:
-        rows = world.run("vcpuinfo D --live" if world.definition is not None else "vcpuinfo D").json["vcpus"]
+        rows = world.run(
+            "vcpuinfo D --live" if world.definition is not None else "vcpuinfo D"
+        ).json["vcpus"]
         for name, is_filled in (
             ("plugged", lambda row: row["state"] == "enabled"),
             ("online", lambda row: row["online"] is True),
             ("offline", lambda row: row["online"] is False),
             ("pending", lambda row: row["pending"]),
         ):
-            yield from differs(name, [row["id"] for row in rows if is_filled(row)], lambda a, b: ids(a) == b)
+            yield from differs(
+                name, [row["id"] for row in rows if is_filled(row)], lambda a, b: ids(a) == b
+            )
         yield from differs("plugged", qemu.plugged_ids, lambda a, b: ids(a) == b)
     if "xml" in step.expect:
         rows = world.run("vcpuinfo D --config").json["vcpus"]
@@ -315,4 +345,6 @@ def _refused(expected: list[str], seen: list[Any]) -> bool:
 
 def show(case: Case) -> str:
     """What a failure prints of the case."""
-    return json.dumps({"id": case.id, "machine": case.machine, "steps": [step.request for step in case.steps]})
+    return json.dumps(
+        {"id": case.id, "machine": case.machine, "steps": [step.request for step in case.steps]}
+    )

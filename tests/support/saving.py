@@ -38,7 +38,9 @@ async def move(domain: Domain, name: str, **options: Any) -> None:
 
 
 class File:
-    """A file that is being made: QEMU writes to `fd`, from `offset` on. What is not finished leaves nothing."""
+    """A file that is being made: QEMU writes to `fd`, from `offset` on. What is not finished leaves
+    nothing.
+    """
 
     def __init__(self, path: Path, cookie: bytes) -> None:
         self._saving = Saving(path, cookie)
@@ -67,8 +69,8 @@ class _Meanwhile(threading.Event):
 
 
 def content(path: Path, meanwhile: Callable[[], object] = lambda: None) -> tuple[bytes, bytes]:
-    """The cookie in a whole file, and the first kilobyte of what QEMU wrote; `meanwhile` is called once some of it
-    has been read.
+    """The cookie in a whole file, and the first kilobyte of what QEMU wrote; `meanwhile` is called
+    once some of it has been read.
     """
     saved = open_saved(str(path), _Meanwhile(meanwhile))
     try:
@@ -87,9 +89,13 @@ class Records:
         self._qemu = process_of(os.getpid())
 
     def pause(self, path: Path, *, runs: bool, saver: str | None = None) -> None:
-        """The guest is about to be paused, and its file is at `path`; `saver` is the name of who does it."""
+        """The guest is about to be paused, and its file is at `path`; `saver` is the name of who
+        does it.
+        """
         with path.open("rb") as file:
-            guest = paused_by_us(file.fileno(), (str(path), str(path.with_name("guest"))), runs=runs)
+            guest = paused_by_us(
+                file.fileno(), (str(path), str(path.with_name("guest"))), runs=runs
+            )
         self._saves.keep(self._qemu, guest if saver is None else replace(guest, saver=saver))
 
     def paused(self) -> tuple[bool, bool] | None:

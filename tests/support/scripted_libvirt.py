@@ -1,4 +1,6 @@
-"""A domain of libvirt's that the test plays: what libvirtd, and its other clients, do not do on demand."""
+"""A domain of libvirt's that the test plays: what libvirtd, and its other clients, do not do on
+demand.
+"""
 
 from __future__ import annotations
 
@@ -72,7 +74,10 @@ class ScriptedGuest:
     async def live_xml(self):
         def row(number):
             enabled = "yes" if number in self.plugged else "no"
-            return f"<vcpu id='{number}' enabled='{enabled}' hotpluggable='{'yes' if number else 'no'}'/>"
+            return (
+                f"<vcpu id='{number}' enabled='{enabled}'"
+                f" hotpluggable='{'yes' if number else 'no'}'/>"
+            )
 
         rows = "".join(map(row, range(16)))
         return (
@@ -106,10 +111,14 @@ class Client:
         self.session = link
 
     async def enable(self, *ids: int, **options: Any) -> Outcome:
-        return await run(Scope(self.session), Request(ids, VcpuFlag.ENABLE | VcpuFlag.LIVE, **options))
+        return await run(
+            Scope(self.session), Request(ids, VcpuFlag.ENABLE | VcpuFlag.LIVE, **options)
+        )
 
     async def disable(self, *ids: int, **options: Any) -> Outcome:
-        return await run(Scope(self.session), Request(ids, VcpuFlag.DISABLE | VcpuFlag.LIVE, **options))
+        return await run(
+            Scope(self.session), Request(ids, VcpuFlag.DISABLE | VcpuFlag.LIVE, **options)
+        )
 
     @property
     def pending_ids(self) -> frozenset[int]:
@@ -130,7 +139,9 @@ async def client_of(guest: ScriptedGuest, before: Client | None = None) -> Async
         return reader, await reader.full()
 
     earlier = None if before is None else before.session
-    link = await open_session("web1", ["libvirt"], opener, EventBus(), asyncio.Lock(), earlier, reads)
+    link = await open_session(
+        "web1", ["libvirt"], opener, EventBus(), asyncio.Lock(), earlier, reads
+    )
     try:
         yield Client(link)
     finally:

@@ -14,7 +14,14 @@ from tests.support.commands import Run
 PROGRAM = os.path.join(os.path.dirname(sys.executable), "qmpvcpu")
 
 #: What no user should ever see.
-NOISE = ("Traceback", "Exception ignored", "internal error", "a bug of", "Fatal Python error", "never retrieved")
+NOISE = (
+    "Traceback",
+    "Exception ignored",
+    "internal error",
+    "a bug of",
+    "Fatal Python error",
+    "never retrieved",
+)
 
 
 async def shell(words: str, *arguments: str, **environment: str) -> Run:
@@ -29,7 +36,11 @@ async def shell(words: str, *arguments: str, **environment: str) -> Run:
     )
     stdout, stderr = await process.communicate()
     assert process.returncode is not None
-    run = Run(process.returncode, stdout.decode(errors="surrogateescape"), stderr.decode(errors="surrogateescape"))
+    run = Run(
+        process.returncode,
+        stdout.decode(errors="surrogateescape"),
+        stderr.decode(errors="surrogateescape"),
+    )
     assert not noise(run.stderr), run.stderr
     return run
 

@@ -1,4 +1,6 @@
-"""A machine as its slots, from what is plugged in each; and what has changed from one moment to the next."""
+"""A machine as its slots, from what is plugged in each; and what has changed from one moment to the
+next.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ class Slot(NamedTuple):
 
 def changed(before: Iterable[Slot], after: Iterable[Slot]) -> list[tuple[str, tuple[int, ...]]]:
     """The events that tell what has come and gone, with their vCPU ids."""
-    return [(str(event.event), event.vcpus) for event in changes(state_of(before), state_of(after), 1.0)]
+    return [
+        (str(event.event), event.vcpus) for event in changes(state_of(before), state_of(after), 1.0)
+    ]
 
 
 def state_of(slots: Iterable[Slot]) -> DomainState:
@@ -30,7 +34,9 @@ def state_of(slots: Iterable[Slot]) -> DomainState:
         entities.append(Entity(slot.ids, "t", props, slot.qom_path, None, True))
         plugged = slot.qom_path is not None
         vcpus |= {
-            n: Vcpu(n, plugged, True, slot.ids, props, qom_path=slot.qom_path, thread_id=slot.thread_id)
+            n: Vcpu(
+                n, plugged, True, slot.ids, props, qom_path=slot.qom_path, thread_id=slot.thread_id
+            )
             for n in slot.ids
         }
     return DomainState(

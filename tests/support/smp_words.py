@@ -33,7 +33,9 @@ PATIENCE = 120
 
 @dataclass(frozen=True)
 class Case:
-    """A QEMU, and words for it: "machine", "smp" or "numa" and the argument. `memory`: MiB of all its nodes."""
+    """A QEMU, and words for it: "machine", "smp" or "numa" and the argument. `memory`: MiB of all
+    its nodes.
+    """
 
     arch: str
     version: str
@@ -80,7 +82,17 @@ _COMMANDS = (
     {"execute": "quit"},
 )
 _INPUT = "".join(json.dumps(command) + "\n" for command in _COMMANDS)
-_PAUSED = ("-S", "-nodefaults", "-display", "none", "-no-user-config", "-accel", "tcg", "-qmp", "stdio")
+_PAUSED = (
+    "-S",
+    "-nodefaults",
+    "-display",
+    "none",
+    "-no-user-config",
+    "-accel",
+    "tcg",
+    "-qmp",
+    "stdio",
+)
 #: MiB of one node.
 _NODE_MEMORY = {"ppc64": 256}
 
@@ -88,9 +100,14 @@ _NODE_MEMORY = {"ppc64": 256}
 def ask(case: Case) -> Answer:
     """A real QEMU's answer."""
     words = [*_PAUSED, "-m", f"{case.memory}M"]
-    memdevs = dict.fromkeys(found for text in case.of("numa") for found in re.findall(r"memdev=(\w+)", text))
+    memdevs = dict.fromkeys(
+        found for text in case.of("numa") for found in re.findall(r"memdev=(\w+)", text)
+    )
     for name in memdevs:
-        words += ["-object", f"memory-backend-ram,id={name},size={_NODE_MEMORY.get(case.arch, 16)}M"]
+        words += [
+            "-object",
+            f"memory-backend-ram,id={name},size={_NODE_MEMORY.get(case.arch, 16)}M",
+        ]
     for option, text in case.words:
         words += [f"-{option}", text]
     run = subprocess.run(
@@ -104,10 +121,14 @@ def ask(case: Case) -> Answer:
     replies = [row["return"] for row in rows if "return" in row]
     if run.returncode or len(replies) < len(_COMMANDS) - 1:
         # The last line but one is the error where a hint follows.
-        said = [line for line in run.stderr.splitlines() if line.startswith("qemu")] or ["no machine"]
+        said = [line for line in run.stderr.splitlines() if line.startswith("qemu")] or [
+            "no machine"
+        ]
         return Answer(None, said[-1].partition(": ")[2][:100])
     # QEMU lists the highest slot first.
-    slots = [[slot["props"], slot["vcpus-count"], "qom-path" in slot] for slot in reversed(replies[1])]
+    slots = [
+        [slot["props"], slot["vcpus-count"], "qom-path" in slot] for slot in reversed(replies[1])
+    ]
     return Answer(_digest(replies[2], slots))
 
 
@@ -126,7 +147,9 @@ def answer_of(layout: MachineLayout) -> Answer:
 
 
 def work_out(case: Case) -> Answer | None:
-    """The answer of arithmetic alone, as for a QEMU whose version is known; None: it leaves it to QEMU."""
+    """The answer of arithmetic alone, as for a QEMU whose version is known; None: it leaves it to
+    QEMU.
+    """
     facts = QemuFacts(case.arch, QemuVersion(*map(int, case.version.split("."))))
     try:
         layout = predict_layout(case.spec(), case.arch, facts)
@@ -143,16 +166,32 @@ VERSIONS = ("7.2", "10.0", "11.1")
 MACHINES: Mapping[str, tuple[Sequence[str], Sequence[str]]] = {
     "x86_64": (
         ("q35", "q35", "pc", "pc-q35-6.1", "pc-i440fx-6.2", "pc-q35-7.2"),
-        ("pc-q35-5.0", "pc-i440fx-4.2", "pc-q35-8.0", "pc-q35-9.9", "pc-i440fx-10.1", "pc-q35-11.0", "pc-q35-2.3"),
+        (
+            "pc-q35-5.0",
+            "pc-i440fx-4.2",
+            "pc-q35-8.0",
+            "pc-q35-9.9",
+            "pc-i440fx-10.1",
+            "pc-q35-11.0",
+            "pc-q35-2.3",
+        ),
     ),
-    "ppc64": (("pseries", "pseries", "pseries-6.1", "pseries-7.2"), ("pseries-5.0", "pseries-8.0", "pseries-2.9")),
+    "ppc64": (
+        ("pseries", "pseries", "pseries-6.1", "pseries-7.2"),
+        ("pseries-5.0", "pseries-8.0", "pseries-2.9"),
+    ),
     "s390x": (
         ("s390-ccw-virtio", "s390-ccw-virtio", "s390-ccw-virtio-6.1", "s390-ccw-virtio-7.1"),
         ("s390-ccw-virtio-2.8", "s390-ccw-virtio-8.2", "s390-ccw-virtio-11.1"),
     ),
     "loongarch64": (("virt",), ("virt-11.1", "virt-10.0")),
 }
-QEMUS = [(arch, version) for arch in MACHINES for version in VERSIONS if (arch, version) != ("loongarch64", "7.2")]
+QEMUS = [
+    (arch, version)
+    for arch in MACHINES
+    for version in VERSIONS
+    if (arch, version) != ("loongarch64", "7.2")
+]
 _SUPPORTED = {
     "x86_64": ("sockets", "dies", "modules", "cores", "threads"),
     "ppc64": ("sockets", "cores", "threads"),
@@ -184,7 +223,22 @@ _FORMS: Sequence[Callable[[int], str]] = (
     lambda n: f"00{n:o}",
 )
 #: Numbers that are none, or other ones than they seem.
-_ODD = ("", "08", "0x", "x", "4K", "2M", "1.0", "1e1", "-1", "4 ", "0b1x", "99999999999999999999", "0", "00")
+_ODD = (
+    "",
+    "08",
+    "0x",
+    "x",
+    "4K",
+    "2M",
+    "1.0",
+    "1e1",
+    "-1",
+    "4 ",
+    "0b1x",
+    "99999999999999999999",
+    "0",
+    "00",
+)
 
 
 def number(draw: Random, value: int) -> str:
@@ -225,7 +279,9 @@ def _topology(draw: Random, arch: str, version: str) -> dict[str, int]:
     return found
 
 
-def _counts(draw: Random, topology: Mapping[str, int], arch: str, version: str) -> list[tuple[str, str]]:
+def _counts(
+    draw: Random, topology: Mapping[str, int], arch: str, version: str
+) -> list[tuple[str, str]]:
     """Keys and values of -smp; what QEMU works out itself is often missing."""
     maxcpus = prod(topology.values())
     step = topology.get("threads", 1) if arch == "ppc64" else 1
@@ -242,7 +298,8 @@ def _counts(draw: Random, topology: Mapping[str, int], arch: str, version: str) 
     values = {
         key: value
         for key, value in values.items()
-        if not (can_go and key == left_out) and not (key in LEVELS and value == 1 and chance(draw, 35))
+        if not (can_go and key == left_out)
+        and not (key in LEVELS and value == 1 and chance(draw, 35))
     }
     if cpus == maxcpus and chance(draw, 50):
         del values[pick(draw, "cpus", "maxcpus")]
@@ -258,21 +315,37 @@ def _counts(draw: Random, topology: Mapping[str, int], arch: str, version: str) 
         key = pick(draw, *pairs)[0]
         pairs.insert(0, (key, pick(draw, *_ODD, "3", "7")))
     if chance(draw, 4):
-        pairs.append((pick(draw, *LEVELS, "x", "CPUS", "smp", "max_cpus"), pick(draw, "0", "1", "2")))
+        pairs.append(
+            (pick(draw, *LEVELS, "x", "CPUS", "smp", "max_cpus"), pick(draw, "0", "1", "2"))
+        )
     return pairs
 
 
 def _machine_option(draw: Random, arch: str) -> tuple[str, str]:
     """Some that every machine has."""
-    key = pick(draw, "usb", "graphics", "dump-guest-core", "mem-merge", "mem_merge", "kernel-irqchip", "smm")
+    key = pick(
+        draw,
+        "usb",
+        "graphics",
+        "dump-guest-core",
+        "mem-merge",
+        "mem_merge",
+        "kernel-irqchip",
+        "smm",
+    )
     if key == "kernel-irqchip" or (key == "smm" and arch == "x86_64"):
         return key, pick(draw, "on", "off")
     key = "usb" if key == "smm" else key
-    return key, pick(draw, "off", "no", "false", "n") if chance(draw, 85) else pick(draw, "Off", "", "0", "maybe")
+    return key, pick(draw, "off", "no", "false", "n") if chance(draw, 85) else pick(
+        draw, "Off", "", "0", "maybe"
+    )
 
 
 def _merged(
-    draw: Random, machine: str, options: Sequence[tuple[str, str]], counts: Sequence[tuple[str, str]]
+    draw: Random,
+    machine: str,
+    options: Sequence[tuple[str, str]],
+    counts: Sequence[tuple[str, str]],
 ) -> list[tuple[str, str]]:
     """-machine and -smp, in one piece or in several."""
     first = machine if chance(draw, 90) else f"type={machine}"
@@ -288,9 +361,19 @@ def _merged(
             text = ",".join(f"{key}={value}" for key, value in part)
             words.append(("smp", text.removeprefix("cpus=") if is_bare else text))
     if chance(draw, 4):
-        words.append(("smp", pick(draw, "", "4,", "4,8", ",", "help", "?", "4,cores", "=4", "cpus=2,,cores=2")))
+        words.append(
+            (
+                "smp",
+                pick(draw, "", "4,", "4,8", ",", "help", "?", "4,cores", "=4", "cpus=2,,cores=2"),
+            )
+        )
     if chance(draw, 3):
-        words.append(("machine", pick(draw, machine, "", "nope", "usb=off", "smp=2", "usb", '{"type":"q35"}')))
+        words.append(
+            (
+                "machine",
+                pick(draw, machine, "", "nope", "usb=off", "smp=2", "usb", '{"type":"q35"}'),
+            )
+        )
     if chance(draw, 4):
         # The type may stand behind.
         words = [*words[1:], words[0]]
@@ -305,7 +388,12 @@ def _numa(
     count = pick(draw, 1, 2, 2, 3)
     ids = list(range(count))
     order = ids if chance(draw, 80) else shuffled(draw, ids)
-    takes_mem = arch == "loongarch64" or machine in ("pc-q35-5.0", "pc-i440fx-4.2", "pseries-5.0", "pseries-2.9")
+    takes_mem = arch == "loongarch64" or machine in (
+        "pc-q35-5.0",
+        "pc-i440fx-4.2",
+        "pseries-5.0",
+        "pseries-2.9",
+    )
     has_mem = chance(draw, 60 if takes_mem else 4)
     with_memory = [node for node in ids if not chance(draw, 25)] or [pick(draw, *ids)]
     how = pick(draw, "cpus", "cpus", "cpu", "nobody") if not has_hmat else "cpus"
@@ -316,10 +404,14 @@ def _numa(
     for node in order:
         keys = [] if order == ids and chance(draw, 40) else [f"nodeid={number(draw, node)}"]
         if how == "cpus":
-            mine = [cpu for cpu in range(maxcpus) if owner[cpu // size] == node and not chance(draw, 5)]
+            mine = [
+                cpu for cpu in range(maxcpus) if owner[cpu // size] == node and not chance(draw, 5)
+            ]
             keys += [f"cpus={text}" for text in _cpus(draw, mine)]
         if node in with_memory:
-            keys.append(f"mem={_size(draw, _NODE_MEMORY.get(arch, 16))}" if has_mem else f"memdev=m{node}")
+            keys.append(
+                f"mem={_size(draw, _NODE_MEMORY.get(arch, 16))}" if has_mem else f"memdev=m{node}"
+            )
         if has_hmat and chance(draw, 30):
             keys.append(f"initiator={number(draw, pick(draw, *ids))}")
         words.append(",".join([pick(draw, "node", "node", "type=node"), *shuffled(draw, keys)]))
@@ -343,7 +435,8 @@ def _cpus(draw: Random, cpus: Sequence[int]) -> list[str]:
         else:
             found.append([cpu])
     return [
-        number(draw, run[0]) + (f"-{number(draw, run[-1])}" if len(run) > 1 or chance(draw, 10) else "")
+        number(draw, run[0])
+        + (f"-{number(draw, run[-1])}" if len(run) > 1 or chance(draw, 10) else "")
         for run in found
     ]
 
@@ -376,7 +469,9 @@ def _cpu(draw: Random, arch: str, topology: Mapping[str, int], ids: Sequence[int
         if chance(draw, 5):
             props[key] = pick(draw, 0, 0, 1)
     pairs = [("node-id", pick(draw, *ids)), *props.items()]
-    return ",".join(["cpu", *(f"{key}={number(draw, value)}" for key, value in shuffled(draw, pairs))])
+    return ",".join(
+        ["cpu", *(f"{key}={number(draw, value)}" for key, value in shuffled(draw, pairs))]
+    )
 
 
 def _distances(draw: Random, ids: Sequence[int]) -> list[str]:
@@ -388,7 +483,9 @@ def _distances(draw: Random, ids: Sequence[int]) -> list[str]:
             if is_wanted and not chance(draw, 6):
                 value = 10 if one == other else pick(draw, 10, 11, 20, 20, 254, 255)
                 keys = {"src": one, "dst": other, "val": value}
-                words.append(",".join(["dist", *(f"{key}={number(draw, n)}" for key, n in keys.items())]))
+                words.append(
+                    ",".join(["dist", *(f"{key}={number(draw, n)}" for key, n in keys.items())])
+                )
     return words
 
 
@@ -400,7 +497,11 @@ def _hmat(draw: Random, initiators: Sequence[int], ids: Sequence[int]) -> list[s
                 value = pick(draw, "latency=5", "latency=0x64", "latency=010", "latency=0")
                 if kind.endswith("bandwidth"):
                     value = pick(
-                        draw, "bandwidth=200M", "bandwidth=0x40000000", "bandwidth=1.5G", "bandwidth=0x10M"
+                        draw,
+                        "bandwidth=200M",
+                        "bandwidth=0x40000000",
+                        "bandwidth=1.5G",
+                        "bandwidth=0x10M",
                     )
                 where = f"initiator={pick(draw, *initiators)},target={target}"
                 words.append(f"hmat-lb,{where},hierarchy=memory,data-type={kind},{value}")
@@ -408,7 +509,9 @@ def _hmat(draw: Random, initiators: Sequence[int], ids: Sequence[int]) -> list[s
             size = pick(draw, f"{level}0K", f"{level * 8}k", f"0x{level}000")
             policy = pick(draw, "none", "write-back", "write-through")
             policy = f"associativity={pick(draw, 'none', 'direct', 'complex')},policy={policy}"
-            words.append(f"hmat-cache,node-id={target},size={size},level={level},{policy},line={number(draw, 8)}")
+            words.append(
+                f"hmat-cache,node-id={target},size={size},level={level},{policy},line={number(draw, 8)}"
+            )
     return words
 
 
@@ -435,7 +538,16 @@ def _spoiled(draw: Random, words: list[str], maxcpus: int) -> list[str]:
         text += f",{pick(draw, 'x=1', 'id=x', 'cpus', 'nodeid', 'type=cpu', '=1', '')}"
     elif how == "type":
         text = pick(
-            draw, "", "help", "nod,nodeid=0", "Node", "nodeid=0", '{"type":"node"}', "dist", "cpu", "hmat-lb"
+            draw,
+            "",
+            "help",
+            "nod,nodeid=0",
+            "Node",
+            "nodeid=0",
+            '{"type":"node"}',
+            "dist",
+            "cpu",
+            "hmat-lb",
         )
     else:
         values = list(re.finditer(r"(?<!mem)=(\d+)", text))
@@ -482,7 +594,9 @@ def record(count: int, seed: int) -> str:
     cases = generate(count, seed)
     rows = []
     for case, answer in zip(cases, ask_all(cases), strict=True):
-        rows.append([*case.to_json(), answer.digest, *([answer.text] if answer.digest is None else [])])
+        rows.append(
+            [*case.to_json(), answer.digest, *([answer.text] if answer.digest is None else [])]
+        )
     return "".join(json.dumps(row, separators=(",", ":")) + "\n" for row in rows)
 
 
@@ -499,11 +613,16 @@ def read_recorded() -> list[tuple[Case, Answer]]:
     return [(Case.from_json(row[:4]), Answer(*row[4:])) for row in rows]
 
 
-# -- what there was ---------------------------------------------------------------------------------
+# -- what there was --------------------------------------------------------------------------------
 
 _SEEN: Mapping[str, Callable[[Case], bool]] = {
-    **{level: partial(lambda key, case: f"{key}=" in _smp(case), level) for level in ("maxcpus", *LEVELS)},
-    "missing level": lambda case: not {"sockets=", "cores=", "threads="} <= set(re.findall(r"\w+=", _smp(case))),
+    **{
+        level: partial(lambda key, case: f"{key}=" in _smp(case), level)
+        for level in ("maxcpus", *LEVELS)
+    },
+    "missing level": lambda case: (
+        not {"sockets=", "cores=", "threads="} <= set(re.findall(r"\w+=", _smp(case)))
+    ),
     "zero": lambda case: re.search(r"(=|^)0+(,|$| )", _smp(case)) is not None,
     "octal": lambda case: re.search(r"[=, -]0[0-7]", _all(case)) is not None,
     "hexadecimal": lambda case: re.search(r"[=, -]0[xX]", _all(case)) is not None,
@@ -525,10 +644,14 @@ _SEEN: Mapping[str, Callable[[Case], bool]] = {
     "hmat-lb": lambda case: _has(case, "^hmat-lb"),
     "hmat-cache": lambda case: _has(case, "^hmat-cache"),
     "initiator": lambda case: _has(case, "^.*node.*initiator="),
-    "memory-less": lambda case: any("node" in text and "mem" not in text for text in case.of("numa")),
+    "memory-less": lambda case: any(
+        "node" in text and "mem" not in text for text in case.of("numa")
+    ),
     "mem=": lambda case: _has(case, "mem="),
     **{
-        f"{arch} {version}": partial(lambda qemu, case: (case.arch, case.version) == qemu, (arch, version))
+        f"{arch} {version}": partial(
+            lambda qemu, case: (case.arch, case.version) == qemu, (arch, version)
+        )
         for arch, version in QEMUS
     },
 }

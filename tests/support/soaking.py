@@ -1,4 +1,6 @@
-"""How often a test repeats itself: a sample in the suite, and as often as `scripts/soak` says in a long run."""
+"""How often a test repeats itself: a sample in the suite, and as often as `scripts/soak` says in a
+long run.
+"""
 
 from __future__ import annotations
 

@@ -1,6 +1,8 @@
-"""A process that stands for QEMU's: it has threads for the vCPUs, and holds the socket that listens.
+"""A process that stands for QEMU's: it has threads for the vCPUs, and holds the socket that
+listens.
 
-By these two a QEMU is found among the processes of a host. What it answers is the fake's, in the test's process.
+By these two a QEMU is found among the processes of a host. What it answers is the fake's, in the
+test's process.
 """
 
 from __future__ import annotations
@@ -36,7 +38,9 @@ class StandIn:
 
     def __init__(self) -> None:
         self._ours, theirs = socket.socketpair()
-        self._process = subprocess.Popen([sys.executable, "-c", _PROGRAM, "qemu-stand-in"], stdin=theirs)
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _PROGRAM, "qemu-stand-in"], stdin=theirs
+        )
         theirs.close()
         with self._ours.makefile("r") as lines:
             self.threads = [int(word) for word in lines.readline().split()]
@@ -46,7 +50,9 @@ class StandIn:
         return self._process.pid
 
     def hold(self, listening: int) -> None:
-        """Have it hold this listening socket, instead of the one before, with its threads as free as we are."""
+        """Have it hold this listening socket, instead of the one before, with its threads as free
+        as we are.
+        """
         for thread in self.threads:
             os.sched_setaffinity(thread, os.sched_getaffinity(0))
         socket.send_fds(self._ours, [b"1"], [listening])

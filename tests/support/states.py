@@ -74,16 +74,28 @@ def x86(
     return _state("x86_64", slots, plugged, topology, **more)
 
 
-def ppc64(plugged: Collection[int] = (0,), *, cores: int = 4, threads: int = 4, **more: Any) -> DomainState:
+def ppc64(
+    plugged: Collection[int] = (0,), *, cores: int = 4, threads: int = 4, **more: Any
+) -> DomainState:
     """Two cores a node; `plugged` counts cores."""
     slots = [({"core-id": n * threads, "node-id": n // 2}, threads) for n in range(cores)]
     return _state("ppc64", slots, plugged, **more)
 
 
-def machine(arch: str = "x86_64", plugged: Collection[int] = (0, 1), *, slots: int = 8) -> DomainState:
+def machine(
+    arch: str = "x86_64", plugged: Collection[int] = (0, 1), *, slots: int = 8
+) -> DomainState:
     """CPUs of one thread each, on any architecture; what is plugged was so from the start."""
-    props = [{"core-id": n} if arch == "s390x" else {"socket-id": n, "core-id": 0} for n in range(slots)]
-    return _state(arch, [(each, 1) for each in props], plugged, kvm=True, path="/machine/unattached/device[{}]")
+    props = [
+        {"core-id": n} if arch == "s390x" else {"socket-id": n, "core-id": 0} for n in range(slots)
+    ]
+    return _state(
+        arch,
+        [(each, 1) for each in props],
+        plugged,
+        kvm=True,
+        path="/machine/unattached/device[{}]",
+    )
 
 
 def plan(
@@ -98,20 +110,24 @@ def plan(
 ) -> Plan:
     """What would be done.
 
-    `pending` are unplugs under way, `removals` how many vCPUs went before, `offline` those of the plugged ones
-    that an agent calls offline (None: there is no agent).
+    `pending` are unplugs under way, `removals` how many vCPUs went before, `offline` those of the
+    plugged ones that an agent calls offline (None: there is no agent).
     """
     guest = None
     if offline is not None:
         cpus = {n: GuestCpu(n, n not in offline, n != 0) for n in state.enabled_ids}
         guest = GuestView(tuple(cpus.values()), cpus)
-    known = Knowledge(removals_seen=removals, contexts_lost=removals, pending=frozenset(pending), guest=guest)
+    known = Knowledge(
+        removals_seen=removals, contexts_lost=removals, pending=frozenset(pending), guest=guest
+    )
     return make_plan(mark(state, known.pending), Request(tuple(ids), flags, **more), known)
 
 
 def listed(enabled: Collection[int], maximum: int) -> Any:
     """What a file's `<vcpus>` says, for `plan(…, listed=…)`."""
-    return Listed(tuple(VcpuConfig(n, n in enabled, n not in enabled) for n in range(maximum)), exact=False)
+    return Listed(
+        tuple(VcpuConfig(n, n in enabled, n not in enabled) for n in range(maximum)), exact=False
+    )
 
 
 def codes(made: Any) -> list[str]:
@@ -119,10 +135,15 @@ def codes(made: Any) -> list[str]:
 
 
 def definition(
-    maximum: int = 8, enabled: Collection[int] = (0, 1), pluggable: Collection[int] = (), **fields: Any
+    maximum: int = 8,
+    enabled: Collection[int] = (0, 1),
+    pluggable: Collection[int] = (),
+    **fields: Any,
 ) -> Definition:
     """A definition; what it does not enable is pluggable."""
-    vcpus = tuple(VcpuConfig(n, n in enabled, n in pluggable or n not in enabled) for n in range(maximum))
+    vcpus = tuple(
+        VcpuConfig(n, n in enabled, n in pluggable or n not in enabled) for n in range(maximum)
+    )
     return Definition("d", vcpus, dialect="libvirt", **fields)
 
 

@@ -1,4 +1,5 @@
-"""The state folder and its files: definitions with their sockets, XML files of users, the lock of a folder.
+"""The state folder and its files: definitions with their sockets, XML files of users, the lock of a
+folder.
 
 All of it raises `qmpvcpu.VcpuRefused` for what cannot be read or written.
 """
@@ -14,7 +15,13 @@ from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
-from qmpvcpu.host.definition_files import Addresses, DefinitionFile, DefinitionFolder, StagedDefinition, check_name
+from qmpvcpu.host.definition_files import (
+    Addresses,
+    DefinitionFile,
+    DefinitionFolder,
+    StagedDefinition,
+    check_name,
+)
 from qmpvcpu.host.files import LockTimeout, locked_folder, state_folder
 from qmpvcpu.host.runtime import Runtime
 
@@ -30,7 +37,9 @@ class Definitions:
         #: Where they are.
         self.folder = state / "definitions"
 
-    def define(self, name: str, xml: bytes, qmp: tuple[str, ...] = (), agent: str | None = None) -> bool:
+    def define(
+        self, name: str, xml: bytes, qmp: tuple[str, ...] = (), agent: str | None = None
+    ) -> bool:
         """Returns whether it was there before."""
         return self._folder.define(name, xml, Addresses(qmp, agent))
 
@@ -55,7 +64,10 @@ class Definitions:
 
 def fallback_folder(name: str, state: Path, temporary: Path) -> Path:
     """Where the sockets of a domain are, if their paths in the state folder would be too long."""
-    with patch.dict(os.environ, {"QMPVCPU_STATE": str(state)}), patch.object(tempfile, "tempdir", str(temporary)):
+    with (
+        patch.dict(os.environ, {"QMPVCPU_STATE": str(state)}),
+        patch.object(tempfile, "tempdir", str(temporary)),
+    ):
         return Runtime(name).folder
 
 
@@ -104,7 +116,10 @@ class Staged:
 
 def where_state_is(variables: Mapping[str, str], user_id: int) -> str:
     """The state folder of a user with these environment variables."""
-    with patch.dict(os.environ, variables, clear=True), patch.object(os, "geteuid", lambda: user_id):
+    with (
+        patch.dict(os.environ, variables, clear=True),
+        patch.object(os, "geteuid", lambda: user_id),
+    ):
         return str(state_folder())
 
 
@@ -113,9 +128,11 @@ class Busy(Exception):
 
 
 @contextmanager
-def locked(folder: Path, seconds: float, *, given_up: Callable[[], bool] = lambda: False) -> Iterator[None]:
-    """Hold a folder against everybody else who does so; wait for that no longer than `seconds`, and only until
-    `given_up()`. Raises Busy.
+def locked(
+    folder: Path, seconds: float, *, given_up: Callable[[], bool] = lambda: False
+) -> Iterator[None]:
+    """Hold a folder against everybody else who does so; wait for that no longer than `seconds`, and
+    only until `given_up()`. Raises Busy.
     """
     try:
         with locked_folder(folder, seconds, given_up=given_up):

@@ -1,4 +1,6 @@
-"""QEMU's migration streams, as bytes: one is made of what it is to list, and what any lists is read."""
+"""QEMU's migration streams, as bytes: one is made of what it is to list, and what any lists is
+read.
+"""
 
 from __future__ import annotations
 
@@ -19,7 +21,9 @@ def read(head: bytes, tail: bytes | None = None) -> StreamTable:
 
 
 def table(
-    blocks: Mapping[str, int], sections: Iterable[Section] | None = (), machine: str | None = "pc-q35-10.0"
+    blocks: Mapping[str, int],
+    sections: Iterable[Section] | None = (),
+    machine: str | None = "pc-q35-10.0",
 ) -> StreamTable:
     return StreamTable(machine, blocks, None if sections is None else frozenset(sections))
 
@@ -36,7 +40,9 @@ def written(
     machine: str | None = "pc-q35-10.0",
     between: bytes = b"",
 ) -> bytes:
-    """As QEMU writes it; `devices` are rows of its list, `between` is guest memory and device state."""
+    """As QEMU writes it; `devices` are rows of its list, `between` is guest memory and device
+    state.
+    """
     data = b"QEVM\0\0\0\3"
     if machine is not None:
         data += b"\7" + struct.pack(">I", len(machine)) + machine.encode()

@@ -7,8 +7,12 @@ from qmpvcpu.xml.document import read_domain
 
 
 def host_parts(xml: str, defined: str | None = None) -> list[str]:
-    """Its elements that a file does not supply; `defined` is what the user has defined. Raises VcpuRefused."""
-    return foreign.host_parts(xml.encode(), None if defined is None else read_domain(defined.encode())[1])
+    """Its elements that a file does not supply; `defined` is what the user has defined. Raises
+    VcpuRefused.
+    """
+    return foreign.host_parts(
+        xml.encode(), None if defined is None else read_domain(defined.encode())[1]
+    )
 
 
 def without_program(xml: str, emulator: str | None) -> str:

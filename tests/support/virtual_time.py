@@ -1,4 +1,6 @@
-"""An event loop whose clock stands still while anything can be done, and then jumps to what comes next."""
+"""An event loop whose clock stands still while anything can be done, and then jumps to what comes
+next.
+"""
 
 from __future__ import annotations
 

@@ -13,10 +13,14 @@ from typing import Any
 DEADLINE = 60
 
 
-async def until(condition: Callable[[], Any], what: str, *, every: float = 0.01, seconds: float = DEADLINE) -> Any:
-    """Ask `condition` (a function or a coroutine function) until its answer is true, and return that answer.
+async def until(
+    condition: Callable[[], Any], what: str, *, every: float = 0.01, seconds: float = DEADLINE
+) -> Any:
+    """Ask `condition` (a function or a coroutine function) until its answer is true, and return
+    that answer.
 
-    `every=0` asks at each turn of the event loop. After `seconds` the test fails with `what` and the last answer.
+    `every=0` asks at each turn of the event loop. After `seconds` the test fails with `what` and
+    the last answer.
     """
     end = time.monotonic() + seconds
     while True:

@@ -1,6 +1,8 @@
-"""Domain XML: the bytes of a document in, what it says out; a change in, the bytes of the changed document out.
+"""Domain XML: the bytes of a document in, what it says out; a change in, the bytes of the changed
+document out.
 
-All of it raises `qmpvcpu.VcpuRefused` for a document that it does not take: each reason with its line.
+All of it raises `qmpvcpu.VcpuRefused` for a document that it does not take: each reason with its
+line.
 """
 
 from __future__ import annotations
@@ -40,7 +42,9 @@ class Cell:
 
 @dataclass(frozen=True)
 class Said:
-    """What a domain's XML says. `dialect` is that of its `<vcpus>`; `topology` are the counts of `<topology>`."""
+    """What a domain's XML says. `dialect` is that of its `<vcpus>`; `topology` are the counts of
+    `<topology>`.
+    """
 
     name: str
     arch: str | None
@@ -71,7 +75,9 @@ def read(data: bytes, *, running: bool = False) -> Said:
         found.machine,
         found.dialect,
         tuple(Row(vcpu.id, vcpu.enabled, vcpu.hotpluggable, vcpu.order) for vcpu in found.vcpus),
-        {} if topology is None else {level: getattr(topology, level) for level in ("sockets", "cores", "threads")},
+        {}
+        if topology is None
+        else {level: getattr(topology, level) for level in ("sockets", "cores", "threads")},
         tuple(Cell(cell.id, cell.cpus, cell.memory) for cell in found.cells),
         found.cpuset,
         dict(found.pins),
@@ -88,9 +94,15 @@ def enabled_in_list(data: bytes, maximum: int) -> tuple[int, ...]:
 
 
 def switched(
-    data: bytes, *, enable: Iterable[int] = (), disable: Iterable[int] = (), dialect: str | None = None
+    data: bytes,
+    *,
+    enable: Iterable[int] = (),
+    disable: Iterable[int] = (),
+    dialect: str | None = None,
 ) -> bytes:
-    """The document with these vCPUs enabled and disabled; with `dialect`, its `<vcpus>` is written in that."""
+    """The document with these vCPUs enabled and disabled; with `dialect`, its `<vcpus>` is written
+    in that.
+    """
     document, old = read_domain(data)
     new = old
     for ids, enabled in ((tuple(enable), True), (tuple(disable), False)):
@@ -101,8 +113,12 @@ def switched(
 def resized(data: bytes, maximum: int) -> bytes:
     """The document with that many vCPUs, whatever `<topology>` says; new ones are disabled."""
     document, old = read_domain(data)
-    more = (core.VcpuConfig(n, enabled=False, hotpluggable=True) for n in range(old.maxcpus, maximum))
-    return write_vcpus(document, old, replace(old, topology=None, vcpus=(*old.vcpus[:maximum], *more)))
+    more = (
+        core.VcpuConfig(n, enabled=False, hotpluggable=True) for n in range(old.maxcpus, maximum)
+    )
+    return write_vcpus(
+        document, old, replace(old, topology=None, vcpus=(*old.vcpus[:maximum], *more))
+    )
 
 
 def schema_errors(data: bytes) -> list[str]:
@@ -129,8 +145,8 @@ class Node:
 
 
 class Editor:
-    """Any XML document, and edits of it. An element is named by its path below the root (`"a/b"`; `""` is the
-    root), or by its number in the order of the start tags.
+    """Any XML document, and edits of it. An element is named by its path below the root (`"a/b"`;
+    `""` is the root), or by its number in the order of the start tags.
     """
 
     def __init__(self, data: bytes) -> None:
@@ -164,7 +180,13 @@ class Editor:
 
     def _find(self, where: str | int) -> Element:
         root = self._document.root
-        found = self._elements()[where] if isinstance(where, int) else root.find(where) if where else root
+        found = (
+            self._elements()[where]
+            if isinstance(where, int)
+            else root.find(where)
+            if where
+            else root
+        )
         assert found is not None, f"there is no <{where}>"
         return found
 
@@ -186,7 +208,9 @@ def edited(data: bytes, *edits: tuple[Any, ...]) -> bytes:
 
 
 def first_enabled(maximum: int, enabled: Collection[int]) -> tuple[Row, ...]:
-    """Rows as they are without `<vcpus>`: these ids are enabled and stay, the others can be plugged."""
+    """Rows as they are without `<vcpus>`: these ids are enabled and stay, the others can be
+    plugged.
+    """
     return tuple(Row(n, n in enabled, n not in enabled) for n in range(maximum))
 
 

@@ -1,7 +1,9 @@
-"""A process that has the command line loaded, and forks for each command: a start costs 15 ms in place of 300.
+"""A process that has the command line loaded, and forks for each command: a start costs 15 ms in
+place of 300.
 
-Each command is a process of its own all the same, with its own descriptors, environment and folder. What depends
-on how Python starts (its options, its encoding, signals while it loads) is tested with `commands.start_cli`.
+Each command is a process of its own all the same, with its own descriptors, environment and folder.
+What depends on how Python starts (its options, its encoding, signals while it loads) is tested with
+`commands.start_cli`.
 """
 
 from __future__ import annotations
@@ -25,7 +27,12 @@ _LENGTH = struct.Struct("!I")
 _MODULES = (
     *("qmpvcpu.cli.run", "qmpvcpu.cli.commands.counts", "qmpvcpu.cli.commands.vcpus"),
     *("qmpvcpu.cli.commands.boot", "qmpvcpu.cli.commands.migrate", "qmpvcpu.cli.commands.watch"),
-    *("qmpvcpu.domain.backends.libvirt", "qmpvcpu.domain.pin", "qmpvcpu.qemu.monitor", "qmpvcpu.qemu.agent"),
+    *(
+        "qmpvcpu.domain.backends.libvirt",
+        "qmpvcpu.domain.pin",
+        "qmpvcpu.qemu.monitor",
+        "qmpvcpu.qemu.agent",
+    ),
     *("qmpvcpu.app.start", "qmpvcpu.app.migrate", "qmpvcpu.app.definitions", "qmpvcpu.app.define"),
     *("qmpvcpu.app.saving", "qmpvcpu.app.doctor", "qmpvcpu.app.libvirt_schema"),
 )
@@ -50,14 +57,18 @@ class Zygote:
         with suppress(ChildProcessError):
             os.waitpid(self._pid, 0)
 
-    async def run(self, words: tuple[str, ...], more: Mapping[str, str] | None = None) -> tuple[int, bytes, bytes]:
-        """One command: its exit code (negative: the signal that ended it), stdout and stderr. `more` is for its
-        environment.
+    async def run(
+        self, words: tuple[str, ...], more: Mapping[str, str] | None = None
+    ) -> tuple[int, bytes, bytes]:
+        """One command: its exit code (negative: the signal that ended it), stdout and stderr.
+        `more` is for its environment.
         """
         pipes = [os.pipe() for _ in range(3)]
         request = json.dumps([list(words), {**os.environ, **(more or {})}, os.getcwd()]).encode()
         try:
-            socket.send_fds(self._socket, [_LENGTH.pack(len(request))], [write for _, write in pipes])
+            socket.send_fds(
+                self._socket, [_LENGTH.pack(len(request))], [write for _, write in pipes]
+            )
             self._socket.sendall(request)
         finally:
             for _, write in pipes:
@@ -118,7 +129,9 @@ def _watch(fds: list[int], words: list[str], environment: dict[str, str], folder
     os._exit(0)
 
 
-def _command(stdout: int, stderr: int, words: list[str], environment: dict[str, str], folder: str) -> None:
+def _command(
+    stdout: int, stderr: int, words: list[str], environment: dict[str, str], folder: str
+) -> None:
     with open(os.devnull, "rb") as nothing:
         os.dup2(nothing.fileno(), 0)
     os.dup2(stdout, 1)

@@ -1,4 +1,6 @@
-"""Hypothesis profiles (`quick` for `scripts/test unit`, the default for the whole run), and domains on fakes."""
+"""Hypothesis profiles (`quick` for `scripts/test unit`, the default for the whole run), and domains
+on fakes.
+"""
 
 from contextlib import asynccontextmanager
 

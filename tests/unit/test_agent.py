@@ -40,7 +40,10 @@ def raw(value):
 
 async def test_vcpus_are_told(tmp_path):
     async with talking(tmp_path, FakeAgent({0: True, 1: False})) as client:
-        assert [(row["logical-id"], row["online"]) for row in await client.get_vcpus()] == [(0, True), (1, False)]
+        assert [(row["logical-id"], row["online"]) for row in await client.get_vcpus()] == [
+            (0, True),
+            (1, False),
+        ]
 
 
 async def test_vcpus_are_set(tmp_path):
@@ -60,7 +63,9 @@ async def test_a_connection_is_synced_once(tmp_path):
 
 async def test_what_an_earlier_client_left_behind_is_dropped(tmp_path):
     agent = FakeAgent()
-    agent.before_sync = b'half an answer {"retu' + b'\xff{"return": 4711}\n{"return": {}}\n\xffrubbish\n'
+    agent.before_sync = (
+        b'half an answer {"retu' + b'\xff{"return": 4711}\n{"return": {}}\n\xffrubbish\n'
+    )
     async with talking(tmp_path, agent) as client:
         assert len(await client.get_vcpus()) == 2
 
@@ -201,7 +206,9 @@ async def test_a_disabled_command_is_the_agents_error(tmp_path):
 
 async def test_the_guests_words_are_printable_and_bounded(tmp_path):
     agent = FakeAgent()
-    agent.answers["guest-get-vcpus"] = raw({"error": {"class": "C", "desc": "\x1b[31m" + "x" * 5000}})
+    agent.answers["guest-get-vcpus"] = raw(
+        {"error": {"class": "C", "desc": "\x1b[31m" + "x" * 5000}}
+    )
     async with talking(tmp_path, agent) as client:
         with pytest.raises(AgentError) as caught:
             await client.get_vcpus()
@@ -211,13 +218,22 @@ async def test_the_guests_words_are_printable_and_bounded(tmp_path):
 async def test_files_are_read_many_at_once_and_each_handle_is_closed(tmp_path):
     agent = FakeAgent(files={f"/f{n}": str(n).encode() for n in range(40)})
     async with talking(tmp_path, agent) as client:
-        found = await client.read_files(dict.fromkeys([*(f"/f{n}" for n in range(40)), "/none"], 100))
+        found = await client.read_files(
+            dict.fromkeys([*(f"/f{n}" for n in range(40)), "/none"], 100)
+        )
     assert (found, agent.handles) == ([*(str(n).encode() for n in range(40)), None], {})
 
 
 @pytest.mark.parametrize(
     "reply",
-    [{}, [], {"buf-b64": 5}, {"buf-b64": "?"}, {"buf-b64": "AAAA", "eof": False}, {"buf-b64": "AAAA" * 400}],
+    [
+        {},
+        [],
+        {"buf-b64": 5},
+        {"buf-b64": "?"},
+        {"buf-b64": "AAAA", "eof": False},
+        {"buf-b64": "AAAA" * 400},
+    ],
 )
 async def test_a_file_that_is_none_or_too_long_or_never_ends_is_none(tmp_path, reply):
     agent = FakeAgent(files={"/f": b""})
@@ -228,12 +244,16 @@ async def test_a_file_that_is_none_or_too_long_or_never_ends_is_none(tmp_path, r
 
 
 def answer(give):
-    return lambda command: json.dumps({"return": give(command), "id": command["id"]}).encode() + b"\n"
+    return lambda command: (
+        json.dumps({"return": give(command), "id": command["id"]}).encode() + b"\n"
+    )
 
 
 async def test_files_that_come_in_drips_cost_twice_the_deadline(tmp_path):
     agent = FakeAgent(files={f"/f{n}": b"x" for n in range(40)})
-    agent.answers["guest-file-read"] = answer(lambda command: {"count": 1, "buf-b64": "YQ==", "eof": False})
+    agent.answers["guest-file-read"] = answer(
+        lambda command: {"count": 1, "buf-b64": "YQ==", "eof": False}
+    )
     async with talking(tmp_path, agent, timeout=SOON) as client:
         # At this pace the whole of one file would take longer than the test may.
         async with deadline("the files are given up"):
@@ -248,7 +268,11 @@ async def test_a_handle_whose_answer_came_too_late_is_closed_all_the_same(tmp_pa
     kept = []
 
     def late(command):
-        kept.append(json.dumps(agent.answer("guest-file-open", command["arguments"]) | {"id": command["id"]}))
+        kept.append(
+            json.dumps(
+                agent.answer("guest-file-open", command["arguments"]) | {"id": command["id"]}
+            )
+        )
 
     def sync(command):
         agent.answers.pop("guest-file-open", None)
@@ -270,7 +294,9 @@ async def test_one_command_that_is_not_allowed_leaves_no_file_open(tmp_path):
     def some(command):
         if command["arguments"]["path"] == "/f":
             return (
-                json.dumps(agent.answer("guest-file-open", command["arguments"]) | {"id": command["id"]}).encode()
+                json.dumps(
+                    agent.answer("guest-file-open", command["arguments"]) | {"id": command["id"]}
+                ).encode()
                 + b"\n"
             )
         return b'{"error": {"class": "CommandNotFound", "desc": "no"}}\n'.replace(
@@ -299,7 +325,8 @@ async def test_ids_are_drawn(tmp_path):
 async def test_what_an_earlier_client_asked_is_not_taken_for_ours(tmp_path):
     agent = FakeAgent()
     agent.before_sync = (
-        b'\xff{"return": 1}\n{"error": {"class": "GenericError", "desc": "JSON parse error, stray"}}\n'
+        b'\xff{"return": 1}\n{"error": {"class": "GenericError", "desc": "JSON'
+        b' parse error, stray"}}\n'
     )
     async with talking(tmp_path, agent) as client:
         assert len(await client.get_vcpus()) == 2
@@ -371,7 +398,9 @@ async def test_slow_answers_share_one_limit(tmp_path):
     agent = FakeAgent()
     agent.pause = 0.1
     async with talking(tmp_path, agent) as client:
-        with pytest.raises(VcpuConnectionError, match=r"not answer 'guest-get-vcpus' before 0\.5 s"):
+        with pytest.raises(
+            VcpuConnectionError, match=r"not answer 'guest-get-vcpus' before 0\.5 s"
+        ):
             with client.limit(0.5):
                 for _ in range(100):
                     await client.get_vcpus()

@@ -1,4 +1,6 @@
-"""`aio`: work is finished however often, and whenever, its caller is cancelled; then CancelledError goes on."""
+"""`aio`: work is finished however often, and whenever, its caller is cancelled; then CancelledError
+goes on.
+"""
 
 from __future__ import annotations
 
@@ -275,7 +277,7 @@ async def test_work_that_is_left_and_fails_is_not_complained_about():
     await gate.wait()
 
 
-# -- within asyncio's own ------------------------------------------------------------------------------
+# -- within asyncio's own --------------------------------------------------------------------------
 
 
 async def test_a_timeout_around_it_is_a_timeout_once_the_work_is_done():
@@ -305,7 +307,8 @@ async def test_a_cancel_and_a_timeout_are_a_cancel():
     assert work.is_done
 
 
-async def test_a_timeout_in_the_work_is_one_though_the_caller_is_cancelled():  # not so before Python 3.11.3
+# not so before Python 3.11.3
+async def test_a_timeout_in_the_work_is_one_though_the_caller_is_cancelled():
     ended = []
 
     async def work():
@@ -354,7 +357,7 @@ async def test_in_the_body_of_a_task_group_too():
     assert asyncio.current_task().cancelling() == 0
 
 
-# -- winding up ----------------------------------------------------------------------------------------
+# -- winding up ------------------------------------------------------------------------------------
 
 
 async def wound_up(work, *, begun=None):
@@ -419,7 +422,8 @@ async def test_what_the_second_cancel_has_to_clean_up_is_waited_for():
     assert cleaned == [True]
 
 
-async def test_a_timeout_works_while_winding_up():  # not so before Python 3.11.3, in the caller's task
+# not so before Python 3.11.3, in the caller's task
+async def test_a_timeout_works_while_winding_up():
     async def work():
         async with asyncio.timeout(0.01):
             await asyncio.Event().wait()

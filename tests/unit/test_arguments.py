@@ -1,4 +1,6 @@
-"""Wrong words of a call: every public call refuses them as usage, with what to give, before anything happens."""
+"""Wrong words of a call: every public call refuses them as usage, with what to give, before
+anything happens.
+"""
 
 from __future__ import annotations
 

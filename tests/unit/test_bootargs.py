@@ -31,11 +31,16 @@ NUMA = (
 
 def domain(vcpu="<vcpu>4</vcpu>", more="", arch="x86_64", machine="q35", kind="qemu"):
     os = f"<os><type arch='{arch}' machine='{machine}'>hvm</type></os>"
-    return f"<domain type='{kind}'><name>d</name><memory unit='MiB'>512</memory>{vcpu}{os}{more}</domain>"
+    return (
+        f"<domain type='{kind}'><name>d</name><memory"
+        f" unit='MiB'>512</memory>{vcpu}{os}{more}</domain>"
+    )
 
 
 def listed(first="", **enabled):
-    """`listed(_5="yes 2")`: vCPU 0, with `first` among its attributes, and 5 that is hotpluggable, of order 2."""
+    """`listed(_5="yes 2")`: vCPU 0, with `first` among its attributes, and 5 that is hotpluggable,
+    of order 2.
+    """
     out = [f"<vcpu id='0' enabled='yes' hotpluggable='no'{first}/>"]
     for key, value in enabled.items():
         pluggable, _, order = value.partition(" ")
@@ -48,7 +53,7 @@ def line(xml, **more):
     return boot(xml, KNOWN["ppc64" if "pseries" in xml else "x86_64"], **more)
 
 
-# -- all there from the start --------------------------------------------------------------------------
+# -- all there from the start ----------------------------------------------------------------------
 
 PLAIN = domain("<vcpu current='2'>4</vcpu>")
 
@@ -72,13 +77,19 @@ def test_a_plain_guest_needs_nothing_more():
 
 
 def test_nodes_have_all_vcpus_the_first_one_those_that_no_cell_names():
-    numa = "<cpu><numa><cell id='0' cpus='1' memory='256'/><cell id='1' cpus='2' memory='256'/></numa></cpu>"
+    numa = (
+        "<cpu><numa><cell id='0' cpus='1' memory='256'/><cell id='1' cpus='2'"
+        " memory='256'/></numa></cpu>"
+    )
     assert line(domain(more=numa)).values("-numa") == [
-        *("node,nodeid=0,cpus=0-1,cpus=3,memdev=ram-node0", "node,nodeid=1,cpus=2,memdev=ram-node1"),
+        *(
+            "node,nodeid=0,cpus=0-1,cpus=3,memdev=ram-node0",
+            "node,nodeid=1,cpus=2,memdev=ram-node1",
+        ),
     ]
 
 
-# -- memory --------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 ODD_CELLS = (
@@ -107,7 +118,7 @@ def test_that_memory_is_rounded_up_is_told():
     )
 
 
-# -- some are plugged ----------------------------------------------------------------------------------
+# -- some are plugged ------------------------------------------------------------------------------
 
 
 @pytest.fixture(name="sparse")
@@ -159,7 +170,13 @@ def test_over_qmp_there_is_no_device(paused):
 
 
 def test_over_qmp_vcpus_are_plugged_and_then_it_runs(paused):
-    device = {"driver": "qemu64-x86_64-cpu", "id": "vcpu5", "socket-id": 5, "core-id": 0, "thread-id": 0}
+    device = {
+        "driver": "qemu64-x86_64-cpu",
+        "id": "vcpu5",
+        "socket-id": 5,
+        "core-id": 0,
+        "thread-id": 0,
+    }
     assert paused.commands == ({"execute": "device_add", "arguments": device}, {"execute": "cont"})
 
 
@@ -177,9 +194,11 @@ def test_a_guest_that_comes_from_elsewhere_waits_for_it(style, uri):
     assert line(SPARSE, style=style, incoming=uri).arguments[-2:] == ("-incoming", uri)
 
 
-# -- other dialects and machines -----------------------------------------------------------------------
+# -- other dialects and machines -------------------------------------------------------------------
 
-RFC = "".join(f"<vcpu id='{n}' state='{'enabled' if n in (0, 1, 5) else 'disabled'}'/>" for n in range(8))
+RFC = "".join(
+    f"<vcpu id='{n}' state='{'enabled' if n in (0, 1, 5) else 'disabled'}'/>" for n in range(8)
+)
 
 
 @pytest.fixture(name="rfc")
@@ -199,7 +218,8 @@ def test_the_rfcs_dialect_plugs_the_rest(rfc):
 def guest_with_the_first_and_third_of_four_cores():
     topology = "<cpu><topology sockets='1' cores='4' threads='8'/></cpu>"
     vcpus = "".join(
-        f"<vcpu id='{n}' enabled='{'yes' if core in (0, 2) else 'no'}' hotpluggable='{'yes' if core else 'no'}'/>"
+        f"<vcpu id='{n}' enabled='{'yes' if core in (0, 2) else 'no'}'"
+        f" hotpluggable='{'yes' if core else 'no'}'/>"
         for core in range(4)
         for n in range(core * 8, core * 8 + 8)
     )
@@ -222,12 +242,14 @@ def test_a_core_is_plugged_at_a_time(cores):
         ("<cpu mode='host-model'/>", "qemu", ["max"]),
         ("<cpu mode='maximum'/>", "kvm", ["max"]),
         (
-            "<cpu mode='custom'><model fallback='allow'>EPYC</model><feature policy='disable' name='svm'/></cpu>",
+            "<cpu mode='custom'><model fallback='allow'>EPYC</model><feature policy='disable'"
+            " name='svm'/></cpu>",
             "qemu",
             ["EPYC,svm=off"],
         ),
         (
-            "<cpu><model>qemu64</model><feature name='x2apic'/><feature policy='optional' name='y'/></cpu>",
+            "<cpu><model>qemu64</model><feature name='x2apic'/><feature policy='optional'"
+            " name='y'/></cpu>",
             "qemu",
             ["qemu64,x2apic=on"],
         ),
@@ -243,7 +265,7 @@ def test_the_kind_of_a_domain_is_its_accelerator(kind, accel):
     assert line(domain(kind=kind)).values("-accel") == [accel]
 
 
-# -- memory ------------------------------------------------------------------------------------------
+# -- memory ----------------------------------------------------------------------------------------
 
 
 def cells(first="", second=""):
@@ -290,7 +312,7 @@ def test_units_are_libvirts(unit, factor):
     assert memory(f"<domain><name>d</name><memory unit='{unit}'>3</memory></domain>") == 3 * factor
 
 
-# -- what cannot boot --------------------------------------------------------------------------------
+# -- what cannot boot ------------------------------------------------------------------------------
 
 
 def test_half_a_core_cannot_boot_where_the_machine_says_that_it_is_one():

@@ -28,7 +28,7 @@ def names(cache):
     return sorted(path.name for path in cache.folder.iterdir())
 
 
-# -- put and got -------------------------------------------------------------------------------------
+# -- put and got -----------------------------------------------------------------------------------
 
 
 def test_what_was_not_put_is_not_got(cache):
@@ -138,7 +138,7 @@ def test_a_writer_that_was_killed_leaves_nothing_for_long(killed):
     assert names(killed) == ["a", "b"]
 
 
-# -- locks -------------------------------------------------------------------------------------------
+# -- locks -----------------------------------------------------------------------------------------
 
 LOCK = """
 import sys
@@ -152,7 +152,9 @@ with Cache(Path(sys.argv[1])).locked("x") as is_ours:
 def locked_by_another(cache):
     """What another process finds when it wants the lock `x`."""
     command = [sys.executable, "-c", LOCK, str(cache.folder)]
-    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.strip()
 
 
 @pytest.mark.parametrize(("name", "is_ours"), [("x", False), ("y", True)])
@@ -177,7 +179,7 @@ def test_another_process_gets_a_lock_that_nobody_holds(cache):
     assert locked_by_another(cache) == "True"
 
 
-# -- a folder that cannot be -------------------------------------------------------------------------
+# -- a folder that cannot be -----------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -201,7 +203,7 @@ def test_where_no_folder_can_be_there_are_no_locks(nowhere):
         pass
 
 
-# -- what an answer is of ----------------------------------------------------------------------------
+# -- what an answer is of --------------------------------------------------------------------------
 
 
 @pytest.fixture

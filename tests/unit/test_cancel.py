@@ -1,4 +1,6 @@
-"""Calls that are cancelled: before the first effect, at any await, while they undo, and a second time."""
+"""Calls that are cancelled: before the first effect, at any await, while they undo, and a second
+time.
+"""
 
 from __future__ import annotations
 
@@ -59,7 +61,9 @@ async def test_a_plug_is_undone_before_the_cancellation_goes_on(running):
 async def test_a_plug_that_was_not_answered_is_named(running):
     qemu = FakeQemu()
     sent = asyncio.Event()
-    qemu.hook = lambda connection, command: command["execute"] == "device_add" and (sent.set() or True)
+    qemu.hook = lambda connection, command: (
+        command["execute"] == "device_add" and (sent.set() or True)
+    )
     async with running(qemu) as domain:
         task = asyncio.create_task(domain.enable([1, 2]))
         await sent.wait()
@@ -163,7 +167,9 @@ async def test_in_the_guest_the_domain_stays_usable(with_guest, steps):
 async def test_at_any_await_what_the_agent_switched_is_told(with_guest, steps):
     guest = FakeGuest(FakeQemu(plugged=(1,)))
     async with with_guest(guest) as domain:
-        task = asyncio.create_task(domain.vcpu(1, qmpvcpu.VcpuFlag.GUEST | qmpvcpu.VcpuFlag.DISABLE))
+        task = asyncio.create_task(
+            domain.vcpu(1, qmpvcpu.VcpuFlag.GUEST | qmpvcpu.VcpuFlag.DISABLE)
+        )
         for _ in range(steps):
             await asyncio.sleep(0)
         task.cancel()
@@ -177,8 +183,12 @@ async def test_what_an_agent_that_fell_silent_was_told_is_unsure(with_guest):
     async with with_guest(guest) as domain:
         await domain.guest_vcpus()
         guest.silent = {"guest-set-vcpus"}
-        task = asyncio.create_task(domain.vcpu(1, qmpvcpu.VcpuFlag.GUEST | qmpvcpu.VcpuFlag.DISABLE))
-        await until(lambda: "guest-set-vcpus" in [name for name, _ in guest.commands], "the agent was told")
+        task = asyncio.create_task(
+            domain.vcpu(1, qmpvcpu.VcpuFlag.GUEST | qmpvcpu.VcpuFlag.DISABLE)
+        )
+        await until(
+            lambda: "guest-set-vcpus" in [name for name, _ in guest.commands], "the agent was told"
+        )
         guest.silent |= {"guest-get-vcpus", "guest-sync-delimited"}
         task.cancel()
         await asyncio.sleep(0)

@@ -1,4 +1,6 @@
-"""Every case of tests/cases, through the real command line, on a scripted QEMU that starts from a recording."""
+"""Every case of tests/cases, through the real command line, on a scripted QEMU that starts from a
+recording.
+"""
 
 from __future__ import annotations
 
@@ -54,7 +56,10 @@ def test_case(case, servers, stand_in, monkeypatch):
     ("text", "named"),
     [
         ("speed = 1\n[[case]]\nname = 'a'\nrequest = 'vcpuinfo D'\nexpect.exit = 0", "speed"),
-        ("[machine]\nspeed = 1\n[[case]]\nname = 'a'\nrequest = 'vcpuinfo D'\nexpect.exit = 0", "speed"),
+        (
+            "[machine]\nspeed = 1\n[[case]]\nname = 'a'\nrequest = 'vcpuinfo D'\nexpect.exit = 0",
+            "speed",
+        ),
         ("[[case]]\nname = 'a'\nrequest = 'vcpuinfo D'\nexpect.speed = 0", "speed"),
         ("[[case]]\nname = 'a'\nrequest = 'vcpuinfo D'\nqemu.speed = 0\nexpect.exit = 0", "speed"),
         ("[[case]]\nname = 'a'\nrequest = 'vcpuinfo D'\nguest.speed = 0\nexpect.exit = 0", "speed"),

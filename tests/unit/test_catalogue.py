@@ -1,4 +1,6 @@
-"""The catalogue of reasons and who uses it, by the syntax tree: no text fails only when it is needed."""
+"""The catalogue of reasons and who uses it, by the syntax tree: no text fails only when it is
+needed.
+"""
 
 from __future__ import annotations
 
@@ -58,24 +60,45 @@ def wrong(row: Reason, call: ast.Call) -> str | None:
 
 @cache
 def uses(path: Path) -> list[tuple[str, str | None]]:
-    """Each use of a row in a file, and what is wrong with it; a table or a loop calls its rows as `reason(…)`."""
+    """Each use of a row in a file, and what is wrong with it; a table or a loop calls its rows as
+    `reason(…)`.
+    """
     found: list[tuple[str, str | None]] = []
     nodes = list(ast.walk(TREES[path]))
     calls = [node for node in nodes if isinstance(node, ast.Call)]
     direct = {called(call): call for call in calls if row_of(called(call))}
-    read = {node.value for node in nodes if isinstance(node, ast.Attribute) and node.attr in Reason._fields}
+    read = {
+        node.value
+        for node in nodes
+        if isinstance(node, ast.Attribute) and node.attr in Reason._fields
+    }
     for node in nodes:
         if not isinstance(node, ast.Attribute) or (name := row_of(node)) is None:
             continue
         if node in direct or node in read:
             found.append((name, wrong(ROWS[name], direct[node]) if node in direct else None))
             continue
-        functions = [one for one in nodes if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)]
+        functions = [
+            one for one in nodes if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)
+        ]
         around = [one for one in functions if one.lineno <= node.lineno <= (one.end_lineno or 0)]
-        inside = [call for call in ast.walk(around[-1] if around else TREES[path]) if isinstance(call, ast.Call)]
-        by_name = [call for call in inside if isinstance(at := called(call), ast.Name) and at.id == "reason"]
+        inside = [
+            call
+            for call in ast.walk(around[-1] if around else TREES[path])
+            if isinstance(call, ast.Call)
+        ]
+        by_name = [
+            call
+            for call in inside
+            if isinstance(at := called(call), ast.Name) and at.id == "reason"
+        ]
         fits = any(wrong(ROWS[name], call) is None for call in by_name)
-        found.append((name, None if fits else "is given to nobody who calls it as `reason(…)` with its fields"))
+        found.append(
+            (
+                name,
+                None if fits else "is given to nobody who calls it as `reason(…)` with its fields",
+            )
+        )
     return found
 
 
@@ -93,7 +116,8 @@ def test_refusals_are_made_of_rows() -> None:
         (str(path.relative_to(HOUSE)), name)
         for path, tree in TREES.items()
         for call in ast.walk(tree)
-        if isinstance(call, ast.Call) and (name := ast.unparse(call.func).split(".")[-1]) in ("Refusal", "Reason")
+        if isinstance(call, ast.Call)
+        and (name := ast.unparse(call.func).split(".")[-1]) in ("Refusal", "Reason")
     }
     assert makers == {
         ("core/rules/catalogue.py", "Refusal"),

@@ -46,27 +46,46 @@ def test_sizes_are_qemus(words, size):
 
 
 def test_a_comma_in_a_value_is_doubled_and_a_bare_word_is_on():
-    assert read("-drive", "file=a,,b,readonly").options == (("drive", (("file", "a,b"), ("readonly", "on"))),)
+    assert read("-drive", "file=a,,b,readonly").options == (
+        ("drive", (("file", "a,b"), ("readonly", "on"))),
+    )
     assert read("-device", "virtio-rng-pci,id=r").options == (
         ("device", (("driver", "virtio-rng-pci"), ("id", "r"))),
     )
     assert argument([("driver", "a,b"), ("id", "c,d")], "driver") == "a,,b,id=c,,d"
 
 
-@given(st.lists(st.tuples(st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True), st.text(max_size=9)), max_size=5))
+@given(
+    st.lists(
+        st.tuples(st.from_regex(r"[a-z][a-z0-9-]{0,8}", fullmatch=True), st.text(max_size=9)),
+        max_size=5,
+    )
+)
 def test_what_is_joined_is_split_again(pairs):
     assert read("-drive", argument(pairs)).options == (("drive", tuple(pairs)),)
 
 
 def test_machine_options_and_memory_of_all_their_options():
-    found = read("-M", "q35,accel=kvm:tcg,smm=off", "--machine", "hpet=off", "-m", "1G", "-m", "slots=2,maxmem=4G")
+    found = read(
+        "-M",
+        "q35,accel=kvm:tcg,smm=off",
+        "--machine",
+        "hpet=off",
+        "-m",
+        "1G",
+        "-m",
+        "slots=2,maxmem=4G",
+    )
     assert found.machine == (("smm", "off"), ("hpet", "off"))
     assert found.memory == (1 << 30, 2, 4 << 30)
 
 
 def test_json_arguments_and_flags():
     found = read(
-        "-nodefaults", "-object", '{"qom-type":"memory-backend-ram","id":"m","size":67108864,"share":true}', "-S"
+        "-nodefaults",
+        "-object",
+        '{"qom-type":"memory-backend-ram","id":"m","size":67108864,"share":true}',
+        "-S",
     )
     (backend,) = found.backends
     assert (backend["id"], backend["size"], backend["share"]) == ("m", "67108864", "on")
@@ -75,7 +94,12 @@ def test_json_arguments_and_flags():
 
 def test_nodes_without_an_id_have_that_of_their_place():
     found = read(
-        "-numa", "node,memdev=m1,cpus=0-1", "-numa", "node,nodeid=01,mem=0x40", "-numa", "dist,src=0,dst=1,val=31"
+        "-numa",
+        "node,memdev=m1,cpus=0-1",
+        "-numa",
+        "node,nodeid=01,mem=0x40",
+        "-numa",
+        "dist,src=0,dst=1,val=31",
     )
     assert found.nodes == ((0, "m1", None), (1, None, 64 * MIB))
     assert found.distances == ((0, 1, 31),)
@@ -113,7 +137,7 @@ def test_what_cannot_be_read_is_named():
     assert read("-device").unread == ("-device",)
 
 
-# -- the definition made of it ------------------------------------------------------------------------
+# -- the definition made of it ---------------------------------------------------------------------
 
 
 def replies(*memdevs, **more):
@@ -138,7 +162,10 @@ def test_without_a_command_line_the_order_of_addresses_tells_the_backends():
         **{"info numa": "2 nodes\nnode 0 size: 63 MB\nnode 1 size: 64 MB\n", "info mtree -f": tree},
     )
     found = claim(None, facts, driver="Haswell-noTSX-x86_64-cpu").definition
-    assert [(row["id"], row["cell"]) for row in found["options"]["backends"]] == [("m1", 0), ("m0", 1)]
+    assert [(row["id"], row["cell"]) for row in found["options"]["backends"]] == [
+        ("m1", 0),
+        ("m0", 1),
+    ]
     assert [cell["memory"] for cell in found["cells"]] == [64 * MIB - 4096, 64 * MIB]
     assert found["cpu"] == "Haswell-noTSX"
 
@@ -157,11 +184,21 @@ def test_the_model_is_cut_from_the_type_where_qmp_does_not_know_it(driver, model
 
 
 def test_what_was_plugged_is_a_device_and_not_a_nodes_own_memory():
-    data = {"id": "s", "memdev": "/objects/d", "size": 128 * MIB, "node": 0, "slot": 1, "addr": 1 << 32}
+    data = {
+        "id": "s",
+        "memdev": "/objects/d",
+        "size": 128 * MIB,
+        "node": 0,
+        "slot": 1,
+        "addr": 1 << 32,
+    }
     facts = replies(
         ("m", 64 * MIB),
         ("d", 128 * MIB),
-        **{"query-memory-devices": [{"type": "dimm", "data": data}], "memory": {"max-size": 1 << 30, "slots": 2}},
+        **{
+            "query-memory-devices": [{"type": "dimm", "data": data}],
+            "memory": {"max-size": 1 << 30, "slots": 2},
+        },
     )
     found = claim([PROGRAM, "-numa", "node,memdev=m"], facts).definition
     assert [cell["memory"] for cell in found["cells"]] == [64 * MIB]
@@ -184,7 +221,13 @@ def test_what_was_plugged_is_a_device_and_not_a_nodes_own_memory():
 def test_what_no_definition_holds_is_named():
     data = {"id": "v", "memdev": "/objects/d", "size": 1}
     facts = replies(("d", 1), **{"query-memory-devices": [{"type": "virtio-mem", "data": data}]})
-    words = [PROGRAM, "-machine", "q35,confidential-guest-support=sev0", "-mem-path", "/dev/hugepages"]
+    words = [
+        PROGRAM,
+        "-machine",
+        "q35,confidential-guest-support=sev0",
+        "-mem-path",
+        "/dev/hugepages",
+    ]
     assert claim(words, facts).left_out == (
         "the memory device virtio-mem 'v'",
         "-mem-path",
@@ -193,8 +236,11 @@ def test_what_no_definition_holds_is_named():
 
 
 def test_lists_of_an_object_stand_under_one_key():
-    text = '{"qom-type": "memory-backend-ram", "id": "m", "size": 1, "host-nodes": [0, 2], "policy": "bind"}'
-    (backend,) = claim([PROGRAM, "-object", text, "-machine", "memory-backend=m"], {}).definition["options"][
-        "backends"
-    ]
+    text = (
+        '{"qom-type": "memory-backend-ram", "id": "m", "size": 1, "host-nodes": [0, 2],'
+        ' "policy": "bind"}'
+    )
+    (backend,) = claim([PROGRAM, "-object", text, "-machine", "memory-backend=m"], {}).definition[
+        "options"
+    ]["backends"]
     assert backend["options"] == (("host-nodes", "0"), ("host-nodes", "2"), ("policy", "bind"))

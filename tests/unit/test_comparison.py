@@ -83,11 +83,14 @@ def test_distances_are_those_of_the_command_lines():
     there = of_line("-numa", "dist,src=0,dst=1,val=31")
     assert differences(there, there) == []
     assert (
-        differences(there, of_line("-numa", "dist,src=0,dst=1,val=31", "-numa", "dist,src=1,dst=0,val=31")) == []
+        differences(
+            there, of_line("-numa", "dist,src=0,dst=1,val=31", "-numa", "dist,src=1,dst=0,val=31")
+        )
+        == []
     )
-    assert differences(there, of_line("-numa", "dist,src=0,dst=1,val=31", "-numa", "dist,src=1,dst=0,val=22")) == [
-        "distance of NUMA nodes 1 and 0: 31 at the source, 22 here"
-    ]
+    assert differences(
+        there, of_line("-numa", "dist,src=0,dst=1,val=31", "-numa", "dist,src=1,dst=0,val=22")
+    ) == ["distance of NUMA nodes 1 and 0: 31 at the source, 22 here"]
     assert differences(there, of_line()) == [
         "distance of NUMA nodes 0 and 1: 31 at the source, none here",
         "distance of NUMA nodes 1 and 0: 31 at the source, none here",
@@ -96,15 +99,23 @@ def test_distances_are_those_of_the_command_lines():
 
 def test_distances_that_qemu_takes_by_itself_need_not_be_written():
     written = ("dist,src=0,dst=1,val=20", "dist,src=1,dst=1,val=10")
-    assert differences(of_line(), of_line(*(word for text in written for word in ("-numa", text)))) == []
+    assert (
+        differences(of_line(), of_line(*(word for text in written for word in ("-numa", text))))
+        == []
+    )
 
 
 def test_without_a_command_line_nothing_is_said_of_distances():
-    assert differences(of_line("-numa", "dist,src=0,dst=1,val=31"), {**machine_of({}), "version": NEW}) == []
+    assert (
+        differences(of_line("-numa", "dist,src=0,dst=1,val=31"), {**machine_of({}), "version": NEW})
+        == []
+    )
 
 
 def test_attributes_of_memory_are_those_of_the_command_lines():
-    assert differences(of_line("-numa", LATENCY), of_line()) == [f"-numa {LATENCY}: 1 at the source, none here"]
+    assert differences(of_line("-numa", LATENCY), of_line()) == [
+        f"-numa {LATENCY}: 1 at the source, none here"
+    ]
 
 
 def test_another_version_calls_its_own_devices_otherwise():
@@ -127,9 +138,15 @@ def with_disks(**disks):
 
 
 def test_disks_are_compared_by_their_drives():
-    there = with_disks(vd0=("/ov", "qcow2"), vd1=("/a", "raw"), cd=("", ""), same=("/s", "raw"), net=("nbd:x", ""))
+    there = with_disks(
+        vd0=("/ov", "qcow2"), vd1=("/a", "raw"), cd=("", ""), same=("/s", "raw"), net=("nbd:x", "")
+    )
     here = with_disks(
-        vd0=("/b", "raw"), vd1=("/a", "qcow2"), cd=("/c", ""), same=("/s", ""), net=("nbd://x", "raw")
+        vd0=("/b", "raw"),
+        vd1=("/a", "qcow2"),
+        cd=("/c", ""),
+        same=("/s", ""),
+        net=("nbd://x", "raw"),
     )
     assert differences(there, here) == [
         "disk 'cd': no medium at the source, /c here",
@@ -148,10 +165,17 @@ def test_drives_of_other_names_are_compared_by_their_files():
 
 
 def test_drives_are_read_as_qemu_tells_of_them():
-    overlay = '{"driver": "qcow2", "backing": {"driver": "raw"}, "file": {"driver": "file", "filename": "/o"}}'
+    overlay = (
+        '{"driver": "qcow2", "backing": {"driver": "raw"}, "file": {"driver": "file",'
+        ' "filename": "/o"}}'
+    )
     rows = [
         {"device": "vd0", "inserted": {"file": f"json:{overlay}", "drv": "qcow2"}},
-        {"device": "", "qdev": "/machine/peripheral/d1/virtio-backend", "inserted": {"file": "/x", "drv": "raw"}},
+        {
+            "device": "",
+            "qdev": "/machine/peripheral/d1/virtio-backend",
+            "inserted": {"file": "/x", "drv": "raw"},
+        },
         {"device": "cd", "removable": True},
         {"device": "odd", "inserted": {"file": "json:[", "drv": 1}},
     ]
@@ -161,13 +185,16 @@ def test_drives_are_read_as_qemu_tells_of_them():
 
 
 REPLY = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.text(max_size=5), lambda inner: st.lists(inner, max_size=3)
+    st.none() | st.booleans() | st.integers() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3),
 )
 
 
 @given(
     st.fixed_dictionaries(
-        dict.fromkeys(("memory", "ramblock", "memdevs", "mtree", "numa", "pci", "machine", "block"), REPLY)
+        dict.fromkeys(
+            ("memory", "ramblock", "memdevs", "mtree", "numa", "pci", "machine", "block"), REPLY
+        )
     )
 )
 def test_odd_replies_are_not_there(replies):
@@ -175,26 +202,42 @@ def test_odd_replies_are_not_there(replies):
 
 
 def test_blocks_of_7_2_and_of_11_1_are_read():
-    head = "              Block Name    PSize              Offset               Used              Total"
-    row = "                  pc.ram    4 KiB  0x0000000000000000 0x0000000008000000 0x0000000008000000"
+    head = (
+        "              Block Name    PSize              Offset               Used             "
+        " Total"
+    )
+    row = (
+        "                  pc.ram    4 KiB  0x0000000000000000 0x0000000008000000"
+        " 0x0000000008000000"
+    )
     for end in ("", "                HVA  RO"), ("", "  0x00007ffb6fa00000  rw"):
         text = f"{head}{end[0]}\n{row}{end[1]}\n"
-        assert machine_of({"ramblock": {"human-readable-text": text}})["blocks"] == {"pc.ram": 128 << 20}
+        assert machine_of({"ramblock": {"human-readable-text": text}})["blocks"] == {
+            "pc.ram": 128 << 20
+        }
 
 
 def test_what_is_behind_a_bridge_counts_by_its_type_alone():
     """QEMU lists it once firmware has numbered the bus, which a twin never does."""
 
     def bus(number):
-        behind = [{"bus": number, "slot": 0, "function": 0, "id": {"vendor": 0x1AF4, "device": 0x1041}}]
+        behind = [
+            {"bus": number, "slot": 0, "function": 0, "id": {"vendor": 0x1AF4, "device": 0x1041}}
+        ]
         bridge = {"bus": {"number": 0}, "devices": behind}
-        port = {"bus": 0, "slot": 3, "function": 0, "id": {"vendor": 0x1B36, "device": 0xC}, "pci_bridge": bridge}
+        port = {
+            "bus": 0,
+            "slot": 3,
+            "function": 0,
+            "id": {"vendor": 0x1B36, "device": 0xC},
+            "pci_bridge": bridge,
+        }
         return machine_of({"pci": [{"bus": 0, "devices": [port]}]})["pci"]
 
     assert bus(0) == bus(7) == {"0:03.0": "1b36:000c"}
 
 
-# -- devices ----------------------------------------------------------------------------------------
+# -- devices ---------------------------------------------------------------------------------------
 
 
 def devices(*words, folder=None):
@@ -208,19 +251,31 @@ def test_monitors_memory_and_cpus_are_no_devices():
         *("-machine", "memory-backend=m0", "-object", "memory-backend-ram,id=m0,size=1M"),
         *("-device", "qemu64-x86_64-cpu,id=v,socket-id=1", "-device", "virtio-rng-pci"),
     )
-    assert (found.devices, found.has_defaults, found.has_serial) == (("-device", "virtio-rng-pci"), False, False)
+    assert (found.devices, found.has_defaults, found.has_serial) == (
+        ("-device", "virtio-rng-pci"),
+        False,
+        False,
+    )
     assert found.left_out == ()
 
 
 def test_the_agents_port_gets_the_chardev_of_start():
     port = "virtserialport,chardev=ga,name=org.qemu.guest_agent.0,nr=2"
     found = devices("-chardev", "socket,id=ga,path=/x,server=on", "-device", port)
-    assert found.devices == ("-device", "virtserialport,chardev=agent,name=org.qemu.guest_agent.0,nr=2")
+    assert found.devices == (
+        "-device",
+        "virtserialport,chardev=agent,name=org.qemu.guest_agent.0,nr=2",
+    )
 
 
 def test_a_chardev_of_a_monitor_and_of_a_device_stays():
     words = ("-chardev", "null,id=m,mux=on", "-mon", "chardev=m", "-device", "isa-serial,chardev=m")
-    assert devices(*words).devices == ("-chardev", "null,id=m,mux=on", "-device", "isa-serial,chardev=m")
+    assert devices(*words).devices == (
+        "-chardev",
+        "null,id=m,mux=on",
+        "-device",
+        "isa-serial,chardev=m",
+    )
 
 
 @pytest.mark.parametrize(
@@ -239,14 +294,28 @@ def test_every_way_to_hand_a_descriptor_over_is_named(text):
 
 
 def test_descriptors_of_the_first_process_are_named():
-    found = devices("-netdev", "tap,id=n,fd=9", "-device", "virtio-net-pci,netdev=n", "-frobnicate", "x")
+    found = devices(
+        "-netdev", "tap,id=n,fd=9", "-device", "virtio-net-pci,netdev=n", "-frobnicate", "x"
+    )
     assert found.left_out == ("-netdev tap,id=n,fd=9", "-frobnicate x")
     assert found.devices[:2] == ("-netdev", "user,id=n")
 
 
 def test_files_get_their_whole_paths():
-    words = ("-drive", "file=a.img,if=virtio", "-cdrom", "b.iso", "-drive", "file=nbd:unix:/s,id=n", "-hda", "/c")
-    assert devices("-drive", "file=./a:b.img", folder="/images").devices == ("-drive", "file=/images/./a:b.img")
+    words = (
+        "-drive",
+        "file=a.img,if=virtio",
+        "-cdrom",
+        "b.iso",
+        "-drive",
+        "file=nbd:unix:/s,id=n",
+        "-hda",
+        "/c",
+    )
+    assert devices("-drive", "file=./a:b.img", folder="/images").devices == (
+        "-drive",
+        "file=/images/./a:b.img",
+    )
     stream = "stream,id=n,addr.type=unix,addr.path=s"
     assert devices("-netdev", stream, folder="/run").devices[1].endswith("addr.path=/run/s")
     found = devices(*words, folder="/images")
@@ -309,10 +378,16 @@ def test_anything_can_be_hollowed(words):
         (["-audiodev", "wav,id=a,path=x.wav"], ["-audiodev", "none,id=a"]),
         (["-overcommit", "mem-lock=on"], []),
         (["-icount", "shift=auto,rr=record,rrfile=x"], []),
-        (["-object", "cryptodev-vhost-user,id=c,chardev=x"], ["-object", "cryptodev-backend-builtin,id=c"]),
+        (
+            ["-object", "cryptodev-vhost-user,id=c,chardev=x"],
+            ["-object", "cryptodev-backend-builtin,id=c"],
+        ),
         (["-audio", "wav,model=hda,path=x.wav"], ["-audio", "none,model=hda"]),
         (["-fsdev", "proxy,id=f,socket=/s"], ["-fsdev", "synth,id=f"]),
-        (["-virtfs", "local,path=/x,mount_tag=t,security_model=none"], ["-virtfs", "synth,mount_tag=t"]),
+        (
+            ["-virtfs", "local,path=/x,mount_tag=t,security_model=none"],
+            ["-virtfs", "synth,mount_tag=t"],
+        ),
         (["-qmp", "unix:/s,server=on", "-monitor", "stdio", "-mon", "chardev=m"], []),
         (["-vnc", ":1", "-spice", "port=5900", "-display", "gtk"], ["-display", "none"]),
         (["-pidfile", "/p", "-D", "/l", "-daemonize", "-snapshot", "-gdb", "tcp::1234", "-s"], []),
@@ -327,7 +402,14 @@ def test_a_twin_does_nothing_to_files_and_memory_of_the_host(given, kept):
 
 
 def test_what_one_qemu_alone_can_have_is_named():
-    words = ["-device", "vfio-pci,host=01:00.0", "-device", "scsi-block,drive=d", "-device", "virtio-rng-pci"]
+    words = [
+        "-device",
+        "vfio-pci,host=01:00.0",
+        "-device",
+        "scsi-block,drive=d",
+        "-device",
+        "virtio-rng-pci",
+    ]
     assert only_one_can_have([*words, "-readconfig", "more.cfg"]) == [
         "-device vfio-pci,host=01:00.0",
         "-device scsi-block,drive=d",
@@ -337,9 +419,21 @@ def test_what_one_qemu_alone_can_have_is_named():
 
 def test_a_twin_tells_which_disk_is_behind_which_drive():
     words = [
-        *("-drive", "file=/d,,1,if=virtio,format=raw", "-hda", "/e", "-drive", "if=ide,media=cdrom"),
+        *(
+            "-drive",
+            "file=/d,,1,if=virtio,format=raw",
+            "-hda",
+            "/e",
+            "-drive",
+            "if=ide,media=cdrom",
+        ),
         *("-blockdev", '{"driver":"file","filename":"/g","node-name":"below"}'),
-        *("-blockdev", "driver=qcow2,file=below,node-name=top", "-drive", "driver=null-co,if=none,id=n"),
+        *(
+            "-blockdev",
+            "driver=qcow2,file=below,node-name=top",
+            "-drive",
+            "driver=null-co,if=none,id=n",
+        ),
         *("-drive", "if=pflash,file=/f"),
     ]
     assert disks_behind(words) == {
@@ -351,10 +445,18 @@ def test_a_twin_tells_which_disk_is_behind_which_drive():
         "node5": ("null-co:", "null-co"),
     }
     made = without_the_host(words)
-    assert [f"node-name=node{number}" in " ".join(made) for number in (0, 1, 2, 5, 6)] == [True] * 4 + [False]
+    assert [f"node-name=node{number}" in " ".join(made) for number in (0, 1, 2, 5, 6)] == [
+        True
+    ] * 4 + [False]
 
 
-@given(st.lists(st.sampled_from(["-blockdev", "-drive", "driver=raw,file=a,node-name=a", "file=", "{", "-hda"])))
+@given(
+    st.lists(
+        st.sampled_from(
+            ["-blockdev", "-drive", "driver=raw,file=a,node-name=a", "file=", "{", "-hda"]
+        )
+    )
+)
 def test_anything_can_be_looked_at_for_disks(words):
     assert isinstance(disks_behind(words), dict)
     assert isinstance(missed(["qemu", *words], words), list)
@@ -371,7 +473,17 @@ def test_anything_can_be_looked_at_for_disks(words):
         (["-machine", "q35,kernel=/k"], [], ["-machine kernel=/k"]),
         (["-machine", "q35,kernel=/k"], ["-machine", "kernel=/k"], []),
         (
-            ["-chardev", "socket,id=c,fd=3", "-vnc", ":1", "-loadvm", "x", "-display", "none", "-mem-prealloc"],
+            [
+                "-chardev",
+                "socket,id=c,fd=3",
+                "-vnc",
+                ":1",
+                "-loadvm",
+                "x",
+                "-display",
+                "none",
+                "-mem-prealloc",
+            ],
             [],
             [],
         ),
@@ -382,7 +494,16 @@ def test_what_the_guest_would_miss_of_its_command_line(started, defined, found):
 
 
 def test_disks_without_a_whole_path_are_named():
-    words = ["-drive", "file=d.img,format=raw", "-hda", "/e", "-cdrom", "nbd:x", "-chardev", "file,id=c,path=log"]
+    words = [
+        "-drive",
+        "file=d.img,format=raw",
+        "-hda",
+        "/e",
+        "-cdrom",
+        "nbd:x",
+        "-chardev",
+        "file,id=c,path=log",
+    ]
     assert in_an_unknown_folder(words) == ["-drive file=d.img,format=raw"]
 
 

@@ -1,4 +1,6 @@
-"""CONFIG, and LIVE with CONFIG: when the definition is written, who else may write it, what a failure leaves."""
+"""CONFIG, and LIVE with CONFIG: when the definition is written, who else may write it, what a
+failure leaves.
+"""
 
 from __future__ import annotations
 
@@ -131,7 +133,9 @@ async def test_a_domain_that_does_not_run_has_no_events(home):
     [lambda d: d.enable(1), lambda d: d.vcpu(1), lambda d: d.set_vcpus(2)],
     ids=["enable", "query", "count"],
 )
-async def test_a_definition_that_does_not_hold_is_told_with_its_place_and_not_overwritten(home, xml, call):
+async def test_a_definition_that_does_not_hold_is_told_with_its_place_and_not_overwritten(
+    home, xml, call
+):
     home.define(xml)
     async with home.stopped() as domain:
         with pytest.raises(qmpvcpu.VcpuRefused, match=r"web1.xml': (line|not)"):

@@ -1,7 +1,8 @@
-"""Any sequence of requests: never more vCPUs than there were or are asked for, and in the end as many as asked.
+"""Any sequence of requests: never more vCPUs than there were or are asked for, and in the end as
+many as asked.
 
-The guest and QEMU are a few sets: what a plan says is done, by a guest that lets go of some vCPUs, and of others
-later or never. `scripts/soak counts` runs ten times as many sequences.
+The guest and QEMU are a few sets: what a plan says is done, by a guest that lets go of some vCPUs,
+and of others later or never. `scripts/soak counts` runs ten times as many sequences.
 """
 
 from __future__ import annotations
@@ -33,7 +34,9 @@ class World:
 
     def plan(self, request) -> Plan:
         state = x86(self.plugged, kvm=True)
-        return plan(state, pending=self.pending, offline=self.offline if self.has_agent else None, **request)
+        return plan(
+            state, pending=self.pending, offline=self.offline if self.has_agent else None, **request
+        )
 
     def carry_out(self, made: Plan) -> int:
         """Do it; the most vCPUs that were enabled at once."""
@@ -67,7 +70,9 @@ def random_world(random: Random) -> World:
 
 
 def random_request(random: Random, world: World):
-    """A request, and how many vCPUs it wants enabled, where every one obeys (None: what it names decides)."""
+    """A request, and how many vCPUs it wants enabled, where every one obeys (None: what it names
+    decides).
+    """
     was = len(world.plugged)
     match random.randrange(4):
         case 0:
@@ -80,7 +85,11 @@ def random_request(random: Random, world: World):
             return {"ids": ids, "flags": flags}, len(after)
         case 2:
             flags = random.choice((ENABLE, DISABLE))
-            request = {"ids": (random.randrange(2),), "flags": flags | NODE, "count": random.randint(1, 3)}
+            request = {
+                "ids": (random.randrange(2),),
+                "flags": flags | NODE,
+                "count": random.randint(1, 3),
+            }
             # Of what is to be enabled, some may be plugged already: pending, or offline.
             return request, was + request["count"] if flags is ENABLE else was - request["count"]
         case _:
@@ -129,7 +138,9 @@ def calls() -> list[Call]:
 
 def of_kind(calls, *kinds):
     """Calls with one of these arguments that everybody obeyed."""
-    return [call for call in calls if call.is_obeyed and any(kind in call.request for kind in kinds)]
+    return [
+        call for call in calls if call.is_obeyed and any(kind in call.request for kind in kinds)
+    ]
 
 
 def test_never_more_are_enabled_than_there_were_or_are_wanted(calls):
@@ -143,11 +154,16 @@ def test_a_count_or_a_list_is_reached(calls):
 
 
 def test_what_a_count_or_a_list_wants_enabled_runs(calls):
-    wanted = [({n for n, on in call.plan.wants.items() if on}, call) for call in of_kind(calls, "total", "listed")]
+    wanted = [
+        ({n for n, on in call.plan.wants.items() if on}, call)
+        for call in of_kind(calls, "total", "listed")
+    ]
     assert [call for ids, call in wanted if not ids <= call.runs_on] == []
 
 
 def test_calls_of_every_kind_were_tried(calls):
     plans = [call.plan for call in calls]
     kinds = [any(made.refusals for made in plans), any(made.awaited for made in plans)]
-    assert [*kinds, any(made.onlines for made in plans), any(made.plugs for made in plans)] == [True] * 4
+    assert [*kinds, any(made.onlines for made in plans), any(made.plugs for made in plans)] == [
+        True
+    ] * 4

@@ -12,7 +12,9 @@ from tests.support.fake_qemu import FakeQemu
 
 @pytest.fixture
 def unheard(running):
-    """A domain with vCPUs 0 to 3 plugged as far as it knows, and others that another client has plugged since."""
+    """A domain with vCPUs 0 to 3 plugged as far as it knows, and others that another client has
+    plugged since.
+    """
 
     @asynccontextmanager
     async def start(qemu, *others):
@@ -30,7 +32,11 @@ async def test_a_count_goes_on_where_another_client_has_plugged_unheard(unheard)
     async with unheard(qemu, 6, 5) as domain:
         outcome = await domain.set_vcpus(2)
         assert sum(row.enabled for row in await domain.vcpus()) == 2
-    assert (outcome.outcome, outcome.changed_ids, outcome.ids) == ("applied", (2, 3, 5, 6), (2, 3, 5, 6))
+    assert (outcome.outcome, outcome.changed_ids, outcome.ids) == (
+        "applied",
+        (2, 3, 5, 6),
+        (2, 3, 5, 6),
+    )
     assert [(row.id, row.enabled) for row in outcome.rows] == [(n, False) for n in (2, 3, 5, 6)]
     assert set(qemu.paths) == {0, 1}
 
@@ -53,9 +59,15 @@ async def test_where_the_rest_is_refused_it_is_partial(unheard):
 
     async with unheard(qemu, 6) as domain:
         qemu.hook = leave
-        with pytest.raises(qmpvcpu.VcpuPartial, match="destination; vCPU 2-3 stays changed") as caught:
+        with pytest.raises(
+            qmpvcpu.VcpuPartial, match="destination; vCPU 2-3 stays changed"
+        ) as caught:
             await domain.set_vcpus(2)
-    assert (caught.value.remaining, caught.value.changed_ids, caught.value.ids) == ((2, 3), (2, 3), (2, 3, 6))
+    assert (caught.value.remaining, caught.value.changed_ids, caught.value.ids) == (
+        (2, 3),
+        (2, 3),
+        (2, 3, 6),
+    )
 
 
 async def test_a_count_that_fails_after_it_went_on_is_partial(unheard):

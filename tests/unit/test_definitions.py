@@ -44,7 +44,7 @@ def mode(path):
     return oct(path.stat().st_mode & 0o777)
 
 
-# -- define ------------------------------------------------------------------------------------------
+# -- define ----------------------------------------------------------------------------------------
 
 
 def test_before_the_first_definition_there_is_none(empty):
@@ -134,7 +134,7 @@ def test_the_first_rename_kills(store):
     assert in_child(REDEFINE, store.folder.parent, 1) == 9
 
 
-# -- undefine ----------------------------------------------------------------------------------------
+# -- undefine --------------------------------------------------------------------------------------
 
 
 def test_undefined_its_last_version_stays(store):
@@ -169,10 +169,24 @@ def test_what_is_not_defined_cannot_be_undefined(empty):
     assert caught.value.libvirt == "VIR_ERR_NO_DOMAIN"
 
 
-# -- names -------------------------------------------------------------------------------------------
+# -- names -----------------------------------------------------------------------------------------
 
 BAD_NAMES = ["", "  ", ".", "a/b", "/", "..", "../x", "a\nb", "a\0b", "a\x9bb", "x" * 248, "\udcff"]
-GOOD_NAMES = ["web1", "a b", "ä.xml", "x" * 247, "ä" * 123, "-x", "a~", ".x", "...", "100%", "x%dy", "%2Ex", "%25"]
+GOOD_NAMES = [
+    "web1",
+    "a b",
+    "ä.xml",
+    "x" * 247,
+    "ä" * 123,
+    "-x",
+    "a~",
+    ".x",
+    "...",
+    "100%",
+    "x%dy",
+    "%2Ex",
+    "%25",
+]
 
 
 @pytest.mark.parametrize("name", BAD_NAMES)
@@ -198,7 +212,7 @@ def test_names_that_can(empty, name):
     assert (empty.names(), empty.xml(name)) == ([name], OLD)
 
 
-# -- what cannot be read or written ------------------------------------------------------------------
+# -- what cannot be read or written ----------------------------------------------------------------
 
 GARBAGE = ["", "[]", "{", '{"qmp": 5}', '{"qmp": [5]}', '{"qmp": [], "agent": 1}', "null"]
 
@@ -236,7 +250,7 @@ def test_of_a_huge_file_only_as_much_is_read_as_tells_that(path):
         xml.read(XmlFile(path).read())
 
 
-# -- a user's own file -------------------------------------------------------------------------------
+# -- a user's own file -----------------------------------------------------------------------------
 
 
 def test_two_changes_at_once_are_both_in_it(path):
@@ -337,7 +351,7 @@ def test_what_a_living_process_has_staged_stays(path, tmp_path):
     assert other.read_bytes() == NEW
 
 
-# -- the lock of a folder ----------------------------------------------------------------------------
+# -- the lock of a folder --------------------------------------------------------------------------
 
 
 def test_a_lock_has_a_deadline(tmp_path):

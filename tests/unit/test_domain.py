@@ -42,7 +42,9 @@ async def test_outside_a_domain_is_closed(running, call):
 
 
 async def test_a_server_that_knows_no_command_is_not_a_domain(tmp_path):
-    script = answering(lambda connection, command: error(connection, command, "what?", "CommandNotFound"))
+    script = answering(
+        lambda connection, command: error(connection, command, "what?", "CommandNotFound")
+    )
     async with serve(tmp_path, script) as path:
         with pytest.raises(qmpvcpu.VcpuConnectionError, match="query-target") as caught:
             async with qmpvcpu.connect(path):
@@ -81,7 +83,9 @@ async def test_a_flag_that_does_not_exist_is_refused(running):
     ("by_flags", "by_name"),
     [
         (
-            lambda d: d.vcpu(5, VcpuFlag.ENABLE | VcpuFlag.LIVE | VcpuFlag.CORE, timeout=3, atomic=True),
+            lambda d: d.vcpu(
+                5, VcpuFlag.ENABLE | VcpuFlag.LIVE | VcpuFlag.CORE, timeout=3, atomic=True
+            ),
             lambda d: d.enable(5, live=True, core=True, timeout=3, atomic=True),
         ),
         (
@@ -90,7 +94,9 @@ async def test_a_flag_that_does_not_exist_is_refused(running):
         ),
     ],
 )
-async def test_the_same_call_by_flags_and_by_name_is_the_same_request(running, monkeypatch, by_flags, by_name):
+async def test_the_same_call_by_flags_and_by_name_is_the_same_request(
+    running, monkeypatch, by_flags, by_name
+):
     made = []
 
     async def record(request):
@@ -120,7 +126,11 @@ async def test_operations_on_one_domain_queue(running):
 async def test_a_result_is_what_the_cli_prints(running):
     async with running(FakeQemu()) as domain:
         outcome = await domain.enable([3, 1])
-    assert (outcome.outcome, outcome.changed_ids, outcome.mechanism) == ("applied", (1, 3), "hotplug")
+    assert (outcome.outcome, outcome.changed_ids, outcome.mechanism) == (
+        "applied",
+        (1, 3),
+        "hotplug",
+    )
     assert [row.enabled for row in outcome.rows] == [True, True]
 
 
@@ -136,7 +146,10 @@ async def test_a_plan_says_what_would_be_sent(running):
     async with running(qemu) as domain:
         plan = await domain.plan_enable([1, 2])
         assert [step["arguments"]["id"] for step in plan.steps] == ["vcpu2"]
-        assert (plan.unchanged, (await domain.plan_disable(0)).refusals[0].code) == ((1,), "boot-cpu")
+        assert (plan.unchanged, (await domain.plan_disable(0)).refusals[0].code) == (
+            (1,),
+            "boot-cpu",
+        )
     assert set(qemu.paths) == {0, 1}
 
 
@@ -180,7 +193,18 @@ async def test_a_lost_connection_fails_calls_until_reconnect(running):
         lambda domain: domain.dump_xml(),
         lambda domain: domain.migration.begin(),
     ],
-    ids=["vcpus", "enable", "guest", "count", "guest_vcpus", "set_guest_vcpus", "pin", "plan", "xml", "begin"],
+    ids=[
+        "vcpus",
+        "enable",
+        "guest",
+        "count",
+        "guest_vcpus",
+        "set_guest_vcpus",
+        "pin",
+        "plan",
+        "xml",
+        "begin",
+    ],
 )
 async def test_where_a_reconnect_failed_each_call_says_that_there_is_no_connection(tmp_path, call):
     qemu = FakeQemu(plugged=(1,))
@@ -242,7 +266,9 @@ async def test_nesting_near_the_limit_is_malformed(running, depth):
         if command["execute"] != "query-cpus-fast":
             return False
         deep = b"[" * depth + b"]" * depth
-        connection.raw(b'{"return": [{"cpu-index": %b}], "id": "%b"}\r\n' % (deep, command["id"].encode()))
+        connection.raw(
+            b'{"return": [{"cpu-index": %b}], "id": "%b"}\r\n' % (deep, command["id"].encode())
+        )
         return True
 
     qemu.hook = hook

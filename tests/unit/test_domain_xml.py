@@ -15,7 +15,7 @@ from tests.support.documents import LIBVIRT, ODD, PLAIN, RFC
 #: Two of four are enabled.
 SPARE = PLAIN.replace(b"<vcpu>", b"<vcpu current='2'>")
 
-# -- reading -----------------------------------------------------------------------------------------
+# -- reading ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -40,7 +40,9 @@ def test_what_libvirt_writes_is_read(fact, value):
     assert getattr(xml.read(LIBVIRT), fact) == value
 
 
-@pytest.mark.parametrize("row", [xml.Row(0, True, False, 1), xml.Row(5, True, True, 3), xml.Row(7, False, True)])
+@pytest.mark.parametrize(
+    "row", [xml.Row(0, True, False, 1), xml.Row(5, True, True, 3), xml.Row(7, False, True)]
+)
 def test_libvirts_vcpus_are_read(row):
     assert xml.read(LIBVIRT).rows[row.id] == row
 
@@ -69,7 +71,10 @@ def test_without_vcpus_current_counts_and_without_vcpu_there_is_one(document, ro
 
 
 def test_ids_not_listed_are_disabled():
-    listed = b"<vcpus><vcpu id='3' enabled='yes' hotpluggable='yes'/><vcpu id='0' enabled='yes'/></vcpus></domain>"
+    listed = (
+        b"<vcpus><vcpu id='3' enabled='yes' hotpluggable='yes'/><vcpu id='0'"
+        b" enabled='yes'/></vcpus></domain>"
+    )
     assert xml.read(PLAIN.replace(b"</domain>", listed)).rows == (
         xml.Row(0, True, False),
         xml.Row(1, False, True),
@@ -80,7 +85,9 @@ def test_ids_not_listed_are_disabled():
 
 @pytest.mark.parametrize("listed", [b"<vcpus/>", b"<vcpus>  <!-- none --></vcpus>"])
 def test_a_list_of_none_is_none(listed):
-    assert xml.read(PLAIN.replace(b"</domain>", listed + b"</domain>")).rows == xml.first_enabled(4, {0, 1, 2, 3})
+    assert xml.read(PLAIN.replace(b"</domain>", listed + b"</domain>")).rows == xml.first_enabled(
+        4, {0, 1, 2, 3}
+    )
 
 
 def test_a_list_of_none_becomes_one():
@@ -122,7 +129,9 @@ def test_a_list_alone_that_lists_nothing_is_refused():
 
 
 def test_a_list_alone_may_have_a_gap():
-    assert xml.enabled_in_list(b"<vcpus><vcpu id='0' enabled='yes'/><vcpu id='2' enabled='yes'/></vcpus>", 4) == (
+    assert xml.enabled_in_list(
+        b"<vcpus><vcpu id='0' enabled='yes'/><vcpu id='2' enabled='yes'/></vcpus>", 4
+    ) == (
         0,
         2,
     )
@@ -162,7 +171,9 @@ def test_an_order_of_zero_says_nothing():
 
 @pytest.mark.parametrize("maximum", [2, 8])
 def test_a_pin_of_a_vcpu_that_is_not_there_does_not_come_to_life(maximum):
-    document = PLAIN.replace(b"</domain>", b"<cputune><vcpupin vcpu='5' cpuset='0'/></cputune></domain>")
+    document = PLAIN.replace(
+        b"</domain>", b"<cputune><vcpupin vcpu='5' cpuset='0'/></cputune></domain>"
+    )
     assert xml.read(xml.resized(document, maximum)).pins == {}
 
 
@@ -172,17 +183,19 @@ def test_without_vcpu_a_list_is_kept_in_its_place():
     assert (written.count(b"</vcpus>"), xml.read(written).dialect) == (1, "rfc")
 
 
-# -- writing it back ---------------------------------------------------------------------------------
+# -- writing it back -------------------------------------------------------------------------------
 
 
 def test_what_is_enabled_gets_a_row_among_what_else_stands_in_vcpus():
     # Not listed is disabled: a row comes for what is enabled, and only for that.
     assert xml.switched(ODD, enable=(4, 6, 7)) == ODD.replace(b'"3"', b'"6"').replace(
         b"'yes' /> <?pi x?>",
-        b"'yes' />\n     <vcpu id='6' enabled='yes' hotpluggable='yes'/>\n     <vcpu id='7' enabled='yes'"
+        b"'yes' />\n     <vcpu id='6' enabled='yes' hotpluggable='yes'/>\n     <vcpu id='7'"
+        b" enabled='yes'"
         b" hotpluggable='yes'/> <?pi x?>",
     ).replace(
-        b"id='3' enabled='yes'/>", b"id='3' enabled='yes'/>\n     <vcpu id='4' enabled='yes' hotpluggable='yes'/>"
+        b"id='3' enabled='yes'/>",
+        b"id='3' enabled='yes'/>\n     <vcpu id='4' enabled='yes' hotpluggable='yes'/>",
     )
 
 
@@ -216,9 +229,9 @@ def test_where_current_and_vcpus_differ_vcpus_counts():
 
 
 def test_one_switch_in_the_rfcs_dialect_changes_its_row_and_current():
-    assert xml.switched(RFC, enable=(1,)) == RFC.replace(b'state="disabled"', b'state="enabled"').replace(
-        b"current='1'", b"current='3'"
-    )
+    assert xml.switched(RFC, enable=(1,)) == RFC.replace(
+        b'state="disabled"', b'state="enabled"'
+    ).replace(b"current='1'", b"current='3'")
 
 
 def test_one_switch_in_libvirts_dialect_also_takes_the_orders():
@@ -245,7 +258,10 @@ def test_new_rows_are_libvirts_or_as_asked(dialect, rows):
 
 
 def test_new_vcpus_stand_behind_vcpu_and_as_far_in():
-    head = b"<domain><name>n</name>\n  <vcpu current='3'>4</vcpu>\n  <vcpus>\n    <vcpu id='0' enabled='yes'"
+    head = (
+        b"<domain><name>n</name>\n  <vcpu current='3'>4</vcpu>\n  <vcpus>\n    <vcpu id='0'"
+        b" enabled='yes'"
+    )
     assert xml.switched(PLAIN, disable=(2,)).startswith(head)
 
 
@@ -275,7 +291,7 @@ def test_a_comment_stays_behind_its_tag():
     assert b"<vcpus  ><!--x='0'/> -->" in xml.switched(LIKE_AN_ATTRIBUTE, enable=(6,))
 
 
-# -- what contradicts itself -------------------------------------------------------------------------
+# -- what contradicts itself -----------------------------------------------------------------------
 
 
 def domain(inner, vcpu="<vcpu>4</vcpu>"):
@@ -293,8 +309,14 @@ def listed(*rows):
         (b"<domain/>", ["line 1: the domain has no <name>"]),
         (domain("", "<vcpu>0</vcpu>"), ["line 3: <vcpu> 0 is out of range: it must be 1 to 16384"]),
         (domain("", "<vcpu>many</vcpu>"), ["<vcpu> 'many' is not a number"]),
-        (domain("", "<vcpu current='5'>4</vcpu>"), ["<vcpu current> 5 is out of range: it must be 1 to 4"]),
-        (listed("<vcpu id='4' enabled='no'/>"), ["line 5: <vcpu id> 4 is out of range: it must be 0 to 3"]),
+        (
+            domain("", "<vcpu current='5'>4</vcpu>"),
+            ["<vcpu current> 5 is out of range: it must be 1 to 4"],
+        ),
+        (
+            listed("<vcpu id='4' enabled='no'/>"),
+            ["line 5: <vcpu id> 4 is out of range: it must be 0 to 3"],
+        ),
         (listed("<vcpu enabled='no'/>"), ["<vcpu id> is missing"]),
         (listed("<vcpu id='1'/>"), ["needs enabled='yes|no' or state="]),
         (listed("<vcpu id='1' enabled='maybe'/>"), ["<vcpu enabled> must be 'yes' or 'no'"]),
@@ -310,10 +332,14 @@ def listed(*rows):
         ),
         (
             domain(
-                "<cpu><numa><cell><distances><sibling id='0' value='11'/><sibling id='1' value='20'/>"
+                "<cpu><numa><cell><distances><sibling id='0' value='11'/><sibling id='1'"
+                " value='20'/>"
                 "</distances></cell></numa></cpu>"
             ),
-            ["distance of NUMA cell 0 to itself is 11", "<sibling id> 1 is out of range: it must be 0 to 0"],
+            [
+                "distance of NUMA cell 0 to itself is 11",
+                "<sibling id> 1 is out of range: it must be 0 to 0",
+            ],
         ),
         (
             domain("<vcpus><vcpu id='0' enabled='yes' order='2'/></vcpus>"),
@@ -321,13 +347,17 @@ def listed(*rows):
         ),
         (
             domain(
-                "<vcpus><vcpu id='0' enabled='yes' order='1'/><vcpu id='1' enabled='yes' order='3'/>"
+                "<vcpus><vcpu id='0' enabled='yes' order='1'/><vcpu id='1' enabled='yes'"
+                " order='3'/>"
                 "<vcpu id='2' enabled='yes' order='2'/></vcpus>"
             ),
             ["those that are not hotpluggable must have the order of their ids"],
         ),
         (
-            domain("<vcpus><vcpu id='0' state='enabled'/><vcpu id='²' state='enabled' order='1'/></vcpus>"),
+            domain(
+                "<vcpus><vcpu id='0' state='enabled'/><vcpu id='²' state='enabled'"
+                " order='1'/></vcpus>"
+            ),
             ["<vcpu id> '²' is not a number"],
         ),
         (domain("", "<vcpu>2 </vcpu>"), ["<vcpu> '2 ' is not a number"]),
@@ -336,7 +366,10 @@ def listed(*rows):
             ["'virt,dumpdtb=x'> is not the name of a machine"],
         ),
         (listed("<vcpu id='1' enabled='yes' order='-1'/>"), ["<vcpu order> '-1' is not a number"]),
-        (listed("<vcpu id='1' enabled='no' hotpluggable='no'/>"), ["vCPU 1 is disabled and not hotpluggable"]),
+        (
+            listed("<vcpu id='1' enabled='no' hotpluggable='no'/>"),
+            ["vCPU 1 is disabled and not hotpluggable"],
+        ),
         (domain("<vcpus><vcpu id='1' enabled='yes'/></vcpus>"), ["vCPU 0 is not enabled"]),
         (
             domain("<vcpus><vcpu id='0' enabled='yes' hotpluggable='yes'/></vcpus>"),
@@ -348,7 +381,10 @@ def listed(*rows):
         ),
         (domain("<cpu><topology sockets='4' cores='1'/></cpu>"), ["<topology> has no threads"]),
         (
-            domain("<cpu><numa><cell cpus='0-2'/><cell cpus='2-4'/><cell id='0' cpus='3'/></numa></cpu>"),
+            domain(
+                "<cpu><numa><cell cpus='0-2'/><cell cpus='2-4'/><cell id='0'"
+                " cpus='3'/></numa></cpu>"
+            ),
             [
                 "vCPU 2 is in NUMA cell 0 and in 1",
                 "NUMA cell 1 has vCPU 4",
@@ -357,7 +393,10 @@ def listed(*rows):
             ],
         ),
         (
-            domain("<cputune><vcpupin vcpu='1' cpuset='x'/><vcpupin cpuset='1'/>\n<vcpupin vcpu='2'/></cputune>"),
+            domain(
+                "<cputune><vcpupin vcpu='1' cpuset='x'/><vcpupin cpuset='1'/>\n<vcpupin"
+                " vcpu='2'/></cputune>"
+            ),
             [
                 "line 4: <vcpupin cpuset>: 'x' is no",
                 "<vcpupin vcpu> is missing",
@@ -366,7 +405,8 @@ def listed(*rows):
         ),
         (
             domain(
-                "<cputune><vcpusched vcpus='0-1' scheduler='rr'/><vcpusched vcpus='1' scheduler='fast'/></cputune>"
+                "<cputune><vcpusched vcpus='0-1' scheduler='rr'/><vcpusched vcpus='1'"
+                " scheduler='fast'/></cputune>"
             ),
             ["<vcpusched priority> is missing", "<vcpusched scheduler> must be 'fifo' or 'rr'"],
         ),
@@ -390,26 +430,36 @@ def test_what_stands_twice(word):
 
 
 def test_a_prefix_that_stands_for_nothing_is_no_error_as_with_libvirt():
-    document = SPARE.replace(b"</domain>", b"<qemu:commandline><qemu:arg value='-s'/></qemu:commandline></domain>")
+    document = SPARE.replace(
+        b"</domain>", b"<qemu:commandline><qemu:arg value='-s'/></qemu:commandline></domain>"
+    )
     assert xml.read(xml.switched(document, enable=(3,))).enabled_ids == (0, 1, 3)
 
 
-# -- any document ------------------------------------------------------------------------------------
+# -- any document ----------------------------------------------------------------------------------
 
 
 @st.composite
 def domains(draw):
-    """A document in three parts: head, vCPUs and tail; then how many vCPUs it has, and which are enabled."""
+    """A document in three parts: head, vCPUs and tail; then how many vCPUs it has, and which are
+    enabled.
+    """
     maximum = draw(st.integers(1, 12))
     dialect = draw(st.sampled_from(["rfc", "libvirt", None]))
-    spaces, quote = draw(st.sampled_from(["", "\n", "\n    ", "\r\n\t"])), draw(st.sampled_from("'\""))
+    spaces, quote = (
+        draw(st.sampled_from(["", "\n", "\n    ", "\r\n\t"])),
+        draw(st.sampled_from("'\"")),
+    )
     on, rows = {0}, ""
     if dialect is not None:
         on = {0} | draw(st.sets(st.integers(0, maximum - 1)))
-        key, yes, no = ("state", "enabled", "disabled") if dialect == "rfc" else ("enabled", "yes", "no")
+        key, yes, no = (
+            ("state", "enabled", "disabled") if dialect == "rfc" else ("enabled", "yes", "no")
+        )
         can_go = f"hotpluggable={quote}yes{quote}" if dialect == "libvirt" else ""
         rows = spaces.join(
-            f"<vcpu {key}={quote}{yes if n in on else no}{quote} id={quote}{n}{quote}  {can_go if n else ''}/>"
+            f"<vcpu {key}={quote}{yes if n in on else no}{quote} id={quote}{n}{quote} "
+            f" {can_go if n else ''}/>"
             for n in range(maximum)
         )
         rows = f"<vcpus>{spaces}{rows}{spaces}</vcpus>"

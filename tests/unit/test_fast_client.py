@@ -1,4 +1,6 @@
-"""What our clients rest on: members of `qemu.qmp` that it does not promise, in the version that was read."""
+"""What our clients rest on: members of `qemu.qmp` that it does not promise, in the version that was
+read.
+"""
 
 import tomllib
 from importlib.metadata import version

@@ -1,4 +1,6 @@
-"""Folders of throwaway guests: what a killed process has left is removed when the next folder is made."""
+"""Folders of throwaway guests: what a killed process has left is removed when the next folder is
+made.
+"""
 
 from __future__ import annotations
 

@@ -127,11 +127,18 @@ def test_an_option_of_the_machine_is_taken(owner, name, value):
 
 
 @pytest.mark.parametrize(
-    "option", ["name='host-nodes' value='0'", "name='policy' value='bind'", "name='prealloc-context' value='x'"]
+    "option",
+    [
+        "name='host-nodes' value='0'",
+        "name='policy' value='bind'",
+        "name='prealloc-context' value='x'",
+    ],
 )
 def test_memory_on_nodes_of_the_host_is_named(option):
     backend = f"<qmpvcpu:memory id='a'><qmpvcpu:option {option}/></qmpvcpu:memory>"
-    assert trust.host_parts(added("<memory unit", MEMORY.format(backend))) == ["memory in memory-backend-ram"]
+    assert trust.host_parts(added("<memory unit", MEMORY.format(backend))) == [
+        "memory in memory-backend-ram"
+    ]
 
 
 def test_a_place_on_the_host_is_left_out():
@@ -139,7 +146,9 @@ def test_a_place_on_the_host_is_left_out():
         "<cputune><vcpupin vcpu='0' cpuset='1'/><vcpusched vcpus='0' scheduler='fifo' priority='99'/></cputune>"
         "<numatune><memory mode='strict' nodeset='0'/></numatune><resource><partition>/m</partition></resource>"
     )
-    placed = added("</vcpu>", f"</vcpu>{tuning}").replace("<vcpu ", "<vcpu placement='static' cpuset='0-1' ")
+    placed = added("</vcpu>", f"</vcpu>{tuning}").replace(
+        "<vcpu ", "<vcpu placement='static' cpuset='0-1' "
+    )
     text, found = trust.without_placing(placed)
     assert text == PLAIN
     assert found == ["<cputune>", "<numatune>", "<resource>", "<vcpu cpuset>", "<vcpu placement>"]
@@ -152,8 +161,11 @@ def test_with_a_definition_of_the_user_devices_are_of_that():
 
 
 def test_memory_that_the_users_definition_has_too_is_taken():
-    backend = "<qmpvcpu:memory id='a' type='memory-backend-file'><qmpvcpu:option name='mem-path' value='{}'/></qmpvcpu:memory>"  # fmt: skip  # noqa: E501
-    one, other = (added("<memory unit", MEMORY.format(backend.format(path))) for path in ("/hugepages", "/home"))
+    backend = "<qmpvcpu:memory id='a' type='memory-backend-file'><qmpvcpu:option name='mem-path' value='{}'/></qmpvcpu:memory>"  # fmt: skip
+    one, other = (
+        added("<memory unit", MEMORY.format(backend.format(path)))
+        for path in ("/hugepages", "/home")
+    )
     assert trust.host_parts(one, defined=one) == []
     assert trust.host_parts(other, defined=one) == ["memory in memory-backend-file"]
 

@@ -11,7 +11,11 @@ from scripts.soaking.targets import TARGETS, feed
 @pytest.mark.parametrize("name", TARGETS)
 def test_generated_messages_end_in_a_result_or_a_clear_error(name):
     @settings(
-        max_examples=1250, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+        max_examples=1250,
+        deadline=None,
+        derandomize=True,
+        database=None,
+        suppress_health_check=list(HealthCheck),
     )
     @given(TARGETS[name][0])
     def fuzz(message):

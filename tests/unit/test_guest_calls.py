@@ -1,4 +1,6 @@
-"""Calls with an agent that depend on what this connection has seen before, on time, or on several at once."""
+"""Calls with an agent that depend on what this connection has seen before, on time, or on several
+at once.
+"""
 
 from __future__ import annotations
 
@@ -164,7 +166,10 @@ async def test_what_is_plugged_and_comes_online_is_told_as_both(with_guest):
         await domain.enable(3)
         async with deadline("two events"):
             told = [await anext(events) for _ in range(2)]
-    assert [(str(event.event), event.vcpus) for event in told] == [("vcpu-added", (3,)), ("vcpu-online", (3,))]
+    assert [(str(event.event), event.vcpus) for event in told] == [
+        ("vcpu-added", (3,)),
+        ("vcpu-online", (3,)),
+    ]
 
 
 async def test_without_an_agent_one_line_says_once_that_nobody_looked(running):
@@ -243,7 +248,9 @@ async def test_an_agent_that_never_answered_is_not_waited_for(with_guest):
 
 
 async def test_an_agent_that_is_slow_each_time_is_given_up_after_one_deadline(with_guest):
-    """Each of its answers comes within the agent's own deadline of 5 s: together they were half a minute."""
+    """Each of its answers comes within the agent's own deadline of 5 s: together they were half a
+    minute.
+    """
     guest = FakeGuest(FakeQemu(plugged=(1,)))
     guest.pause = 4.5
     async with with_guest(guest) as domain:
@@ -255,7 +262,9 @@ async def test_an_agent_that_is_slow_each_time_is_given_up_after_one_deadline(wi
 
 async def test_a_switch_that_was_verified_is_applied_though_the_agent_then_goes(tmp_path):
     async def switch(fails_at):
-        """What was said, and how often `guest-get-vcpus` was asked, which from that time on is not answered."""
+        """What was said, and how often `guest-get-vcpus` was asked, which from that time on is not
+        answered.
+        """
         guest = FakeGuest(FakeQemu(plugged=(1,)))
         looks, look = [], guest.look
 

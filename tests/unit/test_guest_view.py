@@ -29,13 +29,14 @@ def cpuinfo(*apics):
     return {"/proc/cpuinfo": text.encode()}
 
 
-# -- x86 ---------------------------------------------------------------------------------------------
+# -- x86 -------------------------------------------------------------------------------------------
 
 #: 2 sockets, 2 cores, 2 threads: the APIC id is the vCPU id. The guest's CPU 2 is offline.
 BIG = x86((0, 1, 3, 7))
 BIG_GUEST = cpus(0, 1, 3, offline=(2,))
 BIG_FILES = {
-    "/proc/cpuinfo": b"processor\t: 0\napicid\t: 0\n\nprocessor: 1\napicid: 1\n\nprocessor: 3\napicid: 7\n",
+    "/proc/cpuinfo": b"processor\t: 0\napicid\t: 0\n\nprocessor: 1\napicid: 1\n\nprocessor:"
+    b" 3\napicid: 7\n",
     SYS.format(2, "firmware_node/path"): b"\\_SB_.CPUS.C003\n",
 }
 
@@ -60,7 +61,8 @@ def test_x86_apic_ids_are_not_vcpu_ids_where_a_level_is_no_power_of_two():
 
 @given(
     st.dictionaries(
-        st.sampled_from([SYS.format(n, "firmware_node/path") for n in range(4)]), st.binary(max_size=60)
+        st.sampled_from([SYS.format(n, "firmware_node/path") for n in range(4)]),
+        st.binary(max_size=60),
     )
 )
 def test_whatever_the_files_say_only_enabled_vcpus_are_known(files):
@@ -68,7 +70,7 @@ def test_whatever_the_files_say_only_enabled_vcpus_are_known(files):
     assert set(seen.numbers) <= {0, 1, 5}
 
 
-# -- others ------------------------------------------------------------------------------------------
+# -- others ----------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -81,7 +83,9 @@ def test_whatever_the_files_say_only_enabled_vcpus_are_known(files):
 )
 def test_ppc64_by_physical_id(vsmt, physical):
     guest = cpus(*range(8), offline=tuple(range(8, 8 + len(physical) - 8)))
-    seen = look(ppc64((0, 2)), guest, each("physical_id", [b"%d\n" % n for n in physical]), vsmt=vsmt)
+    seen = look(
+        ppc64((0, 2)), guest, each("physical_id", [b"%d\n" % n for n in physical]), vsmt=vsmt
+    )
     assert seen.numbers == {n: n for n in range(4)} | {8 + n: 4 + n for n in range(4)}
 
 
@@ -108,12 +112,21 @@ def test_s390x_addresses_are_core_ids_which_are_not_always_vcpu_ids():
     # Core 0 was plugged into another socket: sorted, it is the last.
     places = [(3, 0), (0, 1), (0, 2)]
     slots = [
-        {"type": "t", "vcpus-count": 1, "props": {"socket-id": s, "core-id": c}, "qom-path": f"/c{c}"}
+        {
+            "type": "t",
+            "vcpus-count": 1,
+            "props": {"socket-id": s, "core-id": c},
+            "qom-path": f"/c{c}",
+        }
         for s, c in places
     ]
     fast = [{"cpu-index": c, "qom-path": f"/c{c}", "thread-id": 100 + c} for _, c in places]
     state = Qemu("s390x", "s390-ccw-virtio").state(slots, fast)
-    assert look(state, cpus(0, 1, 2), each("address", [b"0\n", b"1\n", b"2\n"])).numbers == {0: 1, 1: 2, 2: 0}
+    assert look(state, cpus(0, 1, 2), each("address", [b"0\n", b"1\n", b"2\n"])).numbers == {
+        0: 1,
+        1: 2,
+        2: 0,
+    }
 
 
 def test_two_cpus_that_claim_one_vcpu_are_not_believed():
@@ -134,7 +147,10 @@ def test_arm64_by_the_rank_of_its_mpidr():
 
 
 def test_arm64_where_the_guest_numbers_them_otherwise():
-    swapped = MPIDRS | {SYS.format(0, "of_node/reg"): bytes([0, 0, 0, 1]), SYS.format(1, "of_node/reg"): bytes(4)}
+    swapped = MPIDRS | {
+        SYS.format(0, "of_node/reg"): bytes([0, 0, 0, 1]),
+        SYS.format(1, "of_node/reg"): bytes(4),
+    }
     assert look(ARM, cpus(*range(8)), swapped).numbers[0] == 1
 
 
@@ -148,7 +164,7 @@ def test_riscv64_by_hart_id():
     assert look(machine("riscv64", (0, 1, 2)), cpus(0, 1, 2), files).numbers == {0: 1, 1: 2, 2: 0}
 
 
-# -- where nothing tells -----------------------------------------------------------------------------
+# -- where nothing tells ---------------------------------------------------------------------------
 
 
 def test_numbers_are_taken_for_ids_where_no_other_reading_is_possible():
@@ -176,7 +192,7 @@ def test_where_another_reading_is_possible_none_is_known(state, guest):
     assert look(state, guest).numbers == {}
 
 
-# -- the agent's list --------------------------------------------------------------------------------
+# -- the agent's list ------------------------------------------------------------------------------
 
 
 def test_as_many_cpus_as_there_can_be():
@@ -213,7 +229,10 @@ def test_lists_of_cpus_that_cannot_be(reply):
 
 
 def test_a_list_of_cpus_in_any_order():
-    rows = [{"logical-id": 1, "online": False, "can-offline": True}, {"logical-id": 0, "online": True, "extra": 1}]
+    rows = [
+        {"logical-id": 1, "online": False, "can-offline": True},
+        {"logical-id": 0, "online": True, "extra": 1},
+    ]
     assert read(rows) == [
         {"logical-id": 0, "online": True, "can-offline": None},
         {"logical-id": 1, "online": False, "can-offline": True},
@@ -240,7 +259,9 @@ def test_whether_anybody_in_the_guest_has_opened_the_port(chardevs, path, is_ope
     assert port_is_open(chardevs, path) is is_open
 
 
-@pytest.mark.parametrize("nonsense", [None, 5, [], [5], [{}], [port(5)], [port("unix:/run/agent", "x")]])
+@pytest.mark.parametrize(
+    "nonsense", [None, 5, [], [5], [{}], [port(5)], [port("unix:/run/agent", "x")]]
+)
 def test_what_is_not_a_list_of_ports_tells_nothing(nonsense):
     assert port_is_open(nonsense, "/run/agent") is None
 

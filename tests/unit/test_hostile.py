@@ -1,4 +1,6 @@
-"""Generated answers of a hostile QEMU and a hostile guest agent; `tests.support.judge` says what is judged."""
+"""Generated answers of a hostile QEMU and a hostile guest agent; `tests.support.judge` says what is
+judged.
+"""
 
 from __future__ import annotations
 

@@ -1,4 +1,6 @@
-"""A guest agent that means harm: shapes that a person thinks of. `scripts/soak hostile` generates others."""
+"""A guest agent that means harm: shapes that a person thinks of. `scripts/soak hostile` generates
+others.
+"""
 
 from __future__ import annotations
 
@@ -46,7 +48,10 @@ FLOODS = {
 
 @pytest.mark.parametrize("said", FLOODS.values(), ids=FLOODS)
 async def test_a_flood_ends_at_the_deadline(tmp_path, said):
-    async with serve_agent(tmp_path, Flood(said)) as path, connected(path, timeout=TIMEOUT) as client:
+    async with (
+        serve_agent(tmp_path, Flood(said)) as path,
+        connected(path, timeout=TIMEOUT) as client,
+    ):
         began = time.monotonic()
         with pytest.raises(VcpuConnectionError) as caught:
             await client.get_vcpus()
@@ -69,7 +74,9 @@ async def test_a_byte_at_a_time_does_not_put_off_the_deadline(tmp_path):
         assert time.monotonic() - began < TIMEOUT + BUSY
 
 
-@pytest.mark.parametrize("before", [LONGEST_LINE - 3, LONGEST_LINE, LONGEST_LINE + 1, 3 * LONGEST_LINE + 77])
+@pytest.mark.parametrize(
+    "before", [LONGEST_LINE - 3, LONGEST_LINE, LONGEST_LINE + 1, 3 * LONGEST_LINE + 77]
+)
 async def test_the_answer_to_the_sync_is_found_behind_a_line_of_any_length(tmp_path, before):
     agent = FakeAgent()
     agent.before_sync = b"\xff{" + b"x" * before

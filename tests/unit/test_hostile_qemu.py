@@ -88,7 +88,9 @@ def ost(**info):
     return {"slot-type": "CPU", "slot": "1", "source": 3, "status": 0, "device": "vcpu1"} | info
 
 
-@pytest.mark.parametrize("wrong", [{"source": []}, {"status": {}}, {"slot": [], "device": {}}, {"slot-type": []}])
+@pytest.mark.parametrize(
+    "wrong", [{"source": []}, {"status": {}}, {"slot": [], "device": {}}, {"slot-type": []}]
+)
 async def test_an_event_of_a_wrong_shape_upsets_no_listener(running, wrong):
     told = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context))
@@ -97,7 +99,9 @@ async def test_an_event_of_a_wrong_shape_upsets_no_listener(running, wrong):
         info = {key: value for key, value in ost(**wrong).items() if value != {}}
         for each in (info, info | {"device": None}):
             qemu.connections[0].event("ACPI_DEVICE_OST", info=each)
-        qemu.connections[0].event("ACPI_DEVICE_OST", info={"slot-type": "CPU", "slot": "1", **wrong})
+        qemu.connections[0].event(
+            "ACPI_DEVICE_OST", info={"slot-type": "CPU", "slot": "1", **wrong}
+        )
         await domain.state()
     assert told == []
 
@@ -108,12 +112,16 @@ async def test_events_without_end_take_no_memory(running):
 
     async def burst(domain):
         for number in range(500):
-            qemu.connections[0].event("DEVICE_DELETED", path=f"/machine/peripheral/vcpu1/thread[{number}]")
+            qemu.connections[0].event(
+                "DEVICE_DELETED", path=f"/machine/peripheral/vcpu1/thread[{number}]"
+            )
         for number in range(4):
             path = f"/machine/peripheral/{number}{'x' * 100_000}"
             qemu.connections[0].event("DEVICE_DELETED", path=path, device=path)
             qemu.connections[0].event("ACPI_DEVICE_OST", info=ost(device=path))
-            qemu.connections[0].event("DEVICE_UNPLUG_GUEST_ERROR", device="vcpu1", path=path, text=path)
+            qemu.connections[0].event(
+                "DEVICE_UNPLUG_GUEST_ERROR", device="vcpu1", path=path, text=path
+            )
         await domain.state()
 
     async with running(qemu) as domain, domain.events(limit=100_000):
@@ -171,7 +179,9 @@ async def test_what_is_long_is_cut_in_the_message(running, values):
     await fails(running, qemu)
 
 
-@pytest.mark.parametrize("status", [{"status": "x" * 100_000}, {"status": ["running"]}, {}, "running"])
+@pytest.mark.parametrize(
+    "status", [{"status": "x" * 100_000}, {"status": ["running"]}, {}, "running"]
+)
 async def test_a_run_state_that_is_none(running, status):
     qemu = FakeQemu(plugged=(1,))
     qemu.on_delete[1] = "silence"
@@ -207,7 +217,9 @@ async def test_the_time_of_an_event_can_be_shown(running, seconds):
     async with running(qemu) as domain, domain.events() as events:
         stamp = {"seconds": seconds, "microseconds": 0}
         data = {"device": "vcpu1", "path": qemu.paths[1]}
-        qemu.connections[0].send({"event": "DEVICE_UNPLUG_GUEST_ERROR", "data": data, "timestamp": stamp})
+        qemu.connections[0].send(
+            {"event": "DEVICE_UNPLUG_GUEST_ERROR", "data": data, "timestamp": stamp}
+        )
         event = await anext(events)
     assert abs(event.time - time.time()) < 3600
     assert "vCPU 1" in render.event(event)

@@ -1,7 +1,8 @@
-"""What a person thinks of who means harm, against the command line: exit code, one document, memory, deadline.
+"""What a person thinks of who means harm, against the command line: exit code, one document,
+memory, deadline.
 
-In the suite they are small and in a hurry; `scripts/soak hostile` runs them as large as they are meant, with the
-deadlines that users have, and prints the figures.
+In the suite they are small and in a hurry; `scripts/soak hostile` runs them as large as they are
+meant, with the deadlines that users have, and prints the figures.
 """
 
 from __future__ import annotations
@@ -26,9 +27,11 @@ from tests.support.fake_qmp import GREETING, serve
 LONG = soaking.is_long_run()
 #: Entries of a list, and bytes of a line.
 MANY, LINE = (1_000_000, 1 << 30) if LONG else (70_000, 40 << 20)
-#: The whole command: connecting has 5 s and a QMP command 10 s, the agent 5 s for a look; and a busy machine.
+#: The whole command: connecting has 5 s and a QMP command 10 s, the agent 5 s for a look; and a
+#: busy machine.
 WITHIN = 45 if LONG else 15
-#: MiB. Python and our modules have 40; a line of QMP 32, once as it is read, and once and twice as text.
+#: MiB. Python and our modules have 40; a line of QMP 32, once as it is read, and once and twice as
+#: text.
 MEMORY = 300
 #: Seconds between two bytes of a slow server.
 PAUSE = 1.0 if LONG else 0.1
@@ -58,7 +61,9 @@ class Machine:
         self.qemu.hook = hook
 
     def guest_answers(self, name, said):
-        self.guest.answers[name] = lambda command: said.replace(b"ID", command["id"].encode()) + b"\n"
+        self.guest.answers[name] = lambda command: (
+            said.replace(b"ID", command["id"].encode()) + b"\n"
+        )
 
     def after(self, name, act):
         """Called once this command has come."""
@@ -112,7 +117,10 @@ def a_million_slots(machine):
 
 
 def a_million_whole_slots(machine):
-    machine.answers("query-hotpluggable-cpus", many(b'{"type": "t", "vcpus-count": 1, "props": {"socket-id": 1}}'))
+    machine.answers(
+        "query-hotpluggable-cpus",
+        many(b'{"type": "t", "vcpus-count": 1, "props": {"socket-id": 1}}'),
+    )
 
 
 def a_million_cpus(machine):
@@ -176,7 +184,12 @@ def replies_of_the_agent_to_earlier_questions(machine):
 
     def answer(command):
         earlier.append(command["id"])
-        return json.dumps({"return": [], "id": earlier[-2] if len(earlier) > 1 else "qmpvcpu#0"}).encode() + b"\n"
+        return (
+            json.dumps(
+                {"return": [], "id": earlier[-2] if len(earlier) > 1 else "qmpvcpu#0"}
+            ).encode()
+            + b"\n"
+        )
 
     machine.guest.answers["guest-get-vcpus"] = answer
 
@@ -273,7 +286,12 @@ def an_agent_that_never_answers(machine):
 def control_characters_in_an_error(machine):
     def hook(connection, command):
         if command["execute"] == "device_add":
-            error(connection, command, "\x1b[2Jno\x07\x9b31m\u202e\ud800\nsecond line", "Generic\x1bError")
+            error(
+                connection,
+                command,
+                "\x1b[2Jno\x07\x9b31m\u202e\ud800\nsecond line",
+                "Generic\x1bError",
+            )
             return True
         return False
 
@@ -322,7 +340,10 @@ async def test_a_hostile_shape_ends_the_command_in_time_and_memory(tmp_path, mon
         monkeypatch.setenv(measured.STEP, "0.5")
     machine = Machine(qemu, FakeGuest(qemu), qemu.script)
     shape(machine)
-    async with serve(tmp_path, machine.script) as qmp, serve_agent(tmp_path, machine.guest) as agent:
+    async with (
+        serve(tmp_path, machine.script) as qmp,
+        serve_agent(tmp_path, machine.guest) as agent,
+    ):
         name, *words = machine.words
         began = time.monotonic()
         run = await cli("--json", name, qmp, *words, "--agent", agent)

@@ -14,7 +14,8 @@ TESTS = Path(__file__).resolve().parents[1]
 #: Faces that a user imports by name.
 FACES = {"qmpvcpu.cli", "qmpvcpu.sync", "qmpvcpu.pytest_plugin"}
 PUBLIC_MODULES = FACES | {"qmpvcpu"}
-#: Tests of a part by itself: the tables that a mend is a row of, and the ground that nothing public shows.
+#: Tests of a part by itself: the tables that a mend is a row of, and the ground that nothing public
+#: shows.
 PARTS = {
     "unit/test_aio.py": ("qmpvcpu.aio",),
     "unit/test_catalogue.py": ("qmpvcpu.core.rules.catalogue",),
@@ -30,7 +31,11 @@ def private_imports(path: Path) -> set[str]:
             found |= {name.name for name in node.names} - PUBLIC_MODULES
         elif isinstance(node, ast.ImportFrom) and node.module not in FACES:
             # `from qmpvcpu.errors import VcpuError` is the long way to a public name.
-            found |= {f"{node.module}.{name.name}" for name in node.names if name.name not in qmpvcpu.__all__}
+            found |= {
+                f"{node.module}.{name.name}"
+                for name in node.names
+                if name.name not in qmpvcpu.__all__
+            }
     return {name for name in found if name.partition(".")[0] == "qmpvcpu"}
 
 
@@ -44,7 +49,11 @@ FILES = {
 @pytest.mark.parametrize("name", sorted(FILES))
 def test_a_test_imports_public_names_and_those_of_support(name):
     parts = PARTS.get(name, ())
-    assert [found for found in sorted(private_imports(FILES[name])) if not found.startswith(parts or "-")] == []
+    assert [
+        found
+        for found in sorted(private_imports(FILES[name]))
+        if not found.startswith(parts or "-")
+    ] == []
 
 
 PRODUCT = Path(qmpvcpu.__file__).parent
@@ -52,8 +61,12 @@ PRODUCT = Path(qmpvcpu.__file__).parent
 
 def public_classes() -> Counter[str]:
     """How many public classes have each name, those inside of other classes and of functions too."""
-    nodes = (node for path in PRODUCT.rglob("*.py") for node in ast.walk(ast.parse(path.read_text())))
-    return Counter(n.name for n in nodes if isinstance(n, ast.ClassDef) and not n.name.startswith("_"))
+    nodes = (
+        node for path in PRODUCT.rglob("*.py") for node in ast.walk(ast.parse(path.read_text()))
+    )
+    return Counter(
+        n.name for n in nodes if isinstance(n, ast.ClassDef) and not n.name.startswith("_")
+    )
 
 
 def test_one_name_means_one_class():
@@ -64,7 +77,12 @@ def function_imports(path: Path) -> list[str]:
     """Imports inside of functions."""
     nodes = list(ast.walk(ast.parse(path.read_text())))
     functions = (node for node in nodes if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef))
-    return [ast.unparse(n) for f in functions for n in ast.walk(f) if isinstance(n, ast.Import | ast.ImportFrom)]
+    return [
+        ast.unparse(n)
+        for f in functions
+        for n in ast.walk(f)
+        if isinstance(n, ast.Import | ast.ImportFrom)
+    ]
 
 
 def test_only_the_command_line_and_the_face_import_inside_of_functions():

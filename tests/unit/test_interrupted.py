@@ -72,7 +72,7 @@ async def hung_in_the_guest(qemu, domain):
     await cancelled(task)
 
 
-# -- the value ---------------------------------------------------------------------------------------
+# -- the value -------------------------------------------------------------------------------------
 
 
 def test_it_is_frozen():
@@ -113,7 +113,9 @@ def test_its_json_has_the_keys_of_an_interrupted_command():
         (Interrupted(changed_ids=(1,), unsure_ids=(4,)), "partial"),
     ],
 )
-def test_an_interrupted_command_has_failed_only_where_nothing_may_still_change(left, outcome, monkeypatch, capsys):
+def test_an_interrupted_command_has_failed_only_where_nothing_may_still_change(
+    left, outcome, monkeypatch, capsys
+):
     async def interrupted(session):
         raise asyncio.CancelledError
 
@@ -124,7 +126,7 @@ def test_an_interrupted_command_has_failed_only_where_nothing_may_still_change(l
     assert json.loads(capsys.readouterr().out)["outcome"] == outcome
 
 
-# -- when it is told ---------------------------------------------------------------------------------
+# -- when it is told -------------------------------------------------------------------------------
 
 
 async def test_before_any_call_there_is_none(running):
@@ -210,14 +212,16 @@ async def test_a_timeout_is_a_timeout_and_it_is_told_what_is_left(running):
         assert domain.interrupted == Interrupted(pending=(1,))
 
 
-# -- what is told ------------------------------------------------------------------------------------
+# -- what is told ----------------------------------------------------------------------------------
 
 
 async def test_before_the_first_effect_nothing_is_left(running):
     qemu = FakeQemu()
     async with running(qemu) as domain:
         before = len(qemu.sent("query-cpus-fast"))
-        qemu.hook = lambda connection, command: command["execute"] == "query-cpus-fast"  # not answered
+        qemu.hook = lambda connection, command: (
+            command["execute"] == "query-cpus-fast"
+        )  # not answered
         task = asyncio.create_task(domain.state())
         await was_sent(qemu, "query-cpus-fast", before + 1)
         task.cancel()
@@ -261,7 +265,9 @@ async def test_what_has_gone_is_changed_and_the_rest_is_pending(running):
 
 @asynccontextmanager
 async def one_refused_of_two(running):
-    """Two unplugs are pending, a call waits to plug both again, and then the guest refuses to let the first go."""
+    """Two unplugs are pending, a call waits to plug both again, and then the guest refuses to let
+    the first go.
+    """
     qemu = FakeQemu(plugged=(1, 2))
     qemu.on_delete = {1: "silence", 2: "silence"}
     async with running(qemu) as domain:
@@ -283,7 +289,9 @@ async def test_an_unplug_that_the_guest_has_refused_is_not_pending_after_a_cance
         assert (await domain.enable(1)).outcome == "applied"
 
 
-async def test_an_unplug_that_the_guest_has_refused_is_not_pending_after_the_failure_of_a_plug(running):
+async def test_an_unplug_that_the_guest_has_refused_is_not_pending_after_the_failure_of_a_plug(
+    running,
+):
     async with one_refused_of_two(running) as (qemu, domain, task):
         qemu.add_errors = {2: "no"}
         qemu.let_go(2)
@@ -366,7 +374,9 @@ async def cancelled_twice(task):
 
 @pytest.fixture
 async def staging(running, definition):
-    """A change of guest and definition, cancelled while the disk hangs with the next version of the latter."""
+    """A change of guest and definition, cancelled while the disk hangs with the next version of the
+    latter.
+    """
     qemu = FakeQemu()
     with hung_disk(definition.parent, "write") as disk:
         async with running(qemu, definition) as domain:
@@ -389,7 +399,10 @@ async def test_cancelled_while_the_definition_is_staged_the_guest_is_not_touched
 async def test_what_is_staged_once_the_disk_answers_is_taken_away(staging, definition):
     _, _, disk = staging
     disk.answers.set()
-    await until(lambda: disk.removed and os.listdir(definition.parent) == ["d.xml"], "the staged version is gone")
+    await until(
+        lambda: disk.removed and os.listdir(definition.parent) == ["d.xml"],
+        "the staged version is gone",
+    )
 
 
 async def test_live_changed_and_the_definition_hung_both_are_told(running, definition):

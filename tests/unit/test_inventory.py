@@ -17,7 +17,16 @@ X86 = Qemu()
 PPC = Qemu("ppc64", "pseries-10.0")
 S390 = Qemu("s390x", "s390-ccw-virtio-10.0")
 #: Members of a slot's `props` that say where it is.
-LEVELS = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id")
+LEVELS = (
+    "drawer-id",
+    "book-id",
+    "socket-id",
+    "die-id",
+    "cluster-id",
+    "module-id",
+    "core-id",
+    "thread-id",
+)
 
 
 #: Many tests look at one fact each.
@@ -25,8 +34,8 @@ any_machine = settings(max_examples=15)
 
 
 class Made(NamedTuple):
-    """The replies, and what they were made of: `places` are the slots' props, of `per` vCPUs each; `plugged` are
-    numbers of slots in order, at these `paths`.
+    """The replies, and what they were made of: `places` are the slots' props, of `per` vCPUs each;
+    `plugged` are numbers of slots in order, at these `paths`.
     """
 
     qemu: Qemu
@@ -41,7 +50,9 @@ class Made(NamedTuple):
     @property
     def vcpus(self):
         """Each vCPU with the number of its slot."""
-        return [(vcpu, vcpu.id // self.per) for vcpu in self.qemu.state(self.slots, self.fast).vcpus]
+        return [
+            (vcpu, vcpu.id // self.per) for vcpu in self.qemu.state(self.slots, self.fast).vcpus
+        ]
 
 
 @st.composite
@@ -51,22 +62,34 @@ def machines(draw):
     count = st.integers(1, 3)
     if kind == "x86":
         levels = ["socket-id", "die-id", "module-id", "core-id", "thread-id"]
-        levels = [lv for lv in levels if lv not in draw(st.sets(st.sampled_from(["die-id", "module-id"])))]
-        places = [dict(zip(levels, p, strict=True)) for p in product(*(range(draw(count)) for _ in levels))]
+        levels = [
+            lv for lv in levels if lv not in draw(st.sets(st.sampled_from(["die-id", "module-id"])))
+        ]
+        places = [
+            dict(zip(levels, p, strict=True))
+            for p in product(*(range(draw(count)) for _ in levels))
+        ]
         per, qemu = 1, X86
         if draw(st.booleans()):
             node_of = {n: draw(st.integers(0, 3)) for n in range(3)}
             places = [p | {"node-id": node_of[p["socket-id"]]} for p in places]
     elif kind == "ppc64":
         per, qemu = draw(st.sampled_from([1, 2, 4, 8])), PPC
-        places = [{"core-id": n * per, "node-id": draw(st.integers(0, 1))} for n in range(draw(st.integers(1, 6)))]
+        places = [
+            {"core-id": n * per, "node-id": draw(st.integers(0, 1))}
+            for n in range(draw(st.integers(1, 6)))
+        ]
     else:
         per, qemu = 1, S390
-        levels = draw(st.sampled_from([["core-id"], ["drawer-id", "book-id", "socket-id", "core-id"]]))
+        levels = draw(
+            st.sampled_from([["core-id"], ["drawer-id", "book-id", "socket-id", "core-id"]])
+        )
         ranges = [range(draw(count)) for _ in levels[:-1]]
         places = [dict(zip(levels[:-1], p, strict=True)) for p in product(*ranges)]
         cores = draw(count)
-        places = [p | {"core-id": n * cores + c} for n, p in enumerate(places) for c in range(cores)]
+        places = [
+            p | {"core-id": n * cores + c} for n, p in enumerate(places) for c in range(cores)
+        ]
     if draw(st.booleans()):
         places = [p | {"x-future-id": n, "x-name": "kept"} for n, p in enumerate(places)]
     rng = random.Random(draw(st.integers(0, 2**32)))
@@ -75,11 +98,14 @@ def machines(draw):
     plugged = [0, *others[: draw(st.integers(0, len(others)))]]
     rng.shuffle(plugged)
     paths = {
-        n: rng.choice([f"/machine/unattached/device[{n * 3}]", f"/machine/peripheral/vcpu{n * per}"])
+        n: rng.choice(
+            [f"/machine/unattached/device[{n * 3}]", f"/machine/peripheral/vcpu{n * per}"]
+        )
         for n in plugged
     }
     slots = [
-        {"props": p, "vcpus-count": per, "type": "t"} | ({"qom-path": paths[n]} if n in paths else {})
+        {"props": p, "vcpus-count": per, "type": "t"}
+        | ({"qom-path": paths[n]} if n in paths else {})
         for n, p in enumerate(places)
     ]
     rng.shuffle(slots)
@@ -173,7 +199,9 @@ def test_a_path_is_that_of_the_thread(machine):
 @any_machine
 @given(machines())
 def test_an_entity_is_named_after_its_first_vcpu(machine):
-    names = [entity.device_id for entity in machine.qemu.state(machine.slots, machine.fast).entities]
+    names = [
+        entity.device_id for entity in machine.qemu.state(machine.slots, machine.fast).entities
+    ]
     assert names == [f"vcpu{n * machine.per}" for n in range(len(machine.places))]
 
 
@@ -194,7 +222,9 @@ def test_a_plug_seen_by_the_fast_query_alone_gives_the_same_state_as_both(machin
         }
         for k, number in enumerate(entity.ids)
     ]
-    full_slots = [slot | ({"qom-path": path} if slot["props"] == entity.props else {}) for slot in slots]
+    full_slots = [
+        slot | ({"qom-path": path} if slot["props"] == entity.props else {}) for slot in slots
+    ]
     assert qemu.refreshed(state, fast + more) == qemu.state(full_slots, fast + more)
 
 
@@ -218,13 +248,16 @@ def test_a_cpu_that_comes_at_an_unknown_path_is_an_inconsistency(machine):
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4),
+    lambda inner: (
+        st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=5), inner, max_size=4)
+    ),
     max_leaves=8,
 )
 ROW = st.fixed_dictionaries(
     {},
     optional={
-        "props": JSON | st.dictionaries(st.sampled_from([*LEVELS, "node-id", "odd"]), JSON, max_size=4),
+        "props": JSON
+        | st.dictionaries(st.sampled_from([*LEVELS, "node-id", "odd"]), JSON, max_size=4),
         "vcpus-count": JSON,
         "type": JSON,
         "qom-path": JSON,

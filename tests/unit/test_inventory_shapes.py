@@ -1,4 +1,6 @@
-"""Inventories of every level, of machines without hotplug, and replies that are wrong in one place only."""
+"""Inventories of every level, of machines without hotplug, and replies that are wrong in one place
+only.
+"""
 
 from __future__ import annotations
 
@@ -17,25 +19,42 @@ PPC = Qemu("ppc64", "pseries-10.0", kvm=True)
 S390 = Qemu("s390x", "s390-ccw-virtio-10.0", kvm=True)
 ARM = Qemu("aarch64", "virt-10.0", smp={"maxcpus": 4, "cores": 4})
 #: From the outside in.
-LEVELS = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id")
+LEVELS = (
+    "drawer-id",
+    "book-id",
+    "socket-id",
+    "die-id",
+    "cluster-id",
+    "module-id",
+    "core-id",
+    "thread-id",
+)
 #: More vCPUs than any machine has are nonsense.
 MOST = 65536
 
 
 def slot(path=None, count=1, **props):
     props = {key.replace("_", "-"): value for key, value in props.items()}
-    return {"props": props, "vcpus-count": count, "type": "t"} | ({"qom-path": path} if path else {})
+    return {"props": props, "vcpus-count": count, "type": "t"} | (
+        {"qom-path": path} if path else {}
+    )
 
 
 def cpu(path, number=0, thread=None, **more):
-    return {"cpu-index": number, "qom-path": path, "thread-id": 100 + number if thread is None else thread} | more
+    return {
+        "cpu-index": number,
+        "qom-path": path,
+        "thread-id": 100 + number if thread is None else thread,
+    } | more
 
 
 @pytest.mark.parametrize(("outer", "inner"), list(pairwise(LEVELS)))
 def test_an_outer_level_counts_before_an_inner_one(outer, inner):
     places = [{outer: a, inner: b} for a in (0, 1) for b in (0, 1)]
     for shuffled in permutations(places):
-        state = X86.state([slot("/a" if p == places[0] else None, **p) for p in shuffled], [cpu("/a")])
+        state = X86.state(
+            [slot("/a" if p == places[0] else None, **p) for p in shuffled], [cpu("/a")]
+        )
         assert [vcpu.props for vcpu in state.vcpus] == places
 
 
@@ -139,7 +158,9 @@ def after_a_removal_seen_by_the_fast_query_alone():
     slots = [slot(f"/machine/peripheral/vcpu{n}", core_id=n) for n in range(3)]
     cpus = [cpu(f"/machine/peripheral/vcpu{n}", n) for n in range(3)]
     left = [cpus[0], cpus[2]]
-    return X86.refreshed(X86.state(slots, cpus), left), X86.state([slots[0], slot(core_id=1), slots[2]], left)
+    return X86.refreshed(X86.state(slots, cpus), left), X86.state(
+        [slots[0], slot(core_id=1), slots[2]], left
+    )
 
 
 def test_a_removal_seen_by_the_fast_query_alone_gives_the_same_state_as_both(one_gone):
@@ -190,7 +211,10 @@ WRONG_NUMBERS = [None, True, -1, 1.0, "1", [], float("nan")]
         *(("cpu-index", value) for value in WRONG_NUMBERS),
         *(("thread-id", value) for value in WRONG_NUMBERS),
         *(("qom-path", value) for value in [None, *WRONG_PATHS]),
-        *(("props", value) for value in (1, [], "x", {"core-id": None}, {"core-id": 1.0}, {"thread-id": True})),
+        *(
+            ("props", value)
+            for value in (1, [], "x", {"core-id": None}, {"core-id": 1.0}, {"thread-id": True})
+        ),
     ],
 )
 def test_one_wrong_member_of_query_cpus_fast_is_malformed(key, value):
@@ -226,7 +250,9 @@ def test_as_many_vcpus_as_a_machine_can_have_are_read():
     assert X86.state([slot("/a", MOST, core_id=0)], [cpu("/a")]).maxcpus == MOST
 
 
-@pytest.mark.parametrize("slots", [[slot(count=MOST + 1)], [slot(count=MOST, core_id=0), slot(core_id=1)]])
+@pytest.mark.parametrize(
+    "slots", [[slot(count=MOST + 1)], [slot(count=MOST, core_id=0), slot(core_id=1)]]
+)
 def test_more_vcpus_than_any_machine_has_are_malformed(slots):
     with pytest.raises(VcpuConnectionError, match="more than"):
         check_reply("query-hotpluggable-cpus", slots)
@@ -254,7 +280,9 @@ def test_a_machine_that_does_not_tell_its_size_has_no_topology(reply):
 
 
 def version(*numbers):
-    return version_of({"version": {"qemu": dict(zip(("major", "minor", "micro"), numbers, strict=True))}})
+    return version_of(
+        {"version": {"qemu": dict(zip(("major", "minor", "micro"), numbers, strict=True))}}
+    )
 
 
 def test_versions_compare_as_numbers():
@@ -268,7 +296,9 @@ def test_a_version_is_written_with_its_three_numbers():
 SCALAR = st.integers() | st.text(max_size=4) | st.booleans()
 
 
-ODD_PROPS = st.dictionaries(st.text(min_size=1, max_size=6).filter(lambda key: not key.endswith("-id")), SCALAR)
+ODD_PROPS = st.dictionaries(
+    st.text(min_size=1, max_size=6).filter(lambda key: not key.endswith("-id")), SCALAR
+)
 
 
 def with_props(extra):

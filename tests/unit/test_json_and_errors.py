@@ -43,7 +43,18 @@ CHANGE_KEYS = [
     "seconds",
 ]
 ROW_KEYS = [
-    *("id", "state", "hotpluggable", "order", "node", "props", "entity", "qom_path", "thread_id", "online"),
+    *(
+        "id",
+        "state",
+        "hotpluggable",
+        "order",
+        "node",
+        "props",
+        "entity",
+        "qom_path",
+        "thread_id",
+        "online",
+    ),
     *("pending", "pin", "scheduler", "logical_id", "can_offline", "cpu"),
 ]
 TREE = {
@@ -62,7 +73,12 @@ OUTCOME = Outcome(OutcomeKind.PENDING, (1, 2), (), (1,), (2,), (), "hotplug", ("
 def test_the_keys_of_an_outcome_are_in_designs_order():
     behind = CHANGE_KEYS.index("undone")
     keys = ["live_changed_ids", "config_changed_ids", "defined"]
-    assert list(OUTCOME.to_json()) == [*CHANGE_KEYS[:behind], "pending_online", *CHANGE_KEYS[behind:], *keys]
+    assert list(OUTCOME.to_json()) == [
+        *CHANGE_KEYS[:behind],
+        "pending_online",
+        *CHANGE_KEYS[behind:],
+        *keys,
+    ]
 
 
 def test_an_outcome_as_json_is_designs():
@@ -88,7 +104,8 @@ def test_a_vcpu_as_json_is_designs():
 
 
 @pytest.mark.parametrize(
-    ("key", "value"), [("state", "disabled"), ("props", {"core-id": 8}), ("entity", [8, 9]), ("order", None)]
+    ("key", "value"),
+    [("state", "disabled"), ("props", {"core-id": 8}), ("entity", [8, 9]), ("order", None)],
 )
 def test_a_vcpus_json_says_the_facts(key, value):
     assert Vcpu(9, False, True, (8, 9), Props({"core-id": 8})).to_json()[key] == value
@@ -167,7 +184,10 @@ def test_a_partial_error_is_a_failed_one():
 @pytest.fixture
 def refused():
     return VcpuRefused(
-        [Refusal("a", "first", (1,), "do this"), Refusal("b", "second", (2,), "do this", "VIR_ERR_X")]
+        [
+            Refusal("a", "first", (1,), "do this"),
+            Refusal("b", "second", (2,), "do this", "VIR_ERR_X"),
+        ]
     )
 
 

@@ -13,7 +13,10 @@ from tests.support.machines import answered, learned, predicted, read_from_cache
 KNOWN = {
     "arch": "x86_64",
     "version": [10, 0, 2],
-    "machines": {"q35": ["pc-q35-10.0", True, "qemu64-x86_64-cpu"], "microvm": ["microvm", False, None]},
+    "machines": {
+        "q35": ["pc-q35-10.0", True, "qemu64-x86_64-cpu"],
+        "microvm": ["microvm", False, None],
+    },
     "cpu_types": {},
 }
 
@@ -22,7 +25,7 @@ def q35(smp="2,maxcpus=4", **more):
     return spec("q35", smp, **more)
 
 
-# -- a prediction ------------------------------------------------------------------------------------
+# -- a prediction ----------------------------------------------------------------------------------
 
 
 @pytest.fixture(name="numa")
@@ -166,7 +169,9 @@ def test_a_machine_type_is_predicted_where_it_is_surely_there(version, machine, 
     assert (found is not None) is is_known
 
 
-@pytest.mark.parametrize(("machine", "is_known"), [("pc-q35-7.0", True), ("pc-q35-8.0", False), ("q35", True)])
+@pytest.mark.parametrize(
+    ("machine", "is_known"), [("pc-q35-7.0", True), ("pc-q35-8.0", False), ("q35", True)]
+)
 def test_of_a_qemu_whose_version_is_not_known_only_what_all_have(machine, is_known):
     assert (predicted(spec(machine, "2,maxcpus=4"), unseen=True) is not None) is is_known
 
@@ -179,7 +184,12 @@ def test_a_switch_of_the_machine_takes_a_truth_value():
 @pytest.mark.parametrize(
     ("cpu", "known", "assume", "driver"),
     [
-        ("EPYC,+svm", KNOWN | {"cpu_types": {"EPYC": "EPYC-v5-x86_64-cpu"}}, False, "EPYC-v5-x86_64-cpu"),
+        (
+            "EPYC,+svm",
+            KNOWN | {"cpu_types": {"EPYC": "EPYC-v5-x86_64-cpu"}},
+            False,
+            "EPYC-v5-x86_64-cpu",
+        ),
         ("EPYC", None, True, "EPYC-x86_64-cpu"),
     ],
     ids=["seen", "assumed"],
@@ -210,10 +220,15 @@ def test_without_the_driver_of_a_cpu_model_the_slots_are_known():
 
 @pytest.mark.parametrize("cpu", ["POWER9", None])
 def test_without_the_driver_nothing_is_predicted_for_a_device_add(cpu):
-    assert predicted(spec("pseries", "2,maxcpus=4", cpu=cpu), "ppc64", assume=cpu is not None, typed=True) is None
+    assert (
+        predicted(
+            spec("pseries", "2,maxcpus=4", cpu=cpu), "ppc64", assume=cpu is not None, typed=True
+        )
+        is None
+    )
 
 
-# -- what is kept ------------------------------------------------------------------------------------
+# -- what is kept ----------------------------------------------------------------------------------
 
 KEPT = KNOWN | {"cpu_types": {"max": "max-x86_64-cpu"}}
 
@@ -243,7 +258,7 @@ def test_what_is_kept_and_damaged_is_found_out(kept):
         read_from_cache(kept)
 
 
-# -- what a QEMU said --------------------------------------------------------------------------------
+# -- what a QEMU said ------------------------------------------------------------------------------
 
 REPLIES = {
     "greeting": {"version": {"qemu": {"major": 10, "minor": 0, "micro": 2}}},

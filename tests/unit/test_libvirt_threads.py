@@ -48,7 +48,7 @@ async def held(calls):
         body.let_go.set()
 
 
-# -- in their order ----------------------------------------------------------------------------------
+# -- in their order --------------------------------------------------------------------------------
 
 
 async def test_calls_are_made_in_their_order(calls):
@@ -70,7 +70,7 @@ async def test_a_call_that_fails_raises(calls):
         await calls.make(bad)
 
 
-# -- taken back --------------------------------------------------------------------------------------
+# -- taken back ------------------------------------------------------------------------------------
 
 
 async def test_whoever_takes_a_call_back_knows_whether_it_had_begun(calls):
@@ -102,7 +102,7 @@ async def test_what_comes_after_a_call_that_was_taken_back_is_made(calls):
     assert await after == "next"
 
 
-# -- given up ----------------------------------------------------------------------------------------
+# -- given up --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("times", [1, 2])
@@ -117,7 +117,9 @@ async def test_a_call_that_only_waits_is_nobody_elses_trouble(calls, times):
 
 @asynccontextmanager
 async def stuck(calls, seen):
-    """A call that was given up and is still being made; one that waited behind it; one that came later."""
+    """A call that was given up and is still being made; one that waited behind it; one that came
+    later.
+    """
     async with held(calls) as (first, let_go):
         waiting = calls.make(lambda: seen.append("called"))
         calls.give_up(first, STUCK)
@@ -154,12 +156,14 @@ async def test_what_has_failed_behind_a_call_that_was_given_up_is_not_made(calls
     assert seen == []
 
 
-# -- the end -----------------------------------------------------------------------------------------
+# -- the end ---------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 async def ended():
-    """Ended while a call was being made; its answer, one that waited, one that came later, and what was called."""
+    """Ended while a call was being made; its answer, one that waited, one that came later, and what
+    was called.
+    """
     calls, seen = Calls("another"), []
     async with held(calls) as (first, let_go):
         waiting = calls.make(lambda: seen.append("called"))

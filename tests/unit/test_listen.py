@@ -1,4 +1,6 @@
-"""`events()`: subscribed on entry, bounded, whoever did it; a lost connection and an overflow raise."""
+"""`events()`: subscribed on entry, bounded, whoever did it; a lost connection and an overflow
+raise.
+"""
 
 from __future__ import annotations
 
@@ -37,13 +39,19 @@ async def take(events, count):
 
 
 def x86(*plugged):
-    return [Slot((n,), *((f"/machine/peripheral/vcpu{n}", 100 + n) if n in plugged else ())) for n in range(3)]
+    return [
+        Slot((n,), *((f"/machine/peripheral/vcpu{n}", 100 + n) if n in plugged else ()))
+        for n in range(3)
+    ]
 
 
 def ppc64(*plugged):
     """Cores of four threads."""
     firsts = (0, 4, 8)
-    return [Slot((n, n + 1, n + 2, n + 3), *((f"/c{n}", 100 + n) if n in plugged else ())) for n in firsts]
+    return [
+        Slot((n, n + 1, n + 2, n + 3), *((f"/c{n}", 100 + n) if n in plugged else ()))
+        for n in firsts
+    ]
 
 
 @pytest.mark.parametrize(
@@ -105,7 +113,10 @@ async def test_a_refusal_is_told_with_its_reason_whoever_asked(running):
     async with running(qemu) as domain, domain.events() as events:
         qemu.refuse(1)
         (event,) = await take(events, 1)
-        assert (told([event]), "eject disabled" in event.detail) == ([("vcpu-removal-failed", (1,))], True)
+        assert (told([event]), "eject disabled" in event.detail) == (
+            [("vcpu-removal-failed", (1,))],
+            True,
+        )
 
 
 @pytest.fixture
@@ -222,7 +233,7 @@ def test_events_of_no_size_make_no_sense(tmp_path):
         qmpvcpu.connect(str(tmp_path / "none")).events(limit=0)
 
 
-# -- what comes and goes between two queries -----------------------------------------------------------
+# -- what comes and goes between two queries -------------------------------------------------------
 
 
 @asynccontextmanager
@@ -241,15 +252,22 @@ def ost(connection, slot, source, status, device=None):
     connection.event("ACPI_DEVICE_OST", info=info | ({} if device is None else {"device": device}))
 
 
-#: What is said, and the vCPU that it means: by our id, by the parts that only a CPU has, by its ACPI slot.
+#: What is said, and the vCPU that it means: by our id, by the parts that only a CPU has, by its
+#: ACPI slot.
 UNSEEN = {
     "by its alias in libvirt": (lambda c: c.event("DEVICE_DELETED", device="vcpu2"), (2,)),
     "by the id of its lapic": (lambda c: deleted(c, "/machine/peripheral/vcpu2/lapic"), (2,)),
     "by an id beside another": (lambda c: deleted(c, "/machine/peripheral/vcpu2-1/lapic"), (2,)),
     "a lapic of nobody known": (lambda c: deleted(c, "/machine/peripheral/mine/lapic"), ()),
-    "our id on a CPU in another slot": (lambda c: deleted(c, "/machine/peripheral/vcpu0/lapic"), ()),
+    "our id on a CPU in another slot": (
+        lambda c: deleted(c, "/machine/peripheral/vcpu0/lapic"),
+        (),
+    ),
     "a thread of a core": (lambda c: deleted(c, "/machine/peripheral/mine/thread[0]"), ()),
-    "what serves its interrupts": (lambda c: deleted(c, "/machine/peripheral/mine/thread[0]/icp"), ()),
+    "what serves its interrupts": (
+        lambda c: deleted(c, "/machine/peripheral/mine/thread[0]/icp"),
+        (),
+    ),
     "a slot that was named with it": (
         lambda c: (ost(c, 3, 1, 0, "mine"), deleted(c, "/machine/peripheral/mine", "mine")),
         (3,),
@@ -351,14 +369,25 @@ async def test_a_late_event_of_a_cpu_itself_under_tcg_is_not_another_removal(run
     "parts",
     [
         [("/machine/peripheral/disk0", "disk0")],
-        [("/machine/peripheral/disk0/virtio-backend", None), ("/machine/peripheral/disk0", "disk0")],
-        [("/machine/peripheral/vcpu2/virtio-backend", None), ("/machine/peripheral/vcpu2", "vcpu2")],
+        [
+            ("/machine/peripheral/disk0/virtio-backend", None),
+            ("/machine/peripheral/disk0", "disk0"),
+        ],
+        [
+            ("/machine/peripheral/vcpu2/virtio-backend", None),
+            ("/machine/peripheral/vcpu2", "vcpu2"),
+        ],
         [("/machine/peripheral/vcpu99", "vcpu99")],
         [("/machine/peripheral/vcpu2", "vcpu2")],
         [("/machine/peripheral/vcpu0", "vcpu0")],
     ],
     ids=[
-        *("a disk", "a disk and its part", "another device with the id of a CPU", "an id that no CPU has"),
+        *(
+            "a disk",
+            "a disk and its part",
+            "another device with the id of a CPU",
+            "an id that no CPU has",
+        ),
         *("no more than the id of a CPU", "the id of a CPU that is there"),
     ],
 )

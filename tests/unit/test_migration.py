@@ -1,4 +1,6 @@
-"""What goes with a guest that migrates, what stands against it, and which side runs it whatever happens."""
+"""What goes with a guest that migrates, what stands against it, and which side runs it whatever
+happens.
+"""
 
 from __future__ import annotations
 
@@ -57,7 +59,7 @@ def state(*plugged, maxcpus=8, driver="t", nodes=False, machine="pc-q35-10.0", f
     return Qemu(machine=machine).state(slots, cpus)
 
 
-# -- what a reader must know -------------------------------------------------------------------------
+# -- what a reader must know -----------------------------------------------------------------------
 
 IN_ORDER, NEEDED = frozenset(), frozenset({"cpu-hotplug"})
 
@@ -65,12 +67,15 @@ IN_ORDER, NEEDED = frozenset(), frozenset({"cpu-hotplug"})
 def definition(*vcpus):
     """Each with whether it is enabled, and its order."""
     rows = "".join(
-        f"<vcpu id='{n}' enabled='{'yes' if enabled else 'no'}' hotpluggable='{'yes' if n else 'no'}'"
-        + (f" order='{order}'/>" if order else "/>")
+        f"<vcpu id='{n}' enabled='{'yes' if enabled else 'no'}'"
+        f" hotpluggable='{'yes' if n else 'no'}'" + (f" order='{order}'/>" if order else "/>")
         for n, (enabled, order) in enumerate(vcpus)
     )
     current = sum(enabled for enabled, _ in vcpus)
-    text = f"<domain><name>d</name><vcpu current='{current}'>{len(vcpus)}</vcpu><vcpus>{rows}</vcpus></domain>"
+    text = (
+        "<domain><name>d</name><vcpu"
+        f" current='{current}'>{len(vcpus)}</vcpu><vcpus>{rows}</vcpus></domain>"
+    )
     return text.encode()
 
 
@@ -114,7 +119,7 @@ def test_features_we_know_are_not_refused():
     assert unknown_features({"cpu-hotplug"}) == []
 
 
-# -- the other side ----------------------------------------------------------------------------------
+# -- the other side --------------------------------------------------------------------------------
 
 SOURCE = state(0, 1, 5)
 
@@ -125,16 +130,25 @@ SOURCE = state(0, 1, 5)
         (state(0, 1, 5), []),
         (state(0, 1), ["vCPU 5 is plugged at the source, but not at the destination"]),
         (state(0, 1, 4, 5), ["vCPU 4 is plugged at the destination, but not at the source"]),
-        (state(0, 1, 4), ["vCPU 4 is plugged at the destination", "vCPU 5 is plugged at the source"]),
+        (
+            state(0, 1, 4),
+            ["vCPU 4 is plugged at the destination", "vCPU 5 is plugged at the source"],
+        ),
         (
             state(0, 1, 5, maxcpus=6),
             ["maximum of vCPUs: 8 at the source, 6", "vCPU 6-7: the destination has no"],
         ),
         (state(0, 1, 5, driver="u"), ["the driver of vCPU 0-7: t at the source, u"]),
-        (state(0, 1, 5, machine="pc-q35-7.2"), ["machine type: pc-q35-10.0 at the source, pc-q35-7.2"]),
+        (
+            state(0, 1, 5, machine="pc-q35-7.2"),
+            ["machine type: pc-q35-10.0 at the source, pc-q35-7.2"],
+        ),
         (
             state(0, 1, 5, nodes=True),
-            ["NUMA node of vCPU 0-3: none at the source, 0", "NUMA node of vCPU 4-7: none at the source, 1"],
+            [
+                "NUMA node of vCPU 0-3: none at the source, 0",
+                "NUMA node of vCPU 4-7: none at the source, 1",
+            ],
         ),
         (state(0, 1, 5, first_core=9), ["vCPU 0-7 has another slot"]),
     ],
@@ -149,7 +163,7 @@ def test_what_is_missing_comes_in_the_sources_order():
     assert to_plug(state(0, 6, 2, 5), state(0)) == [(6,), (2,), (5,)]
 
 
-# -- now ---------------------------------------------------------------------------------------------
+# -- now -------------------------------------------------------------------------------------------
 
 ACTIVE = {"status": "active"}
 
@@ -181,13 +195,19 @@ def test_paused_on_the_way_a_pending_unplug_goes_along_where_the_machine_saves_i
 
 
 def test_every_reason_against_leaving_is_told_together():
-    found = against_leaving(SOURCE, "running", ACTIVE | {"blocked-reasons": ["x-device"]}, pending=[5])
+    found = against_leaving(
+        SOURCE, "running", ACTIVE | {"blocked-reasons": ["x-device"]}, pending=[5]
+    )
     words = ["vCPU 5: its unplug is pending", "active", "x-device"]
-    assert [word in refusal.message for word, refusal in zip(words, found, strict=True)] == [True] * 3
+    assert [word in refusal.message for word, refusal in zip(words, found, strict=True)] == [
+        True
+    ] * 3
 
 
 def test_a_guest_that_has_left_can_be_let_go_on():
-    assert "migrate-cancel" in against_leaving(SOURCE, "postmigrate", {"status": "completed"})[0].hint
+    assert (
+        "migrate-cancel" in against_leaving(SOURCE, "postmigrate", {"status": "completed"})[0].hint
+    )
 
 
 @pytest.mark.parametrize(
@@ -203,7 +223,7 @@ def test_no_vcpu_is_switched_on_the_way(run_state, reply, is_refused):
     assert bool(against_hotplug(run_state, {"status": reply})) is is_refused
 
 
-# -- what query-migrate tells --------------------------------------------------------------------------
+# -- what query-migrate tells ----------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -216,7 +236,9 @@ def test_what_is_not_a_status_tells_no_progress(reply):
 STATUS = {"status": "active", "ram": {"total": 200, "remaining": 50, "transferred": 9}}
 
 
-@pytest.mark.parametrize(("member", "value"), [("percent", 75), ("transferred", 9), ("is_active", True)])
+@pytest.mark.parametrize(
+    ("member", "value"), [("percent", 75), ("transferred", 9), ("is_active", True)]
+)
 def test_a_status(member, value):
     assert getattr(status(STATUS), member) == value
 
@@ -237,7 +259,7 @@ def test_where_a_destination_listens(listening, host, uri):
     assert address({"socket-address": listening}, host) == uri
 
 
-# -- who runs it -------------------------------------------------------------------------------------
+# -- who runs it -----------------------------------------------------------------------------------
 
 #: Every pair that can be, with the step: the promises of the table are tested, not its rows.
 STEPS = [(source, there, step(source, there)) for source, there in product(SOURCES, DESTINATIONS)]
@@ -275,7 +297,9 @@ def test_a_source_is_ended_only_when_the_destination_runs():
     assert {there for _, there in pairs("end-source")} == {"running"}
 
 
-@pytest.mark.parametrize(("source", "there"), [*((source, "unknown") for source in SOURCES), ("unknown", "whole")])
+@pytest.mark.parametrize(
+    ("source", "there"), [*((source, "unknown") for source in SOURCES), ("unknown", "whole")]
+)
 def test_where_nobody_can_tell_whether_the_other_side_runs_neither_is_touched(source, there):
     # A source that keeps the guest is never followed by one that may run.
     assert step(source, there) == (None if source == "kept" else "leave")
@@ -286,7 +310,7 @@ def test_what_may_be_the_only_copy_is_not_touched(source):
     assert step(source, "other") == "leave"
 
 
-# -- what there is to cancel, and when nothing moves any more ------------------------------------------
+# -- what there is to cancel, and when nothing moves any more --------------------------------------
 
 MOVES = {"status": "active", "ram": {"transferred": 1, "remaining": 9, "total": 10}}
 ARRIVED = {"status": "completed"}
@@ -313,7 +337,10 @@ def test_what_there_is_to_cancel(run_state, reply, is_prepared, what):
 
 
 def moves(transferred, word="active"):
-    return {"status": word, "ram": {"transferred": transferred, "remaining": 100 - transferred, "total": 100}}
+    return {
+        "status": word,
+        "ram": {"transferred": transferred, "remaining": 100 - transferred, "total": 100},
+    }
 
 
 def test_memory_that_moves_has_no_end_of_its_time():
@@ -330,7 +357,7 @@ def test_sides_that_do_not_connect_have_10_s():
     assert found[1].startswith("no progress for 10 s ('setup'): cancelled (QEMU 10.0 under TCG")
 
 
-# -- what stands against a destination -----------------------------------------------------------------
+# -- what stands against a destination -------------------------------------------------------------
 
 TWO_OF_8 = b"<domain type='kvm'><name>d</name><memory>1</memory><vcpu current='2'>8</vcpu></domain>"
 
@@ -353,15 +380,22 @@ def test_what_stands_against_a_destination_is_told_together(run_state, uuid, cod
 
 
 @pytest.mark.parametrize(
-    ("there", "codes"), [(state(0, 1), []), (state(0), ["vcpus"]), (state(0, maxcpus=4), ["vcpus", "vcpus"])]
+    ("there", "codes"),
+    [(state(0, 1), []), (state(0), ["vcpus"]), (state(0, maxcpus=4), ["vcpus", "vcpus"])],
 )
 def test_of_another_tools_cookie_its_xml_is_compared(there, codes):
-    assert against_destination(replace(cookie(there, TWO_OF_8, name="d"), machine=None), there) == codes
+    assert (
+        against_destination(replace(cookie(there, TWO_OF_8, name="d"), machine=None), there)
+        == codes
+    )
 
 
-# -- the cookie --------------------------------------------------------------------------------------
+# -- the cookie ------------------------------------------------------------------------------------
 
-XML = b"<?xml version='1.0'?>\n<!-- c --><domain type='kvm'>\n  <name>d</name>\n  <vcpu>8</vcpu>\n</domain>\n"
+XML = (
+    b"<?xml version='1.0'?>\n<!-- c --><domain type='kvm'>\n  <name>d</name>\n "
+    b" <vcpu>8</vcpu>\n</domain>\n"
+)
 COOKIE = cookie(state(0, 6, 2, nodes=True), XML, name="d&", runs=False)
 
 
@@ -470,7 +504,7 @@ def test_an_error_has_the_last_words_of_a_log(log, words):
     assert last_words(log) == words
 
 
-# -- trips that are known to go wrong ------------------------------------------------------------------
+# -- trips that are known to go wrong --------------------------------------------------------------
 
 
 def tcg(arch, version, enabled, *, kvm=False):
@@ -552,12 +586,14 @@ def test_what_hangs_says_what_to_do(version):
     assert "QEMU 11.1 or KVM; --force" in refusal.hint
 
 
-# -- a trip with one CPU online ------------------------------------------------------------------------
+# -- a trip with one CPU online --------------------------------------------------------------------
 
 ONLINE = {n: n in (0, 1, 3) for n in range(5)}
 
 
-@pytest.mark.parametrize("numbers", [{0: 0, 1: 1, 6: 3}, {}], ids=["all are known", "none is known"])
+@pytest.mark.parametrize(
+    "numbers", [{0: 0, 1: 1, 6: 3}, {}], ids=["all are known", "none is known"]
+)
 def test_a_guest_can_be_left_with_its_first_cpu(numbers):
     assert against_one_cpu(ONLINE, numbers) is None
 

@@ -58,7 +58,9 @@ def test_a_port_that_cannot_be_is_usage():
         meaning("host:70000")
 
 
-@pytest.mark.parametrize(("name", "reason"), [("nowhere", "missing"), ("", "not-qmp"), ("long" * 50, "other")])
+@pytest.mark.parametrize(
+    ("name", "reason"), [("nowhere", "missing"), ("", "not-qmp"), ("long" * 50, "other")]
+)
 async def test_a_path_that_leads_nowhere_is_said_at_once(tmp_path, name, reason):
     await fails(str(tmp_path / name), reason)
 
@@ -149,7 +151,13 @@ async def test_an_endless_line_costs_bounded_memory(tmp_path):
 
 @pytest.mark.parametrize(
     "said",
-    [b"garbage\r\n", b"[" * 100000 + b"\r\n", b'{"return": ' + b"9" * 5000 + b"}\r\n", b"\xff\r\n", b"3\r\n"],
+    [
+        b"garbage\r\n",
+        b"[" * 100000 + b"\r\n",
+        b'{"return": ' + b"9" * 5000 + b"}\r\n",
+        b"\xff\r\n",
+        b"3\r\n",
+    ],
 )
 async def test_garbage_in_mid_session_ends_the_command_at_once(tmp_path, said):
     def answer(connection, command):
@@ -160,7 +168,9 @@ async def test_garbage_in_mid_session_ends_the_command_at_once(tmp_path, said):
 
 
 async def test_after_garbage_no_command_is_sent_any_more(tmp_path):
-    async with serve(tmp_path, answering(lambda connection, command: connection.raw(b"garbage\r\n"))) as path:
+    async with serve(
+        tmp_path, answering(lambda connection, command: connection.raw(b"garbage\r\n"))
+    ) as path:
         async with connected(path) as monitor:
             await ends(monitor, 1)
             with pytest.raises(VcpuConnectionError):
@@ -180,7 +190,9 @@ async def test_a_malformed_reply_is_told(tmp_path, reply):
 
 @pytest.fixture
 async def cut_off(tmp_path):
-    """What the command ends with, and what a listener hears, where a server closes in the middle of a reply."""
+    """What the command ends with, and what a listener hears, where a server closes in the middle of
+    a reply.
+    """
 
     def answer(connection, command):
         connection.raw(b'{"ret')
@@ -205,7 +217,9 @@ async def test_a_listener_hears_why_a_command_has_failed(cut_off):
 
 @pytest.fixture
 async def lost(tmp_path):
-    """What is heard of a server that tells STOP and closes: by a listener then, and by one that comes late."""
+    """What is heard of a server that tells STOP and closes: by a listener then, and by one that
+    comes late.
+    """
     listening = asyncio.Event()
 
     async def script(connection):
@@ -273,7 +287,10 @@ async def test_a_server_that_closes_right_after_negotiation(tmp_path):
 async def test_an_error_of_qemu_keeps_its_class_and_text(tmp_path):
     def answer(connection, command):
         connection.send(
-            {"error": {"class": "DeviceNotFound", "desc": "Device 'x' not found"}, "id": command["id"]}
+            {
+                "error": {"class": "DeviceNotFound", "desc": "Device 'x' not found"},
+                "id": command["id"],
+            }
         )
 
     async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
@@ -292,11 +309,18 @@ async def test_no_answer_is_a_timeout_and_the_late_reply_belongs_to_nobody(tmp_p
         connection.reply(held[0], "late")
         return "mine"
 
-    async with serve(tmp_path, answering(answer)) as path, connected(path, command_timeout=1) as monitor:
+    async with (
+        serve(tmp_path, answering(answer)) as path,
+        connected(path, command_timeout=1) as monitor,
+    ):
         with pytest.raises(VcpuConnectionError, match="did not answer 'query-status'") as error:
             await monitor.command("query-status")
         mine = await monitor.command("query-status")
-    assert (error.value.reason, error.value.libvirt, mine) == ("timeout", "VIR_ERR_OPERATION_TIMEOUT", "mine")
+    assert (error.value.reason, error.value.libvirt, mine) == (
+        "timeout",
+        "VIR_ERR_OPERATION_TIMEOUT",
+        "mine",
+    )
 
 
 async def test_of_many_commands_only_the_oldest_is_on_the_clock(tmp_path):
@@ -304,7 +328,10 @@ async def test_of_many_commands_only_the_oldest_is_on_the_clock(tmp_path):
         await asyncio.sleep(0.2)  # the work of a slow QEMU: all together take longer than one may
         return command["id"]
 
-    async with serve(tmp_path, answering(answer)) as path, connected(path, command_timeout=1.5) as monitor:
+    async with (
+        serve(tmp_path, answering(answer)) as path,
+        connected(path, command_timeout=1.5) as monitor,
+    ):
         replies = await asyncio.gather(*(monitor.command("query-status") for _ in range(10)))
     assert len(set(replies)) == 10
 
@@ -353,8 +380,14 @@ async def test_an_event_of_a_wrong_shape_harms_nothing(tmp_path):
 
 
 async def test_a_reply_of_five_thousand_cpus(tmp_path):
-    rows = [{"cpu-index": n, "qom-path": f"/machine/peripheral/vcpu{n}" + "x" * 200} for n in range(5000)]
-    async with serve(tmp_path, answering(lambda connection, command: rows)) as path, connected(path) as monitor:
+    rows = [
+        {"cpu-index": n, "qom-path": f"/machine/peripheral/vcpu{n}" + "x" * 200}
+        for n in range(5000)
+    ]
+    async with (
+        serve(tmp_path, answering(lambda connection, command: rows)) as path,
+        connected(path) as monitor,
+    ):
         assert await monitor.command("query-cpus-fast") == rows
 
 
@@ -409,7 +442,13 @@ def lines(log):
 
 
 async def test_the_log_has_every_message_as_a_json_line(log):
-    assert [line["direction"] for line in lines(log)] == ["receive", "send", "receive", "send", "receive"]
+    assert [line["direction"] for line in lines(log)] == [
+        "receive",
+        "send",
+        "receive",
+        "send",
+        "receive",
+    ]
 
 
 async def test_the_log_has_each_message_whole(log):
@@ -486,7 +525,10 @@ async def test_what_is_asked_at_once_goes_out_in_few_writes(tmp_path, monkeypatc
             writes.append(commands)
         return send(sock, data, *flags)
 
-    async with serve(tmp_path, answering(lambda connection, command: {})) as path, connected(path) as monitor:
+    async with (
+        serve(tmp_path, answering(lambda connection, command: {})) as path,
+        connected(path) as monitor,
+    ):
         monkeypatch.setattr(socket.socket, "send", count)
         await ends(monitor, 80)
     assert (sum(writes), 1 < len(writes) <= 4) == (80, True), writes
@@ -561,12 +603,17 @@ async def test_a_pretty_printed_socket_is_called_so(tmp_path):
 
     async with serve(tmp_path, pretty) as path:
         error = await fails(path, "not-qmp")
-    assert ("pretty-printed" in error.message, "-qmp, not -qmp-pretty" in error.hint) == (True, True)
+    assert ("pretty-printed" in error.message, "-qmp, not -qmp-pretty" in error.hint) == (
+        True,
+        True,
+    )
 
 
 async def test_of_what_was_asked_at_once_the_first_error_is_enough(tmp_path):
     told = []
-    asyncio.get_running_loop().set_exception_handler(lambda loop, context: told.append(context["message"]))
+    asyncio.get_running_loop().set_exception_handler(
+        lambda loop, context: told.append(context["message"])
+    )
 
     async def script(connection):
         await connection.greet()
@@ -585,14 +632,21 @@ async def test_of_what_was_asked_at_once_the_first_error_is_enough(tmp_path):
 
 @pytest.mark.parametrize(
     "said",
-    [b'{"return": [' + b"[]," * 1_100_000 + b"1]}\n", b"[" + b"1," * 900_000 + b"1]\n", b"x" * 8_000_000 + b"\n"],
+    [
+        b'{"return": [' + b"[]," * 1_100_000 + b"1]}\n",
+        b"[" + b"1," * 900_000 + b"1]\n",
+        b"x" * 8_000_000 + b"\n",
+    ],
     ids=["empty lists", "a list", "no JSON"],
 )
 async def test_what_is_large_and_not_understood_takes_little_memory(tmp_path, said):
     def answer(connection, command):
         connection.raw(said)
 
-    async with serve(tmp_path, answering(answer)) as path, connected(path, command_timeout=DEADLINE) as monitor:
+    async with (
+        serve(tmp_path, answering(answer)) as path,
+        connected(path, command_timeout=DEADLINE) as monitor,
+    ):
         tracemalloc.start()
         try:
             (end,) = await ends(monitor, 1)
@@ -600,7 +654,8 @@ async def test_what_is_large_and_not_understood_takes_little_memory(tmp_path, sa
         finally:
             tracemalloc.stop()
     assert (end.reason, len(str(end)) < 500) == ("malformed", True)
-    # What the server has yet to send, the buffer, the line as bytes and text, and a list of one number.
+    # What the server has yet to send, the buffer, the line as bytes and text, and a list of one
+    # number.
     assert peak < 12 * len(said) + 10_000_000
 
 
@@ -618,7 +673,9 @@ async def test_a_reply_to_nothing_is_dropped(tmp_path, said):
 
 async def test_the_words_of_an_error_are_bounded(tmp_path):
     def answer(connection, command):
-        connection.send({"error": {"class": ["x" * 100_000], "desc": "y" * 100_000}, "id": command["id"]})
+        connection.send(
+            {"error": {"class": ["x" * 100_000], "desc": "y" * 100_000}, "id": command["id"]}
+        )
 
     async with serve(tmp_path, answering(answer)) as path, connected(path) as monitor:
         with pytest.raises(QmpError) as error:
@@ -631,7 +688,9 @@ async def test_the_words_of_an_error_are_bounded(tmp_path):
     [(b"", 0.5, "timeout"), (b"garbage\n", 60, "malformed"), (None, 60, "closed")],
     ids=["nothing", "garbage", "its end"],
 )
-async def test_closing_does_not_wait_for_a_server_that_does_not_read(tmp_path, last, seconds, reason):
+async def test_closing_does_not_wait_for_a_server_that_does_not_read(
+    tmp_path, last, seconds, reason
+):
     full = asyncio.Event()
 
     async def script(connection):

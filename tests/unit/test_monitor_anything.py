@@ -1,4 +1,6 @@
-"""Whatever a server says, in whatever pieces: the monitor ends a command, and only with its own errors."""
+"""Whatever a server says, in whatever pieces: the monitor ends a command, and only with its own
+errors.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from tests.support.waiting import deadline, within
 
 JSON = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
-    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5), inner, max_size=3)
+    ),
     max_leaves=6,
 )
 ERROR = st.fixed_dictionaries({}, optional={"class": JSON, "desc": JSON})
@@ -28,7 +32,8 @@ MESSAGE = st.fixed_dictionaries(
         "error": JSON | ERROR,
         "event": JSON,
         "data": JSON,
-        "timestamp": JSON | st.fixed_dictionaries({}, optional={"seconds": JSON, "microseconds": JSON}),
+        "timestamp": JSON
+        | st.fixed_dictionaries({}, optional={"seconds": JSON, "microseconds": JSON}),
         "id": JSON,
         "QMP": JSON,
     },
@@ -78,7 +83,9 @@ def test_a_command_ends_with_a_reply_or_an_error_of_ours(said, right_id):
 @settings(max_examples=10, deadline=None)
 @given(st.lists(st.dictionaries(st.text(max_size=3), JSON, max_size=2), max_size=4))
 def test_events_of_any_data_come_in_order_before_the_reply(all_data):
-    said = [json.dumps({"event": f"E{n}", "data": data}).encode() for n, data in enumerate(all_data)]
+    said = [
+        json.dumps({"event": f"E{n}", "data": data}).encode() for n, data in enumerate(all_data)
+    ]
     reply, heard = asyncio.run(answers(said, {"return": "ok"}))
     names = [event.name for event in heard if isinstance(event, Event)]
     assert (reply, names) == ("ok", [f"E{n}" for n in range(len(all_data))])
@@ -93,7 +100,14 @@ async def test_a_reply_may_come_a_byte_at_a_time_and_glued_to_what_follows(tmp_p
         connection.send({"return": {}})
         command = await connection.receive()
         reply = {"return": "whole", "id": command["id"]}
-        text = json.dumps({"event": "A"}) + "\n" + json.dumps(reply) + "\n" + json.dumps({"event": "B"}) + "\n"
+        text = (
+            json.dumps({"event": "A"})
+            + "\n"
+            + json.dumps(reply)
+            + "\n"
+            + json.dumps({"event": "B"})
+            + "\n"
+        )
         connection.raw(text[:7].encode())
         await connection.writer.drain()
         connection.raw(text[7:].encode())
@@ -143,7 +157,10 @@ async def test_all_commands_under_way_end_when_the_connection_does(tmp_path):
         if len(read) == 10:
             connection.close()
 
-    async with serve(tmp_path, answering(answer)) as path, connected(path, command_timeout=600) as monitor:
+    async with (
+        serve(tmp_path, answering(answer)) as path,
+        connected(path, command_timeout=600) as monitor,
+    ):
         found = await within(ends(monitor, 10), "all of them end")
     assert {getattr(end, "reason", end) for end in found} == {"closed"}
 

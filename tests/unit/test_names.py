@@ -1,4 +1,6 @@
-"""What a word of the user names: a domain, or a socket in QEMU's words; what is said where it is nothing."""
+"""What a word of the user names: a domain, or a socket in QEMU's words; what is said where it is
+nothing.
+"""
 
 from __future__ import annotations
 
@@ -37,7 +39,9 @@ async def test_where_nothing_is_defined_the_hint_says_how_to(tmp_path, monkeypat
     assert "qmpvcpu define" in (await failure("web2")).hint
 
 
-@pytest.mark.parametrize("command", ["setvcpu {} 1 --enable --config", "vcpuinfo {}", "vcpucount {} --config"])
+@pytest.mark.parametrize(
+    "command", ["setvcpu {} 1 --enable --config", "vcpuinfo {}", "vcpucount {} --config"]
+)
 def test_every_command_says_so(home, command):
     run = run_main([*command.format("web2").split(), "--json"])
     assert (run.code, "'web2'; defined are web1" in run.json["error"]["message"]) == (7, True)
@@ -45,7 +49,10 @@ def test_every_command_says_so(home, command):
 
 async def test_a_path_where_nothing_is_may_have_meant_either(tmp_path):
     error = await failure(str(tmp_path / "x"))
-    assert (error.message, error.reason) == (f"there is no socket or file '{tmp_path}/x'", "missing")
+    assert (error.message, error.reason) == (
+        f"there is no socket or file '{tmp_path}/x'",
+        "missing",
+    )
 
 
 @pytest.mark.parametrize("form", ["unix:{}", "unix:{}" + SERVER, "unix:{},server,nowait", "{}"])
@@ -67,7 +74,16 @@ async def test_an_agent_is_taken_in_qemus_words(tmp_path):
 def test_a_relative_socket_is_defined_by_its_full_path(home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "d.xml").write_bytes(home.xml)
-    words = ["define", "a", "--qmp", "unix:./q", "--qmp", "tcp:[::1]:44", "--agent", f"unix:g{SERVER}"]
+    words = [
+        "define",
+        "a",
+        "--qmp",
+        "unix:./q",
+        "--qmp",
+        "tcp:[::1]:44",
+        "--agent",
+        f"unix:g{SERVER}",
+    ]
     run = run_main([*words, "--xml", "d.xml", "--json"])
     assert run.json["qmp"] == [f"{tmp_path}/q", "tcp:[::1]:44"]
     assert run.json["agent"] == f"{tmp_path}/g"
@@ -85,10 +101,12 @@ def test_what_is_not_an_address_says_what_to_write(word):
     assert (run.code, bool(run.json["error"]["hint"])) == (2, True)
 
 
-# -- a guest that is off -----------------------------------------------------------------------------
+# -- a guest that is off ---------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("command", ["watch web1", "save web1 /nowhere/f", "setvcpu web1 1 --guest"])
+@pytest.mark.parametrize(
+    "command", ["watch web1", "save web1 /nowhere/f", "setvcpu web1 1 --guest"]
+)
 def test_what_needs_a_running_guest_says_start_it_first(home, command):
     run = run_main([*command.split(), "--json"])
     assert (run.code, run.json["error"]["hint"]) == (3, "start it first")
@@ -104,12 +122,15 @@ def test_a_maximum_without_config_says_what_to_add(home):
 
 
 async def test_an_agent_that_is_not_there_is_a_socket_that_is_not_there(tmp_path):
-    async with serve(tmp_path, FakeQemu().script) as path, qmpvcpu.connect(path, agent="./nope") as domain:
+    async with (
+        serve(tmp_path, FakeQemu().script) as path,
+        qmpvcpu.connect(path, agent="./nope") as domain,
+    ):
         with pytest.raises(VcpuConnectionError, match=r"^there is no agent socket './nope'$"):
             await domain.guest_vcpus()
 
 
-# -- what was typed wrong ----------------------------------------------------------------------------
+# -- what was typed wrong --------------------------------------------------------------------------
 
 
 def test_a_wrong_option_hints_at_the_help_of_its_command():

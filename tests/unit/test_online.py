@@ -14,13 +14,16 @@ NOT_SAID = "the guest did not change it, and gave no reason"
 
 
 class Agent:
-    """vCPU n is the guest's CPU n + 10. It stops at the first error and keeps what it did; `broken` CPUs fail,
-    `liars` say yes and do nothing, one that is `stuck` takes nothing back, nor do `sticky` CPUs come up again.
+    """vCPU n is the guest's CPU n + 10. It stops at the first error and keeps what it did; `broken`
+    CPUs fail, `liars` say yes and do nothing, one that is `stuck` takes nothing back, nor do
+    `sticky` CPUs come up again.
     """
 
     def __init__(self, online, broken=(), liars=(), stuck=False, sticky=()):
         self.online = {n + 10: on for n, on in online.items()}
-        self.broken, self.liars, self.sticky = ({n + 10 for n in some} for some in (broken, liars, sticky))
+        self.broken, self.liars, self.sticky = (
+            {n + 10 for n in some} for some in (broken, liars, sticky)
+        )
         self.stuck = stuck
         self.sets = []
 
@@ -96,7 +99,9 @@ def test_the_first_one_that_fails_changes_nothing():
 
 
 def test_an_agent_that_says_yes_and_does_nothing_is_not_believed():
-    assert Agent(FOUR, liars=(2,)).switch((1, 2), False) == Switched((), (1,), (), {2: NOT_SAID}, {})
+    assert Agent(FOUR, liars=(2,)).switch((1, 2), False) == Switched(
+        (), (1,), (), {2: NOT_SAID}, {}
+    )
 
 
 def test_what_was_so_already_and_is_no_longer_is_a_failure():

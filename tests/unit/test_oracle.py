@@ -1,4 +1,6 @@
-"""The transaction and the one of `house-0` do the same, whatever QEMU, the guest and the caller do, and when."""
+"""The transaction and the one of `house-0` do the same, whatever QEMU, the guest and the caller do,
+and when.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,12 @@ _HOURS = st.builds(
     drops=st.booleans(),
     undo_forbidden=st.sampled_from([None, None, "it kills"]),
     restore_forbidden=st.sampled_from([None, None, "it kills"]),
-    replies=st.dictionaries(st.integers(1, 8), st.lists(_REPLIES, max_size=4).map(tuple), max_size=4),
-    answers=st.dictionaries(st.integers(1, 8), st.lists(_ANSWERS, max_size=4).map(tuple), max_size=6),
+    replies=st.dictionaries(
+        st.integers(1, 8), st.lists(_REPLIES, max_size=4).map(tuple), max_size=4
+    ),
+    answers=st.dictionaries(
+        st.integers(1, 8), st.lists(_ANSWERS, max_size=4).map(tuple), max_size=6
+    ),
     resets=st.sampled_from([(), (), (0.307,), (2.9,)]),
     cancels=st.sampled_from([(), (), (), (0.0007,), (0.0503,), (1.3,), (0.4, 0.9)]),
 )

@@ -1,4 +1,6 @@
-"""The end of output: closed, full, without a reader or not UTF-8, stdout and stderr never change the exit code."""
+"""The end of output: closed, full, without a reader or not UTF-8, stdout and stderr never change
+the exit code.
+"""
 
 from __future__ import annotations
 
@@ -53,7 +55,9 @@ async def test_a_plug_that_fails_exits_with_its_own_code(guest, redirection):
 )
 async def test_stderr_says_what_stdout_could_not_take(guest, redirection, why):
     run = await shell(f'qmpvcpu vcpuinfo "$1" {redirection}', guest.path)
-    assert run.stderr.endswith(f"qmpvcpu: cannot write to stdout: {why}; the exit code is 0 all the same\n")
+    assert run.stderr.endswith(
+        f"qmpvcpu: cannot write to stdout: {why}; the exit code is 0 all the same\n"
+    )
 
 
 async def test_a_reader_that_left_is_not_worth_a_line(guest):
@@ -67,7 +71,9 @@ async def test_a_full_disk_is_told_whatever_was_asked(words):
 
 
 async def test_a_watch_ends_when_its_reader_leaves(guest):
-    run = await within(shell('qmpvcpu watch "$1" | head -n 1', guest.path), "the first line is there")
+    run = await within(
+        shell('qmpvcpu watch "$1" | head -n 1', guest.path), "the first line is there"
+    )
     assert (run.stdout.count("\n"), run.stderr) == (1, "")
 
 
@@ -76,7 +82,10 @@ async def test_a_watch_that_nobody_can_read_ends(guest):
     assert (run.code, "No space left on device" in run.stderr) == (2, True)
 
 
-ASCII = [{"PYTHONIOENCODING": "ascii"}, {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}]
+ASCII = [
+    {"PYTHONIOENCODING": "ascii"},
+    {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"},
+]
 
 
 @pytest.mark.parametrize("environment", ASCII, ids=["ascii", "C"])
@@ -92,21 +101,28 @@ async def test_a_name_that_is_not_utf_8_is_escaped():
 
 async def test_json_is_ascii_and_keeps_the_name():
     run = await shell("qmpvcpu --json vcpuinfo /nowhere/$'Zürich \\xff'", LC_ALL="C")
-    assert (run.stdout.isascii(), "Zürich \udcff" in json.loads(run.stdout)["error"]["message"]) == (True, True)
+    assert (
+        run.stdout.isascii(),
+        "Zürich \udcff" in json.loads(run.stdout)["error"]["message"],
+    ) == (True, True)
 
 
-@pytest.mark.parametrize("words", [["--help"], ["setvcpu", "--help"], ["completion", "bash"], ["--version"], []])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["setvcpu", "--help"], ["completion", "bash"], ["--version"], []]
+)
 def test_json_is_one_document_whatever_is_asked(words):
     assert run_main([*words, "--json"]).json
 
 
 async def test_qemus_socket_never_becomes_our_stderr(guest):
-    """With 2 closed the next file that is opened would be 2, and what libraries write there would go to QEMU."""
+    """With 2 closed the next file that is opened would be 2, and what libraries write there would
+    go to QEMU.
+    """
     run = await shell('qmpvcpu --debug vcpuinfo "$1" <&- 2>&-', guest.path)
     assert run.code == 0
 
 
-# -- text of others ----------------------------------------------------------------------------------
+# -- text of others --------------------------------------------------------------------------------
 
 NASTY = {
     "colour": "a\x1b[31mb",
@@ -157,7 +173,9 @@ async def test_the_debug_log_does_nothing_to_a_terminal(tmp_path):
 
 async def test_names_in_a_definition_do_nothing_to_a_terminal(tmp_path):
     path = tmp_path / "d.xml"
-    path.write_text("<domain><name>a&#x9b;31m\u202e</name><vcpu>2</vcpu></domain>", encoding="utf-8")
+    path.write_text(
+        "<domain><name>a&#x9b;31m\u202e</name><vcpu>2</vcpu></domain>", encoding="utf-8"
+    )
     run = await shell('qmpvcpu vcpuinfo "$1"; qmpvcpu dumpxml "$1" --inactive >&2', str(path))
     assert all(line.isprintable() for line in run.stdout.splitlines())
 

@@ -1,4 +1,6 @@
-"""Paths that cannot be looked into are passed over; `Path.is_file()` raises there for an ordinary user."""
+"""Paths that cannot be looked into are passed over; `Path.is_file()` raises there for an ordinary
+user.
+"""
 
 from __future__ import annotations
 

@@ -11,7 +11,14 @@ import qmpvcpu
 from tests.support import hosts
 from tests.support.fake_qemu import FakeQemu
 from tests.support.fake_qmp import serve
-from tests.support.pending import Store, Unplug, contexts_used, marked, may_still_happen, qemu_runs_here
+from tests.support.pending import (
+    Store,
+    Unplug,
+    contexts_used,
+    marked,
+    may_still_happen,
+    qemu_runs_here,
+)
 from tests.support.slots import Slot
 from tests.support.store import where_state_is
 from tests.support.waiting import until
@@ -41,7 +48,7 @@ def left(store):
     return sorted(path.name for path in store.root.iterdir())
 
 
-# -- what unplugs under TCG have used up --------------------------------------------------------------
+# -- what unplugs under TCG have used up -----------------------------------------------------------
 
 
 def test_what_two_processes_saw_is_counted_once(one, other):
@@ -59,7 +66,7 @@ def test_a_vcpu_whose_thread_others_have_took_no_context_of_its_own():
     assert contexts_used({(1, 100), (2, 102), (3, 0)}, {100}) == 1
 
 
-# -- two processes -----------------------------------------------------------------------------------
+# -- two processes ---------------------------------------------------------------------------------
 
 
 def test_of_what_was_asked_later_than_it_was_seen_ended_nothing_is_forgotten(one, other):
@@ -70,7 +77,9 @@ def test_of_what_was_asked_later_than_it_was_seen_ended_nothing_is_forgotten(one
 
 @pytest.fixture
 async def other_asks(tmp_path):
-    """A domain that has last seen vCPU 3 unplugged; meanwhile another process plugs it and asks for its unplug."""
+    """A domain that has last seen vCPU 3 unplugged; meanwhile another process plugs it and asks for
+    its unplug.
+    """
     qemu = FakeQemu()
     qemu.on_delete = {3: "silence"}
     with qemu_runs_here():
@@ -96,7 +105,7 @@ async def test_what_another_process_is_unplugging_is_awaited_and_plugged_again(o
     assert (await task).changed_ids == (3,)
 
 
-# -- on disk -----------------------------------------------------------------------------------------
+# -- on disk ---------------------------------------------------------------------------------------
 
 
 def test_at_first_nothing_is_known(one):
@@ -165,7 +174,16 @@ def test_nobody_else_may_read_it(one):
     assert [path.stat().st_mode & 0o77 for path in one.root.rglob("*")] == [0, 0]
 
 
-STRANGE = [b"", b"{", b"5", b'{"qom_path": 5}', b"\xff" * 9000, b'[["x", 1, 2, 3]]', b"[[1]]", b"[" * 200000]
+STRANGE = [
+    b"",
+    b"{",
+    b"5",
+    b'{"qom_path": 5}',
+    b"\xff" * 9000,
+    b'[["x", 1, 2, 3]]',
+    b"[[1]]",
+    b"[" * 200000,
+]
 
 
 @pytest.fixture(params=STRANGE, ids=range(len(STRANGE)))
@@ -224,7 +242,7 @@ def test_two_qemus_know_nothing_of_each_other(tmp_path, one):
     assert Store(tmp_path, start=2).known() == {}
 
 
-# -- files that are not ours --------------------------------------------------------------------------
+# -- files that are not ours -----------------------------------------------------------------------
 
 #: The three kinds of files: what each says, and what it says where it is not ours.
 KINDS = {
@@ -312,7 +330,7 @@ def test_nobody_else_may_write_a_file_of_ours_whatever_the_umask(one):
     assert {path.stat().st_mode & 0o77 for path in one.folder.iterdir()} == {0}
 
 
-# -- what is gone and nobody was told ----------------------------------------------------------------
+# -- what is gone and nobody was told --------------------------------------------------------------
 
 
 def test_at_first_nothing_is_gone(one):
@@ -349,7 +367,7 @@ def test_tidied_when_all_is_back_nothing_is_left(unseen, other):
     assert left(unseen) == []
 
 
-# -- where, and of which process ---------------------------------------------------------------------
+# -- where, and of which process -------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -365,7 +383,9 @@ def test_where_state_is_kept(variables, user_id, where):
     assert where_state_is(variables, user_id) == where
 
 
-@pytest.mark.parametrize("pids", [[os.getpid()], [], [2**22 + 7]], ids=["not QEMU", "none", "not running"])
+@pytest.mark.parametrize(
+    "pids", [[os.getpid()], [], [2**22 + 7]], ids=["not QEMU", "none", "not running"]
+)
 def test_what_is_not_a_qemu_is_not_found(pids):
     assert hosts.qemu_of(pids) is None
 
@@ -374,7 +394,9 @@ def test_a_process_that_runs_is_alive():
     assert hosts.is_running(hosts.name_of())
 
 
-@pytest.mark.parametrize("other", [{"start": 1}, {"boot": "other"}], ids=["another start", "another boot"])
+@pytest.mark.parametrize(
+    "other", [{"start": 1}, {"boot": "other"}], ids=["another start", "another boot"]
+)
 def test_a_process_with_the_same_pid_is_not_it(other):
     assert not hosts.is_running(hosts.name_of(**other))
 
@@ -384,7 +406,7 @@ def test_what_is_not_a_name_of_a_process_does_not_run(name):
     assert not hosts.is_running(name)
 
 
-# -- whether it may still happen ---------------------------------------------------------------------
+# -- whether it may still happen -------------------------------------------------------------------
 
 X86 = (
     Slot((0,), "/machine/peripheral/vcpu0", 100),
@@ -405,7 +427,15 @@ PPC64 = (Slot((0, 1, 2, 3), "/c0", 100), Slot((4, 5, 6, 7), "/c1", 104), Slot((8
         (Unplug(99), X86, False),
         (Unplug(1), PPC64, False),
     ],
-    ids=["same", "empty slot", "other thread", "other object", "nothing known", "no such slot", "inside a core"],
+    ids=[
+        "same",
+        "empty slot",
+        "other thread",
+        "other object",
+        "nothing known",
+        "no such slot",
+        "inside a core",
+    ],
 )
 def test_open_as_long_as_the_slot_holds_the_same_object_and_thread(asked, slots, is_open):
     assert may_still_happen(asked, slots) is is_open
@@ -419,7 +449,7 @@ def test_what_is_no_longer_pending_is_no_longer_marked():
     assert marked(PPC64, {4}, set()) == []
 
 
-# -- from one process to the next --------------------------------------------------------------------
+# -- from one process to the next ------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -524,7 +554,10 @@ async def test_once_nothing_is_pending_nothing_is_left_on_the_disk(shared, store
 
 
 async def test_what_is_gone_is_crossed_out_behind_the_answer(shared, store):
-    async with serve(shared, FakeQemu(plugged=(1,)).script) as path, qmpvcpu.connect(path) as domain:
+    async with (
+        serve(shared, FakeQemu(plugged=(1,)).script) as path,
+        qmpvcpu.connect(path) as domain,
+    ):
         await domain.disable(1)
         at_once = len(store.files()), domain.pending_ids
         await until(lambda: store.files() == [], "it is crossed out")
@@ -542,7 +575,10 @@ async def test_what_was_refused_is_crossed_out_before_the_answer(shared, store):
 
 
 async def test_what_is_gone_is_crossed_out_when_the_domain_is_left(shared, store):
-    async with serve(shared, FakeQemu(plugged=(1,)).script) as path, qmpvcpu.connect(path) as domain:
+    async with (
+        serve(shared, FakeQemu(plugged=(1,)).script) as path,
+        qmpvcpu.connect(path) as domain,
+    ):
         await domain.disable(1)
     assert store.files() == []
 

@@ -13,7 +13,10 @@ ENABLE, DISABLE = VcpuFlag.ENABLE, VcpuFlag.DISABLE
 
 
 def tuned(cputune="", cpuset="", count=4):
-    text = f"<domain><name>d</name><vcpu{cpuset} current='1'>{count}</vcpu><cputune>{cputune}</cputune></domain>"
+    text = (
+        f"<domain><name>d</name><vcpu{cpuset}"
+        f" current='1'>{count}</vcpu><cputune>{cputune}</cputune></domain>"
+    )
     return text.encode()
 
 
@@ -41,7 +44,8 @@ def state(*plugged, shared=False, thread=100):
         for n in range(4)
     ]
     cpus = [
-        {"cpu-index": n, "qom-path": path, "thread-id": thread + (0 if shared else n)} for n, path in paths.items()
+        {"cpu-index": n, "qom-path": path, "thread-id": thread + (0 if shared else n)}
+        for n, path in paths.items()
     ]
     return Qemu(kvm=True).state(slots, cpus)
 
@@ -51,7 +55,7 @@ def enabling(*ids, host=None, xml=XML, before=None, **more):
     return Change(host, xml, before or state(0), Request(ids, ENABLE, **more))
 
 
-# -- what the XML says -------------------------------------------------------------------------------
+# -- what the XML says -----------------------------------------------------------------------------
 
 
 def test_what_the_xml_says():
@@ -68,8 +72,12 @@ def test_a_new_thread_is_freed_of_the_emulators_cpus_which_it_would_get():
 
 
 def test_a_plan_says_where_in_words():
-    xml = tuned("<vcpupin vcpu='1' cpuset='0-1,3'/><vcpusched vcpus='1' scheduler='fifo' priority='10'/>")
-    assert "place vCPU 1: CPU 0-1,3, fifo:10" in enabling(1, host=Host(), xml=xml).checked.describe()
+    xml = tuned(
+        "<vcpupin vcpu='1' cpuset='0-1,3'/><vcpusched vcpus='1' scheduler='fifo' priority='10'/>"
+    )
+    assert (
+        "place vCPU 1: CPU 0-1,3, fifo:10" in enabling(1, host=Host(), xml=xml).checked.describe()
+    )
 
 
 def test_a_plan_says_where_as_json():
@@ -98,7 +106,7 @@ def test_what_libvirt_does_not_take_is_refused(wrong):
         wishes(tuned(wrong), range(4))
 
 
-# -- what stands against it --------------------------------------------------------------------------
+# -- what stands against it ------------------------------------------------------------------------
 
 HOSTS = pytest.mark.parametrize(
     ("host", "words"),
@@ -106,10 +114,16 @@ HOSTS = pytest.mark.parametrize(
         (Host(), []),
         (None, ["vCPU 0-3 cannot be placed: QEMU's process is not found"]),
         (Host(is_owner=False), ["vCPU 0-3 cannot be placed: QEMU belongs to another user"]),
-        (Host(online={0, 1}), ["vCPU 1 is pinned to host CPU 3: host CPU 3 is not online (online: 0-1)"]),
+        (
+            Host(online={0, 1}),
+            ["vCPU 1 is pinned to host CPU 3: host CPU 3 is not online (online: 0-1)"],
+        ),
         (Host(realtime=10), []),
         (Host(realtime=9), ["vCPU 1-2 cannot be fifo:10: CAP_SYS_NICE is missing"]),
-        (Host(online={1}, realtime=0), ["vCPU 0,2-3 is", "vCPU 1 is pinned", "vCPU 1-2 cannot be fifo"]),
+        (
+            Host(online={1}, realtime=0),
+            ["vCPU 0,2-3 is", "vCPU 1 is pinned", "vCPU 1-2 cannot be fifo"],
+        ),
     ],
     ids=["none", "not here", "another user", "offline", "just enough", "no right", "several"],
 )
@@ -142,7 +156,7 @@ def test_a_priority_that_there_is_not():
     assert "priorities are 1 to 99" in refusal.message
 
 
-# -- what is plugged ---------------------------------------------------------------------------------
+# -- what is plugged -------------------------------------------------------------------------------
 
 
 @pytest.fixture(name="two")
@@ -162,7 +176,10 @@ def test_what_came_is_placed(two):
 
 def test_what_came_is_shown_where_it_is(two):
     _, end = two
-    assert [(row.pin, row.scheduler, row.cpu) for row in end.rows] == [("3", "fifo:10", 1), ("0-1", "fifo:10", 1)]
+    assert [(row.pin, row.scheduler, row.cpu) for row in end.rows] == [
+        ("3", "fifo:10", 1),
+        ("0-1", "fifo:10", 1),
+    ]
 
 
 @pytest.fixture(name="declined")
@@ -258,7 +275,7 @@ def test_what_is_not_to_be_placed_leaves_plan_and_end_alone(host, xml, more):
     assert change.finish(state(0, 1)).messages == ()
 
 
-# -- one thread for all ------------------------------------------------------------------------------
+# -- one thread for all ----------------------------------------------------------------------------
 
 
 def test_where_all_vcpus_are_one_thread_nothing_is_placed_and_that_is_told():
@@ -293,7 +310,7 @@ def test_one_thread_of_a_guest_that_starts_is_not_placed():
     assert "nothing to place" in place_all_of(Host(), xml, state(0, 1, shared=True))[0]
 
 
-# -- a guest that starts -----------------------------------------------------------------------------
+# -- a guest that starts ---------------------------------------------------------------------------
 
 
 def test_all_of_a_guest_that_starts():
@@ -306,7 +323,9 @@ def test_of_a_guest_that_is_placed_there_is_nothing_to_say():
     assert place_all_of(Host(), XML, state(0, 1)) == []
 
 
-@pytest.mark.parametrize(("thread", "words"), [(101, "vCPU 1 could not"), (7, "the emulator could not")])
+@pytest.mark.parametrize(
+    ("thread", "words"), [(101, "vCPU 1 could not"), (7, "the emulator could not")]
+)
 def test_a_guest_that_starts_and_that_the_kernel_does_not_place(thread, words):
     with pytest.raises(VcpuFailed, match=words):
         place_all_of(Host(declines=[thread]), XML, state(0, 1))
@@ -317,7 +336,7 @@ def test_a_guest_that_starts_and_is_not_found():
         place_all_of(None, XML, state(0, 1))
 
 
-# -- enabled already ---------------------------------------------------------------------------------
+# -- enabled already -------------------------------------------------------------------------------
 
 PIN = "<vcpupin vcpu='1' cpuset='{}'/>"
 SCHEDULER = "<vcpusched vcpus='1' scheduler='fifo' priority='10'/>"
@@ -341,7 +360,7 @@ def test_what_is_enabled_already_is_placed_where_it_never_was(xml, thread, is_pl
     assert (1 in checked.placed) is is_placed
 
 
-# -- shown -------------------------------------------------------------------------------------------
+# -- shown -----------------------------------------------------------------------------------------
 
 
 def test_a_state_shows_what_threads_have():
@@ -349,32 +368,39 @@ def test_a_state_shows_what_threads_have():
     assert [(v.pin, v.scheduler, v.cpu) for v in rows] == [(None, None, None), ("2-3", "rr:5", 3)]
 
 
-# -- pins in a definition ------------------------------------------------------------------------------
+# -- pins in a definition --------------------------------------------------------------------------
 
 PINNED = {
     b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n  <os/>\n</domain>": (
-        b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n  <cputune>\n    <vcpupin vcpu='2' cpuset='0-1'/>\n"
+        b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n  <cputune>\n    <vcpupin vcpu='2'"
+        b" cpuset='0-1'/>\n"
         b"  </cputune>\n  <os/>\n</domain>"
     ),
     b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n  <cputune/>\n</domain>": (
-        b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n  <cputune>\n    <vcpupin vcpu='2' cpuset='0-1'/>\n"
+        b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n  <cputune>\n    <vcpupin vcpu='2'"
+        b" cpuset='0-1'/>\n"
         b"  </cputune>\n</domain>"
     ),
     b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n"
     b"  <cputune>\n    <!-- c -->\n    <shares>9</shares>\n  </cputune>\n</domain>": (
-        b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n  <cputune>\n    <vcpupin vcpu='2' cpuset='0-1'/>\n"
+        b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n  <cputune>\n    <vcpupin vcpu='2'"
+        b" cpuset='0-1'/>\n"
         b"    <!-- c -->\n    <shares>9</shares>\n  </cputune>\n</domain>"
     ),
     b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n"
     b"  <cputune>\n    <vcpupin vcpu='1' cpuset='5'/>\n  </cputune>\n</domain>": (
-        b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n  <cputune>\n    <vcpupin vcpu='1' cpuset='5'/>\n"
+        b"<domain>\n  <name>d</name>\n  <vcpu>4</vcpu>\n  <cputune>\n    <vcpupin vcpu='1'"
+        b" cpuset='5'/>\n"
         b"    <vcpupin vcpu='2' cpuset='0-1'/>\n  </cputune>\n</domain>"
     ),
-    b'<domain><name>d</name><vcpu>4</vcpu><cputune><vcpupin cpuset="7" vcpu = "2"/></cputune></domain>': (
-        b'<domain><name>d</name><vcpu>4</vcpu><cputune><vcpupin cpuset="0-1" vcpu = "2"/></cputune></domain>'
+    b'<domain><name>d</name><vcpu>4</vcpu><cputune><vcpupin cpuset="7" vcpu ='
+    b' "2"/></cputune></domain>': (
+        b'<domain><name>d</name><vcpu>4</vcpu><cputune><vcpupin cpuset="0-1" vcpu ='
+        b' "2"/></cputune></domain>'
     ),
     b"<domain><name>d</name><vcpu>4</vcpu><cputune></cputune></domain>": (
-        b"<domain><name>d</name><vcpu>4</vcpu><cputune>\n  <vcpupin vcpu='2' cpuset='0-1'/>\n</cputune></domain>"
+        b"<domain><name>d</name><vcpu>4</vcpu><cputune>\n  <vcpupin vcpu='2'"
+        b" cpuset='0-1'/>\n</cputune></domain>"
     ),
 }
 

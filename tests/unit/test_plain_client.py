@@ -6,7 +6,9 @@ The tests that this file imports run here once more, on a client that uses `qemu
 import pytest
 
 from tests.support.plain_client import PLAIN, plain_client
-from tests.unit.test_hostile import test_calls_on_a_hostile_server_end_well as calls_on_a_hostile_server
+from tests.unit.test_hostile import (
+    test_calls_on_a_hostile_server_end_well as calls_on_a_hostile_server,
+)
 from tests.unit.test_monitor_anything import *  # noqa: F403
 from tests.unit.test_unplug import *  # noqa: F403
 

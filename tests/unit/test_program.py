@@ -1,5 +1,5 @@
-"""Which program is written into a definition: one that nobody else can change, of a process that nobody else has
-started.
+"""Which program is written into a definition: one that nobody else can change, of a process that
+nobody else has started.
 """
 
 from __future__ import annotations

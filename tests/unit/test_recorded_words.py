@@ -1,4 +1,6 @@
-"""2,000 generated -machine, -smp and -numa: what arithmetic makes of them is what real QEMUs answered."""
+"""2,000 generated -machine, -smp and -numa: what arithmetic makes of them is what real QEMUs
+answered.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,18 @@ def test_arithmetic_says_what_qemu_said():
 
 
 def test_next_to_nothing_is_left_to_qemu():
-    left = [case for case, answer in RECORDED if answer.digest is not None and work_out(case) is None]
+    left = [
+        case for case, answer in RECORDED if answer.digest is not None and work_out(case) is None
+    ]
     assert len(left) <= len(RECORDED) // 100
 
 
 def test_there_are_many_of_each_kind():
     cases = [case for case, _ in RECORDED]
-    assert (len(cases) >= 2000, [name for name, number in seen(cases).items() if number < 40]) == (True, [])
+    assert (len(cases) >= 2000, [name for name, number in seen(cases).items() if number < 40]) == (
+        True,
+        [],
+    )
 
 
 def test_at_least_two_fifths_are_machines():

@@ -17,20 +17,26 @@ VCPUS = """<vcpus><vcpu id='0' enabled='yes' hotpluggable='no' order='1'/>
 EIGHT_CORES = "sockets='1' cores='8' threads='1'"
 
 
-def state(arch="x86_64", machine="pc-q35-10.0", topology="sockets='2' cores='2' threads='2'", **given):
+def state(
+    arch="x86_64", machine="pc-q35-10.0", topology="sockets='2' cores='2' threads='2'", **given
+):
     words = {"kind": "qemu", "current": 3, "maximum": 8, "vcpus": "", "numa": ""} | given
     seen = {key: words.pop(key) for key in ("gone", "pending") if key in words}
     return running(XML.format(arch=arch, machine=machine, topology=topology, **words), **seen)
 
 
-def listed(arch="x86_64", machine="pc-q35-10.0", topology="sockets='2' cores='2' threads='2'", **given):
+def listed(
+    arch="x86_64", machine="pc-q35-10.0", topology="sockets='2' cores='2' threads='2'", **given
+):
     """0, 1, 3 and 4 are enabled, the last two as devices."""
     return state(arch, machine, topology, vcpus=VCPUS, current=4, **given)
 
 
-# -- slots -------------------------------------------------------------------------------------------
+# -- slots -----------------------------------------------------------------------------------------
 
-CELLS = "".join(f"<cell id='{n}' cpus='{4 * n}-{4 * n + 3}' memory='1' unit='MiB'/>" for n in (0, 1))
+CELLS = "".join(
+    f"<cell id='{n}' cpus='{4 * n}-{4 * n + 3}' memory='1' unit='MiB'/>" for n in (0, 1)
+)
 
 
 @pytest.mark.parametrize(
@@ -81,7 +87,7 @@ def test_an_i686_domain_has_slots_as_x86_64_has_them():
     assert places[0] == places[1]
 
 
-# -- what can be unplugged ---------------------------------------------------------------------------
+# -- what can be unplugged -------------------------------------------------------------------------
 
 
 def test_only_what_libvirt_has_as_a_device_can_be_unplugged_by_it():
@@ -142,7 +148,9 @@ def machine_that_never_unplugs():
 
 
 @pytest.mark.parametrize(("vcpu", "hotpluggable"), [(3, False), (2, True)])
-def test_on_a_machine_that_never_unplugs_only_what_is_empty_is_hotpluggable(s390x, vcpu, hotpluggable):
+def test_on_a_machine_that_never_unplugs_only_what_is_empty_is_hotpluggable(
+    s390x, vcpu, hotpluggable
+):
     assert s390x.by_id[vcpu].hotpluggable is hotpluggable
 
 
@@ -150,7 +158,7 @@ def test_a_machine_that_never_unplugs_says_so(s390x):
     assert "never unplug" in against_unplug(s390x, 3)[0].message
 
 
-# -- libvirt's names of architectures ------------------------------------------------------------------
+# -- libvirt's names of architectures --------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -161,7 +169,9 @@ def test_a_machine_that_never_unplugs_says_so(s390x):
         ("ppc64le", "ppc64", "pseries-7.2", EIGHT_CORES, {"firmware_runs": True}),
     ],
 )
-def test_a_domain_under_libvirts_name_of_its_architecture_gets_every_check(name, target, machine, topology, known):
+def test_a_domain_under_libvirts_name_of_its_architecture_gets_every_check(
+    name, target, machine, topology, known
+):
     kills = {
         arch: [
             refusal
@@ -176,7 +186,10 @@ def test_a_domain_under_libvirts_name_of_its_architecture_gets_every_check(name,
 
 def test_a_migration_of_a_ppc64le_domain_is_refused_where_one_of_ppc64_is():
     found = listed("ppc64le", "pseries-10.0", EIGHT_CORES)
-    assert [refusal.code for refusal in against_trip(found, removals_seen=1)] == ["one-cpu", "unplugged"]
+    assert [refusal.code for refusal in against_trip(found, removals_seen=1)] == [
+        "one-cpu",
+        "unplugged",
+    ]
 
 
 @pytest.mark.parametrize(("machine", "version"), [("pc-q35-10.0", "10.0.0"), ("q35", "0.0.0")])

@@ -14,7 +14,9 @@ from qmpvcpu import VcpuRefused
 from tests.support import saving, streams
 
 COOKIE = b"<qemu-migration/>" * 40
-STREAM = streams.written({"pc.ram": 1 << 20}, [{"name": "cpu", "instance_id": 0}], between=os.urandom(3000))
+STREAM = streams.written(
+    {"pc.ram": 1 << 20}, [{"name": "cpu", "instance_id": 0}], between=os.urandom(3000)
+)
 
 
 @pytest.fixture(scope="module")
@@ -128,7 +130,9 @@ NOBODY = "4999999-1"
 
 def left_by_nobody(made):
     """The name that it has where the process that made it was killed."""
-    return made.temporary.with_name(f"{made.temporary.name.rpartition('-')[0].rpartition('-')[0]}-{NOBODY}")
+    return made.temporary.with_name(
+        f"{made.temporary.name.rpartition('-')[0].rpartition('-')[0]}-{NOBODY}"
+    )
 
 
 @pytest.mark.parametrize(
@@ -149,7 +153,14 @@ def test_what_a_killed_save_left_is_swept_whatever_its_name(name, tmp_path):
 
 @pytest.mark.parametrize(
     ("name", "other"),
-    [("a*", "ab"), ("a?", "ab"), ("[ab]", "a"), ("a", "a.saving-5"), ("x" * 255, "x" * 254), ("a", "A")],
+    [
+        ("a*", "ab"),
+        ("a?", "ab"),
+        ("[ab]", "a"),
+        ("a", "a.saving-5"),
+        ("x" * 255, "x" * 254),
+        ("a", "A"),
+    ],
     ids=["star", "mark", "brackets", "made", "long", "case"],
 )
 def test_what_another_file_left_stays(name, other, tmp_path):

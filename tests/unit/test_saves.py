@@ -1,4 +1,6 @@
-"""What `save` leaves in the state folder: the guest that it has paused, and the definition of what it saved."""
+"""What `save` leaves in the state folder: the guest that it has paused, and the definition of what
+it saved.
+"""
 
 from __future__ import annotations
 
@@ -83,10 +85,14 @@ def test_of_another_digest_nothing_is_known(records, digest):
     assert records.definition(digest) is None
 
 
-def test_what_a_process_was_writing_when_it_was_killed_goes_with_the_next_one(records, made, tmp_path):
+def test_what_a_process_was_writing_when_it_was_killed_goes_with_the_next_one(
+    records, made, tmp_path
+):
     records.pause(made, runs=True)
     records.keep_definition(DIGEST, b"<domain/>")
-    halves = [tmp_path / "state" / folder / f".name.new-{1 << 23}-1" for folder in ("saving", "saved")]
+    halves = [
+        tmp_path / "state" / folder / f".name.new-{1 << 23}-1" for folder in ("saving", "saved")
+    ]
     for half in halves:
         half.write_text("<dom")
     records.pause(made, runs=True)

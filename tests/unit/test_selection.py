@@ -1,4 +1,6 @@
-"""Which vCPUs a request means, for every machine and set of plugged vCPUs that hypothesis can think of."""
+"""Which vCPUs a request means, for every machine and set of plugged vCPUs that hypothesis can think
+of.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def test_id_lists_are_virshs(text, ids):
     assert parse_ids(text) == ids
 
 
-@pytest.mark.parametrize("text", ["", "a", "3-1", "-1", "1,", "^1", "1,^1", "1-", "9999999", "1;2", "٣"])
+@pytest.mark.parametrize(
+    "text", ["", "a", "3-1", "-1", "1,", "^1", "1,^1", "1-", "9999999", "1;2", "٣"]
+)
 def test_bad_id_lists_say_what_to_write(text):
     with pytest.raises(VcpuUsageError) as error:
         parse_ids(text)
@@ -65,7 +69,9 @@ def test_any_text_is_ids_or_a_usage_error_with_a_hint(text):
 @settings(max_examples=40)
 @given(PLUGGED, st.integers(0, 1), st.integers(1, 9), st.booleans())
 def test_a_node_gives_its_lowest_disabled_or_highest_enabled_vcpus(plugged, node, count, enable):
-    made = plan(x86(plugged, kvm=True, cores=4), [node], (ENABLE if enable else DISABLE) | NODE, count=count)
+    made = plan(
+        x86(plugged, kvm=True, cores=4), [node], (ENABLE if enable else DISABLE) | NODE, count=count
+    )
     members = range(node * 8, node * 8 + 8)
     if enable:
         candidates = [n for n in members if n not in plugged]
@@ -109,19 +115,26 @@ def test_every_count_is_reached_from_every_sparse_set(plugged, total):
 def test_a_count_moves_whole_cores_only_and_names_what_can_be_had(plugged, total):
     made = plan(ppc64({0, *plugged}, kvm=True), [], total=total)
     if total % 4 == 0:
-        difference = sum(len(s["vcpus"]) * (1 if s["step"] == "device_add" else -1) for s in made.steps)
+        difference = sum(
+            len(s["vcpus"]) * (1 if s["step"] == "device_add" else -1) for s in made.steps
+        )
         assert (len({0, *plugged}) * 4 + difference, made.refusals) == (total, ())
         return
     (refusal,) = made.refusals
     assert refusal.libvirt == "VIR_ERR_CONFIG_UNSUPPORTED"
     below = total // 4 * 4
     if below:
-        assert (refusal.hint, "cores of 4" in refusal.message) == (f"request {below} or {below + 4}", True)
+        assert (refusal.hint, "cores of 4" in refusal.message) == (
+            f"request {below} or {below + 4}",
+            True,
+        )
     else:
         assert "at least 4 remain" in refusal.message
 
 
-@pytest.mark.parametrize(("total", "words"), [(0, "cannot have 0"), (-1, "cannot have -1"), (9, "can have 8")])
+@pytest.mark.parametrize(
+    ("total", "words"), [(0, "cannot have 0"), (-1, "cannot have -1"), (9, "can have 8")]
+)
 def test_counts_that_cannot_be_are_refused_with_a_hint(total, words):
     (refusal,) = plan(x86(), [], total=total).refusals
     assert words in refusal.message
@@ -140,7 +153,10 @@ def test_an_id_that_cannot_be_is_out_of_range_live_and_in_the_definition(number)
 @pytest.mark.parametrize("flag", [VcpuFlag.GUEST, VcpuFlag.CONFIG])
 def test_no_hotplug_is_planned_for_what_is_not_the_running_guest(flag):
     made = plan(x86((0, 1)), [1], DISABLE | flag)
-    assert ([step for step in made.steps if step["step"].startswith("device")], made.refusals) == ([], ())
+    assert ([step for step in made.steps if step["step"].startswith("device")], made.refusals) == (
+        [],
+        (),
+    )
 
 
 @given(
@@ -169,7 +185,8 @@ def test_a_count_in_a_definition_is_reached_and_what_starts_stands_together(enab
 
 
 @pytest.mark.parametrize(
-    ("version", "removed", "killed"), [((11, 1), 0, 0), ((11, 1), 4, 0), ((11, 1), 5, 1), ((11, 1), 9, 1)]
+    ("version", "removed", "killed"),
+    [((11, 1), 0, 0), ((11, 1), 4, 0), ((11, 1), 5, 1), ((11, 1), 9, 1)],
 )
 def test_a_plug_that_may_use_up_the_last_tcg_context_is_refused(version, removed, killed):
     made = plan(x86((0, 1), version=version), [4, 5], ENABLE, removals=removed)

@@ -1,4 +1,6 @@
-"""Ctrl-C and TERM at any moment of a command: one JSON document, and an exit code that says what is true."""
+"""Ctrl-C and TERM at any moment of a command: one JSON document, and an exit code that says what is
+true.
+"""
 
 from __future__ import annotations
 
@@ -35,7 +37,9 @@ def check(run, number, is_plugged):
         assert (document["outcome"], is_plugged) == ("applied", True)
     else:
         assert document["error"]["type"] == "KeyboardInterrupt"
-        assert is_plugged <= (2 in {*document["changed_ids"], *document["pending"], *document["unsure"]})
+        assert is_plugged <= (
+            2 in {*document["changed_ids"], *document["pending"], *document["unsure"]}
+        )
 
 
 async def test_a_signal_at_any_moment_gives_one_document_and_a_true_exit_code(tmp_path):
@@ -56,11 +60,13 @@ async def test_a_signal_at_the_first_line_of_a_command_is_an_interrupt_or_comes_
     assert (run.code in (0, 2, 130), noise(run.stderr)) == (True, [])
 
 
-# -- few descriptors ---------------------------------------------------------------------------------
+# -- few descriptors -------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("limit", [8, 12, 20, 26])
-async def test_with_few_descriptors_a_command_is_refused_before_it_touches_anything(tmp_path, limit):
+async def test_with_few_descriptors_a_command_is_refused_before_it_touches_anything(
+    tmp_path, limit
+):
     qemu = FakeQemu()
     async with serve(tmp_path, qemu.script) as path:
         run = await shell(f'ulimit -n {limit}; qmpvcpu --json setvcpu "$1" 2 --enable', path)

@@ -14,11 +14,12 @@ def q35(smp, *numa, version=V100, machine="q35"):
     return compute("x86_64", machine, version, smp, numa)
 
 
-# -- -smp --------------------------------------------------------------------------------------------
+# -- -smp ------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("member", "value"), [("cpus", 4), ("maxcpus", 8), ("sockets", 2), ("cores", None), ("threads", None)]
+    ("member", "value"),
+    [("cpus", 4), ("maxcpus", 8), ("sockets", 2), ("cores", None), ("threads", None)],
 )
 def test_what_is_written_is_read(member, value):
     assert getattr(parse_smp("4,maxcpus=8,sockets=2"), member) == value
@@ -27,7 +28,16 @@ def test_what_is_written_is_read(member, value):
 @pytest.mark.parametrize(
     ("text", "number"),
     [
-        *(("010", 8), ("0x10", 16), ("0X1f", 31), ("+8", 8), (" 8", 8), ("00", 0), ("8,", 8), ("3,cpus=8", 8)),
+        *(
+            ("010", 8),
+            ("0x10", 16),
+            ("0X1f", 31),
+            ("+8", 8),
+            (" 8", 8),
+            ("00", 0),
+            ("8,", 8),
+            ("3,cpus=8", 8),
+        ),
         *(("x,cpus=8", 8), ("-1", -1), ("", None)),
     ],
 )
@@ -54,7 +64,16 @@ def test_all_machine_and_smp_are_merged(words, machine, smp):
 
 
 @pytest.mark.parametrize(
-    "text", ["q35,smm", "type=q35,,dumpdtb=x", '{"type":"q35"}', "q35,smp=4", "q35,smp.x=1", "q35,=on", "help"]
+    "text",
+    [
+        "q35,smm",
+        "type=q35,,dumpdtb=x",
+        '{"type":"q35"}',
+        "q35,smp=4",
+        "q35,smp.x=1",
+        "q35,=on",
+        "help",
+    ],
 )
 def test_what_is_not_a_machine_is_a_usage_error(text):
     with pytest.raises(VcpuUsageError):
@@ -68,8 +87,31 @@ def test_what_is_read_is_written_in_one_order():
 @pytest.mark.parametrize(
     "text",
     [
-        *("x", "4,9", "4,cpu=9", "4,cores=²", "4,cores", ",", "4,,cores=2", "=4", "4,CORES=2", "help", "4,?"),
-        *("08", "0x", "8 ", "4K", "1e1", "8.0", "0b10", "4,cores=", "4,cores=99999999999999999999", "4,cores.x=1"),
+        *(
+            "x",
+            "4,9",
+            "4,cpu=9",
+            "4,cores=²",
+            "4,cores",
+            ",",
+            "4,,cores=2",
+            "=4",
+            "4,CORES=2",
+            "help",
+            "4,?",
+        ),
+        *(
+            "08",
+            "0x",
+            "8 ",
+            "4K",
+            "1e1",
+            "8.0",
+            "0b10",
+            "4,cores=",
+            "4,cores=99999999999999999999",
+            "4,cores.x=1",
+        ),
     ],
 )
 def test_what_is_not_an_smp_is_a_usage_error(text):
@@ -90,10 +132,16 @@ def test_what_is_not_an_smp_is_a_usage_error(text):
 def test_cores_before_sockets_since_6_2(smp, machine, counts):
     found = q35(smp, machine=machine)
     topology = found.topology
-    assert (found.cpus, topology.maxcpus, topology.sockets, topology.cores, topology.threads) == counts
+    assert (
+        found.cpus,
+        topology.maxcpus,
+        topology.sockets,
+        topology.cores,
+        topology.threads,
+    ) == counts
 
 
-# -- slots -------------------------------------------------------------------------------------------
+# -- slots -----------------------------------------------------------------------------------------
 
 PC = q35("2,sockets=2,dies=2,cores=1,threads=2,maxcpus=8")
 PSERIES = compute("ppc64", "pseries", V100, "8,cores=4,threads=8,maxcpus=32")
@@ -133,7 +181,7 @@ def test_qemu_starts_with_the_first_cpus(found, plugged):
     assert found.plugged == plugged
 
 
-# -- -numa -------------------------------------------------------------------------------------------
+# -- -numa -----------------------------------------------------------------------------------------
 
 WRITTEN = [
     "node,nodeid=1,cpus=0-1,cpus=03,memdev=m1",
@@ -178,8 +226,22 @@ def test_a_node_without_an_id_has_that_of_its_place():
             "node,cpus=3-1",
             "node,cpu=1",
         ),
-        *("node,cpus=0-", "node,cpus=-1", "node,cpus=08", "node,cpus=65536", "node,cpus", "node,id=x", "node,=1"),
-        *("node,type=cpu", "cpu,socket-id=1", "cpu,x=1", "dist,src=0,dst=1", "dist,src=0,dst=1,val=256"),
+        *(
+            "node,cpus=0-",
+            "node,cpus=-1",
+            "node,cpus=08",
+            "node,cpus=65536",
+            "node,cpus",
+            "node,id=x",
+            "node,=1",
+        ),
+        *(
+            "node,type=cpu",
+            "cpu,socket-id=1",
+            "cpu,x=1",
+            "dist,src=0,dst=1",
+            "dist,src=0,dst=1,val=256",
+        ),
         "hmat-lb,initiator=0,target=0,hierarchy=memory,data-type=latency,latency=5",
         "hmat-cache,node-id=0,size=1K,level=1,associativity=direct,policy=none",
     ],
@@ -212,7 +274,9 @@ def test_the_nodes_of_slots(smp, numa, nodes):
     assert [props["node-id"] for props in q35(smp, *numa).props] == nodes
 
 
-@pytest.mark.parametrize(("mem", "version"), [("0x10M", V72), (".5G", V100), ("016m", V72), ("16", V100)])
+@pytest.mark.parametrize(
+    ("mem", "version"), [("0x10M", V72), (".5G", V100), ("016m", V72), ("16", V100)]
+)
 def test_the_memory_of_a_node_is_read_as_its_version_does(mem, version):
     found = q35("2", f"node,mem={mem}", version=version, machine="pc-q35-5.0")
     assert [props["node-id"] for props in found.props] == [0, 0]
@@ -253,7 +317,7 @@ def test_nodes_that_qemu_refuses(smp, numa):
         q35(smp, *numa)
 
 
-# -- what QEMU refuses, and what is proven -------------------------------------------------------------
+# -- what QEMU refuses, and what is proven ---------------------------------------------------------
 
 
 @pytest.mark.parametrize(

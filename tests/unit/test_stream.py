@@ -14,9 +14,9 @@ BLOCKS = {"pc.ram": 64 << 20, "0000:00:01.0/vga.vram": 16 << 20, "/rom@etc/acpi/
 DEVICES = [{"name": "timer", "instance_id": 0, "fields": []}, {"name": "cpu", "instance_id": 3}]
 GOOD = streams.written(BLOCKS, DEVICES)
 
-names = st.text(st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=60).filter(
-    lambda name: len(name.encode()) < 256
-)
+names = st.text(
+    st.characters(codec="utf-8", exclude_characters="\0"), min_size=1, max_size=60
+).filter(lambda name: len(name.encode()) < 256)
 
 
 def test_blocks_devices_and_machine_are_read():
@@ -24,7 +24,9 @@ def test_blocks_devices_and_machine_are_read():
 
 
 @given(
-    st.dictionaries(names, st.integers(1, 1 << 40).map(lambda pages: pages * 1024), min_size=1, max_size=8),
+    st.dictionaries(
+        names, st.integers(1, 1 << 40).map(lambda pages: pages * 1024), min_size=1, max_size=8
+    ),
     st.dictionaries(st.tuples(names, st.integers(0, 1 << 31)), st.none(), max_size=8),
     st.binary(max_size=300),
 )
@@ -91,7 +93,9 @@ def test_a_stream_without_its_machine_is_read():
     assert streams.read(streams.written(BLOCKS, DEVICES, machine=None)).machine is None
 
 
-ONE = streams.table({"pc.ram": 64 << 20, "/rom@x": 4096}, [("cpu", 0), ("0000:00:05.0/virtio-rng", 0)])
+ONE = streams.table(
+    {"pc.ram": 64 << 20, "/rom@x": 4096}, [("cpu", 0), ("0000:00:05.0/virtio-rng", 0)]
+)
 
 
 @pytest.mark.parametrize(

@@ -21,11 +21,15 @@ def loaded(code):
 
 
 def test_importing_qmpvcpu_loads_no_engine():
-    assert not {"asyncio", "lxml", "qemu.qmp", "argparse", "importlib.metadata"} & loaded("import qmpvcpu")
+    assert not {"asyncio", "lxml", "qemu.qmp", "argparse", "importlib.metadata"} & loaded(
+        "import qmpvcpu"
+    )
 
 
 def test_version_loads_nothing_it_does_not_need():
-    modules = loaded("sys.argv = ['qmpvcpu', '--version']\nfrom qmpvcpu.cli import main\nassert main() == 0")
+    modules = loaded(
+        "sys.argv = ['qmpvcpu', '--version']\nfrom qmpvcpu.cli import main\nassert main() == 0"
+    )
     assert not {"asyncio", "lxml", "qemu.qmp", "importlib.metadata", "argparse"} & modules
 
 
@@ -51,7 +55,15 @@ def test_what_is_not_public_is_no_attribute():
 
 
 def test_exit_codes_are_designs():
-    codes = {"queried": 0, "applied": 0, "requested": 0, "pending": 5, "refused": 3, "rejected": 4, "partial": 6}
+    codes = {
+        "queried": 0,
+        "applied": 0,
+        "requested": 0,
+        "pending": 5,
+        "refused": 3,
+        "rejected": 4,
+        "partial": 6,
+    }
     codes |= {"connection": 7, "failed": 8, "usage": 2}
     assert {str(kind): kind.exit_code for kind in OutcomeKind} == codes
 

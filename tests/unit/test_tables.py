@@ -1,4 +1,6 @@
-"""The tables are the only places of their kind: architectures in core/arch, versions in quirks and versions."""
+"""The tables are the only places of their kind: architectures in core/arch, versions in quirks and
+versions.
+"""
 
 from __future__ import annotations
 
@@ -46,11 +48,15 @@ def compares_versions(node: ast.AST) -> bool:
     if not isinstance(node, ast.Compare):
         return False
     is_order = any(isinstance(operator, ORDER) for operator in node.ops)
-    is_equality = any(isinstance(operator, (ast.Eq, ast.NotEq, ast.In, ast.NotIn)) for operator in node.ops)
+    is_equality = any(
+        isinstance(operator, (ast.Eq, ast.NotEq, ast.In, ast.NotIn)) for operator in node.ops
+    )
     sides = [node.left, *node.comparators]
     # A cgroup hierarchy has a version too: V1 or V2.
     is_cgroup = any(last_name(side) in ("V1", "V2", "_V1", "_V2") for side in sides)
-    return (is_order or (is_equality and not is_cgroup)) and any(is_a_version(side) for side in sides)
+    return (is_order or (is_equality and not is_cgroup)) and any(
+        is_a_version(side) for side in sides
+    )
 
 
 def places(found, allowed: set[str], folder: Path = HOUSE) -> list[str]:
@@ -89,7 +95,7 @@ def test_these_tests_find_a_comparison_that_is_put_elsewhere(tmp_path, line, fou
     assert places(found, set(), tmp_path) == ["elsewhere.py:1"]
 
 
-# -- architectures -----------------------------------------------------------------------------------
+# -- architectures ---------------------------------------------------------------------------------
 
 
 def test_every_name_has_one_row():
@@ -98,7 +104,8 @@ def test_every_name_has_one_row():
 
 
 @pytest.mark.parametrize(
-    ("name", "target"), [("i686", "i386"), ("ppc64le", "ppc64"), ("armv7l", "arm"), ("armv6l", "arm")]
+    ("name", "target"),
+    [("i686", "i386"), ("ppc64le", "ppc64"), ("armv7l", "arm"), ("armv6l", "arm")],
 )
 def test_libvirts_name_gives_qemus_row(name, target):
     assert architecture(name) is architecture(target)
@@ -146,7 +153,9 @@ def test_the_machine_tells_its_target(machine, target):
 
 @pytest.mark.parametrize("family", versions._OLDEST_TYPES)
 def test_what_is_known_of_a_machine_family_is_known_of_one_architecture(family):
-    """Two targets that are one in this (i386 and x86_64) have one pattern. Others need tables of their own."""
+    """Two targets that are one in this (i386 and x86_64) have one pattern. Others need tables of
+    their own.
+    """
     patterns = {row.hotplug_machines for row in ROWS if row.computes(f"{family}-9.0")}
     assert len(patterns) == 1
 
@@ -155,7 +164,7 @@ def test_a_machine_that_several_targets_have_tells_none():
     assert architecture_of_machine("virt") is None
 
 
-# -- defects -----------------------------------------------------------------------------------------
+# -- defects ---------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("row", QUIRKS, ids=lambda row: row.id)
@@ -193,7 +202,7 @@ def test_what_a_reset_sets_off_is_never_refused():
     assert not [row.id for row in QUIRKS if Trigger.RESET in row.triggers and row.is_refused]
 
 
-# -- versions ----------------------------------------------------------------------------------------
+# -- versions --------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -201,7 +210,9 @@ def test_what_a_reset_sets_off_is_never_refused():
     [((8, 2), [(7, 2), (10, 0)]), ((10, 1, 3), [(10, 0), (11, 1)]), ((7, 1), []), ((11, 2), [])],
 )
 def test_an_unmeasured_version_lies_between_two_measured_ones(version, around):
-    assert list(versions.enclosing(QemuVersion(*version))) == [QemuVersion(*each) for each in around]
+    assert list(versions.enclosing(QemuVersion(*version))) == [
+        QemuVersion(*each) for each in around
+    ]
 
 
 @pytest.mark.parametrize(("machine", "rules"), [("pc-q35-6.1", (6, 1)), ("q35", (10, 0))])

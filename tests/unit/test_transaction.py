@@ -38,7 +38,7 @@ def failing_plug(**options):
     return engine
 
 
-# -- plugs -------------------------------------------------------------------------------------------
+# -- plugs -----------------------------------------------------------------------------------------
 
 
 def test_plugs_go_out_together_with_one_query_behind_them():
@@ -72,7 +72,7 @@ def test_a_plug_that_is_not_in_the_query_is_a_failure():
     assert engine.end() == Report("failed", failures={(1,): text})
 
 
-# -- an id that is still taken -----------------------------------------------------------------------
+# -- an id that is still taken ---------------------------------------------------------------------
 
 DUPLICATE = "Duplicate device ID 'vcpu8'"
 
@@ -128,10 +128,12 @@ def test_an_id_that_stays_taken_is_a_failure(how):
             engine.expired()
             engine.seen(0)
         engine.pause_is_over()
-    assert engine.end() == Report("failed", failures={(1,): "GenericError: Duplicate device ID 'vcpu1'"})
+    assert engine.end() == Report(
+        "failed", failures={(1,): "GenericError: Duplicate device ID 'vcpu1'"}
+    )
 
 
-# -- the undo of plugs -------------------------------------------------------------------------------
+# -- the undo of plugs -----------------------------------------------------------------------------
 
 
 def test_what_there_is_to_undo_says_the_query_under_way():
@@ -185,7 +187,9 @@ def test_an_undo_that_fails_is_partial_and_names_what_stays(how):
         engine.seen(0, 1)
     pending = (1,) if how == "silent" else ()
     failures = {(2,): "GenericError: taken"}
-    assert engine.end() == Report("partial", plugged=(1,), remaining=(1,), pending=pending, failures=failures)
+    assert engine.end() == Report(
+        "partial", plugged=(1,), remaining=(1,), pending=pending, failures=failures
+    )
 
 
 def test_where_an_undo_is_forbidden_none_is_tried():
@@ -205,7 +209,7 @@ def test_where_an_undo_is_forbidden_the_end_says_why():
     )
 
 
-# -- unplugs -----------------------------------------------------------------------------------------
+# -- unplugs ---------------------------------------------------------------------------------------
 
 
 def test_unplugs_go_out_together():
@@ -343,7 +347,8 @@ def test_at_the_deadline_one_last_query_decides():
 
 
 @pytest.mark.parametrize(
-    ("last", "end"), [((0, 1), Report("pending", pending=(1,))), ((0,), Report("applied", removed=(1,)))]
+    ("last", "end"),
+    [((0, 1), Report("pending", pending=(1,))), ((0,), Report("applied", removed=(1,)))],
 )
 def test_the_last_query_decides_between_pending_and_done(last, end):
     engine = unplugging(1)
@@ -377,7 +382,7 @@ def test_removed_and_plugged_by_another_client_is_not_called_removed():
     assert engine.end() == Report("partial", removed=(2,), failures={(1,): text})
 
 
-# -- the guest refuses -------------------------------------------------------------------------------
+# -- the guest refuses -----------------------------------------------------------------------------
 
 
 def test_a_rejection_is_checked_by_a_query():
@@ -438,7 +443,7 @@ def test_a_failing_device_del_leaves_an_earlier_unplug_open(last, end):
     assert engine.so_far().pending == end.pending
 
 
-# -- and is asked again ------------------------------------------------------------------------------
+# -- and is asked again ----------------------------------------------------------------------------
 
 
 def test_a_refusal_that_may_be_asked_again_is_looked_at_too():
@@ -520,7 +525,7 @@ def test_one_that_is_asked_again_is_not_over():
     assert not engine.query_goes_out()
 
 
-# -- what was never sent -----------------------------------------------------------------------------
+# -- what was never sent ---------------------------------------------------------------------------
 
 
 def test_a_plug_that_was_not_sent_is_not_undone():
@@ -569,7 +574,7 @@ def test_what_is_asked_before_or_refused_before_stays_so_where_it_is_not_asked_a
     assert (end.rejections, end.pending, end.not_requested) == ({(5,): "busy"}, (6,), ())
 
 
-# -- cancelled ---------------------------------------------------------------------------------------
+# -- cancelled -------------------------------------------------------------------------------------
 
 
 def cancelled_both_ways():
@@ -650,7 +655,7 @@ def test_what_is_asked_when_the_cancel_comes_is_looked_at_once_qemu_has_taken_it
     assert engine.end() == Report("applied", removed=(1,))
 
 
-# -- a plug after an unplug that has not ended ---------------------------------------------------------
+# -- a plug after an unplug that has not ended -----------------------------------------------------
 
 
 def test_a_plug_after_a_pending_unplug_waits_for_the_guest():
@@ -713,7 +718,7 @@ def test_a_pending_unplug_that_the_guest_has_refused_is_over_whatever_stops_the_
     assert (so_far.kept, so_far.pending) == ((2,), (3,))
 
 
-# -- atomic ------------------------------------------------------------------------------------------
+# -- atomic ----------------------------------------------------------------------------------------
 
 
 def atomic_with_one_refusal(**options):
@@ -840,7 +845,7 @@ def test_one_that_goes_after_others_were_brought_back_for_it_makes_no_success():
     assert (end.outcome, end.undone, end.removed) == ("partial", (7,), (8,))
 
 
-# -- what events say ---------------------------------------------------------------------------------
+# -- what events say -------------------------------------------------------------------------------
 
 PATHS = {1: "/machine/peripheral/vcpu1", 2: "/machine/unattached/device[3]"}
 LOOK = ("something changed",)
@@ -861,7 +866,11 @@ LOOK = ("something changed",)
             ("refused", 1, "the guest could not release it"),
         ),
         ("DEVICE_UNPLUG_GUEST_ERROR", {"device": "net0", "path": "x"}, None),
-        ("ACPI_DEVICE_OST", {"info": {"slot-type": "DIMM", "slot": "1", "source": 3, "status": 128}}, None),
+        (
+            "ACPI_DEVICE_OST",
+            {"info": {"slot-type": "DIMM", "slot": "1", "source": 3, "status": 128}},
+            None,
+        ),
         ("RESET", {"guest": False}, ("reset",)),
         ("STOP", {}, None),
         ("ACPI_DEVICE_OST", {}, None),
@@ -884,14 +893,18 @@ def test_events_are_matched_by_id_or_exact_path(name, data, says):
 )
 def test_ost_codes_in_words(source, status, says, words):
     info = {"slot-type": "CPU", "slot": "1", "source": source, "status": status}
-    kind, *about = meaning("ACPI_DEVICE_OST", {"info": info}, {0: "/machine/peripheral/vcpu0", **PATHS})
+    kind, *about = meaning(
+        "ACPI_DEVICE_OST", {"info": info}, {0: "/machine/peripheral/vcpu0", **PATHS}
+    )
     assert kind == says
     if words:
         assert (about[0], words in about[1]) == (1, True)
 
 
 class World(RuleBasedStateMachine):
-    """A QEMU and a guest that do anything in any order; the engine is told of it late, doubled or never."""
+    """A QEMU and a guest that do anything in any order; the engine is told of it late, doubled or
+    never.
+    """
 
     engine = None
 
@@ -914,7 +927,19 @@ class World(RuleBasedStateMachine):
         retries=st.integers(0, 2),
         doubted=st.sets(st.integers(5, 8)),
     )
-    def begin(self, plugs, unplugs, awaited, forbidden, wait, drops, atomic, unrestorable, retries, doubted):
+    def begin(
+        self,
+        plugs,
+        unplugs,
+        awaited,
+        forbidden,
+        wait,
+        drops,
+        atomic,
+        unrestorable,
+        retries,
+        doubted,
+    ):
         self.plugs, self.unplugs, self.awaited, self.drops = plugs, unplugs, awaited, drops
         self.restores, self.retries = atomic and not unrestorable, retries
         self.replaced = set()
@@ -944,7 +969,9 @@ class World(RuleBasedStateMachine):
     def perform(self, effects):
         adds = [effect[1] for effect in effects if effect[0] == "device_add"]
         undos = [effect[1] for effect in effects if effect[2:] == ("undo",)]
-        deletes = [effect[1] for effect in effects if effect[0] == "device_del" and effect[1] not in undos]
+        deletes = [
+            effect[1] for effect in effects if effect[0] == "device_del" and effect[1] not in undos
+        ]
         restored = self.unplugs & set(adds)
         assert not (self.cancelled and adds), "a new plug after a cancel"
         assert not (self.cancelled and deletes), "a new unplug after a cancel"
@@ -963,7 +990,9 @@ class World(RuleBasedStateMachine):
 
     @property
     def may_expire(self):
-        return self.engine.has_deadline and not (self.undo_expired if self.undoing else self.expired)
+        return self.engine.has_deadline and not (
+            self.undo_expired if self.undoing else self.expired
+        )
 
     @precondition(lambda self: self.open and self.in_flight)
     @rule(succeeds=st.booleans())
@@ -1154,4 +1183,6 @@ def test_that_the_guest_keeps_a_vcpu_is_confirmed_by_its_slot():
 
 @pytest.mark.parametrize("info", [{"source": [3]}, {"source": {}}])
 def test_an_ost_event_of_a_wrong_shape_is_passed_over(info):
-    meaning("ACPI_DEVICE_OST", {"info": {"slot-type": "CPU", **info}}, {1: "/machine/peripheral/vcpu1"})
+    meaning(
+        "ACPI_DEVICE_OST", {"info": {"slot-type": "CPU", **info}}, {1: "/machine/peripheral/vcpu1"}
+    )

@@ -19,7 +19,9 @@ def ids_of(*firsts):
 
 
 class Run:
-    """A QEMU that answers in order, and a guest that ends unplugs as told; `moves` choose what happens next."""
+    """A QEMU that answers in order, and a guest that ends unplugs as told; `moves` choose what
+    happens next.
+    """
 
     def __init__(self, engine, slots, refuses, asked=()):
         self.engine, self.slots, self.refuses = engine, set(slots), refuses

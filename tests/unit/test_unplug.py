@@ -34,7 +34,12 @@ async def test_without_an_event_both_queries_say_that_the_slot_is_empty(running)
     async with running(qemu) as domain:
         await domain.disable(1)
     names = [command for command, _ in qemu.commands]
-    assert names[-4:] == ["device_del", "query-cpus-fast", "query-hotpluggable-cpus", "query-cpus-fast"]
+    assert names[-4:] == [
+        "device_del",
+        "query-cpus-fast",
+        "query-hotpluggable-cpus",
+        "query-cpus-fast",
+    ]
 
 
 async def test_a_pending_unplug_that_ends_is_over_at_the_next_look(running):
@@ -157,7 +162,9 @@ async def test_an_answer_while_it_is_asked_whether_the_guest_runs_ends_an_unplug
     qemu.on_delete = {2: "silence"}
     async with running(qemu) as domain:
         await domain.vcpus()
-        qemu.hook = lambda connection, command: command["execute"] == "query-status" and qemu.refuse(2)
+        qemu.hook = lambda connection, command: (
+            command["execute"] == "query-status" and qemu.refuse(2)
+        )
         assert (await domain.disable(2, wait=False)).outcome == "requested"
         await until(lambda: domain.pending_ids == (), "nothing is pending")
 
@@ -199,8 +206,12 @@ async def test_else_the_state_is_read_before_anything_is_done(running, kvm, call
 
 @pytest.mark.parametrize("word", ["running", "paused"])
 @pytest.mark.parametrize("call", ["enable", "disable", "up", "down"])
-async def test_what_was_migrated_stays_refused_whatever_was_read_of_it_meanwhile(running, call, word):
-    """A guest that runs is stopped before it leaves, and an event tells; one that is paused leaves unheard."""
+async def test_what_was_migrated_stays_refused_whatever_was_read_of_it_meanwhile(
+    running, call, word
+):
+    """A guest that runs is stopped before it leaves, and an event tells; one that is paused leaves
+    unheard.
+    """
     qemu = FakeQemu(8, plugged=(1, 2))
     qemu.status = word
     async with running(qemu) as domain:

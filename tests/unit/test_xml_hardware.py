@@ -18,7 +18,9 @@ def document(inner):
 
 def test_a_guest_that_is_to_be_protected_is_not_started_without():
     with pytest.raises(VcpuRefused, match="launchSecurity type='sev'"):
-        hardware(document("<launchSecurity type='sev'><policy>1</policy></launchSecurity>").encode())
+        hardware(
+            document("<launchSecurity type='sev'><policy>1</policy></launchSecurity>").encode()
+        )
 
 
 def test_what_the_guest_would_notice_is_named():
@@ -43,7 +45,8 @@ def test_a_node_without_memory_has_no_backend():
 
 def test_distances_are_started_and_all_of_them_are_there():
     cells = (
-        "<cell id='0' cpus='0' memory='1024'><distances><sibling id='1' value='31'/></distances></cell>"
+        "<cell id='0' cpus='0' memory='1024'><distances><sibling id='1'"
+        " value='31'/></distances></cell>"
         "<cell id='1' cpus='1' memory='1024'/>"
     )
     words = boot(document(f"<cpu><numa>{cells}</numa></cpu>")).arguments
@@ -70,7 +73,9 @@ SPACE = "xmlns:q='urn:qmpvcpu:machine:1'"
 )
 def test_metadata_says_nothing_else_than_it_may(inner):
     with pytest.raises(VcpuRefused):
-        claimed_by(document(f"<metadata><q:machine {SPACE}>{inner}</q:machine></metadata>").encode())
+        claimed_by(
+            document(f"<metadata><q:machine {SPACE}>{inner}</q:machine></metadata>").encode()
+        )
 
 
 def test_what_is_written_is_read_again():
@@ -80,9 +85,21 @@ def test_what_is_written_is_read_again():
         *("-cpu", "Haswell-noTSX,x2apic=on,svm=off,phys-bits=40"),
         *("-object", "memory-backend-memfd,id=m,size=67108352b,share=on"),
         *("-numa", "node,nodeid=0,memdev=m", "-numa", "node,nodeid=1", "-numa", "node,nodeid=2"),
-        *("-numa", "dist,src=0,dst=1,val=31", "-object", "memory-backend-ram,id=d,size=128M,prealloc=on"),
+        *(
+            "-numa",
+            "dist,src=0,dst=1,val=31",
+            "-object",
+            "memory-backend-ram,id=d,size=128M,prealloc=on",
+        ),
     ]
-    stick = {"id": "stick", "memdev": "/objects/d", "size": 128 * MIB, "node": 1, "slot": 2, "addr": 1 << 32}
+    stick = {
+        "id": "stick",
+        "memdev": "/objects/d",
+        "size": 128 * MIB,
+        "node": 1,
+        "slot": 2,
+        "addr": 1 << 32,
+    }
     replies = {
         "query-memdev": [{"id": "m", "size": 64 * MIB - 512}, {"id": "d", "size": 128 * MIB}],
         "query-memory-size-summary": {"base-memory": 64 * MIB},
@@ -108,7 +125,12 @@ def test_what_is_written_is_read_again():
         "driver": "memory-backend-ram",
         "options": (("prealloc", "on"),),
     }
-    backend = {"id": "m", "cell": 0, "driver": "memory-backend-memfd", "options": (("share", "on"),)}
+    backend = {
+        "id": "m",
+        "cell": 0,
+        "driver": "memory-backend-memfd",
+        "options": (("share", "on"),),
+    }
     assert said["options"] == {
         "machine": (("smm", "off"),),
         "accel": (("thread", "multi"),),
@@ -123,11 +145,16 @@ def test_what_is_written_is_read_again():
 def test_a_memory_device_without_an_id_keeps_its_backend():
     replies = {
         "query-memdev": [{"id": "d", "size": 128 * MIB}],
-        "query-memory-devices": [{"type": "dimm", "data": {"memdev": "/objects/d", "size": 128 * MIB, "slot": 0}}],
+        "query-memory-devices": [
+            {"type": "dimm", "data": {"memdev": "/objects/d", "size": 128 * MIB, "slot": 0}}
+        ],
         "query-memory-size-summary": {"base-memory": 64 * MIB},
         "memory": {"max-size": 1 << 30, "slots": 4},
     }
-    made = claim(["qemu", "-object", "memory-backend-ram,id=d,size=128M", "-device", "pc-dimm,memdev=d"], replies)
+    made = claim(
+        ["qemu", "-object", "memory-backend-ram,id=d,size=128M", "-device", "pc-dimm,memdev=d"],
+        replies,
+    )
     (dimm,) = made.definition["dimms"]
     assert (dimm["id"], dimm["memdev"]) == (None, "d")
     assert claimed_by(made.xml)["dimms"] == (dimm,)
@@ -148,7 +175,10 @@ def test_devices_that_are_written_are_started_again():
 
 def started(os, features=""):
     """What `start` makes of firmware, without what it gives every guest; and what it leaves out."""
-    xml = f"<domain><name>d</name><vcpu>1</vcpu><os><type arch='x86_64'>hvm</type>{os}</os>{features}</domain>"
+    xml = (
+        "<domain><name>d</name><vcpu>1</vcpu><os><type"
+        f" arch='x86_64'>hvm</type>{os}</os>{features}</domain>"
+    )
     found = hardware(xml.encode())
     words = found.arguments[found.arguments.index("chardev:console") + 1 :]
     return words[: words.index("-device")], found.left_out
@@ -182,7 +212,10 @@ def test_a_rom_is_firmware_without_a_flash_chip():
     ("os", "left_out"),
     [
         ("<loader type='pflash'>/c</loader><nvram/>", ("os/nvram",)),
-        ("<loader type='pflash'>/c</loader><nvram template='/t'>/v</nvram>", ("os/nvram template",)),
+        (
+            "<loader type='pflash'>/c</loader><nvram template='/t'>/v</nvram>",
+            ("os/nvram template",),
+        ),
         ("<loader type='rom'>/c</loader><nvram>/v</nvram>", ("os/nvram",)),
     ],
 )
@@ -192,7 +225,10 @@ def test_variables_that_are_not_started_are_named(os, left_out):
 
 def test_firmware_that_is_named_is_not_left_out():
     assert started("<loader type='pflash'>/c</loader>")[1] == ()
-    xml = "<domain><name>d</name><vcpu>1</vcpu><os firmware='efi'><type arch='x86_64'>hvm</type>{}</os></domain>"
+    xml = (
+        "<domain><name>d</name><vcpu>1</vcpu><os firmware='efi'><type"
+        " arch='x86_64'>hvm</type>{}</os></domain>"
+    )
     assert hardware(xml.format("").encode()).left_out == ("os firmware='efi'",)
     assert hardware(xml.format("<loader type='pflash'>/c</loader>").encode()).left_out == ()
 

@@ -170,7 +170,9 @@ def test_100_megabytes_are_refused_unread():
 NAMES = st.sampled_from(["a", "vcpu", "x:y", "ä"])
 TEXTS = st.text(
     # XML has no U+FFFE and no U+FFFF.
-    st.characters(codec="utf-8", exclude_characters="<&>\r\ufffe\uffff", exclude_categories=["Cc", "Cs"]),
+    st.characters(
+        codec="utf-8", exclude_characters="<&>\r\ufffe\uffff", exclude_categories=["Cc", "Cs"]
+    ),
     max_size=8,
 )
 SPACES = st.sampled_from([" ", "\n  ", "\t", "  "])
@@ -183,7 +185,9 @@ def elements(draw, depth=3):
         f"{draw(SPACES)}{key}{draw(st.sampled_from(['=', ' = ']))}{quote}{value.replace(quote, '')}{quote}"
         for key, value, quote in draw(
             st.lists(
-                st.tuples(st.sampled_from(["p", "q", "r:s", "current"]), TEXTS, st.sampled_from("'\"")),
+                st.tuples(
+                    st.sampled_from(["p", "q", "r:s", "current"]), TEXTS, st.sampled_from("'\"")
+                ),
                 max_size=3,
                 unique_by=lambda item: item[0],
             )
@@ -193,13 +197,17 @@ def elements(draw, depth=3):
         return f"<{name}{attributes}{draw(st.sampled_from(['', ' ']))}/>"
     inside = draw(st.lists(elements(depth - 1) if depth else TEXTS, max_size=3))
     joint = draw(
-        st.sampled_from(["", "\n  ", "<!-- </vcpu> -->", "<![CDATA[<]]>", "<?pi <x> ?>", "&amp;", "&#65;"])
+        st.sampled_from(
+            ["", "\n  ", "<!-- </vcpu> -->", "<![CDATA[<]]>", "<?pi <x> ?>", "&amp;", "&#65;"]
+        )
     )
     return f"<{name}{attributes}>{joint}{joint.join(inside)}</{name}{draw(st.sampled_from(['', ' ']))}>"
 
 
 def start_tags(source):
-    """Where each start tag stands and what it says, by expat: first byte, the byte behind, name, attributes."""
+    """Where each start tag stands and what it says, by expat: first byte, the byte behind, name,
+    attributes.
+    """
     found = []
 
     def start(name, attributes):
@@ -244,4 +252,7 @@ def test_whatever_a_document_looks_like_only_what_was_asked_changes(text, data):
     wanted[target] = (wanted[target][0], {**wanted[target][1], name: value}, wanted[target][2])
     first, behind = tags[target][:2]
     assert [(node.name, node.attributes, node.text) for node in Editor(result).nodes()] == wanted
-    assert (result[:first], result[len(result) - len(source) + behind :]) == (source[:first], source[behind:])
+    assert (result[:first], result[len(result) - len(source) + behind :]) == (
+        source[:first],
+        source[behind:],
+    )

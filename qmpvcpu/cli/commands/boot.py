@@ -7,7 +7,17 @@ import shlex
 from typing import TYPE_CHECKING
 
 from qmpvcpu.cli import render
-from qmpvcpu.cli.options import NO_PLACE, PROBE_MODE, Argument, argument, choice, command, flag, seconds, value
+from qmpvcpu.cli.options import (
+    NO_PLACE,
+    PROBE_MODE,
+    Argument,
+    argument,
+    choice,
+    command,
+    flag,
+    seconds,
+    value,
+)
 from qmpvcpu.core.machine.boot_arguments import BootStyle
 from qmpvcpu.core.machine.layout import MachineSpec
 from qmpvcpu.core.machine.numa import parse_numa
@@ -25,7 +35,9 @@ _EMULATOR = (value("--emulator", "PATH", "the QEMU program"), PROBE_MODE)
 
 
 def _machine_word(name: str, metavar: str, text: str) -> Argument:
-    """Keep the order of --machine and --smp, because QEMU merges -machine and -smp in their order."""
+    """Keep the order of --machine and --smp, because QEMU merges -machine and -smp in their
+    order.
+    """
 
     def named(text: str) -> tuple[str, str]:
         return name, text
@@ -53,30 +65,41 @@ async def probe(session: CommandSession) -> int:
     by_machine = [*options.words, options.cpu, options.accel, options.arch, *options.numa]
     mode = ProbeMode(options.probe)
     if options.refresh and mode is ProbeMode.NEVER:
-        raise VcpuUsageError("--refresh asks QEMU, and --probe never does not", hint="leave one of them out")
+        raise VcpuUsageError(
+            "--refresh asks QEMU, and --probe never does not", hint="leave one of them out"
+        )
     if options.word is not None:
         if any(value is not None for value in by_machine):
             raise VcpuUsageError(
-                "a file is given, and a machine too", hint="probe FILE, or probe --machine … --smp …"
+                "a file is given, and a machine too",
+                hint="probe FILE, or probe --machine … --smp …",
             )
         definition, notes = read_definition(options.word)
         session.warn(notes)
         async with session.waiting("asking QEMU"):
-            found = await probe_domain(definition, mode, refresh=options.refresh, emulator=options.emulator)
+            found = await probe_domain(
+                definition, mode, refresh=options.refresh, emulator=options.emulator
+            )
     elif any(option == "machine" for option, _ in options.words):
         machine, smp = parse_machine(options.words)
         machine, accel = _without_accel(machine, options.accel)
         spec = MachineSpec(machine, smp, options.cpu, accel, parse_numa(options.numa))
         async with session.waiting("asking QEMU"):
             found = await find_layout(
-                spec, arch=options.arch, emulator=options.emulator, mode=mode, refresh=options.refresh
+                spec,
+                arch=options.arch,
+                emulator=options.emulator,
+                mode=mode,
+                refresh=options.refresh,
             )
     elif options.refresh and not any(value is not None for value in by_machine):
         removed = forget_probes()
         session.show({"forgotten": removed}, [f"{removed} cached answers removed"])
         return 0
     else:
-        raise VcpuUsageError("no machine is given", hint="probe FILE, or probe --machine q35 --smp 2,maxcpus=8")
+        raise VcpuUsageError(
+            "no machine is given", hint="probe FILE, or probe --machine q35 --smp 2,maxcpus=8"
+        )
     session.warn(found.messages)
     session.show(found.to_json(), _lines(found))
     return 0
@@ -87,7 +110,9 @@ def _without_accel(machine: str, accel: str | None) -> tuple[str, str]:
     pairs = dict(split_pairs(machine, "type"))
     inner = pairs.pop("accel", None)
     if inner is not None and accel is not None:
-        raise VcpuUsageError("--accel and accel= in --machine exclude each other", hint="leave one of them out")
+        raise VcpuUsageError(
+            "--accel and accel= in --machine exclude each other", hint="leave one of them out"
+        )
     if inner not in (None, "tcg", "kvm"):
         raise VcpuUsageError(f"accel='{inner}' in --machine", hint="write tcg or kvm")
     return join_pairs(pairs.items(), "type"), inner or accel or "tcg"
@@ -144,7 +169,10 @@ def _lines(found: Probe) -> list[str]:
     }[layout.source]
     count = sum(vcpu.enabled for vcpu in found.vcpus)
     version = f"QEMU {layout.version}" if layout.version is not None else "any QEMU"
-    head = f"{layout.machine}: {layout.arch}, {version}, {layout.accel}: {count} of {layout.maxcpus} vCPUs at boot"
+    head = (
+        f"{layout.machine}: {layout.arch}, {version}, {layout.accel}: {count} of"
+        f" {layout.maxcpus} vCPUs at boot"
+    )
     if not layout.can_plug:
         head += " (this machine has no CPU hotplug)"
     elif not layout.can_unplug:
@@ -178,12 +206,21 @@ async def start(session: CommandSession) -> int:
     async with session.waiting("starting QEMU"):
         options = session.options
         done = await app.start(
-            options.domain, mode=ProbeMode(options.probe), timeout=options.timeout, place=not options.no_place
+            options.domain,
+            mode=ProbeMode(options.probe),
+            timeout=options.timeout,
+            place=not options.no_place,
         )
     session.warn(done.messages)
     ids = format_ids(done.state.enabled_ids)
-    lines = [f"{done.name}: started, QEMU {done.pid} with vCPU {ids}", *(f"QMP: {path}" for path in done.qmp)]
-    session.show(done.to_json(), [*lines, f"agent: {done.agent}", f"log: {done.log}", f"console: {done.console}"])
+    lines = [
+        f"{done.name}: started, QEMU {done.pid} with vCPU {ids}",
+        *(f"QMP: {path}" for path in done.qmp),
+    ]
+    session.show(
+        done.to_json(),
+        [*lines, f"agent: {done.agent}", f"log: {done.log}", f"console: {done.console}"],
+    )
     return 0
 
 

@@ -47,7 +47,9 @@ async def compare(session: CommandSession) -> int:
     words = [text for text in options.request if text != "--no-start"]
     request = parse_request(words)
     for given in (options, request):
-        refuse_unused(given, "compare has guests of its own", ("agent", "qmp_log", "connect", "via"))
+        refuse_unused(
+            given, "compare has guests of its own", ("agent", "qmp_log", "connect", "via")
+        )
     if request.dry_run:
         raise VcpuUsageError("compare carries out the request", hint="leave out --dry-run")
     is_started = not options.no_start and "--no-start" not in options.request
@@ -91,4 +93,6 @@ def _short(lines: tuple[str, ...]) -> list[str]:
 
 
 def _diff(word: str, ours: tuple[str, ...], theirs: tuple[str, ...]) -> list[str]:
-    return list(unified_diff(ours, theirs, f"{word}, qmpvcpu", f"{word}, libvirt", lineterm="", n=0))
+    return list(
+        unified_diff(ours, theirs, f"{word}, qmpvcpu", f"{word}, libvirt", lineterm="", n=0)
+    )

@@ -22,7 +22,9 @@ async def completion(session: CommandSession) -> int:
     try:
         shtab = import_module("shtab")
     except ImportError as error:
-        raise VcpuUsageError("completion needs the package shtab", hint="pip install 'qmpvcpu[cli]'") from error
+        raise VcpuUsageError(
+            "completion needs the package shtab", hint="pip install 'qmpvcpu[cli]'"
+        ) from error
     script: str = shtab.complete(_whole_grammar(), shell=shell)
     session.show({"shell": shell, "script": script}, script.splitlines())
     return 0
@@ -35,7 +37,9 @@ def _whole_grammar() -> argparse.ArgumentParser:
         row = rows.add_parser(name, help=commands.summary(name))
         for option in commands.load(name).options:
             if option.is_word:
-                known = {key: option.words[key] for key in ("help", "choices") if key in option.words}
+                known = {
+                    key: option.words[key] for key in ("help", "choices") if key in option.words
+                }
                 row.add_argument(option.words["dest"], **known)
             else:
                 row.add_argument(*option.names, **option.words)

@@ -58,7 +58,10 @@ async def vcpucount(session: CommandSession) -> int:
                 states["live"] = await domain.state(VcpuFlag.LIVE)
     counts = {
         word: {side: count(states[side]) if side in states else None for side in ("live", "config")}
-        for word, count in (("maximum", lambda s: s.maxcpus), ("current", lambda s: len(s.enabled_ids)))
+        for word, count in (
+            ("maximum", lambda s: s.maxcpus),
+            ("current", lambda s: len(s.enabled_ids)),
+        )
     }
     document: dict[str, Any] = {"domain": domain.name, **counts}
     if one:

@@ -40,5 +40,7 @@ async def undefine(session: CommandSession) -> int:
 
     name = session.options.domain
     kept = definitions.undefine(name)
-    session.show({"domain": name, "kept": str(kept)}, [f"{name}: undefined; its last XML is {kept}"])
+    session.show(
+        {"domain": name, "kept": str(kept)}, [f"{name}: undefined; its last XML is {kept}"]
+    )
     return 0

@@ -35,13 +35,19 @@ async def dumpxml(session: CommandSession) -> int:
     options = session.options
     options.config = options.inactive
     async with session.connect() as domain:
-        data = await domain.dump_xml(inactive=options.inactive, dialect=options.dialect, detail=options.detail)
+        data = await domain.dump_xml(
+            inactive=options.inactive, dialect=options.dialect, detail=options.detail
+        )
     errors = None
     if options.dialect == "libvirt":
         errors = against_libvirts_schema(data)
         session.warn(f"libvirt's schema does not allow it: {error}" for error in errors or ())
     if options.json:
-        document = {"domain": domain.name, "xml": data.decode(errors="replace"), "schema_errors": errors}
+        document = {
+            "domain": domain.name,
+            "xml": data.decode(errors="replace"),
+            "schema_errors": errors,
+        }
         session.output.document(document)
     else:
         session.output.data(data if data.endswith(b"\n") else data + b"\n")

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 _LEAVE = (flag("--persistent", "define it at the destination, too"), WAIT, HANGS)
 _MOVING = (
     value("--bandwidth", "MIB", "MiB a second at most", type=positive),
-    value("--timeout", "S", "pause the guest if it has not converged after S seconds", type=seconds),
+    value(
+        "--timeout", "S", "pause the guest if it has not converged after S seconds", type=seconds
+    ),
 )
 _WHERE = (
     value("--uri", "URI", "where it listens: unix:PATH or tcp:HOST:PORT"),
@@ -95,7 +97,10 @@ async def migrate_begin(session: CommandSession) -> int:
     from qmpvcpu.app import migrate as app
 
     options = session.options
-    async with session.connect() as source, session.waiting("waiting for pending unplugs", options.wait):
+    async with (
+        session.connect() as source,
+        session.waiting("waiting for pending unplugs", options.wait),
+    ):
         cookie = await source.migration.begin(
             persistent=options.persistent, wait=options.wait or 0.0, force=options.force
         )
@@ -156,7 +161,10 @@ async def migrate_perform(session: CommandSession) -> int:
         "downtime": status.downtime,
         "total_time": status.total_time,
     }
-    lines = [f"{options.domain}: handed over, {render.status(status)}", "migrate-finish lets it run there"]
+    lines = [
+        f"{options.domain}: handed over, {render.status(status)}",
+        "migrate-finish lets it run there",
+    ]
     session.show(document, lines)
     return 0
 
@@ -173,7 +181,12 @@ async def migrate_finish(session: CommandSession) -> int:
     options = session.options
     cookie = app.load_cookie(options.cookie) if options.cookie is not None else None
     state, runs = await app.migrate_finish(options.dest, cookie, force=options.force)
-    document = {"outcome": "applied", "changed": True, "domain": options.dest, "vcpus": list(state.enabled_ids)}
+    document = {
+        "outcome": "applied",
+        "changed": True,
+        "domain": options.dest,
+        "vcpus": list(state.enabled_ids),
+    }
     word = "runs" if runs else "is paused, as it was,"
     session.show(document, [f"{options.dest}: {word} with vCPU {format_ids(state.enabled_ids)}"])
     return 0
@@ -185,7 +198,10 @@ async def migrate_cancel(session: CommandSession) -> int:
     from qmpvcpu.app import migrate as app
 
     done = await app.migrate_cancel(session.connect(), force=session.options.force)
-    session.show({"outcome": "applied", "changed": True, "message": done}, [f"{session.options.domain}: {done}"])
+    session.show(
+        {"outcome": "applied", "changed": True, "message": done},
+        [f"{session.options.domain}: {done}"],
+    )
     return 0
 
 
@@ -212,7 +228,10 @@ async def save(session: CommandSession) -> int:
                 verify=options.verify,
             )
     session.warn(done.messages)
-    line = f"{options.domain}: saved to {done.file}, {done.size >> 20} MiB, with vCPU {format_ids(done.vcpus)}"
+    line = (
+        f"{options.domain}: saved to {done.file}, {done.size >> 20} MiB, with vCPU"
+        f" {format_ids(done.vcpus)}"
+    )
     session.show({**done.to_json(), "domain": options.domain}, [line])
     return 0
 
@@ -227,6 +246,9 @@ async def restore(session: CommandSession) -> int:
         done = await saving.restore(options.file, _where(options))
     session.warn(done.messages)
     word = "runs" if done.runs else "is paused, as it was,"
-    lines = [f"{done.name}: {word} with vCPU {format_ids(done.vcpus)}", *(f"QMP: {path}" for path in done.qmp)]
+    lines = [
+        f"{done.name}: {word} with vCPU {format_ids(done.vcpus)}",
+        *(f"QMP: {path}" for path in done.qmp),
+    ]
     session.show(done.to_json(), lines)
     return 0

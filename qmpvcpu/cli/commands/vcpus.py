@@ -42,7 +42,9 @@ if TYPE_CHECKING:
     value("--count", "N", "with --numa-node: how many", type=positive),
     flag("--core", "every vCPU of the core that holds the id"),
     *CHANGE,
-    value("--retry", "N", "ask again, up to N times, what the guest refused", type=number, default=0),
+    value(
+        "--retry", "N", "ask again, up to N times, what the guest refused", type=number, default=0
+    ),
     flag("--atomic", "bring back what was removed if the rest is rejected or fails"),
     flag("--no-fallback", "never ask the guest agent for what hotplug cannot do"),
     CRASHES,
@@ -145,7 +147,8 @@ async def vcpupin(session: CommandSession) -> int:
         session.warn(result.messages)
         word = "pinned" if cpus != "r" else "not pinned any more"
         session.show(
-            result.to_json(), [f"vCPU {vcpu_id}: {word}" if result.changed else f"vCPU {vcpu_id}: already so"]
+            result.to_json(),
+            [f"vCPU {vcpu_id}: {word}" if result.changed else f"vCPU {vcpu_id}: already so"],
         )
         return result.outcome.exit_code
     refusals = check_range(state, (vcpu_id,)) if vcpu_id is not None else []
@@ -169,7 +172,8 @@ async def guestvcpus(session: CommandSession) -> int:
     options = session.options
     if options.enable + options.disable != (options.cpulist is not None):
         raise VcpuUsageError(
-            "--cpulist goes with one of --enable and --disable", hint="guestvcpus DOMAIN --cpulist 1-2 --disable"
+            "--cpulist goes with one of --enable and --disable",
+            hint="guestvcpus DOMAIN --cpulist 1-2 --disable",
         )
     async with session.connect() as domain:
         if options.cpulist is not None:
@@ -182,7 +186,8 @@ async def guestvcpus(session: CommandSession) -> int:
             except VcpuError as error:
                 # The change is done and verified, so this error is only a warning.
                 session.warn([f"what the guest's CPUs are now is not known: {error.message}"])
-            # `vcpus` and `changed_ids` are the guest's own ids here; `cpus` has the vCPU of each one.
+            # `vcpus` and `changed_ids` are the guest's own ids here; `cpus` has the vCPU of each
+            # one.
             lines = render.guest_outcome(result, is_online=options.enable)
             session.show(result.to_json() | view.to_json(), lines)
             return result.outcome.exit_code

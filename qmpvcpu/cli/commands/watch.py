@@ -18,7 +18,9 @@ if TYPE_CHECKING:
 
 @contextmanager
 def _while_read(output: Output) -> Iterator[None]:
-    """Raise OutputLost in the body when the reader of stdout has left, even if there is nothing to write."""
+    """Raise OutputLost in the body when the reader of stdout has left, even if there is nothing to
+    write.
+    """
     import asyncio
 
     loop, task, pipe = asyncio.get_running_loop(), asyncio.current_task(), output.pipe()
@@ -54,7 +56,11 @@ async def _watch_on(session: CommandSession) -> int:
     async with session.connect(watch=True) as domain, domain.events(steps=True) as events:
         state = domain.last_state
         pending = domain.pending_ids
-        line: dict[str, Any] = {"time": time.time(), "event": "snapshot", "vcpus": list(state.enabled_ids)}
+        line: dict[str, Any] = {
+            "time": time.time(),
+            "event": "snapshot",
+            "vcpus": list(state.enabled_ids),
+        }
         line["detail"] = f"{len(state.enabled_ids)} of {state.maxcpus} vCPUs enabled"
         if pending:
             line["detail"] += f"; unplug pending: {format_ids(pending)}"

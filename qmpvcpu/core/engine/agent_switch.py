@@ -86,7 +86,9 @@ class Switch:
 
     def start(self) -> Effect | None:
         """The first effect; None if nothing has to change."""
-        self._todo = tuple(vcpu for vcpu in self.vcpus if self.view.by_vcpu[vcpu].online is not self.online)
+        self._todo = tuple(
+            vcpu for vcpu in self.vcpus if self.view.by_vcpu[vcpu].online is not self.online
+        )
         self._left = list(self._todo)
         if not self._todo:
             self.step = SwitchStep.DONE
@@ -103,7 +105,11 @@ class Switch:
 
     def _undone(self, answer: Answered) -> Effect:
         """A CPU that cannot be set back does not keep the others from it."""
-        count = answer.count if type(answer.count) is int and 0 <= answer.count <= len(self._left) else 0
+        count = (
+            answer.count
+            if type(answer.count) is int and 0 <= answer.count <= len(self._left)
+            else 0
+        )
         if answer.error is not None:
             self.undo_failures[self._left[0]] = answer.error
         del self._left[: 1 if answer.error is not None else count + 1]
@@ -161,7 +167,7 @@ class Switch:
         return SetCpus({self._logical(vcpu): online for vcpu in vcpus})
 
 
-# -- new CPUs ---------------------------------------------------------------------------------------
+# -- new CPUs --------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +196,9 @@ class Arriving:
         before: the guest's CPUs before the plug, if only the difference identifies the new ones.
     """
 
-    def __init__(self, state: DomainState, vcpus: Collection[int], before: GuestView | None) -> None:
+    def __init__(
+        self, state: DomainState, vcpus: Collection[int], before: GuestView | None
+    ) -> None:
         self._vcpus = frozenset(vcpus)
         self._missing = set(vcpus)
         self._before = before
@@ -245,7 +253,11 @@ class Arriving:
         # `newcomers` identifies the CPUs that came. If there are none, these vCPUs are the missing
         # ones.
         is_identified = self._before is not None or not view.assumed
-        return not is_identified and self._missing == self._unnamed(view) and len(view.cpus) >= self._enabled
+        return (
+            not is_identified
+            and self._missing == self._unnamed(view)
+            and len(view.cpus) >= self._enabled
+        )
 
     def _unnamed(self, view: GuestView) -> frozenset[int]:
         found = frozenset(number for number in self._missing if view.online(number) is None)

@@ -96,7 +96,11 @@ class Items:
             is_plug = stage is not Stage.READY_TO_REMOVE
             for entity in entities:
                 self._by_id[entity.id] = Item(
-                    entity, stage, is_plug, retries, doubt=not is_plug and entity.id in moves.doubted
+                    entity,
+                    stage,
+                    is_plug,
+                    retries,
+                    doubt=not is_plug and entity.id in moves.doubted,
                 )
                 self._forward[stage] += 1
 
@@ -152,7 +156,9 @@ class Items:
                 return item.stage in first
             return item.stage in (unplugging if item.is_plug else restoring)
 
-        return tuple(sorted(number for item in self if is_meant(item) for number in item.entity.ids))
+        return tuple(
+            sorted(number for item in self if is_meant(item) for number in item.entity.ids)
+        )
 
     def notes(self, stages: Collection[Stage], default: str | None = None) -> tuple[Failure, ...]:
         """The errors of the items in these stages."""
@@ -164,7 +170,12 @@ class Items:
 
 
 def result_of(
-    items: Items, terms: Terms, *, cancelled: bool, undo_forbidden: str | None, restore_forbidden: str | None
+    items: Items,
+    terms: Terms,
+    *,
+    cancelled: bool,
+    undo_forbidden: str | None,
+    restore_forbidden: str | None,
 ) -> Result:
     """The result, or the state so far."""
     failures = items.notes(FAILED)
@@ -192,7 +203,9 @@ def result_of(
     elif pending:
         outcome = OutcomeKind.PENDING
     elif not_requested or returned:
-        outcome = OutcomeKind.PARTIAL if removed or items.any_forward(UNDOABLE) else OutcomeKind.FAILED
+        outcome = (
+            OutcomeKind.PARTIAL if removed or items.any_forward(UNDOABLE) else OutcomeKind.FAILED
+        )
     else:
         outcome = OutcomeKind.APPLIED
     return Result(
@@ -207,14 +220,17 @@ def result_of(
         rejections=rejections,
         lost=lost,
         not_requested=not_requested,
-        undo_forbidden=(undo_forbidden if remaining else None) or (restore_forbidden if lost else None),
+        undo_forbidden=(undo_forbidden if remaining else None)
+        or (restore_forbidden if lost else None),
         pending_entities=tuple(item.entity for item in items if item.stage in STILL_REQUESTED),
         unsure=items.ids({Stage.ADDING}, restoring={Stage.ADDING}),
         removed_entities=tuple(
             item.entity.id for item in items if item.stage is Stage.REMOVED and not item.is_undo
         ),
         finished_entities=tuple(
-            item.entity.id for item in items if item.stage not in STILL_REQUESTED and item.stage not in NOT_BEGUN
+            item.entity.id
+            for item in items
+            if item.stage not in STILL_REQUESTED and item.stage not in NOT_BEGUN
         ),
         stages=grouped((item.words, number) for item in items for number in item.entity.ids),
     )

@@ -50,7 +50,7 @@ class Terms:
     reset_drops_unplug: bool = False
 
 
-# -- inputs -------------------------------------------------------------------------------------------
+# -- inputs ----------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,7 +135,7 @@ class Cancelled:
 
 Input = Replied | Unsent | EventReceived | QuerySent | Snapshot | Woke | Cancelled
 
-# -- effects ------------------------------------------------------------------------------------------
+# -- effects ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +169,9 @@ class Look:
 
 @dataclass(frozen=True, slots=True)
 class Drop:
-    """Withdraw what has not been sent yet, and feed `Unsent` for each; `plugs`: `device_add` too."""
+    """Withdraw what has not been sent yet, and feed `Unsent` for each; `plugs`: `device_add`
+    too.
+    """
 
     plugs: bool = True
 
@@ -190,7 +192,7 @@ class Finished:
 
 Effect = Add | Delete | Query | Look | Drop | Wake | Finished
 
-# -- the result ------------------------------------------------------------------------------------------
+# -- the result ------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)

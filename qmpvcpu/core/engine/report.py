@@ -114,7 +114,9 @@ class Report:
         if self.view is not None:
             state = with_online(state, self.view)
         rows = {row.id: row for row in _rows(state, self.ids)}
-        rows |= {n: with_thread(rows[n], thread) for n, thread in self._threads.items() if n in rows}
+        rows |= {
+            n: with_thread(rows[n], thread) for n, thread in self._threads.items() if n in rows
+        }
         return tuple((rows | self._later_rows).values())
 
     # -- facts ------------------------------------------------------------------------------------
@@ -193,14 +195,17 @@ class Report:
 
     def not_placed(self, failed: Mapping[str, Sequence[int]]) -> None:
         """These vCPUs are plugged, but their threads could not be placed: the reason -> ids."""
-        text = "; ".join(f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in failed.items())
+        text = "; ".join(
+            f"vCPU {format_ids(ids)} could not be given {why}" for why, ids in failed.items()
+        )
         if self.trouble is not None:
             self.messages.append(text)
             return
         self.trouble = VcpuPartial(
             f"{text}; it stays plugged",
             remaining=[number for ids in failed.values() for number in ids],
-            hint="repeat the request to place it; --no-place (place=False) leaves it where the kernel puts it",
+            hint="repeat the request to place it; --no-place (place=False) leaves it where the"
+            " kernel puts it",
         )
 
     # -- the guest agent --------------------------------------------------------------------------
@@ -213,7 +218,9 @@ class Report:
         self._outcome = OutcomeKind.PENDING if self.pending else OutcomeKind.APPLIED
 
     def switched(self, run: Switch, name: str = "vCPU") -> None:
-        """The guest agent has switched CPUs, or has not; `name` is what the ids of `run` stand for."""
+        """The guest agent has switched CPUs, or has not; `name` is what the ids of `run` stand
+        for.
+        """
         before = bool(self.changed)
         self.changed |= {*run.changed}
         self.undone |= {*run.undone}
@@ -227,11 +234,15 @@ class Report:
             text += f"; undone: {name} {format_ids(run.undone)}"
         if self.changed:
             text += f"; {name} {format_ids(sorted(self.changed))} stays changed"
-            text += "".join(f" ({name} {number}: {reason})" for number, reason in run.undo_failures.items())
+            text += "".join(
+                f" ({name} {number}: {reason})" for number, reason in run.undo_failures.items()
+            )
             self.trouble = VcpuPartial(text, remaining=sorted(self.changed), hint=_LOOK)
         else:
             self.trouble = VcpuRejected(
-                text, reasons=dict(run.failures), hint="`dmesg` in the guest may say why; then try again"
+                text,
+                reasons=dict(run.failures),
+                hint="`dmesg` in the guest may say why; then try again",
             )
 
     def agent_did_not_either(self, rejected: VcpuRejected, messages: Sequence[str]) -> None:
@@ -300,15 +311,22 @@ class Report:
             changed = tuple(sorted(self.changed))
             text = after.message
             text += f"; vCPU {format_ids(changed)} stays changed" if changed else ""
-            text += f"; the unplug of vCPU {format_ids(self.pending)} is pending" if self.pending else ""
+            text += (
+                f"; the unplug of vCPU {format_ids(self.pending)} is pending"
+                if self.pending
+                else ""
+            )
             self._mechanism = "hotplug"
-            self.trouble = VcpuPartial(text, remaining=changed, hint=after.hint, libvirt=after.libvirt)
+            self.trouble = VcpuPartial(
+                text, remaining=changed, hint=after.hint, libvirt=after.libvirt
+            )
 
 
 def still_plugged(ids: Sequence[int]) -> str:
     """The warning where the agent did what hotplug could not."""
     return (
-        f"vCPU {format_ids(ids)} is offline in the guest and still plugged: the guest can bring it back by itself"
+        f"vCPU {format_ids(ids)} is offline in the guest and still plugged: the guest can bring"
+        " it back by itself"
     )
 
 
@@ -352,7 +370,10 @@ def _failure(result: Result) -> VcpuError:
         qmp["libvirt"] = first.error_class
     hint = _hint(result.failures)
     if first is None and result.not_requested:
-        hint, qmp["libvirt"] = "repeat the request for these, with a longer --timeout", "VIR_ERR_OPERATION_TIMEOUT"
+        hint, qmp["libvirt"] = (
+            "repeat the request for these, with a longer --timeout",
+            "VIR_ERR_OPERATION_TIMEOUT",
+        )
     if result.undone:
         text += f"; undone: vCPU {format_ids(result.undone)}"
     if result.outcome is OutcomeKind.FAILED:
@@ -370,7 +391,8 @@ def _failure(result: Result) -> VcpuError:
 
 def _not_requested(result: Result) -> str:
     return (
-        f"vCPU {format_ids(result.not_requested)}: its unplug was not requested: libvirt takes one at a"
+        f"vCPU {format_ids(result.not_requested)}: its unplug was not requested: libvirt takes one"
+        " at a"
         " time, and the others took all the time"
     )
 
@@ -384,7 +406,10 @@ def _hint(failures: Sequence[Failure]) -> str | None:
 _HINTS = (
     ("Duplicate device ID", "another device has this id: remove it, or give it another id"),
     ("exists", "another client plugged it meanwhile: look with `qmpvcpu vcpuinfo`, and try again"),
-    ("already populated", "another client plugged it meanwhile: look with `qmpvcpu vcpuinfo`, and try again"),
+    (
+        "already populated",
+        "another client plugged it meanwhile: look with `qmpvcpu vcpuinfo`, and try again",
+    ),
     (
         "device unplug request for not supported device type",
         "boot a kernel with ACPI in the guest: it takes over the CPU hotplug block",
@@ -395,7 +420,9 @@ _HINTS = (
 
 def _texts(failures: Sequence[Failure]) -> str:
     """One line; entities with the same reason together."""
-    by_text = grouped((failure.text, number) for failure in failures for number in failure.entity.ids)
+    by_text = grouped(
+        (failure.text, number) for failure in failures for number in failure.entity.ids
+    )
     return "; ".join(f"vCPU {format_ids(ids)}: {text}" for text, ids in by_text.items())
 
 

@@ -171,7 +171,9 @@ UNDOING: Final[_Table] = {
 }
 
 #: The guest or a timer ends these.
-WAITING: Final = frozenset({_S.REQUESTED, _S.AWAITING, _S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_REMOVED_PAUSED})
+WAITING: Final = frozenset(
+    {_S.REQUESTED, _S.AWAITING, _S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_REMOVED_PAUSED}
+)
 #: A timer ends these: another try follows.
 PAUSED: Final = frozenset({_S.ADD_PAUSED, _S.REJECTED_PAUSED, _S.NOT_REMOVED_PAUSED})
 #: QEMU's reply ends these.

@@ -59,7 +59,15 @@ from qmpvcpu.core.engine.stages import (
     Stage,
 )
 from qmpvcpu.core.engine.timers import Timers, is_due
-from qmpvcpu.core.state.events import PERIPHERAL, Names, SignalKind, interpret, is_filled, is_taken, is_transient
+from qmpvcpu.core.state.events import (
+    PERIPHERAL,
+    Names,
+    SignalKind,
+    interpret,
+    is_filled,
+    is_taken,
+    is_transient,
+)
 
 _UNFINISHED: Final = WAITING | IN_FLIGHT
 _NOT_AS_REQUESTED: Final = FAILED | REJECTED | {Stage.NOT_REQUESTED}
@@ -110,7 +118,9 @@ class Transaction:
     def start(self, now: float) -> list[Effect]:
         """The first effects: all commands that can be sent, and one query after the plugs."""
         self._all(On.START)
-        if self._items.any({Stage.ADDING}) or (not self._terms.wait and self._items.any({Stage.AWAITING})):
+        if self._items.any({Stage.ADDING}) or (
+            not self._terms.wait and self._items.any({Stage.AWAITING})
+        ):
             # QEMU answers in order, so this one query has the result of all plugs. The guest's time
             # begins with its answer.
             self._query()
@@ -169,7 +179,12 @@ class Transaction:
             item.note = Failure(item.entity, text, reply.error_class)
             if is_transient(text):
                 self._retry(item)
-            elif is_taken(text) and item.readds and not self._expired and (item.is_undo or not self._cancelled):
+            elif (
+                is_taken(text)
+                and item.readds
+                and not self._expired
+                and (item.is_undo or not self._cancelled)
+            ):
                 item.readds -= 1
                 self._query_due |= self._move(item, On.RETRY)
             if item.doubt or item.repeated:
@@ -262,7 +277,12 @@ class Transaction:
             self._retry(item)
 
     def _retry(self, item: Item) -> None:
-        if item.retries and not self._expired and self._phase is Phase.RUN and self._move(item, On.RETRY):
+        if (
+            item.retries
+            and not self._expired
+            and self._phase is Phase.RUN
+            and self._move(item, On.RETRY)
+        ):
             item.retries -= 1
 
     def _woke(self, now: float) -> None:
@@ -421,7 +441,9 @@ class Transaction:
 
     @property
     def _failing(self) -> bool:
-        """Whether a plug has failed, or the caller has cancelled: what was plugged is to be undone."""
+        """Whether a plug has failed, or the caller has cancelled: what was plugged is to be
+        undone.
+        """
         return self._cancelled or self._items.any_forward(PLUG_FAILED)
 
     def _all_reported(self) -> bool:
@@ -430,7 +452,9 @@ class Transaction:
         """
         if not self._deleted:
             return False
-        return self._deleted.issuperset(item.entity.id for item in self._items if item.stage in _UNFINISHED)
+        return self._deleted.issuperset(
+            item.entity.id for item in self._items if item.stage in _UNFINISHED
+        )
 
     def _is_waited_for(self) -> bool:
         if self._terms.wait:
@@ -447,4 +471,6 @@ class Transaction:
     def _restore_is_due(self) -> bool:
         if not self._terms.atomic or self._cancelled or self._restore_forbidden is not None:
             return False
-        return self._items.any_forward(_NOT_AS_REQUESTED) and self._items.any_forward({Stage.REMOVED})
+        return self._items.any_forward(_NOT_AS_REQUESTED) and self._items.any_forward(
+            {Stage.REMOVED}
+        )

@@ -82,7 +82,11 @@ def machine_spec(definition: Definition) -> MachineSpec:
     more = definition.options
     machine = definition.machine or architecture(arch).default_machine
     return MachineSpec(
-        ",".join(filter(None, (machine, join_pairs(pair for pair in more.machine if pair[0] not in _NAMING)))),
+        ",".join(
+            filter(
+                None, (machine, join_pairs(pair for pair in more.machine if pair[0] not in _NAMING))
+            )
+        ),
         smp,
         ",".join(filter(None, (definition.cpu, join_pairs(more.cpu)))) if definition.cpu else None,
         definition.accel or "tcg",
@@ -108,7 +112,9 @@ def located(definition: Definition, state: DomainState) -> DomainState:
 
 def _run(definition: Definition) -> tuple[int, ...]:
     """The vCPUs of -smp: those from 0 on that are enabled and not hotpluggable."""
-    end = next((v.id for v in definition.vcpus if not v.enabled or v.hotpluggable), definition.maxcpus)
+    end = next(
+        (v.id for v in definition.vcpus if not v.enabled or v.hotpluggable), definition.maxcpus
+    )
     if not end:
         raise catalogue.BOOT_VCPU_0.error()
     return tuple(range(end))
@@ -145,7 +151,13 @@ def boot_args(
     accel = ",".join(filter(None, (spec.accel, join_pairs(definition.options.accel))))
     arguments = ["-machine", machine, "-accel", accel]
     arguments += ["-cpu", spec.cpu] if spec.cpu is not None else []
-    arguments += [*_memory(definition), "-smp", str(spec.smp), *_numa(definition), *_dimms(definition)]
+    arguments += [
+        *_memory(definition),
+        "-smp",
+        str(spec.smp),
+        *_numa(definition),
+        *_dimms(definition),
+    ]
     run = _run(definition)
     plugged, refusals = _plugged(definition, layout, len(run))
     if refusals:
@@ -156,7 +168,9 @@ def boot_args(
         if style is BootStyle.QMP:
             commands.append({"execute": "device_add", "arguments": device})
         else:
-            words = [f"{key}={escaped(str(value))}" for key, value in device.items() if key != "driver"]
+            words = [
+                f"{key}={escaped(str(value))}" for key, value in device.items() if key != "driver"
+            ]
             arguments += ["-device", ",".join([escaped(str(layout.cpu_type)), *words])]
     if incoming is not None:
         arguments += ["-incoming", incoming]
@@ -164,8 +178,12 @@ def boot_args(
         # With -incoming QEMU waits by itself.
         arguments.append("-S")
         commands.append({"execute": "cont"})
-    started = [ids for ids, _ in layout.entities() if ids[-1] < len(run)] + [ids for ids, _ in plugged]
-    return BootArgs(tuple(arguments), tuple(ids[0] for ids in started), tuple(commands), tuple(messages))
+    started = [ids for ids, _ in layout.entities() if ids[-1] < len(run)] + [
+        ids for ids, _ in plugged
+    ]
+    return BootArgs(
+        tuple(arguments), tuple(ids[0] for ids in started), tuple(commands), tuple(messages)
+    )
 
 
 def _memory(definition: Definition) -> list[str]:
@@ -189,7 +207,9 @@ def _numa(definition: Definition) -> list[str]:
         whole = options.backend_of(None)
         size = definition.base_memory
         return _backend(whole, size) if whole is not None and size is not None else []
-    sizes = {cell.id: size for cell, size in zip(definition.cells, _cell_sizes(definition), strict=True)}
+    sizes = {
+        cell.id: size for cell, size in zip(definition.cells, _cell_sizes(definition), strict=True)
+    }
     words = []
     if options.is_one_block:
         whole = options.backend_of(None)
@@ -209,7 +229,11 @@ def _numa(definition: Definition) -> list[str]:
             words += _backend(backend, sizes[backend.cell])
         memory = {cell: f"memdev={escaped(backend.id)}" for cell, backend in backends.items()}
     nodes = [NumaNode(cell.id, cell.cpus).words(memory.get(cell.id)) for cell in definition.nodes]
-    return [*words, *(word for node in nodes for word in ("-numa", node)), *_distances(definition.cells)]
+    return [
+        *words,
+        *(word for node in nodes for word in ("-numa", node)),
+        *_distances(definition.cells),
+    ]
 
 
 #: The defaults of QEMU and libvirt: the distance of a node to itself, and to another node.
@@ -226,7 +250,9 @@ def _distances(cells: tuple[NumaCell, ...]) -> list[str]:
             # As libvirt writes them: QEMU needs all of them if the two directions of one pair
             # differ.
             both = (one.id, other.id), (other.id, one.id)
-            value = next((known[pair] for pair in both if pair in known), _NEAR if one is other else _FAR)
+            value = next(
+                (known[pair] for pair in both if pair in known), _NEAR if one is other else _FAR
+            )
             words += ["-numa", f"dist,src={one.id},dst={other.id},val={value}"]
     return words
 
@@ -271,7 +297,9 @@ def _cell_sizes(definition: Definition) -> list[int]:
 def _plugged(
     definition: Definition, layout: MachineLayout, run: int
 ) -> tuple[list[tuple[tuple[int, ...], Props]], list[Refusal]]:
-    """Ids and props of the vCPUs that -smp cannot express, in the order of plugging; and refusals."""
+    """Ids and props of the vCPUs that -smp cannot express, in the order of plugging; and
+    refusals.
+    """
     refusals: list[Refusal] = []
     if layout.maxcpus != definition.maxcpus:
         return [], [catalogue.TOPOLOGY(maxcpus=layout.maxcpus, defined=definition.maxcpus)]

@@ -22,11 +22,54 @@ from qmpvcpu.core.machine.words import parse_number, parse_size, split_pairs
 #: Options without an argument, of QEMU 7.2 to 11.1 (qemu-options.def).
 _FLAGS: Final = frozenset(
     (
-        *("h", "help", "version", "S", "s", "nographic", "portrait", "no-reboot", "no-shutdown", "nodefaults"),
-        *("no-user-config", "nouserconfig", "daemonize", "snapshot", "enable-kvm", "no-acpi", "no-hpet"),
-        *("no-fd-bootchk", "usb", "full-screen", "win2k-hack", "singlestep", "one-insn-per-tb", "preconfig"),
-        *("only-migratable", "semihosting", "enable-sync-profile", "xen-attach", "xen-domid-restrict"),
-        *("old-param", "mem-prealloc", "alt-grab", "ctrl-grab", "no-quit", "sdl", "gtk", "curses", "perfmap"),
+        *(
+            "h",
+            "help",
+            "version",
+            "S",
+            "s",
+            "nographic",
+            "portrait",
+            "no-reboot",
+            "no-shutdown",
+            "nodefaults",
+        ),
+        *(
+            "no-user-config",
+            "nouserconfig",
+            "daemonize",
+            "snapshot",
+            "enable-kvm",
+            "no-acpi",
+            "no-hpet",
+        ),
+        *(
+            "no-fd-bootchk",
+            "usb",
+            "full-screen",
+            "win2k-hack",
+            "singlestep",
+            "one-insn-per-tb",
+            "preconfig",
+        ),
+        *(
+            "only-migratable",
+            "semihosting",
+            "enable-sync-profile",
+            "xen-attach",
+            "xen-domid-restrict",
+        ),
+        *(
+            "old-param",
+            "mem-prealloc",
+            "alt-grab",
+            "ctrl-grab",
+            "no-quit",
+            "sdl",
+            "gtk",
+            "curses",
+            "perfmap",
+        ),
         *("jitdump", "run-with-help", "async-teardown"),
     )
 )
@@ -57,14 +100,41 @@ IMPLIED: Final = {
 #: Options whose argument has no keys.
 _PLAIN: Final = frozenset(
     (
-        *("cpu", "bios", "kernel", "initrd", "append", "dtb", "serial", "parallel", "vga", "monitor", "qmp"),
-        *("qmp-pretty", "uuid", "mem-path", "L", "pidfile", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb"),
+        *(
+            "cpu",
+            "bios",
+            "kernel",
+            "initrd",
+            "append",
+            "dtb",
+            "serial",
+            "parallel",
+            "vga",
+            "monitor",
+            "qmp",
+        ),
+        *(
+            "qmp-pretty",
+            "uuid",
+            "mem-path",
+            "L",
+            "pidfile",
+            "hda",
+            "hdb",
+            "hdc",
+            "hdd",
+            "cdrom",
+            "fda",
+            "fdb",
+        ),
         *("pflash", "mtdblock", "sd", "incoming", "loadvm", "readconfig", "D", "d", "global"),
     )
 )
 _MIB: Final = 1024 * 1024
 #: Options of the dynamic linker that take a word (ld.so(8)), and the names of its program.
-_LOADER_WORDS: Final = frozenset(("--argv0", "--library-path", "--inhibit-rpath", "--audit", "--preload"))
+_LOADER_WORDS: Final = frozenset(
+    ("--argv0", "--library-path", "--inhibit-rpath", "--audit", "--preload")
+)
 _LOADER: Final = re.compile(r"ld(?:-[\w.-]+|64)?\.so(?:\.[0-9]+)*")
 
 
@@ -143,7 +213,9 @@ class QemuCommandLine:
     def accel_options(self) -> Pairs:
         """The keys of the first `-accel`."""
         first = next(self.all("accel"), None)
-        return tuple(pair for pair in first.pairs if pair[0] != "accel") if first is not None else ()
+        return (
+            tuple(pair for pair in first.pairs if pair[0] != "accel") if first is not None else ()
+        )
 
     @property
     def memory(self) -> MemorySize:
@@ -159,7 +231,9 @@ class QemuCommandLine:
     @property
     def backends(self) -> tuple[Option, ...]:
         """`-object memory-backend-*`, in order."""
-        return tuple(o for o in self.all("object") if (o.get("qom-type") or "").startswith("memory-backend-"))
+        return tuple(
+            o for o in self.all("object") if (o.get("qom-type") or "").startswith("memory-backend-")
+        )
 
     @property
     def nodes(self) -> tuple[CommandLineNode, ...]:
@@ -170,14 +244,18 @@ class QemuCommandLine:
                 continue
             number = _int(option.get("nodeid"), len(found))
             # hw/core/numa.c: only this number is in MiB if it has no suffix.
-            found[number] = CommandLineNode(number, option.get("memdev"), parse_size(option.get("mem"), _MIB))
+            found[number] = CommandLineNode(
+                number, option.get("memdev"), parse_size(option.get("mem"), _MIB)
+            )
         return tuple(found[number] for number in sorted(found))
 
     @property
     def distances(self) -> tuple[tuple[int, int, int], ...]:
         """`-numa dist`: from, to, distance."""
         rows = (option for option in self.all("numa") if option.get("type") == "dist")
-        return tuple((_int(o.get("src"), 0), _int(o.get("dst"), 0), _int(o.get("val"), 0)) for o in rows)
+        return tuple(
+            (_int(o.get("src"), 0), _int(o.get("dst"), 0), _int(o.get("val"), 0)) for o in rows
+        )
 
     @property
     def memory_attributes(self) -> tuple[str, ...]:
@@ -188,7 +266,9 @@ class QemuCommandLine:
             if kind.startswith("hmat-"):
                 found.append(" ".join(option.words))
             elif kind == "node" and initiator is not None:
-                found.append(f"-numa node,nodeid={option.get('nodeid') or '0'},initiator={initiator}")
+                found.append(
+                    f"-numa node,nodeid={option.get('nodeid') or '0'},initiator={initiator}"
+                )
         return tuple(found)
 
 
@@ -256,10 +336,14 @@ def _pairs(name: str, text: str) -> Pairs | None:
 def _flat(prefix: str, value: Any, *, has_indexes: bool) -> Iterable[tuple[str, str]]:
     if isinstance(value, dict):
         for key, inner in value.items():
-            yield from _flat(f"{prefix}.{key}" if prefix else str(key), inner, has_indexes=has_indexes)
+            yield from _flat(
+                f"{prefix}.{key}" if prefix else str(key), inner, has_indexes=has_indexes
+            )
     elif isinstance(value, list):
         for number, inner in enumerate(value):
-            yield from _flat(f"{prefix}.{number}" if has_indexes else prefix, inner, has_indexes=has_indexes)
+            yield from _flat(
+                f"{prefix}.{number}" if has_indexes else prefix, inner, has_indexes=has_indexes
+            )
     elif isinstance(value, bool):
         yield prefix, "on" if value else "off"
     elif value is not None:

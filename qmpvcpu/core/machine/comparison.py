@@ -23,8 +23,12 @@ from qmpvcpu.core.state.inventory import object_of, objects_of
 from qmpvcpu.errors import Refusal
 
 T = TypeVar("T")
-_BLOCK: Final = re.compile(r"^ *(\S.*?) +\d+ \w?i?B +0x[0-9a-f]+ +0x[0-9a-f]+ +0x([0-9a-f]+)", re.MULTILINE)
-_MAPPED: Final = re.compile(r"^ +([0-9a-f]{16})-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE)
+_BLOCK: Final = re.compile(
+    r"^ *(\S.*?) +\d+ \w?i?B +0x[0-9a-f]+ +0x[0-9a-f]+ +0x([0-9a-f]+)", re.MULTILINE
+)
+_MAPPED: Final = re.compile(
+    r"^ +([0-9a-f]{16})-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE
+)
 _NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)
 _CHILD: Final = re.compile(r"child<(.+)>\Z")
 #: Blocks of firmware tables: QEMU resizes them if it has to.
@@ -35,11 +39,29 @@ _TEMPORARY: Final = re.compile(r"/vl\.[A-Za-z0-9]{6}\Z")
 _LOCAL: Final = ("file:", "host_device:", "host_cdrom:")
 _DEVICE: Final = re.compile(r"/machine/peripheral/([^/]+)\Z")
 #: QOM types that are not devices.
-_PARTS: Final = ("memory-region", "irq", "container", "-cpu", "-cpu-core", "object", "memory-backend")
+_PARTS: Final = (
+    "memory-region",
+    "irq",
+    "container",
+    "-cpu",
+    "-cpu-core",
+    "object",
+    "memory-backend",
+)
 #: Properties of -machine that depend on the host or on the moment.
 _PASSING: Final = frozenset(
     (
-        *("dumpdtb", "dtb", "kernel", "initrd", "append", "firmware", "phandle-start", "memory-backend", "type"),
+        *(
+            "dumpdtb",
+            "dtb",
+            "kernel",
+            "initrd",
+            "append",
+            "firmware",
+            "phandle-start",
+            "memory-backend",
+            "type",
+        ),
         *("dump-guest-core", "mem-merge", "usb", "graphics", "suppress-vmdesc"),
     )
 )
@@ -56,7 +78,15 @@ _OF_PLACE: Final = frozenset(
             "apic-id",
             "node-id",
         ),
-        *("socket-id", "die-id", "module-id", "core-id", "thread-id", "cluster-id", "unavailable-features"),
+        *(
+            "socket-id",
+            "die-id",
+            "module-id",
+            "core-id",
+            "thread-id",
+            "cluster-id",
+            "unavailable-features",
+        ),
         *("crash-information", "memory", "cpu-index"),
     )
 )
@@ -144,7 +174,9 @@ def differences(source: Picture, target: Picture) -> list[Difference]:
     """Every difference between the two that a guest could notice."""
     found: list[Difference] = []
     if source.memory != target.memory:
-        found.append(Difference("memory", *(_kib(side.memory, "unknown") for side in (source, target))))
+        found.append(
+            Difference("memory", *(_kib(side.memory, "unknown") for side in (source, target)))
+        )
     same = are_same(source.version, target.version)
     found += _of_blocks(source, target, same)
     found += _of_mapping("memory of NUMA node {}", source.nodes, target.nodes, "MiB")
@@ -176,10 +208,15 @@ def _of_cpu(there: Mapping[str, object], now: Mapping[str, object]) -> list[Diff
     features = [key for key in changed if isinstance(there[key], bool)]
     found = []
     if features:
-        sides = (", ".join(key for key in features if side[key]) or "none of them" for side in (there, now))
+        sides = (
+            ", ".join(key for key in features if side[key]) or "none of them"
+            for side in (there, now)
+        )
         found.append(Difference("CPU features", *sides))
     return found + [
-        Difference(f"CPU property {key}", str(there[key]), str(now[key])) for key in changed if key not in features
+        Difference(f"CPU property {key}", str(there[key]), str(now[key]))
+        for key in changed
+        if key not in features
     ]
 
 
@@ -189,7 +226,11 @@ def _kib(size: int | None, missing: str) -> str:
 
 def _of_blocks(source: Picture, target: Picture, same: bool) -> list[Difference]:
     def own(picture: Picture) -> dict[str, int]:
-        return {name: size for name, size in picture.blocks.items() if same or not name.startswith(_RESIZED)}
+        return {
+            name: size
+            for name, size in picture.blocks.items()
+            if same or not name.startswith(_RESIZED)
+        }
 
     there, now = own(source), own(target)
     found = [
@@ -197,7 +238,9 @@ def _of_blocks(source: Picture, target: Picture, same: bool) -> list[Difference]
         for name in sorted(there.keys() | now.keys())
         if there.get(name) != now.get(name)
     ]
-    addresses = ({name: f"{place:#x}" for name, place in side.places.items()} for side in (source, target))
+    addresses = (
+        {name: f"{place:#x}" for name, place in side.places.items()} for side in (source, target)
+    )
     return found + _of_mapping("address of the RAM block '{}'", *_common(*addresses))
 
 
@@ -244,7 +287,9 @@ _Disks = Mapping[str, tuple[str, ...]]
 
 def _of_disks(source: _Disks, target: _Disks) -> list[Difference]:
     """By the names of the drives, or by their files if a user's definition has other names."""
-    there, now = ({key: (*one, "", "")[:2] for key, one in side.items()} for side in (source, target))
+    there, now = (
+        {key: (*one, "", "")[:2] for key, one in side.items()} for side in (source, target)
+    )
     found = []
     for key in sorted(there.keys() & now.keys()):
         one, other = there.pop(key), now.pop(key)
@@ -256,7 +301,9 @@ def _of_disks(source: _Disks, target: _Disks) -> list[Difference]:
             del now[match]
         elif one[0]:
             found.append(Difference(f"disk '{key}'", one[0], "none"))
-    return found + [Difference(f"disk '{key}'", "none", one[0]) for key, one in sorted(now.items()) if one[0]]
+    return found + [
+        Difference(f"disk '{key}'", "none", one[0]) for key, one in sorted(now.items()) if one[0]
+    ]
 
 
 def _is_same_image(one: Sequence[str], other: Sequence[str]) -> bool:
@@ -305,12 +352,14 @@ def check_movable(picture: Picture) -> list[Refusal]:
     row = quirk("read-only-memory")
     if picture.read_only and row.is_in(picture.version):
         found.append(
-            catalogue.READ_ONLY_MEMORY(effect=row.message, backends=", ".join(picture.read_only), hint=row.hint)
+            catalogue.READ_ONLY_MEMORY(
+                effect=row.message, backends=", ".join(picture.read_only), hint=row.hint
+            )
         )
     return found
 
 
-# -- replies ----------------------------------------------------------------------------------------
+# -- replies ---------------------------------------------------------------------------------------
 
 
 def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) -> Picture:
@@ -341,7 +390,9 @@ def parse_picture(version: QemuVersion | None, replies: Mapping[str, object]) ->
         dict(_pci(replies.get("pci"))),
         tuple(sorted(added)),
         tuple(sorted([*added, *own])),
-        disks={key: (one.file, one.format) for key, one in disks.items()} if disks is not None else None,
+        disks={key: (one.file, one.format) for key, one in disks.items()}
+        if disks is not None
+        else None,
         # `rom` came with 8.2.
         read_only=tuple(
             name
@@ -362,9 +413,17 @@ def parse_disks(reply: object) -> dict[str, DiskImage] | None:
         device, qdev, inserted = (row.get(key) for key in ("device", "qdev", "inserted"))
         path = qdev.removesuffix("/virtio-backend") if isinstance(qdev, str) else ""
         match = _DEVICE.match(path)
-        key = device if isinstance(device, str) and device else match[1] if match is not None else path
+        key = (
+            device
+            if isinstance(device, str) and device
+            else match[1]
+            if match is not None
+            else path
+        )
         if key:
-            file, kind, node = (_word_of(object_of(inserted).get(name)) for name in ("file", "drv", "node-name"))
+            file, kind, node = (
+                _word_of(object_of(inserted).get(name)) for name in ("file", "drv", "node-name")
+            )
             found[key] = DiskImage(image_name(file), kind, node)
     return found
 
@@ -408,7 +467,11 @@ def _plain(reply: object, but: frozenset[str]) -> dict[str, object]:
 
 def _devices(reply: object) -> list[str]:
     rows = reply if isinstance(reply, list) else []
-    return [" ".join(filter(None, row)) for row in rows if not any(row[0].endswith(part) for part in _PARTS)]
+    return [
+        " ".join(filter(None, row))
+        for row in rows
+        if not any(row[0].endswith(part) for part in _PARTS)
+    ]
 
 
 def child_type(row: object) -> str | None:
@@ -424,6 +487,13 @@ def _pci(reply: object) -> Iterable[tuple[str, str]]:
         # QEMU lists the devices behind a bridge only after firmware has numbered its bus, and a
         # twin never runs firmware: such devices are compared by their types.
         for device in objects_of(bus.get("devices")):
-            slot, function, ids = device.get("slot"), device.get("function"), object_of(device.get("id"))
+            slot, function, ids = (
+                device.get("slot"),
+                device.get("function"),
+                object_of(device.get("id")),
+            )
             if isinstance(slot, int) and isinstance(function, int):
-                yield f"{where}{slot:02x}.{function}", f"{ids.get('vendor', 0):04x}:{ids.get('device', 0):04x}"
+                yield (
+                    f"{where}{slot:02x}.{function}",
+                    f"{ids.get('vendor', 0):04x}:{ids.get('device', 0):04x}",
+                )

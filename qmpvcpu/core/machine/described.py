@@ -20,7 +20,9 @@ from qmpvcpu.core.state.inventory import count_of, object_of, objects_of
 
 _NODE: Final = re.compile(r"^node ([0-9]{1,4}) size: ([0-9]{1,9}) MB", re.MULTILINE)
 _PLUGGED: Final = re.compile(r"^node ([0-9]{1,4}) plugged: ([0-9]{1,9}) MB", re.MULTILINE)
-_BLOCK: Final = re.compile(r"^ +[0-9a-f]{16}-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE)
+_BLOCK: Final = re.compile(
+    r"^ +[0-9a-f]{16}-[0-9a-f]{16} \(prio -?[0-9]+, ram\): (\S+)", re.MULTILINE
+)
 _MIB: Final = 1024 * 1024
 _OBJECTS: Final = "/objects/"
 #: Options of -machine that the definition has elsewhere; those that name files of the host or
@@ -85,7 +87,9 @@ def machine_facts(replies: Mapping[str, object]) -> MachineFacts:
         for row in objects_of(replies.get("query-memdev"))
         if isinstance(row.get("id"), str) and type(row.get("size")) is int
     }
-    summary, memory = (object_of(replies.get(key)) for key in ("query-memory-size-summary", "memory"))
+    summary, memory = (
+        object_of(replies.get(key)) for key in ("query-memory-size-summary", "memory")
+    )
     whole = replies.get("memory-backend")
     dimms: list[Dimm] = []
     others: dict[str, str] = {}
@@ -134,7 +138,9 @@ def agrees(line: QemuCommandLine | None, facts: MachineFacts) -> bool:
     """Whether this can be the QEMU's command line: a process can write anything into its own."""
     if line is None:
         return False
-    ids = {option.get("id") for option in line.backends} | {node.memdev for node in line.nodes if node.memdev}
+    ids = {option.get("id") for option in line.backends} | {
+        node.memdev for node in line.nodes if node.memdev
+    }
     return ids <= set(facts.memdevs)
 
 
@@ -157,8 +163,14 @@ def described(
     # A memory device of the command line is among the devices.
     devices = line.all("device") if line is not None else ()
     given = {option.get("id") or option.get("memdev") for option in devices}
-    left_out = [f"the memory device {text}" for name, text in facts.other_devices.items() if name not in given]
-    cells, options, more = _of_line(found, facts, line) if line is not None else _of_monitor(found, facts)
+    left_out = [
+        f"the memory device {text}"
+        for name, text in facts.other_devices.items()
+        if name not in given
+    ]
+    cells, options, more = (
+        _of_line(found, facts, line) if line is not None else _of_monitor(found, facts)
+    )
     left_out += more
     cpu, properties = _cpu(driver, found.arch, facts, line)
     base = facts.base_memory
@@ -178,7 +190,8 @@ def described(
         definition = replace(definition, options=replace(definition.options, is_exact=True))
     if line is None:
         return Described(
-            definition, (*left_out, "its devices: QEMU's command line cannot be read, or cannot be trusted")
+            definition,
+            (*left_out, "its devices: QEMU's command line cannot be read, or cannot be trusted"),
         )
     found_devices = devices_of(line, definition, (driver,) if driver is not None else (), folder)
     return Described(definition, (*left_out, *found_devices.left_out), found_devices)
@@ -195,7 +208,10 @@ def _of_line(
     made += [MemoryBackend(value) for key, value in line.machine_options if key == "memory-backend"]
     backends = [_as_started(backend, backend.id, line) for backend in made]
     backends.sort(key=lambda backend: rank.get(backend.id, len(rank)))
-    sizes = {node.id: facts.memdevs.get(node.memdev, 0) if node.memdev else node.memory or 0 for node in nodes}
+    sizes = {
+        node.id: facts.memdevs.get(node.memdev, 0) if node.memdev else node.memory or 0
+        for node in nodes
+    }
     if nodes and not any(sizes.values()):
         # Old machine types distribute all memory to nodes without a size.
         sizes |= _sizes_of_text(facts)
@@ -210,9 +226,13 @@ def _of_line(
         )
         for node in nodes
     )
-    machine = dict(pair for name, pair in _FLAGS.items() if line.has(name)) | dict(line.machine_options)
+    machine = dict(pair for name, pair in _FLAGS.items() if line.has(name)) | dict(
+        line.machine_options
+    )
     dropped = {
-        key for key, value in machine.items() if key in _NOT_DEFINED or "," in value or not value.isprintable()
+        key
+        for key, value in machine.items()
+        if key in _NOT_DEFINED or "," in value or not value.isprintable()
     }
     left_out += [f"-machine {key}={value}" for key, value in machine.items() if key in dropped]
     left_out += line.memory_attributes
@@ -250,7 +270,9 @@ def _sizes_of_text(facts: MachineFacts) -> dict[int, int]:
     }
 
 
-def _of_monitor(found: Definition, facts: MachineFacts) -> tuple[tuple[NumaCell, ...], QemuOptions, list[str]]:
+def _of_monitor(
+    found: Definition, facts: MachineFacts
+) -> tuple[tuple[NumaCell, ...], QemuOptions, list[str]]:
     """Cells and options without a command line, as for a QEMU on another host."""
     sizes = _sizes_of_text(facts)
     is_own = len(sizes) == 1 and (architecture(found.arch).has_node_always or facts.slots > 0)
@@ -269,9 +291,14 @@ def _of_monitor(found: Definition, facts: MachineFacts) -> tuple[tuple[NumaCell,
         return tuple(cells), QemuOptions(), ["which memory backend is on which NUMA node"]
     backends = {cell.id: name for cell, name in zip(with_memory, own, strict=True)}
     exact = tuple(
-        replace(cell, memory=facts.memdevs[backends[cell.id]]) if cell.id in backends else cell for cell in cells
+        replace(cell, memory=facts.memdevs[backends[cell.id]]) if cell.id in backends else cell
+        for cell in cells
     )
-    return exact, QemuOptions(backends=tuple(MemoryBackend(name, cell) for cell, name in backends.items())), []
+    return (
+        exact,
+        QemuOptions(backends=tuple(MemoryBackend(name, cell) for cell, name in backends.items())),
+        [],
+    )
 
 
 def _cpu(
@@ -284,10 +311,14 @@ def _cpu(
             return None, ()
         model, properties = split_cpu(text)
         switches = [f"{key}={value}" for key, value in properties if value in ("on", "off")]
-        return ",".join([model, *switches]), tuple(pair for pair in properties if pair[1] not in ("on", "off"))
+        return ",".join([model, *switches]), tuple(
+            pair for pair in properties if pair[1] not in ("on", "off")
+        )
     if driver is None:
         return None, ()
     if driver in facts.cpu_models:
         return facts.cpu_models[driver], ()
     suffixes = (*_CORE_SUFFIXES, architecture(arch).cpu_suffix)
-    return next((driver.removesuffix(one) for one in suffixes if one and driver.endswith(one)), None), ()
+    return next(
+        (driver.removesuffix(one) for one in suffixes if one and driver.endswith(one)), None
+    ), ()

@@ -21,11 +21,66 @@ AGENT_PORT: Final = "org.qemu.guest_agent.0"
 #: Passed on unchanged: what the guest sees, and the backends of that.
 _PASSED_ON: Final = frozenset(
     (
-        *("device", "drive", "blockdev", "netdev", "nic", "net", "chardev", "object", "global", "set"),
-        *("vga", "hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "pflash", "mtdblock", "boot", "rtc"),
-        *("bios", "kernel", "initrd", "append", "dtb", "option-rom", "fw_cfg", "smbios", "acpitable", "audiodev"),
-        *("audio", "fsdev", "virtfs", "tpmdev", "usbdevice", "watchdog", "watchdog-action", "action", "icount"),
-        *("prom-env", "g", "iscsi", "no-reboot", "no-shutdown", "no-fd-bootchk", "win2k-hack", "semihosting"),
+        *(
+            "device",
+            "drive",
+            "blockdev",
+            "netdev",
+            "nic",
+            "net",
+            "chardev",
+            "object",
+            "global",
+            "set",
+        ),
+        *(
+            "vga",
+            "hda",
+            "hdb",
+            "hdc",
+            "hdd",
+            "cdrom",
+            "fda",
+            "fdb",
+            "sd",
+            "pflash",
+            "mtdblock",
+            "boot",
+            "rtc",
+        ),
+        *(
+            "bios",
+            "kernel",
+            "initrd",
+            "append",
+            "dtb",
+            "option-rom",
+            "fw_cfg",
+            "smbios",
+            "acpitable",
+            "audiodev",
+        ),
+        *(
+            "audio",
+            "fsdev",
+            "virtfs",
+            "tpmdev",
+            "usbdevice",
+            "watchdog",
+            "watchdog-action",
+            "action",
+            "icount",
+        ),
+        *(
+            "prom-env",
+            "g",
+            "iscsi",
+            "no-reboot",
+            "no-shutdown",
+            "no-fd-bootchk",
+            "win2k-hack",
+            "semihosting",
+        ),
         *("semihosting-config", "parallel", "overcommit"),
     )
 )
@@ -34,18 +89,81 @@ _ELSEWHERE: Final = frozenset(
     (
         *("machine", "accel", "cpu", "smp", "m", "numa", "uuid", "name", "usb", "no-acpi"),
         *("no-hpet", "enable-kvm"),
-        *("nographic", "nodefaults", "no-user-config", "nouserconfig", "serial", "mem-path", "mem-prealloc"),
-        *("S", "qmp", "qmp-pretty", "monitor", "mon", "daemonize", "pidfile", "D", "d", "dfilter", "trace", "msg"),
-        *("L", "incoming", "display", "vnc", "spice", "k", "full-screen", "sandbox", "runas", "user", "chroot"),
-        *("run-with", "gdb", "s", "only-migratable", "preconfig", "seed", "compat", "async-teardown", "perfmap"),
-        *("jitdump", "one-insn-per-tb", "singlestep", "no-quit", "alt-grab", "ctrl-grab", "sdl", "gtk", "curses"),
+        *(
+            "nographic",
+            "nodefaults",
+            "no-user-config",
+            "nouserconfig",
+            "serial",
+            "mem-path",
+            "mem-prealloc",
+        ),
+        *(
+            "S",
+            "qmp",
+            "qmp-pretty",
+            "monitor",
+            "mon",
+            "daemonize",
+            "pidfile",
+            "D",
+            "d",
+            "dfilter",
+            "trace",
+            "msg",
+        ),
+        *(
+            "L",
+            "incoming",
+            "display",
+            "vnc",
+            "spice",
+            "k",
+            "full-screen",
+            "sandbox",
+            "runas",
+            "user",
+            "chroot",
+        ),
+        *(
+            "run-with",
+            "gdb",
+            "s",
+            "only-migratable",
+            "preconfig",
+            "seed",
+            "compat",
+            "async-teardown",
+            "perfmap",
+        ),
+        *(
+            "jitdump",
+            "one-insn-per-tb",
+            "singlestep",
+            "no-quit",
+            "alt-grab",
+            "ctrl-grab",
+            "sdl",
+            "gtk",
+            "curses",
+        ),
         *("enable-sync-profile", "add-fd"),
     )
 )
 #: Neither passed on nor missed: their effect is over, or only about the host.
 _NOT_MISSED: Final = frozenset(
     (
-        *("loadvm", "portrait", "rotate", "show-cursor", "echr", "tb-size", "plugin", "qtest", "qtest-log"),
+        *(
+            "loadvm",
+            "portrait",
+            "rotate",
+            "show-cursor",
+            "echr",
+            "tb-size",
+            "plugin",
+            "qtest",
+            "qtest-log",
+        ),
         *("dump-vmstate", "writeconfig", "h", "help", "version", "tune"),
     )
 )
@@ -57,7 +175,9 @@ _MISSED_OF_MACHINE: Final = frozenset(
     )
 )
 #: Backends of a chardev that need a terminal or a window.
-_TERMINALS: Final = frozenset({"stdio", "pty", "vc", "gtk", "msmouse", "wctablet", "braille", "tty", "serial"})
+_TERMINALS: Final = frozenset(
+    {"stdio", "pty", "vc", "gtk", "msmouse", "wctablet", "braille", "tty", "serial"}
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +223,11 @@ def devices_of(
                 left_out.append(" ".join(option.words))
             continue
         is_cpu = option.name == "device" and option.get("driver") in cpus
-        is_stick = option.name == "device" and option.get("memdev") in sticks and option.get("memdev") is not None
+        is_stick = (
+            option.name == "device"
+            and option.get("memdev") in sticks
+            and option.get("memdev") is not None
+        )
         is_memory = option.name == "object" and option.get("id") in memory
         is_host = option.name == "chardev" and option.get("id") in monitors
         if is_cpu or is_stick or is_memory or is_host:
@@ -135,7 +259,11 @@ def beyond_definitions(line: QemuCommandLine) -> list[str]:
         for option in line.options
         # Without its chardev a console is only silent.
         if option.name not in known or (option.name != "chardev" and _has_descriptor(option))
-    ] + [f"-machine {key}={value}" for key, value in line.machine_options if key in _MISSED_OF_MACHINE]
+    ] + [
+        f"-machine {key}={value}"
+        for key, value in line.machine_options
+        if key in _MISSED_OF_MACHINE
+    ]
 
 
 def not_defined(beyond: Sequence[str], arguments: Sequence[str]) -> list[str]:
@@ -225,9 +353,12 @@ def _renewed(option: Option) -> Option:
     """
     if _is_agent(option):
         return _written(
-            option, [(key, AGENT_CHARDEV if key == "chardev" else value) for key, value in option.pairs]
+            option,
+            [(key, AGENT_CHARDEV if key == "chardev" else value) for key, value in option.pairs],
         )
-    if option.name == "chardev" and (option.get("backend") in _TERMINALS or _has_descriptor(option)):
+    if option.name == "chardev" and (
+        option.get("backend") in _TERMINALS or _has_descriptor(option)
+    ):
         return _written(option, (("backend", "null"), ("id", option.get("id") or "")))
     if option.name == "parallel" and option.text != "none":
         return Option("parallel", "null")
@@ -244,7 +375,21 @@ _FILE_KEYS: Final = frozenset(
     )
 )
 _FILE_OPTIONS: Final = frozenset(
-    {"hda", "hdb", "hdc", "hdd", "cdrom", "fda", "fdb", "sd", "pflash", "mtdblock", "kernel", "initrd", "dtb"}
+    {
+        "hda",
+        "hdb",
+        "hdc",
+        "hdd",
+        "cdrom",
+        "fda",
+        "fdb",
+        "sd",
+        "pflash",
+        "mtdblock",
+        "kernel",
+        "initrd",
+        "dtb",
+    }
 )
 
 
@@ -260,7 +405,9 @@ def _in_folder(option: Option, folder: str | None) -> Option | None:
         return bool(text) and not text.startswith("/") and ":" not in text.partition("/")[0]
 
     if option.name in _FILE_OPTIONS and option.text is not None and is_short(option.text):
-        return None if folder is None else Option(option.name, f"{folder.rstrip('/')}/{option.text}")
+        return (
+            None if folder is None else Option(option.name, f"{folder.rstrip('/')}/{option.text}")
+        )
     # In -blockdev, `file` names a node.
     keys = _FILE_KEYS - {"file"} if option.name == "blockdev" else _FILE_KEYS
     if not any(key in keys and is_short(value) for key, value in option.pairs):
@@ -270,7 +417,10 @@ def _in_folder(option: Option, folder: str | None) -> Option | None:
     base = folder.rstrip("/")
     return _written(
         option,
-        [(key, f"{base}/{value}" if key in keys and is_short(value) else value) for key, value in option.pairs],
+        [
+            (key, f"{base}/{value}" if key in keys and is_short(value) else value)
+            for key, value in option.pairs
+        ],
     )
 
 
@@ -282,11 +432,12 @@ def _some(option: Option, *keys: str) -> list[tuple[str, str]]:
     return [(key, value) for key, value in option.pairs if key in keys]
 
 
-# -- without the host -------------------------------------------------------------------------------
+# -- without the host ------------------------------------------------------------------------------
 
 _DISKS: Final = {
     **{
-        name: (("index", str(index)), ("media", "disk")) for index, name in enumerate(("hda", "hdb", "hdc", "hdd"))
+        name: (("index", str(index)), ("media", "disk"))
+        for index, name in enumerate(("hda", "hdb", "hdc", "hdd"))
     },
     "cdrom": (("index", "2"), ("media", "cdrom")),
     "fda": (("if", "floppy"), ("index", "0")),
@@ -304,12 +455,34 @@ _PLACES: Final = ("id", "if", "index", "bus", "unit", "media", "readonly", "read
 #: process), or would repeat on the host what the guest's QEMU has already done.
 _OF_MACHINE: Final = frozenset(
     (
-        *("machine", "accel", "cpu", "smp", "m", "numa", "uuid", "name", "nodefaults", "no-user-config", "L"),
+        *(
+            "machine",
+            "accel",
+            "cpu",
+            "smp",
+            "m",
+            "numa",
+            "uuid",
+            "name",
+            "nodefaults",
+            "no-user-config",
+            "L",
+        ),
         *("usb", "no-acpi", "no-hpet", "enable-kvm", "device", "global", "set", "vga", "boot"),
         *("rtc", "option-rom"),
         *("bios", "kernel", "initrd", "append", "dtb", "fw_cfg", "smbios", "acpitable", "watchdog"),
         *("prom-env", "g"),
-        *("usbdevice", "no-fd-bootchk", "win2k-hack", "semihosting", "compat", "serial", "parallel", "nic", "net"),
+        *(
+            "usbdevice",
+            "no-fd-bootchk",
+            "win2k-hack",
+            "semihosting",
+            "compat",
+            "serial",
+            "parallel",
+            "nic",
+            "net",
+        ),
     )
 )
 #: Keys of devices and machines that name a file to which QEMU writes.
@@ -346,7 +519,9 @@ _BOUND_TO_HOST: Final = (
 
 
 def bound_to_host(arguments: Sequence[str]) -> list[str]:
-    """What a second QEMU cannot have while the first one runs: such devices, and options in a file."""
+    """What a second QEMU cannot have while the first one runs: such devices, and options in a
+    file.
+    """
     return [
         " ".join(option.words)
         for option in read_command_line(["qemu", *arguments]).all("device", "readconfig")
@@ -382,9 +557,13 @@ def _image(option: Option, nodes: Mapping[str | None, Option]) -> str:
         name = next((value for key in _IMAGE_KEYS if (value := option.get(key))), None)
         if name is None:
             # Only a driver: it uses no file of the host.
-            driver = next((v for k, v in option.pairs if k.endswith("driver") or k == "format"), None)
+            driver = next(
+                (v for k, v in option.pairs if k.endswith("driver") or k == "format"), None
+            )
             return f"{driver}:" if driver is not None else ""
-        below = nodes.get(name) if option.name == "blockdev" and option.get("file") == name else None
+        below = (
+            nodes.get(name) if option.name == "blockdev" and option.get("file") == name else None
+        )
         if below is None or below in seen:
             return name
         option = below
@@ -404,7 +583,11 @@ def hollow(arguments: Sequence[str]) -> list[str]:
     flash = {value for key, value in line.machine_options if key.startswith("pflash")}
     for option in reversed(line.options):
         # The option of a node comes after that of its file, so in reverse it comes before.
-        if option.name == "blockdev" and option.get("node-name") in flash and (file := option.get("file")):
+        if (
+            option.name == "blockdev"
+            and option.get("node-name") in flash
+            and (file := option.get("file"))
+        ):
             flash.add(file)
     for number, option in enumerate(line.options):
         is_flash = option.name == "blockdev" and option.get("node-name") in flash
@@ -434,22 +617,31 @@ def _null_port(option: Option, _: int) -> Option:
 
 
 def _empty_disk(option: Option, number: int) -> Option:
-    return _written(Option("drive"), (*_NOTHING, ("node-name", _node(option, number)), *_DISKS[option.name]))
+    return _written(
+        Option("drive"), (*_NOTHING, ("node-name", _node(option, number)), *_DISKS[option.name])
+    )
 
 
 def _flash(option: Option, _: int) -> Option:
-    return Option("drive", f"if=pflash,format=raw,readonly=on,file.locking=off,file={escaped(option.text or '')}")
+    return Option(
+        "drive",
+        f"if=pflash,format=raw,readonly=on,file.locking=off,file={escaped(option.text or '')}",
+    )
 
 
 def _empty_drive(option: Option, number: int) -> Option:
     if option.get("if") == "pflash":
         kept = [pair for pair in option.pairs if pair[0] not in ("readonly", "read-only")]
         return _written(option, (*kept, ("readonly", "on"), ("file.locking", "off")))
-    return _written(option, (*_NOTHING, ("node-name", _node(option, number)), *_some(option, *_PLACES)))
+    return _written(
+        option, (*_NOTHING, ("node-name", _node(option, number)), *_some(option, *_PLACES))
+    )
 
 
 def _empty_node(option: Option, number: int) -> Option:
-    return _written(option, (*_NOTHING, ("node-name", _node(option, number)), *_some(option, "read-only")))
+    return _written(
+        option, (*_NOTHING, ("node-name", _node(option, number)), *_some(option, "read-only"))
+    )
 
 
 def _restricted_network(option: Option, number: int) -> Option:
@@ -473,7 +665,9 @@ def _without_files(option: Option, _: int) -> Option:
 
 def _unlocked(option: Option) -> Option:
     """Firmware is a RAM block: the twin reads it while the guest's QEMU has it open."""
-    kept = [pair for pair in option.pairs if pair[0] not in ("read-only", "locking", "file.locking")]
+    kept = [
+        pair for pair in option.pairs if pair[0] not in ("read-only", "locking", "file.locking")
+    ]
     is_file, has_file = option.get("driver") == "file", option.get("file.driver") == "file"
     locking = [("locking", "off")] if is_file else [("file.locking", "off")] if has_file else []
     return _written(option, [*kept, ("read-only", "on"), *locking])
@@ -499,7 +693,9 @@ _HOLLOWED: Final[Mapping[str, Callable[[Option, int], Option | None]]] = {
     "display": lambda option, _: Option(option.name, "none"),
     "nographic": lambda *_: Option("machine", "graphics=off"),
     "audiodev": lambda option, _: Option(option.name, f"none,id={escaped(option.get('id') or '')}"),
-    "audio": lambda option, _: _written(option, (("driver", "none"), *_some(option, "id", "model"))),
+    "audio": lambda option, _: _written(
+        option, (("driver", "none"), *_some(option, "id", "model"))
+    ),
     "fsdev": _synthetic,
     "virtfs": _synthetic,
     "chardev": _null_chardev,
@@ -511,7 +707,9 @@ _HOLLOWED: Final[Mapping[str, Callable[[Option, int], Option | None]]] = {
     "blockdev": _empty_node,
     "netdev": _restricted_network,
     "nic": _user_nic,
-    "net": lambda option, _: option if option.get("type") in ("nic", "none") else Option("net", "user"),
+    "net": lambda option, _: (
+        option if option.get("type") in ("nic", "none") else Option("net", "user")
+    ),
     "object": _harmless,
     "device": _without_files,
     "machine": _without_files,
@@ -530,7 +728,11 @@ def shared_with_source(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     for option in read_command_line(["qemu", *arguments]).options:
         words = " ".join(option.words)
         if (option.get("qom-type") or "").startswith("memory-backend-"):
-            memory += [words] if option.get("mem-path") is not None and option.get("share") == "on" else []
+            memory += (
+                [words]
+                if option.get("mem-path") is not None and option.get("share") == "on"
+                else []
+            )
         elif option.name == "chardev" and option.get("backend") in ("socket", "file", "pipe"):
             chardevs += [words] if option.get("path") is not None else []
     return memory, chardevs

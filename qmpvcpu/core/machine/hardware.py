@@ -43,8 +43,13 @@ class Flash:
     def arguments(self) -> list[str]:
         """QEMU's arguments, as libvirt up to 5.10 wrote them."""
         readonly = ",readonly=on" if self.is_readonly else ""
-        words = ["-global", "driver=cfi.pflash01,property=secure,value=on"] if self.is_secure else []
-        words += ["-drive", f"if=pflash,unit=0,file={escaped(self.code)},format={escaped(self.format)}{readonly}"]
+        words = (
+            ["-global", "driver=cfi.pflash01,property=secure,value=on"] if self.is_secure else []
+        )
+        words += [
+            "-drive",
+            f"if=pflash,unit=0,file={escaped(self.code)},format={escaped(self.format)}{readonly}",
+        ]
         if self.variables is not None:
             file = f"file={escaped(self.variables)},format={escaped(self.variables_format)}"
             words += ["-drive", f"if=pflash,unit=1,{file}"]
@@ -98,7 +103,12 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
     words = ["-no-user-config", "-display", "none"]
     words += ["-nodefaults"] if given is None or not given.has_defaults else []
     if given is None or given.has_serial:
-        words += ["-chardev", f"file,id=console,path={escaped(console)}", "-serial", "chardev:console"]
+        words += [
+            "-chardev",
+            f"file,id=console,path={escaped(console)}",
+            "-serial",
+            "chardev:console",
+        ]
     if given is not None:
         return [*words, *hardware.arguments]
     for option, value in (
@@ -126,7 +136,11 @@ def hardware_args(hardware: Hardware, arch: str, *, console: str, agent: str) ->
             # Buses that -drive knows; it calls q35's SATA ports `ide`.
             where = disk.bus if disk.bus in ("scsi", "sd") else "ide"
             words += ["-drive", f"{drive},if={where}{',media=cdrom' if disk.is_cdrom else ''}"]
-    words += [word for _ in range(hardware.user_networks) for word in ("-nic", f"user,model=virtio-net-{bus}")]
+    words += [
+        word
+        for _ in range(hardware.user_networks)
+        for word in ("-nic", f"user,model=virtio-net-{bus}")
+    ]
     words += ["-device", f"virtio-serial-{bus},id=qmpvcpu-serial"]
     words += ["-device", f"virtserialport,bus=qmpvcpu-serial.0,chardev={agent},name={AGENT_PORT}"]
     return [*words, *hardware.arguments]

@@ -92,7 +92,10 @@ class QemuFacts:
 
     def to_json(self) -> dict[str, Any]:
         """As plain JSON data."""
-        machines = {name: [seen.name, seen.hotpluggable, seen.cpu_type] for name, seen in self.machines.items()}
+        machines = {
+            name: [seen.name, seen.hotpluggable, seen.cpu_type]
+            for name, seen in self.machines.items()
+        }
         return {
             "arch": self.arch,
             "version": [self.version.major, self.version.minor, self.version.micro],
@@ -113,7 +116,12 @@ class QemuFacts:
         """
         version, cpu_types = QemuVersion(*data["version"]), dict(data["cpu_types"])
         machines = {name: MachineType(*seen) for name, seen in data["machines"].items()}
-        texts = [data["arch"], *(seen.name for seen in machines.values()), *cpu_types, *cpu_types.values()]
+        texts = [
+            data["arch"],
+            *(seen.name for seen in machines.values()),
+            *cpu_types,
+            *cpu_types.values(),
+        ]
         texts += [seen.cpu_type for seen in machines.values() if seen.cpu_type is not None]
         if not all(isinstance(text, str) for text in texts):
             raise TypeError("texts were expected")
@@ -152,7 +160,8 @@ class MachineLayout:
         """Each slot with its vCPU ids."""
         entity_ids = accumulate((slot.vcpus_count for slot in self.slots), initial=0)
         return [
-            (tuple(range(n, n + slot.vcpus_count)), slot) for n, slot in zip(entity_ids, self.slots, strict=False)
+            (tuple(range(n, n + slot.vcpus_count)), slot)
+            for n, slot in zip(entity_ids, self.slots, strict=False)
         ]
 
     def vcpus(self, started: Sequence[int] | None = None) -> list[Vcpu]:
@@ -171,7 +180,10 @@ class MachineLayout:
             is_there = ids[0] in order
             node = slot.props.get("node-id") if slot.props is not None else None
             hotpluggable = self.can_plug and (not is_there or (self.can_unplug and ids[0] != 0))
-            rows += [Vcpu(n, is_there, hotpluggable, ids, slot.props, order.get(ids[0]), node) for n in ids]
+            rows += [
+                Vcpu(n, is_there, hotpluggable, ids, slot.props, order.get(ids[0]), node)
+                for n in ids
+            ]
         return rows
 
     def to_json(self) -> dict[str, Any]:
@@ -195,18 +207,24 @@ class MachineLayout:
 # -- a QEMU that was probed -----------------------------------------------------------------------
 
 
-def facts_of(spec: MachineSpec, layout: MachineLayout, before: QemuFacts | None = None) -> QemuFacts:
+def facts_of(
+    spec: MachineSpec, layout: MachineLayout, before: QemuFacts | None = None
+) -> QemuFacts:
     """What is known about a program after this probe, with what was known `before`."""
     assert layout.version is not None, "it was probed"
     known = before or QemuFacts(layout.arch, layout.version)
-    default = known.machines[spec.machine_type].cpu_type if spec.machine_type in known.machines else None
+    default = (
+        known.machines[spec.machine_type].cpu_type if spec.machine_type in known.machines else None
+    )
     models = {}
     if spec.cpu is None:
         default = layout.cpu_type or default
     elif layout.cpu_type is not None:
         models = {spec.cpu.partition(",")[0]: layout.cpu_type}
     machines = {spec.machine_type: MachineType(layout.machine, layout.can_plug, default)}
-    return QemuFacts(layout.arch, layout.version, {**known.machines, **machines}, {**known.cpu_types, **models})
+    return QemuFacts(
+        layout.arch, layout.version, {**known.machines, **machines}, {**known.cpu_types, **models}
+    )
 
 
 def parse_layout(replies: Mapping[str, Any], accel: str, source: LayoutSource) -> MachineLayout:
@@ -231,7 +249,9 @@ def parse_layout(replies: Mapping[str, Any], accel: str, source: LayoutSource) -
     can_plug = replies["query-hotpluggable-cpus"] is not None
     can_unplug = can_plug and architecture(arch).can_unplug
     if can_plug:
-        entities = entities_of_slots(parse_hotpluggable_cpus(replies["query-hotpluggable-cpus"]), can_unplug)
+        entities = entities_of_slots(
+            parse_hotpluggable_cpus(replies["query-hotpluggable-cpus"]), can_unplug
+        )
     else:
         entities = entities_without_slots(parse_cpus_fast(replies["query-cpus-fast"]), topology)
     return MachineLayout(
@@ -259,10 +279,16 @@ _HARMLESS: Final[Mapping[str, Sequence[str] | None]] = {
     "mem-merge": None,
     "kernel-irqchip": ("on", "off", "split"),
 }
-_HARMLESS_ON_PC: Final = {"hpet": None, "smm": ("on", "off", "auto"), "vmport": ("on", "off", "auto")}
+_HARMLESS_ON_PC: Final = {
+    "hpet": None,
+    "smm": ("on", "off", "auto"),
+    "vmport": ("on", "off", "auto"),
+}
 _HARMLESS_ON_PSERIES: Final = dict.fromkeys(
     ("cap-cfpc", "cap-sbbc", "cap-ibs"), ("broken", "workaround")
-) | dict.fromkeys(("cap-htm", "cap-nested-hv", "cap-large-decr", "cap-vsx", "cap-dfp", "cap-ccf-assist"), ("off",))
+) | dict.fromkeys(
+    ("cap-htm", "cap-nested-hv", "cap-large-decr", "cap-vsx", "cap-dfp", "cap-ccf-assist"), ("off",)
+)
 
 
 def predict_layout(
@@ -337,7 +363,9 @@ def _has_machine(machine: str, arch: str, facts: QemuFacts | None, *, unseen: bo
         newest = newest_type(facts.version, machine)
         if newest is None:
             raise catalogue.NO_MACHINE_TYPE.error(version=facts.version, arch=arch, machine=machine)
-        raise catalogue.OLD_MACHINE_TYPE.error(version=facts.version, arch=arch, machine=machine, newest=newest)
+        raise catalogue.OLD_MACHINE_TYPE.error(
+            version=facts.version, arch=arch, machine=machine, newest=newest
+        )
     return answer is True
 
 
@@ -368,7 +396,11 @@ def _options(spec: MachineSpec, row: Architecture) -> dict[str, bool] | None:
 
 
 def _agreed(
-    spec: MachineSpec, arch: str, machine: str, version: QemuVersion | None, options: Mapping[str, bool]
+    spec: MachineSpec,
+    arch: str,
+    machine: str,
+    version: QemuVersion | None,
+    options: Mapping[str, bool],
 ) -> Prediction | None:
     """The prediction of the measured versions around this one, if they agree."""
     versions: Sequence[QemuVersion]
@@ -410,7 +442,11 @@ _UNDER_KVM: Final = ("max", "host")
 
 
 def _cpu_type(
-    spec: MachineSpec, row: Architecture, machine: MachineType | None, facts: QemuFacts | None, assume: bool
+    spec: MachineSpec,
+    row: Architecture,
+    machine: MachineType | None,
+    facts: QemuFacts | None,
+    assume: bool,
 ) -> str | None:
     cpu, accel = spec.cpu, spec.accel
     if cpu is not None:

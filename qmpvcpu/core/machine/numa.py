@@ -54,7 +54,9 @@ class NumaNode:
         """The argument, with this `memdev=…` or `mem=…`."""
         named = [f"cpus={ids}" for ids in format_ids(self.cpus).split(",") if ids]
         more = [] if self.initiator is None else [f"initiator={self.initiator}"]
-        return ",".join(["node", f"nodeid={self.id}", *named, *more, *([memory] if memory is not None else [])])
+        return ",".join(
+            ["node", f"nodeid={self.id}", *named, *more, *([memory] if memory is not None else [])]
+        )
 
     def __str__(self) -> str:
         if self.mem is not None:
@@ -70,7 +72,9 @@ class NumaCpu:
     props: Props
 
     def __str__(self) -> str:
-        return ",".join([f"cpu,node-id={self.node}", *(f"{key}={value}" for key, value in self.props.items())])
+        return ",".join(
+            [f"cpu,node-id={self.node}", *(f"{key}={value}" for key, value in self.props.items())]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +101,9 @@ class NumaLatency:
     bandwidth: str | None = None
 
     def __str__(self) -> str:
-        words = f"hmat-lb,initiator={self.initiator},target={self.target},hierarchy={self.hierarchy}"
+        words = (
+            f"hmat-lb,initiator={self.initiator},target={self.target},hierarchy={self.hierarchy}"
+        )
         given = {"latency": self.latency, "bandwidth": self.bandwidth}
         more = [f",{key}={value}" for key, value in given.items() if value is not None]
         return "".join([words, f",data-type={self.data_type}", *more])
@@ -132,7 +138,16 @@ def _one_of(*words: str) -> Callable[[str], str | None]:
 
 _U8, _U16, _U32 = (partial(parse_unsigned, bits=bits) for bits in (8, 16, 32))
 _BANDWIDTHS: Final = ("access-bandwidth", "read-bandwidth", "write-bandwidth")
-_PROPS: Final = ("drawer-id", "book-id", "socket-id", "die-id", "cluster-id", "module-id", "core-id", "thread-id")
+_PROPS: Final = (
+    "drawer-id",
+    "book-id",
+    "socket-id",
+    "die-id",
+    "cluster-id",
+    "module-id",
+    "core-id",
+    "thread-id",
+)
 #: Keys of each type, and the functions that read their values.
 _KEYS: Final[Mapping[str, Mapping[str, Callable[[str], Any]]]] = {
     "node": {"nodeid": _U16, "cpus": parse_range, "mem": str, "memdev": str, "initiator": _U16},
@@ -178,13 +193,19 @@ def _parse(text: str, position: int) -> NumaOption:
     last = dict(pairs)
     kind = last.pop("type", None)
     if kind is None or kind not in _KEYS:
-        raise _bad(text, "its type is missing" if kind is None else f"there is no type '{kind[:40]}'")
+        raise _bad(
+            text, "its type is missing" if kind is None else f"there is no type '{kind[:40]}'"
+        )
     values = {key: _value(text, kind, key, value) for key, value in last.items()}
-    if lacking := [key for key in _KEYS[kind] if key not in values and key not in _OPTIONAL.get(kind, ())]:
+    if lacking := [
+        key for key in _KEYS[kind] if key not in values and key not in _OPTIONAL.get(kind, ())
+    ]:
         raise _bad(text, f"parameter '{lacking[0]}' is missing")
     if kind == "node":
         values.setdefault("nodeid", position)
-        values["cpus"] = [cpu for key, value in pairs if key == "cpus" for cpu in _value(text, kind, key, value)]
+        values["cpus"] = [
+            cpu for key, value in pairs if key == "cpus" for cpu in _value(text, kind, key, value)
+        ]
     return _MAKE[kind](values)
 
 
@@ -200,7 +221,9 @@ def _value(text: str, kind: str, key: str, value: str) -> Any:
 
 #: Makes an option from the values of its keys, by type.
 _MAKE: Final[Mapping[str, Callable[[dict[str, Any]], NumaOption]]] = {
-    "node": lambda v: NumaNode(v["nodeid"], tuple(v["cpus"]), v.get("memdev"), v.get("mem"), v.get("initiator")),
+    "node": lambda v: NumaNode(
+        v["nodeid"], tuple(v["cpus"]), v.get("memdev"), v.get("mem"), v.get("initiator")
+    ),
     "cpu": lambda v: NumaCpu(v.pop("node-id"), Props(v)),
     "dist": lambda v: NumaDistance(v["src"], v["dst"], v["val"]),
     "hmat-lb": lambda v: NumaLatency(**{key.replace("-", "_"): value for key, value in v.items()}),
@@ -319,7 +342,9 @@ def nodes_of_slots(numa: Iterable[NumaOption], machine: NumaMachine) -> list[int
 def _add_node(state: _State, node: NumaNode) -> None:
     machine = state.machine
     words, most = f"-numa {node}", _MOST_NODES - 1
-    refuse_smp(node.id > most, f"NUMA node {node.id} is more than QEMU's {most}", "have fewer nodes")
+    refuse_smp(
+        node.id > most, f"NUMA node {node.id} is more than QEMU's {most}", "have fewer nodes"
+    )
     refuse_smp(node.id in state.nodes, f"duplicate NUMA nodeid: {node.id}", _NUMBER)
     if node.initiator is not None:
         refuse_smp(not machine.has_hmat, f"{words}: HMAT is disabled", _HMAT)
@@ -328,11 +353,17 @@ def _add_node(state: _State, node: NumaNode) -> None:
     maxcpus = len(machine.units) * machine.size
     for cpu in node.cpus:
         refuse_smp(
-            cpu >= maxcpus, f"CPU index ({cpu}) should be smaller than maxcpus ({maxcpus})", "correct cpus="
+            cpu >= maxcpus,
+            f"CPU index ({cpu}) should be smaller than maxcpus ({maxcpus})",
+            "correct cpus=",
         )
         state.assign(cpu // machine.size, node.id, words)
     if node.mem is not None:
-        refuse_smp(not machine.takes_mem, "this machine type does not take -numa node,mem=", "use memdev= instead")
+        refuse_smp(
+            not machine.takes_mem,
+            "this machine type does not take -numa node,mem=",
+            "use memdev= instead",
+        )
         # QEMU reads it twice: as bytes, and then, without a suffix, as MiB.
         refuse_smp(
             parse_size(node.mem, is_strict=machine.has_strict_sizes) is None,
@@ -350,7 +381,11 @@ def _add_node(state: _State, node: NumaNode) -> None:
 
 def _add_cpu(state: _State, cpu: NumaCpu) -> None:
     units = state.machine.units
-    refuse_smp(cpu.node not in state.nodes, f"-numa {cpu}: node {cpu.node} is not defined before it", _NODE_FIRST)
+    refuse_smp(
+        cpu.node not in state.nodes,
+        f"-numa {cpu}: node {cpu.node} is not defined before it",
+        _NODE_FIRST,
+    )
     for key in cpu.props:
         refuse_smp(
             # QEMU accepts drawers and books on every machine, and ignores them.
@@ -395,7 +430,11 @@ def _add_latency(state: _State, given: NumaLatency) -> None:
     is_bandwidth = given.data_type in _BANDWIDTHS
     has_one = (given.latency is None, given.bandwidth is None) == (is_bandwidth, not is_bandwidth)
     name = "bandwidth" if is_bandwidth else "latency"
-    refuse_smp(not has_one, f"-numa {given}: {given.data_type} takes {name}=, and nothing else", f"write {name}=…")
+    refuse_smp(
+        not has_one,
+        f"-numa {given}: {given.data_type} takes {name}=, and nothing else",
+        f"write {name}=…",
+    )
     value = given.latency
     if given.bandwidth is not None:
         value = parse_size(given.bandwidth, is_strict=state.machine.has_strict_sizes)
@@ -460,8 +499,14 @@ def _add_cache(state: _State, cache: NumaCache) -> None:
         (not 1 <= cache.level <= _CACHE_LEVELS, f"level expects 1 to {_CACHE_LEVELS}"),
         ((cache.node, cache.level) in state.caches, "duplicate configuration"),
         (cache.level > 1 and below is None, f"level {cache.level - 1} is not given before it"),
-        (size is not None and below is not None and size <= below, "it is not larger than the level below"),
-        (size is not None and above is not None and size >= above, "it is not smaller than the level above"),
+        (
+            size is not None and below is not None and size <= below,
+            "it is not larger than the level below",
+        ),
+        (
+            size is not None and above is not None and size >= above,
+            "it is not smaller than the level above",
+        ),
     )
     for is_wrong, why in checks:
         refuse_smp(is_wrong, f"-numa {cache}: {why}", "correct it, or leave it out")
@@ -487,9 +532,17 @@ def _check_nodes(state: _State) -> None:
         _NUMBER,
     )
     memdevs = [node.memdev for node in state.nodes.values() if node.memdev is not None]
-    refuse_smp(len(set(memdevs)) < len(memdevs), "two nodes have the same memdev=", "give each node its own")
+    refuse_smp(
+        len(set(memdevs)) < len(memdevs),
+        "two nodes have the same memdev=",
+        "give each node its own",
+    )
     is_strict = state.machine.has_strict_sizes
-    sizes = [parse_size(node.mem, is_strict=is_strict) for node in state.nodes.values() if node.mem is not None]
+    sizes = [
+        parse_size(node.mem, is_strict=is_strict)
+        for node in state.nodes.values()
+        if node.mem is not None
+    ]
     refuse_smp(bool(sizes) and not any(sizes), "the NUMA nodes have no memory", "correct mem=")
 
 

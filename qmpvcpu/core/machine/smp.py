@@ -16,7 +16,14 @@ from typing import Any, Final
 from qmpvcpu.core.arch import Architecture, EntityKind, architecture
 from qmpvcpu.core.arguments import checked
 from qmpvcpu.core.machine.numa import NumaMachine, NumaOption, nodes_of_slots
-from qmpvcpu.core.machine.versions import Feature, compat_version, has, has_hotplug, has_machine, is_measured
+from qmpvcpu.core.machine.versions import (
+    Feature,
+    compat_version,
+    has,
+    has_hotplug,
+    has_machine,
+    is_measured,
+)
 from qmpvcpu.core.machine.words import join_pairs, parse_keyval, parse_number, refuse_smp
 from qmpvcpu.core.model import LEVELS, Props, QemuVersion, Topology
 from qmpvcpu.errors import VcpuUsageError
@@ -45,7 +52,9 @@ class Smp:
     def __str__(self) -> str:
         words = [] if self.cpus is None else [str(self.cpus)]
         counts = {key: getattr(self, key) for key in ("maxcpus", *LEVELS)}
-        return ",".join([*words, *(f"{key}={count}" for key, count in counts.items() if count is not None)])
+        return ",".join(
+            [*words, *(f"{key}={count}" for key, count in counts.items() if count is not None)]
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,17 +121,25 @@ def parse_machine(words: Iterable[tuple[str, str]]) -> tuple[str, Smp]:
         if option == "smp":
             merged |= {f"smp.{key}": value for key, value in parse_keyval(option, text, "cpus")}
         else:
-            merged |= {key.replace("_", "-"): value for key, value in parse_keyval(option, text, "type")}
+            merged |= {
+                key.replace("_", "-"): value for key, value in parse_keyval(option, text, "type")
+            }
     name = merged.pop("type", "")
     if name and not _MACHINE_NAME.fullmatch(name):
         raise VcpuUsageError(f"'{name[:40]}' is not a machine type", hint="write q35, pseries …")
-    counts = {key.removeprefix("smp."): merged.pop(key) for key in list(merged) if key.startswith("smp.")}
+    counts = {
+        key.removeprefix("smp."): merged.pop(key) for key in list(merged) if key.startswith("smp.")
+    }
     if "smp" in merged:
-        raise VcpuUsageError("-machine has smp=, which has keys of its own", hint="write -smp 4,maxcpus=8")
+        raise VcpuUsageError(
+            "-machine has smp=, which has keys of its own", hint="write -smp 4,maxcpus=8"
+        )
     found: dict[str, int] = {}
     for key, text in counts.items():
         if key not in ("cpus", "maxcpus", *LEVELS):
-            raise VcpuUsageError(f"-smp has no '{key[:40]}'", hint=f"it has cpus, maxcpus, {', '.join(LEVELS)}")
+            raise VcpuUsageError(
+                f"-smp has no '{key[:40]}'", hint=f"it has cpus, maxcpus, {', '.join(LEVELS)}"
+            )
         value = parse_number(text)
         if value is None:
             raise VcpuUsageError(
@@ -150,7 +167,11 @@ def is_known(arch: str, machine: str, version: QemuVersion) -> bool:
 
 def is_proven(arch: str, machine: str, version: QemuVersion) -> bool:
     """Whether these rules have been compared with real QEMUs of this version."""
-    return is_known(arch, machine, version) and has_machine(version, machine) is True and is_measured(version)
+    return (
+        is_known(arch, machine, version)
+        and has_machine(version, machine) is True
+        and is_measured(version)
+    )
 
 
 def predict(
@@ -184,7 +205,11 @@ def predict(
     placed = _nodes(units, topology, numa, facts, has_hmat=has_hmat)
     size = facts.size(topology)
     slots = tuple(
-        MachineSlot(Props(props if node is None else {**props, "node-id": node}), size, number * size < plugged)
+        MachineSlot(
+            Props(props if node is None else {**props, "node-id": node}),
+            size,
+            number * size < plugged,
+        )
         for number, (props, node) in enumerate(zip(units, placed, strict=True))
     )
     is_certain = topology.maxcpus <= facts.row.most_computed
@@ -204,7 +229,9 @@ def _facts(arch: str, machine: str, version: QemuVersion) -> _Machine:
         f"how '{machine}' ({arch}) reads -smp is not known",
         "probe it (--probe always)",
     )
-    known = tuple(level for level in LEVELS if level not in _LEVEL_SINCE or has(version, _LEVEL_SINCE[level]))
+    known = tuple(
+        level for level in LEVELS if level not in _LEVEL_SINCE or has(version, _LEVEL_SINCE[level])
+    )
     levels = tuple(level for level in row.levels if level in known)
     return _Machine(row, compat_version(machine, version), version, levels, known)
 
@@ -224,7 +251,9 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
     counted = {key: (value or 0) & _WORD for key, value in given.items()}
     counts = {level: counted[level] or 1 for level in LEVELS}
     maxcpus = counted["maxcpus"] or counted["cpus"]
-    solved = ("cores", "sockets") if has(facts.compat, Feature.CORES_FIRST) else ("sockets", "cores")
+    solved = (
+        ("cores", "sockets") if has(facts.compat, Feature.CORES_FIRST) else ("sockets", "cores")
+    )
     unknown = next((level for level in (*solved, "threads") if not counted[level]), None)
     if unknown is not None and maxcpus:
         rest = _product(counts, unknown)
@@ -245,10 +274,13 @@ def _complete(smp: Smp, facts: _Machine) -> tuple[Topology, int]:
     )
     refuse_smp(
         maxcpus < cpus,
-        f"maxcpus must be equal to or greater than smp: {words} == maxcpus ({maxcpus}) < smp_cpus ({cpus})",
+        f"maxcpus must be equal to or greater than smp: {words} == maxcpus ({maxcpus}) < smp_cpus"
+        f" ({cpus})",
         "raise maxcpus",
     )
-    refuse_smp(maxcpus > _MOST, f"invalid SMP CPUs {maxcpus}: no machine has that many", "lower maxcpus")
+    refuse_smp(
+        maxcpus > _MOST, f"invalid SMP CPUs {maxcpus}: no machine has that many", "lower maxcpus"
+    )
     return Topology(maxcpus, **counts), cpus
 
 
@@ -346,7 +378,9 @@ def _nodes(
     """The NUMA node of every slot."""
     if not numa:
         return [0 if facts.row.has_node_always else None] * len(units)
-    refuse_smp(not facts.row.has_numa, "NUMA is not supported by this machine type", "leave out -numa")
+    refuse_smp(
+        not facts.row.has_numa, "NUMA is not supported by this machine type", "leave out -numa"
+    )
 
     def defaults(nodes: int) -> list[int]:
         if facts.has_cores:

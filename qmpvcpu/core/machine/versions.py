@@ -147,7 +147,10 @@ def has_machine(version: QemuVersion, machine: str) -> bool | None:
 def newest_type(version: QemuVersion, machine: str) -> str | None:
     """The newest machine type of the family of this one; None if that is not known."""
     match = _TYPE.fullmatch(machine)
-    if match is None or has_machine(version, newest := f"{match[1]}-{version.major}.{version.minor}") is not True:
+    if (
+        match is None
+        or has_machine(version, newest := f"{match[1]}-{version.major}.{version.minor}") is not True
+    ):
         return None
     return newest
 

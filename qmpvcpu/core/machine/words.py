@@ -23,7 +23,9 @@ _BEFORE: Final = r"[ \t\n\v\f\r]*"
 _DIGITS: Final = r"(?:0[xX][0-9a-fA-F]{1,99}|0[0-7]{0,99}|[1-9][0-9]{0,99})"
 _NUMBER: Final = re.compile(rf"{_BEFORE}([+-]?)({_DIGITS})")
 _RANGE: Final = re.compile(rf"({_BEFORE}\+?{_DIGITS})(?:-({_BEFORE}\+?{_DIGITS}))?")
-_SIZE: Final = re.compile(rf"{_BEFORE}\+?([0-9]{{0,99}})(\.[0-9]{{0,99}})?([bkmgtpe]?)", re.IGNORECASE)
+_SIZE: Final = re.compile(
+    rf"{_BEFORE}\+?([0-9]{{0,99}})(\.[0-9]{{0,99}})?([bkmgtpe]?)", re.IGNORECASE
+)
 _HEX_SIZE: Final = re.compile(rf"{_BEFORE}\+?0x([0-9a-f]{{1,99}})([kmgtp]?)", re.IGNORECASE)
 #: Bytes of a size's suffix.
 _SUFFIXES: Final = {letter: 1024**power for power, letter in enumerate("bkmgtpe")}
@@ -112,9 +114,16 @@ def parse_keyval(option: str, text: str, implied: str) -> Pairs:
         is_bare = rest[len(word) : len(word) + 1] != "="
         if word and is_bare:
             if word in ("help", "?"):
-                raise _bad(option, text, "it asks QEMU for help, and does not start a machine", "leave it out")
+                raise _bad(
+                    option,
+                    text,
+                    "it asks QEMU for help, and does not start a machine",
+                    "leave it out",
+                )
             if rest is not text:
-                raise _bad(option, text, f"expected '=' after parameter '{word[:40]}'", "write KEY=VALUE,…")
+                raise _bad(
+                    option, text, f"expected '=' after parameter '{word[:40]}'", "write KEY=VALUE,…"
+                )
             found.append((implied, word))
             rest = rest[len(word) + 1 :]
             continue

@@ -136,7 +136,9 @@ def features_of(state: DomainState, persistent: Definition | None) -> frozenset[
     too.
     """
     live = [(vcpu.enabled, vcpu.order) for vcpu in state.vcpus]
-    inactive = [(vcpu.enabled, vcpu.order) for vcpu in persistent.vcpus] if persistent is not None else []
+    inactive = (
+        [(vcpu.enabled, vcpu.order) for vcpu in persistent.vcpus] if persistent is not None else []
+    )
     return frozenset() if is_in_order(live) and is_in_order(inactive) else frozenset({CPU_HOTPLUG})
 
 
@@ -240,7 +242,11 @@ def check_same(source: Machine | None, state: DomainState) -> None:
 
 
 def check_destination(
-    cookie: Cookie, definition: Definition | None, state: DomainState, run_state: str | None, uuid: object
+    cookie: Cookie,
+    definition: Definition | None,
+    state: DomainState,
+    run_state: str | None,
+    uuid: object,
 ) -> list[Refusal]:
     """Every reason why a destination cannot be prepared.
 

@@ -102,7 +102,9 @@ def check_one_cpu(view: GuestView) -> str | None:
 
 
 def cpus_but_first(view: GuestView) -> tuple[int, ...]:
-    """The guest's own ids of its online CPUs except the first; they stay the same over a migration."""
+    """The guest's own ids of its online CPUs except the first; they stay the same over a
+    migration.
+    """
     return tuple(cpu.logical_id for cpu in view.cpus if cpu.online and cpu.logical_id != _FIRST_CPU)
 
 

@@ -83,7 +83,9 @@ class Stillness:
             return None
         text = f"no progress for {patience:g} s ('{status.status}'): cancelled"
         # 10.0 under TCG: an RCU grace period never ends after an x86 vCPU was unplugged.
-        return text + (" (QEMU 10.0 under TCG does that after the unplug of an x86 vCPU)" if is_setup else "")
+        return text + (
+            " (QEMU 10.0 under TCG does that after the unplug of an x86 vCPU)" if is_setup else ""
+        )
 
 
 def parse_status(reply: object) -> MigrationStatus:
@@ -102,7 +104,9 @@ def parse_status(reply: object) -> MigrationStatus:
         count_of(reply.get("total-time")),
         str(reply["error-desc"])[:1000] if "error-desc" in reply else None,
         tuple(str(why)[:1000] for why in blocked[:20]) if isinstance(blocked, list) else (),
-        tuple(one for one in addresses[:20] if isinstance(one, dict)) if isinstance(addresses, list) else (),
+        tuple(one for one in addresses[:20] if isinstance(one, dict))
+        if isinstance(addresses, list)
+        else (),
     )
 
 

@@ -168,18 +168,28 @@ def table_differences(source: StreamTable, target: StreamTable) -> list[str]:
     """
     found = []
     if None not in (source.machine, target.machine) and source.machine != target.machine:
-        found.append(f"machine type: {source.machine} at the source, {target.machine} in the definition")
+        found.append(
+            f"machine type: {source.machine} at the source, {target.machine} in the definition"
+        )
     for name in sorted(source.blocks.keys() | target.blocks.keys()):
         there, now = source.blocks.get(name), target.blocks.get(name)
         if there != now and not (there and now and name.startswith(_RESIZED)):
-            found.append(f"RAM block '{name}': {_kib(there)} at the source, {_kib(now)} in the definition")
+            found.append(
+                f"RAM block '{name}': {_kib(there)} at the source, {_kib(now)} in the definition"
+            )
     one, other = source.sections, target.sections
     if one is None or other is None:
         if one is not other:
             found.append("only one side has a list of devices")
         return found
-    for names, where in ((one - other, "only at the source"), (other - one, "only in the definition")):
-        found += [f"device state '{name}' (instance {number}) is {where}" for name, number in sorted(names)]
+    for names, where in (
+        (one - other, "only at the source"),
+        (other - one, "only in the definition"),
+    ):
+        found += [
+            f"device state '{name}' (instance {number}) is {where}"
+            for name, number in sorted(names)
+        ]
     return found
 
 

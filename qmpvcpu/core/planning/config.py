@@ -63,7 +63,9 @@ class ConfigPlan:
         """The steps as lines for the user."""
         lines = []
         if self.new.maxcpus != self.old.maxcpus:
-            lines.append(f"in the definition: at most {self.new.maxcpus} vCPUs, not {self.old.maxcpus}")
+            lines.append(
+                f"in the definition: at most {self.new.maxcpus} vCPUs, not {self.old.maxcpus}"
+            )
         lines += [
             f"in the definition: vCPU {format_ids(ids)} {word}"
             for word, on in self._sides
@@ -72,21 +74,30 @@ class ConfigPlan:
         if self.new.pins != self.old.pins:
             for number in self.changed:
                 cpus = self.new.pins.get(number)
-                word = f"pinned to host CPU {format_ids(cpus)}" if cpus is not None else "not pinned"
+                word = (
+                    f"pinned to host CPU {format_ids(cpus)}" if cpus is not None else "not pinned"
+                )
                 lines.append(f"in the definition: vCPU {number} {word}")
         if self.writes and not lines:
             lines.append("in the definition: order and hotpluggable of vCPUs")
         if self.unchanged and not self.writes:
-            lines.append(f"in the definition: vCPU {format_ids(self.unchanged)} already as requested")
+            lines.append(
+                f"in the definition: vCPU {format_ids(self.unchanged)} already as requested"
+            )
         return lines
 
     @property
     def _sides(self) -> tuple[tuple[str, set[int]], ...]:
         on = set(self.new.enabled_ids)
-        return ("enabled", on), ("disabled", set(range(max(self.old.maxcpus, self.new.maxcpus))) - on)
+        return ("enabled", on), (
+            "disabled",
+            set(range(max(self.old.maxcpus, self.new.maxcpus))) - on,
+        )
 
 
-def plan_config(definition: Definition, request: Request, ids: Sequence[int] | None = None) -> ConfigPlan:
+def plan_config(
+    definition: Definition, request: Request, ids: Sequence[int] | None = None
+) -> ConfigPlan:
     """The definition after `request`.
 
     Args:
@@ -103,7 +114,9 @@ def plan_config(definition: Definition, request: Request, ids: Sequence[int] | N
     state = state_of(definition)
     ids, refusals = select(state, request) if ids is None else (tuple(ids), check_range(state, ids))
     known = [number for number in ids if number in state.by_id]
-    changed = tuple(number for number in known if definition.vcpus[number].enabled is not request.enable)
+    changed = tuple(
+        number for number in known if definition.vcpus[number].enabled is not request.enable
+    )
     refusals += check_whole_entities(state, changed, request.flags)
     if request.disable and 0 in changed:
         refusals.append(catalogue.CONFIG_VCPU_0((0,)))
@@ -139,7 +152,9 @@ def _plan_total(definition: Definition, request: Request) -> ConfigPlan:
         ids = [vcpu.id for vcpu in core if vcpu.enabled is not enable]
         if (now + len(ids) > total) if enable else (now - len(ids) < total):
             low, high = (now, now + len(ids)) if enable else (now - len(ids), now)
-            refusals = [catalogue.DEFINED_WHOLE_CORES(total=total, size=size, below=low, above=high)]
+            refusals = [
+                catalogue.DEFINED_WHOLE_CORES(total=total, size=size, below=low, above=high)
+            ]
             return ConfigPlan(definition, definition, refusals=tuple(refusals))
         chosen += ids
         now += len(ids) if enable else -len(ids)
@@ -207,13 +222,22 @@ def _plan_maximum(definition: Definition, request: Request) -> ConfigPlan:
     if refusals or maximum == definition.maxcpus:
         return ConfigPlan(definition, definition, refusals=tuple(refusals))
     vcpus = [replace(vcpu, order=None) for vcpu in definition.vcpus[:maximum]]
-    vcpus += [VcpuConfig(number, enabled=False, hotpluggable=True) for number in range(len(vcpus), maximum)]
+    vcpus += [
+        VcpuConfig(number, enabled=False, hotpluggable=True)
+        for number in range(len(vcpus), maximum)
+    ]
     removed = tuple(number for number in definition.enabled_ids if number >= maximum)
-    notes = (f"vCPU {format_ids(removed)} was enabled in the definition, and no longer exists",) if removed else ()
+    notes = (
+        (f"vCPU {format_ids(removed)} was enabled in the definition, and no longer exists",)
+        if removed
+        else ()
+    )
     new = replace(
         definition,
         vcpus=tuple(vcpus),
         pins={number: cpus for number, cpus in definition.pins.items() if number < maximum},
-        schedulers={number: word for number, word in definition.schedulers.items() if number < maximum},
+        schedulers={
+            number: word for number, word in definition.schedulers.items() if number < maximum
+        },
     )
     return ConfigPlan(definition, new, removed, removed, messages=notes)

@@ -60,7 +60,10 @@ class Plan:
             config=config,
             targets=config.targets if alone else self.targets,
             unchanged=config.unchanged if alone else self.unchanged,
-            refusals=(*self.refusals, *(refusal for refusal in config.refusals if refusal not in self.refusals)),
+            refusals=(
+                *self.refusals,
+                *(refusal for refusal in config.refusals if refusal not in self.refusals),
+            ),
             messages=(*self.messages, *config.messages),
         )
 
@@ -84,7 +87,11 @@ class Plan:
             {
                 "step": "device_add",
                 "vcpus": list(entity.ids),
-                "arguments": {"driver": entity.driver, "id": entity.device_id, **dict(entity.props or {})},
+                "arguments": {
+                    "driver": entity.driver,
+                    "id": entity.device_id,
+                    **dict(entity.props or {}),
+                },
             }
             for entity in (*self.awaited, *self.plugs)
         ]
@@ -115,7 +122,9 @@ class Plan:
         return {
             "plan": self.steps,
             "refusals": [refusal.message for refusal in self.refusals],
-            "vcpus": sorted({*self.targets, *(self.config.targets if self.config is not None else ())}),
+            "vcpus": sorted(
+                {*self.targets, *(self.config.targets if self.config is not None else ())}
+            ),
             "unchanged": list(self.unchanged),
             "messages": list(self.messages),
             "diff": [] if self.config is None else list(self.config.diff),
@@ -124,14 +133,20 @@ class Plan:
     def describe(self) -> list[str]:
         """The steps as lines for the user."""
         lines = [f"wait until the unplug of {entity.label} has ended" for entity in self.awaited]
-        lines += [f"plug {entity.label}: {_plug_words(entity)}" for entity in (*self.awaited, *self.plugs)]
+        lines += [
+            f"plug {entity.label}: {_plug_words(entity)}" for entity in (*self.awaited, *self.plugs)
+        ]
         lines += [f"unplug {entity.label}: {_unplug_words(entity)}" for entity in self.unplugs]
         lines += [
             f"take vCPU {format_ids(ids)} {word} in the guest: guest-set-vcpus"
             for ids, word in ((self.onlines, "online"), (self.offlines, "offline"))
             if ids
         ]
-        lines += [f"place vCPU {number}: {placement}" for number, placement in self.placed.items() if placement]
+        lines += [
+            f"place vCPU {number}: {placement}"
+            for number, placement in self.placed.items()
+            if placement
+        ]
         if self.config is not None:
             lines += [*self.config.describe(), *self.config.diff]
         is_live = self.config is None or self.plugs or self.unplugs
@@ -148,12 +163,18 @@ class Plan:
             if self.offline_already:
                 rest = f"vCPU {format_ids(self.offline_already)} plugged and offline in the guest"
                 return [f"nothing to do: {some} online already, and {rest}"]
-            return [f"nothing to do: {some} {'online in the guest' if is_guest else 'enabled'} already"]
-        on, off = ("online in the guest", "offline in the guest") if is_guest else ("enabled", "disabled")
+            return [
+                f"nothing to do: {some} {'online in the guest' if is_guest else 'enabled'} already"
+            ]
+        on, off = (
+            ("online in the guest", "offline in the guest") if is_guest else ("enabled", "disabled")
+        )
         words: dict[str, list[int]] = {}
         for number in self.unchanged:
             word = on if self.wants.get(number) else off
-            words.setdefault("offline in the guest" if number in self.offline_already else word, []).append(number)
+            words.setdefault(
+                "offline in the guest" if number in self.offline_already else word, []
+            ).append(number)
         return [f"vCPU {format_ids(ids)}: already {word}" for word, ids in words.items()]
 
 
@@ -258,7 +279,11 @@ def _steps(state: DomainState, wants: Mapping[int, bool], known: Knowledge) -> _
             (steps.plugs if on else steps.unplugs).append(entity)
         else:
             # One that is plugged, but offline in the guest, does not count as enabled.
-            offline = [n for n in meant if on and known.guest is not None and known.guest.online(n) is False]
+            offline = [
+                n
+                for n in meant
+                if on and known.guest is not None and known.guest.online(n) is False
+            ]
             steps.onlines.extend(offline)
             steps.unchanged.extend(number for number in meant if number not in offline)
             steps.plugged_already.extend(meant if on else ())

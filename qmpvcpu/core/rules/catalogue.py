@@ -47,10 +47,15 @@ class Reason(NamedTuple):
     def __call__(self, ids: Iterable[int] = (), /, **facts: Any) -> Refusal:
         """The refusal about these vCPUs; `facts` are the fields of the templates."""
         about = tuple(ids)
-        words = {name: format_ids(it) if isinstance(it, list | tuple) else it for name, it in facts.items()}
+        words = {
+            name: format_ids(it) if isinstance(it, list | tuple) else it
+            for name, it in facts.items()
+        }
         words["ids"] = format_ids(about)
         hint = self.hint.format_map(words) if self.hint is not None else None
-        return Refusal(self.code, self.text.format_map(words), about, hint, self.libvirt, self.forceable)
+        return Refusal(
+            self.code, self.text.format_map(words), about, hint, self.libvirt, self.forceable
+        )
 
     def error(self, ids: Iterable[int] = (), /, **facts: Any) -> VcpuRefused:
         """The error that has this one refusal."""
@@ -59,28 +64,43 @@ class Reason(NamedTuple):
 
 # -- Flags and options: flags
 
-UNKNOWN_FLAGS = Reason("flags", "unknown flags: {flags:#x}", "use only the flags of qmpvcpu.VcpuFlag")
+UNKNOWN_FLAGS = Reason(
+    "flags", "unknown flags: {flags:#x}", "use only the flags of qmpvcpu.VcpuFlag"
+)
 ENABLE_AND_DISABLE = Reason(
     "flags", "--enable (ENABLE) and --disable (DISABLE) exclude each other", "give only one of them"
 )
-GUEST_AND_ANOTHER = Reason("flags", "GUEST and {flag} exclude each other: {why}", "leave out {flag} or GUEST")
+GUEST_AND_ANOTHER = Reason(
+    "flags", "GUEST and {flag} exclude each other: {why}", "leave out {flag} or GUEST"
+)
 QUERY_OF_BOTH = Reason("flags", "LIVE and CONFIG exclude each other in a query", "make two queries")
-LIVE_AND_CONFIG = Reason("flags", "--live and --config exclude each other in a query", "make two queries")
-MAXIMUM_AND_ACTIVE = Reason("flags", "--maximum and --active exclude each other", "make two queries")
+LIVE_AND_CONFIG = Reason(
+    "flags", "--live and --config exclude each other in a query", "make two queries"
+)
+MAXIMUM_AND_ACTIVE = Reason(
+    "flags", "--maximum and --active exclude each other", "make two queries"
+)
 ATOMIC_AND_ASYNC = Reason(
     "flags",
-    "--atomic and --async exclude each other: a call that does not wait cannot undo what fails later",
+    "--atomic and --async exclude each other: a call that does not wait cannot undo what fails"
+    " later",
     "give only one of them",
 )
 
 # -- vCPU ids and how many: range, count, listed, maximum, maxcpus, vcpus
 
 RANGE = Reason(
-    "range", "vCPU {ids} is not in this domain: its ids are 0 to {most}", "`qmpvcpu vcpuinfo` lists the ids"
+    "range",
+    "vCPU {ids} is not in this domain: its ids are 0 to {most}",
+    "`qmpvcpu vcpuinfo` lists the ids",
 )
-NEGATIVE_ID = Reason("range", "a vCPU id cannot be negative: {numbers}", "`qmpvcpu vcpuinfo` lists the ids")
+NEGATIVE_ID = Reason(
+    "range", "a vCPU id cannot be negative: {numbers}", "`qmpvcpu vcpuinfo` lists the ids"
+)
 GUEST_RANGE = Reason("range", "the guest has no CPU {ids}", "`qmpvcpu guestvcpus` lists its CPUs")
-COUNT_WITHOUT_NODE = Reason("count", "a count needs a NUMA node", "add --numa-node, or give the vCPU ids")
+COUNT_WITHOUT_NODE = Reason(
+    "count", "a count needs a NUMA node", "add --numa-node, or give the vCPU ids"
+)
 NODE_COUNT = Reason("count", "{count} is not a number of vCPUs or cores", "give 1 or more")
 NO_VCPUS = Reason("count", "a guest cannot have {total} vCPUs", "give 1 or more")
 OVER_MAXIMUM = Reason(
@@ -110,7 +130,8 @@ DEFINED_WHOLE_CORES = Reason(
 )
 FEWEST = Reason(
     "count",
-    "the domain cannot have {total} vCPUs: at least {fewest} remain, because no more can be unplugged now",
+    "the domain cannot have {total} vCPUs: at least {fewest} remain, because no more can be"
+    " unplugged now",
     "`qmpvcpu vcpuinfo` shows which vCPUs are hotpluggable",
     _CONFIG,
 )
@@ -155,12 +176,17 @@ MAXIMUM_OF_CELL = Reason(
     "change <cpu><numa> in the XML, and define it again",
 )
 OTHER_MAXCPUS = Reason(
-    "maxcpus", "maximum of vCPUs: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+    "maxcpus",
+    "maximum of vCPUs: {there} at the source, {now} at the destination",
+    _AS_THE_SOURCE,
+    _INVALID,
 )
 OTHER_MAXIMUM = Reason(
     "vcpus", "maximum of vCPUs: {there} at the source, {now} at the destination", _AS_THE_SOURCE
 )
-OTHER_VCPUS = Reason("vcpus", "vCPUs: {there} at the source, {now} at the destination", _AS_THE_SOURCE)
+OTHER_VCPUS = Reason(
+    "vcpus", "vCPUs: {there} at the source, {now} at the destination", _AS_THE_SOURCE
+)
 
 # -- Whole entities and cores: entity
 
@@ -187,7 +213,10 @@ OTHER_ENTITY = Reason(
     _INVALID,
 )
 OTHER_DRIVER = Reason(
-    "entity", "the driver of vCPU {ids}: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+    "entity",
+    "the driver of vCPU {ids}: {there} at the source, {now} at the destination",
+    _AS_THE_SOURCE,
+    _INVALID,
 )
 
 # -- NUMA nodes: node
@@ -195,26 +224,35 @@ OTHER_DRIVER = Reason(
 ONE_NODE = Reason("node", "NUMA_NODE takes one node", "name one node")
 NO_NODES = Reason("node", "this machine has no NUMA nodes", "name vCPU ids instead")
 EMPTY_NODE = Reason(
-    "node", "no vCPU is on NUMA node {node}: nodes are {nodes}", "`qmpvcpu vcpuinfo` shows the node of each vCPU"
+    "node",
+    "no vCPU is on NUMA node {node}: nodes are {nodes}",
+    "`qmpvcpu vcpuinfo` shows the node of each vCPU",
 )
 NODE_TOO_SMALL = Reason(
-    "node", "NUMA node {node} has {found} {kind}, {count} requested", "`qmpvcpu vcpuinfo` shows other nodes"
+    "node",
+    "NUMA node {node} has {found} {kind}, {count} requested",
+    "`qmpvcpu vcpuinfo` shows other nodes",
 )
 OTHER_NODE = Reason(
-    "node", "NUMA node of vCPU {ids}: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+    "node",
+    "NUMA node of vCPU {ids}: {there} at the source, {now} at the destination",
+    _AS_THE_SOURCE,
+    _INVALID,
 )
 
 # -- Plugging and unplugging: no-hotplug, no-unplug, unseen, boot-cpu, not-hotpluggable
 
 NO_HOTPLUG = Reason(
     "no-hotplug",
-    "this machine has no CPU hotplug: on {machine} ({arch}) no CPU can be {done} while the guest runs",
+    "this machine has no CPU hotplug: on {machine} ({arch}) no CPU can be {done} while the guest"
+    " runs",
     "change the number of CPUs it starts with (-smp), or its machine type",
     _UNSUPPORTED,
 )
 NO_HOTPLUG_AT_BOOT = Reason(
     "no-hotplug",
-    "{machine} ({arch}) has no CPU hotplug: it cannot boot with vCPU {ids} while a lower one is disabled",
+    "{machine} ({arch}) has no CPU hotplug: it cannot boot with vCPU {ids} while a lower one is"
+    " disabled",
     "enable vCPUs from 0 on, without a gap",
     _CONFIG,
 )
@@ -231,7 +269,10 @@ UNSEEN = Reason(
     _INVALID,
 )
 BOOT_CPU = Reason(
-    "boot-cpu", "{label} {verb} the boot CPU, which QEMU never unplugs", "leave it enabled", _UNSUPPORTED
+    "boot-cpu",
+    "{label} {verb} the boot CPU, which QEMU never unplugs",
+    "leave it enabled",
+    _UNSUPPORTED,
 )
 NOT_A_DEVICE = Reason(
     "not-hotpluggable",
@@ -240,10 +281,13 @@ NOT_A_DEVICE = Reason(
     _UNSUPPORTED,
 )
 
-# -- The guest and its agent: not-plugged, guest-cpu, guest-fixed, guest-offline, no-agent, agent-disabled
+# -- The guest and its agent: not-plugged, guest-cpu, guest-fixed, guest-offline, no-agent,
+# agent-disabled
 
 NOT_PLUGGED = Reason(
-    "not-plugged", "vCPU {ids} is not plugged, so the guest does not have it", "enable it first, without --guest"
+    "not-plugged",
+    "vCPU {ids} is not plugged, so the guest does not have it",
+    "enable it first, without --guest",
 )
 GUEST_CPU = Reason(
     "guest-cpu",
@@ -253,12 +297,15 @@ GUEST_CPU = Reason(
 )
 GUEST_CPUS_UNCOUNTED = Reason(
     "guest-cpu",
-    "it is not known which vCPUs {count} of the guest's online CPUs are, so a count cannot be reached",
+    "it is not known which vCPUs {count} of the guest's online CPUs are, so a count cannot be"
+    " reached",
     "allow the agent guest-file-open, or use guestvcpus with the guest's own ids",
     _UNSUPPORTED,
 )
 GUEST_FIXED = Reason("guest-fixed", "the guest cannot take vCPU {ids} offline", "leave it online")
-GUEST_CPU_FIXED = Reason("guest-fixed", "the guest cannot take its CPU {ids} offline", "leave it online")
+GUEST_CPU_FIXED = Reason(
+    "guest-fixed", "the guest cannot take its CPU {ids} offline", "leave it online"
+)
 ONLY_THE_AGENT = Reason(
     "guest-offline",
     "vCPU {ids} is plugged and offline in the guest, which only the guest agent can change",
@@ -290,7 +337,9 @@ INACTIVE_LIVE = Reason(
 NOTHING_TO_END = Reason(
     "inactive", "'{name}' is not running", "`qmpvcpu list` shows the running domains", _INVALID
 )
-ACTIVE = Reason("active", "'{name}' is already running (QEMU {pid})", "`qmpvcpu destroy` ends it", _INVALID)
+ACTIVE = Reason(
+    "active", "'{name}' is already running (QEMU {pid})", "`qmpvcpu destroy` ends it", _INVALID
+)
 ACTIVE_ELSEWHERE = Reason(
     "active",
     "'{name}' is already running: its QMP socket answers",
@@ -337,7 +386,9 @@ NO_DEFINITION = Reason(
     "leave out --config (CONFIG), or define it: `qmpvcpu define NAME --qmp ADDR`",
     _INVALID,
 )
-CONFIG_VCPU_0 = Reason("config-vcpu-0", "vCPU 0 must be enabled in a definition", "leave 0 out: 1-3 or ^0")
+CONFIG_VCPU_0 = Reason(
+    "config-vcpu-0", "vCPU 0 must be enabled in a definition", "leave 0 out: 1-3 or ^0"
+)
 CONFIG_ORDER = Reason(
     "config-order",
     "vCPU {ids} cannot change in the definition: vCPU {behind}, which is enabled and not"
@@ -345,7 +396,9 @@ CONFIG_ORDER = Reason(
     "change {behind} with it, or give it hotpluggable='yes' in <vcpus>",
 )
 UNREADABLE = Reason(
-    "unreadable", "the changed definition could not be read: {why}", "change that in the XML, and define it again"
+    "unreadable",
+    "the changed definition could not be read: {why}",
+    "change that in the XML, and define it again",
 )
 NO_FILE = Reason("definition", "there is no file '{path}'", "name a file with domain XML")
 NO_FILE_OR_DOMAIN = Reason(
@@ -355,13 +408,22 @@ NO_FILE_OR_DOMAIN = Reason(
     "VIR_ERR_NO_DOMAIN",
 )
 NOT_DEFINED = Reason(
-    "definition", "no domain '{name}' is defined", "`qmpvcpu list` shows what is defined", "VIR_ERR_NO_DOMAIN"
+    "definition",
+    "no domain '{name}' is defined",
+    "`qmpvcpu list` shows what is defined",
+    "VIR_ERR_NO_DOMAIN",
 )
 NOT_DEFINED_TO_START = Reason(
-    "definition", "no domain '{name}' is defined", "define it first: `qmpvcpu define FILE`", "VIR_ERR_NO_DOMAIN"
+    "definition",
+    "no domain '{name}' is defined",
+    "define it first: `qmpvcpu define FILE`",
+    "VIR_ERR_NO_DOMAIN",
 )
 DEFINITION_REMOVED = Reason(
-    "definition", "there is no definition '{path}'", "`qmpvcpu list` shows what is defined", "VIR_ERR_NO_DOMAIN"
+    "definition",
+    "there is no definition '{path}'",
+    "`qmpvcpu list` shows what is defined",
+    "VIR_ERR_NO_DOMAIN",
 )
 DEFINITION_NOT_READ = Reason("definition", "'{path}' cannot be read: {why}", "{cure}", _INVALID)
 SOCKETS_NOT_READ = Reason(
@@ -377,7 +439,10 @@ DEFINITION_NOT_WRITTEN = Reason(
     _FAILED,
 )
 DEFINITION_LOCKED = Reason(
-    "definition", "the definition '{place}' cannot be written: another process is writing it", "try again", _FAILED
+    "definition",
+    "the definition '{place}' cannot be written: another process is writing it",
+    "try again",
+    _FAILED,
 )
 SOURCE_NOT_DESCRIBED = Reason(
     "definition",
@@ -391,10 +456,14 @@ ANOTHER_DOMAIN = Reason(
     "name another destination, or undefine that one",
 )
 SAME_NAME = Reason(
-    "definition", "source and destination have the same name, '{name}'", "give the destination another name"
+    "definition",
+    "source and destination have the same name, '{name}'",
+    "give the destination another name",
 )
 NOTHING_TO_UNDEFINE = Reason(
-    "definition", "the source has no definition that could be removed", "leave out --undefine-source"
+    "definition",
+    "the source has no definition that could be removed",
+    "leave out --undefine-source",
 )
 NAME = Reason("name", "{name!r} is not a domain name: {what}", "choose another name")
 FOLDER_NOT_OURS = Reason(
@@ -405,7 +474,10 @@ FOLDER_NOT_OURS = Reason(
 
 _NO_PLACE: Final = "--no-place (place=False) leaves it where the kernel puts it"
 PLACE_ELSEWHERE = Reason(
-    "place", "vCPU {ids} cannot be placed: QEMU's process is not found on this host", _NO_PLACE, _UNSUPPORTED
+    "place",
+    "vCPU {ids} cannot be placed: QEMU's process is not found on this host",
+    _NO_PLACE,
+    _UNSUPPORTED,
 )
 PLACE_NOT_OWNER = Reason(
     "place",
@@ -492,7 +564,10 @@ SHARED_THREAD = Reason(
 # -- Machines, QEMU programs and features: machine, topology, arch, emulator, probe, feature, boot
 
 NO_MACHINE_TYPE = Reason(
-    "machine", "QEMU {version} for {arch} has no machine type '{machine}'", "name another machine type", _CONFIG
+    "machine",
+    "QEMU {version} for {arch} has no machine type '{machine}'",
+    "name another machine type",
+    _CONFIG,
 )
 OLD_MACHINE_TYPE = Reason(
     "machine",
@@ -513,10 +588,16 @@ OLD_MACHINE_TYPE_HERE = Reason(
     _CONFIG,
 )
 MACHINE_SWITCH = Reason(
-    "machine", "-machine {key}='{value}': QEMU expects 'on' or 'off'", "write {key}=on or {key}=off", _CONFIG
+    "machine",
+    "-machine {key}='{value}': QEMU expects 'on' or 'off'",
+    "write {key}=on or {key}=off",
+    _CONFIG,
 )
 OTHER_MACHINE_TYPE = Reason(
-    "machine", "machine type: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+    "machine",
+    "machine type: {there} at the source, {now} at the destination",
+    _AS_THE_SOURCE,
+    _INVALID,
 )
 TOPOLOGY = Reason(
     "topology",
@@ -525,10 +606,16 @@ TOPOLOGY = Reason(
     _CONFIG,
 )
 OTHER_TOPOLOGY = Reason(
-    "topology", "topology: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+    "topology",
+    "topology: {there} at the source, {now} at the destination",
+    _AS_THE_SOURCE,
+    _INVALID,
 )
 OTHER_ARCH = Reason(
-    "arch", "architecture: {there} at the source, {now} at the destination", _AS_THE_SOURCE, _INVALID
+    "arch",
+    "architecture: {there} at the source, {now} at the destination",
+    _AS_THE_SOURCE,
+    _INVALID,
 )
 NO_EMULATOR = Reason(
     "emulator",
@@ -542,13 +629,22 @@ NO_PROGRAM = Reason(
     "give its full path: `qmpvcpu doctor` lists the QEMUs of this host",
     _CONFIG,
 )
-NO_PROGRAM_TO_START = Reason("emulator", "{messages}", "name an <emulator> that `qmpvcpu doctor` lists", _INVALID)
-NO_PROGRAM_TO_COMPARE = Reason("emulator", "{messages}", "name an <emulator> that `qmpvcpu doctor` lists")
+NO_PROGRAM_TO_START = Reason(
+    "emulator", "{messages}", "name an <emulator> that `qmpvcpu doctor` lists", _INVALID
+)
+NO_PROGRAM_TO_COMPARE = Reason(
+    "emulator", "{messages}", "name an <emulator> that `qmpvcpu doctor` lists"
+)
 PROGRAM_OF_ANOTHER_ARCH = Reason(
-    "emulator", "'{emulator}' is a QEMU for {runs}, but {arch} was requested", "name another program", _CONFIG
+    "emulator",
+    "'{emulator}' is a QEMU for {runs}, but {arch} was requested",
+    "name another program",
+    _CONFIG,
 )
 PROBED_ANOTHER_ARCH = Reason(
-    "emulator", "'{emulator}' is a QEMU for {runs}, but {arch} was requested", "name another program"
+    "emulator",
+    "'{emulator}' is a QEMU for {runs}, but {arch} was requested",
+    "name another program",
 )
 PROBE_NEVER = Reason(
     "probe",
@@ -569,7 +665,10 @@ NO_CPU_FEATURE = Reason(
     _CONFIG,
 )
 NO_ARCH = Reason(
-    "boot", "the domain's XML names no architecture", "write <os><type arch='…'>hvm</type></os>", _CONFIG
+    "boot",
+    "the domain's XML names no architecture",
+    "write <os><type arch='…'>hvm</type></os>",
+    _CONFIG,
 )
 BOOT_VCPU_0 = Reason(
     "boot",
@@ -590,7 +689,10 @@ CELL_WITHOUT_MEMORY = Reason(
 # -- What QEMU says to -smp and -numa: smp
 
 SMP_REFUSED = Reason(
-    "smp", "QEMU refuses this machine: {error}", "correct the machine: '{binary}' refused it", _CONFIG
+    "smp",
+    "QEMU refuses this machine: {error}",
+    "correct the machine: '{binary}' refused it",
+    _CONFIG,
 )
 #: QEMU's own rules, in its words: `core.machine.smp` and `core.machine.numa` fill them in
 #: (`core.machine.words.refuse_smp`).
@@ -600,7 +702,10 @@ SMP = Reason("smp", "{what}", "{hint}", _CONFIG)
 # -- Domain XML: xml, protection, trust
 
 NOT_XML = Reason(
-    "xml", "{where}{what}", "give the XML of one domain, as `virsh dumpxml` writes it", "VIR_ERR_XML_ERROR"
+    "xml",
+    "{where}{what}",
+    "give the XML of one domain, as `virsh dumpxml` writes it",
+    "VIR_ERR_XML_ERROR",
 )
 XML = Reason("xml", "line {line}: {what}", "correct the domain's XML", "VIR_ERR_XML_DETAIL")
 XML_NOT_A_DOMAIN = Reason(
@@ -609,7 +714,9 @@ XML_NOT_A_DOMAIN = Reason(
     "give what `virsh dumpxml NAME` prints",
     "VIR_ERR_XML_ERROR",
 )
-XML_NO_NAME = Reason("xml", "line {line}: the domain has no <name>", "correct the domain's XML", "VIR_ERR_NO_NAME")
+XML_NO_NAME = Reason(
+    "xml", "line {line}: the domain has no <name>", "correct the domain's XML", "VIR_ERR_NO_NAME"
+)
 XML_TOPOLOGY = Reason(
     "xml",
     "line {line}: <topology> has room for {made} vCPUs, but <vcpu> says {maximum}",
@@ -618,7 +725,8 @@ XML_TOPOLOGY = Reason(
 )
 XML_DISK = Reason(
     "xml",
-    "line {line}: a <disk> needs <source file='…'/> or <source dev='…'/>, and must be disk or cdrom",
+    "line {line}: a <disk> needs <source file='…'/> or <source dev='…'/>, and must be disk or"
+    " cdrom",
     "take it out, or write it in <qemu:commandline>",
 )
 PROTECTION = Reason(
@@ -630,7 +738,8 @@ PROTECTION = Reason(
 TRUST = Reason(
     "trust",
     "{parts}: a file must not supply what belongs to a host",
-    "`qmpvcpu define FILE` with the XML of '{name}', and try again: that definition supplies the devices",
+    "`qmpvcpu define FILE` with the XML of '{name}', and try again: that definition supplies the"
+    " devices",
     _UNSUPPORTED,
 )
 
@@ -656,18 +765,22 @@ FOLDER_UNKNOWN = Reason(
 TWIN_FAILED = Reason("twin", "no QEMU starts from its definition: {why}", DEFINE_IT, _INVALID)
 NO_TWIN = Reason(
     "twin",
-    "no second QEMU can be started for comparison, because two cannot share this of the host: {words}",
+    "no second QEMU can be started for comparison, because two cannot share this of the host:"
+    " {words}",
     "take it out of the guest first",
     _INVALID,
 )
 TEMPORARY = Reason(
     "temporary",
-    "disk '{disk}' is a temporary overlay (-snapshot, or snapshot=on), which is lost when QEMU ends",
+    "disk '{disk}' is a temporary overlay (-snapshot, or snapshot=on), which is lost when QEMU"
+    " ends",
     "start the guest without it",
     _INVALID,
 )
 READ_ONLY_MEMORY = Reason("read-only-memory", "{effect}: {backends}", "{hint}", _INVALID)
-NO_SUCH_SLOT = Reason("slot", "vCPU {ids}: the destination has no such slot", _AS_THE_SOURCE, _INVALID)
+NO_SUCH_SLOT = Reason(
+    "slot", "vCPU {ids}: the destination has no such slot", _AS_THE_SOURCE, _INVALID
+)
 OTHER_PLACE = Reason(
     "place",
     "vCPU {ids} has another slot at the destination (socket, core or thread)",
@@ -687,11 +800,14 @@ MISSING = Reason(
     _INVALID,
 )
 OTHER_UUID = Reason(
-    "uuid", "the guest's uuid is {uuid}, but the destination's is {there}", "start it with -uuid {uuid}", _INVALID
+    "uuid",
+    "the guest's uuid is {uuid}, but the destination's is {there}",
+    "start it with -uuid {uuid}",
+    _INVALID,
 )
 
-# -- Migration: pending, migrating, run-state, blocked, feature, uri, cookie, arrived, arrival, destination,
-# handed-over, shared
+# -- Migration: pending, migrating, run-state, blocked, feature, uri, cookie, arrived, arrival,
+# destination, handed-over, shared
 
 PENDING = Reason(
     "pending",
@@ -717,7 +833,9 @@ MIGRATED = Reason(
 NOTHING_UNDER_WAY = Reason(
     "migrating", "no migration is under way", "`qmpvcpu migrate-begin` begins one", _INVALID
 )
-RUN_STATE = Reason("run-state", "the guest is '{state}'", "look at the log of its QEMU first", _INVALID)
+RUN_STATE = Reason(
+    "run-state", "the guest is '{state}'", "look at the log of its QEMU first", _INVALID
+)
 SHUT_DOWN = Reason(
     "run-state",
     "the guest is '{state}': it has shut down, and runs again only after a reset",
@@ -767,16 +885,23 @@ DOES_NOT_WAIT = Reason(
     "destroy it first, or name another destination; one that waits is started with -incoming defer",
     _INVALID,
 )
-_BEGIN_AGAIN: Final = "begin again: `migrate-begin`, and `migrate-prepare` a destination with its cookie"
+_BEGIN_AGAIN: Final = (
+    "begin again: `migrate-begin`, and `migrate-prepare` a destination with its cookie"
+)
 RUNS_NO_MORE = Reason(
     "run-state",
     "the guest was {was} when the migration was begun, and is no longer {was}",
     _BEGIN_AGAIN,
     _INVALID,
 )
-CHANGED_WHILE_SAVING = Reason("run-state", "the guest was {done} after this save began", "save again")
+CHANGED_WHILE_SAVING = Reason(
+    "run-state", "the guest was {done} after this save began", "save again"
+)
 BLOCKED = Reason(
-    "blocked", "QEMU cannot migrate the guest: {why}", "unplug or end what QEMU names, and try again", _INVALID
+    "blocked",
+    "QEMU cannot migrate the guest: {why}",
+    "unplug or end what QEMU names, and try again",
+    _INVALID,
 )
 COOKIE_FEATURES = Reason(
     "feature",
@@ -784,11 +909,18 @@ COOKIE_FEATURES = Reason(
     "install a newer qmpvcpu on this side",
     _UNSUPPORTED,
 )
-NO_WAY = Reason("uri", "'{uri}' is not an address for a migration", "give unix:PATH or tcp:HOST:PORT", _INVALID)
-NO_URI = Reason(
-    "uri", "the destination has no address to listen at", "give --uri unix:PATH or tcp:HOST:PORT", _INVALID
+NO_WAY = Reason(
+    "uri", "'{uri}' is not an address for a migration", "give unix:PATH or tcp:HOST:PORT", _INVALID
 )
-LISTENS_ELSEWHERE = Reason("uri", "the destination already listens at {there}", "leave out --uri", _INVALID)
+NO_URI = Reason(
+    "uri",
+    "the destination has no address to listen at",
+    "give --uri unix:PATH or tcp:HOST:PORT",
+    _INVALID,
+)
+LISTENS_ELSEWHERE = Reason(
+    "uri", "the destination already listens at {there}", "leave out --uri", _INVALID
+)
 COOKIE = Reason(
     "cookie",
     "line {line}: {what}",
@@ -815,26 +947,34 @@ ARRIVED = Reason(
     _INVALID,
 )
 NOTHING_ARRIVED = Reason(
-    "arrival", "no guest has migrated to this QEMU (it is '{state}')", "name the destination", _INVALID
+    "arrival",
+    "no guest has migrated to this QEMU (it is '{state}')",
+    "name the destination",
+    _INVALID,
 )
 NOT_ALL_ARRIVED = Reason("arrival", "{why}", "look at the log of the destination's QEMU", _INVALID)
-DESTINATION_LOST = Reason("destination", "{why}", "look at the log of the destination's QEMU", _INVALID)
+DESTINATION_LOST = Reason(
+    "destination", "{why}", "look at the log of the destination's QEMU", _INVALID
+)
 COOKIE_USED = Reason("handed-over", "this cookie has been used", _BEGIN_AGAIN, _INVALID)
 RUNS_AT_DESTINATION = Reason(
     "handed-over",
     "the guest already runs at the destination, and would run twice",
-    "end the source's QEMU; if the destination has ended for good, --force lets the guest run at the source",
+    "end the source's QEMU; if the destination has ended for good, --force lets the guest run at"
+    " the source",
     _INVALID,
 )
 RUNS_AT_SOURCE = Reason(
     "handed-over",
     "another side has claimed the guest (the source runs it), and it would run twice",
-    "`qmpvcpu migrate-cancel` ends this side; if there is no other side any more, --force lets it run",
+    "`qmpvcpu migrate-cancel` ends this side; if there is no other side any more, --force lets it"
+    " run",
 )
 SOURCE_UNKNOWN = Reason(
     "handed-over",
     "all of the guest has arrived, and it is not known whether the source still has it",
-    "`qmpvcpu migrate-finish` lets it run (with --force, if it refuses); if the source runs it, --force ends it",
+    "`qmpvcpu migrate-finish` lets it run (with --force, if it refuses); if the source runs it,"
+    " --force ends it",
     _INVALID,
 )
 SHARED_MEMORY = Reason(
@@ -847,7 +987,9 @@ SHARED_MEMORY = Reason(
 # -- Saving and restoring: saving, descriptor, verify, file, disk, memory, saved, still-here
 
 SAVING = Reason(
-    "saving", "process {pid} is saving this guest", "wait for it, or cancel it: `qmpvcpu migrate-cancel`"
+    "saving",
+    "process {pid} is saving this guest",
+    "wait for it, or cancel it: `qmpvcpu migrate-cancel`",
 )
 NO_DESCRIPTOR = Reason(
     "descriptor",
@@ -861,7 +1003,8 @@ VERIFY_UNDEFINED = Reason(
 )
 VERIFY_NETWORK = Reason(
     "verify",
-    "a second QEMU cannot have the network of '{device}', and does not read the guest's state without it",
+    "a second QEMU cannot have the network of '{device}', and does not read the guest's state"
+    " without it",
     "save without --verify",
     _UNSUPPORTED,
 )
@@ -907,7 +1050,8 @@ LIBVIRT_NOT_STARTED = Reason("libvirt", "libvirt does not start the domain: {err
 NO_LIBVIRT = Reason(
     "libvirt",
     "libvirt-python is not installed: {error}",
-    "pip install 'qmpvcpu[libvirt]' (it is built against libvirt's headers: libvirt-dev, pkg-config, gcc)",
+    "pip install 'qmpvcpu[libvirt]' (it is built against libvirt's headers: libvirt-dev,"
+    " pkg-config, gcc)",
     "VIR_ERR_NO_SUPPORT",
 )
 COUNTS_ONLY = Reason(
@@ -925,8 +1069,12 @@ FEW_DESCRIPTORS = Reason(
     "raise the limit of open files: ulimit -n 1024",
     "VIR_ERR_SYSTEM_ERROR",
 )
-NO_GUEST = Reason("no-guest", "there is no {arch} guest in {folder}", "run scripts/build-guest {arch}")
-NO_QEMU = Reason("no-qemu", "there is no qemu-system-{arch} on this host", "run scripts/demo, or scripts/setup")
+NO_GUEST = Reason(
+    "no-guest", "there is no {arch} guest in {folder}", "run scripts/build-guest {arch}"
+)
+NO_QEMU = Reason(
+    "no-qemu", "there is no qemu-system-{arch} on this host", "run scripts/demo, or scripts/setup"
+)
 NO_LIBVIRTD = Reason(
     "libvirtd",
     "the program 'libvirtd' is not installed",

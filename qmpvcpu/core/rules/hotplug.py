@@ -39,7 +39,11 @@ def check_plug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal]:
     if not entities:
         return []
     if not state.can_plug:
-        return [catalogue.NO_HOTPLUG(_ids(entities), machine=state.machine, arch=state.arch, done="plugged")]
+        return [
+            catalogue.NO_HOTPLUG(
+                _ids(entities), machine=state.machine, arch=state.arch, done="plugged"
+            )
+        ]
     unseen = [entity for entity in entities if not entity.hotpluggable]
     return [catalogue.UNSEEN(_ids(unseen))] if unseen else []
 
@@ -49,7 +53,11 @@ def check_unplug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal
     if not entities:
         return []
     if not state.can_plug:
-        return [catalogue.NO_HOTPLUG(_ids(entities), machine=state.machine, arch=state.arch, done="unplugged")]
+        return [
+            catalogue.NO_HOTPLUG(
+                _ids(entities), machine=state.machine, arch=state.arch, done="unplugged"
+            )
+        ]
     if not state.can_unplug:
         return [catalogue.NO_UNPLUG(_ids(entities), machine=state.machine, arch=state.arch)]
     return [_never_unplugged(entity) for entity in entities if not entity.hotpluggable]
@@ -58,12 +66,18 @@ def check_unplug(state: DomainState, entities: Sequence[Entity]) -> list[Refusal
 def _never_unplugged(entity: Entity) -> Refusal:
     if entity.id and entity.driver == LIBVIRT_DRIVER:
         return catalogue.NOT_A_DEVICE(entity.ids, label=entity.label)
-    return catalogue.BOOT_CPU(entity.ids, label=entity.label, verb="include" if len(entity.ids) > 1 else "is")
+    return catalogue.BOOT_CPU(
+        entity.ids, label=entity.label, verb="include" if len(entity.ids) > 1 else "is"
+    )
 
 
 def _big_apic_ids(state: DomainState, entities: Iterable[Entity]) -> list[Entity]:
     """The entities whose APIC id needs x2apic, on a QEMU that does not check for it."""
-    if state.topology is None or state.topology.x86_apic_limit <= 255 or not decides(state, Fact.APIC_255):
+    if (
+        state.topology is None
+        or state.topology.x86_apic_limit <= 255
+        or not decides(state, Fact.APIC_255)
+    ):
         return []
     return [entity for entity in entities if (state.x86_apic_id(entity) or 0) >= 255]
 
@@ -73,7 +87,9 @@ def needs_x2apic(state: DomainState, entities: Iterable[Entity]) -> bool:
     return bool(_big_apic_ids(state, entities))
 
 
-def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
+def check_kills_on_plug(
+    state: DomainState, entities: Sequence[Entity], known: Knowledge
+) -> list[Refusal]:
     """Refuse plugs that are known to end QEMU."""
     if not entities:
         return []
@@ -86,7 +102,9 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
         Fact.SMM: known.smm is True,
         Fact.MULTI_THREAD: run_out,
         # QEMU does not report how many are used up: the removals that were seen give a lower bound.
-        Fact.NO_CONTEXTS: run_out and known.contexts_lost > 0 and used + len(_ids(entities)) > state.maxcpus,
+        Fact.NO_CONTEXTS: run_out
+        and known.contexts_lost > 0
+        and used + len(_ids(entities)) > state.maxcpus,
     }
     return [
         refusal_of(row, state, _ids(big if Fact.APIC_255 in row.facts else entities), used=used)
@@ -94,7 +112,9 @@ def check_kills_on_plug(state: DomainState, entities: Sequence[Entity], known: K
     ]
 
 
-def check_hotplug_mode(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
+def check_hotplug_mode(
+    state: DomainState, entities: Sequence[Entity], known: Knowledge
+) -> list[Refusal]:
     """Refuse unplugs that QEMU rejects in any case; the agent may take the CPU offline instead."""
     if not entities or not known.legacy_hotplug:
         return []
@@ -105,7 +125,9 @@ def check_hotplug_mode(state: DomainState, entities: Sequence[Entity], known: Kn
     ]
 
 
-def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> list[Refusal]:
+def check_kills_on_unplug(
+    state: DomainState, entities: Sequence[Entity], known: Knowledge
+) -> list[Refusal]:
     """Refuse unplugs that are known to end QEMU."""
     if not entities:
         return []
@@ -127,7 +149,9 @@ def check_kills_on_unplug(state: DomainState, entities: Sequence[Entity], known:
     return found
 
 
-def refusal_of(row: Quirk, state: DomainState, ids: tuple[int, ...] = (), *, used: int = 0) -> Refusal:
+def refusal_of(
+    row: Quirk, state: DomainState, ids: tuple[int, ...] = (), *, used: int = 0
+) -> Refusal:
     """The refusal because of a defect; it can be forced.
 
     Args:
@@ -172,7 +196,9 @@ def _ids(entities: Iterable[Entity]) -> tuple[int, ...]:
     return tuple(number for entity in entities for number in entity.ids)
 
 
-def restore_forbidden(state: DomainState, entities: Sequence[Entity], known: Knowledge) -> str | None:
+def restore_forbidden(
+    state: DomainState, entities: Sequence[Entity], known: Knowledge
+) -> str | None:
     """Why entities that were removed must not be plugged back on this machine; None if they may."""
     kills = check_kills_on_plug(state, entities, known)
     return kills[0].message if kills else None

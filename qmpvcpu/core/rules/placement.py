@@ -62,7 +62,12 @@ class Placement:
     def to_json(self) -> dict[str, Any]:
         """The settings as JSON data: `cpus` and `mems` as the kernel writes lists."""
         lists = {"cpus": self.cpus, "mems": self.mems}
-        values = {"scheduler": self.scheduler, "period": self.period, "quota": self.quota, "shares": self.shares}
+        values = {
+            "scheduler": self.scheduler,
+            "period": self.period,
+            "quota": self.quota,
+            "shares": self.shares,
+        }
         return {
             **{name: format_ids(value) for name, value in lists.items() if value is not None},
             **{name: value for name, value in values.items() if value is not None},
@@ -72,10 +77,18 @@ class Placement:
         return self != Placement()
 
     def __str__(self) -> str:
-        words = [] if self.cpus is None else [f"CPU {format_ids(self.cpus)}" if self.cpus else "every CPU"]
+        words = (
+            []
+            if self.cpus is None
+            else [f"CPU {format_ids(self.cpus)}" if self.cpus else "every CPU"]
+        )
         words += [self.scheduler] if self.scheduler is not None else []
         words += [f"memory of node {format_ids(self.mems)}"] if self.mems is not None else []
-        for name, value in (("period", self.period), ("quota", self.quota), ("shares", self.shares)):
+        for name, value in (
+            ("period", self.period),
+            ("quota", self.quota),
+            ("shares", self.shares),
+        ):
             words += [f"{name} {value}"] if value is not None else []
         return ", ".join(words)
 
@@ -162,7 +175,9 @@ def check_emulator(emulator: Placement, facts: HostFacts | None) -> list[Refusal
         return []
     return [
         replace(
-            one, ids=(), message=one.message.replace("vCPU 0", "the emulator").replace("vcpupin", "emulatorpin")
+            one,
+            ids=(),
+            message=one.message.replace("vCPU 0", "the emulator").replace("vcpupin", "emulatorpin"),
         )
         for one in check_placements({0: emulator} if emulator else {}, facts)
     ]
@@ -186,9 +201,13 @@ def check_placements(wanted: Mapping[int, Placement], facts: HostFacts | None) -
         found.append(catalogue.PLACE_NOT_OWNER(moved))
     cpuset = facts.controls.get("cpuset", Control())
     for cpus, ids in _groups(wanted, lambda p: p.cpus):
-        found += _within(ids, cpus, "pinned to host CPU", facts.online, cpuset.cpus, cpuset.path, "<vcpupin>")
+        found += _within(
+            ids, cpus, "pinned to host CPU", facts.online, cpuset.cpus, cpuset.path, "<vcpupin>"
+        )
     for mems, ids in _groups(wanted, lambda p: p.mems):
-        found += _within(ids, mems, "bound to host NUMA node", None, cpuset.mems, cpuset.path, "<numatune>")
+        found += _within(
+            ids, mems, "bound to host NUMA node", None, cpuset.mems, cpuset.path, "<numatune>"
+        )
     for name in ("cpuset", "cpu"):
         ids = tuple(n for n in sorted(wanted) if name in wanted[n].controllers)
         control = facts.controls.get(
@@ -244,7 +263,11 @@ def _within(
 ) -> list[Refusal]:
     """Refuse host CPUs or nodes that are not there, or may not be used."""
     if online is not None and (missing := [number for number in wanted if number not in online]):
-        return [catalogue.PLACE_OFFLINE(ids, how=how, missing=missing, there=sorted(online), element=element)]
+        return [
+            catalogue.PLACE_OFFLINE(
+                ids, how=how, missing=missing, there=sorted(online), element=element
+            )
+        ]
     if allowed is not None and (missing := [number for number in wanted if number not in allowed]):
         return [
             catalogue.PLACE_OUTSIDE(
@@ -278,21 +301,31 @@ def is_unplaced(placement: Placement, thread: ThreadState, main: ThreadState) ->
     What somebody else has set since is left alone.
     """
     is_loose = thread.cpus == main.cpus and bool(placement.cpus) and thread.cpus != placement.cpus
-    is_plain = thread.scheduler == main.scheduler and placement.scheduler not in (None, thread.scheduler)
+    is_plain = thread.scheduler == main.scheduler and placement.scheduler not in (
+        None,
+        thread.scheduler,
+    )
     return is_loose or is_plain
 
 
 def with_thread(vcpu: Vcpu, thread: ThreadState) -> Vcpu:
     """The vCPU with the settings of its thread."""
-    return replace(vcpu, pin=format_ids(thread.cpus), scheduler=thread.scheduler, cpu=thread.last_cpu)
+    return replace(
+        vcpu, pin=format_ids(thread.cpus), scheduler=thread.scheduler, cpu=thread.last_cpu
+    )
 
 
 def with_threads(state: DomainState, threads: Mapping[int, ThreadState]) -> DomainState:
     """The state with the settings of its vCPUs' threads, which are given by thread id."""
     if not threads:
         return state
-    found = [(vcpu, threads.get(vcpu.thread_id) if vcpu.thread_id is not None else None) for vcpu in state.vcpus]
+    found = [
+        (vcpu, threads.get(vcpu.thread_id) if vcpu.thread_id is not None else None)
+        for vcpu in state.vcpus
+    ]
     return replace(
         state,
-        vcpus=tuple(with_thread(vcpu, thread) if thread is not None else vcpu for vcpu, thread in found),
+        vcpus=tuple(
+            with_thread(vcpu, thread) if thread is not None else vcpu for vcpu, thread in found
+        ),
     )

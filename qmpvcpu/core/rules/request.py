@@ -41,7 +41,9 @@ def check_flags(flags: VcpuFlag, *, is_query: bool | None = None) -> list[Refusa
         found.append(catalogue.ENABLE_AND_DISABLE())
     if flags & VcpuFlag.GUEST:
         found += [
-            catalogue.GUEST_AND_ANOTHER(flag=flag.name, why=why) for flag, why in _NOT_WITH_GUEST if flags & flag
+            catalogue.GUEST_AND_ANOTHER(flag=flag.name, why=why)
+            for flag, why in _NOT_WITH_GUEST
+            if flags & flag
         ]
     if is_query is None:
         is_query = not flags & (VcpuFlag.ENABLE | VcpuFlag.DISABLE)
@@ -105,4 +107,8 @@ def check_range(state: DomainState, ids: Iterable[int]) -> list[Refusal]:
 
 def check_count(total: int, most: int) -> list[Refusal]:
     """Why a libvirt driver that knows only the number of vCPUs cannot reach this number."""
-    return [] if 1 <= total <= max(most, 1) else [catalogue.OVER_LIBVIRT_MAXIMUM(total=total, most=most)]
+    return (
+        []
+        if 1 <= total <= max(most, 1)
+        else [catalogue.OVER_LIBVIRT_MAXIMUM(total=total, most=most)]
+    )

@@ -32,7 +32,11 @@ def choose(
         wants, found = resolve(state, request, known)
         return tuple(wants), wants, found
     targets, found = select(state, request, known.guest)
-    return targets, dict.fromkeys(targets, request.enable) if request.enable != request.disable else {}, found
+    return (
+        targets,
+        dict.fromkeys(targets, request.enable) if request.enable != request.disable else {},
+        found,
+    )
 
 
 def select(
@@ -64,7 +68,9 @@ def select_listed(state: DomainState, request: Request) -> tuple[tuple[int, ...]
         place = request.listed.place or "the file"
         return (), [catalogue.LISTED(place=place, count=len(listed), maxcpus=state.maxcpus)]
     mixed = [
-        catalogue.LISTED_PART(entity.ids, label=entity.label, place=request.listed.place or "the file")
+        catalogue.LISTED_PART(
+            entity.ids, label=entity.label, place=request.listed.place or "the file"
+        )
         for entity in state.entities
         if len({listed[number].enabled for number in entity.ids}) > 1
     ]
@@ -118,7 +124,9 @@ def _select_of_node(
         groups.reverse()
     # Disabling takes one whose unplug is pending first, so that no other goes; enabling takes it
     # last.
-    groups.sort(key=lambda group: any(state.vcpus[number].pending for number in group) is request.enable)
+    groups.sort(
+        key=lambda group: any(state.vcpus[number].pending for number in group) is request.enable
+    )
     if len(groups) < count:
         kind = f"disabled {unit}s" if request.enable else f"enabled {unit}s that can be unplugged"
         return (), [catalogue.NODE_TOO_SMALL(node=node, found=len(groups), kind=kind, count=count)]
@@ -130,7 +138,9 @@ def _wanted(state: DomainState, vcpu: Vcpu, request: Request, guest: GuestView |
     if request.disable:
         return vcpu.enabled and state.by_id[vcpu.id].hotpluggable
     # One that is plugged, but offline in the guest, does not count as enabled.
-    return not vcpu.enabled or vcpu.pending or (guest is not None and guest.online(vcpu.id) is False)
+    return (
+        not vcpu.enabled or vcpu.pending or (guest is not None and guest.online(vcpu.id) is False)
+    )
 
 
 def _cores_of_node(
@@ -153,7 +163,9 @@ def _cores_of_node(
     return found
 
 
-def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tuple[dict[int, bool], list[Refusal]]:
+def resolve_total(
+    state: DomainState, request: Request, known: Knowledge
+) -> tuple[dict[int, bool], list[Refusal]]:
     """`set_vcpus`: which vCPUs must be enabled to make `request.total` of them, or why that cannot
     be.
 
@@ -182,7 +194,9 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
         candidates = leaving + [entity for entity in state.entities if not entity.plugged]
     else:
         # On a machine that never unplugs, the checks of `rules.hotplug` say so.
-        candidates = [e for e in reversed(staying) if e.hotpluggable or (not state.can_unplug and e.id != 0)]
+        candidates = [
+            e for e in reversed(staying) if e.hotpluggable or (not state.can_unplug and e.id != 0)
+        ]
     below = above = now
     for entity in candidates:
         if now == total:
@@ -196,7 +210,9 @@ def resolve_total(state: DomainState, request: Request, known: Knowledge) -> tup
     if now == total:
         return wants, []
     if candidates and below < total < above:
-        return {}, [catalogue.WHOLE_CORES(total=total, size=above - below, below=below, above=above)]
+        return {}, [
+            catalogue.WHOLE_CORES(total=total, size=above - below, below=below, above=above)
+        ]
     return {}, [catalogue.FEWEST(total=total, fewest=now)]
 
 
@@ -242,6 +258,9 @@ def guest_total(view: GuestView, total: int) -> tuple[tuple[int, ...], bool, lis
     )
     wanted = abs(total - len(online_cpus))
     if total < 1 or wanted > len(some):
-        least, most = len(online_cpus) - sum(cpu.can_offline is not False for cpu in online_cpus), len(view.cpus)
+        least, most = (
+            len(online_cpus) - sum(cpu.can_offline is not False for cpu in online_cpus),
+            len(view.cpus),
+        )
         return (), online, [catalogue.GUEST_CPUS_TOTAL(total=total, least=max(least, 1), most=most)]
     return tuple(sorted(cpu.logical_id for cpu in some[:wanted])), online, []

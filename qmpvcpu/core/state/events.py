@@ -130,7 +130,12 @@ def _ost(info: object, names: Names) -> Signal | None:
         return None
     source, status = info.get("source"), info.get("status")
     # "Done" (0) comes before the CPU is removed, and once more without a device after that.
-    if type(source) is not int or type(status) is not int or source not in _EJECT_SOURCES or status == 0:
+    if (
+        type(source) is not int
+        or type(status) is not int
+        or source not in _EJECT_SOURCES
+        or status == 0
+    ):
         return Signal(SignalKind.REFRESH)
     # A CPU without a device id is named only by its slot.
     entity = names.of(info) or names.of_slot(info.get("slot"))
@@ -272,7 +277,9 @@ class Departures:
             elif _is_name(device):
                 # Only libvirt sends events without a path. Of its aliases only those of CPUs look
                 # like our ids.
-                self._hear_deleted(PERIPHERAL + device, time, own, is_cpu=bool(_OUR_ID.fullmatch(device)))
+                self._hear_deleted(
+                    PERIPHERAL + device, time, own, is_cpu=bool(_OUR_ID.fullmatch(device))
+                )
 
     def decide(
         self, before: DomainState, after: DomainState, heard: int, *, has_removed: bool = True
@@ -308,7 +315,10 @@ class Departures:
                 continue
             entity = was.get(one.path) or now.get(one.path)
             if (ids := self._ids(one, entity, before, after)) is not None:
-                detail = f"device '{one.path.removeprefix(PERIPHERAL)}', plugged and removed between two queries"
+                detail = (
+                    f"device '{one.path.removeprefix(PERIPHERAL)}', plugged and removed"
+                    " between two queries"
+                )
                 # QEMU sends no event for a plug: what was removed had been plugged.
                 found += [Event(one.time, EventKind.ADDED, vcpus, detail) for vcpus in ids if vcpus]
                 found += [Event(one.time, EventKind.REMOVED, vcpus, detail) for vcpus in ids]
@@ -358,7 +368,9 @@ class Departures:
     def _ids(
         self, one: _Departure, entity: Entity | None, before: DomainState, after: DomainState
     ) -> list[tuple[int, ...]] | None:
-        """Its vCPU ids, one a row; an empty row if they are not known; None if it may not be a CPU."""
+        """Its vCPU ids, one a row; an empty row if they are not known; None if it may not be a
+        CPU.
+        """
         if entity is None:
             if not one.is_cpu and one.slot is None:
                 return None
@@ -391,7 +403,9 @@ def _left(before: DomainState, after: DomainState) -> list[str]:
 
 
 def _by_path(state: DomainState) -> dict[str, Entity]:
-    return {one.qom_path or PERIPHERAL + one.device_id: one for one in state.entities if one.plugged}
+    return {
+        one.qom_path or PERIPHERAL + one.device_id: one for one in state.entities if one.plugged
+    }
 
 
 def _forget(kept: dict[str, Any]) -> None:

@@ -43,9 +43,16 @@ def running_state(
         config = definition.vcpus[entity.id]
         plugged = config.enabled and entity.id not in removed_ids
         # libvirt takes such a vCPU for plugged, and so cannot plug it.
-        can_come, can_go = base.can_plug and entity.id not in removed_ids, base.can_unplug and config.hotpluggable
+        can_come, can_go = (
+            base.can_plug and entity.id not in removed_ids,
+            base.can_unplug and config.hotpluggable,
+        )
         pluggable = can_go if plugged else can_come
-        path = (PERIPHERAL if config.hotpluggable else _UNNAMED) + entity.device_id if plugged else None
+        path = (
+            (PERIPHERAL if config.hotpluggable else _UNNAMED) + entity.device_id
+            if plugged
+            else None
+        )
         props = _props(base, entity.id, entity.node)
         entities.append(
             replace(
@@ -68,7 +75,9 @@ def running_state(
             )
             for number in entity.ids
         ]
-    return replace(base, version=version, run_state=run_state, entities=tuple(entities), vcpus=tuple(vcpus))
+    return replace(
+        base, version=version, run_state=run_state, entities=tuple(entities), vcpus=tuple(vcpus)
+    )
 
 
 def _props(state: DomainState, first: int, node: int | None) -> Props:

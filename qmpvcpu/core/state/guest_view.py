@@ -29,7 +29,11 @@ class GuestCpu:
 
     def to_json(self) -> dict[str, Any]:
         """One row of `guestvcpus --json`."""
-        return {"logical_id": self.logical_id, "online": self.online, "can_offline": self.can_offline}
+        return {
+            "logical_id": self.logical_id,
+            "online": self.online,
+            "can_offline": self.can_offline,
+        }
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,7 +84,9 @@ class GuestView:
 
     def vcpu_of(self, logical_id: int) -> int | None:
         """The vCPU that is the guest's CPU of this id."""
-        return next((vcpu for vcpu, cpu in self.by_vcpu.items() if cpu.logical_id == logical_id), None)
+        return next(
+            (vcpu for vcpu, cpu in self.by_vcpu.items() if cpu.logical_id == logical_id), None
+        )
 
 
 def parse_guest_vcpus(reply: object, most: int = _MOST) -> tuple[GuestCpu, ...]:
@@ -98,7 +104,11 @@ def parse_guest_vcpus(reply: object, most: int = _MOST) -> tuple[GuestCpu, ...]:
     for row in reply:
         if not isinstance(row, dict):
             raise _nonsense("an entry is not an object")
-        number, online, can_offline = row.get("logical-id"), row.get("online"), row.get("can-offline")
+        number, online, can_offline = (
+            row.get("logical-id"),
+            row.get("online"),
+            row.get("can-offline"),
+        )
         if type(number) is not int or not 0 <= number < _MOST or type(online) is not bool:
             raise _nonsense("a CPU has no id or no state")
         if number in found:
@@ -128,7 +138,9 @@ def is_port_open(chardevs: object, path: str) -> bool | None:
     for row in chardevs if isinstance(chardevs, list) else ():
         filename = row.get("filename") if isinstance(row, dict) else None
         # Options follow the path: ",server=on".
-        if isinstance(filename, str) and f"{filename.removeprefix('disconnected:')},".startswith(f"unix:{path},"):
+        if isinstance(filename, str) and f"{filename.removeprefix('disconnected:')},".startswith(
+            f"unix:{path},"
+        ):
             is_open = row.get("frontend-open")
             return is_open if isinstance(is_open, bool) else None
     return None
@@ -173,7 +185,9 @@ def identity_files(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, in
 
 def identity_limits(state: DomainState, cpus: Iterable[GuestCpu]) -> dict[str, int]:
     """The same files -> the most bytes that each can have."""
-    return {path: _OF_ALL if n is None else _OF_ONE for path, n in identity_files(state, cpus).items()}
+    return {
+        path: _OF_ALL if n is None else _OF_ONE for path, n in identity_files(state, cpus).items()
+    }
 
 
 _ACPI_PATH: Final = re.compile(r"\.C([0-9A-F]{3})\s*\Z")
@@ -197,12 +211,16 @@ def identify(
     wanted = identity_files(state, cpus)
     present = _cpu_list(files.get(PRESENT))
     there = [cpu for cpu in cpus if present is None or cpu.logical_id in present]
-    facts = _facts(state, {n: files.get(path) for path, n in wanted.items() if n is not None}, files, vsmt)
+    facts = _facts(
+        state, {n: files.get(path) for path, n in wanted.items() if n is not None}, files, vsmt
+    )
     if not facts:
         return _assume(state, cpus, there)
     named = grouped((facts.get(cpu.logical_id), cpu) for cpu in there)
     by_vcpu = {n: named[n][0] for n in state.enabled_ids if len(named.get(n, ())) == 1}
-    return GuestView(tuple(cpus), by_vcpu, strays=len(there) - len(by_vcpu), all_online=_all_online(state, cpus))
+    return GuestView(
+        tuple(cpus), by_vcpu, strays=len(there) - len(by_vcpu), all_online=_all_online(state, cpus)
+    )
 
 
 def _all_online(state: DomainState, cpus: Sequence[GuestCpu]) -> frozenset[int]:
@@ -221,11 +239,16 @@ def newcomers(before: GuestView, now: GuestView, *, lists_all: bool) -> tuple[Gu
             online.
     """
     known = before.online_ids if lists_all else frozenset(cpu.logical_id for cpu in before.cpus)
-    return tuple(cpu for cpu in now.cpus if cpu.logical_id not in known and (cpu.online or not lists_all))
+    return tuple(
+        cpu for cpu in now.cpus if cpu.logical_id not in known and (cpu.online or not lists_all)
+    )
 
 
 def _facts(
-    state: DomainState, contents: Mapping[int, bytes | None], files: Mapping[str, bytes | None], vsmt: int | None
+    state: DomainState,
+    contents: Mapping[int, bytes | None],
+    files: Mapping[str, bytes | None],
+    vsmt: int | None,
 ) -> dict[int, int]:
     """Logical id -> vCPU id, from the guest's files; not yet checked against the enabled vCPUs.
 
@@ -235,24 +258,36 @@ def _facts(
     if identity is Identity.APIC_ID:
         by_apic = {state.x86_apic_id(entity): entity.id for entity in state.entities}
         apics = _cpuinfo_apic_ids(files.get(CPUINFO) or b"")
-        return {n: by_apic[apic] for n, apic in apics.items() if apic in by_apic} | _by_acpi_path(contents)
+        return {n: by_apic[apic] for n, apic in apics.items() if apic in by_apic} | _by_acpi_path(
+            contents
+        )
     if identity is Identity.ACPI_PATH:
         return _by_acpi_path(contents)
     if identity is Identity.DEVICE_TREE:
         return _by_rank(
-            {n: _number(text, big_endian=True) for n, text in contents.items()}, len(state.enabled_ids)
+            {n: _number(text, big_endian=True) for n, text in contents.items()},
+            len(state.enabled_ids),
         )
     numbers = {n: number for n, text in contents.items() if (number := _number(text)) is not None}
     if identity is Identity.CORE_ID:
-        by_core = {e.props["core-id"]: e.id for e in state.entities if e.props and "core-id" in e.props}
+        by_core = {
+            e.props["core-id"]: e.id for e in state.entities if e.props and "core-id" in e.props
+        }
         return {n: by_core[number] for n, number in numbers.items() if number in by_core}
     if vsmt is None:
         return {}  # not pseries: the meaning of the number is not known
-    return {n: vcpu for n, number in numbers.items() if (vcpu := _of_physical(state, number, vsmt)) is not None}
+    return {
+        n: vcpu
+        for n, number in numbers.items()
+        if (vcpu := _of_physical(state, number, vsmt)) is not None
+    }
 
 
 def _by_acpi_path(contents: Mapping[int, bytes | None]) -> dict[int, int]:
-    found = {n: _ACPI_PATH.search((text or b"")[:200].decode("ascii", "replace")) for n, text in contents.items()}
+    found = {
+        n: _ACPI_PATH.search((text or b"")[:200].decode("ascii", "replace"))
+        for n, text in contents.items()
+    }
     return {n: int(match[1], 16) for n, match in found.items() if match}
 
 
@@ -325,7 +360,9 @@ def _assume(state: DomainState, cpus: Sequence[GuestCpu], there: Sequence[GuestC
     """
     numbers = [cpu.logical_id for cpu in there]
     plugged = [e for e in state.entities if e.qom_path is not None and "/peripheral" in e.qom_path]
-    unknown = GuestView(tuple(cpus), {}, assumed=True, strays=len(there), all_online=_all_online(state, cpus))
+    unknown = GuestView(
+        tuple(cpus), {}, assumed=True, strays=len(there), all_online=_all_online(state, cpus)
+    )
     has_gap = not numbers == list(state.enabled_ids) == list(range(len(numbers)))
     if has_gap or len(plugged) > 1 or not architecture(state.arch).boots_on_first:
         return unknown

@@ -75,7 +75,11 @@ def short(value: object) -> str:
     """A value as a short text for a message."""
     if isinstance(value, str):
         value = value[:60]
-    text = repr(value) if isinstance(value, str | int | float | bool | None) else f"a {type(value).__name__}"
+    text = (
+        repr(value)
+        if isinstance(value, str | int | float | bool | None)
+        else f"a {type(value).__name__}"
+    )
     return text if len(text) <= 60 else text[:57] + "..."
 
 
@@ -99,7 +103,8 @@ def _malformed(command: str, what: str) -> VcpuConnectionError:
         f"{command}: {what}",
         reason="malformed",
         libvirt="VIR_ERR_INTERNAL_ERROR",
-        hint="check that this socket is QEMU's: run again with --qmp-log FILE and look at the reply",
+        hint="check that this socket is QEMU's: run again with --qmp-log FILE and look at the"
+        " reply",
     )
 
 
@@ -124,7 +129,9 @@ def _integer(command: str, row: Mapping[str, Any], key: str, low: int = 0) -> in
 def _string(command: str, row: Mapping[str, Any], key: str) -> str:
     value = row.get(key)
     if not isinstance(value, str) or not 0 < len(value) <= LONGEST_TEXT:
-        raise _malformed(command, f"'{key}' is {short(value)}, not a text of at most {LONGEST_TEXT} characters")
+        raise _malformed(
+            command, f"'{key}' is {short(value)}, not a text of at most {LONGEST_TEXT} characters"
+        )
     return value
 
 
@@ -135,7 +142,11 @@ def _props(command: str, value: object) -> Props:
     for key, item in value.items():
         is_place = key in PLACE_PROPS or key == "node-id"
         is_long = len(key) > LONGEST_TEXT or (isinstance(item, str) and len(item) > LONGEST_TEXT)
-        if not isinstance(item, int | str) or is_long or (is_place and (type(item) is not int or item < 0)):
+        if (
+            not isinstance(item, int | str)
+            or is_long
+            or (is_place and (type(item) is not int or item < 0))
+        ):
             raise _malformed(command, f"'props' has {short(key)}: {short(item)}")
     return Props(value)
 
@@ -196,13 +207,17 @@ def parse_version(greeting: object) -> QemuVersion:
     """QEMU's version out of the `QMP` member of the greeting."""
     try:
         numbers = greeting["version"]["qemu"]  # type: ignore[index]
-        return QemuVersion(*(_integer("greeting", numbers, key) for key in ("major", "minor", "micro")))
+        return QemuVersion(
+            *(_integer("greeting", numbers, key) for key in ("major", "minor", "micro"))
+        )
     except (KeyError, TypeError, AttributeError) as error:
         raise _malformed("greeting", "it has no QEMU version") from error
 
 
 def parse_topology(reply: object) -> Topology | None:
-    """`qom-get /machine smp`; None where this machine has no such property or too old a form of it."""
+    """`qom-get /machine smp`; None where this machine has no such property or too old a form of
+    it.
+    """
     if not isinstance(reply, dict) or "maxcpus" not in reply:
         return None
     command = "qom-get /machine smp"
@@ -248,7 +263,8 @@ def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tup
     for (address, slot), (other, _) in pairwise(ordered):
         if address == other:
             raise _malformed(
-                "query-hotpluggable-cpus", f"two slots have the address {short(str(dict(slot.props)))}"
+                "query-hotpluggable-cpus",
+                f"two slots have the address {short(str(dict(slot.props)))}",
             )
     entity_ids = accumulate((slot.vcpus_count for _, slot in ordered), initial=0)
     # The boot CPU is the first slot on every machine that can unplug: "Boot CPU is unpluggable"
@@ -272,7 +288,9 @@ def entities_of_slots(slots: Iterable[HotpluggableCpu], can_unplug: bool) -> tup
     return tuple(entities)
 
 
-def entities_without_slots(cpus: Sequence[CpuInfoFast], topology: Topology | None) -> tuple[Entity, ...]:
+def entities_without_slots(
+    cpus: Sequence[CpuInfoFast], topology: Topology | None
+) -> tuple[Entity, ...]:
     """A machine without CPU hotplug: what `query-cpus-fast` lists, then ids that can never be
     plugged.
     """
@@ -352,7 +370,8 @@ def refresh_state(
             entity = replace(
                 entity,
                 qom_path=now,
-                hotpluggable=state.can_plug and (now is None or (state.can_unplug and entity.id != 0)),
+                hotpluggable=state.can_plug
+                and (now is None or (state.can_unplug and entity.id != 0)),
             )
         entities.append(entity)
     return _assemble(
@@ -382,7 +401,8 @@ def _assemble(
     if paths != plugged.by_path.keys():
         odd = sorted(paths ^ plugged.by_path.keys())[:4]
         raise InconsistentReplies(
-            f"query-hotpluggable-cpus and query-cpus-fast do not agree on {', '.join(path[:200] for path in odd)}",
+            "query-hotpluggable-cpus and query-cpus-fast do not agree on"
+            f" {', '.join(path[:200] for path in odd)}",
             reason="malformed",
             hint="try again: another client is plugging or unplugging vCPUs",
         )

@@ -82,7 +82,9 @@ def unplug_of(entity: Entity, state: DomainState, requested: float) -> PendingUn
     """The unplug of an entity that is, or may just have been, plugged."""
     now = state.by_id.get(entity.id, entity)
     path = now.qom_path or f"/machine/peripheral/{entity.device_id}"
-    return PendingUnplug(entity.id, path, state.vcpus[entity.id].thread_id if now.plugged else None, requested)
+    return PendingUnplug(
+        entity.id, path, state.vcpus[entity.id].thread_id if now.plugged else None, requested
+    )
 
 
 def is_open(unplug: PendingUnplug, state: DomainState) -> bool:

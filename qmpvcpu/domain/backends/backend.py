@@ -1,4 +1,6 @@
-"""The interface of a domain's connection: one interface, with QMP and libvirt as its two implementations."""
+"""The interface of a domain's connection: one interface, with QMP and libvirt as its two
+implementations.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +18,8 @@ from qmpvcpu.flags import VcpuFlag
 
 
 class Backend(ABC):
-    """A way to one domain. What it says here is what a backend does that has nothing of its own to add.
+    """A way to one domain. What it says here is what a backend does that has nothing of its own to
+    add.
 
     The domain holds its queue while it calls anything but `unreached`, `closed` and `notes`.
     """
@@ -44,7 +47,9 @@ class Backend(ABC):
         return ()
 
     async def refresh(self, reached: Reached) -> Reached | None:
-        """Before each call: the domain as it is now; None if it was started meanwhile (it is reached again)."""
+        """Before each call: the domain as it is now; None if it was started meanwhile (it is
+        reached again).
+        """
         return reached
 
     def closed(self, reached: Reached) -> Reached:
@@ -62,10 +67,14 @@ class Backend(ABC):
         """What `change` would do, and every reason why not; touches nothing."""
         return await reached.plan(request)
 
-    async def pin(self, reached: Reached, request: Request, cpus: tuple[int, ...] | None) -> Outcome:
+    async def pin(
+        self, reached: Reached, request: Request, cpus: tuple[int, ...] | None
+    ) -> Outcome:
         """Pin the one vCPU of the request; None: to all host CPUs."""
         return await reached.pin(request, cpus)
 
-    async def dump_xml(self, reached: Reached, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
+    async def dump_xml(
+        self, reached: Reached, flags: VcpuFlag, dialect: str | None, detail: str | None
+    ) -> bytes:
         """The XML of the side that `flags` name."""
         return await reached.dump_xml(flags, dialect, detail)

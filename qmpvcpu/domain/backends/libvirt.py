@@ -40,15 +40,19 @@ from qmpvcpu.libvirt.passthrough import PassedMonitor
 from qmpvcpu.ports import CommandError, Monitor
 from qmpvcpu.qemu.agent import AgentClient
 
-#: How to reach a libvirt domain: through libvirt's API, or with our own engine through its QEMU monitor.
+#: How to reach a libvirt domain: through libvirt's API, or with our own engine through its QEMU
+#: monitor.
 Via = Literal["api", "monitor"]
 
 #: Reported for every connection through the monitor.
 TAINTED: Final = (
-    "through its monitor: libvirt marks the domain tainted (custom-monitor), and its XML does not follow what is"
+    "through its monitor: libvirt marks the domain tainted (custom-monitor), and its XML does not"
+    " follow what is"
     " plugged and unplugged"
 )
-_UNSEEN: Final = "vCPU {} was unplugged, and libvirt's XML still has it: under TCG libvirt does not notice it"
+_UNSEEN: Final = (
+    "vCPU {} was unplugged, and libvirt's XML still has it: under TCG libvirt does not notice it"
+)
 _DOUBTFUL: Final = (
     "one of vCPU {} may have been unplugged: libvirt gives them the same order, and does not notice"
     " the end of an unplug under TCG; --via monitor asks QEMU"
@@ -103,7 +107,7 @@ class LibvirtBackend(Backend):
         """Return what is known of the domain before it is reached."""
         return Reached(self._name, addresses=(self._uri,))
 
-    # -- connecting ---------------------------------------------------------------------------------
+    # -- connecting --------------------------------------------------------------------------------
 
     async def reach(self, bus: EventBus, queue: asyncio.Lock, last: Session | None) -> Reached:
         """See `Backend`."""
@@ -118,9 +122,13 @@ class LibvirtBackend(Backend):
             await aio.finish(connection.close())
             raise
 
-    async def _reach(self, opened: _Open, bus: EventBus, queue: asyncio.Lock, last: Session | None) -> Reached:
+    async def _reach(
+        self, opened: _Open, bus: EventBus, queue: asyncio.Lock, last: Session | None
+    ) -> Reached:
         live, inactive = await opened.guest.sides()
-        reached = replace(self.unreached(), definition=opened.definition(inactive), is_inactive=live is None)
+        reached = replace(
+            self.unreached(), definition=opened.definition(inactive), is_inactive=live is None
+        )
         if live is None:
             return reached
 
@@ -152,7 +160,9 @@ class LibvirtBackend(Backend):
             await opened.connection.query("virDomainQemuMonitorCommand", lambda: passed.start(loop))
             return passed
         monitor = ApiMonitor(opened.guest)
-        await opened.connection.query("virConnectDomainEventRegisterAny", lambda: monitor.start(loop))
+        await opened.connection.query(
+            "virConnectDomainEventRegisterAny", lambda: monitor.start(loop)
+        )
         return monitor
 
     async def refresh(self, reached: Reached) -> Reached | None:
@@ -180,7 +190,7 @@ class LibvirtBackend(Backend):
         if opened is not None:
             await opened.connection.close()
 
-    # -- calls --------------------------------------------------------------------------------------
+    # -- calls -------------------------------------------------------------------------------------
 
     async def change(self, reached: Reached, request: Request) -> Outcome:
         """See `Backend`."""
@@ -204,12 +214,16 @@ class LibvirtBackend(Backend):
         if self._counts_only(reached) and not request.is_query:
             refusals = self._against_count(reached, request)
             says = (f"virDomainSetVcpusFlags {request.total}",) if request.total is not None else ()
-            return Plan(request, () if says else request.ids, refusals=tuple(refusals), messages=says)
+            return Plan(
+                request, () if says else request.ids, refusals=tuple(refusals), messages=says
+            )
         plan = await reached.plan(request)
         if self._is_counted_there(request, plan.refusals):
             ids, online, refusals = guest_total(await reached.guest_view(), request.total or 0)
             what = f"take the guest's CPU {format_ids(ids)} {'online' if online else 'offline'}"
-            return Plan(request, (), refusals=tuple(refusals), messages=(what, _BY_NUMBER) if ids else ())
+            return Plan(
+                request, (), refusals=tuple(refusals), messages=(what, _BY_NUMBER) if ids else ()
+            )
         return plan
 
     def _is_counted_there(self, request: Request, refusals: Iterable[Refusal]) -> bool:
@@ -217,7 +231,11 @@ class LibvirtBackend(Backend):
         is which vCPU.
         """
         is_count = request.total is not None and request.has(VcpuFlag.GUEST)
-        return self._via == "api" and is_count and {refusal.code for refusal in refusals} == {"guest-cpu"}
+        return (
+            self._via == "api"
+            and is_count
+            and {refusal.code for refusal in refusals} == {"guest-cpu"}
+        )
 
     async def _count_there(self, reached: Reached, request: Request) -> Outcome:
         assert request.total is not None
@@ -229,8 +247,12 @@ class LibvirtBackend(Backend):
         end = await reached.switch_guest(ids, online)
         return replace(end, messages=(*end.messages, _BY_NUMBER))
 
-    async def dump_xml(self, reached: Reached, flags: VcpuFlag, dialect: str | None, detail: str | None) -> bytes:
-        """See `Backend`. For a running domain this is libvirt's XML with only the vCPUs replaced."""
+    async def dump_xml(
+        self, reached: Reached, flags: VcpuFlag, dialect: str | None, detail: str | None
+    ) -> bytes:
+        """See `Backend`. For a running domain this is libvirt's XML with only the vCPUs
+        replaced.
+        """
         if flags & VcpuFlag.CONFIG or reached.session is None or self._open is None:
             return await super().dump_xml(reached, flags, dialect, detail)
         state = await reached.session.read()
@@ -240,15 +262,24 @@ class LibvirtBackend(Backend):
 
     def _counts_only(self, reached: Reached) -> bool:
         """Whether the libvirt driver can only set a number of vCPUs (test:///)."""
-        return self._open is not None and self._open.connection.driver == "TEST" and reached.session is not None
+        return (
+            self._open is not None
+            and self._open.connection.driver == "TEST"
+            and reached.session is not None
+        )
 
     def _against_count(self, reached: Reached, request: Request) -> list[Refusal]:
         """Return the reasons against `_count` that are known in advance."""
         if request.total is None:
             return [catalogue.COUNTS_ONLY()]
-        found = [*reached.preconditions(request), *check_flags(request.flags, is_query=request.is_query)]
+        found = [
+            *reached.preconditions(request),
+            *check_flags(request.flags, is_query=request.is_query),
+        ]
         live, _ = reached.sides(request.flags)
-        most = reached.session.state.maxcpus if live and reached.session is not None else request.total
+        most = (
+            reached.session.state.maxcpus if live and reached.session is not None else request.total
+        )
         return found + check_count(request.total, most)
 
     async def _count(self, reached: Reached, request: Request) -> Outcome:
@@ -260,13 +291,16 @@ class LibvirtBackend(Backend):
         guest, connection = self._open.guest, self._open.connection
         live, config = reached.sides(request.flags)
         before = [await reached.state(flag) for flag in _impacts(live, config)]
-        flags = guest.flags(live=live, config=config) | guest.count_flags(request.maximum, request.hotpluggable)
+        flags = guest.flags(live=live, config=config) | guest.count_flags(
+            request.maximum, request.hotpluggable
+        )
         with answered():
             await connection.change("virDomainSetVcpusFlags", guest.set_vcpus(request.total, flags))
         reached = await self.refresh(reached) or reached
         after = [await reached.state(flag) for flag in _impacts(live, config)]
         sides = [
-            tuple(sorted(set(a.enabled_ids) ^ set(b.enabled_ids))) for a, b in zip(before, after, strict=True)
+            tuple(sorted(set(a.enabled_ids) ^ set(b.enabled_ids)))
+            for a, b in zip(before, after, strict=True)
         ]
         changed = tuple(sorted({number for side in sides for number in side}))
         return Outcome(
@@ -281,7 +315,9 @@ class LibvirtBackend(Backend):
             defined=config and before[-1] != after[-1],
         )
 
-    async def pin(self, reached: Reached, request: Request, cpus: tuple[int, ...] | None) -> Outcome:
+    async def pin(
+        self, reached: Reached, request: Request, cpus: tuple[int, ...] | None
+    ) -> Outcome:
         """See `Backend`. With the API this calls `virDomainPinVcpuFlags`."""
         if self._via != "api":
             return await super().pin(reached, request, cpus)
@@ -297,9 +333,13 @@ class LibvirtBackend(Backend):
         differ = [(state.vcpus[vcpu_id].pin or everywhere) != pin for state in states]
         if any(differ):
             # A driver that has only a running side (test:///) declines the flag.
-            impact = guest.flags(live=live, config=config) if request.flags != VcpuFlag.CURRENT else 0
+            impact = (
+                guest.flags(live=live, config=config) if request.flags != VcpuFlag.CURRENT else 0
+            )
             with answered():
-                await connection.change("virDomainPinVcpuFlags", guest.pin_vcpu(vcpu_id, cpus, impact))
+                await connection.change(
+                    "virDomainPinVcpuFlags", guest.pin_vcpu(vcpu_id, cpus, impact)
+                )
         if live:
             now = await reached.connected().read()
         else:
@@ -332,7 +372,9 @@ class LibvirtBackend(Backend):
 
 
 class _Open:
-    """An open libvirt connection: the domain, its monitor, and the definition that was read last."""
+    """An open libvirt connection: the domain, its monitor, and the definition that was read
+    last.
+    """
 
     def __init__(self, connection: Connection, guest: LibvirtGuest) -> None:
         self.connection = connection
@@ -375,7 +417,9 @@ async def list_libvirt(uri: str) -> Sequence[Row]:
 
 
 class PassedAgent(AgentClient):
-    """The guest agent behind libvirt's `virDomainQemuAgentCommand`; libvirt keeps its messages in step."""
+    """The guest agent behind libvirt's `virDomainQemuAgentCommand`; libvirt keeps its messages in
+    step.
+    """
 
     def __init__(self, guest: LibvirtGuest) -> None:
         super().__init__(guest.connection.uri)
@@ -389,7 +433,9 @@ class PassedAgent(AgentClient):
     ) -> list[object]:
         replies: list[object] = []
         for command, arguments in commands:
-            message = {"execute": command} | ({"arguments": dict(arguments)} if arguments is not None else {})
+            message = {"execute": command} | (
+                {"arguments": dict(arguments)} if arguments is not None else {}
+            )
             try:
                 reply = json.loads(await self._behind.agent_command(json.dumps(message), 5))
             except CommandError as error:
@@ -401,7 +447,9 @@ class PassedAgent(AgentClient):
                 replies.append(CommandError(command, known, error.text))
                 continue
             except (ValueError, RecursionError) as error:
-                raise self._error("malformed", f"answered '{command}' with what is not JSON") from error
+                raise self._error(
+                    "malformed", f"answered '{command}' with what is not JSON"
+                ) from error
             found = reply.get("return") if isinstance(reply, dict) else None
             if command == "guest-file-open" and type(found) is int:
                 self._handles.add(found)

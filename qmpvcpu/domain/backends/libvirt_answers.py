@@ -39,7 +39,9 @@ def answered() -> Iterator[None]:
 
 def _from_libvirt(error: CommandError) -> VcpuError:
     if error.error_class in _REFUSALS:
-        return VcpuRefused([replace(catalogue.LIBVIRT(error=error.text), libvirt=error.error_class)])
+        return VcpuRefused(
+            [replace(catalogue.LIBVIRT(error=error.text), libvirt=error.error_class)]
+        )
     if error.error_class == "VIR_ERR_OPERATION_TIMEOUT":
         return VcpuConnectionError(
             error.text,
@@ -55,5 +57,7 @@ def as_refused(error: VcpuFailed) -> VcpuError:
     touched = error.changed_ids or error.pending or error.undone
     if isinstance(error, VcpuPartial) or touched or error.libvirt not in _REFUSALS:
         return error
-    refusal = replace(catalogue.LIBVIRT(error.ids, error=error.message), hint=error.hint, libvirt=error.libvirt)
+    refusal = replace(
+        catalogue.LIBVIRT(error.ids, error=error.message), hint=error.hint, libvirt=error.libvirt
+    )
     return VcpuRefused([refusal], ids=error.ids, messages=error.messages, seconds=error.seconds)

@@ -68,8 +68,12 @@ class _Staged:
         self._guest = store.guest
         self._data = data
 
-    def commit(self, before: bytes, remake: Callable[[bytes], bytes], given_up: Callable[[], bool]) -> None:
-        """Send the changes to libvirt, by specific calls if they exist, else by redefining the domain."""
+    def commit(
+        self, before: bytes, remake: Callable[[bytes], bytes], given_up: Callable[[], bool]
+    ) -> None:
+        """Send the changes to libvirt, by specific calls if they exist, else by redefining the
+        domain.
+        """
         with answered():
             now = self._store.fetch()
             if now != before:
@@ -87,7 +91,8 @@ class _Staged:
                 for call in calls or ():
                     self._guest.call("the definition", call)
             except CommandError as error:
-                # libvirt changes its copy in memory first (9.0), and keeps that copy if it cannot be written.
+                # libvirt changes its copy in memory first (9.0), and keeps that copy if it cannot
+                # be written.
                 if self._store.fetch() == now:
                     raise
                 text = f"libvirt has changed the definition, and cannot keep it: {error.text}"
@@ -98,12 +103,16 @@ class _Staged:
                 ) from error
 
     def _calls(self, old: Definition, new: Definition) -> list[Callable[[], object]] | None:
-        """Return the libvirt calls for this change, or None if no calls express exactly this change."""
+        """Return the libvirt calls for this change, or None if no calls express exactly this
+        change.
+        """
         request, guest = self._store.request, self._guest
         config = guest.flags(config=True)
         if request is not None and request.total is not None and not request.has(VcpuFlag.GUEST):
             return [
-                guest.set_vcpus(request.total, config | guest.count_flags(request.maximum, request.hotpluggable))
+                guest.set_vcpus(
+                    request.total, config | guest.count_flags(request.maximum, request.hotpluggable)
+                )
             ]
         if replace(new, vcpus=old.vcpus, dialect=old.dialect) != old:
             return None

@@ -46,7 +46,8 @@ class XmlReader:
         if xml is None:
             raise self._monitor.stopped()
         definition = read_domain(xml, running=True)[1]
-        # libvirt does not report the version of a running QEMU. It is at least that of its machine type.
+        # libvirt does not report the version of a running QEMU. It is at least that of its machine
+        # type.
         version = oldest_with(definition.machine or "")
         removed = await self._removed(definition)
         state = running_state(definition, self._name, version, run, removed, pending_ids)
@@ -56,7 +57,9 @@ class XmlReader:
         return state
 
     async def _removed(self, definition: Definition) -> frozenset[int]:
-        """Return the vCPUs that left QEMU without libvirt's knowledge: under TCG on x86 there is no event."""
+        """Return the vCPUs that left QEMU without libvirt's knowledge: under TCG on x86 there is no
+        event.
+        """
         plugged = [vcpu.id for vcpu in definition.vcpus if vcpu.enabled and vcpu.hotpluggable]
         if not plugged or not _may_be_unseen(definition):
             return frozenset()
@@ -73,7 +76,8 @@ class XmlReader:
         if self._store is None:
             self._seen_removed = removed
         elif removed != known:
-            # Another process may have seen a vCPU return and removed it from the store a moment ago.
+            # Another process may have seen a vCPU return and removed it from the store a moment
+            # ago.
             self._store.note_removed((self._store.removed() | found).intersection(plugged))
         return removed
 

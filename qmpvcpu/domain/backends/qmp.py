@@ -28,7 +28,8 @@ class QmpBackend(Backend):
         log: a `qmpvcpu.QmpLog` that records every message, or None.
         connect_timeout: seconds for connection and greeting, per address.
         command_timeout: seconds for one QMP command.
-        config_only: only the definition is needed; a socket that another client uses is not an error.
+        config_only: only the definition is needed; a socket that another client uses is not an
+            error.
     """
 
     place: DomainAddress

@@ -18,11 +18,18 @@ def check_dump(dialect: str | None, detail: str | None) -> None:
     """Raise VcpuUsageError if `dump` does not know one of these words."""
     for word, words in ((dialect, DIALECTS), (detail, DETAILS)):
         if word is not None and word not in words:
-            raise VcpuUsageError(f"'{word}' is not one of {', '.join(words)}", hint="choose one of them")
+            raise VcpuUsageError(
+                f"'{word}' is not one of {', '.join(words)}", hint="choose one of them"
+            )
 
 
 def dump(
-    data: bytes, state: DomainState | None, dialect: str | None, detail: str | None, *, running: bool = False
+    data: bytes,
+    state: DomainState | None,
+    dialect: str | None,
+    detail: str | None,
+    *,
+    running: bool = False,
 ) -> bytes:
     """Return a document in this dialect, with the vCPUs of `state`, or with its own.
 
@@ -41,7 +48,10 @@ def dump(
     new = old if state is None else replace(old, vcpus=definition_of(state).vcpus)
     defined = {vcpu.id: vcpu for vcpu in state_of(old).vcpus}
     level = detail or "full"
-    details = {vcpu.id: _details(vcpu, defined.get(vcpu.id), level) for vcpu in (state or state_of(old)).vcpus}
+    details = {
+        vcpu.id: _details(vcpu, defined.get(vcpu.id), level)
+        for vcpu in (state or state_of(old)).vcpus
+    }
     return write_vcpus(document, old, new, dialect or old.dialect or "libvirt", details)
 
 

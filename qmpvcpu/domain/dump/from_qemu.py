@@ -31,7 +31,9 @@ class DescribedXml:
     has_devices: bool = False
 
 
-async def describe(monitor: Monitor, state: DomainState, process: Process | None, agent: str | None) -> Described:
+async def describe(
+    monitor: Monitor, state: DomainState, process: Process | None, agent: str | None
+) -> Described:
     """Return a definition of a running guest, and the parts that no definition can express.
 
     Args:
@@ -44,9 +46,15 @@ async def describe(monitor: Monitor, state: DomainState, process: Process | None
     facts, line = await _facts(monitor, read_command_line(words) if words else None)
     driver = next((entity.driver for entity in state.entities if entity.driver), None)
     machine = described(
-        definition_of(state), driver, facts, line, folder_of(process) if process is not None else None
+        definition_of(state),
+        driver,
+        facts,
+        line,
+        folder_of(process) if process is not None else None,
     )
-    emulator = await asyncio.to_thread(startable_program, process, words) if process is not None else None
+    emulator = (
+        await asyncio.to_thread(startable_program, process, words) if process is not None else None
+    )
     left_out = list(machine.left_out)
     if process is not None and emulator is None:
         left_out.append("the program that runs it: other users can change each one that was found")
@@ -85,10 +93,16 @@ async def _uuid(monitor: Monitor) -> str | None:
     except CommandError:
         return None
     found = reply.get("UUID") if isinstance(reply, dict) else None
-    return found if isinstance(found, str) and len(found) == len(_NO_UUID) and found != _NO_UUID else None
+    return (
+        found
+        if isinstance(found, str) and len(found) == len(_NO_UUID) and found != _NO_UUID
+        else None
+    )
 
 
-async def _facts(monitor: Monitor, line: QemuCommandLine | None) -> tuple[MachineFacts, QemuCommandLine | None]:
+async def _facts(
+    monitor: Monitor, line: QemuCommandLine | None
+) -> tuple[MachineFacts, QemuCommandLine | None]:
     """Return the machine facts from QMP, and the command line if it can be this QEMU's."""
     names = ("query-memdev", "query-memory-devices", "query-memory-size-summary")
     queries: dict[str, Awaitable[object]] = {name: monitor.execute(name) for name in names}
@@ -96,7 +110,9 @@ async def _facts(monitor: Monitor, line: QemuCommandLine | None) -> tuple[Machin
     replies = await answers_of(queries)
     facts = machine_facts(replies)
     known = line if agrees(line, facts) else None
-    if known is not None and (not known.nodes or any(node.memdev or node.memory for node in known.nodes)):
+    if known is not None and (
+        not known.nodes or any(node.memdev or node.memory for node in known.nodes)
+    ):
         return facts, known
     # QMP reports neither the size of a NUMA node nor the memory on it; HMP does.
     more: dict[str, Awaitable[object]] = {

@@ -38,7 +38,8 @@ _PENDING_LOOK: Final = 0.05
 
 @dataclass(frozen=True, slots=True)
 class Access:
-    """What a migration needs from its domain. These are functions, because the domain may connect again.
+    """What a migration needs from its domain. These are functions, because the domain may connect
+    again.
 
     Attributes:
         connected: opens a context with the connection, in which no other operation runs; raises
@@ -80,7 +81,8 @@ class Migration:
         with_agents: bool = False,
         is_paused: bool = False,
     ) -> Cookie:
-        """Return the cookie that goes with the guest, if the guest can be migrated; nothing is touched.
+        """Return the cookie that goes with the guest, if the guest can be migrated; nothing is
+        touched.
 
         Args:
             persistent: the definition goes with the guest too.
@@ -106,13 +108,17 @@ class Migration:
                         agent=self._domain.agent() if with_agents else None,
                         is_paused=is_paused,
                     )
-                    cookie = await self._make_cookie(session, state, runs=runs, persistent=persistent)
+                    cookie = await self._make_cookie(
+                        session, state, runs=runs, persistent=persistent
+                    )
                     ownership.remember(session, Role.SOURCE, cookie)
                     return cookie
                 await session.read()
             await asyncio.sleep(_PENDING_LOOK)
 
-    async def _make_cookie(self, session: Session, state: DomainState, *, runs: bool, persistent: bool) -> Cookie:
+    async def _make_cookie(
+        self, session: Session, state: DomainState, *, runs: bool, persistent: bool
+    ) -> Cookie:
         described = await self._domain.describe(state)
         handle = self._domain.definition()
         definition = handle.definition() if handle is not None else None
@@ -135,7 +141,9 @@ class Migration:
         )
 
     @checked
-    async def prepare(self, cookie: Cookie, *, place: bool = True, differences: Sequence[Refusal] = ()) -> None:
+    async def prepare(
+        self, cookie: Cookie, *, place: bool = True, differences: Sequence[Refusal] = ()
+    ) -> None:
         """Prepare this QEMU, which waits for a migration (-incoming), for the guest of the cookie:
         check it, plug its vCPUs, and make sure that it does not start by itself.
 
@@ -149,11 +157,15 @@ class Migration:
             VcpuFailed: QEMU declined a command.
         """
         async with self._domain.connected() as session:
-            await phases.prepare(session, cookie, lambda ids: self._domain.plug(ids, place), differences)
+            await phases.prepare(
+                session, cookie, lambda ids: self._domain.plug(ids, place), differences
+            )
             ownership.remember(session, Role.DESTINATION, cookie)
 
     @checked
-    async def listen(self, uri: str | None = None, host: str | None = None, default: str | None = None) -> str:
+    async def listen(
+        self, uri: str | None = None, host: str | None = None, default: str | None = None
+    ) -> str:
         """Let this destination listen, and return its address as the source must name it.
 
         Args:
@@ -237,7 +249,9 @@ class Migration:
             VcpuConnectionError: the connection to QEMU broke.
         """
         async with self._domain.connected() as session:
-            found, why = await phases.finish(session, cookie, force=force, reported=reported, moved=moved)
+            found, why = await phases.finish(
+                session, cookie, force=force, reported=reported, moved=moved
+            )
         if found is Destination.RUNNING:
             return session.state
         hint = hint or "let the guest go on at the source: migrate-cancel"
@@ -327,7 +341,12 @@ class Migration:
 
     @checked
     async def save(
-        self, cookie: Cookie, file: SaveTarget, progress: Progress | None = None, *, force: bool = False
+        self,
+        cookie: Cookie,
+        file: SaveTarget,
+        progress: Progress | None = None,
+        *,
+        force: bool = False,
     ) -> bool:
         """Pause the guest, write it to a file, and end its QEMU. If this fails, the guest continues
         as it was.
@@ -355,9 +374,14 @@ class Migration:
 
     @checked
     async def restore(
-        self, cookie: Cookie, fd: int, offset: int, reported: Callable[[bool], None] = lambda _: None
+        self,
+        cookie: Cookie,
+        fd: int,
+        offset: int,
+        reported: Callable[[bool], None] = lambda _: None,
     ) -> DomainState:
-        """Read a saved guest into this prepared QEMU, verify it, let it run if it ran, and return its vCPUs.
+        """Read a saved guest into this prepared QEMU, verify it, let it run if it ran, and return
+        its vCPUs.
 
         Args:
             cookie: the cookie that was saved with the guest.
@@ -408,7 +432,9 @@ class Migration:
             hint = "open the saved file, and position it where QEMU's stream begins"
             raise VcpuUsageError(f"fd={fd} is not an open file: {error}", hint=hint) from error
         async with self._domain.connected() as session:
-            await sides.receive_file(session.monitor, session.state.qemu, fd, offset, only_reads=True)
+            await sides.receive_file(
+                session.monitor, session.state.qemu, fd, offset, only_reads=True
+            )
             refusal = await phases.arrival(session, lambda: _position(fd))
         if refusal is not None:
             raise VcpuFailed(refusal.message, hint=refusal.hint)

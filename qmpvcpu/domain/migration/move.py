@@ -1,6 +1,7 @@
 """Move a guest from one QEMU to another through all phases. At the end exactly one side runs it.
 
-The table in `core.migration.who_runs` decides which step comes next, from what became of both sides.
+The table in `core.migration.who_runs` decides which step comes next, from what became of both
+sides.
 """
 
 from __future__ import annotations
@@ -175,8 +176,12 @@ class Move:
                 raise
             if stayed:
                 text = f"{error.message}; the guest was not migrated"
-                raise VcpuPartial(text, hint=error.hint, remaining=self._one_cpu.vcpus, messages=stayed) from error
-            hangs = without_one_cpu(check_hangs(self._source.state, self._source.removals), error.message)
+                raise VcpuPartial(
+                    text, hint=error.hint, remaining=self._one_cpu.vcpus, messages=stayed
+                ) from error
+            hangs = without_one_cpu(
+                check_hangs(self._source.state, self._source.removals), error.message
+            )
             raise VcpuRefused([one for one in hangs if one.code == ONE_CPU]) from error
         return []
 
@@ -187,11 +192,13 @@ class Move:
             left = await phases.depart(self._source, self._cookie, channel, self._how)
         except VcpuFailed as error:
             raise VcpuFailed(
-                f"{error.message}; the guest goes on at the source", hint=error.hint, qmp_text=error.qmp_text
+                f"{error.message}; the guest goes on at the source",
+                hint=error.hint,
+                qmp_text=error.qmp_text,
             ) from error
         return left.status, await phases.bring_to_end(left, self._decide(left))
 
-    # -- who runs it: the steps of the table; a step returns messages if everything is finished --------
+    # -- who runs it: the steps of the table; a step returns messages if everything is finished ----
 
     async def _decide(self, left: Departure) -> list[str]:
         """Take the steps that the table gives; return messages."""
@@ -244,15 +251,20 @@ class Move:
         if not ownership.claim(self._cookie, Role.SOURCE):
             self._finished()
             text = f"{self._why}, and neither side here was touched"
-            raise VcpuPartial(text, hint="look on which side it runs", messages=self._one_cpu.leave())
+            raise VcpuPartial(
+                text, hint="look on which side it runs", messages=self._one_cpu.leave()
+            )
         await sides.go_on(self._source, runs=self._cookie.runs)
-        raise VcpuFailed(f"{self._why}; the guest goes on at the source", hint="correct that, and migrate again")
+        raise VcpuFailed(
+            f"{self._why}; the guest goes on at the source", hint="correct that, and migrate again"
+        )
 
     async def _leave(self) -> None:
         self._finished()
         raise VcpuPartial(
             f"{self._why}; which side runs the guest cannot be told, and neither was touched",
-            hint="look at both: migrate-cancel --force lets the source go on, migrate-finish the destination",
+            hint="look at both: migrate-cancel --force lets the source go on, migrate-finish the"
+            " destination",
             messages=self._one_cpu.leave(),
         )
 

@@ -15,13 +15,16 @@ from qmpvcpu.core.model import DomainState, format_ids
 from qmpvcpu.domain.agent import Guest
 from qmpvcpu.errors import VcpuConnectionError, VcpuRefused, VcpuRejected
 
-#: Seconds that the agent has to answer, and that a guest which has just arrived has to bring its CPUs online.
+#: Seconds that the agent has to answer, and that a guest which has just arrived has to bring its
+#: CPUs online.
 _SECONDS: Final = 10.0
 _LOOK: Final = 0.1
 
 
 async def why_not(agent: Guest, state: DomainState, run_state: str | None) -> str | None:
-    """Return why this guest cannot be left with only its first CPU online; None if it can, as far as known."""
+    """Return why this guest cannot be left with only its first CPU online; None if it can, as far
+    as known.
+    """
     if run_state != "running":
         return f"it is '{run_state}', and its agent cannot be asked"
     try:
@@ -34,7 +37,8 @@ class OneCpu:
     """The CPUs that are offline for one migration.
 
     Args:
-        agents: the guest's agents at the source and at the destination; None leaves all CPUs online.
+        agents: the guest's agents at the source and at the destination; None leaves all CPUs
+            online.
         state: the state of the source.
     """
 
@@ -50,7 +54,9 @@ class OneCpu:
     @property
     def vcpus(self) -> tuple[int, ...]:
         """vCPU ids of the offline CPUs, as far as known."""
-        return tuple(sorted(self._vcpus[number] for number in self._offline if number in self._vcpus))
+        return tuple(
+            sorted(self._vcpus[number] for number in self._offline if number in self._vcpus)
+        )
 
     async def begin(self) -> None:
         """Take the CPUs offline, and verify each. Call `go_back` after an error or a cancel.
@@ -83,10 +89,14 @@ class OneCpu:
         taken = self._named(self._offline)
         messages = await self._bring_online(self._agents[1], state)
         why = f"QEMU {self._state.version} under TCG would have made it hang"
-        return messages or [f"{taken}: offline in the guest on the way, and online again, since {why}"]
+        return messages or [
+            f"{taken}: offline in the guest on the way, and online again, since {why}"
+        ]
 
     async def go_back(self) -> list[str]:
-        """Take the CPUs online again at the source, unless the guest has left it; return messages."""
+        """Take the CPUs online again at the source, unless the guest has left it; return
+        messages.
+        """
         if self._agents is None or self._has_ended:
             return []
         return await self._bring_online(self._agents[0], self._state)

@@ -27,11 +27,13 @@ def begin_number(session: Session) -> str:
     return secrets.token_hex(16)
 
 
-# -- the cookie of a QEMU that takes part ------------------------------------------------------------
+# -- the cookie of a QEMU that takes part ----------------------------------------------------------
 
 
 def remember(session: Session, role: Role, cookie: Cookie) -> None:
-    """Store that this guest has this role in the migration of this cookie, if its QEMU runs on this host."""
+    """Store that this guest has this role in the migration of this cookie, if its QEMU runs on this
+    host.
+    """
     store = _store()
     if store is not None and session.process is not None and cookie.number is not None:
         store.remember(session.process, role, cookie.number, write_cookie(cookie))
@@ -40,7 +42,11 @@ def remember(session: Session, role: Role, cookie: Cookie) -> None:
 def recall(session: Session, role: Role) -> Cookie | None:
     """Return the cookie of the migration in which this guest has this role."""
     store = _store()
-    data = store.recall(session.process, role) if store is not None and session.process is not None else None
+    data = (
+        store.recall(session.process, role)
+        if store is not None and session.process is not None
+        else None
+    )
     if data is not None:
         with suppress(VcpuRefused):
             return read_cookie(data)
@@ -68,10 +74,12 @@ def is_present(cookie: Cookie, role: Role) -> bool:
     return store is not None and cookie.number is not None and store.is_present(role, cookie.number)
 
 
-# -- who owns the guest of a cookie; any side may own one whose number is unknown ---------------------
+# -- who owns the guest of a cookie; any side may own one whose number is unknown ------------------
 
 
-def claim(cookie: Cookie | None, role: Role, session: Session | None = None, *, force: bool = False) -> bool:
+def claim(
+    cookie: Cookie | None, role: Role, session: Session | None = None, *, force: bool = False
+) -> bool:
     """Claim the guest before a side (`session`, if it is a destination) is let run; return whether
     that side owns it now. It does not if another side has claimed the guest, unless `force` takes
     it from that side.
@@ -90,7 +98,9 @@ def release(cookie: Cookie | None, role: Role, session: Session | None = None) -
 def is_used(cookie: Cookie) -> bool:
     """Return whether a side has claimed the guest of this cookie."""
     store = _store()
-    return store is not None and cookie.number is not None and store.holder(cookie.number) is not None
+    return (
+        store is not None and cookie.number is not None and store.holder(cookie.number) is not None
+    )
 
 
 def _who(role: Role, session: Session | None) -> str:

@@ -1,4 +1,5 @@
-"""The phases of a migration, each at one side. `core.migration` decides; this file queries, acts and waits.
+"""The phases of a migration, each at one side. `core.migration` decides; this file queries, acts
+and waits.
 
 `move` runs all phases for one guest. `migration` is the object that a user calls.
 """
@@ -42,7 +43,7 @@ _NOT_REPORTED: Final = MigrationStatus()
 #: Seconds that a destination has to load what has arrived.
 _ARRIVAL_SECONDS: Final = 10.0
 
-# -- begin -------------------------------------------------------------------------------------------
+# -- begin -----------------------------------------------------------------------------------------
 
 
 async def check_begin(
@@ -61,8 +62,14 @@ async def check_begin(
     """
     state = await session.read()
     runs, status = await run_state(session.monitor), await sides.status_of(session.monitor)
-    refusals = check_source(state, runs, status, session.pending_unplugs.entity_ids, is_paused=is_paused)
-    if runs == "paused" and status.is_incoming and ownership.recall(session, Role.DESTINATION) is not None:
+    refusals = check_source(
+        state, runs, status, session.pending_unplugs.entity_ids, is_paused=is_paused
+    )
+    if (
+        runs == "paused"
+        and status.is_incoming
+        and ownership.recall(session, Role.DESTINATION) is not None
+    ):
         refusals.append(catalogue.ARRIVED())
     hangs = [] if force else check_hangs(state, session.removals)
     if agent is not None and any(one.code == ONE_CPU for one in hangs):
@@ -72,7 +79,7 @@ async def check_begin(
     return state, runs == "running"
 
 
-# -- prepare -----------------------------------------------------------------------------------------
+# -- prepare ---------------------------------------------------------------------------------------
 
 
 async def prepare(
@@ -91,7 +98,8 @@ async def prepare(
         differences: refusals for known differences between the machines.
 
     Raises:
-        VcpuRefused: the destination cannot take the guest; it lists every reason. Nothing was touched.
+        VcpuRefused: the destination cannot take the guest; it lists every reason. Nothing was
+            touched.
         VcpuFailed: QEMU declined a command.
     """
     state = await session.read()
@@ -109,10 +117,14 @@ async def prepare(
     for slot in missing(source, machine_of(state)):
         await plug(list(slot.ids))
     if refusals := check_arrived(source, machine_of(await session.read())):
-        raise VcpuFailed("; ".join(one.message for one in refusals), hint="start the destination again")
+        raise VcpuFailed(
+            "; ".join(one.message for one in refusals), hint="start the destination again"
+        )
 
 
-async def listen(session: Session, uri: str | None, host: str | None, default: str | None = None) -> str:
+async def listen(
+    session: Session, uri: str | None, host: str | None, default: str | None = None
+) -> str:
     """Let the destination listen, and return its address as the source must name it.
 
     Args:
@@ -140,7 +152,7 @@ async def listen(session: Session, uri: str | None, host: str | None, default: s
     return address_of(await sides.status_of(session.monitor), host) or uri
 
 
-# -- perform -----------------------------------------------------------------------------------------
+# -- perform ---------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -170,7 +182,12 @@ class Departure:
 
 
 async def check_perform(
-    session: Session, cookie: Cookie | None, *, force: bool, agent: Guest | None = None, is_paused: bool = False
+    session: Session,
+    cookie: Cookie | None,
+    *,
+    force: bool,
+    agent: Guest | None = None,
+    is_paused: bool = False,
 ) -> tuple[DomainState, bool]:
     """`check_begin`, and check that the source still matches the cookie.
 
@@ -200,7 +217,10 @@ def claim_source(session: Session, begun: Cookie | None, *, runs: bool) -> None:
 
 
 async def depart(
-    session: Session, begun: Cookie | None, channel: AbstractAsyncContextManager[str], how: sides.Transfer
+    session: Session,
+    begun: Cookie | None,
+    channel: AbstractAsyncContextManager[str],
+    how: sides.Transfer,
 ) -> Departure:
     """Send the memory of a guest that the source has claimed. The claim is released if everything
     was sent, or if nothing was.
@@ -212,7 +232,8 @@ async def depart(
         how: how the memory is sent.
 
     Raises:
-        VcpuRefused, VcpuFailed: QEMU did not begin. Another migration, which is not ours, may be running.
+        VcpuRefused, VcpuFailed: QEMU did not begin. Another migration, which is not ours, may be
+        running.
     """
     try:
         async with channel as uri:
@@ -235,7 +256,8 @@ async def bring_to_end(left: Departure, work: Awaitable[T]) -> T:
     """Run the work that follows a departure to its end, however often the caller is cancelled.
 
     Raises:
-        CancelledError: the departure was cancelled; the cause is the error of the work, if that failed.
+        CancelledError: the departure was cancelled; the cause is the error of the work, if that
+            failed.
         VcpuError: the work failed.
     """
     try:
@@ -282,7 +304,10 @@ async def _stay(session: Session, begun: Cookie | None, left: Departure, *, runs
         raise left.lost
     if left.end is Source.COMPLETED:
         return
-    if left.cancelled is not None and (await sides.status_of(session.monitor)).status == "completed":
+    if (
+        left.cancelled is not None
+        and (await sides.status_of(session.monitor)).status == "completed"
+    ):
         # The whole guest was sent, so the destination may be started.
         ownership.release(begun, Role.SOURCE)
         return
@@ -296,7 +321,7 @@ async def _stay(session: Session, begun: Cookie | None, left: Departure, *, runs
         )
 
 
-# -- finish ------------------------------------------------------------------------------------------
+# -- finish ----------------------------------------------------------------------------------------
 
 
 async def arrival(session: Session, moved: Callable[[], object] = lambda: None) -> Refusal | None:
@@ -332,7 +357,9 @@ async def arrive(
         if (refusal := await arrival(session, moved)) is not None:
             return Destination.BROKEN, [refusal]
         source = cookie.machine
-        refusals = check_arrived(source, machine_of(await session.read())) if source is not None else []
+        refusals = (
+            check_arrived(source, machine_of(await session.read())) if source is not None else []
+        )
         return (Destination.OTHER if refusals else Destination.WHOLE), refusals
     except VcpuConnectionError as error:
         return Destination.GONE, [catalogue.DESTINATION_LOST(why=error.message)]
@@ -346,7 +373,8 @@ async def finish(
     reported: Callable[[bool], None],
     moved: Callable[[], object],
 ) -> tuple[Destination, str]:
-    """Let a destination run if it has the whole guest; return what became of it, and why it does not run.
+    """Let a destination run if it has the whole guest; return what became of it, and why it does
+    not run.
 
     Args:
         session: the connection to the destination.
@@ -381,7 +409,7 @@ def _keep_pending(session: Session, cookie: Cookie) -> None:
         session.learn()
 
 
-# -- cancel ------------------------------------------------------------------------------------------
+# -- cancel ----------------------------------------------------------------------------------------
 
 
 async def cancel(session: Session, *, force: bool = False) -> str:
@@ -397,7 +425,10 @@ async def cancel(session: Session, *, force: bool = False) -> str:
         VcpuError: the cancel failed.
     """
     status, runs = await sides.status_of(session.monitor), await run_state(session.monitor)
-    begun, prepared = ownership.recall(session, Role.SOURCE), ownership.recall(session, Role.DESTINATION)
+    begun, prepared = (
+        ownership.recall(session, Role.SOURCE),
+        ownership.recall(session, Role.DESTINATION),
+    )
     step = cancel_step(runs, status, is_prepared=prepared is not None)
     if step is Cancel.END_WAITING:
         await sides.end(session)
@@ -408,7 +439,10 @@ async def cancel(session: Session, *, force: bool = False) -> str:
         ran = runs == "running" or (begun is not None and begun.runs)
         if (await sides.stop_moving(session.monitor)).status != "completed":
             await sides.go_on(session, runs=ran)
-            return f"the migration was cancelled, and the guest {'goes on' if ran else 'is paused, as it was'}"
+            return (
+                "the migration was cancelled, and the guest"
+                f" {'goes on' if ran else 'is paused, as it was'}"
+            )
     elif step is Cancel.NOTHING:
         raise catalogue.NOTHING_UNDER_WAY.error()
     # The whole guest was sent, so the source owns it only after a new claim.
@@ -430,7 +464,9 @@ async def _take_back(session: Session, begun: Cookie | None, *, force: bool) -> 
 
 async def _end_arrived(session: Session, prepared: Cookie, *, force: bool) -> str:
     """End a destination that has the whole guest and has not been let run."""
-    if not force and not (ownership.is_present(prepared, Role.SOURCE) and ownership.claim(prepared, Role.SOURCE)):
+    if not force and not (
+        ownership.is_present(prepared, Role.SOURCE) and ownership.claim(prepared, Role.SOURCE)
+    ):
         raise catalogue.SOURCE_UNKNOWN.error()
     await sides.end(session)
     ownership.forget(session)

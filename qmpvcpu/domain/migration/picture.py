@@ -30,7 +30,8 @@ _OWN: Final = "/machine/unattached"
 _VALUES: Final = frozenset(
     {"bool", "string", "str", "int", "uint8", "uint16", "uint32", "uint64", "OnOffAuto", "size"}
 )
-#: The property that holds the place of a device that is not on a PCI bus, by the end of its type's name.
+#: The property that holds the place of a device that is not on a PCI bus, by the end of its type's
+#: name.
 _PLACES: Final = {"-ccw": "dev_id", "virtserialport": "nr", "virtconsole": "nr", "pc-dimm": "addr"}
 #: A bus of a device that has an id. The QOM paths of other buses differ between versions.
 _BUS: Final = re.compile(r"/machine/peripheral/([^/]+)/")
@@ -67,23 +68,36 @@ async def read_picture(monitor: Monitor, process: Process | None = None) -> Pict
     replies["memory"] = summary.get("base-memory") if isinstance(summary, dict) else None
     replies["machine"] = await _values(monitor, "/machine", replies.get("properties"))
     cpus = replies.get("cpus")
-    first = cpus[0].get("qom-path") if isinstance(cpus, list) and cpus and isinstance(cpus[0], dict) else None
+    first = (
+        cpus[0].get("qom-path")
+        if isinstance(cpus, list) and cpus and isinstance(cpus[0], dict)
+        else None
+    )
     if isinstance(first, str):
         replies["cpu"] = await _values(monitor, first, await _answer(_list(monitor, first)))
     rows = [row for row in _rows(replies.get("memdevs")) if isinstance(row, dict)]
     ids = [row["id"] for row in rows if isinstance(row.get("id"), str)]
-    access = {name: answers_of({key: monitor.qom_get(f"/objects/{name}", key) for key in _ACCESS}) for name in ids}
+    access = {
+        name: answers_of({key: monitor.qom_get(f"/objects/{name}", key) for key in _ACCESS})
+        for name in ids
+    }
     replies["backends"] = dict(zip(access, await asyncio.gather(*access.values()), strict=True))
-    replies["added"] = [row for path in _ADDED for row in await _devices(monitor, path, replies.get(path))]
+    replies["added"] = [
+        row for path in _ADDED for row in await _devices(monitor, path, replies.get(path))
+    ]
     replies["own"] = await _devices(monitor, _OWN, replies.get(_OWN))
     picture = parse_picture(parse_version(monitor.greeting), replies)
     if picture.disks is not None:
-        picture = replace(picture, disks=await asyncio.to_thread(_real_disks, picture.disks, process))
+        picture = replace(
+            picture, disks=await asyncio.to_thread(_real_disks, picture.disks, process)
+        )
     words = await asyncio.to_thread(command_line_of, process) if process is not None else []
     return with_command_line(picture, read_command_line(words)) if words else picture
 
 
-def _real_disks(disks: Mapping[str, tuple[str, ...]], process: Process | None) -> dict[str, tuple[str, ...]]:
+def _real_disks(
+    disks: Mapping[str, tuple[str, ...]], process: Process | None
+) -> dict[str, tuple[str, ...]]:
     folder = folder_of(process) if process is not None else None
     return {key: (real_file(file, folder), *rest) for key, (file, *rest) in disks.items()}
 
@@ -111,7 +125,8 @@ def _rows(listed: object) -> list[Any]:
         return []
     if len(listed) > _MOST_ROWS:
         raise VcpuConnectionError(
-            f"QEMU lists {len(listed)} objects or properties in one place, and no machine has that many",
+            f"QEMU lists {len(listed)} objects or properties in one place, and no machine has that"
+            " many",
             reason="malformed",
             hint="check that this is QEMU's QMP socket; --qmp-log FILE keeps what it sends",
         )
@@ -153,7 +168,9 @@ async def _behind(monitor: Monitor, device: str) -> str | None:
     """Return the place of a device on a bus of another device that has an id. QEMU lists this place
     among its PCI devices only after the firmware has numbered that bus.
     """
-    replies = await answers_of({key: monitor.qom_get(device, key) for key in ("parent_bus", *_ADDRESSES)})
+    replies = await answers_of(
+        {key: monitor.qom_get(device, key) for key in ("parent_bus", *_ADDRESSES)}
+    )
     bus = replies["parent_bus"]
     match = _BUS.match(bus) if isinstance(bus, str) else None
     if match is None:

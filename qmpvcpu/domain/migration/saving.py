@@ -46,7 +46,8 @@ class SaveTarget:
         finish: makes the file permanent, or raises OSError. It may block.
         check: awaited before `finish`, when everything is written; raises OSError or VcpuFailed if
             the file is not good.
-        names: the names that the file can have. If this process is killed, the next one removes the file.
+        names: the names that the file can have. If this process is killed, the next one removes the
+            file.
     """
 
     fd: int
@@ -57,7 +58,8 @@ class SaveTarget:
 
 
 class Save:
-    """One save of a guest. However it ends, either the guest is in the file, or it continues as it was.
+    """One save of a guest. However it ends, either the guest is in the file, or it continues as it
+    was.
 
     Args:
         session: the connection to the guest.
@@ -67,7 +69,11 @@ class Save:
     """
 
     def __init__(
-        self, session: Session, cookie: Cookie, file: SaveTarget, reconnect: Callable[[], Awaitable[Session]]
+        self,
+        session: Session,
+        cookie: Cookie,
+        file: SaveTarget,
+        reconnect: Callable[[], Awaitable[Session]],
     ) -> None:
         self._session = session
         self._cookie = cookie
@@ -152,7 +158,9 @@ class Save:
             return error
         why = error.strerror if isinstance(error, OSError) else str(error)
         hint = error.hint if isinstance(error, VcpuFailed) else None
-        return VcpuFailed(f"{why}; the guest {state}", hint=hint or "look at the disk, and save again")
+        return VcpuFailed(
+            f"{why}; the guest {state}", hint=hint or "look at the disk, and save again"
+        )
 
     async def _go_on(self, session: Session) -> None:
         await sides.go_on(session, runs=self._cookie.runs)
@@ -171,7 +179,7 @@ class Save:
         return False
 
 
-# -- the record of a save, for the next process --------------------------------------------------------
+# -- the record of a save, for the next process ----------------------------------------------------
 
 
 def _saves() -> Saves | None:
@@ -216,7 +224,7 @@ async def _finish_record(session: Session) -> None:
         saves.forget(session.process)
 
 
-# -- recovery by the next process ----------------------------------------------------------------------
+# -- recovery by the next process ------------------------------------------------------------------
 
 
 async def recover(session: Session, guest: PausedGuest) -> str | None:
@@ -261,7 +269,8 @@ async def _end_saved(session: Session, guest: PausedGuest) -> None:
     if is_paused:
         file = guest.files[-1]
         raise VcpuConnectionError(
-            f"the guest is saved in '{file}', and its QEMU, which a save that was killed had left, was ended",
+            f"the guest is saved in '{file}', and its QEMU, which a save that was killed had left,"
+            " was ended",
             reason="closed",
             hint=f"`qmpvcpu restore {shlex.quote(file)}`",
         )

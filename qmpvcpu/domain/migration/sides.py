@@ -48,7 +48,8 @@ class Transfer:
         uri: where the destination listens; None: two QEMUs on this host use a private socket.
         host: the address by which the source's host reaches the destination's host.
         bandwidth: maximum MiB per second; None: QEMU's own limit.
-        timeout: seconds after which the guest is paused, so that the migration can finish; None: never.
+        timeout: seconds after which the guest is paused, so that the migration can finish; None:
+            never.
         progress: called with each fresh status.
     """
 
@@ -128,7 +129,9 @@ async def send_to_file(
         CancelledError: the call was cancelled.
     """
     with declined("save it"):
-        await monitor.migrate_set_capabilities({**await _switched_off(monitor), **_FILE_CAPABILITIES})
+        await monitor.migrate_set_capabilities(
+            {**await _switched_off(monitor), **_FILE_CAPABILITIES}
+        )
         async with (
             _parameters(monitor, {"max-bandwidth": _AS_FAST_AS_IT_GETS, "tls-creds": ""}),
             _file_uri(monitor, version, fd, offset) as uri,
@@ -194,7 +197,11 @@ async def _switched_off(monitor: Monitor) -> dict[str, bool]:
     them, because the process that restores it does not know which were on.
     """
     rows = await monitor.execute("query-migrate-capabilities")
-    on = [row.get("capability") for row in rows if row.get("state") is True] if isinstance(rows, list) else []
+    on = (
+        [row.get("capability") for row in rows if row.get("state") is True]
+        if isinstance(rows, list)
+        else []
+    )
     return {str(name): False for name in on}
 
 
@@ -218,7 +225,9 @@ async def _file_uri(
 
 
 async def _watched(monitor: Monitor, transfer: Transfer) -> MigrationStatus:
-    """Return how a running migration ends. If the caller is cancelled, the migration is cancelled too."""
+    """Return how a running migration ends. If the caller is cancelled, the migration is cancelled
+    too.
+    """
     try:
         return await _until_ended(monitor, transfer)
     except asyncio.CancelledError:
@@ -248,7 +257,9 @@ async def _until_ended(monitor: Monitor, transfer: Transfer) -> MigrationStatus:
             if (why := stillness.too_long(status, loop.time())) is not None:
                 ended = await stop_moving(monitor)
                 is_late = ended.status == "completed"
-                return ended if is_late else MigrationStatus("cancelled", ended.transferred, error=why)
+                return (
+                    ended if is_late else MigrationStatus("cancelled", ended.transferred, error=why)
+                )
             if pause_at is not None and loop.time() > pause_at:
                 pause_at = None
                 with suppress(CommandError):
@@ -259,7 +270,7 @@ async def _until_ended(monitor: Monitor, transfer: Transfer) -> MigrationStatus:
             pause = min(pause * 2, LOOK_MOST)
 
 
-# -- the guest continues, or is let run, or its QEMU ends ----------------------------------------------
+# -- the guest continues, or is let run, or its QEMU ends ------------------------------------------
 
 
 async def go_on(session: Session, *, runs: bool) -> None:
@@ -273,7 +284,9 @@ async def go_on(session: Session, *, runs: bool) -> None:
         with declined("let the guest go on at the source"):
             await _cont(session.monitor)
         if (now := await run_state(session.monitor)) != "running":
-            raise VcpuPartial(f"the guest is '{now}' at the source", hint="look at the log of its QEMU")
+            raise VcpuPartial(
+                f"the guest is '{now}' at the source", hint="look at the log of its QEMU"
+            )
 
 
 async def _cont(monitor: Monitor) -> None:
@@ -303,7 +316,9 @@ async def let_run(session: Session, cookie: Cookie) -> tuple[Destination, str | 
     except CommandError as error:
         return Destination.OTHER, f"the destination cannot run it: {error.text}"
     except VcpuConnectionError as error:
-        return (Destination.DIED if await has_ended(session) else Destination.UNKNOWN), error.message
+        return (
+            Destination.DIED if await has_ended(session) else Destination.UNKNOWN
+        ), error.message
 
 
 async def end(session: Session) -> bool:

@@ -174,7 +174,11 @@ class VcpuGroups:
         """
         placements = list(wanted)
         needed = {name for placement in placements for name in placement.controllers}
-        matter = {"cpuset", *needed, *("cpu" for placement in placements if placement.policy in REAL_TIME)}
+        matter = {
+            "cpuset",
+            *needed,
+            *("cpu" for placement in placements if placement.policy in REAL_TIME),
+        }
         found: dict[str, Control] = {}
         text, at = self._last_missing
         self._seen = self._sites(text if time.monotonic() < at + _MOMENT else None)
@@ -183,7 +187,10 @@ class VcpuGroups:
                 if name in site.controllers:
                     found[name] = _control(site, name, is_needed=name in needed)
                 elif site.group.version == V2:
-                    text = f"the cgroup '{site.top.name}' has no {name} controller (cgroup.controllers)"
+                    text = (
+                        f"the cgroup '{site.top.name}' has no {name} controller"
+                        " (cgroup.controllers)"
+                    )
                     found[name] = Control(V2, site.top.name, text)
         return found
 
@@ -297,7 +304,9 @@ class VcpuGroups:
                     _removed(site.base.folder)
         return sorted(busy)
 
-    def lay_out(self, wanted: Iterable[Placement], emulator: Placement, vcpu_threads: Collection[int]) -> None:
+    def lay_out(
+        self, wanted: Iterable[Placement], emulator: Placement, vcpu_threads: Collection[int]
+    ) -> None:
         """Set up libvirt's layout if these placements need a controller: the other threads go into
         `emulator`.
 
@@ -337,7 +346,11 @@ class VcpuGroups:
         `remove_trees`. Never raises.
         """
         with suppress(OSError):
-            return [site.base.folder for site in self._sites() if site.is_ours and site.base.folder.exists()]
+            return [
+                site.base.folder
+                for site in self._sites()
+                if site.is_ours and site.base.folder.exists()
+            ]
         return []
 
     def widen(self, mems: Iterable[int]) -> Widened | None:
@@ -417,7 +430,9 @@ class VcpuGroups:
         return [_Site(group, self._process) for group in self._found[2]]
 
     def _base(self, site: _Site, made: list[Path]) -> None:
-        """Make the base group if necessary, and enable the controllers that the vCPUs need in it."""
+        """Make the base group if necessary, and enable the controllers that the vCPUs need in
+        it.
+        """
         trouble, is_denied = site.trouble
         if trouble is not None:
             raise PermissionError(errno.EACCES if is_denied else errno.EPERM, trouble)
@@ -486,7 +501,11 @@ def _effective(group: Group, what: str) -> frozenset[int] | None:
     cpuset.
     """
     folder = group.folder
-    names = [f"cpuset.{what}.effective"] if group.version == V2 else [f"cpuset.effective_{what}", f"cpuset.{what}"]
+    names = (
+        [f"cpuset.{what}.effective"]
+        if group.version == V2
+        else [f"cpuset.effective_{what}", f"cpuset.{what}"]
+    )
     while True:
         for name in names:
             with suppress(OSError, ValueError):
@@ -508,17 +527,23 @@ def _tune(site: _Site, group: Group, placement: Placement, made: list[Path]) -> 
 def _tune_v2(site: _Site, group: Group, placement: Placement) -> None:
     _thread_only(group.folder)
     # On v2, an empty cpuset stands for all that the group above has.
-    given = (("cpus", placement.cpus), ("mems", placement.mems)) if "cpuset" in site.controllers else ()
+    given = (
+        (("cpus", placement.cpus), ("mems", placement.mems)) if "cpuset" in site.controllers else ()
+    )
     for what, numbers in given:
         if numbers:
             put(group.folder / f"cpuset.{what}", format_ids(numbers))
             has = _effective(group, what)
             if has != frozenset(numbers):
-                raise OSError(errno.EINVAL, f"it has {format_ids(has or ())}", f"{group.name} cpuset.{what}")
+                raise OSError(
+                    errno.EINVAL, f"it has {format_ids(has or ())}", f"{group.name} cpuset.{what}"
+                )
     if "cpu" not in site.controllers:
         return
     if placement.quota is not None or placement.period is not None:
-        quota = str(placement.quota) if placement.quota is not None and placement.quota > 0 else "max"
+        quota = (
+            str(placement.quota) if placement.quota is not None and placement.quota > 0 else "max"
+        )
         put(group.folder / "cpu.max", f"{quota} {placement.period or _PERIOD}")
     if placement.shares is not None:
         put(group.folder / "cpu.weight", str(placement.shares))
@@ -546,7 +571,9 @@ def _mkdir(folder: Path, made: list[Path]) -> None:
 
 
 def _inherit(parent: Path, folder: Path, controllers: Collection[str]) -> None:
-    """Copy CPUs and nodes to a new cpuset. On v1 it is empty at first, and cannot contain a thread."""
+    """Copy CPUs and nodes to a new cpuset. On v1 it is empty at first, and cannot contain a
+    thread.
+    """
     for what in ("cpus", "mems") if "cpuset" in controllers else ():
         put(folder / f"cpuset.{what}", (parent / f"cpuset.{what}").read_text().strip())
 

@@ -98,7 +98,11 @@ def _parse_mounts(text: str) -> tuple[Hierarchy, ...]:
         version = V2 if kind[0] == "cgroup2" else V1
         has = words(mount / "cgroup.controllers") if version == V2 else parts
         writable = "rw" in parts and "rw" in fields[5].split(",")
-        found.append(Hierarchy(version, mount, root, tuple(name for name in CONTROLLERS if name in has), writable))
+        found.append(
+            Hierarchy(
+                version, mount, root, tuple(name for name in CONTROLLERS if name in has), writable
+            )
+        )
     return tuple(found)
 
 
@@ -129,7 +133,12 @@ def find_groups(text: str, mounts: Iterable[Hierarchy]) -> list[Group]:
         key = "" if mount.version == V2 else next(iter(mount.controllers), None)
         name = names.get(key) if key is not None else None
         folder = mount.folder(name) if name is not None else None
-        if key is not None and name is not None and folder is not None and os.access(folder, os.F_OK):
+        if (
+            key is not None
+            and name is not None
+            and folder is not None
+            and os.access(folder, os.F_OK)
+        ):
             found.setdefault(key, Group(mount, name, folder))
     return list(found.values())
 

@@ -29,7 +29,9 @@ class Widened:
 
     def do(self, nodes: Collection[int]) -> None:
         """Write the present value to the note, then change it. Raises OSError."""
-        self._note.write_text(json.dumps({"was": self._file.read_text().strip(), "now": format_ids(nodes)}))
+        self._note.write_text(
+            json.dumps({"was": self._file.read_text().strip(), "now": format_ids(nodes)})
+        )
         try:
             put(self._file, format_ids(nodes))
         except OSError:

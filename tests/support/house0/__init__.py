@@ -1,1 +1,3 @@
-"""The transaction of `house-0` and its driver, which today's are compared with until the end of issue 22."""
+"""The transaction of `house-0` and its driver, which today's are compared with until the end of
+issue 22.
+"""

@@ -35,7 +35,8 @@ __all__ = ["Drive", "UNDO_SECONDS"]
 #: What an undo may take, also after a cancellation, seconds.
 UNDO_SECONDS: Final = 5.0
 
-#: Events are lost while no client is connected to QEMU, and on x86 under TCG the last one never comes.
+#: Events are lost while no client is connected to QEMU, and on x86 under TCG the last one never
+#: comes.
 _POLL_FIRST: Final = 0.05
 _POLL_MOST: Final = 1.0
 
@@ -46,8 +47,8 @@ _POLL_SOON: Final = 0.005
 _RETRY_FIRST: Final = 0.25
 _RETRY_MOST: Final = 2.0
 
-#: A monitor that passes on one unplug after the other has so long to pass them on, seconds, also for a call that
-#: waits for nothing.
+#: A monitor that passes on one unplug after the other has so long to pass them on, seconds, also
+#: for a call that waits for nothing.
 _ASK_SECONDS: Final = 2.0
 
 #: Finished tasks are swept out when there are this many.
@@ -68,8 +69,9 @@ class Drive:
     Args:
         transaction: not yet started.
         monitor: the QMP connection.
-        look: a fresh query that returns the state (and keeps it for the domain); told whether it is the last,
-            what to call before it asks a second time, and first ids of entities that QEMU declined to plug.
+        look: a fresh query that returns the state (and keeps it for the domain); told whether it is
+            the last, what to call before it asks a second time, and first ids of entities that QEMU
+            declined to plug.
         timeout: seconds the guest has; 0 does not wait.
         planned: the state the transaction was planned on.
         prepare: called with each fresh state, before the transaction gets it.
@@ -109,7 +111,8 @@ class Drive:
     async def run(self, entities: Iterable[Entity]) -> Result:
         """Carry the transaction to its end. `entities`: those it is about.
 
-        Cancelled: nothing new begins, plugs are undone within `UNDO_SECONDS`, asked unplugs stay pending, then
+        Cancelled: nothing new begins, plugs are undone within `UNDO_SECONDS`, asked unplugs stay
+            pending, then
         CancelledError goes on. A second cancel stops at once.
 
         Raises:
@@ -139,8 +142,9 @@ class Drive:
         return self._transaction.result()
 
     async def _begin(self) -> None:
-        """The first effects. A query behind plugs is awaited here: for nearly every plug it is the last word, and
-        what is left out, a task and a turn of the loop, is a good part of what a plug costs in Python.
+        """The first effects. A query behind plugs is awaited here: for nearly every plug it is the
+        last word, and what is left out, a task and a turn of the loop, is a good part of what a
+        plug costs in Python.
         """
         effects = self._transaction.start()
         if not effects or not isinstance(effects[-1], Query):
@@ -173,7 +177,8 @@ class Drive:
         transaction = self._transaction
         now = asyncio.get_running_loop().time
         deadline: float | None = now() + (UNDO_SECONDS if self._is_cancelled else self._timeout)
-        # `house-0` had `transaction.phase` here: an undo that had begun already got no 5 s of its own.
+        # `house-0` had `transaction.phase` here: an undo that had begun already got no 5 s of its
+        # own.
         phase = Phase.UNDO if self._is_cancelled else Phase.RUN
         drop_at: float | None = now() + max(self._timeout, _ASK_SECONDS)
         poll, poll_at, soon_at = _POLL_FIRST, now() + _POLL_FIRST, None
@@ -251,7 +256,12 @@ class Drive:
     def _attitude(self) -> tuple[object, ...]:
         """What `_keep_time` goes by."""
         transaction = self._transaction
-        return transaction.phase, transaction.waiting, transaction.to_retry, transaction.to_look_soon
+        return (
+            transaction.phase,
+            transaction.waiting,
+            transaction.to_retry,
+            transaction.to_look_soon,
+        )
 
     def _wake(self) -> None:
         if self._waker is not None and not self._waker.done():
@@ -305,10 +315,16 @@ class Drive:
 
     def _named(self, entity: Entity) -> Entity:
         """The entity with the device id that it has got."""
-        return replace(entity, suffix=suffix) if (suffix := self._suffixes.get(entity.first, 0)) else entity
+        return (
+            replace(entity, suffix=suffix)
+            if (suffix := self._suffixes.get(entity.first, 0))
+            else entity
+        )
 
     def _rename(self, first: int) -> None:
-        """Its device id is taken, perhaps by a device that is leaving: so the same id is tried once more first."""
+        """Its device id is taken, perhaps by a device that is leaving: so the same id is tried once
+        more first.
+        """
         duplicates = self._duplicates[first] = self._duplicates.get(first, 0) + 1
         if duplicates > 1:
             entity = next(entity for entity in self._entities if entity.first == first)

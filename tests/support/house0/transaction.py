@@ -1,19 +1,26 @@
-"""One request being carried out, as a table: feed what happened, get what to do next. No IO, no clock.
+"""One request being carried out, as a table: feed what happened, get what to do next. No IO, no
+clock.
 
 Rules of the table
-- An *item* is one entity on its way: to be plugged, to be unplugged, or (its unplug still pending) to be waited
-  for and plugged again.
-- Only a `Snapshot`, a query answered after the act, makes an item PLUGGED, REMOVED or UNDONE. Replies and events
-  say at most that it is time to look. So nothing is ever reported that the slot does not confirm.
-- A pair (state, input) that is not in the table changes nothing: a late or doubled message is harmless.
-- Every state outside `WAITING` is left by itself or final; `WAITING` ones end by the deadline at the latest.
-- A call that is cancelled looks once more: what it asked for and is gone is REMOVED, the rest stays PENDING.
-- A guest's answer may overtake the reply to `device_del` (seen with 10.0). Where an earlier unplug was still open,
-  it may as well be the answer to that one: then it is asked once more, and the next answer counts.
+- An *item* is one entity on its way: to be plugged, to be unplugged, or (its unplug still pending)
+  to be waited for and plugged again.
+- Only a `Snapshot`, a query answered after the act, makes an item PLUGGED, REMOVED or UNDONE.
+  Replies and events say at most that it is time to look. So nothing is ever reported that the slot
+  does not confirm.
+- A pair (state, input) that is not in the table changes nothing: a late or doubled message is
+  harmless.
+- Every state outside `WAITING` is left by itself or final; `WAITING` ones end by the deadline at
+  the latest.
+- A call that is cancelled looks once more: what it asked for and is gone is REMOVED, the rest stays
+  PENDING.
+- A guest's answer may overtake the reply to `device_del` (seen with 10.0). Where an earlier unplug
+  was still open, it may as well be the answer to that one: then it is asked once more, and the next
+  answer counts.
 
-Phases: RUN, then UNDO if a plug failed, the call was cancelled, or an atomic call must bring back what it removed;
-then DONE. What drives it (`domain.drive`) performs the effects in the order given, feeds `Replied` for each,
-`Again` some time after `to_retry` turned true, and `Expired` at the phase's deadline.
+Phases: RUN, then UNDO if a plug failed, the call was cancelled, or an atomic call must bring back
+    what it removed;
+then DONE. What drives it (`domain.drive`) performs the effects in the order given, feeds `Replied`
+for each, `Again` some time after `to_retry` turned true, and `Expired` at the phase's deadline.
 """
 
 from __future__ import annotations
@@ -126,8 +133,8 @@ class _On(Enum):
 
 S = ItemState
 
-#: Item, what happened -> item. Whoever enters ADDING or RESTORING sends `device_add`, DELETING or UNDOING
-#: `device_del`.
+#: Item, what happened -> item. Whoever enters ADDING or RESTORING sends `device_add`, DELETING or
+#: UNDOING `device_del`.
 TABLE: Final[Mapping[tuple[ItemState, _On], ItemState]] = {
     (S.TO_ADD, _On.START): S.ADDING,
     (S.TO_ADD, _On.CANCEL): S.DROPPED,
@@ -219,18 +226,33 @@ _TO_RETRY: Final = frozenset({S.RETRY_REJECTED, S.RETRY_ERROR, S.RETRY_ADD})
 WAITING: Final = frozenset({S.ASKED, S.AWAITING, S.UNDO_ASKED}) | _TO_RETRY
 #: States that a query answers.
 _UNVERIFIED: Final = frozenset({S.ADDED, S.FOUND, S.RESTORE_ADDED})
-#: States in which a reply leaves something to be looked at at once: "DeviceNotFound" may mean gone, and what is
-#: undone may have gone before the reply.
+#: States in which a reply leaves something to be looked at at once: "DeviceNotFound" may mean gone,
+#: and what is undone may have gone before the reply.
 _QUERIED_ON_REPLY: Final = frozenset({S.UNDO_ASKED, S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.UNDO_FAILED})
 #: States that a reply ends.
 _IN_FLIGHT: Final = frozenset({S.ADDING, S.DELETING, S.UNDOING, S.RESTORING})
 _UNENDED: Final = WAITING | _IN_FLIGHT
 _PLUG_FAILED: Final = frozenset({S.NOT_ADDED, S.VANISHED})
-_FAILED: Final = _PLUG_FAILED | {S.NOT_ASKED, S.NOT_ASKED_AGAIN, S.RETRY_ERROR, S.RETRY_ADD, S.RETURNED}
+_FAILED: Final = _PLUG_FAILED | {
+    S.NOT_ASKED,
+    S.NOT_ASKED_AGAIN,
+    S.RETRY_ERROR,
+    S.RETRY_ADD,
+    S.RETURNED,
+}
 _REJECTED: Final = frozenset({S.REJECTED, S.RETRY_REJECTED})
 #: At whatever moment it stops: QEMU may still carry out an unplug that it was asked for.
 STILL_ASKED: Final = frozenset(
-    {S.ASKED, S.PENDING, S.UNDOING, S.UNDO_ASKED, S.UNDO_PENDING, S.AWAITING, S.DELETING, S.NOT_ASKED_AGAIN}
+    {
+        S.ASKED,
+        S.PENDING,
+        S.UNDOING,
+        S.UNDO_ASKED,
+        S.UNDO_PENDING,
+        S.AWAITING,
+        S.DELETING,
+        S.NOT_ASKED_AGAIN,
+    }
     | {S.STILL_AWAITED}
 )
 #: An unplug was asked, and has ended.
@@ -239,7 +261,8 @@ _LEFT_PLUGGED: Final = frozenset({S.ADDED, S.PLUGGED, S.UNDO_FAILED, S.UNDO_PEND
 _LEFT_REMOVED: Final = frozenset({S.REMOVED, S.NOT_RESTORED})
 
 
-#: Tries, with a growing pause, for an id that QEMU frees a moment after the slot. Another device may have it, too.
+#: Tries, with a growing pause, for an id that QEMU frees a moment after the slot. Another device
+#: may have it, too.
 _READDS: Final = 4
 _NONE: Final = dict.fromkeys(S, 0)
 _BIT: Final = {state: 1 << number for number, state in enumerate(S)}
@@ -310,9 +333,11 @@ class Unsent:
 
 @dataclass(frozen=True, slots=True)
 class Snapshot:
-    """Input: the first ids of all entities that are plugged, from a query sent after the last effect.
+    """Input: the first ids of all entities that are plugged, from a query sent after the last
+    effect.
 
-    `replaced` are those of them that are not the same object or thread as when the call was planned.
+    `replaced` are those of them that are not the same object or thread as when the call was
+    planned.
     """
 
     plugged: frozenset[int]
@@ -355,9 +380,10 @@ class Failure:
 class Result:
     """How it ended, by vCPU ids.
 
-    `remaining` are plugs that should have been undone and are still there, `removed` what is gone, `lost` those of
-    it that an atomic call should have brought back, `unasked` unplugs that had to wait for others, and that nobody
-    was asked for. `undo_forbidden` says why, where that was not tried.
+    `remaining` are plugs that should have been undone and are still there, `removed` what is gone,
+    `lost` those of it that an atomic call should have brought back, `unasked` unplugs that had to
+    wait for others, and that nobody was asked for. `undo_forbidden` says why, where that was not
+    tried.
     """
 
     outcome: OutcomeKind
@@ -395,11 +421,11 @@ class Transaction:
 
     Args:
         plugs, unplugs, awaited: entities of the plan.
-        undo_forbidden: why plugs of this call must not be undone here, None if they may. What drives it sets this
-            anew with each query, before the `Snapshot`.
+        undo_forbidden: why plugs of this call must not be undone here, None if they may. What
+            drives it sets this anew with each query, before the `Snapshot`.
         restore_forbidden: the same for bringing back what an atomic call removed.
-        wait: False ends as soon as QEMU took the unplugs (`--async`), and a look has told which earlier ones have
-            ended.
+        wait: False ends as soon as QEMU took the unplugs (`--async`), and a look has told which
+            earlier ones have ended.
         reset_drops_unplug: on x86 a reset drops what was asked.
         atomic: bring back what was removed if anything is rejected or fails.
         retries: how often an unplug that the guest refused is asked again.
@@ -418,8 +444,8 @@ class Transaction:
     restore_forbidden: str | None = None
     phase: Phase = Phase.RUN
     _items: dict[int, _Item] = field(default_factory=dict)
-    #: How many items are in each state, and the `_mask` of those where there are any: with hundreds of items,
-    #: every message asks.
+    #: How many items are in each state, and the `_mask` of those where there are any: with hundreds
+    #: of items, every message asks.
     _counts: dict[ItemState, int] = field(default_factory=_NONE.copy)
     _present: int = 0
     _effects: list[Effect] = field(default_factory=list)
@@ -444,13 +470,17 @@ class Transaction:
         ):
             for entity in entities:
                 doubt = entity.first in self.doubted and state is S.TO_REMOVE
-                self._items[entity.first] = _Item(entity, state, self.retries if self.wait else 0, doubt)
+                self._items[entity.first] = _Item(
+                    entity, state, self.retries if self.wait else 0, doubt
+                )
                 self._count(state, 1)
 
     # -- inputs -----------------------------------------------------------------------------------
 
     def start(self) -> list[Effect]:
-        """The first effects: everything that can go out goes out together, one query behind the plugs."""
+        """The first effects: everything that can go out goes out together, one query behind the
+        plugs.
+        """
         for item in self._items.values():
             self._move(item, _On.START)
         if any(isinstance(effect, Add) for effect in self._effects):
@@ -524,7 +554,9 @@ class Transaction:
 
     @property
     def seems_over(self) -> bool:
-        """Whether QEMU has said of all that is waited for that it is gone: a query has only to confirm that."""
+        """Whether QEMU has said of all that is waited for that it is gone: a query has only to
+        confirm that.
+        """
         left = (first for first, item in self._items.items() if item.state in _UNENDED)
         return bool(self._deleted) and self._deleted.issuperset(left)
 
@@ -567,7 +599,8 @@ class Transaction:
         pending = tuple(sorted({*asked, *awaited, *self._ids({S.UNDO_PENDING, S.NOT_ASKED_AGAIN})}))
         removed = self._ids(_LEFT_REMOVED)
         unasked = self._ids({S.UNASKED})
-        # One whose unplug looked as if it had failed may have gone after others were brought back on its account.
+        # One whose unplug looked as if it had failed may have gone after others were brought back
+        # on its account.
         returned = self._ids({S.RESTORED})
         lost = removed if self.atomic and (failures or rejections or unasked or returned) else ()
         if lost or (failing and (remaining or (failures and removed))):
@@ -604,7 +637,11 @@ class Transaction:
 
     def _ids(self, states: Iterable[ItemState]) -> tuple[int, ...]:
         wanted = frozenset(states)
-        return tuple(sorted(n for item in self._items.values() if item.state in wanted for n in item.entity.ids))
+        return tuple(
+            sorted(
+                n for item in self._items.values() if item.state in wanted for n in item.entity.ids
+            )
+        )
 
     def _any(self, states: int) -> bool:
         """Whether any item is in one of these states (a `_mask`)."""
@@ -656,7 +693,9 @@ class Transaction:
             item.note = Failure(item.entity, reply.text or "no reason given", reply.error_class)
             if is_transient(item.note.text):
                 self._retry(item)
-            elif is_taken(item.note.text) and item.readds and not (self._expired or self._cancelled):
+            elif (
+                is_taken(item.note.text) and item.readds and not (self._expired or self._cancelled)
+            ):
                 item.readds -= 1
                 self._to_look |= self._move(item, _On.RETRY)
             if item.doubt or item.repeated:
@@ -665,8 +704,8 @@ class Transaction:
             item.repeat, item.repeated = False, True
             self._move(item, _On.REPEAT)
         if item.state is S.ASKED:
-            # On ppc64 before the guest runs it is gone before the reply. Where QEMU has yet to say so, a query
-            # would only keep it from its work.
+            # On ppc64 before the guest runs it is gone before the reply. Where QEMU has yet to say
+            # so, a query would only keep it from its work.
             self._to_look |= not self.wait or self.seems_over or self._cancelled
             self._unseen = True
         else:
@@ -700,18 +739,26 @@ class Transaction:
                 self._retry(item)
         gone = self._items.get(-1 if signal.first is None else signal.first)
         if signal.kind is SignalKind.DELETED and gone is not None:
-            # Of several that go, the last is worth a query; an event that is lost, a poll makes good.
+            # Of several that go, the last is worth a query; an event that is lost, a poll makes
+            # good.
             if waited and (self.seems_over or gone.state is S.AWAITING):
                 self._query(gone.entity.first)
         elif waited:
             self._query()
 
     def _retry(self, item: _Item) -> None:
-        if item.retries and not self._expired and self.phase is Phase.RUN and self._move(item, _On.RETRY):
+        if (
+            item.retries
+            and not self._expired
+            and self.phase is Phase.RUN
+            and self._move(item, _On.RETRY)
+        ):
             item.retries -= 1
 
     def _settle(self) -> list[Effect]:
-        """Go on to the next phase where this one has nothing left to wait for; hand out the effects."""
+        """Go on to the next phase where this one has nothing left to wait for; hand out the
+        effects.
+        """
         if self.failing:
             # What is already known to fail plugs nothing more.
             self._all(_On.GIVE_UP)
