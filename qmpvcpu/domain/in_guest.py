@@ -102,7 +102,8 @@ async def _switch(
         report.messages.append(_ASSUMED)
     report.switched(run)
     with leaves(lambda: Interrupted(changed_ids=run.changed)):
-        report.view = await guest.try_view(session.state) or report.view
+        # A view from before is no answer to what the guest's CPUs are now.
+        report.view = await guest.try_view(session.state)
 
 
 async def _half_switched(
@@ -158,6 +159,7 @@ async def until_online(
         except VcpuError as error:
             trouble = error
     if trouble is not None:
+        report.view = None
         report.messages.append(f"whether the guest runs on it is not known: {trouble.message}")
         if guest.has_answered and isinstance(trouble, VcpuConnectionError):
             report.is_not_online(fresh)

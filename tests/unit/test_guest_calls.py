@@ -5,6 +5,7 @@ at once.
 from __future__ import annotations
 
 import asyncio
+import json
 
 import pytest
 
@@ -36,6 +37,25 @@ async def test_rows_tell_which_cpu_of_the_guest_each_vcpu_is(with_guest):
     async with with_guest(guest) as domain:
         outcome = await domain.enable([2, 3])
     assert [(row.online, row.logical_id) for row in outcome.rows] == [(True, 2), (True, 3)]
+
+
+async def test_a_list_from_before_is_not_reported_where_the_last_one_cannot_be_read(with_guest):
+    guest = FakeGuest(FakeQemu(plugged=(1, 2)), offline=(1,))
+    lists = 0
+
+    def answer(command):
+        nonlocal lists
+        names = [name for name, _ in guest.commands]
+        lists += "guest-set-vcpus" in names
+        # The first after the switch verifies it, and the second tells which vCPUs they are.
+        reply = {"return": []} if lists > 2 else guest.answer(command["execute"], {})
+        return json.dumps(reply | {"id": command.get("id")}).encode() + b"\n"
+
+    guest.answers["guest-get-vcpus"] = answer
+    async with with_guest(guest) as domain:
+        outcome = await domain.enable([1, 3], timeout=0.5)
+    assert (outcome.changed_ids, lists > 2) == ((1, 3), True)
+    assert [row.online for row in outcome.rows] == [None, None]
 
 
 @pytest.mark.parametrize("by_itself", [True, False])
