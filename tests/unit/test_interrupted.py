@@ -14,7 +14,9 @@ import pytest
 
 import qmpvcpu
 from qmpvcpu import Interrupted
-from qmpvcpu.cli import commands, main
+from qmpvcpu.cli import main
+from qmpvcpu.cli.commands import counts
+from qmpvcpu.cli.session import CommandSession
 from tests.support.disk import hung_disk
 from tests.support.fake_qemu import FakeQemu, error
 from tests.support.fake_qmp import serve
@@ -119,8 +121,9 @@ def test_an_interrupted_command_has_failed_only_where_nothing_may_still_change(
     async def interrupted(session):
         raise asyncio.CancelledError
 
-    monkeypatch.setattr(commands, "command", interrupted)
-    monkeypatch.setattr(commands.CommandSession, "interrupted", lambda session: left)
+    vcpuinfo = counts.vcpuinfo._replace(run=interrupted)
+    monkeypatch.setattr(counts, "vcpuinfo", vcpuinfo)
+    monkeypatch.setattr(CommandSession, "interrupted", lambda session: left)
     monkeypatch.setattr(sys, "argv", ["qmpvcpu", "--json", "vcpuinfo", "d"])
     assert main() == 130
     assert json.loads(capsys.readouterr().out)["outcome"] == outcome
