@@ -138,11 +138,13 @@ class Said:
         """The guest's CPU -> whether it is online, by what was said last."""
         return {row["logical-id"]: row["online"] for row in self.guest}
 
-    def enabled(self) -> dict[int, bool]:
-        """vCPU id -> whether it is there, by what was said last."""
+    def enabled(self, ids: Iterable[int]) -> dict[int, bool]:
+        """vCPU id -> whether it is there, by what was said last. Where no slots were said, QEMU has
+        the CPUs that it lists, and of `ids`, which -smp may have room for, no others.
+        """
         bases = self.bases()
         if self.slots is None:
-            return dict.fromkeys(range(len(self.cpus)), True)
+            return dict.fromkeys(ids, False) | dict.fromkeys(range(len(self.cpus)), True)
         claimed = _paths(self.slots)
         found: dict[int, bool] = {}
         for slot in sorted(self.slots, key=address):
@@ -235,7 +237,7 @@ class Judge:
             assert claimed.items() <= online.items(), f"{name}: said {online}, claimed {claimed}"
             return
         assert self.said.queries > queries, f"{name} is {result.outcome}, and nothing was asked"
-        there = self.said.enabled()
+        there = self.said.enabled(row.id for row in result.rows)
         for row in result.rows:
             assert row.enabled is there[row.id], (
                 f"{name}: vCPU {row.id} is not {row.state}: {there}"
@@ -243,8 +245,8 @@ class Judge:
 
     def check_rows(self, rows: Iterable[qmpvcpu.Vcpu] | None) -> None:
         if rows is not None:
-            there = self.said.enabled()
             claimed = {row.id: row.enabled for row in rows}
+            there = self.said.enabled(claimed)
             assert claimed == there, f"said: {there}, claimed: {claimed}"
 
     async def run(self) -> None:
