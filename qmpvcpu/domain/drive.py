@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Sequence
-from typing import Final, Protocol
+from typing import Final, Protocol, assert_never
 
 from qmpvcpu.aio import wind_up
 from qmpvcpu.core.engine.messages import (
@@ -17,9 +17,7 @@ from qmpvcpu.core.engine.messages import (
     EventReceived,
     Finished,
     Input,
-    Look,
     Query,
-    QuerySent,
     Replied,
     Result,
     Snapshot,
@@ -58,7 +56,7 @@ class Drive:
     Args:
         transaction: a transaction that has not started.
         monitor: the QMP connection.
-        look: makes a fresh query.
+        make_query: makes a fresh query.
         asking: called with the entities before their `device_del` is sent.
     """
 
@@ -66,12 +64,12 @@ class Drive:
         self,
         transaction: Transaction,
         monitor: Monitor,
-        look: MakeQuery,
+        make_query: MakeQuery,
         asking: Callable[[Sequence[Entity]], None],
     ) -> None:
         self._transaction = transaction
         self._monitor = monitor
-        self._look = look
+        self._make_query = make_query
         self._asking = asking
         self._now = asyncio.get_running_loop().time
         self._effects: deque[Effect] = deque()
@@ -211,6 +209,8 @@ class Drive:
             case Finished():
                 self._is_finished = True
                 self._wake()
+            case _:
+                assert_never(effect)
 
     def _send(self, effect: Add | Delete) -> None:
         entity = effect.entity
@@ -244,7 +244,7 @@ class Drive:
     async def _query(self) -> None:
         try:
             self._feed(
-                await self._look(
+                await self._make_query(
                     is_last=self._note_query(), resent=self._note_query, declined=self._declined
                 ),
             )
@@ -255,10 +255,9 @@ class Drive:
         """Note that the query is sent, and return whether it only has to confirm what QEMU has
         reported.
         """
-        look, *others = self._transaction.feed(QuerySent(), self._now())
-        self._perform(others)
-        assert isinstance(look, Look)
-        return look.confirms
+        only_confirms, effects = self._transaction.query_sent(self._now())
+        self._perform(effects)
+        return only_confirms
 
     def _sink(self, event: MonitorEvent | VcpuConnectionError) -> None:
         if isinstance(event, VcpuConnectionError):

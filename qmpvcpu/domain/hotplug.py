@@ -53,7 +53,7 @@ class Hotplug:
             reset_drops_unplug=architecture(state.arch).reset_drops_unplug,
         )
         self._drive = Drive(
-            Transaction(self._moves, terms), session.monitor, self._look, session.ask
+            Transaction(self._moves, terms), session.monitor, self._make_snapshot, session.ask
         )
 
     @property
@@ -125,7 +125,7 @@ class Hotplug:
         session.pending_unplugs.end_finished(session.state)
         session.watch()
 
-    async def _look(
+    async def _make_snapshot(
         self, *, is_last: bool, resent: Callable[[], object], declined: Collection[int]
     ) -> Snapshot:
         session, planned, known = self._session, self._planned, self._planned.known

@@ -22,10 +22,8 @@ from qmpvcpu.core.engine.messages import (
     Failure,
     Finished,
     Input,
-    Look,
     Moves,
     Query,
-    QuerySent,
     Replied,
     Snapshot,
     Terms,
@@ -145,9 +143,7 @@ class Engine:
 
     def query_goes_out(self) -> bool:
         """The query is sent, or sent once more; whether it has only to confirm that all is gone."""
-        look = self._transaction.feed(QuerySent(), self._now)[0]
-        assert isinstance(look, Look)
-        return look.confirms
+        return self._transaction.query_sent(self._now)[0]
 
     def seen(self, *plugged: int, replaced: Iterable[int] = ()) -> list[tuple[Any, ...]]:
         """The answer to the query: what is plugged, and what of it another client has plugged

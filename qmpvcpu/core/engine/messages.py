@@ -78,13 +78,6 @@ class EventReceived:
 
 
 @dataclass(frozen=True, slots=True)
-class QuerySent:
-    """The query that was due is sent, for the first time or again: its answer has all that happened
-    before.
-    """
-
-
-@dataclass(frozen=True, slots=True)
 class Snapshot:
     """The answer to a query.
 
@@ -133,7 +126,7 @@ class Cancelled:
     """The caller has cancelled: nothing new begins, and plugs are undone."""
 
 
-Input = Replied | Unsent | EventReceived | QuerySent | Snapshot | Woke | Cancelled
+Input = Replied | Unsent | EventReceived | Snapshot | Woke | Cancelled
 
 # -- effects ---------------------------------------------------------------------------------------
 
@@ -155,16 +148,9 @@ class Delete:
 
 @dataclass(frozen=True, slots=True)
 class Query:
-    """A fresh query is due. Feed `QuerySent` right before it goes out, which gives the `Look`, then
+    """A fresh query is due. Call `query_sent` right before it goes out, then feed its answer, a
     `Snapshot`.
     """
-
-
-@dataclass(frozen=True, slots=True)
-class Look:
-    """The query itself. `confirms`: QEMU has already reported every awaited removal."""
-
-    confirms: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,7 +176,7 @@ class Finished:
     """Nothing is left to do; `result()` returns the result."""
 
 
-Effect = Add | Delete | Query | Look | Drop | Wake | Finished
+Effect = Add | Delete | Query | Drop | Wake | Finished
 
 # -- the result ------------------------------------------------------------------------------------
 

@@ -34,10 +34,8 @@ from qmpvcpu.core.engine.messages import (
     Failure,
     Finished,
     Input,
-    Look,
     Moves,
     Query,
-    QuerySent,
     Replied,
     Result,
     Snapshot,
@@ -133,11 +131,6 @@ class Transaction:
         match happened:
             case Replied():
                 self._replied(happened)
-            case QuerySent():
-                self._query_again = self._unplug_not_queried = False
-                self._reported.clear()
-                self._effects.append(Look(self._all_reported()))
-                return self._timed(now)
             case Snapshot():
                 if not self._timers.started:
                     self._timers.start(now, self._terms.timeout, self._terms.timeout)
@@ -153,6 +146,17 @@ class Transaction:
         if self._cancelled:
             self._all(On.CANCEL, undo=False)
         return self._proceed(now)
+
+    def query_sent(self, now: float) -> tuple[bool, list[Effect]]:
+        """Note that the query that was due goes out, for the first time or again.
+
+        Returns:
+            Whether QEMU has already reported every awaited removal, and what to do next.
+        """
+        self._query_again = False
+        self._unplug_not_queried = False
+        self._reported.clear()
+        return self._all_reported(), self._timed(now)
 
     def result(self) -> Result:
         """The result; before `Finished`, the state so far."""
