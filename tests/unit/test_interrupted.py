@@ -15,11 +15,10 @@ import pytest
 import qmpvcpu
 from qmpvcpu import Interrupted
 from qmpvcpu.cli import main
-from qmpvcpu.cli.commands import counts
-from qmpvcpu.cli.session import CommandSession
 from tests.support.disk import hung_disk
 from tests.support.fake_qemu import FakeQemu, error
 from tests.support.fake_qmp import serve
+from tests.support.seams import interrupt_vcpuinfo
 from tests.support.waiting import until
 
 XML = b"""<domain type='kvm'>
@@ -118,12 +117,7 @@ def test_its_json_has_the_keys_of_an_interrupted_command():
 def test_an_interrupted_command_has_failed_only_where_nothing_may_still_change(
     left, outcome, monkeypatch, capsys
 ):
-    async def interrupted(session):
-        raise asyncio.CancelledError
-
-    vcpuinfo = counts.vcpuinfo._replace(run=interrupted)
-    monkeypatch.setattr(counts, "vcpuinfo", vcpuinfo)
-    monkeypatch.setattr(CommandSession, "interrupted", lambda session: left)
+    interrupt_vcpuinfo(monkeypatch, left)
     monkeypatch.setattr(sys, "argv", ["qmpvcpu", "--json", "vcpuinfo", "d"])
     assert main() == 130
     assert json.loads(capsys.readouterr().out)["outcome"] == outcome
