@@ -52,11 +52,12 @@ async def switch_planned(
         refusing = [
             number for first in rejected.reasons for number in session.state.by_id[first].ids
         ]
-        view = await guest.try_view(session.state)
-        if view is not None and not check_guest(
-            session.state, [*refusing, *offlines], view, online=False
+        now = await guest.try_view(session.state)
+        if now is not None and not (
+            check_guest(session.state, [*refusing, *offlines], now, online=False)
+            or check_guest(session.state, plan.onlines, now, online=True)
         ):
-            offlines = sorted({*offlines, *refusing})
+            view, offlines = now, sorted({*offlines, *refusing})
             report.tries_the_agent()
     if report.has_failed():
         if ids := [*plan.onlines, *offlines]:

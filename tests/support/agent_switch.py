@@ -69,3 +69,12 @@ def switch(
         dict(machine.failures),
         dict(machine.undo_failures),
     )
+
+
+def begins(cpus: dict[int, int], vcpus: Iterable[int], all_online: Iterable[int]) -> bool:
+    """Whether taking these vCPUs online sets anything, of which `all_online` are online already,
+    whichever CPU each of them is. `cpus` are the guest's own ids, of CPUs that are offline.
+    """
+    rows = {vcpu: GuestCpu(number, False, True) for vcpu, number in cpus.items()}
+    view = GuestView(tuple(rows.values()), rows, all_online=frozenset(all_online))
+    return Switch(view, tuple(vcpus), True).start() is not None

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from tests.support.agent_switch import Declined, Switched, switch
+from tests.support.agent_switch import Declined, Switched, begins, switch
 
 BUSY = "Device or resource busy"
 NOT_TRIED = "not tried, because another one failed"
@@ -55,6 +55,11 @@ FOUR = {0: True, 1: True, 2: True, 3: True}
 
 def done(*vcpus):
     return Switched(vcpus, (), (), {}, {})
+
+
+def test_one_that_is_online_whichever_cpu_it_is_needs_no_switch():
+    assert not begins({}, [1], all_online=[1])
+    assert begins({2: 12}, [1, 2], all_online=[1])
 
 
 def test_all_change():

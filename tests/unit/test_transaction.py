@@ -812,6 +812,15 @@ def test_what_is_still_taken_when_the_undo_has_no_time_left_is_lost(bringing_bac
     assert (end.outcome, end.lost, end.undone) == ("partial", (1,), (3,))
 
 
+def test_an_undo_that_unplugs_is_not_tried_again_for_an_id_that_is_taken():
+    """Only a `device_add` can meet that; scripts/soak oracle found it."""
+    engine = failing_plug()
+    assert undo(1) in engine.seen(0, 1)
+    engine.failed(1, "Duplicate device ID 'vcpu1'")
+    engine.seen(0, 1)
+    assert engine.end().remaining == (1,)
+
+
 def test_atomic_that_must_not_bring_back_does_not_try():
     engine = atomic_with_one_refusal(restore_forbidden="it kills QEMU")
     engine.expired()

@@ -86,9 +86,7 @@ class Switch:
 
     def start(self) -> Effect | None:
         """The first effect; None if nothing has to change."""
-        self._todo = tuple(
-            vcpu for vcpu in self.vcpus if self.view.by_vcpu[vcpu].online is not self.online
-        )
+        self._todo = tuple(vcpu for vcpu in self.vcpus if self.view.online(vcpu) is not self.online)
         self._left = list(self._todo)
         if not self._todo:
             self.step = SwitchStep.DONE

@@ -67,7 +67,7 @@ class Item:
     def begin_undo(self) -> Stage:
         """Begin to undo what was done; return the stage that sends the command for it."""
         self.is_undo, self.doubt, self.repeat, self.repeated = True, False, False, False
-        self.retries, self.readds = 0, _READDS
+        self.retries, self.readds = 0, 0 if self.is_plug else _READDS
         return Stage.DELETING if self.is_plug else Stage.ADDING
 
     @property

@@ -302,6 +302,8 @@ class Report:
             self._mechanism = after.mechanism or self._mechanism
             self.pending_online = after.pending_online
             self.already = after.already
+            # The list from before says nothing of vCPUs that the second run did not name.
+            self.view = None
             self._later_rows = {row.id: row for row in after.rows}
             return
         self.trouble = self._cause = after
