@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 #: The part of a text that is for API users, after an option: "--force (force=True)", "--live
 #: (LIVE)".
 _ARGUMENT: Final = re.compile(
-    r"((?:^|[\s(])(?:--?[a-z][\w-]*)(?: [A-Z]+)?) \((?:[a-z_]+=\w*|[A-Z][A-Z_]+)\)"
+    r"((?:^|[\s(])(?:--?[a-z][\w-]*)(?: [A-Za-z]+)?) \((?:[a-z_]+='?\w*'?|[A-Z][A-Z_]+)\)"
 )
 
 

@@ -206,7 +206,7 @@ async def test_an_agent_that_cannot_do_it_is_a_reason_and_all_is_online_again(
         "echo $(sed -n 's/: sched:active//p' /sys/devices/system/cpu/hotplug/states)"
         " > /sys/devices/system/cpu/cpu1/hotplug/fail"
     )
-    assert "for it: vCPU 1: " in await refused(box.guest.agent, there)
+    assert "taken offline: vCPU 1: " in await refused(box.guest.agent, there)
     await each_works(box.guest)
 
 

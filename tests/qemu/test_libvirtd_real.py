@@ -143,7 +143,7 @@ async def test_two_at_once_and_kvm():
         assert await ask(other.uri, running) == []
         with pytest.raises(VcpuUsageError):
             one.qmp_commands()
-        with pytest.raises(VcpuUsageError, match="runs already"):
+        with pytest.raises(VcpuUsageError, match="is running already"):
             await one.start()
 
 

@@ -26,7 +26,7 @@ from qmpvcpu.host.savefile import Saving
 _MOMENTS: dict[str, tuple[Any, str]] = {
     "there is room for the groups": (place.ThreadPlacement, "room"),
     "QEMU plugs": (Hotplug, "run"),
-    "QEMU is done": (run, "_wait_groups_gone"),
+    "QEMU is done": (run, "_wait_groups_removed"),
     "the definition is written": (persistent.ConfigChange, "commit"),
     "a thread is placed": (QemuThreads, "place"),
     "the guest goes into the file": (sides, "send_to_file"),

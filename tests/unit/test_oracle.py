@@ -46,7 +46,7 @@ _HOURS = st.builds(
         st.integers(1, 8), st.lists(_ANSWERS, max_size=4).map(tuple), max_size=6
     ),
     resets=st.sampled_from([(), (), (0.307,), (2.9,)]),
-    cancels=st.sampled_from([(), (), (), (0.0007,), (0.0503,), (1.3,), (0.4, 0.9)]),
+    cancels=st.sampled_from([(), (), (), (0.00071,), (0.0503,), (1.3,), (0.4, 0.9)]),
 )
 
 
