@@ -403,8 +403,8 @@ class EventKind(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Event:
-    """A change of a vCPU, whoever made it. `time` is in seconds since the epoch, `detail` a reason
-    as text.
+    """A change of a vCPU, made by any program. `time` is in seconds since the epoch, `detail` a
+    reason as text.
     """
 
     time: float

@@ -72,8 +72,10 @@ def switch(
 
 
 def begins(cpus: dict[int, int], vcpus: Iterable[int], all_online: Iterable[int]) -> bool:
-    """Whether taking these vCPUs online sets anything, of which `all_online` are online already,
-    whichever CPU each of them is. `cpus` are the guest's own ids, of CPUs that are offline.
+    """Whether a switch of these vCPUs to online begins with a `guest-set-vcpus`.
+
+    `all_online` are known to be online, although nobody knows which CPU each of them is. `cpus` are
+    the guest's own ids of the others, which are offline.
     """
     rows = {vcpu: GuestCpu(number, False, True) for vcpu, number in cpus.items()}
     view = GuestView(tuple(rows.values()), rows, all_online=frozenset(all_online))
